@@ -1,0 +1,124 @@
+"""The service's own words, as values: what a request is, what was seen, what was said.
+
+No I/O and no third-party types but numpy arrays. `P` is the 16x16 grid of patches, `D` the vision width, `H` the
+LLM's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating]
+Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
+
+IMAGE_SIZE = 224  # pixels, both sides, of what the vision encoder sees
+GRID = 16  # patches a side
+CELLS = 8  # cells a side; a cell is 2x2 patches
+QUESTION_TOKENS = 32  # what the allocator reads of the question
+MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
+TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The least and the most tokens a request allows, both ends included."""
+
+    vision_tokens: tuple[int, int] = (64, 256)  # what the Q-Former reads, CLS not counted
+    visual_tokens: tuple[int, int] = (32, 32)  # what the LLM reads, a multiple of 32
+
+    def to_array(self) -> Int32Array:
+        """int32 [4]: least and most vision tokens, least and most visual tokens."""
+        return np.array([*self.vision_tokens, *self.visual_tokens], np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the answer is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question as the allocator reads it, cut or padded to QUESTION_TOKENS."""
+
+    ids: Int32Array  # [32]
+    mask: Int32Array  # [32], 1 where a token stands
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """What the vision encoder found in one image; what the feature cache keeps, exactly as it came."""
+
+    features: FloatArray  # [257, D], CLS first, then the patches row by row
+    saliency: FloatArray  # [256], CLS-to-patch attention of the last layer
+    entropy: FloatArray  # [256], bits over 4, of each patch's 16-bin luminance histogram
+    texture: FloatArray  # [13, 16, 16]
+
+    @property
+    def nbytes(self) -> int:
+        return self.features.nbytes + self.saliency.nbytes + self.entropy.nbytes + self.texture.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """Where the image was looked at closely for one question, and why."""
+
+    map: FloatArray  # [16, 16] in [0, 1]
+    scores: FloatArray  # [3, 16, 16] in [0, 1]: propositional, perspectival, participatory
+    levels: Int32Array  # [8, 8]: level of detail of each cell
+    tensions: FloatArray  # [3] in [0, 1]: particularize, explore, diversify
+
+    @property
+    def vision_tokens(self) -> int:
+        """How many vision tokens the levels cost, CLS not counted."""
+        return int(np.asarray(TOKENS_AT_LEVEL)[self.levels].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One image as the LLM gets it for one question."""
+
+    visual_tokens: FloatArray  # [count, H]
+    relevance: Relevance
+    vision: VisionFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the LLM reads: visual ids (V, V+1, ...) and text ids in one row, and the rows the visual ids stand for."""
+
+    input_ids: Int32Array  # [T]
+    visual_tokens: FloatArray  # [N, H]
+    extra_ids: npt.NDArray[np.uint64]  # [T]: 0 for text, >= 1 for visual; equal ids mean equal embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a model repository says of itself (`card.json` beside the models)."""
+
+    name: str
+    fingerprint: str  # of the vision encoder's weights: keys the feature cache
+    vocab_size: int  # V: visual ids start here
+    hidden_size: int  # H
+    vision_width: int  # D
+    bos_id: int
+    end_id: int
+    pad_id: int
+    max_positions: int  # visual + text + generated tokens of one request
+    prompt_template: str  # with {question}
+    allocator_trained: bool
+    vision_tokens: tuple[int, int]  # what budgets can ask for
+    visual_tokens: tuple[int, int]
+    metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source

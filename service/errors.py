@@ -1,0 +1,97 @@
+"""Every way a request can fail, and nothing else.
+
+    GlimpseError
+    ├── InvalidRequest        the caller can mend it: wrong field, wrong type, wrong value
+    │   └── InvalidImage      the bytes are not an image that can be decoded
+    ├── NotFound              unknown or expired image id, unknown model
+    ├── TooLarge              over a limit on bytes or pixels
+    ├── Overloaded            no room now; `retry_after_s` says when
+    ├── DeadlineExceeded      the request's own timeout or the server's
+    ├── Cancelled             the caller went away
+    ├── Unavailable           Triton or a model in it does not answer
+    └── InternalError         a fault of ours; the text says nothing of the inside
+"""
+
+from __future__ import annotations
+
+
+class GlimpseError(Exception):
+    """`param` names the request's field at fault, `code` is stable for programs, the message is for people."""
+
+    code = "error"
+    type = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+
+
+class InvalidRequest(GlimpseError):
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class InvalidImage(InvalidRequest):
+    code = "invalid_image"
+
+
+class NotFound(GlimpseError):
+    code = "not_found"
+    type = "invalid_request_error"
+
+
+class TooLarge(GlimpseError):
+    code = "too_large"
+    type = "invalid_request_error"
+
+
+class Overloaded(GlimpseError):
+    code = "overloaded"
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(GlimpseError):
+    code = "deadline_exceeded"
+    type = "timeout_error"
+
+
+class Cancelled(GlimpseError):
+    code = "cancelled"
+    type = "cancelled"
+
+
+class Unavailable(GlimpseError):
+    code = "unavailable"
+    type = "server_error"
+
+
+class InternalError(GlimpseError):
+    code = "internal_error"
+    type = "server_error"
+
+
+# HTTP status and gRPC status name of each error; a subclass without a row takes its parent's.
+STATUS: dict[type[GlimpseError], tuple[int, str]] = {
+    InvalidRequest: (400, "INVALID_ARGUMENT"),
+    NotFound: (404, "NOT_FOUND"),
+    TooLarge: (413, "INVALID_ARGUMENT"),
+    Overloaded: (429, "RESOURCE_EXHAUSTED"),
+    Cancelled: (499, "CANCELLED"),
+    InternalError: (500, "INTERNAL"),
+    Unavailable: (503, "UNAVAILABLE"),
+    DeadlineExceeded: (504, "DEADLINE_EXCEEDED"),
+}
+
+
+def status_of(error: GlimpseError) -> tuple[int, str]:
+    """The row of STATUS nearest to the error's class."""
+    for kind in type(error).__mro__:
+        if kind in STATUS:
+            return STATUS[kind]
+    raise LookupError(f"{type(error).__name__} has no status")

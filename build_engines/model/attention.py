@@ -1,0 +1,23 @@
+"""Scaled dot-product attention in plain operations, so that every exporter and TensorRT see the same five nodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """query (scaled) [B, heads, T, d], key and value [B, heads, S, d], bias broadcastable to [B, heads, T, S] -> [B, T, heads * d].
+
+    The scale is on the query, before the product, which is what TensorRT's attention fusion looks for.
+    """
+    scores = query @ key.transpose(2, 3)
+    if bias is not None:
+        scores = scores + bias
+    mixed = torch.softmax(scores, dim=-1) @ value
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def bias_where_hidden(visible: Tensor) -> Tensor:
+    """bool, True where a key may be seen -> float, 0 there and a very negative number elsewhere."""
+    return torch.where(visible, 0.0, -1e9)

@@ -1,0 +1,191 @@
+"""A scene's pixels, and which patch shows which object."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from build_engines.scenes.world import CHARACTERS, GRID, IMAGE_SIZE, NONE, PATCH_SIZE, SHAPES, Thing
+
+_OVERSAMPLE = 3
+_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+_FONT_FILES = ("DejaVuSans-Bold.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf")
+_CAPITAL_HEIGHT = 0.729  # of the font size, DejaVu
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels: [224, 224, 3] uint8 RGB. coverage: [things, 16, 16] float32, the share of a patch an object fills."""
+
+    pixels: np.ndarray
+    coverage: np.ndarray
+
+
+def render(things: list[Thing], rng: np.random.Generator) -> Picture:
+    """Draw the objects on a textured, noisy, unevenly lit background. About 3 ms."""
+    canvas = _background(rng)
+    coverage = np.zeros((len(things), IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for index, thing in enumerate(things):
+        _draw(canvas, coverage[index], thing, rng)
+    canvas *= _light(rng)
+    canvas += _noise(rng, float(rng.uniform(2, 9)))
+    pixels = np.clip(canvas, 0, 255).astype(np.uint8)
+    shares = coverage.reshape(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE).mean(axis=(2, 4))
+    return Picture(pixels, shares)
+
+
+def compressed(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The pixels after JPEG or WebP, as shipped scenes and users' uploads are. About 2 ms."""
+    buffer = io.BytesIO()
+    if rng.random() < 0.7:
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(80, 96)))
+    else:
+        Image.fromarray(pixels).save(buffer, "WEBP", quality=int(rng.integers(80, 96)), method=0)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """[224, 224, 3] float32 in 0..255: a dull colour with blotches and sometimes stripes, checks or a gradient."""
+    value, tint = rng.uniform(70, 215), rng.uniform(-16, 16, 3)
+    cells = int(rng.integers(4, 40))
+    blotches = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32)).resize(
+        (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR
+    )
+    texture = np.asarray(blotches) * rng.uniform(4, 20)
+    axis = np.arange(IMAGE_SIZE, dtype=np.float32)
+    kind = rng.random()
+    if kind < 0.25:
+        angle, period = rng.uniform(0, math.pi), rng.uniform(8, 50)
+        wave = math.cos(angle) * axis[None] + math.sin(angle) * axis[:, None]
+        texture = texture + np.sin(wave * (2 * math.pi / period)) * rng.uniform(4, 18)
+    elif kind < 0.4:
+        width = rng.uniform(8, 40)
+        texture = texture + ((axis[None] // width + axis[:, None] // width) % 2 - 0.5) * rng.uniform(6, 30)
+    canvas = (value + texture)[..., None] + tint
+    return canvas.astype(np.float32)
+
+
+def _light(rng: np.random.Generator) -> np.ndarray:
+    """[224, 224, 3] gains: brightness, a slope across the image, and a slight cast."""
+    axis = np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
+    slope = rng.uniform(-0.1, 0.1, 2)
+    plane = rng.uniform(0.85, 1.12) * (1 + slope[0] * axis[None] + slope[1] * axis[:, None])
+    return (plane[..., None] * (1 + rng.uniform(-0.04, 0.04, 3))).astype(np.float32)
+
+
+@functools.cache
+def _noise_tile() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((IMAGE_SIZE * 2, IMAGE_SIZE * 2, 3)).astype(np.float32)
+
+
+def _noise(rng: np.random.Generator, amplitude: float) -> np.ndarray:
+    """A random window of one large tile of Gaussian noise: as good for this purpose, and ten times quicker."""
+    top, left = (int(v) for v in rng.integers(0, IMAGE_SIZE, 2))
+    return _noise_tile()[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] * amplitude
+
+
+def _draw(canvas: np.ndarray, coverage: np.ndarray, thing: Thing, rng: np.random.Generator) -> None:
+    """Blend one object into the canvas and write its mask into coverage, both in place."""
+    half = math.ceil(thing.diameter / 2) + 2
+    left, top = math.floor(thing.x) - half, math.floor(thing.y) - half
+    side = 2 * half + 1
+    centre = ((thing.x - left) * _OVERSAMPLE, (thing.y - top) * _OVERSAMPLE)
+    mask = _shape_mask(thing, side, centre)
+    fill = np.array(thing.rgb, np.float32) * 255
+    axis = np.linspace(-1, 1, side, dtype=np.float32)
+    slope = rng.uniform(-0.1, 0.1, 2)
+    shade = 1 + slope[0] * axis[None] + slope[1] * axis[:, None]
+    layers = [(mask, fill[None, None] * shade[..., None])]
+    if thing.character != NONE:
+        dark_ink = rng.random() < 0.5
+        ink, outline = (12.0, 245.0) if dark_ink else (245.0, 12.0)
+        body, edge = _character_masks(thing, side, centre, rng)
+        layers += [(edge, np.full((1, 1, 3), outline, np.float32)), (body, np.full((1, 1, 3), ink, np.float32))]
+    # The window may reach over the image's border by the margin.
+    y0, x0 = max(0, top), max(0, left)
+    y1, x1 = min(IMAGE_SIZE, top + side), min(IMAGE_SIZE, left + side)
+    window = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+    region = canvas[y0:y1, x0:x1]
+    for alpha, colour in layers:
+        share = alpha[window][..., None]
+        colour = np.broadcast_to(colour, (side, side, 3))[window]
+        region += share * (colour - region)
+    union = np.maximum.reduce([alpha for alpha, _ in layers])
+    coverage[y0:y1, x0:x1] = union[window]
+
+
+def _shape_mask(thing: Thing, side: int, centre: tuple[float, float]) -> np.ndarray:
+    """[side, side] float32 in [0, 1], antialiased."""
+    image = Image.new("L", (side * _OVERSAMPLE, side * _OVERSAMPLE))
+    draw = ImageDraw.Draw(image)
+    radius = thing.diameter / 2 * _OVERSAMPLE
+    cx, cy = centre
+    name = SHAPES[thing.shape]
+    if name in ("circle", "ring"):
+        draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=255)
+        if name == "ring":
+            hole = radius * 0.54
+            draw.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), fill=0)
+    else:
+        turn = math.radians(thing.angle)
+        cos, sin = math.cos(turn), math.sin(turn)
+        draw.polygon(
+            [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in _outline(name)], fill=255
+        )
+    return np.asarray(image.reduce(_OVERSAMPLE), np.float32) / 255
+
+
+@functools.cache
+def _outline(shape: str) -> tuple[tuple[float, float], ...]:
+    """Corners in units of the radius, y down."""
+    if shape == "square":
+        a = 0.84
+        return ((-a, -a), (a, -a), (a, a), (-a, a))
+    if shape == "triangle":
+        return ((0, -0.95), (1.0, 0.8), (-1.0, 0.8))
+    if shape == "star":
+        return tuple(
+            (r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5) + 0.04)
+            for k in range(10)
+            for r in ((1.06, 0.45)[k % 2],)
+        )
+    w = 0.34  # cross
+    return (
+        *((-w, -1.0), (w, -1.0), (w, -w), (1.0, -w), (1.0, w), (w, w)),
+        *((w, 1.0), (-w, 1.0), (-w, w), (-1.0, w), (-1.0, -w), (-w, -w)),
+    )
+
+
+@functools.cache
+def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(_FONTS / file), size)
+
+
+def character_height(diameter: float) -> float:
+    """Pixels, capitals and digits: at least one and a half patches."""
+    return max(21.0, 0.54 * diameter)
+
+
+def _character_masks(
+    thing: Thing, side: int, centre: tuple[float, float], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The character and its outline: two [side, side] float32 masks in [0, 1]."""
+    size = round(character_height(thing.diameter) / _CAPITAL_HEIGHT * _OVERSAMPLE)
+    font = _font(_FONT_FILES[int(rng.integers(len(_FONT_FILES)))], size)
+    text = CHARACTERS[thing.character].upper()
+    x, y = centre[0], centre[1] + (0.12 * thing.diameter * _OVERSAMPLE if SHAPES[thing.shape] == "triangle" else 0)
+    y += size * _CAPITAL_HEIGHT / 2  # anchor "ms": middle of the base line
+    masks = []
+    for stroke in (0, round(1.2 * _OVERSAMPLE)):
+        image = Image.new("L", (side * _OVERSAMPLE, side * _OVERSAMPLE))
+        ImageDraw.Draw(image).text((x, y), text, fill=255, font=font, anchor="ms", stroke_width=stroke)
+        turned = image.rotate(-thing.angle, Image.Resampling.BILINEAR, center=centre)
+        masks.append(np.asarray(turned.reduce(_OVERSAMPLE), np.float32) / 255)
+    return masks[0], masks[1]

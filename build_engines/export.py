@@ -1,0 +1,190 @@
+"""Checkpoint -> the four ONNX graphs and the card that describe it, in one folder.
+
+    python -m build_engines.export reference --out build/reference
+
+writes vision_encoder.onnx, relevance_allocator.onnx, qformer.onnx, decoder.onnx, tokenizer.json and card.json. The
+batch is dynamic in all of them; so are the Q-Former's vision tokens and the decoder's lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from build_engines.model.checkpoint import BLIP2_PROMPT, Checkpoint
+from service.core import ModelCard
+
+OPSET = 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """One graph to export: names in the order of the module's arguments, and per input its dynamic axes."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    dynamic: dict[str, dict[int, str]]
+    outputs: Sequence[str]
+
+
+def graphs(checkpoint: Checkpoint) -> list[Graph]:
+    """The four graphs with example inputs at batch 2."""
+    vision, text = checkpoint.model.config.vision_config, checkpoint.model.config.text_config
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    batch = {0: "batch"}
+    question = {
+        "question_ids": torch.zeros(2, 32, dtype=torch.int32),
+        "question_mask": torch.ones(2, 32, dtype=torch.int32),
+    }
+    return [
+        Graph(
+            "vision_encoder",
+            checkpoint.vision_encoder(),
+            {"image": torch.zeros(2, 3, vision.image_size, vision.image_size, dtype=torch.uint8)},
+            {"image": batch},
+            ["features", "saliency", "entropy", "texture"],
+        ),
+        Graph(
+            "relevance_allocator",
+            checkpoint.allocator(),
+            {
+                "features": torch.zeros(2, 257, vision.hidden_size),
+                "saliency": torch.zeros(2, 256),
+                "entropy": torch.zeros(2, 256),
+                "texture": torch.zeros(2, 13, 16, 16),
+                **question,
+                "budget": torch.tensor([[64, 256, 32, 32]] * 2, dtype=torch.int32),
+            },
+            dict.fromkeys(
+                ["features", "saliency", "entropy", "texture", "question_ids", "question_mask", "budget"], batch
+            ),
+            ["vision_tokens", "vision_mask", "query_groups", "relevance", "scores", "levels", "tensions"],
+        ),
+        Graph(
+            "qformer",
+            checkpoint.qformer(),
+            {"vision_tokens": torch.zeros(2, 80, vision.hidden_size), "attend": torch.ones(2, 80, dtype=torch.int32)},
+            {"vision_tokens": batch | {1: "vision_tokens"}, "attend": batch | {1: "vision_tokens"}},
+            ["visual_tokens"],
+        ),
+        Graph(
+            "decoder",
+            checkpoint.decoder(),
+            {
+                "input_ids": torch.zeros(2, 5, dtype=torch.long),
+                "prompt_embedding_table": torch.zeros(2, 3, text.hidden_size),
+                "past_kv": torch.zeros(2, layers, 2, heads, 7, text.hidden_size // heads),
+                "past_lengths": torch.tensor([7, 4]),
+                "input_lengths": torch.tensor([5, 3]),
+            },
+            {
+                "input_ids": batch | {1: "length"},
+                "prompt_embedding_table": batch | {1: "visual_tokens"},
+                "past_kv": batch | {4: "past_length"},
+                "past_lengths": batch,
+                "input_lengths": batch,
+            },
+            ["logits", "new_kv"],
+        ),
+    ]
+
+
+def export_graph(graph: Graph, path: Path) -> None:
+    """Writes one self-contained ONNX file. Every dimension but those named in `graph.dynamic` is static."""
+    shapes = {
+        name: {axis: Dim.DYNAMIC for axis in graph.dynamic.get(name, {})} or None for name in graph.inputs
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            graph.module,
+            tuple(graph.inputs.values()),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple(shapes.values()),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    model = program.model_proto
+    _name_dimensions(model, graph)
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]  # stack traces of this machine
+        node.doc_string = ""
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+        if hasattr(value, "metadata_props"):
+            del value.metadata_props[:]
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _name_dimensions(model: onnx.ModelProto, graph: Graph) -> None:
+    """Gives dynamic input dimensions the names of `graph.dynamic` instead of the exporter's s0, s1, ..."""
+    renamed: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, name in graph.dynamic.get(value.name, {}).items():
+            renamed[value.type.tensor_type.shape.dim[axis].dim_param] = name
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for dimension in value.type.tensor_type.shape.dim:
+            dimension.dim_param = renamed.get(dimension.dim_param, dimension.dim_param)
+
+
+def card(checkpoint: Checkpoint) -> ModelCard:
+    """What the service needs to know of the checkpoint, and what it says of it."""
+    config = checkpoint.model.config
+    text = config.text_config
+    told = dict(checkpoint.card)
+    return ModelCard(
+        name=str(told.pop("name", checkpoint.directory.name)),
+        fingerprint=checkpoint.fingerprint(),
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        vision_width=config.vision_config.hidden_size,
+        bos_id=text.bos_token_id,
+        end_id=int(told.pop("end_id", text.eos_token_id)),
+        pad_id=text.pad_token_id,
+        max_positions=text.max_position_embeddings,
+        prompt_template=str(told.pop("prompt", BLIP2_PROMPT)),
+        allocator_trained=checkpoint.participatory is not None,
+        vision_tokens=(64, 256),
+        visual_tokens=(32, 32),
+        metadata=told,
+    )
+
+
+def export(directory: Path, out: Path) -> None:
+    """Exports the checkpoint in `directory` into `out`, which is created. Raises as `Checkpoint.load` does."""
+    checkpoint = Checkpoint.load(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for graph in graphs(checkpoint):
+        export_graph(graph, out / f"{graph.name}.onnx")
+        print(f"{graph.name}.onnx  {(out / f'{graph.name}.onnx').stat().st_size / 1e6:.1f} MB")
+    shutil.copyfile(directory / "tokenizer.json", out / "tokenizer.json")
+    (out / "card.json").write_text(json.dumps(dataclasses.asdict(card(checkpoint)), indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="directory of a Blip2ForConditionalGeneration checkpoint")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    export(arguments.checkpoint, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

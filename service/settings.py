@@ -1,0 +1,106 @@
+"""Every knob of the service, each with its unit in its name, read once at start from GLIMPSE_ variables."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "GLIMPSE_"
+MIB = 1024 * 1024
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class SettingsError(ValueError):
+    """The environment does not make a valid configuration; the message says which variable and why."""
+
+
+class Settings(BaseSettings):
+    """One frozen value. `GLIMPSE_HTTP_PORT=9000` sets `http_port`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    # Where the gateway listens. Nothing is authenticated yet, so the default is this machine only.
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
+    stop_grace_s: float = Field(10.0, ge=0)  # what requests in flight get to finish after SIGTERM
+
+    # Triton: the one we start (embedded), or two addresses of running ones, host:port of gRPC, which may be equal.
+    vision_url: str | None = None
+    llm_url: str | None = None
+    triton_http_port: int = Field(8000, ge=1, le=65535)
+    triton_grpc_port: int = Field(8001, ge=1, le=65535)
+    triton_metrics_port: int = Field(8002, ge=1, le=65535)
+    triton_start_timeout_s: float = Field(60.0, gt=0)
+    model_repository: Path = PROJECT / "model_repository"
+    probe_interval_s: float = Field(5.0, gt=0)  # how often every model is really inferred
+    probe_timeout_s: float = Field(5.0, gt=0)
+
+    # What a request may bring and ask for.
+    max_image_bytes: int = Field(20_000_000, gt=0)
+    max_image_pixels: int = Field(50_000_000, gt=0)
+    max_question_chars: int = Field(2_000, gt=0)
+    body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive
+    default_timeout_s: float = Field(30.0, gt=0)
+    max_timeout_s: float = Field(120.0, gt=0)
+    stall_timeout_s: float = Field(5.0, gt=0)  # between two tokens, before the LLM counts as dead
+    max_requests_in_flight: int = Field(128, gt=0)
+    decode_threads: int = Field(2, gt=0)
+
+    # What is kept in the process's memory.
+    feature_cache_bytes: int = Field(256 * MIB, ge=0)
+    image_store_bytes: int = Field(256 * MIB, gt=0)
+    image_ttl_s: float = Field(3600.0, gt=0)  # how long an image can be asked about by its id
+
+    log_dir: Path = Path("logs")  # Triton's own log
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["logfmt", "json"] = "logfmt"
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if (self.vision_url is None) != (self.llm_url is None):
+            raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
+        if self.default_timeout_s > self.max_timeout_s:
+            raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S")
+        if self.image_store_bytes < self.max_image_bytes:
+            raise ValueError("GLIMPSE_IMAGE_STORE_BYTES must hold at least one image of GLIMPSE_MAX_IMAGE_BYTES")
+        return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether we start Triton ourselves."""
+        return self.vision_url is None
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest image as base64 in JSON, and room for the other fields."""
+        return self.max_image_bytes * 4 // 3 + MIB
+
+
+def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from the environment. Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in sorted(environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the known ones are {', '.join(known)}"
+            raise SettingsError(f"{name} is not a setting: {hint}")
+    values: dict[str, Any] = {
+        name.upper().removeprefix(PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.upper().startswith(PREFIX) and value
+    }
+    try:
+        return Settings(**values)
+    except ValidationError as exc:
+        raise SettingsError("; ".join(_in_words(error["loc"], error["msg"]) for error in exc.errors())) from exc
+
+
+def _in_words(where: tuple[int | str, ...], message: str) -> str:
+    name = PREFIX + str(where[0]).upper() if where else ""
+    return f"{name}: {message}".removeprefix(": ").replace("Value error, ", "")

@@ -1,0 +1,56 @@
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings, SettingsError, read_settings
+
+
+def test_defaults_serve_an_embedded_triton():
+    settings = read_settings({})
+    assert settings.embedded
+    assert (settings.http_port, settings.triton_grpc_port) == (8080, 8001)
+    assert settings.model_repository.name == "model_repository"
+
+
+def test_a_variable_sets_its_knob_and_its_case_does_not_matter():
+    settings = read_settings({"GLIMPSE_HTTP_PORT": "9000", "glimpse_log_format": "json", "HTTP_PORT": "1"})
+    assert settings.http_port == 9000
+    assert settings.log_format == "json"
+
+
+def test_an_empty_variable_is_as_good_as_none():
+    assert read_settings({"GLIMPSE_VISION_URL": "", "GLIMPSE_LLM_URL": ""}).embedded
+
+
+def test_a_mistyped_variable_names_near_matches():
+    with pytest.raises(SettingsError, match="GLIMPSE_HTTP_PROT is not a setting: did you mean GLIMPSE_HTTP_PORT"):
+        read_settings({"GLIMPSE_HTTP_PROT": "9000"})
+
+
+def test_a_variable_like_no_other_lists_the_known_ones():
+    with pytest.raises(SettingsError, match=r"the known ones are .*GLIMPSE_FEATURE_CACHE_BYTES"):
+        read_settings({"GLIMPSE_ZZZZZZZZ": "1"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"GLIMPSE_HTTP_PORT": "many"}, "GLIMPSE_HTTP_PORT: .*integer"),
+        ({"GLIMPSE_HTTP_PORT": "70000"}, "GLIMPSE_HTTP_PORT: .*65535"),
+        ({"GLIMPSE_VISION_URL": "triton:8001"}, "set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL"),
+        ({"GLIMPSE_DEFAULT_TIMEOUT_S": "500"}, "over GLIMPSE_MAX_TIMEOUT_S"),
+        ({"GLIMPSE_IMAGE_STORE_BYTES": "10"}, "must hold at least one image"),
+    ],
+)
+def test_a_wrong_value_is_named(environ, message):
+    with pytest.raises(SettingsError, match=message):
+        read_settings(environ)
+
+
+def test_settings_cannot_change():
+    with pytest.raises(ValidationError):
+        Settings().http_port = 1
+
+
+def test_the_body_limit_holds_the_largest_image_as_base64():
+    settings = Settings(max_image_bytes=3_000)
+    assert settings.max_body_bytes > 4_000

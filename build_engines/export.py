@@ -103,9 +103,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
 
 def export_graph(graph: Graph, path: Path) -> None:
     """Writes one self-contained ONNX file. Every dimension but those named in `graph.dynamic` is static."""
-    shapes = {
-        name: {axis: Dim.DYNAMIC for axis in graph.dynamic.get(name, {})} or None for name in graph.inputs
-    }  # fmt: skip
+    shapes = {name: dict.fromkeys(graph.dynamic.get(name, {}), Dim.DYNAMIC) or None for name in graph.inputs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(

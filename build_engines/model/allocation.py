@@ -20,22 +20,17 @@ MAX_VISION_TOKENS = 400
 REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds
 
 
-def spread_order() -> Tensor:
-    """int64 [64]: the cells in an order whose every prefix lies evenly over the grid.
+def spread_turns() -> Tensor:
+    """float [64]: each cell's turn in an order whose every prefix lies evenly over the grid.
 
-    The R2 low-discrepancy sequence (Roberts 2018, "The Unreasonable Effectiveness of Quasirandom Sequences"), each
-    cell at its first visit.
+    Bayer's 8x8 dispersed-dot dither matrix (Bayer 1973, "An optimum method for two-level rendition").
     """
-    plastic = 1.32471795724474602596
-    order: list[int] = []
-    step = 0
-    while len(order) < CELL_COUNT:
-        step += 1
-        row = int(CELLS * ((0.5 + step / plastic) % 1.0))
-        column = int(CELLS * ((0.5 + step / plastic**2) % 1.0))
-        if row * CELLS + column not in order:
-            order.append(row * CELLS + column)
-    return torch.tensor(order)
+    turns = torch.zeros(1, 1)
+    while len(turns) < CELLS:
+        upper = torch.cat([4 * turns, 4 * turns + 2], dim=1)
+        lower = torch.cat([4 * turns + 3, 4 * turns + 1], dim=1)
+        turns = torch.cat([upper, lower])
+    return turns.flatten()
 
 
 def cells_of(patches: Tensor) -> Tensor:
@@ -63,9 +58,7 @@ class Allocation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        place = torch.empty(CELL_COUNT)
-        place[spread_order()] = torch.arange(CELL_COUNT, dtype=torch.float32)
-        self.register_buffer("spread", place, persistent=False)
+        self.register_buffer("spread", spread_turns(), persistent=False)
         # x @ offsets is the sum over the cells before each one.
         self.register_buffer("offsets", torch.ones(CELL_COUNT, CELL_COUNT).triu(1), persistent=False)
         self.register_buffer("slots", torch.arange(MAX_VISION_TOKENS, dtype=torch.float32), persistent=False)
@@ -90,7 +83,7 @@ class Allocation(nn.Module):
 
         CLS first, then the cells row by row, then padding (copies of the last cell's token, masked).
         """
-        batch, _, width = features.shape
+        width = features.shape[2]
         pooled = cells_of(features[:, 1:]).mean(2)  # [B, 64, D]
         source = torch.cat([features, pooled], dim=1)  # [B, 321, D]: CLS, patches, pooled cells
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """query (scaled) [B, heads, T, d], key and value [B, heads, S, d], bias broadcastable to [B, heads, T, S] -> [B, T, heads * d].
+    """query (scaled) [B, heads, T, d]; key, value [B, heads, S, d]; bias fits [B, heads, T, S] -> [B, T, heads * d].
 
     The scale is on the query, before the product, which is what TensorRT's attention fusion looks for.
     """

@@ -67,7 +67,7 @@ class Texture(nn.Module):
         return torch.cat([(116 * y - 16) / 100, 500 * (x - y) / 128], dim=1)
 
     def _gradients(self, luminance: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 1, 224, 224] -> mean |Sobel x|, |Sobel y|, magnitude [B, 3, 16, 16]; orientation entropy [B, 1, 16, 16]."""
+        """[B, 1, 224, 224] -> mean |Sobel x|, |Sobel y|, magnitude [B, 3, 16, 16]; their orientation entropy."""
         padded = F.pad(luminance, (1, 1, 1, 1), mode="replicate")
         response = F.conv2d(padded, self.steered, stride=2).abs()  # [B, 8, 112, 112]
         x, y = response[:, :1], response[:, ORIENTATIONS // 2 : ORIENTATIONS // 2 + 1]

@@ -1,0 +1,181 @@
+"""Text to ids and back: what the allocator and the LLM read of a question, and the answer's text as tokens come."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+from tokenizers import Tokenizer
+
+from service.core import QUESTION_TOKENS, FloatArray, ModelCard, Prompt, Question
+from service.errors import InvalidRequest
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizers` file; special tokens spelled out in a question are read as plain text."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+class PromptBuilder:
+    """BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question."""
+
+    def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
+        self.card = card
+        self.tokenizer = tokenizer
+
+    def question(self, text: str) -> Question:
+        """The bare question, without BOS, as the allocator reads it: longer ones are cut, for the allocator only."""
+        ids = self._encode(text)[:QUESTION_TOKENS]
+        padding = QUESTION_TOKENS - len(ids)
+        return Question(
+            ids=np.array(ids + [self.card.pad_id] * padding, np.int32),
+            mask=np.array([1] * len(ids) + [0] * padding, np.int32),
+        )
+
+    def text_ids(self, question: str) -> list[int]:
+        """BOS and the template with the question."""
+        return [self.card.bos_id, *self._encode(self.card.prompt_template.replace("{question}", question))]
+
+    def require_room(self, question: str, visual_tokens: int, max_tokens: int) -> None:
+        """Raises InvalidRequest where visual, prompt and answer tokens together pass the model's positions."""
+        prompt_tokens = len(self.text_ids(question))
+        total = visual_tokens + prompt_tokens + max_tokens
+        if total > self.card.max_positions:
+            room = self.card.max_positions - visual_tokens - prompt_tokens
+            mend = f"lower max_tokens to {room}" if room > 0 else "shorten the question"
+            raise InvalidRequest(
+                f"{visual_tokens} visual + {prompt_tokens} prompt + {max_tokens} max_tokens = {total} tokens, "
+                f"{self.card.name} has room for {self.card.max_positions}: {mend}",
+                param="max_tokens" if room > 0 else "question",
+                code="context_length_exceeded",
+            )
+
+    def compose(self, question: str, visual_tokens: FloatArray, key: bytes) -> Prompt:
+        """`visual_tokens` [N, H]; `key` names what they were made from (image, question, budget, models)."""
+        count = len(visual_tokens)
+        text = np.array(self.text_ids(question), np.int32)
+        visual = np.arange(self.card.vocab_size, self.card.vocab_size + count, dtype=np.int32)
+        extra = np.concatenate([visual_token_ids(key, count), np.zeros(len(text), np.uint64)])
+        return Prompt(np.concatenate([visual, text]), visual_tokens, extra)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def visual_token_ids(key: bytes, count: int) -> npt.NDArray[np.uint64]:
+    """[count] ids >= 1, one a visual token: equal ids mean equal embeddings, so an LLM server may share their KV."""
+    ids = np.frombuffer(blake3(key).digest(length=8 * count), np.uint64)
+    return np.maximum(ids, np.uint64(1))
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes that each id stands for; none for special tokens. Raises ValueError for an unknown kind of tokenizer.
+
+    Knows byte-level BPE (GPT-2, OPT) and SentencePiece with byte fallback (Llama, Vicuna).
+    """
+    description = json.loads(tokenizer.to_str())
+    kinds = {str(step["type"]) for step in _steps(description["decoder"])}
+    added = {token["id"]: token for token in description["added_tokens"]}
+    if "ByteLevel" in kinds:
+        spell = _spell_byte_level
+    elif kinds & {"ByteFallback", "Metaspace"}:
+        spell = _spell_sentencepiece
+    else:
+        raise ValueError(f"the tokenizer's decoder {sorted(kinds)} is neither byte-level nor SentencePiece")
+    spelled = []
+    for i in range(tokenizer.get_vocab_size(with_added_tokens=True)):
+        token = tokenizer.id_to_token(i)
+        if i in added:
+            spelled.append(b"" if added[i]["special"] else added[i]["content"].encode())
+        else:
+            spelled.append(spell(token) if token is not None else b"")
+    return spelled
+
+
+def _steps(decoder: dict[str, object] | None) -> Iterable[dict[str, object]]:
+    if decoder is None:
+        return []
+    steps = decoder.get("decoders")
+    return steps if isinstance(steps, list) else [decoder]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's: printable bytes stand for themselves, the others for code points from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_level_alphabet()
+
+
+def _spell_byte_level(token: str) -> bytes:
+    return bytes(BYTE_OF[character] for character in token)
+
+
+def _spell_sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.replace("▁", " ").encode()
+
+
+class Detokeniser:
+    """One answer's tokens to text, as they come.
+
+    Text is emitted once it is certain: whole characters only, and nothing that could be the start of a stop string.
+    White space before the answer is dropped. The first stop string to be complete ends the answer, which keeps
+    nothing of it. However the tokens are split over calls, the concatenation is the same.
+    """
+
+    def __init__(self, spelled: Sequence[bytes], stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._spelled = spelled
+        self._stop = stop
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._started = False
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these tokens make certain; empty once a stop string came."""
+        return self.push_bytes(b"".join(self._spelled[i] if 0 <= i < len(self._spelled) else b"" for i in ids))
+
+    def push_bytes(self, data: bytes) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + self._utf8.decode(data)
+        if not self._started:
+            text = text.lstrip()
+            self._started = bool(text)
+        end = self._stop_in(text)
+        if end is not None:
+            self.stopped, self._held = True, ""
+            return text[:end]
+        kept = self._possible_stop(text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come. Bytes of an unfinished character are dropped."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _stop_in(self, text: str) -> int | None:
+        """Where the stop string begins that is complete first; of two that end together, the longer."""
+        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        return min(found)[1] if found else None
+
+    def _possible_stop(self, text: str) -> int:
+        """How many characters at the end could be the start of a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0

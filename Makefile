@@ -1,0 +1,47 @@
+# Everything starts here. Needs make and Python 3.11 to 3.13; `make serve` sets up the rest on its first run.
+SHELL := /bin/sh
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := service triton_models build_engines benchmarks tests scripts
+
+.PHONY: help serve test check format eval benchmark train repository clean
+
+help: ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+serve: ready-to-serve ## set up, then serve on port 8080 until Ctrl-C
+	@exec $(BIN)/glimpse serve
+
+test: check ## set up, then the style gate and every test
+	$(BIN)/python -m pytest
+
+check: ready-to-develop ## the style gate: format, lint, types, import layers
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: ready-to-develop ## format and mend what ruff can
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+eval: ready-to-serve ## accuracy of the served chain on the committed scenes (needs a running server)
+	$(BIN)/glimpse eval
+
+benchmark: ready-to-serve ## latency and throughput of the served chain (needs a running server)
+	$(BIN)/python -m benchmarks.latency
+
+train: ready-to-develop ## train the reference model from nothing into runs/reference
+	$(BIN)/glimpse train --out runs/reference
+
+repository: ready-to-develop ## export reference/ into model_repository/
+	$(BIN)/python -m build_engines.export reference --out build/reference
+	$(BIN)/python -m build_engines.repository build/reference --out model_repository
+
+clean: ## remove the environment and everything built
+	rm -rf .venv build runs logs *.egg-info
+
+.PHONY: ready-to-serve ready-to-develop
+ready-to-serve ready-to-develop:
+	@command -v $(PYTHON) >/dev/null || { echo "Glimpse needs Python 3.11 to 3.13: sudo apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) scripts/set_up.py $(@:ready-to-%=%)

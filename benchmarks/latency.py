@@ -1,0 +1,189 @@
+"""Latency and throughput of the whole service on this machine.
+
+    python -m benchmarks.latency          # starts a server of its own, measures, stops it
+
+One client: cold (an image never seen) and follow-up (another question on it), end to end. 1, 8 and 32 clients in
+turn, several rounds: requests and tokens a second. Also the time to ready and the memory of all processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from benchmarks.evaluate import SCENES, rows
+
+ROUNDS = 5  # of the concurrency measurement, alternating, so that a slow minute of the machine hits all alike
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    pid: int
+    ready_s: float
+
+
+@contextmanager
+def own_server() -> Iterator[Server]:
+    """`glimpse serve` on free ports, stopped at the end. Raises RuntimeError if it is not ready within 60 s."""
+    ports = dict(zip(("HTTP", "TRITON_HTTP", "TRITON_GRPC", "TRITON_METRICS"), _free_ports(4), strict=True))
+    environment = os.environ | {f"GLIMPSE_{name}_PORT": str(port) for name, port in ports.items()}
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{ports['HTTP']}"
+    try:
+        while not _ready(url):
+            if process.poll() is not None or time.monotonic() - started > 60:
+                raise RuntimeError("the server did not become ready; run `make serve` to see why")
+            time.sleep(0.05)
+        yield Server(url, process.pid, time.monotonic() - started)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/ready", timeout=1.0).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def memory_mb(pid: int) -> float:
+    """Resident memory of a process and everything below it, in MB; shared pages count in each process."""
+    parents: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it ended meanwhile
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    pages, family = 0, [pid]
+    while family:
+        member = family.pop()
+        family += parents.get(member, [])
+        pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def never_seen(scene: Path, step: int) -> str:
+    """The scene shifted sideways by a few pixels, lossless, as base64: the same kind of image with other bytes."""
+    with Image.open(scene) as image:
+        pixels = np.roll(np.asarray(image.convert("RGB")), step % 200 + 1, axis=1)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "WEBP", quality=90)
+    return base64.b64encode(encoded.getvalue()).decode()
+
+
+def ask(client: httpx.Client, image: str, question: str, max_tokens: int) -> tuple[dict, float]:
+    """The answer and its end-to-end time in milliseconds. Raises httpx.HTTPError."""
+    started = time.perf_counter()
+    response = client.post("/v1/vqa", json={"image": image, "question": question, "max_tokens": max_tokens})
+    response.raise_for_status()
+    return response.json(), (time.perf_counter() - started) * 1e3
+
+
+def percentiles(milliseconds: list[float]) -> dict[str, float]:
+    cut = statistics.quantiles(milliseconds, n=100, method="inclusive")
+    return {
+        "n": len(milliseconds),
+        "p50_ms": round(cut[49], 1),
+        "p95_ms": round(cut[94], 1),
+        "p99_ms": round(cut[98], 1),
+    }
+
+
+def one_client(url: str, count: int) -> dict[str, dict[str, float]]:
+    """Cold and follow-up latency of short questions, one request at a time."""
+    asked = [row for row in rows(SCENES) if row.type != "describe"]
+    cold, follow_up = [], []
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for step in range(count + 10):
+            row, other = asked[step * 7 % len(asked)], asked[(step * 7 + 3) % len(asked)]
+            image = never_seen(SCENES / row.image, step)
+            first, cold_ms = ask(client, image, row.question, 8)
+            second, follow_up_ms = ask(client, image, other.question, 8)
+            if (first["vision"]["cache"], second["vision"]["cache"]) != ("miss", "hit"):
+                raise RuntimeError(f"expected a miss, then a hit: {first['vision']}, {second['vision']}")
+            if step >= 10:  # the first ones warm up
+                cold.append(cold_ms)
+                follow_up.append(follow_up_ms)
+    return {"cold": percentiles(cold), "follow_up": percentiles(follow_up)}
+
+
+def many_clients(url: str, clients: int, requests: int) -> dict[str, float]:
+    """Long answers (`describe the image`) on cached images, closed loop. Any error raises."""
+    images = [
+        base64.b64encode((SCENES / name).read_bytes()).decode() for name in sorted({r.image for r in rows(SCENES)})[:32]
+    ]
+    with httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=clients)) as client:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            said = list(
+                pool.map(
+                    lambda step: ask(client, images[step % len(images)], "describe the image", 64), range(requests)
+                )
+            )
+        elapsed_s = time.perf_counter() - started
+    tokens = sum(answer["usage"]["completion_tokens"] for answer, _ in said)
+    return {"requests_per_s": requests / elapsed_s, "tokens_per_s": tokens / elapsed_s}
+
+
+def measure(server: Server, count: int) -> dict[str, object]:
+    result: dict[str, object] = {"ready_s": round(server.ready_s, 1), "one_client": one_client(server.url, count)}
+    many_clients(server.url, 8, 32)  # fills the cache
+    series: dict[int, list[dict[str, float]]] = {1: [], 8: [], 32: []}
+    for _ in range(ROUNDS):
+        for clients, seen in series.items():
+            seen.append(many_clients(server.url, clients, max(24, 3 * clients)))
+    medians = {
+        clients: {key: round(statistics.median(each[key] for each in seen), 1) for key in seen[0]}
+        for clients, seen in series.items()
+    }
+    result["clients"] = medians
+    result["tokens_per_s_8_over_1"] = round(medians[8]["tokens_per_s"] / medians[1]["tokens_per_s"], 2)
+    result["memory_mb"] = round(memory_mb(server.pid))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=200, help="cold questions to ask with one client")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    with own_server() as server:
+        result = measure(server, arguments.requests)
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

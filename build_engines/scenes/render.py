@@ -31,14 +31,13 @@ class Picture:
 def render(things: list[Thing], rng: np.random.Generator) -> Picture:
     """Draw the objects on a textured, noisy, unevenly lit background. About 3 ms."""
     canvas = _background(rng)
-    coverage = np.zeros((len(things), IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    coverage = np.zeros((len(things), GRID, GRID), np.float32)
     for index, thing in enumerate(things):
         _draw(canvas, coverage[index], thing, rng)
     canvas *= _light(rng)
     canvas += _noise(rng, float(rng.uniform(2, 9)))
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
-    shares = coverage.reshape(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE).mean(axis=(2, 4))
-    return Picture(pixels, shares)
+    return Picture(pixels, coverage)
 
 
 def compressed(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -91,8 +90,8 @@ def _noise(rng: np.random.Generator, amplitude: float) -> np.ndarray:
     return _noise_tile()[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] * amplitude
 
 
-def _draw(canvas: np.ndarray, coverage: np.ndarray, thing: Thing, rng: np.random.Generator) -> None:
-    """Blend one object into the canvas and write its mask into coverage, both in place."""
+def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.Generator) -> None:
+    """Blend one object into the canvas and its [16, 16] patch shares, both in place."""
     half = math.ceil(thing.diameter / 2) + 2
     left, top = math.floor(thing.x) - half, math.floor(thing.y) - half
     side = 2 * half + 1
@@ -117,8 +116,14 @@ def _draw(canvas: np.ndarray, coverage: np.ndarray, thing: Thing, rng: np.random
         share = alpha[window][..., None]
         colour = np.broadcast_to(colour, (side, side, 3))[window]
         region += share * (colour - region)
-    union = np.maximum.reduce([alpha for alpha, _ in layers])
-    coverage[y0:y1, x0:x1] = union[window]
+    # Its share of each patch, from the window padded to whole patches.
+    row0, column0, row1, column1 = y0 // PATCH_SIZE, x0 // PATCH_SIZE, -(-y1 // PATCH_SIZE), -(-x1 // PATCH_SIZE)
+    union = np.zeros(((row1 - row0) * PATCH_SIZE, (column1 - column0) * PATCH_SIZE), np.float32)
+    inside = (slice(y0 - row0 * PATCH_SIZE, y1 - row0 * PATCH_SIZE), slice(x0 - column0 * PATCH_SIZE, x1 - column0 * PATCH_SIZE))
+    union[inside] = mask[window] if len(layers) == 1 else np.maximum(mask[window], layers[1][0][window])
+    shares[row0:row1, column0:column1] = union.reshape(
+        row1 - row0, PATCH_SIZE, column1 - column0, PATCH_SIZE
+    ).mean(axis=(1, 3))
 
 
 def _shape_mask(thing: Thing, side: int, centre: tuple[float, float]) -> np.ndarray:
@@ -186,6 +191,6 @@ def _character_masks(
     for stroke in (0, round(1.2 * _OVERSAMPLE)):
         image = Image.new("L", (side * _OVERSAMPLE, side * _OVERSAMPLE))
         ImageDraw.Draw(image).text((x, y), text, fill=255, font=font, anchor="ms", stroke_width=stroke)
-        turned = image.rotate(-thing.angle, Image.Resampling.BILINEAR, center=centre)
+        turned = image.rotate(-thing.angle, Image.Resampling.NEAREST, center=centre)
         masks.append(np.asarray(turned.reduce(_OVERSAMPLE), np.float32) / 255)
     return masks[0], masks[1]

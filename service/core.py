@@ -6,8 +6,10 @@ LLM's hidden size.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -122,3 +124,13 @@ class ModelCard:
     vision_tokens: tuple[int, int]  # what budgets can ask for
     visual_tokens: tuple[int, int]
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The text of a card.json. Raises ValueError for text that is no card: what is missing, what is unknown."""
+        try:
+            fields = json.loads(text)
+            budgets = {name: tuple(fields[name]) for name in ("vision_tokens", "visual_tokens")}
+            return cls(**fields | budgets)
+        except (TypeError, KeyError) as exc:
+            raise ValueError(f"not a model card: {exc}") from exc

@@ -1,0 +1,252 @@
+"""In-flight batching: a request joins at the next iteration and leaves when it is done.
+
+Pure of Triton and of ONNX: sequences in, events out. One thread calls `iterate`; any thread may submit and stop. Every
+accepted sequence ends in exactly one event with `finished` set, or in what `close` returns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from service.core import Prompt, Sampling
+from triton_models.sampling import Sampler
+
+
+class Decoder(Protocol):
+    """Rows of cache that grow by a token a step. Rows are compact: 0 .. rows-1."""
+
+    vocab_size: int
+    max_rows: int
+    rows: int
+
+    def prefill(self, prompts: SequenceOf[Prompt]) -> npt.NDArray[np.float32]:
+        """Append one row a prompt -> logits [len(prompts), V]. On error no row is added."""
+
+    def step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Append tokens [rows] -> logits [rows, V]."""
+
+    def drop(self, row: int) -> None:
+        """Forget a row; the last row takes its place."""
+
+    def scrub(self, row: int) -> None:
+        """Make sure that nothing of the row is left for the next one in its place."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way through the batch."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: Sampling
+    end_id: int
+    owner: Any = None  # the caller's own: carried, never read
+    cancelled: bool = False  # set by any thread; the sequence ends at the next iteration
+    generated: int = 0
+    log_prob: float = 0.0  # of all tokens so far
+
+
+class Event(NamedTuple):
+    """One token of one sequence, or its end without one: cancelled when `error` is None, else failed."""
+
+    sequence: Sequence
+    token: int | None
+    log_prob: float
+    finished: bool
+    error: str | None = None
+
+
+class QueueFull(Exception):
+    """No room for another sequence now."""
+
+
+class Closed(Exception):
+    """The batcher takes no more sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the work in one iteration and the sequences that wait for one."""
+
+    max_queue: int = 64  # sequences waiting for a row
+    max_prefill_tokens: int = 512  # rows x longest prompt of one prefill: running rows wait that long for their token
+    max_prefill_padding: float = 0.25  # share of a prefill that may be padding
+
+
+class Batcher:
+    """The queue, the running rows and the loop's body."""
+
+    def __init__(self, decoder: Decoder, limits: Limits) -> None:
+        self._decoder = decoder
+        self._limits = limits
+        self._sampler = Sampler(decoder.max_rows, decoder.vocab_size)
+        self._waiting: deque[Sequence] = deque()
+        self._joining: list[Sequence] = []  # in the prefill of this iteration
+        self._running: list[Sequence] = []  # running[i] owns the decoder's row i
+        self._tokens = np.zeros(decoder.max_rows, np.int64)  # what each row says next to the decoder
+        self._left = np.zeros(decoder.max_rows, np.int64)  # tokens each row may still generate
+        self._end_ids = np.zeros(decoder.max_rows, np.int64)
+        self._prefilled = False  # the last iteration was a prefill: now it is the running rows' turn
+        self._closed = False
+        self._work = threading.Condition()
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises QueueFull, Closed."""
+        with self._work:
+            if self._closed:
+                raise Closed
+            if len(self._waiting) >= self._limits.max_queue:
+                raise QueueFull(f"Exceeds maximum queue size {self._limits.max_queue}")
+            self._waiting.append(sequence)
+            self._work.notify()
+
+    def stop(self, request_id: str) -> int:
+        """End the sequences with that id at the next iteration -> how many there were."""
+        with self._work:
+            everyone = (*self._waiting, *self._joining, *self._running)
+            stopped = [each for each in everyone if each.request_id == request_id]
+            for sequence in stopped:
+                sequence.cancelled = True
+        return len(stopped)
+
+    def wait(self) -> bool:
+        """Block until there is work -> True, or the batcher is closed -> False."""
+        with self._work:
+            self._work.wait_for(lambda: self._closed or self._running or self._waiting)
+            return not self._closed
+
+    def close(self) -> None:
+        """Take no more sequences and wake the loop."""
+        with self._work:
+            self._closed = True
+            self._work.notify_all()
+
+    def drain(self) -> list[Event]:
+        """After the loop has ended: one failed event for every sequence left."""
+        left = [*self._running, *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        return [Event(each, None, 0.0, True, "the model is being unloaded") for each in left]
+
+    def iterate(self) -> list[Event]:
+        """One run of the decoder, a prefill or a step; they alternate while both have work."""
+        events = self._reap()
+        group = [] if self._prefilled and self._running else self._admit()
+        self._prefilled = bool(group)
+        if group:
+            events += self._prefill(group)
+        elif self._running:
+            events += self._step()
+        return events
+
+    def _reap(self) -> list[Event]:
+        """Take the cancelled sequences out of the rows and the queue."""
+        with self._work:
+            gone = [each for each in self._waiting if each.cancelled]
+            for sequence in gone:
+                self._waiting.remove(sequence)
+        for row in reversed(range(len(self._running))):
+            if self._running[row].cancelled:
+                gone.append(self._running[row])
+                self._drop(row)
+        return [Event(each, None, 0.0, True) for each in gone]
+
+    def _admit(self) -> list[Sequence]:
+        """The head of the queue and those behind it that fit beside it in one prefill."""
+        with self._work:
+            room = self._decoder.max_rows - len(self._running)
+            group: list[Sequence] = []
+            longest = total = 0
+            for sequence in self._waiting:
+                length = sequence.prompt.input_ids.size
+                most = max(longest, length)
+                cells = most * (len(group) + 1)
+                padding = 1 - (total + length) / cells
+                if len(group) == room:
+                    break
+                if not group or (
+                    cells <= self._limits.max_prefill_tokens and padding <= self._limits.max_prefill_padding
+                ):
+                    group.append(sequence)
+                    longest, total = most, total + length
+            for sequence in group:
+                self._waiting.remove(sequence)
+            self._joining = group
+            return group
+
+    def _prefill(self, group: list[Sequence]) -> list[Event]:
+        try:
+            logits = self._decoder.prefill([each.prompt for each in group])
+        except Exception as error:  # whatever it was, it ends these sequences and not the loop
+            if len(group) > 1:
+                return [event for each in group for event in self._prefill([each])]
+            return [Event(group[0], None, 0.0, True, f"prefill failed: {error}")]
+        first = len(self._running)
+        for row, sequence in enumerate(group, first):
+            self._sampler.append(sequence.sampling, sequence.prompt.input_ids)
+            self._left[row] = sequence.sampling.max_tokens
+            self._end_ids[row] = sequence.end_id
+        with self._work:
+            self._running += group
+            self._joining = []
+        return self._draw(logits, first)
+
+    def _step(self) -> list[Event]:
+        rows = len(self._running)
+        try:
+            logits = self._decoder.step(self._tokens[:rows])
+        except Exception as error:  # whatever it was, it ends these sequences and not the loop
+            failed = self._running.copy()
+            for row in reversed(range(rows)):
+                self._decoder.scrub(row)
+                self._drop(row)
+            return [Event(each, None, 0.0, True, f"decode step failed: {error}") for each in failed]
+        return self._draw(logits, 0)
+
+    def _draw(self, logits: npt.NDArray[np.float32], first: int) -> list[Event]:
+        """The next token of rows first, first+1, ...; those that are done leave."""
+        rows = slice(first, len(self._running))
+        tokens, log_probs = self._sampler.draw(logits, first)
+        self._tokens[rows] = tokens
+        self._left[rows] -= 1
+        finite = np.isfinite(log_probs)
+        finished = (tokens == self._end_ids[rows]) | (self._left[rows] <= 0) | ~finite
+        events = []
+        for sequence, token, log_prob, done in zip(
+            self._running[rows], tokens.tolist(), log_probs.tolist(), finished.tolist(), strict=True
+        ):
+            sequence.generated += 1
+            sequence.log_prob += log_prob
+            events.append(Event(sequence, token, log_prob, done))
+        if finished.any():
+            for index in reversed(np.flatnonzero(finished).tolist()):
+                if not finite[index]:
+                    events[index] = Event(events[index].sequence, None, 0.0, True, "the model's logits are not finite")
+                    self._decoder.scrub(first + index)
+                self._drop(first + index)
+        return events
+
+    def _drop(self, row: int) -> None:
+        """Row `row` leaves; the last row takes its place everywhere."""
+        last = len(self._running) - 1
+        self._decoder.drop(row)
+        self._sampler.drop(row)
+        for column in (self._tokens, self._left, self._end_ids):
+            column[row] = column[last]
+        self._running[row] = self._running[last]
+        self._running.pop()

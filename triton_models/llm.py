@@ -1,0 +1,207 @@
+"""The `llm` model: Triton's requests to sequences of the batcher, and its events to one response a token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from service.core import Prompt, Sampling
+from service.errors import InvalidRequest
+from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
+from triton_models.decoder import OnnxDecoder
+from triton_models.parameters import Parameters
+
+CANCEL_CHECK_TOKENS = 4  # asking Triton costs 0.06-0.1 ms
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """Who waits for a sequence's tokens, and which of the outputs it asked for."""
+
+    sender: Any
+    outputs: tuple[str, ...]
+
+    def say(self, event: Event) -> None:
+        """One event as one response; the flag that ends the stream rides on the last."""
+        sequence = event.sequence
+        if event.error is not None:
+            self.fail(event.error, pb_utils.TritonError.INTERNAL)
+        elif event.token is None:
+            self.end()
+        else:
+            values = {
+                "output_ids": (np.int32, event.token, 3),
+                "sequence_length": (np.int32, sequence.generated, 2),
+                "cum_log_probs": (np.float32, sequence.log_prob, 2),
+                "output_log_probs": (np.float32, event.log_prob, 3),
+            }
+            tensors = []
+            for name in self.outputs:
+                dtype, value, dimensions = values[name]
+                tensors.append(pb_utils.Tensor(name, np.full((1,) * dimensions, value, dtype)))
+            flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if event.finished else 0
+            self.sender.send(pb_utils.InferenceResponse(tensors), flags)
+
+    def fail(self, message: str, code: Any) -> None:
+        error = pb_utils.TritonError(message, code)
+        self.sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def end(self) -> None:
+        self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+class TritonPythonModel:
+    """`execute` queues and returns; one thread runs the batcher's loop and answers."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        parameters = Parameters(args)
+        decoder = OnnxDecoder(
+            parameters.graph,
+            max_rows=parameters.integer("max_rows", 32),
+            intra_op_threads=parameters.integer("intra_op_threads", 1),
+        )
+        limits = Limits(
+            max_queue=parameters.integer("max_queue", 64),
+            max_prefill_tokens=parameters.integer("max_prefill_tokens", 512),
+        )
+        self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, parameters.card().max_positions)
+        self._outputs = tuple(parameters.outputs)
+        self._batcher = Batcher(decoder, limits)
+        self._loop = threading.Thread(target=self._run, name="llm-loop", daemon=True)
+        self._loop.start()
+
+    def execute(self, requests: SequenceOf[Any]) -> None:
+        for request in requests:
+            asked = request.requested_output_names()
+            caller = Caller(request.get_response_sender(), tuple(name for name in self._outputs if name in asked))
+            try:
+                self._take(request, caller)
+            except InvalidRequest as error:
+                caller.fail(error.message, pb_utils.TritonError.INVALID_ARG)
+            except (QueueFull, Closed) as error:
+                caller.fail(str(error), pb_utils.TritonError.UNAVAILABLE)
+
+    def finalize(self) -> None:
+        """Stop the loop after its iteration; whoever still waits gets an error."""
+        self._batcher.close()
+        self._loop.join()
+        for event in self._batcher.drain():
+            self._say(event)
+
+    def _take(self, request: Any, caller: Caller) -> None:
+        inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        if "stop" in inputs and inputs["stop"].any():
+            self._batcher.stop(request.request_id())
+            caller.end()
+        else:
+            sequence = self._reader.read(request.request_id(), inputs)
+            sequence.owner = caller
+            self._batcher.submit(sequence)
+
+    def _run(self) -> None:
+        while self._batcher.wait():
+            for event in self._batcher.iterate():
+                self._say(event)
+
+    def _say(self, event: Event) -> None:
+        sequence, caller = event.sequence, event.sequence.owner
+        try:
+            caller.say(event)
+            if not event.finished and sequence.generated % CANCEL_CHECK_TOKENS == 0 and caller.sender.is_cancelled():
+                sequence.cancelled = True
+        except Exception as error:  # one caller that cannot be told ends its own sequence only
+            pb_utils.Logger.log_warn(f"llm: request {sequence.request_id!r} can not be answered: {error}")
+            sequence.cancelled = True
+
+
+class RequestReader:
+    """Input tensors (batch dimension 1 first) to a Sequence. Raises InvalidRequest: the text goes to the client."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, max_positions: int) -> None:
+        self._vocab_size = vocab_size
+        self._hidden_size = hidden_size
+        self._max_positions = max_positions
+
+    def read(self, request_id: str, inputs: Mapping[str, Any]) -> Sequence:
+        if "input_ids" not in inputs or inputs["input_ids"].shape[0] != 1:
+            raise InvalidRequest("llm takes one sequence a request: input_ids [1, T]", param="input_ids")
+        sampling = self._sampling(inputs)
+        prompt = self._prompt(inputs)
+        positions = prompt.input_ids.size + sampling.max_tokens
+        if positions > self._max_positions:
+            raise InvalidRequest(
+                f"the prompt's {prompt.input_ids.size} tokens and request_output_len {sampling.max_tokens} make "
+                f"{positions} positions: the model has {self._max_positions}",
+                param="request_output_len",
+            )
+        return Sequence(request_id, prompt, sampling, _scalar(inputs, "end_id", -1))
+
+    def _prompt(self, inputs: Mapping[str, Any]) -> Prompt:
+        ids = np.array(inputs["input_ids"][0], np.int32)  # copies: Triton's memory ends with execute()
+        length = _scalar(inputs, "input_lengths", ids.size)
+        if not 0 < length <= ids.size:
+            raise InvalidRequest(f"input_lengths is {length}, input_ids has {ids.size}", param="input_lengths")
+        ids = ids[:length]
+        table = np.zeros((0, self._hidden_size), np.float32)
+        if "prompt_embedding_table" in inputs:
+            table = np.array(inputs["prompt_embedding_table"][0], np.float32)
+        rows = _scalar(inputs, "prompt_vocab_size", len(table))
+        if rows != len(table) or table.shape[1:] != (self._hidden_size,):
+            raise InvalidRequest(
+                f"prompt_embedding_table is {list(table.shape)}, with prompt_vocab_size {rows} it must be "
+                f"[{rows}, {self._hidden_size}]",
+                param="prompt_embedding_table",
+            )
+        if not np.isfinite(table).all():
+            raise InvalidRequest("prompt_embedding_table is not finite", param="prompt_embedding_table")
+        if ids.min() < 0 or ids.max() >= self._vocab_size + rows:
+            raise InvalidRequest(
+                f"input_ids must be 0 to {self._vocab_size + rows - 1}: the vocabulary has {self._vocab_size}, then "
+                f"come {rows} rows of prompt_embedding_table",
+                param="input_ids",
+            )
+        extra_ids = np.zeros(ids.size, np.uint64)
+        if "prompt_table_extra_ids" in inputs:
+            extra_ids = np.array(inputs["prompt_table_extra_ids"][0], np.uint64)[:length]
+        if extra_ids.size != ids.size:
+            raise InvalidRequest(
+                f"prompt_table_extra_ids has {extra_ids.size} ids for {ids.size} input tokens",
+                param="prompt_table_extra_ids",
+            )
+        return Prompt(ids, table, extra_ids)
+
+    @staticmethod
+    def _sampling(inputs: Mapping[str, Any]) -> Sampling:
+        sampling = Sampling(
+            max_tokens=_scalar(inputs, "request_output_len", 0),
+            temperature=_scalar(inputs, "temperature", 0.0),
+            top_k=_scalar(inputs, "runtime_top_k", 0),
+            top_p=_scalar(inputs, "runtime_top_p", 1.0),
+            seed=_scalar(inputs, "seed", 0),
+            repetition_penalty=_scalar(inputs, "repetition_penalty", 1.0),
+        )
+        for name, holds, rule in (
+            ("request_output_len", sampling.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= sampling.temperature < np.inf, "0 (greedy) or more"),
+            ("runtime_top_k", sampling.top_k >= 0, "0 (off) or more"),
+            ("runtime_top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < sampling.repetition_penalty < np.inf, "above 0"),
+        ):
+            if not holds:
+                raise InvalidRequest(f"{name} must be {rule}", param=name)
+        return sampling
+
+
+def _scalar(inputs: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The one number of an input [1, 1] as a Python number. Raises InvalidRequest when there are more."""
+    if name not in inputs:
+        return default
+    if inputs[name].size != 1:
+        raise InvalidRequest(f"{name} must be one number, not {list(inputs[name].shape)}", param=name)
+    return inputs[name].item()

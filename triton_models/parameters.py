@@ -1,0 +1,42 @@
+"""What Triton tells a model at its start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from service.core import ModelCard
+
+
+class Parameters:
+    """The `args` of `initialize`: the model's folder and the `parameters` of its config.pbtxt."""
+
+    def __init__(self, args: Mapping[str, str]) -> None:
+        self.folder = Path(args["model_repository"])  # the model's own folder
+        self.version = self.folder / args["model_version"]
+        self.repository = self.folder.parent
+        config = json.loads(args["model_config"])
+        self._values = {key: each["string_value"] for key, each in config.get("parameters", {}).items()}
+        self.max_batch_size = int(config.get("max_batch_size", 0))
+        self.inputs = [each["name"] for each in config["input"]]
+        self.outputs = [each["name"] for each in config["output"]]
+
+    def text(self, key: str, default: str) -> str:
+        return str(self._values.get(key, default))
+
+    def integer(self, key: str, default: int) -> int:
+        """Raises ValueError, which fails the load, when the parameter is not a positive number."""
+        value = int(self.text(key, str(default)))
+        if value < 1:
+            raise ValueError(f"parameter {key} of {self.folder.name} must be at least 1, not {value}")
+        return value
+
+    @property
+    def graph(self) -> Path:
+        """The model's ONNX file, `model.onnx` unless the parameter `graph` names another."""
+        return self.version / self.text("graph", "model.onnx")
+
+    def card(self) -> ModelCard:
+        """The repository's card. Raises OSError or ValueError, which fails the load."""
+        return ModelCard.from_json((self.repository / "card.json").read_text())

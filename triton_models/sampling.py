@@ -1,0 +1,130 @@
+"""Drawing the next token of many rows at once; every row's draw depends on that row alone.
+
+The random number of a row's n-th token is a hash of its seed and n, not the state of a generator, so the same seed
+draws the same tokens whoever shares the batch. Filters apply in the order of Hugging Face's `generate`: repetition
+penalty, temperature, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from service.core import Sampling
+
+FloatArray = npt.NDArray[np.floating]
+Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+
+_WEYL = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+class Sampler:
+    """The sampling state of up to `max_rows` rows, kept compact at the front as the decoder keeps its cache."""
+
+    def __init__(self, max_rows: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.rows = 0
+        self._temperature = np.zeros(max_rows)
+        self._top_k = np.zeros(max_rows, np.int64)
+        self._top_p = np.ones(max_rows)
+        self._seed = np.zeros(max_rows, np.uint64)
+        self._drawn = np.zeros(max_rows, np.uint64)
+        self._penalty = np.ones(max_rows)
+        self._seen = np.zeros((max_rows, vocab_size), bool)  # kept for rows with a penalty only
+
+    def append(self, sampling: Sampling, input_ids: npt.NDArray[np.integer]) -> None:
+        """A new last row; ids of `input_ids` from the vocabulary count as seen for the repetition penalty."""
+        row = self.rows
+        self._temperature[row] = sampling.temperature
+        self._top_k[row] = sampling.top_k if 0 < sampling.top_k < self.vocab_size else self.vocab_size
+        self._top_p[row] = sampling.top_p
+        self._seed[row] = sampling.seed
+        self._drawn[row] = 0
+        self._penalty[row] = sampling.repetition_penalty
+        if sampling.repetition_penalty != 1:
+            self._seen[row] = False
+            self._seen[row, input_ids[input_ids < self.vocab_size]] = True
+        self.rows += 1
+
+    def drop(self, row: int) -> None:
+        """The last row takes the place of `row`."""
+        last = self.rows - 1
+        if row != last:
+            state = (self._temperature, self._top_k, self._top_p, self._seed, self._drawn, self._penalty, self._seen)
+            for column in state:
+                column[row] = column[last]
+        self.rows = last
+
+    def draw(self, logits: FloatArray, first: int = 0) -> tuple[Int64Array, Float64Array]:
+        """logits [n, V] of rows first, first+1, ... -> token ids [n] and log probabilities [n].
+
+        The log probability is the model's own, before penalty, temperature and filters; NaN where the logits are not
+        finite.
+        """
+        rows = slice(first, first + len(logits))
+        index = np.arange(len(logits))
+        scores = logits
+        penalised = np.flatnonzero(self._penalty[rows] != 1)
+        if penalised.size:
+            at = first + penalised
+            scores = logits.copy()
+            scores[penalised] = penalise(scores[penalised], self._seen[at], self._penalty[at])
+        tokens = scores.argmax(axis=1)
+        sampled = np.flatnonzero(self._temperature[rows])
+        if sampled.size:
+            at = first + sampled
+            scaled = scores[sampled] / self._temperature[at, np.newaxis]
+            tokens[sampled] = choose(scaled, self._top_k[at], self._top_p[at], uniform(self._seed[at], self._drawn[at]))
+        self._drawn[rows] += np.uint64(1)
+        if penalised.size:
+            self._seen[first + penalised, tokens[penalised]] = True
+        return tokens, log_probs(logits, tokens, index)
+
+
+def penalise(scores: FloatArray, seen: npt.NDArray[np.bool_], penalty: Float64Array) -> FloatArray:
+    """Scores [n, V] of seen tokens divided by the row's penalty where positive, multiplied where negative (CTRL)."""
+    factor = penalty[:, np.newaxis]
+    return np.where(seen, np.where(scores > 0, scores / factor, scores * factor), scores)
+
+
+def choose(scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array) -> Int64Array:
+    """One token id a row, drawn from softmax(scores [n, V]) cut to its likeliest.
+
+    Of those, `top_k` [n] at most stay, then the fewest that reach the mass `top_p` [n]. `uniforms` [n] in [0, 1) picks
+    among what is left by inverting the cumulative distribution, likeliest first.
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ranked = np.take_along_axis(scores, order, axis=1)
+    mass = np.exp(ranked - ranked[:, :1], dtype=np.float64)
+    mass[np.arange(scores.shape[1]) >= top_k[:, np.newaxis]] = 0
+    reached = np.cumsum(mass, axis=1)
+    kept = np.count_nonzero((reached - mass < top_p[:, np.newaxis] * reached[:, -1:]) & (mass > 0), axis=1)
+    rows = np.arange(len(scores))
+    target = uniforms * reached[rows, kept - 1]
+    rank = np.minimum(np.count_nonzero(reached <= target[:, np.newaxis], axis=1), kept - 1)
+    tokens: Int64Array = order[rows, rank]
+    return tokens
+
+
+def uniform(seed: UInt64Array, drawn: UInt64Array) -> Float64Array:
+    """Numbers in [0, 1) from seeds [n] and counters [n]: SplitMix64's output function, seeded by itself."""
+    bits = _mix(_mix(seed + _WEYL) + (drawn + np.uint64(1)) * _WEYL)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: UInt64Array) -> UInt64Array:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def log_probs(logits: FloatArray, tokens: Int64Array, rows: Int64Array) -> Float64Array:
+    """log softmax of logits [n, V] at tokens [n]; NaN for a row that is not finite."""
+    highest = logits.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        shifted = logits - highest
+    return np.asarray(shifted[rows, tokens] - np.log(np.exp(shifted).sum(axis=1)), np.float64)

@@ -35,8 +35,7 @@ train: ready-to-develop ## train the reference model from nothing into runs/refe
 	$(BIN)/glimpse train --out runs/reference
 
 repository: ready-to-develop ## export reference/ into model_repository/
-	$(BIN)/python -m build_engines.export reference --out build/reference
-	$(BIN)/python -m build_engines.repository build/reference --out model_repository
+	$(BIN)/python -m build_engines.export reference --out model_repository
 
 clean: ## remove the environment and everything built
 	rm -rf .venv build runs logs *.egg-info

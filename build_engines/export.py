@@ -1,9 +1,8 @@
-"""Checkpoint -> the four ONNX graphs and the card that describe it, in one folder.
+"""Checkpoint -> four ONNX graphs and a card -> Triton's model repository.
 
-    python -m build_engines.export reference --out build/reference
+    python -m build_engines.export reference --out model_repository
 
-writes vision_encoder.onnx, relevance_allocator.onnx, qformer.onnx, decoder.onnx, tokenizer.json and card.json. The
-batch is dynamic in all of them; so are the Q-Former's vision tokens and the decoder's lengths.
+The batch is dynamic in every graph; so are the Q-Former's vision tokens and the decoder's lengths.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import argparse
 import dataclasses
 import json
 import logging
-import shutil
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from build_engines.model.checkpoint import BLIP2_PROMPT, Checkpoint
+from build_engines.repository import Dimensions, write_repository
 from service.core import ModelCard
 
 OPSET = 18
@@ -80,7 +80,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
             ["visual_tokens"],
         ),
         Graph(
-            "decoder",
+            "llm",
             checkpoint.decoder(),
             {
                 "input_ids": torch.zeros(2, 5, dtype=torch.long),
@@ -164,22 +164,29 @@ def card(checkpoint: Checkpoint) -> ModelCard:
     )
 
 
-def export(directory: Path, out: Path) -> None:
-    """Exports the checkpoint in `directory` into `out`, which is created. Raises as `Checkpoint.load` does."""
+def export(directory: Path, repository: Path) -> None:
+    """Exports the checkpoint in `directory` into a repository that Triton serves. Raises as `Checkpoint.load` does;
+    the repository is written only once every graph is there."""
     checkpoint = Checkpoint.load(directory)
-    out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    for graph in graphs(checkpoint):
-        export_graph(graph, out / f"{graph.name}.onnx")
-        print(f"{graph.name}.onnx  {(out / f'{graph.name}.onnx').stat().st_size / 1e6:.1f} MB")
-    shutil.copyfile(directory / "tokenizer.json", out / "tokenizer.json")
-    (out / "card.json").write_text(json.dumps(dataclasses.asdict(card(checkpoint)), indent=2) + "\n")
+    told = card(checkpoint)
+    for noisy in ("torch.onnx", "onnxscript"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for graph in graphs(checkpoint):
+            path = scratch / f"{graph.name}.onnx"
+            export_graph(graph, path)
+            print(f"{path.name:26} {path.stat().st_size / 1e6:5.1f} MB")
+        card_path = scratch / "card.json"
+        card_path.write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        dimensions = Dimensions(vision_width=told.vision_width, hidden_size=told.hidden_size)
+        write_repository(repository, dimensions, scratch, card_path, directory / "tokenizer.json")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="directory of a Blip2ForConditionalGeneration checkpoint")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="repository to write")
     arguments = parser.parse_args()
     export(arguments.checkpoint, arguments.out)
 

@@ -1,0 +1,50 @@
+"""Every metric of the gateway, declared here and nowhere else. Base units, and `_total` on counters."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.process_collector import ProcessCollector
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.35, 0.6, 1.0, 2.0, 5.0, 10.0, 30.0)
+TOKENS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 400)
+
+
+class Metrics:
+    """One gateway's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = self._counter("requests", "Questions by how they ended: ok, or an error's code.", "outcome")
+        self.http_requests = self._counter(
+            "http_requests", "HTTP requests by route and status.", "method", "route", "status"
+        )
+        self.in_flight = self._gauge("requests_in_flight", "Questions admitted and not ended.")
+        self.e2e_request_latency = self._seconds(
+            "e2e_request_latency_seconds", "From arrival to the end of the answer; answered questions only."
+        )
+        self.time_to_first_token = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
+        self.inter_token_latency = self._seconds("inter_token_latency_seconds", "Between two tokens of an answer.")
+        self.stage = self._seconds("stage_seconds", "One stage of an answered question.", "stage")
+        self.prompt_tokens = self._counter("prompt_tokens", "Text tokens that the LLM read.")
+        self.generated_tokens = self._counter("generated_tokens", "Tokens that the LLM wrote.")
+        self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept for one question.")
+        self.visual_tokens = self._tokens("visual_tokens", "Visual tokens handed to the LLM for one question.")
+        self.feature_cache_lookups = self._counter(
+            "feature_cache_lookups", "Lookups: hit, miss, or shared (waited for another request's encode).", "result"
+        )
+        self.feature_cache_evictions = self._counter("feature_cache_evictions", "Images pushed out of the cache.")
+        self.feature_cache_bytes = self._gauge("feature_cache_bytes", "Vision features kept in process memory.")
+        self.ready = self._gauge("ready", "1 while every model answers its probe.")
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(f"glimpse_{name}", documentation, labels, registry=self.registry)
+
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        return Gauge(f"glimpse_{name}", documentation, registry=self.registry)
+
+    def _seconds(self, name: str, documentation: str, *labels: str) -> Histogram:
+        return Histogram(f"glimpse_{name}", documentation, labels, buckets=SECONDS, registry=self.registry)
+
+    def _tokens(self, name: str, documentation: str) -> Histogram:
+        return Histogram(f"glimpse_{name}", documentation, buckets=TOKENS, registry=self.registry)

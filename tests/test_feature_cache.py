@@ -1,0 +1,159 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from service.core import VisionFeatures
+from service.errors import Unavailable
+from service.feature_cache import FeatureCache, FeatureKey
+from service.metrics import Metrics
+
+
+def key(name: str) -> FeatureKey:
+    return FeatureKey("encoder", 224, name)
+
+
+def features(value: float = 0.0) -> VisionFeatures:
+    """20 bytes."""
+    return VisionFeatures(*(np.full(n, value, np.float32) for n in (2, 1, 1, 1)))
+
+
+def lookups(metrics: Metrics) -> dict[str, float]:
+    every = ("hit", "miss", "shared")
+    return {
+        r: metrics.registry.get_sample_value("glimpse_feature_cache_lookups_total", {"result": r}) or 0 for r in every
+    }
+
+
+class Asker:
+    """Requests for images; an encode lasts until `release` is set."""
+
+    def __init__(self, max_bytes: int = 1000) -> None:
+        self.metrics = Metrics()
+        self.cache = FeatureCache(max_bytes, self.metrics)
+        self.release = asyncio.Event()
+        self.encodes = 0
+        self.encoding = asyncio.Event()
+
+    async def ask(self, name: str, error: Exception | None = None) -> VisionFeatures:
+        async with self.cache.find(key(name)) as found:
+            if found.features is not None:
+                return found.features
+            self.encodes += 1
+            self.encoding.set()
+            await self.release.wait()
+            if error is not None:
+                raise error
+            found.keep(features(self.encodes))
+            assert found.brought is not None
+            return found.brought
+
+
+async def turn() -> None:
+    """Lets every task that can run do so."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_the_second_request_hits():
+    asker = Asker()
+    asker.release.set()
+    first = await asker.ask("a")
+    assert await asker.ask("a") is first
+    assert asker.encodes == 1
+    assert lookups(asker.metrics) == {"hit": 1, "miss": 1, "shared": 0}
+
+
+async def test_concurrent_requests_for_one_image_share_one_encode():
+    asker = Asker()
+    tasks = [asyncio.create_task(asker.ask("a")) for _ in range(20)]
+    await turn()
+    asker.release.set()
+    brought = await asyncio.gather(*tasks)
+    assert asker.encodes == 1
+    assert all(one is brought[0] for one in brought)
+    assert lookups(asker.metrics) == {"hit": 0, "miss": 1, "shared": 19}
+
+
+async def test_other_images_do_not_wait():
+    asker = Asker()
+    waiting = asyncio.create_task(asker.ask("a"))
+    await turn()
+    async with asyncio.timeout(1), asker.cache.find(key("b")) as found:
+        assert found.result == "miss"
+    asker.release.set()
+    await waiting
+
+
+async def test_a_cancelled_leader_hands_over_and_nobody_hangs():
+    asker = Asker()
+    leader, *others = [asyncio.create_task(asker.ask("a")) for _ in range(5)]
+    await turn()
+    leader.cancel()
+    await turn()
+    assert asker.encodes == 2  # one of the others leads now
+    asker.release.set()
+    async with asyncio.timeout(1):
+        await asyncio.gather(*others)
+    assert asker.encodes == 2
+    assert leader.cancelled()
+
+
+async def test_a_failed_leader_fails_for_itself_only():
+    asker = Asker()
+    leader = asyncio.create_task(asker.ask("a", Unavailable("gone")))
+    await turn()
+    other = asyncio.create_task(asker.ask("a"))
+    await turn()
+    asker.release.set()
+    with pytest.raises(Unavailable):
+        await leader
+    assert await other is await asker.ask("a")
+
+
+async def test_a_cancelled_waiter_leaves_the_flight_alone():
+    asker = Asker()
+    leader, waiter, other = [asyncio.create_task(asker.ask("a")) for _ in range(3)]
+    await turn()
+    waiter.cancel()
+    await turn()
+    asker.release.set()
+    assert await leader is await other
+    assert asker.encodes == 1
+
+
+async def test_the_least_recently_used_goes_first_and_bytes_stay_in_bounds():
+    asker = Asker(max_bytes=60)
+    asker.release.set()
+    for name in "abc":
+        await asker.ask(name)
+    await asker.ask("a")
+    await asker.ask("d")  # pushes b out
+    assert asker.cache.nbytes == 60
+    assert len(asker.cache) == 3
+    assert asker.encodes == 4
+    await asker.ask("a")
+    assert asker.encodes == 4
+    await asker.ask("b")
+    assert asker.encodes == 5
+    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_evictions_total") == 2
+    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_bytes") == 60
+
+
+async def test_features_larger_than_the_cache_still_reach_those_who_wait():
+    asker = Asker(max_bytes=10)
+    tasks = [asyncio.create_task(asker.ask("a")) for _ in range(3)]
+    await turn()
+    asker.release.set()
+    await asyncio.gather(*tasks)
+    assert asker.encodes == 1
+    assert len(asker.cache) == asker.cache.nbytes == 0
+
+
+async def test_another_encoder_or_view_is_another_key():
+    asker = Asker()
+    asker.release.set()
+    await asker.ask("a")
+    for other in (FeatureKey("other", 224, "a"), FeatureKey("encoder", 448, "a")):
+        async with asker.cache.find(other) as found:
+            assert found.result == "miss"

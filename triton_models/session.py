@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ class Graph:
         self._session = open_session(graph, intra_op_threads)
         self.inputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_inputs()}
         self.outputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_outputs()}
+
+    def require(self, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+        """Raises ValueError unless the graph reads exactly these inputs and has at least these outputs."""
+        if set(inputs) != set(self.inputs) or not set(outputs) <= set(self.outputs):
+            raise ValueError(
+                f"the model is configured with {sorted(inputs)} -> {sorted(outputs)}, "
+                f"its graph has {sorted(self.inputs)} -> {sorted(self.outputs)}"
+            )
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """The named outputs, in that order."""

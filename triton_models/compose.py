@@ -1,0 +1,52 @@
+"""The `compose` step of `vqa`: visual tokens and the prompt's text to the LLM's inputs, now that the count is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from service.core import Sampling
+from service.errors import InvalidRequest
+from service.prompt import visual_token_ids
+from triton_models.parameters import Parameters
+from triton_models.session import Array
+from triton_models.unary import answer
+
+
+class TritonPythonModel:
+    """Reads the repository's card.json. What the client leaves out takes the defaults of `Sampling`."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        self._card = Parameters(args).card()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return [response for request in requests for response in answer([request], self._infer)]
+
+    def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if inputs["visual_count"].size != 1:
+            raise InvalidRequest("one image and one question a request", param="question")
+        count = int(inputs["visual_count"].item())
+        visual = inputs["visual_tokens"][:, :count]
+        text_ids = inputs["prompt_ids"][0]
+        first = self._card.vocab_size
+        extra_ids = np.zeros(count + text_ids.size, np.uint64)
+        extra_ids[:count] = visual_token_ids(visual.tobytes(), count)
+        default = Sampling()
+        return {
+            "input_ids": np.concatenate([np.arange(first, first + count, dtype=np.int32), text_ids])[np.newaxis],
+            "input_lengths": np.array([[extra_ids.size]], np.int32),
+            "request_output_len": inputs.get("max_tokens", np.array([[default.max_tokens]], np.int32)),
+            "prompt_embedding_table": visual,
+            "prompt_vocab_size": np.array([[count]], np.int32),
+            "prompt_table_extra_ids": extra_ids[np.newaxis],
+            "end_id": np.array([[self._card.end_id]], np.int32),
+            "pad_id": np.array([[self._card.pad_id]], np.int32),
+            "streaming": np.array([[True]]),
+            "temperature": inputs.get("temperature", np.array([[default.temperature]], np.float32)),
+            "runtime_top_k": inputs.get("top_k", np.array([[default.top_k]], np.int32)),
+            "runtime_top_p": inputs.get("top_p", np.array([[default.top_p]], np.float32)),
+            "seed": inputs.get("seed", np.array([[default.seed]], np.uint64)),
+            "repetition_penalty": np.array([[default.repetition_penalty]], np.float32),
+        }

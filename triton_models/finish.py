@@ -1,0 +1,31 @@
+"""The `finish` step of `vqa`: each response's token ids to their raw bytes. A character may be split over responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from service.prompt import load_tokenizer, token_bytes
+from triton_models.parameters import Parameters
+from triton_models.session import Array
+from triton_models.unary import answer
+
+
+class TritonPythonModel:
+    """Reads the repository's card.json and tokenizer.json. The end id and special tokens have no bytes."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        parameters = Parameters(args)
+        self._bytes = dict(enumerate(token_bytes(load_tokenizer(parameters.repository / "tokenizer.json"))))
+        self._bytes[parameters.card().end_id] = b""
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return answer(requests, self._infer)
+
+    def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """output_ids [B, 1 beam, new tokens] -> answer [B, 1]."""
+        rows = inputs["output_ids"].reshape(len(inputs["output_ids"]), -1).tolist()
+        answers = [[b"".join(self._bytes.get(token, b"") for token in row)] for row in rows]
+        return {"answer": np.array(answers, np.object_)}

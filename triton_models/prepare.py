@@ -1,0 +1,53 @@
+"""The `prepare` step of `vqa`: image bytes and a question's text to what the models read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from service.core import Budget
+from service.errors import InvalidRequest
+from service.images import ImageLimits, decode
+from service.prompt import PromptBuilder, load_tokenizer
+from triton_models.parameters import Parameters
+from triton_models.session import Array
+from triton_models.unary import answer
+
+
+class TritonPythonModel:
+    """Reads the repository's card.json and tokenizer.json."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        parameters = Parameters(args)
+        card = parameters.card()
+        self._prompts = PromptBuilder(card, load_tokenizer(parameters.repository / "tokenizer.json"))
+        self._budget = Budget(card.vision_tokens, card.visual_tokens).to_array()
+        self._limits = ImageLimits()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return [response for request in requests for response in answer([request], self._infer)]
+
+    def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if inputs["image_bytes"].size != 1 or inputs["question"].size != 1:
+            raise InvalidRequest("one image and one question a request", param="question")
+        text = _text(inputs["question"].item())
+        question = self._prompts.question(text)
+        return {
+            "image": decode(inputs["image_bytes"].item(), self._limits).pixels[np.newaxis],
+            "question_ids": question.ids[np.newaxis],
+            "question_mask": question.mask[np.newaxis],
+            "budget": self._budget[np.newaxis],
+            "prompt_ids": np.array([self._prompts.text_ids(text)], np.int32),
+        }
+
+
+def _text(question: bytes) -> str:
+    try:
+        text = question.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest("the question is not UTF-8", param="question") from exc
+    if not text.strip():
+        raise InvalidRequest("the question is empty", param="question")
+    return text

@@ -1,0 +1,57 @@
+"""Unary models: Triton's list of requests to one run over their rows, and back to one response a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from service.errors import GlimpseError, status_of
+
+Array = npt.NDArray[Any]
+Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs and outputs by name, rows first
+
+
+def answer(requests: Sequence[Any], infer: Infer) -> list[Any]:
+    """One run over all rows. A run that fails is repeated request by request, so that only the faulty ones fail."""
+    if len(requests) == 1:
+        return [_answer_one(requests[0], infer)]
+    each = [_inputs(request) for request in requests]
+    try:
+        together = {name: np.concatenate([inputs[name] for inputs in each]) for name in each[0]}
+        outputs = infer(together)
+    except Exception:  # other lengths or a faulty request among them: alone, each gets its own answer or error
+        return [_answer_one(request, infer) for request in requests]
+    ends = np.cumsum([len(next(iter(inputs.values()))) for inputs in each]).tolist()
+    return [
+        _response(request, {name: rows[start:end] for name, rows in outputs.items()})
+        for request, start, end in zip(requests, [0, *ends], ends, strict=False)
+    ]
+
+
+def _answer_one(request: Any, infer: Infer) -> Any:
+    try:
+        return _response(request, infer(_inputs(request)))
+    except GlimpseError as error:
+        invalid = status_of(error)[0] < 500
+        code = pb_utils.TritonError.INVALID_ARG if invalid else pb_utils.TritonError.INTERNAL
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.message, code))
+    except Exception as error:  # the model's process must outlive any request
+        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+        return pb_utils.InferenceResponse(
+            error=pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+        )
+
+
+def _inputs(request: Any) -> dict[str, Array]:
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def _response(request: Any, outputs: Mapping[str, Array]) -> Any:
+    asked = request.requested_output_names()
+    return pb_utils.InferenceResponse(
+        [pb_utils.Tensor(name, np.ascontiguousarray(rows)) for name, rows in outputs.items() if name in asked]
+    )

@@ -1,0 +1,383 @@
+"""The wire types of HTTP: what a body may hold and what an answer holds. They die at this edge."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from service.core import Budget, FloatArray, ModelCard, Relevance, Sampling
+from service.errors import GlimpseError, InvalidImage, InvalidRequest
+from service.http_body import Part
+from service.pipeline import Finished, KeptImage, Request, new_seed
+from service.settings import Settings
+
+MAX_STOPS = 8
+MAX_STOP_CHARS = 64
+DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<options>(;[^,;]*)*),", re.IGNORECASE)
+
+
+def _stops(value: object) -> object:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError('must be a string or a list of strings, such as ["."]')
+    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise ValueError(f"may hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
+    return tuple(stops)
+
+
+def _from_json_text(value: object) -> object:
+    """A form has text only."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError as exc:
+        raise ValueError('must be JSON text, such as {"vision_tokens": [64, 128]}') from exc
+
+
+class WireBudget(BaseModel):
+    """The least and the most tokens that the answer may cost; what is left out is the model's own range."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="Budget")
+
+    vision_tokens: tuple[int, int] | None = Field(None, description="What the Q-Former reads of the image.")
+    visual_tokens: tuple[int, int] | None = Field(None, description="What the LLM reads; multiples of 32.")
+
+
+class Asked(BaseModel):
+    """What JSON and a form have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    question: str = Field(description="What you want to know of the image.", examples=["what colour is the circle?"])
+    max_tokens: int = Field(16, ge=1, le=1_000_000, description="The answer ends here at the latest.")
+    temperature: float = Field(0.0, ge=0, le=5, description="0 takes the likeliest token each time.")
+    top_k: int = Field(0, ge=0, le=1_000_000, description="Draw from this many tokens; 0 switches the filter off.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens with this much probability.")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="The same seed draws the same answer.")
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1, repeated tokens become less likely.")
+    stop: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_stops),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "default": []}),
+    ] = Field((), description="The answer ends before any of these strings.")
+    budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
+    timeout_s: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
+    stream: bool = Field(False, description="Server-sent events as the answer is written.")
+    explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
+
+    def _to_core(
+        self, image: bytes | str, request_id: str, trace_id: str, card: ModelCard, limits: Settings
+    ) -> Request:
+        """Raises InvalidRequest."""
+        question = self.question.strip()
+        if not question:
+            raise InvalidRequest("question is empty: say what you want to know of the image", param="question")
+        if len(question) > limits.max_question_chars:
+            raise InvalidRequest(
+                f"question has {len(question):,} characters, the limit is {limits.max_question_chars:,}: shorten it",
+                param="question",
+            )
+        timeout_s = limits.default_timeout_s if self.timeout_s is None else self.timeout_s
+        if timeout_s > limits.max_timeout_s:
+            raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
+        budget = self.budget or WireBudget()
+        return Request(
+            id=request_id,
+            image=image,
+            question=question,
+            budget=Budget(budget.vision_tokens or card.vision_tokens, budget.visual_tokens or card.visual_tokens),
+            sampling=Sampling(
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                seed=new_seed() if self.seed is None else self.seed,
+                repetition_penalty=self.repetition_penalty,
+                stop=self.stop,
+            ),
+            timeout_s=timeout_s,
+            trace_id=trace_id,
+        )
+
+
+class VqaRequest(Asked):
+    """A question about one image, as JSON."""
+
+    image: str = Field(
+        description="Base64, a `data:` URL, or the id `img_...` of an image sent to `POST /v1/images`.",
+        examples=["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b"],
+    )
+
+    @classmethod
+    def from_json(cls, body: bytes) -> Self:
+        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        try:
+            return cls.model_validate_json(body, strict=True)
+        except ValidationError as exc:
+            raise invalid_request(exc, cls.model_fields) from exc
+
+    def to_core(self, request_id: str, trace_id: str, card: ModelCard, limits: Settings) -> Request:
+        """Raises InvalidRequest."""
+        return self._to_core(image_in_text(self.image), request_id, trace_id, card, limits)
+
+
+class VqaForm(Asked):
+    """A question about one image, as a form: `curl -F image=@x.png -F question=...`."""
+
+    image: bytes = Field(description="The file, or what JSON's `image` may hold.")
+    budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text)] = Field(
+        None, description="JSON text, as in JSON's `budget`."
+    )
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Part]) -> tuple[Self, bytes | str]:
+        """The fields, and the image's bytes or its id. Raises InvalidRequest."""
+        fields: dict[str, Any] = {}
+        image: bytes | str = b""
+        for part in parts:
+            name = part.name
+            if name in fields and name != "stop":
+                raise InvalidRequest(f"{name} is given twice", param=name)
+            if name == "image":
+                fields[name] = bytes(part.data)
+                image = fields[name] if part.is_file else image_in_text(_text(part))
+            elif name == "stop":
+                fields.setdefault(name, []).append(_text(part))
+            else:
+                fields[name] = _text(part)
+        try:
+            return cls.model_validate(fields), image
+        except ValidationError as exc:
+            raise invalid_request(exc, cls.model_fields) from exc
+
+    def to_core(self, image: bytes | str, request_id: str, trace_id: str, card: ModelCard, limits: Settings) -> Request:
+        """Raises InvalidRequest."""
+        return self._to_core(image, request_id, trace_id, card, limits)
+
+
+def _text(part: Part) -> str:
+    try:
+        return part.data.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"{part.name} is not UTF-8 text", param=part.name) from exc
+
+
+def image_in_text(text: str) -> bytes | str:
+    """The bytes that base64 or a data: URL hold, or the id as it stands. Raises InvalidRequest."""
+    text = text.strip()
+    if text.startswith("img_"):
+        return text
+    if text[:8].lower().startswith(("https://", "http://")):
+        raise InvalidRequest(
+            "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
+            "(curl -F image=@FILE), or send them once to POST /v1/images",
+            param="image",
+            code="url_not_supported",
+        )
+    encoded = text
+    if text[:5].lower() == "data:":
+        head = DATA_URL.match(text)
+        if head is None or "base64" not in head["options"].lower().split(";"):
+            raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
+        encoded = text[head.end() :]
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError:
+        pass
+    try:  # wrapped at 76 columns, as the base64 command does
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise InvalidImage(
+            "image is neither base64, nor a data: URL, nor the id (img_...) of an image sent to POST /v1/images",
+            param="image",
+        ) from exc
+
+
+def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidRequest:
+    """The first fault of a body in words; how many more there are is said too."""
+    faults = exc.errors(include_url=False, include_context=False)
+    fault = faults[0]
+    param = ".".join(str(step) for step in fault["loc"])
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    match fault["type"]:
+        case "json_invalid":
+            reason = fault["msg"].removeprefix("Invalid JSON: ")
+            return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
+        case "extra_forbidden":
+            near = difflib.get_close_matches(param, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
+            return InvalidRequest(f"there is no field {param!r}: {mend}{more}", param=param, code="unknown_field")
+        case "missing":
+            return InvalidRequest(f"the field {param} is missing{more}", param=param, code="missing_field")
+        case "model_type" | "model_attributes_type":
+            return InvalidRequest(f"{param or 'the body'} must be a JSON object", param=param or None)
+    reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = repr(fault["input"])
+    shown = given if len(given) <= 60 else f"{given[:57]}..."
+    return InvalidRequest(f"{param} {reason}; it is {shown}{more}", param=param)
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="Text tokens of the prompt.")
+    completion_tokens: int = Field(description="Tokens of the answer.")
+    image_tokens: int = Field(description="Visual tokens that the LLM read.")
+
+
+class Vision(BaseModel):
+    cache: Literal["hit", "miss"] = Field(description="Whether the image's features were known.")
+    vision_tokens: int = Field(description="What was kept of the image for this question.")
+    visual_tokens: int = Field(description="What the LLM read of it.")
+
+
+class TimingMs(BaseModel):
+    queue: float
+    load: float
+    vision: float
+    first_token: float
+    total: float
+
+
+class Scores(BaseModel):
+    propositional: list[list[float]]
+    perspectival: list[list[float]]
+    participatory: list[list[float]]
+
+
+class Tensions(BaseModel):
+    particularize: float
+    explore: float
+    diversify: float
+
+
+class WireRelevance(BaseModel):
+    """Where one image was looked at closely; `map` and `scores` are 16x16 in [0, 1], `levels` 8x8."""
+
+    model_config = ConfigDict(title="Relevance")
+
+    map: list[list[float]]
+    scores: Scores
+    levels: list[list[int]]
+    tensions: Tensions
+
+    @classmethod
+    def of(cls, relevance: Relevance) -> Self:
+        propositional, perspectival, participatory = (_rounded(score) for score in relevance.scores)
+        particularize, explore, diversify = _rounded(relevance.tensions)
+        return cls(
+            map=_rounded(relevance.map),
+            scores=Scores(propositional=propositional, perspectival=perspectival, participatory=participatory),
+            levels=relevance.levels.tolist(),
+            tensions=Tensions(particularize=particularize, explore=explore, diversify=diversify),
+        )
+
+
+def _rounded(values: FloatArray) -> Any:
+    return np.round(values.astype(np.float64), 4).tolist()
+
+
+class VqaEnd(BaseModel):
+    """All of an answer but its text: the last event of a stream."""
+
+    id: str
+    model: str
+    finish_reason: Literal["stop", "length"]
+    image_ids: list[str]
+    usage: Usage
+    vision: Vision
+    timing_ms: TimingMs
+    relevance: list[WireRelevance] | None = Field(None, description="With `explain` only.")
+
+    @classmethod
+    def fields_of(cls, request_id: str, model: str, end: Finished, explain: bool) -> dict[str, Any]:
+        return {
+            "id": request_id,
+            "model": model,
+            "finish_reason": end.finish_reason,
+            "image_ids": [end.image_id],
+            "usage": Usage(
+                prompt_tokens=end.prompt_tokens,
+                completion_tokens=end.completion_tokens,
+                image_tokens=end.visual_tokens,
+            ),
+            "vision": Vision(
+                cache=end.cache, vision_tokens=end.relevance.vision_tokens, visual_tokens=end.visual_tokens
+            ),
+            "timing_ms": TimingMs(**end.timing_ms),
+            "relevance": [WireRelevance.of(end.relevance)] if explain else None,
+        }
+
+
+class VqaAnswer(VqaEnd):
+    answer: str
+
+
+class UploadedImage(BaseModel):
+    id: str = Field(description="Use it as `image` in questions.")
+    bytes: int
+    width: int
+    height: int
+    expires_at: float = Field(description="Seconds since the epoch.")
+
+    @classmethod
+    def of(cls, kept: KeptImage) -> Self:
+        return cls(
+            id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, expires_at=round(kept.expires_at, 3)
+        )
+
+
+class WireError(BaseModel):
+    model_config = ConfigDict(title="Error")
+
+    message: str = Field(description="What is wrong and what to do.")
+    type: str
+    param: str | None = Field(description="The field at fault.")
+    code: str = Field(description="Stable, for programs.")
+
+
+class ErrorBody(BaseModel):
+    error: WireError
+
+    @classmethod
+    def of(cls, error: GlimpseError) -> Self:
+        return cls(error=WireError(message=error.message, type=error.type, param=error.param, code=error.code))
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: str = "glimpse"
+    fingerprint: str = Field(description="Of the vision encoder's weights.")
+    allocator_trained: bool = Field(description="Whether relevance knows of the question.")
+    max_positions: int = Field(description="Visual, prompt and answer tokens together.")
+    budget: WireBudget = Field(description="What a request's budget may ask for.")
+    metadata: dict[str, object]
+
+    @classmethod
+    def of(cls, card: ModelCard) -> Self:
+        return cls(
+            id=card.name,
+            fingerprint=card.fingerprint,
+            allocator_trained=card.allocator_trained,
+            max_positions=card.max_positions,
+            budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),
+            metadata=dict(card.metadata),
+        )
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "not ready"]
+    faults: dict[str, str] = Field(default_factory=dict, description="By model, why it does not answer.")

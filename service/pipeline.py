@@ -1,0 +1,395 @@
+"""The path of one request: admit, load, see or attend, generate. It knows no transport and no Triton.
+
+Every request ends in exactly one outcome, which is one metric and one log line, both written by `Pipeline.outcome`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import structlog
+from tokenizers import Tokenizer
+
+from service.core import (
+    IMAGE_SIZE,
+    Budget,
+    ModelCard,
+    Prompt,
+    Question,
+    Relevance,
+    Sampling,
+    Seen,
+    UInt8Array,
+    VisionFeatures,
+)
+from service.errors import DeadlineExceeded, GlimpseError, InternalError, InvalidRequest, Overloaded, Unavailable
+from service.feature_cache import FeatureCache, FeatureKey, Found
+from service.images import Image, ImageReader, ImageStore
+from service.metrics import Metrics
+from service.prompt import Detokeniser, PromptBuilder, token_bytes
+from service.settings import Settings
+
+log = structlog.get_logger()
+
+
+class VisionModel(Protocol):
+    """Image and question to visual tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
+
+    async def see(self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float) -> Seen:
+        """`image` uint8 [3, 224, 224]."""
+        ...
+
+    async def attend(self, vision: VisionFeatures, question: Question, budget: Budget, timeout_s: float) -> Seen:
+        """The same with what the encoder found before."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+    ) -> AsyncGenerator[tuple[int, ...], None]:
+        """Token ids as they come, `end_id` included where it was generated. Closing the generator cancels."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question about one image, as any edge brings it."""
+
+    id: str  # unique: Triton cancels by it
+    image: bytes | str  # the file's bytes, or the id of an image that was sent before
+    question: str
+    budget: Budget
+    sampling: Sampling
+    timeout_s: float
+    trace_id: str = ""  # the caller's own id of the request
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Some more of the answer's text, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All that is known once the answer's text is complete."""
+
+    finish_reason: Literal["stop", "length"]
+    image_id: str
+    cache: Literal["hit", "miss"]
+    prompt_tokens: int
+    completion_tokens: int
+    visual_tokens: int
+    relevance: Relevance
+    timing_ms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptImage:
+    """An image that can be asked about by its id until `expires_at`, seconds since the epoch."""
+
+    id: str
+    nbytes: int
+    width: int
+    height: int
+    expires_at: float
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What is known of one request on its way. Times are seconds of the monotonic clock."""
+
+    request: Request
+    arrived: float
+    deadline: float
+    outcome: str = "cancelled"  # until something else is known
+    stages: dict[str, float] = field(default_factory=dict)
+    cache: Literal["hit", "miss"] = "miss"
+    first_token: float | None = None
+    last_token: float | None = None
+    completion_tokens: int = 0
+    finish_reason: Literal["stop", "length"] = "length"
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begun
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Raises DeadlineExceeded where the block outlives the request's deadline. No `yield` of events inside."""
+        try:
+            async with asyncio.timeout(self.left_s):
+                yield
+        except TimeoutError as exc:
+            raise self.too_late() from exc
+
+    def too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"no complete answer within timeout_s={self.request.timeout_s:g}: raise it, or ask again when the service "
+            "is less busy",
+            param="timeout_s",
+        )
+
+    def timing_ms(self) -> dict[str, float]:
+        seconds = {name: self.stages.get(name, 0.0) for name in ("queue", "load", "vision")}
+        seconds["first_token"] = (self.first_token or self.arrived) - self.arrived
+        seconds["total"] = time.monotonic() - self.arrived
+        return {name: round(value * 1e3, 2) for name, value in seconds.items()}
+
+
+class Pipeline:
+    """Everything that is needed to answer; made once by the composition root."""
+
+    def __init__(
+        self,
+        *,
+        vision: VisionModel,
+        language: LanguageModel,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        reader: ImageReader,
+        settings: Settings,
+        metrics: Metrics,
+    ) -> None:
+        self.vision = vision
+        self.language = language
+        self.card = card
+        self.reader = reader
+        self.settings = settings
+        self.metrics = metrics
+        self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
+        self.features = FeatureCache(settings.feature_cache_bytes, metrics)
+        self.prompts = PromptBuilder(card, tokenizer)
+        self._spelled = token_bytes(tokenizer)
+        self._in_flight = 0
+
+    async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
+        """Admit, load, see or attend, generate. Raises GlimpseError only."""
+        with self.outcome(request) as ticket, self.admit(ticket):
+            async with ticket.in_time():
+                image = await self.load(ticket)
+                seen = await self.look(image, ticket)
+            prompt = self.prompts.compose(request.question, seen.visual_tokens, visual_key(request, image, self.card))
+            async with aclosing(self.generate(prompt, ticket)) as texts:
+                async for text in texts:
+                    yield Delta(text)
+            yield self.finish(ticket, image, seen, prompt)
+
+    async def keep_image(self, data: bytes) -> KeptImage:
+        """Takes an image that questions can name by its id. Raises InvalidImage, TooLarge."""
+        decoded = await self.reader.decode(data)
+        image = await self.reader.identify(data)
+        expires_at = self.images.put(image, time.time())
+        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
+
+    @contextmanager
+    def outcome(self, request: Request) -> Iterator[Ticket]:
+        """Names how the request ended, counts it and logs it, once. Unknown errors become InternalError."""
+        now = time.monotonic()
+        ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
+        fault: BaseException | None = None
+        try:
+            yield ticket
+        except GlimpseError as error:
+            ticket.outcome = error.code
+            raise
+        except Exception as error:
+            ticket.outcome, fault = InternalError.code, error
+            raise internal_error(request.trace_id or request.id) from error
+        finally:
+            self._record(ticket, fault)
+
+    @contextmanager
+    def admit(self, ticket: Ticket) -> Iterator[None]:
+        """Refuses what cannot be answered before any work is done, and counts who is in. Raises InvalidRequest,
+        Overloaded."""
+        self.check(ticket.request)
+        if self._in_flight >= self.settings.max_requests_in_flight:
+            raise Overloaded(
+                f"{self._in_flight} questions are being answered, which is all there is room for: try again"
+            )
+        self._in_flight += 1
+        self.metrics.in_flight.inc()
+        ticket.stages["queue"] = time.monotonic() - ticket.arrived
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self.metrics.in_flight.dec()
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequest where the model cannot do what is asked."""
+        budget, card = request.budget, self.card
+        require_range("budget.vision_tokens", budget.vision_tokens, card.vision_tokens, card.name)
+        require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
+        self.prompts.require_room(request.question, budget.visual_tokens[1], request.sampling.max_tokens)
+
+    async def load(self, ticket: Ticket) -> Image:
+        """The image's bytes and digest; they are not decoded here, as a known image needs no pixels."""
+        with ticket.stage("load"):
+            if isinstance(ticket.request.image, str):
+                return self.images.get(ticket.request.image, time.time())
+            return await self.reader.identify(ticket.request.image)
+
+    async def look(self, image: Image, ticket: Ticket) -> Seen:
+        """Attends to features that are known, else sees the image and keeps them."""
+        request, question = ticket.request, self.prompts.question(ticket.request.question)
+        async with self.features.find(FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)) as found:
+            if found.features is None:
+                return await self._see(image, question, found, ticket)
+        self._remember(image, request)
+        ticket.cache = "hit"
+        with ticket.stage("vision"):
+            return await self.vision.attend(found.features, question, request.budget, ticket.left_s)
+
+    async def _see(self, image: Image, question: Question, found: Found, ticket: Ticket) -> Seen:
+        with ticket.stage("load"):
+            decoded = await self.reader.decode(image.data)
+        self._remember(image, ticket.request)
+        with ticket.stage("vision"):
+            seen = await self.vision.see(decoded.pixels, question, ticket.request.budget, ticket.left_s)
+        found.keep(seen.vision)
+        return seen
+
+    def _remember(self, image: Image, request: Request) -> None:
+        """An image that came with its question can be asked about by its id too; asking by id does not prolong it."""
+        if isinstance(request.image, bytes):
+            self.images.put(image, time.time())
+
+    async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
+        """The answer's text as it becomes certain. Leaving early cancels the LLM's stream."""
+        sampling = ticket.request.sampling
+        detokeniser = Detokeniser(self._spelled, sampling.stop)
+        tokens = self.language.generate(
+            prompt,
+            sampling,
+            end_id=self.card.end_id,
+            pad_id=self.card.pad_id,
+            request_id=ticket.request.id,
+            timeout_s=ticket.left_s,
+            stall_timeout_s=self.settings.stall_timeout_s,
+        )
+        async with aclosing(tokens):
+            while (ids := await self._next_tokens(tokens, ticket)) is not None:
+                if text := detokeniser.push(ids):
+                    yield text
+                if detokeniser.stopped:
+                    ticket.finish_reason = "stop"
+                    return
+        if text := detokeniser.finish():
+            yield text
+
+    async def _next_tokens(self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket) -> list[int] | None:
+        """The next ids without the end's, or None at the end of the stream."""
+        async with ticket.in_time():
+            ids = await anext(tokens, None)
+        now = time.monotonic()
+        if ids is None:
+            if ticket.first_token is None:
+                raise Unavailable("the language model ended without a token: ask again")
+            return None
+        if ticket.last_token is None:
+            ticket.first_token = now
+        else:
+            self.metrics.inter_token_latency.observe(now - ticket.last_token)
+        ticket.last_token = now
+        said = [i for i in ids if i != self.card.end_id]
+        if len(said) < len(ids):
+            ticket.finish_reason = "stop"
+        ticket.completion_tokens += len(said)
+        return said
+
+    def finish(self, ticket: Ticket, image: Image, seen: Seen, prompt: Prompt) -> Finished:
+        ticket.outcome = "ok"
+        visual_tokens = len(seen.visual_tokens)
+        prompt_tokens = len(prompt.input_ids) - visual_tokens
+        self.metrics.prompt_tokens.inc(prompt_tokens)
+        self.metrics.generated_tokens.inc(ticket.completion_tokens)
+        self.metrics.vision_tokens.observe(seen.relevance.vision_tokens)
+        self.metrics.visual_tokens.observe(visual_tokens)
+        return Finished(
+            finish_reason=ticket.finish_reason,
+            image_id=image.id,
+            cache=ticket.cache,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=ticket.completion_tokens,
+            visual_tokens=visual_tokens,
+            relevance=seen.relevance,
+            timing_ms=ticket.timing_ms(),
+        )
+
+    def _record(self, ticket: Ticket, fault: BaseException | None) -> None:
+        timing_ms = ticket.timing_ms()
+        self.metrics.requests.labels(ticket.outcome).inc()
+        if ticket.outcome == "ok":
+            self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3)
+            self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)
+            for stage, seconds in ticket.stages.items():
+                self.metrics.stage.labels(stage).observe(seconds)
+        (log.error if fault else log.info)(
+            "answered" if ticket.outcome == "ok" else "not_answered",
+            outcome=ticket.outcome,
+            request_id=ticket.request.trace_id,
+            id=ticket.request.id,
+            cache=ticket.cache,
+            completion_tokens=ticket.completion_tokens,
+            **{f"{name}_ms": value for name, value in timing_ms.items()},
+            **({"exc_info": fault} if fault else {}),
+        )
+
+
+def internal_error(request_id: str) -> InternalError:
+    return InternalError(f"a fault of ours; the log tells of it under request id {request_id}")
+
+
+def new_seed() -> int:
+    """For a request that names none: sampled answers then differ from one to the next."""
+    return secrets.randbits(63)
+
+
+def visual_key(request: Request, image: Image, card: ModelCard) -> bytes:
+    """Names what the visual tokens are made from; the question comes last, as it may hold any character."""
+    budget = (*request.budget.vision_tokens, *request.budget.visual_tokens)
+    return "\0".join([card.fingerprint, card.name, image.digest, *map(str, budget), request.question]).encode()
+
+
+def require_range(
+    name: str, asked: tuple[int, int], offered: tuple[int, int], model: str, multiple_of: int = 1
+) -> None:
+    """Raises InvalidRequest unless least <= most, both inside what is offered."""
+    least, most = asked
+    if least > most:
+        raise InvalidRequest(f"{name} is [least, most], and {least} is more than {most}: swap them", param=name)
+    if least < offered[0] or most > offered[1]:
+        raise InvalidRequest(
+            f"{name} [{least}, {most}] is outside [{offered[0]}, {offered[1]}], which is what {model} offers",
+            param=name,
+        )
+    if least % multiple_of or most % multiple_of:
+        raise InvalidRequest(f"{name} [{least}, {most}] must be multiples of {multiple_of}", param=name)

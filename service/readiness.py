@@ -1,0 +1,61 @@
+"""Whether the service can answer now: every model was really inferred, and the last probe of each went well."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
+
+from service.core import ModelCard
+from service.errors import GlimpseError
+from service.metrics import Metrics
+
+log = structlog.get_logger()
+
+
+class Prober(Protocol):
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0) -> None:
+        """Really infers that model. Raises Unavailable."""
+        ...
+
+
+class Readiness:
+    """What the last probe of each model said."""
+
+    def __init__(self, models: Sequence[str], metrics: Metrics) -> None:
+        self.faults: dict[str, str] = dict.fromkeys(models, "not answered yet")
+        self._metrics = metrics
+
+    @property
+    def ready(self) -> bool:
+        return not any(self.faults.values())
+
+    def set(self, model: str, fault: str) -> None:
+        """An empty fault is a good answer."""
+        if self.faults[model] != fault:
+            log.info("probe", model=model, fault=fault or "none")
+        self.faults[model] = fault
+        self._metrics.ready.set(self.ready)
+
+    async def probe(self, prober: Prober, card: ModelCard, timeout_s: float) -> None:
+        """Asks every model once, all at the same time."""
+
+        async def one(model: str) -> None:
+            try:
+                await prober.probe(model, card, timeout_s)
+            except GlimpseError as error:
+                self.set(model, error.message)
+            else:
+                self.set(model, "")
+
+        async with asyncio.TaskGroup() as probes:
+            for model in self.faults:
+                probes.create_task(one(model))
+
+    async def watch(self, prober: Prober, card: ModelCard, interval_s: float, timeout_s: float) -> None:
+        """Probes for as long as the service lives."""
+        while True:
+            await self.probe(prober, card, timeout_s)
+            await asyncio.sleep(interval_s)

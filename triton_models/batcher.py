@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -51,6 +52,7 @@ class Sequence:
     cancelled: bool = False  # set by any thread; the sequence ends at the next iteration
     generated: int = 0
     log_prob: float = 0.0  # of all tokens so far
+    submitted_at: int = 0  # the batcher's iteration
 
 
 class Event(NamedTuple):
@@ -78,14 +80,24 @@ class Limits:
     max_queue: int = 64  # sequences waiting for a row
     max_prefill_tokens: int = 512  # rows x longest prompt of one prefill: running rows wait that long for their token
     max_prefill_padding: float = 0.25  # share of a prefill that may be padding
+    cancel_check_tokens: int = 4  # a caller is asked every so many tokens whether it still listens
+
+
+def _nobody(_: Sequence) -> bool:
+    return False
 
 
 class Batcher:
-    """The queue, the running rows and the loop's body."""
+    """The queue, the running rows and the loop's body.
 
-    def __init__(self, decoder: Decoder, limits: Limits) -> None:
+    `is_abandoned` tells whether a sequence's caller has gone. It may be slow (0.1 ms in Triton), so it is asked every
+    `cancel_check_tokens` tokens, after they were handed out, and before the prefill of a sequence that had to wait.
+    """
+
+    def __init__(self, decoder: Decoder, limits: Limits, is_abandoned: Callable[[Sequence], bool] = _nobody) -> None:
         self._decoder = decoder
         self._limits = limits
+        self._is_abandoned = is_abandoned
         self._sampler = Sampler(decoder.max_rows, decoder.vocab_size)
         self._waiting: deque[Sequence] = deque()
         self._joining: list[Sequence] = []  # in the prefill of this iteration
@@ -93,6 +105,8 @@ class Batcher:
         self._tokens = np.zeros(decoder.max_rows, np.int64)  # what each row says next to the decoder
         self._left = np.zeros(decoder.max_rows, np.int64)  # tokens each row may still generate
         self._end_ids = np.zeros(decoder.max_rows, np.int64)
+        self._to_ask: list[Sequence] = []  # whether their callers still listen
+        self._iteration = 0
         self._prefilled = False  # the last iteration was a prefill: now it is the running rows' turn
         self._closed = False
         self._work = threading.Condition()
@@ -112,6 +126,7 @@ class Batcher:
                 raise Closed
             if len(self._waiting) >= self._limits.max_queue:
                 raise QueueFull(f"Exceeds maximum queue size {self._limits.max_queue}")
+            sequence.submitted_at = self._iteration
             self._waiting.append(sequence)
             self._work.notify()
 
@@ -145,8 +160,13 @@ class Batcher:
 
     def iterate(self) -> list[Event]:
         """One run of the decoder, a prefill or a step; they alternate while both have work."""
+        self._iteration += 1
         events = self._reap()
         group = [] if self._prefilled and self._running else self._admit()
+        gone = [each for each in group if each.submitted_at < self._iteration - 1 and self._is_abandoned(each)]
+        if gone:
+            events += [Event(each, None, 0.0, True) for each in gone]
+            group = [each for each in group if each not in gone]
         self._prefilled = bool(group)
         if group:
             events += self._prefill(group)
@@ -156,6 +176,9 @@ class Batcher:
 
     def _reap(self) -> list[Event]:
         """Take the cancelled sequences out of the rows and the queue."""
+        for sequence in self._to_ask:
+            sequence.cancelled |= self._is_abandoned(sequence)
+        self._to_ask.clear()
         with self._work:
             gone = [each for each in self._waiting if each.cancelled]
             for sequence in gone:
@@ -232,6 +255,8 @@ class Batcher:
         ):
             sequence.generated += 1
             sequence.log_prob += log_prob
+            if not done and sequence.generated % self._limits.cancel_check_tokens == 0:
+                self._to_ask.append(sequence)
             events.append(Event(sequence, token, log_prob, done))
         if finished.any():
             for index in reversed(np.flatnonzero(finished).tolist()):

@@ -17,8 +17,6 @@ from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Seq
 from triton_models.decoder import OnnxDecoder
 from triton_models.parameters import Parameters
 
-CANCEL_CHECK_TOKENS = 4  # asking Triton costs 0.06-0.1 ms
-
 
 @dataclass(slots=True, eq=False)
 class Caller:
@@ -55,6 +53,9 @@ class Caller:
     def end(self) -> None:
         self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
+    def is_gone(self) -> bool:
+        return bool(self.sender.is_cancelled())
+
 
 class TritonPythonModel:
     """`execute` queues and returns; one thread runs the batcher's loop and answers."""
@@ -72,7 +73,7 @@ class TritonPythonModel:
         )
         self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, parameters.card().max_positions)
         self._outputs = tuple(parameters.outputs)
-        self._batcher = Batcher(decoder, limits)
+        self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
         self._loop = threading.Thread(target=self._run, name="llm-loop", daemon=True)
         self._loop.start()
 
@@ -110,14 +111,11 @@ class TritonPythonModel:
                 self._say(event)
 
     def _say(self, event: Event) -> None:
-        sequence, caller = event.sequence, event.sequence.owner
         try:
-            caller.say(event)
-            if not event.finished and sequence.generated % CANCEL_CHECK_TOKENS == 0 and caller.sender.is_cancelled():
-                sequence.cancelled = True
-        except Exception as error:  # one caller that cannot be told ends its own sequence only
-            pb_utils.Logger.log_warn(f"llm: request {sequence.request_id!r} can not be answered: {error}")
-            sequence.cancelled = True
+            event.sequence.owner.say(event)
+        except Exception as error:  # a caller that cannot be told ends its own sequence only
+            pb_utils.Logger.log_warn(f"llm: request {event.sequence.request_id!r} cannot be answered: {error}")
+            event.sequence.cancelled = True
 
 
 class RequestReader:

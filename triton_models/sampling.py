@@ -99,7 +99,8 @@ def choose(scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms:
     """
     order = np.argsort(-scores, axis=1, kind="stable")
     ranked = np.take_along_axis(scores, order, axis=1)
-    mass = np.exp(ranked - ranked[:, :1], dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        mass = np.exp(ranked - ranked[:, :1], dtype=np.float64)
     mass[np.arange(scores.shape[1]) >= top_k[:, np.newaxis]] = 0
     reached = np.cumsum(mass, axis=1)
     kept = np.count_nonzero((reached - mass < top_p[:, np.newaxis] * reached[:, -1:]) & (mass > 0), axis=1)

@@ -220,7 +220,8 @@ def models(dimensions: Dimensions) -> list[Model]:
             steps=(
                 step("prepare", texts, [image, *question, budget, prompt_ids]),
                 encode,
-                allocate,
+                # Triton refuses an ensemble tensor that no step reads: here nobody asks for the relevance map.
+                step("relevance_allocator", [*vision, *question, budget], chosen),
                 query,
                 Step("compose", same([*visual, prompt_ids, *sampling]), to_llm),
                 Step("llm", to_llm, same(llm_outputs[:1])),

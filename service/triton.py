@@ -1,0 +1,537 @@
+"""The gateway's side of the tensor contract, and the only file that knows Triton's client.
+
+One gRPC channel an address, shared by every request; one decoupled stream a generation. Foreign errors become
+GlimpseError here and nowhere else. MODELS is the contract: the tests compare it with every `config.pbtxt` and with the
+exported graphs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from service.core import (
+    CELLS,
+    GRID,
+    IMAGE_SIZE,
+    MAX_VISUAL_TOKENS,
+    QUESTION_TOKENS,
+    Budget,
+    ModelCard,
+    Prompt,
+    Question,
+    Relevance,
+    Sampling,
+    Seen,
+    UInt8Array,
+    VisionFeatures,
+)
+from service.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GlimpseError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+
+PATCHES = GRID * GRID
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor on the wire, batch dimension left out: -1 varies, "D" and "H" are the card's widths."""
+
+    name: str
+    datatype: str  # FP32 here stands for the checkpoint's float: FP16 on GPUs
+    dims: tuple[int | str, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model the gateway calls, and the models that must live for it to answer."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    through: tuple[str, ...]
+    decoupled: bool = False
+
+
+_IMAGE = Tensor("image", "UINT8", (3, IMAGE_SIZE, IMAGE_SIZE))
+_VISION = (
+    Tensor("features", "FP32", (PATCHES + 1, "D")),
+    Tensor("saliency", "FP32", (PATCHES,)),
+    Tensor("entropy", "FP32", (PATCHES,)),
+    Tensor("texture", "FP32", (13, GRID, GRID)),
+)
+_ASKED = (
+    Tensor("question_ids", "INT32", (QUESTION_TOKENS,)),
+    Tensor("question_mask", "INT32", (QUESTION_TOKENS,)),
+    Tensor("budget", "INT32", (4,)),
+)
+_SEEN = (
+    Tensor("visual_tokens", "FP32", (MAX_VISUAL_TOKENS, "H")),
+    Tensor("visual_count", "INT32", (1,)),
+    Tensor("relevance", "FP32", (PATCHES,)),
+    Tensor("scores", "FP32", (3, PATCHES)),
+    Tensor("levels", "INT32", (CELLS * CELLS,)),
+    Tensor("tensions", "FP32", (3,)),
+)
+
+MODELS: Mapping[str, Model] = {
+    "see": Model(
+        inputs=(_IMAGE, *_ASKED),
+        outputs=(*_SEEN, *_VISION),
+        through=("vision_encoder", "relevance_allocator", "qformer"),
+    ),
+    "attend": Model(
+        inputs=(*_VISION, *_ASKED),
+        outputs=_SEEN,
+        through=("relevance_allocator", "qformer"),
+    ),
+    "llm": Model(
+        inputs=(
+            Tensor("input_ids", "INT32", (-1,)),
+            Tensor("input_lengths", "INT32", (1,)),
+            Tensor("request_output_len", "INT32", (1,)),
+            Tensor("prompt_embedding_table", "FP32", (-1, "H")),
+            Tensor("prompt_vocab_size", "INT32", (1,)),
+            Tensor("prompt_table_extra_ids", "UINT64", (-1,)),
+            Tensor("end_id", "INT32", (1,)),
+            Tensor("pad_id", "INT32", (1,)),
+            Tensor("streaming", "BOOL", (1,)),
+            Tensor("temperature", "FP32", (1,), optional=True),
+            Tensor("runtime_top_k", "INT32", (1,), optional=True),
+            Tensor("runtime_top_p", "FP32", (1,), optional=True),
+            Tensor("seed", "UINT64", (1,), optional=True),
+            Tensor("repetition_penalty", "FP32", (1,), optional=True),
+        ),
+        outputs=(Tensor("output_ids", "INT32", (-1, -1)),),
+        through=("llm",),
+        decoupled=True,
+    ),
+    "vqa": Model(
+        inputs=(
+            Tensor("image_bytes", "STRING", (1,)),
+            Tensor("question", "STRING", (1,)),
+            Tensor("max_tokens", "INT32", (1,), optional=True),
+        ),
+        outputs=(Tensor("answer", "STRING", (1,)),),
+        through=("prepare", "vision_encoder", "relevance_allocator", "qformer", "compose", "llm", "finish"),
+        decoupled=True,
+    ),
+}
+
+# Text that Triton puts in an error, whatever its code, and then the codes. What is in neither is ours to mend.
+ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
+    ("Exceeds maximum queue size", Overloaded),
+    ("is not healthy", Unavailable),  # "Stub process 'llm_0_0' is not healthy.": the model's process died
+    ("Server is stopping", Unavailable),
+    ("message larger than max", InternalError),
+)
+ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
+    grpc.StatusCode.UNAVAILABLE: Unavailable,  # no connection, the model is loading, the server is stopping
+    grpc.StatusCode.NOT_FOUND: Unavailable,  # the model is not loaded
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+}
+MESSAGES: Mapping[type[GlimpseError], str] = {
+    Unavailable: "the model {model} does not answer: try again in a few seconds",
+    Overloaded: "the model {model} has no room for another request: try again",
+    DeadlineExceeded: "the model {model} did not finish in time",
+    Cancelled: "the request to the model {model} was cancelled",
+    InternalError: "the model {model} failed",
+}
+
+_DATATYPES: Mapping[np.dtype[Any], str] = {
+    np.dtype(np.uint8): "UINT8",
+    np.dtype(np.int32): "INT32",
+    np.dtype(np.uint64): "UINT64",
+    np.dtype(np.bool_): "BOOL",
+    np.dtype(np.float16): "FP16",
+    np.dtype(np.float32): "FP32",
+}
+_DTYPES: Mapping[str, np.dtype[Any]] = {name: dtype for dtype, name in _DATATYPES.items()}
+
+# What `probe` shows the vqa ensemble: 1x1, black.
+_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # A connection that died without a word (a lost node) is noticed in 30 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A restarted Triton is found again within half a second; gRPC's own back-off grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+_STREAM_METADATA = (("triton_grpc_error", "true"),)  # a stream's error as a status code, not as text only
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class TritonClient:
+    """See, attend and generate on one or two Tritons. Every method raises GlimpseError only."""
+
+    def __init__(self, vision_url: str, llm_url: str) -> None:
+        """`host:port` of Triton's gRPC; the two may be equal, and then share one channel."""
+        self._vision_url = vision_url
+        self._llm_url = llm_url
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._stubs: dict[str, service_pb2_grpc.GRPCInferenceServiceStub] = {}
+        self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in MODELS}
+        self._abandoned: set[grpc.aio.Call] = set()
+        self._ending: set[grpc.aio.Call] = set()
+
+    async def __aenter__(self) -> TritonClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def connect(self) -> None:
+        """Opens the channels; the connections themselves come with the first call."""
+        for url in {self._vision_url, self._llm_url} - self._channels.keys():
+            self._channels[url] = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
+            self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(self._channels[url])
+
+    async def close(self) -> None:
+        """Ends what is in flight with Unavailable and closes the channels."""
+        for model in MODELS:
+            self._abandon_calls(model)
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+        self._stubs.clear()
+
+    async def see(self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float) -> Seen:
+        """`image` is RGB [3, 224, 224]."""
+        arrays = await self._infer("see", {"image": image, **_asked(question, budget)}, timeout_s)
+        vision = VisionFeatures(
+            features=arrays["features"][0],
+            saliency=arrays["saliency"][0],
+            entropy=arrays["entropy"][0],
+            texture=arrays["texture"][0],
+        )
+        return _seen(arrays, vision)
+
+    async def attend(self, vision: VisionFeatures, question: Question, budget: Budget, timeout_s: float) -> Seen:
+        """What `see` gives, from features that an earlier `see` found."""
+        features = {
+            "features": vision.features,
+            "saliency": vision.saliency,
+            "entropy": vision.entropy,
+            "texture": vision.texture,
+        }
+        return _seen(await self._infer("attend", {**features, **_asked(question, budget)}, timeout_s), vision)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+    ) -> AsyncGenerator[tuple[int, ...], None]:
+        """Token ids as they come, `end_id` included if generated.
+
+        Closing the generator cancels the stream, but not once its final response has come: Triton 2.51 leaks such a
+        cancel. Raises Unavailable when no token follows the last one within `stall_timeout_s`.
+        """
+        request = _request("llm", _llm_inputs(prompt, sampling, end_id, pad_id), request_id)
+        responses = self._responses("llm", request, timeout_s, stall_timeout_s)
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                if tokens := _tokens(response):
+                    yield tokens
+
+    async def answer(
+        self, image_bytes: bytes, question: str, *, max_tokens: int, timeout_s: float, stall_timeout_s: float = 5.0
+    ) -> AsyncGenerator[bytes, None]:
+        """The greedy answer of the `vqa` ensemble, piece by piece, as a plain Triton client gets it.
+
+        The gateway itself never asks for it: a cancel does not reach a running step of an ensemble.
+        """
+        tensors = {
+            "image_bytes": np.array([image_bytes], object),
+            "question": np.array([question.encode()], object),
+            "max_tokens": np.array([max_tokens], np.int32),
+        }
+        responses = self._responses("vqa", _request("vqa", tensors), timeout_s, stall_timeout_s)
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                for content in response.raw_output_contents:
+                    yield content[4:]  # one string: its length in 4 bytes, then its bytes
+
+    async def _responses(
+        self, model: str, request: Any, timeout_s: float, stall_timeout_s: float
+    ) -> AsyncGenerator[Any, None]:
+        """One decoupled request on a stream of its own: its ModelInferResponses up to the final one."""
+        call = self._stub(model).ModelStreamInfer(timeout=max(timeout_s, 0.0), metadata=_STREAM_METADATA)
+        silence_s: float | None = None  # the first response waits for the queue and has the deadline alone
+        final = False
+        with self._in_flight(model, call):
+            with contextlib.suppress(asyncio.InvalidStateError):  # already over: read() says why
+                await call.write(request)
+                await call.done_writing()
+            while not final:
+                try:
+                    async with asyncio.timeout(silence_s):
+                        response = await call.read()
+                except TimeoutError as exc:
+                    raise Unavailable(f"the model {model} fell silent for {stall_timeout_s:g} s: try again") from exc
+                silence_s = stall_timeout_s
+                if response is grpc.aio.EOF:
+                    raise InternalError(f"the model {model} ended without a final response")
+                if response.error_message:
+                    raise translate(model, None, response.error_message)
+                final = bool(response.infer_response.parameters["triton_final_response"].bool_param)
+                if final:
+                    self._let_end(model, call)
+                yield response.infer_response
+
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0) -> None:
+        """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong."""
+        try:
+            await self._probe(model, card, timeout_s)
+        except Overloaded:
+            return  # it lives
+        except GlimpseError as exc:
+            raise Unavailable(f"the model {model} does not answer: {exc.message}") from exc
+
+    async def _probe(self, model: str, card: ModelCard, timeout_s: float) -> None:
+        question = Question(np.zeros(QUESTION_TOKENS, np.int32), np.zeros(QUESTION_TOKENS, np.int32))
+        budget = Budget((card.vision_tokens[0],) * 2, (card.visual_tokens[0],) * 2)
+        match model:
+            case "see":
+                await self.see(np.zeros((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), question, budget, timeout_s)
+            case "attend":
+                vision = VisionFeatures(
+                    features=np.zeros((PATCHES + 1, card.vision_width), np.float32),
+                    saliency=np.zeros(PATCHES, np.float32),
+                    entropy=np.zeros(PATCHES, np.float32),
+                    texture=np.zeros((13, GRID, GRID), np.float32),
+                )
+                await self.attend(vision, question, budget, timeout_s)
+            case "llm":
+                prompt = Prompt(
+                    input_ids=np.array([card.vocab_size, card.bos_id], np.int32),
+                    visual_tokens=np.zeros((1, card.hidden_size), np.float32),
+                    extra_ids=np.array([1, 0], np.uint64),
+                )
+                tokens = self.generate(
+                    prompt,
+                    Sampling(max_tokens=1),
+                    end_id=card.end_id,
+                    pad_id=card.pad_id,
+                    request_id="probe",
+                    timeout_s=timeout_s,
+                    stall_timeout_s=timeout_s,
+                )
+                async with contextlib.aclosing(tokens):
+                    async for _ in tokens:
+                        pass
+            case "vqa":
+                pieces = self.answer(_PNG, "?", max_tokens=1, timeout_s=timeout_s)
+                async with contextlib.aclosing(pieces):
+                    async for _ in pieces:
+                        pass
+            case _:
+                raise InternalError(f"no probe for the model {model}")
+
+    async def ready(self, timeout_s: float = 1.0) -> bool:
+        """Whether every server says so; Triton does even when a model's process is dead: see `probe`."""
+        try:
+            for stub in self._stubs.values():
+                if not (await stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=timeout_s)).ready:
+                    return False
+        except (grpc.RpcError, grpc.aio.BaseError):
+            return False
+        return bool(self._stubs)
+
+    async def load(self, model: str, timeout_s: float = 60.0) -> None:
+        """Loads a model, and whatever ensembles wait for it."""
+        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        with _translated(model):
+            await self._stub(model).RepositoryModelLoad(request, timeout=timeout_s)
+
+    async def unload(self, model: str, timeout_s: float = 60.0) -> None:
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+        with _translated(model):
+            await self._stub(model).RepositoryModelUnload(request, timeout=timeout_s)
+
+    def abandon(self, lost: str) -> None:
+        """Ends with Unavailable, at once, every request in flight that needs the model `lost`.
+
+        For who knows that its process died: Triton lets such requests hang, or fails them one a second.
+        """
+        for name, model in MODELS.items():
+            if lost in model.through:
+                self._abandon_calls(name)
+
+    def _abandon_calls(self, model: str) -> None:
+        for call in list(self._open[model]):
+            self._abandoned.add(call)
+            call.cancel()
+
+    def _stub(self, model: str) -> service_pb2_grpc.GRPCInferenceServiceStub:
+        see = MODELS["see"]
+        url = self._vision_url if model in ("see", "attend", *see.through) else self._llm_url
+        try:
+            return self._stubs[url]
+        except KeyError:
+            raise Unavailable("not connected to Triton") from None
+
+    async def _infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
+        """One unary inference of one row."""
+        call = self._stub(model).ModelInfer(_request(model, tensors), timeout=max(timeout_s, 0.0))
+        with self._in_flight(model, call):
+            response = await call
+        return {
+            output.name: np.frombuffer(content, _DTYPES[output.datatype]).reshape(tuple(output.shape))
+            for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
+        }
+
+    @contextlib.contextmanager
+    def _in_flight(self, model: str, call: grpc.aio.Call) -> Iterator[None]:
+        """Translates the call's errors, lets `abandon` reach it, and cancels it where it is left unfinished."""
+        calls = self._open[model]
+        calls.add(call)
+        try:
+            with _translated(model):
+                yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if call in self._abandoned and not (task and task.cancelling()):
+                raise Unavailable(MESSAGES[Unavailable].format(model=model)) from None
+            raise
+        finally:
+            self._abandoned.discard(call)
+            if call in calls:
+                calls.remove(call)
+                call.cancel()  # does nothing to a call that is done
+
+    def _let_end(self, model: str, call: grpc.aio.Call) -> None:
+        """The final response is here: from now on nothing cancels the call, not even the garbage collector."""
+        self._open[model].discard(call)
+        self._ending.add(call)
+        call.add_done_callback(self._ending.discard)
+
+
+@contextlib.contextmanager
+def _translated(model: str) -> Iterator[None]:
+    """The one place where gRPC's errors become ours."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as exc:
+        raise translate(model, exc.code(), exc.details() or "") from exc
+    except grpc.aio.BaseError as exc:  # the channel was closed under the call
+        raise Unavailable(MESSAGES[Unavailable].format(model=model)) from exc
+
+
+def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseError:
+    """Triton's code and text (a stream may carry the text alone) as our error."""
+    by_text = (error for part, error in ERROR_TEXTS if part in text)
+    kind = next(by_text, ERROR_CODES.get(code, InternalError) if code else InternalError)
+    if kind is InvalidRequest:
+        # Only the LLM checks what a caller may choose (lengths, sampling); a wrong tensor elsewhere is our mistake.
+        if model == "llm" and "unexpected" not in text and "expected number of inputs" not in text:
+            return InvalidRequest(text.split("] ", 1)[-1] if text.startswith("[request id") else text)
+        kind = InternalError
+    return kind(MESSAGES[kind].format(model=model))
+
+
+def _request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
+    """One row: `tensors` come without the batch dimension."""
+    inputs, contents = [], []
+    for name, array in tensors.items():
+        datatype = "BYTES" if array.dtype == object else _DATATYPES[array.dtype]
+        inputs.append(
+            service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=(1, *array.shape))
+        )
+        contents.append(_serialized(array))
+    request = service_pb2.ModelInferRequest(
+        model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_OUTPUTS[model]
+    )
+    if MODELS[model].decoupled:
+        # Without it an empty last response is swallowed, and the end with it.
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
+    return request
+
+
+def _serialized(array: npt.NDArray[Any]) -> bytes:
+    if array.dtype == object:
+        return b"".join(len(item).to_bytes(4, "little") + item for item in array.flat)
+    return array.tobytes()
+
+
+def _asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:
+    return {"question_ids": question.ids, "question_mask": question.mask, "budget": budget.to_array()}
+
+
+def _llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> dict[str, npt.NDArray[Any]]:
+    """The LLM's inputs; of the sampling ones only those that are not neutral, so that a greedy request is small."""
+    inputs: dict[str, npt.NDArray[Any]] = {
+        "input_ids": prompt.input_ids,
+        "input_lengths": np.array([prompt.input_ids.size], np.int32),
+        "request_output_len": np.array([sampling.max_tokens], np.int32),
+        "prompt_embedding_table": prompt.visual_tokens,
+        "prompt_vocab_size": np.array([len(prompt.visual_tokens)], np.int32),
+        "prompt_table_extra_ids": prompt.extra_ids,
+        "end_id": np.array([end_id], np.int32),
+        "pad_id": np.array([pad_id], np.int32),
+        "streaming": np.array([True]),
+        "temperature": np.array([sampling.temperature], np.float32),
+    }
+    if sampling.temperature > 0:
+        inputs["runtime_top_k"] = np.array([sampling.top_k], np.int32)
+        inputs["runtime_top_p"] = np.array([sampling.top_p], np.float32)
+        inputs["seed"] = np.array([sampling.seed], np.uint64)
+    if sampling.repetition_penalty != 1.0:
+        inputs["repetition_penalty"] = np.array([sampling.repetition_penalty], np.float32)
+    return inputs
+
+
+def _seen(arrays: Arrays, vision: VisionFeatures) -> Seen:
+    count = int(arrays["visual_count"][0, 0])
+    relevance = Relevance(
+        map=arrays["relevance"][0].reshape(GRID, GRID),
+        scores=arrays["scores"][0].reshape(3, GRID, GRID),
+        levels=arrays["levels"][0].reshape(CELLS, CELLS),
+        tensions=arrays["tensions"][0],
+    )
+    return Seen(visual_tokens=arrays["visual_tokens"][0, :count], relevance=relevance, vision=vision)
+
+
+def _tokens(response: Any) -> tuple[int, ...]:
+    """`output_ids` [1, 1, new tokens]; an empty final response has none."""
+    for output, content in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.name == "output_ids":
+            return tuple(np.frombuffer(content, np.int32).tolist())
+    return ()
+
+
+_OUTPUTS = {
+    name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]
+    for name, model in MODELS.items()
+}

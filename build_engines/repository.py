@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
 
 
@@ -28,7 +29,9 @@ class Dimensions:
     hidden_size: int  # H
     float_type: str = "FP32"  # of features, vision tokens, visual tokens and the prompt embedding table
     vision_max_batch: int = 8  # images of one request
-    llm_max_batch: int = 64  # requests decoded at once; each is a batch of 1 on the wire
+    vision_threads: int = 2  # of the encoder; what follows is too small to gain from a second thread
+    llm_max_rows: int = 32  # requests decoded at once
+    llm_max_queue: int = 64  # requests that wait for a row; more are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,15 @@ class Tensor:
     dims: tuple[int, ...]
     why: str = ""
     optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A knob that the runner reads at load."""
+
+    name: str
+    value: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,7 @@ class Model:
     outputs: tuple[Tensor, ...]
     decoupled: bool = False
     steps: tuple[Step, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
 
 
 def models(dimensions: Dimensions) -> list[Model]:
@@ -139,9 +152,17 @@ def models(dimensions: Dimensions) -> list[Model]:
     encode = step("vision_encoder", [image], vision)
     allocate = step("relevance_allocator", [*vision, *question, budget], [*chosen, *relevance])
     query = step("qformer", [*chosen, *question], visual)
-    vision_batch, llm_batch = dimensions.vision_max_batch, dimensions.llm_max_batch
+    vision_batch = dimensions.vision_max_batch
     return [
-        Model("vision_encoder", "An image to its features.", "onnx_model", vision_batch, (image,), vision),
+        Model(
+            "vision_encoder",
+            "An image to its features.",
+            "onnx_model",
+            vision_batch,
+            (image,),
+            vision,
+            parameters=(Parameter("intra_op_threads", str(dimensions.vision_threads), "cores of one run"),),
+        ),
         Model(
             "relevance_allocator",
             "Chooses which parts of an image are seen closely for one question.",
@@ -162,10 +183,16 @@ def models(dimensions: Dimensions) -> list[Model]:
             "llm",
             "The language model: one response a token, requests batched in flight.",
             "llm",
-            llm_batch,
+            LLM_MAX_BATCH,
             (*llm_prompt, *llm_sampling, llm_stop),
             llm_outputs,
             decoupled=True,
+            parameters=(
+                Parameter("max_rows", str(dimensions.llm_max_rows), "requests decoded at once"),
+                Parameter("max_queue", str(dimensions.llm_max_queue), "requests that wait for a row; more are refused"),
+                Parameter("max_prefill_tokens", "512", "prompt tokens taken in between two steps of those decoding"),
+                Parameter("intra_op_threads", "1", "cores of one step"),
+            ),
         ),
         Model(
             "see",
@@ -254,6 +281,9 @@ def config(model: Model) -> str:
         blocks.append(f"ensemble_scheduling {{\n  step [\n{steps}\n  ]\n}}")
     else:
         blocks.append("instance_group [ { count: 1, kind: KIND_CPU } ]")
+        for knob in model.parameters:
+            blocks.append(f"# {knob.why}")
+            blocks.append(f'parameters {{ key: "{knob.name}", value: {{ string_value: "{knob.value}" }} }}')
         if model.decoupled:
             blocks.append("# A response for each token, and the call returns before the last one is sent.")
             blocks.append("model_transaction_policy { decoupled: true }")

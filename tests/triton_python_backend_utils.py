@@ -1,0 +1,103 @@
+"""Stands where Triton's python backend puts its module of this name: the part that triton_models uses, in memory.
+
+pytest puts this folder on the path, so `import triton_python_backend_utils` finds it; real Triton is tried in
+test_embedded.py and test_vqa_ensemble.py.
+"""
+
+import json
+import queue
+from dataclasses import dataclass, field
+
+import numpy as np
+
+TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+
+
+class TritonError(Exception):
+    INTERNAL, INVALID_ARG, UNAVAILABLE = "INTERNAL", "INVALID_ARG", "UNAVAILABLE"
+
+    def __init__(self, message: str, code: str = INTERNAL) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def message(self) -> str:
+        return str(self)
+
+
+class Logger:
+    """Triton's log; what goes wrong shows in the answers too."""
+
+    @staticmethod
+    def log_warn(message: str) -> None: ...
+
+    @staticmethod
+    def log_error(message: str) -> None: ...
+
+
+class Tensor:
+    def __init__(self, name: str, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous, "the python backend takes contiguous arrays only"
+        self._name, self._array = name, array
+
+    def name(self) -> str:
+        return self._name
+
+    def as_numpy(self) -> np.ndarray:
+        return self._array
+
+
+class InferenceResponse:
+    def __init__(self, output_tensors: list[Tensor] | None = None, error: TritonError | None = None) -> None:
+        self.outputs = {tensor.name(): tensor.as_numpy() for tensor in output_tensors or []}
+        self.error = error
+
+
+@dataclass
+class ResponseSender:
+    """Collects a decoupled request's responses; a test waits for them in order."""
+
+    cancelled: bool = False
+    broken: bool = False  # sending raises, as it does once Triton has dropped the request
+    sent: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
+        if self.broken:
+            raise RuntimeError("the request is gone")
+        self.sent.put((response, bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)))
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def next(self) -> tuple[InferenceResponse | None, bool]:
+        return self.sent.get(timeout=20)
+
+
+class InferenceRequest:
+    def __init__(self, inputs: dict[str, np.ndarray], outputs: list[str], request_id: str = "") -> None:
+        self._inputs = [Tensor(name, array) for name, array in inputs.items()]
+        self._outputs = outputs
+        self._id = request_id
+        self.sender = ResponseSender()
+
+    def inputs(self) -> list[Tensor]:
+        return self._inputs
+
+    def requested_output_names(self) -> list[str]:
+        return self._outputs
+
+    def request_id(self) -> str:
+        return self._id
+
+    def get_response_sender(self) -> ResponseSender:
+        return self.sender
+
+
+def start_arguments(folder, *, inputs: list[str], outputs: list[str], parameters: dict[str, str] | None = None) -> dict:
+    """The `args` of `initialize` for the model in `folder`."""
+    config = {
+        "max_batch_size": 8,
+        "input": [{"name": name} for name in inputs],
+        "output": [{"name": name} for name in outputs],
+        "parameters": {name: {"string_value": value} for name, value in (parameters or {}).items()},
+    }
+    return {"model_repository": str(folder), "model_version": "1", "model_config": json.dumps(config)}

@@ -11,6 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, TooLarge
 
+JSON = "application/json"
+FORM = "multipart/form-data"
 MAX_PARTS = 64
 
 

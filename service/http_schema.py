@@ -359,7 +359,7 @@ class Model(BaseModel):
     allocator_trained: bool = Field(description="Whether relevance knows of the question.")
     max_positions: int = Field(description="Visual, prompt and answer tokens together.")
     budget: WireBudget = Field(description="What a request's budget may ask for.")
-    metadata: dict[str, object]
+    metadata: dict[str, Any]
 
     @classmethod
     def of(cls, card: ModelCard) -> Self:

@@ -55,7 +55,7 @@ class Readiness:
                 probes.create_task(one(model))
 
     async def watch(self, prober: Prober, card: ModelCard, interval_s: float, timeout_s: float) -> None:
-        """Probes for as long as the service lives."""
+        """Probes for as long as the service lives, ten times as often while it is not ready."""
         while True:
             await self.probe(prober, card, timeout_s)
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(interval_s if self.ready else interval_s / 10)

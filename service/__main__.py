@@ -1,0 +1,138 @@
+"""`python -m service` and `glimpse serve`: serves until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import orjson
+import structlog
+import uvicorn
+import uvloop
+
+from service.app import App, build, running
+from service.embedded import StartFailed
+from service.settings import PROJECT, Settings, SettingsError, read_settings
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Server(uvicorn.Server):
+    """uvicorn that leaves the signals to us: it would raise them again before Triton has stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main() -> int:
+    """The exit status: 0 after a stop that was asked for, 1 where the service cannot run, 2 for wrong settings."""
+    try:
+        settings = read_settings()
+        configure_log(settings)
+        app = build(settings)
+        with bound(settings) as listener:
+            uvloop.run(serve(app, listener))
+    except SettingsError as exc:
+        sys.stderr.write(f"glimpse: {exc}\n")
+        return 2
+    except StartFailed as exc:
+        sys.stderr.write(f"glimpse: {exc}\n")
+        return 1
+    sys.stdout.write("Glimpse has stopped.\n")
+    return 0
+
+
+async def serve(app: App, listener: socket.socket) -> None:
+    """HTTP answers from the first moment, with 503 until Triton is ready. Raises StartFailed."""
+    config = uvicorn.Config(
+        app.api,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(app.settings.stop_grace_s),
+    )
+    server = Server(config)
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            behind = tasks.create_task(run_behind(app, listener))
+            await server.serve(sockets=[listener])
+            behind.cancel()
+    except ExceptionGroup as group:
+        for failure in group.exceptions:
+            if isinstance(failure, StartFailed):
+                raise failure from None
+        raise
+
+
+async def run_behind(app: App, listener: socket.socket) -> None:
+    """What the edge stands in front of, until cancelled."""
+    async with running(app):
+        sys.stdout.write(greeting(app, listener))
+        sys.stdout.flush()
+        await asyncio.Event().wait()
+
+
+def bound(settings: Settings) -> socket.socket:
+    """The listening address is ours before anything is started. Raises StartFailed where it is not to be had."""
+    host, port = settings.http_host, settings.http_port
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        raise StartFailed(
+            f"cannot listen on {host}:{port} ({exc.strerror}): stop what listens there "
+            f"(`ss -ltnp 'sport = :{port}'` shows it), or set GLIMPSE_HTTP_PORT or GLIMPSE_HTTP_HOST"
+        ) from exc
+    return listener
+
+
+def greeting(app: App, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    if not app.settings.embedded:
+        return f"Glimpse listens on {url}; {url}/health/ready says when the Triton servers answer.\n"
+    scene = next(iter(sorted((PROJECT / "benchmarks" / "scenes").rglob("*.webp"))), None)
+    file = scene.relative_to(PROJECT) if scene else "photo.jpg"
+    return (
+        f"Glimpse is ready on {url} (model {app.card.name}); Ctrl-C stops it. Try, in another shell:\n"
+        f"  curl -F image=@{file} -F question='how many objects are there?' {url}/v1/vqa\n"
+    )
+
+
+def configure_log(settings: Settings) -> None:
+    """One line an event to stderr, ours and the libraries' warnings."""
+    level = getattr(logging, settings.log_level.upper())
+    renderer: structlog.typing.Processor
+    if settings.log_format == "json":
+        renderer = structlog.processors.JSONRenderer(lambda event, **_: orjson.dumps(event, default=str).decode())
+    else:
+        renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING, format="level=%(levelname)s logger=%(name)s event=%(message)r")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

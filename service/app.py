@@ -1,0 +1,101 @@
+"""The composition root: makes every part from Settings once, and owns the tasks that live as long as the service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from service.core import ModelCard
+from service.embedded import EmbeddedTriton, Ports
+from service.http_api import Edge, http_api
+from service.images import ImageLimits, ImageReader
+from service.metrics import Metrics
+from service.pipeline import Pipeline
+from service.prompt import load_tokenizer
+from service.readiness import Readiness
+from service.settings import Settings, SettingsError
+from service.triton import TritonClient
+
+NEEDED = ("see", "attend", "llm")  # what a question calls; see and attend run every vision model
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """Everything that makes up one running service."""
+
+    settings: Settings
+    card: ModelCard
+    client: TritonClient
+    reader: ImageReader
+    readiness: Readiness
+    api: FastAPI
+
+
+def build(settings: Settings) -> App:
+    """Reads the model repository's card and tokenizer; starts nothing. Raises SettingsError."""
+    card_path, tokenizer_path = (settings.model_repository / name for name in ("card.json", "tokenizer.json"))
+    try:
+        card = ModelCard.from_json(card_path.read_text())
+        tokenizer = load_tokenizer(tokenizer_path)
+    except Exception as exc:  # tokenizers raises plain Exception
+        raise SettingsError(
+            f"no model repository that can be read in {settings.model_repository} ({exc}): "
+            "point GLIMPSE_MODEL_REPOSITORY at one, or make it with `make repository`"
+        ) from exc
+    embedded_url = f"127.0.0.1:{settings.triton_grpc_port}"
+    metrics = Metrics()
+    client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
+    reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
+    readiness = Readiness(NEEDED, metrics)
+    pipeline = Pipeline(
+        vision=client,
+        language=client,
+        card=card,
+        tokenizer=tokenizer,
+        reader=reader,
+        settings=settings,
+        metrics=metrics,
+    )
+    api = http_api(Edge(pipeline, readiness, settings, metrics))
+    return App(settings, card, client, reader, readiness, api)
+
+
+@asynccontextmanager
+async def running(app: App) -> AsyncIterator[None]:
+    """Triton is started (embedded) or only addressed (external), and watched while the block runs.
+
+    Raises StartFailed. A watcher that fails cancels the block: a service that nobody watches is not left standing.
+    """
+    settings = app.settings
+    async with AsyncExitStack() as parts:
+        parts.callback(app.reader.close)
+        await parts.enter_async_context(app.client)
+        triton: EmbeddedTriton | None = None
+        if settings.embedded:
+            triton = await parts.enter_async_context(embedded_triton(app))
+            parts.push_async_callback(app.client.close)  # before Triton stops, which waits for open connections
+            await app.readiness.probe(app.client, app.card, settings.probe_timeout_s)
+        async with asyncio.TaskGroup() as tasks:
+            watch = app.readiness.watch(app.client, app.card, settings.probe_interval_s, settings.probe_timeout_s)
+            watchers = [tasks.create_task(watch)]
+            if triton is not None:
+                watchers.append(tasks.create_task(triton.supervise()))
+            yield
+            for watcher in watchers:
+                watcher.cancel()
+
+
+def embedded_triton(app: App) -> EmbeddedTriton:
+    settings = app.settings
+    return EmbeddedTriton(
+        settings.model_repository,
+        client=app.client,
+        card=app.card,
+        log_path=settings.log_dir / "triton.log",
+        ports=Ports(settings.triton_http_port, settings.triton_grpc_port, settings.triton_metrics_port),
+        start_timeout_s=settings.triton_start_timeout_s,
+    )

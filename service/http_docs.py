@@ -1,0 +1,117 @@
+"""What /openapi.json says of routes that read their bodies themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from service.errors import STATUS
+from service.http_body import FORM, JSON
+from service.http_schema import ErrorBody, Health, ModelList, UploadedImage, VqaAnswer, VqaEnd, VqaForm, VqaRequest
+
+
+class Api(FastAPI):
+    """FastAPI whose routes read their bodies themselves, so their schemas are said here."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            spec = get_openapi(title=self.title, version=self.version, summary=self.summary, routes=self.routes)
+            described = (VqaRequest, VqaForm, VqaAnswer, VqaEnd, UploadedImage, ModelList, Health, ErrorBody)
+            _, schemas = models_json_schema(
+                [(model, "validation") for model in described], ref_template="#/components/schemas/{model}"
+            )
+            spec["components"] = {"schemas": schemas["$defs"]}
+            for path, method, operation in OPERATIONS:
+                spec["paths"][path][method] |= operation
+            self.openapi_schema = spec
+        return self.openapi_schema
+
+
+def _schema(name: str) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{name}"}}
+
+
+def _errors(*statuses: int) -> dict[str, Any]:
+    meaning = {status: kind.__name__ for kind, (status, _) in STATUS.items()}
+    return {
+        str(status): {"description": meaning[status], "content": {JSON: _schema("ErrorBody")}} for status in statuses
+    }
+
+
+EXAMPLE_IMAGE = (  # 1x1 PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+EXAMPLE_QUESTION = {"image": EXAMPLE_IMAGE, "question": "what colour is the circle?"}
+EXAMPLES = {
+    "short": {"summary": "A question", "value": EXAMPLE_QUESTION},
+    "stream": {"summary": "Streamed, at most 8 tokens", "value": EXAMPLE_QUESTION | {"stream": True, "max_tokens": 8}},
+    "by id": {
+        "summary": "About an image that was sent before",
+        "value": {"image": "img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b", "question": "how many circles are there?"},
+    },
+    "all": {
+        "summary": "Every knob",
+        "value": EXAMPLE_QUESTION
+        | {"max_tokens": 16, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
+        | {"stop": ["."], "budget": {"vision_tokens": [64, 128]}, "timeout_s": 10, "explain": True},
+    },
+}
+OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        "/v1/vqa",
+        "post",
+        {
+            "requestBody": {
+                "required": True,
+                "content": {JSON: _schema("VqaRequest") | {"examples": EXAMPLES}, FORM: _schema("VqaForm")},
+            },
+            "responses": {
+                "200": {
+                    "description": "The answer",
+                    "content": {JSON: _schema("VqaAnswer"), "text/event-stream": _schema("VqaEnd")},
+                }
+            }
+            | _errors(400, 404, 413, 429, 500, 503, 504),
+        },
+    ),
+    (
+        "/v1/images",
+        "post",
+        {
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "image/*": {"schema": {"type": "string", "format": "binary"}},
+                    FORM: {
+                        "schema": {
+                            "type": "object",
+                            "properties": {"image": {"type": "string", "format": "binary"}},
+                            "required": ["image"],
+                        }
+                    },
+                },
+            },
+            "responses": {"200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}}}
+            | _errors(400, 413, 500, 504),
+        },
+    ),
+    (
+        "/v1/models",
+        "get",
+        {"responses": {"200": {"description": "The model", "content": {JSON: _schema("ModelList")}}}},
+    ),
+    ("/health/live", "get", {"responses": {"200": {"description": "Alive", "content": {JSON: _schema("Health")}}}}),
+    (
+        "/health/ready",
+        "get",
+        {
+            "responses": {
+                "200": {"description": "Ready", "content": {JSON: _schema("Health")}},
+                "503": {"description": "Not ready, and why", "content": {JSON: _schema("Health")}},
+            }
+        },
+    ),
+]

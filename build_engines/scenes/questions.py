@@ -98,7 +98,11 @@ def _unique_name(
         *((False, True, True), (False, False, True), (True, False, True)),
         *((True, True, True), (False, True, False), (True, True, False)),
     ):
-        if (use_colour and "colour" in without) or (use_shape and "shape" in without) or (use_size and "size" in without):
+        if (
+            (use_colour and "colour" in without)
+            or (use_shape and "shape" in without)
+            or (use_size and "size" in without)
+        ):
             continue
         name = Name(
             thing.size if use_size else NONE, thing.colour if use_colour else NONE, thing.shape if use_shape else NONE
@@ -234,9 +238,7 @@ def _relation(rng: np.random.Generator, things: Sequence[Thing]) -> Question | N
         return None
     first, first_name = found
     horizontal = rng.random() < 0.5
-    far = [
-        i for i, t in enumerate(things) if i != first and abs(_offset(things[first], t, horizontal)) >= LEAST_OFFSET
-    ]
+    far = [i for i, t in enumerate(things) if i != first and abs(_offset(things[first], t, horizontal)) >= LEAST_OFFSET]
     other = _named(rng, things, far) if far else None
     if other is None:
         return None

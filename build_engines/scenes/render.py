@@ -119,11 +119,14 @@ def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.G
     # Its share of each patch, from the window padded to whole patches.
     row0, column0, row1, column1 = y0 // PATCH_SIZE, x0 // PATCH_SIZE, -(-y1 // PATCH_SIZE), -(-x1 // PATCH_SIZE)
     union = np.zeros(((row1 - row0) * PATCH_SIZE, (column1 - column0) * PATCH_SIZE), np.float32)
-    inside = (slice(y0 - row0 * PATCH_SIZE, y1 - row0 * PATCH_SIZE), slice(x0 - column0 * PATCH_SIZE, x1 - column0 * PATCH_SIZE))
+    inside = (
+        slice(y0 - row0 * PATCH_SIZE, y1 - row0 * PATCH_SIZE),
+        slice(x0 - column0 * PATCH_SIZE, x1 - column0 * PATCH_SIZE),
+    )
     union[inside] = mask[window] if len(layers) == 1 else np.maximum(mask[window], layers[1][0][window])
-    shares[row0:row1, column0:column1] = union.reshape(
-        row1 - row0, PATCH_SIZE, column1 - column0, PATCH_SIZE
-    ).mean(axis=(1, 3))
+    shares[row0:row1, column0:column1] = union.reshape(row1 - row0, PATCH_SIZE, column1 - column0, PATCH_SIZE).mean(
+        axis=(1, 3)
+    )
 
 
 def _shape_mask(thing: Thing, side: int, centre: tuple[float, float]) -> np.ndarray:
@@ -142,7 +145,8 @@ def _shape_mask(thing: Thing, side: int, centre: tuple[float, float]) -> np.ndar
         turn = math.radians(thing.angle)
         cos, sin = math.cos(turn), math.sin(turn)
         draw.polygon(
-            [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in _outline(name)], fill=255
+            [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in _outline(name)],
+            fill=255,
         )
     return np.asarray(image.reduce(_OVERSAMPLE), np.float32) / 255
 

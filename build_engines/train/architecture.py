@@ -128,7 +128,9 @@ def save_checkpoint(
     model.half().save_pretrained(directory)
     model.float()
     tokenizer.save_pretrained(directory)
-    allocator = {f"participatory.{name}": value.half().contiguous() for name, value in participatory.state_dict().items()}
+    allocator = {
+        f"participatory.{name}": value.half().contiguous() for name, value in participatory.state_dict().items()
+    }
     save_file(allocator, directory / "allocator.safetensors", metadata={"format": "pt"})
     preprocessor = {
         "image_processor_type": "BlipImageProcessor",

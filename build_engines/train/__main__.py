@@ -1,0 +1,106 @@
+"""`python -m build_engines.train --out runs/reference`: the reference model from nothing, on a CPU or a GPU.
+
+Four stages, each resumable: `language` (the decoder, on symbols) and `vision` (the encoder, on dense losses) at the
+same time, then `qformer`, then `joint`. At the end the checkpoint is written, rounded to FP16, read back and evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from build_engines.train.curve import plot
+from build_engines.train.evaluation import Checkpoint, committed_report
+from build_engines.train.joint_stage import train_joint
+from build_engines.train.language_stage import train_language
+from build_engines.train.publishing import publish
+from build_engines.train.qformer_stage import train_qformer
+from build_engines.train.replicas import run_replicas
+from build_engines.train.stages import Plan, set_threads
+from build_engines.train.vision_stage import train_vision
+
+STAGES = {"language": train_language, "vision": train_vision, "qformer": train_qformer, "joint": train_joint}
+ALONE = ("language", "vision")  # need no other stage's weights
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="glimpse train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/reference"), help="checkpoints, log, curve (default: %(default)s)"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps; 1 is the shipped model's")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="CPU threads in all (default: %(default)s)"
+    )
+    parser.add_argument("--eager", action="store_true", help="do not compile (no C++ compiler is needed then; slower)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and a few steps: does the machinery work?")
+    options = parser.parse_args(arguments)
+
+    stages = options.stages.split(",")
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        parser.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    begun = [stage for stage in stages if (options.out / f"{stage}.pt").exists()]
+    if begun and not options.resume:
+        parser.error(f"{options.out} already holds {', '.join(begun)}: add --resume, or choose another --out")
+
+    plan = Plan(options.out, options.scale, compiled=not options.eager, tiny=options.tiny)
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    first = [stage for stage in stages if stage in ALONE]
+    _side_by_side(plan, first, options.threads)
+    for stage in stages:
+        if stage == "qformer":
+            set_threads(options.threads)
+            train_qformer(plan)
+        elif stage == "joint":
+            run_replicas(train_joint, plan, 1 if torch.cuda.is_available() or options.tiny else options.threads)
+    if "joint" in stages:
+        checkpoint = publish(plan)
+        report = committed_report(Checkpoint.load(checkpoint), 8 if options.tiny else None)
+        card = json.loads((checkpoint / "model_card.json").read_text())
+        (checkpoint / "model_card.json").write_text(json.dumps(card | {"accuracy": report}, indent=2) + "\n")
+        tqdm.write(json.dumps({split: rows["256_tokens"]["all"] for split, rows in report.items()}, indent=2))
+    plot(options.out / "log.jsonl", options.out / "learning_curve.png")
+    tqdm.write(f"{(time.monotonic() - started) / 60:.1f} minutes; everything is in {options.out}")
+    return 0
+
+
+def _side_by_side(plan: Plan, stages: list[str], threads: int) -> None:
+    """Stages that need no other's weights share the machine, each with its own process."""
+    each = max(1, threads // max(1, len(stages)))
+    if len(stages) < 2 or threads < 2 or plan.tiny:
+        for stage in stages:
+            set_threads(threads)
+            STAGES[stage](plan)
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_one, args=(stage, plan, each), name=stage) for stage in stages]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failed = [process.name for process in processes if process.exitcode != 0]
+    if failed:
+        raise SystemExit(f"stage {' and '.join(failed)} failed: see above; --resume goes on from the last checkpoint")
+
+
+def _one(stage: str, plan: Plan, threads: int) -> None:
+    set_threads(threads)
+    STAGES[stage](plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

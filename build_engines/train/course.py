@@ -1,0 +1,141 @@
+"""One stage's loop: steps, schedule, log, and a checkpoint from which a killed run goes on as if nothing had happened.
+
+Every step draws its data from its own random generator, seeded with the stage and the step's number, so a resumed run
+sees what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from build_engines.train import replicas
+
+Measures = dict[str, float]
+
+
+@dataclass
+class Course:
+    """A resumable stage. `state` holds what the stage itself must remember (a curriculum's position, say)."""
+
+    directory: Path
+    name: str
+    steps: int
+    modules: dict[str, nn.Module]
+    optimizers: list[torch.optim.Optimizer]
+    warmup: int = 50
+    decay_share: float = 0.35  # of the steps, at the end, in which the rate falls to zero
+    checkpoint_s: float = 60.0
+    state: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"{self.name}.pt"
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+    def resume(self) -> bool:
+        """Take up the stage's checkpoint where there is one."""
+        if not self.path.exists():
+            return False
+        saved = torch.load(self.path, map_location="cpu", weights_only=False)
+        for name, module in self.modules.items():
+            module.load_state_dict(saved["modules"][name])
+        if not saved["finished"]:
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        self.step, self.state = saved["step"], saved["state"]
+        if saved["finished"]:
+            self.step = self.steps
+        return True
+
+    def save(self) -> None:
+        """Atomic: a kill leaves the previous checkpoint or the new one. Every replica has the same weights."""
+        partial = self.path.with_suffix(".partial")
+        torch.save(
+            {
+                "modules": {name: module.state_dict() for name, module in self.modules.items()},
+                "optimizers": [] if self.finished else [optimizer.state_dict() for optimizer in self.optimizers],
+                "step": self.step,
+                "state": self.state,
+                "finished": self.finished,
+            },
+            partial,
+        )
+        os.replace(partial, self.path)
+
+    def rng(self) -> np.random.Generator:
+        """The generator of the present step's data. Training seeds are far from the held-out ones."""
+        return np.random.default_rng((zlib.crc32(self.name.encode()), self.step, 7 + replicas.rank()))
+
+    def rate(self) -> float:
+        """The share of the full learning rate at the present step: a rise, a plateau, a fall to zero."""
+        falling = (self.steps - self.step) / max(1.0, self.decay_share * self.steps)
+        return max(0.0, min(1.0, (self.step + 1) / self.warmup, falling))
+
+    def run(
+        self,
+        losses: Callable[[np.random.Generator], Iterable[tuple[Tensor, Measures]]],
+        validate: Callable[[], Measures],
+        validate_every: int,
+        stop_after: int | None = None,
+    ) -> None:
+        """Train to the end. `losses` yields a step's micro-batches: each loss is back-propagated as it comes.
+
+        stop_after ends the run early after that many steps, as a kill would (for tests).
+        """
+        parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5.0, disable=replicas.rank() > 0)
+        saved_at, done = time.monotonic(), 0
+        recent: dict[str, list[float]] = {}
+        while not self.finished and done != stop_after:
+            share = self.rate()
+            for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * share
+                optimizer.zero_grad(set_to_none=True)
+            for loss, measures in losses(self.rng()):
+                loss.backward()
+                for name, value in {"loss": loss.item(), **measures}.items():
+                    recent.setdefault(name, []).append(value)
+            replicas.average_gradients(parameters)
+            torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.step, done = self.step + 1, done + 1
+            bar.update()
+            if replicas.rank() > 0:
+                continue
+            if self.step % validate_every == 0 or self.finished:
+                means = {name: round(float(np.mean(values)), 4) for name, values in recent.items()}
+                recent.clear()
+                self.log({"train": means, "valid": validate(), "state": self.state})
+            if time.monotonic() - saved_at > self.checkpoint_s or self.finished:
+                self.save()
+                saved_at = time.monotonic()
+        bar.close()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One JSON line per record in log.jsonl."""
+        line = json.dumps({"stage": self.name, "step": self.step, "time": round(time.time(), 1), **record})
+        with (self.directory / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        tqdm.write(line)

@@ -1,0 +1,83 @@
+"""Many questions behind one image: packed into one sequence, each blind to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from build_engines.scenes.questions import Question
+from build_engines.train.architecture import QUERIES
+from build_engines.train.stages import tensor
+from build_engines.train.tokens import EOS, PAD, PROMPT
+
+TEXT_TOKENS = 256  # per image, shared by its questions
+
+
+@dataclass
+class Pack:
+    """ids, positions, targets: [B, 256] int64 (targets are -100 but at answers). mask: [B, 1, 288, 288] bool, True =
+    may look. owner: [B, 256] int64, the question's index in its image, -1 for padding. kept: each image's questions."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    mask: Tensor
+    owner: Tensor
+    kept: list[list[Question]]
+
+
+class Packer:
+    """Tokenises and packs; remembers what it tokenised."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, text_tokens: int = TEXT_TOKENS) -> None:
+        self.text_tokens = text_tokens
+        self._encode = lru_cache(200_000)(lambda text: tuple(tokenizer.backend_tokenizer.encode(text).ids))
+        self._answer = lru_cache(200_000)(
+            lambda text: tuple(tokenizer.backend_tokenizer.encode(f" {text}", add_special_tokens=False).ids)
+        )
+
+    def pack(self, images: Sequence[Sequence[Question]]) -> Pack:
+        """Questions that no longer fit are left out."""
+        number, length = len(images), self.text_tokens
+        ids = np.full((number, length), PAD, np.int64)
+        positions = np.zeros((number, length), np.int64)
+        targets = np.full((number, length), -100, np.int64)
+        owner = np.full((number, length), -1, np.int64)
+        kept: list[list[Question]] = []
+        for row, questions in enumerate(images):
+            used, fitting = 0, []
+            for question in questions:
+                prompt, answer = self._encode(PROMPT.format(question=question.text)), self._answer(question.answer)
+                text = (*prompt, *answer)
+                if used + len(text) > length:
+                    continue
+                end = used + len(text)
+                ids[row, used:end] = text
+                positions[row, used:end] = np.arange(QUERIES, QUERIES + len(text))
+                targets[row, used + len(prompt) - 1 : end] = (*answer, EOS)
+                owner[row, used:end] = len(fitting)
+                used = end
+                fitting.append(question)
+            kept.append(fitting)
+        return Pack(
+            tensor(ids),
+            tensor(np.concatenate([np.tile(np.arange(QUERIES), (number, 1)), positions], axis=1)),
+            tensor(targets),
+            tensor(_mask(owner)),
+            tensor(owner),
+            kept,
+        )
+
+
+def _mask(owner: np.ndarray) -> np.ndarray:
+    """[B, 1, 288, 288] bool: causal; a question sees the image and itself; the image sees only itself."""
+    groups = np.concatenate([np.full((len(owner), QUERIES), -2), owner], axis=1)
+    same = groups[:, :, None] == groups[:, None, :]
+    image = (groups == -2)[:, None, :]
+    causal = np.tri(groups.shape[1], dtype=bool)
+    return ((same | image) & causal)[:, None]

@@ -1,0 +1,152 @@
+"""Stage: the vision encoder learns to see, from dense losses at every patch.
+
+Shape is the hard part. Two things made it move: Muon on the encoder's matrices, and a curriculum that first snaps
+objects to the patch grid and lets them drift as shapes are recognised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from build_engines.scenes.render import compressed, render
+from build_engines.scenes.world import (
+    CHARACTERS,
+    COLOURS,
+    GRID,
+    NONE,
+    PATCH_SIZE,
+    SHAPES,
+    SIZES,
+    Thing,
+    World,
+    sample_scene,
+)
+from build_engines.train.stages import tensor
+
+HEADS = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES), "character": len(CHARACTERS) + 1}
+IGNORED = -100
+OWNED = 0.25  # of a patch: from this share on it belongs to an object
+
+
+class Perception(nn.Module):
+    """What each patch shows: object or not, centre or not, where the centre lies, and its attributes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.splits = [1, 1, 2, *HEADS.values()]
+        self.readout = nn.Linear(width, sum(self.splits))
+        nn.init.zeros_(self.readout.bias)
+
+    def forward(self, patches: Tensor) -> dict[str, Tensor]:
+        """[B, 256, D] -> logits and offsets, each [B, 256, n]."""
+        parts = self.readout(patches).split(self.splits, dim=-1)
+        return dict(zip(("object", "centre", "offset", *HEADS), parts, strict=True))
+
+
+@dataclass
+class Views:
+    """A batch of rendered scenes. pixels: [B, 224, 224, 3] uint8; labels by name, [B, 256]; offset [B, 256, 2]."""
+
+    pixels: Tensor
+    labels: dict[str, Tensor]
+    scenes: list[list[Thing]]
+    coverage: list[np.ndarray]
+
+
+def draw_views(rng: np.random.Generator, number: int, worlds: list[World], compressed_share: float) -> Views:
+    """Scenes of the given worlds in equal parts, with the truth for every patch."""
+    pixels, labels, scenes, coverages = [], [], [], []
+    for index in range(number):
+        things = sample_scene(rng, worlds[index % len(worlds)])
+        picture = render(things, rng)
+        shown = compressed(picture.pixels, rng) if rng.random() < compressed_share else picture.pixels
+        pixels.append(shown)
+        labels.append(patch_labels(things, picture.coverage))
+        scenes.append(things)
+        coverages.append(picture.coverage)
+    stacked = {name: tensor(np.stack([one[name] for one in labels])) for name in labels[0]}
+    return Views(tensor(np.stack(pixels)), stacked, scenes, coverages)
+
+
+def patch_labels(things: list[Thing], coverage: np.ndarray) -> dict[str, np.ndarray]:
+    """The truth for each of the 256 patches; attributes are IGNORED where there is no object or no name."""
+    flat = coverage.reshape(len(things), -1).copy()
+    truth = {name: np.full(GRID * GRID, IGNORED, np.int64) for name in HEADS}
+    centre = np.zeros(GRID * GRID, np.float32)
+    offset = np.zeros((GRID * GRID, 2), np.float32)
+    for index, thing in enumerate(things):
+        column, row = min(GRID - 1, int(thing.x // PATCH_SIZE)), min(GRID - 1, int(thing.y // PATCH_SIZE))
+        patch = row * GRID + column
+        centre[patch] = 1
+        offset[patch] = thing.x / PATCH_SIZE - column - 0.5, thing.y / PATCH_SIZE - row - 0.5
+        flat[index, patch] = 2.0  # the centre belongs to its object, also inside a ring
+    if things:
+        owner, share = flat.argmax(0), flat.max(0)
+        for patch in np.flatnonzero(share >= OWNED):
+            thing = things[owner[patch]]
+            truth["colour"][patch] = thing.colour if thing.colour != NONE else IGNORED
+            truth["shape"][patch] = thing.shape
+            truth["size"][patch] = thing.size
+            truth["character"][patch] = thing.character + 1
+    return {**truth, "object": (truth["shape"] != IGNORED).astype(np.float32), "centre": centre, "offset": offset}
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """[B, 224, 224, 3] uint8 -> [B, 3, 224, 224] float32 in [-2, 2]."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+
+
+def perception_loss(seen: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """The sum of the dense losses, and the accuracy of each attribute at the objects' centres."""
+    centre = labels["centre"]
+    weight = 1.0 + 4.0 * centre
+    bce = functional.binary_cross_entropy_with_logits
+    loss = bce(seen["object"][..., 0], labels["object"]) + 2.0 * bce(
+        seen["centre"][..., 0], centre, pos_weight=centre.new_tensor(3.0)
+    )
+    loss = loss + 2.0 * ((seen["offset"] - labels["offset"]).square().sum(-1) * centre).sum() / centre.sum().clamp(
+        min=1
+    )
+    accuracy = {}
+    for name, classes in HEADS.items():
+        truth = labels[name]
+        known = weight * (truth != IGNORED)
+        if name == "character":
+            known = known * torch.where(truth > 0, 2.0, 1.0)
+        entropy = functional.cross_entropy(
+            seen[name].reshape(-1, classes), truth.reshape(-1), ignore_index=IGNORED, reduction="none"
+        )
+        loss = loss + (entropy * known.reshape(-1)).sum() / known.sum().clamp(min=1)
+        counted = (centre > 0) & (truth != IGNORED)
+        if name == "character":
+            counted &= truth > 0
+        right = (seen[name].argmax(-1) == truth) & counted
+        accuracy[name] = right.sum().item() / max(1, counted.sum().item())
+    found = (seen["centre"][..., 0] > 0) == (centre > 0)
+    accuracy["scene"] = found.all(-1).float().mean().item()  # every centre found, none invented
+    return loss, accuracy
+
+
+@dataclass
+class Curriculum:
+    """How far objects drift from the patch grid, in pixels: raised as shapes are recognised; 7 and more is anywhere."""
+
+    jitter: float = 1.0
+    shape: float = 0.0  # running accuracy at the centres
+
+    def worlds(self) -> list[World]:
+        dense = {"fewest": 6, "most": 12, "character_share": 0.75, "unnamed_share": 0.25, "repeat_share": 0.2}
+        aligned = World(**dense, lattice_jitter=min(self.jitter, 2.0))
+        if self.jitter < 7:
+            return [World(**dense, lattice_jitter=self.jitter)] * 2 + [aligned]
+        return [World(**dense), World(**(dense | {"fewest": 3, "most": 8})), World(**dense), aligned]
+
+    def observe(self, shape_accuracy: float) -> None:
+        self.shape = 0.95 * self.shape + 0.05 * shape_accuracy
+        if self.shape > 0.75 and self.jitter < 7:
+            self.jitter, self.shape = self.jitter + 1.0, 0.6

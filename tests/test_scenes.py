@@ -1,0 +1,122 @@
+"""The world of scenes: the same every time, unambiguous, balanced, and without the held-out pairs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from build_engines.scenes.held_out import DIRECTORY, held_out_scenes
+from build_engines.scenes.questions import ANSWERS, DESCRIBE, TYPES, Question, ask
+from build_engines.scenes.render import render
+from build_engines.scenes.world import HELD_OUT, NONE, World, sample_scene
+
+
+def test_scenes_follow_from_their_seed() -> None:
+    def draw() -> tuple[list[object], np.ndarray]:
+        rng = np.random.default_rng(5)
+        things = sample_scene(rng, World())
+        return [things, ask(rng, things, "relation")], render(things, rng).pixels
+
+    (said, pixels), (said_again, pixels_again) = draw(), draw()
+    assert said == said_again
+    assert np.array_equal(pixels, pixels_again)
+
+
+@pytest.mark.parametrize("world", [World(), World(unnamed_share=0.5), World(lattice_jitter=2.0)])
+def test_training_worlds_never_show_a_held_out_pair(world: World) -> None:
+    rng = np.random.default_rng(6)
+    shown = {(t.colour, t.shape) for _ in range(2000) for t in sample_scene(rng, world)}
+    assert not shown & set(HELD_OUT)
+    assert len({pair for pair in shown if pair[0] != NONE}) == 45
+
+
+def test_objects_do_not_overlap_and_stay_inside() -> None:
+    rng = np.random.default_rng(7)
+    for _ in range(200):
+        things = sample_scene(rng, World())
+        assert 2 <= len(things) <= 7
+        for i, one in enumerate(things):
+            assert one.diameter / 2 <= min(one.x, one.y, 224 - one.x, 224 - one.y)
+            for other in things[:i]:
+                assert np.hypot(one.x - other.x, one.y - other.y) > (one.diameter + other.diameter) / 2
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_answers_are_known_words_and_depend_on_named_objects(kind: str) -> None:
+    rng = np.random.default_rng(8)
+    answers: Counter[str] = Counter()
+    for _ in range(600):
+        things = sample_scene(rng, World())
+        question = ask(rng, things, kind)
+        if question is None:
+            continue
+        assert question.answer in ANSWERS
+        assert set(question.asked) <= set(range(len(things)))
+        assert question.text == question.text.lower()
+        answers[question.answer] += 1
+    assert answers.total() > 300
+    assert answers.most_common(1)[0][1] < 0.56 * answers.total()
+
+
+def test_a_relation_can_be_checked_from_the_objects() -> None:
+    rng = np.random.default_rng(9)
+    checked = 0
+    while checked < 200:
+        things = sample_scene(rng, World())
+        question = ask(rng, things, "relation")
+        if question is None or question.answer not in ("left", "right", "above", "below"):
+            continue
+        first, second = (things[i] for i in question.asked)
+        truth = {
+            "left": first.x < second.x,
+            "right": first.x > second.x,
+            "above": first.y < second.y,
+            "below": first.y > second.y,
+        }
+        assert truth[question.answer]
+        checked += 1
+
+
+def test_a_description_names_every_object_from_left_to_right() -> None:
+    rng = np.random.default_rng(10)
+    things = sample_scene(rng, World())
+    question = ask(rng, things, DESCRIBE)
+    assert isinstance(question, Question)
+    assert question.answer.count("a ") == len(things)
+    assert [things[i].x for i in question.asked] == sorted(thing.x for thing in things)
+
+
+def test_coverage_says_where_an_object_is() -> None:
+    rng = np.random.default_rng(11)
+    things = sample_scene(rng, World())
+    coverage = render(things, rng).coverage
+    assert coverage.shape == (len(things), 16, 16)
+    for thing, share in zip(things, coverage, strict=True):
+        rows, columns = np.nonzero(share > 0.05)
+        assert rows.min() <= thing.y / 14 <= rows.max() + 1
+        assert columns.min() <= thing.x / 14 <= columns.max() + 1
+
+
+def test_committed_scenes_are_the_generators() -> None:
+    """The first scene of each split, but for the loss of WebP, and its questions word for word."""
+    rows = [json.loads(line) for line in (DIRECTORY / "questions.jsonl").read_text().splitlines()]
+    for split in ("new", "held_out_pairs"):
+        scene = next(held_out_scenes(split, 1))
+        asked = [(row["question"], row["answer"], row["type"]) for row in rows if row["image"] == scene.name]
+        assert asked == [(q.text, q.answer, q.type) for q in scene.questions]
+        shown = np.asarray(Image.open(DIRECTORY / scene.name).convert("RGB"), np.float32)
+        assert np.abs(shown - scene.pixels).mean() < 6
+
+
+def test_committed_scenes_are_enough() -> None:
+    rows = [json.loads(line) for line in (DIRECTORY / "questions.jsonl").read_text().splitlines()]
+    number = Counter((row["split"], row["type"]) for row in rows)
+    assert all(number["new", kind] >= 200 for kind in TYPES)
+    assert all(number["held_out_pairs", kind] >= 50 for kind in TYPES)
+    files = {path.name: path.stat().st_size for path in DIRECTORY.iterdir()}
+    assert {row["image"] for row in rows} == {name for name in files if name.endswith(".webp")}
+    assert sum(files.values()) <= 10 * 2**20

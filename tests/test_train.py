@@ -1,0 +1,139 @@
+"""Training: every stage runs, a killed run goes on as if nothing had happened, and the checkpoint is a real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+
+from build_engines.model.knowing import ParticipatoryKnowing
+from build_engines.scenes.questions import ANSWERS, Question
+from build_engines.scenes.world import World, sample_scene
+from build_engines.train.__main__ import main
+from build_engines.train.course import Course, Measures
+from build_engines.train.evaluation import wilson
+from build_engines.train.packing import Packer
+from build_engines.train.symbols import slots_of
+from build_engines.train.tokens import EOS, PROMPT, new_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every stage with tiny sizes."""
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    assert main(["--out", str(out), "--tiny", "--eager", "--threads", "1"]) == 0
+    return out
+
+
+def test_every_stage_leaves_a_checkpoint_a_log_and_a_curve(run: Path) -> None:
+    stages = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert stages == ["language", "vision", "qformer", "joint"]
+    assert (run / "learning_curve.png").stat().st_size > 10_000
+    card = json.loads((run / "checkpoint" / "model_card.json").read_text())
+    assert set(card["accuracy"]) == {"new", "held_out_pairs"}
+
+
+def test_transformers_reads_the_checkpoint_and_answers(run: Path) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(run / "checkpoint", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint")
+    prompt = "<image>" * 32 + "<s>" + PROMPT.format(question="what colour is the star?")
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    out = model.generate(
+        pixel_values=torch.zeros(1, 3, 224, 224),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=3,
+        do_sample=False,
+    )
+    assert ids.shape[1] < out.shape[1] <= ids.shape[1] + 3
+
+
+def test_a_begun_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--out", str(run), "--tiny"])
+    assert "--resume" in capsys.readouterr().err
+
+
+def _course(directory: Path) -> tuple[Course, nn.Linear]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    matrices, rest = [model.weight], [model.bias]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.01)]
+    return Course(directory, "toy", 20, {"model": model}, optimizers, warmup=3, checkpoint_s=0.0), model
+
+
+def _train(directory: Path, stop_after: int | None = None) -> nn.Linear:
+    course, model = _course(directory)
+    course.resume()
+
+    def losses(rng: np.random.Generator) -> list[tuple[torch.Tensor, Measures]]:
+        inputs = torch.from_numpy(rng.standard_normal((8, 4)).astype(np.float32))
+        return [((model(inputs) - inputs.flip(1)).square().mean(), {})]
+
+    course.run(losses, dict, validate_every=5, stop_after=stop_after)
+    return model
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole = _train(tmp_path / "whole")
+    _train(tmp_path / "killed", stop_after=7)
+    resumed = _train(tmp_path / "killed")
+    assert torch.equal(whole.weight, resumed.weight)
+    assert torch.equal(whole.bias, resumed.bias)
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_every_answer_is_one_token_and_any_text_survives() -> None:
+    tokenizer = new_tokenizer()
+    assert len(tokenizer) <= 640
+    for answer in ANSWERS:
+        assert len(tokenizer.encode(f" {answer}", add_special_tokens=False)) == 1
+    text = "straße, 漢字 & \N{ROCKET}"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.encode("What COLOUR?") == tokenizer.encode("what colour?")
+
+
+def test_packed_questions_are_blind_to_each_other() -> None:
+    questions = [Question(f"is there a {colour} ring?", "yes", "exist", (0,)) for colour in ("red", "blue")]
+    pack = Packer(new_tokenizer(), 64).pack([questions])
+    first, second = (torch.nonzero(pack.owner[0] == index).flatten() + 32 for index in (0, 1))
+    mask = pack.mask[0, 0]
+    assert not mask[second][:, first].any()
+    assert not mask[first][:, second].any()
+    assert mask[second][:, :32].all()
+    assert pack.positions[0, first[0]] == pack.positions[0, second[0]] == 32
+    assert (pack.targets[0] == EOS).sum() == 2
+
+
+def test_every_object_gets_a_slot_near_its_centre() -> None:
+    rng = np.random.default_rng(12)
+    for _ in range(100):
+        things = sample_scene(rng, World())
+        slots = slots_of(things)
+        assert slots.filled.sum() == len(things)
+        cells = np.flatnonzero(slots.filled)
+        assert np.all(np.abs((cells % 8 + 0.5) * 28 - (slots.places[cells, 0] + 1) * 112) < 60)
+
+
+def test_relevance_ignores_padding() -> None:
+    torch.manual_seed(0)
+    knowing = ParticipatoryKnowing(50, 16)
+    features = torch.randn(2, 257, 16)
+    ids, mask = torch.randint(5, 50, (2, 32)), torch.zeros(2, 32, dtype=torch.int64)
+    mask[:, :6] = 1
+    other = torch.where(mask > 0, ids, (ids + 1) % 50)
+    relevance = knowing(features, ids, mask)
+    assert relevance.shape == (2, 256)
+    assert torch.equal(relevance, knowing(features, other, mask))
+    assert not torch.equal(relevance[0], relevance[1])
+
+
+def test_the_interval_is_wilsons() -> None:
+    low, high = wilson(90, 100)
+    assert low == pytest.approx(0.8256, abs=1e-3)
+    assert high == pytest.approx(0.9448, abs=1e-3)

@@ -77,7 +77,6 @@ async def running(app: App) -> AsyncIterator[None]:
         triton: EmbeddedTriton | None = None
         if settings.embedded:
             triton = await parts.enter_async_context(embedded_triton(app))
-            parts.push_async_callback(app.client.close)  # before Triton stops, which waits for open connections
             await app.readiness.probe(app.client, app.card, settings.probe_timeout_s)
         async with asyncio.TaskGroup() as tasks:
             watch = app.readiness.watch(app.client, app.card, settings.probe_interval_s, settings.probe_timeout_s)

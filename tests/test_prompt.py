@@ -2,47 +2,14 @@ import itertools
 
 import numpy as np
 import pytest
+from fakes import CARD, SPELLED, TOKENIZER
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 
-from service.core import ModelCard
 from service.errors import InvalidRequest
 from service.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
 
-
-def byte_level_tokenizer() -> Tokenizer:
-    """Every byte is a token, some pairs are merged, and ids 0 to 2 are special."""
-    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2}
-    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[character] = len(vocabulary)
-    merges = [("r", "e"), ("re", "d"), ("Ġ", "red")]
-    for one, other in merges:
-        vocabulary[one + other] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "<pad>", "</s>")])
-    return tokenizer
-
-
-TOKENIZER = byte_level_tokenizer()
-SPELLED = token_bytes(TOKENIZER)
-CARD = ModelCard(
-    name="tiny",
-    fingerprint="f",
-    vocab_size=TOKENIZER.get_vocab_size(),
-    hidden_size=4,
-    vision_width=4,
-    bos_id=0,
-    end_id=2,
-    pad_id=1,
-    max_positions=128,
-    prompt_template="Question: {question} Answer:",
-    allocator_trained=True,
-    vision_tokens=(64, 256),
-    visual_tokens=(32, 32),
-)
 PROMPTS = PromptBuilder(CARD, TOKENIZER)
 
 

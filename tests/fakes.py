@@ -1,0 +1,211 @@
+"""Small stand-ins for the two seams of service.pipeline, and a byte-level tokenizer to go with them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from io import BytesIO
+
+import numpy as np
+from PIL import Image as Pillow
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from service.core import Budget, ModelCard, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
+from service.http_api import Edge
+from service.images import ImageLimits, ImageReader
+from service.metrics import Metrics
+from service.pipeline import Pipeline
+from service.prompt import token_bytes
+from service.readiness import Readiness
+from service.settings import Settings
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """Every byte is a token, some pairs are merged, and ids 0 to 2 are special."""
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[character] = len(vocabulary)
+    merges = [("r", "e"), ("re", "d"), ("Ġ", "red")]
+    for one, other in merges:
+        vocabulary[one + other] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "<pad>", "</s>")])
+    return tokenizer
+
+
+TOKENIZER = byte_level_tokenizer()
+SPELLED = token_bytes(TOKENIZER)
+CARD = ModelCard(
+    name="tiny",
+    fingerprint="f",
+    vocab_size=TOKENIZER.get_vocab_size(),
+    hidden_size=4,
+    vision_width=4,
+    bos_id=0,
+    end_id=2,
+    pad_id=1,
+    max_positions=128,
+    prompt_template="Question: {question} Answer:",
+    allocator_trained=True,
+    vision_tokens=(64, 256),
+    visual_tokens=(32, 32),
+)
+
+
+def png(colour: tuple[int, int, int] = (200, 30, 40), size: tuple[int, int] = (224, 224)) -> bytes:
+    out = BytesIO()
+    Pillow.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def ids_of(text: str) -> list[int]:
+    return list(TOKENIZER.encode(text, add_special_tokens=False).ids)
+
+
+class FakeVision:
+    """Sees at once, or when `gate` is set; `fault` is raised instead where there is one."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fault: Exception | None = None
+        self.calls: list[str] = []
+        self.budgets: list[Budget] = []
+
+    async def see(self, image: np.ndarray, question: Question, budget: Budget, timeout_s: float) -> Seen:
+        assert image.shape == (3, 224, 224)
+        features = VisionFeatures(
+            np.full((257, 4), image.mean(), np.float32),
+            np.zeros(256, np.float32),
+            np.zeros(256, np.float32),
+            np.zeros((13, 16, 16), np.float32),
+        )
+        return await self._look("see", features, budget)
+
+    async def attend(self, vision: VisionFeatures, question: Question, budget: Budget, timeout_s: float) -> Seen:
+        return await self._look("attend", vision, budget)
+
+    async def _look(self, call: str, features: VisionFeatures, budget: Budget) -> Seen:
+        self.calls.append(call)
+        self.budgets.append(budget)
+        await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
+        relevance = Relevance(
+            np.full((16, 16), 0.5, np.float32),
+            np.full((3, 16, 16), 0.25, np.float32),
+            np.zeros((8, 8), np.int32),
+            np.full(3, 0.5, np.float32),
+        )
+        return Seen(np.zeros((budget.visual_tokens[1], 4), np.float32), relevance, features)
+
+
+class FakeLanguage:
+    """Says `answer` token by token and then the end's token; waits at `gate` before token number `wait_at`."""
+
+    def __init__(self, answer: str = " red") -> None:
+        self.tokens: list[int] = [*ids_of(answer), CARD.end_id]
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.wait_at = 0
+        self.fault: Exception | None = None  # raised at the gate
+        self.sampling: list[Sampling] = []
+        self.prompts: list[Prompt] = []
+        self.request_ids: list[str] = []
+        self.open = 0
+
+    def say(self, answer: str) -> None:
+        self.tokens = [*ids_of(answer), CARD.end_id]
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+    ) -> AsyncGenerator[tuple[int, ...], None]:
+        self.prompts.append(prompt)
+        self.sampling.append(sampling)
+        self.request_ids.append(request_id)
+        self.open += 1
+        try:
+            for place, token in enumerate(self.tokens[: sampling.max_tokens]):
+                if place == self.wait_at:
+                    await self.gate.wait()
+                    if self.fault is not None:
+                        raise self.fault
+                yield (token,)
+        finally:
+            self.open -= 1
+
+
+class FakeProber:
+    """Every model answers but those in `faults`."""
+
+    def __init__(self) -> None:
+        self.faults: dict[str, Exception] = {}
+
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0) -> None:
+        if model in self.faults:
+            raise self.faults[model]
+
+
+class House:
+    """A whole service but for Triton."""
+
+    def __init__(self, models: Sequence[str] = ("see", "attend", "llm"), **knobs: object) -> None:
+        self.settings = Settings(**knobs)
+        self.metrics = Metrics()
+        self.vision = FakeVision()
+        self.language = FakeLanguage()
+        self.reader = ImageReader(ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels), threads=1)
+        self.readiness = Readiness(models, self.metrics)
+        self.pipeline = Pipeline(
+            vision=self.vision,
+            language=self.language,
+            card=CARD,
+            tokenizer=TOKENIZER,
+            reader=self.reader,
+            settings=self.settings,
+            metrics=self.metrics,
+        )
+        self.edge = Edge(self.pipeline, self.readiness, self.settings, self.metrics)
+
+    def counted(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def outcomes(self) -> dict[str, float]:
+        """How often each outcome was counted."""
+        return {
+            sample.labels["outcome"]: sample.value
+            for metric in self.metrics.requests.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+
+
+async def turns() -> None:
+    """Lets every task that can run do so."""
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+async def until(condition: object, timeout_s: float = 5.0) -> None:
+    """Waits for what another thread brings about; the condition is asked at every turn of the loop."""
+    assert callable(condition)
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def cancelled(task: asyncio.Task[object]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

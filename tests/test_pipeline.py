@@ -1,0 +1,233 @@
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes import CARD, House, cancelled, ids_of, png, turns, until
+from structlog.testing import capture_logs
+
+from service.core import Budget, Sampling
+from service.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidImage,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
+from service.pipeline import Delta, Finished, Request
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    house = House()
+    yield house
+    house.reader.close()
+
+
+def request(**changes: object) -> Request:
+    plain = Request(
+        id="vqa_1",
+        image=png(),
+        question="what colour?",
+        budget=Budget(),
+        sampling=Sampling(max_tokens=16),
+        timeout_s=10,
+        trace_id="trace",
+    )
+    return replace(plain, **changes)
+
+
+async def answer(house: House, asked: Request) -> tuple[str, Finished]:
+    *deltas, last = [event async for event in house.pipeline.answer(asked)]
+    assert isinstance(last, Finished)
+    return "".join(delta.text for delta in deltas if isinstance(delta, Delta)), last
+
+
+async def test_the_first_question_sees_and_the_second_attends(house):
+    text, first = await answer(house, request())
+    _, second = await answer(house, request(question="which shape?"))
+    _, by_id = await answer(house, request(image=first.image_id))
+    assert text == "red"
+    assert house.vision.calls == ["see", "attend", "attend"]
+    assert [first.cache, second.cache, by_id.cache] == ["miss", "hit", "hit"]
+    assert (first.finish_reason, first.completion_tokens, first.visual_tokens) == ("stop", 1, 32)
+    assert first.prompt_tokens == len(house.language.prompts[0].input_ids) - 32
+    assert first.relevance.vision_tokens == 64
+    assert list(first.timing_ms) == ["queue", "load", "vision", "first_token", "total"]
+    assert first.timing_ms["load"] > 0
+    assert first.timing_ms["total"] >= first.timing_ms["first_token"] >= first.timing_ms["vision"]
+
+
+async def test_equal_prompts_have_equal_extra_ids_and_others_have_not(house):
+    for asked in (request(), request(), request(question="which shape?"), request(image=png((1, 2, 3)))):
+        await answer(house, asked)
+    same, again, question, image = (prompt.extra_ids[:32] for prompt in house.language.prompts)
+    assert np.array_equal(same, again)
+    assert len({ids[0] for ids in (same, question, image)}) == 3
+
+
+async def test_the_answers_length_is_a_reason_to_finish(house):
+    house.language.say(" red red red")
+    text, end = await answer(house, request(sampling=Sampling(max_tokens=2)))
+    assert (text, end.finish_reason, end.completion_tokens) == ("red red", "length", 2)
+
+
+async def test_a_stop_string_ends_the_stream(house):
+    house.language.say(" red. And more of it")
+    text, end = await answer(house, request(sampling=Sampling(max_tokens=64, stop=(". A",))))
+    assert (text, end.finish_reason) == ("red", "stop")
+    assert house.language.open == 0
+
+
+async def test_half_characters_wait_for_their_other_half(house):
+    house.language.say(" é")
+    assert len(ids_of(" é")) == 3
+    events = [event async for event in house.pipeline.answer(request())]
+    assert events[0] == Delta("é")
+
+
+async def test_one_outcome_is_counted_and_one_line_logged_for_an_answer(house):
+    with capture_logs() as lines:
+        await answer(house, request())
+    assert house.outcomes() == {"ok": 1}
+    assert [(line["event"], line["outcome"], line["request_id"]) for line in lines] == [("answered", "ok", "trace")]
+    assert house.counted("glimpse_time_to_first_token_seconds_count") == 1
+    assert house.counted("glimpse_stage_seconds_count", stage="vision") == 1
+    assert house.counted("glimpse_requests_in_flight") == 0
+    assert house.counted("glimpse_generated_tokens_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "outcome"),
+    [
+        ({"image": b"no image"}, InvalidImage, "invalid_image"),
+        ({"image": "img_unknown"}, NotFound, "image_not_found"),
+        ({"budget": Budget(visual_tokens=(32, 64))}, InvalidRequest, "invalid_request"),
+        ({"budget": Budget(vision_tokens=(100, 64))}, InvalidRequest, "invalid_request"),
+        ({"sampling": Sampling(max_tokens=1000)}, InvalidRequest, "context_length_exceeded"),
+    ],
+)
+async def test_what_cannot_be_answered_ends_in_one_typed_outcome(house, changes, error, outcome):
+    with capture_logs() as lines, pytest.raises(error):
+        await answer(house, request(**changes))
+    assert house.outcomes() == {outcome: 1}
+    assert [line["event"] for line in lines] == ["not_answered"]
+    assert house.counted("glimpse_requests_in_flight") == 0
+    assert (await answer(house, request()))[0] == "red"
+
+
+async def test_budgets_outside_the_models_ranges_say_what_is_offered(house):
+    with pytest.raises(InvalidRequest, match=r"budget.visual_tokens \[32, 128\] is outside \[32, 32\], .* tiny offers"):
+        await answer(house, request(budget=Budget(visual_tokens=(32, 128))))
+    with pytest.raises(InvalidRequest, match="80 is more than 70: swap"):
+        await answer(house, request(budget=Budget(vision_tokens=(80, 70))))
+    house.pipeline.card = replace(CARD, visual_tokens=(32, 128))
+    with pytest.raises(InvalidRequest, match="must be multiples of 32"):
+        await answer(house, request(budget=Budget(visual_tokens=(32, 60))))
+    assert house.vision.calls == []
+
+
+async def test_no_more_requests_than_there_is_room_for():
+    house = House(max_requests_in_flight=2)
+    house.vision.gate.clear()
+    tasks = [asyncio.create_task(answer(house, request(id=f"vqa_{i}"))) for i in range(2)]
+    await turns()
+    assert house.counted("glimpse_requests_in_flight") == 2
+    with pytest.raises(Overloaded) as caught:
+        await answer(house, request())
+    assert caught.value.retry_after_s >= 1
+    house.vision.gate.set()
+    assert [text for text, _ in await asyncio.gather(*tasks)] == ["red", "red"]
+    assert house.outcomes() == {"overloaded": 1, "ok": 2}
+    await answer(house, request())
+    house.reader.close()
+
+
+@pytest.mark.parametrize("stage", ["vision", "language"])
+async def test_the_deadline_covers_the_whole_path(house, stage):
+    (house.vision if stage == "vision" else house.language).gate.clear()
+    with pytest.raises(DeadlineExceeded, match=r"timeout_s=0.05"):
+        await answer(house, request(timeout_s=0.05))
+    assert house.outcomes() == {"deadline_exceeded": 1}
+    assert house.language.open == 0
+
+
+@pytest.mark.parametrize("stage", ["vision", "language"])
+async def test_a_caller_who_goes_away_frees_its_slot_and_its_stream(house, stage):
+    (house.vision if stage == "vision" else house.language).gate.clear()
+    task = asyncio.create_task(answer(house, request()))
+    await until(lambda: house.vision.calls and (stage == "vision" or house.language.open))
+    await cancelled(task)
+    assert house.outcomes() == {"cancelled": 1}
+    assert house.language.open == 0
+    assert house.counted("glimpse_requests_in_flight") == 0
+
+
+async def test_closing_the_events_half_way_is_a_cancellation(house):
+    house.language.say(" red red red")
+    async with aclosing(house.pipeline.answer(request())) as events:
+        assert await anext(events) == Delta("red")
+    assert house.language.open == 0
+    assert house.outcomes() == {"cancelled": 1}
+
+
+async def test_who_stops_reading_after_the_last_event_was_answered(house):
+    async with aclosing(house.pipeline.answer(request())) as events:
+        async for event in events:
+            if isinstance(event, Finished):
+                break
+    assert house.outcomes() == {"ok": 1}
+
+
+@pytest.mark.parametrize("error", [Unavailable("triton is gone"), Overloaded("queue full")])
+async def test_errors_of_the_models_pass_as_they_are(house, error):
+    house.language.fault = error
+    house.language.wait_at = 0
+    with pytest.raises(type(error)):
+        await answer(house, request())
+    assert house.outcomes() == {error.code: 1}
+
+
+async def test_an_answer_without_a_token_is_a_fault_of_the_model(house):
+    house.language.tokens = []
+    with pytest.raises(Unavailable, match="without a token"):
+        await answer(house, request())
+
+
+async def test_an_unknown_error_is_logged_once_and_says_nothing_of_the_inside(house):
+    house.vision.fault = RuntimeError("secret path /etc")
+    with capture_logs() as lines, pytest.raises(InternalError) as caught:
+        await answer(house, request())
+    assert "secret" not in caught.value.message
+    assert "trace" in caught.value.message
+    assert [(line["log_level"], line["outcome"]) for line in lines] == [("error", "internal_error")]
+    assert isinstance(lines[0]["exc_info"], RuntimeError)
+    assert house.outcomes() == {"internal_error": 1}
+
+
+async def test_concurrent_questions_about_one_new_image_encode_it_once(house):
+    house.vision.gate.clear()
+    tasks = [asyncio.create_task(answer(house, request(id=f"vqa_{i}", question=f"{i}?"))) for i in range(8)]
+    await until(lambda: house.vision.calls)
+    await turns()
+    house.vision.gate.set()
+    ends = [end for _, end in await asyncio.gather(*tasks)]
+    assert sorted(house.vision.calls) == ["attend"] * 7 + ["see"]
+    assert sorted(end.cache for end in ends) == ["hit"] * 7 + ["miss"]
+
+
+async def test_an_image_that_was_kept_needs_no_bytes_again(house):
+    kept = await house.pipeline.keep_image(png(size=(300, 200)))
+    assert (kept.width, kept.height) == (300, 200)
+    text, end = await answer(house, request(image=kept.id))
+    assert (text, end.cache, end.image_id) == ("red", "miss", kept.id)
+
+
+async def test_a_bad_image_is_not_kept(house):
+    with pytest.raises(InvalidImage):
+        await house.pipeline.keep_image(b"no")
+    assert len(house.pipeline.images) == 0

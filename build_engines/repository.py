@@ -143,10 +143,10 @@ def models(dimensions: Dimensions) -> list[Model]:
         Tensor("output_log_probs", "FP32", (-1, -1), "[1 beam, new tokens]"),
     )
     texts = (
-        Tensor("image_bytes", "STRING", (1,), "JPEG, PNG, WebP or GIF"),
-        Tensor("question", "STRING", (1,), "UTF-8"),
+        Tensor("image_bytes", "UINT8", (-1,), "the file: JPEG, PNG, WebP or GIF"),
+        Tensor("question", "UINT8", (-1,), "UTF-8"),
     )
-    answer = Tensor("answer", "STRING", (1,), "raw bytes: the responses' concatenation is UTF-8")
+    answer = Tensor("answer", "UINT8", (-1,), "the responses' concatenation is UTF-8")
     # The ensemble's own inputs are called temperature and seed too: what compose hands on needs other names.
     to_llm = same([*llm_prompt, *llm_sampling]) | {"temperature": "llm_temperature", "seed": "llm_seed"}
     encode = step("vision_encoder", [image], vision)

@@ -123,11 +123,11 @@ MODELS: Mapping[str, Model] = {
     ),
     "vqa": Model(
         inputs=(
-            Tensor("image_bytes", "STRING", (1,)),
-            Tensor("question", "STRING", (1,)),
+            Tensor("image_bytes", "UINT8", (-1,)),
+            Tensor("question", "UINT8", (-1,)),
             Tensor("max_tokens", "INT32", (1,), optional=True),
         ),
-        outputs=(Tensor("answer", "STRING", (1,)),),
+        outputs=(Tensor("answer", "UINT8", (-1,)),),
         through=("prepare", "vision_encoder", "relevance_allocator", "qformer", "compose", "llm", "finish"),
         decoupled=True,
     ),
@@ -221,6 +221,11 @@ class TritonClient:
         self._channels.clear()
         self._stubs.clear()
 
+    @property
+    def in_flight(self) -> int:
+        """Calls that `abandon` could still end."""
+        return sum(len(calls) for calls in self._open.values())
+
     async def see(self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float) -> Seen:
         """`image` is RGB [3, 224, 224]."""
         arrays = await self._infer("see", {"image": image, **_asked(question, budget)}, timeout_s)
@@ -273,15 +278,15 @@ class TritonClient:
         The gateway itself never asks for it: a cancel does not reach a running step of an ensemble.
         """
         tensors = {
-            "image_bytes": np.array([image_bytes], object),
-            "question": np.array([question.encode()], object),
+            "image_bytes": np.frombuffer(image_bytes, np.uint8),
+            "question": np.frombuffer(question.encode(), np.uint8),
             "max_tokens": np.array([max_tokens], np.int32),
         }
         responses = self._responses("vqa", _request("vqa", tensors), timeout_s, stall_timeout_s)
         async with contextlib.aclosing(responses):
             async for response in responses:
                 for content in response.raw_output_contents:
-                    yield content[4:]  # one string: its length in 4 bytes, then its bytes
+                    yield content
 
     async def _responses(
         self, model: str, request: Any, timeout_s: float, stall_timeout_s: float
@@ -465,11 +470,11 @@ def _request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.M
     """One row: `tensors` come without the batch dimension."""
     inputs, contents = [], []
     for name, array in tensors.items():
-        datatype = "BYTES" if array.dtype == object else _DATATYPES[array.dtype]
+        datatype = _DATATYPES[array.dtype]
         inputs.append(
             service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=(1, *array.shape))
         )
-        contents.append(_serialized(array))
+        contents.append(array.tobytes())
     request = service_pb2.ModelInferRequest(
         model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_OUTPUTS[model]
     )
@@ -477,12 +482,6 @@ def _request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.M
         # Without it an empty last response is swallowed, and the end with it.
         request.parameters["triton_enable_empty_final_response"].bool_param = True
     return request
-
-
-def _serialized(array: npt.NDArray[Any]) -> bytes:
-    if array.dtype == object:
-        return b"".join(len(item).to_bytes(4, "little") + item for item in array.flat)
-    return array.tobytes()
 
 
 def _asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:

@@ -1,0 +1,360 @@
+"""The client against a real Triton: see, attend, generate, and every way they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from service.core import Budget, ModelCard, Prompt, Sampling, Seen, UInt8Array
+from service.embedded import PROBED, EmbeddedTriton
+from service.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GlimpseError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+from service.prompt import PromptBuilder
+from service.triton import ERROR_CODES, ERROR_TEXTS, MESSAGES, TritonClient, translate
+from tests.conftest import eventually_async, free_ports
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+QUESTION = "what colour is the small circle?"
+NEVER = -1  # an end id that the model cannot generate
+
+
+class Asker:
+    """Prompts and generations for one card."""
+
+    def __init__(self, client: TritonClient, prompts: PromptBuilder, card: ModelCard) -> None:
+        self.client = client
+        self.card = card
+        self.prompts = prompts
+
+    def prompt(self, question: str = QUESTION, visual_tokens: int = 32) -> Prompt:
+        table = np.linspace(-1, 1, visual_tokens * self.card.hidden_size, dtype=np.float32)
+        return self.prompts.compose(question, table.reshape(visual_tokens, -1), b"a test's image")
+
+    def room(self) -> int:
+        """The longest answer that fits behind `prompt()`."""
+        return self.card.max_positions - self.prompt().input_ids.size
+
+    def generate(self, prompt: Prompt, sampling: Sampling, *, timeout_s: float = 20, stall_timeout_s: float = 5):
+        return self.client.generate(
+            prompt,
+            sampling,
+            end_id=NEVER,
+            pad_id=self.card.pad_id,
+            request_id=f"test-{time.monotonic_ns()}",
+            timeout_s=timeout_s,
+            stall_timeout_s=stall_timeout_s,
+        )
+
+    async def tokens(self, prompt: Prompt, sampling: Sampling) -> list[int]:
+        return [token async for tokens in self.generate(prompt, sampling) for token in tokens]
+
+
+@pytest.fixture
+def asker(client: TritonClient, prompts: PromptBuilder, card: ModelCard) -> Asker:
+    return Asker(client, prompts, card)
+
+
+async def look(client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, budget: Budget) -> Seen:
+    return await client.see(pixels, prompts.question(QUESTION), budget, timeout_s=10)
+
+
+async def test_see_gives_visual_tokens_relevance_and_features(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, card: ModelCard
+) -> None:
+    seen = await look(client, prompts, pixels, Budget((100, 100), (32, 32)))
+    assert seen.visual_tokens.shape == (32, card.hidden_size)
+    assert seen.vision.features.shape == (257, card.vision_width)
+    assert seen.vision.saliency.shape == seen.vision.entropy.shape == (256,)
+    assert seen.vision.texture.shape == (13, 16, 16)
+    assert seen.relevance.map.shape == (16, 16)
+    assert seen.relevance.scores.shape == (3, 16, 16)
+    assert seen.relevance.levels.shape == (8, 8)
+    assert seen.relevance.tensions.shape == (3,)
+    assert 0 <= seen.relevance.map.min() <= seen.relevance.map.max() <= 1
+    assert 64 <= seen.relevance.vision_tokens <= 100
+
+
+async def test_attend_on_cached_features_is_what_see_saw(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array
+) -> None:
+    budget = Budget((64, 256), (32, 32))
+    seen = await look(client, prompts, pixels, budget)
+    again = await client.attend(seen.vision, prompts.question(QUESTION), budget, timeout_s=10)
+    np.testing.assert_array_equal(again.visual_tokens, seen.visual_tokens)
+    np.testing.assert_array_equal(again.relevance.map, seen.relevance.map)
+    assert again.vision is seen.vision
+
+
+async def test_generate_streams_as_many_tokens_as_asked(asker: Asker) -> None:
+    pieces = [tokens async for tokens in asker.generate(asker.prompt(), Sampling(max_tokens=7))]
+    assert [len(tokens) for tokens in pieces] == [1] * 7
+    assert all(0 <= token < asker.card.vocab_size for (token,) in pieces)
+
+
+async def test_greedy_and_seeded_answers_repeat(asker: Asker) -> None:
+    greedy = Sampling(max_tokens=8)
+    drawn = Sampling(max_tokens=8, temperature=1.5, top_k=50, top_p=0.95, seed=7, repetition_penalty=1.2)
+    for sampling in (greedy, drawn):
+        assert await asker.tokens(asker.prompt(), sampling) == await asker.tokens(asker.prompt(), sampling)
+    assert await asker.tokens(asker.prompt(), drawn) != await asker.tokens(asker.prompt(), replace(drawn, seed=8))
+
+
+async def test_end_id_is_the_last_token(asker: Asker) -> None:
+    first, *_ = await asker.tokens(asker.prompt(), Sampling(max_tokens=1))
+    tokens = asker.client.generate(
+        asker.prompt(),
+        Sampling(max_tokens=8),
+        end_id=first,
+        pad_id=asker.card.pad_id,
+        request_id="ends",
+        timeout_s=10,
+        stall_timeout_s=5,
+    )
+    assert [piece async for piece in tokens] == [(first,)]
+
+
+async def test_every_model_can_be_probed(client: TritonClient, card: ModelCard) -> None:
+    for model in PROBED:
+        await client.probe(model, card, timeout_s=10)
+    with pytest.raises(Unavailable, match="no probe"):
+        await client.probe("nothing", card, timeout_s=1)
+
+
+async def test_too_long_a_request_is_the_callers_mistake(asker: Asker) -> None:
+    with pytest.raises(InvalidRequest, match=str(asker.card.max_positions)):
+        await asker.tokens(asker.prompt(), Sampling(max_tokens=asker.room() + 1))
+
+
+async def test_a_tensor_of_the_wrong_shape_is_our_mistake(
+    client: TritonClient, prompts: PromptBuilder, asker: Asker
+) -> None:
+    with pytest.raises(InternalError):
+        await look(client, prompts, np.zeros((3, 8, 8), np.uint8), Budget())
+    prompt = asker.prompt()
+    with pytest.raises(InternalError):
+        await asker.tokens(replace(prompt, visual_tokens=prompt.visual_tokens[:, :-1]), Sampling())
+
+
+async def test_a_full_queue_is_overload(asker: Asker) -> None:
+    """Rows and queue of the LLM are finite: enough long answers at once, and some are refused at once."""
+    sampling = Sampling(max_tokens=asker.room())
+    refused = asyncio.Event()
+
+    async def ask() -> None:
+        try:
+            async with aclosing(asker.generate(asker.prompt(), sampling)) as tokens:
+                async for _ in tokens:
+                    if refused.is_set():
+                        return
+        except Overloaded:
+            refused.set()
+
+    await asyncio.gather(*(ask() for _ in range(140)))
+    assert refused.is_set()
+
+
+async def test_the_deadline_ends_see_and_generate(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, asker: Asker
+) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await client.see(pixels, prompts.question(QUESTION), Budget(), timeout_s=0.0005)
+    with pytest.raises(DeadlineExceeded):
+        async for _ in asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()), timeout_s=0.02):
+            pass
+    with pytest.raises(DeadlineExceeded):
+        await client.see(pixels, prompts.question(QUESTION), Budget(), timeout_s=-1)
+    with pytest.raises(DeadlineExceeded):
+        async for _ in asker.generate(asker.prompt(), Sampling(), timeout_s=-1):
+            pass
+
+
+async def test_closing_frees_the_llms_row(asker: Asker, repository: Path) -> None:
+    """All rows taken: one more request waits, until one of those decoding is closed; it does not wait for their end."""
+    configuration = (repository / "llm" / "config.pbtxt").read_text()
+    parsed = text_format.Parse(configuration, model_config_pb2.ModelConfig())
+    rows = int(parsed.parameters["max_rows"].string_value)
+    started = asyncio.Semaphore(0)
+
+    async def decode() -> None:
+        async for _ in asker.generate(asker.prompt(), Sampling(max_tokens=asker.room())):
+            started.release()
+
+    decoding = [asyncio.create_task(decode()) for _ in range(rows)]
+    try:
+        for _ in range(2 * rows):
+            await started.acquire()
+        waiting = asyncio.create_task(asker.tokens(asker.prompt(), Sampling(max_tokens=1)))
+        decoding[0].cancel()
+        assert len(await waiting) == 1
+        assert not any(task.done() for task in decoding[1:])
+    finally:
+        for task in decoding:
+            task.cancel()
+        await asyncio.gather(*decoding, return_exceptions=True)
+
+
+async def test_a_closed_stream_leaves_nothing_open(asker: Asker) -> None:
+    tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
+    await anext(tokens)
+    await tokens.aclose()
+    assert asker.client.in_flight == 0
+    finished = asker.generate(asker.prompt(), Sampling(max_tokens=2))
+    await anext(finished)
+    await anext(finished)  # the final response: the stream now ends by itself, whatever the caller does
+    await finished.aclose()
+    assert asker.client.in_flight == 0
+
+
+async def test_cancelling_the_task_is_a_cancellation(asker: Asker) -> None:
+    started = asyncio.Event()
+
+    async def ask() -> None:
+        async for _ in asker.generate(asker.prompt(), Sampling(max_tokens=asker.room())):
+            started.set()
+
+    task = asyncio.create_task(ask())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_abandoned_requests_end_at_once_and_typed(asker: Asker) -> None:
+    tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
+    await anext(tokens)
+    asker.client.abandon("vision_encoder")  # not on the LLM's path
+    await anext(tokens)
+    asker.client.abandon("llm")
+    with pytest.raises(Unavailable, match="llm"):
+        async for _ in tokens:
+            pass
+    assert await asker.tokens(asker.prompt(), Sampling(max_tokens=1))
+
+
+async def test_nothing_listens() -> None:
+    (port,) = free_ports(1)
+    card_free = Prompt(np.zeros(1, np.int32), np.zeros((1, 8), np.float32), np.zeros(1, np.uint64))
+    async with TritonClient(f"127.0.0.1:{port}", f"127.0.0.1:{port}") as client:
+        assert not await client.ready()
+        with pytest.raises(Unavailable):
+            await client.load("llm", timeout_s=2)
+        tokens = client.generate(
+            card_free, Sampling(), end_id=0, pad_id=0, request_id="", timeout_s=5, stall_timeout_s=1
+        )
+        with pytest.raises(Unavailable):
+            await anext(tokens)
+    with pytest.raises(Unavailable):
+        await client.unload("llm")
+
+
+class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that answers one token, then as told: falls silent, ends without a final response, or fails."""
+
+    def __init__(self, then: str) -> None:
+        self.then = then
+
+    async def ModelStreamInfer(self, requests, context):
+        async for _ in requests:
+            response = service_pb2.ModelStreamInferResponse()
+            response.infer_response.outputs.add(name="output_ids", datatype="INT32", shape=[1, 1, 1])
+            response.infer_response.raw_output_contents.append(np.int32(3).tobytes())
+            yield response
+            match self.then:
+                case "silent":
+                    await asyncio.Event().wait()
+                case "text":
+                    yield service_pb2.ModelStreamInferResponse(error_message="Stub process 'llm_0_0' is not healthy.")
+                case "broken":
+                    await context.abort(grpc.StatusCode.DATA_LOSS, "wires crossed")
+
+
+@pytest.mark.parametrize(
+    ("then", "error"),
+    [("silent", Unavailable), ("ends", InternalError), ("text", Unavailable), ("broken", InternalError)],
+)
+async def test_a_stream_that_goes_wrong_ends_typed(then: str, error: type[GlimpseError], asker: Asker) -> None:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Scripted(then), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with TritonClient(f"127.0.0.1:{port}", f"127.0.0.1:{port}") as client:
+            lonely = Asker(client, asker.prompts, asker.card)
+            tokens = lonely.generate(lonely.prompt(), Sampling(), stall_timeout_s=0.1)
+            assert await anext(tokens) == (3,)
+            with pytest.raises(error):
+                await anext(tokens)
+            assert client.in_flight == 0
+    finally:
+        await server.stop(None)
+
+
+async def test_every_status_code_is_mapped() -> None:
+    """Every code gives one of our errors, and one that is not listed is a fault of ours that says nothing inside."""
+    for code in grpc.StatusCode:
+        error = translate("see", code, "a secret of the inside")
+        expected = ERROR_CODES.get(code, InternalError)
+        assert type(error) is (InternalError if expected is InvalidRequest else expected)
+        assert "secret" not in error.message
+    assert type(translate("llm", None, "anything")) is InternalError
+    assert set(ERROR_CODES.values()) | {kind for _, kind in ERROR_TEXTS} <= MESSAGES.keys() | {InvalidRequest}
+    assert issubclass(Cancelled, GlimpseError)
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "text", "kind"),
+    [
+        ("llm", grpc.StatusCode.UNAVAILABLE, "[request id: a] Exceeds maximum queue size", Overloaded),
+        ("see", grpc.StatusCode.INTERNAL, "in ensemble 'see', Stub process 'qformer_0_0' is not healthy.", Unavailable),
+        ("llm", None, "Stub process 'llm_0_0' is not healthy.", Unavailable),
+        ("see", grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'image'", InternalError),
+        ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] unexpected shape for input 'seed'", InternalError),
+        ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] 900 positions: the model has 320", InvalidRequest),
+    ],
+)
+async def test_text_decides_before_the_code(
+    model: str, code: grpc.StatusCode | None, text: str, kind: type[GlimpseError]
+) -> None:
+    error = translate(model, code, text)
+    assert type(error) is kind
+    assert "request id" not in error.message
+
+
+async def test_ready_says_what_the_servers_say(client: TritonClient, triton: EmbeddedTriton) -> None:
+    assert await client.ready()
+    assert triton.ready
+
+
+async def test_an_unloaded_model_is_unavailable_until_it_is_loaded(
+    client: TritonClient, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array
+) -> None:
+    await client.unload("qformer")
+    with pytest.raises(Unavailable):
+        await look(client, prompts, pixels, Budget())
+    await client.load("qformer")
+
+    async def back() -> bool:
+        try:
+            await client.probe("see", card, timeout_s=5)
+        except Unavailable:
+            return False
+        return True
+
+    await eventually_async(back, 10, "see is back")

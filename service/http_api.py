@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import orjson
 import structlog
@@ -82,7 +82,7 @@ class JsonResponse(Response):
         return content.model_dump_json(exclude_none=not isinstance(content, ErrorBody)).encode()
 
 
-class EventStream:
+class EventStream(Response):
     """An answer as server-sent events: deltas, then all but the text, then [DONE].
 
     Nothing is sent before the first event is there, so that an early error still has a status of its own; a later one
@@ -90,21 +90,25 @@ class EventStream:
     """
 
     def __init__(self, ask: Ask, edge: Edge) -> None:
+        super().__init__()
         self.ask = ask
         self.edge = edge
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         request = self.ask.request
-        async with present(receive, request.timeout_s), aclosing(self.edge.pipeline.answer(request)) as events:
-            event = await anext(events)
-            await send(self.start())
-            try:
-                await send(self.chunk(event))
+        started = False
+        try:
+            async with present(receive, request.timeout_s), aclosing(self.edge.pipeline.answer(request)) as events:
                 async for event in events:
+                    if not started:
+                        await send(self.start())
+                        started = True
                     await send(self.chunk(event))
-            except GlimpseError as error:
-                await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        except GlimpseError as error:
+            if not started:
+                raise
+            await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     def start(self) -> Message:
         headers = [
@@ -151,7 +155,7 @@ router = APIRouter()
 
 
 @router.post("/v1/vqa")
-async def ask(request: Request) -> Any:
+async def ask(request: Request) -> Response:
     """Answers a question about an image.
 
     With `stream` the answer comes as server-sent events: `{"id", "delta"}` for each piece of text, then one event with
@@ -206,7 +210,7 @@ async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:
 
 
 @router.post("/v1/images")
-async def keep_image(request: Request) -> Any:
+async def keep_image(request: Request) -> Response:
     """Takes an image once, to be asked about by its id until it expires. The body is the file, or a form with it."""
     edge = edge_of(request)
     content_type = request.headers.get("content-type", "")
@@ -230,19 +234,19 @@ def image_of(body: bytes, content_type: str) -> bytes:
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> Any:
+async def models(request: Request) -> Response:
     """The model that answers, what it was trained on, and what budgets it offers."""
     return JsonResponse(ModelList(data=[Model.of(edge_of(request).pipeline.card)]))
 
 
 @router.get("/health/live")
-async def live() -> Any:
+async def live() -> Response:
     """200 while the process can answer at all."""
     return JsonResponse(Health(status="ok"))
 
 
 @router.get("/health/ready")
-async def ready(request: Request) -> Any:
+async def ready(request: Request) -> Response:
     """200 while every model answers a real inference, else 503 and the reasons."""
     readiness = edge_of(request).readiness
     if readiness.ready:
@@ -252,12 +256,12 @@ async def ready(request: Request) -> Any:
 
 
 @router.get("/metrics", include_in_schema=False)
-async def metrics(request: Request) -> Any:
+async def metrics(request: Request) -> Response:
     return Response(generate_latest(edge_of(request).metrics.registry), media_type=METRICS_TYPE)
 
 
 @router.get("/", include_in_schema=False)
-async def root(request: Request) -> Any:
+async def root(request: Request) -> Response:
     return HTMLResponse(
         "<!doctype html><title>Glimpse</title><h1>Glimpse</h1><p>Answers questions about images. Try</p>"
         f"<pre>curl -F image=@photo.jpg -F question='what is this?' {request.base_url}v1/vqa</pre>"

@@ -138,7 +138,8 @@ def _name_dimensions(model: onnx.ModelProto, graph: Graph) -> None:
             renamed[value.type.tensor_type.shape.dim[axis].dim_param] = name
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         for dimension in value.type.tensor_type.shape.dim:
-            dimension.dim_param = renamed.get(dimension.dim_param, dimension.dim_param)
+            if dimension.dim_param in renamed:
+                dimension.dim_param = renamed[dimension.dim_param]
 
 
 def card(checkpoint: Checkpoint) -> ModelCard:

@@ -277,7 +277,7 @@ class TritonClient:
 
         The gateway itself never asks for it: a cancel does not reach a running step of an ensemble.
         """
-        tensors = {
+        tensors: dict[str, npt.NDArray[Any]] = {
             "image_bytes": np.frombuffer(image_bytes, np.uint8),
             "question": np.frombuffer(question.encode(), np.uint8),
             "max_tokens": np.array([max_tokens], np.int32),

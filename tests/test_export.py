@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -96,6 +97,16 @@ def test_exporter_keeps_any_blip2s_answers(tiny, tmp_path, index):
     export_graph(graph, tmp_path / "model.onnx")
     for batch in (1, 3):
         assert_parity(graph, tmp_path / "model.onnx", batch)
+
+
+def test_only_what_varies_is_dynamic(reference):
+    for graph in graphs(reference):
+        model = onnx.load(ROOT / "model_repository" / graph.name / "1" / "model.onnx")
+        for value in model.graph.input:
+            dims = value.type.tensor_type.shape.dim
+            found = [dim.dim_param or dim.dim_value for dim in dims]
+            varies = graph.dynamic[value.name]
+            assert found == [varies.get(axis, size) for axis, size in enumerate(graph.inputs[value.name].shape)]
 
 
 def test_exported_files_hold_no_paths_of_the_machine_that_made_them():

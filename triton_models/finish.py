@@ -22,10 +22,9 @@ class TritonPythonModel:
         self._bytes[parameters.card().end_id] = b""
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return answer(requests, self._infer)
+        return [response for request in requests for response in answer([request], self._infer)]  # of any length
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """output_ids [B, 1 beam, new tokens] -> answer [B, 1]."""
-        rows = inputs["output_ids"].reshape(len(inputs["output_ids"]), -1).tolist()
-        answers = [[b"".join(self._bytes.get(token, b"") for token in row)] for row in rows]
-        return {"answer": np.array(answers, np.object_)}
+        """output_ids [1, 1 beam, new tokens] -> answer uint8 [1, bytes]."""
+        spoken = b"".join(self._bytes.get(token, b"") for token in inputs["output_ids"].ravel().tolist())
+        return {"answer": np.frombuffer(spoken, np.uint8)[np.newaxis]}

@@ -15,7 +15,9 @@ from service.core import Prompt, Sampling
 from service.errors import InvalidRequest
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.decoder import OnnxDecoder
+from triton_models.delivery import Delivery
 from triton_models.parameters import Parameters
+from triton_models.tensors import read, write
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +44,7 @@ class Caller:
             tensors = []
             for name in self.outputs:
                 dtype, value, dimensions = values[name]
-                tensors.append(pb_utils.Tensor(name, np.full((1,) * dimensions, value, dtype)))
+                tensors.append(write(name, np.full((1,) * dimensions, value, dtype)))
             flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if event.finished else 0
             self.sender.send(pb_utils.InferenceResponse(tensors), flags)
 
@@ -58,7 +60,7 @@ class Caller:
 
 
 class TritonPythonModel:
-    """`execute` queues and returns; one thread runs the batcher's loop and answers."""
+    """`execute` queues and returns; one thread runs the batcher's loop, others answer."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
@@ -73,6 +75,7 @@ class TritonPythonModel:
         )
         self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, parameters.card().max_positions)
         self._outputs = tuple(parameters.outputs)
+        self._delivery = Delivery(self._say)
         self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
         self._loop = threading.Thread(target=self._run, name="llm-loop", daemon=True)
         self._loop.start()
@@ -92,11 +95,11 @@ class TritonPythonModel:
         """Stop the loop after its iteration; whoever still waits gets an error."""
         self._batcher.close()
         self._loop.join()
-        for event in self._batcher.drain():
-            self._say(event)
+        self._delivery.hand_out(self._batcher.drain())
+        self._delivery.close()
 
     def _take(self, request: Any, caller: Caller) -> None:
-        inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}
         if "stop" in inputs and inputs["stop"].any():
             self._batcher.stop(request.request_id())
             caller.end()
@@ -107,8 +110,7 @@ class TritonPythonModel:
 
     def _run(self) -> None:
         while self._batcher.wait():
-            for event in self._batcher.iterate():
-                self._say(event)
+            self._delivery.hand_out(self._batcher.iterate())
 
     def _say(self, event: Event) -> None:
         try:

@@ -30,12 +30,12 @@ class TritonPythonModel:
         return [response for request in requests for response in answer([request], self._infer)]
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if inputs["image_bytes"].size != 1 or inputs["question"].size != 1:
+        if len(inputs["image_bytes"]) != 1 or len(inputs["question"]) != 1:
             raise InvalidRequest("one image and one question a request", param="question")
-        text = _text(inputs["question"].item())
+        text = _text(inputs["question"].tobytes())
         question = self._prompts.question(text)
         return {
-            "image": decode(inputs["image_bytes"].item(), self._limits).pixels[np.newaxis],
+            "image": decode(inputs["image_bytes"].tobytes(), self._limits).pixels[np.newaxis],
             "question_ids": question.ids[np.newaxis],
             "question_mask": question.mask[np.newaxis],
             "budget": self._budget[np.newaxis],

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from service.errors import GlimpseError, status_of
+from triton_models.tensors import Array, read, write
 
-Array = npt.NDArray[Any]
 Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs and outputs by name, rows first
 
 
@@ -47,11 +46,9 @@ def _answer_one(request: Any, infer: Infer) -> Any:
 
 
 def _inputs(request: Any) -> dict[str, Array]:
-    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    return {tensor.name(): read(tensor) for tensor in request.inputs()}
 
 
 def _response(request: Any, outputs: Mapping[str, Array]) -> Any:
     asked = request.requested_output_names()
-    return pb_utils.InferenceResponse(
-        [pb_utils.Tensor(name, np.ascontiguousarray(rows)) for name, rows in outputs.items() if name in asked]
-    )
+    return pb_utils.InferenceResponse([write(name, rows) for name, rows in outputs.items() if name in asked])

@@ -1,0 +1,33 @@
+"""Triton's tensors as NumPy arrays and back, by DLPack.
+
+The stub that Triton 2.51 bundles was built before NumPy 2 and misreads its arrays: `as_numpy()` and
+`Tensor(name, array)` give nothing or rubbish. DLPack has one layout for all versions. It has no strings, so text
+travels as UINT8.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+Array = npt.NDArray[Any]
+
+_set_destructor = ctypes.pythonapi.PyCapsule_SetDestructor
+_set_destructor.argtypes = (ctypes.py_object, ctypes.c_void_p)
+
+
+def read(tensor: Any) -> Array:
+    """A view of an input tensor, valid until `execute` returns."""
+    return np.from_dlpack(tensor)
+
+
+def write(name: str, array: Array) -> Any:
+    """An output tensor that owns the array."""
+    capsule = np.require(array, requirements=("C", "W")).__dlpack__()
+    # The stub takes the array over and frees it, but leaves the capsule a name that NumPy's destructor complains of.
+    _set_destructor(capsule, None)
+    return pb_utils.Tensor.from_dlpack(name, capsule)

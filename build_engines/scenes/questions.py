@@ -7,7 +7,7 @@ step, and left/right/above/below are only asked where the offset is clear.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,20 +64,17 @@ def ask(rng: np.random.Generator, things: Sequence[Thing], kind: str) -> Questio
     return _DRAW[kind](rng, things)
 
 
-def ask_several(
-    rng: np.random.Generator, things: Sequence[Thing], number: int, weights: Sequence[float] | None = None
-) -> list[Question]:
-    """Up to `number` different questions of mixed types. Weights follow TYPES."""
-    questions: dict[str, Question] = {}
-    share = None if weights is None else np.asarray(weights) / np.sum(weights)
-    for _ in range(number * 4):
-        kind = TYPES[int(rng.choice(len(TYPES), p=share))]
-        question = ask(rng, things, kind)
-        if question is not None:
-            questions[question.text] = question
-        if len(questions) == number:
-            break
-    return list(questions.values())
+def rephrase(rng: np.random.Generator, question: Question) -> Question:
+    """The same question in other words that people use, now and then (training only)."""
+    if rng.random() > 0.25:
+        return question
+    kind = "digit" if question.answer.isdigit() else "letter"
+    old, new = (("?", ""), ("image", "picture"), ("object", "thing"), ("character", kind), ("colour", "color"))[
+        int(rng.integers(5))
+    ]
+    if old == "character" and question.type != "read":
+        return question
+    return replace(question, text=question.text.replace(old, new))
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -255,10 +252,7 @@ def _relation(rng: np.random.Generator, things: Sequence[Thing]) -> Question | N
         return Question(template.format(one, *options, two), truth, "relation", asked)
     said = truth if rng.random() < 0.5 else (low if beyond else high)
     answer = "yes" if said == truth else "no"
-    if horizontal:
-        phrase = _pick(rng, ("{} of", "to the {} of", "on the {} of")).format(said)
-    else:
-        phrase = said
+    phrase = _pick(rng, ("{} of", "to the {} of", "on the {} of")).format(said) if horizontal else said
     return Question(f"is the {one} {phrase} the {two}?", answer, "relation", asked)
 
 

@@ -114,8 +114,7 @@ def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.G
     region = canvas[y0:y1, x0:x1]
     for alpha, colour in layers:
         share = alpha[window][..., None]
-        colour = np.broadcast_to(colour, (side, side, 3))[window]
-        region += share * (colour - region)
+        region += share * (np.broadcast_to(colour, (side, side, 3))[window] - region)
     # Its share of each patch, from the window padded to whole patches.
     row0, column0, row1, column1 = y0 // PATCH_SIZE, x0 // PATCH_SIZE, -(-y1 // PATCH_SIZE), -(-x1 // PATCH_SIZE)
     union = np.zeros(((row1 - row0) * PATCH_SIZE, (column1 - column0) * PATCH_SIZE), np.float32)

@@ -61,12 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     first = [stage for stage in stages if stage in ALONE]
     _side_by_side(plan, first, options.threads)
+    copies = 1 if torch.cuda.is_available() or options.tiny else options.threads
     for stage in stages:
-        if stage == "qformer":
-            set_threads(options.threads)
-            train_qformer(plan)
-        elif stage == "joint":
-            run_replicas(train_joint, plan, 1 if torch.cuda.is_available() or options.tiny else options.threads)
+        if stage not in ALONE:
+            run_replicas(STAGES[stage], plan, copies)
     if "joint" in stages:
         checkpoint = publish(plan)
         report = committed_report(Checkpoint.load(checkpoint), 8 if options.tiny else None)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -25,6 +24,7 @@ from build_engines.scenes.questions import DESCRIBE, Question
 from build_engines.train.language import answer_loss, decoder_of
 from build_engines.train.packing import Packer
 from build_engines.train.queries import allocate, looker
+from build_engines.train.relevance import question_tensors
 from build_engines.train.stages import device, tensor
 from build_engines.train.vision import normalised
 
@@ -99,17 +99,6 @@ def evaluate(
 def _batches(asked: list[tuple[np.ndarray, Question]]) -> Iterator[list[tuple[np.ndarray, Question]]]:
     for start in range(0, len(asked), BATCH):
         yield asked[start : start + BATCH]
-
-
-def question_tensors(tokenizer: PreTrainedTokenizerFast, questions: list[Question]) -> tuple[Tensor, Tensor]:
-    """ids and mask, int64 [B, 32]: the bare questions, cut or padded."""
-    ids = torch.full((len(questions), 32), tokenizer.pad_token_id)
-    mask = torch.zeros(len(questions), 32, dtype=torch.int64)
-    for row, question in enumerate(questions):
-        encoded = tokenizer.encode(question.text, add_special_tokens=False)[:32]
-        ids[row, : len(encoded)] = torch.tensor(encoded)
-        mask[row, : len(encoded)] = 1
-    return ids.to(device()), mask.to(device())
 
 
 def table(right: Counter[str], number: Counter[str]) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from build_engines.model.allocation import Allocation
 from build_engines.model.knowing import ParticipatoryKnowing
-from build_engines.scenes.questions import DESCRIBE, TYPES, Question
+from build_engines.scenes.questions import DESCRIBE, TYPES
 from build_engines.scenes.world import NONE, World
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
-from build_engines.train.evaluation import question_tensors
 from build_engines.train.language import answer_loss, decoder_of
 from build_engines.train.language_stage import draw_questions
 from build_engines.train.packing import Packer
@@ -28,13 +26,14 @@ from build_engines.train.queries import (
     refinements,
     slot_loss,
 )
+from build_engines.train.relevance import relevance_loss
 from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam, tensor
 from build_engines.train.symbols import slot_tensors
 from build_engines.train.tokens import new_tokenizer
-from build_engines.train.vision import Perception, Views, draw_views, normalised, perception_loss
+from build_engines.train.vision import Perception, draw_views, normalised, perception_loss
 
 STEPS = 1500
-BATCH, MICRO_BATCH = 32, 16
+BATCH, MICRO_BATCH = 16, 16  # per replica
 WEIGHTS = {
     "colour": 0.8,
     "shape": 1.2,
@@ -46,7 +45,7 @@ WEIGHTS = {
     DESCRIBE: 0.25,
 }
 WORLDS = [World(), World(), World(), World(fewest=5, most=10, unnamed_share=0.25, character_share=0.7)]
-COUPLED = 3  # questions per image that train the relevance
+TEXT_TOKENS = 176  # per image: about nine questions
 
 
 class Joint:
@@ -64,7 +63,7 @@ class Joint:
             module.to(device())
         self.model.set_attn_implementation("eager")
         self.allocation = Allocation().to(device())
-        self.packer = Packer(self.tokenizer)
+        self.packer = Packer(self.tokenizer, TEXT_TOKENS)
         self._see = faster(lambda pixels: self.model.vision_model(pixel_values=pixels).last_hidden_state, plan)
         self._look = faster(looker(self.model), plan)
         self.decode = faster(decoder_of(self.model.language_model), plan)
@@ -88,6 +87,7 @@ class Joint:
         self.model.query_tokens.data.copy_(qformer["queries"]["0"])
         self.model.language_projection.load_state_dict(qformer["projection"])
         self.readout.load_state_dict(qformer["readout"])
+        self.participatory.load_state_dict(qformer["participatory"])
 
     def see(self, pixels: Tensor) -> Tensor:
         """[B, 224, 224, 3] uint8 -> features [B, 257, D] float32."""
@@ -101,30 +101,6 @@ class Joint:
         with mixed():
             seen: Tensor = self._look(self.model.query_tokens.expand(len(tokens), -1, -1), tokens, mask)
         return seen.float()
-
-
-def relevance_loss(
-    joint: Joint, rng: np.random.Generator, features: Tensor, views: Views, questions: list[list[Question]]
-) -> tuple[Tensor, Tensor | None, Measures]:
-    """Binary cross-entropy against the asked objects' patches; one question's relevance per image; recall at its top.
-
-    The encoder is not moved by this loss: what matters to a question is read from what it sees anyway.
-    """
-    rows, chosen, truth = [], [], []
-    for row, asked in enumerate(questions):
-        for index in rng.permutation(len(asked))[:COUPLED]:
-            rows.append(row)
-            chosen.append(asked[index])
-            truth.append(views.coverage[row][list(asked[index].asked)].max(0).reshape(-1))
-    ids, mask = question_tensors(joint.tokenizer, chosen)
-    logits = joint.participatory.logits(features.detach()[rows], ids, mask)
-    target = tensor((np.stack(truth) > 0.15).astype(np.float32))
-    loss = functional.binary_cross_entropy_with_logits(logits, target, pos_weight=logits.new_tensor(2.0))
-    hit = ((logits > 0) & (target > 0)).sum() / target.sum().clamp(min=1)
-    precision = ((logits > 0) & (target > 0)).sum() / (logits > 0).sum().clamp(min=1)
-    relevance = features.new_zeros(len(features), 256)
-    relevance[rows] = logits.detach().sigmoid()  # the last of an image's questions stays
-    return loss, relevance, {"relevance_recall": hit.item(), "relevance_precision": precision.item()}
 
 
 def train_joint(plan: Plan) -> None:
@@ -149,12 +125,14 @@ def train_joint(plan: Plan) -> None:
             views = draw_views(rng, micro, WORLDS, 0.6)
             unnamed = [any(t.colour == NONE for t in things) for things in views.scenes]
             questions = [
-                [] if odd else draw_questions(rng, things, WEIGHTS, 16)
+                [] if odd else draw_questions(rng, things, WEIGHTS, 12, loosely=True)
                 for odd, things in zip(unnamed, views.scenes, strict=True)
             ]
             features = joint.see(views.pixels)
             patch_loss, seen = perception_loss(joint.perception(features[:, 1:]), views.labels)
-            coupling, asked_for, coupled = relevance_loss(joint, rng, features, views, questions)
+            coupling, asked_for, coupled = relevance_loss(
+                joint.participatory, joint.tokenizer, rng, features, views.coverage, questions
+            )
             relevance = random_relevance(rng, views.coverage)
             guided = tensor((rng.random(micro) < 0.5) & ~np.array(unnamed))
             relevance = torch.where(guided[:, None], asked_for, relevance)
@@ -196,7 +174,7 @@ def train_joint(plan: Plan) -> None:
             measures[f"{name}_all"] = round(sum(right[kind] / number[kind] for kind in asked) / len(asked), 4)
         return measures
 
-    course.run(losses, validate, validate_every=100)
+    course.run(losses, validate, validate_every=150)
 
 
 def joint_optimizers(joint: Joint, rest: list[nn.Module]) -> list[torch.optim.Optimizer]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from build_engines.scenes.questions import ANSWERS, DESCRIBE, TYPES, Question, ask
+from build_engines.scenes.questions import ANSWERS, DESCRIBE, TYPES, Question, ask, rephrase
 from build_engines.scenes.world import Thing, World, sample_scene
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
@@ -19,22 +19,23 @@ from build_engines.train.stages import Plan, device, faster, mixed, muon_and_ada
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 
-STEPS = 5400
+STEPS = 4000
 BATCH = 16  # images, about 14 questions each
 NOISE = 0.05  # on the slots' vectors, as the Q-Former's will not be exact
 WEIGHTS = {"colour": 1.0, "shape": 1.0, "count": 2.2, "exist": 1.2, "relation": 2.0, "size": 1.5, "read": 0.7}
 
 
 def draw_questions(
-    rng: np.random.Generator, things: list[Thing], weights: dict[str, float], number: int
+    rng: np.random.Generator, things: list[Thing], weights: dict[str, float], number: int, loosely: bool = False
 ) -> list[Question]:
-    """Up to `number` different questions about one scene."""
+    """Up to `number` different questions about one scene; loosely: in words that people use besides ours."""
     kinds, share = list(weights), np.array(list(weights.values()))
     found: dict[str, Question] = {}
     for choice in rng.choice(len(kinds), 2 * number, p=share / share.sum()):
         question = ask(rng, things, kinds[choice])
         if question is not None:
-            found[question.text] = question
+            said = rephrase(rng, question) if loosely else question
+            found[said.text] = said
         if len(found) == number:
             break
     return list(found.values())
@@ -65,14 +66,14 @@ def train_language(plan: Plan) -> None:
     )
     course.resume()
 
-    def draw(rng: np.random.Generator, world: World, weights: dict[str, float]) -> tuple[Tensor, Pack]:
+    def draw(rng: np.random.Generator, world: World, weights: dict[str, float], loosely: bool) -> tuple[Tensor, Pack]:
         scenes = [sample_scene(rng, world) for _ in range(plan.size(BATCH, 2))]
         prefix = table(*slot_tensors(scenes))
-        return prefix, packer.pack([draw_questions(rng, things, weights, 16) for things in scenes])
+        return prefix, packer.pack([draw_questions(rng, things, weights, 16, loosely) for things in scenes])
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
         early = max(0.0, 1.0 - 2.0 * course.step / course.steps)
-        prefix, pack = draw(rng, World(), WEIGHTS | {DESCRIBE: 0.4, "position": 0.2 + 3.0 * early})
+        prefix, pack = draw(rng, World(), WEIGHTS | {DESCRIBE: 0.4, "position": 0.2 + 3.0 * early}, True)
         prefix = prefix + NOISE * tensor(rng.standard_normal(prefix.shape, np.float32))
         with mixed():
             loss, right, number = answer_loss(language, decode, prefix, pack)
@@ -84,7 +85,7 @@ def train_language(plan: Plan) -> None:
         for name, world in {"new": World(), "pairs": World(held_out=True)}.items():
             rng, right, number = np.random.default_rng(78), Counter[str](), Counter[str]()
             for _ in range(plan.size(8, 1)):
-                prefix, pack = draw(rng, world, dict.fromkeys((*TYPES, DESCRIBE, "position"), 1.0))
+                prefix, pack = draw(rng, world, dict.fromkeys((*TYPES, DESCRIBE, "position"), 1.0), False)
                 with mixed():
                     _, r, n = answer_loss(language, decode, prefix, pack)
                 right.update(r)

@@ -1,35 +1,53 @@
-"""Stage `qformer`: each query learns to report the object in its cell, on stored features of the trained encoder."""
+"""Stage `qformer`: each query learns to report the object in its cell, on stored features of the trained encoder.
+
+Participatory knowing starts here too: it reads the same features.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from build_engines.model.allocation import Allocation
-from build_engines.scenes.world import Thing, World
+from build_engines.model.allocation import CELL_COUNT, Allocation
+from build_engines.model.knowing import ParticipatoryKnowing
+from build_engines.scenes.questions import TYPES
+from build_engines.scenes.world import NONE, Thing, World
+from build_engines.train import replicas
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
-from build_engines.train.queries import (
-    SlotReadout,
-    allocate,
-    looker,
-    random_relevance,
-    refinements,
-    slot_loss,
-)
+from build_engines.train.language_stage import draw_questions
+from build_engines.train.queries import SlotReadout, allocate, looker, random_relevance, refinements, slot_loss
+from build_engines.train.relevance import COUPLED, relevance_loss
 from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam, tensor
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 from build_engines.train.vision import draw_views, normalised
 
-STEPS = 1600
-BATCH = 48
-STORED, FRESH = 5000, 8  # scenes kept, and how many of them every step replaces
+STEPS = 1000
+BATCH = 32  # per replica
+STORED, FRESH = 3000, 6  # scenes kept, and how many of them every step replaces; per replica
 WORLDS = [World(), World(), World(fewest=4, most=8, unnamed_share=0.25)]
+
+
+@dataclass
+class Store:
+    """Scenes seen by the encoder: features [N, 257, D] bfloat16."""
+
+    features: Tensor
+    scenes: list[list[Thing]]
+    coverage: list[np.ndarray]
+
+    def take(self, rows: Sequence[int]) -> Store:
+        return Store(self.features[rows], [self.scenes[i] for i in rows], [self.coverage[i] for i in rows])
+
+    def replace(self, start: int, fresh: Store) -> None:
+        span = slice(start, start + len(fresh.scenes))
+        self.features[span], self.scenes[span], self.coverage[span] = fresh.features, fresh.scenes, fresh.coverage
 
 
 def train_qformer(plan: Plan) -> None:
@@ -37,93 +55,82 @@ def train_qformer(plan: Plan) -> None:
     tokenizer = new_tokenizer()
     model = new_model(tokenizer, plan.config(tokenizer))
     model.vision_model.load_state_dict(plan.finished("vision")["encoder"])
+    model.to(device()).set_attn_implementation("eager")
     table = SlotTable(model.config.text_config.hidden_size)
     table.load_state_dict(plan.finished("language")["table"])
     table.to(device())
-    model.to(device()).set_attn_implementation("eager")
     allocation = Allocation().to(device())
-    readout = SlotReadout(model.config.qformer_config.hidden_size).to(device())
+    trained: dict[str, nn.Module] = {
+        "qformer": model.qformer,
+        "queries": nn.ParameterList([model.query_tokens]),
+        "projection": model.language_projection,
+        "readout": SlotReadout(model.config.qformer_config.hidden_size),
+        "participatory": ParticipatoryKnowing(len(tokenizer), model.config.vision_config.hidden_size),
+    }
+    for module in trained.values():
+        module.to(device())
+    rest = [model.qformer.layernorm, *list(trained.values())[1:]]
     see = faster(lambda pixels: model.vision_model(pixel_values=pixels).last_hidden_state, plan)
     look = faster(looker(model), plan)
-    queries = torch.nn.ParameterList([model.query_tokens])
-    course = Course(
-        plan.out,
-        "qformer",
-        plan.steps(STEPS),
-        {"qformer": model.qformer, "queries": queries, "projection": model.language_projection, "readout": readout},
-        muon_and_adam(
-            [model.qformer.encoder],
-            [
-                *model.qformer.layernorm.parameters(),
-                *queries,
-                *model.language_projection.parameters(),
-                *readout.parameters(),
-            ],
-            muon=0.01,
-            adam=1.5e-3,
-        ),
+    optimizers = muon_and_adam(
+        [model.qformer.encoder], [p for module in rest for p in module.parameters()], muon=0.01, adam=1.5e-3
     )
+    course = Course(plan.out, "qformer", plan.steps(STEPS), trained, optimizers)
     course.resume()
     if course.finished:
         return
 
     @torch.no_grad()
-    def encoded(
-        rng: np.random.Generator, number: int, worlds: list[World]
-    ) -> tuple[Tensor, list[list[Thing]], list[np.ndarray]]:
+    def encoded(rng: np.random.Generator, number: int, worlds: list[World]) -> Store:
         views = draw_views(rng, number, worlds, 0.5)
         with mixed():
-            return see(normalised(views.pixels)).bfloat16(), views.scenes, views.coverage
+            return Store(see(normalised(views.pixels)).bfloat16(), views.scenes, views.coverage)
 
-    def answer(
-        rng: np.random.Generator,
-        features: Tensor,
-        scenes: list[list[Thing]],
-        coverage: list[np.ndarray],
-        refined: Tensor,
-    ) -> tuple[Tensor, Measures]:
-        tokens, mask = allocate(allocation, features.float(), random_relevance(rng, coverage), refined)
+    def report(rng: np.random.Generator, batch: Store, refined: Tensor) -> tuple[Tensor, Measures]:
+        features = batch.features.float()
+        tokens, mask = allocate(allocation, features, random_relevance(rng, batch.coverage), refined)
         with mixed():
             seen = look(model.query_tokens.expand(len(tokens), -1, -1), tokens, mask).float()
-        slots = slot_tensors(scenes)
-        loss, measures = slot_loss(readout(seen), slots)
+        slots = slot_tensors(batch.scenes)
+        loss, measures = slot_loss(trained["readout"](seen), slots)
         target = table(*slots).detach()
         # Empty slots are many and all alike.
         weight = torch.where(slots[2], 4.0, 1.0)[..., None] / target.var()
         error = ((model.language_projection(seen) - target).square() * weight).mean()
-        return loss + 3.0 * error, {**measures, "projection": error.item()}
+        questions = [
+            []
+            if any(t.colour == NONE for t in things)
+            else draw_questions(rng, things, dict.fromkeys(TYPES, 1.0), COUPLED)
+            for things in batch.scenes
+        ]
+        coupling, _, coupled = relevance_loss(
+            trained["participatory"], tokenizer, rng, features, batch.coverage, questions
+        )
+        return loss + 3.0 * error + 2.0 * coupling, {**measures, **coupled, "projection": error.item()}
 
-    stored = plan.size(STORED, FRESH * 2)
-    filler = np.random.default_rng((3, 3))
-    parts = [encoded(filler, FRESH, WORLDS) for _ in tqdm(range(stored // FRESH), desc="features", mininterval=5.0)]
-    features = torch.cat([part[0] for part in parts])
-    scenes = [things for part in parts for things in part[1]]
-    coverage = [shares for part in parts for shares in part[2]]
+    filler = np.random.default_rng((3, replicas.rank()))
+    fresh, stored = plan.size(FRESH, 4), plan.size(STORED, 8)
+    bar = tqdm(range(stored // fresh), desc="features", mininterval=5.0, disable=replicas.rank() > 0)
+    parts = [encoded(filler, fresh, WORLDS) for _ in bar]
+    store = Store(
+        torch.cat([part.features for part in parts]),
+        [things for part in parts for things in part.scenes],
+        [shares for part in parts for shares in part.coverage],
+    )
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
-        start = course.step * FRESH % (len(scenes) // FRESH * FRESH)
-        features[start : start + FRESH], scenes[start : start + FRESH], coverage[start : start + FRESH] = encoded(
-            rng, FRESH, WORLDS
-        )
-        chosen = rng.choice(len(scenes), plan.size(BATCH, 8), replace=False)
-        yield answer(
-            rng,
-            features[chosen],
-            [scenes[i] for i in chosen],
-            [coverage[i] for i in chosen],
-            refinements(rng, len(chosen)),
-        )
+        store.replace(course.step % len(parts) * fresh, encoded(rng, fresh, WORLDS))
+        batch = store.take(rng.choice(len(store.scenes), plan.size(BATCH, 8), replace=False).tolist())
+        yield report(rng, batch, refinements(rng, len(batch.scenes)))
 
     @torch.no_grad()
     def validate() -> Measures:
         measures: Measures = {}
+        number = plan.size(BATCH, 8)
+        everything = tensor(np.full((number, 1), CELL_COUNT, np.float32))
         for name, world in {"new": World(), "pairs": World(held_out=True)}.items():
             rng = np.random.default_rng(79)
-            number = plan.size(BATCH, 8)
-            rows = [
-                answer(rng, *encoded(rng, number, [world]), tensor(np.full((number, 1), 64, np.float32)))[1]
-                for _ in range(3)
-            ]
+            rows = [report(rng, encoded(rng, number, [world]), everything)[1] for _ in range(4)]
             measures |= {f"{name}_{key}": round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}
         return measures
 

@@ -21,7 +21,7 @@ from build_engines.train.vision import (
     perception_loss,
 )
 
-STEPS = 1700
+STEPS = 1500
 BATCH, MICRO_BATCH = 32, 16
 VALIDATION_SEED = 77
 

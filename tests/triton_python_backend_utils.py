@@ -35,20 +35,41 @@ class Logger:
 
 
 class Tensor:
+    """As in Triton 2.51, whose stub cannot be trusted with NumPy 2's arrays: DLPack is the way in and out."""
+
     def __init__(self, name: str, array: np.ndarray) -> None:
-        assert array.flags.c_contiguous, "the python backend takes contiguous arrays only"
         self._name, self._array = name, array
+
+    @classmethod
+    def from_dlpack(cls, name: str, capsule: object) -> "Tensor":
+        return cls(name, np.from_dlpack(Capsule(capsule)))
 
     def name(self) -> str:
         return self._name
 
-    def as_numpy(self) -> np.ndarray:
-        return self._array
+    def __dlpack__(self, **wishes: object) -> object:
+        return self._array.__dlpack__(**wishes)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+@dataclass
+class Capsule:
+    """What numpy.from_dlpack wants around a bare capsule."""
+
+    capsule: object
+
+    def __dlpack__(self, **_: object) -> object:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # the CPU
 
 
 class InferenceResponse:
     def __init__(self, output_tensors: list[Tensor] | None = None, error: TritonError | None = None) -> None:
-        self.outputs = {tensor.name(): tensor.as_numpy() for tensor in output_tensors or []}
+        self.outputs = {tensor.name(): np.from_dlpack(tensor) for tensor in output_tensors or []}
         self.error = error
 
 

@@ -14,12 +14,20 @@ from typing import Self
 
 import numpy as np
 from blake3 import blake3
+from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL import Image as Pillow
 
 from service.core import IMAGE_SIZE, UInt8Array
 from service.errors import InvalidImage, NotFound, TooLarge
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+# Imported here, as Pillow imports its readers late and then all fifty: the first request would wait 30 ms for them.
+READERS = (
+    PngImagePlugin.PngImageFile,
+    JpegImagePlugin.JpegImageFile,
+    WebPImagePlugin.WebPImageFile,
+    GifImagePlugin.GifImageFile,
+)
+FORMATS = tuple(reader.format for reader in READERS)
 INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) is cheaper than a thread
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {  # EXIF orientation -> what brings the picture upright

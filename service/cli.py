@@ -1,0 +1,220 @@
+"""The command `glimpse`. Asking needs httpx and typer only; what a command needs more it runs as its own program."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+URL = "http://127.0.0.1:8080"
+
+app = typer.Typer(
+    name="glimpse",
+    help="Ask questions about images: serve the models, ask them, measure them, train them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Url = Annotated[str, typer.Option(help="Where the service answers.")]
+
+
+class AskFailed(Exception):
+    """What to tell the person at the terminal."""
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8080].")] = None,
+) -> None:
+    """Serve until Ctrl-C: starts Triton with the models of model_repository/ and the gateway in front of it.
+
+    \b
+    Every other knob is a GLIMPSE_ variable (service/settings.py lists them), such as
+      GLIMPSE_LOG_FORMAT=json glimpse serve --port 9000
+      GLIMPSE_VISION_URL=triton:8001 GLIMPSE_LLM_URL=triton:8001 glimpse serve     # a Triton that runs elsewhere
+    """
+    given = {"GLIMPSE_HTTP_HOST": host, "GLIMPSE_HTTP_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items() if value is not None})
+    become("service", [], extra="serve", needs="uvicorn")
+
+
+@app.command()
+def ask(
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="A file, - for standard input, or the id img_... of one sent before.")
+    ],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="One or more questions about it.")],
+    url: Url = URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token each time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the tokens with this much probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this; may be given again.")] = None,
+    vision_tokens: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How closely to look.")
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="With --json: tell where it looked, and why.")] = False,
+    timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+) -> None:
+    """Ask a running service about an image; the answer is printed as it is written.
+
+    With several questions the image is sent once, and its features are computed once.
+
+    \b
+      glimpse ask photo.jpg "what colour is the small circle?"
+      glimpse ask photo.jpg "how many circles are there?" "is there a red square?"
+      glimpse ask photo.jpg "what is this?" --json --explain | jq .relevance
+    """
+    fields: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop,
+        "budget": {"vision_tokens": list(vision_tokens)} if vision_tokens else None,
+        "explain": explain or None,
+        "timeout_s": timeout_s,
+    }
+    asked = {name: value for name, value in fields.items() if value is not None}
+    try:
+        with httpx.Client(base_url=url, timeout=httpx.Timeout(5.0, read=150.0, write=60.0)) as client:
+            image_id = image if image.startswith("img_") else upload(client, read_image(image))
+            for question in questions:
+                body = asked | {"image": image_id, "question": question}
+                if as_json:
+                    typer.echo(json.dumps(answer(client, body)))
+                    continue
+                if len(questions) > 1:
+                    typer.echo(f"{question} ", nl=False)
+                for text in stream(client, body):
+                    typer.echo(text, nl=False)
+                typer.echo()
+    except AskFailed as exc:
+        fail(str(exc))
+    except httpx.ConnectError:
+        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or say --url")
+    except httpx.TimeoutException:
+        fail(f"{url} did not answer in time")
+    except httpx.TransportError as exc:
+        fail(f"the connection to {url} broke: {exc}")
+
+
+@app.command("eval")
+def evaluate(
+    url: Url = URL,
+    scenes: Annotated[
+        Path | None, typer.Option(help="Folder with questions.jsonl [default: the committed ones].")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    vision_tokens: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="The budget of every question.")
+    ] = None,
+    clients: Annotated[int, typer.Option(help="Questions asked at the same time.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Write the table as JSON here too.")] = None,
+) -> None:
+    """Measure the accuracy of a running service on held-out scenes, by question type, with 95 % intervals.
+
+    \b
+      glimpse eval
+      glimpse eval --vision-tokens 64 112      # how well it answers when it may look less closely
+    """
+    from benchmarks import evaluate as accuracy  # noqa: PLC0415
+
+    try:
+        accuracy.evaluate(
+            url, scenes or accuracy.SCENES, split=split, vision_tokens=vision_tokens, clients=clients, out=out
+        )
+    except httpx.ConnectError:
+        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or say --url")
+    except httpx.HTTPStatusError as exc:
+        fail(f"{url} answered {exc.response.status_code}: {message_of(exc.response)}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train the reference model from nothing: `glimpse train --help` tells its options. Needs PyTorch."""
+    become("build_engines.train", context.args, extra="build", needs="torch")
+
+
+def become(module: str, arguments: list[str], *, extra: str, needs: str) -> None:
+    """Goes on as `python -m module`: signals and the exit status are that program's own."""
+    if importlib.util.find_spec(needs) is None:
+        fail(f"this needs {needs}: pip install 'glimpse[{extra}]', or let `make` set everything up")
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+def read_image(source: str) -> bytes:
+    """Raises AskFailed."""
+    if source == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(source).read_bytes()
+    except OSError as exc:
+        raise AskFailed(f"cannot read {source}: {exc.strerror}") from exc
+
+
+def upload(client: httpx.Client, data: bytes) -> str:
+    """The image's id. Raises AskFailed."""
+    return str(successful(client.post("/v1/images", content=data)).json()["id"])
+
+
+def answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    """Raises AskFailed."""
+    said: dict[str, Any] = successful(client.post("/v1/vqa", json=body)).json()
+    return said
+
+
+def stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+    """The answer's text piece by piece. Raises AskFailed."""
+    with client.stream("POST", "/v1/vqa", json=body | {"stream": True}) as response:
+        if not response.is_success:
+            response.read()
+        for line in successful(response).iter_lines():
+            data = line.removeprefix("data: ")
+            if data in ("", "[DONE]"):
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise AskFailed(event["error"]["message"])
+            if "delta" in event:
+                yield event["delta"]
+
+
+def successful(response: httpx.Response) -> httpx.Response:
+    """Raises AskFailed with what the service says is wrong."""
+    if not response.is_success:
+        raise AskFailed(message_of(response))
+    return response
+
+
+def message_of(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return (
+            f"{response.url} answered {response.status_code}, which is not how Glimpse answers: is it another service?"
+        )
+
+
+def fail(message: str) -> None:
+    """Ends the command with status 1."""
+    typer.echo(f"glimpse: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,171 @@
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from conftest import eventually, free_ports
+from fakes import House, png
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
+
+from service.cli import app
+from service.errors import Unavailable
+from service.http_api import http_api
+
+
+@pytest.fixture
+def server() -> Iterator[SimpleNamespace]:
+    """The HTTP edge on a real port, in front of stand-ins for the models."""
+    house = House()
+    (port,) = free_ports(1)
+    config = uvicorn.Config(http_api(house.edge), host="127.0.0.1", port=port, log_config=None, lifespan="off")
+    serving = uvicorn.Server(config)
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    eventually(lambda: serving.started, 10, "server started")
+    with capture_logs():  # the command's own output is tested
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", house=house)
+    serving.should_exit = True
+    thread.join(10)
+    house.reader.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    path = tmp_path / "image.png"
+    path.write_bytes(png())
+    return str(path)
+
+
+def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments), input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_ask_prints_the_answer(server, image):
+    server.house.language.say(" red or é")
+    assert run("ask", image, "what colour?", "--url", server.url) == (0, "red or é\n", "")
+
+
+def test_several_questions_send_the_image_once_and_see_it_once(server, image):
+    status, said, _ = run("ask", image, "what colour?", "which shape?", "--url", server.url)
+    assert (status, said) == (0, "what colour? red\nwhich shape? red\n")
+    assert server.house.vision.calls == ["see", "attend"]
+
+
+def test_json_is_a_line_for_each_question(server, image):
+    status, said, _ = run("ask", image, "a?", "b?", "--json", "--explain", "--url", server.url)
+    answers = [json.loads(line) for line in said.splitlines()]
+    assert status == 0
+    assert [answer["answer"] for answer in answers] == ["red", "red"]
+    assert answers[0]["relevance"]
+
+
+def test_every_option_reaches_the_service(server, image):
+    options = "--max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.5 --seed 9 --stop . --stop ! --timeout-s 9"
+    status, _, _ = run("ask", image, "a?", "--url", server.url, "--vision-tokens", "64", "100", *options.split())
+    sampling = server.house.language.sampling[0]
+    assert status == 0
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p) == (3, 0.5, 4, 0.5)
+    assert (sampling.seed, sampling.stop) == (9, (".", "!"))
+    assert server.house.vision.budgets[0].vision_tokens == (64, 100)
+
+
+def test_an_image_may_come_from_standard_input_or_be_an_id(server):
+    _, said, _ = run("ask", "-", "a?", "--json", "--url", server.url, stdin=png())
+    image_id = json.loads(said)["image_ids"][0]
+    assert run("ask", image_id, "a?", "--url", server.url)[:2] == (0, "red\n")
+
+
+def test_a_file_that_is_not_there_is_named(server):
+    status, _, error = run("ask", "nowhere.png", "a?", "--url", server.url)
+    assert (status, error) == (1, "glimpse: cannot read nowhere.png: No such file or directory\n")
+
+
+def test_what_the_service_refuses_is_told_in_its_words(server, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("no image")
+    status, _, error = run("ask", str(path), "a?", "--url", server.url)
+    assert status == 1
+    assert "send PNG, JPEG, WebP or GIF" in error
+
+
+def test_an_error_half_way_is_told(server, image):
+    server.house.language.say(" red red")
+    server.house.language.wait_at = 1
+    server.house.language.fault = Unavailable("triton is gone")
+    status, said, error = run("ask", image, "a?", "--url", server.url)
+    assert (status, said, error) == (1, "red", "glimpse: triton is gone\n")
+
+
+def test_a_question_refused_before_the_first_token_is_told(server, image):
+    status, _, error = run("ask", image, " ", "--url", server.url)
+    assert status == 1
+    assert "say what you want to know" in error
+
+
+@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["eval"]])
+def test_without_a_server_it_says_how_to_start_one(command):
+    (port,) = free_ports(1)
+    status, _, error = run(*command, "--url", f"http://127.0.0.1:{port}")
+    assert status == 1
+    assert f"nothing answers at http://127.0.0.1:{port}: start the service with `make serve`" in error
+
+
+@pytest.mark.parametrize("command", ["serve", "ask", "eval"])
+def test_help_has_an_example(command):
+    status, said, _ = run(command, "--help")
+    assert status == 0
+    assert f"glimpse {command}" in said.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_the_command_needs_nothing_but_httpx_and_typer_to_be_read():
+    heavy = ("numpy", "fastapi", "torch", "tritonclient", "pydantic", "PIL")
+    code = f"import service.cli, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def glimpse(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "from service.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_serve_refuses_wrong_settings_with_status_2():
+    done = glimpse("serve", GLIMPSE_HTTP_PROT="1")
+    assert done.returncode == 2
+    assert "did you mean GLIMPSE_HTTP_PORT" in done.stderr
+
+
+def test_serve_tells_that_its_port_is_taken(server, repository):
+    port = server.url.rpartition(":")[2]
+    done = glimpse("serve", "--port", port, GLIMPSE_MODEL_REPOSITORY=str(repository))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "set GLIMPSE_HTTP_PORT" in done.stderr
+
+
+def test_serve_tells_where_a_model_repository_is_missing(tmp_path):
+    done = glimpse("serve", GLIMPSE_MODEL_REPOSITORY=str(tmp_path))
+    assert done.returncode == 2
+    assert "GLIMPSE_MODEL_REPOSITORY" in done.stderr
+
+
+def test_train_passes_its_arguments_on():
+    done = glimpse("train", "--help")
+    assert done.returncode == 0
+    assert "--resume" in done.stdout

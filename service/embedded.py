@@ -190,6 +190,14 @@ def check_ports(ports: Ports) -> None:
                 ) from exc
 
 
+@dataclass(frozen=True, slots=True)
+class ModelProcess:
+    """The stub of one python model, and the shared memory through which Triton talks to it."""
+
+    pid: int
+    region: Path
+
+
 class EmbeddedTriton:
     """One Triton server and its model processes, from start to stop.
 
@@ -217,7 +225,7 @@ class EmbeddedTriton:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._installation: Installation | None = None
-        self._model_pids: dict[str, int] = {}
+        self._models: dict[str, ModelProcess] = {}
 
     async def __aenter__(self) -> EmbeddedTriton:
         self._installation = check(self.repository, self.ports)
@@ -240,7 +248,7 @@ class EmbeddedTriton:
     @property
     def model_pids(self) -> Mapping[str, int]:
         """The process of each python model."""
-        return dict(self._model_pids)
+        return {model: process.pid for model, process in self._models.items()}
 
     async def supervise(self) -> None:
         """Brings back a model whose process died, the whole server where that does not help. Runs until cancelled."""
@@ -249,7 +257,7 @@ class EmbeddedTriton:
             if self._exit_status() is not None:
                 log.error("triton died", status=self._exit_status())
                 await self._restart()
-            elif dead := [model for model, pid in self._model_pids.items() if not _is_alive(pid)]:
+            elif dead := [model for model, process in self._models.items() if not _is_alive(process.pid)]:
                 await self._bring_back(dead)
 
     async def _bring_back(self, dead: list[str]) -> None:
@@ -264,6 +272,8 @@ class EmbeddedTriton:
             log.warning("reload failed, restarting triton", models=dead, error=str(exc))
             await self._restart()
         else:
+            for model in dead:  # Triton would keep it: the dead instance still counts requests in flight
+                self._models[model].region.unlink(missing_ok=True)
             self._note_processes()
             log.warning("model is back", models=dead, after_s=round(time.monotonic() - started, 2))
 
@@ -280,9 +290,7 @@ class EmbeddedTriton:
         started = time.monotonic()
         while True:
             self.ready = False
-            for model in PROBED:
-                self._client.abandon(model)
-            for model in self._model_pids:
+            for model in self._models:
                 self._client.abandon(model)
             self._end_processes()
             await asyncio.sleep(RESTART_PAUSE_S[min(attempt, len(RESTART_PAUSE_S) - 1)])
@@ -354,11 +362,12 @@ class EmbeddedTriton:
 
     def _note_processes(self) -> None:
         """Every model process is up: remember which is whose."""
-        self._model_pids = {}
+        self._models = {}
         for pid in self._group():
             program, *arguments = _arguments(pid)
-            if program.endswith("triton_python_backend_stub"):  # its first argument is MODEL/1/model.py
-                self._model_pids[Path(arguments[0]).parent.parent.name] = pid
+            if program.endswith("triton_python_backend_stub"):  # its arguments: MODEL/1/model.py, the region, ...
+                script, region, *_ = arguments
+                self._models[Path(script).parent.parent.name] = ModelProcess(pid, SHARED_MEMORY / region)
         self.ready = True
 
     def _exit_status(self) -> int | None:
@@ -393,7 +402,7 @@ class EmbeddedTriton:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._model_pids = {}
+        self._models = {}
         for region in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
             region.unlink(missing_ok=True)
 

@@ -137,7 +137,7 @@ MODELS: Mapping[str, Model] = {
 ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
     ("Exceeds maximum queue size", Overloaded),
     ("is not healthy", Unavailable),  # "Stub process 'llm_0_0' is not healthy.": the model's process died
-    ("Server is stopping", Unavailable),
+    ("unknown model", Unavailable),  # it is not loaded, or not at the moment
     ("message larger than max", InternalError),
 )
 ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
@@ -292,13 +292,13 @@ class TritonClient:
         self, model: str, request: Any, timeout_s: float, stall_timeout_s: float
     ) -> AsyncGenerator[Any, None]:
         """One decoupled request on a stream of its own: its ModelInferResponses up to the final one."""
-        call = self._stub(model).ModelStreamInfer(timeout=max(timeout_s, 0.0), metadata=_STREAM_METADATA)
+        # An iterator, not write(): that waits for ever when the call is cancelled before it has begun.
+        call = self._stub(model).ModelStreamInfer(
+            iter((request,)), timeout=max(timeout_s, 0.0), metadata=_STREAM_METADATA
+        )
         silence_s: float | None = None  # the first response waits for the queue and has the deadline alone
         final = False
         with self._in_flight(model, call):
-            with contextlib.suppress(asyncio.InvalidStateError):  # already over: read() says why
-                await call.write(request)
-                await call.done_writing()
             while not final:
                 try:
                     async with asyncio.timeout(silence_s):

@@ -324,6 +324,7 @@ async def test_every_status_code_is_mapped() -> None:
         ("llm", grpc.StatusCode.UNAVAILABLE, "[request id: a] Exceeds maximum queue size", Overloaded),
         ("see", grpc.StatusCode.INTERNAL, "in ensemble 'see', Stub process 'qformer_0_0' is not healthy.", Unavailable),
         ("llm", None, "Stub process 'llm_0_0' is not healthy.", Unavailable),
+        ("llm", None, "Request for unknown model: 'llm' has no available versions", Unavailable),
         ("see", grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'image'", InternalError),
         ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] unexpected shape for input 'seed'", InternalError),
         ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] 900 positions: the model has 320", InvalidRequest),

@@ -309,6 +309,18 @@ async def test_a_body_without_a_length_is_read_up_to_the_limit_and_no_further(ca
     assert sent <= 120_000
 
 
+async def test_a_body_that_does_not_arrive_in_time_is_504():
+    caller = Caller(House(body_timeout_s=0.05))
+    never = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await never.wait()
+
+    assert "only 1 bytes of the body came" in fault(await caller.http.post("/v1/vqa", content=slow()), 504)["message"]
+    await caller.close()
+
+
 async def test_too_many_pixels_are_413(caller):
     error = fault(await caller.ask(image=base64.b64encode(png(size=(2000, 600))).decode()), 413)
     assert "2000x600 pixels" in error["message"]

@@ -20,14 +20,14 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
     """The whole body. Raises TooLarge, by its declared length before a byte is read where it declares one."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(f"{int(declared):,}", max_bytes)
+        raise _too_large(f"has {int(declared):,} bytes", max_bytes)
     chunks, read = [], 0
     try:
         async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
                 read += len(chunk)
                 if read > max_bytes:
-                    raise _too_large(f"more than {max_bytes:,}", max_bytes)
+                    raise _too_large("is too large", max_bytes)
                 chunks.append(chunk)
     except TimeoutError as exc:
         raise DeadlineExceeded(f"only {read:,} bytes of the body came within {timeout_s:g} s: send it again") from exc
@@ -37,7 +37,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
 
 
 def _too_large(size: str, max_bytes: int) -> TooLarge:
-    return TooLarge(f"the body has {size} bytes, the limit is {max_bytes:,}: send a smaller image", param="image")
+    return TooLarge(f"the body {size}, the limit is {max_bytes:,} bytes: send a smaller image", param="image")
 
 
 @dataclass(slots=True)

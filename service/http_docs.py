@@ -59,6 +59,14 @@ EXAMPLES = {
         | {"stop": ["."], "budget": {"vision_tokens": [64, 128]}, "timeout_s": 10, "explain": True},
     },
 }
+EVENTS = {
+    "schema": {"type": "string"},
+    "example": (
+        'data: {"id":"vqa_1","delta":"red"}\n\n'
+        'data: {"id":"vqa_1","finish_reason":"stop", ... as in JSON, without the text}\n\n'
+        "data: [DONE]\n\n"
+    ),
+}
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "/v1/vqa",
@@ -71,7 +79,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
             "responses": {
                 "200": {
                     "description": "The answer",
-                    "content": {JSON: _schema("VqaAnswer"), "text/event-stream": _schema("VqaEnd")},
+                    "content": {JSON: _schema("VqaAnswer"), "text/event-stream": EVENTS},
                 }
             }
             | _errors(400, 404, 413, 429, 500, 503, 504),
@@ -90,6 +98,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                             "type": "object",
                             "properties": {"image": {"type": "string", "format": "binary"}},
                             "required": ["image"],
+                            "additionalProperties": False,
                         }
                     },
                 },

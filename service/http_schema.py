@@ -154,8 +154,9 @@ class VqaForm(Asked):
                 fields.setdefault(name, []).append(_text(part))
             else:
                 fields[name] = _text(part)
+        nothing = [name for name in ("seed", "budget", "timeout_s") if fields.get(name) == "null"]
         try:
-            return cls.model_validate(fields), image
+            return cls.model_validate({name: fields[name] for name in fields.keys() - nothing}), image
         except ValidationError as exc:
             raise invalid_request(exc, cls.model_fields) from exc
 

@@ -289,7 +289,7 @@ async def test_an_upload_needs_one_image(caller):
 async def test_too_many_bytes_are_413(caller):
     large = bytes(200_000)
     by_length = fault(await caller.http.post("/v1/images", content=large), 413)
-    assert "200,000 bytes, the limit is 100,000" in by_length["message"]
+    assert "the body has 200,000 bytes, the limit is 100,000 bytes" in by_length["message"]
     in_json = fault(await caller.ask(image=base64.b64encode(large).decode()), 413)
     assert "200,000 bytes, the limit is 100,000" in in_json["message"]
     form = {"image": large, "question": (None, "x")}

@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from conftest import SCENES, StartGateway, eventually, eventually_async, free_ports
 
 from service.core import Budget, ModelCard, Sampling, UInt8Array
 from service.embedded import (
@@ -35,7 +36,6 @@ from service.embedded import (
 from service.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from tests.conftest import SCENES, StartGateway, eventually, eventually_async, free_ports
 
 BACK_WITHIN_S = 10.0
 QUESTION = "what colour is the small circle?"

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from conftest import eventually_async, free_ports
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
@@ -27,7 +28,6 @@ from service.errors import (
 )
 from service.prompt import PromptBuilder
 from service.triton import ERROR_CODES, ERROR_TEXTS, MESSAGES, TritonClient, translate
-from tests.conftest import eventually_async, free_ports
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -34,6 +34,28 @@ class Logger:
     def log_error(message: str) -> None: ...
 
 
+class Metric:
+    def __init__(self, labels: dict[str, str]) -> None:
+        self.value = 0.0
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+    def increment(self, value: float) -> None:
+        assert value >= 0
+        self.value += value
+
+
+class MetricFamily:
+    GAUGE, COUNTER = "GAUGE", "COUNTER"
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        self.name = name
+
+    def Metric(self, labels: dict[str, str]) -> Metric:
+        return Metric(labels)
+
+
 class Tensor:
     """As in Triton 2.51, whose stub cannot be trusted with NumPy 2's arrays: DLPack is the way in and out."""
 

@@ -106,7 +106,8 @@ class Batcher:
         self._left = np.zeros(decoder.max_rows, np.int64)  # tokens each row may still generate
         self._end_ids = np.zeros(decoder.max_rows, np.int64)
         self._to_ask: list[Sequence] = []  # whether their callers still listen
-        self._iteration = 0
+        self.iterations = 0  # runs of the decoder, and turns without one
+        self.tokens = 0
         self._prefilled = False  # the last iteration was a prefill: now it is the running rows' turn
         self._closed = False
         self._work = threading.Condition()
@@ -126,7 +127,7 @@ class Batcher:
                 raise Closed
             if len(self._waiting) >= self._limits.max_queue:
                 raise QueueFull(f"Exceeds maximum queue size {self._limits.max_queue}")
-            sequence.submitted_at = self._iteration
+            sequence.submitted_at = self.iterations
             self._waiting.append(sequence)
             self._work.notify()
 
@@ -160,10 +161,10 @@ class Batcher:
 
     def iterate(self) -> list[Event]:
         """One run of the decoder, a prefill or a step; they alternate while both have work."""
-        self._iteration += 1
+        self.iterations += 1
         events = self._reap()
         group = [] if self._prefilled and self._running else self._admit()
-        gone = [each for each in group if each.submitted_at < self._iteration - 1 and self._is_abandoned(each)]
+        gone = [each for each in group if each.submitted_at < self.iterations - 1 and self._is_abandoned(each)]
         if gone:
             events += [Event(each, None, 0.0, True) for each in gone]
             group = [each for each in group if each not in gone]
@@ -247,6 +248,7 @@ class Batcher:
         tokens, log_probs = self._sampler.draw(logits, first)
         self._tokens[rows] = tokens
         self._left[rows] -= 1
+        self.tokens += len(tokens)
         finite = np.isfinite(log_probs)
         finished = (tokens == self._end_ids[rows]) | (self._left[rows] <= 0) | ~finite
         events = []

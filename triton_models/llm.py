@@ -16,6 +16,7 @@ from service.errors import InvalidRequest
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.decoder import OnnxDecoder
 from triton_models.delivery import Delivery
+from triton_models.gauges import Gauges
 from triton_models.parameters import Parameters
 from triton_models.tensors import read, write
 
@@ -77,6 +78,7 @@ class TritonPythonModel:
         self._outputs = tuple(parameters.outputs)
         self._delivery = Delivery(self._say)
         self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
+        self._gauges = Gauges(self._batcher)
         self._loop = threading.Thread(target=self._run, name="llm-loop", daemon=True)
         self._loop.start()
 
@@ -97,6 +99,7 @@ class TritonPythonModel:
         self._loop.join()
         self._delivery.hand_out(self._batcher.drain())
         self._delivery.close()
+        self._gauges.close()
 
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}

@@ -58,6 +58,7 @@ async def serve(app: App, listener: socket.socket) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=75,  # seconds: longer than a load balancer in front keeps its idle connections
         timeout_graceful_shutdown=round(app.settings.stop_grace_s),
     )
     server = Server(config)
@@ -101,7 +102,8 @@ def bound(settings: Settings) -> socket.socket:
 
 def greeting(app: App, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{reachable}:{port}"
     if not app.settings.embedded:
         return f"Glimpse listens on {url}; {url}/health/ready says when the Triton servers answer.\n"
     scene = next(iter(sorted((PROJECT / "benchmarks" / "scenes").rglob("*.webp"))), None)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,27 +91,18 @@ def ask(
         "timeout_s": timeout_s,
     }
     asked = {name: value for name, value in fields.items() if value is not None}
-    try:
-        with httpx.Client(base_url=url, timeout=httpx.Timeout(5.0, read=150.0, write=60.0)) as client:
-            image_id = image if image.startswith("img_") else upload(client, read_image(image))
-            for question in questions:
-                body = asked | {"image": image_id, "question": question}
-                if as_json:
-                    typer.echo(json.dumps(answer(client, body)))
-                    continue
-                if len(questions) > 1:
-                    typer.echo(f"{question} ", nl=False)
-                for text in stream(client, body):
-                    typer.echo(text, nl=False)
-                typer.echo()
-    except AskFailed as exc:
-        fail(str(exc))
-    except httpx.ConnectError:
-        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or say --url")
-    except httpx.TimeoutException:
-        fail(f"{url} did not answer in time")
-    except httpx.TransportError as exc:
-        fail(f"the connection to {url} broke: {exc}")
+    with plain_words(url), httpx.Client(base_url=url, timeout=httpx.Timeout(5.0, read=150.0, write=60.0)) as client:
+        image_id = image if image.startswith("img_") else upload(client, read_image(image))
+        for question in questions:
+            body = asked | {"image": image_id, "question": question}
+            if as_json:
+                typer.echo(json.dumps(answer(client, body)))
+                continue
+            if len(questions) > 1:
+                typer.echo(f"{question} ", nl=False)
+            for text in stream(client, body):
+                typer.echo(text, nl=False)
+            typer.echo()
 
 
 @app.command("eval")
@@ -134,14 +126,10 @@ def evaluate(
     """
     from benchmarks import evaluate as accuracy  # noqa: PLC0415
 
-    try:
+    with plain_words(url):
         accuracy.evaluate(
             url, scenes or accuracy.SCENES, split=split, vision_tokens=vision_tokens, clients=clients, out=out
         )
-    except httpx.ConnectError:
-        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or say --url")
-    except httpx.HTTPStatusError as exc:
-        fail(f"{url} answered {exc.response.status_code}: {message_of(exc.response)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -208,6 +196,23 @@ def message_of(response: httpx.Response) -> str:
         return (
             f"{response.url} answered {response.status_code}, which is not how Glimpse answers: is it another service?"
         )
+
+
+@contextmanager
+def plain_words(url: str) -> Iterator[None]:
+    """Ends the command with one line where the service, or the way to it, fails."""
+    try:
+        yield
+    except AskFailed as exc:
+        fail(str(exc))
+    except httpx.ConnectError:
+        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or say --url")
+    except httpx.TimeoutException:
+        fail(f"{url} did not answer in time")
+    except httpx.TransportError as exc:
+        fail(f"the connection to {url} broke: {exc}")
+    except httpx.HTTPStatusError as exc:
+        fail(f"{url} answered {exc.response.status_code}: {message_of(exc.response)}")
 
 
 def fail(message: str) -> None:

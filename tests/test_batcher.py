@@ -314,6 +314,22 @@ def test_a_row_that_is_not_finite_fails_alone_and_leaves_nothing_behind():
     assert tokens_of(events, fine) == alone(1, 2)
 
 
+def test_a_fault_outside_the_decoder_fails_who_had_a_part_in_it_and_the_loop_goes_on():
+    decoder = HistoryDecoder(max_rows=2)
+    batcher = Batcher(decoder, Limits())
+    running, waiting = [sequence(1), sequence(2)], sequence(3)
+    for each in (*running, waiting):
+        batcher.submit(each)
+    batcher.iterate()
+    sound, decoder.step = decoder.step, lambda tokens: np.zeros((1, 3), np.float32)  # not a row a sequence
+    failed = batcher.iterate()
+    assert [event.sequence for event in failed] == running
+    assert all(event.finished and "the batch failed" in event.error for event in failed)
+    assert decoder.rows == 0
+    decoder.step = sound
+    assert tokens_of(run(batcher), waiting) == alone(3)
+
+
 def test_a_closed_batcher_takes_nothing_and_fails_what_is_left():
     batcher = Batcher(HistoryDecoder(max_rows=1), Limits())
     running, waiting = sequence(1), sequence(2)

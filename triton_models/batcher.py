@@ -160,7 +160,18 @@ class Batcher:
         return [Event(each, None, 0.0, True, "the model is being unloaded") for each in left]
 
     def iterate(self) -> list[Event]:
-        """One run of the decoder, a prefill or a step; they alternate while both have work."""
+        """One run of the decoder, a prefill or a step; they alternate while both have work.
+
+        Never raises: whatever goes wrong outside the decoder fails every sequence that had a part in it.
+        """
+        with self._work:
+            everyone = [*self._running, *self._waiting]
+        try:
+            return self._iterate()
+        except Exception as error:
+            return self._reset(everyone, error)
+
+    def _iterate(self) -> list[Event]:
         self.iterations += 1
         events = self._reap()
         group = [] if self._prefilled and self._running else self._admit()
@@ -174,6 +185,19 @@ class Batcher:
         elif self._running:
             events += self._step()
         return events
+
+    def _reset(self, everyone: list[Sequence], error: Exception) -> list[Event]:
+        """Empty the rows -> a failed event for everyone who waits no more: the iteration's own events are lost."""
+        while self._decoder.rows:
+            self._decoder.scrub(self._decoder.rows - 1)
+            self._decoder.drop(self._decoder.rows - 1)
+        with self._work:
+            self._running.clear()
+            self._joining = []
+            failed = [each for each in everyone if each not in self._waiting]
+        self._to_ask.clear()
+        self._sampler.rows = 0
+        return [Event(each, None, 0.0, True, f"the batch failed: {error}") for each in failed]
 
     def _reap(self) -> list[Event]:
         """Take the cancelled sequences out of the rows and the queue."""

@@ -57,7 +57,10 @@ class Caller:
         self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def is_gone(self) -> bool:
-        return bool(self.sender.is_cancelled())
+        try:
+            return bool(self.sender.is_cancelled())
+        except Exception:  # Triton no longer knows the request
+            return True
 
 
 class TritonPythonModel:

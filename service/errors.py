@@ -1,15 +1,15 @@
 """Every way a request can fail, and nothing else.
 
-    GlimpseError
-    ├── InvalidRequest        the caller can mend it: wrong field, wrong type, wrong value
-    │   └── InvalidImage      the bytes are not an image that can be decoded
-    ├── NotFound              unknown or expired image id, unknown model
-    ├── TooLarge              over a limit on bytes or pixels
-    ├── Overloaded            no room now; `retry_after_s` says when
-    ├── DeadlineExceeded      the request's own timeout or the server's
-    ├── Cancelled             the caller went away
-    ├── Unavailable           Triton or a model in it does not answer
-    └── InternalError         a fault of ours; the text says nothing of the inside
+GlimpseError
+├── InvalidRequest        the caller can mend it: wrong field, wrong type, wrong value
+│   └── InvalidImage      the bytes are not an image that can be decoded
+├── NotFound              unknown or expired image id, unknown model
+├── TooLarge              over a limit on bytes or pixels
+├── Overloaded            no room now; `retry_after_s` says when
+├── DeadlineExceeded      the request's own timeout or the server's
+├── Cancelled             the caller went away
+├── Unavailable           Triton or a model in it does not answer
+└── InternalError         a fault of ours; the text says nothing of the inside
 """
 
 from __future__ import annotations

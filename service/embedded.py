@@ -36,6 +36,7 @@ SHARED_MEMORY = Path("/dev/shm")
 WATCH_INTERVAL_S = 0.2
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the service is to answer again within 10 s
 EXIT_TIMEOUT_S = 8  # what Triton takes at most to end requests and models when it is told to stop
+LOG_BYTES = 10_000_000  # a longer log is put aside at the next start
 RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before each restart in a row, the last one from then on
 
 # Runs in the child before tritonserver takes its place: when the process that started it dies, even by SIGKILL, the
@@ -88,8 +89,8 @@ class Installation:
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
             raise StartFailed(
-                "the Triton server is not installed: run `make setup`, "
-                "or `pip install --no-deps nvidia-pytriton==0.7.0`"
+                "the Triton server is not installed: `make serve` sets it up, "
+                "or run `pip install --no-deps nvidia-pytriton==0.7.0`"
             )
         package = Path(spec.origin).parent
         root = package / "tritonserver"
@@ -173,7 +174,7 @@ def check_repository(repository: Path) -> None:
     if absent:
         raise StartFailed(
             f"{repository} is not a model repository, it lacks {', '.join(absent)}: set GLIMPSE_MODEL_REPOSITORY, "
-            "or write one with `python -m build_engines.export`"
+            "or write one with `make repository`"
         )
 
 
@@ -337,6 +338,8 @@ class EmbeddedTriton:
         if self._installation is None or self._folder is None:
             raise RuntimeError("enter the context first")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES:
+            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
         command = [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *self._command()]
         with self.log_path.open("ab") as output:
             log_start = output.tell()

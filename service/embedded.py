@@ -97,7 +97,7 @@ class Installation:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
         if not stub.is_file():
-            raise StartFailed(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11 or 3.12")
+            raise StartFailed(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11 to 3.13")
         libraries = (
             sysconfig.get_config_var("LIBDIR"),
             f"{sys.base_prefix}/lib",

@@ -62,8 +62,13 @@ async def serve(app: App, listener: socket.socket) -> None:
         timeout_graceful_shutdown=round(app.settings.stop_grace_s),
     )
     server = Server(config)
+
+    def stop(number: int) -> None:
+        app.admission.stop()
+        server.handle_exit(number, None)
+
     for number in SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         async with asyncio.TaskGroup() as tasks:
             behind = tasks.create_task(run_behind(app, listener))

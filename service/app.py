@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
+from service.admission import Admission
 from service.core import ModelCard
 from service.embedded import EmbeddedTriton, Ports
 from service.http_api import Edge, http_api
@@ -18,7 +19,7 @@ from service.pipeline import Pipeline
 from service.prompt import load_tokenizer
 from service.readiness import Readiness
 from service.settings import Settings, SettingsError
-from service.triton import TritonClient
+from service.triton import TritonClient, read_engines
 
 NEEDED = ("see", "attend", "llm")  # what a question calls; see and attend run every vision model
 
@@ -30,6 +31,7 @@ class App:
     settings: Settings
     card: ModelCard
     client: TritonClient
+    admission: Admission
     reader: ImageReader
     readiness: Readiness
     api: FastAPI
@@ -41,19 +43,26 @@ def build(settings: Settings) -> App:
     try:
         card = ModelCard.from_json(card_path.read_text())
         tokenizer = load_tokenizer(tokenizer_path)
+        engines = read_engines(settings.model_repository)
     except Exception as exc:  # tokenizers raises plain Exception
         raise SettingsError(
             f"no model repository that can be read in {settings.model_repository} ({exc}): "
             "point GLIMPSE_MODEL_REPOSITORY at one, or make it with `make repository`"
         ) from exc
+    if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
+        raise SettingsError(
+            f"GLIMPSE_LLM_TOKENS must hold at least one request of {card.name}, {card.max_positions} tokens"
+        )
     embedded_url = f"127.0.0.1:{settings.triton_grpc_port}"
     metrics = Metrics()
     client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
     readiness = Readiness(NEEDED, metrics)
+    admission = Admission(settings, engines, card.max_positions, metrics)
     pipeline = Pipeline(
         vision=client,
         language=client,
+        admission=admission,
         card=card,
         tokenizer=tokenizer,
         reader=reader,
@@ -61,7 +70,7 @@ def build(settings: Settings) -> App:
         metrics=metrics,
     )
     api = http_api(Edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, client, reader, readiness, api)
+    return App(settings, card, client, admission, reader, readiness, api)
 
 
 @asynccontextmanager

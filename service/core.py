@@ -107,6 +107,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Engines:
+    """How much the models take in at once, by their configurations."""
+
+    encoder_images: int = 1  # the vision encoder's batch, times its instances
+    llm_rows: int = 16  # requests that the LLM decodes at once
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What a model repository says of itself (`card.json` beside the models)."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import cast
 
 import orjson
@@ -36,6 +37,7 @@ from service.http_schema import (
     VqaRequest,
     WireError,
 )
+from service.ledger import Cost
 from service.metrics import Metrics
 from service.readiness import Readiness
 from service.settings import Settings
@@ -44,6 +46,7 @@ log = structlog.get_logger()
 
 INLINE_PARSE_BYTES = 256 * 1024  # above this a body is taken apart in a thread: base64 of 20 MB blocks for 50 ms
 TRACE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+TENANT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,16 @@ def edge_of(request: Request) -> Edge:
 
 def trace_id_of(request: Request) -> str:
     return cast(str, request.scope["glimpse.trace_id"])
+
+
+def tenant_of(request: Request) -> str:
+    """Raises InvalidRequest."""
+    tenant = request.headers.get("x-tenant-id", "")
+    if tenant and not TENANT.fullmatch(tenant):
+        raise InvalidRequest(
+            "x-tenant-id may hold 1 to 64 letters, digits and . _ : -", param="x-tenant-id", code="invalid_tenant"
+        )
+    return tenant
 
 
 class JsonResponse(Response):
@@ -170,12 +183,29 @@ async def ask(request: Request) -> Response:
 
 
 async def read_question(request: Request, edge: Edge) -> Ask:
-    """Raises InvalidRequest, TooLarge."""
-    body = await read_body(request, edge.settings.max_body_bytes, edge.settings.body_timeout_s)
+    """Raises InvalidRequest, TooLarge, Overloaded."""
+    tenant = tenant_of(request)
+    body = await admitted_body(request, edge, edge.settings.max_body_bytes)
     content_type = request.headers.get("content-type", JSON)
     if len(body) > INLINE_PARSE_BYTES:
-        return await asyncio.to_thread(parse_question, body, content_type, trace_id_of(request), edge)
-    return parse_question(body, content_type, trace_id_of(request), edge)
+        asked = await asyncio.to_thread(parse_question, body, content_type, trace_id_of(request), edge)
+    else:
+        asked = parse_question(body, content_type, trace_id_of(request), edge)
+    return replace(asked, request=replace(asked.request, tenant=tenant)) if tenant else asked
+
+
+async def admitted_body(request: Request, edge: Edge, max_bytes: int) -> bytes:
+    """The body, its bytes reserved until the response has ended; nothing is read in a full house.
+
+    Raises InvalidRequest, TooLarge, Overloaded.
+    """
+    admission = edge.pipeline.admission
+    held = cast(ExitStack, request.scope["glimpse.held"])
+    place = held.enter_context(admission.place(tenant_of(request)))
+    place.require_room(Cost(tokens=admission.row_tokens))
+    return await read_body(
+        request, max_bytes, edge.settings.body_timeout_s, lambda nbytes: place.reserve(Cost(nbytes=nbytes))
+    )
 
 
 def parse_question(body: bytes, content_type: str, trace_id: str, edge: Edge) -> Ask:
@@ -216,10 +246,9 @@ async def keep_image(request: Request) -> Response:
     content_type = request.headers.get("content-type", "")
     is_form = content_type.lower().startswith(FORM)
     form_bytes = 64 * 1024 if is_form else 0  # room for the form's own text
-    body = await read_body(request, edge.settings.max_image_bytes + form_bytes, edge.settings.body_timeout_s)
-    return JsonResponse(
-        UploadedImage.of(await edge.pipeline.keep_image(image_of(body, content_type) if is_form else body))
-    )
+    body = await admitted_body(request, edge, edge.settings.max_image_bytes + form_bytes)
+    image = image_of(body, content_type) if is_form else body
+    return JsonResponse(UploadedImage.of(await edge.pipeline.keep_image(image, tenant_of(request))))
 
 
 def image_of(body: bytes, content_type: str) -> bytes:
@@ -274,7 +303,7 @@ async def respond_to_error(_: Request, error: Exception) -> Response:
     """The one place where an error gets its status."""
     assert isinstance(error, GlimpseError)
     status, _grpc = status_of(error)
-    headers = {"retry-after": f"{max(1, round(error.retry_after_s))}"} if isinstance(error, Overloaded) else None
+    headers = {"retry-after": f"{max(1, math.ceil(error.retry_after_s))}"} if isinstance(error, Overloaded) else None
     return JsonResponse(ErrorBody.of(error), status_code=status, headers=headers)
 
 
@@ -289,7 +318,8 @@ async def respond_to_no_route(request: Request, error: Exception) -> Response:
 
 
 class RequestScope:
-    """Pure ASGI around every request: its id in and out, its count, and the 500 of a fault that nobody foresaw."""
+    """Pure ASGI around every request: its id in and out, its count, what it holds until its response has ended, and the
+    500 of a fault that nobody foresaw."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -310,7 +340,8 @@ class RequestScope:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            with ExitStack() as scope["glimpse.held"]:
+                await self.app(scope, receive, send_with_id)
         except Exception:
             log.exception("fault", request_id=trace_id, path=scope["path"])
             if not status:

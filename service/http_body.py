@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -16,11 +17,14 @@ FORM = "multipart/form-data"
 MAX_PARTS = 64
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises TooLarge, by its declared length before a byte is read where it declares one."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(f"has {int(declared):,} bytes", max_bytes)
+async def read_body(request: Request, max_bytes: int, timeout_s: float, reserve: Callable[[int], None]) -> bytes:
+    """The whole body. Raises TooLarge and what `reserve` raises for so many bytes more, before a byte is read where
+    the body declares its length."""
+    length = request.headers.get("content-length", "")
+    declared = int(length) if length.isdecimal() else 0
+    if declared > max_bytes:
+        raise _too_large(f"has {declared:,} bytes", max_bytes)
+    reserve(declared)
     chunks, read = [], 0
     try:
         async with asyncio.timeout(timeout_s):
@@ -28,6 +32,8 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
                 read += len(chunk)
                 if read > max_bytes:
                     raise _too_large("is too large", max_bytes)
+                if read > declared:
+                    reserve(min(len(chunk), read - declared))
                 chunks.append(chunk)
     except TimeoutError as exc:
         raise DeadlineExceeded(f"only {read:,} bytes of the body came within {timeout_s:g} s: send it again") from exc

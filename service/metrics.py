@@ -20,6 +20,21 @@ class Metrics:
             "http_requests", "HTTP requests by route and status.", "method", "route", "status"
         )
         self.in_flight = self._gauge("requests_in_flight", "Questions admitted and not ended.")
+        self.refusals = self._counter(
+            "refusals",
+            "Requests turned away, by reason: saturated, tenant_share, deadline, shutting_down.",
+            "reason",
+        )
+        self.requests_waiting = self._gauge("requests_waiting", "Waiting for a vision slot or for the LLM.", "kind")
+        self.requests_running = self._gauge("requests_running", "Holding vision slots or tokens of the LLM.", "kind")
+        self.resource_used = self._gauge(
+            "resource_used", "Held of what may run at once: images in the vision stage, tokens of the LLM.", "resource"
+        )
+        self.admitted_cost = self._gauge("admitted_cost", "Reserved by all requests that are in, by unit.", "unit")
+        self.request_queue_time = self._seconds("request_queue_time_seconds", "Waiting of answered questions.", "kind")
+        self.tokens_saved = self._counter(
+            "tokens_saved", "Tokens not generated, as the question was cancelled or expired before.", "reason"
+        )
         self.e2e_request_latency = self._seconds(
             "e2e_request_latency_seconds", "From arrival to the end of the answer; answered questions only."
         )
@@ -40,8 +55,8 @@ class Metrics:
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(f"glimpse_{name}", documentation, labels, registry=self.registry)
 
-    def _gauge(self, name: str, documentation: str) -> Gauge:
-        return Gauge(f"glimpse_{name}", documentation, registry=self.registry)
+    def _gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
+        return Gauge(f"glimpse_{name}", documentation, labels, registry=self.registry)
 
     def _seconds(self, name: str, documentation: str, *labels: str) -> Histogram:
         return Histogram(f"glimpse_{name}", documentation, labels, buckets=SECONDS, registry=self.registry)

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import structlog
 from tokenizers import Tokenizer
 
+from service.admission import Admission, Place
 from service.core import (
     IMAGE_SIZE,
     Budget,
@@ -28,14 +29,19 @@ from service.core import (
     UInt8Array,
     VisionFeatures,
 )
-from service.errors import DeadlineExceeded, GlimpseError, InternalError, InvalidRequest, Overloaded, Unavailable
+from service.errors import DeadlineExceeded, GlimpseError, InternalError, InvalidRequest, Unavailable
 from service.feature_cache import FeatureCache, FeatureKey, Found
-from service.images import Image, ImageReader, ImageStore
+from service.images import Image, ImageReader, ImageStore, header_pixels
+from service.ledger import Cost
 from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
+from service.scheduler import Claim, Kind, Resource
 from service.settings import Settings
 
 log = structlog.get_logger()
+
+# Outcomes of questions that ended before their tokens were generated, as nobody would have read them.
+NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
 
 
 class VisionModel(Protocol):
@@ -79,6 +85,7 @@ class Request:
     sampling: Sampling
     timeout_s: float
     trace_id: str = ""  # the caller's own id of the request
+    tenant: str = ""  # who shares the service fairly with others; empty is one of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,8 @@ class Ticket:
     arrived: float
     deadline: float
     outcome: str = "cancelled"  # until something else is known
+    tokens: int = 0  # of the LLM, at the most; 0 until it is admitted
+    kind: Kind | None = None  # once the image was looked up
     stages: dict[str, float] = field(default_factory=dict)
     cache: Literal["hit", "miss"] = "miss"
     first_token: float | None = None
@@ -171,6 +180,7 @@ class Pipeline:
         *,
         vision: VisionModel,
         language: LanguageModel,
+        admission: Admission,
         card: ModelCard,
         tokenizer: Tokenizer,
         reader: ImageReader,
@@ -179,6 +189,7 @@ class Pipeline:
     ) -> None:
         self.vision = vision
         self.language = language
+        self.admission = admission
         self.card = card
         self.reader = reader
         self.settings = settings
@@ -187,24 +198,25 @@ class Pipeline:
         self.features = FeatureCache(settings.feature_cache_bytes, metrics)
         self.prompts = PromptBuilder(card, tokenizer)
         self._spelled = token_bytes(tokenizer)
-        self._in_flight = 0
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, see or attend, generate. Raises GlimpseError only."""
-        with self.outcome(request) as ticket, self.admit(ticket):
+        with self.outcome(request) as ticket, self.admit(ticket) as place:
             async with ticket.in_time():
                 image = await self.load(ticket)
-                seen = await self.look(image, ticket)
+                seen = await self.look(image, ticket, place)
             prompt = self.prompts.compose(request.question, seen.visual_tokens, visual_key(request, image, self.card))
             async with aclosing(self.generate(prompt, ticket)) as texts:
                 async for text in texts:
                     yield Delta(text)
             yield self.finish(ticket, image, seen, prompt)
 
-    async def keep_image(self, data: bytes) -> KeptImage:
-        """Takes an image that questions can name by its id. Raises InvalidImage, TooLarge."""
-        decoded = await self.reader.decode(data)
-        image = await self.reader.identify(data)
+    async def keep_image(self, data: bytes, tenant: str = "") -> KeptImage:
+        """Takes an image that questions can name by its id. Raises InvalidImage, TooLarge, Overloaded."""
+        with self.admission.place(tenant) as place:
+            place.reserve(self.cost_of(data))
+            decoded = await self.reader.decode(data)
+            image = await self.reader.identify(data)
         expires_at = self.images.put(image, time.time())
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
 
@@ -226,29 +238,29 @@ class Pipeline:
             self._record(ticket, fault)
 
     @contextmanager
-    def admit(self, ticket: Ticket) -> Iterator[None]:
-        """Refuses what cannot be answered before any work is done, and counts who is in. Raises InvalidRequest,
-        Overloaded."""
-        self.check(ticket.request)
-        if self._in_flight >= self.settings.max_requests_in_flight:
-            raise Overloaded(
-                f"{self._in_flight} questions are being answered, which is all there is room for: try again"
-            )
-        self._in_flight += 1
-        self.metrics.in_flight.inc()
-        ticket.stages["queue"] = time.monotonic() - ticket.arrived
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            self.metrics.in_flight.dec()
+    def admit(self, ticket: Ticket) -> Iterator[Place]:
+        """Refuses what cannot be answered before any work is done, and reserves what it will cost; all that the
+        request holds is given back at its end. Raises InvalidRequest, Overloaded."""
+        tokens = max(self.check(ticket.request), self.admission.row_tokens)
+        with self.admission.place(ticket.request.tenant) as place:
+            place.reserve(Cost(tokens=tokens))
+            ticket.tokens = tokens
+            self.metrics.in_flight.inc()
+            try:
+                yield place
+            finally:
+                self.metrics.in_flight.dec()
 
-    def check(self, request: Request) -> None:
-        """Raises InvalidRequest where the model cannot do what is asked."""
+    def check(self, request: Request) -> int:
+        """The request's tokens in the LLM, at the most. Raises InvalidRequest where the model cannot do it."""
         budget, card = request.budget, self.card
         require_range("budget.vision_tokens", budget.vision_tokens, card.vision_tokens, card.name)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
-        self.prompts.require_room(request.question, budget.visual_tokens[1], request.sampling.max_tokens)
+        return self.prompts.require_room(request.question, budget.visual_tokens[1], request.sampling.max_tokens)
+
+    def cost_of(self, data: bytes) -> Cost:
+        """Of decoding; more pixels than are allowed are refused by the decoder, at no cost."""
+        return Cost(pixels=min(header_pixels(data), self.settings.max_image_pixels))
 
     async def load(self, ticket: Ticket) -> Image:
         """The image's bytes and digest; they are not decoded here, as a known image needs no pixels."""
@@ -257,25 +269,44 @@ class Pipeline:
                 return self.images.get(ticket.request.image, time.time())
             return await self.reader.identify(ticket.request.image)
 
-    async def look(self, image: Image, ticket: Ticket) -> Seen:
-        """Attends to features that are known, else sees the image and keeps them."""
+    async def look(self, image: Image, ticket: Ticket, place: Place) -> Seen:
+        """Attends to features that are known, else sees the image and keeps them. The LLM has room when it returns.
+
+        Who attends waits for the LLM first: that bounds how many attend at once, and a wait in vain costs nothing.
+        """
         request, question = ticket.request, self.prompts.question(ticket.request.question)
         async with self.features.find(FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)) as found:
             if found.features is None:
-                return await self._see(image, question, found, ticket)
+                seen = await self._see(image, question, found, ticket, place)
+        if found.features is None:
+            await self._turn(ticket, place, Resource.LLM, new_images=1)
+            return seen
         self._remember(image, request)
         ticket.cache = "hit"
+        await self._turn(ticket, place, Resource.LLM, new_images=0)
         with ticket.stage("vision"):
             return await self.vision.attend(found.features, question, request.budget, ticket.left_s)
 
-    async def _see(self, image: Image, question: Question, found: Found, ticket: Ticket) -> Seen:
+    async def _see(self, image: Image, question: Question, found: Found, ticket: Ticket, place: Place) -> Seen:
+        place.reserve(self.cost_of(image.data))
+        slot = await self._turn(ticket, place, Resource.VISION, new_images=1)
         with ticket.stage("load"):
             decoded = await self.reader.decode(image.data)
         self._remember(image, ticket.request)
         with ticket.stage("vision"):
             seen = await self.vision.see(decoded.pixels, question, ticket.request.budget, ticket.left_s)
         found.keep(seen.vision)
+        place.give_back(slot)
         return seen
+
+    async def _turn(self, ticket: Ticket, place: Place, resource: Resource, new_images: int) -> Claim:
+        """What the place holds from now on. Raises Overloaded."""
+        ticket.kind = Kind.of(new_images)
+        amount = ticket.tokens if resource is Resource.LLM else new_images
+        claim = Claim(resource, amount, ticket.kind, ticket.arrived, ticket.deadline, ticket.request.tenant)
+        with ticket.stage("queue"):
+            await place.enter(claim)
+        return claim
 
     def _remember(self, image: Image, request: Request) -> None:
         """An image that came with its question can be asked about by its id too; asking by id does not prolong it."""
@@ -350,8 +381,13 @@ class Pipeline:
         if ticket.outcome == "ok":
             self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3)
             self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)
+            if ticket.kind is not None:
+                self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
             for stage, seconds in ticket.stages.items():
                 self.metrics.stage.labels(stage).observe(seconds)
+        elif ticket.tokens and ticket.outcome in NOTHING_MORE_TO_DO:
+            saved = ticket.request.sampling.max_tokens - ticket.completion_tokens
+            self.metrics.tokens_saved.labels(ticket.outcome).inc(saved)
         (log.error if fault else log.info)(
             "answered" if ticket.outcome == "ok" else "not_answered",
             outcome=ticket.outcome,

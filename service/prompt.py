@@ -43,8 +43,8 @@ class PromptBuilder:
         """BOS and the template with the question."""
         return [self.card.bos_id, *self._encode(self.card.prompt_template.replace("{question}", question))]
 
-    def require_room(self, question: str, visual_tokens: int, max_tokens: int) -> None:
-        """Raises InvalidRequest where visual, prompt and answer tokens together pass the model's positions."""
+    def require_room(self, question: str, visual_tokens: int, max_tokens: int) -> int:
+        """Visual, prompt and answer tokens together. Raises InvalidRequest where they pass the model's positions."""
         prompt_tokens = len(self.text_ids(question))
         total = visual_tokens + prompt_tokens + max_tokens
         if total > self.card.max_positions:
@@ -56,6 +56,7 @@ class PromptBuilder:
                 param="max_tokens" if room > 0 else "question",
                 code="context_length_exceeded",
             )
+        return total
 
     def compose(self, question: str, visual_tokens: FloatArray, key: bytes) -> Prompt:
         """`visual_tokens` [N, H]; `key` names what they were made from (image, question, budget, models)."""

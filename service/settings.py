@@ -49,8 +49,18 @@ class Settings(BaseSettings):
     default_timeout_s: float = Field(30.0, gt=0)
     max_timeout_s: float = Field(120.0, gt=0)
     stall_timeout_s: float = Field(5.0, gt=0)  # between two tokens, before the LLM counts as dead
-    max_requests_in_flight: int = Field(128, gt=0)
     decode_threads: int = Field(2, gt=0)
+
+    # What may be in the house at once, waiting or running; what comes on top is refused with 429.
+    max_requests_in_flight: int = Field(
+        128, gt=0
+    )  # one with more than a row's share of the LLM's tokens counts as more
+    max_bytes_in_flight: int = Field(256 * MIB, gt=0)  # of bodies; one takes up to 4 times its size while it is parsed
+    max_pixels_in_flight: int = Field(1_000_000_000, gt=0)  # of images that have to be decoded
+
+    # Of that, what runs at once. None: what the model repository's configurations say.
+    vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
+    llm_tokens: int | None = Field(None, gt=0)  # visual, prompt and max_tokens of all that the LLM answers
 
     # What is kept in the process's memory.
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
@@ -69,6 +79,10 @@ class Settings(BaseSettings):
             raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S")
         if self.image_store_bytes < self.max_image_bytes:
             raise ValueError("GLIMPSE_IMAGE_STORE_BYTES must hold at least one image of GLIMPSE_MAX_IMAGE_BYTES")
+        if self.max_bytes_in_flight < self.max_body_bytes:
+            raise ValueError(f"GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body, {self.max_body_bytes:,} bytes")
+        if self.max_pixels_in_flight < self.max_image_pixels:
+            raise ValueError("GLIMPSE_MAX_PIXELS_IN_FLIGHT must hold at least one image of GLIMPSE_MAX_IMAGE_PIXELS")
         return self
 
     @property

@@ -12,12 +12,14 @@ import base64
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from service.core import (
     CELLS,
@@ -26,6 +28,7 @@ from service.core import (
     MAX_VISUAL_TOKENS,
     QUESTION_TOKENS,
     Budget,
+    Engines,
     ModelCard,
     Prompt,
     Question,
@@ -184,6 +187,22 @@ _CHANNEL_OPTIONS = (
 _STREAM_METADATA = (("triton_grpc_error", "true"),)  # a stream's error as a status code, not as text only
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def read_engines(repository: Path) -> Engines:
+    """What the repository's configurations say. Raises OSError, ValueError for one that is missing or is none."""
+    encoder, llm = (_configuration(repository / model / "config.pbtxt") for model in ("vision_encoder", "llm"))
+    batch = encoder.max_batch_size if encoder.HasField("dynamic_batching") else 1
+    instances = sum(group.count or 1 for group in encoder.instance_group)
+    rows = llm.parameters["max_rows"].string_value if "max_rows" in llm.parameters else llm.max_batch_size
+    return Engines(encoder_images=max(batch, 1) * max(instances, 1), llm_rows=max(int(rows), 1))
+
+
+def _configuration(path: Path) -> Any:
+    try:
+        return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    except text_format.ParseError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
 
 
 class TritonClient:

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from service.core import Budget, ModelCard, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
+from service.admission import Admission
+from service.core import Budget, Engines, ModelCard, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
 from service.http_api import Edge
 from service.images import ImageLimits, ImageReader
 from service.metrics import Metrics
@@ -168,9 +169,11 @@ class House:
         self.language = FakeLanguage()
         self.reader = ImageReader(ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels), threads=1)
         self.readiness = Readiness(models, self.metrics)
+        self.admission = Admission(self.settings, Engines(), CARD.max_positions, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
             language=self.language,
+            admission=self.admission,
             card=CARD,
             tokenizer=TOKENIZER,
             reader=self.reader,

@@ -142,7 +142,7 @@ async def test_no_more_requests_than_there_is_room_for():
     assert caught.value.retry_after_s >= 1
     house.vision.gate.set()
     assert [text for text, _ in await asyncio.gather(*tasks)] == ["red", "red"]
-    assert house.outcomes() == {"overloaded": 1, "ok": 2}
+    assert house.outcomes() == {"saturated": 1, "ok": 2}
     await answer(house, request())
     house.reader.close()
 

@@ -1,0 +1,128 @@
+"""Requests wait here for what the ledger and the scheduler decide: the asyncio side of both.
+
+A `Place` is what one request has of the house. Leaving it, however that comes about, gives everything back at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from service.core import Engines
+from service.errors import Overloaded
+from service.ledger import Cost, Ledger, Refusal
+from service.metrics import Metrics
+from service.scheduler import Claim, Kind, Resource, Scheduler
+from service.settings import Settings
+
+MAX_RETRY_AFTER_S = 60.0
+ENCODER_FILLS = 2  # vision slots for each image in encode: the next ones are decoded meanwhile
+
+
+class Admission:
+    """The house: what it holds and who waits in it. Used from one event loop."""
+
+    def __init__(self, settings: Settings, engines: Engines, max_positions: int, metrics: Metrics) -> None:
+        """`max_positions` are the tokens of the longest request."""
+        vision_slots = settings.vision_slots or ENCODER_FILLS * engines.encoder_images
+        llm_tokens = settings.llm_tokens or engines.llm_rows * max_positions
+        self.row_tokens = llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
+        tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
+        self.ledger = ledger = Ledger(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
+        self.scheduler = scheduler = Scheduler(vision_slots, llm_tokens)
+        self._metrics = metrics
+        self._turns: dict[Claim, asyncio.Future[None]] = {}  # of those that wait
+        for kind in Kind:
+            metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
+            metrics.requests_running.labels(kind).set_function(partial(scheduler.running, kind))
+        for resource in Resource:
+            metrics.resource_used.labels(resource).set_function(partial(scheduler.used, resource))
+        for unit in Cost._fields:
+            metrics.admitted_cost.labels(unit).set_function(partial(ledger.holds, unit))
+
+    @contextmanager
+    def place(self, tenant: str) -> Iterator[Place]:
+        """Holds nothing yet."""
+        place = Place(self, tenant)
+        try:
+            yield place
+        except BaseException:
+            place.leave(finished=False)
+            raise
+        place.leave(finished=True)
+
+    def stop(self) -> None:
+        """Who is in may end; nobody else comes in."""
+        self.ledger.closed = True
+
+    def refuse(self, refusal: Refusal) -> Overloaded:
+        self._metrics.refusals.labels(refusal.code).inc()
+        retry_after_s = min(max(refusal.retry_after_s, 1.0), MAX_RETRY_AFTER_S)
+        return Overloaded(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
+
+    async def turn(self, claim: Claim) -> None:
+        """Returns when it is the claim's turn. Raises Overloaded where that would be too late."""
+        now = time.monotonic()
+        if (refusal := self.scheduler.submit(claim, now)) is not None:
+            raise self.refuse(refusal)
+        self.schedule(now)
+        if claim.started_at is None and not claim.over:
+            turn = self._turns[claim] = asyncio.get_running_loop().create_future()
+            await turn
+        if claim.started_at is None:
+            raise self.refuse(self.scheduler.too_late(claim))
+
+    def release(self, claim: Claim, *, finished: bool) -> None:
+        now = time.monotonic()
+        self._turns.pop(claim, None)
+        self.scheduler.release(claim, now, finished=finished)
+        self.schedule(now)
+
+    def schedule(self, now: float) -> None:
+        """Wakes those whose turn it is, and those for whom it comes too late."""
+        started, expired = self.scheduler.schedule(now)
+        for claim in (*started, *expired):
+            turn = self._turns.pop(claim, None)
+            if turn is not None and not turn.done():
+                turn.set_result(None)
+
+
+class Place:
+    """What one request has of the house."""
+
+    def __init__(self, admission: Admission, tenant: str) -> None:
+        self.tenant = tenant
+        self._admission = admission
+        self._cost = Cost()
+        self._claims: list[Claim] = []
+
+    def require_room(self, cost: Cost) -> None:
+        """Takes nothing. Raises Overloaded where the cost could not be reserved now."""
+        if (refusal := self._admission.ledger.refusal(cost, self.tenant)) is not None:
+            raise self._admission.refuse(refusal)
+
+    def reserve(self, cost: Cost) -> None:
+        """Holds this too, until the place is left. Raises Overloaded."""
+        if (refusal := self._admission.ledger.reserve(cost, self.tenant, time.monotonic())) is not None:
+            raise self._admission.refuse(refusal)
+        self._cost = self._cost.plus(cost)
+
+    async def enter(self, claim: Claim) -> None:
+        """Waits for the claim's turn and holds it until it is given back or the place is left. Raises Overloaded."""
+        self._claims.append(claim)
+        await self._admission.turn(claim)
+
+    def give_back(self, claim: Claim) -> None:
+        """Its work is done."""
+        self._claims.remove(claim)
+        self._admission.release(claim, finished=True)
+
+    def leave(self, *, finished: bool) -> None:
+        """`finished` is false where the request did not come to its answer."""
+        for claim in self._claims:
+            self._admission.release(claim, finished=finished)
+        self._admission.ledger.give_back(self._cost, self.tenant, time.monotonic())
+        self._claims, self._cost = [], Cost()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from service.core import Engines
-from service.errors import Overloaded
+from service.errors import DeadlineExceeded, Overloaded
 from service.ledger import Cost, Ledger, Refusal
 from service.metrics import Metrics
 from service.scheduler import Claim, Kind, Resource, Scheduler
@@ -64,7 +64,8 @@ class Admission:
         return Overloaded(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
 
     async def turn(self, claim: Claim) -> None:
-        """Returns when it is the claim's turn. Raises Overloaded where that would be too late."""
+        """Returns when it is the claim's turn. Raises Overloaded where that would be too late, DeadlineExceeded where
+        it is."""
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
             raise self.refuse(refusal)
@@ -73,6 +74,11 @@ class Admission:
             turn = self._turns[claim] = asyncio.get_running_loop().create_future()
             await turn
         if claim.started_at is None:
+            if time.monotonic() >= claim.deadline:
+                raise DeadlineExceeded(
+                    "its turn did not come within timeout_s: raise it, or ask again when the service is less busy",
+                    param="timeout_s",
+                )
             raise self.refuse(self.scheduler.too_late(claim))
 
     def release(self, claim: Claim, *, finished: bool) -> None:

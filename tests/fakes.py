@@ -68,14 +68,20 @@ def ids_of(text: str) -> list[int]:
 
 
 class FakeVision:
-    """Sees at once, or when `gate` is set; `fault` is raised instead where there is one."""
+    """Sees and attends at once, or when `gate` is set; `fault` is raised instead where there is one."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
+        self.gated: tuple[str, ...] = ("see", "attend")  # who waits at the gate
         self.fault: Exception | None = None
         self.calls: list[str] = []
         self.budgets: list[Budget] = []
+
+    def close(self, *calls: str) -> None:
+        """These wait until the gate is set."""
+        self.gated = calls
+        self.gate.clear()
 
     async def see(self, image: np.ndarray, question: Question, budget: Budget, timeout_s: float) -> Seen:
         assert image.shape == (3, 224, 224)
@@ -93,7 +99,8 @@ class FakeVision:
     async def _look(self, call: str, features: VisionFeatures, budget: Budget) -> Seen:
         self.calls.append(call)
         self.budgets.append(budget)
-        await self.gate.wait()
+        if call in self.gated:
+            await self.gate.wait()
         if self.fault is not None:
             raise self.fault
         relevance = Relevance(

@@ -11,8 +11,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from build_engines.repository import GRAPHS, Dimensions, config, models, runner
-from service.core import ModelCard
-from service.triton import MODELS
+from service.core import Engines, ModelCard
+from service.triton import MODELS, read_engines
 
 Spec = tuple[str, tuple[int, ...], bool]  # data type, shape without the batch dimension, optional
 
@@ -132,3 +132,15 @@ def test_ensemble_steps_hand_on_what_the_models_take(repository: Path) -> None:
 
 def test_weights_fit_the_repository(repository: Path) -> None:
     assert sum((repository / name / "1" / "model.onnx").stat().st_size for name in GRAPHS) <= 30e6
+
+
+def test_what_may_run_at_once_is_read_from_the_configurations(repository: Path, tmp_path: Path) -> None:
+    assert read_engines(repository) == Engines(encoder_images=1, llm_rows=32)
+    batched = "max_batch_size: 8 dynamic_batching { } instance_group [ { count: 2, kind: KIND_GPU } ]"
+    for model, text in {"vision_encoder": batched, "llm": "max_batch_size: 64"}.items():
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "config.pbtxt").write_text(text)
+    assert read_engines(tmp_path) == Engines(encoder_images=16, llm_rows=64)
+    (tmp_path / "llm" / "config.pbtxt").write_text("max_batch_size: many")
+    with pytest.raises(ValueError, match=r"config\.pbtxt"):
+        read_engines(tmp_path)

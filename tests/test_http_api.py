@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from service.errors import Overloaded, Unavailable
 from service.http_api import http_api
+from service.ledger import Cost
 
 IMAGE = base64.b64encode(png()).decode()
 ASKED = {"image": IMAGE, "question": "what colour?"}
@@ -481,3 +482,107 @@ async def test_a_caller_who_hangs_up_cancels_the_stream_and_frees_the_slot(calle
     assert caller.house.outcomes() == {"cancelled": 1}
     assert caller.house.counted("glimpse_requests_in_flight") == 0
     assert task.exception() is None
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_caller_who_hangs_up_in_the_queue_leaves_it(stream):
+    caller = Caller(House(vision_slots=1))
+    caller.house.vision.close("see")
+    first, first_gone = await one_request(caller, {"stream": stream})
+    await until(lambda: caller.house.vision.calls)
+    other = base64.b64encode(png((1, 2, 3))).decode()
+    second, gone = await one_request(caller, {"stream": stream, "image": other})
+    await until(lambda: caller.house.counted("glimpse_requests_waiting", kind="single_image") == 1)
+    gone.set()
+    await until(second.done, timeout_s=0.1)
+    assert caller.house.counted("glimpse_requests_waiting", kind="single_image") == 0
+    first_gone.set()
+    await until(first.done, timeout_s=0.1)
+    assert caller.house.admission.ledger.held == Cost()
+    await caller.close()
+
+
+async def test_bodies_are_reserved_by_their_length_before_they_are_read(house_of_two_bodies):
+    caller, tasks = house_of_two_bodies, []
+    arrived = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"{"
+        await arrived.wait()
+        yield b"}" * 79_999
+
+    for _ in range(2):
+        body = caller.http.post("/v1/images", content=slowly(), headers={"content-length": "80000"})
+        tasks.append(asyncio.create_task(body))
+    await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_960_000)
+    refused = await caller.http.post("/v1/images", content=bytes(50_000))
+    assert fault(refused, 429)["code"] == "saturated"
+    assert "1,960,000 of 2,000,000 nbytes" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    assert caller.house.counted("glimpse_refusals_total", reason="saturated") == 1
+    arrived.set()
+    assert [response.status_code for response in await asyncio.gather(*tasks)] == [400, 400]
+    assert caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_800_000
+
+
+async def test_a_body_of_unknown_length_is_reserved_as_it_comes(house_of_two_bodies):
+    caller = house_of_two_bodies
+    more = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        for _ in range(9):
+            yield bytes(10_000)
+        await more.wait()
+
+    tasks = [asyncio.create_task(caller.http.post("/v1/images", content=slowly())) for _ in range(2)]
+    await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_980_000)
+    assert fault(await caller.http.post("/v1/images", content=bytes(50_000)), 429)["code"] == "saturated"
+    more.set()
+    await asyncio.gather(*tasks)
+    assert caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_800_000
+
+
+@pytest_asyncio.fixture
+async def house_of_two_bodies() -> AsyncIterator[Caller]:
+    caller = Caller(House(max_image_bytes=100_000, max_bytes_in_flight=2_000_000))
+    caller.house.admission.ledger.reserve(Cost(nbytes=1_800_000), "", 0.0)
+    yield caller
+    await caller.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_body_stays_reserved_until_its_answer_has_ended(caller, stream):
+    caller.house.language.gate.clear()
+    task, _ = await one_request(caller, {"stream": stream})
+    await until(lambda: caller.house.language.open == 1)
+    assert caller.house.counted("glimpse_admitted_cost", unit="nbytes") > len(IMAGE)
+    assert caller.house.counted("glimpse_admitted_cost", unit="tokens") == caller.house.admission.row_tokens
+    caller.house.language.gate.set()
+    await until(task.done)
+    assert caller.house.admission.ledger.held == Cost()
+
+
+async def test_a_full_house_reads_no_body(caller):
+    caller.house.admission.ledger.reserve(Cost(tokens=caller.house.admission.ledger.limits.tokens), "", 0.0)
+
+    async def nothing() -> AsyncIterator[bytes]:
+        pytest.fail("the body was read")
+        yield b""
+
+    for path in ("/v1/vqa", "/v1/images"):
+        assert fault(await caller.http.post(path, content=nothing()), 429)["code"] == "saturated"
+
+
+async def test_tenants_are_told_apart_by_a_header_that_must_be_a_plain_word(caller):
+    good = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": "acme-1"})
+    assert good.status_code == 200
+    for bad in ("two words", "x" * 65):
+        response = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": bad})
+        assert fault(response, 400)["code"] == "invalid_tenant"
+    limit = caller.house.admission.ledger.limits.tokens
+    caller.house.admission.ledger.reserve(Cost(tokens=limit * 3 // 4), "acme-1", 0.0)
+    full = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": "acme-1"})
+    assert fault(full, 429)["code"] == "tenant_share"
+    other = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": "other"})
+    assert other.status_code == 200
+    assert "acme" not in (await caller.http.get("/metrics")).text

@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 from PIL import ImageCms, ImageFilter
 
 from service.errors import InvalidImage, NotFound, TooLarge
-from service.images import Image, ImageLimits, ImageReader, ImageStore, decode
+from service.images import Image, ImageLimits, ImageReader, ImageStore, decode, header_pixels
 
 LIMITS = ImageLimits(max_bytes=2_000_000, max_pixels=4_000_000)
 RNG = np.random.default_rng(0)
@@ -247,3 +247,31 @@ def test_the_store_forgets_when_the_time_is_over_and_a_second_upload_renews_it()
     with pytest.raises(NotFound, match="its time is over"):
         store.get(image.id, now=150)
     assert (len(store), store.nbytes) == (0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (224, 224), (1037, 3), (5, 700)])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("GIF", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True, "exif": b"Exif\0\0" + bytes(5000), "comment": b"x" * 60_000}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("WEBP", {"exif": b"Exif\0\0" + bytes(50)}),
+    ],
+)
+def test_pixels_are_known_from_the_header(kind, options, size):
+    data = encoded(picture(*size), kind, **options)
+    assert header_pixels(data) == size[0] * size[1]
+
+
+@given(st.sampled_from(["PNG", "GIF", "JPEG", "WEBP"]), st.integers(0, 60), st.binary(max_size=60))
+def test_headers_that_are_cut_or_wrong_cost_nothing(kind, kept, rest):
+    assert header_pixels(encoded(Pillow.new("RGB", (8, 8)), kind)[:kept] + rest) >= 0
+
+
+def test_a_jpeg_of_segments_without_end_is_not_followed():
+    assert header_pixels(b"\xff\xd8" + b"\xff\xe0\x00\x02" * 1_000_000) == 0
+    assert header_pixels(b"\xff\xd8" + b"\xff" * 1_000_000) == 0

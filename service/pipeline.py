@@ -303,7 +303,7 @@ class Pipeline:
         """What the place holds from now on. Raises Overloaded."""
         ticket.kind = Kind.of(new_images)
         amount = ticket.tokens if resource is Resource.LLM else new_images
-        claim = Claim(resource, amount, ticket.kind, ticket.arrived, ticket.deadline, ticket.request.tenant)
+        claim = Claim(resource, amount, ticket.kind, time.monotonic(), ticket.deadline, ticket.request.tenant)
         with ticket.stage("queue"):
             await place.enter(claim)
         return claim

@@ -59,7 +59,7 @@ class Claim:
     resource: Resource
     amount: int  # images, or tokens
     kind: Kind
-    arrived: float  # of the request, not of the claim
+    arrived: float  # of the claim: a wait for one resource buys no place in the next queue
     deadline: float
     tenant: str = ""
     started_at: float | None = None

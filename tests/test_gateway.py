@@ -211,3 +211,29 @@ def test_ctrl_c_stops_a_service_that_is_ready(starting, tmp_path):
     said = (tmp_path / "out").read_text()
     assert said.endswith("Glimpse has stopped.\n")
     assert "Traceback" not in said
+
+
+async def test_a_full_house_of_new_and_known_images_streamed_and_not_all_get_answers(http, scenes):
+    """Twelve follow-ups and four new images at a time, twice over, from three tenants."""
+    known = [(await http.post("/v1/images", content=scene)).json()["id"] for scene in scenes[:4]]
+    for image in known:
+        await answer(http, image, QUESTIONS[0])
+    new = [(await http.post("/v1/images", content=a_new_image(100 + i))).json()["id"] for i in range(8)]
+
+    async def one(number: int) -> str:
+        image = new[number // 4] if number % 4 == 0 else known[number % 4]
+        body = {"image": image, "question": QUESTIONS[number % 4], "max_tokens": 1 + number % 16}
+        if number % 3 == 0:
+            text, end = await streamed(http, **body)
+            return text or end["finish_reason"]
+        response = await http.post("/v1/vqa", json=body, headers={"x-tenant-id": f"tenant-{number % 3}"})
+        return response.raise_for_status().json()["finish_reason"]
+
+    assert all(await asyncio.gather(*(one(number) for number in range(32))))
+    text = (await http.get("/metrics")).text
+    for gauge in (
+        'admitted_cost{unit="tokens"}',
+        'resource_used{resource="llm"}',
+        'requests_waiting{kind="follow_up"}',
+    ):
+        assert f"glimpse_{gauge} 0.0" in text

@@ -310,7 +310,7 @@ async def test_who_waits_for_a_slot_and_goes_away_leaves_the_queue_at_once():
     house = House(vision_slots=1)
     house.vision.close("see")
     first, second, third = (asked_of(house, i) for i in range(3))
-    await until(lambda: house.counted("glimpse_requests_waiting", kind="single_image") == 2)
+    await until(lambda: house.vision.calls and house.counted("glimpse_requests_waiting", kind="single_image") == 2)
     await cancelled(second)
     assert house.counted("glimpse_requests_waiting", kind="single_image") == 1
     assert house.outcomes() == {"cancelled": 1}

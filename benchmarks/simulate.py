@@ -1,0 +1,245 @@
+"""How long requests wait over a synthetic day, by what decides who enters: the real scheduler under a clock of our own.
+
+    python -m benchmarks.simulate     # a million requests under each policy -> benchmarks/results/scheduling.{json,png}
+
+Arrivals are Poisson, their rate a day's sine with 40 bursts of 1 to 3 minutes at twice the rate. 60 % are follow-ups,
+35 % bring one new image, 5 % bring four. Images take vision slots for ENCODE_S, every answer takes tokens of the LLM
+until its last one; on average 48 % of the slots and 41 % of the tokens are wanted, at midday 84 % and 72 %, in a
+burst up to twice that. Who cannot be answered within TIMEOUT_S is dropped.
+
+The policies: `glimpse` is service/scheduler.py as it is served. `text first` and `vision first` are the same with
+absolute priority instead of ageing. `fifo` is one queue in order of arrival, whose head blocks those behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+
+from service.scheduler import HANDICAP_S, Claim, Kind, Resource, Scheduler
+
+RESULTS = Path(__file__).parent / "results"
+DAY_S = 86_400
+BURSTS = 40
+VISION_SLOTS = 8
+LLM_ROWS, LLM_TOKENS = 16, 16 * 320
+ENCODE_S = 0.60
+FIRST_TOKEN_S, TOKEN_S = 0.10, 0.022
+TIMEOUT_S = 10.0
+KINDS = tuple(Kind)
+NEW_IMAGES = (0, 1, 4)  # of each kind
+SHARES = (0.60, 0.35, 0.05)
+NEVER_S = 1e6  # a handicap that no age makes up for
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Day:
+    """One row a request, in order of arrival."""
+
+    arrived: list[float]  # seconds of the day
+    kind: list[int]  # place in KINDS
+    tokens: list[int]
+    llm_s: list[float]  # from its turn in the LLM to its last token
+
+
+@dataclass(frozen=True)
+class Waits:
+    """One row a request: seconds in queues, NaN where it was dropped."""
+
+    seconds: Floats
+    elapsed_s: float  # of the simulation
+
+
+def synthetic_day(requests: int, seed: int) -> Day:
+    random = np.random.default_rng(seed)
+    minutes = np.arange(0, DAY_S, 60)
+    rate = 1 + 0.75 * np.sin(2 * np.pi * (minutes / DAY_S - 0.25))
+    for start in random.integers(0, len(minutes) - 3, BURSTS):
+        rate[start : start + random.integers(1, 4)] *= 2
+    passed = np.concatenate([[0], np.cumsum(rate)]) / rate.sum()
+    arrived = np.interp(np.sort(random.random(requests)), passed, np.append(minutes, DAY_S))
+    written = np.minimum(random.geometric(1 / 20, requests), 256)
+    asked = np.where(random.random(requests) < 0.1, 512, 64)  # max_tokens: few say how much they want
+    tokens = np.maximum(32 + random.integers(8, 40, requests) + asked, LLM_TOKENS // LLM_ROWS)
+    kind = random.choice(len(KINDS), requests, p=SHARES)
+    llm_s = FIRST_TOKEN_S + TOKEN_S * np.minimum(written, asked)
+    return Day(arrived.tolist(), kind.tolist(), tokens.tolist(), llm_s.tolist())
+
+
+def scheduled(day: Day, handicap_s: Mapping[Kind, float]) -> Waits:
+    """Under service/scheduler.py."""
+    begun = time.perf_counter()
+    scheduler = Scheduler(VISION_SLOTS, LLM_TOKENS, handicap_s)
+    waits: list[float] = [0.0] * len(day.arrived)
+    owners: dict[Claim, tuple[int, float]] = {}  # request, since when it waits
+    ends: list[tuple[float, int, Claim]] = []  # heap
+
+    def submit(number: int, resource: Resource, now: float) -> None:
+        kind = day.kind[number]
+        amount = day.tokens[number] if resource is Resource.LLM else NEW_IMAGES[kind]
+        claim = Claim(resource, amount, KINDS[kind], now, day.arrived[number] + TIMEOUT_S)
+        if scheduler.submit(claim, now) is None:
+            owners[claim] = number, now
+        else:
+            waits[number] = math.nan
+
+    def schedule(now: float) -> None:
+        started, expired = scheduler.schedule(now)
+        for claim in started:
+            number, since = owners[claim]
+            waits[number] += now - since
+            held_s = day.llm_s[number] if claim.resource is Resource.LLM else ENCODE_S
+            heapq.heappush(ends, (now + held_s, number, claim))
+        for claim in expired:
+            waits[owners.pop(claim)[0]] = math.nan
+
+    def end() -> None:
+        now, number, claim = heapq.heappop(ends)
+        del owners[claim]
+        scheduler.release(claim, now)
+        if claim.resource is Resource.VISION:
+            submit(number, Resource.LLM, now)
+        schedule(now)
+
+    for number, (now, kind) in enumerate(zip(day.arrived, day.kind, strict=True)):
+        while ends and ends[0][0] <= now:
+            end()
+        submit(number, Resource.VISION if NEW_IMAGES[kind] else Resource.LLM, now)
+        schedule(now)
+    while ends:
+        end()
+    return Waits(np.array(waits), time.perf_counter() - begun)
+
+
+def fifo(day: Day) -> Waits:
+    """One queue in order of arrival; whoever is at its head and does not fit blocks it."""
+    begun = time.perf_counter()
+    waits: list[float] = [math.nan] * len(day.arrived)
+    slots, tokens = VISION_SLOTS, LLM_TOKENS
+    queue: deque[int] = deque()
+    seen: deque[tuple[int, float]] = deque()  # encoded, in order; since when they wait for the LLM
+    ends: list[tuple[float, int, bool]] = []  # heap; whether it was an encode
+
+    def enter(now: float) -> None:
+        nonlocal slots, tokens
+        while seen and day.tokens[seen[0][0]] <= tokens:
+            number, since = seen.popleft()
+            waits[number] += now - since
+            tokens -= day.tokens[number]
+            heapq.heappush(ends, (now + day.llm_s[number], number, False))
+        while queue:
+            number = queue[0]
+            images = NEW_IMAGES[day.kind[number]]
+            if now - day.arrived[number] < TIMEOUT_S:
+                if images > slots or (not images and (seen or day.tokens[number] > tokens)):
+                    return
+                waits[number] = now - day.arrived[number]
+                slots -= images
+                tokens -= 0 if images else day.tokens[number]
+                heapq.heappush(ends, (now + (ENCODE_S if images else day.llm_s[number]), number, images > 0))
+            queue.popleft()
+
+    def end() -> None:
+        nonlocal slots, tokens
+        now, number, encode = heapq.heappop(ends)
+        if encode:
+            slots += NEW_IMAGES[day.kind[number]]
+            seen.append((number, now))
+        else:
+            tokens += day.tokens[number]
+        enter(now)
+
+    for number, now in enumerate(day.arrived):
+        while ends and ends[0][0] <= now:
+            end()
+        queue.append(number)
+        enter(now)
+    while ends:
+        end()
+    return Waits(np.array(waits), time.perf_counter() - begun)
+
+
+POLICIES: Mapping[str, Callable[[Day], Waits]] = {
+    "fifo": fifo,
+    "vision first": lambda day: scheduled(day, {kind: NEVER_S * (2 - i) for i, kind in enumerate(KINDS)}),
+    "text first": lambda day: scheduled(day, {kind: NEVER_S * i for i, kind in enumerate(KINDS)}),
+    "glimpse": lambda day: scheduled(day, HANDICAP_S),
+}
+
+
+def summary(day: Day, waits: Waits) -> dict[str, object]:
+    kinds = np.array(day.kind)
+    rows = {}
+    for i, kind in enumerate(KINDS):
+        seconds = waits.seconds[kinds == i]
+        kept = seconds[~np.isnan(seconds)]
+        p50, p95, p99 = np.percentile(kept, [50, 95, 99]).round(3).tolist()
+        rows[kind] = {
+            "p50_s": p50,
+            "p95_s": p95,
+            "p99_s": p99,
+            "longest_s": round(float(kept.max()), 3),
+            "dropped": round(float(np.isnan(seconds).mean()), 5),
+        }
+    return {"simulated_in_s": round(waits.elapsed_s, 1), "wait": rows}
+
+
+def plot(day: Day, every: Mapping[str, Waits], path: Path) -> None:
+    """Above: the longest twentieth of each half hour's waits begin here. Below: the share that waits longer than."""
+    kinds, hours = np.array(day.kind), np.array(day.arrived) / 3600
+    figure, axes = plt.subplots(2, len(KINDS), figsize=(15, 8), sharey="row", layout="constrained")
+    for i, kind in enumerate(KINDS):
+        above, below = axes[:, i]
+        for (name, waits), style in zip(every.items(), (":", "-.", "--", "-"), strict=True):
+            mine = kinds == i
+            seconds = np.nan_to_num(waits.seconds[mine], nan=TIMEOUT_S)
+            edges = np.searchsorted(hours[mine], np.arange(0.5, 24, 0.5))
+            p95 = [np.percentile(part, 95) if len(part) else 0.0 for part in np.split(seconds, edges)]
+            above.plot(np.arange(0.25, 24, 0.5), np.maximum(p95, 1e-3), style, label=name)
+            ordered = np.sort(seconds)
+            shown = np.unique(np.geomspace(1, len(ordered), 400).astype(int))
+            below.plot(np.maximum(ordered[-shown], 1e-3), shown / len(ordered), style, label=name)
+        above.set(title=kind.replace("_", " "), xlabel="hour of the day", yscale="log")
+        below.set(xlabel="waits longer than [s]", xscale="log", yscale="log")
+    axes[0, 0].set_ylabel("p95 of the wait [s]")
+    axes[1, 0].set_ylabel("share of requests")
+    axes[0, 0].legend()
+    figure.suptitle(f"{len(day.arrived):,} requests of one day; who is dropped counts as {TIMEOUT_S:g} s")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    day = synthetic_day(arguments.requests, arguments.seed)
+    every = {name: policy(day) for name, policy in POLICIES.items()}
+    result = {
+        "requests": arguments.requests,
+        "seed": arguments.seed,
+        "policies": {name: summary(day, waits) for name, waits in every.items()},
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "scheduling.json").write_text(text)
+    plot(day, every, arguments.out / "scheduling.png")
+
+
+if __name__ == "__main__":
+    main()

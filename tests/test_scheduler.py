@@ -111,7 +111,7 @@ def play(events: list[tuple[float, str, object]]) -> House:
 
 
 @given(a_day())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_resources_are_never_passed_and_never_left_idle(events):
     house = play(events)
     now = events[-1][0]
@@ -143,7 +143,7 @@ arrivals = st.lists(
 
 
 @given(arrivals, st.integers(0, 19), st.integers(1, 20), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_nobody_starves_and_the_bound_of_the_docstring_holds(arrivals, watched, small, tenants):
     """However many cheap, small claims of whatever tenants come all the time, more of them than there is room for."""
     every, now = [], 2 * LONGEST_S

@@ -56,13 +56,18 @@ class Sequence:
 
 
 class Event(NamedTuple):
-    """One token of one sequence, or its end without one: cancelled when `error` is None, else failed."""
+    """One token of one sequence, or its end without one: cancelled when `error` is None, else failed.
+
+    It says all there is to tell: when it is told, the sequence may be a token further.
+    """
 
     sequence: Sequence
     token: int | None
     log_prob: float
     finished: bool
     error: str | None = None
+    generated: int = 0  # tokens up to this one
+    total_log_prob: float = 0.0  # of them all
 
 
 class QueueFull(Exception):
@@ -283,7 +288,7 @@ class Batcher:
             sequence.log_prob += log_prob
             if not done and sequence.generated % self._limits.cancel_check_tokens == 0:
                 self._to_ask.append(sequence)
-            events.append(Event(sequence, token, log_prob, done))
+            events.append(Event(sequence, token, log_prob, done, None, sequence.generated, sequence.log_prob))
         if finished.any():
             for index in reversed(np.flatnonzero(finished).tolist()):
                 if not finite[index]:

@@ -30,7 +30,6 @@ class Caller:
 
     def say(self, event: Event) -> None:
         """One event as one response; the flag that ends the stream rides on the last."""
-        sequence = event.sequence
         if event.error is not None:
             self.fail(event.error, pb_utils.TritonError.INTERNAL)
         elif event.token is None:
@@ -38,8 +37,8 @@ class Caller:
         else:
             values = {
                 "output_ids": (np.int32, event.token, 3),
-                "sequence_length": (np.int32, sequence.generated, 2),
-                "cum_log_probs": (np.float32, sequence.log_prob, 2),
+                "sequence_length": (np.int32, event.generated, 2),
+                "cum_log_probs": (np.float32, event.total_log_prob, 2),
                 "output_log_probs": (np.float32, event.log_prob, 3),
             }
             tensors = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -99,9 +100,11 @@ class TritonPythonModel:
         """Stop the loop after its iteration; whoever still waits gets an error."""
         self._batcher.close()
         self._loop.join()
-        self._delivery.hand_out(self._batcher.drain())
         self._delivery.close()
         self._gauges.close()
+        for sequence in self._batcher.drain():
+            with contextlib.suppress(Exception):  # a caller that cannot be told any more
+                sequence.owner.fail("the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
 
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}

@@ -163,7 +163,8 @@ def card(checkpoint: Checkpoint) -> ModelCard:
     told = dict(checkpoint.card)
     return ModelCard(
         name=str(told.pop("name", checkpoint.directory.name)),
-        fingerprint=checkpoint.fingerprint(),
+        fingerprint=checkpoint.vision_fingerprint(),
+        visual_fingerprint=checkpoint.visual_fingerprint(),
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         vision_width=config.vision_config.hidden_size,

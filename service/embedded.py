@@ -213,7 +213,10 @@ class EmbeddedTriton:
         log_path: Path,
         ports: Ports = Ports(),
         start_timeout_s: float = 60.0,
+        canary_interval_s: float = 10.0,
+        canary_timeout_s: float = 15.0,
     ) -> None:
+        """Two canaries in a row that get no answer in `canary_timeout_s` mean a hang, and a restart of the server."""
         self.repository = repository.resolve()
         self.ports = ports
         self.log_path = log_path
@@ -221,6 +224,9 @@ class EmbeddedTriton:
         self._client = client
         self._card = card
         self._start_timeout_s = start_timeout_s
+        self._canary_interval_s = canary_interval_s
+        self._canary_timeout_s = canary_timeout_s
+        self._hangs = False
         self._shared_memory_prefix = f"glimpse-{os.getpid()}-{ports.grpc}-"
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
@@ -252,6 +258,11 @@ class EmbeddedTriton:
 
     async def supervise(self) -> None:
         """Brings back a model whose process died, the whole server where that does not help. Runs until cancelled."""
+        async with asyncio.TaskGroup() as watch:
+            watch.create_task(self._watch_processes())
+            watch.create_task(self._watch_answers())
+
+    async def _watch_processes(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if self._exit_status() is not None:
@@ -259,6 +270,23 @@ class EmbeddedTriton:
                 await self._restart()
             elif dead := [model for model, process in self._models.items() if not _is_alive(process.pid)]:
                 await self._bring_back(dead)
+            elif self._hangs:
+                log.error("triton hangs")
+                await self._restart()
+
+    async def _watch_answers(self) -> None:
+        """The canary: a process can live and answer nothing. Acting is left to `_watch_processes`."""
+        failures = 0
+        while True:
+            await asyncio.sleep(self._canary_interval_s)
+            try:
+                await self._probe_all(self._canary_timeout_s)
+            except GlimpseError as exc:
+                failures = failures + 1 if self.ready else 0  # else the other watch is at work already
+                log.warning("canary failed", error=exc.message, failures=failures)
+            else:
+                failures = 0
+            self._hangs = failures >= 2
 
     async def _bring_back(self, dead: list[str]) -> None:
         started = time.monotonic()
@@ -286,6 +314,7 @@ class EmbeddedTriton:
 
     async def _restart(self) -> None:
         """Starts the server anew until it stands."""
+        self._hangs = False
         attempt = 0
         started = time.monotonic()
         while True:
@@ -358,7 +387,8 @@ class EmbeddedTriton:
         ]
 
     async def _probe_all(self, timeout_s: float) -> None:
-        await asyncio.gather(*(self._client.probe(model, self._card, timeout_s) for model in PROBED))
+        for model in PROBED:
+            await self._client.probe(model, self._card, timeout_s)
 
     def _note_processes(self) -> None:
         """Every model process is up: remember which is whose."""

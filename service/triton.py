@@ -523,11 +523,8 @@ def _seen(arrays: Arrays, vision: VisionFeatures) -> Seen:
 
 
 def _tokens(response: Any) -> tuple[int, ...]:
-    """`output_ids` [1, 1, new tokens]; an empty final response has none."""
-    for output, content in zip(response.outputs, response.raw_output_contents, strict=True):
-        if output.name == "output_ids":
-            return tuple(np.frombuffer(content, np.int32).tolist())
-    return ()
+    """`output_ids` int32 [1, 1, new tokens], all that was asked for; an empty final response has nothing."""
+    return tuple(token for content in response.raw_output_contents for token in memoryview(content).cast("i"))
 
 
 _OUTPUTS = {

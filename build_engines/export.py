@@ -119,6 +119,7 @@ def export_graph(graph: Graph, path: Path) -> None:
         )
     model = program.model_proto
     _name_dimensions(model, graph)
+    _cast_bytes_first(model)
     del model.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces of this machine
@@ -140,6 +141,19 @@ def _name_dimensions(model: onnx.ModelProto, graph: Graph) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param in renamed:
                 dimension.dim_param = renamed[dimension.dim_param]
+
+
+def _cast_bytes_first(model: onnx.ModelProto) -> None:
+    """Where the exporter asks a uint8 input for its shape, asks its cast copy: TensorRT takes uint8 in a cast only."""
+    for value in model.graph.input:
+        if value.type.tensor_type.elem_type != onnx.TensorProto.UINT8:
+            continue
+        casts = (node for node in model.graph.node if node.op_type == "Cast" and value.name in node.input)
+        cast_first = next(casts).output[0]
+        for node in model.graph.node:
+            if node.op_type == "Shape" and node.input[0] == value.name:
+                node.input[0] = cast_first
+        model.graph.node.sort(key=lambda node: node.output[0] != cast_first)
 
 
 def card(checkpoint: Checkpoint) -> ModelCard:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from conftest import eventually_async, free_ports
@@ -208,6 +209,38 @@ async def test_closing_frees_the_llms_row(asker: Asker, repository: Path) -> Non
         for task in decoding:
             task.cancel()
         await asyncio.gather(*decoding, return_exceptions=True)
+
+
+async def test_the_llm_soon_works_no_more_for_a_closed_stream(asker: Asker, triton: EmbeddedTriton) -> None:
+    """Some 3 to 8 tokens later on a quiet machine. On a busy one the closing itself waits: the bound is wide, and far
+    below the whole answer."""
+
+    async def llm() -> tuple[int, bool]:
+        """Tokens generated since the start, and whether nothing runs; told once a second, together."""
+        async with httpx.AsyncClient() as http:
+            text = (await http.get(f"http://127.0.0.1:{triton.ports.metrics}/metrics")).text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("glimpse_llm_"))
+        running = next(value for name, value in values.items() if 'state="running"' in name)
+        return int(float(values["glimpse_llm_tokens_total"])), float(running) == 0
+
+    async def settled(before: int) -> int:
+        found: list[int] = []
+
+        async def told() -> bool:
+            total, idle = await llm()
+            found.append(total)
+            return idle and total > before and found.count(total) > 60  # 60 polls of 20 ms: told at least once since
+
+        await eventually_async(told, 20, "the LLM's metrics")
+        return found[-1]
+
+    await asker.tokens(asker.prompt(), Sampling(max_tokens=1))  # so that there is something new to tell
+    before = await settled(0)
+    tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
+    for _ in range(4):
+        await anext(tokens)
+    await tokens.aclose()
+    assert 4 <= await settled(before) - before <= 4 + 64 < asker.room()
 
 
 async def test_a_closed_stream_leaves_nothing_open(asker: Asker) -> None:

@@ -1,4 +1,4 @@
-"""Random BLIP-2 and InstructBLIP checkpoints of a few kilobytes, saved by transformers as the real ones are."""
+"""Random BLIP-2 and InstructBLIP checkpoints of under a megabyte, saved by transformers as the real ones are."""
 
 from __future__ import annotations
 

@@ -67,11 +67,18 @@ EVENTS = {
         "data: [DONE]\n\n"
     ),
 }
+TENANT = {
+    "name": "x-tenant-id",
+    "in": "header",
+    "description": "Who asks: tenants that give a name share the service fairly and leave room for each other.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
+}
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "/v1/vqa",
         "post",
         {
+            "parameters": [TENANT],
             "requestBody": {
                 "required": True,
                 "content": {JSON: _schema("VqaRequest") | {"examples": EXAMPLES}, FORM: _schema("VqaForm")},
@@ -89,6 +96,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
         "/v1/images",
         "post",
         {
+            "parameters": [TENANT],
             "requestBody": {
                 "required": True,
                 "content": {
@@ -104,7 +112,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                 },
             },
             "responses": {"200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}}}
-            | _errors(400, 413, 500, 504),
+            | _errors(400, 413, 429, 500, 504),
         },
     ),
     (

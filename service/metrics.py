@@ -33,7 +33,7 @@ class Metrics:
         self.admitted_cost = self._gauge("admitted_cost", "Reserved by all requests that are in, by unit.", "unit")
         self.request_queue_time = self._seconds("request_queue_time_seconds", "Waiting of answered questions.", "kind")
         self.tokens_saved = self._counter(
-            "tokens_saved", "Tokens not generated, as the question was cancelled or expired before.", "reason"
+            "tokens_saved", "Left to max_tokens of questions that were cancelled or expired, by which.", "reason"
         )
         self.e2e_request_latency = self._seconds(
             "e2e_request_latency_seconds", "From arrival to the end of the answer; answered questions only."

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import structlog
-from tokenizers import Tokenizer
 
 from service.admission import Admission, Place
 from service.core import (
@@ -182,7 +181,7 @@ class Pipeline:
         language: LanguageModel,
         admission: Admission,
         card: ModelCard,
-        tokenizer: Tokenizer,
+        prompts: PromptBuilder,
         reader: ImageReader,
         settings: Settings,
         metrics: Metrics,
@@ -196,8 +195,8 @@ class Pipeline:
         self.metrics = metrics
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
         self.features = FeatureCache(settings.feature_cache_bytes, metrics)
-        self.prompts = PromptBuilder(card, tokenizer)
-        self._spelled = token_bytes(tokenizer)
+        self.prompts = prompts
+        self._spelled = token_bytes(prompts.tokenizer)
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, see or attend, generate. Raises GlimpseError only."""

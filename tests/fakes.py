@@ -17,7 +17,7 @@ from service.http_api import Edge
 from service.images import ImageLimits, ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.prompt import token_bytes
+from service.prompt import PromptBuilder, token_bytes
 from service.readiness import Readiness
 from service.settings import Settings
 
@@ -182,7 +182,7 @@ class House:
             language=self.language,
             admission=self.admission,
             card=CARD,
-            tokenizer=TOKENIZER,
+            prompts=PromptBuilder(CARD, TOKENIZER),
             reader=self.reader,
             settings=self.settings,
             metrics=self.metrics,

@@ -20,9 +20,8 @@ def features(value: float = 0.0) -> VisionFeatures:
 
 def lookups(metrics: Metrics) -> dict[str, float]:
     every = ("hit", "miss", "shared")
-    return {
-        r: metrics.registry.get_sample_value("glimpse_feature_cache_lookups_total", {"result": r}) or 0 for r in every
-    }
+    name = "glimpse_feature_cache_lookups_total"
+    return {r: metrics.registry.get_sample_value(name, {"tier": "memory", "result": r}) or 0 for r in every}
 
 
 class Asker:
@@ -80,7 +79,7 @@ async def test_other_images_do_not_wait():
     waiting = asyncio.create_task(asker.ask("a"))
     await turn()
     async with asyncio.timeout(1), asker.cache.find(key("b")) as found:
-        assert found.result == "miss"
+        assert found.features is None
     asker.release.set()
     await waiting
 
@@ -136,8 +135,9 @@ async def test_the_least_recently_used_goes_first_and_bytes_stay_in_bounds():
     assert asker.encodes == 4
     await asker.ask("b")
     assert asker.encodes == 5
-    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_evictions_total") == 2
-    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_bytes") == 60
+    memory = {"tier": "memory"}
+    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_evictions_total", memory) == 2
+    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_bytes", memory) == 60
 
 
 async def test_features_larger_than_the_cache_still_reach_those_who_wait():
@@ -156,4 +156,4 @@ async def test_another_encoder_or_view_is_another_key():
     await asker.ask("a")
     for other in (FeatureKey("other", 224, "a"), FeatureKey("encoder", 448, "a")):
         async with asker.cache.find(other) as found:
-            assert found.result == "miss"
+            assert found.features is None

@@ -119,6 +119,7 @@ def export_graph(graph: Graph, path: Path) -> None:
         )
     model = program.model_proto
     _name_dimensions(model, graph)
+    _cast_bytes_first(model)
     del model.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces of this machine
@@ -142,6 +143,19 @@ def _name_dimensions(model: onnx.ModelProto, graph: Graph) -> None:
                 dimension.dim_param = renamed[dimension.dim_param]
 
 
+def _cast_bytes_first(model: onnx.ModelProto) -> None:
+    """Where the exporter asks a uint8 input for its shape, asks its cast copy: TensorRT takes uint8 in a cast only."""
+    for value in model.graph.input:
+        if value.type.tensor_type.elem_type != onnx.TensorProto.UINT8:
+            continue
+        casts = (node for node in model.graph.node if node.op_type == "Cast" and value.name in node.input)
+        cast_first = next(casts).output[0]
+        for node in model.graph.node:
+            if node.op_type == "Shape" and node.input[0] == value.name:
+                node.input[0] = cast_first
+        model.graph.node.sort(key=lambda node: node.output[0] != cast_first)
+
+
 def card(checkpoint: Checkpoint) -> ModelCard:
     """What the service needs to know of the checkpoint, and what it says of it."""
     config = checkpoint.model.config
@@ -149,7 +163,8 @@ def card(checkpoint: Checkpoint) -> ModelCard:
     told = dict(checkpoint.card)
     return ModelCard(
         name=str(told.pop("name", checkpoint.directory.name)),
-        fingerprint=checkpoint.fingerprint(),
+        fingerprint=checkpoint.vision_fingerprint(),
+        visual_fingerprint=checkpoint.visual_fingerprint(),
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         vision_width=config.vision_config.hidden_size,

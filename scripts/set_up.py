@@ -21,7 +21,7 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 GLIBC = (2, 35)
 # Only the tritonserver binary inside this wheel is used; its Python dependencies (numpy < 2 among them) are not wanted.
 TRITON = "nvidia-pytriton==0.7.0"
-EXTRAS = {"serve": "serve", "develop": "serve,build,dev"}
+EXTRAS = {"serve": "serve,draw", "develop": "serve,draw,build,dev"}
 
 
 def stop(fault, mend):

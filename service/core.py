@@ -113,6 +113,7 @@ class ModelCard:
 
     name: str
     fingerprint: str  # of the vision encoder's weights: keys the feature cache
+    visual_fingerprint: str  # of all weights up to the visual tokens: keys the LLM's reuse of their KV
     vocab_size: int  # V: visual ids start here
     hidden_size: int  # H
     vision_width: int  # D

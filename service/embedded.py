@@ -36,6 +36,7 @@ SHARED_MEMORY = Path("/dev/shm")
 WATCH_INTERVAL_S = 0.2
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the service is to answer again within 10 s
 EXIT_TIMEOUT_S = 8  # what Triton takes at most to end requests and models when it is told to stop
+LOG_BYTES = 10_000_000  # a longer log is put aside at the next start
 RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before each restart in a row, the last one from then on
 
 # Runs in the child before tritonserver takes its place: when the process that started it dies, even by SIGKILL, the
@@ -88,15 +89,15 @@ class Installation:
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
             raise StartFailed(
-                "the Triton server is not installed: run `make setup`, "
-                "or `pip install --no-deps nvidia-pytriton==0.7.0`"
+                "the Triton server is not installed: `make serve` sets it up, "
+                "or run `pip install --no-deps nvidia-pytriton==0.7.0`"
             )
         package = Path(spec.origin).parent
         root = package / "tritonserver"
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
         if not stub.is_file():
-            raise StartFailed(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11 or 3.12")
+            raise StartFailed(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11 to 3.13")
         libraries = (
             sysconfig.get_config_var("LIBDIR"),
             f"{sys.base_prefix}/lib",
@@ -173,7 +174,7 @@ def check_repository(repository: Path) -> None:
     if absent:
         raise StartFailed(
             f"{repository} is not a model repository, it lacks {', '.join(absent)}: set GLIMPSE_MODEL_REPOSITORY, "
-            "or write one with `python -m build_engines.export`"
+            "or write one with `make repository`"
         )
 
 
@@ -213,7 +214,10 @@ class EmbeddedTriton:
         log_path: Path,
         ports: Ports = Ports(),
         start_timeout_s: float = 60.0,
+        canary_interval_s: float = 10.0,
+        canary_timeout_s: float = 15.0,
     ) -> None:
+        """Two canaries in a row that get no answer in `canary_timeout_s` mean a hang, and a restart of the server."""
         self.repository = repository.resolve()
         self.ports = ports
         self.log_path = log_path
@@ -221,6 +225,9 @@ class EmbeddedTriton:
         self._client = client
         self._card = card
         self._start_timeout_s = start_timeout_s
+        self._canary_interval_s = canary_interval_s
+        self._canary_timeout_s = canary_timeout_s
+        self._hangs = False
         self._shared_memory_prefix = f"glimpse-{os.getpid()}-{ports.grpc}-"
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
@@ -252,6 +259,11 @@ class EmbeddedTriton:
 
     async def supervise(self) -> None:
         """Brings back a model whose process died, the whole server where that does not help. Runs until cancelled."""
+        async with asyncio.TaskGroup() as watch:
+            watch.create_task(self._watch_processes())
+            watch.create_task(self._watch_answers())
+
+    async def _watch_processes(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if self._exit_status() is not None:
@@ -259,6 +271,23 @@ class EmbeddedTriton:
                 await self._restart()
             elif dead := [model for model, process in self._models.items() if not _is_alive(process.pid)]:
                 await self._bring_back(dead)
+            elif self._hangs:
+                log.error("triton hangs")
+                await self._restart()
+
+    async def _watch_answers(self) -> None:
+        """The canary: a process can live and answer nothing. Acting is left to `_watch_processes`."""
+        failures = 0
+        while True:
+            await asyncio.sleep(self._canary_interval_s)
+            try:
+                await self._probe_all(self._canary_timeout_s)
+            except GlimpseError as exc:
+                failures = failures + 1 if self.ready else 0  # else the other watch is at work already
+                log.warning("canary failed", error=exc.message, failures=failures)
+            else:
+                failures = 0
+            self._hangs = failures >= 2
 
     async def _bring_back(self, dead: list[str]) -> None:
         started = time.monotonic()
@@ -286,6 +315,7 @@ class EmbeddedTriton:
 
     async def _restart(self) -> None:
         """Starts the server anew until it stands."""
+        self._hangs = False
         attempt = 0
         started = time.monotonic()
         while True:
@@ -308,6 +338,8 @@ class EmbeddedTriton:
         if self._installation is None or self._folder is None:
             raise RuntimeError("enter the context first")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES:
+            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
         command = [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *self._command()]
         with self.log_path.open("ab") as output:
             log_start = output.tell()
@@ -358,7 +390,8 @@ class EmbeddedTriton:
         ]
 
     async def _probe_all(self, timeout_s: float) -> None:
-        await asyncio.gather(*(self._client.probe(model, self._card, timeout_s) for model in PROBED))
+        for model in PROBED:
+            await self._client.probe(model, self._card, timeout_s)
 
     def _note_processes(self) -> None:
         """Every model process is up: remember which is whose."""

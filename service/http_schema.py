@@ -290,6 +290,7 @@ class VqaEnd(BaseModel):
 
     id: str
     model: str
+    answer: str | None = Field(None, description="Left out: the deltas were the answer.")
     finish_reason: Literal["stop", "length"]
     image_ids: list[str]
     usage: Usage
@@ -318,7 +319,7 @@ class VqaEnd(BaseModel):
 
 
 class VqaAnswer(VqaEnd):
-    answer: str
+    answer: str = Field(description="The whole answer.")
 
 
 class UploadedImage(BaseModel):

@@ -378,7 +378,7 @@ def new_seed() -> int:
 def visual_key(request: Request, image: Image, card: ModelCard) -> bytes:
     """Names what the visual tokens are made from; the question comes last, as it may hold any character."""
     budget = (*request.budget.vision_tokens, *request.budget.visual_tokens)
-    return "\0".join([card.fingerprint, card.name, image.digest, *map(str, budget), request.question]).encode()
+    return "\0".join([card.visual_fingerprint, image.digest, *map(str, budget), request.question]).encode()
 
 
 def require_range(

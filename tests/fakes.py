@@ -42,6 +42,7 @@ SPELLED = token_bytes(TOKENIZER)
 CARD = ModelCard(
     name="tiny",
     fingerprint="f",
+    visual_fingerprint="v",
     vocab_size=TOKENIZER.get_vocab_size(),
     hidden_size=4,
     vision_width=4,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PROJECT, SCENES
 from PIL import Image
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, GenerationConfig
 
@@ -15,7 +16,6 @@ from service.core import Budget, ModelCard, Sampling
 from service.images import ImageLimits, decode
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from tests.conftest import PROJECT, SCENES
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

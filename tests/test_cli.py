@@ -12,6 +12,7 @@ import redis
 import uvicorn
 from conftest import eventually, free_ports
 from fakes import CARD, House, png
+from PIL import Image as Pillow
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
@@ -67,11 +68,46 @@ def test_several_questions_send_the_image_once_and_see_it_once(server, image):
 
 
 def test_json_is_a_line_for_each_question(server, image):
-    status, said, _ = run("ask", image, "a?", "b?", "--json", "--explain", "--url", server.url)
+    status, said, _ = run("ask", image, "a?", "b?", "--json", "--url", server.url)
     answers = [json.loads(line) for line in said.splitlines()]
     assert status == 0
     assert [answer["answer"] for answer in answers] == ["red", "red"]
-    assert answers[0]["relevance"]
+
+
+def test_explain_draws_where_it_looked_and_says_the_answer(server, image, tmp_path):
+    target = tmp_path / "looked.png"
+    assert run("ask", image, "what colour?", "--explain", str(target), "--url", server.url) == (0, "red\n", "")
+    with Pillow.open(target) as picture:
+        assert (picture.format, picture.size) == ("PNG", (1920, 732))
+
+
+def test_explain_with_json_prints_the_numbers_that_are_drawn(server, image, tmp_path):
+    target = tmp_path / "looked.png"
+    status, said, _ = run("ask", image, "a?", "--json", "--explain", str(target), "--url", server.url)
+    answer = json.loads(said)
+    assert (status, answer["answer"], len(answer["relevance"][0]["map"])) == (0, "red", 16)
+    assert target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["-", "a?", "--explain", "looked.svg"], "the picture is a PNG: write --explain looked.png"),
+        (["-", "a?", "b?", "--explain", "looked.png"], "--explain draws one question"),
+        (["img_0", "a?", "--explain", "looked.png"], "name its file, not its id"),
+    ],
+)
+def test_explain_says_what_it_cannot_draw_before_it_asks(server, arguments, told):
+    status, _, error = run("ask", *arguments, "--url", server.url)
+    assert status == 1
+    assert told in error
+    assert not server.house.vision.calls
+
+
+def test_a_picture_that_cannot_be_written_is_told(server, image, tmp_path):
+    target = tmp_path / "nowhere" / "looked.png"
+    status, _, error = run("ask", image, "a?", "--explain", str(target), "--url", server.url)
+    assert (status, error) == (1, f"glimpse: cannot write {target}: No such file or directory\n")
 
 
 def test_every_option_reaches_the_service(server, image):
@@ -192,7 +228,7 @@ def test_help_has_an_example(command):
 
 
 def test_the_command_needs_nothing_but_httpx_and_typer_to_be_read():
-    heavy = ("numpy", "fastapi", "torch", "tritonclient", "pydantic", "PIL", "redis")
+    heavy = ("numpy", "fastapi", "torch", "tritonclient", "pydantic", "PIL", "matplotlib", "redis")
     code = f"import service.cli, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -113,6 +113,21 @@ async def test_a_model_that_cannot_load_ends_the_start_with_its_own_words(
     assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
 
 
+async def test_a_start_that_takes_too_long_is_given_up(repository: Path, card: ModelCard, tmp_path: Path) -> None:
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(
+            repository, client=client, card=card, log_path=tmp_path / "log", ports=ports, start_timeout_s=0.05
+        )
+        with pytest.raises(StartFailed, match=r"not ready within 0\.05 s"):
+            async with triton:
+                pass
+    assert triton.pid is not None
+    assert not processes(triton.pid)
+    assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+
+
 class Load:
     """Requests of every kind, again and again; what became of each is kept."""
 
@@ -205,6 +220,30 @@ def _all_replaced(triton: EmbeddedTriton, dead: list[int]) -> Callable[[], Await
         return triton.ready and not {*triton.model_pids.values(), triton.pid} & set(dead)
 
     return replaced
+
+
+async def test_a_hanging_model_is_noticed_and_the_server_restarted(
+    repository: Path, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array, tmp_path: Path
+) -> None:
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(
+            repository,
+            client=client,
+            card=card,
+            log_path=tmp_path / "triton.log",
+            ports=ports,
+            canary_interval_s=0.1,
+            canary_timeout_s=1.0,
+        )
+        async with triton:
+            supervisor = asyncio.create_task(triton.supervise())
+            stopped = triton.model_pids["relevance_allocator"]
+            os.kill(stopped, signal.SIGSTOP)
+            await eventually_async(_all_replaced(triton, [stopped]), 20, "the stopped process is replaced")
+            assert await Load(client, prompts, card, pixels).answers()
+            supervisor.cancel()
 
 
 class Asking:

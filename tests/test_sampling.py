@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from service.core import Sampling
-from triton_models.sampling import Sampler, choose, log_probs, penalise, uniform
+from triton_models.sampling import SHORTLISTS, Sampler, choose, log_probs, penalise, uniform
 
 VOCABULARY = 24
 NO_IDS = np.zeros(0, np.int32)
@@ -62,6 +62,30 @@ def test_draws_follow_the_filtered_distribution():
     tokens = choose(np.repeat(scores, 10_000, 0), np.full(10_000, 4), np.full(10_000, 0.9), uniforms)
     shares = np.bincount(tokens, minlength=4) / 10_000
     np.testing.assert_allclose(shares, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "spread"),
+    [(0, 0.9, 3.0), (0, 0.9, 0.1), (50, 1.0, 1.0), (50, 0.5, 1.0), (3000, 0.8, 1.0), (0, 1.0, 1.0)],
+    ids=["top_p", "flat, so that top_p wants more than the shortlists", "top_k", "both", "long top_k", "no filter"],
+)
+def test_a_large_vocabulary_is_drawn_from_as_if_it_were_sorted(top_k, top_p, spread):
+    size, draws = 4 * SHORTLISTS[-1], 400
+    scores = np.random.default_rng(2).normal(scale=spread, size=(1, size))
+    mass = np.exp(scores[0])
+    order = np.argsort(-mass)
+    kept = mass[order][: top_k or size]
+    kept = kept[np.cumsum(kept) - kept < top_p * kept.sum()]
+    expected = np.zeros(size)
+    expected[order[: len(kept)]] = kept / kept.sum()
+    uniforms = (np.arange(draws) + 0.5) / draws
+    limits = np.full(draws, top_k or size), np.full(draws, top_p)
+    tokens = choose(np.repeat(scores, draws, 0), *limits, uniforms)
+    if top_k or top_p < 1:  # likeliest first
+        reached = np.cumsum(expected[order])
+        assert tokens.tolist() == order[np.searchsorted(reached, uniforms)].tolist()
+    else:
+        assert tokens.tolist() == np.searchsorted(np.cumsum(expected), uniforms).tolist()
 
 
 def test_a_low_temperature_sharpens_and_a_high_one_flattens():

@@ -1,7 +1,7 @@
 """In-flight batching: a request joins at the next iteration and leaves when it is done.
 
 Pure of Triton and of ONNX: sequences in, events out. One thread calls `iterate`; any thread may submit and stop. Every
-accepted sequence ends in exactly one event with `finished` set, or in what `close` returns.
+accepted sequence ends in exactly one event with `finished` set, or in what `drain` returns.
 """
 
 from __future__ import annotations
@@ -56,13 +56,18 @@ class Sequence:
 
 
 class Event(NamedTuple):
-    """One token of one sequence, or its end without one: cancelled when `error` is None, else failed."""
+    """One token of one sequence, or its end without one: cancelled when `error` is None, else failed.
+
+    It says all there is to tell: when it is told, the sequence may be a token further.
+    """
 
     sequence: Sequence
     token: int | None
     log_prob: float
     finished: bool
     error: str | None = None
+    generated: int = 0  # tokens up to this one
+    total_log_prob: float = 0.0  # of them all
 
 
 class QueueFull(Exception):
@@ -124,7 +129,7 @@ class Batcher:
         """Queue a sequence. Raises QueueFull, Closed."""
         with self._work:
             if self._closed:
-                raise Closed
+                raise Closed("the model is being unloaded")
             if len(self._waiting) >= self._limits.max_queue:
                 raise QueueFull(f"Exceeds maximum queue size {self._limits.max_queue}")
             sequence.submitted_at = self.iterations
@@ -152,12 +157,12 @@ class Batcher:
             self._closed = True
             self._work.notify_all()
 
-    def drain(self) -> list[Event]:
-        """After the loop has ended: one failed event for every sequence left."""
+    def drain(self) -> list[Sequence]:
+        """After the loop has ended: the sequences that got no end."""
         left = [*self._running, *self._waiting]
         self._running.clear()
         self._waiting.clear()
-        return [Event(each, None, 0.0, True, "the model is being unloaded") for each in left]
+        return left
 
     def iterate(self) -> list[Event]:
         """One run of the decoder, a prefill or a step; they alternate while both have work.
@@ -283,7 +288,7 @@ class Batcher:
             sequence.log_prob += log_prob
             if not done and sequence.generated % self._limits.cancel_check_tokens == 0:
                 self._to_ask.append(sequence)
-            events.append(Event(sequence, token, log_prob, done))
+            events.append(Event(sequence, token, log_prob, done, None, sequence.generated, sequence.log_prob))
         if finished.any():
             for index in reversed(np.flatnonzero(finished).tolist()):
                 if not finite[index]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -30,7 +31,6 @@ class Caller:
 
     def say(self, event: Event) -> None:
         """One event as one response; the flag that ends the stream rides on the last."""
-        sequence = event.sequence
         if event.error is not None:
             self.fail(event.error, pb_utils.TritonError.INTERNAL)
         elif event.token is None:
@@ -38,8 +38,8 @@ class Caller:
         else:
             values = {
                 "output_ids": (np.int32, event.token, 3),
-                "sequence_length": (np.int32, sequence.generated, 2),
-                "cum_log_probs": (np.float32, sequence.log_prob, 2),
+                "sequence_length": (np.int32, event.generated, 2),
+                "cum_log_probs": (np.float32, event.total_log_prob, 2),
                 "output_log_probs": (np.float32, event.log_prob, 3),
             }
             tensors = []
@@ -100,9 +100,11 @@ class TritonPythonModel:
         """Stop the loop after its iteration; whoever still waits gets an error."""
         self._batcher.close()
         self._loop.join()
-        self._delivery.hand_out(self._batcher.drain())
         self._delivery.close()
         self._gauges.close()
+        for sequence in self._batcher.drain():
+            with contextlib.suppress(Exception):  # a caller that cannot be told any more
+                sequence.owner.fail("the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
 
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}

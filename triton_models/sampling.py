@@ -17,6 +17,8 @@ Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
+SHORTLISTS = (64, 1024)  # of a larger vocabulary, how many of the likeliest a filtered draw tries before it sorts all
+
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -95,20 +97,70 @@ def choose(scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms:
     """One token id a row, drawn from softmax(scores [n, V]) cut to its likeliest.
 
     Of those, `top_k` [n] at most stay, then the fewest that reach the mass `top_p` [n]. `uniforms` [n] in [0, 1) picks
-    among what is left by inverting the cumulative distribution, likeliest first.
+    among what is left by inverting the cumulative distribution. Which way a row goes depends on that row alone.
     """
-    order = np.argsort(-scores, axis=1, kind="stable")
-    ranked = np.take_along_axis(scores, order, axis=1)
-    with np.errstate(invalid="ignore"):
-        mass = np.exp(ranked - ranked[:, :1], dtype=np.float64)
-    mass[np.arange(scores.shape[1]) >= top_k[:, np.newaxis]] = 0
+    vocab_size = scores.shape[1]
+    tokens = np.empty(len(scores), np.int64)
+    whole = (top_k >= vocab_size) & (top_p >= 1)
+    if rows := _where(whole):
+        tokens[rows] = _choose_from_all(scores[rows], uniforms[rows])
+    rows = _where(~whole)
+    for size in SHORTLISTS:  # sorting 50,000 scores takes 18 ms a row
+        if rows and vocab_size > 2 * size:
+            found, settled = _choose_from_shortlist(size, scores[rows], top_k[rows], top_p[rows], uniforms[rows])
+            tokens[rows] = found
+            rows = [row for row, done in zip(rows, settled.tolist(), strict=True) if not done]
+    if rows:
+        order = np.argsort(-scores[rows], axis=1, kind="stable")
+        ranked = np.take_along_axis(scores[rows], order, axis=1)
+        rank = _choose_rank(_mass(ranked, ranked[:, :1]), top_k[rows], top_p[rows], uniforms[rows])
+        tokens[rows] = order[np.arange(len(rows)), rank]
+    return tokens
+
+
+def _where(rows: npt.NDArray[np.bool_]) -> list[int]:
+    found: list[int] = np.flatnonzero(rows).tolist()
+    return found
+
+
+def _choose_from_all(scores: FloatArray, uniforms: Float64Array) -> Int64Array:
+    """Without a filter nothing needs an order."""
+    reached = np.cumsum(_mass(scores, scores.max(axis=1, keepdims=True)), axis=1)
+    below = np.count_nonzero(reached <= uniforms[:, np.newaxis] * reached[:, -1:], axis=1)
+    return np.asarray(np.minimum(below, scores.shape[1] - 1), np.int64)
+
+
+def _choose_from_shortlist(
+    size: int, scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array
+) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    """Token ids [n] drawn from the `size` likeliest, and where those are enough to draw from."""
+    first = scores.shape[1] - size
+    listed = np.argpartition(scores, first, axis=1)[:, first:]
+    order = np.argsort(-np.take_along_axis(scores, listed, axis=1), axis=1, kind="stable")
+    listed = np.take_along_axis(listed, order, axis=1)
+    ranked = np.take_along_axis(scores, listed, axis=1)
+    mass = _mass(ranked, ranked[:, :1])
+    total = _mass(scores, ranked[:, :1]).sum(axis=1)
+    short = top_k <= size
+    settled = short | ((top_k >= scores.shape[1]) & (mass.sum(axis=1) >= top_p * total))
+    share = np.where(short, top_p, top_p * total / mass.sum(axis=1))  # of the shortlist's mass
+    rank = _choose_rank(mass, top_k, share, uniforms)
+    return listed[np.arange(len(scores)), rank], settled
+
+
+def _choose_rank(mass: Float64Array, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array) -> Int64Array:
+    """mass [n, m], largest first -> the place [n] of the token drawn."""
+    mass = np.where(np.arange(mass.shape[1]) < top_k[:, np.newaxis], mass, 0)
     reached = np.cumsum(mass, axis=1)
     kept = np.count_nonzero((reached - mass < top_p[:, np.newaxis] * reached[:, -1:]) & (mass > 0), axis=1)
-    rows = np.arange(len(scores))
-    target = uniforms * reached[rows, kept - 1]
-    rank = np.minimum(np.count_nonzero(reached <= target[:, np.newaxis], axis=1), kept - 1)
-    tokens: Int64Array = order[rows, rank]
-    return tokens
+    target = uniforms * reached[np.arange(len(mass)), kept - 1]
+    return np.asarray(np.minimum(np.count_nonzero(reached <= target[:, np.newaxis], axis=1), kept - 1), np.int64)
+
+
+def _mass(scores: FloatArray, highest: FloatArray) -> Float64Array:
+    """exp(scores - highest) in float64; NaN where scores are not finite."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.exp(scores - highest, dtype=np.float64))
 
 
 def uniform(seed: UInt64Array, drawn: UInt64Array) -> Float64Array:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration
 
 from build_engines.model.allocator import RelevanceAllocator
@@ -71,13 +71,22 @@ class Checkpoint:
     def decoder(self) -> Decoder:
         return Decoder(self.model.language_model).eval()
 
-    def fingerprint(self) -> str:
-        """Of every weight that a vision feature depends on, 16 hex digits: keys the feature cache."""
-        digest = hashlib.sha256(repr((self.image_mean, self.image_std)).encode())
-        for name, tensor in sorted(self.model.vision_model.state_dict().items()):
+    def vision_fingerprint(self) -> str:
+        """Of everything that a vision feature depends on, 16 hex digits."""
+        return _fingerprint(self.image_mean, self.image_std, self.model.vision_model)
+
+    def visual_fingerprint(self) -> str:
+        """Of everything that a visual token depends on, 16 hex digits."""
+        return _fingerprint(self.image_mean, self.image_std, self.vision_encoder(), self.allocator(), self.qformer())
+
+
+def _fingerprint(image_mean: list[float], image_std: list[float], *modules: nn.Module) -> str:
+    digest = hashlib.sha256(repr((image_mean, image_std)).encode())
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def _participatory(weights: dict[str, Tensor]) -> ParticipatoryKnowing:

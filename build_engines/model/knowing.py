@@ -28,7 +28,7 @@ class ParticipatoryKnowing(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.5)
 
     def logits(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        """features [B, 257, D], CLS first; question ids and mask [B, 32], the bare question without BOS. -> [B, 256]."""
+        """features [B, 257, D], CLS first; ids and mask [B, 32] of the bare question without BOS. -> [B, 256]."""
         valid = question_mask.to(features.dtype)
         words = self.tokens(question_ids) * valid[..., None]
         hidden = functional.relu(self.phrase(words.transpose(1, 2))) * valid[:, None]

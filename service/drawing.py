@@ -1,0 +1,155 @@
+"""Where the service looked for one question, and why, as one picture.
+
+Needs matplotlib, which brings NumPy and Pillow. Its figures are used without pyplot: no window and no global state.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+Array = npt.NDArray[Any]
+
+DPI = 120
+# Inches, from the left and from below. 16 by 6.1 inches are 1920 by 732 pixels.
+WIDTH, HEIGHT = 16.0, 6.1
+SIDE, GAP, BASE = 4.4, 0.2, 0.45
+BAR, BAR_ROOM = 0.12, 0.5
+SMALL, SMALL_ROOM = 1.08, 1.42
+LEFT_OF = {
+    "image": GAP,
+    "relevance": 2 * GAP + SIDE,
+    "bar": 2 * GAP + 2 * SIDE + 0.08,
+    "ways": 2 * GAP + 2 * SIDE + 0.08 + BAR_ROOM,
+    "levels": WIDTH - GAP - SIDE,
+}
+
+IMAGE_SIDE = 528  # pixels of a panel
+COLOURS = "viridis"  # rises evenly in lightness, so colour-blind eyes and grey printers read it too
+INK, PALE = "#1a1a1a", "#5f5f5f"
+WAYS = {
+    "propositional": "how much is there",
+    "perspectival": "what stands out",
+    "participatory": "what is asked about",
+}
+
+
+def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
+    """The image, relevance over it, the three ways of knowing, and the level of detail, side by side.
+
+    `answer` is what `POST /v1/vqa` says with `explain`. Raises OSError for bytes that are no image.
+    """
+    looked = answer["relevance"][0]
+    picture = _as_seen(image)
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    _title(figure, question, answer["answer"])
+    _panel(figure, "image", "image").imshow(picture)
+    relevance = _relevance(_panel(figure, "relevance", "relevance to the question"), picture, looked["map"])
+    _colour_bar(figure, relevance)
+    _ways(figure, looked["scores"])
+    _levels(_panel(figure, "levels", "level of detail"), picture, np.asarray(looked["levels"]))
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A file of 1920 by 732 pixels."""
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=DPI)
+    return out.getvalue()
+
+
+def _as_seen(image: bytes) -> Array:
+    """uint8 RGB, upright and squashed to a square, as the service looks at it, but sharper."""
+    with Pillow.open(BytesIO(image)) as file:
+        upright = ImageOps.exif_transpose(file).convert("RGBA")
+    side = (IMAGE_SIDE, IMAGE_SIDE)
+    white = Pillow.new("RGBA", side, "white")
+    whole = Pillow.alpha_composite(white, upright.resize(side, Pillow.Resampling.LANCZOS))
+    return np.asarray(whole.convert("RGB"))
+
+
+def _axes(figure: Figure, left: float, base: float, width: float, height: float) -> Axes:
+    """Measures in inches."""
+    axes = figure.add_axes((left / WIDTH, base / HEIGHT, width / WIDTH, height / HEIGHT))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _panel(figure: Figure, place: str, title: str) -> Axes:
+    axes = _axes(figure, LEFT_OF[place], BASE, SIDE, SIDE)
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=6)
+    return axes
+
+
+def _title(figure: Figure, question: str, answer: str) -> None:
+    """The question, and the answer below it, each on one line."""
+    for text, top, weight in ((question, 0.972, "bold"), (answer, 0.915, "normal")):
+        printable = "".join(letter if letter.isprintable() else " " for letter in text)
+        line = textwrap.shorten(printable, 120, placeholder=" …")
+        figure.text(GAP / WIDTH, top, line, fontsize=16, weight=weight, color=INK, va="top", parse_math=False)
+
+
+def _relevance(axes: Axes, picture: Array, relevance: Any) -> AxesImage:
+    """Over the picture in grey, so that the colours mean relevance only."""
+    grey = np.asarray(Pillow.fromarray(picture).convert("L"))
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
+    return axes.imshow(
+        np.asarray(relevance), cmap=COLOURS, vmin=0, vmax=1, alpha=0.65, extent=(0, IMAGE_SIDE, IMAGE_SIDE, 0)
+    )
+
+
+def _colour_bar(figure: Figure, relevance: AxesImage) -> None:
+    axes = _axes(figure, LEFT_OF["bar"], BASE, BAR, SIDE)
+    bar = figure.colorbar(relevance, cax=axes, ticks=[0, 0.5, 1])
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=10, colors=INK, length=0)
+
+
+def _ways(figure: Figure, scores: Mapping[str, Any]) -> None:
+    """One below the other, in the colours of the bar."""
+    step = (SIDE - SMALL) / (len(WAYS) - 1)
+    for row, (way, meaning) in enumerate(WAYS.items()):
+        axes = _axes(figure, LEFT_OF["ways"], BASE + SIDE - SMALL - row * step, SMALL, SMALL)
+        axes.imshow(np.asarray(scores[way]), cmap=COLOURS, vmin=0, vmax=1)
+        axes.set_title(way, loc="left", fontsize=10, color=INK, pad=4)
+        axes.set_xlabel(meaning, loc="left", fontsize=8, color=PALE)
+
+
+def _levels(axes: Axes, picture: Array, levels: Array) -> None:
+    """Cells seen as one token are veiled; those seen closely are clear, and cut into their tokens."""
+    side = IMAGE_SIDE / len(levels)
+    axes.imshow(picture)
+    veil = np.ones((*levels.shape, 4))
+    veil[..., 3] = np.where(levels == 0, 0.72, 0.0)
+    axes.imshow(veil, extent=(0, IMAGE_SIDE, IMAGE_SIDE, 0), interpolation="nearest")
+    for level, colour in enumerate((PALE, INK, INK)):
+        lines = [line for row, column in np.argwhere(levels == level) for line in _cuts(row, column, level, side)]
+        axes.add_collection(LineCollection(lines, colors=colour, linewidths=0.5))
+    tokens, closely = (4**levels).sum(), (levels > 0).sum()
+    axes.set_xlabel(
+        f"{tokens} vision tokens: {closely} of {levels.size} cells seen closely", loc="left", fontsize=11, color=INK
+    )
+
+
+def _cuts(row: int, column: int, level: int, side: float) -> list[list[tuple[float, float]]]:
+    """The lines around a cell's tokens: one token at level 0, 2x2 at level 1, 4x4 at level 2."""
+    top, left = row * side, column * side
+    steps = np.linspace(0, side, 2**level + 1)
+    across = [[(left, top + step), (left + side, top + step)] for step in steps]
+    down = [[(left + step, top), (left + step, top + side)] for step in steps]
+    return across + down

@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
+import redis
 
 from service.core import IMAGE_SIZE, ModelCard, UInt8Array
 from service.embedded import EmbeddedTriton, Ports
@@ -46,6 +47,7 @@ class RedisServer:
     def __init__(self, folder: Path, *options: str) -> None:
         (self.port,) = free_ports(1)
         self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis.from_url(self.url)  # for a look behind the service's back
         self._folder = folder
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -73,6 +75,7 @@ class RedisServer:
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
+        self.client.close()  # it connects again when it is used again
         if self._process is not None:
             self._process.kill()
             self._process.wait()

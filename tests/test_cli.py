@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import redis
 import uvicorn
 from conftest import eventually, free_ports
 from fakes import CARD, House, png
@@ -186,7 +185,7 @@ def test_warm_tells_what_it_could_not_send(server, tmp_path):
 
 
 def test_stats_and_purge_by_encoder(redis_server):
-    client = redis.Redis.from_url(redis_server.url)
+    client = redis_server.client
     vision = VisionFeatures(*(np.zeros(shape, np.float32) for shape in CARD.feature_shapes.values()))
     for number in range(1200):
         key = FeatureKey("old" if number % 3 else "new", 224, str(number))
@@ -204,7 +203,6 @@ def test_stats_and_purge_by_encoder(redis_server):
     assert run(*purge)[:2] == (0, "400 images' features deleted\n")
     assert run("cache", "stats", "--redis-url", redis_server.url)[1].endswith("no vision features\n")
     assert client.keys() == [b"somebody:else"]
-    client.close()
 
 
 @pytest.mark.parametrize("command", ["stats", "purge"])

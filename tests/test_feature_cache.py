@@ -5,7 +5,7 @@ import pytest
 
 from service.core import VisionFeatures
 from service.errors import Unavailable
-from service.feature_cache import FeatureCache, FeatureKey
+from service.feature_cache import FeatureCache, FeatureKey, SharedTier
 from service.metrics import Metrics
 
 
@@ -27,9 +27,9 @@ def lookups(metrics: Metrics) -> dict[str, float]:
 class Asker:
     """Requests for images; an encode lasts until `release` is set."""
 
-    def __init__(self, max_bytes: int = 1000) -> None:
+    def __init__(self, max_bytes: int = 1000, shared: SharedTier | None = None) -> None:
         self.metrics = Metrics()
-        self.cache = FeatureCache(max_bytes, self.metrics)
+        self.cache = FeatureCache(max_bytes, self.metrics, shared)
         self.release = asyncio.Event()
         self.encodes = 0
         self.encoding = asyncio.Event()
@@ -157,3 +157,71 @@ async def test_another_encoder_or_view_is_another_key():
     for other in (FeatureKey("other", 224, "a"), FeatureKey("encoder", 448, "a")):
         async with asker.cache.find(other) as found:
             assert found.features is None
+
+
+class FakeShared:
+    """Looks for as long as `gate` is closed; tells what it was told."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.there: dict[FeatureKey, VisionFeatures] = {}
+        self.told: list[str] = []
+
+    async def find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
+        self.told.append("find")
+        await self.gate.wait()
+        return self.there.get(key)
+
+    def put(self, key: FeatureKey, vision: VisionFeatures) -> None:
+        self.told.append("put")
+
+    def give_up(self, key: FeatureKey) -> None:
+        self.told.append("give_up")
+
+
+async def test_only_the_first_asks_the_shared_tier_and_all_get_what_it_has():
+    shared = FakeShared()
+    shared.there[key("a")] = features(7.0)
+    asker = Asker(shared=shared)
+    tasks = [asyncio.create_task(asker.ask("a")) for _ in range(5)]
+    await turn()
+    shared.gate.set()
+    assert {id(found) for found in await asyncio.gather(*tasks)} == {id(shared.there[key("a")])}
+    assert asker.encodes == 0
+    assert shared.told == ["find"]
+    assert await asker.ask("a") is shared.there[key("a")]  # from memory
+    assert shared.told == ["find"]
+
+
+async def test_the_flight_has_landed_while_the_caller_works_with_shared_features():
+    shared = FakeShared()
+    shared.gate.set()
+    shared.there[key("a")] = features()
+    asker = Asker(shared=shared)
+    async with asker.cache.find(key("a")) as found, asyncio.timeout(1):
+        assert await asker.ask("a") is found.features
+
+
+async def test_whoever_leads_tells_the_shared_tier_how_it_ended():
+    shared = FakeShared()
+    shared.gate.set()
+    asker = Asker(shared=shared)
+    asker.release.set()
+    with pytest.raises(Unavailable):
+        await asker.ask("a", Unavailable("gone"))
+    await asker.ask("a")
+    assert shared.told == ["find", "give_up", "find", "put"]
+
+
+async def test_one_cancelled_while_it_looks_hands_over():
+    shared = FakeShared()
+    asker = Asker(shared=shared)
+    asker.release.set()
+    leader, other = [asyncio.create_task(asker.ask("a")) for _ in range(2)]
+    await turn()
+    leader.cancel()
+    await turn()
+    assert shared.told == ["find", "give_up", "find"]
+    shared.gate.set()
+    await other
+    assert asker.encodes == 1

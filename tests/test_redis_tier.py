@@ -11,7 +11,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-import redis
 from conftest import RedisServer, StartRedis
 from fakes import CARD, House, cancelled, png, turns, until
 from structlog.testing import capture_logs
@@ -23,7 +22,7 @@ from service.images import Image
 from service.pipeline import Finished, Request
 from service.redis_tier import MOST_UNWRITTEN, flight_key, record_key
 
-SLACK_S = 0.5  # what a busy machine may add to any wait; without a budget it would be a second and more
+SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
 PATIENT = 5.0  # for tests in which Redis is well: a busy machine must not look like a slow Redis
 
 
@@ -99,18 +98,16 @@ async def test_what_one_gateway_encoded_another_finds_bit_for_bit(redis_server):
 
 
 async def test_records_and_claims_end_by_themselves(redis_server):
-    client = redis.Redis.from_url(redis_server.url)
     async with gateway(redis_server.url, redis_ttl_s=100, redis_flight_s=1.5) as house:
         house.vision.gate.clear()
         asked = asyncio.create_task(ask(house, 1))
         await until(lambda: house.vision.calls)
-        assert 0 < client.pttl(flight_key(key(1))) <= 1500
+        assert 0 < redis_server.client.pttl(flight_key(key(1))) <= 1500
         house.vision.gate.set()
         await asked
         await kept(house, 1)
-        assert 90 < client.ttl(record_key(key(1))) <= 100
-        assert not client.exists(flight_key(key(1)))
-    client.close()
+        assert 90 < redis_server.client.ttl(record_key(key(1))) <= 100
+        assert not redis_server.client.exists(flight_key(key(1)))
 
 
 async def test_fifty_requests_for_a_new_image_over_two_gateways_encode_it_once(redis_server):
@@ -151,25 +148,21 @@ async def test_a_claim_whose_holder_goes_away_passes_to_another_gateway(redis_se
 
 
 async def test_a_claim_of_a_gateway_that_died_is_waited_for_no_longer_than_said(redis_server):
-    client = redis.Redis.from_url(redis_server.url)
     async with gateway(redis_server.url, redis_flight_s=0.3) as house:
-        client.set(flight_key(key(1)), "dead")
+        redis_server.client.set(flight_key(key(1)), "dead")
         result, seconds = await timed(house, 1)
         assert result == "miss"
         assert 0.3 <= seconds < 0.3 + SLACK_S
         await until(lambda: writes(house, "kept"))
-        assert client.get(flight_key(key(1))) == b"dead"  # not ours to give back
-    client.close()
+        assert redis_server.client.get(flight_key(key(1))) == b"dead"  # not ours to give back
 
 
 async def test_waiting_for_another_gateway_leaves_half_the_time_for_an_encode_of_our_own(redis_server):
-    client = redis.Redis.from_url(redis_server.url)
-    client.set(flight_key(key(1)), "slow")
+    redis_server.client.set(flight_key(key(1)), "slow")
     async with gateway(redis_server.url, redis_flight_s=60) as house:
         begun = time.monotonic()
-        assert await ask(house, 1, timeout_s=1.0) == "miss"
-        assert 0.4 < time.monotonic() - begun < 1.0
-    client.close()
+        assert await ask(house, 1, timeout_s=2.0) == "miss"
+        assert 0.9 < time.monotonic() - begun < 2.0
 
 
 async def test_a_cancelled_lookup_leaves_its_connection_in_order(redis_server):
@@ -269,26 +262,23 @@ async def test_paused(redis_server):
 
 
 async def test_paused_while_another_gateway_encodes(redis_server):
-    client = redis.Redis.from_url(redis_server.url)
     async with gateway(redis_server.url, redis_timeout_s=0.2, redis_flight_s=60) as house:
-        client.set(flight_key(key(1)), "another")
+        redis_server.client.set(flight_key(key(1)), "another")
         asked = asyncio.create_task(timed(house, 1))
-        await until(lambda: client.info("commandstats")["cmdstat_set"]["calls"] > 3)  # it waits
+        await until(lambda: redis_server.client.info("commandstats")["cmdstat_set"]["calls"] > 3)  # it waits
         redis_server.pause()
         begun = time.monotonic()
         assert (await asked)[0] == "miss"
         assert time.monotonic() - begun < 0.2 + SLACK_S
         redis_server.resume()
-    client.close()
 
 
 async def test_full_and_nothing_may_go(start_redis: StartRedis):
     redis_server = start_redis("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
-    client = redis.Redis.from_url(redis_server.url)
     async with gateway(redis_server.url) as house:
         await ask(house, 0)
         await kept(house, 1)
-        client.config_set("maxmemory", "1")
+        redis_server.client.config_set("maxmemory", "1")
         timings = [await timed(house, number) for number in range(1, 20)]
         assert {result for result, _ in timings} == {"miss"}
         await until(lambda: writes(house, "failed") == 19)
@@ -296,11 +286,10 @@ async def test_full_and_nothing_may_go(start_redis: StartRedis):
         assert errors(house, "full") == 19 * 2  # the claims and the records
         assert house.counted("glimpse_redis_breaker_open") == 0
         assert await ask(house, 0) == "hit"  # what is there can still be read
-        client.config_set("maxmemory", "0")
+        redis_server.client.config_set("maxmemory", "0")
         await ask(house, 1)
         await kept(house, 2)
         assert await ask(house, 1) == "hit"
-    client.close()
 
 
 async def test_full_and_the_least_used_goes(start_redis: StartRedis):
@@ -319,11 +308,10 @@ async def test_full_and_the_least_used_goes(start_redis: StartRedis):
 
 @pytest.mark.parametrize("reason", ["magic", "version", "checksum", "key", "shape"])
 async def test_a_record_that_does_not_fit_is_deleted_and_made_anew(redis_server, reason):
-    client = redis.Redis.from_url(redis_server.url)
     async with gateway(redis_server.url) as house:
         await ask(house, 1)
         await kept(house, 1)
-        good = bytearray(client.get(record_key(key(1))))
+        good = bytearray(redis_server.client.get(record_key(key(1))))
         vision = (await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)).vision
         house.vision.calls.clear()
         bad = {
@@ -335,14 +323,13 @@ async def test_a_record_that_does_not_fit_is_deleted_and_made_anew(redis_server,
                 key(1), type(vision)(vision.features[:, :3], vision.saliency, vision.entropy, vision.texture)
             ),
         }[reason]
-        client.set(record_key(key(1)), bytes(bad))
+        redis_server.client.set(record_key(key(1)), bytes(bad))
         assert await ask(house, 1) == "miss"
         assert house.counted("glimpse_redis_bad_records_total", reason=reason) == 1
         await kept(house, 2)
-        assert client.get(record_key(key(1))) == good
+        assert redis_server.client.get(record_key(key(1))) == good
         assert await ask(house, 1) == "hit"
         assert house.vision.calls == ["see", "attend"]
-    client.close()
 
 
 async def test_another_model_has_keys_of_its_own(redis_server):
@@ -371,22 +358,19 @@ async def test_a_wrong_password(start_redis: StartRedis):
 
 
 async def test_a_password_that_is_changed_under_way(redis_server):
-    client = redis.Redis.from_url(redis_server.url)
     async with gateway(redis_server.url) as house:
         await ask(house, 1)
-        client.config_set("requirepass", "new")
-        client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        redis_server.client.config_set("requirepass", "new")
+        redis_server.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         assert {await ask(house, number) for number in range(2, 12)} == {"miss"}
         await until(lambda: errors(house, "denied"))
         assert house.counted("glimpse_redis_breaker_open") == 1
-    client.close()
 
 
 async def test_the_keys_of_an_image_share_a_slot_of_a_cluster(start_redis: StartRedis):
     redis_server = start_redis("--cluster-enabled", "yes")
-    client = redis.Redis.from_url(redis_server.url)
-    client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-    await until(lambda: client.cluster("INFO")["cluster_state"] == "ok", 10)
+    redis_server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    await until(lambda: redis_server.client.cluster("INFO")["cluster_state"] == "ok", 10)
     async with AsyncExitStack() as houses:
         one, other = [await houses.enter_async_context(gateway(redis_server.url)) for _ in range(2)]
         for number in range(5):
@@ -394,7 +378,8 @@ async def test_the_keys_of_an_image_share_a_slot_of_a_cluster(start_redis: Start
         await kept(one, 5)
         assert [await ask(other, number) for number in range(5)] == ["hit"] * 5
         assert lookups(one) == {"miss": 5}
-    slots = [{client.cluster("KEYSLOT", name(key(n))) for name in (record_key, flight_key)} for n in range(20)]
+    slots = [
+        {redis_server.client.cluster("KEYSLOT", name(key(n))) for name in (record_key, flight_key)} for n in range(20)
+    ]
     assert {len(slot) for slot in slots} == {1}
     assert len(set.union(*slots)) > 10
-    client.close()

@@ -36,6 +36,7 @@ SHARED_MEMORY = Path("/dev/shm")
 WATCH_INTERVAL_S = 0.2
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the service is to answer again within 10 s
 EXIT_TIMEOUT_S = 8  # what Triton takes at most to end requests and models when it is told to stop
+START_ATTEMPTS = 3
 LOG_BYTES = 10_000_000  # a longer log is put aside at the next start
 RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before each restart in a row, the last one from then on
 
@@ -53,6 +54,11 @@ log = structlog.get_logger()
 
 class StartFailed(Exception):
     """Triton cannot start here; the message names what is missing and what mends it."""
+
+
+class Crashed(StartFailed):
+    """Triton died of a signal while starting. On a crowded machine its python backend sometimes aborts in
+    `boost::interprocess::lock_exception`; the next start goes well."""
 
 
 class Client(Protocol):
@@ -239,7 +245,7 @@ class EmbeddedTriton:
         self._folder = Path(tempfile.mkdtemp(prefix="glimpse-triton-"))
         try:
             self._installation.link_backend(self._folder)
-            await self._start()
+            await self._start_at_last()
         except BaseException:
             await self._stop()
             raise
@@ -333,6 +339,19 @@ class EmbeddedTriton:
                 log.warning("triton is back", after_s=round(time.monotonic() - started, 2))
                 return
 
+    async def _start_at_last(self) -> None:
+        """Raises StartFailed; a crash only once it has happened START_ATTEMPTS times."""
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                await self._start()
+            except Crashed as exc:
+                if attempt == START_ATTEMPTS:
+                    raise
+                log.warning("triton crashed while starting", attempt=attempt, error=str(exc))
+                self._end_processes()
+            else:
+                return
+
     async def _start(self) -> None:
         """Raises StartFailed with Triton's last words."""
         if self._installation is None or self._folder is None:
@@ -355,8 +374,9 @@ class EmbeddedTriton:
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 while not await self._client.ready():
-                    if self._exit_status() is not None:
-                        raise StartFailed(f"Triton ended while starting, {self._last_words(log_start)}")
+                    if (status := self._exit_status()) is not None:
+                        kind = Crashed if status < 0 else StartFailed
+                        raise kind(f"Triton ended while starting, {self._last_words(log_start)}")
                     await asyncio.sleep(0.05)
                 await self._probe_all(self._start_timeout_s)
         except TimeoutError as exc:

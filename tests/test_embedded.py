@@ -113,6 +113,27 @@ async def test_a_model_that_cannot_load_ends_the_start_with_its_own_words(
     assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
 
 
+async def test_a_server_that_crashes_while_starting_is_started_again(
+    repository: Path, card: ModelCard, tmp_path: Path
+) -> None:
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "triton.log", ports=ports)
+        entering = asyncio.create_task(triton.__aenter__())
+        try:
+            await eventually_async(lambda: asyncio.sleep(0, triton.pid), 20, "a process")
+            crashed = triton.pid
+            assert crashed is not None
+            os.kill(crashed, signal.SIGABRT)
+            await entering
+            assert triton.ready
+            assert triton.pid != crashed
+        finally:
+            entering.cancel()
+            await triton.__aexit__()
+
+
 async def test_a_start_that_takes_too_long_is_given_up(repository: Path, card: ModelCard, tmp_path: Path) -> None:
     ports = Ports(*free_ports(3))
     url = f"127.0.0.1:{ports.grpc}"

@@ -211,8 +211,9 @@ async def test_closing_frees_the_llms_row(asker: Asker, repository: Path) -> Non
         await asyncio.gather(*decoding, return_exceptions=True)
 
 
-async def test_the_llm_works_for_a_closed_stream_for_eight_tokens_at_most(asker: Asker, triton: EmbeddedTriton) -> None:
-    """The best of a few tries: on a busy machine the closing itself may be kept waiting."""
+async def test_the_llm_soon_works_no_more_for_a_closed_stream(asker: Asker, triton: EmbeddedTriton) -> None:
+    """Some 3 to 8 tokens later on a quiet machine. On a busy one the closing itself waits: the bound is wide, yet far
+    below the whole answer, and the best of a few tries counts."""
 
     async def llm() -> tuple[int, bool]:
         """Tokens generated since the start, and whether nothing runs; told once a second, together."""
@@ -221,15 +222,6 @@ async def test_the_llm_works_for_a_closed_stream_for_eight_tokens_at_most(asker:
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("glimpse_llm_"))
         running = next(value for name, value in values.items() if 'state="running"' in name)
         return int(float(values["glimpse_llm_tokens_total"])), float(running) == 0
-
-    async def tokens_after_closing() -> int:
-        await asker.tokens(asker.prompt(), Sampling(max_tokens=1))  # so that there is something new to tell
-        before = await settled(0)
-        tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
-        for _ in range(4):
-            await anext(tokens)
-        await tokens.aclose()
-        return await settled(before) - before - 4
 
     async def settled(before: int) -> int:
         found: list[int] = []
@@ -242,10 +234,19 @@ async def test_the_llm_works_for_a_closed_stream_for_eight_tokens_at_most(asker:
         await eventually_async(told, 20, "the LLM's metrics")
         return found[-1]
 
-    tries: list[int] = []
-    while not tries or (min(tries) > 8 and len(tries) < 4):
-        tries.append(await tokens_after_closing())
-    assert min(tries) <= 8, tries
+    async def tokens_in_vain() -> int:
+        await asker.tokens(asker.prompt(), Sampling(max_tokens=1))  # so that there is something new to tell
+        before = await settled(0)
+        tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
+        for _ in range(4):
+            await anext(tokens)
+        await tokens.aclose()
+        return await settled(before) - before - 4
+
+    in_vain = [await tokens_in_vain()]
+    while min(in_vain) > 64 and len(in_vain) < 5:
+        in_vain.append(await tokens_in_vain())
+    assert 0 <= min(in_vain) <= 64 < asker.room() - 4, in_vain
 
 
 async def test_a_closed_stream_leaves_nothing_open(asker: Asker) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import suppress
 from typing import Any, Literal
 
 import redis.exceptions as foreign
@@ -88,7 +88,7 @@ class Lane:
 
     async def run(self) -> None:
         """Answers until cancelled."""
-        async with aclosing(self._client):
+        try:
             while True:
                 together = [await self._waiting.get()]
                 while len(together) < MOST_TOGETHER and not self._waiting.empty():
@@ -96,6 +96,9 @@ class Lane:
                 wanted = [(commands, answer) for commands, answer in together if not answer.done()]
                 if wanted:
                     await self._answer(wanted)
+        finally:
+            with suppress(foreign.RedisError, OSError):  # a TLS peer that is paused never says goodbye
+                await self._client.aclose()
 
     async def _answer(self, wanted: Sequence[tuple[Sequence[Command], asyncio.Future[list[Reply]]]]) -> None:
         try:

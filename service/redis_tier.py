@@ -153,7 +153,7 @@ class RedisTier:
         """Keeps the features for every gateway, later: nobody waits for it."""
         if self.breaker.is_open:
             self._metrics.feature_cache_writes.labels("skipped").inc()
-        elif self._behind.qsize() >= MOST_UNWRITTEN:
+        elif self.unwritten >= MOST_UNWRITTEN:
             self._metrics.feature_cache_writes.labels("dropped").inc()
             self.give_up(key)
         else:
@@ -163,6 +163,11 @@ class RedisTier:
         """Lets another gateway encode that image, where we said that we would."""
         if not self.breaker.is_open and not self._behind.full():
             self._behind.put_nowait((key, None))
+
+    @property
+    def unwritten(self) -> int:
+        """Records and claims that wait for their turn."""
+        return self._behind.qsize()
 
     async def _write_behind(self) -> None:
         while True:

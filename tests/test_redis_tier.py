@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -259,6 +260,17 @@ async def test_paused(redis_server):
         redis_server.resume()
         await until(lambda: not house.counted("glimpse_redis_breaker_open"), 10)
         assert await ask(house, 1) == "hit"
+
+
+async def test_a_gateway_stops_while_redis_is_paused_and_a_record_half_written(redis_server):
+    async with gateway(redis_server.url) as house:
+        vision = (await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)).vision
+        redis_server.pause()
+        house.shared.put(key(1), replace(vision, features=np.zeros((257, 20_000), np.float32)))  # 20 MB
+        await until(lambda: not house.shared.unwritten)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < SLACK_S
+    redis_server.resume()
 
 
 async def test_paused_while_another_gateway_encodes(redis_server):

@@ -1,6 +1,7 @@
 """Checkpoint -> four ONNX graphs and a card -> Triton's model repository.
 
     python -m build_engines.export reference --out model_repository
+    python -m build_engines.export Salesforce/instructblip-vicuna-7b --out vicuna_repository
 
 The batch is dynamic in every graph; so are the Q-Former's vision tokens and the decoder's lengths.
 """
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from build_engines.model.checkpoint import BLIP2_PROMPT, Checkpoint
-from build_engines.repository import Dimensions, write_repository
+from build_engines.model.checkpoint import Checkpoint
+from build_engines.repository import Dimensions, weights_file, write_repository
 from service.core import ModelCard
 
 OPSET = 18
+MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Graph:
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
     """The four graphs with example inputs at batch 2."""
     vision, text = checkpoint.model.config.vision_config, checkpoint.model.config.text_config
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     batch = {0: "batch"}
     question = {
         "question_ids": torch.zeros(2, 32, dtype=torch.int32),
@@ -75,8 +78,10 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
         Graph(
             "qformer",
             checkpoint.qformer(),
-            {"vision_tokens": torch.zeros(2, 80, vision.hidden_size), "attend": torch.ones(2, 80, dtype=torch.int32)},
-            {"vision_tokens": batch | {1: "vision_tokens"}, "attend": batch | {1: "vision_tokens"}},
+            {"vision_tokens": torch.zeros(2, 80, vision.hidden_size), "attend": torch.ones(2, 80, dtype=torch.int32)}
+            | (question if checkpoint.reads_question else {}),
+            dict.fromkeys(["vision_tokens", "attend"], batch | {1: "vision_tokens"})
+            | (dict.fromkeys(question, batch) if checkpoint.reads_question else {}),
             ["visual_tokens"],
         ),
         Graph(
@@ -85,7 +90,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
             {
                 "input_ids": torch.zeros(2, 5, dtype=torch.long),
                 "prompt_embedding_table": torch.zeros(2, 3, text.hidden_size),
-                "past_kv": torch.zeros(2, layers, 2, heads, 7, text.hidden_size // heads),
+                "past_kv": torch.zeros(2, text.num_hidden_layers, 2, heads, 7, head_dim),
                 "past_lengths": torch.tensor([7, 4]),
                 "input_lengths": torch.tensor([5, 3]),
             },
@@ -101,8 +106,10 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
     ]
 
 
-def export_graph(graph: Graph, path: Path) -> None:
-    """Writes one self-contained ONNX file. Every dimension but those named in `graph.dynamic` is static."""
+def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_BYTES) -> None:
+    """Writes one ONNX file, self-contained where its weights are few enough, else with `weights_file` beside it.
+
+    Every dimension but those named in `graph.dynamic` is static."""
     shapes = {name: dict.fromkeys(graph.dynamic.get(name, {}), Dim.DYNAMIC) or None for name in graph.inputs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -127,8 +134,12 @@ def export_graph(graph: Graph, path: Path) -> None:
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
         if hasattr(value, "metadata_props"):
             del value.metadata_props[:]
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    if sum(len(weights.raw_data) for weights in model.graph.initializer) <= most_inline_bytes:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    else:
+        (path.parent / weights_file(graph.name)).unlink(missing_ok=True)  # onnx would append
+        onnx.save_model(model, path, save_as_external_data=True, location=weights_file(graph.name))
+    onnx.checker.check_model(path, full_check=True)
 
 
 def _name_dimensions(model: onnx.ModelProto, graph: Graph) -> None:
@@ -162,28 +173,30 @@ def card(checkpoint: Checkpoint) -> ModelCard:
     text = config.text_config
     told = dict(checkpoint.card)
     return ModelCard(
-        name=str(told.pop("name", checkpoint.directory.name)),
+        name=str(told.pop("name")),
         fingerprint=checkpoint.vision_fingerprint(),
         visual_fingerprint=checkpoint.visual_fingerprint(),
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         vision_width=config.vision_config.hidden_size,
         bos_id=text.bos_token_id,
-        end_id=int(told.pop("end_id", text.eos_token_id)),
-        pad_id=text.pad_token_id,
+        end_id=int(told.pop("end_id", checkpoint.end_id)),
+        pad_id=checkpoint.end_id if text.pad_token_id is None else text.pad_token_id,
         max_positions=text.max_position_embeddings,
-        prompt_template=str(told.pop("prompt", BLIP2_PROMPT)),
+        prompt_template=str(told.pop("prompt", checkpoint.prompt)),
         allocator_trained=checkpoint.participatory is not None,
         vision_tokens=(64, 256),
         visual_tokens=(32, 32),
+        question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
         metadata=told,
     )
 
 
-def export(directory: Path, repository: Path) -> None:
-    """Exports the checkpoint in `directory` into a repository that Triton serves. Raises as `Checkpoint.load` does;
-    the repository is written only once every graph is there."""
-    checkpoint = Checkpoint.load(directory)
+def export(source: Path | str, repository: Path) -> None:
+    """Exports the checkpoint in a directory or on the hub into a repository that Triton serves.
+
+    Raises as `Checkpoint.load` does; the repository is written only once every graph is there."""
+    checkpoint = Checkpoint.load(source)
     told = card(checkpoint)
     for noisy in ("torch.onnx", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -196,12 +209,13 @@ def export(directory: Path, repository: Path) -> None:
         card_path = scratch / "card.json"
         card_path.write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
         dimensions = Dimensions(vision_width=told.vision_width, hidden_size=told.hidden_size)
-        write_repository(repository, dimensions, scratch, card_path, directory / "tokenizer.json")
+        beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)
+        write_repository(repository, dimensions, scratch, beside)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="directory of a Blip2ForConditionalGeneration checkpoint")
+    parser.add_argument("checkpoint", help="directory, or name on the Hugging Face hub, of a BLIP-2 or InstructBLIP")
     parser.add_argument("--out", type=Path, required=True, help="repository to write")
     arguments = parser.parse_args()
     export(arguments.checkpoint, arguments.out)

@@ -1,7 +1,7 @@
 """Writes Triton's model repository for one checkpoint: a `config.pbtxt` a model, the runners and the weights.
 
     repository/
-    ├── card.json  tokenizer.json
+    ├── card.json  tokenizer.json  (and qformer_tokenizer.json where the Q-Former has its own)
     ├── vision_encoder/  relevance_allocator/  qformer/  llm/     config.pbtxt  1/model.py  1/model.onnx
     ├── prepare/  compose/  finish/                               config.pbtxt  1/model.py
     └── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
@@ -319,19 +319,29 @@ def runner(model: Model) -> str:
     )
 
 
-def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, card: Path, tokenizer: Path) -> None:
-    """Writes the whole repository. `graphs` holds `<model>.onnx` for each of GRAPHS (and their `.data`, if any).
+def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, beside: Mapping[str, Path]) -> None:
+    """Writes the whole repository. `graphs` holds `<model>.onnx` for each of GRAPHS, and its weights where they are in
+    a file of their own; `beside` is what lies beside the models, card and tokenizers, by name.
 
     Raises FileNotFoundError, before anything is written, that names every missing file.
     """
-    sources = [card, tokenizer, *(graphs / f"{name}.onnx" for name in GRAPHS)]
+    sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in GRAPHS)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
     write_configs(repository, dimensions)
     for name in GRAPHS:
-        shutil.copyfile(graphs / f"{name}.onnx", repository / name / "1" / "model.onnx")
-    shutil.copyfile(card, repository / "card.json")
-    shutil.copyfile(tokenizer, repository / "tokenizer.json")
+        version = repository / name / "1"
+        shutil.copyfile(graphs / f"{name}.onnx", version / "model.onnx")
+        (version / weights_file(name)).unlink(missing_ok=True)
+        if (graphs / weights_file(name)).exists():
+            shutil.copyfile(graphs / weights_file(name), version / weights_file(name))
+    for name, path in beside.items():
+        shutil.copyfile(path, repository / name)
+
+
+def weights_file(model: str) -> str:
+    """Where a graph of more than 2 GB, the most that protobuf holds, keeps its weights: the graph names the file."""
+    return f"{model}.onnx.data"
 
 
 def write_configs(repository: Path, dimensions: Dimensions) -> None:

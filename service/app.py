@@ -15,7 +15,7 @@ from service.http_api import Edge, http_api
 from service.images import ImageLimits, ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.prompt import load_tokenizer
+from service.prompt import PromptBuilder
 from service.readiness import Readiness
 from service.redis_tier import RedisLimits, RedisTier
 from service.settings import Settings, SettingsError
@@ -38,11 +38,10 @@ class App:
 
 
 def build(settings: Settings) -> App:
-    """Reads the model repository's card and tokenizer; starts nothing. Raises SettingsError."""
-    card_path, tokenizer_path = (settings.model_repository / name for name in ("card.json", "tokenizer.json"))
+    """Reads the model repository's card and tokenizers; starts nothing. Raises SettingsError."""
     try:
-        card = ModelCard.from_json(card_path.read_text())
-        tokenizer = load_tokenizer(tokenizer_path)
+        card = ModelCard.from_json((settings.model_repository / "card.json").read_text())
+        prompts = PromptBuilder.load(card, settings.model_repository)
     except Exception as exc:  # tokenizers raises plain Exception
         raise SettingsError(
             f"no model repository that can be read in {settings.model_repository} ({exc}): "
@@ -58,7 +57,7 @@ def build(settings: Settings) -> App:
         vision=client,
         language=client,
         card=card,
-        tokenizer=tokenizer,
+        prompts=prompts,
         reader=reader,
         settings=settings,
         metrics=metrics,

@@ -125,6 +125,9 @@ class ModelCard:
     allocator_trained: bool
     vision_tokens: tuple[int, int]  # what budgets can ask for
     visual_tokens: tuple[int, int]
+    # The file beside the card whose ids `question_ids` are. Where it is not the LLM's, it is the Q-Former's own
+    # (InstructBLIP's), which reads the LLM's whole prompt between its special tokens, not the bare question.
+    question_tokenizer: str = "tokenizer.json"
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 
     @property

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import structlog
-from tokenizers import Tokenizer
 
 from service.core import (
     IMAGE_SIZE,
@@ -172,7 +171,7 @@ class Pipeline:
         vision: VisionModel,
         language: LanguageModel,
         card: ModelCard,
-        tokenizer: Tokenizer,
+        prompts: PromptBuilder,
         reader: ImageReader,
         settings: Settings,
         metrics: Metrics,
@@ -186,8 +185,8 @@ class Pipeline:
         self.metrics = metrics
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
         self.features = FeatureCache(settings.feature_cache_bytes, metrics, shared)
-        self.prompts = PromptBuilder(card, tokenizer)
-        self._spelled = token_bytes(tokenizer)
+        self.prompts = prompts
+        self._spelled = token_bytes(prompts.tokenizer)
         self._in_flight = 0
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:

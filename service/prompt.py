@@ -6,6 +6,7 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,33 +16,54 @@ from tokenizers import Tokenizer
 from service.core import QUESTION_TOKENS, FloatArray, ModelCard, Prompt, Question
 from service.errors import InvalidRequest
 
+LLM_TOKENIZER = "tokenizer.json"
+
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """A `tokenizers` file; special tokens spelled out in a question are read as plain text."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return tokenizer
 
 
 class PromptBuilder:
     """BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question."""
 
-    def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
+    def __init__(self, card: ModelCard, tokenizer: Tokenizer, qformer_tokenizer: Tokenizer | None = None) -> None:
+        """`qformer_tokenizer` where the Q-Former reads the question in ids of its own."""
         self.card = card
         self.tokenizer = tokenizer
+        self.qformer_tokenizer = qformer_tokenizer
+        if qformer_tokenizer is not None:
+            qformer_tokenizer.enable_truncation(QUESTION_TOKENS)  # of the words; [CLS] and [SEP] stay
+
+    @classmethod
+    def load(cls, card: ModelCard, repository: Path) -> Self:
+        """From the files that the card names. Raises Exception, as `tokenizers` does, for what cannot be read."""
+        own = None if card.question_tokenizer == LLM_TOKENIZER else load_tokenizer(repository / card.question_tokenizer)
+        return cls(card, load_tokenizer(repository / LLM_TOKENIZER), own)
 
     def question(self, text: str) -> Question:
-        """The bare question, without BOS, as the allocator reads it: longer ones are cut, for the allocator only."""
-        ids = self._encode(text)[:QUESTION_TOKENS]
-        padding = QUESTION_TOKENS - len(ids)
+        """What the allocator, and InstructBLIP's Q-Former, read: longer ones are cut, for them only.
+
+        The bare question in the LLM's ids, without BOS; or the whole prompt's text in the Q-Former's, with its special
+        tokens, as InstructBlipProcessor does. Padding is id 0, which every vocabulary has and the mask hides.
+        """
+        if self.qformer_tokenizer is None:
+            ids = self._encode(text)[:QUESTION_TOKENS]
+        else:
+            ids = self.qformer_tokenizer.encode(self._prompt(text)).ids
+        padding = [0] * (QUESTION_TOKENS - len(ids))
         return Question(
-            ids=np.array(ids + [self.card.pad_id] * padding, np.int32),
-            mask=np.array([1] * len(ids) + [0] * padding, np.int32),
+            ids=np.array(ids + padding, np.int32),
+            mask=np.array([1] * len(ids) + padding, np.int32),
         )
 
     def text_ids(self, question: str) -> list[int]:
         """BOS and the template with the question."""
-        return [self.card.bos_id, *self._encode(self.card.prompt_template.replace("{question}", question))]
+        return [self.card.bos_id, *self._encode(self._prompt(question))]
 
     def require_room(self, question: str, visual_tokens: int, max_tokens: int) -> None:
         """Raises InvalidRequest where visual, prompt and answer tokens together pass the model's positions."""
@@ -64,6 +86,9 @@ class PromptBuilder:
         visual = np.arange(self.card.vocab_size, self.card.vocab_size + count, dtype=np.int32)
         extra = np.concatenate([visual_token_ids(key, count), np.zeros(len(text), np.uint64)])
         return Prompt(np.concatenate([visual, text]), visual_tokens, extra)
+
+    def _prompt(self, question: str) -> str:
+        return self.card.prompt_template.replace("{question}", question)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

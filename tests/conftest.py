@@ -25,7 +25,7 @@ import redis
 
 from service.core import IMAGE_SIZE, ModelCard, UInt8Array
 from service.embedded import EmbeddedTriton, Ports
-from service.prompt import PromptBuilder, load_tokenizer
+from service.prompt import PromptBuilder
 from service.triton import TritonClient
 
 PROJECT = Path(__file__).parent.parent
@@ -128,7 +128,7 @@ def card(repository: Path) -> ModelCard:
 
 @pytest.fixture(scope="session")
 def prompts(repository: Path, card: ModelCard) -> PromptBuilder:
-    return PromptBuilder(card, load_tokenizer(repository / "tokenizer.json"))
+    return PromptBuilder.load(card, repository)
 
 
 @pytest.fixture(scope="session")

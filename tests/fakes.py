@@ -17,7 +17,7 @@ from service.http_api import Edge
 from service.images import ImageLimits, ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.prompt import token_bytes
+from service.prompt import PromptBuilder, token_bytes
 from service.readiness import Readiness
 from service.settings import Settings
 
@@ -174,7 +174,7 @@ class House:
             vision=self.vision,
             language=self.language,
             card=CARD,
-            tokenizer=TOKENIZER,
+            prompts=PromptBuilder(CARD, TOKENIZER),
             reader=self.reader,
             settings=self.settings,
             metrics=self.metrics,

@@ -1,11 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from fakes import CARD, SPELLED, TOKENIZER
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from service.errors import InvalidRequest
 from service.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
@@ -18,13 +19,44 @@ def test_a_short_question_is_padded():
     assert question.ids.shape == question.mask.shape == (32,)
     assert question.ids.dtype == question.mask.dtype == np.int32
     assert question.mask.sum() == 1
-    assert question.ids[1:].tolist() == [CARD.pad_id] * 31
+    assert question.ids[1:].tolist() == [0] * 31
 
 
 def test_a_long_question_is_cut_for_the_allocator_only():
     text = "w" * 50
     assert PROMPTS.question(text).mask.sum() == 32
     assert len(PROMPTS.text_ids(text)) > 50
+
+
+def qformer_tokenizer() -> Tokenizer:
+    """As InstructBLIP's: a word is a token, between [CLS] and [SEP]."""
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "red": 4}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    return tokenizer
+
+
+def test_a_qformer_with_its_own_tokenizer_reads_the_whole_prompt():
+    prompts = PromptBuilder(CARD, TOKENIZER, qformer_tokenizer())
+    question = prompts.question("red?")  # Question : red ? Answer :
+    assert question.ids[:9].tolist() == [2, 1, 1, 4, 1, 1, 1, 3, 0]
+    assert question.mask.tolist() == [1] * 8 + [0] * 24
+    assert prompts.text_ids("red?") == PROMPTS.text_ids("red?")
+
+
+def test_what_is_too_long_for_the_qformer_still_ends_as_it_should():
+    question = PromptBuilder(CARD, TOKENIZER, qformer_tokenizer()).question("red " * 50)
+    assert question.mask.all()
+    assert question.ids[[0, 31]].tolist() == [2, 3]
+
+
+def test_the_tokenizers_of_a_repository_are_those_that_its_card_names(tmp_path):
+    load_from = {"tokenizer.json": TOKENIZER, "qformer_tokenizer.json": qformer_tokenizer()}
+    for name, tokenizer in load_from.items():
+        tokenizer.save(str(tmp_path / name))
+    own = PromptBuilder.load(replace(CARD, question_tokenizer="qformer_tokenizer.json"), tmp_path)
+    assert own.question("red").ids[3] == 4
+    assert PromptBuilder.load(CARD, tmp_path).question("red").ids[0] == PROMPTS.question("red").ids[0]
 
 
 def test_the_prompt_is_visual_ids_then_bos_then_the_template():

@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import RedisServer, StartRedis
+from conftest import StartRedis
 from fakes import CARD, House, cancelled, png, turns, until
 from structlog.testing import capture_logs
 
@@ -191,8 +191,8 @@ async def test_a_write_that_has_to_wait_too_long_is_dropped_and_counted(redis_se
 # Faults.
 
 
-async def test_absent_at_start_and_there_later(tmp_path):
-    redis_server = RedisServer(tmp_path)
+async def test_absent_at_start_and_there_later(redis_server):
+    redis_server.kill()
     with capture_logs() as logs:
         async with gateway(redis_server.url, in_use=False, redis_timeout_s=0.05) as house:
             timings = [await timed(house, number % 10) for number in range(30)]
@@ -207,7 +207,6 @@ async def test_absent_at_start_and_there_later(tmp_path):
             await ask(house, 1)
             await kept(house, 1)
             assert await ask(house, 1) == "hit"
-    redis_server.kill()
     said = [line["event"] for line in logs if line["event"].startswith("redis")]
     assert said[:2] == ["redis_not_in_use", "redis_in_use"]  # once each, not once a trial
 

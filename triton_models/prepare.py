@@ -10,19 +10,19 @@ import numpy as np
 from service.core import Budget
 from service.errors import InvalidRequest
 from service.images import ImageLimits, decode
-from service.prompt import PromptBuilder, load_tokenizer
+from service.prompt import PromptBuilder
 from triton_models.parameters import Parameters
 from triton_models.session import Array
 from triton_models.unary import answer
 
 
 class TritonPythonModel:
-    """Reads the repository's card.json and tokenizer.json."""
+    """Reads the repository's card.json and the tokenizers that it names."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
         card = parameters.card()
-        self._prompts = PromptBuilder(card, load_tokenizer(parameters.repository / "tokenizer.json"))
+        self._prompts = PromptBuilder.load(card, parameters.repository)
         self._budget = Budget(card.vision_tokens, card.visual_tokens).to_array()
         self._limits = ImageLimits()
 

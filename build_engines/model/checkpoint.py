@@ -1,27 +1,39 @@
-"""A BLIP-2 checkpoint on disk in Hugging Face's format, with the allocator's weights beside it where it has them."""
+"""A BLIP-2 or InstructBLIP checkpoint in Hugging Face's format, with the allocator's weights beside it if it has any.
+
+Such as `reference/` of this project, `Salesforce/blip2-opt-2.7b` and `Salesforce/instructblip-vicuna-7b`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
 from build_engines.model.allocator import RelevanceAllocator
-from build_engines.model.decoder import Decoder
+from build_engines.model.decoder import LlamaDecoder, OptDecoder, decoder_of
 from build_engines.model.knowing import ParticipatoryKnowing
-from build_engines.model.qformer import QFormer
+from build_engines.model.qformer import InstructQFormer, QFormer
 from build_engines.model.vision import VisionEncoder
 
 # OpenAI CLIP's statistics, which BLIP-2's image processor uses when a checkpoint does not say otherwise.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-BLIP2_PROMPT = "Question: {question} Answer:"
+PROMPTS = {  # what the families were trained to answer questions by
+    Blip2ForConditionalGeneration: "Question: {question} Answer:",
+    InstructBlipForConditionalGeneration: "Question: {question} Short answer:",
+}
+FAMILIES = {family.__name__: family for family in PROMPTS}
+QUERIES = 32  # of one group
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
 
 
 @dataclass(frozen=True)
@@ -29,24 +41,29 @@ class Checkpoint:
     """The whole model in FP32 on the CPU, in eval mode."""
 
     directory: Path
-    model: Blip2ForConditionalGeneration
+    model: Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
     participatory: ParticipatoryKnowing | None
     image_mean: list[float]
     image_std: list[float]
     card: dict[str, object]  # model_card.json, empty where there is none
 
     @classmethod
-    def load(cls, directory: Path) -> Checkpoint:
-        """Reads config.json, model.safetensors, and where present preprocessor_config.json, model_card.json and
-        allocator.safetensors. Raises OSError for what is missing and ValueError for another architecture."""
-        config = _read_json(directory / "config.json")
-        architectures = config.get("architectures", [])
-        if "Blip2ForConditionalGeneration" not in architectures:
-            raise ValueError(
-                f"{directory} holds {architectures or 'no architecture'}, not Blip2ForConditionalGeneration"
-            )
-        model = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    def load(cls, source: Path | str) -> Checkpoint:
+        """A directory, or the name of a repository on the Hugging Face hub, which is fetched.
+
+        Reads config.json, the weights, and where present preprocessor_config.json or processor_config.json,
+        model_card.json and allocator.safetensors. Raises OSError for what is missing and ValueError for another
+        architecture."""
+        directory = _directory(source)
+        architectures = _read_json(directory / "config.json").get("architectures", [])
+        family = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
+        if family is None:
+            raise ValueError(f"{source} holds {architectures or 'no architecture'}, not one of {', '.join(FAMILIES)}")
+        model = family.from_pretrained(directory, dtype=torch.float32).eval()
+        if model.config.num_query_tokens != QUERIES:
+            raise ValueError(f"{source} has {model.config.num_query_tokens} queries; the service counts in {QUERIES}")
         preprocessor = _read_json(directory / "preprocessor_config.json", default={})
+        preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
         participatory = None
         if (directory / "allocator.safetensors").exists():
             participatory = _participatory(load_file(directory / "allocator.safetensors"))
@@ -56,8 +73,31 @@ class Checkpoint:
             participatory=participatory,
             image_mean=preprocessor.get("image_mean", CLIP_MEAN),
             image_std=preprocessor.get("image_std", CLIP_STD),
-            card=_read_json(directory / "model_card.json", default={}),
+            card={"name": Path(source).name} | _read_json(directory / "model_card.json", default={}),
         )
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the Q-Former reads the question, in its own tokenizer's ids."""
+        return isinstance(self.model, InstructBlipForConditionalGeneration)
+
+    @property
+    def prompt(self) -> str:
+        return PROMPTS[type(self.model)]
+
+    @property
+    def end_id(self) -> int:
+        """The first token that ends an answer: of generation_config.json, else of the language model."""
+        told = self.model.generation_config.eos_token_id
+        first = told[0] if isinstance(told, list) else told
+        return int(self.model.config.text_config.eos_token_id if first is None else first)
+
+    def tokenizers(self, scratch: Path) -> dict[str, Path]:
+        """`tokenizers` files by the name they have in a repository; what is stored otherwise is converted."""
+        found = {"tokenizer.json": self.directory}
+        if self.reads_question:
+            found["qformer_tokenizer.json"] = self.directory / "qformer_tokenizer"
+        return {name: _tokenizer(folder, scratch / name) for name, folder in found.items()}
 
     def vision_encoder(self) -> VisionEncoder:
         return VisionEncoder(self.model.vision_model, self.image_mean, self.image_std).eval()
@@ -65,11 +105,12 @@ class Checkpoint:
     def allocator(self) -> RelevanceAllocator:
         return RelevanceAllocator(self.participatory).eval()
 
-    def qformer(self) -> QFormer:
-        return QFormer(self.model).eval()
+    def qformer(self) -> QFormer | InstructQFormer:
+        return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
 
-    def decoder(self) -> Decoder:
-        return Decoder(self.model.language_model).eval()
+    def decoder(self) -> OptDecoder | LlamaDecoder:
+        """Raises ValueError for a family of language models that has no graph."""
+        return decoder_of(self.model.language_model).eval()
 
     def vision_fingerprint(self) -> str:
         """Of everything that a vision feature depends on, 16 hex digits."""
@@ -78,6 +119,14 @@ class Checkpoint:
     def visual_fingerprint(self) -> str:
         """Of everything that a visual token depends on, 16 hex digits."""
         return _fingerprint(self.image_mean, self.image_std, self.vision_encoder(), self.allocator(), self.qformer())
+
+
+def _directory(source: Path | str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if not HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(f"{source} is neither a directory nor a hub name such as Salesforce/blip2-opt-2.7b")
+    return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
 
 
 def _fingerprint(image_mean: list[float], image_std: list[float], *modules: nn.Module) -> str:
@@ -97,6 +146,14 @@ def _participatory(weights: dict[str, Tensor]) -> ParticipatoryKnowing:
     module = ParticipatoryKnowing(vocabulary, width, token_width, coupling_width)
     module.load_state_dict(own)
     return module.eval()
+
+
+def _tokenizer(folder: Path, target: Path) -> Path:
+    """The folder's tokenizer.json, or what it keeps instead (vocab.txt, tokenizer.model) written to `target`."""
+    if (folder / "tokenizer.json").exists():
+        return folder / "tokenizer.json"
+    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(target))
+    return target
 
 
 def _read_json(path: Path, default: dict[str, object] | None = None) -> dict:

@@ -1,23 +1,28 @@
-"""The OPT decoder as one graph with its KV cache outside: prefill and decode are the same graph at other lengths."""
+"""The language model as one graph with its KV cache outside: prefill and decode are the same graph at other lengths.
+
+One step over a batch of sequences of different lengths, whichever the family:
+
+    input_ids int64 [B, T], right padded: ids below the vocabulary size are text, V + i is row i of the sequence's
+    prompt_embedding_table [B, N, H]. past_kv [B, L, 2, heads, P, head_dim], of which the first past_lengths int64 [B]
+    columns are valid. input_lengths int64 [B] are the valid columns of input_ids.
+    -> logits [B, V] at each sequence's last valid column and new_kv [B, L, 2, heads, T, head_dim].
+
+A column's position is its sequence's past length plus its place in input_ids. `heads` are those of keys and values.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import OPTForCausalLM
+from transformers import LlamaForCausalLM, OPTForCausalLM
 
 from build_engines.model.attention import attend, bias_where_hidden
 
+FIXED_ROPE = ("default", "linear", "llama3")  # kinds of rotary positions whose angles do not depend on the length
 
-class Decoder(nn.Module):
-    """One step over a batch of sequences of different lengths.
 
-    input_ids int64 [B, T], right padded: ids below the vocabulary size are text, V + i is row i of the sequence's
-    prompt_embedding_table [B, N, H]. past_kv [B, L, 2, heads, P, head_dim], of which the first past_lengths int64 [B]
-    columns are valid. input_lengths int64 [B] are the valid columns of input_ids.
-    Returns logits [B, V] at each sequence's last valid column and new_kv [B, L, 2, heads, T, head_dim].
-    A column's position is its sequence's past length plus its place in input_ids.
-    """
+class OptDecoder(nn.Module):
+    """OPT with layer norm before attention: learned positions, ReLU."""
 
     def __init__(self, language_model: OPTForCausalLM) -> None:
         super().__init__()
@@ -32,18 +37,14 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, prompt_embedding_table: Tensor, past_kv: Tensor, past_lengths: Tensor,
         input_lengths: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        length, past_length = input_ids.shape[1], past_kv.shape[4]
-        column = torch.arange(length, device=input_ids.device)
-        hidden = self._embed(input_ids, prompt_embedding_table)
-        positions = past_lengths.unsqueeze(1) + column
+        hidden = embed(self.decoder.embed_tokens, input_ids, prompt_embedding_table)
+        if self.decoder.project_in is not None:
+            hidden = self.decoder.project_in(hidden)
+        positions = positions_of(input_ids, past_lengths)
         positions = positions.clamp(max=self.decoder.config.max_position_embeddings - 1)  # of padding columns only
         embed_positions = self.decoder.embed_positions
         hidden = hidden + nn.functional.embedding(positions + embed_positions.offset, embed_positions.weight)
-
-        past = torch.arange(past_length, device=input_ids.device)
-        sees_past = (past < past_lengths.unsqueeze(1)).unsqueeze(1).expand(-1, length, -1)  # [B, T, P]
-        sees_new = (column.unsqueeze(0) <= column.unsqueeze(1)).unsqueeze(0).expand(input_ids.shape[0], -1, -1)
-        bias = bias_where_hidden(torch.cat([sees_past, sees_new], dim=2)).unsqueeze(1)
+        bias = causal_bias(input_ids, past_kv, past_lengths)
 
         new_kv = []
         for index, layer in enumerate(self.decoder.layers):
@@ -60,18 +61,110 @@ class Decoder(nn.Module):
             normed = layer.final_layer_norm(hidden)
             hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
 
-        last = (input_lengths - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[2])
-        hidden = hidden.gather(1, last).squeeze(1)
+        hidden = at_last(hidden, input_lengths)
         if self.decoder.final_layer_norm is not None:
             hidden = self.decoder.final_layer_norm(hidden)
         if self.decoder.project_out is not None:
             hidden = self.decoder.project_out(hidden)
         return self.lm_head(hidden), torch.stack(new_kv, dim=1)
 
-    def _embed(self, input_ids: Tensor, prompt_embedding_table: Tensor) -> Tensor:
-        """Text ids from the model's own table, visual ids from the sequence's prompt table: [B, T, H]."""
-        text = self.decoder.embed_tokens(input_ids.clamp(max=self.vocab_size - 1))
-        row = (input_ids - self.vocab_size).clamp(min=0).unsqueeze(2).expand(-1, -1, prompt_embedding_table.shape[2])
-        visual = prompt_embedding_table.gather(1, row)
-        embedded = torch.where((input_ids >= self.vocab_size).unsqueeze(2), visual, text)
-        return embedded if self.decoder.project_in is None else self.decoder.project_in(embedded)
+
+class LlamaDecoder(nn.Module):
+    """Llama and Vicuna: rotary positions, RMS norm, SwiGLU, grouped-query attention. Keys are cached as rotated."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, language_model: LlamaForCausalLM) -> None:
+        super().__init__()
+        decoder, config = language_model.model, language_model.config
+        if decoder.rotary_emb.rope_type not in FIXED_ROPE:
+            raise ValueError(f"rotary positions of type {decoder.rotary_emb.rope_type} change with the length")
+        self.decoder = decoder
+        self.vocab_size = config.vocab_size
+        self.lm_head = language_model.lm_head
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.register_buffer("inverse_frequencies", decoder.rotary_emb.inv_freq.float(), persistent=False)
+        self.rotary_scaling = decoder.rotary_emb.attention_scaling
+
+    def forward(
+        self, input_ids: Tensor, prompt_embedding_table: Tensor, past_kv: Tensor, past_lengths: Tensor,
+        input_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        hidden = embed(self.decoder.embed_tokens, input_ids, prompt_embedding_table)
+        angles = positions_of(input_ids, past_lengths).unsqueeze(2).float() * self.inverse_frequencies
+        turn = torch.cat([angles, angles], dim=2).unsqueeze(1)  # [B, 1, T, head_dim]
+        cosine, sine = turn.cos() * self.rotary_scaling, turn.sin() * self.rotary_scaling
+        bias = causal_bias(input_ids, past_kv, past_lengths)
+
+        new_kv = []
+        for index, layer in enumerate(self.decoder.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            query, key, value = (
+                projection(normed).unflatten(2, (heads, attention.head_dim)).transpose(1, 2)
+                for projection, heads in (
+                    (attention.q_proj, self.heads),
+                    (attention.k_proj, self.kv_heads),
+                    (attention.v_proj, self.kv_heads),
+                )
+            )
+            query = rotated(query, cosine, sine) * attention.scaling
+            key = rotated(key, cosine, sine)
+            new_kv.append(torch.stack([key, value], dim=1))
+            keys = self._for_every_head(torch.cat([past_kv[:, index, 0], key], dim=2))
+            values = self._for_every_head(torch.cat([past_kv[:, index, 1], value], dim=2))
+            hidden = hidden + attention.o_proj(attend(query, keys, values, bias))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+        hidden = self.decoder.norm(at_last(hidden, input_lengths))
+        return self.lm_head(hidden), torch.stack(new_kv, dim=1)
+
+    def _for_every_head(self, kept: Tensor) -> Tensor:
+        """[B, kv_heads, S, head_dim] -> [B, heads, S, head_dim]: neighbouring query heads share a key head."""
+        share = self.heads // self.kv_heads
+        return kept if share == 1 else kept.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
+
+
+def decoder_of(language_model: nn.Module) -> OptDecoder | LlamaDecoder:
+    """Raises ValueError for a family that has no graph here."""
+    if isinstance(language_model, OPTForCausalLM):
+        return OptDecoder(language_model)
+    if isinstance(language_model, LlamaForCausalLM):
+        return LlamaDecoder(language_model)
+    raise ValueError(f"the language model is {type(language_model).__name__}: OPT and Llama (Vicuna) can be exported")
+
+
+def embed(tokens: nn.Embedding, input_ids: Tensor, prompt_embedding_table: Tensor) -> Tensor:
+    """Text ids from the model's own table, visual ids from the sequence's prompt table: [B, T, H]."""
+    vocab_size = tokens.num_embeddings
+    text = tokens(input_ids.clamp(max=vocab_size - 1))
+    row = (input_ids - vocab_size).clamp(min=0).unsqueeze(2).expand(-1, -1, prompt_embedding_table.shape[2])
+    visual = prompt_embedding_table.gather(1, row)
+    return torch.where((input_ids >= vocab_size).unsqueeze(2), visual, text)
+
+
+def positions_of(input_ids: Tensor, past_lengths: Tensor) -> Tensor:
+    """int64 [B, T]"""
+    return past_lengths.unsqueeze(1) + torch.arange(input_ids.shape[1], device=input_ids.device)
+
+
+def causal_bias(input_ids: Tensor, past_kv: Tensor, past_lengths: Tensor) -> Tensor:
+    """float [B, 1, T, P + T]: a column sees its sequence's past, and the new columns up to itself."""
+    batch, length = input_ids.shape
+    column = torch.arange(length, device=input_ids.device)
+    past = torch.arange(past_kv.shape[4], device=input_ids.device)
+    sees_past = (past < past_lengths.unsqueeze(1)).unsqueeze(1).expand(-1, length, -1)  # [B, T, P]
+    sees_new = (column.unsqueeze(0) <= column.unsqueeze(1)).unsqueeze(0).expand(batch, -1, -1)
+    return bias_where_hidden(torch.cat([sees_past, sees_new], dim=2)).unsqueeze(1)
+
+
+def at_last(hidden: Tensor, input_lengths: Tensor) -> Tensor:
+    """[B, T, H] -> [B, H] at each sequence's last valid column."""
+    last = (input_lengths - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[2])
+    return hidden.gather(1, last).squeeze(1)
+
+
+def rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """[B, heads, T, head_dim], each half-pair turned by its position's angle (RoFormer, in Llama's layout)."""
+    half = heads.shape[3] // 2
+    return heads * cosine + torch.cat([-heads[..., half:], heads[..., :half]], dim=3) * sine

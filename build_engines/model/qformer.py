@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerAttention
+from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerAttention
 
 from build_engines.model.attention import attend, bias_where_hidden
 
 
 class QFormer(nn.Module):
-    """vision_tokens [B, N, D] and attend int32 [B, N] (1 = visible) -> visual_tokens [B, 32, H]."""
+    """BLIP-2's: vision_tokens [B, N, D] and attend int32 [B, N] (1 = visible) -> visual_tokens [B, 32, H]."""
 
     def __init__(self, model: Blip2ForConditionalGeneration) -> None:
         super().__init__()
@@ -30,7 +32,41 @@ class QFormer(nn.Module):
         return self.language_projection(hidden)
 
 
-def _attend(block: Blip2QFormerAttention, hidden: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:
+class InstructQFormer(nn.Module):
+    """InstructBLIP's, whose queries read the question too: vision_tokens [B, N, D], attend int32 [B, N], question_ids
+    and question_mask int32 [B, 32], in its own tokenizer's ids with [CLS] and [SEP] -> visual_tokens [B, 32, H]."""
+
+    def __init__(self, model: InstructBlipForConditionalGeneration) -> None:
+        super().__init__()
+        self.query_tokens = model.query_tokens
+        self.words = model.qformer.embeddings.word_embeddings
+        self.positions = model.qformer.embeddings.position_embeddings
+        self.layernorm = model.qformer.embeddings.layernorm
+        self.layers = model.qformer.encoder.layer
+        self.language_projection = model.language_projection
+
+    def forward(self, vision_tokens: Tensor, visible: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
+        queries = self.query_tokens.expand(vision_tokens.shape[0], -1, -1)
+        words = self.words(question_ids) + self.positions.weight[: question_ids.shape[1]]
+        hidden = self.layernorm(torch.cat([queries, words], dim=1))
+        image_bias = bias_where_hidden(visible[:, None, None, :] > 0)
+        read = torch.cat([torch.ones_like(queries[:, :, 0]), question_mask.float()], dim=1)
+        text_bias = bias_where_hidden(read[:, None, None, :] > 0)
+        count = queries.shape[1]
+        for layer in self.layers:
+            hidden = _attend(layer.attention, hidden, hidden, text_bias)
+            queries, words = hidden[:, :count], hidden[:, count:]
+            if layer.has_cross_attention:
+                queries = _attend(layer.crossattention, queries, vision_tokens, image_bias)
+            queries = layer.output_query(layer.intermediate_query(queries), queries)
+            words = layer.output(layer.intermediate(words), words)
+            hidden = torch.cat([queries, words], dim=1)
+        return self.language_projection(hidden[:, :count])
+
+
+def _attend(
+    block: Blip2QFormerAttention | InstructBlipQFormerAttention, hidden: Tensor, context: Tensor, bias: Tensor | None
+) -> Tensor:
     attention = block.attention
     heads = (attention.num_attention_heads, attention.attention_head_size)
     query = attention.query(hidden).unflatten(2, heads).transpose(1, 2) * attention.scaling

@@ -1,0 +1,90 @@
+"""Random BLIP-2 and InstructBLIP checkpoints of under a megabyte, saved by transformers as the real ones are."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import (
+    BertTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
+    GenerationConfig,
+    GPT2Tokenizer,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    LlamaTokenizer,
+    PreTrainedModel,
+)
+
+VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
+          "image_size": 224, "patch_size": 14, "qkv_bias": True}  # fmt: skip
+QFORMER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
+           "cross_attention_frequency": 2, "encoder_hidden_size": 48}  # fmt: skip
+IMAGE = BlipImageProcessor(size={"height": 224, "width": 224})
+LETTERS = string.ascii_letters + "?:"
+
+
+def save_blip2_opt(directory: Path) -> None:
+    """As `Salesforce/blip2-opt-2.7b`: byte-level BPE with `</s>` first, answers end at a token of its own."""
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[character] = len(vocabulary)
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[], add_bos_token=True, **special)
+    processor = Blip2Processor(IMAGE, tokenizer, num_query_tokens=32)
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    text = {"model_type": "opt", "hidden_size": 40, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "vocab_size": 300, "max_position_embeddings": 200, "word_embed_proj_dim": 40, "bos_token_id": 2,
+            "eos_token_id": 13, "pad_token_id": 1}  # fmt: skip
+    config = Blip2Config(
+        vision_config=VISION, qformer_config=QFORMER, text_config=text, num_query_tokens=32, image_token_index=image_id
+    )
+    _save(Blip2ForConditionalGeneration(config), processor, directory)
+
+
+def save_instructblip_vicuna(directory: Path) -> None:
+    """As `Salesforce/instructblip-vicuna-7b`, but that two query heads share a key head."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for piece in ["▁", *LETTERS]:
+        vocabulary[piece] = len(vocabulary)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, pad_token="</s>")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ":"]
+    pieces += ["question", "short", "answer", "what", "which", "colour", "has", "the", "big", "circle", "on", "left"]
+    pieces += [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase]
+    words = BertTokenizer(vocab={piece: place for place, piece in enumerate(pieces)})
+    processor = InstructBlipProcessor(IMAGE, tokenizer, words, num_query_tokens=32)
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    text = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 330, "max_position_embeddings": 256,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    config = InstructBlipConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER | {"vocab_size": len(pieces), "max_position_embeddings": 64},
+        text_config=text,
+        num_query_tokens=32,
+        image_token_index=image_id,
+    )
+    _save(InstructBlipForConditionalGeneration(config), processor, directory)
+
+
+def _save(model: PreTrainedModel, processor: Blip2Processor | InstructBlipProcessor, directory: Path) -> None:
+    """With weights that leave no part without a say: norms that are not 1, biases that are not 0."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.2 if parameter.ndim == 1 else 1.5 / parameter.shape[-1] ** 0.5
+            centre = parameter if parameter.ndim == 1 else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
+    text = model.config.text_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)

@@ -28,7 +28,7 @@ from service.core import (
     VisionFeatures,
 )
 from service.errors import DeadlineExceeded, GlimpseError, InternalError, InvalidRequest, Overloaded, Unavailable
-from service.feature_cache import FeatureCache, FeatureKey, Found
+from service.feature_cache import FeatureCache, FeatureKey, Found, SharedTier
 from service.images import Image, ImageReader, ImageStore
 from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
@@ -175,6 +175,7 @@ class Pipeline:
         reader: ImageReader,
         settings: Settings,
         metrics: Metrics,
+        shared: SharedTier | None = None,
     ) -> None:
         self.vision = vision
         self.language = language
@@ -183,7 +184,7 @@ class Pipeline:
         self.settings = settings
         self.metrics = metrics
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
-        self.features = FeatureCache(settings.feature_cache_bytes, metrics)
+        self.features = FeatureCache(settings.feature_cache_bytes, metrics, shared)
         self.prompts = prompts
         self._spelled = token_bytes(prompts.tokenizer)
         self._in_flight = 0
@@ -259,7 +260,8 @@ class Pipeline:
     async def look(self, image: Image, ticket: Ticket) -> Seen:
         """Attends to features that are known, else sees the image and keeps them."""
         request, question = ticket.request, self.prompts.question(ticket.request.question)
-        async with self.features.find(FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)) as found:
+        key = FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)
+        async with self.features.find(key, ticket.left_s) as found:
             if found.features is None:
                 return await self._see(image, question, found, ticket)
         self._remember(image, request)

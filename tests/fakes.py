@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from service.app import redis_tier
 from service.core import Budget, ModelCard, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
 from service.http_api import Edge
 from service.images import ImageLimits, ImageReader
@@ -168,6 +169,7 @@ class House:
         self.language = FakeLanguage()
         self.reader = ImageReader(ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels), threads=1)
         self.readiness = Readiness(models, self.metrics)
+        self.shared = redis_tier(self.settings, CARD, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
             language=self.language,
@@ -176,6 +178,7 @@ class House:
             reader=self.reader,
             settings=self.settings,
             metrics=self.metrics,
+            shared=self.shared,
         )
         self.edge = Edge(self.pipeline, self.readiness, self.settings, self.metrics)
 

@@ -67,6 +67,12 @@ def check_machine():
         )
 
 
+def check_tests_need():
+    """What the tests run for real and pip cannot install."""
+    if shutil.which("redis-server") is None:
+        stop("redis-server is missing; the tests run a real one.", "Debian, Ubuntu: sudo apt-get install redis-server")
+
+
 def make_venv():
     """Creates .venv for this Python, replacing one of another version."""
     marker = os.path.join(VENV, "pyvenv.cfg")
@@ -117,6 +123,8 @@ def main():
         sys.exit(__doc__)
     use_a_fitting_python()
     check_machine()
+    if goal == "develop":
+        check_tests_need()
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as project, open(__file__, "rb") as script:
         wanted = hashlib.sha256(project.read() + script.read() + sys.version.encode()).hexdigest()
     marks = [os.path.join(VENV, ".ready-to-" + each) for each in ([goal] if goal == "develop" else [goal, "develop"])]

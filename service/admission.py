@@ -19,7 +19,7 @@ from service.scheduler import Claim, Kind, Resource, Scheduler
 from service.settings import Settings
 
 MAX_RETRY_AFTER_S = 60.0
-ENCODER_FILLS = 2  # vision slots for each image in encode: the next ones are decoded meanwhile
+ENCODER_FILLS = 3  # vision slots for each image in encode: one is decoded and one attended to meanwhile
 
 
 class Admission:

@@ -18,6 +18,7 @@ from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
 from service.readiness import Readiness
+from service.redis_tier import RedisLimits, RedisTier
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
 
@@ -33,6 +34,7 @@ class App:
     client: TritonClient
     admission: Admission
     reader: ImageReader
+    shared: RedisTier | None
     readiness: Readiness
     api: FastAPI
 
@@ -58,6 +60,7 @@ def build(settings: Settings) -> App:
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
     readiness = Readiness(NEEDED, metrics)
     admission = Admission(settings, engines, card.max_positions, metrics)
+    shared = redis_tier(settings, card, metrics)
     pipeline = Pipeline(
         vision=client,
         language=client,
@@ -67,9 +70,21 @@ def build(settings: Settings) -> App:
         reader=reader,
         settings=settings,
         metrics=metrics,
+        shared=shared,
     )
     api = http_api(Edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, client, admission, reader, readiness, api)
+    return App(settings, card, client, admission, reader, shared, readiness, api)
+
+
+def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:
+    """Starts nothing. Raises SettingsError."""
+    if settings.redis_url is None:
+        return None
+    limits = RedisLimits(settings.redis_timeout_s, settings.redis_flight_s, settings.redis_ttl_s)
+    try:
+        return RedisTier(settings.redis_url.get_secret_value(), limits, card.feature_shapes, metrics)
+    except ValueError as exc:
+        raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
 
 
 @asynccontextmanager
@@ -91,6 +106,8 @@ async def running(app: App) -> AsyncIterator[None]:
             watchers = [tasks.create_task(watch)]
             if triton is not None:
                 watchers.append(tasks.create_task(triton.supervise()))
+            if app.shared is not None:
+                watchers.append(tasks.create_task(app.shared.run()))
             yield
             for watcher in watchers:
                 watcher.cancel()

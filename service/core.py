@@ -20,6 +20,7 @@ UInt8Array = npt.NDArray[np.uint8]
 
 IMAGE_SIZE = 224  # pixels, both sides, of what the vision encoder sees
 GRID = 16  # patches a side
+TEXTURE_CHANNELS = 13
 CELLS = 8  # cells a side; a cell is 2x2 patches
 QUESTION_TOKENS = 32  # what the allocator reads of the question
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
@@ -136,6 +137,17 @@ class ModelCard:
     # (InstructBLIP's), which reads the LLM's whole prompt between its special tokens, not the bare question.
     question_tokenizer: str = "tokenizer.json"
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
+
+    @property
+    def feature_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the vision encoder returns for the 224-pixel view, by VisionFeatures' fields."""
+        patches = GRID * GRID
+        return {
+            "features": (1 + patches, self.vision_width),
+            "saliency": (patches,),
+            "entropy": (patches,),
+            "texture": (TEXTURE_CHANNELS, GRID, GRID),
+        }
 
     @classmethod
     def from_json(cls, text: str) -> Self:

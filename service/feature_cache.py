@@ -2,16 +2,20 @@
 
 Requests for one new image share one encode: the first one leads, the others wait for what it brings. A leader that
 fails or goes away hands over to one of them, so nobody waits for somebody who has left.
+
+Behind the memory there may be a tier that gateways share. Only leaders ask it, so one image is looked up there once
+however many requests there are for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from service.core import VisionFeatures
 from service.metrics import Metrics
@@ -26,12 +30,27 @@ class FeatureKey:
     digest: str  # blake3 of the image's bytes
 
 
+class SharedTier(Protocol):
+    """Features that other gateways can find. Never raises and never takes longer than it is known to."""
+
+    async def find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
+        """What is kept, or what another gateway brings within `patience_s`. None: encode, then `put` or `give_up`."""
+        ...
+
+    def put(self, key: FeatureKey, vision: VisionFeatures) -> None:
+        """Does not wait."""
+        ...
+
+    def give_up(self, key: FeatureKey) -> None:
+        """The encode that `find` left to us failed, or will never be. Does not wait."""
+        ...
+
+
 @dataclass(slots=True)
 class Found:
     """What a lookup brought. Without features the caller leads: it encodes and then calls `keep`."""
 
     features: VisionFeatures | None
-    result: Literal["hit", "miss", "shared"]
     brought: VisionFeatures | None = None
 
     def keep(self, features: VisionFeatures) -> None:
@@ -40,17 +59,18 @@ class Found:
 
 @dataclass(slots=True)
 class Flight:
-    """One encode under way. `brought` stays empty where its leader failed."""
+    """One lookup and encode under way. `brought` stays empty where its leader failed."""
 
     landed: asyncio.Event = field(default_factory=asyncio.Event)
     brought: VisionFeatures | None = None
 
 
 class FeatureCache:
-    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, max_bytes: int, metrics: Metrics, shared: SharedTier | None = None) -> None:
         self.max_bytes = max_bytes
         self.nbytes = 0
         self._metrics = metrics
+        self._shared = shared
         self._kept: OrderedDict[FeatureKey, VisionFeatures] = OrderedDict()
         self._flights: dict[FeatureKey, Flight] = {}
 
@@ -58,33 +78,66 @@ class FeatureCache:
         return len(self._kept)
 
     @asynccontextmanager
-    async def find(self, key: FeatureKey) -> AsyncIterator[Found]:
-        """Features that are kept or that a flight under way brings; else the caller leads the flight in the block."""
-        found = await self._kept_or_shared(key)
-        self._metrics.feature_cache_lookups.labels(found.result).inc()
-        if found.features is not None:
-            yield found
+    async def find(self, key: FeatureKey, left_s: float = math.inf) -> AsyncIterator[Found]:
+        """Features that are kept or that a flight under way brings; else the caller leads the flight in the block.
+
+        Of the `left_s` that the request has, at most half goes to waiting for another gateway.
+        """
+        if (known := await self._known(key, left_s)) is not None:
+            yield Found(known)
             return
-        flight = self._flights[key] = Flight()
+        found = Found(None)
         try:
             yield found
         finally:
-            del self._flights[key]
-            if found.brought is not None:
-                flight.brought = found.brought
-                self._keep(key, found.brought)
-            flight.landed.set()
+            self._encoded(key, found.brought)
 
-    async def _kept_or_shared(self, key: FeatureKey) -> Found:
+    async def _known(self, key: FeatureKey, left_s: float) -> VisionFeatures | None:
+        """None: the caller leads the flight, which is under way."""
+        if (known := await self._kept_or_joined(key)) is not None:
+            return known
+        self._flights[key] = Flight()
+        if self._shared is None:
+            return None
+        try:
+            known = await self._shared.find(key, left_s / 2)
+        except BaseException:  # cancelled: somebody else leads
+            self._encoded(key, None)
+            raise
+        if known is not None:
+            self._land(key, known)
+        return known
+
+    async def _kept_or_joined(self, key: FeatureKey) -> VisionFeatures | None:
         while True:
             if (kept := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
-                return Found(kept, "hit")
+                self._count("hit")
+                return kept
             if (flight := self._flights.get(key)) is None:
-                return Found(None, "miss")
+                self._count("miss")
+                return None
             await flight.landed.wait()
             if flight.brought is not None:
-                return Found(flight.brought, "shared")
+                self._count("shared")
+                return flight.brought
+
+    def _encoded(self, key: FeatureKey, brought: VisionFeatures | None) -> None:
+        """The leader's encode ended, well or not."""
+        self._land(key, brought)
+        if self._shared is None:
+            return
+        if brought is None:
+            self._shared.give_up(key)
+        else:
+            self._shared.put(key, brought)
+
+    def _land(self, key: FeatureKey, brought: VisionFeatures | None) -> None:
+        flight = self._flights.pop(key)
+        flight.brought = brought
+        if brought is not None:
+            self._keep(key, brought)
+        flight.landed.set()
 
     def _keep(self, key: FeatureKey, features: VisionFeatures) -> None:
         if features.nbytes > self.max_bytes:
@@ -94,5 +147,8 @@ class FeatureCache:
         while self.nbytes > self.max_bytes:
             _, gone = self._kept.popitem(last=False)
             self.nbytes -= gone.nbytes
-            self._metrics.feature_cache_evictions.inc()
-        self._metrics.feature_cache_bytes.set(self.nbytes)
+            self._metrics.feature_cache_evictions.labels("memory").inc()
+        self._metrics.feature_cache_bytes.labels("memory").set(self.nbytes)
+
+    def _count(self, result: Literal["hit", "miss", "shared"]) -> None:
+        self._metrics.feature_cache_lookups.labels("memory", result).inc()

@@ -45,11 +45,32 @@ class Metrics:
         self.generated_tokens = self._counter("generated_tokens", "Tokens that the LLM wrote.")
         self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept for one question.")
         self.visual_tokens = self._tokens("visual_tokens", "Visual tokens handed to the LLM for one question.")
+        # Tiers: memory (this process's), and redis, which only what memory does not hold is asked of.
         self.feature_cache_lookups = self._counter(
-            "feature_cache_lookups", "Lookups: hit, miss, or shared (waited for another request's encode).", "result"
+            "feature_cache_lookups",
+            "Lookups: hit, miss, shared (waited for another's encode); of Redis also failed, skipped (breaker open).",
+            "tier",
+            "result",
         )
-        self.feature_cache_evictions = self._counter("feature_cache_evictions", "Images pushed out of the cache.")
-        self.feature_cache_bytes = self._gauge("feature_cache_bytes", "Vision features kept in process memory.")
+        self.feature_cache_evictions = self._counter(
+            "feature_cache_evictions", "Images pushed out; of Redis any key, and the same to every gateway.", "tier"
+        )
+        self.feature_cache_bytes = self._gauge(
+            "feature_cache_bytes", "Memory of the features; of Redis all that it uses.", "tier"
+        )
+        self.feature_cache_writes = self._counter(
+            "feature_cache_writes",
+            "Records for Redis: kept, failed, dropped (too many waited), skipped (breaker open).",
+            "result",
+        )
+        self.redis_lookup = self._seconds("redis_lookup_seconds", "In Redis's part of a lookup, waits included.")
+        self.redis_errors = self._counter(
+            "redis_errors", "Faults: timeout, unreachable, denied, full, refused, fault (of the client).", "kind"
+        )
+        self.redis_bad_records = self._counter(
+            "redis_bad_records", "Records that did not fit and were deleted, by what did not.", "reason"
+        )
+        self.redis_breaker_open = self._gauge("redis_breaker_open", "1 while Redis is left alone, or was not reached.")
         self.ready = self._gauge("ready", "1 while every model answers its probe.")
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:

@@ -29,7 +29,7 @@ from service.core import (
     VisionFeatures,
 )
 from service.errors import DeadlineExceeded, GlimpseError, InternalError, InvalidRequest, Unavailable
-from service.feature_cache import FeatureCache, FeatureKey, Found
+from service.feature_cache import FeatureCache, FeatureKey, Found, SharedTier
 from service.images import Image, ImageReader, ImageStore, header_pixels
 from service.ledger import Cost
 from service.metrics import Metrics
@@ -185,6 +185,7 @@ class Pipeline:
         reader: ImageReader,
         settings: Settings,
         metrics: Metrics,
+        shared: SharedTier | None = None,
     ) -> None:
         self.vision = vision
         self.language = language
@@ -194,7 +195,7 @@ class Pipeline:
         self.settings = settings
         self.metrics = metrics
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
-        self.features = FeatureCache(settings.feature_cache_bytes, metrics)
+        self.features = FeatureCache(settings.feature_cache_bytes, metrics, shared)
         self.prompts = prompts
         self._spelled = token_bytes(prompts.tokenizer)
 
@@ -274,7 +275,8 @@ class Pipeline:
         Who attends waits for the LLM first: that bounds how many attend at once, and a wait in vain costs nothing.
         """
         request, question = ticket.request, self.prompts.question(ticket.request.question)
-        async with self.features.find(FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)) as found:
+        key = FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)
+        async with self.features.find(key, ticket.left_s) as found:
             if found.features is None:
                 seen = await self._see(image, question, found, ticket, place)
         if found.features is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
@@ -67,9 +67,22 @@ class Settings(BaseSettings):
     image_store_bytes: int = Field(256 * MIB, gt=0)
     image_ttl_s: float = Field(3600.0, gt=0)  # how long an image can be asked about by its id
 
+    # Redis, where gateways share vision features; without an address each keeps its own only.
+    redis_url: SecretStr | None = None  # redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path
+    redis_timeout_s: float = Field(0.05, gt=0)  # what Redis may cost one request, whatever it does
+    redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another one's encode of the same image
+    redis_ttl_s: float = Field(86_400.0, gt=0)  # how long features are kept there
+
     log_dir: Path = Path("logs")  # Triton's own log
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// (TLS) or unix://")
+        return url
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
+import redis
 
 from service.core import IMAGE_SIZE, ModelCard, UInt8Array
 from service.embedded import EmbeddedTriton, Ports
@@ -40,6 +41,52 @@ class Gateway:
     log_path: Path
 
 
+class RedisServer:
+    """A real one, on a port that stays its own when it is killed and started again; it starts empty each time."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        (self.port,) = free_ports(1)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis.from_url(self.url)  # for a look behind the service's back
+        self._folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._options],
+            cwd=self._folder,
+            stdout=subprocess.DEVNULL,
+        )
+        eventually(self.answers, 10, "redis-server started")
+
+    def answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return bool(connection.recv(64))
+        except OSError:
+            return False
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.client.close()  # it connects again when it is used again
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+
+
+StartRedis = Callable[..., RedisServer]
 StartGateway = Callable[[Mapping[str, str]], AbstractContextManager[Gateway]]
 
 
@@ -164,3 +211,23 @@ def gateway(start_gateway: StartGateway, triton: EmbeddedTriton) -> Iterator[Gat
     url = f"127.0.0.1:{triton.ports.grpc}"
     with start_gateway({"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url}) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def start_redis(tmp_path: Path) -> Iterator[StartRedis]:
+    """Starts a redis-server of the test's own with these options."""
+    servers: list[RedisServer] = []
+
+    def start(*options: str) -> RedisServer:
+        servers.append(RedisServer(tmp_path, *options))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def redis_server(start_redis: StartRedis) -> RedisServer:
+    return start_redis()

@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission import Admission
+from service.app import redis_tier
 from service.core import Budget, Engines, ModelCard, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
 from service.http_api import Edge
 from service.images import ImageLimits, ImageReader
@@ -177,6 +178,7 @@ class House:
         self.reader = ImageReader(ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels), threads=1)
         self.readiness = Readiness(models, self.metrics)
         self.admission = Admission(self.settings, Engines(), CARD.max_positions, self.metrics)
+        self.shared = redis_tier(self.settings, CARD, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
             language=self.language,
@@ -186,6 +188,7 @@ class House:
             reader=self.reader,
             settings=self.settings,
             metrics=self.metrics,
+            shared=self.shared,
         )
         self.edge = Edge(self.pipeline, self.readiness, self.settings, self.metrics)
 

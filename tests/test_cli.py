@@ -6,17 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import uvicorn
 from conftest import eventually, free_ports
-from fakes import House, png
+from fakes import CARD, House, png
 from PIL import Image as Pillow
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.core import VisionFeatures
 from service.errors import Unavailable
+from service.feature_cache import FeatureKey
+from service.feature_record import pack
 from service.http_api import http_api
+from service.redis_tier import record_key
 
 
 @pytest.fixture
@@ -155,15 +160,73 @@ def test_without_a_server_it_says_how_to_start_one(command):
     assert f"nothing answers at http://127.0.0.1:{port}: start the service with `make serve`" in error
 
 
-@pytest.mark.parametrize("command", ["serve", "ask", "eval"])
-def test_help_has_an_example(command):
-    status, said, _ = run(command, "--help")
+def test_warm_has_every_image_encoded_once(server, tmp_path):
+    (tmp_path / "below").mkdir()
+    for number, name in enumerate(["a.png", "below/b.PNG", "below/c.png"]):
+        (tmp_path / name).write_bytes(png((number, 0, 0)))
+    (tmp_path / "notes.txt").write_text("no image")
+    status, said, _ = run("cache", "warm", str(tmp_path), "--url", server.url)
     assert status == 0
-    assert f"glimpse {command}" in said.split("Usage:")[1].split("\n", 1)[1]
+    assert said.startswith("3 images in ")
+    assert said.endswith("3 encoded, 0 known already, 0 refused\n")
+    assert run("cache", "warm", str(tmp_path), "--url", server.url)[1].endswith(
+        "0 encoded, 3 known already, 0 refused\n"
+    )
+
+
+def test_warm_tells_what_it_could_not_send(server, tmp_path):
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    status, said, error = run("cache", "warm", str(tmp_path), "--url", server.url)
+    assert status == 1
+    assert said.endswith("1 encoded, 0 known already, 1 refused\n")
+    assert error.startswith(f"{tmp_path / 'bad.png'}: ")
+    assert run("cache", "warm", str(tmp_path / "good.png"), "--url", server.url)[0] == 1
+
+
+def test_stats_and_purge_by_encoder(redis_server):
+    client = redis_server.client
+    vision = VisionFeatures(*(np.zeros(shape, np.float32) for shape in CARD.feature_shapes.values()))
+    for number in range(1200):
+        key = FeatureKey("old" if number % 3 else "new", 224, str(number))
+        client.set(record_key(key), pack(key, vision))
+    client.set("somebody:else", "kept")
+    client.config_set("maxmemory", 10**9)
+    status, said, _ = run("cache", "stats", "--redis-url", redis_server.url)
+    first, *models = said.splitlines()
+    nbytes = len(pack(FeatureKey("old", 224, "100"), vision))
+    assert status == 0
+    assert "MB of 1000.0 MB, noeviction; 0 keys evicted" in first
+    assert models == [f"new: 400 images, {400 * nbytes / 1e6:.1f} MB", f"old: 800 images, {800 * nbytes / 1e6:.1f} MB"]
+    purge = ["cache", "purge", "--redis-url", redis_server.url]
+    assert run(*purge, "--fingerprint", "old")[:2] == (0, "800 images' features deleted\n")
+    assert run(*purge)[:2] == (0, "400 images' features deleted\n")
+    assert run("cache", "stats", "--redis-url", redis_server.url)[1].endswith("no vision features\n")
+    assert client.keys() == [b"somebody:else"]
+
+
+@pytest.mark.parametrize("command", ["stats", "purge"])
+def test_a_redis_that_is_not_there_or_no_redis_is_told_in_a_line(command):
+    (port,) = free_ports(1)
+    status, _, error = run("cache", command, "--redis-url", f"redis://:secret@127.0.0.1:{port}")
+    assert status == 1
+    assert f"Redis: Error 111 connecting to 127.0.0.1:{port}" in error
+    assert "secret" not in error
+    status, _, error = run("cache", command, "--redis-url", "http://127.0.0.1")
+    assert (status, error.startswith("glimpse: --redis-url: ")) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "command", [("serve",), ("ask",), ("eval",), ("cache", "stats"), ("cache", "purge"), ("cache", "warm")]
+)
+def test_help_has_an_example(command):
+    status, said, _ = run(*command, "--help")
+    assert status == 0
+    assert f"glimpse {' '.join(command)}" in said.split("Usage:")[1].split("\n", 1)[1]
 
 
 def test_the_command_needs_nothing_but_httpx_and_typer_to_be_read():
-    heavy = ("numpy", "fastapi", "torch", "tritonclient", "pydantic", "PIL", "matplotlib")
+    heavy = ("numpy", "fastapi", "torch", "tritonclient", "pydantic", "PIL", "matplotlib", "redis")
     code = f"import service.cli, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

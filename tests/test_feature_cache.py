@@ -5,7 +5,7 @@ import pytest
 
 from service.core import VisionFeatures
 from service.errors import Unavailable
-from service.feature_cache import FeatureCache, FeatureKey
+from service.feature_cache import FeatureCache, FeatureKey, SharedTier
 from service.metrics import Metrics
 
 
@@ -20,17 +20,16 @@ def features(value: float = 0.0) -> VisionFeatures:
 
 def lookups(metrics: Metrics) -> dict[str, float]:
     every = ("hit", "miss", "shared")
-    return {
-        r: metrics.registry.get_sample_value("glimpse_feature_cache_lookups_total", {"result": r}) or 0 for r in every
-    }
+    name = "glimpse_feature_cache_lookups_total"
+    return {r: metrics.registry.get_sample_value(name, {"tier": "memory", "result": r}) or 0 for r in every}
 
 
 class Asker:
     """Requests for images; an encode lasts until `release` is set."""
 
-    def __init__(self, max_bytes: int = 1000) -> None:
+    def __init__(self, max_bytes: int = 1000, shared: SharedTier | None = None) -> None:
         self.metrics = Metrics()
-        self.cache = FeatureCache(max_bytes, self.metrics)
+        self.cache = FeatureCache(max_bytes, self.metrics, shared)
         self.release = asyncio.Event()
         self.encodes = 0
         self.encoding = asyncio.Event()
@@ -80,7 +79,7 @@ async def test_other_images_do_not_wait():
     waiting = asyncio.create_task(asker.ask("a"))
     await turn()
     async with asyncio.timeout(1), asker.cache.find(key("b")) as found:
-        assert found.result == "miss"
+        assert found.features is None
     asker.release.set()
     await waiting
 
@@ -136,8 +135,9 @@ async def test_the_least_recently_used_goes_first_and_bytes_stay_in_bounds():
     assert asker.encodes == 4
     await asker.ask("b")
     assert asker.encodes == 5
-    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_evictions_total") == 2
-    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_bytes") == 60
+    memory = {"tier": "memory"}
+    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_evictions_total", memory) == 2
+    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_bytes", memory) == 60
 
 
 async def test_features_larger_than_the_cache_still_reach_those_who_wait():
@@ -156,4 +156,72 @@ async def test_another_encoder_or_view_is_another_key():
     await asker.ask("a")
     for other in (FeatureKey("other", 224, "a"), FeatureKey("encoder", 448, "a")):
         async with asker.cache.find(other) as found:
-            assert found.result == "miss"
+            assert found.features is None
+
+
+class FakeShared:
+    """Looks for as long as `gate` is closed; tells what it was told."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.there: dict[FeatureKey, VisionFeatures] = {}
+        self.told: list[str] = []
+
+    async def find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
+        self.told.append("find")
+        await self.gate.wait()
+        return self.there.get(key)
+
+    def put(self, key: FeatureKey, vision: VisionFeatures) -> None:
+        self.told.append("put")
+
+    def give_up(self, key: FeatureKey) -> None:
+        self.told.append("give_up")
+
+
+async def test_only_the_first_asks_the_shared_tier_and_all_get_what_it_has():
+    shared = FakeShared()
+    shared.there[key("a")] = features(7.0)
+    asker = Asker(shared=shared)
+    tasks = [asyncio.create_task(asker.ask("a")) for _ in range(5)]
+    await turn()
+    shared.gate.set()
+    assert {id(found) for found in await asyncio.gather(*tasks)} == {id(shared.there[key("a")])}
+    assert asker.encodes == 0
+    assert shared.told == ["find"]
+    assert await asker.ask("a") is shared.there[key("a")]  # from memory
+    assert shared.told == ["find"]
+
+
+async def test_the_flight_has_landed_while_the_caller_works_with_shared_features():
+    shared = FakeShared()
+    shared.gate.set()
+    shared.there[key("a")] = features()
+    asker = Asker(shared=shared)
+    async with asker.cache.find(key("a")) as found, asyncio.timeout(1):
+        assert await asker.ask("a") is found.features
+
+
+async def test_whoever_leads_tells_the_shared_tier_how_it_ended():
+    shared = FakeShared()
+    shared.gate.set()
+    asker = Asker(shared=shared)
+    asker.release.set()
+    with pytest.raises(Unavailable):
+        await asker.ask("a", Unavailable("gone"))
+    await asker.ask("a")
+    assert shared.told == ["find", "give_up", "find", "put"]
+
+
+async def test_one_cancelled_while_it_looks_hands_over():
+    shared = FakeShared()
+    asker = Asker(shared=shared)
+    asker.release.set()
+    leader, other = [asyncio.create_task(asker.ask("a")) for _ in range(2)]
+    await turn()
+    leader.cancel()
+    await turn()
+    assert shared.told == ["find", "give_up", "find"]
+    shared.gate.set()
+    await other
+    assert asker.encodes == 1

@@ -117,12 +117,34 @@ async def test_one_new_image_for_many_callers_is_encoded_once(http, gateway):
     assert after["miss"] - before["miss"] == 1
 
 
+async def test_two_gateways_that_share_a_redis_encode_a_new_image_once(start_gateway, triton, redis_server):
+    url = f"127.0.0.1:{triton.ports.grpc}"
+    # A second for Redis: this machine runs everything at once, and a miss would hide what is tested.
+    settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_REDIS_URL": redis_server.url}
+    settings |= {"GLIMPSE_REDIS_TIMEOUT_S": "1", "GLIMPSE_REDIS_FLIGHT_S": "10"}
+    with start_gateway(settings) as one, start_gateway(settings) as other:
+        limits = httpx.Limits(max_connections=64)
+        async with (
+            httpx.AsyncClient(base_url=one.url, timeout=60, limits=limits) as first,
+            httpx.AsyncClient(base_url=other.url, timeout=60, limits=limits) as second,
+        ):
+            form = {"question": QUESTIONS[0], "max_tokens": "8"}
+            files = {"image": a_new_image(5)}
+            asked = [http.post("/v1/vqa", files=files, data=form) for http in (first, second) * 25]
+            said = [response.raise_for_status().json() for response in await asyncio.gather(*asked)]
+            assert sorted(each["vision"]["cache"] for each in said) == ["hit"] * 49 + ["miss"]
+            assert len({each["answer"] for each in said}) == 1  # whoever found it in Redis says the same
+            metrics = (await first.get("/metrics")).text + (await second.get("/metrics")).text
+            assert metrics.count('glimpse_feature_cache_lookups_total{result="shared",tier="redis"} 1.0') == 1
+
+
 async def lookups(http: httpx.AsyncClient) -> dict[str, float]:
     lines = (await http.get("/metrics")).text.splitlines()
     name = "glimpse_feature_cache_lookups_total"
+    labels = {result: f'{{result="{result}",tier="memory"}}' for result in ("hit", "miss", "shared")}
     return {
-        result: next((float(line.split()[1]) for line in lines if line.startswith(f'{name}{{result="{result}"}}')), 0)
-        for result in ("hit", "miss", "shared")
+        result: next((float(line.split()[1]) for line in lines if line.startswith(name + label)), 0)
+        for result, label in labels.items()
     }
 
 

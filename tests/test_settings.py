@@ -38,6 +38,7 @@ def test_a_variable_like_no_other_lists_the_known_ones():
         ({"GLIMPSE_HTTP_PORT": "70000"}, "GLIMPSE_HTTP_PORT: .*65535"),
         ({"GLIMPSE_VISION_URL": "triton:8001"}, "set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL"),
         ({"GLIMPSE_DEFAULT_TIMEOUT_S": "500"}, "over GLIMPSE_MAX_TIMEOUT_S"),
+        ({"GLIMPSE_REDIS_URL": "127.0.0.1:6379"}, "GLIMPSE_REDIS_URL: must start with redis://"),
         ({"GLIMPSE_IMAGE_STORE_BYTES": "10"}, "must hold at least one image"),
         ({"GLIMPSE_MAX_BYTES_IN_FLIGHT": "10"}, "must hold at least one body"),
         ({"GLIMPSE_MAX_PIXELS_IN_FLIGHT": "10"}, "must hold at least one image"),
@@ -47,6 +48,11 @@ def test_a_variable_like_no_other_lists_the_known_ones():
 def test_a_wrong_value_is_named(environ, message):
     with pytest.raises(SettingsError, match=message):
         read_settings(environ)
+
+
+def test_the_password_of_redis_is_not_shown():
+    settings = read_settings({"GLIMPSE_REDIS_URL": "redis://:secret@redis:6379/0"})
+    assert "secret" not in repr(settings)
 
 
 def test_settings_cannot_change():

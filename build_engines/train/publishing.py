@@ -20,7 +20,7 @@ def publish(plan: Plan) -> Path:
     model.load_state_dict(weights["model"])
     participatory.load_state_dict(weights["participatory"])
     card = {
-        "training_command": f"python -m build_engines.train --out {plan.out} --scale {plan.scale:g}",
+        "training_command": f"python -m build_engines.train --scale {plan.scale:g}",
         "vision_tokens": "trained under random budgets of 64 to 256 vision tokens; a quarter of the images with 256",
         "held_out_pairs": [" ".join(pair) for pair in HELD_OUT_PAIRS],
     }

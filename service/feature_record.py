@@ -1,0 +1,89 @@
+"""Vision features as bytes, which another process, another version or a damaged memory may have written.
+
+    magic, 4 bytes | version, u16 | header's length, u16 | blake3 of all that follows, 32 bytes
+    header: JSON with the key and each array's dtype and shape, padded with spaces
+    the arrays, in the order of VisionFeatures' fields, C order, little-endian
+
+Everything is checked before it is believed; what was packed comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+import orjson
+from blake3 import blake3
+
+from service.core import FloatArray, VisionFeatures
+from service.feature_cache import FeatureKey
+
+MAGIC = b"GLVF"
+VERSION = 1
+START = struct.Struct("<4sHH32s")
+ALIGNED = 64  # bytes: the arrays start at a multiple of it
+NAMES = ("features", "saliency", "entropy", "texture")
+DTYPES = ("<f4", "<f2")
+
+Reason = Literal["magic", "version", "checksum", "key", "shape"]
+
+
+class RecordError(ValueError):
+    """The bytes are no record for this key."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def pack(key: FeatureKey, vision: VisionFeatures) -> bytes:
+    arrays = {name: np.ascontiguousarray(getattr(vision, name)) for name in NAMES}
+    header = orjson.dumps(
+        {
+            "fingerprint": key.fingerprint,
+            "view": key.view,
+            "digest": key.digest,
+            "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
+        }
+    )
+    header += b" " * (-(START.size + len(header)) % ALIGNED)
+    body = b"".join([header, *(array.tobytes() for array in arrays.values())])
+    return START.pack(MAGIC, VERSION, len(header), blake3(body).digest()) + body
+
+
+def unpack(record: bytes, key: FeatureKey, shapes: Mapping[str, tuple[int, ...]]) -> VisionFeatures:
+    """Read-only arrays over the record's own memory. Raises RecordError where anything does not fit."""
+    if len(record) < START.size or record[: len(MAGIC)] != MAGIC:
+        raise RecordError("magic")
+    _, version, header_bytes, checksum = START.unpack_from(record)
+    if version != VERSION:
+        raise RecordError("version")
+    body = memoryview(record)[START.size :]
+    if blake3(body).digest() != checksum:
+        raise RecordError("checksum")
+    try:
+        header = orjson.loads(body[:header_bytes])
+        if FeatureKey(header["fingerprint"], header["view"], header["digest"]) != key:
+            raise RecordError("key")
+        return VisionFeatures(*_arrays(record, START.size + header_bytes, header["arrays"], shapes))
+    except (LookupError, TypeError, orjson.JSONDecodeError) as exc:  # whole, but not of our making
+        raise RecordError("shape") from exc
+
+
+def _arrays(
+    record: bytes, at: int, told: list[tuple[str, str, list[int]]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[FloatArray]:
+    """The arrays from byte `at` on. Raises RecordError."""
+    if [name for name, _, _ in told] != list(NAMES):
+        raise RecordError("shape")
+    for name, dtype, shape in told:
+        count = int(np.prod(shapes[name]))
+        if tuple(shape) != shapes[name] or dtype not in DTYPES or at + count * int(dtype[-1]) > len(record):
+            raise RecordError("shape")
+        array = np.frombuffer(record, dtype, count, at).reshape(shapes[name])
+        at += array.nbytes
+        yield array
+    if at != len(record):
+        raise RecordError("shape")

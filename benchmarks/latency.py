@@ -92,7 +92,7 @@ def memory_mb(pid: int) -> float:
 
 
 def never_seen(scene: Path, step: int) -> str:
-    """The scene shifted sideways by a few pixels, lossless, as base64: the same kind of image with other bytes."""
+    """The scene shifted sideways by some pixels, as base64: the same kind of image with other bytes."""
     with Image.open(scene) as image:
         pixels = np.roll(np.asarray(image.convert("RGB")), step % 200 + 1, axis=1)
     encoded = io.BytesIO()

@@ -232,6 +232,36 @@ def test_stop_ends_running_and_waiting_sequences_of_that_id_only():
     assert tokens_of(events, waiting) == []
 
 
+def test_a_stop_while_the_caller_is_asked_is_not_lost():
+    """Asking takes a while, and another thread may stop the sequence meanwhile."""
+
+    def still_there(asked: Sequence) -> bool:
+        batcher.stop(asked.request_id)
+        return False
+
+    batcher = Batcher(HistoryDecoder(), Limits(cancel_check_tokens=1), still_there)
+    one = sequence(1, name="a", max_tokens=40)
+    batcher.submit(one)
+    assert len(tokens_of(run(batcher), one)) < 5
+
+
+def test_whoever_joins_while_the_batch_fails_is_told_too():
+    class LateBatcher(Batcher):
+        def _reap(self) -> list[Event]:
+            self.submit(late)
+            return super()._reap()
+
+    decoder = HistoryDecoder()
+    decoder.vocab_size = 3  # the sampler trips over logits of another width
+    batcher = LateBatcher(decoder, Limits())
+    early, late = sequence(1, name="early", repetition_penalty=2.0), sequence(2, name="late")
+    batcher.submit(early)
+    events = batcher.iterate()
+    batcher.close()
+    told = {event.sequence.request_id for event in [*events, *batcher.drain()] if event.finished}
+    assert told == {"early", "late"}
+
+
 def test_a_cancelled_sequence_leaves_at_the_next_iteration():
     batcher = Batcher(HistoryDecoder(), Limits())
     gone, stays = sequence(1), sequence(2)

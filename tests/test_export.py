@@ -1,5 +1,6 @@
 """The committed graphs against PyTorch on the committed checkpoint; the exporter on a checkpoint of another shape."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,14 @@ def test_a_checkpoint_without_allocator_weights_says_so(tiny):
     told = card(tiny)
     assert not told.allocator_trained
     assert (told.hidden_size, told.vision_width, told.vocab_size) == (40, 48, 300)
+
+
+def test_another_image_size_is_refused_before_anything_is_exported(tmp_path, tiny):
+    config = json.loads((tiny.directory / "config.json").read_text())
+    config["vision_config"]["image_size"] = 364
+    Blip2ForConditionalGeneration(Blip2Config(**config)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sees 364 pixels in patches of 14"):
+        Checkpoint.load(tmp_path)
 
 
 def test_another_architecture_is_refused(tmp_path):

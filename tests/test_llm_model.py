@@ -121,6 +121,15 @@ def test_stop_with_the_same_id_ends_the_request(model):
     assert len(tokens(other)) == 20
 
 
+def test_stop_without_an_id_is_refused_as_it_would_end_strangers(model):
+    asked = request(max_tokens=20)
+    model.execute([asked])
+    stop = request(stop=np.array([[True]]))
+    model.execute([stop])
+    assert "stop needs the id" in error(stop).message()
+    assert len(tokens(asked)) == 20
+
+
 def test_a_cancelled_request_ends_within_eight_tokens(model):
     asked = request(max_tokens=280)
     asked.sender.cancelled = True

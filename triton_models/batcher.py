@@ -197,9 +197,11 @@ class Batcher:
             self._decoder.scrub(self._decoder.rows - 1)
             self._decoder.drop(self._decoder.rows - 1)
         with self._work:
+            # Who was submitted meanwhile and admitted at once is in the batch, but not in `everyone`.
+            had_a_part = dict.fromkeys((*everyone, *self._joining, *self._running))
+            failed = [each for each in had_a_part if each not in self._waiting]
             self._running.clear()
             self._joining = []
-            failed = [each for each in everyone if each not in self._waiting]
         self._to_ask.clear()
         self._sampler.rows = 0
         return [Event(each, None, 0.0, True, f"the batch failed: {error}") for each in failed]
@@ -207,7 +209,8 @@ class Batcher:
     def _reap(self) -> list[Event]:
         """Take the cancelled sequences out of the rows and the queue."""
         for sequence in self._to_ask:
-            sequence.cancelled |= self._is_abandoned(sequence)
+            if self._is_abandoned(sequence):  # never the other way: `stop` may set it meanwhile
+                sequence.cancelled = True
         self._to_ask.clear()
         with self._work:
             gone = [each for each in self._waiting if each.cancelled]

@@ -67,8 +67,12 @@ class OnnxDecoder:
         layers, two, heads, head_dim = self._row_shape
         no_past = np.zeros((rows, layers, two, heads, 0, head_dim), np.float32)
         logits, new_kv = self._infer(ids, table, no_past, np.zeros(rows, np.int64), lengths)
-        self._longest = max(self._longest, longest)
-        self._fit()
+        before, self._longest = self._longest, max(self._longest, longest)
+        try:
+            self._fit()
+        except MemoryError:  # the rows that run need no more than before
+            self._longest = before
+            raise
         last = self.rows + rows
         self._pool[self.rows : last, :, :, :, :longest] = new_kv
         self._lengths[self.rows : last] = lengths

@@ -109,6 +109,8 @@ class TritonPythonModel:
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}
         if "stop" in inputs and inputs["stop"].any():
+            if not request.request_id():  # it would end every request without an id
+                raise InvalidRequest("stop needs the id of the request that it ends", param="stop")
             self._batcher.stop(request.request_id())
             caller.end()
         else:

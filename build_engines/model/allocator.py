@@ -31,9 +31,9 @@ class RelevanceAllocator(nn.Module):
     relevance [B, 256] in [0, 1], scores [B, 3, 256] in [0, 1] (propositional, perspectival, participatory),
     levels int32 [B, 64], tensions [B, 3] in [0, 1] (particularize, explore, diversify).
 
-    With trained participatory knowing the relevance is its map alone, a calibrated probability that the question is
-    about the patch. Without it (`participatory=None`: a plain BLIP-2 checkpoint) the relevance is the mean of the other
-    two and the whole budget is spent.
+    With trained participatory knowing the relevance is its map alone, trained to tell the patches of the objects that
+    the question is about. Without it (`participatory=None`: a plain BLIP-2 checkpoint) the relevance is the mean of the
+    other two and the whole budget is spent.
     """
 
     def __init__(self, participatory: ParticipatoryKnowing | None) -> None:
@@ -70,7 +70,8 @@ class RelevanceAllocator(nn.Module):
         else:
             relevant = (cell_relevance >= RELEVANT).float().sum(1, keepdim=True)
             wanted = torch.ceil(relevant / (1 - EXPLORE)).clamp(max=CELL_COUNT)
-            refinements = torch.minimum(torch.maximum(wanted, least), torch.maximum(most, least))
+            # The most wins: a range between two possible counts is spent below its least.
+            refinements = torch.minimum(torch.maximum(wanted, least), most)
         room = (most - least).clamp(min=1.0)
         particularize = ((refinements - least) / room).clamp(0.0, 1.0)
         explore = torch.full_like(particularize, EXPLORE)

@@ -32,6 +32,7 @@ PROMPTS = {  # what the families were trained to answer questions by
 }
 FAMILIES = {family.__name__: family for family in PROMPTS}
 QUERIES = 32  # of one group
+IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
 
@@ -62,6 +63,12 @@ class Checkpoint:
         model = family.from_pretrained(directory, dtype=torch.float32).eval()
         if model.config.num_query_tokens != QUERIES:
             raise ValueError(f"{source} has {model.config.num_query_tokens} queries; the service counts in {QUERIES}")
+        vision = model.config.vision_config
+        if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
+            raise ValueError(
+                f"{source} sees {vision.image_size} pixels in patches of {vision.patch_size}; "
+                f"the service sees {IMAGE_SIZE} in {PATCH_SIZE}"
+            )
         preprocessor = _read_json(directory / "preprocessor_config.json", default={})
         preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
         participatory = None

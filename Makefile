@@ -31,16 +31,16 @@ eval: ready-to-serve ## accuracy of the served chain on the committed scenes (ne
 benchmark: ready-to-serve ## latency and throughput of the served chain (needs a running server)
 	$(BIN)/python -m benchmarks.latency
 
-train: ready-to-develop ## train the reference model from nothing into runs/reference
-	$(BIN)/glimpse train --out runs/reference
+train: ready-to-build ## train the reference model from nothing into runs/reference; goes on where it was killed
+	$(BIN)/glimpse train --out runs/reference --resume
 
-repository: ready-to-develop ## export reference/ into model_repository/
+repository: ready-to-build ## export reference/ into model_repository/
 	$(BIN)/python -m build_engines.export reference --out model_repository
 
-clean: ## remove the environment and everything built
-	rm -rf .venv build runs logs *.egg-info
+clean: ## remove the environment and what was built; training runs stay
+	rm -rf .venv build logs *.egg-info
 
-.PHONY: ready-to-serve ready-to-develop
-ready-to-serve ready-to-develop:
+.PHONY: ready-to-serve ready-to-build ready-to-develop
+ready-to-serve ready-to-build ready-to-develop:
 	@command -v $(PYTHON) >/dev/null || { echo "Glimpse needs Python 3.11 to 3.13: sudo apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) scripts/set_up.py $(@:ready-to-%=%)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes .venv ready to serve or to develop, once: `python3 scripts/set_up.py serve|develop`.
+"""Makes .venv ready to serve, to build models or to develop, once: `python3 scripts/set_up.py serve|build|develop`.
 
 Runs on any Python 3, so that one which is too old can say so. Needs nothing installed. A second run with nothing
 changed does nothing.
@@ -21,7 +21,13 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 GLIBC = (2, 35)
 # Only the tritonserver binary inside this wheel is used; its Python dependencies (numpy < 2 among them) are not wanted.
 TRITON = "nvidia-pytriton==0.7.0"
-EXTRAS = {"serve": "serve,draw", "develop": "serve,draw,build,dev"}
+CONSTRAINTS = "constraints.txt"  # the versions that the tests ran with
+# What each goal installs, the smaller ones first: who has a later one has the earlier ones too.
+GOALS = {
+    "serve": ("serve,draw", "the gateway and ONNX Runtime"),
+    "build": ("serve,draw,build", "PyTorch, the exporter, the gateway and ONNX Runtime"),
+    "develop": ("serve,draw,build,dev", "PyTorch, the exporter, the gateway, the tests and the linters"),
+}
 
 
 def stop(fault, mend):
@@ -75,17 +81,16 @@ def check_tests_need():
 
 def make_venv():
     """Creates .venv for this Python, replacing one of another version."""
-    marker = os.path.join(VENV, "pyvenv.cfg")
     python = os.path.join(VENV, "bin", "python")
     version = "{}.{}".format(*sys.version_info)
-    if os.path.exists(marker):
+    if os.path.exists(python):  # not where its Python is gone
         said = subprocess.run(
-            [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+            [python, "-c", "import pip, sys; print('%d.%d' % sys.version_info[:2])"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
         ).stdout.decode().strip()  # fmt: skip
         if said == version:
             return python
-        shutil.rmtree(VENV)
+    shutil.rmtree(VENV, ignore_errors=True)
     print("  making .venv with Python " + platform.python_version(), flush=True)
     command = [sys.executable, "-m", "venv", VENV]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
@@ -119,15 +124,19 @@ def install(python, what, arguments):
 
 def main():
     goal = sys.argv[1] if len(sys.argv) == 2 else ""
-    if goal not in EXTRAS:
+    if goal not in GOALS:
         sys.exit(__doc__)
     use_a_fitting_python()
     check_machine()
     if goal == "develop":
         check_tests_need()
-    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as project, open(__file__, "rb") as script:
-        wanted = hashlib.sha256(project.read() + script.read() + sys.version.encode()).hexdigest()
-    marks = [os.path.join(VENV, ".ready-to-" + each) for each in ([goal] if goal == "develop" else [goal, "develop"])]
+    digest = hashlib.sha256((sys.version + ROOT).encode())
+    for name in ("pyproject.toml", CONSTRAINTS, os.path.abspath(__file__)):
+        with open(os.path.join(ROOT, name), "rb") as source:
+            digest.update(source.read())
+    wanted = digest.hexdigest()
+    goals = list(GOALS)
+    marks = [os.path.join(VENV, ".ready-to-" + each) for each in goals[goals.index(goal) :]]
     for mark in marks:
         if os.path.exists(mark):
             with open(mark, encoding="ascii") as done:
@@ -136,10 +145,8 @@ def main():
     started = time.time()
     print(f"Setting up Glimpse to {goal} (once)", flush=True)
     python = make_venv()
-    if goal == "develop":
-        install(python, "PyTorch, the exporter, the tests and the linters", ["-e", ".[" + EXTRAS[goal] + "]"])
-    else:
-        install(python, "the gateway and ONNX Runtime", ["-e", ".[" + EXTRAS[goal] + "]"])
+    extras, what = GOALS[goal]
+    install(python, what, ["-c", CONSTRAINTS, "-e", ".[" + extras + "]"])
     install(python, "the bundled Triton server", ["--no-deps", TRITON])
     with open(marks[0], "w", encoding="ascii") as mark:
         mark.write(wanted)

@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import json
+import time
 from collections.abc import AsyncIterator
 
 import httpx
@@ -9,8 +10,9 @@ import pytest_asyncio
 from fakes import CARD, FakeProber, House, png, until
 from structlog.testing import capture_logs
 
-from service.errors import Overloaded, Unavailable
+from service.errors import InvalidRequest, Overloaded, Unavailable
 from service.http_api import http_api
+from service.http_schema import image_in_text
 from service.ledger import Cost
 
 IMAGE = base64.b64encode(png()).decode()
@@ -174,9 +176,18 @@ async def test_a_form_may_name_an_image_by_its_id_or_stream(caller):
     assert events(await caller.http.post("/v1/vqa", files=form))[-1] == "[DONE]"
 
 
-@pytest.mark.parametrize("kind", ["png", "PNG;charset=x"])
+@pytest.mark.parametrize("kind", ["png", "PNG;charset=x", "png;CHARSET=x"])
 async def test_a_data_url_is_an_image(caller, kind):
     assert (await caller.ask(image=f"data:image/{kind};base64,{IMAGE}")).status_code == 200
+
+
+@pytest.mark.parametrize("filler", [";", "a", ";a", ";base64"])
+def test_a_data_url_without_an_end_is_refused_at_once(filler):
+    text = "data:" + filler * (2_000_000 // len(filler))
+    begun = time.process_time()
+    with pytest.raises(InvalidRequest, match="without base64"):
+        image_in_text(text)
+    assert time.process_time() - begun < 0.2
 
 
 async def test_base64_may_be_wrapped_as_its_command_does(caller):

@@ -163,6 +163,8 @@ def _count(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None
     """Names are drawn until the number is the one wanted, so that 0 to 5 come about equally often."""
     if rng.random() < 0.08:
         template = _pick(rng, ("how many objects are there?", "how many shapes are in the image?"))
+        if len(things) >= len(NUMBERS):
+            return None
         return Question(template, NUMBERS[len(things)], "count", tuple(range(len(things))))
     wanted = int(rng.choice(6, p=(0.16, 0.22, 0.24, 0.18, 0.12, 0.08)))
     for _ in range(8):
@@ -173,7 +175,7 @@ def _count(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None
         if len(fitting) == wanted:
             break
     else:
-        if rng.random() < 0.6 or len(fitting) > 7:
+        if rng.random() < 0.6 or len(fitting) >= len(NUMBERS):
             return None
     template = _pick(rng, ("how many {} are there?", "how many {} are in the image?", "how many {} do you see?"))
     asked = tuple(fitting) if fitting else tuple(range(len(things)))

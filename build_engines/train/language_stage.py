@@ -19,10 +19,10 @@ from build_engines.train.stages import Plan, device, faster, mixed, muon_and_ada
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 
-STEPS = 4000
+STEPS = 4800
 BATCH = 16  # images, about 14 questions each
 NOISE = 0.05  # on the slots' vectors, as the Q-Former's will not be exact
-WEIGHTS = {"colour": 1.0, "shape": 1.0, "count": 2.2, "exist": 1.2, "relation": 2.0, "size": 1.5, "read": 0.7}
+WEIGHTS = {"colour": 0.6, "shape": 0.7, "count": 4.0, "exist": 1.2, "relation": 2.0, "size": 1.2, "read": 0.6}
 
 
 def draw_questions(
@@ -73,7 +73,7 @@ def train_language(plan: Plan) -> None:
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
         early = max(0.0, 1.0 - 2.0 * course.step / course.steps)
-        prefix, pack = draw(rng, World(), WEIGHTS | {DESCRIBE: 0.4, "position": 0.2 + 3.0 * early}, True)
+        prefix, pack = draw(rng, World(), WEIGHTS | {DESCRIBE: 0.5, "position": 0.2 + 3.0 * early}, True)
         prefix = prefix + NOISE * tensor(rng.standard_normal(prefix.shape, np.float32))
         with mixed():
             loss, right, number = answer_loss(language, decode, prefix, pack)

@@ -5,49 +5,29 @@ Participatory knowing starts here too: it reads the same features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from build_engines.model.allocation import CELL_COUNT, Allocation
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.scenes.questions import TYPES
-from build_engines.scenes.world import NONE, Thing, World
-from build_engines.train import replicas
+from build_engines.scenes.world import World
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
-from build_engines.train.language_stage import draw_questions
 from build_engines.train.queries import SlotReadout, allocate, looker, random_relevance, refinements, slot_loss
 from build_engines.train.relevance import COUPLED, relevance_loss
 from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam, tensor
+from build_engines.train.store import Seen, Store
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
-from build_engines.train.vision import draw_views, normalised
 
-STEPS = 1000
+STEPS = 1300
 BATCH = 32  # per replica
 STORED, FRESH = 3000, 6  # scenes kept, and how many of them every step replaces; per replica
 WORLDS = [World(), World(), World(fewest=4, most=8, unnamed_share=0.25)]
-
-
-@dataclass
-class Store:
-    """Scenes seen by the encoder: features [N, 257, D] bfloat16."""
-
-    features: Tensor
-    scenes: list[list[Thing]]
-    coverage: list[np.ndarray]
-
-    def take(self, rows: Sequence[int]) -> Store:
-        return Store(self.features[rows], [self.scenes[i] for i in rows], [self.coverage[i] for i in rows])
-
-    def replace(self, start: int, fresh: Store) -> None:
-        span = slice(start, start + len(fresh.scenes))
-        self.features[span], self.scenes[span], self.coverage[span] = fresh.features, fresh.scenes, fresh.coverage
 
 
 def train_qformer(plan: Plan) -> None:
@@ -70,7 +50,6 @@ def train_qformer(plan: Plan) -> None:
     for module in trained.values():
         module.to(device())
     rest = [model.qformer.layernorm, *list(trained.values())[1:]]
-    see = faster(lambda pixels: model.vision_model(pixel_values=pixels).last_hidden_state, plan)
     look = faster(looker(model), plan)
     optimizers = muon_and_adam(
         [model.qformer.encoder], [p for module in rest for p in module.parameters()], muon=0.01, adam=1.5e-3
@@ -80,13 +59,10 @@ def train_qformer(plan: Plan) -> None:
     if course.finished:
         return
 
-    @torch.no_grad()
-    def encoded(rng: np.random.Generator, number: int, worlds: list[World]) -> Store:
-        views = draw_views(rng, number, worlds, 0.5)
-        with mixed():
-            return Store(see(normalised(views.pixels)).bfloat16(), views.scenes, views.coverage)
+    store = Store(model.vision_model, plan, WORLDS, plan.size(STORED, 8), plan.size(FRESH, 4))
+    number = plan.size(BATCH, 8)
 
-    def report(rng: np.random.Generator, batch: Store, refined: Tensor) -> tuple[Tensor, Measures]:
+    def report(rng: np.random.Generator, batch: Seen, refined: Tensor) -> tuple[Tensor, Measures]:
         features = batch.features.float()
         tokens, mask = allocate(allocation, features, random_relevance(rng, batch.coverage), refined)
         with mixed():
@@ -97,40 +73,22 @@ def train_qformer(plan: Plan) -> None:
         # Empty slots are many and all alike.
         weight = torch.where(slots[2], 4.0, 1.0)[..., None] / target.var()
         error = ((model.language_projection(seen) - target).square() * weight).mean()
-        questions = [
-            []
-            if any(t.colour == NONE for t in things)
-            else draw_questions(rng, things, dict.fromkeys(TYPES, 1.0), COUPLED)
-            for things in batch.scenes
-        ]
+        questions = batch.ask(rng, dict.fromkeys(TYPES, 1.0), COUPLED)
         coupling, _, coupled = relevance_loss(
             trained["participatory"], tokenizer, rng, features, batch.coverage, questions
         )
         return loss + 3.0 * error + 2.0 * coupling, {**measures, **coupled, "projection": error.item()}
 
-    filler = np.random.default_rng((3, replicas.rank()))
-    fresh, stored = plan.size(FRESH, 4), plan.size(STORED, 8)
-    bar = tqdm(range(stored // fresh), desc="features", mininterval=5.0, disable=replicas.rank() > 0)
-    parts = [encoded(filler, fresh, WORLDS) for _ in bar]
-    store = Store(
-        torch.cat([part.features for part in parts]),
-        [things for part in parts for things in part.scenes],
-        [shares for part in parts for shares in part.coverage],
-    )
-
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
-        store.replace(course.step % len(parts) * fresh, encoded(rng, fresh, WORLDS))
-        batch = store.take(rng.choice(len(store.scenes), plan.size(BATCH, 8), replace=False).tolist())
-        yield report(rng, batch, refinements(rng, len(batch.scenes)))
+        yield report(rng, store.draw(rng, number), refinements(rng, number))
 
     @torch.no_grad()
     def validate() -> Measures:
         measures: Measures = {}
-        number = plan.size(BATCH, 8)
         everything = tensor(np.full((number, 1), CELL_COUNT, np.float32))
         for name, world in {"new": World(), "pairs": World(held_out=True)}.items():
             rng = np.random.default_rng(79)
-            rows = [report(rng, encoded(rng, number, [world]), everything)[1] for _ in range(4)]
+            rows = [report(rng, store.encode(rng, number, [world]), everything)[1] for _ in range(4)]
             measures |= {f"{name}_{key}": round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}
         return measures
 

@@ -39,7 +39,7 @@ def slot_loss(read: dict[str, Tensor], slots: tuple[Tensor, Tensor, Tensor]) -> 
     attributes, places, filled = slots
     present = filled.float()
     logits = read["filled"][..., 0]
-    loss = 3.0 * functional.binary_cross_entropy_with_logits(logits, present)
+    loss = 6.0 * functional.binary_cross_entropy_with_logits(logits, present)
     loss = loss + 2.0 * ((read["place"] - places).square().sum(-1) * present).sum() / present.sum().clamp(min=1)
     measures = {"slots": ((logits > 0) == filled).all(-1).float().mean().item()}
     for index, name in enumerate(HEADS):

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = publish(plan)
         report = committed_report(Checkpoint.load(checkpoint), 8 if options.tiny else None)
         card = json.loads((checkpoint / "model_card.json").read_text())
-        (checkpoint / "model_card.json").write_text(json.dumps(card | {"accuracy": report}, indent=2) + "\n")
+        (checkpoint / "model_card.json").write_text(json.dumps(card | {"accuracy_in_pytorch": report}, indent=2) + "\n")
         tqdm.write(json.dumps({split: rows["256_tokens"]["all"] for split, rows in report.items()}, indent=2))
     plot(options.out / "log.jsonl", options.out / "learning_curve.png")
     tqdm.write(f"{(time.monotonic() - started) / 60:.1f} minutes; everything is in {options.out}")

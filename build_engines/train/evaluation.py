@@ -105,7 +105,8 @@ def table(right: Counter[str], number: Counter[str]) -> dict[str, Any]:
     """By type and for all types but descriptions: the share that is right, a 95 % interval, and the number asked."""
     rows = {kind: _row(right[kind], number[kind]) for kind in sorted(number)}
     counted = [kind for kind in number if kind != DESCRIBE]
-    rows["all"] = _row(sum(right[kind] for kind in counted), sum(number[kind] for kind in counted))
+    if counted:
+        rows["all"] = _row(sum(right[kind] for kind in counted), sum(number[kind] for kind in counted))
     return rows
 
 

@@ -35,7 +35,7 @@ def test_every_stage_leaves_a_checkpoint_a_log_and_a_curve(run: Path) -> None:
     assert stages == ["language", "vision", "qformer", "joint"]
     assert (run / "learning_curve.png").stat().st_size > 10_000
     card = json.loads((run / "checkpoint" / "model_card.json").read_text())
-    assert set(card["accuracy"]) == {"new", "held_out_pairs"}
+    assert set(card["accuracy_in_pytorch"]) == {"new", "held_out_pairs"}
 
 
 def test_transformers_reads_the_checkpoint_and_answers(run: Path) -> None:

@@ -106,19 +106,28 @@ class EventStream(Response):
         super().__init__()
         self.ask = ask
         self.edge = edge
+        self.started = False
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
-        request = self.ask.request
-        started = False
         try:
-            async with present(receive, request.timeout_s), aclosing(self.edge.pipeline.answer(request)) as events:
+            async with present(receive, self.ask.request.timeout_s):
+                await self.send_events(send)
+        except Cancelled:
+            # Once it has started there is nobody to tell: to send more would wait for a reader who does not read.
+            if not self.started:
+                raise
+
+    async def send_events(self, send: Send) -> None:
+        """Raises GlimpseError before the first event is there, and only then."""
+        try:
+            async with aclosing(self.edge.pipeline.answer(self.ask.request)) as events:
                 async for event in events:
-                    if not started:
+                    if not self.started:
                         await send(self.start())
-                        started = True
+                        self.started = True
                     await send(self.chunk(event))
         except GlimpseError as error:
-            if not started:
+            if not self.started:
                 raise
             await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
@@ -248,7 +257,8 @@ async def keep_image(request: Request) -> Response:
     form_bytes = 64 * 1024 if is_form else 0  # room for the form's own text
     body = await admitted_body(request, edge, edge.settings.max_image_bytes + form_bytes)
     image = image_of(body, content_type) if is_form else body
-    return JsonResponse(UploadedImage.of(await edge.pipeline.keep_image(image, tenant_of(request))))
+    async with present(request.receive, edge.settings.default_timeout_s):
+        return JsonResponse(UploadedImage.of(await edge.pipeline.keep_image(image, tenant_of(request))))
 
 
 def image_of(body: bytes, content_type: str) -> bytes:

@@ -212,11 +212,19 @@ class Pipeline:
             yield self.finish(ticket, image, seen, prompt)
 
     async def keep_image(self, data: bytes, tenant: str = "") -> KeptImage:
-        """Takes an image that questions can name by its id. Raises InvalidImage, TooLarge, Overloaded."""
-        with self.admission.place(tenant) as place:
-            place.reserve(self.cost_of(data))
-            decoded = await self.reader.decode(data)
-            image = await self.reader.identify(data)
+        """Takes an image that questions can name by its id.
+
+        Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded.
+        """
+        timeout_s = self.settings.default_timeout_s
+        try:
+            with self.admission.place(tenant) as place:
+                place.reserve(self.cost_of(data))
+                async with asyncio.timeout(timeout_s):
+                    decoded = await self.reader.decode(data)
+                    image = await self.reader.identify(data)
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
         expires_at = self.images.put(image, time.time())
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
 

@@ -456,10 +456,17 @@ def references(node: object) -> list[str]:
     return [each for value in node for each in references(value)] if isinstance(node, list) else []
 
 
-async def one_request(caller: Caller, body: dict[str, object]) -> tuple[asyncio.Task[None], asyncio.Event]:
-    """A request as a server hands it over, and the event that says that its caller went away."""
+async def one_request(
+    caller: Caller, body: dict[str, object], blocks: object = None
+) -> tuple[asyncio.Task[None], asyncio.Event]:
+    """A question as a server hands it over, and the event that says that its caller went away."""
+    return one_body(caller, "/v1/vqa", json.dumps(ASKED | body).encode(), blocks)
+
+
+def one_body(caller: Caller, path: str, body: bytes, blocks: object = None) -> tuple[asyncio.Task[None], asyncio.Event]:
+    """`blocks` tells of which bytes sent to the caller are not taken."""
     gone = asyncio.Event()
-    messages = [{"type": "http.request", "body": json.dumps(ASKED | body).encode(), "more_body": False}]
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, object]:
         if messages:
@@ -468,12 +475,13 @@ async def one_request(caller: Caller, body: dict[str, object]) -> tuple[asyncio.
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, object]) -> None:
-        pass
+        if callable(blocks) and blocks(message.get("body", b"")):
+            await asyncio.Event().wait()
 
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v1/vqa",
+        "path": path,
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
     }
@@ -493,6 +501,54 @@ async def test_a_caller_who_hangs_up_cancels_the_stream_and_frees_the_slot(calle
     assert caller.house.outcomes() == {"cancelled": 1}
     assert caller.house.counted("glimpse_requests_in_flight") == 0
     assert task.exception() is None
+
+
+@pytest.mark.parametrize("last", [b"delta", b"finish_reason", b"[DONE]"])
+async def test_a_caller_who_does_not_read_its_stream_holds_nothing_for_ever(caller, last):
+    """It takes nothing from these bytes on: whatever is sent after them would wait too."""
+    sent: list[bytes] = []
+
+    def blocks(body: bytes) -> bool:
+        sent.append(body)
+        return any(last in each for each in sent)
+
+    task, gone = await one_request(caller, {"stream": True}, blocks)
+    await until(lambda: sent and last in sent[-1])
+    gone.set()
+    await until(task.done)
+    assert task.exception() is None
+    assert last in sent[-1]
+    assert caller.house.admission.ledger.held == Cost()
+
+
+async def test_a_caller_who_hangs_up_while_its_image_is_decoded_frees_its_place(caller):
+    caller.house.reader = caller.house.pipeline.reader = SlowReader()
+    task, gone = one_body(caller, "/v1/images", png())
+    await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="pixels") > 0)
+    gone.set()
+    await until(task.done)
+    assert task.exception() is None
+    assert caller.house.admission.ledger.held == Cost()
+    assert len(caller.house.pipeline.images) == 0
+
+
+async def test_an_image_that_is_not_decoded_in_time_is_504():
+    caller = Caller(House(default_timeout_s=0.05))
+    caller.house.reader = caller.house.pipeline.reader = SlowReader()
+    error = fault(await caller.http.post("/v1/images", content=png()), 504)
+    assert "not decoded within 0.05 s" in error["message"]
+    assert caller.house.admission.ledger.held == Cost()
+    await caller.close()
+
+
+class SlowReader:
+    """Never has decoded."""
+
+    async def decode(self, data: bytes) -> None:
+        await asyncio.Event().wait()
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("stream", [True, False])

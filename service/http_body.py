@@ -15,6 +15,7 @@ from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, TooLarge
 JSON = "application/json"
 FORM = "multipart/form-data"
 MAX_PARTS = 64
+MAX_NAME_CHARS = 100  # of a field's name, where it is told
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float, reserve: Callable[[int], None]) -> bytes:
@@ -59,7 +60,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        return self.options.get(b"name", b"").decode(errors="replace")
+        return self.options.get(b"name", b"").decode(errors="replace")[:MAX_NAME_CHARS]
 
     @property
     def is_file(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -14,12 +15,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from service.core import Budget, FloatArray, ModelCard, Relevance, Sampling
 from service.errors import GlimpseError, InvalidImage, InvalidRequest
-from service.http_body import Part
+from service.http_body import MAX_NAME_CHARS, Part
 from service.pipeline import Finished, KeptImage, Request, new_seed
 from service.settings import Settings
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
+MAX_FAULTS = 100  # of a body, before they are only counted
 
 
 def _stops(value: object) -> object:
@@ -41,13 +43,16 @@ def _from_json_text(value: object) -> object:
         raise ValueError('must be JSON text, such as {"vision_tokens": [64, 128]}') from exc
 
 
+Tokens = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
 class WireBudget(BaseModel):
     """The least and the most tokens that the answer may cost; what is left out is the model's own range."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="Budget")
 
-    vision_tokens: tuple[int, int] | None = Field(None, description="What the Q-Former reads of the image.")
-    visual_tokens: tuple[int, int] | None = Field(None, description="What the LLM reads; multiples of 32.")
+    vision_tokens: tuple[Tokens, Tokens] | None = Field(None, description="What the Q-Former reads of the image.")
+    visual_tokens: tuple[Tokens, Tokens] | None = Field(None, description="What the LLM reads; multiples of 32.")
 
 
 class Asked(BaseModel):
@@ -201,11 +206,13 @@ def image_in_text(text: str) -> bytes | str:
 
 
 def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidRequest:
-    """The first fault of a body in words; how many more there are is said too."""
-    faults = exc.errors(include_url=False, include_context=False)
-    fault = faults[0]
-    param = ".".join(str(step) for step in fault["loc"])
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    """The first fault of a body in words; how many more there are is said too. What is told of the body is short."""
+    count = exc.error_count()
+    if count > MAX_FAULTS:
+        return InvalidRequest(f"the body has {count:,} faults; the fields are {', '.join(known)}")
+    fault = exc.errors(include_url=False, include_context=False)[0]
+    param = ".".join(str(step) for step in fault["loc"])[:MAX_NAME_CHARS]
+    more = f" (and {count - 1} more)" if count > 1 else ""
     match fault["type"]:
         case "json_invalid":
             reason = fault["msg"].removeprefix("Invalid JSON: ")
@@ -219,7 +226,7 @@ def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidReque
         case "model_type" | "model_attributes_type":
             return InvalidRequest(f"{param or 'the body'} must be a JSON object", param=param or None)
     reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    given = repr(fault["input"])
+    given = reprlib.repr(fault["input"])  # repr itself has no bound, and fails on what is nested deeply
     shown = given if len(given) <= 60 else f"{given[:57]}..."
     return InvalidRequest(f"{param} {reason}; it is {shown}{more}", param=param)
 

@@ -234,6 +234,7 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
         ({"budget": {"visual_tokens": [32, 128]}}, 400, "budget.visual_tokens", "invalid_request", "[32, 32]"),
         ({"budget": {"vision_tokens": [10, 20]}}, 400, "budget.vision_tokens", "invalid_request", "[64, 256]"),
         ({"budget": {"vision": 1}}, 400, "budget.vision", "unknown_field", "there is no field 'budget.vision'"),
+        ({"budget": {"vision_tokens": [64, 10**300]}}, 400, "budget.vision_tokens.1", "invalid_request", "equal to 10"),
         ({"budget": 5}, 400, "budget", "invalid_request", "must be a JSON object"),
         ({"top": 5}, 400, "top", "unknown_field", "did you mean stop?"),
         ({"zzz": 5}, 400, "zzz", "unknown_field", "the fields are"),
@@ -285,6 +286,41 @@ async def test_a_body_that_cannot_be_read_says_why(caller, body, content_type, c
 async def test_a_wrong_form_is_told_as_json_is(caller, fields, message):
     form = {name: ("x.png" if name == "image" else None, value) for name, value in fields.items()}
     assert message in fault(await caller.http.post("/v1/vqa", files=form), 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"q" * 90_000: 1}, "the fields are"),
+        ({"budget": {"b" * 90_000: 1}}, "the fields are"),
+        ({f"field{number}": 1 for number in range(9_000)}, "the body has 9,000 faults; the fields are"),
+        ({"question": ["x" * 90_000]}, "valid string"),
+    ],
+)
+async def test_what_a_body_is_refused_with_is_short(caller, body, message):
+    begun = time.process_time()
+    response = await caller.ask(**body)
+    assert time.process_time() - begun < 0.5
+    assert message in fault(response, 400)["message"]
+    assert len(response.content) < 700
+
+
+async def test_the_name_of_a_forms_field_is_told_in_short(caller):
+    for form in ({"q" * 60_000: (None, "x")}, [("q" * 60_000, (None, "x"))] * 2):
+        for path in ("/v1/vqa", "/v1/images"):
+            response = await caller.http.post(path, files=form)
+            fault(response, 400)
+            assert len(response.content) < 700
+
+
+@pytest.mark.parametrize("depth", [180, 900, 100_000])
+@pytest.mark.parametrize("field", ["{}", '{"vision_tokens": {}}', '{"zzz": {}}'])
+async def test_json_nested_deeply_is_a_mistake_like_others(caller, depth, field):
+    nested = field.replace("{}", "[" * depth + "]" * depth)
+    form = {"image": png(), "question": (None, "x"), "budget": (None, nested)}
+    fault(await caller.http.post("/v1/vqa", files=form), 400)
+    for name in ("budget", "question", "stop", "zzz"):
+        fault(await caller.post(f'{{"question": "x", "image": "", "{name}": {nested}}}'.encode()), 400)
 
 
 async def test_a_field_given_twice_is_refused(caller):

@@ -12,14 +12,23 @@ from torch import nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
 from build_engines.model.knowing import ParticipatoryKnowing
-from build_engines.scenes.questions import ANSWERS, Question
-from build_engines.scenes.world import World, sample_scene
+from build_engines.scenes.questions import ANSWERS, TYPES, Question
+from build_engines.scenes.world import HELD_OUT_PAIRS, World, sample_scene
 from build_engines.train.__main__ import main
 from build_engines.train.course import Course, Measures
 from build_engines.train.evaluation import wilson
+from build_engines.train.language_stage import draw_questions
 from build_engines.train.packing import Packer
 from build_engines.train.symbols import slots_of
 from build_engines.train.tokens import EOS, PROMPT, new_tokenizer
+
+
+def test_no_training_question_names_a_held_out_pair() -> None:
+    rng = np.random.default_rng(3)
+    named = [f"{colour} {shape}" for colour, shape in HELD_OUT_PAIRS]
+    for _ in range(400):
+        for question in draw_questions(rng, sample_scene(rng, World()), dict.fromkeys(TYPES, 1.0), 12):
+            assert not any(name in question.text for name in named), question.text
 
 
 @pytest.fixture(scope="module")

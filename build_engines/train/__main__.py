@@ -29,6 +29,7 @@ from build_engines.train.vision_stage import train_vision
 
 STAGES = {"language": train_language, "vision": train_vision, "qformer": train_qformer, "joint": train_joint}
 ALONE = ("language", "vision")  # need no other stage's weights
+REPLICAS = 2  # processes of the later stages on a CPU; each adds its own part to the batch, so more is another training
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     first = [stage for stage in stages if stage in ALONE]
     _side_by_side(plan, first, options.threads)
-    copies = 1 if torch.cuda.is_available() or options.tiny else options.threads
+    copies = 1 if torch.cuda.is_available() or options.tiny else min(REPLICAS, options.threads)
     for stage in stages:
         if stage not in ALONE:
             run_replicas(STAGES[stage], plan, copies)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from build_engines.scenes.questions import ANSWERS, DESCRIBE, TYPES, Question, ask, rephrase
-from build_engines.scenes.world import Thing, World, sample_scene
+from build_engines.scenes.world import HELD_OUT_PAIRS, Thing, World, sample_scene
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
 from build_engines.train.language import answer_loss, decoder_of
@@ -33,12 +33,19 @@ def draw_questions(
     found: dict[str, Question] = {}
     for choice in rng.choice(len(kinds), 2 * number, p=share / share.sum()):
         question = ask(rng, things, kinds[choice])
-        if question is not None:
+        if question is not None and not denies_a_held_out_pair(question):
             said = rephrase(rng, question) if loosely else question
             found[said.text] = said
         if len(found) == number:
             break
     return list(found.values())
+
+
+def denies_a_held_out_pair(question: Question) -> bool:
+    """A near miss may land on a pair that training never shows: it could only ever be answered with no, or 0."""
+    return question.answer in ("no", "0") and any(
+        f"{colour} {shape}" in question.text for colour, shape in HELD_OUT_PAIRS
+    )
 
 
 def train_language(plan: Plan) -> None:

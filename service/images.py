@@ -20,6 +20,7 @@ from PIL import Image as Pillow
 
 from service.core import IMAGE_SIZE, UInt8Array
 from service.errors import InvalidImage, NotFound, TooLarge
+from service.settings import IMAGE_ENTRY_BYTES
 
 # Imported here, as Pillow imports its readers late and then all fifty: the first request would wait 30 ms for them.
 READERS = (
@@ -43,6 +44,8 @@ TURNS = {  # EXIF orientation -> what brings the picture upright
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
 
 MAX_JPEG_SEGMENTS = 512  # cameras write some ten
+MAX_GIF_BLOCKS = 512  # before the first frame; encoders write one or two
+GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
 JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0xFFCA, 0xFFCB, 0xFFCD, 0xFFCE, 0xFFCF)
 
 FOREIGN = (  # offset, lower-case magic, name: what people send most that is not an image we read
@@ -97,28 +100,30 @@ class Decoded:
     height: int
 
 
-def header_pixels(data: bytes) -> int:
-    """Width times height as the file's first bytes tell them, in microseconds; 0 where they are no image we read.
+def header_pixels(data: bytes) -> int | None:
+    """Width times height as the file's first bytes tell them, in microseconds; 0 where they are no image we read, None
+    where they may be one but do not tell its size.
 
-    Decoders are not asked: on hostile bytes they take their time even for that.
+    Decoders are not asked: on hostile bytes they take their time even for that. `decode` refuses a picture that turns
+    out to be larger.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        size = _unpack(">II", data, 16)
+        size = _unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
     elif data.startswith(b"\xff\xd8"):
         size = _jpeg_size(data)
     elif data.startswith((b"GIF87a", b"GIF89a")):
-        size = _unpack("<HH", data, 6)
+        size = _gif_size(data)
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         size = _webp_size(data)
     else:
-        size = (0, 0)
-    return size[0] * size[1]
+        return 0
+    return size[0] * size[1] or None
 
 
 def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
-    """Two zeros where the bytes end before."""
+    """Zeros where the bytes end before."""
     if len(data) < offset + struct.calcsize(layout):
-        return 0, 0
+        return (0,) * len(layout[1:])
     return struct.unpack_from(layout, data, offset)
 
 
@@ -138,6 +143,27 @@ def _jpeg_size(data: bytes) -> tuple[int, ...]:
     return 0, 0
 
 
+def _gif_size(data: bytes) -> tuple[int, ...]:
+    """Of what holds both the screen and the first frame, which may be larger than the screen."""
+    width, height, flags = _unpack("<HHB", data, 6)
+    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # behind the colours
+    in_extension = False
+    for _ in range(MAX_GIF_BLOCKS):
+        (block,) = _unpack("<B", data, offset)
+        if in_extension:  # this is a length, and 0 ends it
+            in_extension = block > 0
+            offset += 1 + block
+        elif block == GIF_EXTENSION:
+            in_extension = True
+            offset += 2
+        elif block == GIF_FRAME:
+            left, top, frame_width, frame_height = _unpack("<HHHH", data, offset + 1)
+            return max(width, left + frame_width), max(height, top + frame_height)
+        else:
+            break
+    return 0, 0
+
+
 def _webp_size(data: bytes) -> tuple[int, ...]:
     match data[12:16]:
         case b"VP8 ":
@@ -147,7 +173,7 @@ def _webp_size(data: bytes) -> tuple[int, ...]:
             bits, _ = _unpack("<IB", data, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         case b"VP8X":
-            low, high, low_height, high_height = _unpack("<HBHB", data, 24) if len(data) >= 30 else (0, 0, 0, 0)
+            low, high, low_height, high_height = _unpack("<HBHB", data, 24)
             return (low | high << 16) + 1, (low_height | high_height << 16) + 1
     return 0, 0
 
@@ -183,6 +209,12 @@ def decode(data: bytes, limits: ImageLimits) -> Decoded:
             raise TooLarge(
                 f"the image has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels), the limit is "
                 f"{limits.max_pixels / 1e6:.1f}: send it smaller (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
+                param="image",
+            )
+        told = header_pixels(data)
+        if told is not None and width * height > told:
+            raise InvalidImage(
+                f"the {picture.format} tells two sizes, {told:,} pixels first and then {width}x{height}: save it anew",
                 param="image",
             )
         try:
@@ -264,6 +296,8 @@ class ImageReader:
 class ImageStore:
     """Images by id, in memory: bounded in bytes, least recently used first to go, gone `ttl_s` after they were sent.
 
+    Each counts IMAGE_ENTRY_BYTES more than its own bytes, so that very many very small ones are bounded too.
+
     `now` is in seconds since the epoch.
     """
 
@@ -281,8 +315,8 @@ class ImageStore:
         self._drop(image.id)
         expires_at = now + self.ttl_s
         self._kept[image.id] = image, expires_at
-        self.nbytes += len(image.data)
-        while self.nbytes > self.max_bytes:
+        self.nbytes += len(image.data) + IMAGE_ENTRY_BYTES
+        while self.nbytes > self.max_bytes or self._first_expires_at() <= now:
             self._drop(next(iter(self._kept)))
         return expires_at
 
@@ -300,7 +334,12 @@ class ImageStore:
         self._kept.move_to_end(image_id)
         return image
 
+    def _first_expires_at(self) -> float:
+        """Of the one that nobody asked about for the longest."""
+        _, expires_at = next(iter(self._kept.values()))
+        return expires_at
+
     def _drop(self, image_id: str) -> None:
         image, _ = self._kept.pop(image_id, (None, 0.0))
         if image is not None:
-            self.nbytes -= len(image.data)
+            self.nbytes -= len(image.data) + IMAGE_ENTRY_BYTES

@@ -267,8 +267,10 @@ class Pipeline:
         return self.prompts.require_room(request.question, budget.visual_tokens[1], request.sampling.max_tokens)
 
     def cost_of(self, data: bytes) -> Cost:
-        """Of decoding; more pixels than are allowed are refused by the decoder, at no cost."""
-        return Cost(pixels=min(header_pixels(data), self.settings.max_image_pixels))
+        """Of decoding; more pixels than are allowed are refused by the decoder, at no cost. Who does not tell its size
+        pays for the largest."""
+        most, told = self.settings.max_image_pixels, header_pixels(data)
+        return Cost(pixels=most if told is None else min(told, most))
 
     async def load(self, ticket: Ticket) -> Image:
         """The image's bytes and digest; they are not decoded here, as a known image needs no pixels."""

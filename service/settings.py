@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
 MIB = 1024 * 1024
+IMAGE_ENTRY_BYTES = 1024  # what an image that is kept by its id takes besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -90,7 +91,7 @@ class Settings(BaseSettings):
             raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
         if self.default_timeout_s > self.max_timeout_s:
             raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S")
-        if self.image_store_bytes < self.max_image_bytes:
+        if self.image_store_bytes < self.max_image_bytes + IMAGE_ENTRY_BYTES:
             raise ValueError("GLIMPSE_IMAGE_STORE_BYTES must hold at least one image of GLIMPSE_MAX_IMAGE_BYTES")
         if self.max_bytes_in_flight < self.max_body_bytes:
             raise ValueError(f"GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body, {self.max_body_bytes:,} bytes")

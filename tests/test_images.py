@@ -1,4 +1,5 @@
 import contextlib
+import struct
 import zlib
 from io import BytesIO
 
@@ -11,6 +12,7 @@ from PIL import ImageCms, ImageFilter
 
 from service.errors import InvalidImage, NotFound, TooLarge
 from service.images import Image, ImageLimits, ImageReader, ImageStore, decode, header_pixels
+from service.settings import IMAGE_ENTRY_BYTES
 
 LIMITS = ImageLimits(max_bytes=2_000_000, max_pixels=4_000_000)
 RNG = np.random.default_rng(0)
@@ -226,20 +228,20 @@ def test_an_image_is_named_by_its_bytes():
 
 
 def test_the_store_forgets_the_least_recently_used_first():
-    store = ImageStore(max_bytes=30, ttl_s=100)
+    store = ImageStore(max_bytes=3 * (10 + IMAGE_ENTRY_BYTES), ttl_s=100)
     a, b, c = (Image.of(letter * 10) for letter in (b"a", b"b", b"c"))
     for image in (a, b, c):
         store.put(image, now=0)
     store.get(a.id, now=1)
     store.put(Image.of(b"d" * 10), now=2)
     assert store.get(a.id, now=3) is a
-    assert store.nbytes == 30
+    assert store.nbytes == store.max_bytes
     with pytest.raises(NotFound, match="POST /v1/images"):
         store.get(b.id, now=3)
 
 
 def test_the_store_forgets_when_the_time_is_over_and_a_second_upload_renews_it():
-    store = ImageStore(max_bytes=30, ttl_s=100)
+    store = ImageStore(max_bytes=10_000, ttl_s=100)
     image = Image.of(b"a")
     assert store.put(image, now=0) == 100
     assert store.put(image, now=50) == 150
@@ -247,6 +249,15 @@ def test_the_store_forgets_when_the_time_is_over_and_a_second_upload_renews_it()
     with pytest.raises(NotFound, match="its time is over"):
         store.get(image.id, now=150)
     assert (len(store), store.nbytes) == (0, 0)
+
+
+def test_the_store_is_bounded_for_tiny_images_and_lets_expired_ones_go():
+    store = ImageStore(max_bytes=100_000, ttl_s=100)
+    for number in range(1000):
+        store.put(Image.of(b"%d" % number), now=0)
+    assert len(store) < 100
+    store.put(Image.of(b"later"), now=100)
+    assert (len(store), store.nbytes) == (1, 5 + IMAGE_ENTRY_BYTES)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (224, 224), (1037, 3), (5, 700)])
@@ -268,10 +279,49 @@ def test_pixels_are_known_from_the_header(kind, options, size):
 
 
 @given(st.sampled_from(["PNG", "GIF", "JPEG", "WEBP"]), st.integers(0, 60), st.binary(max_size=60))
-def test_headers_that_are_cut_or_wrong_cost_nothing(kind, kept, rest):
-    assert header_pixels(encoded(Pillow.new("RGB", (8, 8)), kind)[:kept] + rest) >= 0
+def test_headers_that_are_cut_or_wrong_do_no_harm(kind, kept, rest):
+    pixels = header_pixels(encoded(Pillow.new("RGB", (8, 8)), kind)[:kept] + rest)
+    assert pixels is None or pixels >= 0
 
 
 def test_a_jpeg_of_segments_without_end_is_not_followed():
-    assert header_pixels(b"\xff\xd8" + b"\xff\xe0\x00\x02" * 1_000_000) == 0
-    assert header_pixels(b"\xff\xd8" + b"\xff" * 1_000_000) == 0
+    assert header_pixels(b"\xff\xd8" + b"\xff\xe0\x00\x02" * 1_000_000) is None
+    assert header_pixels(b"\xff\xd8" + b"\xff" * 1_000_000) is None
+
+
+def large(kind: str) -> bytes:
+    return encoded(Pillow.new("L", (1500, 1000)), kind)
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+
+
+PNG, JPEG, GIF = large("PNG"), large("JPEG"), large("GIF")
+SMALL_IHDR = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (GIF[:6] + b"\1\0\1\0" + GIF[10:], 1_500_000),  # a frame larger than the screen
+        (GIF[:6] + b"\1\0\1\0" + GIF[10:25] + b"!\xfe\1x\0" * 300 + GIF[25:], None),
+        (JPEG[:2] + b"\xff\xfe\0\2" * 600 + JPEG[2:], None),
+        (PNG[:8] + png_chunk(b"tEXt", b"\0\0\0\1\0\0\0\1") + PNG[8:], None),
+        (PNG[:8] + SMALL_IHDR + PNG[8:], 1),
+    ],
+)
+def test_a_header_cannot_tell_less_than_is_decoded(data, told):
+    """The whole size, or None for the most that is allowed; what tells two sizes is not decoded."""
+    assert header_pixels(data) == told
+    if told == 1:
+        with pytest.raises(InvalidImage, match="tells two sizes, 1 pixels first and then 1500x1000"):
+            decode(data, LIMITS)
+    else:
+        assert decode(data, LIMITS).width == 1500
+
+
+def test_an_animated_gif_with_a_loop_and_a_comment_tells_its_size():
+    frames = [picture(300, 200) for _ in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], loop=0, comment=b"x" * 700, duration=50)
+    assert header_pixels(data) == 60_000

@@ -39,7 +39,7 @@ def test_a_variable_like_no_other_lists_the_known_ones():
         ({"GLIMPSE_VISION_URL": "triton:8001"}, "set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL"),
         ({"GLIMPSE_DEFAULT_TIMEOUT_S": "500"}, "over GLIMPSE_MAX_TIMEOUT_S"),
         ({"GLIMPSE_REDIS_URL": "127.0.0.1:6379"}, "GLIMPSE_REDIS_URL: must start with redis://"),
-        ({"GLIMPSE_IMAGE_STORE_BYTES": "10"}, "must hold at least one image"),
+        ({"GLIMPSE_IMAGE_STORE_BYTES": "20000000"}, "must hold at least one image"),
         ({"GLIMPSE_MAX_BYTES_IN_FLIGHT": "10"}, "must hold at least one body"),
         ({"GLIMPSE_MAX_PIXELS_IN_FLIGHT": "10"}, "must hold at least one image"),
         ({"GLIMPSE_VISION_SLOTS": "0"}, "GLIMPSE_VISION_SLOTS: .*greater than 0"),

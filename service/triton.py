@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
@@ -39,7 +40,6 @@ from service.core import (
     VisionFeatures,
 )
 from service.errors import (
-    Cancelled,
     DeadlineExceeded,
     GlimpseError,
     InternalError,
@@ -149,14 +149,13 @@ ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
     grpc.StatusCode.NOT_FOUND: Unavailable,  # the model is not loaded
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.CANCELLED: Unavailable,  # by the server: our own cancels raise CancelledError
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
 }
 MESSAGES: Mapping[type[GlimpseError], str] = {
     Unavailable: "the model {model} does not answer: try again in a few seconds",
     Overloaded: "the model {model} has no room for another request: try again",
     DeadlineExceeded: "the model {model} did not finish in time",
-    Cancelled: "the request to the model {model} was cancelled",
     InternalError: "the model {model} failed",
 }
 
@@ -389,7 +388,7 @@ class TritonClient:
                     Sampling(max_tokens=1),
                     end_id=card.end_id,
                     pad_id=card.pad_id,
-                    request_id="probe",
+                    request_id=f"probe-{uuid4().hex}",  # closing a stream stops by id, and another gateway probes too
                     timeout_s=timeout_s,
                     stall_timeout_s=timeout_s,
                 )

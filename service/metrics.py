@@ -33,7 +33,9 @@ class Metrics:
         self.admitted_cost = self._gauge("admitted_cost", "Reserved by all requests that are in, by unit.", "unit")
         self.request_queue_time = self._seconds("request_queue_time_seconds", "Waiting of answered questions.", "kind")
         self.tokens_saved = self._counter(
-            "tokens_saved", "Left to max_tokens of questions that were cancelled or expired, by which.", "reason"
+            "tokens_saved",
+            "At most so many were not generated: left to max_tokens of questions that were cancelled or expired.",
+            "reason",
         )
         self.e2e_request_latency = self._seconds(
             "e2e_request_latency_seconds", "From arrival to the end of the answer; answered questions only."
@@ -41,8 +43,12 @@ class Metrics:
         self.time_to_first_token = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
         self.inter_token_latency = self._seconds("inter_token_latency_seconds", "Between two tokens of an answer.")
         self.stage = self._seconds("stage_seconds", "One stage of an answered question.", "stage")
-        self.prompt_tokens = self._counter("prompt_tokens", "Text tokens that the LLM read.")
-        self.generated_tokens = self._counter("generated_tokens", "Tokens that the LLM wrote.")
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Text tokens that the LLM was given, however the question ended."
+        )
+        self.generated_tokens = self._counter(
+            "generated_tokens", "Tokens that came from the LLM, however the question ended."
+        )
         self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept for one question.")
         self.visual_tokens = self._tokens("visual_tokens", "Visual tokens handed to the LLM for one question.")
         # Tiers: memory (this process's), and redis, which only what memory does not hold is asked of.

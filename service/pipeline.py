@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -133,6 +133,7 @@ class Ticket:
     cache: Literal["hit", "miss"] = "miss"
     first_token: float | None = None
     last_token: float | None = None
+    prompt_tokens: int = 0  # once there is a prompt
     completion_tokens: int = 0
     finish_reason: Literal["stop", "length"] = "length"
 
@@ -206,10 +207,11 @@ class Pipeline:
                 image = await self.load(ticket)
                 seen = await self.look(image, ticket, place)
             prompt = self.prompts.compose(request.question, seen.visual_tokens, visual_key(request, image, self.card))
+            ticket.prompt_tokens = len(prompt.input_ids) - len(seen.visual_tokens)
             async with aclosing(self.generate(prompt, ticket)) as texts:
                 async for text in texts:
                     yield Delta(text)
-            yield self.finish(ticket, image, seen, prompt)
+            yield self.finish(ticket, image, seen)
 
     async def keep_image(self, data: bytes, tenant: str = "") -> KeptImage:
         """Takes an image that questions can name by its id.
@@ -286,7 +288,9 @@ class Pipeline:
         """
         request, question = ticket.request, self.prompts.question(ticket.request.question)
         key = FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)
-        async with self.features.find(key, ticket.left_s) as found:
+        async with AsyncExitStack() as flight:
+            with ticket.stage("vision"):  # another's encode may have to be waited for
+                found = await flight.enter_async_context(self.features.find(key, ticket.left_s))
             if found.features is None:
                 seen = await self._see(image, question, found, ticket, place)
         if found.features is None:
@@ -367,19 +371,16 @@ class Pipeline:
         ticket.completion_tokens += len(said)
         return said
 
-    def finish(self, ticket: Ticket, image: Image, seen: Seen, prompt: Prompt) -> Finished:
+    def finish(self, ticket: Ticket, image: Image, seen: Seen) -> Finished:
         ticket.outcome = "ok"
         visual_tokens = len(seen.visual_tokens)
-        prompt_tokens = len(prompt.input_ids) - visual_tokens
-        self.metrics.prompt_tokens.inc(prompt_tokens)
-        self.metrics.generated_tokens.inc(ticket.completion_tokens)
         self.metrics.vision_tokens.observe(seen.relevance.vision_tokens)
         self.metrics.visual_tokens.observe(visual_tokens)
         return Finished(
             finish_reason=ticket.finish_reason,
             image_id=image.id,
             cache=ticket.cache,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=ticket.prompt_tokens,
             completion_tokens=ticket.completion_tokens,
             visual_tokens=visual_tokens,
             relevance=seen.relevance,
@@ -389,6 +390,8 @@ class Pipeline:
     def _record(self, ticket: Ticket, fault: BaseException | None) -> None:
         timing_ms = ticket.timing_ms()
         self.metrics.requests.labels(ticket.outcome).inc()
+        self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
+        self.metrics.generated_tokens.inc(ticket.completion_tokens)
         if ticket.outcome == "ok":
             self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3)
             self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -224,6 +225,20 @@ async def test_concurrent_questions_about_one_new_image_encode_it_once(house):
     assert sorted(end.cache for end in ends) == ["hit"] * 7 + ["miss"]
 
 
+async def test_the_wait_for_anothers_encode_is_a_part_of_vision(house):
+    house.vision.close("see")
+    first = asyncio.create_task(answer(house, request()))
+    await until(lambda: house.vision.calls)
+    second = asyncio.create_task(answer(house, request(question="which shape?")))
+    await turns()
+    begun = time.monotonic()
+    await asyncio.sleep(0.02)
+    waited_ms = (time.monotonic() - begun) * 1e3
+    house.vision.gate.set()
+    for _, end in await asyncio.gather(first, second):
+        assert end.timing_ms["vision"] >= waited_ms - 0.01  # told to a hundredth
+
+
 async def test_an_image_that_was_kept_needs_no_bytes_again(house):
     kept = await house.pipeline.keep_image(png(size=(300, 200)))
     assert (kept.width, kept.height) == (300, 200)
@@ -327,6 +342,8 @@ async def test_half_an_answer_saves_the_other_half(house):
     async with aclosing(house.pipeline.answer(request())) as events:
         await anext(events)
     assert house.counted("glimpse_tokens_saved_total", reason="cancelled") == 15
+    assert house.counted("glimpse_generated_tokens_total") == 1
+    assert house.counted("glimpse_prompt_tokens_total") == len(house.language.prompts[0].input_ids) - 32
 
 
 async def test_who_expires_in_the_queue_costs_nothing():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -65,11 +65,18 @@ def unpack(record: bytes, key: FeatureKey, shapes: Mapping[str, tuple[int, ...]]
         raise RecordError("checksum")
     try:
         header = orjson.loads(body[:header_bytes])
-        if FeatureKey(header["fingerprint"], header["view"], header["digest"]) != key:
-            raise RecordError("key")
+        _require_key(header, key)
         return VisionFeatures(*_arrays(record, START.size + header_bytes, header["arrays"], shapes))
-    except (LookupError, TypeError, orjson.JSONDecodeError) as exc:  # whole, but not of our making
+    except RecordError:
+        raise
+    except (LookupError, TypeError, ValueError) as exc:  # whole, but not of our making
         raise RecordError("shape") from exc
+
+
+def _require_key(header: Mapping[str, Any], key: FeatureKey) -> None:
+    """Raises RecordError."""
+    if FeatureKey(header["fingerprint"], header["view"], header["digest"]) != key:
+        raise RecordError("key")
 
 
 def _arrays(

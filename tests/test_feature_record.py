@@ -101,3 +101,11 @@ def test_a_whole_record_that_is_not_ours_is_not_believed(header):
     record = START.pack(b"GLVF", 1, len(header), blake3(header).digest()) + header
     with pytest.raises(RecordError):
         unpack(record, KEY, SHAPES)
+
+
+@pytest.mark.parametrize("rows", ['["features"]', '["features","<f4",[257,4],1]', '"ab"', "[]", "1"])
+def test_rows_that_are_not_ours_are_not_believed(rows):
+    header = f'{{"fingerprint":"f","view":224,"digest":"{"0" * 64}","arrays":[{rows}]}}'.encode()
+    record = START.pack(b"GLVF", 1, len(header), blake3(header).digest()) + header
+    with pytest.raises(RecordError, match="shape"):
+        unpack(record, KEY, SHAPES)

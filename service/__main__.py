@@ -96,6 +96,7 @@ def bound(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # only this tells two apart that were bound at the same time
     except OSError as exc:
         listener.close()
         raise StartFailed(

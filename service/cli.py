@@ -366,6 +366,8 @@ def plain_words(url: str) -> Iterator[None]:
         fail(f"{url} did not answer in time")
     except httpx.TransportError as exc:
         fail(f"the connection to {url} broke: {exc}")
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        fail(f"{url} answered, but not with JSON, which is not how Glimpse answers: is it another service?")
     except httpx.HTTPStatusError as exc:
         fail(f"{url} answered {exc.response.status_code}: {message_of(exc.response)}")
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +16,16 @@ from PIL import Image as Pillow
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
+from service.__main__ import bound
 from service.cli import app
 from service.core import VisionFeatures
+from service.embedded import StartFailed
 from service.errors import Unavailable
 from service.feature_cache import FeatureKey
 from service.feature_record import pack
 from service.http_api import http_api
 from service.redis_tier import record_key
+from service.settings import Settings
 
 
 @pytest.fixture
@@ -158,6 +162,37 @@ def test_without_a_server_it_says_how_to_start_one(command):
     status, _, error = run(*command, "--url", f"http://127.0.0.1:{port}")
     assert status == 1
     assert f"nothing answers at http://127.0.0.1:{port}: start the service with `make serve`" in error
+
+
+@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["ask", "img_1", "a?"], ["eval"]])
+def test_another_service_that_is_content_is_told_in_a_line(command):
+    class Page(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<!doctype html>\nWelcome")
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as pages:
+        thread = threading.Thread(target=pages.serve_forever)
+        thread.start()
+        status, _, error = run(*command, "--url", f"http://127.0.0.1:{pages.server_port}")
+        pages.shutdown()
+        thread.join()
+    assert status == 1
+    assert "is it another service?" in error.splitlines()[-1]
+
+
+def test_a_port_that_two_bind_at_once_is_told_to_the_second():
+    (port,) = free_ports(1)
+    settings = Settings(http_port=port)
+    with bound(settings), pytest.raises(StartFailed, match=f"cannot listen on 127.0.0.1:{port}"):
+        bound(settings)
 
 
 def test_warm_has_every_image_encoded_once(server, tmp_path):

@@ -43,7 +43,7 @@ class Budget:
 class Sampling:
     """How the answer is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
 
-    max_tokens: int = 16
+    max_tokens: int = 64
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

@@ -55,7 +55,7 @@ EXAMPLES = {
     "all": {
         "summary": "Every knob",
         "value": EXAMPLE_QUESTION
-        | {"max_tokens": 16, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
+        | {"max_tokens": 64, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
         | {"stop": ["."], "budget": {"vision_tokens": [64, 128]}, "timeout_s": 10, "explain": True},
     },
 }

@@ -61,7 +61,9 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     question: str = Field(description="What you want to know of the image.", examples=["what colour is the circle?"])
-    max_tokens: int = Field(16, ge=1, le=1_000_000, description="The answer ends here at the latest.")
+    max_tokens: int = Field(
+        Sampling().max_tokens, ge=1, le=1_000_000, description="The answer ends here at the latest."
+    )
     temperature: float = Field(0.0, ge=0, le=5, description="0 takes the likeliest token each time.")
     top_k: int = Field(0, ge=0, le=1_000_000, description="Draw from this many tokens; 0 switches the filter off.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens with this much probability.")

@@ -111,6 +111,13 @@ async def test_without_a_seed_each_request_draws_its_own(caller):
     assert one.seed != other.seed
 
 
+async def test_without_max_tokens_a_description_is_not_cut(caller):
+    await caller.ask()
+    assert caller.house.language.sampling[0].max_tokens == 64
+    properties = (await caller.http.get("/openapi.json")).json()["components"]["schemas"]["VqaRequest"]["properties"]
+    assert properties["max_tokens"]["default"] == 64
+
+
 async def test_one_stop_string_needs_no_list(caller):
     await caller.ask(stop="\n")
     assert caller.house.language.sampling[0].stop == ("\n",)
@@ -217,12 +224,12 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
         ({"image": "img_0123"}, 404, "image", "image_not_found", "send it again with POST /v1/images"),
         ({"image": 5}, 400, "image", "invalid_request", "should be a valid string; it is 5"),
         ({"question": "  "}, 400, "question", "invalid_request", "say what you want to know"),
-        ({"question": "w" * 90}, 400, "question", "context_length_exceeded", "shorten the question"),
+        ({"question": "w" * 200}, 400, "question", "context_length_exceeded", "shorten the question"),
         ({"question": "w" * 2001}, 400, "question", "invalid_request", "2,001 characters, the limit is 2,000"),
         ({"question": None}, 400, "question", "invalid_request", "valid string"),
         ({"max_tokens": "16"}, 400, "max_tokens", "invalid_request", "valid integer; it is '16'"),
         ({"max_tokens": 0}, 400, "max_tokens", "invalid_request", "greater than or equal to 1"),
-        ({"max_tokens": 120}, 400, "max_tokens", "context_length_exceeded", "lower max_tokens to"),
+        ({"max_tokens": 160}, 400, "max_tokens", "context_length_exceeded", "lower max_tokens to"),
         ({"max_tokens": True}, 400, "max_tokens", "invalid_request", "valid integer"),
         ({"temperature": -1}, 400, "temperature", "invalid_request", "greater than or equal to 0"),
         ({"top_p": 0}, 400, "top_p", "invalid_request", "greater than 0"),

@@ -98,7 +98,7 @@ def test_compose_puts_the_visual_ids_before_the_text():
     assert (found["temperature"].item(), found["runtime_top_p"].item(), found["request_output_len"].item()) == (
         0,
         1,
-        16,
+        64,
     )
 
 

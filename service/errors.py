@@ -4,6 +4,7 @@ GlimpseError
 ├── InvalidRequest        the caller can mend it: wrong field, wrong type, wrong value
 │   └── InvalidImage      the bytes are not an image that can be decoded
 ├── NotFound              unknown or expired image id, unknown model
+├── SlowBody              the body did not arrive in time
 ├── TooLarge              over a limit on bytes or pixels
 ├── Overloaded            no room now; `retry_after_s` says when
 ├── DeadlineExceeded      the request's own timeout or the server's
@@ -47,6 +48,11 @@ class TooLarge(GlimpseError):
     type = "invalid_request_error"
 
 
+class SlowBody(GlimpseError):
+    code = "slow_body"
+    type = "timeout_error"
+
+
 class Overloaded(GlimpseError):
     code = "overloaded"
     type = "rate_limit_error"
@@ -80,6 +86,7 @@ class InternalError(GlimpseError):
 STATUS: dict[type[GlimpseError], tuple[int, str]] = {
     InvalidRequest: (400, "INVALID_ARGUMENT"),
     NotFound: (404, "NOT_FOUND"),
+    SlowBody: (408, "DEADLINE_EXCEEDED"),
     TooLarge: (413, "INVALID_ARGUMENT"),
     Overloaded: (429, "RESOURCE_EXHAUSTED"),
     Cancelled: (499, "CANCELLED"),

@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from service.errors import Cancelled, DeadlineExceeded, InvalidRequest, TooLarge
+from service.errors import Cancelled, InvalidRequest, SlowBody, TooLarge
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -19,8 +19,8 @@ MAX_NAME_CHARS = 100  # of a field's name, where it is told
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float, reserve: Callable[[int], None]) -> bytes:
-    """The whole body. Raises TooLarge and what `reserve` raises for so many bytes more, before a byte is read where
-    the body declares its length."""
+    """The whole body. Raises SlowBody, TooLarge and what `reserve` raises for so many bytes more, before a byte
+    is read where the body declares its length."""
     length = request.headers.get("content-length", "")
     declared = int(length) if length.isdecimal() else 0
     if declared > max_bytes:
@@ -37,7 +37,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float, reserve:
                     reserve(min(len(chunk), read - declared))
                 chunks.append(chunk)
     except TimeoutError as exc:
-        raise DeadlineExceeded(f"only {read:,} bytes of the body came within {timeout_s:g} s: send it again") from exc
+        raise SlowBody(f"only {read:,} bytes of the body came within {timeout_s:g} s: send it again") from exc
     except ClientDisconnect as exc:
         raise Cancelled("the caller went away while sending") from exc
     return b"".join(chunks)

@@ -365,7 +365,7 @@ async def test_a_body_without_a_length_is_read_up_to_the_limit_and_no_further(ca
     assert sent <= 120_000
 
 
-async def test_a_body_that_does_not_arrive_in_time_is_504():
+async def test_a_body_that_does_not_arrive_in_time_is_408():
     caller = Caller(House(body_timeout_s=0.05))
     never = asyncio.Event()
 
@@ -373,7 +373,7 @@ async def test_a_body_that_does_not_arrive_in_time_is_504():
         yield b"{"
         await never.wait()
 
-    assert "only 1 bytes of the body came" in fault(await caller.http.post("/v1/vqa", content=slow()), 504)["message"]
+    assert "only 1 bytes of the body came" in fault(await caller.http.post("/v1/vqa", content=slow()), 408)["message"]
     await caller.close()
 
 

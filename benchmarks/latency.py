@@ -3,7 +3,7 @@
     python -m benchmarks.latency          # starts a server of its own, measures, stops it
 
 One client: cold (an image never seen) and follow-up (another question on it), end to end. 1, 8 and 32 clients in
-turn, several rounds: requests and tokens a second. Also the time to ready and the memory of all processes.
+turn, several rounds: requests and tokens a second, of whole answers and of streamed ones. Also the time to ready and the memory of all processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import http.client
 import io
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ from PIL import Image
 
 from benchmarks.evaluate import SCENES, rows
 
+COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 ROUNDS = 5  # of the concurrency measurement, alternating, so that a slow minute of the machine hits all alike
 
 
@@ -138,7 +140,7 @@ def one_client(url: str, count: int) -> dict[str, dict[str, float]]:
     return {"cold": percentiles(cold), "follow_up": percentiles(follow_up)}
 
 
-def many_clients(url: str, clients: int, requests: int) -> dict[str, float]:
+def many_clients(url: str, clients: int, requests: int, stream: bool = False) -> dict[str, float]:
     """Long answers (`describe the image.`) on images that were sent before, closed loop. Any error raises.
 
     With http.client, one connection a client: the load shares the machine with the service, so it must cost little.
@@ -147,7 +149,7 @@ def many_clients(url: str, clients: int, requests: int) -> dict[str, float]:
     with httpx.Client(base_url=url, timeout=60) as client:
         sent = [client.post("/v1/images", content=scene.read_bytes()).raise_for_status() for scene in scenes]
     bodies = [
-        json.dumps({"image": response.json()["id"], "question": "describe the image.", "max_tokens": 64})
+        json.dumps({"image": response.json()["id"], "question": "describe the image.", "stream": stream})
         for response in sent
     ]
 
@@ -157,10 +159,10 @@ def many_clients(url: str, clients: int, requests: int) -> dict[str, float]:
         for step in range(first, requests, clients):
             connection.request("POST", "/v1/vqa", bodies[step % len(bodies)], {"content-type": "application/json"})
             response = connection.getresponse()
-            said = json.loads(response.read())
-            if response.status != 200:
-                raise RuntimeError(f"{response.status}: {said}")
-            tokens += said["usage"]["completion_tokens"]
+            said = response.read()
+            if response.status != 200 or b'"error"' in said:
+                raise RuntimeError(f"{response.status}: {said!r}")
+            tokens += int(COMPLETION_TOKENS.search(said)[1])  # of the answer, or of a stream's last event
         connection.close()
         return tokens
 
@@ -174,16 +176,17 @@ def many_clients(url: str, clients: int, requests: int) -> dict[str, float]:
 def measure(server: Server, count: int) -> dict[str, object]:
     result: dict[str, object] = {"ready_s": round(server.ready_s, 1), "one_client": one_client(server.url, count)}
     many_clients(server.url, 8, 32)  # fills the cache
-    series: dict[int, list[dict[str, float]]] = {1: [], 8: [], 32: []}
-    for _ in range(ROUNDS):
-        for clients, seen in series.items():
-            seen.append(many_clients(server.url, clients, max(48, 6 * clients)))
-    medians = {
-        clients: {key: round(statistics.median(each[key] for each in seen), 1) for key in seen[0]}
-        for clients, seen in series.items()
-    }
-    result["clients"] = medians
-    result["tokens_per_s_8_over_1"] = round(medians[8]["tokens_per_s"] / medians[1]["tokens_per_s"], 2)
+    for name, stream in (("whole_answers", False), ("streamed_answers", True)):
+        series: dict[int, list[dict[str, float]]] = {1: [], 8: [], 32: []}
+        for _ in range(ROUNDS):
+            for clients, seen in series.items():
+                seen.append(many_clients(server.url, clients, max(48, 6 * clients), stream))
+        medians = {
+            clients: {key: round(statistics.median(each[key] for each in seen), 1) for key in seen[0]}
+            for clients, seen in series.items()
+        }
+        ratio = medians[8]["tokens_per_s"] / medians[1]["tokens_per_s"]
+        result[name] = {"clients": medians, "tokens_per_s_8_over_1": round(ratio, 2)}
     result["memory_mb"] = round(memory_mb(server.pid))
     return result
 

@@ -41,7 +41,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the answer is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
+    """How the answer is drawn, and told. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -50,6 +50,7 @@ class Sampling:
     seed: int = 0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    streaming: bool = True  # tokens as they come; else all together at the end, which costs a fraction of the work
 
 
 @dataclass(frozen=True, slots=True)

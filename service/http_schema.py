@@ -108,6 +108,7 @@ class Asked(BaseModel):
                 seed=new_seed() if self.seed is None else self.seed,
                 repetition_penalty=self.repetition_penalty,
                 stop=self.stop,
+                streaming=self.stream or bool(self.stop),  # a stop string is looked for as tokens come
             ),
             timeout_s=timeout_s,
             trace_id=trace_id,
@@ -249,7 +250,7 @@ class TimingMs(BaseModel):
     queue: float
     load: float
     vision: float
-    first_token: float
+    first_token: float = Field(description="When the first text was there: without `stream` all of it at once.")
     total: float
 
 

@@ -545,7 +545,7 @@ def _llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) ->
         "prompt_table_extra_ids": prompt.extra_ids,
         "end_id": np.array([end_id], np.int32),
         "pad_id": np.array([pad_id], np.int32),
-        "streaming": np.array([True]),
+        "streaming": np.array([sampling.streaming]),
         "temperature": np.array([sampling.temperature], np.float32),
     }
     if sampling.temperature > 0:

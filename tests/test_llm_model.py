@@ -121,6 +121,15 @@ def test_stop_with_the_same_id_ends_the_request(model):
     assert len(tokens(other)) == 20
 
 
+def test_without_streaming_the_answer_comes_as_one_response(model):
+    streamed, whole = request(max_tokens=12), request(max_tokens=12, streaming=np.array([[False]]))
+    model.execute([streamed, whole])
+    said = tokens(streamed)
+    (response,) = responses(whole)
+    assert response.outputs["output_ids"].tolist() == [[said]]
+    assert len(said) == 12
+
+
 def test_stop_without_an_id_is_refused_as_it_would_end_strangers(model):
     asked = request(max_tokens=20)
     model.execute([asked])

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,26 +28,31 @@ class Caller:
 
     sender: Any
     outputs: tuple[str, ...]
+    streaming: bool = True  # one response a token; else one for all of them, at the end
+    untold: list[Event] = field(default_factory=list)
 
     def say(self, event: Event) -> None:
-        """One event as one response; the flag that ends the stream rides on the last."""
+        """The flag that ends the stream rides on the last response."""
         if event.error is not None:
             self.fail(event.error, pb_utils.TritonError.INTERNAL)
         elif event.token is None:
             self.end()
         else:
-            values = {
-                "output_ids": (np.int32, event.token, 3),
-                "sequence_length": (np.int32, event.generated, 2),
-                "cum_log_probs": (np.float32, event.total_log_prob, 2),
-                "output_log_probs": (np.float32, event.log_prob, 3),
-            }
-            tensors = []
-            for name in self.outputs:
-                dtype, value, dimensions = values[name]
-                tensors.append(write(name, np.full((1,) * dimensions, value, dtype)))
-            flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if event.finished else 0
-            self.sender.send(pb_utils.InferenceResponse(tensors), flags)
+            self.untold.append(event)
+            if self.streaming or event.finished:
+                self._respond()
+
+    def _respond(self) -> None:
+        last = self.untold[-1]
+        values = {
+            "output_ids": np.array([[[event.token for event in self.untold]]], np.int32),
+            "sequence_length": np.array([[last.generated]], np.int32),
+            "cum_log_probs": np.array([[last.total_log_prob]], np.float32),
+            "output_log_probs": np.array([[[event.log_prob for event in self.untold]]], np.float32),
+        }
+        self.untold.clear()
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last.finished else 0
+        self.sender.send(pb_utils.InferenceResponse([write(name, values[name]) for name in self.outputs]), flags)
 
     def fail(self, message: str, code: Any) -> None:
         error = pb_utils.TritonError(message, code)
@@ -115,7 +120,7 @@ class TritonPythonModel:
             caller.end()
         else:
             sequence = self._reader.read(request.request_id(), inputs)
-            sequence.owner = caller
+            sequence.owner, caller.streaming = caller, sequence.sampling.streaming
             self._batcher.submit(sequence)
 
     def _run(self) -> None:
@@ -195,6 +200,7 @@ class RequestReader:
             top_p=_scalar(inputs, "runtime_top_p", 1.0),
             seed=_scalar(inputs, "seed", 0),
             repetition_penalty=_scalar(inputs, "repetition_penalty", 1.0),
+            streaming=_scalar(inputs, "streaming", True),
         )
         for name, holds, rule in (
             ("request_output_len", sampling.max_tokens >= 1, "at least 1"),

@@ -3,7 +3,8 @@
     python -m benchmarks.latency          # starts a server of its own, measures, stops it
 
 One client: cold (an image never seen) and follow-up (another question on it), end to end. 1, 8 and 32 clients in
-turn, several rounds: requests and tokens a second, of whole answers and of streamed ones. Also the time to ready and the memory of all processes.
+turn, several rounds: requests and tokens a second, of whole answers and of streamed ones. Also the time to ready and
+the memory of all processes.
 """
 
 from __future__ import annotations

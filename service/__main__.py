@@ -112,11 +112,11 @@ def greeting(app: App, listener: socket.socket) -> str:
     url = f"http://{reachable}:{port}"
     if not app.settings.embedded:
         return f"Glimpse listens on {url}; {url}/health/ready says when the Triton servers answer.\n"
-    scene = next(iter(sorted((PROJECT / "benchmarks" / "scenes").rglob("*.webp"))), None)
-    file = scene.relative_to(PROJECT) if scene else "photo.jpg"
+    scene = PROJECT / "benchmarks" / "scenes" / "new_003.webp"
+    file = scene.relative_to(PROJECT) if scene.exists() else "photo.jpg"
     return (
         f"Glimpse is ready on {url} (model {app.card.name}); Ctrl-C stops it. Try, in another shell:\n"
-        f"  curl -F image=@{file} -F question='how many objects are there?' {url}/v1/vqa\n"
+        f"  curl -F image=@{file} -F question='what character is on the pink square?' {url}/v1/vqa\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Training: every stage runs, a killed run goes on as if nothing had happened, and the checkpoint is a real one."""
+"""Training: every stage runs, a killed run goes on where it was, and the checkpoint is a real one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One stage's loop: steps, schedule, log, and a checkpoint from which a killed run goes on as if nothing had happened.
+"""One stage's loop: steps, schedule, log, and a checkpoint from which a killed run goes on.
 
 Every step draws its data from its own random generator, seeded with the stage and the step's number, so a resumed run
-sees what an uninterrupted one would have seen.
+draws what an uninterrupted one would have drawn. (The stages that keep a store of scenes fill it anew on resuming.)
 """
 
 from __future__ import annotations

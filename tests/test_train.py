@@ -16,7 +16,6 @@ from build_engines.scenes.questions import ANSWERS, TYPES, Question
 from build_engines.scenes.world import HELD_OUT_PAIRS, World, sample_scene
 from build_engines.train.__main__ import main
 from build_engines.train.course import Course, Measures
-from build_engines.train.evaluation import wilson
 from build_engines.train.language_stage import draw_questions
 from build_engines.train.packing import Packer
 from build_engines.train.symbols import slots_of
@@ -140,9 +139,3 @@ def test_relevance_ignores_padding() -> None:
     assert relevance.shape == (2, 256)
     assert torch.equal(relevance, knowing(features, other, mask))
     assert not torch.equal(relevance[0], relevance[1])
-
-
-def test_the_interval_is_wilsons() -> None:
-    low, high = wilson(90, 100)
-    assert low == pytest.approx(0.8256, abs=1e-3)
-    assert high == pytest.approx(0.9448, abs=1e-3)

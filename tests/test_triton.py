@@ -212,7 +212,7 @@ async def test_closing_frees_the_llms_row(asker: Asker, repository: Path) -> Non
 
 
 async def test_the_llm_soon_works_no_more_for_a_closed_stream(asker: Asker, triton: EmbeddedTriton) -> None:
-    """Some 3 to 8 tokens later on a quiet machine. On a busy one the closing itself waits: the bound is wide, yet far
+    """Two to four tokens later on a quiet machine. On a busy one the closing itself waits: the bound is wide, yet far
     below the whole answer, and the best of a few tries counts."""
 
     async def llm() -> tuple[int, bool]:

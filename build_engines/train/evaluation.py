@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
+from benchmarks.evaluate import wilson
 from build_engines.model.allocation import CELL_COUNT, Allocation
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.scenes.held_out import DIRECTORY
@@ -113,15 +113,6 @@ def table(right: Counter[str], number: Counter[str]) -> dict[str, Any]:
 def _row(right: float, number: int) -> dict[str, Any]:
     low, high = wilson(right, number)
     return {"accuracy": round(right / number, 4), "interval": [round(low, 4), round(high, 4)], "n": number}
-
-
-def wilson(right: float, number: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927)."""
-    z = 1.959964
-    share, spread = right / number, z * z / number
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / number + spread / (4 * number))
-    return middle - half, middle + half
 
 
 def committed_report(checkpoint: Checkpoint, limit: int | None = None) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from torch.nn import functional
 from transformers import Blip2ForConditionalGeneration
 
 from build_engines.model.allocation import CELL_COUNT, Allocation, cells_of
+from build_engines.model.allocator import EXPLORE
 from build_engines.train.course import Measures
 from build_engines.train.stages import tensor
 from build_engines.train.vision import HEADS, IGNORED
 
 Look = Callable[[Tensor, Tensor, Tensor], Tensor]
-EXPLORE = 0.25  # share of the refined cells that is spread evenly over the image
 MOST_TOKENS = 257
 
 

@@ -24,6 +24,7 @@ TEXTURE_CHANNELS = 13
 CELLS = 8  # cells a side; a cell is 2x2 patches
 QUESTION_TOKENS = 32  # what the allocator reads of the question
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
+BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs of a model card
 TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail
 
 
@@ -134,6 +135,9 @@ class ModelCard:
     allocator_trained: bool
     vision_tokens: tuple[int, int]  # what budgets can ask for
     visual_tokens: tuple[int, int]
+    default_visual_tokens: tuple[int, int] = (32, 32)  # what a budget that does not say gets
+    closer_view: bool = False  # whether `attend_448` is there: cells at level 2
+    closer_view_at: float = 1.0  # detail "auto" looks closer where `particularize` reaches this
     # The file beside the card whose ids `question_ids` are. Where it is not the LLM's, it is the Q-Former's own
     # (InstructBLIP's), which reads the LLM's whole prompt between its special tokens, not the bare question.
     question_tokenizer: str = "tokenizer.json"
@@ -155,7 +159,7 @@ class ModelCard:
         """The text of a card.json. Raises ValueError for text that is no card: what is missing, what is unknown."""
         try:
             fields = json.loads(text)
-            budgets = {name: tuple(fields[name]) for name in ("vision_tokens", "visual_tokens")}
+            budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS}
             return cls(**fields | budgets)
-        except (TypeError, KeyError) as exc:
+        except (TypeError, AttributeError) as exc:
             raise ValueError(f"not a model card: {exc}") from exc

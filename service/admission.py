@@ -6,17 +6,23 @@ A `Place` is what one request has of the house. Leaving it, however that comes a
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import structlog
+
 from service.core import Engines
 from service.errors import DeadlineExceeded, Overloaded
+from service.fidelity import LEVELS, Fidelity, Level
 from service.ledger import Cost, Ledger, Refusal
 from service.metrics import Metrics
 from service.scheduler import Claim, Kind, Resource, Scheduler
 from service.settings import Settings
+
+log = structlog.get_logger()
 
 MAX_RETRY_AFTER_S = 60.0
 ENCODER_FILLS = 3  # vision slots for each image in encode: one is decoded and one attended to meanwhile
@@ -33,6 +39,8 @@ class Admission:
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
         self.ledger = ledger = Ledger(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
         self.scheduler = scheduler = Scheduler(vision_slots, llm_tokens)
+        target_s = settings.fidelity_target_s if settings.elastic_fidelity else math.inf
+        self._fidelity = Fidelity(target_s, time.monotonic())
         self._metrics = metrics
         self._turns: dict[Claim, asyncio.Future[None]] = {}  # of those that wait
         for kind in Kind:
@@ -42,6 +50,12 @@ class Admission:
             metrics.resource_used.labels(resource).set_function(partial(scheduler.used, resource))
         for unit in Cost._fields:
             metrics.admitted_cost.labels(unit).set_function(partial(ledger.holds, unit))
+        metrics.fidelity_level.set_function(lambda: LEVELS.index(self.fidelity))
+
+    @property
+    def fidelity(self) -> Level:
+        """How closely a request may look that looks now."""
+        return LEVELS[self._observe(time.monotonic())]
 
     @contextmanager
     def place(self, tenant: str) -> Iterator[Place]:
@@ -94,6 +108,17 @@ class Admission:
             turn = self._turns.pop(claim, None)
             if turn is not None and not turn.done():
                 turn.set_result(None)
+        self._observe(now)
+
+    def _observe(self, now: float) -> int:
+        """The level of fidelity."""
+        before = self._fidelity.level
+        level = self._fidelity.observe(now, self.scheduler.waiting_since())
+        if level != before:
+            self._metrics.fidelity_changes.inc()
+            most = LEVELS[level]
+            log.info("fidelity", level=level, vision_tokens=most.vision_tokens, visual_tokens=most.visual_tokens)
+        return level
 
 
 class Place:

@@ -31,6 +31,9 @@ class Metrics:
             "resource_used", "Held of what may run at once: images in the vision stage, tokens of the LLM.", "resource"
         )
         self.admitted_cost = self._gauge("admitted_cost", "Reserved by all requests that are in, by unit.", "unit")
+        self.fidelity_level = self._gauge("fidelity_level", "0: as closely as asked; up to 4, the least closely.")
+        self.fidelity_changes = self._counter("fidelity_changes", "Changes of the level of fidelity.")
+        self.reduced_answers = self._counter("reduced_answers", "Answers that looked less closely than was asked.")
         self.request_queue_time = self._seconds("request_queue_time_seconds", "Waiting of answered questions.", "kind")
         self.tokens_saved = self._counter(
             "tokens_saved",

@@ -171,6 +171,10 @@ class Scheduler:
         """How many claims of that kind wait."""
         return sum(claim.kind is kind for pool in self._pools.values() for claim in pool.standing)
 
+    def waiting_since(self) -> float | None:
+        """When the one came that waits longest; None: nobody waits."""
+        return min((claim.arrived for pool in self._pools.values() for claim in pool.standing), default=None)
+
     def running(self, kind: Kind) -> int:
         """How many claims of that kind hold what they claimed."""
         return sum(pool.running[kind] for pool in self._pools.values())

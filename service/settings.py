@@ -63,6 +63,10 @@ class Settings(BaseSettings):
     vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
     llm_tokens: int | None = Field(None, gt=0)  # visual, prompt and max_tokens of all that the LLM answers
 
+    # Elastic fidelity: while requests wait longer than the target, they look less closely.
+    elastic_fidelity: bool = True
+    fidelity_target_s: float = Field(1.0, gt=0)  # of the longest wait for a turn
+
     # What is kept in the process's memory.
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
     image_store_bytes: int = Field(256 * MIB, gt=0)

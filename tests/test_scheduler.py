@@ -67,6 +67,7 @@ class House:
         for kind in Kind:
             assert self.scheduler.waiting(kind) == sum(one.kind is kind for one in self.waiting)
             assert self.scheduler.running(kind) == sum(one.kind is kind for one in self.running)
+        assert self.scheduler.waiting_since() == min((one.arrived for one in self.waiting), default=None)
 
 
 def drawn_claim(draw: st.DrawFn, now: float) -> Claim:

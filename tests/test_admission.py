@@ -1,0 +1,57 @@
+"""The asyncio side of who may enter."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from fakes import CARD, cancelled, until
+from structlog.testing import capture_logs
+
+from service.admission import Admission, Place
+from service.core import Engines
+from service.fidelity import LEVELS
+from service.metrics import Metrics
+from service.scheduler import Claim, Kind, Resource
+from service.settings import Settings
+
+IMPATIENT_S = 1e-4  # a target that whoever waits at all is over
+
+
+def admission(metrics: Metrics, **knobs: object) -> Admission:
+    return Admission(Settings(vision_slots=1, **knobs), Engines(), CARD.max_positions, metrics)
+
+
+async def enter(place: Place) -> Claim:
+    now = time.monotonic()
+    claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 100)
+    await place.enter(claim)
+    return claim
+
+
+async def test_while_one_waits_past_the_target_requests_may_look_less_closely_and_the_log_says_so():
+    metrics = Metrics()
+    house = admission(metrics, fidelity_target_s=IMPATIENT_S)
+    assert house.fidelity == LEVELS[0]
+    with house.place("") as first, house.place("") as second, capture_logs() as lines:
+        slot = await enter(first)
+        waiting = asyncio.create_task(enter(second))
+        await until(lambda: metrics.registry.get_sample_value("glimpse_fidelity_level") == 1)
+        assert house.fidelity == LEVELS[1]
+        first.give_back(slot)
+        await waiting
+    assert metrics.registry.get_sample_value("glimpse_fidelity_changes_total") == 1
+    assert lines == [
+        {"event": "fidelity", "log_level": "info", "level": 1, "vision_tokens": 192, "visual_tokens": 96},
+    ]
+
+
+async def test_switched_off_nobody_looks_less_closely():
+    house = admission(Metrics(), fidelity_target_s=IMPATIENT_S, elastic_fidelity=False)
+    with house.place("") as first, house.place("") as second:
+        await enter(first)
+        begun = time.monotonic()
+        waiting = asyncio.create_task(enter(second))
+        await until(lambda: time.monotonic() - begun > 0.1)
+        assert house.fidelity == LEVELS[0]
+        await cancelled(waiting)

@@ -1,13 +1,17 @@
 """Which cells of the image get detail, and the vision tokens that follow from it.
 
 The 16x16 grid of patches is seen as an 8x8 grid of cells. A cell at level 0 is one token (the mean of its four patch
-features), at level 1 its four patch features. 64 cells at level 0 cost 64 tokens; each refined cell adds three.
+features), at level 1 its four patch features, at level 2 the sixteen patches of the closer view that lie in it. 64
+cells at level 0 cost 64 tokens; the step to level 1 adds 3 and the step to level 2 another 12, so that all is counted
+in refinements of 3 tokens.
 
 Every operation has fixed sizes, so that the graph is a TensorRT engine: ranks by comparing all pairs instead of
 sorting, packing by comparing running sums against a constant range.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +20,12 @@ GRID = 16
 CELLS = 8
 CELL_COUNT = CELLS * CELLS
 PATCH_COUNT = GRID * GRID
-MAX_VISION_TOKENS = 400
+DETAIL_GRID = 2 * GRID
+DETAIL_COUNT = DETAIL_GRID * DETAIL_GRID
+MOST_TOKENS = PATCH_COUNT  # of the 224-pixel view alone
+MAX_VISION_TOKENS = 400  # with the closer view
 REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds
+DEEP_COST = 4  # refinements that a cell's step from level 1 to level 2 costs: 12 tokens
 
 
 def spread_turns() -> Tensor:
@@ -33,68 +41,148 @@ def spread_turns() -> Tensor:
     return turns.flatten()
 
 
-def cells_of(patches: Tensor) -> Tensor:
-    """[B, 256, ...] by patch, row by row -> [B, 64, 4, ...] by cell: its two upper, then its two lower patches."""
+def cell_distances() -> Tensor:
+    """float [64, 64, 2]: rows and columns between two cells, both at least 0."""
+    index = torch.arange(CELL_COUNT)
+    place = torch.stack([index // CELLS, index % CELLS], dim=1).float()
+    return (place.unsqueeze(1) - place.unsqueeze(0)).abs()
+
+
+def cells_of(patches: Tensor, side: int = 2) -> Tensor:
+    """[B, 64 * side**2, ...] by patch, row by row -> [B, 64, side**2, ...] by cell, row by row in each."""
     batch, rest = patches.shape[0], patches.shape[2:]
-    grid = patches.reshape(batch, CELLS, 2, CELLS, 2, *rest)
-    return grid.transpose(2, 3).reshape(batch, CELL_COUNT, 4, *rest)
+    grid = patches.reshape(batch, CELLS, side, CELLS, side, *rest)
+    return grid.transpose(2, 3).reshape(batch, CELL_COUNT, side * side, *rest)
 
 
-def rank(score: Tensor) -> Tensor:
-    """float [B, 64] -> float [B, 64]: how many cells come before each one; ties go to the lower index."""
+def before(score: Tensor) -> Tensor:
+    """float [B, n] -> float [B, n, n]: 1 where the second comes before the first: a higher score, or a lower index."""
     ours, theirs = score.unsqueeze(2), score.unsqueeze(1)
     index = torch.arange(score.shape[1], device=score.device)
     earlier = (index.unsqueeze(0) < index.unsqueeze(1)).unsqueeze(0)  # [1, ours, theirs]
-    return ((theirs > ours) | ((theirs == ours) & earlier)).float().sum(2)
+    return ((theirs > ours) | ((theirs == ours) & earlier)).float()
+
+
+def rank(score: Tensor) -> Tensor:
+    """float [B, n] -> float [B, n]: how many come before each one; ties go to the lower index."""
+    return before(score).sum(2)
+
+
+class Steps(NamedTuple):
+    """What is refined, and why. The K steps are those of the 64 cells to level 1, then those to level 2, if any."""
+
+    taken: Tensor  # bool [B, K]: by rank
+    position: Tensor  # float [B, K]: of each step in the order of gains
+    spread: Tensor  # bool [B, 64]: to level 1 in its turn; never a cell that rank refines
+    turn: Tensor  # float [B, 64]: of each cell among those that rank has not refined; the refined come last
+    crowded: Tensor  # bool [B, 1]: fewer cells are left than the spread share would refine
+
+    @property
+    def levels(self) -> Tensor:
+        """int64 [B, 64]."""
+        first = self.taken[:, :CELL_COUNT] | self.spread
+        if self.taken.shape[1] == CELL_COUNT:
+            return first.long()
+        return first.long() + self.taken[:, CELL_COUNT:].long()
 
 
 class Allocation(nn.Module):
     """Refines cells by rank and evenly, and packs the tokens of all cells."""
 
     spread: Tensor
+    neighbours: Tensor
     offsets: Tensor
     slots: Tensor
     patch_of: Tensor
+    detail_of: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("spread", spread_turns(), persistent=False)
+        self.register_buffer("neighbours", (cell_distances().amax(2) == 1).float() / 8, persistent=False)
         # x @ offsets is the sum over the cells before each one.
         self.register_buffer("offsets", torch.ones(CELL_COUNT, CELL_COUNT).triu(1), persistent=False)
         self.register_buffer("slots", torch.arange(MAX_VISION_TOKENS, dtype=torch.float32), persistent=False)
-        patches = cells_of(torch.arange(PATCH_COUNT).unsqueeze(0))[0]
-        self.register_buffer("patch_of", patches, persistent=False)
+        patches, details = torch.arange(PATCH_COUNT).unsqueeze(0), torch.arange(DETAIL_COUNT).unsqueeze(0)
+        self.register_buffer("patch_of", cells_of(patches)[0], persistent=False)
+        self.register_buffer("detail_of", cells_of(details, 4)[0], persistent=False)
 
-    def levels(self, cell_relevance: Tensor, refinements: Tensor, explore: Tensor) -> Tensor:
-        """Level of detail of each cell.
+    def gains(self, cell_relevance: Tensor, diversify: Tensor) -> Tensor:
+        """What a cell's first step gains, [B, 64] in [0, 1]: its relevance [B, 64], less where its neighbours come
+        before it. diversify [B, 1] in [0, 1]: with 1, a cell whose eight neighbours all come first gains nothing."""
+        crowded = (before(cell_relevance) * self.neighbours).sum(2)
+        return cell_relevance * (1 - diversify * crowded)
 
-        cell_relevance float [B, 64]; refinements float [B, 1], whole numbers 0 to 64; explore float [B, 1] in [0, 1],
-        the share of the refinements that is spread evenly. Returns int64 [B, 64]. More refinements never take detail
-        from a cell.
+    def extra(self, particularize: Tensor, budget: Tensor, closer: bool) -> Tensor:
+        """Vision tokens above one a cell, a real number [B, 1]: particularize [B, 1] of the way from the least to the
+        most of budget int32 [B, 4]. Where the least is above the most, the most wins."""
+        ceiling = MAX_VISION_TOKENS if closer else MOST_TOKENS
+        asked = budget[:, :2].float().clamp(CELL_COUNT, ceiling)
+        most = asked[:, 1:]
+        least = torch.minimum(asked[:, :1], most)
+        return least + particularize * (most - least) - CELL_COUNT
+
+    def refinements(self, extra: Tensor) -> Tensor:
+        """Extra tokens, a real number [B, 1], to whole refinements of 3 tokens, float [B, 1]."""
+        # Half a token away from the edges of a third, so that no rounding of the quotient loses a refinement.
+        return torch.floor((torch.floor(extra) + 0.5) / REFINEMENT_COST)
+
+    def steps(self, gains: Tensor, refinements: Tensor, explore: Tensor, closer: bool = False) -> Steps:
+        """gains float [B, 64] in [0, 1]; refinements float [B, 1], whole numbers from 0; explore float [B, 1] in
+        [0, 1], the share of the refinements that is spread evenly; closer: whether level 2 exists.
+
+        By rank: a cell's second step gains the square of its first, so it never comes before it, and only the most
+        relevant cells go deep. The longest run of steps is taken that fits together with the spread of what is left.
+        More refinements never take detail from a cell; fewer than 4 (with the closer view, else 0) stay unspent.
         """
-        spread_count = torch.floor(refinements * explore)
-        by_rank = rank(cell_relevance) < refinements - spread_count
+        share = torch.floor(refinements * explore)
+        order = before(torch.cat([gains, gains * gains], dim=1) if closer else gains)
+        first = torch.ones_like(gains)
+        cost = torch.cat([first, DEEP_COST * first], dim=1) if closer else first
+        opens = torch.cat([first, torch.zeros_like(first)], dim=1) if closer else first
+        spent = (order @ cost.unsqueeze(2)).squeeze(2) + cost
+        left = CELL_COUNT - ((order @ opens.unsqueeze(2)).squeeze(2) + opens)
+        taken = spent + torch.minimum(share, left) <= refinements
+        by_rank = taken[:, :CELL_COUNT]
         # The spread share goes to cells that rank has not refined: those are pushed behind all others.
-        turn = -(self.spread.unsqueeze(0) + by_rank.float() * CELL_COUNT)
-        return (by_rank | (rank(turn) < spread_count)).long()
+        turn = rank(-(self.spread.unsqueeze(0) + by_rank.float() * CELL_COUNT))
+        unrefined = CELL_COUNT - by_rank.float().sum(1, keepdim=True)
+        spread = turn < torch.minimum(share, unrefined)
+        return Steps(taken, order.sum(2), spread, turn, share > unrefined)
 
-    def pack(self, features: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, 257, D] and levels int64 [B, 64] -> tokens [B, 401, D] and mask int32 [B, 401] (1 = a token).
+    def levels(self, gains: Tensor, refinements: Tensor, explore: Tensor, closer: bool = False) -> Tensor:
+        """Level of detail of each cell, int64 [B, 64]; the arguments of `steps`."""
+        return self.steps(gains, refinements, explore, closer).levels
+
+    def sources(self, features: Tensor, closer: Tensor | None) -> Tensor:
+        """Every token that could be chosen: features [B, 257, D], the cells' means, and the closer view's tokens
+        [B, 1024, D] where there is one -> [B, 321 or 1345, D]."""
+        pooled = cells_of(features[:, 1:]).mean(2)
+        return torch.cat([features, pooled] if closer is None else [features, pooled, closer], dim=1)
+
+    def pack(
+        self, features: Tensor, levels: Tensor, regions: Tensor | None = None, closer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """features [B, 257, D], levels int64 [B, 64], focus regions int32 [B, 64] (0 = none), the closer view's tokens
+        [B, 1024, D] -> tokens [B, 401, D], mask int32 [B, 401] (0 = padding, 1 = a token, 1 + its region otherwise).
 
         CLS first, then the cells row by row, then padding (copies of the last cell's token, masked).
         """
-        width = features.shape[2]
-        pooled = cells_of(features[:, 1:]).mean(2)  # [B, 64, D]
-        source = torch.cat([features, pooled], dim=1)  # [B, 321, D]: CLS, patches, pooled cells
-
-        cost = 1.0 + REFINEMENT_COST * levels.float()
+        level = levels.float()
+        cost = 1.0 + REFINEMENT_COST * level + (REFINEMENT_COST * (DEEP_COST - 1)) * (level - 1).clamp(min=0.0)
         start = cost @ self.offsets  # [B, 64]
         cell = (start.unsqueeze(1) <= self.slots.view(1, -1, 1)).float().sum(2).long() - 1  # [B, 400]
-        within = self.slots - start.gather(1, cell)
-        patch = self.patch_of[cell].gather(2, within.clamp(max=3.0).long().unsqueeze(2)).squeeze(2)
-        index = torch.where(levels.gather(1, cell) > 0, 1 + patch, 1 + PATCH_COUNT + cell)
+        within = (self.slots - start.gather(1, cell)).long().unsqueeze(2)
+        depth = levels.gather(1, cell)
+        patch = self.patch_of[cell].gather(2, within.clamp(max=3)).squeeze(2)
+        index = torch.where(depth > 0, 1 + patch, 1 + PATCH_COUNT + cell)
+        if closer is not None:
+            detail = self.detail_of[cell].gather(2, within.clamp(max=15)).squeeze(2)
+            index = torch.where(depth > 1, 1 + PATCH_COUNT + CELL_COUNT + detail, index)
         index = torch.cat([torch.zeros_like(index[:, :1]), index], dim=1)
 
-        tokens = source.gather(1, index.unsqueeze(2).expand(-1, -1, width))
+        tokens = self.sources(features, closer).gather(1, index.unsqueeze(2).expand(-1, -1, features.shape[2]))
         real = (self.slots < cost.sum(1, keepdim=True)).int()
+        if regions is not None:
+            real = real * (1 + regions.gather(1, cell))
         return tokens, torch.cat([torch.ones_like(real[:, :1]), real], dim=1)

@@ -2,77 +2,114 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from build_engines.model.allocation import CELL_COUNT, REFINEMENT_COST, Allocation, cells_of
-from build_engines.model.knowing import ParticipatoryKnowing
-from build_engines.model.texture import CHANNELS
+from build_engines.model.allocation import Allocation, cells_of
+from build_engines.model.balancing import OpponentProcessing
+from build_engines.model.closer import CloserView
+from build_engines.model.focus import FocusRegions, query_groups
+from build_engines.model.knowing import ParticipatoryKnowing, mean_meaning, perspectival
 
-EXPLORE = 0.25  # share of the refinements that is spread evenly over the grid
-RELEVANT = 0.5  # a cell at or above this is worth its four patches
-
-
-def perspectival(saliency: Tensor, texture: Tensor) -> Tensor:
-    """What stands out: mean of CLS saliency [B, 256] and Sobel magnitude, each over its greatest in the image."""
-    magnitude = texture[:, CHANNELS.index("sobel_magnitude")].flatten(1)
-    return (_over_greatest(saliency) + _over_greatest(magnitude)) / 2
+EXPLORE = 0.25  # share of the refinements that is spread evenly over the grid where nothing is trained to say so
+WITHOUT_QUESTION = ((0.5, 0.5, 0.0), (1.0, EXPLORE, 0.0))  # weights and tensions: the whole budget is spent
+WITHOUT_BALANCE = ((0.0, 0.0, 1.0), (0.25, EXPLORE, 0.0))
 
 
-def _over_greatest(score: Tensor) -> Tensor:
-    return score / score.amax(1, keepdim=True).clamp(min=1e-6)
+class Weighed(NamedTuple):
+    """What matters in each image for its question, before anything is chosen."""
+
+    relevance: Tensor  # [B, 256] in [0, 1]
+    scores: Tensor  # [B, 3, 256] in [0, 1]: propositional, perspectival, participatory
+    weights: Tensor  # [B, 3]
+    tensions: Tensor  # [B, 3] in [0, 1]: particularize, explore, diversify
+
+    @property
+    def cells(self) -> Tensor:
+        """Relevance of each cell, [B, 64]: that of its most relevant patch."""
+        return cells_of(self.relevance).amax(2)
 
 
 class RelevanceAllocator(nn.Module):
     """features [B, 257, D], saliency [B, 256], entropy [B, 256], texture [B, 13, 16, 16], question_ids int32 [B, 32],
-    question_mask int32 [B, 32], budget int32 [B, 4] (least and most vision tokens, least and most visual tokens)
+    question_mask int32 [B, 32], budget int32 [B, 4] (least and most vision tokens, least and most visual tokens), and
+    with a closer view its detail_features [B, 1024, D]
 
-    -> vision_tokens [B, 401, D], vision_mask int32 [B, 401] (0 = padding, 1 = token), query_groups int32 [B, 1],
-    relevance [B, 256] in [0, 1], scores [B, 3, 256] in [0, 1] (propositional, perspectival, participatory),
-    levels int32 [B, 64], tensions [B, 3] in [0, 1] (particularize, explore, diversify).
+    -> vision_tokens [B, 401, D], vision_mask int32 [B, 401] (0 = padding, 1 = token, 2 to 4 = also of a focus region),
+    query_groups int32 [B, 1], relevance [B, 256] in [0, 1], scores [B, 3, 256] in [0, 1] (propositional, perspectival,
+    participatory), levels int32 [B, 64], tensions [B, 3] in [0, 1] (particularize, explore, diversify).
 
-    With trained participatory knowing the relevance is its map alone, trained to tell the patches of the objects that
-    the question is about. Without it (`participatory=None`: a plain BLIP-2 checkpoint) the relevance is the mean of the
-    other two and the whole budget is spent.
+    Each part may be untrained, hence None. Without participatory knowing (a plain BLIP-2 checkpoint) the relevance is
+    the mean of the other two maps and the whole budget is spent; without balancing its map alone is the relevance and a
+    quarter of what is between the least and the most is spent.
     """
 
-    def __init__(self, participatory: ParticipatoryKnowing | None) -> None:
+    def __init__(
+        self,
+        participatory: ParticipatoryKnowing | None,
+        balancing: OpponentProcessing | None = None,
+        closer: CloserView | None = None,
+    ) -> None:
+        """Raises ValueError for balancing without participatory knowing, whose words it reads."""
         super().__init__()
+        if balancing is not None and participatory is None:
+            raise ValueError("balancing reads the question by participatory knowing, which is not there")
         self.participatory = participatory
+        self.balancing = balancing
+        self.closer = closer
         self.allocation = Allocation()
+        self.focus = FocusRegions()
 
     def forward(
         self, features: Tensor, saliency: Tensor, entropy: Tensor, texture: Tensor, question_ids: Tensor,
-        question_mask: Tensor, budget: Tensor,
+        question_mask: Tensor, budget: Tensor, detail_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Raises ValueError for detail_features where there is no closer view."""
+        weighed = self.weigh(features, saliency, entropy, texture, question_ids, question_mask)
+        particularize, explore, diversify = weighed.tensions.split(1, dim=1)
+        detail = self.detail(features, detail_features)
+        gains = self.allocation.gains(weighed.cells, diversify)
+        extra = self.allocation.extra(particularize, budget, detail is not None)
+        levels = self.allocation.levels(gains, self.allocation.refinements(extra), explore, detail is not None)
+        groups = query_groups(particularize, budget)
+        regions = self.focus(weighed.cells, groups)
+        vision_tokens, vision_mask = self.allocation.pack(features, levels, regions, detail)
+        return vision_tokens, vision_mask, groups, weighed.relevance, weighed.scores, levels.int(), weighed.tensions
+
+    def weigh(
+        self, features: Tensor, saliency: Tensor, entropy: Tensor, texture: Tensor, question_ids: Tensor,
+        question_mask: Tensor,
+    ) -> Weighed:  # fmt: skip
+        """What matters, and how the tensions are resolved: all that is trained but the closer view."""
         proposition, perspective = entropy, perspectival(saliency, texture)
         if self.participatory is None:
-            participation = torch.zeros_like(proposition)
-            relevance = (proposition + perspective) / 2
+            scores = torch.stack([proposition, perspective, torch.zeros_like(proposition)], dim=1)
+            weights, tensions = _fixed(WITHOUT_QUESTION, scores)
         else:
-            participation = self.participatory(features, question_ids, question_mask)
-            relevance = participation
-        scores = torch.stack([proposition, perspective, participation], dim=1)
+            meanings = self.participatory.meanings(question_ids, question_mask)
+            participation = torch.sigmoid(self.participatory.coupling(features, meanings, question_mask))
+            scores = torch.stack([proposition, perspective, participation], dim=1)
+            if self.balancing is None:
+                weights, tensions = _fixed(WITHOUT_BALANCE, scores)
+            else:
+                weights, tensions = self.balancing(scores, mean_meaning(meanings, question_mask))
+        # The weights' sum is 1 but for rounding.
+        relevance = (weights.unsqueeze(2) * scores).sum(1).clamp(0.0, 1.0)
+        return Weighed(relevance, scores, weights, tensions)
 
-        cell_relevance = cells_of(relevance).amax(2)  # [B, 64]
-        refinements, tensions = self._weigh(cell_relevance, budget)
-        levels = self.allocation.levels(cell_relevance, refinements, tensions[:, 1:2])
-        vision_tokens, vision_mask = self.allocation.pack(features, levels)
-        query_groups = torch.ones_like(budget[:, :1])
-        return vision_tokens, vision_mask, query_groups, relevance, scores, levels.int(), tensions
+    def detail(self, features: Tensor, detail_features: Tensor | None) -> Tensor | None:
+        """The closer view's tokens [B, 1024, D], or None for none. Raises ValueError where it cannot be read."""
+        if detail_features is None:
+            return None
+        if self.closer is None:
+            raise ValueError("detail_features came, but this allocator has no closer view")
+        tokens: Tensor = self.closer(features, detail_features)
+        return tokens
 
-    def _weigh(self, cell_relevance: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-        """How many cells to refine, float [B, 1], and the tensions [B, 3]."""
-        least = torch.ceil((budget[:, :1].float() - CELL_COUNT) / REFINEMENT_COST).clamp(0, CELL_COUNT)
-        most = torch.floor((budget[:, 1:2].float() - CELL_COUNT) / REFINEMENT_COST).clamp(0, CELL_COUNT)
-        if self.participatory is None:
-            refinements = most
-        else:
-            relevant = (cell_relevance >= RELEVANT).float().sum(1, keepdim=True)
-            wanted = torch.ceil(relevant / (1 - EXPLORE)).clamp(max=CELL_COUNT)
-            # The most wins: a range between two possible counts is spent below its least.
-            refinements = torch.minimum(torch.maximum(wanted, least), most)
-        room = (most - least).clamp(min=1.0)
-        particularize = ((refinements - least) / room).clamp(0.0, 1.0)
-        explore = torch.full_like(particularize, EXPLORE)
-        return refinements, torch.cat([particularize, explore, torch.zeros_like(explore)], dim=1)
+
+def _fixed(balance: tuple[tuple[float, ...], tuple[float, ...]], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The same weights and tensions, each [B, 3], for every row."""
+    weights, tensions = (scores.new_tensor(values).expand(scores.shape[0], -1) for values in balance)
+    return weights, tensions

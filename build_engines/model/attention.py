@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from build_engines.model.gates import gated_softmax
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """query (scaled) [B, heads, T, d]; key, value [B, heads, S, d]; bias fits [B, heads, T, S] -> [B, T, heads * d].
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, gates: Tensor | None = None
+) -> Tensor:
+    """query (scaled) [B, heads, T, d]; key, value [B, heads, S, d]; bias fits [B, heads, T, S]; gates [B, S] as
+    `gates.gated_softmax` takes them, for training -> [B, T, heads * d].
 
     The scale is on the query, before the product, which is what TensorRT's attention fusion looks for.
     """
     scores = query @ key.transpose(2, 3)
     if bias is not None:
         scores = scores + bias
-    mixed = torch.softmax(scores, dim=-1) @ value
+    shares = torch.softmax(scores, dim=-1) if gates is None else gated_softmax(scores, gates)
+    mixed = shares @ value
     return mixed.transpose(1, 2).flatten(2)
 
 

@@ -1,4 +1,7 @@
-"""Participatory knowing: what this question is about, from the coupling of its words with the patches."""
+"""The three ways of knowing, each a map in [0, 1] on the 16x16 grid.
+
+Propositional knowing is the luminance entropy that the vision encoder's graph computes (`texture.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from build_engines.model.texture import CHANNELS
+
+
+def perspectival(saliency: Tensor, texture: Tensor) -> Tensor:
+    """What stands out: mean of CLS saliency [B, 256] and Sobel magnitude, each over its greatest in the image."""
+    magnitude = texture[:, CHANNELS.index("sobel_magnitude")].flatten(1)
+    return (_over_greatest(saliency) + _over_greatest(magnitude)) / 2
+
+
+def _over_greatest(score: Tensor) -> Tensor:
+    return score / score.amax(1, keepdim=True).clamp(min=1e-6)
+
 
 class ParticipatoryKnowing(nn.Module):
-    """Late interaction (as in ColBERT): each patch is as relevant as the question position that it fits best.
+    """What this question is about, from the coupling of its words with the patches.
 
-    A position sees itself and both neighbours, so that "red circle" is one meaning and not two. There are no position
-    embeddings: what a question is about does not depend on where in it that is said.
+    Late interaction (as in ColBERT): each patch is as relevant as the question position that it fits best. A position
+    sees itself and both neighbours, so that "red circle" is one meaning and not two. There are no position embeddings:
+    what a question is about does not depend on where in it that is said.
     """
 
     def __init__(self, vocabulary: int, width: int, token_width: int = 64, coupling_width: int = 96) -> None:
@@ -27,17 +43,35 @@ class ParticipatoryKnowing(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-5.0))
         nn.init.normal_(self.tokens.weight, std=0.5)
 
-    def logits(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        """features [B, 257, D], CLS first; ids and mask [B, 32] of the bare question without BOS. -> [B, 256]."""
-        valid = question_mask.to(features.dtype)
+    @property
+    def coupling_width(self) -> int:
+        return self.meaning.out_channels
+
+    def meanings(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
+        """ids and mask [B, 32] of the bare question without BOS -> one unit vector a position, [B, 32, C]."""
+        valid = question_mask.to(self.tokens.weight.dtype)
         words = self.tokens(question_ids) * valid[..., None]
         hidden = functional.relu(self.phrase(words.transpose(1, 2))) * valid[:, None]
-        meanings = functional.normalize(self.meaning(hidden).transpose(1, 2), dim=-1)  # [B, 32, C]
+        return functional.normalize(self.meaning(hidden).transpose(1, 2), dim=-1)
+
+    def coupling(self, features: Tensor, meanings: Tensor, question_mask: Tensor) -> Tensor:
+        """features [B, 257, D], CLS first; meanings [B, 32, C]; mask [B, 32] -> logits of relevance [B, 256]."""
+        valid = question_mask.to(features.dtype)
         patches = functional.relu(self.patch_hidden(self.patch_norm(features[:, 1:])))
         patches = functional.normalize(self.patch(patches), dim=-1)  # [B, 256, C]
         fit = patches @ meanings.transpose(1, 2) - 2.0 * (1.0 - valid[:, None])  # a cosine, or at most -1 for padding
         return self.scale * fit.amax(dim=-1) + self.bias
 
+    def logits(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
+        """features [B, 257, D], CLS first; ids and mask [B, 32] of the bare question without BOS. -> [B, 256]."""
+        return self.coupling(features, self.meanings(question_ids, question_mask), question_mask)
+
     def forward(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """As `logits`, then relevance in [0, 1], [B, 256]."""
         return torch.sigmoid(self.logits(features, question_ids, question_mask))
+
+
+def mean_meaning(meanings: Tensor, question_mask: Tensor) -> Tensor:
+    """What the question says as a whole, [B, C]: the mean of its real positions' meanings; zero for no question."""
+    valid = question_mask.to(meanings.dtype)
+    return (meanings * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1.0)

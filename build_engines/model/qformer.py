@@ -23,13 +23,18 @@ class QFormer(nn.Module):
 
     def forward(self, vision_tokens: Tensor, visible: Tensor) -> Tensor:
         bias = bias_where_hidden(visible[:, None, None, :] > 0)
+        return self.language_projection(self.read(vision_tokens, bias))
+
+    def read(self, vision_tokens: Tensor, bias: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+        """What the queries found, [B, 32, Q-Former's width], in tokens hidden by bias [B, 1, 1, N] or, in training,
+        by gates [B, N] (`relaxation.open_tokens`)."""
         hidden = self.layernorm(self.query_tokens).expand(vision_tokens.shape[0], -1, -1)
         for layer in self.layers:
             hidden = _attend(layer.attention, hidden, hidden, None)
             if layer.has_cross_attention:
-                hidden = _attend(layer.crossattention, hidden, vision_tokens, bias)
+                hidden = _attend(layer.crossattention, hidden, vision_tokens, bias, gates)
             hidden = layer.output_query(layer.intermediate_query(hidden), hidden)
-        return self.language_projection(hidden)
+        return hidden
 
 
 class InstructQFormer(nn.Module):
@@ -65,11 +70,15 @@ class InstructQFormer(nn.Module):
 
 
 def _attend(
-    block: Blip2QFormerAttention | InstructBlipQFormerAttention, hidden: Tensor, context: Tensor, bias: Tensor | None
+    block: Blip2QFormerAttention | InstructBlipQFormerAttention,
+    hidden: Tensor,
+    context: Tensor,
+    bias: Tensor | None,
+    gates: Tensor | None = None,
 ) -> Tensor:
     attention = block.attention
     heads = (attention.num_attention_heads, attention.attention_head_size)
     query = attention.query(hidden).unflatten(2, heads).transpose(1, 2) * attention.scaling
     key = attention.key(context).unflatten(2, heads).transpose(1, 2)
     value = attention.value(context).unflatten(2, heads).transpose(1, 2)
-    return block.output(attend(query, key, value, bias), hidden)
+    return block.output(attend(query, key, value, bias, gates), hidden)

@@ -75,8 +75,9 @@ def check_machine():
 
 def check_tests_need():
     """What the tests run for real and pip cannot install."""
-    if shutil.which("redis-server") is None:
-        stop("redis-server is missing; the tests run a real one.", "Debian, Ubuntu: sudo apt-get install redis-server")
+    for program, package in (("redis-server", "redis-server"), ("promtool", "prometheus")):
+        if shutil.which(program) is None:
+            stop(program + " is missing; the tests run a real one.", "Debian, Ubuntu: sudo apt-get install " + package)
 
 
 def make_venv():

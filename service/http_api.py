@@ -45,6 +45,7 @@ from service.settings import Settings
 log = structlog.get_logger()
 
 INLINE_PARSE_BYTES = 256 * 1024  # above this a body is taken apart in a thread: base64 of 20 MB blocks for 50 ms
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are counted as one
 TRACE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TENANT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
@@ -359,7 +360,8 @@ class RequestScope:
                 await body(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.http_requests.labels(scope["method"], route, str(status)).inc()
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self.metrics.http_requests.labels(method, route, str(status)).inc()
 
 
 def _trace_id(scope: Scope) -> str:

@@ -7,16 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from build_engines.model.allocation import CELL_COUNT, MAX_VISION_TOKENS, Allocation, cells_of, rank, spread_turns
+from build_engines.model.allocation import (
+    CELL_COUNT,
+    CELLS,
+    DETAIL_COUNT,
+    MAX_VISION_TOKENS,
+    Allocation,
+    cells_of,
+    rank,
+    spread_turns,
+)
 
 ALLOCATION = Allocation()
 RELEVANCE = npst.arrays(np.float32, (1, CELL_COUNT), elements=st.sampled_from([0.0, 0.1, 0.5, 0.5001, 0.9, 1.0]))
-SHARE = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+SHARE = st.sampled_from([0.0, 0.25, 0.3, 0.5, 1.0])
+MOST_REFINEMENTS = (MAX_VISION_TOKENS - CELL_COUNT) // 3  # with the closer view
+COST = torch.tensor([0, 1, 5])  # refinements of 3 tokens, by level
 
 
-def levels(relevance: np.ndarray, refinements: int, explore: float = 0.25) -> torch.Tensor:
+def levels(relevance: np.ndarray, refinements: int, explore: float = 0.25, closer: bool = False) -> torch.Tensor:
     asked = torch.tensor([[float(refinements)]])
-    return ALLOCATION.levels(torch.from_numpy(relevance), asked, torch.tensor([[explore]]))
+    return ALLOCATION.levels(torch.from_numpy(relevance), asked, torch.tensor([[explore]]), closer)
 
 
 @given(RELEVANCE, st.integers(0, CELL_COUNT), SHARE)
@@ -25,11 +36,78 @@ def test_refines_exactly_as_many_cells_as_asked(relevance, refinements, explore)
     assert int(levels(relevance, refinements, explore).sum()) == refinements
 
 
-@given(RELEVANCE, st.integers(0, CELL_COUNT - 1), SHARE)
+@given(RELEVANCE, st.integers(0, MOST_REFINEMENTS), SHARE)
 @settings(max_examples=60, deadline=None)
-def test_more_budget_never_takes_detail_from_a_cell(relevance, refinements, explore):
-    fewer, more = levels(relevance, refinements, explore), levels(relevance, refinements + 1, explore)
+def test_a_closer_view_is_refined_within_one_step_of_what_is_asked(relevance, refinements, explore):
+    spent = int(COST[levels(relevance, refinements, explore, closer=True)].sum())
+    assert refinements - 4 < spent <= refinements
+
+
+@given(RELEVANCE, st.integers(0, MOST_REFINEMENTS - 1), SHARE, st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_more_budget_never_takes_detail_from_a_cell(relevance, refinements, explore, closer):
+    refinements = refinements if closer else refinements % CELL_COUNT
+    fewer, more = (levels(relevance, each, explore, closer) for each in (refinements, refinements + 1))
     assert bool((more >= fewer).all())
+
+
+@given(RELEVANCE, st.integers(0, MOST_REFINEMENTS), SHARE)
+@settings(max_examples=30, deadline=None)
+def test_only_cells_more_relevant_than_the_rest_go_deep(relevance, refinements, explore):
+    chosen = levels(relevance, refinements, explore, closer=True)[0].numpy()
+    if 0 < (chosen == 2).sum() < CELL_COUNT:
+        assert relevance[0][chosen == 2].min() >= relevance[0][chosen < 2].max()
+
+
+@given(st.permutations(range(CELL_COUNT)), st.integers(-3, 4), st.integers(-3, 4), st.integers(0, 60), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_moving_relevance_moves_the_levels(order, down, right, refinements, closer):
+    grid = np.array(order, np.float32).reshape(1, CELLS, CELLS) / CELL_COUNT
+    moved = np.roll(grid, (down, right), axis=(1, 2))
+    here, there = (levels(each.reshape(1, -1).copy(), refinements, 0.0, closer) for each in (grid, moved))
+    assert torch.equal(here.reshape(1, CELLS, CELLS).roll((down, right), (1, 2)), there.reshape(1, CELLS, CELLS))
+
+
+@given(RELEVANCE, st.integers(0, MOST_REFINEMENTS), SHARE)
+@settings(max_examples=20, deadline=None)
+def test_the_same_again(relevance, refinements, explore):
+    assert torch.equal(*(levels(relevance.copy(), refinements, explore, closer=True) for _ in range(2)))
+
+
+@given(RELEVANCE)
+@settings(max_examples=30, deadline=None)
+def test_diversifying_lowers_the_gain_of_cells_whose_neighbours_come_first(relevance):
+    given_relevance = torch.from_numpy(relevance)
+    none, some, full = (ALLOCATION.gains(given_relevance, torch.tensor([[share]])) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(none, given_relevance)
+    assert bool((full >= 0).all() and (full <= some).all() and (some <= none).all())
+    first = rank(given_relevance)[0].argmin()
+    assert full[0, first] == none[0, first]  # nothing comes before the most relevant cell
+
+
+def test_diversifying_refines_the_second_of_two_places_before_the_rest_of_the_first():
+    relevance = torch.zeros(1, CELLS, CELLS)
+    relevance[0, 1:4, 1:4] = 0.9
+    relevance[0, 6, 6] = 0.8
+    asked, none = torch.tensor([[8.0]]), torch.tensor([[0.0]])
+    chosen = [
+        ALLOCATION.levels(ALLOCATION.gains(relevance.flatten(1), torch.tensor([[share]])), asked, none)
+        for share in (0.0, 0.5)
+    ]
+    assert [int(each.reshape(CELLS, CELLS)[6, 6]) for each in chosen] == [0, 1]
+
+
+@given(st.integers(0, 450), st.integers(0, 450), st.floats(0, 1), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_callers_least_and_most_hold(least, most, particularize, closer):
+    ceiling = MAX_VISION_TOKENS if closer else 256
+    budget = torch.tensor([[least, most, 32, 32]], dtype=torch.int32)
+    extra = ALLOCATION.extra(torch.tensor([[particularize]], dtype=torch.float32), budget, closer)
+    spent = CELL_COUNT + 3 * int(ALLOCATION.refinements(extra))
+    assert spent <= min(max(most, CELL_COUNT), ceiling)
+    assert spent > min(least, most, ceiling) - 3
+    if particularize == 1:
+        assert spent > min(most, ceiling) - 3
 
 
 @given(RELEVANCE, st.integers(0, CELL_COUNT))
@@ -73,6 +151,18 @@ def test_packs_cls_then_each_cells_tokens_then_padding(refinements):
     assert bool((mask[:, : expected.shape[1]] == 1).all())
 
 
+def test_packs_the_closer_view_and_says_which_region_a_token_is_of():
+    features, closer = torch.randn(1, 257, 2), torch.arange(DETAIL_COUNT).float().reshape(1, -1, 1).expand(-1, -1, 2)
+    chosen, regions = torch.zeros(2, 1, CELL_COUNT, dtype=torch.int64)
+    chosen[0, [9, 10]] = torch.tensor([2, 1])
+    regions[0, [9, 11]] = torch.tensor([1, 3])
+    tokens, mask = ALLOCATION.pack(features, chosen, regions.int(), closer)
+    deep = tokens[0, 10:26, 0].reshape(4, 4)
+    assert deep.tolist() == [[32 * row + column for column in range(4, 8)] for row in range(4, 8)]
+    assert torch.equal(tokens[0, 26:30], cells_of(features[:, 1:])[0, 10])
+    assert mask[0].tolist() == [1] * 10 + [2] * 16 + [1] * 4 + [4] + [1] * 52 + [0] * (401 - 83)
+
+
 def test_full_detail_is_plain_blip2():
     features = torch.randn(1, 257, 3)
     tokens, _ = ALLOCATION.pack(features, torch.ones(1, CELL_COUNT, dtype=torch.long))
@@ -83,7 +173,10 @@ def test_full_detail_is_plain_blip2():
 def test_permuting_the_batch_permutes_the_result():
     relevance, features = torch.rand(4, CELL_COUNT), torch.randn(4, 257, 3)
     refinements, explore, order = torch.tensor([[3.0], [20.0], [40.0], [64.0]]), torch.full((4, 1), 0.25), [2, 0, 3, 1]
-    straight = ALLOCATION.pack(features, ALLOCATION.levels(relevance, refinements, explore))
-    mixed = ALLOCATION.pack(features[order], ALLOCATION.levels(relevance[order], refinements[order], explore[order]))
+    closer = torch.randn(4, DETAIL_COUNT, 3)
+    chosen = ALLOCATION.levels(relevance, refinements, explore, True)
+    straight = ALLOCATION.pack(features, chosen, closer=closer)
+    chosen = ALLOCATION.levels(relevance[order], refinements[order], explore[order], True)
+    mixed = ALLOCATION.pack(features[order], chosen, closer=closer[order])
     assert torch.equal(straight[0][order], mixed[0])
     assert torch.equal(straight[1][order], mixed[1])

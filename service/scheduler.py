@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -118,20 +118,24 @@ class _Pool:
         if not self.held[claim.tenant]:
             del self.held[claim.tenant]
 
-    def expired(self, now: float, needed_s: float) -> Iterator[Claim]:
-        """Those that wait and can no longer end in time."""
+    def expire(self, now: float, needed_s: float) -> list[Claim]:
+        """Those that wait and can no longer end in time leave."""
+        late = []
         while self.deadlines and self.deadlines[0][0] - needed_s <= now:
             claim = heapq.heappop(self.deadlines)[2]
             if claim in self.standing:
-                yield claim
+                self.leave(claim)
+                claim.over = True
+                late.append(claim)
+        return late
 
     def next(self, now: float) -> Claim | None:
         """Whose turn it is, or None where nobody fits or who is out of patience does not."""
         if self.least_amount > self.free:
             return None
         least = math.inf
-        for tenant in sorted(self.queues, key=lambda name: (self.held.get(name, 0), self.queues[name][0][:2])):
-            for _, _, claim in self.queues[tenant]:
+        for queue in self._in_turn():
+            for _, _, claim in queue:
                 if claim.amount <= self.free:
                     return claim
                 if now - claim.arrived >= PATIENCE_S:
@@ -139,6 +143,16 @@ class _Pool:
                 least = min(least, claim.amount)
         self.least_amount = least
         return None
+
+    def _in_turn(self) -> Iterable[list[Standing]]:
+        """The tenant's first that holds the least; of equal ones, that whose first claim has the smallest rank."""
+        if len(self.queues) == 1:
+            return self.queues.values()
+        return [self.queues[name] for name in sorted(self.queues, key=self._place)]
+
+    def _place(self, tenant: str) -> tuple[int, float, int]:
+        rank, number, _ = self.queues[tenant][0]
+        return self.held.get(tenant, 0), rank, number
 
     def wait_s(self, claim: Claim) -> float:
         """About how long until it is this claim's turn; rather too little than too much."""
@@ -203,10 +217,8 @@ class Scheduler:
         for resource, pool in self._pools.items():
             if not pool.standing:
                 continue
-            for claim in pool.expired(now, self._needed_s(resource)):
-                pool.leave(claim)
-                claim.over = True
-                expired.append(claim)
+            if pool.deadlines[0][0] - (needed_s := self._needed_s(resource)) <= now:
+                expired += pool.expire(now, needed_s)
             while (turn := pool.next(now)) is not None:
                 pool.leave(turn)
                 pool.start(turn, now)

@@ -33,7 +33,7 @@ class Admission:
 
     def __init__(self, settings: Settings, engines: Engines, max_positions: int, metrics: Metrics) -> None:
         """`max_positions` are the tokens of the longest request."""
-        vision_slots = settings.vision_slots or ENCODER_FILLS * engines.encoder_images
+        self.vision_slots = vision_slots = settings.vision_slots or ENCODER_FILLS * engines.encoder_images
         llm_tokens = settings.llm_tokens or engines.llm_rows * max_positions
         self.row_tokens = llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
@@ -146,10 +146,10 @@ class Place:
         self._claims.append(claim)
         await self._admission.turn(claim)
 
-    def give_back(self, claim: Claim) -> None:
-        """Its work is done."""
+    def give_back(self, claim: Claim, *, finished: bool = True) -> None:
+        """Its work is done, or not `finished` and to be claimed for again."""
         self._claims.remove(claim)
-        self._admission.release(claim, finished=True)
+        self._admission.release(claim, finished=finished)
 
     def leave(self, *, finished: bool) -> None:
         """`finished` is false where the request did not come to its answer."""

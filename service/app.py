@@ -22,8 +22,6 @@ from service.redis_tier import RedisLimits, RedisTier
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
 
-NEEDED = ("see", "attend", "llm")  # what a question calls; see and attend run every vision model
-
 
 @dataclass(frozen=True, slots=True)
 class App:
@@ -58,7 +56,7 @@ def build(settings: Settings) -> App:
     metrics = Metrics()
     client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
-    readiness = Readiness(NEEDED, metrics)
+    readiness = Readiness(card.called, metrics)
     admission = Admission(settings, engines, card.max_positions, metrics)
     shared = redis_tier(settings, card, metrics)
     pipeline = Pipeline(

@@ -7,9 +7,9 @@ LLM's hidden size.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ Int32Array = npt.NDArray[np.int32]
 UInt8Array = npt.NDArray[np.uint8]
 
 IMAGE_SIZE = 224  # pixels, both sides, of what the vision encoder sees
+CLOSER_SIZE = 448  # pixels, both sides, of the closer view, which the encoder sees as CROPS crops
+CROPS = 4  # top left, top right, bottom left, bottom right
 GRID = 16  # patches a side
 TEXTURE_CHANNELS = 13
 CELLS = 8  # cells a side; a cell is 2x2 patches
@@ -26,6 +28,9 @@ QUESTION_TOKENS = 32  # what the allocator reads of the question
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
 BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs of a model card
 TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail
+MAX_VISION_TOKENS = 400  # of one image, with the closer view
+
+Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,11 @@ class Budget:
     def to_array(self) -> Int32Array:
         """int32 [4]: least and most vision tokens, least and most visual tokens."""
         return np.array([*self.vision_tokens, *self.visual_tokens], np.int32)
+
+    def within(self, vision_tokens: int) -> Budget:
+        """With at most so many vision tokens."""
+        least, most = self.vision_tokens
+        return replace(self, vision_tokens=(min(least, vision_tokens), min(most, vision_tokens)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,24 @@ class VisionFeatures:
 
 
 @dataclass(frozen=True, slots=True)
+class CloserFeatures:
+    """What the vision encoder found in the closer view of one image."""
+
+    features: FloatArray  # [1024, D], the patches of the 32x32 grid row by row, without the crops' CLS
+
+    @classmethod
+    def joined(cls, crops: Sequence[VisionFeatures]) -> Self:
+        """From the CROPS crops, each [257, D]."""
+        rows, side = 2, GRID
+        patches = np.stack([crop.features[1:] for crop in crops]).reshape(rows, rows, side, side, -1)
+        return cls(patches.transpose(0, 2, 1, 3, 4).reshape(CROPS * side * side, -1))
+
+    @property
+    def nbytes(self) -> int:
+        return self.features.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Relevance:
     """Where the image was looked at closely for one question, and why."""
 
@@ -84,6 +112,11 @@ class Relevance:
     scores: FloatArray  # [3, 16, 16] in [0, 1]: propositional, perspectival, participatory
     levels: Int32Array  # [8, 8]: level of detail of each cell
     tensions: FloatArray  # [3] in [0, 1]: particularize, explore, diversify
+
+    @property
+    def particularize(self) -> float:
+        """In [0, 1]: how much of the budget the question asks for."""
+        return float(self.tensions[0])
 
     @property
     def vision_tokens(self) -> int:
@@ -97,7 +130,7 @@ class Seen:
 
     visual_tokens: FloatArray  # [count, H]
     relevance: Relevance
-    vision: VisionFeatures
+    detail: Literal["low", "high"] = "low"  # high with the closer view
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +177,28 @@ class ModelCard:
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 
     @property
-    def feature_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the vision encoder returns for the 224-pixel view, by VisionFeatures' fields."""
+    def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        """By the view's size in pixels, what the vision encoder finds: VisionFeatures' and CloserFeatures' fields."""
         patches = GRID * GRID
         return {
-            "features": (1 + patches, self.vision_width),
-            "saliency": (patches,),
-            "entropy": (patches,),
-            "texture": (TEXTURE_CHANNELS, GRID, GRID),
+            IMAGE_SIZE: {
+                "features": (1 + patches, self.vision_width),
+                "saliency": (patches,),
+                "entropy": (patches,),
+                "texture": (TEXTURE_CHANNELS, GRID, GRID),
+            },
+            CLOSER_SIZE: {"features": (CROPS * patches, self.vision_width)},
         }
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The models that questions call; `see` and `attend` run every model of the 224-pixel view."""
+        return ("see", "attend", *(["attend_448"] if self.closer_view else []), "llm")
+
+    def vision_tokens_for(self, detail: Detail) -> tuple[int, int]:
+        """What budgets can ask for at this detail."""
+        least, most = self.vision_tokens
+        return (least, MAX_VISION_TOKENS) if self.closer_view and detail != "low" else (least, most)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -30,7 +30,6 @@ import structlog
 from service.core import ModelCard
 from service.errors import GlimpseError
 
-PROBED = ("see", "attend", "llm", "vqa")  # between them they infer every model
 SHARED_MEMORY = Path("/dev/shm")
 
 WATCH_INTERVAL_S = 0.2
@@ -410,7 +409,7 @@ class EmbeddedTriton:
         ]
 
     async def _probe_all(self, timeout_s: float) -> None:
-        for model in PROBED:
+        for model in (*self._card.called, "vqa"):  # between them they infer every model
             await self._client.probe(model, self._card, timeout_s)
 
     def _note_processes(self) -> None:

@@ -1,4 +1,5 @@
-"""What the vision encoder found, kept in process memory: least recently used first to go, bounded in bytes.
+"""What the vision encoder found, kept in process memory: least recently used first to go, bounded in bytes. Each view
+of an image is a record of its own.
 
 Requests for one new image share one encode: the first one leads, the others wait for what it brings. A leader that
 fails or goes away hands over to one of them, so nobody waits for somebody who has left.
@@ -15,45 +16,55 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from service.core import VisionFeatures
+from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, VisionFeatures
 from service.metrics import Metrics
+
+Features = TypeVar("Features", VisionFeatures, CloserFeatures)
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureKey:
-    """Equal keys mean equal features."""
+class FeatureKey(Generic[Features]):
+    """Equal keys mean equal features. The 224-pixel view gives VisionFeatures, the closer one CloserFeatures."""
 
     fingerprint: str  # of the vision encoder's weights
     view: int  # pixels a side that the encoder saw
     digest: str  # blake3 of the image's bytes
 
 
+def first_view(fingerprint: str, digest: str) -> FeatureKey[VisionFeatures]:
+    return FeatureKey(fingerprint, IMAGE_SIZE, digest)
+
+
+def closer_view(fingerprint: str, digest: str) -> FeatureKey[CloserFeatures]:
+    return FeatureKey(fingerprint, CLOSER_SIZE, digest)
+
+
 class SharedTier(Protocol):
     """Features that other gateways can find. Never raises and never takes longer than it is known to."""
 
-    async def find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
+    async def find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
         """What is kept, or what another gateway brings within `patience_s`. None: encode, then `put` or `give_up`."""
         ...
 
-    def put(self, key: FeatureKey, vision: VisionFeatures) -> None:
+    def put(self, key: FeatureKey[Features], features: Features) -> None:
         """Does not wait."""
         ...
 
-    def give_up(self, key: FeatureKey) -> None:
+    def give_up(self, key: FeatureKey[Any]) -> None:
         """The encode that `find` left to us failed, or will never be. Does not wait."""
         ...
 
 
 @dataclass(slots=True)
-class Found:
+class Found(Generic[Features]):
     """What a lookup brought. Without features the caller leads: it encodes and then calls `keep`."""
 
-    features: VisionFeatures | None
-    brought: VisionFeatures | None = None
+    features: Features | None
+    brought: Features | None = None
 
-    def keep(self, features: VisionFeatures) -> None:
+    def keep(self, features: Features) -> None:
         self.brought = features
 
 
@@ -62,7 +73,7 @@ class Flight:
     """One lookup and encode under way. `brought` stays empty where its leader failed."""
 
     landed: asyncio.Event = field(default_factory=asyncio.Event)
-    brought: VisionFeatures | None = None
+    brought: Any = None  # what the key's view gives
 
 
 class FeatureCache:
@@ -71,14 +82,14 @@ class FeatureCache:
         self.nbytes = 0
         self._metrics = metrics
         self._shared = shared
-        self._kept: OrderedDict[FeatureKey, VisionFeatures] = OrderedDict()
-        self._flights: dict[FeatureKey, Flight] = {}
+        self._kept: OrderedDict[FeatureKey[Any], Any] = OrderedDict()
+        self._flights: dict[FeatureKey[Any], Flight] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
     @asynccontextmanager
-    async def find(self, key: FeatureKey, left_s: float = math.inf) -> AsyncIterator[Found]:
+    async def find(self, key: FeatureKey[Features], left_s: float = math.inf) -> AsyncIterator[Found[Features]]:
         """Features that are kept or that a flight under way brings; else the caller leads the flight in the block.
 
         Of the `left_s` that the request has, at most half goes to waiting for another gateway.
@@ -86,13 +97,13 @@ class FeatureCache:
         if (known := await self._known(key, left_s)) is not None:
             yield Found(known)
             return
-        found = Found(None)
+        found: Found[Features] = Found(None)
         try:
             yield found
         finally:
             self._encoded(key, found.brought)
 
-    async def _known(self, key: FeatureKey, left_s: float) -> VisionFeatures | None:
+    async def _known(self, key: FeatureKey[Features], left_s: float) -> Features | None:
         """None: the caller leads the flight, which is under way."""
         if (known := await self._kept_or_joined(key)) is not None:
             return known
@@ -108,9 +119,12 @@ class FeatureCache:
             self._land(key, known)
         return known
 
-    async def _kept_or_joined(self, key: FeatureKey) -> VisionFeatures | None:
+    async def _kept_or_joined(self, key: FeatureKey[Features]) -> Features | None:
+        kept: Features
+        brought: Features | None
         while True:
-            if (kept := self._kept.get(key)) is not None:
+            if key in self._kept:
+                kept = self._kept[key]
                 self._kept.move_to_end(key)
                 self._count("hit")
                 return kept
@@ -118,11 +132,12 @@ class FeatureCache:
                 self._count("miss")
                 return None
             await flight.landed.wait()
-            if flight.brought is not None:
+            brought = flight.brought
+            if brought is not None:
                 self._count("shared")
-                return flight.brought
+                return brought
 
-    def _encoded(self, key: FeatureKey, brought: VisionFeatures | None) -> None:
+    def _encoded(self, key: FeatureKey[Features], brought: Features | None) -> None:
         """The leader's encode ended, well or not."""
         self._land(key, brought)
         if self._shared is None:
@@ -132,14 +147,14 @@ class FeatureCache:
         else:
             self._shared.put(key, brought)
 
-    def _land(self, key: FeatureKey, brought: VisionFeatures | None) -> None:
+    def _land(self, key: FeatureKey[Features], brought: Features | None) -> None:
         flight = self._flights.pop(key)
         flight.brought = brought
         if brought is not None:
             self._keep(key, brought)
         flight.landed.set()
 
-    def _keep(self, key: FeatureKey, features: VisionFeatures) -> None:
+    def _keep(self, key: FeatureKey[Features], features: Features) -> None:
         if features.nbytes > self.max_bytes:
             return
         self._kept[key] = features

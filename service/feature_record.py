@@ -2,7 +2,7 @@
 
     magic, 4 bytes | version, u16 | header's length, u16 | blake3 of all that follows, 32 bytes
     header: JSON with the key and each array's dtype and shape, padded with spaces
-    the arrays, in the order of VisionFeatures' fields, C order, little-endian
+    the arrays, in the order of VisionFeatures' or, of a closer view, CloserFeatures' fields, C order, little-endian
 
 Everything is checked before it is believed; what was packed comes back bit for bit.
 """
@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
 import orjson
 from blake3 import blake3
 
-from service.core import FloatArray, VisionFeatures
-from service.feature_cache import FeatureKey
+from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, FloatArray, VisionFeatures
+from service.feature_cache import FeatureKey, Features
 
 MAGIC = b"GLVF"
 VERSION = 1
 START = struct.Struct("<4sHH32s")
 ALIGNED = 64  # bytes: the arrays start at a multiple of it
-NAMES = ("features", "saliency", "entropy", "texture")
+OF_VIEW: Mapping[int, type[Any]] = {IMAGE_SIZE: VisionFeatures, CLOSER_SIZE: CloserFeatures}
 DTYPES = ("<f4", "<f2")
 
+Shapes = Mapping[int, Mapping[str, tuple[int, ...]]]  # by view, the arrays' by name
 Reason = Literal["magic", "version", "checksum", "key", "shape"]
 
 
@@ -38,8 +40,9 @@ class RecordError(ValueError):
         self.reason = reason
 
 
-def pack(key: FeatureKey, vision: VisionFeatures) -> bytes:
-    arrays = {name: np.ascontiguousarray(getattr(vision, name)) for name in NAMES}
+def pack(key: FeatureKey[Features], features: Features) -> bytes:
+    names = [each.name for each in fields(OF_VIEW[key.view])]
+    arrays: dict[str, FloatArray] = {name: np.ascontiguousarray(getattr(features, name)) for name in names}
     header = orjson.dumps(
         {
             "fingerprint": key.fingerprint,
@@ -53,7 +56,7 @@ def pack(key: FeatureKey, vision: VisionFeatures) -> bytes:
     return START.pack(MAGIC, VERSION, len(header), blake3(body).digest()) + body
 
 
-def unpack(record: bytes, key: FeatureKey, shapes: Mapping[str, tuple[int, ...]]) -> VisionFeatures:
+def unpack(record: bytes, key: FeatureKey[Features], shapes: Shapes) -> Features:
     """Read-only arrays over the record's own memory. Raises RecordError where anything does not fit."""
     if len(record) < START.size or record[: len(MAGIC)] != MAGIC:
         raise RecordError("magic")
@@ -66,14 +69,16 @@ def unpack(record: bytes, key: FeatureKey, shapes: Mapping[str, tuple[int, ...]]
     try:
         header = orjson.loads(body[:header_bytes])
         _require_key(header, key)
-        return VisionFeatures(*_arrays(record, START.size + header_bytes, header["arrays"], shapes))
+        found = _arrays(record, START.size + header_bytes, header["arrays"], shapes[key.view])
+        features: Features = OF_VIEW[key.view](*found)
     except RecordError:
         raise
     except (LookupError, TypeError, ValueError) as exc:  # whole, but not of our making
         raise RecordError("shape") from exc
+    return features
 
 
-def _require_key(header: Mapping[str, Any], key: FeatureKey) -> None:
+def _require_key(header: Mapping[str, Any], key: FeatureKey[Features]) -> None:
     """Raises RecordError."""
     if FeatureKey(header["fingerprint"], header["view"], header["digest"]) != key:
         raise RecordError("key")
@@ -83,7 +88,7 @@ def _arrays(
     record: bytes, at: int, told: list[tuple[str, str, list[int]]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[FloatArray]:
     """The arrays from byte `at` on. Raises RecordError."""
-    if [name for name, _, _ in told] != list(NAMES):
+    if [name for name, _, _ in told] != list(shapes):
         raise RecordError("shape")
     for name, dtype, shape in told:
         count = int(np.prod(shapes[name]))

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from service.core import Budget, FloatArray, ModelCard, Relevance, Sampling
+from service.core import Budget, Detail, FloatArray, ModelCard, Relevance, Sampling
 from service.errors import GlimpseError, InvalidImage, InvalidRequest
 from service.http_body import MAX_NAME_CHARS, Part
 from service.pipeline import Finished, KeptImage, Request, new_seed
@@ -74,6 +74,11 @@ class Asked(BaseModel):
         BeforeValidator(_stops),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "default": []}),
     ] = Field((), description="The answer ends before any of these strings.")
+    detail: Detail = Field(
+        "low",
+        description="`high` adds a closer view of 448x448 pixels; `auto` does so where the question needs it and the "
+        "image has the pixels.",
+    )
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
     timeout_s: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
     stream: bool = Field(False, description="Server-sent events as the answer is written.")
@@ -97,9 +102,13 @@ class Asked(BaseModel):
         budget = self.budget or WireBudget()
         return Request(
             id=request_id,
-            image=image,
+            images=(image,),
             question=question,
-            budget=Budget(budget.vision_tokens or card.vision_tokens, budget.visual_tokens or card.visual_tokens),
+            budget=Budget(
+                budget.vision_tokens or card.vision_tokens_for(self.detail),
+                budget.visual_tokens or card.default_visual_tokens,
+            ),
+            detail=self.detail,
             sampling=Sampling(
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
@@ -244,6 +253,7 @@ class Vision(BaseModel):
     cache: Literal["hit", "miss"] = Field(description="Whether the image's features were known.")
     vision_tokens: int = Field(description="What was kept of the image for this question.")
     visual_tokens: int = Field(description="What the LLM read of it.")
+    detail: Literal["low", "high"] = Field(description="high where a closer view was looked at.")
 
 
 class TimingMs(BaseModel):
@@ -311,17 +321,20 @@ class VqaEnd(BaseModel):
             "id": request_id,
             "model": model,
             "finish_reason": end.finish_reason,
-            "image_ids": [end.image_id],
+            "image_ids": end.image_ids,
             "usage": Usage(
                 prompt_tokens=end.prompt_tokens,
                 completion_tokens=end.completion_tokens,
                 image_tokens=end.visual_tokens,
             ),
             "vision": Vision(
-                cache=end.cache, vision_tokens=end.relevance.vision_tokens, visual_tokens=end.visual_tokens
+                cache=end.cache,
+                vision_tokens=end.vision_tokens,
+                visual_tokens=end.visual_tokens,
+                detail=end.detail,
             ),
             "timing_ms": TimingMs(**end.timing_ms),
-            "relevance": [WireRelevance.of(end.relevance)] if explain else None,
+            "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,
         }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,7 +19,7 @@ from blake3 import blake3
 from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL import Image as Pillow
 
-from service.core import IMAGE_SIZE, UInt8Array
+from service.core import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
 from service.errors import InvalidImage, NotFound, TooLarge
 from service.settings import IMAGE_ENTRY_BYTES
 
@@ -90,19 +91,35 @@ class Image:
     def id(self) -> str:
         return f"img_{self.digest[:32]}"
 
+    def larger_than(self, size: int) -> bool:
+        """Whether a side has more pixels, or may have: not every file tells."""
+        told = header_size(self.data)
+        return told is None or max(told) > size
+
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """An image as the vision encoder sees it."""
 
-    pixels: UInt8Array  # [3, 224, 224] RGB
+    views: Mapping[int, UInt8Array]  # by their size in pixels: [3, size, size] RGB
     width: int  # of the whole picture, upright
     height: int
 
+    @property
+    def pixels(self) -> UInt8Array:
+        """[3, 224, 224] RGB: the whole picture."""
+        return self.views[IMAGE_SIZE]
 
-def header_pixels(data: bytes) -> int | None:
-    """Width times height as the file's first bytes tell them, in microseconds; 0 where they are no image we read, None
-    where they may be one but do not tell its size.
+    @property
+    def crops(self) -> UInt8Array:
+        """[4, 3, 224, 224] RGB: the closer view's top left, top right, bottom left and bottom right."""
+        rows = self.views[CLOSER_SIZE].reshape(3, 2, IMAGE_SIZE, 2, IMAGE_SIZE)
+        return np.ascontiguousarray(rows.transpose(1, 3, 0, 2, 4)).reshape(CROPS, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def header_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height as the file's first bytes tell them, in microseconds; zeros where they are no image we read,
+    None where they may be one but do not tell its size. EXIF may still turn the picture.
 
     Decoders are not asked: on hostile bytes they take their time even for that. `decode` refuses a picture that turns
     out to be larger.
@@ -116,8 +133,14 @@ def header_pixels(data: bytes) -> int | None:
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         size = _webp_size(data)
     else:
-        return 0
-    return size[0] * size[1] or None
+        return 0, 0
+    return (size[0], size[1]) if size[0] * size[1] else None
+
+
+def header_pixels(data: bytes) -> int | None:
+    """Width times height, as `header_size` tells them."""
+    size = header_size(data)
+    return None if size is None else size[0] * size[1]
 
 
 def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
@@ -178,12 +201,13 @@ def _webp_size(data: bytes) -> tuple[int, ...]:
     return 0, 0
 
 
-def decode(data: bytes, limits: ImageLimits) -> Decoded:
-    """Any PNG, JPEG, WebP or GIF (first frame) -> uint8 [3, 224, 224] RGB. Raises InvalidImage, TooLarge.
+def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
+    """Any PNG, JPEG, WebP or GIF (first frame) -> for each view's size uint8 [3, size, size] RGB.
 
     The whole picture is squashed to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does; one
-    of 224x224 passes through untouched. Transparency lies on white, 16-bit samples keep their upper 8 bits, CMYK is
-    converted without a colour profile, EXIF orientation is applied.
+    of that size passes through untouched. Transparency lies on white, 16-bit samples keep their upper 8 bits, CMYK is
+    converted without a colour profile, EXIF orientation is applied. A view is the same whatever other views are asked
+    for. Raises InvalidImage, TooLarge.
     """
     if not data:
         raise InvalidImage(
@@ -219,7 +243,7 @@ def decode(data: bytes, limits: ImageLimits) -> Decoded:
             )
         try:
             orientation = _orientation(picture)
-            pixels = _pixels(picture, orientation)
+            pixels = _views(picture, data, orientation, views)
         except Exception as exc:
             raise InvalidImage(
                 f"the {picture.format} is damaged or cut short ({len(data):,} bytes arrived): send the whole file",
@@ -228,11 +252,22 @@ def decode(data: bytes, limits: ImageLimits) -> Decoded:
     return Decoded(pixels, *((height, width) if orientation in SIDEWAYS else (width, height)))
 
 
-def _pixels(picture: Pillow.Image, orientation: int) -> UInt8Array:
-    side = (IMAGE_SIZE, IMAGE_SIZE)
-    # A JPEG decodes at 1/2, 1/4 or 1/8 for less: never under twice what we need, or the difference shows.
-    picture.draft(None, (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
-    colours = _in_colour(picture)
+def _views(picture: Pillow.Image, data: bytes, orientation: int, views: Sequence[int]) -> dict[int, UInt8Array]:
+    """Decodes once, but for a JPEG so large that the views want it at different scales."""
+    whole, colours, found = picture.size, None, {}
+    for size in sorted(views):
+        if colours is None or colours.size != whole:
+            source = picture if colours is None else Pillow.open(BytesIO(data), formats=FORMATS)
+            # A JPEG decodes at 1/2, 1/4 or 1/8 for less: never under twice what we need, or the difference shows.
+            source.draft(None, (2 * size, 2 * size))
+            colours = _in_colour(source)
+        found[size] = _squashed(colours, size, orientation)
+    return found
+
+
+def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
+    """[3, size, size] RGB, upright."""
+    side = (size, size)
     if colours.size != side:
         colours = colours.resize(side, Pillow.Resampling.BICUBIC)
     if colours.mode == "RGBA":  # after the resize: Pillow weighs colours by alpha, and this is the small one
@@ -279,9 +314,9 @@ class ImageReader:
         self.limits = limits
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    async def decode(self, data: bytes) -> Decoded:
-        """uint8 [3, 224, 224]. Raises InvalidImage, TooLarge."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits)
+    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
+        """Raises InvalidImage, TooLarge."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views)
 
     async def identify(self, data: bytes) -> Image:
         """The image with its digest; says nothing of whether it can be decoded."""

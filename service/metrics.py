@@ -77,8 +77,11 @@ class Metrics:
         self.generated_tokens = self._counter(
             "generated_tokens", "Tokens that came from the LLM, however the question ended."
         )
-        self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept for one question.")
-        self.visual_tokens = self._tokens("visual_tokens", "Visual tokens handed to the LLM for one question.")
+        self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept of one image for one question.")
+        self.visual_tokens = self._tokens("visual_tokens", "Visual tokens handed to the LLM of one image.")
+        self.images_seen = self._counter(
+            "images_seen", "Images that answers are about, by detail: low, or high with a closer view.", "detail"
+        )
         self.relevance_entropy = self._histogram(
             "relevance_entropy_ratio", "Entropy of one image's relevance map over that of an even one.", EVENNESS
         )

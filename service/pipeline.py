@@ -1,4 +1,4 @@
-"""The path of one request: admit, load, see or attend, generate. It knows no transport and no Triton.
+"""The path of one request: admit, load, look, generate. It knows no transport and no Triton.
 
 Every request ends in exactly one outcome, which is one metric and one log line, both written by `Pipeline.outcome`.
 """
@@ -8,17 +8,23 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import structlog
 
 from service.admission import Admission, Place
 from service.core import (
+    CLOSER_SIZE,
+    CROPS,
     IMAGE_SIZE,
     Budget,
+    CloserFeatures,
+    Detail,
     ModelCard,
     Prompt,
     Question,
@@ -29,8 +35,8 @@ from service.core import (
     VisionFeatures,
 )
 from service.errors import DeadlineExceeded, GlimpseError, InternalError, InvalidRequest, Unavailable
-from service.feature_cache import FeatureCache, FeatureKey, Found, SharedTier
-from service.images import Image, ImageReader, ImageStore, header_pixels
+from service.feature_cache import FeatureCache, SharedTier, closer_view, first_view
+from service.images import Decoded, Image, ImageReader, ImageStore, header_pixels
 from service.ledger import Cost
 from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
@@ -46,12 +52,25 @@ NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
 class VisionModel(Protocol):
     """Image and question to visual tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
 
-    async def see(self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float) -> Seen:
+    async def see(
+        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
+    ) -> tuple[VisionFeatures, Seen]:
         """`image` uint8 [3, 224, 224]."""
         ...
 
-    async def attend(self, vision: VisionFeatures, question: Question, budget: Budget, timeout_s: float) -> Seen:
-        """The same with what the encoder found before."""
+    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
+        """`images` uint8 [N, 3, 224, 224], in one batch."""
+        ...
+
+    async def attend(
+        self,
+        vision: VisionFeatures,
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+        closer: CloserFeatures | None = None,
+    ) -> Seen:
+        """What `see` gives, from what the encoder found before, and in the closer view too where there is `closer`."""
         ...
 
 
@@ -75,14 +94,15 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question about one image, as any edge brings it."""
+    """One question about one image or several, as any edge brings it."""
 
     id: str  # unique: Triton cancels by it
-    image: bytes | str  # the file's bytes, or the id of an image that was sent before
+    images: tuple[bytes | str, ...]  # of each the file's bytes, or the id of one that was sent before
     question: str
-    budget: Budget
+    budget: Budget  # of each image
     sampling: Sampling
     timeout_s: float
+    detail: Detail = "low"
     trace_id: str = ""  # the caller's own id of the request
     tenant: str = ""  # who shares the service fairly with others; empty is one of its own
 
@@ -99,13 +119,18 @@ class Finished:
     """All that is known once the answer's text is complete."""
 
     finish_reason: Literal["stop", "length"]
-    image_id: str
-    cache: Literal["hit", "miss"]
+    image_ids: tuple[str, ...]
+    cache: Literal["hit", "miss"]  # a miss where anything had to be encoded
+    detail: Literal["low", "high"]  # high where a closer view was looked at
     prompt_tokens: int
     completion_tokens: int
     visual_tokens: int
-    relevance: Relevance
+    relevance: tuple[Relevance, ...]  # of each image
     timing_ms: dict[str, float]
+
+    @property
+    def vision_tokens(self) -> int:
+        return sum(relevance.vision_tokens for relevance in self.relevance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +145,38 @@ class KeptImage:
 
 
 @dataclass(slots=True)
+class Look:
+    """One image of a request, and what is known of it by now."""
+
+    image: Image
+    question: Question
+    is_reserved: bool = False  # the pixels
+    decoded: Decoded | None = None
+    vision: VisionFeatures | None = None
+    closer: CloserFeatures | None = None
+    seen: Seen | None = None  # what these features give for the question, once it is known
+
+
+@dataclass(slots=True)
+class Stage:
+    """How long a request was in one stage: once where several of its images are in it together."""
+
+    seconds: float = 0.0
+    inside: int = 0
+    begun: float = 0.0
+
+    def __enter__(self) -> None:
+        if not self.inside:
+            self.begun = time.monotonic()
+        self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.inside -= 1
+        if not self.inside:
+            self.seconds += time.monotonic() - self.begun
+
+
+@dataclass(slots=True)
 class Ticket:
     """What is known of one request on its way. Times are seconds of the monotonic clock."""
 
@@ -128,9 +185,11 @@ class Ticket:
     deadline: float
     outcome: str = "cancelled"  # until something else is known
     tokens: int = 0  # of the LLM, at the most; 0 until it is admitted
-    kind: Kind | None = None  # once the image was looked up
-    stages: dict[str, float] = field(default_factory=dict)
-    cache: Literal["hit", "miss"] = "miss"
+    kind: Kind | None = None  # once an image was looked up
+    encoded: int = 0  # images, a closer view counted as its crops
+    cache: Literal["hit", "miss"] = "miss"  # until every image was looked up
+    detail: Literal["low", "high"] = "low"  # high once a closer view was looked at
+    stages: defaultdict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))
     first_token: float | None = None
     last_token: float | None = None
     prompt_tokens: int = 0  # once there is a prompt
@@ -141,13 +200,8 @@ class Ticket:
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begun
+    def stage(self, name: str) -> Stage:
+        return self.stages[name]
 
     @asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:
@@ -166,7 +220,7 @@ class Ticket:
         )
 
     def timing_ms(self) -> dict[str, float]:
-        seconds = {name: self.stages.get(name, 0.0) for name in ("queue", "load", "vision")}
+        seconds = {name: self.stages[name].seconds for name in ("queue", "load", "vision")}
         seconds["first_token"] = (self.first_token or self.arrived) - self.arrived
         seconds["total"] = time.monotonic() - self.arrived
         return {name: round(value * 1e3, 2) for name, value in seconds.items()}
@@ -201,17 +255,17 @@ class Pipeline:
         self._spelled = token_bytes(prompts.tokenizer)
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
-        """Admit, load, see or attend, generate. Raises GlimpseError only."""
+        """Admit, load, look, generate. Raises GlimpseError only."""
         with self.outcome(request) as ticket, self.admit(ticket) as place:
             async with ticket.in_time():
-                image = await self.load(ticket)
-                seen = await self.look(image, ticket, place)
-            prompt = self.prompts.compose(request.question, seen.visual_tokens, visual_key(request, image, self.card))
-            ticket.prompt_tokens = len(prompt.input_ids) - len(seen.visual_tokens)
+                images = await self.load(ticket)
+                seen = await self.look(images, ticket, place)
+            prompt = self.compose(request, images, seen)
+            ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
             async with aclosing(self.generate(prompt, ticket)) as texts:
                 async for text in texts:
                     yield Delta(text)
-            yield self.finish(ticket, image, seen)
+            yield self.finish(ticket, images, seen)
 
     async def keep_image(self, data: bytes, tenant: str = "") -> KeptImage:
         """Takes an image that questions can name by its id.
@@ -264,9 +318,17 @@ class Pipeline:
     def check(self, request: Request) -> int:
         """The request's tokens in the LLM, at the most. Raises InvalidRequest where the model cannot do it."""
         budget, card = request.budget, self.card
-        require_range("budget.vision_tokens", budget.vision_tokens, card.vision_tokens, card.name)
+        if request.detail == "high" and not card.closer_view:
+            raise InvalidRequest(
+                f'{card.name} has no closer view: leave detail out, or ask for "low" or "auto"',
+                param="detail",
+                code="detail_not_supported",
+            )
+        offered = card.vision_tokens_for(request.detail)
+        require_range("budget.vision_tokens", budget.vision_tokens, offered, card.name)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
-        return self.prompts.require_room(request.question, budget.visual_tokens[1], request.sampling.max_tokens)
+        visual_tokens = len(request.images) * budget.visual_tokens[1]
+        return self.prompts.require_room(request.question, visual_tokens, request.sampling.max_tokens)
 
     def cost_of(self, data: bytes) -> Cost:
         """Of decoding; more pixels than are allowed are refused by the decoder, at no cost. Who does not tell its size
@@ -274,59 +336,126 @@ class Pipeline:
         most, told = self.settings.max_image_pixels, header_pixels(data)
         return Cost(pixels=most if told is None else min(told, most))
 
-    async def load(self, ticket: Ticket) -> Image:
-        """The image's bytes and digest; they are not decoded here, as a known image needs no pixels."""
+    async def load(self, ticket: Ticket) -> list[Image]:
+        """The images' bytes and digests; they are not decoded here, as a known image needs no pixels."""
         with ticket.stage("load"):
-            if isinstance(ticket.request.image, str):
-                return self.images.get(ticket.request.image, time.time())
-            return await self.reader.identify(ticket.request.image)
+            return [
+                self.images.get(image, time.time()) if isinstance(image, str) else await self.reader.identify(image)
+                for image in ticket.request.images
+            ]
 
-    async def look(self, image: Image, ticket: Ticket, place: Place) -> Seen:
-        """Attends to features that are known, else sees the image and keeps them. The LLM has room when it returns.
+    async def look(self, images: Sequence[Image], ticket: Ticket, place: Place) -> list[Seen]:
+        """Attends to features that are known, else sees the image and keeps them; looks closer where that is asked for
+        or needed. The LLM has room when it returns.
 
-        Who attends waits for the LLM first: that bounds how many attend at once, and a wait in vain costs nothing.
+        Who attends waits for the LLM first: that bounds how many attend at once, and a wait in vain costs nothing. Who
+        then finds that it needs a closer view gives its room back and comes again.
         """
-        request, question = ticket.request, self.prompts.question(ticket.request.question)
-        key = FeatureKey(self.card.fingerprint, IMAGE_SIZE, image.digest)
+        question = self.prompts.question(ticket.request.question)
+        looks = [Look(image, question) for image in images]
+        await together(self._find, looks, ticket, place)
+        while True:
+            await together(self._find_closer, self._to_look_closer(looks, ticket), ticket, place)
+            room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, place)
+            await together(self._attend, [look for look in looks if look.seen is None], ticket, place)
+            if not self._to_look_closer(looks, ticket):
+                ticket.cache = "miss" if ticket.encoded else "hit"
+                ticket.detail = "high" if any(look.closer for look in looks) else "low"
+                return [look.seen for look in looks if look.seen is not None]
+            place.give_back(room, finished=False)
+
+    def _to_look_closer(self, looks: Sequence[Look], ticket: Ticket) -> list[Look]:
+        """Those whose closer view is wanted and not there yet."""
+        if not self.card.closer_view:
+            return []
+        detail = ticket.request.detail
+        return [look for look in looks if look.closer is None and self._wants_closer_view(look, detail)]
+
+    def _wants_closer_view(self, look: Look, detail: Detail) -> bool:
+        """With "auto" nobody knows before the image was seen."""
+        if detail != "auto" or look.seen is None:
+            return detail == "high"
+        needs_it = look.seen.relevance.particularize >= self.card.closer_view_at
+        return needs_it and look.image.larger_than(IMAGE_SIZE)
+
+    async def _find(self, look: Look, ticket: Ticket, place: Place) -> None:
+        """The features of the whole image, known or encoded; without a closer view to come, encoding it sees it too."""
+        key = first_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"):  # another's encode may have to be waited for
                 found = await flight.enter_async_context(self.features.find(key, ticket.left_s))
-            if found.features is None:
-                seen = await self._see(image, question, found, ticket, place)
-        if found.features is None:
-            await self._turn(ticket, place, Resource.LLM, new_images=1)
-            return seen
-        self._remember(image, request)
-        ticket.cache = "hit"
-        await self._turn(ticket, place, Resource.LLM, new_images=0)
-        with ticket.stage("vision"):
-            return await self.vision.attend(found.features, question, request.budget, ticket.left_s)
+            look.vision = found.features
+            if look.vision is None:
+                async with self._encoding(look, IMAGE_SIZE, ticket, place) as decoded:
+                    if ticket.request.detail == "high":
+                        (look.vision,) = await self.vision.encode(decoded.pixels[np.newaxis], ticket.left_s)
+                    else:
+                        budget = ticket.request.budget.within(self.card.vision_tokens[1])
+                        look.vision, look.seen = await self.vision.see(
+                            decoded.pixels, look.question, budget, ticket.left_s
+                        )
+                found.keep(look.vision)
+            else:
+                self._remember(look.image, ticket.request)
 
-    async def _see(self, image: Image, question: Question, found: Found, ticket: Ticket, place: Place) -> Seen:
-        place.reserve(self.cost_of(image.data))
-        slot = await self._turn(ticket, place, Resource.VISION, new_images=1)
-        with ticket.stage("load"):
-            decoded = await self.reader.decode(image.data)
-        self._remember(image, ticket.request)
-        with ticket.stage("vision"):
-            seen = await self.vision.see(decoded.pixels, question, ticket.request.budget, ticket.left_s)
-        found.keep(seen.vision)
-        place.give_back(slot)
-        return seen
+    async def _find_closer(self, look: Look, ticket: Ticket, place: Place) -> None:
+        """The features of the closer view, known or encoded. What was seen without them counts no more."""
+        key = closer_view(self.card.fingerprint, look.image.digest)
+        async with AsyncExitStack() as flight:
+            with ticket.stage("vision"):
+                found = await flight.enter_async_context(self.features.find(key, ticket.left_s))
+            look.closer = found.features
+            if look.closer is None:
+                async with self._encoding(look, CLOSER_SIZE, ticket, place) as decoded:
+                    look.closer = CloserFeatures.joined(await self.vision.encode(decoded.crops, ticket.left_s))
+                found.keep(look.closer)
+        look.seen = None
 
-    async def _turn(self, ticket: Ticket, place: Place, resource: Resource, new_images: int) -> Claim:
+    async def _attend(self, look: Look, ticket: Ticket, _: Place) -> None:
+        assert look.vision is not None
+        budget = ticket.request.budget if look.closer else ticket.request.budget.within(self.card.vision_tokens[1])
+        with ticket.stage("vision"):
+            look.seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
+
+    @asynccontextmanager
+    async def _encoding(self, look: Look, view: int, ticket: Ticket, place: Place) -> AsyncIterator[Decoded]:
+        """The image decoded for this view, where there is room to encode it."""
+        images = CROPS if view == CLOSER_SIZE else 1
+        if not look.is_reserved:
+            place.reserve(self.cost_of(look.image.data))
+            look.is_reserved = True
+        slots = min(images, self.admission.vision_slots)
+        kind = Kind.of(max(images, len(ticket.request.images)))
+        claim = await self._turn(Resource.VISION, slots, kind, ticket, place)
+        ticket.encoded += images
+        if (decoded := look.decoded) is None:
+            both = view == IMAGE_SIZE and ticket.request.detail == "high"
+            with ticket.stage("load"):
+                decoded = await self.reader.decode(look.image.data, (IMAGE_SIZE, CLOSER_SIZE) if both else (view,))
+            look.decoded = decoded if both else None
+        self._remember(look.image, ticket.request)
+        with ticket.stage("vision"):
+            yield decoded
+        place.give_back(claim)
+
+    async def _turn(self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, place: Place) -> Claim:
         """What the place holds from now on. Raises Overloaded."""
-        ticket.kind = Kind.of(new_images)
-        amount = ticket.tokens if resource is Resource.LLM else new_images
-        claim = Claim(resource, amount, ticket.kind, time.monotonic(), ticket.deadline, ticket.request.tenant)
+        ticket.kind = kind
+        claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, ticket.request.tenant)
         with ticket.stage("queue"):
             await place.enter(claim)
         return claim
 
     def _remember(self, image: Image, request: Request) -> None:
         """An image that came with its question can be asked about by its id too; asking by id does not prolong it."""
-        if isinstance(request.image, bytes):
+        if image.id not in request.images:
             self.images.put(image, time.time())
+
+    def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
+        keys = (visual_key(request, image, self.card) for image in images)
+        return self.prompts.compose(
+            request.question, [(each.visual_tokens, key) for each, key in zip(seen, keys, strict=True)]
+        )
 
     async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
         """The answer's text as it becomes certain. Leaving early cancels the LLM's stream."""
@@ -371,19 +500,21 @@ class Pipeline:
         ticket.completion_tokens += len(said)
         return said
 
-    def finish(self, ticket: Ticket, image: Image, seen: Seen) -> Finished:
+    def finish(self, ticket: Ticket, images: Sequence[Image], seen: Sequence[Seen]) -> Finished:
         ticket.outcome = "ok"
-        visual_tokens = len(seen.visual_tokens)
-        self.metrics.vision_tokens.observe(seen.relevance.vision_tokens)
-        self.metrics.visual_tokens.observe(visual_tokens)
+        for each in seen:
+            self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
+            self.metrics.visual_tokens.observe(len(each.visual_tokens))
+            self.metrics.images_seen.labels(each.detail).inc()
         return Finished(
             finish_reason=ticket.finish_reason,
-            image_id=image.id,
+            image_ids=tuple(image.id for image in images),
             cache=ticket.cache,
+            detail=ticket.detail,
             prompt_tokens=ticket.prompt_tokens,
             completion_tokens=ticket.completion_tokens,
-            visual_tokens=visual_tokens,
-            relevance=seen.relevance,
+            visual_tokens=sum(len(each.visual_tokens) for each in seen),
+            relevance=tuple(each.relevance for each in seen),
             timing_ms=ticket.timing_ms(),
         )
 
@@ -397,8 +528,8 @@ class Pipeline:
             self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)
             if ticket.kind is not None:
                 self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
-            for stage, seconds in ticket.stages.items():
-                self.metrics.stage.labels(stage).observe(seconds)
+            for name, stage in ticket.stages.items():
+                self.metrics.stage.labels(name).observe(stage.seconds)
         elif ticket.tokens and ticket.outcome in NOTHING_MORE_TO_DO:
             saved = ticket.request.sampling.max_tokens - ticket.completion_tokens
             self.metrics.tokens_saved.labels(ticket.outcome).inc(saved)
@@ -408,6 +539,7 @@ class Pipeline:
             request_id=ticket.request.trace_id,
             id=ticket.request.id,
             cache=ticket.cache,
+            detail=ticket.detail,
             completion_tokens=ticket.completion_tokens,
             **{f"{name}_ms": value for name, value in timing_ms.items()},
             **({"exc_info": fault} if fault else {}),
@@ -425,8 +557,27 @@ def new_seed() -> int:
 
 def visual_key(request: Request, image: Image, card: ModelCard) -> bytes:
     """Names what the visual tokens are made from; the question comes last, as it may hold any character."""
-    budget = (*request.budget.vision_tokens, *request.budget.visual_tokens)
-    return "\0".join([card.visual_fingerprint, image.digest, *map(str, budget), request.question]).encode()
+    budget = map(str, (*request.budget.vision_tokens, *request.budget.visual_tokens))
+    return "\0".join([card.visual_fingerprint, image.digest, request.detail, *budget, request.question]).encode()
+
+
+async def together(
+    step: Callable[[Look, Ticket, Place], Coroutine[Any, Any, None]],
+    looks: Sequence[Look],
+    ticket: Ticket,
+    place: Place,
+) -> None:
+    """The step for every image at once. The first that fails ends the others, and is what is raised."""
+    if len(looks) <= 1:  # no tasks: they cost 0.1 ms
+        for look in looks:
+            await step(look, ticket, place)
+        return
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for look in looks:
+                tasks.create_task(step(look, ticket, place))
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
 
 
 def require_range(

@@ -80,13 +80,17 @@ class PromptBuilder:
             )
         return total
 
-    def compose(self, question: str, visual_tokens: FloatArray, key: bytes) -> Prompt:
-        """`visual_tokens` [N, H]; `key` names what they were made from (image, question, budget, models)."""
-        count = len(visual_tokens)
+    def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
+        """`images`: of each the visual tokens [N, H], and a key that names what they were made from (image, question,
+        budget, models). They stand in this order, before the text."""
+        visual_tokens = images[0][0] if len(images) == 1 else np.concatenate([tokens for tokens, _ in images])
         text = np.array(self.text_ids(question), np.int32)
-        visual = np.arange(self.card.vocab_size, self.card.vocab_size + count, dtype=np.int32)
-        extra = np.concatenate([visual_token_ids(key, count), np.zeros(len(text), np.uint64)])
-        return Prompt(np.concatenate([visual, text]), visual_tokens, extra)
+        first = self.card.vocab_size
+        visual = np.arange(first, first + len(visual_tokens), dtype=np.int32)
+        extra = [visual_token_ids(key, len(tokens)) for tokens, key in images]
+        return Prompt(
+            np.concatenate([visual, text]), visual_tokens, np.concatenate([*extra, np.zeros(len(text), np.uint64)])
+        )
 
     def _prompt(self, question: str) -> str:
         return self.card.prompt_template.replace("{question}", question)

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
 from service.breaker import Breaker
-from service.core import VisionFeatures
-from service.feature_cache import FeatureKey
-from service.feature_record import VERSION, RecordError, pack, unpack
+from service.feature_cache import FeatureKey, Features
+from service.feature_record import VERSION, RecordError, Shapes, pack, unpack
 from service.metrics import Metrics
 from service.redis_client import Command, Lane, RedisFault, Reply, granted
 
@@ -40,11 +39,11 @@ TRIAL_KEY = f"{PREFIX}:trial"  # never written
 RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
-def record_key(key: FeatureKey) -> str:
+def record_key(key: FeatureKey[Any]) -> str:
     return f"{PREFIX}:features:{{{key.fingerprint}:{key.view}:{key.digest}}}"
 
 
-def flight_key(key: FeatureKey) -> str:
+def flight_key(key: FeatureKey[Any]) -> str:
     return f"{PREFIX}:flight:{{{key.fingerprint}:{key.view}:{key.digest}}}"
 
 
@@ -58,7 +57,7 @@ class RedisLimits:
 class RedisTier:
     """Usable while `run` runs. Before, and while Redis is away, nothing is found and nothing is kept."""
 
-    def __init__(self, url: str, limits: RedisLimits, shapes: Mapping[str, tuple[int, ...]], metrics: Metrics) -> None:
+    def __init__(self, url: str, limits: RedisLimits, shapes: Shapes, metrics: Metrics) -> None:
         self.limits = limits
         self.breaker = Breaker()
         self._shapes = shapes
@@ -66,7 +65,7 @@ class RedisTier:
         self._me = secrets.token_hex(8)
         self._lookups = Lane(url, LANE_TIMEOUT_S)
         self._writes = Lane(url, LANE_TIMEOUT_S)  # its own: a write never delays a lookup
-        self._behind: asyncio.Queue[tuple[FeatureKey, VisionFeatures | None]] = asyncio.Queue(MOST_UNRELEASED)
+        self._behind: asyncio.Queue[tuple[FeatureKey[Any], Any]] = asyncio.Queue(MOST_UNRELEASED)
         self._opened = asyncio.Event()
         self._opened.set()
         self._reason = ""  # why Redis is of no use, as last logged
@@ -82,7 +81,7 @@ class RedisTier:
             tasks.create_task(self._try_again())
             tasks.create_task(self._gauge())
 
-    async def find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
+    async def find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
         """What is kept, or what another gateway brings within `patience_s`.
 
         None: the caller encodes, and says `put` or `give_up` when it has.
@@ -98,25 +97,25 @@ class RedisTier:
                 self._count("failed")
                 return None
 
-    async def _find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
+    async def _find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
         """Raises RedisFault."""
         now = asyncio.get_running_loop().time
         deadline = now() + self.limits.timeout_s
         (record,) = await self._ask(deadline - now(), ("GET", record_key(key)))
-        if (vision := await self._believe(record, key, deadline - now())) is not None:
+        if (features := await self._believe(record, key, deadline - now())) is not None:
             self._count("hit")
-            return vision
-        ours, vision = await self._claim(key, deadline - now())
+            return features
+        ours, features = await self._claim(key, deadline - now())
         left_s, waits_until = deadline - now(), now() + patience_s
-        while not ours and vision is None and now() < waits_until:
+        while not ours and features is None and now() < waits_until:
             await asyncio.sleep(POLL_S)
-            ours, vision = await self._claim(key, left_s)
-        if ours and vision is not None:
+            ours, features = await self._claim(key, left_s)
+        if ours and features is not None:
             self.give_up(key)
-        self._count("miss" if vision is None else "shared")
-        return vision
+        self._count("miss" if features is None else "shared")
+        return features
 
-    async def _claim(self, key: FeatureKey, left_s: float) -> tuple[bool, VisionFeatures | None]:
+    async def _claim(self, key: FeatureKey[Features], left_s: float) -> tuple[bool, Features | None]:
         """Whether it is ours to encode, and the features if they are there by now. Raises RedisFault.
 
         In this order: who holds a claim writes the record before giving it back.
@@ -127,7 +126,7 @@ class RedisTier:
             self._metrics.redis_errors.labels(claimed.kind).inc()
         return claimed is not None, await self._believe(record, key, left_s)
 
-    async def _believe(self, record: Reply, key: FeatureKey, left_s: float) -> VisionFeatures | None:
+    async def _believe(self, record: Reply, key: FeatureKey[Features], left_s: float) -> Features | None:
         """Deletes what does not fit. Raises RedisFault."""
         if granted(record) is None:
             return None
@@ -149,7 +148,7 @@ class RedisTier:
         self.breaker.succeeded()
         return replies
 
-    def put(self, key: FeatureKey, vision: VisionFeatures) -> None:
+    def put(self, key: FeatureKey[Features], features: Features) -> None:
         """Keeps the features for every gateway, later: nobody waits for it."""
         if self.breaker.is_open:
             self._metrics.feature_cache_writes.labels("skipped").inc()
@@ -157,9 +156,9 @@ class RedisTier:
             self._metrics.feature_cache_writes.labels("dropped").inc()
             self.give_up(key)
         else:
-            self._behind.put_nowait((key, vision))
+            self._behind.put_nowait((key, features))
 
-    def give_up(self, key: FeatureKey) -> None:
+    def give_up(self, key: FeatureKey[Any]) -> None:
         """Lets another gateway encode that image, where we said that we would."""
         if not self.breaker.is_open and not self._behind.full():
             self._behind.put_nowait((key, None))
@@ -171,28 +170,28 @@ class RedisTier:
 
     async def _write_behind(self) -> None:
         while True:
-            key, vision = await self._behind.get()
+            key, features = await self._behind.get()
             if self.breaker.is_open:
-                if vision is not None:
+                if features is not None:
                     self._metrics.feature_cache_writes.labels("skipped").inc()
                 continue
             release: Command = ("EVAL", RELEASE, 1, flight_key(key), self._me)
             try:
-                if vision is None:
+                if features is None:
                     granted(*await self._writes.ask(release))
                 else:
-                    await self._write(key, vision, release)
+                    await self._write(key, features, release)
             except RedisFault as fault:
                 self._failed(fault)
 
-    async def _write(self, key: FeatureKey, vision: VisionFeatures, release: Command) -> None:
+    async def _write(self, key: FeatureKey[Features], features: Features, release: Command) -> None:
         """Raises RedisFault where the connection fails."""
         result = "failed"
         try:
-            if vision.nbytes > INLINE_PACK_BYTES:
-                record = await asyncio.to_thread(pack, key, vision)
+            if features.nbytes > INLINE_PACK_BYTES:
+                record = await asyncio.to_thread(pack, key, features)
             else:
-                record = pack(key, vision)
+                record = pack(key, features)
             kept, _ = await self._writes.ask(
                 ("SET", record_key(key), record, "PX", round(self.limits.ttl_s * 1e3)), release
             )

@@ -11,7 +11,7 @@ import asyncio
 import base64
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,11 +24,13 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from service.core import (
     CELLS,
+    CROPS,
     GRID,
     IMAGE_SIZE,
     MAX_VISUAL_TOKENS,
     QUESTION_TOKENS,
     Budget,
+    CloserFeatures,
     Engines,
     ModelCard,
     Prompt,
@@ -103,6 +105,14 @@ MODELS: Mapping[str, Model] = {
         outputs=_SEEN,
         through=("relevance_allocator", "qformer"),
     ),
+    # The four crops of a closer view in one request, as a batch.
+    "vision_encoder": Model(inputs=(_IMAGE,), outputs=_VISION, through=("vision_encoder",)),
+    # Only where the model card has a closer view.
+    "attend_448": Model(
+        inputs=(*_VISION, Tensor("detail_features", "FP32", (CROPS * PATCHES, "D")), *_ASKED),
+        outputs=_SEEN,
+        through=("relevance_allocator_448", "qformer"),
+    ),
     "llm": Model(
         inputs=(
             Tensor("input_ids", "INT32", (-1,)),
@@ -136,6 +146,9 @@ MODELS: Mapping[str, Model] = {
         decoupled=True,
     ),
 }
+
+_VISION_MODELS = {"see", "attend", "attend_448"}
+_VISION_MODELS |= {step for model in _VISION_MODELS for step in MODELS[model].through}
 
 # Text that Triton puts in an error, whatever its code, and then the codes. What is in neither is ours to mend.
 ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
@@ -250,26 +263,38 @@ class TritonClient:
         """Calls that `abandon` could still end."""
         return sum(len(calls) for calls in self._open.values())
 
-    async def see(self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float) -> Seen:
+    async def see(
+        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
+    ) -> tuple[VisionFeatures, Seen]:
         """`image` is RGB [3, 224, 224]."""
-        arrays = await self._infer("see", {"image": image, **_asked(question, budget)}, timeout_s)
-        vision = VisionFeatures(
-            features=arrays["features"][0],
-            saliency=arrays["saliency"][0],
-            entropy=arrays["entropy"][0],
-            texture=arrays["texture"][0],
-        )
-        return _seen(arrays, vision)
+        arrays = await self._infer("see", {"image": image[np.newaxis], **_asked(question, budget)}, timeout_s)
+        return _features(arrays)[0], _seen(arrays)
 
-    async def attend(self, vision: VisionFeatures, question: Question, budget: Budget, timeout_s: float) -> Seen:
-        """What `see` gives, from features that an earlier `see` found."""
-        features = {
-            "features": vision.features,
-            "saliency": vision.saliency,
-            "entropy": vision.entropy,
-            "texture": vision.texture,
+    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
+        """`images` is RGB [N, 3, 224, 224]: one batch, and no question."""
+        return _features(await self._infer("vision_encoder", {"image": images}, timeout_s))
+
+    async def attend(
+        self,
+        vision: VisionFeatures,
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+        closer: CloserFeatures | None = None,
+    ) -> Seen:
+        """What `see` gives, from features that an earlier `see` or `encode` found; with level 2 where there are those
+        of a closer view too."""
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "features": vision.features[np.newaxis],
+            "saliency": vision.saliency[np.newaxis],
+            "entropy": vision.entropy[np.newaxis],
+            "texture": vision.texture[np.newaxis],
+            **_asked(question, budget),
         }
-        return _seen(await self._infer("attend", {**features, **_asked(question, budget)}, timeout_s), vision)
+        if closer is None:
+            return _seen(await self._infer("attend", tensors, timeout_s))
+        tensors["detail_features"] = closer.features[np.newaxis]
+        return replace(_seen(await self._infer("attend_448", tensors, timeout_s)), detail="high")
 
     async def generate(
         self,
@@ -299,7 +324,7 @@ class TritonClient:
             ended = True
         finally:
             if not ended:
-                self._stop(_request("llm", inputs | {"stop": np.array([True])}, request_id))
+                self._stop(_request("llm", inputs | {"stop": np.array([[True]])}, request_id))
 
     def _stop(self, request: service_pb2.ModelInferRequest) -> None:
         """Ends the LLM's work on a request in band: a cancel takes Triton some 33 ms to tell, tens of small tokens."""
@@ -317,9 +342,9 @@ class TritonClient:
         The gateway itself never asks for it: a cancel does not reach a running step of an ensemble.
         """
         tensors: dict[str, npt.NDArray[Any]] = {
-            "image_bytes": np.frombuffer(image_bytes, np.uint8),
-            "question": np.frombuffer(question.encode(), np.uint8),
-            "max_tokens": np.array([max_tokens], np.int32),
+            "image_bytes": np.frombuffer(image_bytes, np.uint8)[np.newaxis],
+            "question": np.frombuffer(question.encode(), np.uint8)[np.newaxis],
+            "max_tokens": np.array([[max_tokens]], np.int32),
         }
         responses = self._responses("vqa", _request("vqa", tensors), timeout_s, stall_timeout_s)
         async with contextlib.aclosing(responses):
@@ -369,14 +394,13 @@ class TritonClient:
         match model:
             case "see":
                 await self.see(np.zeros((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), question, budget, timeout_s)
-            case "attend":
-                vision = VisionFeatures(
-                    features=np.zeros((PATCHES + 1, card.vision_width), np.float32),
-                    saliency=np.zeros(PATCHES, np.float32),
-                    entropy=np.zeros(PATCHES, np.float32),
-                    texture=np.zeros((13, GRID, GRID), np.float32),
+            case "attend" | "attend_448":
+                first, second = (
+                    {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+                    for shapes in card.feature_shapes.values()
                 )
-                await self.attend(vision, question, budget, timeout_s)
+                closer = CloserFeatures(**second) if model == "attend_448" else None
+                await self.attend(VisionFeatures(**first), question, budget, timeout_s, closer)
             case "llm":
                 prompt = Prompt(
                     input_ids=np.array([card.vocab_size, card.bos_id], np.int32),
@@ -439,15 +463,14 @@ class TritonClient:
             call.cancel()
 
     def _stub(self, model: str) -> service_pb2_grpc.GRPCInferenceServiceStub:
-        see = MODELS["see"]
-        url = self._vision_url if model in ("see", "attend", *see.through) else self._llm_url
+        url = self._vision_url if model in _VISION_MODELS else self._llm_url
         try:
             return self._stubs[url]
         except KeyError:
             raise Unavailable("not connected to Triton") from None
 
     async def _infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
-        """One unary inference of one row."""
+        """One unary inference; every tensor's rows are first."""
         call = self._stub(model).ModelInfer(_request(model, tensors), timeout=max(timeout_s, 0.0))
         with self._in_flight(model, call):
             response = await call
@@ -513,13 +536,11 @@ def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseErr
 
 
 def _request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
-    """One row: `tensors` come without the batch dimension."""
+    """Every tensor's rows are first."""
     inputs, contents = [], []
     for name, array in tensors.items():
         datatype = _DATATYPES[array.dtype]
-        inputs.append(
-            service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=(1, *array.shape))
-        )
+        inputs.append(service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=array.shape))
         contents.append(array.tobytes())
     request = service_pb2.ModelInferRequest(
         model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_OUTPUTS[model]
@@ -531,33 +552,43 @@ def _request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.M
 
 
 def _asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:
-    return {"question_ids": question.ids, "question_mask": question.mask, "budget": budget.to_array()}
+    return {
+        "question_ids": question.ids[np.newaxis],
+        "question_mask": question.mask[np.newaxis],
+        "budget": budget.to_array()[np.newaxis],
+    }
 
 
 def _llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> dict[str, npt.NDArray[Any]]:
     """The LLM's inputs; of the sampling ones only those that are not neutral, so that a greedy request is small."""
     inputs: dict[str, npt.NDArray[Any]] = {
-        "input_ids": prompt.input_ids,
-        "input_lengths": np.array([prompt.input_ids.size], np.int32),
-        "request_output_len": np.array([sampling.max_tokens], np.int32),
-        "prompt_embedding_table": prompt.visual_tokens,
-        "prompt_vocab_size": np.array([len(prompt.visual_tokens)], np.int32),
-        "prompt_table_extra_ids": prompt.extra_ids,
-        "end_id": np.array([end_id], np.int32),
-        "pad_id": np.array([pad_id], np.int32),
-        "streaming": np.array([sampling.streaming]),
-        "temperature": np.array([sampling.temperature], np.float32),
+        "input_ids": prompt.input_ids[np.newaxis],
+        "input_lengths": np.array([[prompt.input_ids.size]], np.int32),
+        "request_output_len": np.array([[sampling.max_tokens]], np.int32),
+        "prompt_embedding_table": prompt.visual_tokens[np.newaxis],
+        "prompt_vocab_size": np.array([[len(prompt.visual_tokens)]], np.int32),
+        "prompt_table_extra_ids": prompt.extra_ids[np.newaxis],
+        "end_id": np.array([[end_id]], np.int32),
+        "pad_id": np.array([[pad_id]], np.int32),
+        "streaming": np.array([[sampling.streaming]]),
+        "temperature": np.array([[sampling.temperature]], np.float32),
     }
     if sampling.temperature > 0:
-        inputs["runtime_top_k"] = np.array([sampling.top_k], np.int32)
-        inputs["runtime_top_p"] = np.array([sampling.top_p], np.float32)
-        inputs["seed"] = np.array([sampling.seed], np.uint64)
+        inputs["runtime_top_k"] = np.array([[sampling.top_k]], np.int32)
+        inputs["runtime_top_p"] = np.array([[sampling.top_p]], np.float32)
+        inputs["seed"] = np.array([[sampling.seed]], np.uint64)
     if sampling.repetition_penalty != 1.0:
-        inputs["repetition_penalty"] = np.array([sampling.repetition_penalty], np.float32)
+        inputs["repetition_penalty"] = np.array([[sampling.repetition_penalty]], np.float32)
     return inputs
 
 
-def _seen(arrays: Arrays, vision: VisionFeatures) -> Seen:
+def _features(arrays: Arrays) -> list[VisionFeatures]:
+    """One a row."""
+    rows = zip(arrays["features"], arrays["saliency"], arrays["entropy"], arrays["texture"], strict=True)
+    return [VisionFeatures(*row) for row in rows]
+
+
+def _seen(arrays: Arrays) -> Seen:
     count = int(arrays["visual_count"][0, 0])
     relevance = Relevance(
         map=arrays["relevance"][0].reshape(GRID, GRID),
@@ -565,7 +596,7 @@ def _seen(arrays: Arrays, vision: VisionFeatures) -> Seen:
         levels=arrays["levels"][0].reshape(CELLS, CELLS),
         tensions=arrays["tensions"][0],
     )
-    return Seen(visual_tokens=arrays["visual_tokens"][0, :count], relevance=relevance, vision=vision)
+    return Seen(visual_tokens=arrays["visual_tokens"][0, :count], relevance=relevance)
 
 
 def _tokens(response: Any) -> tuple[int, ...]:

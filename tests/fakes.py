@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -13,7 +14,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission import Admission
 from service.app import redis_tier
-from service.core import Budget, Engines, ModelCard, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
+from service.core import (
+    Budget,
+    CloserFeatures,
+    Engines,
+    ModelCard,
+    Prompt,
+    Question,
+    Relevance,
+    Sampling,
+    Seen,
+    VisionFeatures,
+)
 from service.http_api import Edge
 from service.images import ImageLimits, ImageReader
 from service.metrics import Metrics
@@ -58,6 +70,9 @@ CARD = ModelCard(
 )
 
 
+CLOSER = replace(CARD, closer_view=True, closer_view_at=0.6)  # the same with a closer view
+
+
 def png(colour: tuple[int, int, int] = (200, 30, 40), size: tuple[int, int] = (224, 224)) -> bytes:
     out = BytesIO()
     Pillow.new("RGB", size, colour).save(out, "PNG")
@@ -69,48 +84,77 @@ def ids_of(text: str) -> list[int]:
 
 
 class FakeVision:
-    """Sees and attends at once, or when `gate` is set; `fault` is raised instead where there is one."""
+    """Sees, encodes and attends at once, or when `gate` is set; `fault` is raised instead where there is one.
+
+    An image's features are its mean, and its visual tokens too: so it shows which image, and which view, was attended
+    to.
+    """
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
-        self.gated: tuple[str, ...] = ("see", "attend")  # who waits at the gate
+        self.gated: tuple[str, ...] = ("see", "encode", "attend", "attend_448")  # who waits at the gate
         self.fault: Exception | None = None
         self.calls: list[str] = []
         self.budgets: list[Budget] = []
+        self.particularize = 0.5
 
     def close(self, *calls: str) -> None:
         """These wait until the gate is set."""
         self.gated = calls
         self.gate.clear()
 
-    async def see(self, image: np.ndarray, question: Question, budget: Budget, timeout_s: float) -> Seen:
+    async def see(
+        self, image: np.ndarray, question: Question, budget: Budget, timeout_s: float
+    ) -> tuple[VisionFeatures, Seen]:
         assert image.shape == (3, 224, 224)
-        features = VisionFeatures(
+        await self._work("see")
+        features = self._features(image)
+        return features, self._seen(features, budget, 0)
+
+    async def encode(self, images: np.ndarray, timeout_s: float) -> list[VisionFeatures]:
+        assert images.shape[1:] == (3, 224, 224)
+        await self._work(f"encode {len(images)}")
+        return [self._features(image) for image in images]
+
+    async def attend(
+        self,
+        vision: VisionFeatures,
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+        closer: CloserFeatures | None = None,
+    ) -> Seen:
+        await self._work("attend_448" if closer else "attend")
+        if closer is None:
+            return self._seen(vision, budget, 0)
+        assert closer.features.shape == (1024, 4)
+        return replace(self._seen(vision, budget, 2), detail="high")
+
+    async def _work(self, call: str) -> None:
+        self.calls.append(call)
+        if call.split(maxsplit=1)[0] in self.gated:
+            await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
+
+    def _features(self, image: np.ndarray) -> VisionFeatures:
+        return VisionFeatures(
             np.full((257, 4), image.mean(), np.float32),
             np.zeros(256, np.float32),
             np.zeros(256, np.float32),
             np.zeros((13, 16, 16), np.float32),
         )
-        return await self._look("see", features, budget)
 
-    async def attend(self, vision: VisionFeatures, question: Question, budget: Budget, timeout_s: float) -> Seen:
-        return await self._look("attend", vision, budget)
-
-    async def _look(self, call: str, features: VisionFeatures, budget: Budget) -> Seen:
-        self.calls.append(call)
+    def _seen(self, vision: VisionFeatures, budget: Budget, level: int) -> Seen:
         self.budgets.append(budget)
-        if call in self.gated:
-            await self.gate.wait()
-        if self.fault is not None:
-            raise self.fault
         relevance = Relevance(
             np.full((16, 16), 0.5, np.float32),
             np.full((3, 16, 16), 0.25, np.float32),
-            np.zeros((8, 8), np.int32),
-            np.full(3, 0.5, np.float32),
+            np.diag([level] * 8).astype(np.int32),
+            np.array([self.particularize, 0.5, 0.5], np.float32),
         )
-        return Seen(np.zeros((budget.visual_tokens[1], 4), np.float32), relevance, features)
+        return Seen(np.full((budget.visual_tokens[1], 4), vision.features.mean(), np.float32), relevance)
 
 
 class FakeLanguage:
@@ -170,21 +214,21 @@ class FakeProber:
 class House:
     """A whole service but for Triton."""
 
-    def __init__(self, models: Sequence[str] = ("see", "attend", "llm"), **knobs: object) -> None:
+    def __init__(self, card: ModelCard = CARD, **knobs: object) -> None:
         self.settings = Settings(**knobs)
         self.metrics = Metrics()
         self.vision = FakeVision()
         self.language = FakeLanguage()
         self.reader = ImageReader(ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels), threads=1)
-        self.readiness = Readiness(models, self.metrics)
-        self.admission = Admission(self.settings, Engines(), CARD.max_positions, self.metrics)
-        self.shared = redis_tier(self.settings, CARD, self.metrics)
+        self.readiness = Readiness(card.called, self.metrics)
+        self.admission = Admission(self.settings, Engines(), card.max_positions, self.metrics)
+        self.shared = redis_tier(self.settings, card, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
             language=self.language,
             admission=self.admission,
-            card=CARD,
-            prompts=PromptBuilder(CARD, TOKENIZER),
+            card=card,
+            prompts=PromptBuilder(card, TOKENIZER),
             reader=self.reader,
             settings=self.settings,
             metrics=self.metrics,

@@ -66,10 +66,10 @@ async def test_served_tokens_are_those_of_transformers(
     lengths = []
     for image, question in asked():
         pixels = decode((SCENES / image).read_bytes(), ImageLimits()).pixels
-        seen = await client.see(pixels, prompts.question(question), FULL, timeout_s=10)
+        _, seen = await client.see(pixels, prompts.question(question), FULL, timeout_s=10)
         assert seen.relevance.vision_tokens == 256
         stream = client.generate(
-            prompts.compose(question, seen.visual_tokens, image.encode()),
+            prompts.compose(question, [(seen.visual_tokens, image.encode())]),
             Sampling(max_tokens=LONGEST),
             end_id=card.end_id,
             pad_id=card.pad_id,

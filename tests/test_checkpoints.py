@@ -117,7 +117,7 @@ def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
     visual = runner.run(dict(zip(chosen, tokens, strict=True)) | asked)
     assert visual["visual_count"].tolist() == [[32]] * len(QUESTIONS)
     rows = zip(QUESTIONS, visual["visual_tokens"], strict=True)
-    return [prompts.compose(question, row[:32], b"") for question, row in rows]
+    return [prompts.compose(question, [(row[:32], b"")]) for question, row in rows]
 
 
 def of_the_graphs(family: Family) -> list[list[int]]:

@@ -221,7 +221,7 @@ def test_warm_tells_what_it_could_not_send(server, tmp_path):
 
 def test_stats_and_purge_by_encoder(redis_server):
     client = redis_server.client
-    vision = VisionFeatures(*(np.zeros(shape, np.float32) for shape in CARD.feature_shapes.values()))
+    vision = VisionFeatures(*(np.zeros(shape, np.float32) for shape in CARD.feature_shapes[224].values()))
     for number in range(1200):
         key = FeatureKey("old" if number % 3 else "new", 224, str(number))
         client.set(record_key(key), pack(key, vision))

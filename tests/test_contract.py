@@ -47,14 +47,17 @@ def graph_specs(values: object) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
-def called(request: pytest.FixtureRequest) -> str:
+def called(request: pytest.FixtureRequest, card: ModelCard) -> str:
+    if request.param == "attend_448" and not card.closer_view:
+        pytest.skip(f"{card.name} has no closer view")
     return str(request.param)
 
 
-def test_every_model_of_the_repository_is_known(repository: Path) -> None:
+def test_every_model_of_the_repository_is_known(repository: Path, card: ModelCard) -> None:
     on_disk = {path.parent.name for path in repository.glob("*/config.pbtxt")}
     assert on_disk == {model.name for model in models(Dimensions(1, 1))}
-    assert set(MODELS) <= on_disk
+    assert on_disk >= {*card.called, "vision_encoder", "vqa"}
+    assert set(MODELS) - on_disk <= {"attend_448"}
 
 
 def test_committed_configurations_are_what_the_writer_writes(repository: Path, card: ModelCard) -> None:

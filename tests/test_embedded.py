@@ -159,11 +159,11 @@ class Load:
         self._card = card
         self._pixels = pixels
         self._question = prompts.question(QUESTION)
-        self._prompt = prompts.compose(QUESTION, np.zeros((32, card.hidden_size), np.float32), b"load")
+        self._prompt = prompts.compose(QUESTION, [(np.zeros((32, card.hidden_size), np.float32), b"load")])
 
     async def look(self) -> None:
-        seen = await self._client.see(self._pixels, self._question, Budget(), timeout_s=5)
-        await self._client.attend(seen.vision, self._question, Budget(), timeout_s=5)
+        vision, _ = await self._client.see(self._pixels, self._question, Budget(), timeout_s=5)
+        await self._client.attend(vision, self._question, Budget(), timeout_s=5)
 
     async def speak(self) -> None:
         tokens = self._client.generate(

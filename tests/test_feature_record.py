@@ -8,12 +8,13 @@ from fakes import CARD
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.core import VisionFeatures
+from service.core import CloserFeatures, VisionFeatures
 from service.feature_cache import FeatureKey
 from service.feature_record import START, RecordError, pack, unpack
 
 KEY = FeatureKey("f", 224, "0" * 64)
 SHAPES = CARD.feature_shapes
+FIRST = SHAPES[224]
 
 
 def some_features(dtype: type = np.float32) -> VisionFeatures:
@@ -22,9 +23,17 @@ def some_features(dtype: type = np.float32) -> VisionFeatures:
     return VisionFeatures(
         *(
             np.frombuffer(bits.bytes(int(np.prod(s)) * np.dtype(dtype).itemsize), dtype).reshape(s)
-            for s in SHAPES.values()
+            for s in FIRST.values()
         )
     )
+
+
+def closer_features() -> CloserFeatures:
+    return CloserFeatures(np.arange(4 * 1024, dtype=np.float32).reshape(1024, 4))
+
+
+def bytes_of(key: FeatureKey) -> bytes:
+    return pack(key, closer_features() if key.view == 448 else some_features())
 
 
 def arrays(vision: VisionFeatures) -> list[np.ndarray]:
@@ -39,6 +48,15 @@ def test_what_is_packed_comes_back_bit_for_bit(dtype):
         assert one.dtype == other.dtype
         assert one.shape == other.shape
         assert one.tobytes() == other.tobytes()
+
+
+def test_a_closer_view_is_a_record_of_its_own():
+    key = replace(KEY, view=448)
+    got = unpack(pack(key, closer_features()), key, SHAPES)
+    assert isinstance(got, CloserFeatures)
+    assert (got.features == closer_features().features).all()
+    with pytest.raises(RecordError, match="shape"):
+        unpack(pack(key, CloserFeatures(np.zeros((1028, 4), np.float32))), key, SHAPES)
 
 
 def test_an_array_that_lies_strangely_in_memory_comes_back_in_order():
@@ -72,7 +90,7 @@ def test_no_rubbish_is_believed(rubbish):
 )
 def test_a_record_of_another_model_view_or_image_is_not_believed(other):
     with pytest.raises(RecordError, match="key"):
-        unpack(pack(other, some_features()), KEY, SHAPES)
+        unpack(bytes_of(other), KEY, SHAPES)
 
 
 def test_a_record_of_another_version_is_not_believed():

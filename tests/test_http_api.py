@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 import pytest_asyncio
-from fakes import CARD, FakeProber, House, png, until
+from fakes import CARD, CLOSER, FakeProber, House, png, until
 from structlog.testing import capture_logs
 
 from service.errors import InvalidRequest, Overloaded, Unavailable
@@ -80,7 +80,7 @@ async def test_an_answer_has_everything_that_is_known_of_it(caller):
             "completion_tokens": 1,
             "image_tokens": 32,
         },
-        "vision": {"cache": "miss", "vision_tokens": 64, "visual_tokens": 32},
+        "vision": {"cache": "miss", "vision_tokens": 64, "visual_tokens": 32, "detail": "low"},
     }
 
 
@@ -129,6 +129,19 @@ async def test_explain_tells_where_it_looked(caller):
     assert relevance["scores"].keys() == {"propositional", "perspectival", "participatory"}
     assert [len(relevance["levels"]), len(relevance["levels"][0])] == [8, 8]
     assert relevance["tensions"] == {"particularize": 0.5, "explore": 0.5, "diversify": 0.5}
+
+
+async def test_high_detail_is_told_and_explained(caller):
+    keen = Caller(House(CLOSER))
+    answer = (await keen.ask(detail="high", explain=True)).json()
+    assert answer["vision"]["detail"] == "high"
+    (relevance,) = answer["relevance"]
+    assert max(map(max, relevance["levels"])) == 2
+    assert keen.house.vision.budgets[0].vision_tokens == (64, 400)
+    form = {"image": png(), "question": (None, "?"), "detail": (None, "high")}
+    assert (await keen.http.post("/v1/vqa", files=form)).json()["vision"]["detail"] == "high"
+    assert 'glimpse_images_seen_total{detail="high"} 2.0' in (await keen.http.get("/metrics")).text
+    await keen.close()
 
 
 async def test_a_stream_is_deltas_then_the_rest_then_done(caller):
@@ -237,6 +250,8 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
         ({"stop": [""]}, 400, "stop", "invalid_request", "1 to 64 characters"),
         ({"stop": 7}, 400, "stop", "invalid_request", "a string or a list of strings"),
         ({"timeout_s": 1000}, 400, "timeout_s", "invalid_request", "at most 120"),
+        ({"detail": "high"}, 400, "detail", "detail_not_supported", "tiny has no closer view"),
+        ({"detail": "medium"}, 400, "detail", "invalid_request", "'low', 'high' or 'auto'; it is 'medium'"),
         ({"stream": "yes"}, 400, "stream", "invalid_request", "valid boolean"),
         ({"budget": {"visual_tokens": [32, 128]}}, 400, "budget.visual_tokens", "invalid_request", "[32, 32]"),
         ({"budget": {"vision_tokens": [10, 20]}}, 400, "budget.vision_tokens", "invalid_request", "[64, 256]"),

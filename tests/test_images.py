@@ -85,6 +85,31 @@ def test_every_mode_becomes_rgb(mode):
     assert seen(data).std() > 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("PNG", (500, 300)), ("JPEG", (500, 300)), ("JPEG", (1900, 1000)), ("JPEG", (2000, 1900)), ("WEBP", (30, 20))],
+)
+def test_a_view_is_the_same_whatever_other_views_are_decoded_with_it(kind, size):
+    data = encoded(picture(*size), kind)
+    both = decode(data, LIMITS, (448, 224))
+    assert (both.pixels == decode(data, LIMITS).pixels).all()
+    assert (both.views[448] == decode(data, LIMITS, (448,)).views[448]).all()
+    assert both.views[448].shape == (3, 448, 448)
+
+
+def test_the_crops_are_the_quarters_of_the_closer_view():
+    decoded = decode(encoded(picture(448, 448), "PNG"), LIMITS, (448,))
+    whole, crops = decoded.views[448], decoded.crops
+    for crop, (top, left) in zip(crops, [(0, 0), (0, 224), (224, 0), (224, 224)], strict=True):
+        assert (crop == whole[:, top : top + 224, left : left + 224]).all()
+
+
+@pytest.mark.parametrize(("size", "larger"), [((224, 224), False), ((225, 10), True), ((10, 225), True)])
+def test_an_image_tells_whether_it_has_more_pixels_than_are_seen(size, larger):
+    assert Image.of(encoded(picture(*size), "PNG")).larger_than(224) is larger
+    assert Image.of(b"\xff\xd8").larger_than(224)  # may be
+
+
 def test_sixteen_bit_grey_keeps_its_upper_eight_bits():
     grey = np.asarray(picture().convert("L"))
     data = encoded(Pillow.fromarray((grey.astype(np.uint16) << 8) + 200))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import CARD, House, cancelled, ids_of, png, turns, until
+from fakes import CARD, CLOSER, House, cancelled, ids_of, png, turns, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -34,9 +34,12 @@ def house() -> Iterator[House]:
 
 
 def request(**changes: object) -> Request:
+    """`image` stands for `images` where there is one."""
+    if "image" in changes:
+        changes["images"] = (changes.pop("image"),)
     plain = Request(
         id="vqa_1",
-        image=png(),
+        images=(png(),),
         question="what colour?",
         budget=Budget(),
         sampling=Sampling(max_tokens=16),
@@ -55,13 +58,13 @@ async def answer(house: House, asked: Request) -> tuple[str, Finished]:
 async def test_the_first_question_sees_and_the_second_attends(house):
     text, first = await answer(house, request())
     _, second = await answer(house, request(question="which shape?"))
-    _, by_id = await answer(house, request(image=first.image_id))
+    _, by_id = await answer(house, request(image=first.image_ids[0]))
     assert text == "red"
     assert house.vision.calls == ["see", "attend", "attend"]
     assert [first.cache, second.cache, by_id.cache] == ["miss", "hit", "hit"]
     assert (first.finish_reason, first.completion_tokens, first.visual_tokens) == ("stop", 1, 32)
     assert first.prompt_tokens == len(house.language.prompts[0].input_ids) - 32
-    assert first.relevance.vision_tokens == 64
+    assert first.vision_tokens == 64
     assert list(first.timing_ms) == ["queue", "load", "vision", "first_token", "total"]
     assert first.timing_ms["load"] > 0
     assert first.timing_ms["total"] >= first.timing_ms["first_token"] >= first.timing_ms["vision"]
@@ -73,6 +76,125 @@ async def test_equal_prompts_have_equal_extra_ids_and_others_have_not(house):
     same, again, question, image = (prompt.extra_ids[:32] for prompt in house.language.prompts)
     assert np.array_equal(same, again)
     assert len({ids[0] for ids in (same, question, image)}) == 3
+
+
+@pytest.fixture
+def keen() -> Iterator[House]:
+    """A service whose model has a closer view."""
+    house = House(CLOSER)
+    yield house
+    house.reader.close()
+
+
+async def test_high_detail_encodes_both_views_once_and_attends_to_both(keen):
+    _, first = await answer(keen, request(detail="high"))
+    _, second = await answer(keen, request(detail="high", question="which shape?"))
+    assert keen.vision.calls == ["encode 1", "encode 4", "attend_448", "attend_448"]
+    assert [first.detail, second.detail] == ["high", "high"]
+    assert [first.cache, second.cache] == ["miss", "hit"]
+    assert first.vision_tokens == 8 * 16 + 56
+    assert keen.counted("glimpse_images_seen_total", detail="high") == 2
+    assert nothing_is_held(keen)
+
+
+async def test_the_views_of_an_image_are_found_apart(keen):
+    _, low = await answer(keen, request())
+    _, high = await answer(keen, request(detail="high"))
+    _, again = await answer(keen, request())
+    assert keen.vision.calls == ["see", "encode 4", "attend_448", "attend"]
+    assert [low.detail, high.detail, again.detail] == ["low", "high", "low"]
+    assert [low.cache, high.cache, again.cache] == ["miss", "miss", "hit"]
+    assert keen.counted("glimpse_images_seen_total", detail="low") == 2
+
+
+@pytest.mark.parametrize(
+    ("particularize", "size", "calls"),
+    [
+        (0.7, (300, 200), ["see", "encode 4", "attend_448"]),
+        (0.7, (224, 225), ["see", "encode 4", "attend_448"]),
+        (0.7, (224, 224), ["see"]),
+        (0.5, (300, 200), ["see"]),
+    ],
+)
+async def test_auto_looks_closer_where_the_question_asks_for_it_and_the_image_has_it(keen, particularize, size, calls):
+    keen.vision.particularize = particularize
+    _, end = await answer(keen, request(image=png(size=size), detail="auto"))
+    assert keen.vision.calls == calls
+    assert end.detail == ("high" if len(calls) > 1 else "low")
+
+
+async def test_auto_attends_to_a_known_image_first_and_holds_no_room_in_the_llm_while_it_encodes(keen):
+    keen.vision.particularize = 0.7
+    image = png(size=(300, 200))
+    await answer(keen, request(image=image))
+    keen.vision.close("encode")
+    task = asyncio.create_task(answer(keen, request(image=image, detail="auto")))
+    await until(lambda: "encode 4" in keen.vision.calls)
+    assert keen.admission.scheduler.used(Resource.LLM) == 0
+    keen.vision.gate.set()
+    _, end = await task
+    assert keen.vision.calls == ["see", "attend", "encode 4", "attend_448"]
+    assert (end.detail, end.cache) == ("high", "miss")
+    _, again = await answer(keen, request(image=image, detail="auto"))
+    assert keen.vision.calls[4:] == ["attend", "attend_448"]
+    assert (again.detail, again.cache) == ("high", "hit")
+    assert nothing_is_held(keen)
+
+
+async def test_concurrent_questions_share_one_closer_view(keen):
+    keen.vision.close("encode")
+    asked = [request(id=f"vqa_{i}", question=f"{i}?", detail="high") for i in range(8)]
+    tasks = [asyncio.create_task(answer(keen, each)) for each in asked]
+    await until(lambda: keen.vision.calls)
+    await turns()
+    keen.vision.gate.set()
+    ends = [end for _, end in await asyncio.gather(*tasks)]
+    assert sorted(keen.vision.calls) == ["attend_448"] * 8 + ["encode 1", "encode 4"]
+    assert all(end.detail == "high" for end in ends)
+
+
+async def test_a_closer_view_takes_the_vision_slots_of_its_four_crops():
+    house = House(CLOSER, vision_slots=5)
+    house.vision.close("encode")
+    await answer(house, request())
+    closer = asked_of(house, 0, detail="high", image=png())
+    await until(lambda: "encode 4" in house.vision.calls)
+    assert house.counted("glimpse_resource_used", resource="vision") == 4
+    assert house.counted("glimpse_requests_running", kind="multi_image") == 1
+    house.vision.gate.set()
+    await closer
+    assert nothing_is_held(house)
+
+
+async def test_a_closer_view_fits_where_there_are_fewer_slots_than_crops():
+    house = House(CLOSER, vision_slots=1)
+    assert (await answer(house, request(detail="high")))[1].detail == "high"
+    assert nothing_is_held(house)
+
+
+async def test_a_model_without_a_closer_view_refuses_high_and_takes_auto_as_low(house):
+    with pytest.raises(InvalidRequest, match="tiny has no closer view") as caught:
+        await answer(house, request(detail="high"))
+    assert (caught.value.param, caught.value.code) == ("detail", "detail_not_supported")
+    house.vision.particularize = 1.0
+    _, end = await answer(house, request(image=png(size=(900, 900)), detail="auto"))
+    assert (house.vision.calls, end.detail) == (["see"], "low")
+
+
+async def test_only_a_closer_view_gets_more_vision_tokens_than_the_first(keen):
+    keen.vision.particularize = 0.7
+    most = Budget(vision_tokens=(64, 400))
+    with pytest.raises(InvalidRequest, match=r"outside \[64, 256\]"):
+        await answer(keen, request(budget=most))
+    await answer(keen, request(image=png(size=(300, 200)), budget=most, detail="auto"))
+    assert [budget.vision_tokens for budget in keen.vision.budgets] == [(64, 256), (64, 400)]
+
+
+async def test_prompts_of_other_detail_or_budget_have_other_extra_ids(keen):
+    low, high = Budget(vision_tokens=(64, 128)), Budget(vision_tokens=(64, 256))
+    for asked in (request(budget=high), request(budget=low), request(budget=high, detail="high")):
+        await answer(keen, asked)
+    assert len({prompt.extra_ids[0] for prompt in keen.language.prompts}) == 3
 
 
 async def test_the_answers_length_is_a_reason_to_finish(house):
@@ -243,7 +365,7 @@ async def test_an_image_that_was_kept_needs_no_bytes_again(house):
     kept = await house.pipeline.keep_image(png(size=(300, 200)))
     assert (kept.width, kept.height) == (300, 200)
     text, end = await answer(house, request(image=kept.id))
-    assert (text, end.cache, end.image_id) == ("red", "miss", kept.id)
+    assert (text, end.cache, end.image_ids) == ("red", "miss", (kept.id,))
 
 
 async def test_a_bad_image_is_not_kept(house):
@@ -255,9 +377,9 @@ async def test_a_bad_image_is_not_kept(house):
 def asked_of(
     house: House, number: int, colour: int | None = None, **changes: object
 ) -> "asyncio.Task[tuple[str, Finished]]":
-    """A question under way; of an image of its own unless the colour says otherwise."""
-    image = png((number if colour is None else colour, 0, 0))
-    return asyncio.create_task(answer(house, request(id=f"vqa_{number}", image=image, **changes)))
+    """A question under way; of an image of its own unless the colour, or the image, says otherwise."""
+    image = {"image": png((number if colour is None else colour, 0, 0))}
+    return asyncio.create_task(answer(house, request(id=f"vqa_{number}", **image | changes)))
 
 
 def refused(house: House, reason: str) -> float:
@@ -276,7 +398,7 @@ async def test_a_follow_up_overtakes_new_images_that_wait_for_their_encode():
     await until(lambda: house.vision.calls.count("see") == 3)
     assert house.counted("glimpse_requests_waiting", kind="single_image") == 3
     assert house.counted("glimpse_resource_used", resource="vision") == 2
-    text, _ = await answer(house, request(image=known.image_id))
+    text, _ = await answer(house, request(image=known.image_ids[0]))
     assert text == "red"
     assert house.vision.calls.count("see") == 3  # nobody else came in
     house.vision.gate.set()
@@ -308,7 +430,7 @@ async def test_the_llm_holds_no_more_than_its_tokens_and_follow_ups_go_first():
     await until(lambda: house.counted("glimpse_requests_waiting", kind="single_image") == 1)
     order: list[str] = []
     new.add_done_callback(lambda _: order.append("new image"))
-    follow_up = asyncio.create_task(answer(house, request(image=known.image_id)))
+    follow_up = asyncio.create_task(answer(house, request(image=known.image_ids[0])))
     follow_up.add_done_callback(lambda _: order.append("follow-up"))
     await until(lambda: house.counted("glimpse_requests_waiting", kind="follow_up") == 1)
     assert house.language.open == 2
@@ -456,7 +578,7 @@ def test_whatever_happens_to_requests_everything_they_held_comes_back(requests):
         house.vision.close("see")
         tasks = []
         for number, (image, fate, tenant, gap) in enumerate(requests):
-            broken = {"image": b"no image"} if fate == "error" else {}
+            broken = {"images": (b"no image",)} if fate == "error" else {}
             timeout_s = 0.01 if fate == "timeout" else 10
             asked = request(id=f"vqa_{number}", image=png((image, 0, 0)), tenant=tenant, timeout_s=timeout_s)
             tasks.append(asyncio.create_task(answer(house, replace(asked, **broken))))

@@ -61,7 +61,7 @@ def test_the_tokenizers_of_a_repository_are_those_that_its_card_names(tmp_path):
 
 def test_the_prompt_is_visual_ids_then_bos_then_the_template():
     visual = np.ones((3, 4), np.float32)
-    prompt = PROMPTS.compose("what {colour}?", visual, b"key")
+    prompt = PROMPTS.compose("what {colour}?", [(visual, b"key")])
     v = CARD.vocab_size
     assert prompt.input_ids[:4].tolist() == [v, v + 1, v + 2, CARD.bos_id]
     assert prompt.input_ids.dtype == np.int32

@@ -53,7 +53,7 @@ def key(number: int) -> FeatureKey:
 
 async def ask(house: House, number: int, timeout_s: float = 30.0) -> str:
     """`hit` or `miss`; the answer is always the same."""
-    request = Request("vqa_1", image(number), "what?", Budget(), Sampling(), timeout_s)
+    request = Request("vqa_1", (image(number),), "what?", Budget(), Sampling(), timeout_s)
     *_, last = [event async for event in house.pipeline.answer(request)]
     assert isinstance(last, Finished)
     return last.cache
@@ -89,7 +89,7 @@ async def test_what_one_gateway_encoded_another_finds_bit_for_bit(redis_server):
         await kept(one, 1)
         async with one.pipeline.features.find(key(1)) as first, other.pipeline.features.find(key(1)) as second:
             assert first.features is not second.features
-            for name in CARD.feature_shapes:
+            for name in CARD.feature_shapes[IMAGE_SIZE]:
                 assert (getattr(first.features, name) == getattr(second.features, name)).all()
         assert [await ask(other, 1), await ask(other, 1)] == ["hit", "hit"]
         assert lookups(one) == {"miss": 1, "hit": 1}
@@ -181,7 +181,7 @@ async def test_a_cancelled_lookup_leaves_its_connection_in_order(redis_server):
 
 async def test_a_write_that_has_to_wait_too_long_is_dropped_and_counted(redis_server):
     async with gateway(redis_server.url) as house:
-        vision = (await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)).vision
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
         for number in range(MOST_UNWRITTEN + 10):
             house.shared.put(key(number), vision)
         assert writes(house, "dropped") == 10
@@ -263,7 +263,7 @@ async def test_paused(redis_server):
 
 async def test_a_gateway_stops_while_redis_is_paused_and_a_record_half_written(redis_server):
     async with gateway(redis_server.url) as house:
-        vision = (await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)).vision
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
         redis_server.pause()
         house.shared.put(key(1), replace(vision, features=np.zeros((257, 20_000), np.float32)))  # 20 MB
         await until(lambda: not house.shared.unwritten)
@@ -323,7 +323,7 @@ async def test_a_record_that_does_not_fit_is_deleted_and_made_anew(redis_server,
         await ask(house, 1)
         await kept(house, 1)
         good = bytearray(redis_server.client.get(record_key(key(1))))
-        vision = (await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)).vision
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
         house.vision.calls.clear()
         bad = {
             "magic": b"rubbish",

@@ -16,8 +16,20 @@ from conftest import eventually_async, free_ports
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from service.core import Budget, ModelCard, Prompt, Sampling, Seen, UInt8Array
-from service.embedded import PROBED, EmbeddedTriton
+from service.core import (
+    CROPS,
+    IMAGE_SIZE,
+    MAX_VISION_TOKENS,
+    Budget,
+    CloserFeatures,
+    ModelCard,
+    Prompt,
+    Sampling,
+    Seen,
+    UInt8Array,
+    VisionFeatures,
+)
+from service.embedded import EmbeddedTriton
 from service.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -46,7 +58,7 @@ class Asker:
 
     def prompt(self, question: str = QUESTION, visual_tokens: int = 32) -> Prompt:
         table = np.linspace(-1, 1, visual_tokens * self.card.hidden_size, dtype=np.float32)
-        return self.prompts.compose(question, table.reshape(visual_tokens, -1), b"a test's image")
+        return self.prompts.compose(question, [(table.reshape(visual_tokens, -1), b"a test's image")])
 
     def room(self) -> int:
         """The longest answer that fits behind `prompt()`."""
@@ -72,18 +84,20 @@ def asker(client: TritonClient, prompts: PromptBuilder, card: ModelCard) -> Aske
     return Asker(client, prompts, card)
 
 
-async def look(client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, budget: Budget) -> Seen:
+async def look(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, budget: Budget
+) -> tuple[VisionFeatures, Seen]:
     return await client.see(pixels, prompts.question(QUESTION), budget, timeout_s=10)
 
 
 async def test_see_gives_visual_tokens_relevance_and_features(
     client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, card: ModelCard
 ) -> None:
-    seen = await look(client, prompts, pixels, Budget((100, 100), (32, 32)))
+    vision, seen = await look(client, prompts, pixels, Budget((100, 100), (32, 32)))
     assert seen.visual_tokens.shape == (32, card.hidden_size)
-    assert seen.vision.features.shape == (257, card.vision_width)
-    assert seen.vision.saliency.shape == seen.vision.entropy.shape == (256,)
-    assert seen.vision.texture.shape == (13, 16, 16)
+    assert vision.features.shape == (257, card.vision_width)
+    assert vision.saliency.shape == vision.entropy.shape == (256,)
+    assert vision.texture.shape == (13, 16, 16)
     assert seen.relevance.map.shape == (16, 16)
     assert seen.relevance.scores.shape == (3, 16, 16)
     assert seen.relevance.levels.shape == (8, 8)
@@ -96,11 +110,46 @@ async def test_attend_on_cached_features_is_what_see_saw(
     client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array
 ) -> None:
     budget = Budget((64, 256), (32, 32))
-    seen = await look(client, prompts, pixels, budget)
-    again = await client.attend(seen.vision, prompts.question(QUESTION), budget, timeout_s=10)
+    vision, seen = await look(client, prompts, pixels, budget)
+    again = await client.attend(vision, prompts.question(QUESTION), budget, timeout_s=10)
     np.testing.assert_array_equal(again.visual_tokens, seen.visual_tokens)
     np.testing.assert_array_equal(again.relevance.map, seen.relevance.map)
-    assert again.vision is seen.vision
+
+
+async def test_a_batch_of_crops_is_encoded_as_each_of_them_alone(
+    client: TritonClient, pixels: UInt8Array, card: ModelCard
+) -> None:
+    crops = np.stack([pixels, pixels[:, ::-1], pixels[::-1], 255 - pixels])
+    encoded = await client.encode(crops, timeout_s=20)
+    assert len(encoded) == 4
+    for crop, features in zip(crops, encoded, strict=True):
+        (alone,) = await client.encode(crop[np.newaxis], timeout_s=20)
+        for name, shape in card.feature_shapes[IMAGE_SIZE].items():
+            assert getattr(features, name).shape == shape
+            np.testing.assert_allclose(getattr(features, name), getattr(alone, name), atol=1e-3)
+
+
+async def test_see_and_encode_find_the_same(client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array) -> None:
+    """To the bit: what either finds is kept under one key."""
+    seen, _ = await look(client, prompts, pixels, Budget())
+    (encoded,) = await client.encode(pixels[np.newaxis], timeout_s=20)
+    np.testing.assert_array_equal(encoded.features, seen.features)
+    np.testing.assert_array_equal(encoded.texture, seen.texture)
+
+
+async def test_the_closer_view_gives_cells_at_level_two(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, card: ModelCard
+) -> None:
+    if not card.closer_view:
+        pytest.skip(f"{card.name} has no closer view")
+    (vision,) = await client.encode(pixels[np.newaxis], timeout_s=20)
+    closer = CloserFeatures.joined(await client.encode(np.stack([pixels] * CROPS), timeout_s=20))
+    budget = Budget((MAX_VISION_TOKENS, MAX_VISION_TOKENS))
+    seen = await client.attend(vision, prompts.question(QUESTION), budget, timeout_s=20, closer=closer)
+    assert seen.detail == "high"
+    assert seen.relevance.levels.max() == 2
+    assert MAX_VISION_TOKENS - 12 < seen.relevance.vision_tokens <= MAX_VISION_TOKENS
+    assert seen.visual_tokens.shape[1] == card.hidden_size
 
 
 async def test_generate_streams_as_many_tokens_as_asked(asker: Asker) -> None:
@@ -132,7 +181,7 @@ async def test_end_id_is_the_last_token(asker: Asker) -> None:
 
 
 async def test_every_model_can_be_probed(client: TritonClient, card: ModelCard) -> None:
-    for model in PROBED:
+    for model in (*card.called, "vqa"):
         await client.probe(model, card, timeout_s=10)
     with pytest.raises(Unavailable, match="no probe"):
         await client.probe("nothing", card, timeout_s=1)

@@ -2,6 +2,7 @@
 
     glimpse eval                          # asks the server at http://127.0.0.1:8080
     glimpse eval --vision-tokens 64 112   # how well it answers when it may look less closely
+    glimpse eval --detail auto            # or may look closer where the question needs it
 
 Exact match after stripping and lower-casing, by question type and split, with the number of questions and the 95 %
 Wilson score interval (Wilson 1927).
@@ -13,7 +14,7 @@ import base64
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,18 +66,17 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 
 def ask_all(
-    client: httpx.Client, scenes: Path, questions: Iterable[Row], budget: dict[str, list[int]] | None, clients: int
+    client: httpx.Client, scenes: Path, questions: Iterable[Row], fields: Mapping[str, object], clients: int
 ) -> Iterator[Outcome]:
-    """Asks every question, `clients` at a time, in order. Raises httpx.HTTPError on the first failed request."""
+    """Asks every question with these fields besides, `clients` at a time, in order. Raises httpx.HTTPError on the first
+    failed request."""
 
     def ask(row: Row) -> Outcome:
-        body: dict[str, object] = {
+        body = dict(fields) | {
             "image": base64.b64encode((scenes / row.image).read_bytes()).decode(),
             "question": row.question,
             "max_tokens": 64 if row.type == NOT_IN_TOTAL else 8,
         }
-        if budget:
-            body["budget"] = budget
         response = client.post("/v1/vqa", json=body)
         response.raise_for_status()
         said = response.json()
@@ -125,16 +125,19 @@ def evaluate(
     scenes: Path = SCENES,
     split: str | None = None,
     vision_tokens: tuple[int, int] | None = None,
+    detail: str | None = None,
     clients: int = 4,
     out: Path | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Asks, prints the table, writes it as JSON where `out` is given. Raises httpx.HTTPError when the server fails."""
-    budget = {"vision_tokens": list(vision_tokens)} if vision_tokens else None
+    fields: dict[str, object] = {"budget": {"vision_tokens": list(vision_tokens)}} if vision_tokens else {}
+    if detail:
+        fields["detail"] = detail
     with httpx.Client(base_url=url, timeout=60.0) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        table = summarise(ask_all(client, scenes, rows(scenes, split), budget, clients))
+        table = summarise(ask_all(client, scenes, rows(scenes, split), fields, clients))
     print(as_markdown(table))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"model": model, "budget": budget, "accuracy": table}, indent=2) + "\n")
+        out.write_text(json.dumps({"model": model, "asked": fields, "accuracy": table}, indent=2) + "\n")
     return table

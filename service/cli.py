@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import httpx
 import typer
@@ -33,6 +33,8 @@ cache = typer.Typer(help="The vision features that gateways share.", no_args_is_
 app.add_typer(cache, name="cache")
 
 T = TypeVar("T")
+
+Detail = Literal["low", "high", "auto"]
 
 Url = Annotated[str, typer.Option(help="Where the service answers.")]
 
@@ -82,6 +84,9 @@ def ask(
     vision_tokens: Annotated[
         tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How closely to look.")
     ] = None,
+    detail: Annotated[
+        Detail | None, typer.Option(help="high adds a closer view of the image; auto does where the question needs it.")
+    ] = None,
     explain: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where it looked, and why; one question only.")
     ] = None,
@@ -94,6 +99,7 @@ def ask(
     \b
       glimpse ask photo.jpg "what colour is the small circle?"
       glimpse ask photo.jpg "how many circles are there?" "is there a red square?"
+      glimpse ask photo.jpg "what does the label say?" --detail high
       glimpse ask photo.jpg "what is this?" --explain looked.png
       glimpse ask photo.jpg "what is this?" --explain looked.png --json | jq .relevance     # the numbers drawn
     """
@@ -105,6 +111,7 @@ def ask(
         "seed": seed,
         "stop": stop,
         "budget": {"vision_tokens": list(vision_tokens)} if vision_tokens else None,
+        "detail": detail,
         "explain": True if explain else None,
         "timeout_s": timeout_s,
     }
@@ -139,6 +146,7 @@ def evaluate(
     vision_tokens: Annotated[
         tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="The budget of every question.")
     ] = None,
+    detail: Annotated[Detail | None, typer.Option(help="The detail of every question.")] = None,
     clients: Annotated[int, typer.Option(help="Questions asked at the same time.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Write the table as JSON here too.")] = None,
 ) -> None:
@@ -147,12 +155,19 @@ def evaluate(
     \b
       glimpse eval
       glimpse eval --vision-tokens 64 112      # how well it answers when it may look less closely
+      glimpse eval --detail auto               # or may look closer where the question needs it
     """
     from benchmarks import evaluate as accuracy  # noqa: PLC0415
 
     with plain_words(url):
         accuracy.evaluate(
-            url, scenes or accuracy.SCENES, split=split, vision_tokens=vision_tokens, clients=clients, out=out
+            url,
+            scenes or accuracy.SCENES,
+            split=split,
+            vision_tokens=vision_tokens,
+            detail=detail,
+            clients=clients,
+            out=out,
         )
 
 

@@ -39,6 +39,7 @@ LEFT_OF = {
 IMAGE_SIDE = 528  # pixels of a panel
 COLOURS = "viridis"  # rises evenly in lightness, so colour-blind eyes and grey printers read it too
 INK, PALE = "#1a1a1a", "#5f5f5f"
+OPPOSITES = {"particularize": "compress", "explore": "exploit", "diversify": "focus"}
 WAYS = {
     "propositional": "how much is there",
     "perspectival": "what stands out",
@@ -47,7 +48,7 @@ WAYS = {
 
 
 def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
-    """The image, relevance over it, the three ways of knowing, and the level of detail, side by side.
+    """The image, relevance over it, the three ways of knowing, and the level of detail, side by side; tensions below.
 
     `answer` is what `POST /v1/vqa` says with `explain`. Raises OSError for bytes that are no image.
     """
@@ -61,6 +62,7 @@ def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
     _colour_bar(figure, relevance)
     _ways(figure, looked["scores"])
     _levels(_panel(figure, "levels", "level of detail"), picture, np.asarray(looked["levels"]))
+    figure.text(GAP / WIDTH, 0.12 / HEIGHT, tensions_in_words(looked["tensions"]), fontsize=11, color=INK)
     return figure
 
 
@@ -79,6 +81,15 @@ def _as_seen(image: bytes) -> Array:
     white = Pillow.new("RGBA", side, "white")
     whole = Pillow.alpha_composite(white, upright.resize(side, Pillow.Resampling.LANCZOS))
     return np.asarray(whole.convert("RGB"))
+
+
+def tensions_in_words(tensions: Mapping[str, float]) -> str:
+    """Each tension, and which of its two sides is the stronger."""
+    sides = []
+    for name, value in tensions.items():
+        stronger = "balanced" if value == 0.5 else f"{name if value > 0.5 else OPPOSITES[name]} is stronger"
+        sides.append(f"{OPPOSITES[name]} – {name} {value:.2f} ({stronger})")
+    return "   ·   ".join(sides)
 
 
 def _axes(figure: Figure, left: float, base: float, width: float, height: float) -> Axes:
@@ -131,7 +142,8 @@ def _ways(figure: Figure, scores: Mapping[str, Any]) -> None:
 
 
 def _levels(axes: Axes, picture: Array, levels: Array) -> None:
-    """Cells seen as one token are veiled; those seen closely are clear, and cut into their tokens."""
+    """Cells seen as one token are veiled; those seen closely are clear, and cut into their tokens. A thick line runs
+    around those of the closer view."""
     side = IMAGE_SIDE / len(levels)
     axes.imshow(picture)
     veil = np.ones((*levels.shape, 4))
@@ -140,10 +152,13 @@ def _levels(axes: Axes, picture: Array, levels: Array) -> None:
     for level, colour in enumerate((PALE, INK, INK)):
         lines = [line for row, column in np.argwhere(levels == level) for line in _cuts(row, column, level, side)]
         axes.add_collection(LineCollection(lines, colors=colour, linewidths=0.5))
-    tokens, closely = (4**levels).sum(), (levels > 0).sum()
-    axes.set_xlabel(
-        f"{tokens} vision tokens: {closely} of {levels.size} cells seen closely", loc="left", fontsize=11, color=INK
-    )
+    around = [line for row, column in np.argwhere(levels == 2) for line in _cuts(row, column, 0, side)]
+    axes.add_collection(LineCollection(around, colors=INK, linewidths=2.0))
+    tokens, closely, closest = (4**levels).sum(), (levels > 0).sum(), (levels == 2).sum()
+    text = f"{tokens} vision tokens: {closely} of {levels.size} cells seen closely"
+    if closest:
+        text += f", {closest} closest"
+    axes.set_xlabel(text, loc="left", fontsize=11, color=INK)
 
 
 def _cuts(row: int, column: int, level: int, side: float) -> list[list[tuple[float, float]]]:

@@ -56,7 +56,8 @@ EXAMPLES = {
         "summary": "Every knob",
         "value": EXAMPLE_QUESTION
         | {"max_tokens": 64, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
-        | {"stop": ["."], "budget": {"vision_tokens": [64, 128]}, "timeout_s": 10, "explain": True},
+        | {"stop": ["."], "budget": {"vision_tokens": [64, 128]}, "detail": "auto", "timeout_s": 10}
+        | {"explain": True},
     },
 }
 EVENTS = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import uvicorn
 from conftest import eventually, free_ports
-from fakes import CARD, House, png
+from fakes import CARD, CLOSER, House, png
 from PIL import Image as Pillow
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
@@ -31,7 +31,7 @@ from service.settings import Settings
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
     """The HTTP edge on a real port, in front of stand-ins for the models."""
-    house = House()
+    house = House(CLOSER)
     (port,) = free_ports(1)
     config = uvicorn.Config(http_api(house.edge), host="127.0.0.1", port=port, log_config=None, lifespan="off")
     serving = uvicorn.Server(config)
@@ -114,13 +114,16 @@ def test_a_picture_that_cannot_be_written_is_told(server, image, tmp_path):
 
 
 def test_every_option_reaches_the_service(server, image):
-    options = "--max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.5 --seed 9 --stop . --stop ! --timeout-s 9"
+    options = (
+        "--detail high --max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.5 --seed 9 --stop . --stop ! --timeout-s 9"
+    )
     status, _, _ = run("ask", image, "a?", "--url", server.url, "--vision-tokens", "64", "100", *options.split())
     sampling = server.house.language.sampling[0]
     assert status == 0
     assert (sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p) == (3, 0.5, 4, 0.5)
     assert (sampling.seed, sampling.stop) == (9, (".", "!"))
     assert server.house.vision.budgets[0].vision_tokens == (64, 100)
+    assert server.house.vision.calls[-1] == "attend_448"
 
 
 def test_an_image_may_come_from_standard_input_or_be_an_id(server):

@@ -25,7 +25,8 @@ def answer(levels: np.ndarray | None = None) -> dict[str, Any]:
     maps = generator.random((4, 16, 16)).round(4)
     drawn = generator.integers(0, 2, (8, 8)) if levels is None else levels
     scores = {way: scores.tolist() for way, scores in zip(WAYS, maps[1:], strict=True)}
-    looked = {"map": maps[0].tolist(), "scores": scores, "levels": drawn.tolist()}
+    tensions = {"particularize": 0.42, "explore": 0.5, "diversify": 0.9}
+    looked = {"map": maps[0].tolist(), "scores": scores, "levels": drawn.tolist(), "tensions": tensions}
     return {"answer": "K", "relevance": [looked]}
 
 
@@ -66,19 +67,28 @@ def test_relevance_and_ways_share_one_scale_and_its_bar() -> None:
 def test_question_and_answer_are_the_title_as_they_stand() -> None:
     said = answer() | {"answer": "a\x13b $x$"}
     figure = explain(image_file(), f"{QUESTION} {'very ' * 50}long", said)
-    asked, told = (text.get_text() for text in figure.texts)
+    asked, told, _ = (text.get_text() for text in figure.texts)
     assert asked.startswith(QUESTION)
     assert (asked[-1], told) == ("…", "a b $x$")
     png(figure)  # no character that the font lacks, no $formula$ that fails
+
+
+def test_tensions_are_told_in_words_below() -> None:
+    *_, told = (text.get_text() for text in explain(image_file(), QUESTION, answer()).texts)
+    assert told.split("   ·   ") == [
+        "compress – particularize 0.42 (compress is stronger)",
+        "exploit – explore 0.50 (balanced)",
+        "focus – diversify 0.90 (diversify is stronger)",
+    ]
 
 
 def test_cells_are_cut_into_their_tokens() -> None:
     levels = np.zeros((8, 8), int)
     levels[0, 0], levels[7, 7] = 1, 2
     axes = panels(explain(image_file(), QUESTION, answer(levels)))["level of detail"]
-    assert axes.get_xlabel() == "82 vision tokens: 2 of 64 cells seen closely"
+    assert axes.get_xlabel() == "82 vision tokens: 2 of 64 cells seen closely, 1 closest"
     lines = [lines.get_segments() for lines in axes.collections if isinstance(lines, LineCollection)]
-    assert [len(each) for each in lines] == [62 * 4, 6, 10]
+    assert [len(each) for each in lines] == [62 * 4, 6, 10, 4]
     assert np.array(lines[2]).min() == IMAGE_SIDE * 7 / 8
 
 

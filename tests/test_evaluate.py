@@ -50,7 +50,7 @@ def test_committed_questions_cover_every_type_and_split():
 def test_the_served_model_answers_the_committed_questions(gateway: Gateway):
     """Every 12th question, so a broken export or a stale repository shows; the whole table is `glimpse eval`."""
     with httpx.Client(base_url=gateway.url, timeout=60) as client:
-        outcomes = list(ask_all(client, SCENES, rows(SCENES)[::12], None, clients=4))
+        outcomes = list(ask_all(client, SCENES, rows(SCENES)[::12], {}, clients=4))
     right = sum(outcome.right for outcome in outcomes)
     assert len(outcomes) > 150
     assert right / len(outcomes) >= 0.8, [(o.row.question, o.row.answer, o.answer) for o in outcomes if not o.right]

@@ -40,7 +40,7 @@ class Admission:
         self.ledger = ledger = Ledger(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
         self.scheduler = scheduler = Scheduler(vision_slots, llm_tokens)
         target_s = settings.fidelity_target_s if settings.elastic_fidelity else math.inf
-        self._fidelity = Fidelity(target_s, time.monotonic())
+        self.controller = Fidelity(target_s, time.monotonic())
         self._metrics = metrics
         self._turns: dict[Claim, asyncio.Future[None]] = {}  # of those that wait
         for kind in Kind:
@@ -112,8 +112,8 @@ class Admission:
 
     def _observe(self, now: float) -> int:
         """The level of fidelity."""
-        before = self._fidelity.level
-        level = self._fidelity.observe(now, self.scheduler.waiting_since())
+        before = self.controller.level
+        level = self.controller.observe(now, self.scheduler.waiting_since())
         if level != before:
             self._metrics.fidelity_changes.inc()
             most = LEVELS[level]

@@ -130,6 +130,7 @@ class Seen:
 
     visual_tokens: FloatArray  # [count, H]
     relevance: Relevance
+    budget: Budget  # what it was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
 
 

@@ -254,6 +254,7 @@ class Vision(BaseModel):
     vision_tokens: int = Field(description="What was kept of the image for this question.")
     visual_tokens: int = Field(description="What the LLM read of it.")
     detail: Literal["low", "high"] = Field(description="high where a closer view was looked at.")
+    reduced: bool = Field(description="Looked less closely than was asked, as others waited.")
 
 
 class TimingMs(BaseModel):
@@ -332,6 +333,7 @@ class VqaEnd(BaseModel):
                 vision_tokens=end.vision_tokens,
                 visual_tokens=end.visual_tokens,
                 detail=end.detail,
+                reduced=end.reduced,
             ),
             "timing_ms": TimingMs(**end.timing_ms),
             "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,

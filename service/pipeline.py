@@ -122,6 +122,7 @@ class Finished:
     image_ids: tuple[str, ...]
     cache: Literal["hit", "miss"]  # a miss where anything had to be encoded
     detail: Literal["low", "high"]  # high where a closer view was looked at
+    reduced: bool  # looked less closely than the request allows, as others waited
     prompt_tokens: int
     completion_tokens: int
     visual_tokens: int
@@ -155,6 +156,7 @@ class Look:
     vision: VisionFeatures | None = None
     closer: CloserFeatures | None = None
     seen: Seen | None = None  # what these features give for the question, once it is known
+    reduced: bool = False  # whether that was less than the request allows
 
 
 @dataclass(slots=True)
@@ -189,6 +191,8 @@ class Ticket:
     encoded: int = 0  # images, a closer view counted as its crops
     cache: Literal["hit", "miss"] = "miss"  # until every image was looked up
     detail: Literal["low", "high"] = "low"  # high once a closer view was looked at
+    closer_view: bool = True  # whether it may have one, where it wants one
+    reduced: bool = False  # once it got less than it could have used
     stages: defaultdict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))
     first_token: float | None = None
     last_token: float | None = None
@@ -352,6 +356,7 @@ class Pipeline:
         then finds that it needs a closer view gives its room back and comes again.
         """
         question = self.prompts.question(ticket.request.question)
+        ticket.closer_view = self._may_look_closer(ticket.request)
         looks = [Look(image, question) for image in images]
         await together(self._find, looks, ticket, place)
         while True:
@@ -361,6 +366,7 @@ class Pipeline:
             if not self._to_look_closer(looks, ticket):
                 ticket.cache = "miss" if ticket.encoded else "hit"
                 ticket.detail = "high" if any(look.closer for look in looks) else "low"
+                ticket.reduced |= any(look.reduced for look in looks)
                 return [look.seen for look in looks if look.seen is not None]
             place.give_back(room, finished=False)
 
@@ -369,7 +375,15 @@ class Pipeline:
         if not self.card.closer_view:
             return []
         detail = ticket.request.detail
-        return [look for look in looks if look.closer is None and self._wants_closer_view(look, detail)]
+        wanted = [look for look in looks if look.closer is None and self._wants_closer_view(look, detail)]
+        if wanted and not ticket.closer_view:
+            ticket.reduced = True
+            return []
+        return wanted
+
+    def _may_look_closer(self, request: Request) -> bool:
+        """Unless others wait; but who wants more tokens at the least than one view has gets the other."""
+        return self.admission.fidelity.closer_view or request.budget.vision_tokens[0] > self.card.vision_tokens[1]
 
     def _wants_closer_view(self, look: Look, detail: Detail) -> bool:
         """With "auto" nobody knows before the image was seen."""
@@ -390,7 +404,7 @@ class Pipeline:
                     if ticket.request.detail == "high":
                         (look.vision,) = await self.vision.encode(decoded.pixels[np.newaxis], ticket.left_s)
                     else:
-                        budget = ticket.request.budget.within(self.card.vision_tokens[1])
+                        budget = self._budget(look, ticket)
                         look.vision, look.seen = await self.vision.see(
                             decoded.pixels, look.question, budget, ticket.left_s
                         )
@@ -413,9 +427,16 @@ class Pipeline:
 
     async def _attend(self, look: Look, ticket: Ticket, _: Place) -> None:
         assert look.vision is not None
-        budget = ticket.request.budget if look.closer else ticket.request.budget.within(self.card.vision_tokens[1])
+        budget = self._budget(look, ticket)
         with ticket.stage("vision"):
             look.seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
+
+    def _budget(self, look: Look, ticket: Ticket) -> Budget:
+        """What the request asks for, as far as its views have it and the house allows it now."""
+        budget = ticket.request.budget if look.closer else ticket.request.budget.within(self.card.vision_tokens[1])
+        allowed = self.admission.fidelity.cap(budget)
+        look.reduced = allowed != budget
+        return allowed
 
     @asynccontextmanager
     async def _encoding(self, look: Look, view: int, ticket: Ticket, place: Place) -> AsyncIterator[Decoded]:
@@ -452,10 +473,11 @@ class Pipeline:
             self.images.put(image, time.time())
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
-        keys = (visual_key(request, image, self.card) for image in images)
-        return self.prompts.compose(
-            request.question, [(each.visual_tokens, key) for each, key in zip(seen, keys, strict=True)]
-        )
+        visual = [
+            (each.visual_tokens, visual_key(request.question, image, each, self.card))
+            for image, each in zip(images, seen, strict=True)
+        ]
+        return self.prompts.compose(request.question, visual)
 
     async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
         """The answer's text as it becomes certain. Leaving early cancels the LLM's stream."""
@@ -506,11 +528,14 @@ class Pipeline:
             self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
             self.metrics.visual_tokens.observe(len(each.visual_tokens))
             self.metrics.images_seen.labels(each.detail).inc()
+        if ticket.reduced:
+            self.metrics.reduced_answers.inc()
         return Finished(
             finish_reason=ticket.finish_reason,
             image_ids=tuple(image.id for image in images),
             cache=ticket.cache,
             detail=ticket.detail,
+            reduced=ticket.reduced,
             prompt_tokens=ticket.prompt_tokens,
             completion_tokens=ticket.completion_tokens,
             visual_tokens=sum(len(each.visual_tokens) for each in seen),
@@ -540,6 +565,7 @@ class Pipeline:
             id=ticket.request.id,
             cache=ticket.cache,
             detail=ticket.detail,
+            reduced=ticket.reduced,
             completion_tokens=ticket.completion_tokens,
             **{f"{name}_ms": value for name, value in timing_ms.items()},
             **({"exc_info": fault} if fault else {}),
@@ -555,10 +581,10 @@ def new_seed() -> int:
     return secrets.randbits(63)
 
 
-def visual_key(request: Request, image: Image, card: ModelCard) -> bytes:
+def visual_key(question: str, image: Image, seen: Seen, card: ModelCard) -> bytes:
     """Names what the visual tokens are made from; the question comes last, as it may hold any character."""
-    budget = map(str, (*request.budget.vision_tokens, *request.budget.visual_tokens))
-    return "\0".join([card.visual_fingerprint, image.digest, request.detail, *budget, request.question]).encode()
+    budget = map(str, (*seen.budget.vision_tokens, *seen.budget.visual_tokens))
+    return "\0".join([card.visual_fingerprint, image.digest, seen.detail, *budget, question]).encode()
 
 
 async def together(

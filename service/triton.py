@@ -268,7 +268,7 @@ class TritonClient:
     ) -> tuple[VisionFeatures, Seen]:
         """`image` is RGB [3, 224, 224]."""
         arrays = await self._infer("see", {"image": image[np.newaxis], **_asked(question, budget)}, timeout_s)
-        return _features(arrays)[0], _seen(arrays)
+        return _features(arrays)[0], _seen(arrays, budget)
 
     async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
         """`images` is RGB [N, 3, 224, 224]: one batch, and no question."""
@@ -292,9 +292,9 @@ class TritonClient:
             **_asked(question, budget),
         }
         if closer is None:
-            return _seen(await self._infer("attend", tensors, timeout_s))
+            return _seen(await self._infer("attend", tensors, timeout_s), budget)
         tensors["detail_features"] = closer.features[np.newaxis]
-        return replace(_seen(await self._infer("attend_448", tensors, timeout_s)), detail="high")
+        return replace(_seen(await self._infer("attend_448", tensors, timeout_s), budget), detail="high")
 
     async def generate(
         self,
@@ -588,7 +588,7 @@ def _features(arrays: Arrays) -> list[VisionFeatures]:
     return [VisionFeatures(*row) for row in rows]
 
 
-def _seen(arrays: Arrays) -> Seen:
+def _seen(arrays: Arrays, budget: Budget) -> Seen:
     count = int(arrays["visual_count"][0, 0])
     relevance = Relevance(
         map=arrays["relevance"][0].reshape(GRID, GRID),
@@ -596,7 +596,7 @@ def _seen(arrays: Arrays) -> Seen:
         levels=arrays["levels"][0].reshape(CELLS, CELLS),
         tensions=arrays["tensions"][0],
     )
-    return Seen(visual_tokens=arrays["visual_tokens"][0, :count], relevance=relevance)
+    return Seen(arrays["visual_tokens"][0, :count], relevance, budget)
 
 
 def _tokens(response: Any) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ class FakeVision:
             np.diag([level] * 8).astype(np.int32),
             np.array([self.particularize, 0.5, 0.5], np.float32),
         )
-        return Seen(np.full((budget.visual_tokens[1], 4), vision.features.mean(), np.float32), relevance)
+        return Seen(np.full((budget.visual_tokens[1], 4), vision.features.mean(), np.float32), relevance, budget)
 
 
 class FakeLanguage:
@@ -198,6 +198,16 @@ class FakeLanguage:
                 yield (token,)
         finally:
             self.open -= 1
+
+
+class Strain:
+    """A controller of fidelity that stays at one level."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+
+    def observe(self, now: float, waiting_since: float | None) -> int:
+        return self.level
 
 
 class FakeProber:

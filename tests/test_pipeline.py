@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import CARD, CLOSER, House, cancelled, ids_of, png, turns, until
+from fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, png, turns, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -195,6 +195,38 @@ async def test_prompts_of_other_detail_or_budget_have_other_extra_ids(keen):
     for asked in (request(budget=high), request(budget=low), request(budget=high, detail="high")):
         await answer(keen, asked)
     assert len({prompt.extra_ids[0] for prompt in keen.language.prompts}) == 3
+
+
+@pytest.mark.parametrize(("level", "most"), [(0, 256), (1, 192), (2, 128), (3, 96), (4, 64)])
+async def test_under_strain_all_look_less_closely_but_who_will_not(house, level, most):
+    house.admission.controller = Strain(level)
+    exact = Budget(vision_tokens=(256, 256))
+    ends = [(await answer(house, request(budget=budget)))[1] for budget in (Budget(), Budget(), exact)]
+    assert [budget.vision_tokens for budget in house.vision.budgets] == [(64, most)] * 2 + [(256, 256)]
+    assert [end.reduced for end in ends] == [level > 0, level > 0, False]
+    assert house.counted("glimpse_reduced_answers_total") == (2 if level else 0)
+
+
+async def test_what_was_seen_under_strain_has_other_extra_ids(house):
+    for level in (0, 4, 0):
+        house.admission.controller = Strain(level)
+        await answer(house, request())
+    first, strained, again = (prompt.extra_ids[0] for prompt in house.language.prompts)
+    assert first == again != strained
+
+
+@pytest.mark.parametrize(("level", "detail", "reduced"), [(0, "high", False), (1, "high", True), (2, "low", True)])
+@pytest.mark.parametrize("asked", ["high", "auto"])
+async def test_under_strain_nobody_looks_closer_but_who_must(keen, level, detail, reduced, asked):
+    keen.vision.particularize = 0.7
+    keen.admission.controller = Strain(level)
+    image = png(size=(300, 200))
+    _, end = await answer(keen, request(image=image, detail=asked, budget=Budget(vision_tokens=(64, 400))))
+    assert (end.detail, end.reduced) == (detail, reduced)
+    must = Budget(vision_tokens=(300, 400))
+    _, end = await answer(keen, request(image=image, detail="high", budget=must))
+    assert (end.detail, end.reduced) == ("high", level > 0)
+    assert keen.vision.budgets[-1].vision_tokens == (300, [400, 300, 300][level])
 
 
 async def test_the_answers_length_is_a_reason_to_finish(house):

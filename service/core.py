@@ -27,6 +27,7 @@ CELLS = 8  # cells a side; a cell is 2x2 patches
 QUESTION_TOKENS = 32  # what the allocator reads of the question
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
 BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs of a model card
+TENSIONS = ("particularize", "explore", "diversify")
 TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail
 MAX_VISION_TOKENS = 400  # of one image, with the closer view
 
@@ -111,7 +112,14 @@ class Relevance:
     map: FloatArray  # [16, 16] in [0, 1]
     scores: FloatArray  # [3, 16, 16] in [0, 1]: propositional, perspectival, participatory
     levels: Int32Array  # [8, 8]: level of detail of each cell
-    tensions: FloatArray  # [3] in [0, 1]: particularize, explore, diversify
+    tensions: FloatArray  # [3] in [0, 1], those of TENSIONS
+
+    @property
+    def evenness(self) -> float:
+        """The map's entropy over that of an even one: 1 where everything is as relevant as everything else."""
+        shares = self.map[self.map > 0].astype(np.float64)
+        shares /= shares.sum()
+        return float(-(shares * np.log(shares)).sum() / np.log(self.map.size)) if shares.size else 1.0
 
     @property
     def particularize(self) -> float:

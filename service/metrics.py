@@ -70,7 +70,12 @@ class Metrics:
         )
         self.time_to_first_token = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
         self.inter_token_latency = self._seconds("inter_token_latency_seconds", "Between two tokens of an answer.")
-        self.stage = self._seconds("stage_seconds", "One stage of an answered question.", "stage")
+        self.stage = self._seconds(
+            "stage_seconds",
+            "Stages of an answered question: queue; load, of it decode_image; vision, of it lookup, see (or encode), "
+            "attend; prefill and decode, or generate where the answer comes whole.",
+            "stage",
+        )
         self.prompt_tokens = self._counter(
             "prompt_tokens", "Text tokens that the LLM was given, however the question ended."
         )
@@ -82,7 +87,7 @@ class Metrics:
         self.images_seen = self._counter(
             "images_seen", "Images that answers are about, by detail: low, or high with a closer view.", "detail"
         )
-        self.relevance_entropy = self._histogram(
+        self.relevance_evenness = self._histogram(
             "relevance_entropy_ratio", "Entropy of one image's relevance map over that of an even one.", EVENNESS
         )
         self.tension = self._histogram(

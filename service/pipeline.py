@@ -22,6 +22,7 @@ from service.core import (
     CLOSER_SIZE,
     CROPS,
     IMAGE_SIZE,
+    TENSIONS,
     Budget,
     CloserFeatures,
     Detail,
@@ -206,6 +207,13 @@ class Ticket:
 
     def stage(self, name: str) -> Stage:
         return self.stages[name]
+
+    @property
+    def writing(self) -> str:
+        """The stage of the LLM's work; of an answer that comes whole nobody knows when it began to write."""
+        if not self.request.sampling.streaming:
+            return "generate"
+        return "prefill" if self.first_token is None else "decode"
 
     @asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:
@@ -396,7 +404,7 @@ class Pipeline:
         """The features of the whole image, known or encoded; without a closer view to come, encoding it sees it too."""
         key = first_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
-            with ticket.stage("vision"):  # another's encode may have to be waited for
+            with ticket.stage("vision"), ticket.stage("lookup"):  # another's encode may have to be waited for
                 found = await flight.enter_async_context(self.features.find(key, ticket.left_s))
             look.vision = found.features
             if look.vision is None:
@@ -416,7 +424,7 @@ class Pipeline:
         """The features of the closer view, known or encoded. What was seen without them counts no more."""
         key = closer_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
-            with ticket.stage("vision"):
+            with ticket.stage("vision"), ticket.stage("lookup"):
                 found = await flight.enter_async_context(self.features.find(key, ticket.left_s))
             look.closer = found.features
             if look.closer is None:
@@ -428,7 +436,7 @@ class Pipeline:
     async def _attend(self, look: Look, ticket: Ticket, _: Place) -> None:
         assert look.vision is not None
         budget = self._budget(look, ticket)
-        with ticket.stage("vision"):
+        with ticket.stage("vision"), ticket.stage("attend"):
             look.seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
 
     def _budget(self, look: Look, ticket: Ticket) -> Budget:
@@ -451,11 +459,11 @@ class Pipeline:
         ticket.encoded += images
         if (decoded := look.decoded) is None:
             both = view == IMAGE_SIZE and ticket.request.detail == "high"
-            with ticket.stage("load"):
+            with ticket.stage("load"), ticket.stage("decode_image"):
                 decoded = await self.reader.decode(look.image.data, (IMAGE_SIZE, CLOSER_SIZE) if both else (view,))
             look.decoded = decoded if both else None
         self._remember(look.image, ticket.request)
-        with ticket.stage("vision"):
+        with ticket.stage("vision"), ticket.stage("see"):
             yield decoded
         place.give_back(claim)
 
@@ -504,8 +512,9 @@ class Pipeline:
 
     async def _next_tokens(self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket) -> list[int] | None:
         """The next ids without the end's, or None at the end of the stream."""
-        async with ticket.in_time():
-            ids = await anext(tokens, None)
+        with ticket.stage(ticket.writing):
+            async with ticket.in_time():
+                ids = await anext(tokens, None)
         now = time.monotonic()
         if ids is None:
             if ticket.first_token is None:
@@ -528,6 +537,9 @@ class Pipeline:
             self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
             self.metrics.visual_tokens.observe(len(each.visual_tokens))
             self.metrics.images_seen.labels(each.detail).inc()
+            self.metrics.relevance_evenness.observe(each.relevance.evenness)
+            for name, tension in zip(TENSIONS, each.relevance.tensions, strict=True):
+                self.metrics.tension.labels(name).observe(tension)
         if ticket.reduced:
             self.metrics.reduced_answers.inc()
         return Finished(

@@ -229,6 +229,13 @@ async def test_under_strain_nobody_looks_closer_but_who_must(keen, level, detail
     assert keen.vision.budgets[-1].vision_tokens == (300, [400, 300, 300][level])
 
 
+async def test_of_a_whole_answer_nobody_knows_when_the_prefill_ended(house):
+    await answer(house, request())
+    await answer(house, request(sampling=Sampling(streaming=False)))
+    stages = ("prefill", "decode", "generate", "see", "attend")
+    assert [house.counted("glimpse_stage_seconds_count", stage=stage) for stage in stages] == [1] * 5
+
+
 async def test_the_answers_length_is_a_reason_to_finish(house):
     house.language.say(" red red red")
     text, end = await answer(house, request(sampling=Sampling(max_tokens=2)))
@@ -255,7 +262,10 @@ async def test_one_outcome_is_counted_and_one_line_logged_for_an_answer(house):
     assert house.outcomes() == {"ok": 1}
     assert [(line["event"], line["outcome"], line["request_id"]) for line in lines] == [("answered", "ok", "trace")]
     assert house.counted("glimpse_time_to_first_token_seconds_count") == 1
-    assert house.counted("glimpse_stage_seconds_count", stage="vision") == 1
+    for stage in ("queue", "load", "decode_image", "vision", "lookup", "see", "prefill", "decode"):
+        assert house.counted("glimpse_stage_seconds_count", stage=stage) == 1
+    assert house.counted("glimpse_relevance_entropy_ratio_sum") == pytest.approx(1.0)  # FakeVision's map is even
+    assert house.counted("glimpse_tension_ratio_count", tension="explore") == 1
     assert house.counted("glimpse_requests_in_flight") == 0
     assert house.counted("glimpse_generated_tokens_total") == 1
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import Dimensions, weights_file, write_repository
@@ -46,6 +46,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
     vision, text = checkpoint.model.config.vision_config, checkpoint.model.config.text_config
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = [f"{part}_{layer}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
     batch = {0: "batch"}
     question = {
         "question_ids": torch.zeros(2, 32, dtype=torch.int32),
@@ -90,18 +91,18 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
             {
                 "input_ids": torch.zeros(2, 5, dtype=torch.long),
                 "prompt_embedding_table": torch.zeros(2, 3, text.hidden_size),
-                "past_kv": torch.zeros(2, text.num_hidden_layers, 2, heads, 7, head_dim),
                 "past_lengths": torch.tensor([7, 4]),
                 "input_lengths": torch.tensor([5, 3]),
-            },
+            }
+            | {f"past_{name}": torch.zeros(2, heads, 7, head_dim) for name in cached},
             {
                 "input_ids": batch | {1: "length"},
                 "prompt_embedding_table": batch | {1: "visual_tokens"},
-                "past_kv": batch | {4: "past_length"},
                 "past_lengths": batch,
                 "input_lengths": batch,
-            },
-            ["logits", "new_kv"],
+            }
+            | {f"past_{name}": batch | {2: "past_length"} for name in cached},
+            ["logits", *(f"new_{name}" for name in cached)],
         ),
     ]
 
@@ -110,15 +111,17 @@ def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_
     """Writes one ONNX file, self-contained where its weights are few enough, else with `weights_file` beside it.
 
     Every dimension but those named in `graph.dynamic` is static."""
-    shapes = {name: dict.fromkeys(graph.dynamic.get(name, {}), Dim.DYNAMIC) or None for name in graph.inputs}
+    arguments, shapes = tuple(graph.inputs.values()), ShapesCollection()  # by tensor, as forward may take `*past`
+    for name, axes in graph.dynamic.items():
+        shapes[graph.inputs[name]] = dict.fromkeys(axes, Dim.DYNAMIC)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program = torch.onnx.export(
             graph.module,
-            tuple(graph.inputs.values()),
+            arguments,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=tuple(shapes.values()),
+            dynamic_shapes=shapes.dynamic_shapes(graph.module, arguments),
             opset_version=OPSET,
             dynamo=True,
             external_data=False,

@@ -7,7 +7,8 @@ import pytest
 
 from service.core import Prompt, Sampling
 from triton_models.batcher import Batcher, Event, Limits, Sequence
-from triton_models.decoder import BLOCK, OnnxDecoder
+from triton_models.decoder import OnnxDecoder
+from triton_models.kv_pool import BLOCK
 
 GRAPH = Path(__file__).parent.parent / "model_repository" / "llm" / "1" / "model.onnx"
 TOLERANCE = 1e-4  # of logits: float32 sums in another order

@@ -123,15 +123,14 @@ def test_decoder_matches_transformers_with_and_without_a_past(reference):
     text = reference.model.config.text_config
     ids, visual = torch.randint(5, 400, (2, 9)), torch.randn(2, 4, text.hidden_size)
     given = torch.cat([text.vocab_size + torch.arange(4).expand(2, -1), ids], dim=1)
-    empty = torch.zeros(
-        2, text.num_hidden_layers, 2, text.num_attention_heads, 0, text.hidden_size // text.num_attention_heads
-    )
+    heads, head_dim = text.num_attention_heads, text.hidden_size // text.num_attention_heads
+    empty = [torch.zeros(2, heads, 0, head_dim)] * (2 * text.num_hidden_layers)
     with torch.inference_mode():
         embedded = torch.cat([visual, language_model.get_input_embeddings()(ids)], dim=1)
         expected = language_model(inputs_embeds=embedded).logits[:, -1]
-        whole, _ = decoder(given, visual, empty, torch.zeros(2).long(), torch.full((2,), 13))
-        _, past = decoder(given[:, :10], visual, empty, torch.zeros(2).long(), torch.full((2,), 10))
-        rest, _ = decoder(given[:, 10:], visual, past, torch.full((2,), 10), torch.full((2,), 3))
+        whole, *_ = decoder(given, visual, torch.zeros(2).long(), torch.full((2,), 13), *empty)
+        _, *past = decoder(given[:, :10], visual, torch.zeros(2).long(), torch.full((2,), 10), *empty)
+        rest, *_ = decoder(given[:, 10:], visual, torch.full((2,), 10), torch.full((2,), 3), *past)
     assert torch.allclose(whole, expected, atol=1e-4)
     assert torch.allclose(rest, expected, atol=1e-4)
 

@@ -25,7 +25,9 @@ class Decoder(Protocol):
 
     vocab_size: int
     max_rows: int
-    rows: int
+
+    @property
+    def rows(self) -> int: ...
 
     def prefill(self, prompts: SequenceOf[Prompt]) -> npt.NDArray[np.float32]:
         """Append one row a prompt -> logits [len(prompts), V]. On error no row is added."""

@@ -3,20 +3,24 @@
 One step over a batch of sequences of different lengths, whichever the family:
 
     input_ids int64 [B, T], right padded: ids below the vocabulary size are text, V + i is row i of the sequence's
-    prompt_embedding_table [B, N, H]. past_kv [B, L, 2, heads, P, head_dim], of which the first past_lengths int64 [B]
-    columns are valid. input_lengths int64 [B] are the valid columns of input_ids.
-    -> logits [B, V] at each sequence's last valid column and new_kv [B, L, 2, heads, T, head_dim].
+    prompt_embedding_table [B, N, H]. past_key_0, past_value_0, past_key_1, ... float [B, heads, P, head_dim], a pair a
+    layer, of which the first past_lengths int64 [B] columns are valid. input_lengths int64 [B] are the valid columns
+    of input_ids.
+    -> logits [B, V] at each sequence's last valid column, and new_key_0, new_value_0, ... [B, heads, T, head_dim].
 
 A column's position is its sequence's past length plus its place in input_ids. `heads` are those of keys and values.
+The past is read where it lies: joining it with the new columns would copy it at every step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, OPTForCausalLM
 
-from build_engines.model.attention import attend, bias_where_hidden
+from build_engines.model.attention import bias_where_hidden
 
 FIXED_ROPE = ("default", "linear", "llama3")  # kinds of rotary positions whose angles do not depend on the length
 
@@ -34,9 +38,9 @@ class OptDecoder(nn.Module):
         self.lm_head = language_model.lm_head
 
     def forward(
-        self, input_ids: Tensor, prompt_embedding_table: Tensor, past_kv: Tensor, past_lengths: Tensor,
-        input_lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, input_ids: Tensor, prompt_embedding_table: Tensor, past_lengths: Tensor, input_lengths: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         hidden = embed(self.decoder.embed_tokens, input_ids, prompt_embedding_table)
         if self.decoder.project_in is not None:
             hidden = self.decoder.project_in(hidden)
@@ -44,20 +48,18 @@ class OptDecoder(nn.Module):
         positions = positions.clamp(max=self.decoder.config.max_position_embeddings - 1)  # of padding columns only
         embed_positions = self.decoder.embed_positions
         hidden = hidden + nn.functional.embedding(positions + embed_positions.offset, embed_positions.weight)
-        bias = causal_bias(input_ids, past_kv, past_lengths)
+        bias = causal_bias(input_ids, past[0], past_lengths)
 
-        new_kv = []
+        new: list[Tensor] = []
         for index, layer in enumerate(self.decoder.layers):
             attention = layer.self_attn
             heads = (attention.num_heads, attention.head_dim)
             normed = layer.self_attn_layer_norm(hidden)
-            query = attention.q_proj(normed).unflatten(2, heads).transpose(1, 2) * attention.scaling
+            query = (attention.q_proj(normed) * attention.scaling).unflatten(2, heads).transpose(1, 2)
             key = attention.k_proj(normed).unflatten(2, heads).transpose(1, 2)
             value = attention.v_proj(normed).unflatten(2, heads).transpose(1, 2)
-            new_kv.append(torch.stack([key, value], dim=1))
-            keys = torch.cat([past_kv[:, index, 0], key], dim=2)
-            values = torch.cat([past_kv[:, index, 1], value], dim=2)
-            hidden = hidden + attention.out_proj(attend(query, keys, values, bias))
+            new += [key, value]
+            hidden = hidden + attention.out_proj(attend(query, past[2 * index : 2 * index + 2], (key, value), bias))
             normed = layer.final_layer_norm(hidden)
             hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
 
@@ -66,7 +68,7 @@ class OptDecoder(nn.Module):
             hidden = self.decoder.final_layer_norm(hidden)
         if self.decoder.project_out is not None:
             hidden = self.decoder.project_out(hidden)
-        return self.lm_head(hidden), torch.stack(new_kv, dim=1)
+        return self.lm_head(hidden), *new
 
 
 class LlamaDecoder(nn.Module):
@@ -87,16 +89,16 @@ class LlamaDecoder(nn.Module):
         self.rotary_scaling = decoder.rotary_emb.attention_scaling
 
     def forward(
-        self, input_ids: Tensor, prompt_embedding_table: Tensor, past_kv: Tensor, past_lengths: Tensor,
-        input_lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, input_ids: Tensor, prompt_embedding_table: Tensor, past_lengths: Tensor, input_lengths: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         hidden = embed(self.decoder.embed_tokens, input_ids, prompt_embedding_table)
         angles = positions_of(input_ids, past_lengths).unsqueeze(2).float() * self.inverse_frequencies
         turn = torch.cat([angles, angles], dim=2).unsqueeze(1)  # [B, 1, T, head_dim]
         cosine, sine = turn.cos() * self.rotary_scaling, turn.sin() * self.rotary_scaling
-        bias = causal_bias(input_ids, past_kv, past_lengths)
+        bias = causal_bias(input_ids, past[0], past_lengths)
 
-        new_kv = []
+        new: list[Tensor] = []
         for index, layer in enumerate(self.decoder.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
@@ -108,21 +110,14 @@ class LlamaDecoder(nn.Module):
                     (attention.v_proj, self.kv_heads),
                 )
             )
-            query = rotated(query, cosine, sine) * attention.scaling
+            query = rotated(query * attention.scaling, cosine, sine)
             key = rotated(key, cosine, sine)
-            new_kv.append(torch.stack([key, value], dim=1))
-            keys = self._for_every_head(torch.cat([past_kv[:, index, 0], key], dim=2))
-            values = self._for_every_head(torch.cat([past_kv[:, index, 1], value], dim=2))
-            hidden = hidden + attention.o_proj(attend(query, keys, values, bias))
+            new += [key, value]
+            hidden = hidden + attention.o_proj(attend(query, past[2 * index : 2 * index + 2], (key, value), bias))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
         hidden = self.decoder.norm(at_last(hidden, input_lengths))
-        return self.lm_head(hidden), torch.stack(new_kv, dim=1)
-
-    def _for_every_head(self, kept: Tensor) -> Tensor:
-        """[B, kv_heads, S, head_dim] -> [B, heads, S, head_dim]: neighbouring query heads share a key head."""
-        share = self.heads // self.kv_heads
-        return kept if share == 1 else kept.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
+        return self.lm_head(hidden), *new
 
 
 def decoder_of(language_model: nn.Module) -> OptDecoder | LlamaDecoder:
@@ -148,14 +143,31 @@ def positions_of(input_ids: Tensor, past_lengths: Tensor) -> Tensor:
     return past_lengths.unsqueeze(1) + torch.arange(input_ids.shape[1], device=input_ids.device)
 
 
-def causal_bias(input_ids: Tensor, past_kv: Tensor, past_lengths: Tensor) -> Tensor:
-    """float [B, 1, T, P + T]: a column sees its sequence's past, and the new columns up to itself."""
-    batch, length = input_ids.shape
-    column = torch.arange(length, device=input_ids.device)
-    past = torch.arange(past_kv.shape[4], device=input_ids.device)
-    sees_past = (past < past_lengths.unsqueeze(1)).unsqueeze(1).expand(-1, length, -1)  # [B, T, P]
-    sees_new = (column.unsqueeze(0) <= column.unsqueeze(1)).unsqueeze(0).expand(batch, -1, -1)
-    return bias_where_hidden(torch.cat([sees_past, sees_new], dim=2)).unsqueeze(1)
+def causal_bias(input_ids: Tensor, past_key: Tensor, past_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """A column sees its sequence's past, float [B, 1, 1, P], and the new columns up to itself, float [T, T]."""
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    past = torch.arange(past_key.shape[2], device=input_ids.device)
+    sees_past = (past < past_lengths.unsqueeze(1)).unsqueeze(1).unsqueeze(1)
+    return bias_where_hidden(sees_past), bias_where_hidden(column.unsqueeze(0) <= column.unsqueeze(1))
+
+
+def attend(query: Tensor, past: Sequence[Tensor], new: Sequence[Tensor], bias: tuple[Tensor, Tensor]) -> Tensor:
+    """query (scaled) [B, heads, T, d]; past (key, value) [B, kv_heads, P, d], new [B, kv_heads, T, d]; bias for each.
+
+    -> [B, T, heads * d]. Neighbouring query heads share a key head: they are taken as more rows of it, not copies.
+    """
+    (past_key, past_value), (key, value), (past_bias, new_bias) = past, new, bias
+    kv_heads, columns = key.shape[1], past_key.shape[2]
+    share = query.shape[1] // kv_heads
+    if share > 1:
+        query = query.unflatten(1, (kv_heads, share)).flatten(2, 3)  # [B, kv_heads, share * T, d]
+        new_bias = new_bias.repeat(share, 1)
+    scores = [query @ past_key.transpose(2, 3) + past_bias, query @ key.transpose(2, 3) + new_bias]
+    weights = torch.softmax(torch.cat(scores, dim=3), dim=-1)
+    mixed = weights[..., :columns] @ past_value + weights[..., columns:] @ value
+    if share > 1:
+        mixed = mixed.unflatten(2, (share, -1)).flatten(1, 2)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def at_last(hidden: Tensor, input_lengths: Tensor) -> Tensor:

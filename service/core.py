@@ -74,10 +74,39 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class VisionFeatures:
-    """What the vision encoder found in one image; what the feature cache keeps, exactly as it came."""
+class Int8Rows:
+    """Floats [N, D] in about a quarter of the bytes: a row's largest magnitude is 127 of its scale."""
 
-    features: FloatArray  # [257, D], CLS first, then the patches row by row
+    values: npt.NDArray[np.int8]  # [N, D]
+    scales: FloatArray  # [N], of the floats' dtype
+
+    @classmethod
+    def of(cls, rows: FloatArray) -> Self:
+        """A row with an infinity or a NaN comes back as NaNs."""
+        scales = np.abs(rows).max(axis=1, initial=0.0) / rows.dtype.type(127)
+        whole = np.isfinite(scales)
+        steps = rows / np.where(whole & (scales > 0), scales, 1)[:, np.newaxis]
+        values = np.rint(np.where(whole[:, np.newaxis], steps, 0)).clip(-127, 127).astype(np.int8)
+        return cls(values, np.where(whole, scales, rows.dtype.type(np.nan)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def dense(self) -> FloatArray:
+        """[N, D], each within half a scale of what it was."""
+        return self.values * self.scales[:, np.newaxis]
+
+
+def dense(rows: FloatArray | Int8Rows) -> FloatArray:
+    return rows.dense() if isinstance(rows, Int8Rows) else rows
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """What the vision encoder found in one image; what the feature cache keeps, exactly as it came or as int8."""
+
+    features: FloatArray | Int8Rows  # [257, D], CLS first, then the patches row by row
     saliency: FloatArray  # [256], CLS-to-patch attention of the last layer
     entropy: FloatArray  # [256], bits over 4, of each patch's 16-bin luminance histogram
     texture: FloatArray  # [13, 16, 16]
@@ -91,13 +120,13 @@ class VisionFeatures:
 class CloserFeatures:
     """What the vision encoder found in the closer view of one image."""
 
-    features: FloatArray  # [1024, D], the patches of the 32x32 grid row by row, without the crops' CLS
+    features: FloatArray | Int8Rows  # [1024, D], the patches of the 32x32 grid row by row, without the crops' CLS
 
     @classmethod
     def joined(cls, crops: Sequence[VisionFeatures]) -> Self:
         """From the CROPS crops, each [257, D]."""
         rows, side = 2, GRID
-        patches = np.stack([crop.features[1:] for crop in crops]).reshape(rows, rows, side, side, -1)
+        patches = np.stack([dense(crop.features)[1:] for crop in crops]).reshape(rows, rows, side, side, -1)
         return cls(patches.transpose(0, 2, 1, 3, 4).reshape(CROPS * side * side, -1))
 
     @property

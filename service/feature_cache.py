@@ -15,10 +15,10 @@ import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, VisionFeatures
+from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows, VisionFeatures, dense
 from service.metrics import Metrics
 
 Features = TypeVar("Features", VisionFeatures, CloserFeatures)
@@ -77,8 +77,12 @@ class Flight:
 
 
 class FeatureCache:
-    def __init__(self, max_bytes: int, metrics: Metrics, shared: SharedTier | None = None) -> None:
+    def __init__(
+        self, max_bytes: int, metrics: Metrics, shared: SharedTier | None = None, *, as_int8: bool = False
+    ) -> None:
+        """`as_int8` keeps the features' rows rounded, under keys of their own."""
         self.max_bytes = max_bytes
+        self.as_int8 = as_int8
         self.nbytes = 0
         self._metrics = metrics
         self._shared = shared
@@ -94,6 +98,8 @@ class FeatureCache:
 
         Of the `left_s` that the request has, at most half goes to waiting for another gateway.
         """
+        if self.as_int8:
+            key = replace(key, fingerprint=f"{key.fingerprint}.int8")
         if (known := await self._known(key, left_s)) is not None:
             yield Found(known)
             return
@@ -139,6 +145,8 @@ class FeatureCache:
 
     def _encoded(self, key: FeatureKey[Features], brought: Features | None) -> None:
         """The leader's encode ended, well or not."""
+        if self.as_int8 and brought is not None:
+            brought = replace(brought, features=Int8Rows.of(dense(brought.features)))
         self._land(key, brought)
         if self._shared is None:
             return

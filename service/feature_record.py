@@ -2,7 +2,8 @@
 
     magic, 4 bytes | version, u16 | header's length, u16 | blake3 of all that follows, 32 bytes
     header: JSON with the key and each array's dtype and shape, padded with spaces
-    the arrays, in the order of VisionFeatures' or, of a closer view, CloserFeatures' fields, C order, little-endian
+    the arrays, in the order of VisionFeatures' or, of a closer view, CloserFeatures' fields, C order, little-endian;
+    features that are int8 are followed by their scales
 
 Everything is checked before it is believed; what was packed comes back bit for bit.
 """
@@ -15,10 +16,11 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 from blake3 import blake3
 
-from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, FloatArray, VisionFeatures
+from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows, VisionFeatures
 from service.feature_cache import FeatureKey, Features
 
 MAGIC = b"GLVF"
@@ -26,7 +28,9 @@ VERSION = 1
 START = struct.Struct("<4sHH32s")
 ALIGNED = 64  # bytes: the arrays start at a multiple of it
 OF_VIEW: Mapping[int, type[Any]] = {IMAGE_SIZE: VisionFeatures, CLOSER_SIZE: CloserFeatures}
-DTYPES = ("<f4", "<f2")
+FLOATS = ("<f4", "<f2")
+INT8 = "|i1"
+SCALES = "features_scales"
 
 Shapes = Mapping[int, Mapping[str, tuple[int, ...]]]  # by view, the arrays' by name
 Reason = Literal["magic", "version", "checksum", "key", "shape"]
@@ -41,8 +45,7 @@ class RecordError(ValueError):
 
 
 def pack(key: FeatureKey[Features], features: Features) -> bytes:
-    names = [each.name for each in fields(OF_VIEW[key.view])]
-    arrays: dict[str, FloatArray] = {name: np.ascontiguousarray(getattr(features, name)) for name in names}
+    arrays: dict[str, npt.NDArray[Any]] = {name: np.ascontiguousarray(array) for name, array in _parts(key, features)}
     header = orjson.dumps(
         {
             "fingerprint": key.fingerprint,
@@ -70,7 +73,9 @@ def unpack(record: bytes, key: FeatureKey[Features], shapes: Shapes) -> Features
         header = orjson.loads(body[:header_bytes])
         _require_key(header, key)
         found = _arrays(record, START.size + header_bytes, header["arrays"], shapes[key.view])
-        features: Features = OF_VIEW[key.view](*found)
+        if SCALES in found:
+            found["features"] = Int8Rows(found["features"], found.pop(SCALES))
+        features: Features = OF_VIEW[key.view](**found)
     except RecordError:
         raise
     except (LookupError, TypeError, ValueError) as exc:  # whole, but not of our making
@@ -84,18 +89,35 @@ def _require_key(header: Mapping[str, Any], key: FeatureKey[Features]) -> None:
         raise RecordError("key")
 
 
+def _parts(key: FeatureKey[Features], features: Features) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    for name in (each.name for each in fields(OF_VIEW[key.view])):
+        part = getattr(features, name)
+        if isinstance(part, Int8Rows):
+            yield name, part.values
+            yield SCALES, part.scales
+        else:
+            yield name, part
+
+
 def _arrays(
     record: bytes, at: int, told: list[tuple[str, str, list[int]]], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[FloatArray]:
+) -> dict[str, Any]:
     """The arrays from byte `at` on. Raises RecordError."""
-    if [name for name, _, _ in told] != list(shapes):
+    expected: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [
+        (name, shape, FLOATS) for name, shape in shapes.items()
+    ]
+    if told[0][1] == INT8:
+        rows = shapes["features"]
+        expected[:1] = [("features", rows, (INT8,)), (SCALES, rows[:1], FLOATS)]
+    if [name for name, _, _ in told] != [name for name, _, _ in expected]:
         raise RecordError("shape")
-    for name, dtype, shape in told:
-        count = int(np.prod(shapes[name]))
-        if tuple(shape) != shapes[name] or dtype not in DTYPES or at + count * int(dtype[-1]) > len(record):
+    found = {}
+    for (name, shape, dtypes), (_, dtype, told_shape) in zip(expected, told, strict=True):
+        count = int(np.prod(shape))
+        if tuple(told_shape) != shape or dtype not in dtypes or at + count * int(dtype[-1]) > len(record):
             raise RecordError("shape")
-        array = np.frombuffer(record, dtype, count, at).reshape(shapes[name])
-        at += array.nbytes
-        yield array
+        found[name] = np.frombuffer(record, dtype, count, at).reshape(shape)
+        at += found[name].nbytes
     if at != len(record):
         raise RecordError("shape")
+    return found

@@ -262,7 +262,9 @@ class Pipeline:
         self.settings = settings
         self.metrics = metrics
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
-        self.features = FeatureCache(settings.feature_cache_bytes, metrics, shared)
+        self.features = FeatureCache(
+            settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
+        )
         self.prompts = prompts
         self._spelled = token_bytes(prompts.tokenizer)
 

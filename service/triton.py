@@ -40,6 +40,7 @@ from service.core import (
     Seen,
     UInt8Array,
     VisionFeatures,
+    dense,
 )
 from service.errors import (
     DeadlineExceeded,
@@ -285,7 +286,7 @@ class TritonClient:
         """What `see` gives, from features that an earlier `see` or `encode` found; with level 2 where there are those
         of a closer view too."""
         tensors: dict[str, npt.NDArray[Any]] = {
-            "features": vision.features[np.newaxis],
+            "features": dense(vision.features)[np.newaxis],
             "saliency": vision.saliency[np.newaxis],
             "entropy": vision.entropy[np.newaxis],
             "texture": vision.texture[np.newaxis],
@@ -293,7 +294,7 @@ class TritonClient:
         }
         if closer is None:
             return _seen(await self._infer("attend", tensors, timeout_s), budget)
-        tensors["detail_features"] = closer.features[np.newaxis]
+        tensors["detail_features"] = dense(closer.features)[np.newaxis]
         return replace(_seen(await self._infer("attend_448", tensors, timeout_s), budget), detail="high")
 
     async def generate(

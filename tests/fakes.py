@@ -25,6 +25,7 @@ from service.core import (
     Sampling,
     Seen,
     VisionFeatures,
+    dense,
 )
 from service.http_api import Edge
 from service.images import ImageLimits, ImageReader
@@ -128,7 +129,7 @@ class FakeVision:
         await self._work("attend_448" if closer else "attend")
         if closer is None:
             return self._seen(vision, budget, 0)
-        assert closer.features.shape == (1024, 4)
+        assert dense(closer.features).shape == (1024, 4)
         return replace(self._seen(vision, budget, 2), detail="high")
 
     async def _work(self, call: str) -> None:
@@ -154,7 +155,7 @@ class FakeVision:
             np.diag([level] * 8).astype(np.int32),
             np.array([self.particularize, 0.5, 0.5], np.float32),
         )
-        return Seen(np.full((budget.visual_tokens[1], 4), vision.features.mean(), np.float32), relevance, budget)
+        return Seen(np.full((budget.visual_tokens[1], 4), dense(vision.features).mean(), np.float32), relevance, budget)
 
 
 class FakeLanguage:

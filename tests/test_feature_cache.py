@@ -3,7 +3,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from service.core import VisionFeatures
+from service.core import Int8Rows, VisionFeatures
 from service.errors import Unavailable
 from service.feature_cache import FeatureCache, FeatureKey, SharedTier
 from service.metrics import Metrics
@@ -159,6 +159,22 @@ async def test_another_encoder_or_view_is_another_key():
             assert found.features is None
 
 
+async def test_int8_is_kept_under_a_key_of_its_own_and_takes_a_quarter():
+    shared = FakeShared()
+    shared.gate.set()
+    cache = FeatureCache(10**6, Metrics(), shared, as_int8=True)
+    rows = np.random.default_rng(0).standard_normal((257, 160), np.float32)
+    seen = VisionFeatures(rows, *(np.zeros(256, np.float32) for _ in range(3)))
+    async with cache.find(key("a")) as found:
+        found.keep(seen)
+    async with cache.find(key("a")) as found:
+        assert isinstance(found.features.features, Int8Rows)
+        assert found.features.features.dense() == pytest.approx(rows, abs=0.05)
+        assert found.features.nbytes == cache.nbytes < 0.3 * seen.nbytes
+    assert [each.fingerprint for each in shared.asked] == ["encoder.int8"] * 2  # find, put
+    assert isinstance(shared.brought.features, Int8Rows)
+
+
 class FakeShared:
     """Looks for as long as `gate` is closed; tells what it was told."""
 
@@ -166,13 +182,18 @@ class FakeShared:
         self.gate = asyncio.Event()
         self.there: dict[FeatureKey, VisionFeatures] = {}
         self.told: list[str] = []
+        self.asked: list[FeatureKey] = []  # for or of
+        self.brought: VisionFeatures | None = None
 
     async def find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
+        self.asked.append(key)
         self.told.append("find")
         await self.gate.wait()
         return self.there.get(key)
 
     def put(self, key: FeatureKey, vision: VisionFeatures) -> None:
+        self.asked.append(key)
+        self.brought = vision
         self.told.append("put")
 
     def give_up(self, key: FeatureKey) -> None:

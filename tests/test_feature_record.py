@@ -8,7 +8,7 @@ from fakes import CARD
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.core import CloserFeatures, VisionFeatures
+from service.core import CloserFeatures, Int8Rows, VisionFeatures
 from service.feature_cache import FeatureKey
 from service.feature_record import START, RecordError, pack, unpack
 
@@ -62,6 +62,35 @@ def test_a_closer_view_is_a_record_of_its_own():
 def test_an_array_that_lies_strangely_in_memory_comes_back_in_order():
     put = replace(some_features(), features=np.arange(4 * 257, dtype=np.float32).reshape(4, 257).T)
     assert (unpack(pack(KEY, put), KEY, SHAPES).features == put.features).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("view", [224, 448])
+def test_int8_rows_come_back_bit_for_bit_with_their_scales(dtype, view):
+    key = replace(KEY, view=view)
+    rows = Int8Rows.of(np.random.default_rng(0).standard_normal(SHAPES[view]["features"]).astype(dtype))
+    put = CloserFeatures(rows) if view == 448 else replace(some_features(dtype), features=rows)
+    record = pack(key, put)
+    got = unpack(record, key, SHAPES).features
+    assert isinstance(got, Int8Rows)
+    assert got.dense().dtype == dtype
+    assert (got.values == rows.values).all()
+    assert (got.scales == rows.scales).all()
+    assert b'["features","|i1",' in record
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        Int8Rows(np.zeros((257, 8), np.int8), np.zeros(257, np.float32)),
+        Int8Rows(np.zeros((257, 4), np.int8), np.zeros(256, np.float32)),
+        Int8Rows(np.zeros((257, 4), np.int8), np.zeros(257, np.float64)),
+        Int8Rows(np.zeros((257, 4), np.uint8), np.zeros(257, np.float32)),
+    ],
+)
+def test_int8_rows_of_other_shapes_and_dtypes_are_not_believed(rows):
+    with pytest.raises(RecordError, match="shape"):
+        unpack(pack(KEY, replace(some_features(), features=rows)), KEY, SHAPES)
 
 
 @given(st.data())

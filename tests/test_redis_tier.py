@@ -16,7 +16,7 @@ from conftest import StartRedis
 from fakes import CARD, House, cancelled, png, turns, until
 from structlog.testing import capture_logs
 
-from service.core import IMAGE_SIZE, Budget, Sampling
+from service.core import IMAGE_SIZE, Budget, Int8Rows, Sampling
 from service.feature_cache import FeatureKey
 from service.feature_record import pack
 from service.images import Image
@@ -96,6 +96,25 @@ async def test_what_one_gateway_encoded_another_finds_bit_for_bit(redis_server):
         assert lookups(other) == {"hit": 1}
         assert lookups(other, "memory") == {"miss": 1, "hit": 2}
         assert other.vision.calls == ["attend", "attend"]
+
+
+async def test_gateways_that_keep_int8_share_it_and_others_do_not_see_it(redis_server):
+    int8 = {"feature_cache_dtype": "int8"}
+    async with (
+        gateway(redis_server.url, **int8) as one,
+        gateway(redis_server.url, **int8) as other,
+        gateway(redis_server.url) as full,
+    ):
+        assert await ask(one, 1) == "miss"
+        await kept(one, 1)
+        assert await ask(other, 1) == "hit"
+        assert await ask(full, 1) == "miss"
+        await kept(full, 1)
+        async with one.pipeline.features.find(key(1)) as rounded, full.pipeline.features.find(key(1)) as exact:
+            assert isinstance(rounded.features.features, Int8Rows)
+            assert rounded.features.features.dense() == pytest.approx(exact.features.features, rel=0.01)
+    small, large = sorted(redis_server.client.strlen(name) for name in redis_server.client.keys("*features*"))
+    assert small < large
 
 
 async def test_records_and_claims_end_by_themselves(redis_server):

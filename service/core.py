@@ -82,12 +82,14 @@ class Int8Rows:
 
     @classmethod
     def of(cls, rows: FloatArray) -> Self:
-        """A row with an infinity or a NaN comes back as NaNs."""
-        scales = np.abs(rows).max(axis=1, initial=0.0) / rows.dtype.type(127)
-        whole = np.isfinite(scales)
-        steps = rows / np.where(whole & (scales > 0), scales, 1)[:, np.newaxis]
-        values = np.rint(np.where(whole[:, np.newaxis], steps, 0)).clip(-127, 127).astype(np.int8)
-        return cls(values, np.where(whole, scales, rows.dtype.type(np.nan)))
+        """A row with an infinity or a NaN comes back as NaNs, one below 1e-30 as zeros."""
+        largest = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float32)
+        whole = np.isfinite(largest)
+        if not whole.all():
+            rows = np.where(whole[:, np.newaxis], rows, 0)
+        steps = np.divide(127, largest, where=whole & (largest > 1e-30), out=np.zeros_like(largest))
+        values = np.rint(rows * steps[:, np.newaxis]).astype(np.int8)
+        return cls(values, np.where(whole, largest / 127, np.nan).astype(rows.dtype))
 
     @property
     def nbytes(self) -> int:

@@ -29,14 +29,14 @@ def test_relevance_nowhere_is_even():
     arrays(
         np.float32,
         st.tuples(st.integers(1, 5), st.integers(1, 9)),
-        elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False),
+        elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=True),
     )
 )
 def test_int8_rows_are_within_half_a_step_of_what_they_were(rows):
     kept = Int8Rows.of(rows)
     assert kept.values.dtype == np.int8
     assert kept.dense().dtype == rows.dtype
-    assert (np.abs(kept.dense() - rows) <= 0.501 * kept.scales[:, np.newaxis]).all()
+    assert (np.abs(kept.dense() - rows) <= 0.501 * kept.scales[:, np.newaxis] + 1e-30).all()
     again = Int8Rows.of(kept.dense())
     assert np.abs(again.values.astype(int) - kept.values).max() <= 1
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from service.redis_client import Lane, granted
+from service.redis_client import Lane, granted, primaries
 
 PATTERN = "glimpse:*:features:{*}"  # of every format version
 TIMEOUT_S = 5.0  # a command; a person waits
@@ -25,39 +25,42 @@ class Kept:
 
 @dataclass(slots=True)
 class Stats:
-    version: str  # of Redis
-    used_bytes: int  # by all that is in Redis
-    max_bytes: int  # 0: no bound
-    policy: str  # what Redis does at the bound
-    evicted_keys: int  # since it started
+    """Of a Redis, or of all nodes of a cluster together."""
+
+    version: str = ""  # of Redis
+    used_bytes: int = 0  # by all that is in Redis
+    max_bytes: int = 0  # 0: no bound
+    policy: str = ""  # what Redis does at the bound
+    evicted_keys: int = 0  # since it started
     kept: dict[str, Kept] = field(default_factory=lambda: defaultdict(Kept))  # by encoder fingerprint
 
 
 async def stats(url: str) -> Stats:
-    async with opened(url) as lane:
-        server, memory, counts = map(granted, await lane.ask(("INFO", "server"), ("INFO", "memory"), ("INFO", "stats")))
-        found = Stats(
-            version=server["redis_version"],
-            used_bytes=memory["used_memory"],
-            max_bytes=memory["maxmemory"],
-            policy=memory["maxmemory_policy"],
-            evicted_keys=counts["evicted_keys"],
-        )
-        async for keys in record_keys(lane):
-            for key, nbytes in zip(keys, await lane.ask(*(("STRLEN", key) for key in keys)), strict=True):
-                kept = found.kept[fingerprint_of(key)]
-                kept.records += 1
-                kept.nbytes += granted(nbytes)
-        return found
+    found = Stats()
+    for node in await primaries(url):
+        async with opened(node) as lane:
+            asked = await lane.ask(("INFO", "server"), ("INFO", "memory"), ("INFO", "stats"))
+            server, memory, counts = map(granted, asked)
+            found.version, found.policy = server["redis_version"], memory["maxmemory_policy"]
+            found.used_bytes += memory["used_memory"]
+            found.max_bytes += memory["maxmemory"]
+            found.evicted_keys += counts["evicted_keys"]
+            async for keys in record_keys(lane):
+                for key, nbytes in zip(keys, await lane.ask(*(("STRLEN", key) for key in keys)), strict=True):
+                    kept = found.kept[fingerprint_of(key)]
+                    kept.records += 1
+                    kept.nbytes += granted(nbytes)
+    return found
 
 
 async def purge(url: str, fingerprint: str | None) -> int:
     """How many records were deleted: all, or those of one vision encoder."""
     deleted = 0
-    async with opened(url) as lane:
-        async for keys in record_keys(lane):
-            doomed = [key for key in keys if fingerprint in (None, fingerprint_of(key))]
-            deleted += sum(map(granted, await lane.ask(*(("UNLINK", key) for key in doomed)))) if doomed else 0
+    for node in await primaries(url):
+        async with opened(node) as lane:
+            async for keys in record_keys(lane):
+                doomed = [key for key in keys if fingerprint in (None, fingerprint_of(key))]
+                deleted += sum(map(granted, await lane.ask(*(("UNLINK", key) for key in doomed)))) if doomed else 0
     return deleted
 
 

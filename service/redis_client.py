@@ -1,6 +1,9 @@
 """The only file that knows Redis's client. Whatever goes wrong there leaves it as RedisFault.
 
 Redis is never needed to answer, so nothing here tries twice: who asks has milliseconds, and goes on without.
+
+A URL that begins with redis+cluster:// or rediss+cluster:// names any node of a Redis Cluster. redis-py follows moved
+slots; its map of them is read anew after every fault.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import redis.exceptions as foreign
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -22,6 +26,7 @@ Kind = Literal["timeout", "unreachable", "denied", "full", "refused", "fault"]
 Command = tuple[str | bytes | int, ...]
 Reply = Any  # bytes, int, True, None, or a dict of INFO's; RedisFault where Redis refused that one command
 
+CLUSTER = "+cluster"  # the end of a URL's scheme
 MOST_TOGETHER = 4  # asks in one pipeline; 16 records of 180 KB in one take twice the time of four by four
 CONNECT_TIMEOUT_S = 1.0  # for the socket alone; who asks gives up earlier
 
@@ -55,18 +60,48 @@ def fault_of(error: BaseException) -> RedisFault:
     return RedisFault(kind or "fault", str(error) or type(error).__name__)
 
 
-def connect(url: str) -> Redis:
-    """Starts nothing; connects when first asked. Raises ValueError for what is no redis:// rediss:// unix:// URL."""
-    return Redis.from_url(
-        url,
-        protocol=2,
-        driver_info=None,
-        retry=Retry(NoBackoff(), 0),
+def is_cluster(url: str) -> bool:
+    return url.partition("://")[0].endswith(CLUSTER)
+
+
+def connect(url: str) -> Redis | RedisCluster:
+    """Starts nothing; connects when first asked. Raises ValueError for what is no address of a Redis."""
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "driver_info": None,
+        "retry": Retry(NoBackoff(), 0),
         # Lanes keep the time. With a number here redis-py writes under asyncio.wait_for, which before Python 3.12 can
         # swallow a cancellation: a lane would then outlive its owner.
-        socket_timeout=None,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-    )
+        "socket_timeout": None,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+    }
+    if not is_cluster(url):
+        return Redis.from_url(url, **options)
+    try:
+        return RedisCluster.from_url(url.replace(CLUSTER, "", 1), **options)
+    except foreign.RedisClusterException as exc:  # a database other than 0
+        raise ValueError(str(exc)) from exc
+
+
+async def primaries(url: str) -> list[str]:
+    """The addresses of all that hold keys: the one, or every primary of a cluster. Raises RedisFault."""
+    if not is_cluster(url):
+        return [url]
+    client = connect(url)
+    assert isinstance(client, RedisCluster)
+    try:
+        async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
+            await client.initialize()
+        parts = urlsplit(url.replace(CLUSTER, "", 1))
+        secret = parts.netloc.rpartition("@")[0]
+        return [
+            parts._replace(netloc=f"{secret}@{node.name}" if secret else node.name).geturl()
+            for node in client.get_primaries()
+        ]
+    except Exception as exc:  # every fault of the client's: see fault_of
+        raise fault_of(exc) from exc
+    finally:
+        await client.aclose()
 
 
 class Lane:
@@ -122,8 +157,18 @@ class Lane:
                     pipeline.execute_command(*command)
                 replies = await pipeline.execute(raise_on_error=False)
         except Exception as exc:  # every fault of the client's: see fault_of
+            await self._forget_slots()
             raise fault_of(exc) from exc
+        if any(isinstance(reply, foreign.ConnectionError) for reply in replies):  # one node's
+            await self._forget_slots()
         return [fault_of(reply) if isinstance(reply, Exception) else reply for reply in replies]
+
+    async def _forget_slots(self) -> None:
+        """The next command reads a cluster's map of slots anew: a node may have been replaced."""
+        if isinstance(self._client, RedisCluster):
+            with suppress(foreign.RedisError, OSError):  # TimeoutError too
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await self._client.aclose()
 
 
 def granted(reply: Reply) -> Reply:

@@ -22,7 +22,7 @@ from service.breaker import Breaker
 from service.feature_cache import FeatureKey, Features
 from service.feature_record import VERSION, RecordError, Shapes, pack, unpack
 from service.metrics import Metrics
-from service.redis_client import Command, Lane, RedisFault, Reply, granted
+from service.redis_client import Command, Lane, RedisFault, Reply, granted, is_cluster
 
 log = structlog.get_logger()
 
@@ -61,6 +61,7 @@ class RedisTier:
         self.limits = limits
         self.breaker = Breaker()
         self._shapes = shapes
+        self._is_cluster = is_cluster(url)  # no node of which can tell of all
         self._metrics = metrics
         self._me = secrets.token_hex(8)
         self._lookups = Lane(url, LANE_TIMEOUT_S)
@@ -79,7 +80,8 @@ class RedisTier:
             tasks.create_task(self._writes.run())
             tasks.create_task(self._write_behind())
             tasks.create_task(self._try_again())
-            tasks.create_task(self._gauge())
+            if not self._is_cluster:
+                tasks.create_task(self._gauge())
 
     async def find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
         """What is kept, or what another gateway brings within `patience_s`.

@@ -75,7 +75,9 @@ class Settings(BaseSettings):
     image_ttl_s: float = Field(3600.0, gt=0)  # how long an image can be asked about by its id
 
     # Redis, where gateways share vision features; without an address each keeps its own only.
-    redis_url: SecretStr | None = None  # redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path
+    # redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or rediss+cluster:// for
+    # any node of a Redis Cluster
+    redis_url: SecretStr | None = None
     redis_timeout_s: float = Field(0.05, gt=0)  # what Redis may cost one request, whatever it does
     redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another one's encode of the same image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long features are kept there
@@ -87,8 +89,11 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must start with redis://, rediss:// (TLS) or unix://")
+        schemes = ("redis://", "rediss://", "unix://", "redis+cluster://", "rediss+cluster://")
+        if url is not None and not url.get_secret_value().startswith(schemes):
+            raise ValueError(
+                "must start with redis://, rediss:// (TLS), redis+cluster://, rediss+cluster:// or unix://"
+            )
         return url
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ def test_what_nobody_foresaw_is_a_fault_and_is_logged_with_its_traceback():
     assert [line["event"] for line in logs] == ["redis_client_fault"]
 
 
-@pytest.mark.parametrize("url", ["http://x", "redis://x:port", "x"])
+@pytest.mark.parametrize("url", ["http://x", "redis://x:port", "x", "redis+cluster://x:port", "redis+cluster://x/1"])
 def test_what_is_no_address_of_a_redis_is_refused(url):
     with pytest.raises(ValueError):
         Lane(url, 1.0)

@@ -6,17 +6,19 @@ Whatever that is: every request is answered, none waits much longer than GLIMPSE
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
-from conftest import StartRedis
-from fakes import CARD, House, cancelled, png, turns, until
+from conftest import RedisServer, StartRedis, eventually, free_ports
+from fakes import CARD, CLOSER, House, cancelled, png, turns, until
+from redis.crc import key_slot
 from structlog.testing import capture_logs
 
-from service.core import IMAGE_SIZE, Budget, Int8Rows, Sampling
+from service import cache_admin
+from service.core import CLOSER_SIZE, IMAGE_SIZE, Budget, CloserFeatures, Int8Rows, ModelCard, Sampling
 from service.feature_cache import FeatureKey
 from service.feature_record import pack
 from service.images import Image
@@ -28,9 +30,9 @@ PATIENT = 5.0  # for tests in which Redis is well: a busy machine must not look 
 
 
 @asynccontextmanager
-async def gateway(url: str, *, in_use: bool = True, **knobs: object) -> AsyncIterator[House]:
+async def gateway(url: str, card: ModelCard = CARD, *, in_use: bool = True, **knobs: object) -> AsyncIterator[House]:
     """Without a memory of its own, unless `knobs` say so: every question asks Redis."""
-    house = House(redis_url=url, **{"feature_cache_bytes": 0, "redis_timeout_s": PATIENT, **knobs})
+    house = House(card, redis_url=url, **{"feature_cache_bytes": 0, "redis_timeout_s": PATIENT, **knobs})
     assert house.shared is not None
     running = asyncio.create_task(house.shared.run())
     try:
@@ -51,9 +53,9 @@ def key(number: int) -> FeatureKey:
     return FeatureKey(CARD.fingerprint, IMAGE_SIZE, Image.of(image(number)).digest)
 
 
-async def ask(house: House, number: int, timeout_s: float = 30.0) -> str:
+async def ask(house: House, number: int, timeout_s: float = 30.0, **more: object) -> str:
     """`hit` or `miss`; the answer is always the same."""
-    request = Request("vqa_1", (image(number),), "what?", Budget(), Sampling(), timeout_s)
+    request = Request("vqa_1", (image(number),), "what?", Budget(), Sampling(), timeout_s, **more)
     *_, last = [event async for event in house.pipeline.answer(request)]
     assert isinstance(last, Finished)
     return last.cache
@@ -397,19 +399,145 @@ async def test_a_password_that_is_changed_under_way(redis_server):
         assert house.counted("glimpse_redis_breaker_open") == 1
 
 
-async def test_the_keys_of_an_image_share_a_slot_of_a_cluster(start_redis: StartRedis):
-    redis_server = start_redis("--cluster-enabled", "yes")
-    redis_server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-    await until(lambda: redis_server.client.cluster("INFO")["cluster_state"] == "ok", 10)
-    async with AsyncExitStack() as houses:
-        one, other = [await houses.enter_async_context(gateway(redis_server.url)) for _ in range(2)]
-        for number in range(5):
-            assert await ask(one, number) == "miss"
-        await kept(one, 5)
-        assert [await ask(other, number) for number in range(5)] == ["hit"] * 5
-        assert lookups(one) == {"miss": 5}
-    slots = [
-        {redis_server.client.cluster("KEYSLOT", name(key(n))) for name in (record_key, flight_key)} for n in range(20)
-    ]
-    assert {len(slot) for slot in slots} == {1}
-    assert len(set.union(*slots)) > 10
+# The closer view, which has a record of its own.
+
+
+def closer_key(number: int) -> FeatureKey:
+    return FeatureKey(CARD.fingerprint, CLOSER_SIZE, Image.of(image(number)).digest)
+
+
+async def test_both_views_of_an_image_are_encoded_once_for_two_gateways(redis_server):
+    async with gateway(redis_server.url, CLOSER) as one, gateway(redis_server.url, CLOSER) as other:
+        for house in (one, other):
+            house.vision.gate.clear()
+        asked = [asyncio.create_task(ask(house, 1, detail="high")) for house in (one, other) * 10]
+        await until(lambda: one.vision.calls or other.vision.calls)
+        await turns()
+        for house in (one, other):
+            house.vision.gate.set()
+        assert sorted(await asyncio.gather(*asked)) == ["hit"] * 19 + ["miss"]
+        calls = one.vision.calls + other.vision.calls
+        assert [calls.count("encode 1"), calls.count("encode 4"), calls.count("attend_448")] == [1, 1, 20]
+        await until(lambda: writes(one, "kept") + writes(other, "kept") == 2)
+        assert redis_server.client.exists(record_key(key(1)), record_key(closer_key(1))) == 2
+
+
+@pytest.mark.parametrize("reason", ["checksum", "shape"])
+async def test_a_closer_view_that_does_not_fit_is_deleted_and_encoded_anew(redis_server, reason):
+    async with gateway(redis_server.url, CLOSER) as house:
+        await ask(house, 1, detail="high")
+        await kept(house, 2)
+        good = redis_server.client.get(record_key(closer_key(1)))
+        small = pack(closer_key(1), CloserFeatures(np.zeros((1024, 3), np.float32)))
+        bad = {"checksum": good[:-1] + bytes([good[-1] ^ 1]), "shape": small}[reason]
+        redis_server.client.set(record_key(closer_key(1)), bad)
+        house.vision.calls.clear()
+        assert await ask(house, 1, detail="high") == "miss"
+        assert house.counted("glimpse_redis_bad_records_total", reason=reason) == 1
+        await kept(house, 3)
+        assert redis_server.client.get(record_key(closer_key(1))) == good
+        assert house.vision.calls == ["encode 4", "attend_448"]
+
+
+async def test_closer_views_go_on_without_redis(redis_server):
+    async with gateway(redis_server.url, CLOSER, redis_timeout_s=0.05) as house:
+        assert await ask(house, 1, detail="high") == "miss"
+        await kept(house, 2)
+        redis_server.pause()
+        assert {await ask(house, number, detail="high") for number in range(2, 8)} == {"miss"}
+        redis_server.resume()
+        assert house.outcomes() == {"ok": 7}
+        await until(lambda: not house.counted("glimpse_redis_breaker_open"), 10)
+        assert await ask(house, 1, detail="high") == "hit"
+
+
+# A cluster.
+
+
+class Cluster:
+    """Three nodes, which share the slots."""
+
+    def __init__(self, start_redis: StartRedis) -> None:
+        self.nodes = []
+        for number, bus in enumerate(free_ports(3)):
+            files = ("--cluster-config-file", f"node-{number}.conf")
+            node = start_redis("--cluster-enabled", "yes", "--cluster-port", str(bus), *files)
+            node.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", number * 5461, number * 5461 + 5460 + number // 2)
+            if number:
+                first = self.nodes[0].port, int(self._bus)
+                node.client.execute_command("CLUSTER", "MEET", "127.0.0.1", *first)
+            else:
+                self._bus = bus
+            self.nodes.append(node)
+        eventually(self.is_whole, 20, "a cluster of three")
+        self.url = self.nodes[0].url.replace("redis://", "redis+cluster://")
+
+    def is_whole(self) -> bool:
+        told = [node.client.execute_command("CLUSTER INFO") for node in self.nodes]
+        return all((each["cluster_state"], each["cluster_known_nodes"]) == ("ok", "3") for each in told)
+
+    def owner(self, name: str) -> RedisServer:
+        slot = key_slot(name.encode())
+        return self.nodes[min(slot // 5461, 2)]
+
+    def move(self, name: str, to: RedisServer) -> None:
+        """Its slot, with what is in it."""
+        owner, slot = self.owner(name), key_slot(name.encode())
+        names = {node.port: node.client.execute_command("CLUSTER MYID").decode() for node in (owner, to)}
+        to.client.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", names[owner.port])
+        owner.client.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", names[to.port])
+        owner.client.execute_command("MIGRATE", "127.0.0.1", to.port, name, 0, 5000)
+        for node in (to, owner):
+            node.client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", names[to.port])
+
+
+def test_the_keys_of_an_image_share_a_slot():
+    every = [{key_slot(name(each(n)).encode()) for name in (record_key, flight_key)}
+             for n in range(20) for each in (key, closer_key)]  # fmt: skip
+    assert {len(slots) for slots in every} == {1}
+    assert len(set.union(*every)) > 20
+
+
+async def test_gateways_share_a_cluster_of_three_nodes(start_redis: StartRedis):
+    cluster = Cluster(start_redis)
+    async with gateway(cluster.url) as one, gateway(cluster.url) as other:
+        assert await asyncio.gather(*(ask(one, number) for number in range(20))) == ["miss"] * 20
+        await kept(one, 20)
+        assert await asyncio.gather(*(ask(other, number) for number in range(20))) == ["hit"] * 20
+        assert lookups(one) == {"miss": 20}
+        assert all(node.client.dbsize() > 0 for node in cluster.nodes)
+    found = await cache_admin.stats(cluster.url)
+    assert found.kept[CARD.fingerprint].records == 20
+    assert await cache_admin.purge(cluster.url, None) == 20
+    assert not any(node.client.dbsize() for node in cluster.nodes)
+
+
+async def test_a_slot_that_moved_is_followed(start_redis: StartRedis):
+    cluster = Cluster(start_redis)
+    async with gateway(cluster.url) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+        name = record_key(key(1))
+        to = next(node for node in cluster.nodes if node is not cluster.owner(name))
+        cluster.move(name, to)
+        assert [await ask(house, 1), await ask(house, 1)] == ["hit", "hit"]
+        assert house.vision.calls.count("see") == 1
+
+
+async def test_without_one_node_of_a_cluster_every_request_is_answered(start_redis: StartRedis):
+    cluster = Cluster(start_redis)
+    for node in cluster.nodes:
+        node.client.config_set("cluster-require-full-coverage", "no")
+    async with gateway(cluster.url, redis_timeout_s=0.2) as house:
+        for number in range(12):
+            await ask(house, number)
+        await kept(house, 12)
+        lost = cluster.nodes[2]
+        lost.kill()
+        for number in range(12):
+            result, seconds = await timed(house, number)
+            assert seconds < 0.2 + SLACK_S
+            assert result == "miss" if cluster.owner(record_key(key(number))) is lost else result in ("hit", "miss")
+        assert house.outcomes() == {"ok": 24}
+        assert errors(house, "unreachable") > 0

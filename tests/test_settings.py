@@ -50,6 +50,12 @@ def test_a_wrong_value_is_named(environ, message):
         read_settings(environ)
 
 
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster", "rediss+cluster"])
+def test_redis_is_one_server_or_a_cluster_with_tls_or_without(scheme):
+    url = f"{scheme}://redis:6379/0"
+    assert read_settings({"GLIMPSE_REDIS_URL": url}).redis_url.get_secret_value() == url
+
+
 def test_the_password_of_redis_is_not_shown():
     settings = read_settings({"GLIMPSE_REDIS_URL": "redis://:secret@redis:6379/0"})
     assert "secret" not in repr(settings)

@@ -124,15 +124,14 @@ def evaluate(
     url: str,
     scenes: Path = SCENES,
     split: str | None = None,
-    vision_tokens: tuple[int, int] | None = None,
+    budget: Mapping[str, tuple[int, int]] | None = None,
     detail: str | None = None,
     clients: int = 4,
     out: Path | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Asks, prints the table, writes it as JSON where `out` is given. Raises httpx.HTTPError when the server fails."""
-    fields: dict[str, object] = {"budget": {"vision_tokens": list(vision_tokens)}} if vision_tokens else {}
-    if detail:
-        fields["detail"] = detail
+    asked = {"budget": budget, "detail": detail}
+    fields = {name: value for name, value in asked.items() if value}
     with httpx.Client(base_url=url, timeout=60.0) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         table = summarise(ask_all(client, scenes, rows(scenes, split), fields, clients))

@@ -84,6 +84,9 @@ def ask(
     vision_tokens: Annotated[
         tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How closely to look.")
     ] = None,
+    visual_tokens: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How much of it the LLM reads: 32 to 128.")
+    ] = None,
     detail: Annotated[
         Detail | None, typer.Option(help="high adds a closer view of the image; auto does where the question needs it.")
     ] = None,
@@ -110,7 +113,7 @@ def ask(
         "top_p": top_p,
         "seed": seed,
         "stop": stop,
-        "budget": {"vision_tokens": list(vision_tokens)} if vision_tokens else None,
+        "budget": budget(vision_tokens, visual_tokens),
         "detail": detail,
         "explain": True if explain else None,
         "timeout_s": timeout_s,
@@ -146,6 +149,9 @@ def evaluate(
     vision_tokens: Annotated[
         tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="The budget of every question.")
     ] = None,
+    visual_tokens: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="The same of what the LLM reads.")
+    ] = None,
     detail: Annotated[Detail | None, typer.Option(help="The detail of every question.")] = None,
     clients: Annotated[int, typer.Option(help="Questions asked at the same time.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Write the table as JSON here too.")] = None,
@@ -164,11 +170,18 @@ def evaluate(
             url,
             scenes or accuracy.SCENES,
             split=split,
-            vision_tokens=vision_tokens,
+            budget=budget(vision_tokens, visual_tokens),
             detail=detail,
             clients=clients,
             out=out,
         )
+
+
+def budget(
+    vision_tokens: tuple[int, int] | None, visual_tokens: tuple[int, int] | None
+) -> dict[str, tuple[int, int]] | None:
+    given = {"vision_tokens": vision_tokens, "visual_tokens": visual_tokens}
+    return {name: tokens for name, tokens in given.items() if tokens} or None
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -66,6 +66,14 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A question about the same images that was asked before, and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A question as the allocator reads it, cut or padded to QUESTION_TOKENS."""
 

@@ -15,6 +15,9 @@ GlimpseError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class GlimpseError(Exception):
     """`param` names the request's field at fault, `code` is stable for programs, the message is for people."""
@@ -27,6 +30,19 @@ class GlimpseError(Exception):
         self.message = message
         self.param = param
         self.code = code or type(self).code
+
+
+@contextmanager
+def naming_image(place: int, of: int) -> Iterator[None]:
+    """Says of an error of `image` which one of several it is."""
+    try:
+        yield
+    except GlimpseError as error:
+        if of > 1 and error.param == "image":
+            error.param = f"images.{place}"
+            error.message = f"image {place + 1} of {of}: {error.message}"
+            error.args = (error.message,)
+        raise
 
 
 class InvalidRequest(GlimpseError):

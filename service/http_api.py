@@ -179,7 +179,7 @@ router = APIRouter()
 
 @router.post("/v1/vqa")
 async def ask(request: Request) -> Response:
-    """Answers a question about an image.
+    """Answers a question about an image or several.
 
     With `stream` the answer comes as server-sent events: `{"id", "delta"}` for each piece of text, then one event with
     everything but the text, then `[DONE]`. An error after the first event is an event `{"error": {...}}`.
@@ -227,8 +227,8 @@ def parse_question(body: bytes, content_type: str, trace_id: str, edge: Edge) ->
             asked = VqaRequest.from_json(body)
             return Ask(asked.to_core(request_id, trace_id, card, settings), asked.stream, asked.explain)
         case "multipart/form-data":
-            form, image = VqaForm.from_parts(parse_form(body, content_type))
-            return Ask(form.to_core(image, request_id, trace_id, card, settings), form.stream, form.explain)
+            form, images = VqaForm.from_parts(parse_form(body, content_type))
+            return Ask(form.to_core(images, request_id, trace_id, card, settings), form.stream, form.explain)
         case other:
             raise InvalidRequest(
                 f"content-type {other[:80]!r} is not read here: send {JSON} (curl -H 'content-type: {JSON}' -d ...) or "

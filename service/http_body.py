@@ -44,7 +44,10 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float, reserve:
 
 
 def _too_large(size: str, max_bytes: int) -> TooLarge:
-    return TooLarge(f"the body {size}, the limit is {max_bytes:,} bytes: send a smaller image", param="image")
+    return TooLarge(
+        f"the body {size}, the limit is {max_bytes:,} bytes: send smaller images, or one by one to POST /v1/images",
+        param="image",
+    )
 
 
 @dataclass(slots=True)

@@ -52,6 +52,15 @@ EXAMPLES = {
         "summary": "About an image that was sent before",
         "value": {"image": "img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b", "question": "how many circles are there?"},
     },
+    "several images": {
+        "summary": "About several images",
+        "value": {"images": [EXAMPLE_IMAGE, EXAMPLE_IMAGE], "question": "which of them is red?"},
+    },
+    "turns": {
+        "summary": "With what was said before",
+        "value": EXAMPLE_QUESTION
+        | {"question": "and how large is it?", "turns": [{"question": "what colour is the circle?", "answer": "red"}]},
+    },
     "all": {
         "summary": "Every knob",
         "value": EXAMPLE_QUESTION

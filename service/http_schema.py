@@ -13,14 +13,15 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from service.core import Budget, Detail, FloatArray, ModelCard, Relevance, Sampling
-from service.errors import GlimpseError, InvalidImage, InvalidRequest
+from service.core import Budget, Detail, FloatArray, ModelCard, Relevance, Sampling, Turn
+from service.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
 from service.http_body import MAX_NAME_CHARS, Part
 from service.pipeline import Finished, KeptImage, Request, new_seed
 from service.settings import Settings
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
+MAX_TURNS = 64
 MAX_FAULTS = 100  # of a body, before they are only counted
 
 
@@ -46,8 +47,17 @@ def _from_json_text(value: object) -> object:
 Tokens = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
+class WireTurn(BaseModel):
+    """A question that was asked before, and its answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="Turn")
+
+    question: str
+    answer: str
+
+
 class WireBudget(BaseModel):
-    """The least and the most tokens that the answer may cost; what is left out is the model's own range."""
+    """The least and the most tokens that each image may cost; what is left out is the model's default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="Budget")
 
@@ -60,7 +70,10 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    question: str = Field(description="What you want to know of the image.", examples=["what colour is the circle?"])
+    question: str = Field(description="What you want to know.", examples=["what colour is the circle?"])
+    turns: tuple[WireTurn, ...] = Field(
+        (), max_length=MAX_TURNS, description="What was asked about the same images before, and answered; oldest first."
+    )
     max_tokens: int = Field(
         Sampling().max_tokens, ge=1, le=1_000_000, description="The answer ends here at the latest."
     )
@@ -85,25 +98,27 @@ class Asked(BaseModel):
     explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
 
     def _to_core(
-        self, image: bytes | str, request_id: str, trace_id: str, card: ModelCard, limits: Settings
+        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
     ) -> Request:
         """Raises InvalidRequest."""
-        question = self.question.strip()
+        question, turns = self.question.strip(), self._turns()
         if not question:
-            raise InvalidRequest("question is empty: say what you want to know of the image", param="question")
-        if len(question) > limits.max_question_chars:
-            raise InvalidRequest(
-                f"question has {len(question):,} characters, the limit is {limits.max_question_chars:,}: shorten it",
-                param="question",
-            )
+            raise InvalidRequest("question is empty: say what you want to know", param="question")
+        told = sum(len(turn.question) + len(turn.answer) for turn in turns)
+        if len(question) + told > limits.max_question_chars:
+            count = f"{len(question) + told:,} characters, the limit is {limits.max_question_chars:,}"
+            if told:
+                raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
+            raise InvalidRequest(f"question has {count}: shorten it", param="question")
         timeout_s = limits.default_timeout_s if self.timeout_s is None else self.timeout_s
         if timeout_s > limits.max_timeout_s:
             raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
         budget = self.budget or WireBudget()
         return Request(
             id=request_id,
-            images=(image,),
+            images=tuple(images),
             question=question,
+            turns=turns,
             budget=Budget(
                 budget.vision_tokens or card.vision_tokens_for(self.detail),
                 budget.visual_tokens or card.default_visual_tokens,
@@ -123,13 +138,28 @@ class Asked(BaseModel):
             trace_id=trace_id,
         )
 
+    def _turns(self) -> tuple[Turn, ...]:
+        """Raises InvalidRequest."""
+        turns = tuple(Turn(turn.question.strip(), turn.answer.strip()) for turn in self.turns)
+        for place, turn in enumerate(turns):
+            if not turn.question or not turn.answer:
+                side = "answer" if turn.question else "question"
+                raise InvalidRequest(f"turns.{place}.{side} is empty", param=f"turns.{place}.{side}")
+        return turns
+
 
 class VqaRequest(Asked):
-    """A question about one image, as JSON."""
+    """A question about one image or several, as JSON."""
 
-    image: str = Field(
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["image"]}, {"required": ["images"]}]})
+
+    image: str | None = Field(
+        None,
         description="Base64, a `data:` URL, or the id `img_...` of an image sent to `POST /v1/images`.",
         examples=["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b"],
+    )
+    images: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Several, each as `image`, in its place; the model reads them in this order."
     )
 
     @classmethod
@@ -142,42 +172,57 @@ class VqaRequest(Asked):
 
     def to_core(self, request_id: str, trace_id: str, card: ModelCard, limits: Settings) -> Request:
         """Raises InvalidRequest."""
-        return self._to_core(image_in_text(self.image), request_id, trace_id, card, limits)
+        if self.images is None:
+            if self.image is None:
+                raise InvalidRequest("the field image is missing", param="image", code="missing_field")
+            return self._to_core([image_in_text(self.image)], request_id, trace_id, card, limits)
+        if self.image is not None:
+            raise InvalidRequest("image and images are both given: leave one out", param="images")
+        images = []
+        for place, text in enumerate(self.images):
+            with naming_image(place, len(self.images)):
+                images.append(image_in_text(text))
+        return self._to_core(images, request_id, trace_id, card, limits)
 
 
 class VqaForm(Asked):
-    """A question about one image, as a form: `curl -F image=@x.png -F question=...`."""
+    """A question about one image or several, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
 
-    image: bytes = Field(description="The file, or what JSON's `image` may hold.")
+    image: list[bytes] = Field(description="The file, or what JSON's `image` may hold; it may repeat.")
+    turns: Annotated[tuple[WireTurn, ...], BeforeValidator(_from_json_text)] = Field(
+        (), max_length=MAX_TURNS, description="JSON text, as in JSON's `turns`."
+    )
     budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text)] = Field(
         None, description="JSON text, as in JSON's `budget`."
     )
 
     @classmethod
-    def from_parts(cls, parts: Sequence[Part]) -> tuple[Self, bytes | str]:
-        """The fields, and the image's bytes or its id. Raises InvalidRequest."""
+    def from_parts(cls, parts: Sequence[Part]) -> tuple[Self, list[bytes | str]]:
+        """The fields, and each image's bytes or its id. Raises InvalidRequest."""
         fields: dict[str, Any] = {}
-        image: bytes | str = b""
+        images: list[bytes | str] = []
         for part in parts:
             name = part.name
-            if name in fields and name != "stop":
+            if name in fields and name not in ("image", "stop"):
                 raise InvalidRequest(f"{name} is given twice", param=name)
             if name == "image":
-                fields[name] = bytes(part.data)
-                image = fields[name] if part.is_file else image_in_text(_text(part))
+                fields.setdefault(name, []).append(b"")
+                images.append(bytes(part.data) if part.is_file else image_in_text(_text(part)))
             elif name == "stop":
                 fields.setdefault(name, []).append(_text(part))
             else:
                 fields[name] = _text(part)
         nothing = [name for name in ("seed", "budget", "timeout_s") if fields.get(name) == "null"]
         try:
-            return cls.model_validate({name: fields[name] for name in fields.keys() - nothing}), image
+            return cls.model_validate({name: fields[name] for name in fields.keys() - nothing}), images
         except ValidationError as exc:
             raise invalid_request(exc, cls.model_fields) from exc
 
-    def to_core(self, image: bytes | str, request_id: str, trace_id: str, card: ModelCard, limits: Settings) -> Request:
+    def to_core(
+        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
+    ) -> Request:
         """Raises InvalidRequest."""
-        return self._to_core(image, request_id, trace_id, card, limits)
+        return self._to_core(images, request_id, trace_id, card, limits)
 
 
 def _text(part: Part) -> str:
@@ -250,7 +295,9 @@ class Usage(BaseModel):
 
 
 class Vision(BaseModel):
-    cache: Literal["hit", "miss"] = Field(description="Whether the image's features were known.")
+    """Of several images together."""
+
+    cache: Literal["hit", "miss"] = Field(description="hit where nothing had to be encoded.")
     vision_tokens: int = Field(description="What was kept of the image for this question.")
     visual_tokens: int = Field(description="What the LLM read of it.")
     detail: Literal["low", "high"] = Field(description="high where a closer view was looked at.")
@@ -314,7 +361,7 @@ class VqaEnd(BaseModel):
     usage: Usage
     vision: Vision
     timing_ms: TimingMs
-    relevance: list[WireRelevance] | None = Field(None, description="With `explain` only.")
+    relevance: list[WireRelevance] | None = Field(None, description="One an image; with `explain` only.")
 
     @classmethod
     def fields_of(cls, request_id: str, model: str, end: Finished, explain: bool) -> dict[str, Any]:

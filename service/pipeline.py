@@ -32,10 +32,18 @@ from service.core import (
     Relevance,
     Sampling,
     Seen,
+    Turn,
     UInt8Array,
     VisionFeatures,
 )
-from service.errors import DeadlineExceeded, GlimpseError, InternalError, InvalidRequest, Unavailable
+from service.errors import (
+    DeadlineExceeded,
+    GlimpseError,
+    InternalError,
+    InvalidRequest,
+    Unavailable,
+    naming_image,
+)
 from service.feature_cache import FeatureCache, SharedTier, closer_view, first_view
 from service.images import Decoded, Image, ImageReader, ImageStore, header_pixels
 from service.ledger import Cost
@@ -104,6 +112,7 @@ class Request:
     sampling: Sampling
     timeout_s: float
     detail: Detail = "low"
+    turns: tuple[Turn, ...] = ()  # what was asked and answered before, oldest first
     trace_id: str = ""  # the caller's own id of the request
     tenant: str = ""  # who shares the service fairly with others; empty is one of its own
 
@@ -150,6 +159,7 @@ class KeptImage:
 class Look:
     """One image of a request, and what is known of it by now."""
 
+    number: int  # of the images of its request
     image: Image
     question: Question
     is_reserved: bool = False  # the pixels
@@ -341,8 +351,8 @@ class Pipeline:
         offered = card.vision_tokens_for(request.detail)
         require_range("budget.vision_tokens", budget.vision_tokens, offered, card.name)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
-        visual_tokens = len(request.images) * budget.visual_tokens[1]
-        return self.prompts.require_room(request.question, visual_tokens, request.sampling.max_tokens)
+        visual_tokens = [budget.visual_tokens[1]] * len(request.images)
+        return self.prompts.require_room(request.question, visual_tokens, request.sampling.max_tokens, request.turns)
 
     def cost_of(self, data: bytes) -> Cost:
         """Of decoding; more pixels than are allowed are refused by the decoder, at no cost. Who does not tell its size
@@ -352,11 +362,16 @@ class Pipeline:
 
     async def load(self, ticket: Ticket) -> list[Image]:
         """The images' bytes and digests; they are not decoded here, as a known image needs no pixels."""
+        images, given = [], ticket.request.images
         with ticket.stage("load"):
-            return [
-                self.images.get(image, time.time()) if isinstance(image, str) else await self.reader.identify(image)
-                for image in ticket.request.images
-            ]
+            for place, image in enumerate(given):
+                with naming_image(place, len(given)):
+                    images.append(
+                        self.images.get(image, time.time())
+                        if isinstance(image, str)
+                        else await self.reader.identify(image)
+                    )
+        return images
 
     async def look(self, images: Sequence[Image], ticket: Ticket, place: Place) -> list[Seen]:
         """Attends to features that are known, else sees the image and keeps them; looks closer where that is asked for
@@ -367,7 +382,7 @@ class Pipeline:
         """
         question = self.prompts.question(ticket.request.question)
         ticket.closer_view = self._may_look_closer(ticket.request)
-        looks = [Look(image, question) for image in images]
+        looks = [Look(number, image, question) for number, image in enumerate(images)]
         await together(self._find, looks, ticket, place)
         while True:
             await together(self._find_closer, self._to_look_closer(looks, ticket), ticket, place)
@@ -461,7 +476,8 @@ class Pipeline:
         ticket.encoded += images
         if (decoded := look.decoded) is None:
             both = view == IMAGE_SIZE and ticket.request.detail == "high"
-            with ticket.stage("load"), ticket.stage("decode_image"):
+            naming = naming_image(look.number, len(ticket.request.images))
+            with ticket.stage("load"), ticket.stage("decode_image"), naming:
                 decoded = await self.reader.decode(look.image.data, (IMAGE_SIZE, CLOSER_SIZE) if both else (view,))
             look.decoded = decoded if both else None
         self._remember(look.image, ticket.request)
@@ -487,7 +503,7 @@ class Pipeline:
             (each.visual_tokens, visual_key(request.question, image, each, self.card))
             for image, each in zip(images, seen, strict=True)
         ]
-        return self.prompts.compose(request.question, visual)
+        return self.prompts.compose(request.question, visual, request.turns)
 
     async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
         """The answer's text as it becomes certain. Leaving early cancels the LLM's stream."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from blake3 import blake3
 from tokenizers import Tokenizer
 
-from service.core import QUESTION_TOKENS, FloatArray, ModelCard, Prompt, Question
+from service.core import QUESTION_TOKENS, FloatArray, ModelCard, Prompt, Question, Turn
 from service.errors import InvalidRequest
 
 LLM_TOKENIZER = "tokenizer.json"
@@ -29,7 +29,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 class PromptBuilder:
-    """BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question."""
+    """BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question.
+
+    Earlier turns stand before it in the same template, each with its answer: "Question: a Answer: b Question: c
+    Answer:". The allocator and the Q-Former read the last question only.
+    """
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer, qformer_tokenizer: Tokenizer | None = None) -> None:
         """`qformer_tokenizer` where the Q-Former reads the question in ids of its own."""
@@ -61,30 +65,42 @@ class PromptBuilder:
             mask=np.array([1] * len(ids) + padding, np.int32),
         )
 
-    def text_ids(self, question: str) -> list[int]:
-        """BOS and the template with the question."""
-        return [self.card.bos_id, *self._encode(self._prompt(question))]
+    def text_ids(self, question: str, turns: Sequence[Turn] = ()) -> list[int]:
+        """BOS and the template with the question, behind the earlier turns."""
+        earlier = [f"{self._prompt(turn.question)} {turn.answer}" for turn in turns]
+        return [self.card.bos_id, *self._encode(" ".join([*earlier, self._prompt(question)]))]
 
-    def require_room(self, question: str, visual_tokens: int, max_tokens: int) -> int:
-        """Visual, prompt and answer tokens together. Raises InvalidRequest where they pass the model's positions."""
-        prompt_tokens = len(self.text_ids(question))
-        total = visual_tokens + prompt_tokens + max_tokens
+    def require_room(
+        self, question: str, visual_tokens: Sequence[int], max_tokens: int, turns: Sequence[Turn] = ()
+    ) -> int:
+        """Visual tokens of each image, prompt and answer tokens together. Raises InvalidRequest where they pass the
+        model's positions."""
+        visual, prompt = sum(visual_tokens), len(self.text_ids(question, turns))
+        total = visual + prompt + max_tokens
         if total > self.card.max_positions:
-            room = self.card.max_positions - visual_tokens - prompt_tokens
-            mend = f"lower max_tokens to {room}" if room > 0 else "shorten the question"
+            room = self.card.max_positions - visual - prompt
+            if room > 0:
+                param, mend = "max_tokens", f"lower max_tokens to {room}"
+            elif len(visual_tokens) > 1:
+                param, mend = "images", "ask about fewer images"
+            elif turns:
+                param, mend = "turns", "leave the earliest turns out"
+            else:
+                param, mend = "question", "shorten the question"
+            images = f" of {len(visual_tokens)} images" if len(visual_tokens) > 1 else ""
             raise InvalidRequest(
-                f"{visual_tokens} visual + {prompt_tokens} prompt + {max_tokens} max_tokens = {total} tokens, "
+                f"{visual} visual{images} + {prompt} prompt + {max_tokens} max_tokens = {total} tokens, "
                 f"{self.card.name} has room for {self.card.max_positions}: {mend}",
-                param="max_tokens" if room > 0 else "question",
+                param=param,
                 code="context_length_exceeded",
             )
         return total
 
-    def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
+    def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]], turns: Sequence[Turn] = ()) -> Prompt:
         """`images`: of each the visual tokens [N, H], and a key that names what they were made from (image, question,
         budget, models). They stand in this order, before the text."""
         visual_tokens = images[0][0] if len(images) == 1 else np.concatenate([tokens for tokens, _ in images])
-        text = np.array(self.text_ids(question), np.int32)
+        text = np.array(self.text_ids(question, turns), np.int32)
         first = self.card.vocab_size
         visual = np.arange(first, first + len(visual_tokens), dtype=np.int32)
         extra = [visual_token_ids(key, len(tokens)) for tokens, key in images]

@@ -71,7 +71,8 @@ CARD = ModelCard(
 )
 
 
-CLOSER = replace(CARD, closer_view=True, closer_view_at=0.6)  # the same with a closer view
+# The same with a closer view and focus groups.
+CLOSER = replace(CARD, closer_view=True, closer_view_at=0.6, visual_tokens=(32, 128))
 
 
 def png(colour: tuple[int, int, int] = (200, 30, 40), size: tuple[int, int] = (224, 224)) -> bytes:

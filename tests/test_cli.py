@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from service.__main__ import bound
 from service.cli import app
-from service.core import VisionFeatures
+from service.core import Budget, VisionFeatures
 from service.embedded import StartFailed
 from service.errors import Unavailable
 from service.feature_cache import FeatureKey
@@ -114,15 +114,14 @@ def test_a_picture_that_cannot_be_written_is_told(server, image, tmp_path):
 
 
 def test_every_option_reaches_the_service(server, image):
-    options = (
-        "--detail high --max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.5 --seed 9 --stop . --stop ! --timeout-s 9"
-    )
-    status, _, _ = run("ask", image, "a?", "--url", server.url, "--vision-tokens", "64", "100", *options.split())
+    looking = "--detail high --vision-tokens 64 100 --visual-tokens 32 64"
+    saying = "--max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.5 --seed 9 --stop . --stop ! --timeout-s 9"
+    status, _, _ = run("ask", image, "a?", "--url", server.url, *looking.split(), *saying.split())
     sampling = server.house.language.sampling[0]
     assert status == 0
     assert (sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p) == (3, 0.5, 4, 0.5)
     assert (sampling.seed, sampling.stop) == (9, (".", "!"))
-    assert server.house.vision.budgets[0].vision_tokens == (64, 100)
+    assert server.house.vision.budgets[0] == Budget((64, 100), (32, 64))
     assert server.house.vision.calls[-1] == "attend_448"
 
 

@@ -190,6 +190,29 @@ async def test_a_form_asks_the_same(caller):
     assert caller.house.vision.budgets[0].vision_tokens == (64, 100)
 
 
+async def test_several_images_have_an_answer_together(caller):
+    other = base64.b64encode(png((1, 2, 3))).decode()
+    answer = (await caller.ask(image=None, images=[IMAGE, other], explain=True)).json()
+    assert len(answer["image_ids"]) == len(answer["relevance"]) == 2
+    assert answer["usage"]["image_tokens"] == answer["vision"]["visual_tokens"] == 64
+    assert answer["vision"]["vision_tokens"] == 128
+    by_id = (await caller.ask(image=None, images=answer["image_ids"])).json()
+    assert by_id["vision"]["cache"] == "hit"
+    files = [("image", ("x.png", png())), ("image", (None, answer["image_ids"][1])), ("question", (None, "?"))]
+    form = (await caller.http.post("/v1/vqa", files=files)).json()
+    assert form["image_ids"] == answer["image_ids"]
+
+
+async def test_earlier_turns_are_a_part_of_the_prompt(caller):
+    asked = [{"question": "which shape?", "answer": "a circle"}]
+    one = (await caller.ask()).json()
+    two = (await caller.ask(turns=asked)).json()
+    assert two["usage"]["prompt_tokens"] > one["usage"]["prompt_tokens"]
+    form = {"image": png(), "question": (None, "what colour?"), "turns": (None, json.dumps(asked))}
+    three = (await caller.http.post("/v1/vqa", files=form)).json()
+    assert three["usage"]["prompt_tokens"] == two["usage"]["prompt_tokens"]
+
+
 async def test_a_form_may_name_an_image_by_its_id_or_stream(caller):
     image_id = (await caller.ask()).json()["image_ids"][0]
     form = {name: (None, value) for name, value in {"image": image_id, "question": "?", "stream": "true"}.items()}
@@ -250,6 +273,34 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
         ({"stop": [""]}, 400, "stop", "invalid_request", "1 to 64 characters"),
         ({"stop": 7}, 400, "stop", "invalid_request", "a string or a list of strings"),
         ({"timeout_s": 1000}, 400, "timeout_s", "invalid_request", "at most 120"),
+        ({"images": [IMAGE]}, 400, "images", "invalid_request", "image and images are both given"),
+        ({"image": None, "images": []}, 400, "images", "invalid_request", "at least 1 item"),
+        ({"image": None, "images": [IMAGE, "!"]}, 400, "images.1", "invalid_image", "image 2 of 2: image is neither"),
+        ({"image": None, "images": [IMAGE, "img_0"]}, 404, "images.1", "image_not_found", "image 2 of 2: no image"),
+        (
+            {"image": None, "images": [IMAGE, "aGVsbG8="]},
+            400,
+            "images.1",
+            "invalid_image",
+            "image 2 of 2: not an image",
+        ),
+        ({"turns": [{"question": "a?"}]}, 400, "turns.0.answer", "missing_field", "turns.0.answer is missing"),
+        ({"turns": [{"question": " ", "answer": "b"}]}, 400, "turns.0.question", "invalid_request", "is empty"),
+        (
+            {"turns": [{"question": "a?", "answer": "w" * 200}]},
+            400,
+            "turns",
+            "context_length_exceeded",
+            "earliest turns",
+        ),
+        (
+            {"turns": [{"question": "a?", "answer": "w" * 2000}]},
+            400,
+            "turns",
+            "invalid_request",
+            "question and turns have",
+        ),
+        ({"turns": [{"question": "a?", "answer": "b"}] * 65}, 400, "turns", "invalid_request", "at most 64 items"),
         ({"detail": "high"}, 400, "detail", "detail_not_supported", "tiny has no closer view"),
         ({"detail": "medium"}, 400, "detail", "invalid_request", "'low', 'high' or 'auto'; it is 'medium'"),
         ({"stream": "yes"}, 400, "stream", "invalid_request", "valid boolean"),
@@ -279,7 +330,8 @@ async def test_a_wrong_field_is_named_with_its_mend(caller, changes, status, par
         (b"\xff\xfe", "application/json", "invalid_json", "the body is not valid JSON"),
         (b'{"question": "\\ud800", "image": ""}', "application/json", "invalid_json", "hex escape"),
         (b"[1]", "application/json", "invalid_request", "must be a JSON object"),
-        (b"{}", "application/json", "missing_field", "is missing (and 1 more)"),
+        (b"{}", "application/json", "missing_field", "the field question is missing"),
+        (b'{"question": "?"}', "application/json", "missing_field", "the field image is missing"),
         (b"image=x", "application/x-www-form-urlencoded", "unsupported_content_type", "curl -F image=@FILE"),
         (b"x", "multipart/form-data", "invalid_form", "names no boundary"),
         (b"x", "multipart/form-data; boundary=b", "invalid_form", "multipart/form-data"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from service.core import Budget, Sampling
+from service.core import Budget, Sampling, Turn
 from service.errors import (
     DeadlineExceeded,
     InternalError,
@@ -76,6 +76,111 @@ async def test_equal_prompts_have_equal_extra_ids_and_others_have_not(house):
     same, again, question, image = (prompt.extra_ids[:32] for prompt in house.language.prompts)
     assert np.array_equal(same, again)
     assert len({ids[0] for ids in (same, question, image)}) == 3
+
+
+def shades(house: House, number: int = -1) -> list[float]:
+    """Of a prompt's visual tokens, in order, the features of the images that they come from."""
+    tokens = house.language.prompts[number].visual_tokens[:, 0].tolist()
+    return [shade for place, shade in enumerate(tokens) if place == 0 or tokens[place - 1] != shade]
+
+
+async def test_several_images_are_looked_at_each_by_itself_and_read_in_order(house):
+    red, dark, grey = png((240, 0, 0)), png((30, 0, 0)), png((90, 90, 90))
+    _, known = await answer(house, request(image=dark))
+    _, end = await answer(house, request(images=(red, known.image_ids[0], grey)))
+    assert sorted(house.vision.calls[1:]) == ["attend", "see", "see"]
+    assert shades(house) == [80, 10, 90]
+    assert end.image_ids[1] == known.image_ids[0]
+    assert len(set(end.image_ids)) == len(end.relevance) == 3
+    assert (end.cache, end.visual_tokens, end.vision_tokens) == ("miss", 96, 192)
+    assert end.prompt_tokens == len(house.language.prompts[-1].input_ids) - 96
+    _, again = await answer(house, request(images=end.image_ids))
+    assert again.cache == "hit"
+    assert shades(house) == [80, 10, 90]
+    assert nothing_is_held(house)
+
+
+async def test_an_image_that_comes_twice_is_encoded_once(house):
+    _, end = await answer(house, request(images=(png(), png())))
+    assert house.vision.calls == ["see", "attend"]
+    assert end.image_ids[0] == end.image_ids[1]
+
+
+async def test_several_images_cost_their_sum():
+    house = House(max_pixels_in_flight=200_000, max_image_pixels=200_000, vision_slots=2)
+    house.vision.close("see")
+    asked = asyncio.create_task(answer(house, request(images=(png((1, 0, 0)), png((2, 0, 0)), png((3, 0, 0))))))
+    await until(lambda: house.vision.calls.count("see") == 2)
+    assert house.counted("glimpse_resource_used", resource="vision") == 2
+    assert house.counted("glimpse_requests_waiting", kind="multi_image") == 1
+    assert house.counted("glimpse_admitted_cost", unit="pixels") == 3 * 224 * 224
+    house.vision.gate.set()
+    await asked
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="multi_image") == 1
+    assert nothing_is_held(house)
+
+
+async def test_two_requests_for_the_same_images_in_another_order_do_not_lock(house):
+    images = [png((shade, 0, 0)) for shade in (1, 2, 3, 4)]
+    house.vision.close("see")
+    tasks = [asyncio.create_task(answer(house, request(images=tuple(each)))) for each in (images, images[::-1])]
+    await until(lambda: house.vision.calls)
+    await turns()
+    house.vision.gate.set()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*tasks)
+    assert house.vision.calls.count("see") == 4
+    assert shades(house, 0) == shades(house, 1)[::-1]
+
+
+@pytest.mark.parametrize("broken", [b"no image", "img_gone"])
+async def test_one_bad_image_of_several_fails_the_request_and_is_named(house, broken):
+    with pytest.raises((InvalidImage, NotFound), match="image 2 of 3: ") as caught:
+        await answer(house, request(images=(png((1, 0, 0)), broken, png((3, 0, 0)))))
+    assert caught.value.param == "images.1"
+    assert nothing_is_held(house)
+    assert house.outcomes() == {caught.value.code: 1}
+
+
+async def test_cancelling_a_request_of_several_images_frees_all_it_held():
+    house = House(vision_slots=2)
+    house.vision.close("see")
+    task = asyncio.create_task(answer(house, request(images=(png((1, 0, 0)), png((2, 0, 0)), png((3, 0, 0))))))
+    await until(lambda: house.vision.calls.count("see") == 2)
+    await cancelled(task)
+    assert house.outcomes() == {"cancelled": 1}
+    assert nothing_is_held(house)
+    assert house.counted("glimpse_requests_waiting", kind="multi_image") == 0
+
+
+async def test_more_images_than_the_model_has_room_for_are_refused_at_once(house):
+    images = tuple(png((shade, 0, 0)) for shade in range(6))
+    with pytest.raises(InvalidRequest, match=r"192 visual of 6 images .* ask about fewer images"):
+        await answer(house, request(images=images))
+    assert not house.vision.calls
+
+
+async def test_a_budget_of_more_visual_tokens_reaches_the_prompt_and_the_usage(keen):
+    sampling = Sampling(max_tokens=8)
+    _, end = await answer(keen, request(budget=Budget(visual_tokens=(32, 128)), sampling=sampling))
+    assert keen.vision.budgets[0].visual_tokens == (32, 128)
+    assert end.visual_tokens == len(keen.language.prompts[0].visual_tokens) == 128
+    assert keen.counted("glimpse_visual_tokens_sum") == 128
+    with pytest.raises(InvalidRequest, match="128 visual"):
+        await answer(keen, request(budget=Budget(visual_tokens=(32, 128)), sampling=Sampling(max_tokens=64)))
+    with pytest.raises(InvalidRequest, match="multiples of 32"):
+        await answer(keen, request(budget=Budget(visual_tokens=(32, 100)), sampling=sampling))
+
+
+async def test_earlier_turns_reach_the_prompt_and_not_the_allocator(house):
+    asked = request(turns=(Turn("which shape?", "a circle"),))
+    await answer(house, request())
+    await answer(house, asked)
+    first, second = house.language.prompts
+    assert len(second.input_ids) > len(first.input_ids)
+    assert (first.extra_ids[:32] == second.extra_ids[:32]).all()  # the same visual tokens
+    with pytest.raises(InvalidRequest, match="leave the earliest turns out"):
+        await answer(house, request(turns=(Turn("w" * 150, "yes"),)))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from service.core import Turn
 from service.errors import InvalidRequest
 from service.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
 
@@ -73,6 +74,38 @@ def test_the_prompt_is_visual_ids_then_bos_then_the_template():
     assert not prompt.extra_ids[3:].any()
 
 
+def test_several_images_stand_in_order_each_with_ids_of_its_own():
+    first, second = np.ones((2, 4), np.float32), np.zeros((3, 4), np.float32)
+    prompt = PROMPTS.compose("what?", [(first, b"a"), (second, b"b")])
+    v = CARD.vocab_size
+    assert prompt.input_ids[:6].tolist() == [v, v + 1, v + 2, v + 3, v + 4, CARD.bos_id]
+    assert prompt.visual_tokens[:, 0].tolist() == [1, 1, 0, 0, 0]
+    assert prompt.extra_ids[:5].tolist() == [*visual_token_ids(b"a", 2), *visual_token_ids(b"b", 3)]
+
+
+def test_earlier_turns_stand_before_the_question_in_its_own_template():
+    turns = [Turn("what?", "a circle"), Turn("which colour?", "red")]
+    prompt = PROMPTS.compose("how large?", [(np.ones((1, 4), np.float32), b"key")], turns)
+    text = b"".join(SPELLED[i] for i in prompt.input_ids[2:])
+    assert text == (
+        b"Question: what? Answer: a circle Question: which colour? Answer: red Question: how large? Answer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("visual", "turns", "max_tokens", "param", "mend"),
+    [
+        ([32], (), 200, "max_tokens", "lower max_tokens to"),
+        ([96, 96], (), 16, "images", "192 visual of 2 images .* has room for 192: ask about fewer images"),
+        ([32], (Turn("w" * 200, "yes"),), 16, "turns", "leave the earliest turns out"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_what_mends_it(visual, turns, max_tokens, param, mend):
+    with pytest.raises(InvalidRequest, match=mend) as caught:
+        PROMPTS.require_room("a?", visual, max_tokens, turns)
+    assert (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
+
+
 def test_equal_keys_give_equal_ids_and_others_others():
     assert np.array_equal(visual_token_ids(b"a", 32), visual_token_ids(b"a", 32))
     every = np.concatenate([visual_token_ids(key, 128) for key in (b"a", b"b", b"c")])
@@ -81,14 +114,14 @@ def test_equal_keys_give_equal_ids_and_others_others():
 
 def test_room_is_counted_before_any_work():
     prompt_tokens = len(PROMPTS.text_ids("red"))
-    PROMPTS.require_room("red", 32, CARD.max_positions - 32 - prompt_tokens)
+    PROMPTS.require_room("red", [32], CARD.max_positions - 32 - prompt_tokens)
     with pytest.raises(
         InvalidRequest, match=rf"32 visual \+ {prompt_tokens} prompt \+ 200 max_tokens = .* lower"
     ) as caught:
-        PROMPTS.require_room("red", 32, 200)
+        PROMPTS.require_room("red", [32], 200)
     assert caught.value.param == "max_tokens"
     with pytest.raises(InvalidRequest, match="shorten the question") as caught:
-        PROMPTS.require_room("w" * 200, 32, 1)
+        PROMPTS.require_room("w" * 200, [32], 1)
     assert caught.value.param == "question"
 
 

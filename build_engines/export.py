@@ -1,4 +1,4 @@
-"""Checkpoint -> four ONNX graphs and a card -> Triton's model repository.
+"""Checkpoint -> ONNX graphs and a card -> Triton's model repository.
 
     python -m build_engines.export reference --out model_repository
     python -m build_engines.export Salesforce/instructblip-vicuna-7b --out vicuna_repository
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
 
-from build_engines.model.checkpoint import Checkpoint
+from build_engines.model.allocation import CELL_COUNT, DETAIL_COUNT, PATCH_COUNT
+from build_engines.model.checkpoint import QUERIES, Checkpoint
 from build_engines.repository import Dimensions, weights_file, write_repository
-from service.core import ModelCard
+from service.core import MAX_VISUAL_TOKENS, ModelCard
 
 OPSET = 18
 MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
@@ -42,7 +43,7 @@ class Graph:
 
 
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
-    """The four graphs with example inputs at batch 2."""
+    """The four graphs, and `relevance_allocator_448` where there is a closer view, with example inputs at batch 2."""
     vision, text = checkpoint.model.config.vision_config, checkpoint.model.config.text_config
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -60,22 +61,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
             {"image": batch},
             ["features", "saliency", "entropy", "texture"],
         ),
-        Graph(
-            "relevance_allocator",
-            checkpoint.allocator(),
-            {
-                "features": torch.zeros(2, 257, vision.hidden_size),
-                "saliency": torch.zeros(2, 256),
-                "entropy": torch.zeros(2, 256),
-                "texture": torch.zeros(2, 13, 16, 16),
-                **question,
-                "budget": torch.tensor([[64, 256, 32, 32]] * 2, dtype=torch.int32),
-            },
-            dict.fromkeys(
-                ["features", "saliency", "entropy", "texture", "question_ids", "question_mask", "budget"], batch
-            ),
-            ["vision_tokens", "vision_mask", "query_groups", "relevance", "scores", "levels", "tensions"],
-        ),
+        *_allocators(checkpoint, question),
         Graph(
             "qformer",
             checkpoint.qformer(),
@@ -104,6 +90,28 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
             | {f"past_{name}": batch | {2: "past_length"} for name in cached},
             ["logits", *(f"new_{name}" for name in cached)],
         ),
+    ]
+
+
+def _allocators(checkpoint: Checkpoint, question: dict[str, Tensor]) -> list[Graph]:
+    """Both have static shapes; so what a closer view adds is an input of a graph of its own."""
+    width = checkpoint.model.config.vision_config.hidden_size
+    inputs = {
+        "features": torch.zeros(2, 257, width),
+        "saliency": torch.zeros(2, 256),
+        "entropy": torch.zeros(2, 256),
+        "texture": torch.zeros(2, 13, 16, 16),
+        **question,
+        "budget": torch.tensor([[64, 256, 32, 32]] * 2, dtype=torch.int32),
+    }
+    views = {"relevance_allocator": inputs}
+    if checkpoint.closer is not None:
+        views["relevance_allocator_448"] = inputs | {"detail_features": torch.zeros(2, DETAIL_COUNT, width)}
+    outputs = ["vision_tokens", "vision_mask", "query_groups", "relevance", "scores", "levels", "tensions"]
+    batch = {0: "batch"}
+    return [
+        Graph(name, checkpoint.allocator(), given, dict.fromkeys(given, batch), outputs)
+        for name, given in views.items()
     ]
 
 
@@ -188,11 +196,23 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         max_positions=text.max_position_embeddings,
         prompt_template=str(told.pop("prompt", checkpoint.prompt)),
         allocator_trained=checkpoint.participatory is not None,
-        vision_tokens=(64, 256),
-        visual_tokens=(32, 32),
+        vision_tokens=(CELL_COUNT, PATCH_COUNT),
+        visual_tokens=_range(told.pop("visual_tokens", (QUERIES, QUERIES))),
+        default_visual_tokens=_range(told.pop("default_visual_tokens", (QUERIES, QUERIES))),
+        closer_view=checkpoint.closer is not None,
+        closer_view_at=float(told.pop("closer_view_at", 1.0)),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
         metadata=told,
     )
+
+
+def _range(told: object) -> tuple[int, int]:
+    """Raises ValueError for what is not the least and the most visual tokens, whole groups of 32."""
+    if isinstance(told, list | tuple) and len(told) == 2 and all(isinstance(end, int) for end in told):
+        least, most = told
+        if QUERIES <= least <= most <= MAX_VISUAL_TOKENS and not (least % QUERIES or most % QUERIES):
+            return least, most
+    raise ValueError(f"model_card.json gives {told} visual tokens; [32, 128] would be all four groups of 32")
 
 
 def export(source: Path | str, repository: Path) -> None:
@@ -211,7 +231,7 @@ def export(source: Path | str, repository: Path) -> None:
             print(f"{path.name:26} {path.stat().st_size / 1e6:5.1f} MB")
         card_path = scratch / "card.json"
         card_path.write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
-        dimensions = Dimensions(vision_width=told.vision_width, hidden_size=told.hidden_size)
+        dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view)
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)
         write_repository(repository, dimensions, scratch, beside)
 

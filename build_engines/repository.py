@@ -4,7 +4,8 @@
     ├── card.json  tokenizer.json  (and qformer_tokenizer.json where the Q-Former has its own)
     ├── vision_encoder/  relevance_allocator/  qformer/  llm/     config.pbtxt  1/model.py  1/model.onnx
     ├── prepare/  compose/  finish/                               config.pbtxt  1/model.py
-    └── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
+    ├── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
+    └── relevance_allocator_448/  attend_448/                     as theirs, where the checkpoint has a closer view
 
 Shapes in the comments leave the batch dimension out; D is the vision width, H the LLM's hidden size. All but
 `write_repository` and `write_configs` are pure functions.
@@ -19,6 +20,7 @@ from pathlib import Path
 
 LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
+CLOSER_GRAPHS = (*GRAPHS, "relevance_allocator_448")  # and of a checkpoint with a closer view
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Dimensions:
     vision_threads: int = 1  # of the encoder: a second gains 2 ms of 13 alone, and costs as much under load
     llm_max_rows: int = 32  # requests decoded at once
     llm_max_queue: int = 64  # requests that wait for a row; more are refused
+    closer_view: bool = False  # whether cells can be seen at level 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,11 @@ class Model:
     parameters: tuple[Parameter, ...] = ()
 
 
+def graphs_of(dimensions: Dimensions) -> tuple[str, ...]:
+    """The models with a model.onnx."""
+    return CLOSER_GRAPHS if dimensions.closer_view else GRAPHS
+
+
 def models(dimensions: Dimensions) -> list[Model]:
     """Every model of the repository, in the order of a request's life."""
     real, width, hidden = dimensions.float_type, dimensions.vision_width, dimensions.hidden_size
@@ -88,6 +96,7 @@ def models(dimensions: Dimensions) -> list[Model]:
         Tensor("entropy", "FP32", (256,), "of each patch's luminance histogram, over 4 bits"),
         Tensor("texture", real, (13, 16, 16), "colour, edges, place, contrast"),
     )
+    detail = Tensor("detail_features", real, (1024, width), "of the 448-pixel view's four crops, 32x32 row by row")
     question = (
         Tensor("question_ids", "INT32", (32,), "the question's tokens, cut or padded"),
         Tensor("question_mask", "INT32", (32,), "1 where a token stands"),
@@ -153,6 +162,26 @@ def models(dimensions: Dimensions) -> list[Model]:
     allocate = step("relevance_allocator", [*vision, *question, budget], [*chosen, *relevance])
     query = step("qformer", [*chosen, *question], visual)
     vision_batch = dimensions.vision_max_batch
+    closer = (*vision, detail, *question, budget)
+    closer_view = [
+        Model(
+            "relevance_allocator_448",
+            "As relevance_allocator, and what matters most is seen in the closer view.",
+            "onnx_model",
+            vision_batch,
+            closer,
+            (*chosen, *relevance),
+        ),
+        Model(
+            "attend_448",
+            "Cached features of both views and a question to visual tokens.",
+            "",
+            vision_batch,
+            closer,
+            (*visual, *relevance),
+            steps=(step("relevance_allocator_448", closer, [*chosen, *relevance]), query),
+        ),
+    ]
     return [
         Model(
             "vision_encoder",
@@ -212,6 +241,7 @@ def models(dimensions: Dimensions) -> list[Model]:
             (*visual, *relevance),
             steps=(allocate, query),
         ),
+        *(closer_view if dimensions.closer_view else []),
         Model(
             "prepare",
             "Image bytes and a question's text to the chain's inputs.",
@@ -320,16 +350,20 @@ def runner(model: Model) -> str:
 
 
 def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, beside: Mapping[str, Path]) -> None:
-    """Writes the whole repository. `graphs` holds `<model>.onnx` for each of GRAPHS, and its weights where they are in
-    a file of their own; `beside` is what lies beside the models, card and tokenizers, by name.
+    """Writes the whole repository. `graphs` holds `<model>.onnx` for each of `graphs_of`, and its weights where they
+    are in a file of their own; `beside` is what lies beside the models, card and tokenizers, by name.
 
     Raises FileNotFoundError, before anything is written, that names every missing file.
     """
-    sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in GRAPHS)]
+    names, kept = graphs_of(dimensions), {model.name for model in models(dimensions)}
+    sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in names)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
+    for model in models(replace(dimensions, closer_view=True)):
+        if model.name not in kept and (repository / model.name).exists():
+            shutil.rmtree(repository / model.name)  # of a checkpoint before, whose tokens it would choose
     write_configs(repository, dimensions)
-    for name in GRAPHS:
+    for name in names:
         version = repository / name / "1"
         shutil.copyfile(graphs / f"{name}.onnx", version / "model.onnx")
         (version / weights_file(name)).unlink(missing_ok=True)

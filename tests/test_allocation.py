@@ -17,6 +17,7 @@ from build_engines.model.allocation import (
     rank,
     spread_turns,
 )
+from build_engines.model.closer import CloserView
 
 ALLOCATION = Allocation()
 RELEVANCE = npst.arrays(np.float32, (1, CELL_COUNT), elements=st.sampled_from([0.0, 0.1, 0.5, 0.5001, 0.9, 1.0]))
@@ -152,13 +153,22 @@ def test_packs_cls_then_each_cells_tokens_then_padding(refinements):
 
 
 def test_packs_the_closer_view_and_says_which_region_a_token_is_of():
-    features, closer = torch.randn(1, 257, 2), torch.arange(DETAIL_COUNT).float().reshape(1, -1, 1).expand(-1, -1, 2)
+    class Number(CloserView):
+        """Tells the number of the patch around and that of the closer patch."""
+
+        def look(self, around: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
+            return torch.cat([around[..., :1], detail[..., :1]], dim=2)
+
+    features = torch.arange(-1, 256).float().reshape(1, -1, 1).expand(-1, -1, 2)
+    details = torch.arange(DETAIL_COUNT).float().reshape(1, -1, 1).expand(-1, -1, 2)
     chosen, regions = torch.zeros(2, 1, CELL_COUNT, dtype=torch.int64)
     chosen[0, [9, 10]] = torch.tensor([2, 1])
     regions[0, [9, 11]] = torch.tensor([1, 3])
-    tokens, mask = ALLOCATION.pack(features, chosen, regions.int(), closer)
-    deep = tokens[0, 10:26, 0].reshape(4, 4)
-    assert deep.tolist() == [[32 * row + column for column in range(4, 8)] for row in range(4, 8)]
+    tokens, mask = ALLOCATION.pack(features, chosen, regions.int(), details, Number(2))
+    same, _ = ALLOCATION.pack(features, chosen, None, Number(2)(features, details))
+    assert torch.equal(same, tokens)
+    deep = [(16 * (row // 2) + column // 2, 32 * row + column) for row in range(4, 8) for column in range(4, 8)]
+    assert [tuple(row) for row in tokens[0, 10:26].tolist()] == deep
     assert torch.equal(tokens[0, 26:30], cells_of(features[:, 1:])[0, 10])
     assert mask[0].tolist() == [1] * 10 + [2] * 16 + [1] * 4 + [4] + [1] * 52 + [0] * (401 - 83)
 
@@ -173,10 +183,10 @@ def test_full_detail_is_plain_blip2():
 def test_permuting_the_batch_permutes_the_result():
     relevance, features = torch.rand(4, CELL_COUNT), torch.randn(4, 257, 3)
     refinements, explore, order = torch.tensor([[3.0], [20.0], [40.0], [64.0]]), torch.full((4, 1), 0.25), [2, 0, 3, 1]
-    closer = torch.randn(4, DETAIL_COUNT, 3)
+    details, closer = torch.randn(4, DETAIL_COUNT, 3), CloserView(3)
     chosen = ALLOCATION.levels(relevance, refinements, explore, True)
-    straight = ALLOCATION.pack(features, chosen, closer=closer)
+    straight = ALLOCATION.pack(features, chosen, None, details, closer)
     chosen = ALLOCATION.levels(relevance[order], refinements[order], explore[order], True)
-    mixed = ALLOCATION.pack(features[order], chosen, closer=closer[order])
+    mixed = ALLOCATION.pack(features[order], chosen, None, details[order], closer)
     assert torch.equal(straight[0][order], mixed[0])
     assert torch.equal(straight[1][order], mixed[1])

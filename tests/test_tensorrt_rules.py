@@ -35,6 +35,7 @@ MOST_RANKED = 3840  # TopK's k stays below
 MAY_VARY = {
     "vision_encoder": {"batch"},
     "relevance_allocator": {"batch"},
+    "relevance_allocator_448": {"batch"},
     "qformer": {"batch", "vision_tokens"},
 }
 
@@ -93,8 +94,10 @@ def node_faults(
 
 @pytest.mark.parametrize("name", MAY_VARY)
 def test_the_committed_graph_is_one_that_tensorrt_builds(repository: Path, name: str) -> None:
-    model = onnx.load(repository / name / "1" / "model.onnx")
-    assert faults(model, MAY_VARY[name]) == []
+    path = repository / name / "1" / "model.onnx"
+    if name == "relevance_allocator_448" and not path.exists():
+        pytest.skip("the committed checkpoint has no closer view")
+    assert faults(onnx.load(path), MAY_VARY[name]) == []
 
 
 def small(op: str, kinds: Sequence[int], out: int, *, batch: str = "batch", **attributes: object) -> onnx.ModelProto:

@@ -16,12 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from build_engines.model.closer import CloserView
+
 GRID = 16
 CELLS = 8
 CELL_COUNT = CELLS * CELLS
 PATCH_COUNT = GRID * GRID
 DETAIL_GRID = 2 * GRID
 DETAIL_COUNT = DETAIL_GRID * DETAIL_GRID
+DETAILS = DETAIL_COUNT // CELL_COUNT  # of the closer view in a cell
 MOST_TOKENS = PATCH_COUNT  # of the 224-pixel view alone
 MAX_VISION_TOKENS = 400  # with the closer view
 REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds
@@ -53,6 +56,12 @@ def cells_of(patches: Tensor, side: int = 2) -> Tensor:
     batch, rest = patches.shape[0], patches.shape[2:]
     grid = patches.reshape(batch, CELLS, side, CELLS, side, *rest)
     return grid.transpose(2, 3).reshape(batch, CELL_COUNT, side * side, *rest)
+
+
+def patch_around() -> Tensor:
+    """int64 [1024]: the patch that each patch of the closer view lies in."""
+    line = torch.arange(DETAIL_GRID) // 2
+    return (GRID * line.unsqueeze(1) + line).flatten()
 
 
 def before(score: Tensor) -> Tensor:
@@ -95,6 +104,7 @@ class Allocation(nn.Module):
     slots: Tensor
     patch_of: Tensor
     detail_of: Tensor
+    source_of: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,9 +113,15 @@ class Allocation(nn.Module):
         # x @ offsets is the sum over the cells before each one.
         self.register_buffer("offsets", torch.ones(CELL_COUNT, CELL_COUNT).triu(1), persistent=False)
         self.register_buffer("slots", torch.arange(MAX_VISION_TOKENS, dtype=torch.float32), persistent=False)
-        patches, details = torch.arange(PATCH_COUNT).unsqueeze(0), torch.arange(DETAIL_COUNT).unsqueeze(0)
-        self.register_buffer("patch_of", cells_of(patches)[0], persistent=False)
-        self.register_buffer("detail_of", cells_of(details, 4)[0], persistent=False)
+        patches = cells_of(torch.arange(PATCH_COUNT).unsqueeze(0))[0]
+        details = cells_of(torch.arange(DETAIL_COUNT).unsqueeze(0), DETAILS // 4)[0]
+        self.register_buffer("patch_of", patches, persistent=False)
+        self.register_buffer("detail_of", details, persistent=False)
+        pooled = (1 + PATCH_COUNT + torch.arange(CELL_COUNT)).unsqueeze(1).expand(-1, DETAILS)
+        padded = torch.cat([patches, patches[:, -1:].expand(-1, DETAILS - patches.shape[1])], dim=1)
+        # Row in `sources` of each token of each cell at each level; at level 2, of the patch around it.
+        by_level = torch.stack([pooled, 1 + padded, 1 + patch_around()[details]])
+        self.register_buffer("source_of", by_level.flatten(), persistent=False)
 
     def gains(self, cell_relevance: Tensor, diversify: Tensor) -> Tensor:
         """What a cell's first step gains, [B, 64] in [0, 1]: its relevance [B, 64], less where its neighbours come
@@ -154,35 +170,45 @@ class Allocation(nn.Module):
         """Level of detail of each cell, int64 [B, 64]; the arguments of `steps`."""
         return self.steps(gains, refinements, explore, closer).levels
 
-    def sources(self, features: Tensor, closer: Tensor | None) -> Tensor:
-        """Every token that could be chosen: features [B, 257, D], the cells' means, and the closer view's tokens
-        [B, 1024, D] where there is one -> [B, 321 or 1345, D]."""
-        pooled = cells_of(features[:, 1:]).mean(2)
-        return torch.cat([features, pooled] if closer is None else [features, pooled, closer], dim=1)
+    def sources(self, features: Tensor) -> Tensor:
+        """Every token of the 224-pixel view: features [B, 257, D], then the cells' means -> [B, 321, D]."""
+        return torch.cat([features, cells_of(features[:, 1:]).mean(2)], dim=1)
 
     def pack(
-        self, features: Tensor, levels: Tensor, regions: Tensor | None = None, closer: Tensor | None = None
+        self,
+        features: Tensor,
+        levels: Tensor,
+        regions: Tensor | None = None,
+        detail: Tensor | None = None,
+        closer: CloserView | None = None,
     ) -> tuple[Tensor, Tensor]:
         """features [B, 257, D], levels int64 [B, 64], focus regions int32 [B, 64] (0 = none), the closer view's tokens
         [B, 1024, D] -> tokens [B, 401, D], mask int32 [B, 401] (0 = padding, 1 = a token, 1 + its region otherwise).
 
+        With `closer`, detail is the closer view's features: tokens are made of those that are packed, less than half.
         CLS first, then the cells row by row, then padding (copies of the last cell's token, masked).
         """
         level = levels.float()
-        cost = 1.0 + REFINEMENT_COST * level + (REFINEMENT_COST * (DEEP_COST - 1)) * (level - 1).clamp(min=0.0)
+        cost = 1.0 + REFINEMENT_COST * level + (REFINEMENT_COST * (DEEP_COST - 1)) * torch.relu(level - 1.0)
         start = cost @ self.offsets  # [B, 64]
         cell = (start.unsqueeze(1) <= self.slots.view(1, -1, 1)).float().sum(2).long() - 1  # [B, 400]
-        within = (self.slots - start.gather(1, cell)).long().unsqueeze(2)
+        within = (self.slots - start.gather(1, cell)).clamp(max=DETAILS - 1.0).long()
         depth = levels.gather(1, cell)
-        patch = self.patch_of[cell].gather(2, within.clamp(max=3)).squeeze(2)
-        index = torch.where(depth > 0, 1 + patch, 1 + PATCH_COUNT + cell)
-        if closer is not None:
-            detail = self.detail_of[cell].gather(2, within.clamp(max=15)).squeeze(2)
-            index = torch.where(depth > 1, 1 + PATCH_COUNT + CELL_COUNT + detail, index)
+        place = cell * DETAILS + within
+        index = self.source_of[depth * (CELL_COUNT * DETAILS) + place]
         index = torch.cat([torch.zeros_like(index[:, :1]), index], dim=1)
-
-        tokens = self.sources(features, closer).gather(1, index.unsqueeze(2).expand(-1, -1, features.shape[2]))
+        tokens = _rows(self.sources(features), index)
+        if detail is not None:
+            around, deep = tokens[:, 1:], (depth > 1).unsqueeze(2)
+            found = _rows(detail, self.detail_of.flatten()[place])
+            found = torch.where(deep, found if closer is None else closer.look(around, found), around)
+            tokens = torch.cat([tokens[:, :1], found], dim=1)
         real = (self.slots < cost.sum(1, keepdim=True)).int()
         if regions is not None:
             real = real * (1 + regions.gather(1, cell))
         return tokens, torch.cat([torch.ones_like(real[:, :1]), real], dim=1)
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """table [B, n, D] and int64 [B, m] -> [B, m, D]."""
+    return table.gather(1, index.unsqueeze(2).expand(-1, -1, table.shape[2]))

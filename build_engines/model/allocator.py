@@ -32,6 +32,15 @@ class Weighed(NamedTuple):
         return cells_of(self.relevance).amax(2)
 
 
+class Spent(NamedTuple):
+    """What the budget bought."""
+
+    vision_tokens: Tensor  # [B, 401, D]
+    vision_mask: Tensor  # int32 [B, 401]
+    query_groups: Tensor  # int32 [B, 1]
+    levels: Tensor  # int32 [B, 64]
+
+
 class RelevanceAllocator(nn.Module):
     """features [B, 257, D], saliency [B, 256], entropy [B, 256], texture [B, 13, 16, 16], question_ids int32 [B, 32],
     question_mask int32 [B, 32], budget int32 [B, 4] (least and most vision tokens, least and most visual tokens), and
@@ -68,15 +77,11 @@ class RelevanceAllocator(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Raises ValueError for detail_features where there is no closer view."""
         weighed = self.weigh(features, saliency, entropy, texture, question_ids, question_mask)
-        particularize, explore, diversify = weighed.tensions.split(1, dim=1)
-        detail = self.detail(features, detail_features)
-        gains = self.allocation.gains(weighed.cells, diversify)
-        extra = self.allocation.extra(particularize, budget, detail is not None)
-        levels = self.allocation.levels(gains, self.allocation.refinements(extra), explore, detail is not None)
-        groups = query_groups(particularize, budget)
-        regions = self.focus(weighed.cells, groups)
-        vision_tokens, vision_mask = self.allocation.pack(features, levels, regions, detail)
-        return vision_tokens, vision_mask, groups, weighed.relevance, weighed.scores, levels.int(), weighed.tensions
+        spent = self.spend(features, weighed, budget, detail_features)
+        return (
+            spent.vision_tokens, spent.vision_mask, spent.query_groups, weighed.relevance, weighed.scores,
+            spent.levels, weighed.tensions,
+        )  # fmt: skip
 
     def weigh(
         self, features: Tensor, saliency: Tensor, entropy: Tensor, texture: Tensor, question_ids: Tensor,
@@ -100,13 +105,27 @@ class RelevanceAllocator(nn.Module):
         return Weighed(relevance, scores, weights, tensions)
 
     def detail(self, features: Tensor, detail_features: Tensor | None) -> Tensor | None:
-        """The closer view's tokens [B, 1024, D], or None for none. Raises ValueError where it cannot be read."""
+        """Every token of the closer view, [B, 1024, D], or None for none. Raises ValueError where there is none."""
         if detail_features is None:
             return None
         if self.closer is None:
             raise ValueError("detail_features came, but this allocator has no closer view")
         tokens: Tensor = self.closer(features, detail_features)
         return tokens
+
+    def spend(self, features: Tensor, weighed: Weighed, budget: Tensor, detail_features: Tensor | None = None) -> Spent:
+        """The budget on what was weighed. Raises ValueError for detail_features where there is no closer view."""
+        if detail_features is not None and self.closer is None:
+            raise ValueError("detail_features came, but this allocator has no closer view")
+        closer = detail_features is not None
+        particularize, explore, diversify = weighed.tensions.split(1, dim=1)
+        cells = weighed.cells
+        gains = self.allocation.gains(cells, diversify)
+        refinements = self.allocation.refinements(self.allocation.extra(particularize, budget, closer))
+        levels = self.allocation.levels(gains, refinements, explore, closer)
+        groups = query_groups(particularize, budget)
+        tokens, mask = self.allocation.pack(features, levels, self.focus(cells, groups), detail_features, self.closer)
+        return Spent(tokens, mask, groups, levels.int())
 
 
 def _fixed(balance: tuple[tuple[float, ...], tuple[float, ...]], scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,17 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
 from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.balancing import SUMMARIES, OpponentProcessing
+from build_engines.model.closer import CloserView
 from build_engines.model.decoder import LlamaDecoder, OptDecoder, decoder_of
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
@@ -33,7 +36,9 @@ PROMPTS = {  # what the families were trained to answer questions by
 FAMILIES = {family.__name__: family for family in PROMPTS}
 QUERIES = 32  # of one group
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
+ALLOCATOR = "allocator.safetensors"  # beside the checkpoint's own weights, where the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+Module = TypeVar("Module", bound=nn.Module)
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
 
 
@@ -44,6 +49,8 @@ class Checkpoint:
     directory: Path
     model: Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
     participatory: ParticipatoryKnowing | None
+    balancing: OpponentProcessing | None
+    closer: CloserView | None
     image_mean: list[float]
     image_std: list[float]
     card: dict[str, object]  # model_card.json, empty where there is none
@@ -71,13 +78,13 @@ class Checkpoint:
             )
         preprocessor = _read_json(directory / "preprocessor_config.json", default={})
         preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
-        participatory = None
-        if (directory / "allocator.safetensors").exists():
-            participatory = _participatory(load_file(directory / "allocator.safetensors"))
+        allocator = load_allocator(directory / ALLOCATOR)
         return cls(
             directory=directory,
             model=model,
-            participatory=participatory,
+            participatory=allocator.participatory,
+            balancing=allocator.balancing,
+            closer=allocator.closer,
             image_mean=preprocessor.get("image_mean", CLIP_MEAN),
             image_std=preprocessor.get("image_std", CLIP_STD),
             card={"name": Path(source).name} | _read_json(directory / "model_card.json", default={}),
@@ -110,7 +117,7 @@ class Checkpoint:
         return VisionEncoder(self.model.vision_model, self.image_mean, self.image_std).eval()
 
     def allocator(self) -> RelevanceAllocator:
-        return RelevanceAllocator(self.participatory).eval()
+        return RelevanceAllocator(self.participatory, self.balancing, self.closer).eval()
 
     def qformer(self) -> QFormer | InstructQFormer:
         return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
@@ -145,14 +152,40 @@ def _fingerprint(image_mean: list[float], image_std: list[float], *modules: nn.M
     return digest.hexdigest()[:16]
 
 
-def _participatory(weights: dict[str, Tensor]) -> ParticipatoryKnowing:
-    """The trained module, its widths read from its weights (keys `participatory.*`, any float type)."""
-    own = {name.removeprefix("participatory."): weight.float() for name, weight in weights.items()}
-    vocabulary, token_width = own["tokens.weight"].shape
-    coupling_width, width = own["patch.weight"].shape[0], own["patch_norm.weight"].shape[0]
-    module = ParticipatoryKnowing(vocabulary, width, token_width, coupling_width)
-    module.load_state_dict(own)
-    return module.eval()
+def save_allocator(allocator: RelevanceAllocator, path: Path) -> None:
+    """What is trained of it, weights rounded to FP16: keys `participatory.*`, `balancing.*`, `closer.*`."""
+    weights = {name: weight.half().contiguous() for name, weight in allocator.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def load_allocator(path: Path) -> RelevanceAllocator:
+    """The trained parts in that file, their widths read from their weights (any float type); none where there is no
+    file. Raises ValueError for weights of other parts, and for parts that miss another or a weight."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, weight in (load_file(path) if path.exists() else {}).items():
+        part, _, own = name.partition(".")
+        found.setdefault(part, {})[own] = weight.float()
+    if unknown := found.keys() - {"participatory", "balancing", "closer"}:
+        raise ValueError(f"{path} holds weights of {', '.join(sorted(unknown))}")
+    participatory = balancing = closer = None
+    try:
+        if own := found.get("participatory"):
+            vocabulary, token_width = own["tokens.weight"].shape
+            coupling_width, width = own["patch.weight"].shape[0], own["patch_norm.weight"].shape[0]
+            participatory = _loaded(ParticipatoryKnowing(vocabulary, width, token_width, coupling_width), own)
+        if own := found.get("balancing"):
+            hidden, read = own["hidden.weight"].shape
+            balancing = _loaded(OpponentProcessing(read - SUMMARIES, hidden), own)
+        if own := found.get("closer"):
+            closer = _loaded(CloserView(own["norm.weight"].shape[0]), own)
+    except (KeyError, RuntimeError) as exc:
+        raise ValueError(f"{path} is incomplete: {exc}") from exc
+    return RelevanceAllocator(participatory, balancing, closer).eval()
+
+
+def _loaded(module: Module, weights: dict[str, Tensor]) -> Module:
+    module.load_state_dict(weights)
+    return module
 
 
 def _tokenizer(folder: Path, target: Path) -> Path:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from build_engines.model.allocation import DETAIL_GRID, GRID
-
 
 class CloserView(nn.Module):
-    """features [B, 257, D] and detail_features [B, 1024, D] (32x32, row by row, without CLS) -> tokens [B, 1024, D].
-
-    A token is the feature of the 224-view's patch that contains it, so that the Q-Former knows it, plus what a small
-    network reads from the closer patch. That starts at zero: untrained, level 2 is four copies of each patch.
-    """
-
-    above: Tensor
+    """The token of a patch of the closer view: the feature of the 224-pixel view's patch around it, which the Q-Former
+    knows, and what a small network reads from the closer patch. That starts at zero: untrained, the four patches in
+    one are copies of it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -25,9 +18,13 @@ class CloserView(nn.Module):
         self.out = nn.Linear(2 * width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        row = torch.arange(DETAIL_GRID) // 2
-        self.register_buffer("above", (1 + GRID * row.unsqueeze(1) + row).flatten(), persistent=False)
+
+    def look(self, around: Tensor, detail: Tensor) -> Tensor:
+        """Row by row: the features around, and those of the closer patches, [B, n, D] both -> [B, n, D]."""
+        return around + self.out(functional.gelu(self.hidden(self.norm(detail))))
 
     def forward(self, features: Tensor, detail_features: Tensor) -> Tensor:
-        known = features[:, self.above]
-        return known + self.out(functional.gelu(self.hidden(self.norm(detail_features))))
+        """features [B, 257, D] and detail_features [B, 1024, D] (32x32, row by row, without CLS) -> every token of the
+        closer view, [B, 1024, D]."""
+        rows = features[:, 1:].unflatten(1, (16, 1, 16, 1)).expand(-1, -1, 2, -1, 2, -1)
+        return self.look(rows.flatten(1, 4), detail_features)

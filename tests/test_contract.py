@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from build_engines.repository import GRAPHS, Dimensions, config, models, runner
+from build_engines.repository import Dimensions, config, models, runner, write_configs
 from service.core import Engines, ModelCard
 from service.triton import MODELS, read_engines
 
@@ -47,30 +47,36 @@ def graph_specs(values: object) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
-def called(request: pytest.FixtureRequest, card: ModelCard) -> str:
-    if request.param == "attend_448" and not card.closer_view:
-        pytest.skip(f"{card.name} has no closer view")
+def called(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, card: ModelCard) -> Path:
+    """The configurations of the committed checkpoint, and those of a closer view whether it has one or not."""
+    folder = tmp_path_factory.mktemp("written")
+    write_configs(folder, Dimensions(card.vision_width, card.hidden_size, closer_view=True))
+    return folder
 
 
 def test_every_model_of_the_repository_is_known(repository: Path, card: ModelCard) -> None:
     on_disk = {path.parent.name for path in repository.glob("*/config.pbtxt")}
-    assert on_disk == {model.name for model in models(Dimensions(1, 1))}
+    assert on_disk == {model.name for model in models(Dimensions(1, 1, closer_view=card.closer_view))}
     assert on_disk >= {*card.called, "vision_encoder", "vqa"}
     assert set(MODELS) - on_disk <= {"attend_448"}
 
 
 def test_committed_configurations_are_what_the_writer_writes(repository: Path, card: ModelCard) -> None:
-    for model in models(Dimensions(card.vision_width, card.hidden_size)):
+    for model in models(Dimensions(card.vision_width, card.hidden_size, closer_view=card.closer_view)):
         assert (repository / model.name / "config.pbtxt").read_text() == config(model)
         if not model.steps:
             assert (repository / model.name / "1" / "model.py").read_text() == runner(model)
 
 
-def test_client_and_configuration_name_the_same_tensors(repository: Path, card: ModelCard, called: str) -> None:
+def test_client_and_configuration_name_the_same_tensors(written: Path, card: ModelCard, called: str) -> None:
     """Every required input is sent, nothing unknown is sent, and what is read exists, with the same type and shape."""
     widths = {"D": card.vision_width, "H": card.hidden_size}
-    parsed, model = parse(repository, called), MODELS[called]
+    parsed, model = parse(written, called), MODELS[called]
     sent = {t.name: (t.datatype, tuple(widths.get(d, d) for d in t.dims), t.optional) for t in model.inputs}
     read = {t.name: (t.datatype, tuple(widths.get(d, d) for d in t.dims), False) for t in model.outputs}
     accepted, given = specs(parsed.input), specs(parsed.output)
@@ -81,14 +87,16 @@ def test_client_and_configuration_name_the_same_tensors(repository: Path, card: 
     assert parsed.max_batch_size > 0
 
 
-def test_client_knows_what_each_path_goes_through(repository: Path, called: str) -> None:
+def test_client_knows_what_each_path_goes_through(written: Path, called: str) -> None:
     """What `abandon` reaches when a model's process dies."""
-    steps = [step.model_name for step in parse(repository, called).ensemble_scheduling.step]
+    steps = [step.model_name for step in parse(written, called).ensemble_scheduling.step]
     assert list(MODELS[called].through) == (steps or [called])
 
 
-@pytest.mark.parametrize("name", ["vision_encoder", "relevance_allocator"])
-def test_graph_and_configuration_agree(repository: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["vision_encoder", "relevance_allocator", "relevance_allocator_448"])
+def test_graph_and_configuration_agree(repository: Path, card: ModelCard, name: str) -> None:
+    if name == "relevance_allocator_448" and not card.closer_view:
+        pytest.skip(f"{card.name} has no closer view")
     graph = onnx.load(repository / name / "1" / "model.onnx", load_external_data=False).graph
     parsed = parse(repository, name)
     assert graph_specs(graph.input) == {key: spec[:2] for key, spec in specs(parsed.input).items()}
@@ -120,13 +128,13 @@ def test_llm_graph_has_the_configured_widths(repository: Path, card: ModelCard) 
     assert min(layers, heads, head_dim) > 0
 
 
-def test_ensemble_steps_hand_on_what_the_models_take(repository: Path) -> None:
+def test_ensemble_steps_hand_on_what_the_models_take(written: Path) -> None:
     """Each mapped tensor exists in its model, and one ensemble tensor has one type and shape wherever it goes."""
-    for model in models(Dimensions(1, 1)):
-        parsed = parse(repository, model.name)
+    for model in models(Dimensions(1, 1, closer_view=True)):
+        parsed = parse(written, model.name)
         flowing = {name: spec[:2] for name, spec in specs(parsed.input).items()}
         for step in parsed.ensemble_scheduling.step:
-            inner = parse(repository, step.model_name)
+            inner = parse(written, step.model_name)
             inputs, outputs = specs(inner.input), specs(inner.output)
             assert {name for name, spec in inputs.items() if not spec[2]} <= step.input_map.keys()
             for key, value in step.input_map.items():
@@ -138,7 +146,7 @@ def test_ensemble_steps_hand_on_what_the_models_take(repository: Path) -> None:
 
 
 def test_weights_fit_the_repository(repository: Path) -> None:
-    assert sum((repository / name / "1" / "model.onnx").stat().st_size for name in GRAPHS) <= 30e6
+    assert sum(graph.stat().st_size for graph in repository.glob("*/1/model.onnx")) <= 30e6
 
 
 def test_what_may_run_at_once_is_read_from_the_configurations(repository: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from build_engines.model.checkpoint import ALLOCATOR, Checkpoint, load_allocator
 from build_engines.model.closer import CloserView
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.repository import CLOSER_GRAPHS, GRAPHS, Dimensions, models, write_repository
+from tests.test_contract import graph_specs
 from tests.test_export import assert_parity, random_inputs
 from tests.test_tensorrt_rules import MAY_VARY, faults
 from tests.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
@@ -76,6 +77,15 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_its_graphs_match_pytorch(exported: Exported, name: str, batch: int) -> None:
     assert_parity(exported.graphs[name], exported.path(name), batch)
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_its_graphs_have_the_configured_tensors(exported: Exported, name: str) -> None:
+    told = card(exported.checkpoint)
+    (model,) = (each for each in models(Dimensions(told.vision_width, 1, closer_view=True)) if each.name == name)
+    graph = onnx.load(exported.path(name)).graph
+    for values, tensors in ((graph.input, model.inputs), (graph.output, model.outputs)):
+        assert graph_specs(values) == {tensor.name: (tensor.data_type, tensor.dims) for tensor in tensors}
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)

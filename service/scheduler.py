@@ -5,13 +5,15 @@ until it ends. It holds neither while it waits for the other, so that a follow-u
 nothing can lock. Each resource is given
 
   - to the tenant that holds the least of it,
-  - there to the smallest rank: a claim's arrival, put back by its kind's HANDICAP_S. The cheaper kind goes first, and
-    age makes up for it: nobody who comes HANDICAP_S later overtakes,
+  - there to the smallest rank: a claim's arrival, put back by its handicap, which is its kind's HANDICAP_S and for low
+    priority LOW_PRIORITY_S more. The cheaper kind goes first, and age makes up for it: nobody who comes so much later
+    overtakes,
   - past claims that do not fit, as long as these have waited less than PATIENCE_S: then nothing behind them starts.
 
 So nothing that fits waits, but behind somebody out of patience. And nobody starves: with S the longest time that a
-claim is held, and n the claims that arrived before this one was PATIENCE_S old and start before it, it waits at most
-2 PATIENCE_S + 2 S (n + 1): then one of them starts every 2 S, S until their tenants hold nothing, S until nobody does.
+claim is held, P the longer of PATIENCE_S and its handicap, and n the claims that arrived before this one was P old and
+start before it, it waits at most P + PATIENCE_S + 2 S (n + 1): then one of them starts every 2 S, S until their tenants
+hold nothing, S until nobody does.
 
 A claim is dropped, and nothing spent on it, once what it needs at the least would end past its deadline.
 """
@@ -49,7 +51,15 @@ class Kind(StrEnum):
         return (cls.FOLLOW_UP, cls.SINGLE_IMAGE, cls.MULTI_IMAGE)[min(new_images, 2)]
 
 
+class Priority(StrEnum):
+    """Among the requests of one tenant."""
+
+    NORMAL = "normal"
+    LOW = "low"  # may wait for the others
+
+
 HANDICAP_S: Mapping[Kind, float] = {Kind.FOLLOW_UP: 0.0, Kind.SINGLE_IMAGE: 0.5, Kind.MULTI_IMAGE: 1.0}
+LOW_PRIORITY_S = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +72,8 @@ class Claim:
     arrived: float  # of the claim: a wait for one resource buys no place in the next queue
     deadline: float
     tenant: str = ""
+    priority: Priority = Priority.NORMAL
+    handicap_s: float = 0.0  # once it was submitted
     started_at: float | None = None
     over: bool = False
 
@@ -78,7 +90,7 @@ class _Pool:
     held: dict[str, int] = field(default_factory=dict)  # by tenant; no zeros
     queues: dict[str, list[Standing]] = field(default_factory=dict)  # by tenant, in order; none is empty
     standing: dict[Claim, Standing] = field(default_factory=dict)
-    waiting: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))  # amounts
+    waiting: dict[float, int] = field(default_factory=dict)  # amounts, by handicap
     running: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))  # claims
     deadlines: list[tuple[float, int, Claim]] = field(default_factory=list)  # heap; claims that left stay a while
     least_amount: float = math.inf  # nothing that waits is smaller
@@ -88,11 +100,11 @@ class _Pool:
     def __post_init__(self) -> None:
         self.free = self.limit
 
-    def join(self, claim: Claim, rank: float, number: int) -> None:
-        spot = self.standing[claim] = (rank, number, claim)
+    def join(self, claim: Claim, number: int) -> None:
+        spot = self.standing[claim] = (claim.arrived + claim.handicap_s, number, claim)
         insort(self.queues.setdefault(claim.tenant, []), spot)
         heapq.heappush(self.deadlines, (claim.deadline, number, claim))
-        self.waiting[claim.kind] += claim.amount
+        self.waiting[claim.handicap_s] = self.waiting.get(claim.handicap_s, 0) + claim.amount
         self.least_amount = min(self.least_amount, claim.amount)
 
     def leave(self, claim: Claim) -> None:
@@ -100,7 +112,7 @@ class _Pool:
         del queue[bisect_left(queue, spot)]
         if not queue:
             del self.queues[claim.tenant]
-        self.waiting[claim.kind] -= claim.amount
+        self.waiting[claim.handicap_s] -= claim.amount
         if not self.standing:
             self.least_amount = math.inf
             self.deadlines.clear()
@@ -158,11 +170,7 @@ class _Pool:
         """About how long until it is this claim's turn; rather too little than too much."""
         if not self.standing:
             return 0.0
-        ahead = 0
-        for kind, amount in self.waiting.items():  # from the cheapest on
-            ahead += amount
-            if kind is claim.kind:
-                break
+        ahead = sum(amount for handicap_s, amount in self.waiting.items() if handicap_s <= claim.handicap_s)
         tenants = len(self.queues.keys() | {claim.tenant})
         if tenants > 1:
             own = sum(each.amount for _, _, each in self.queues.get(claim.tenant, ()))
@@ -186,8 +194,9 @@ class Scheduler:
         return sum(claim.kind is kind for pool in self._pools.values() for claim in pool.standing)
 
     def waiting_since(self) -> float | None:
-        """When the one came that waits longest; None: nobody waits."""
-        return min((claim.arrived for pool in self._pools.values() for claim in pool.standing), default=None)
+        """When the one came that waits longest; None: nobody waits, but for who may wait."""
+        waiting = (claim for pool in self._pools.values() for claim in pool.standing)
+        return min((claim.arrived for claim in waiting if claim.priority is Priority.NORMAL), default=None)
 
     def running(self, kind: Kind) -> int:
         """How many claims of that kind hold what they claimed."""
@@ -198,6 +207,9 @@ class Scheduler:
         pool = self._pools[claim.resource]
         if claim.amount > pool.limit:
             raise ValueError(f"{claim.amount} of {claim.resource} is more than all there is, {pool.limit}")
+        claim.handicap_s = self._handicap_s[claim.kind]
+        if claim.priority is Priority.LOW:
+            claim.handicap_s += LOW_PRIORITY_S
         if pool.standing:
             wait_s = pool.wait_s(claim)
             if wait_s and now + wait_s + self._needed_s(claim.resource) > claim.deadline:
@@ -207,7 +219,7 @@ class Scheduler:
                 )
                 return Refusal("deadline", text, wait_s)
         self._count += 1
-        pool.join(claim, claim.arrived + self._handicap_s[claim.kind], self._count)
+        pool.join(claim, self._count)
         pool.drain.observe(now, 0.0, pressed=True)
         return None
 

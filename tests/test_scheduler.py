@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import HANDICAP_S, PATIENCE_S, Claim, Kind, Resource, Scheduler
+from service.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Kind, Priority, Resource, Scheduler
 
 VISION_SLOTS, LLM_TOKENS = 3, 100
 FAR = 1e9
@@ -67,7 +67,8 @@ class House:
         for kind in Kind:
             assert self.scheduler.waiting(kind) == sum(one.kind is kind for one in self.waiting)
             assert self.scheduler.running(kind) == sum(one.kind is kind for one in self.running)
-        assert self.scheduler.waiting_since() == min((one.arrived for one in self.waiting), default=None)
+        urgent = [one.arrived for one in self.waiting if one.priority is Priority.NORMAL]
+        assert self.scheduler.waiting_since() == min(urgent, default=None)
 
 
 def drawn_claim(draw: st.DrawFn, now: float) -> Claim:
@@ -80,6 +81,7 @@ def drawn_claim(draw: st.DrawFn, now: float) -> Claim:
         now - draw(st.sampled_from([0.0, 0.1, 3.0])),
         resource=resource,
         tenant=draw(st.sampled_from(["", "a", "b"])),
+        priority=draw(st.sampled_from(Priority)),
         deadline=now + draw(st.sampled_from([0.5, 5.0, FAR])),
     )
 
@@ -100,7 +102,7 @@ def play(events: list[tuple[float, str, object]]) -> House:
     for now, what, subject in events:
         if what == "come":
             fresh = claim(**{name: getattr(subject, name) for name in ("kind", "amount", "arrived", "resource")},
-                          tenant=subject.tenant, deadline=subject.deadline)  # fmt: skip
+                          tenant=subject.tenant, priority=subject.priority, deadline=subject.deadline)  # fmt: skip
             house.submit(fresh, now)
         else:
             some = house.waiting if what == "cancel" and house.waiting else house.running
@@ -137,6 +139,7 @@ arrivals = st.lists(
         st.integers(1, LLM_TOKENS),
         st.sampled_from(["", "a", "b"]),
         st.sampled_from([0.01, LONGEST_S]),  # for how long it is held
+        st.sampled_from(Priority),
     ),
     min_size=1,
     max_size=20,
@@ -148,16 +151,17 @@ arrivals = st.lists(
 def test_nobody_starves_and_the_bound_of_the_docstring_holds(arrivals, watched, small, tenants):
     """However many cheap, small claims of whatever tenants come all the time, more of them than there is room for."""
     every, now = [], 2 * LONGEST_S
-    for after_s, kind, amount, tenant, held_s in arrivals:
+    for after_s, kind, amount, tenant, held_s, priority in arrivals:
         now += after_s
-        every.append((claim(kind, amount, now, tenant=tenant), held_s))
+        every.append((claim(kind, amount, now, tenant=tenant, priority=priority), held_s))
     each_s = 0.9 * LONGEST_S * small / LLM_TOKENS
-    for step in range(int((now + 2 * PATIENCE_S + 10 * LONGEST_S) / each_s)):
+    one = every[watched % len(arrivals)][0]  # of the arrivals, not of the stream
+    put_back_s = max(PATIENCE_S, HANDICAP_S[one.kind] + (one.priority is Priority.LOW) * LOW_PRIORITY_S)
+    for step in range(int((now + put_back_s + PATIENCE_S + 10 * LONGEST_S) / each_s)):
         every.append((claim(Kind.FOLLOW_UP, small, step * each_s, tenant=f"new{step % tenants}"), LONGEST_S))
     started = dict(run(sorted(every, key=lambda pair: pair[0].arrived)))
-    one = every[watched % len(arrivals)][0]  # of the arrivals, not of the stream
-    earlier = [at for other, at in started.items() if other.arrived < one.arrived + PATIENCE_S and at <= started[one]]
-    impatient = one.arrived + 2 * PATIENCE_S
+    earlier = [at for other, at in started.items() if other.arrived < one.arrived + put_back_s and at <= started[one]]
+    impatient = one.arrived + put_back_s + PATIENCE_S
     turns = [impatient, *sorted(at for at in earlier if at > impatient)]
     assert all(later - at <= 2 * LONGEST_S + 1e-6 for at, later in itertools.pairwise(turns))
 
@@ -196,6 +200,34 @@ def test_the_cheaper_kind_goes_first_and_age_makes_up_for_it():
         house.release(order[-1], 3.0)
         order += house.schedule(3.0)
     assert order[1:] == [younger, image, late]
+
+
+def test_low_priority_waits_for_the_others_of_its_tenant_and_age_makes_up_for_it():
+    house = House()
+    house.submit(blocker := claim(amount=LLM_TOKENS), 0.0)
+    house.schedule(0.0)
+    low = claim(amount=LLM_TOKENS, arrived=1.0, priority=Priority.LOW)
+    younger = claim(Kind.MULTI_IMAGE, LLM_TOKENS, arrived=9.9)
+    late = claim(amount=LLM_TOKENS, arrived=11.1)
+    for one in (low, late, younger):
+        house.submit(one, 11.2)
+    order = [blocker]
+    for _ in range(3):
+        house.release(order[-1], 12.0)
+        order += house.schedule(12.0)
+    assert order[1:] == [younger, low, late]
+
+
+def test_low_priority_holds_nobody_else_up_and_has_its_share_between_tenants():
+    house = House()
+    house.submit(claim(amount=60), 0.0)
+    house.submit(low := claim(amount=50, arrived=0.0, priority=Priority.LOW), 0.0)
+    house.schedule(0.0)
+    house.submit(small := claim(amount=30, arrived=5.0), 5.0)
+    assert house.schedule(5.0) == [small]
+    house.submit(other := claim(amount=10, arrived=5.5, tenant="b", priority=Priority.LOW), 5.5)
+    assert house.schedule(5.5) == [other]
+    assert house.waiting == [low]
 
 
 def test_a_follow_up_starts_while_every_vision_slot_is_taken_and_wanted():

@@ -17,6 +17,7 @@ from service.core import Budget, Detail, FloatArray, ModelCard, Relevance, Sampl
 from service.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
 from service.http_body import MAX_NAME_CHARS, Part
 from service.pipeline import Finished, KeptImage, Request, new_seed
+from service.scheduler import Priority
 from service.settings import Settings
 
 MAX_STOPS = 8
@@ -94,6 +95,9 @@ class Asked(BaseModel):
     )
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
     timeout_s: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
+    priority: Priority = Field(
+        Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
+    )
     stream: bool = Field(False, description="Server-sent events as the answer is written.")
     explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
 
@@ -135,6 +139,7 @@ class Asked(BaseModel):
                 streaming=self.stream or bool(self.stop),  # a stop string is looked for as tokens come
             ),
             timeout_s=timeout_s,
+            priority=self.priority,
             trace_id=trace_id,
         )
 

@@ -49,7 +49,7 @@ from service.images import Decoded, Image, ImageReader, ImageStore, header_pixel
 from service.ledger import Cost
 from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
-from service.scheduler import Claim, Kind, Resource
+from service.scheduler import Claim, Kind, Priority, Resource
 from service.settings import Settings
 
 log = structlog.get_logger()
@@ -115,6 +115,7 @@ class Request:
     turns: tuple[Turn, ...] = ()  # what was asked and answered before, oldest first
     trace_id: str = ""  # the caller's own id of the request
     tenant: str = ""  # who shares the service fairly with others; empty is one of its own
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -488,7 +489,8 @@ class Pipeline:
     async def _turn(self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, place: Place) -> Claim:
         """What the place holds from now on. Raises Overloaded."""
         ticket.kind = kind
-        claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, ticket.request.tenant)
+        request = ticket.request
+        claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, request.tenant, request.priority)
         with ticket.stage("queue"):
             await place.enter(claim)
         return claim

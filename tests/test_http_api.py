@@ -94,7 +94,13 @@ async def test_the_second_question_about_an_image_hits(caller):
 async def test_every_field_reaches_the_models(caller):
     knobs = {"max_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "seed": 9, "repetition_penalty": 1.5}
     response = await caller.ask(
-        **knobs, stop=[".", "!"], budget={"vision_tokens": [64, 100]}, timeout_s=3, stream=False, explain=False
+        **knobs,
+        stop=[".", "!"],
+        budget={"vision_tokens": [64, 100]},
+        timeout_s=3,
+        priority="low",
+        stream=False,
+        explain=False,
     )
     assert response.status_code == 200
     sampling = caller.house.language.sampling[0]
@@ -303,6 +309,7 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
         ({"turns": [{"question": "a?", "answer": "b"}] * 65}, 400, "turns", "invalid_request", "at most 64 items"),
         ({"detail": "high"}, 400, "detail", "detail_not_supported", "tiny has no closer view"),
         ({"detail": "medium"}, 400, "detail", "invalid_request", "'low', 'high' or 'auto'; it is 'medium'"),
+        ({"priority": "high"}, 400, "priority", "invalid_request", "'normal' or 'low'; it is 'high'"),
         ({"stream": "yes"}, 400, "stream", "invalid_request", "valid boolean"),
         ({"budget": {"visual_tokens": [32, 128]}}, 400, "budget.visual_tokens", "invalid_request", "[32, 32]"),
         ({"budget": {"vision_tokens": [10, 20]}}, 400, "budget.vision_tokens", "invalid_request", "[64, 256]"),

@@ -23,7 +23,7 @@ from service.errors import (
 )
 from service.ledger import Cost
 from service.pipeline import Delta, Finished, Request
-from service.scheduler import Claim, Kind, Resource
+from service.scheduler import Claim, Kind, Priority, Resource
 
 
 @pytest.fixture
@@ -565,6 +565,23 @@ async def test_who_shares_an_encode_holds_no_vision_slot():
     house.vision.gate.set()
     await asyncio.gather(*same, other)
     assert house.vision.calls.count("see") == 2
+
+
+async def test_low_priority_lets_the_others_go_first():
+    house = House(vision_slots=1)
+    house.vision.close("see")
+    first = asked_of(house, 0)
+    await until(lambda: house.vision.calls)
+    order: list[str] = []
+    low = asked_of(house, 1, priority=Priority.LOW)
+    await until(lambda: house.counted("glimpse_requests_waiting", kind="single_image") == 1)
+    normal = asked_of(house, 2)
+    await until(lambda: house.counted("glimpse_requests_waiting", kind="single_image") == 2)
+    for name, task in (("low", low), ("normal", normal)):
+        task.add_done_callback(lambda _, name=name: order.append(name))
+    house.vision.gate.set()
+    await asyncio.gather(first, low, normal)
+    assert order == ["normal", "low"]
 
 
 async def test_the_llm_holds_no_more_than_its_tokens_and_follow_ups_go_first():

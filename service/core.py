@@ -161,6 +161,10 @@ class Relevance:
         return float(-(shares * np.log(shares)).sum() / np.log(self.map.size)) if shares.size else 1.0
 
     @property
+    def nbytes(self) -> int:
+        return self.map.nbytes + self.scores.nbytes + self.levels.nbytes + self.tensions.nbytes
+
+    @property
     def particularize(self) -> float:
         """In [0, 1]: how much of the budget the question asks for."""
         return float(self.tensions[0])
@@ -179,6 +183,10 @@ class Seen:
     relevance: Relevance
     budget: Budget  # what it was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
+
+    @property
+    def nbytes(self) -> int:
+        return self.visual_tokens.nbytes + self.relevance.nbytes
 
 
 @dataclass(frozen=True, slots=True)

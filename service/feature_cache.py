@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows, VisionFeatures, dense
+from service.lru import Lru
 from service.metrics import Metrics
 
 Features = TypeVar("Features", VisionFeatures, CloserFeatures)
@@ -81,16 +81,20 @@ class FeatureCache:
         self, max_bytes: int, metrics: Metrics, shared: SharedTier | None = None, *, as_int8: bool = False
     ) -> None:
         """`as_int8` keeps the features' rows rounded, under keys of their own."""
-        self.max_bytes = max_bytes
         self.as_int8 = as_int8
-        self.nbytes = 0
         self._metrics = metrics
         self._shared = shared
-        self._kept: OrderedDict[FeatureKey[Any], Any] = OrderedDict()
+        self._kept: Lru[FeatureKey[Any], Any] = Lru(
+            max_bytes, metrics.feature_cache_bytes.labels("memory"), metrics.feature_cache_evictions.labels("memory")
+        )
         self._flights: dict[FeatureKey[Any], Flight] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        return self._kept.nbytes
 
     @asynccontextmanager
     async def find(self, key: FeatureKey[Features], left_s: float = math.inf) -> AsyncIterator[Found[Features]]:
@@ -129,10 +133,9 @@ class FeatureCache:
         kept: Features
         brought: Features | None
         while True:
-            if key in self._kept:
-                kept = self._kept[key]
-                self._kept.move_to_end(key)
+            if (known := self._kept.get(key)) is not None:
                 self._count("hit")
+                kept = known
                 return kept
             if (flight := self._flights.get(key)) is None:
                 self._count("miss")
@@ -159,19 +162,8 @@ class FeatureCache:
         flight = self._flights.pop(key)
         flight.brought = brought
         if brought is not None:
-            self._keep(key, brought)
+            self._kept.keep(key, brought, brought.nbytes)
         flight.landed.set()
-
-    def _keep(self, key: FeatureKey[Features], features: Features) -> None:
-        if features.nbytes > self.max_bytes:
-            return
-        self._kept[key] = features
-        self.nbytes += features.nbytes
-        while self.nbytes > self.max_bytes:
-            _, gone = self._kept.popitem(last=False)
-            self.nbytes -= gone.nbytes
-            self._metrics.feature_cache_evictions.labels("memory").inc()
-        self._metrics.feature_cache_bytes.labels("memory").set(self.nbytes)
 
     def _count(self, result: Literal["hit", "miss", "shared"]) -> None:
         self._metrics.feature_cache_lookups.labels("memory", result).inc()

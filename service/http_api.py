@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import pipeline
+from service import pipeline, ticket
 from service.errors import Cancelled, GlimpseError, InvalidRequest, Overloaded, status_of
 from service.http_body import FORM, JSON, parse_form, read_body
 from service.http_docs import Api
@@ -64,7 +64,7 @@ class Edge:
 class Ask:
     """A question in the core's words, and how the caller wants to hear of it."""
 
-    request: pipeline.Request
+    request: ticket.Request
     stream: bool
     explain: bool
 

@@ -16,9 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from service.core import Budget, Detail, FloatArray, ModelCard, Relevance, Sampling, Turn
 from service.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
 from service.http_body import MAX_NAME_CHARS, Part
-from service.pipeline import Finished, KeptImage, Request, new_seed
+from service.pipeline import Finished, KeptImage, new_seed
 from service.scheduler import Priority
 from service.settings import Settings
+from service.ticket import Request
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64

@@ -111,6 +111,11 @@ class Metrics:
             "Records for Redis: kept, failed, dropped (too many waited), skipped (breaker open).",
             "result",
         )
+        self.visual_cache_lookups = self._counter(
+            "visual_cache_lookups", "Lookups of what an image gave for a question: hit, miss.", "result"
+        )
+        self.visual_cache_evictions = self._counter("visual_cache_evictions", "What was pushed out of that cache.")
+        self.visual_cache_bytes = self._gauge("visual_cache_bytes", "Memory of what images gave for questions.")
         self.redis_lookup = self._seconds("redis_lookup_seconds", "In Redis's part of a lookup, waits included.")
         self.redis_errors = self._counter(
             "redis_errors", "Faults: timeout, unreachable, denied, full, refused, fault (of the client).", "kind"

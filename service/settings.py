@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
     # int8: a quarter of FP32's bytes here and in Redis; a follow-up is then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"
+    visual_cache_bytes: int = Field(64 * MIB, ge=0)  # what images gave for questions
     image_store_bytes: int = Field(256 * MIB, gt=0)
     image_ttl_s: float = Field(3600.0, gt=0)  # how long an image can be asked about by its id
 

@@ -597,7 +597,7 @@ def _seen(arrays: Arrays, budget: Budget) -> Seen:
         levels=arrays["levels"][0].reshape(CELLS, CELLS),
         tensions=arrays["tensions"][0],
     )
-    return Seen(arrays["visual_tokens"][0, :count], relevance, budget)
+    return Seen(arrays["visual_tokens"][0, :count].copy(), relevance, budget)  # without the rows past the count
 
 
 def _tokens(response: Any) -> tuple[int, ...]:

@@ -224,10 +224,10 @@ class FakeProber:
 
 
 class House:
-    """A whole service but for Triton."""
+    """A whole service but for Triton, which is asked each time: there is no visual cache unless it is asked for."""
 
     def __init__(self, card: ModelCard = CARD, **knobs: object) -> None:
-        self.settings = Settings(**knobs)
+        self.settings = Settings(**{"visual_cache_bytes": 0} | knobs)
         self.metrics = Metrics()
         self.vision = FakeVision()
         self.language = FakeLanguage()

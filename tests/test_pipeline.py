@@ -22,8 +22,9 @@ from service.errors import (
     Unavailable,
 )
 from service.ledger import Cost
-from service.pipeline import Delta, Finished, Request
+from service.pipeline import Delta, Finished
 from service.scheduler import Claim, Kind, Priority, Resource
+from service.ticket import Request
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from service.core import CLOSER_SIZE, IMAGE_SIZE, Budget, CloserFeatures, Int8Ro
 from service.feature_cache import FeatureKey
 from service.feature_record import pack
 from service.images import Image
-from service.pipeline import Finished, Request
+from service.pipeline import Finished
 from service.redis_tier import MOST_UNWRITTEN, flight_key, record_key
+from service.ticket import Request
 
 SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
 PATIENT = 5.0  # for tests in which Redis is well: a busy machine must not look like a slow Redis

@@ -1,0 +1,109 @@
+"""A request, and what is known of it on its way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.core import Budget, Detail, Sampling, Turn
+from service.errors import DeadlineExceeded
+from service.scheduler import Kind, Priority
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question about one image or several, as any edge brings it."""
+
+    id: str  # unique: Triton cancels by it
+    images: tuple[bytes | str, ...]  # of each the file's bytes, or the id of one that was sent before
+    question: str
+    budget: Budget  # of each image
+    sampling: Sampling
+    timeout_s: float
+    detail: Detail = "low"
+    turns: tuple[Turn, ...] = ()  # what was asked and answered before, oldest first
+    trace_id: str = ""  # the caller's own id of the request
+    tenant: str = ""  # who shares the service fairly with others; empty is one of its own
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(slots=True)
+class Stage:
+    """How long a request was in one stage: once where several of its images are in it together."""
+
+    seconds: float = 0.0
+    inside: int = 0
+    begun: float = 0.0
+
+    def __enter__(self) -> None:
+        if not self.inside:
+            self.begun = time.monotonic()
+        self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.inside -= 1
+        if not self.inside:
+            self.seconds += time.monotonic() - self.begun
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What is known of one request on its way. Times are seconds of the monotonic clock."""
+
+    request: Request
+    arrived: float
+    deadline: float
+    outcome: str = "cancelled"  # until something else is known
+    tokens: int = 0  # of the LLM, at the most; 0 until it is admitted
+    kind: Kind | None = None  # once an image was looked up
+    encoded: int = 0  # images, a closer view counted as its crops
+    cache: Literal["hit", "miss"] = "miss"  # until every image was looked up
+    detail: Literal["low", "high"] = "low"  # high once a closer view was looked at
+    reduced: bool = False  # once it got less than it could have used
+    stages: defaultdict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int = 0  # once there is a prompt
+    completion_tokens: int = 0
+    finish_reason: Literal["stop", "length"] = "length"
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def stage(self, name: str) -> Stage:
+        return self.stages[name]
+
+    @property
+    def writing(self) -> str:
+        """The stage of the LLM's work; of an answer that comes whole nobody knows when it began to write."""
+        if not self.request.sampling.streaming:
+            return "generate"
+        return "prefill" if self.first_token is None else "decode"
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Raises DeadlineExceeded where the block outlives the request's deadline. No `yield` of events inside."""
+        try:
+            async with asyncio.timeout(self.left_s):
+                yield
+        except TimeoutError as exc:
+            raise self.too_late() from exc
+
+    def too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"no complete answer within timeout_s={self.request.timeout_s:g}: raise it, or ask again when the service "
+            "is less busy",
+            param="timeout_s",
+        )
+
+    def timing_ms(self) -> dict[str, float]:
+        seconds = {name: self.stages.get(name, Stage()).seconds for name in ("queue", "load", "vision")}
+        seconds["first_token"] = (self.first_token or self.arrived) - self.arrived
+        seconds["total"] = time.monotonic() - self.arrived
+        return {name: round(value * 1e3, 2) for name, value in seconds.items()}

@@ -1,0 +1,37 @@
+"""What images gave for questions, kept in process memory: an exact repeat needs no model but the LLM.
+
+It is kept under what it was really made with, the budget that the house allowed and the detail that was looked at, not
+under what was asked for: so a hit is what the models would give now.
+"""
+
+from __future__ import annotations
+
+from service.core import Budget, Detail, ModelCard, Seen
+from service.images import Image
+from service.lru import Lru
+from service.metrics import Metrics
+
+ENTRY_BYTES = 2048  # of Python objects, besides the arrays and the key
+
+
+def visual_key(card: ModelCard, image: Image, question: str, budget: Budget, detail: Detail) -> bytes:
+    """Names what visual tokens are made from; the question comes last, as it may hold any character."""
+    tokens = map(str, (*budget.vision_tokens, *budget.visual_tokens))
+    return "\0".join([card.visual_fingerprint, image.digest, detail, *tokens, question]).encode()
+
+
+class VisualCache:
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self._lookups = metrics.visual_cache_lookups
+        self._kept: Lru[bytes, Seen] = Lru(max_bytes, metrics.visual_cache_bytes, metrics.visual_cache_evictions)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: bytes) -> Seen | None:
+        seen = self._kept.get(key)
+        self._lookups.labels("miss" if seen is None else "hit").inc()
+        return seen
+
+    def keep(self, key: bytes, seen: Seen) -> None:
+        self._kept.keep(key, seen, seen.nbytes + len(key) + ENTRY_BYTES)

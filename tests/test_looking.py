@@ -1,0 +1,142 @@
+"""What is known of an image is not worked out again, and a hit is what the models would give."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes import CARD, CLOSER, House, Strain, png
+from test_pipeline import answer, request, shades
+
+from service.core import Budget, Sampling, Seen
+from service.fidelity import LEVELS
+from service.images import Image
+from service.visual_cache import VisualCache, visual_key
+
+LARGE = png(size=(300, 200))
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    """With a closer view and a visual cache."""
+    house = House(CLOSER, visual_cache_bytes=1_000_000)
+    yield house
+    house.reader.close()
+
+
+def lookups(house: House) -> dict[str, float]:
+    name = "glimpse_visual_cache_lookups_total"
+    return {result: house.counted(name, result=result) for result in ("hit", "miss")}
+
+
+async def test_an_exact_repeat_needs_no_vision_model_and_changes_nothing(house):
+    text, first = await answer(house, request())
+    again, second = await answer(house, request(image=first.image_ids[0], sampling=Sampling(max_tokens=8)))
+    assert house.vision.calls == ["see"]
+    assert (again, second.cache, second.relevance) == (text, "hit", first.relevance)
+    one, other = house.language.prompts
+    assert np.array_equal(one.visual_tokens, other.visual_tokens)
+    assert np.array_equal(one.extra_ids, other.extra_ids)
+    assert lookups(house) == {"hit": 1, "miss": 1}
+    assert house.counted("glimpse_visual_cache_bytes") > one.visual_tokens.nbytes
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="follow_up") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question": "which shape?"},
+        {"budget": Budget(vision_tokens=(64, 128))},
+        {"budget": Budget(visual_tokens=(32, 64))},
+        {"detail": "high"},
+        {"image": png((1, 2, 3))},
+    ],
+)
+async def test_another_question_budget_detail_or_image_is_looked_at_anew(house, change):
+    await answer(house, request())
+    calls = len(house.vision.calls)
+    await answer(house, request(**change))
+    assert len(house.vision.calls) > calls
+    assert lookups(house)["hit"] == 0
+
+
+async def test_auto_goes_on_from_what_is_known(house):
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    house.vision.calls.clear()
+    _, end = await answer(house, request(image=LARGE, detail="auto"))
+    assert house.vision.calls == ["encode 4", "attend_448"]  # it knew from the first request that it asks for more
+    assert end.detail == "high"
+    house.vision.calls.clear()
+    for detail in ("auto", "low"):
+        await answer(house, request(image=LARGE, detail=detail))
+    assert house.vision.calls == []
+
+
+async def test_only_what_is_new_of_several_images_is_looked_at(house):
+    red, grey = png((240, 0, 0)), png((90, 90, 90))
+    await answer(house, request(image=grey))
+    _, end = await answer(house, request(images=(red, grey)))
+    assert house.vision.calls == ["see", "see"]
+    assert shades(house) == [80, 90]
+    assert end.cache == "miss"
+    _, again = await answer(house, request(images=(grey, red)))
+    assert house.vision.calls == ["see", "see"]
+    assert shades(house) == [90, 80]
+    assert again.cache == "hit"
+
+
+async def test_what_was_seen_under_strain_is_not_taken_for_what_was_asked(house):
+    house.admission.controller = Strain(4)
+    _, reduced = await answer(house, request())
+    assert reduced.reduced
+    house.admission.controller = Strain(0)
+    _, whole = await answer(house, request())
+    assert not whole.reduced
+    assert house.vision.calls == ["see", "attend"]
+    house.admission.controller = Strain(4)
+    _, again = await answer(house, request())
+    assert (again.reduced, house.vision.calls) == (True, ["see", "attend"])
+
+
+async def test_who_is_denied_a_closer_view_is_told_so_even_if_it_was_known(house):
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    house.admission.controller = Strain(LEVELS.index(next(level for level in LEVELS if not level.closer_view)))
+    for detail in ("auto", "high"):
+        _, end = await answer(house, request(image=LARGE, detail=detail, budget=Budget((64, 64))))
+        assert (end.detail, end.reduced) == ("low", True)
+
+
+async def test_an_image_that_comes_along_can_be_asked_about_by_its_id_after_a_hit_too():
+    house = House(visual_cache_bytes=1_000_000, max_image_bytes=2000, image_store_bytes=3024)  # room for one
+    await answer(house, request())
+    await house.pipeline.keep_image(png((1, 2, 3)))
+    _, end = await answer(house, request())
+    assert house.vision.calls == ["see"]
+    assert (await answer(house, request(image=end.image_ids[0])))[0] == "red"
+    house.reader.close()
+
+
+def test_keys_differ_in_all_that_they_name():
+    image, other = Image.of(b"a"), Image.of(b"b")
+    keys = [
+        visual_key(CARD, image, "a?", Budget(), "low"),
+        visual_key(CARD, other, "a?", Budget(), "low"),
+        visual_key(CARD, image, "b?", Budget(), "low"),
+        visual_key(CARD, image, "a?", Budget(), "high"),
+        visual_key(CARD, image, "a?", Budget((64, 128)), "low"),
+        visual_key(CARD, image, "a?", Budget(visual_tokens=(32, 64)), "low"),
+        visual_key(replace(CARD, visual_fingerprint="w"), image, "a?", Budget(), "low"),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+async def test_the_cache_holds_no_more_than_its_bytes(house):
+    _, end = await answer(house, request())
+    seen = Seen(house.language.prompts[0].visual_tokens, end.relevance[0], Budget())
+    cache = VisualCache(3 * (seen.nbytes + 3000), house.metrics)
+    for number in range(10):
+        cache.keep(f"{number}".encode(), seen)
+    assert len(cache) == 3
+    assert [number for number in range(10) if cache.get(f"{number}".encode())] == [7, 8, 9]

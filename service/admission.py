@@ -117,7 +117,9 @@ class Admission:
         if level != before:
             self._metrics.fidelity_changes.inc()
             most = LEVELS[level]
-            log.info("fidelity", level=level, vision_tokens=most.vision_tokens, visual_tokens=most.visual_tokens)
+            log.info(
+                "fidelity", fidelity_level=level, vision_tokens=most.vision_tokens, visual_tokens=most.visual_tokens
+            )
         return level
 
 

@@ -42,7 +42,7 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
         await waiting
     assert metrics.registry.get_sample_value("glimpse_fidelity_changes_total") == 1
     assert lines == [
-        {"event": "fidelity", "log_level": "info", "level": 1, "vision_tokens": 192, "visual_tokens": 96},
+        {"event": "fidelity", "log_level": "info", "fidelity_level": 1, "vision_tokens": 192, "visual_tokens": 96},
     ]
 
 

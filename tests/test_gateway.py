@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -259,3 +260,28 @@ async def test_a_full_house_of_new_and_known_images_streamed_and_not_all_get_ans
         'requests_waiting{kind="follow_up"}',
     ):
         assert f"glimpse_{gauge} 0.0" in text
+
+
+async def test_in_a_crowd_requests_look_less_closely_but_who_will_not(start_gateway, triton, scenes, card):
+    url = f"127.0.0.1:{triton.ports.grpc}"
+    settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_ELASTIC_FIDELITY": "true"}
+    settings |= {"GLIMPSE_FIDELITY_TARGET_S": "0.0001", "GLIMPSE_VISION_SLOTS": "1", "GLIMPSE_STALL_TIMEOUT_S": "30"}
+    least, most = card.vision_tokens
+    with start_gateway(settings) as gateway:
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=60, limits=limits) as http:
+            exact = {"budget": {"vision_tokens": [most, most]}}
+            crowd = [
+                answer(http, scene, QUESTIONS[0], **(exact if i % 4 == 0 else {}))
+                for i, scene in enumerate(scenes[:24])
+            ]
+            said = [each["vision"] for each in await asyncio.gather(*crowd)]
+            text = (await http.get("/metrics")).text
+        reduced = [each for each in said if each["reduced"]]
+        assert len(reduced) > len(said) / 4
+        assert all(least <= each["vision_tokens"] <= 192 for each in reduced)
+        assert {each["vision_tokens"] for each in said[::4]} == {most}
+        assert not any(each["reduced"] for each in said[::4])
+        assert f"glimpse_reduced_answers_total {len(reduced)}.0" in text
+        assert "glimpse_fidelity_changes_total 0.0" not in text
+    assert re.search(r"event=fidelity fidelity_level=1 ", gateway.log_path.read_text())

@@ -170,9 +170,11 @@ class Allocation(nn.Module):
         """Level of detail of each cell, int64 [B, 64]; the arguments of `steps`."""
         return self.steps(gains, refinements, explore, closer).levels
 
-    def sources(self, features: Tensor) -> Tensor:
-        """Every token of the 224-pixel view: features [B, 257, D], then the cells' means -> [B, 321, D]."""
-        return torch.cat([features, cells_of(features[:, 1:]).mean(2)], dim=1)
+    def sources(self, features: Tensor, closer: Tensor | None = None) -> Tensor:
+        """Every token that could be chosen: features [B, 257, D], the cells' means, and the closer view's tokens
+        [B, 1024, D] where there is one -> [B, 321 or 1345, D]."""
+        pooled = cells_of(features[:, 1:]).mean(2)
+        return torch.cat([features, pooled] if closer is None else [features, pooled, closer], dim=1)
 
     def pack(
         self,

@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """Every candidate token with its gate: CLS, 256 patches, 64 pooled cells, and 1024 of a closer view."""
+    """Every candidate token, in the order of `Allocation.sources`, with its gate."""
 
     tokens: Tensor  # [B, N, D], N = 321, or 1345 with a closer view
     gates: Tensor  # [B, N]
@@ -113,16 +113,20 @@ def _edge(number: Tensor, position: Tensor) -> Tensor:
 
 
 def open_tokens(allocation: Allocation, features: Tensor, detail: Tensor | None, choice: Choice) -> Opened:
-    """features [B, 257, D] and every token of the closer view [B, 1024, D] (`CloserView`), or None."""
+    """features [B, 257, D] and the closer view's tokens [B, 1024, D] (`RelevanceAllocator.detail`), or None."""
     if (detail is None) != (choice.deep is None):
         raise ValueError("a closer view's tokens and gates come together or not at all")
+    return Opened(allocation.sources(features, detail), gates_of(allocation, choice))
+
+
+def gates_of(allocation: Allocation, choice: Choice) -> Tensor:
+    """The gates [B, N] alone, for tokens that several choices share."""
     seen = torch.ones_like(choice.refined[:, :1])
     patches = choice.refined if choice.deep is None else choice.refined - choice.deep
     gates = [seen, _by_place(patches, allocation.patch_of), 1 - choice.refined]
     if choice.deep is not None:
         gates.append(_by_place(choice.deep, allocation.detail_of))
-    tokens = allocation.sources(features)
-    return Opened(tokens if detail is None else torch.cat([tokens, detail], dim=1), torch.cat(gates, dim=1))
+    return torch.cat(gates, dim=1)
 
 
 def _by_place(cells: Tensor, places: Tensor) -> Tensor:

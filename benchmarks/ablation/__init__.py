@@ -1,0 +1,1 @@
+"""What each part of the relevance allocator is worth, measured on scenes that nothing was trained on."""

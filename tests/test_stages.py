@@ -1,0 +1,36 @@
+"""What each served model costs, from Triton's statistics: the arithmetic, and once on the real chain."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from conftest import Gateway
+
+from benchmarks.stages import between, counters, measure, summary
+from service.embedded import EmbeddedTriton
+
+
+def test_only_what_was_served_in_between_counts():
+    before = {"vision_encoder": (10, 100.0), "llm": (5, 7.0)}
+    after = {"vision_encoder": (14, 148.0), "llm": (5, 7.0), "qformer": (2, 3.0)}
+    assert between(before, after) == {"vision_encoder": 12.0, "qformer": 1.5}
+
+
+def test_the_allocators_share_is_of_the_same_rounds():
+    told = summary([{"vision_encoder": 10.0, "relevance_allocator": 0.5 + step / 10} for step in range(3)])
+    assert told["allocator_over_encoder"] == {"value": 0.06, "low": 0.05, "high": 0.07}
+    assert told["met"] is True
+
+
+def test_a_stranger_at_the_server_is_noticed():
+    with pytest.raises(ValueError, match="somebody else"):
+        summary([{"vision_encoder": 10.0, "relevance_allocator": 1.0}, {"vision_encoder": 10.0}])
+
+
+def test_the_served_chain_tells_what_each_model_costs(gateway: Gateway, triton: EmbeddedTriton):
+    triton_url = f"http://127.0.0.1:{triton.ports.http}"
+    told = measure(gateway.url, triton_url, rounds=2, requests=2, detail="low")
+    assert {"vision_encoder", "relevance_allocator", "qformer", "llm"} <= set(told["compute_ms"])
+    assert all(figure["value"] > 0 for figure in told["compute_ms"].values())
+    with httpx.Client(base_url=triton_url) as client:
+        assert counters(client)["vision_encoder"][0] >= 6

@@ -8,12 +8,13 @@ nothing can lock. Each resource is given
   - there to the smallest rank: a claim's arrival, put back by its handicap, which is its kind's HANDICAP_S and for low
     priority LOW_PRIORITY_S more. The cheaper kind goes first, and age makes up for it: nobody who comes so much later
     overtakes,
-  - past claims that do not fit, as long as these have waited less than PATIENCE_S: then nothing behind them starts.
+  - past claims that do not fit, until these have waited for their handicap and PATIENCE_S: then nothing behind them
+    starts.
 
 So nothing that fits waits, but behind somebody out of patience. And nobody starves: with S the longest time that a
-claim is held, P the longer of PATIENCE_S and its handicap, and n the claims that arrived before this one was P old and
-start before it, it waits at most P + PATIENCE_S + 2 S (n + 1): then one of them starts every 2 S, S until their tenants
-hold nothing, S until nobody does.
+claim is held, P its handicap and PATIENCE_S together, and n the claims that arrived before this one was P old and start
+before it, it waits at most P + PATIENCE_S + 2 S (n + 1): then one of them starts every 2 S, S until their tenants hold
+nothing, S until nobody does.
 
 A claim is dropped, and nothing spent on it, once what it needs at the least would end past its deadline.
 """
@@ -147,10 +148,10 @@ class _Pool:
             return None
         least = math.inf
         for queue in self._in_turn():
-            for _, _, claim in queue:
+            for rank, _, claim in queue:
                 if claim.amount <= self.free:
                     return claim
-                if now - claim.arrived >= PATIENCE_S:
+                if now - rank >= PATIENCE_S:
                     return None
                 least = min(least, claim.amount)
         self.least_amount = least

@@ -60,9 +60,12 @@ async def own_models() -> AsyncIterator[Models]:
         log_path = Path(folder) / "triton.log"
         async with (
             TritonClient(url, url) as client,
-            EmbeddedTriton(repository, client=client, card=card, log_path=log_path, ports=ports),
+            EmbeddedTriton(repository, client=client, card=card, log_path=log_path, ports=ports) as triton,
+            asyncio.TaskGroup() as tasks,
         ):
+            watch = tasks.create_task(triton.supervise())
             yield Models(client, card, PromptBuilder.load(card, repository))
+            watch.cancel()
 
 
 async def answer_to(models: Models, question: str, visual_tokens: FloatArray, max_tokens: int) -> str:

@@ -155,8 +155,13 @@ class Looker:
 
     def _recall(self, look: Look, ticket: Ticket) -> bool:
         """Whether it is known what the image gives for the question."""
-        budget = self._budget(look, ticket)
-        look.seen = self.visual.get(visual_key(self.card, look.image, ticket.request.question, budget, look.detail))
+        asked, allowed = self._asked(look, ticket), self._budget(look, ticket)
+        # What was seen before as closely as is asked is free now, where it is no more for the LLM.
+        budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
+        question = ticket.request.question
+        keys = [visual_key(self.card, look.image, question, budget, look.detail) for budget in dict.fromkeys(budgets)]
+        look.seen = self.visual.get(*keys)
+        look.reduced = look.seen is not None and look.seen.budget != asked
         if self._asks_for_more(look, ticket):
             return self._recall(look, ticket)
         if look.seen is not None:
@@ -213,13 +218,16 @@ class Looker:
             seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
         self._keep(look, seen, ticket)
 
-    def _budget(self, look: Look, ticket: Ticket) -> Budget:
-        """What the request asks for, as far as its views have it and the house allows it now."""
+    def _asked(self, look: Look, ticket: Ticket) -> Budget:
+        """What the request asks for, as far as its views have it."""
         budget = ticket.request.budget
-        if look.detail == "low":
-            budget = budget.within(self.card.vision_tokens[1])
-        allowed = self.admission.fidelity.cap(budget)
-        look.reduced = allowed != budget
+        return budget.within(self.card.vision_tokens[1]) if look.detail == "low" else budget
+
+    def _budget(self, look: Look, ticket: Ticket) -> Budget:
+        """What it gets, which the house says now."""
+        asked = self._asked(look, ticket)
+        allowed = self.admission.fidelity.cap(asked)
+        look.reduced = allowed != asked
         return allowed
 
     @asynccontextmanager

@@ -28,8 +28,9 @@ class VisualCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: bytes) -> Seen | None:
-        seen = self._kept.get(key)
+    def get(self, *keys: bytes) -> Seen | None:
+        """What is kept under the first of them that has something."""
+        seen = next((seen for key in keys if (seen := self._kept.get(key)) is not None), None)
         self._lookups.labels("miss" if seen is None else "hit").inc()
         return seen
 

@@ -42,6 +42,28 @@ async def test_an_exact_repeat_needs_no_vision_model_and_changes_nothing(house):
     assert house.counted("glimpse_request_queue_time_seconds_count", kind="follow_up") == 1
 
 
+async def test_under_strain_what_was_seen_closely_before_is_free_and_not_reduced(house):
+    await answer(house, request())
+    house.admission.controller = Strain(4)
+    _, known = await answer(house, request())
+    _, other = await answer(house, request(question="which?"))
+    _, again = await answer(house, request(question="which?"))
+    assert [known.reduced, other.reduced, again.reduced] == [False, True, True]
+    assert house.vision.calls == ["see", "attend"]
+    assert lookups(house) == {"hit": 2, "miss": 2}
+
+
+async def test_under_strain_more_visual_tokens_than_are_allowed_are_not_free():
+    house = House(replace(CARD, visual_tokens=(32, 64)), visual_cache_bytes=1_000_000)
+    wide = Budget(visual_tokens=(32, 64))
+    await answer(house, request(budget=wide))
+    house.admission.controller = Strain(3)
+    _, end = await answer(house, request(budget=wide))
+    assert (end.reduced, end.visual_tokens) == (True, 32)
+    assert house.vision.calls == ["see", "attend"]
+    house.reader.close()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -96,7 +118,7 @@ async def test_what_was_seen_under_strain_is_not_taken_for_what_was_asked(house)
     assert house.vision.calls == ["see", "attend"]
     house.admission.controller = Strain(4)
     _, again = await answer(house, request())
-    assert (again.reduced, house.vision.calls) == (True, ["see", "attend"])
+    assert (again.reduced, house.vision.calls) == (False, ["see", "attend"])  # the better one is there, and free
 
 
 async def test_who_is_denied_a_closer_view_is_told_so_even_if_it_was_known(house):

@@ -204,7 +204,7 @@ def stats(redis_url: RedisUrl) -> None:
     bound = f"of {megabytes(found.max_bytes)}, {found.policy}" if found.max_bytes else "without a bound (maxmemory 0)"
     typer.echo(f"Redis {found.version} uses {megabytes(found.used_bytes)} {bound}; {found.evicted_keys} keys evicted")
     for fingerprint, kept in sorted(found.kept.items()):
-        typer.echo(f"{fingerprint}: {kept.records} images, {megabytes(kept.nbytes)}")
+        typer.echo(f"{fingerprint}: {kept.records} views of images, {megabytes(kept.nbytes)}")
     if not found.kept:
         typer.echo("no vision features")
 
@@ -225,7 +225,7 @@ def purge(
     require("redis", "serve")
     from service import cache_admin  # noqa: PLC0415
 
-    typer.echo(f"{in_redis(cache_admin.purge(redis_url, fingerprint))} images' features deleted")
+    typer.echo(f"{in_redis(cache_admin.purge(redis_url, fingerprint))} views of images deleted")
 
 
 @cache.command()

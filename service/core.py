@@ -48,6 +48,8 @@ class Budget:
     def within(self, vision_tokens: int) -> Budget:
         """With at most so many vision tokens."""
         least, most = self.vision_tokens
+        if most <= vision_tokens:
+            return self
         return replace(self, vision_tokens=(min(least, vision_tokens), min(most, vision_tokens)))
 
 

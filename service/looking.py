@@ -6,7 +6,9 @@
     encode             its closer view, four crops in one batch, where the question asks for one: attend again
 
 Every image is looked at by itself, several of one request at the same time: each has its own lookups, flights and
-vision slots, so two requests for the same images in another order cannot lock.
+vision slots, so two requests for the same images in another order cannot lock. Each is a call of one row: on a CPU four
+images in one batch cost the encoder what four calls do (13.9 against 13.2 ms an image with the reference model), and
+calls overlap in the chain's stages; where a batch pays, Triton's dynamic batching makes one of the calls.
 """
 
 from __future__ import annotations

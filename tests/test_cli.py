@@ -234,10 +234,13 @@ def test_stats_and_purge_by_encoder(redis_server):
     nbytes = len(pack(FeatureKey("old", 224, "100"), vision))
     assert status == 0
     assert "MB of 1000.0 MB, noeviction; 0 keys evicted" in first
-    assert models == [f"new: 400 images, {400 * nbytes / 1e6:.1f} MB", f"old: 800 images, {800 * nbytes / 1e6:.1f} MB"]
+    assert models == [
+        f"new: 400 views of images, {400 * nbytes / 1e6:.1f} MB",
+        f"old: 800 views of images, {800 * nbytes / 1e6:.1f} MB",
+    ]
     purge = ["cache", "purge", "--redis-url", redis_server.url]
-    assert run(*purge, "--fingerprint", "old")[:2] == (0, "800 images' features deleted\n")
-    assert run(*purge)[:2] == (0, "400 images' features deleted\n")
+    assert run(*purge, "--fingerprint", "old")[:2] == (0, "800 views of images deleted\n")
+    assert run(*purge)[:2] == (0, "400 views of images deleted\n")
     assert run("cache", "stats", "--redis-url", redis_server.url)[1].endswith("no vision features\n")
     assert client.keys() == [b"somebody:else"]
 

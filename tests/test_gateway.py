@@ -83,6 +83,32 @@ async def test_the_second_question_about_an_image_hits_and_says_the_same_as_a_mi
     assert hit["image_ids"] == miss["image_ids"]
 
 
+async def test_several_images_and_earlier_turns_have_an_answer(http, scenes):
+    ids = [(await http.post("/v1/images", content=scene)).json()["id"] for scene in scenes[:2]]
+    alone = await answer(http, ids[0], QUESTIONS[1])
+    body = {"images": ids, "question": QUESTIONS[1], "max_tokens": 8, "explain": True}
+    both = (await http.post("/v1/vqa", json=body)).raise_for_status().json()
+    assert both["image_ids"] == ids
+    assert both["usage"]["image_tokens"] == 2 * alone["usage"]["image_tokens"]
+    assert len(both["relevance"]) == 2
+    said = await answer(http, ids[0], QUESTIONS[2], turns=[{"question": QUESTIONS[1], "answer": alone["answer"]}])
+    assert said["usage"]["prompt_tokens"] > alone["usage"]["prompt_tokens"]
+
+
+async def test_a_closer_view_is_looked_at_where_the_model_has_one(http, card):
+    image = BytesIO()
+    Pillow.open(BytesIO(a_new_image(6))).resize((448, 448)).save(image, "PNG")
+    if not card.closer_view:
+        pytest.skip(f"{card.name} has no closer view")
+    low = await answer(http, image.getvalue(), QUESTIONS[0])
+    high = await answer(http, image.getvalue(), QUESTIONS[0], detail="high", explain=True)
+    again = await answer(http, image.getvalue(), QUESTIONS[1], detail="high")
+    assert [each["vision"]["detail"] for each in (low, high, again)] == ["low", "high", "high"]
+    assert [each["vision"]["cache"] for each in (low, high, again)] == ["miss", "miss", "hit"]
+    levels = np.array(high["relevance"][0]["levels"])
+    assert np.array([1, 4, 16])[levels].sum() == high["vision"]["vision_tokens"]
+
+
 async def test_the_stream_put_together_is_the_answer(http, scenes):
     for question in QUESTIONS:
         whole = await answer(http, scenes[0], question)

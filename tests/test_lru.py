@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.lru import Lru
@@ -38,6 +38,7 @@ def test_what_is_larger_than_all_is_not_kept_and_pushes_nothing_out():
     assert (kept.get("a"), kept.get("b")) == (1, None)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 40))))
 def test_the_bytes_are_those_of_what_is_kept_and_never_over_the_bound(steps):
     kept, metrics = lru(60)

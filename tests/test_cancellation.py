@@ -46,7 +46,8 @@ class Service:
     def __init__(self, card: ModelCard = CARD) -> None:
         self.house = House(card, vision_slots=1, llm_tokens=CARD.max_positions)
         self.house.reader.close()
-        self.house.reader = self.house.pipeline.reader = self.reader = CountingReader(self.house.reader)
+        self.reader = CountingReader(self.house.reader)
+        self.house.reader = self.house.pipeline.reader = self.house.pipeline.looker.reader = self.reader
         self.app = http_api(self.house.edge)
 
     def ask(self, number: int, **fields: object) -> Caller:

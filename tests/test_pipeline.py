@@ -727,7 +727,8 @@ async def test_retry_after_comes_from_how_fast_the_house_drains():
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 3),  # image
+            st.lists(st.integers(0, 3), min_size=1, max_size=3),  # images
+            st.sampled_from(["low", "high", "auto"]),
             st.sampled_from(["ok", "ok", "error", "cancel", "timeout"]),
             st.sampled_from(["", "a", "b"]),
             st.integers(1, 4),  # turns of the loop until the next one
@@ -739,22 +740,24 @@ async def test_retry_after_comes_from_how_fast_the_house_drains():
 @settings(max_examples=40, deadline=None)
 def test_whatever_happens_to_requests_everything_they_held_comes_back(requests):
     async def day() -> None:
-        house = House(vision_slots=1, llm_tokens=2 * CARD.max_positions, max_requests_in_flight=200)
-        house.vision.close("see")
+        house = House(CLOSER, vision_slots=2, llm_tokens=2 * CARD.max_positions, max_requests_in_flight=200)
+        house.vision.close("see", "encode", "attend_448")
+        house.vision.particularize = 0.7
         tasks = []
-        for number, (image, fate, tenant, gap) in enumerate(requests):
-            broken = {"images": (b"no image",)} if fate == "error" else {}
-            timeout_s = 0.01 if fate == "timeout" else 10
-            asked = request(id=f"vqa_{number}", image=png((image, 0, 0)), tenant=tenant, timeout_s=timeout_s)
-            tasks.append(asyncio.create_task(answer(house, replace(asked, **broken))))
+        for number, (shades, detail, fate, tenant, gap) in enumerate(requests):
+            images = [png((shade, 0, 0), (230, 8)) for shade in shades]
+            images[-1:] = [b"no image"] if fate == "error" else images[-1:]
+            timeout_s = 0.01 if fate == "timeout" else 30
+            asked = request(id=f"vqa_{number}", images=tuple(images), detail=detail, tenant=tenant, timeout_s=timeout_s)
+            tasks.append(asyncio.create_task(answer(house, asked)))
             for _ in range(gap):
                 await asyncio.sleep(0)
             if fate == "cancel":
                 tasks[-1].cancel()
-        await asyncio.sleep(0.02 if any(fate == "timeout" for _, fate, _, _ in requests) else 0)
+        await asyncio.sleep(0.02 if any(fate == "timeout" for _, _, fate, _, _ in requests) else 0)
         house.vision.gate.set()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
-        for (_, fate, _, _), end in zip(requests, ends, strict=True):
+        for (_, _, fate, _, _), end in zip(requests, ends, strict=True):
             assert {"ok": isinstance(end, tuple), "error": isinstance(end, InvalidImage)}.get(fate, True), end
         assert nothing_is_held(house)
         assert house.admission.ledger.tenants == 0

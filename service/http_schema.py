@@ -428,6 +428,17 @@ class ErrorBody(BaseModel):
         return cls(error=WireError(message=error.message, type=error.type, param=error.param, code=error.code))
 
 
+class CloserView(BaseModel):
+    vision_tokens: tuple[int, int] = Field(description="What a request's budget may ask for with it.")
+    auto_at: float = Field(description="Detail `auto` looks closer where `particularize` reaches this.")
+
+    @classmethod
+    def of(cls, card: ModelCard) -> Self | None:
+        if not card.closer_view:
+            return None
+        return cls(vision_tokens=card.vision_tokens_for("high"), auto_at=card.closer_view_at)
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -436,6 +447,8 @@ class Model(BaseModel):
     allocator_trained: bool = Field(description="Whether relevance knows of the question.")
     max_positions: int = Field(description="Visual, prompt and answer tokens together.")
     budget: WireBudget = Field(description="What a request's budget may ask for.")
+    default_visual_tokens: tuple[int, int] = Field(description="Of a budget that does not say.")
+    closer_view: CloserView | None = Field(None, description="Left out where detail is always low.")
     metadata: dict[str, Any]
 
     @classmethod
@@ -446,6 +459,8 @@ class Model(BaseModel):
             allocator_trained=card.allocator_trained,
             max_positions=card.max_positions,
             budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),
+            default_visual_tokens=card.default_visual_tokens,
+            closer_view=CloserView.of(card),
             metadata=dict(card.metadata),
         )
 

@@ -536,6 +536,15 @@ async def test_the_model_tells_what_it_offers(caller):
     assert answer["object"] == "list"
     assert model["id"] == "tiny"
     assert model["budget"] == {"vision_tokens": [64, 256], "visual_tokens": [32, 32]}
+    assert model["default_visual_tokens"] == [32, 32]
+    assert "closer_view" not in model
+
+
+async def test_a_model_with_a_closer_view_tells_when_auto_takes_it():
+    keen = Caller(House(CLOSER))
+    (model,) = (await keen.http.get("/v1/models")).json()["data"]
+    assert model["closer_view"] == {"vision_tokens": [64, 400], "auto_at": 0.6}
+    await keen.close()
 
 
 async def test_metrics_count_questions_and_http_requests(caller):

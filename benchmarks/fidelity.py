@@ -2,12 +2,13 @@
 
     python -m benchmarks.fidelity         # starts a Triton of its own on GLIMPSE_MODEL_REPOSITORY
 
-One call at a time, the budgets in turn, ROUNDS times: medians, and the quickest in brackets, which a busy machine
+One call at a time, the budgets in turn, `--rounds` times: medians, and the quickest in brackets, which a busy machine
 disturbs least. `first token` is the LLM's with the visual tokens, a short question and one token of answer.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import socket
@@ -28,7 +29,6 @@ from service.prompt import PromptBuilder
 from service.settings import PROJECT
 from service.triton import TritonClient
 
-ROUNDS = 60
 VISION_TOKENS = (64, 96, 112, 128, 192, 256)
 VISUAL_TOKENS = (32, 64, 96, 128)
 QUESTION = "what colour is the small circle?"
@@ -118,11 +118,11 @@ async def calls(models: Models) -> dict[str, Call]:
     return every
 
 
-async def main() -> None:
+async def measure(rounds: int) -> None:
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     async with own_models() as models:
         every = await calls(models)
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, call in every.items():
                 begun = time.perf_counter()
                 await call()
@@ -131,5 +131,11 @@ async def main() -> None:
         print(f"{name:32} {np.median(taken) * 1e3:7.2f} ms ({min(taken) * 1e3:.2f})")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    asyncio.run(measure(parser.parse_args().rounds))
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

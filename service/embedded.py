@@ -64,7 +64,7 @@ class Client(Protocol):
     """What is needed of service.triton.TritonClient."""
 
     async def ready(self) -> bool: ...
-    async def probe(self, model: str, card: ModelCard, timeout_s: float) -> None: ...
+    async def probe(self, model: str, card: ModelCard, timeout_s: float, fresh_s: float = 0.0) -> None: ...
     async def load(self, model: str, timeout_s: float) -> None: ...
     async def unload(self, model: str, timeout_s: float) -> None: ...
     def abandon(self, lost: str) -> None: ...
@@ -286,7 +286,7 @@ class EmbeddedTriton:
         while True:
             await asyncio.sleep(self._canary_interval_s)
             try:
-                await self._probe_all(self._canary_timeout_s)
+                await self._probe_all(self._canary_timeout_s, fresh_s=self._canary_interval_s)
             except GlimpseError as exc:
                 failures = failures + 1 if self.ready else 0  # else the other watch is at work already
                 log.warning("canary failed", error=exc.message, failures=failures)
@@ -408,9 +408,9 @@ class EmbeddedTriton:
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         ]
 
-    async def _probe_all(self, timeout_s: float) -> None:
+    async def _probe_all(self, timeout_s: float, fresh_s: float = 0.0) -> None:
         for model in (*self._card.called, "vqa"):  # between them they infer every model
-            await self._client.probe(model, self._card, timeout_s)
+            await self._client.probe(model, self._card, timeout_s, fresh_s)
 
     def _note_processes(self) -> None:
         """Every model process is up: remember which is whose."""

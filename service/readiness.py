@@ -16,8 +16,8 @@ log = structlog.get_logger()
 
 
 class Prober(Protocol):
-    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0) -> None:
-        """Really infers that model. Raises Unavailable."""
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
+        """Really infers that model, unless it answered anybody within `fresh_s`. Raises Unavailable."""
         ...
 
 
@@ -39,12 +39,12 @@ class Readiness:
         self.faults[model] = fault
         self._metrics.ready.set(self.ready)
 
-    async def probe(self, prober: Prober, card: ModelCard, timeout_s: float) -> None:
+    async def probe(self, prober: Prober, card: ModelCard, timeout_s: float, fresh_s: float = 0.0) -> None:
         """Asks every model once, all at the same time."""
 
         async def one(model: str) -> None:
             try:
-                await prober.probe(model, card, timeout_s)
+                await prober.probe(model, card, timeout_s, fresh_s)
             except GlimpseError as error:
                 self.set(model, error.message)
             else:
@@ -55,7 +55,7 @@ class Readiness:
                 probes.create_task(one(model))
 
     async def watch(self, prober: Prober, card: ModelCard, interval_s: float, timeout_s: float) -> None:
-        """Probes for as long as the service lives, ten times as often while it is not ready."""
+        """Probes what is idle for as long as the service lives, ten times as often while it is not ready."""
         while True:
-            await self.probe(prober, card, timeout_s)
+            await self.probe(prober, card, timeout_s, fresh_s=interval_s / 2)
             await asyncio.sleep(interval_s if self.ready else interval_s / 10)

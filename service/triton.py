@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import math
+import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -232,6 +234,7 @@ class TritonClient:
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in MODELS}
         self._abandoned: set[grpc.aio.Call] = set()
         self._ending: set[grpc.aio.Call] = set()
+        self._answered: dict[str, float] = {}  # by model of MODELS, the monotonic time of its last good response
         self._stopping: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> TritonClient:
@@ -376,18 +379,37 @@ class TritonClient:
                 if response.error_message:
                     raise translate(model, None, response.error_message)
                 final = bool(response.infer_response.parameters["triton_final_response"].bool_param)
+                self._answered[model] = time.monotonic()
                 if final:
                     self._let_end(model, call)
                 yield response.infer_response
 
-    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0) -> None:
-        """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong."""
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
+        """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong.
+
+        A model that answered anybody within the last `fresh_s` is not asked. One that answers others while the probe
+        waits is busy, not gone: a probe comes last in its queue.
+        """
+        begun = time.monotonic()
+        if self._answers_since(model, begun - fresh_s):
+            return
         try:
             await self._probe(model, card, timeout_s)
         except Overloaded:
             return  # it lives
         except GlimpseError as exc:
+            if self._answers_since(model, begun):
+                return
             raise Unavailable(f"the model {model} does not answer: {exc.message}") from exc
+
+    def _answers_since(self, model: str, moment: float) -> bool:
+        """Whether all that the model shares with others has answered since, through whichever of them."""
+        if self._answered.get(model, -math.inf) > moment:
+            return True
+        answering = {part for name, at in self._answered.items() if at > moment for part in MODELS[name].through}
+        others = {part for name, other in MODELS.items() if name != model for part in other.through}
+        shared = others.intersection(MODELS[model].through) if model in MODELS else set()
+        return bool(shared) and shared <= answering
 
     async def _probe(self, model: str, card: ModelCard, timeout_s: float) -> None:
         question = Question(np.zeros(QUESTION_TOKENS, np.int32), np.zeros(QUESTION_TOKENS, np.int32))
@@ -456,6 +478,7 @@ class TritonClient:
         """
         for name, model in MODELS.items():
             if lost in model.through:
+                self._answered.pop(name, None)
                 self._abandon_calls(name)
 
     def _abandon_calls(self, model: str) -> None:
@@ -475,6 +498,7 @@ class TritonClient:
         call = self._stub(model).ModelInfer(_request(model, tensors), timeout=max(timeout_s, 0.0))
         with self._in_flight(model, call):
             response = await call
+        self._answered[model] = time.monotonic()
         return {
             output.name: np.frombuffer(content, _DTYPES[output.datatype]).reshape(tuple(output.shape))
             for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
@@ -488,6 +512,9 @@ class TritonClient:
         try:
             with _translated(model):
                 yield
+        except Unavailable:
+            self._answered.pop(model, None)
+            raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if call in self._abandoned and not (task and task.cancelling()):

@@ -218,7 +218,7 @@ class FakeProber:
     def __init__(self) -> None:
         self.faults: dict[str, Exception] = {}
 
-    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0) -> None:
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
         if model in self.faults:
             raise self.faults[model]
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import numpy as np
@@ -171,7 +172,7 @@ class Load:
             Sampling(max_tokens=200),
             end_id=-1,
             pad_id=self._card.pad_id,
-            request_id="load",
+            request_id=uuid4().hex,
             timeout_s=5,
             stall_timeout_s=2,
         )

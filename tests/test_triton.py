@@ -187,6 +187,30 @@ async def test_every_model_can_be_probed(client: TritonClient, card: ModelCard) 
         await client.probe("nothing", card, timeout_s=1)
 
 
+async def test_a_probe_that_waits_behind_others_work_is_no_fault(asker: Asker) -> None:
+    """All rows are at work and more wait: a probe comes last, and everybody sees that the model lives."""
+    at_work = asyncio.Event()
+    said = 0
+
+    async def speak() -> None:
+        nonlocal said
+        async with aclosing(asker.generate(asker.prompt(), Sampling(max_tokens=200), timeout_s=60)) as tokens:
+            async for _ in tokens:
+                said += 1
+                if said >= 40:
+                    at_work.set()
+
+    async with asyncio.TaskGroup() as crowd:
+        speakers = [crowd.create_task(speak()) for _ in range(50)]
+        await at_work.wait()
+        with pytest.raises(DeadlineExceeded):
+            async with aclosing(asker.generate(asker.prompt(), Sampling(max_tokens=1), timeout_s=0.2)) as tokens:
+                await anext(tokens)
+        await asker.client.probe("llm", asker.card, timeout_s=0.2)
+        for speaker in speakers:
+            speaker.cancel()
+
+
 async def test_too_long_a_request_is_the_callers_mistake(asker: Asker) -> None:
     with pytest.raises(InvalidRequest, match=str(asker.card.max_positions)):
         await asker.tokens(asker.prompt(), Sampling(max_tokens=asker.room() + 1))

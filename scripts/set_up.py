@@ -21,6 +21,8 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 GLIBC = (2, 35)
 # Only the tritonserver binary inside this wheel is used; its Python dependencies (numpy < 2 among them) are not wanted.
 TRITON = "nvidia-pytriton==0.7.0"
+# Of these the tests use the parsers of command lines only, not what they need to run.
+PARSERS = ("polygraphy==0.53.6", "nvidia-modelopt==0.47.0")
 CONSTRAINTS = "constraints.txt"  # the versions that the tests ran with
 # What each goal installs, the smaller ones first: who has a later one has the earlier ones too.
 GOALS = {
@@ -149,6 +151,8 @@ def main():
     extras, what = GOALS[goal]
     install(python, what, ["-c", CONSTRAINTS, "-e", ".[" + extras + "]"])
     install(python, "the bundled Triton server", ["--no-deps", TRITON])
+    if goal == "develop":
+        install(python, "parsers of tools that need a GPU", ["--no-deps", *PARSERS])
     with open(marks[0], "w", encoding="ascii") as mark:
         mark.write(wanted)
     print(f"Set up in {time.time() - started:.0f} s", flush=True)

@@ -21,7 +21,7 @@ URL = "http://127.0.0.1:8080"
 
 app = typer.Typer(
     name="glimpse",
-    help="Ask questions about images: serve the models, ask them, measure them, train them.",
+    help="Ask questions about images: serve the models, ask them, measure them, train and build them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -188,6 +188,12 @@ def budget(
 def train(context: typer.Context) -> None:
     """Train the reference model from nothing: `glimpse train --help` tells its options. Needs PyTorch."""
     become("build_engines.train", context.args, extra="build", needs="torch")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def build(context: typer.Context) -> None:
+    """Build a repository that Triton serves from a BLIP-2 or InstructBLIP checkpoint: `glimpse build --help`."""
+    become("build_engines.build", context.args, extra="build", needs="torch")
 
 
 @cache.command()

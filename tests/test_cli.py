@@ -308,3 +308,9 @@ def test_train_passes_its_arguments_on():
     done = glimpse("train", "--help")
     assert done.returncode == 0
     assert "--resume" in done.stdout
+
+
+def test_build_passes_its_arguments_on():
+    done = glimpse("build", "--help")
+    assert done.returncode == 0
+    assert "--dry-run" in done.stdout

@@ -1,0 +1,73 @@
+"""`manifest.json` of a repository: what it was made from, with what, and what it is, to the byte.
+
+Holds no time and no path, so that the same build twice gives the same manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from build_engines.build.options import Options
+from build_engines.build.plan import Step
+from build_engines.build.run import DONE, digests
+from build_engines.build.source import Source
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def manifest(
+    options: Options, source: Source, root: Mapping[str, Any], steps: Sequence[Step], work: Path, repository: Path
+) -> dict[str, Any]:
+    """Of the files in `repository`, which are all of it but this one."""
+    made = {step.name: work / step.folder for step in steps if (work / step.folder / DONE).exists()}
+    card = json.loads((repository / "card.json").read_text())
+    return {
+        "format": FORMAT,
+        "checkpoint": {
+            "name": source.name,
+            "family": source.family,
+            "parameters": dict(source.parameters),
+            "files": root["checkpoint"],
+        },
+        "profile": options.profile,
+        "precision": options.precision,
+        "batch": {"opt": options.opt_batch, "max": options.vision_batch},
+        "llm": vars(options.llm) if options.profile == "tensorrt" else None,
+        "versions": {**root["versions"], **_built_with(made)},
+        "steps": [
+            {"name": step.name, "key": step.key, "outputs": _outputs(made[step.name])}
+            for step in steps
+            if step.name in made
+        ],
+        "kept_in_fp32": {
+            name: _read(folder / "kept.json") for name, folder in made.items() if (folder / "kept.json").exists()
+        },
+        "parity": _read(made["parity"] / "parity.json"),
+        "accuracy": {key: value for key, value in card["metadata"].items() if key.startswith("accuracy")},
+        "files": digests(repository),
+    }
+
+
+def _built_with(made: Mapping[str, Path]) -> dict[str, Any]:
+    """What the tools said of themselves: TensorRT's version, the GPU and its architecture."""
+    found: dict[str, Any] = {}
+    for folder in made.values():
+        if (folder / "tool.json").exists():
+            found |= _read(folder / "tool.json")
+    return found
+
+
+def _outputs(folder: Path) -> Any:
+    return _read(folder / DONE)["outputs"]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write(path: Path, what: object) -> None:
+    path.write_text(json.dumps(what, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,126 @@
+"""How near two versions of a graph are, output by output, on the same feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from build_engines.export import Graph as Exported
+from triton_models.session import Array
+
+BATCH = 4
+DECODED = 4  # tokens after each prompt, as FP32 chooses them
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """Of one output: cosine of the whole, the least cosine of one sample, and the greatest difference; for integers the
+    share that is equal."""
+
+    cosine: float
+    least_cosine: float
+    greatest_difference: float
+
+    def as_json(self) -> dict[str, float]:
+        return {name: float(f"{value:.7g}") for name, value in vars(self).items()}
+
+
+def nearness(ours: Array, theirs: Array) -> Nearness:
+    """Samples first; both finite, or it is a ValueError."""
+    a, b = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (ours, theirs))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("numbers that are not finite")
+    if not np.issubdtype(theirs.dtype, np.floating):
+        same = (a == b).mean(1)
+        return Nearness(float(same.mean()), float(same.min()), float(np.abs(a - b).max()))
+    rows = [_cosine(x, y) for x, y in zip(a, b, strict=True)]
+    return Nearness(_cosine(a.ravel(), b.ravel()), min(rows), float(np.abs(a - b).max()))
+
+
+def _cosine(a: Array, b: Array) -> float:
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / lengths if lengths else float(np.array_equal(a, b))
+
+
+def session(graph: Path) -> onnxruntime.InferenceSession:
+    """A CPU session that takes FP8 Q/DQ as they stand, which is slow and exact."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
+def outputs(graph: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Every output for all samples; the feeds are cast to what the graph takes."""
+    run = session(graph)
+    takes = {spec.name: _numpy_type(spec.type) for spec in run.get_inputs()}
+    names = [spec.name for spec in run.get_outputs()]
+    parts = [run.run(names, {name: array.astype(takes[name], copy=False) for name, array in part.items()})
+             for part in _batches({name: feeds[name] for name in takes})]  # fmt: skip
+    return {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def outputs_of_module(graph: Exported, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """The same of the PyTorch module."""
+    parts = []
+    for part in _batches({name: feeds[name] for name in graph.inputs}):
+        with torch.inference_mode():
+            found = graph.module(*(torch.from_numpy(array) for array in part.values()))
+        parts.append(found if isinstance(found, tuple) else (found,))
+    return {
+        name: torch.cat(column).numpy() for name, column in zip(graph.outputs, zip(*parts, strict=True), strict=True)
+    }
+
+
+def _batches(feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    count = len(next(iter(feeds.values())))
+    for start in range(0, count, BATCH):
+        yield {name: array[start : start + BATCH] for name, array in feeds.items()}
+
+
+def _numpy_type(onnx_type: str) -> type[np.generic]:
+    return {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32,
+            "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}[onnx_type]  # fmt: skip
+
+
+def logits(graph: Path, feeds: Mapping[str, Array], forced: Array | None = None) -> Array:
+    """[B, 1 + DECODED, V]: after each prompt and each of the `forced` tokens [B, DECODED], or its own likeliest."""
+    run = session(graph)
+    rows = zip(feeds["visual_tokens"], feeds["text_ids"], feeds["text_lengths"], strict=True)
+    found = []
+    for row, (visual, text, length) in enumerate(rows):
+        wanted = None if forced is None else forced[row]
+        found.append(_decode(run, visual, text[: int(length)], wanted))
+    return np.stack(found)
+
+
+def _decode(run: onnxruntime.InferenceSession, visual: Array, text: Array, forced: Array | None) -> Array:
+    """One sequence, a token at a time: [1 + DECODED, V]."""
+    takes = {spec.name: spec for spec in run.get_inputs()}
+    vocab_size = run.get_outputs()[0].shape[1]
+    past = {name: np.zeros([1, spec.shape[1], 0, spec.shape[3]]) for name, spec in takes.items() if _is_past(name)}
+    ids = np.concatenate([np.arange(vocab_size, vocab_size + len(visual)), text])
+    found: list[Array] = []
+    while len(found) <= DECODED:
+        feeds = {
+            "input_ids": ids[np.newaxis],
+            "prompt_embedding_table": visual[np.newaxis],
+            "past_lengths": np.array([next(iter(past.values())).shape[2]]),
+            "input_lengths": np.array([len(ids)]),
+            **past,
+        }
+        given = {name: np.asarray(feeds[name], _numpy_type(spec.type)) for name, spec in takes.items()}
+        last, *new = run.run(["logits", *(name.replace("past", "new", 1) for name in past)], given)
+        past = {name: np.concatenate([past[name], more], axis=2) for name, more in zip(past, new, strict=True)}
+        ids = np.array([last[0].argmax() if forced is None else forced[len(found)]])
+        found.append(last[0])
+    return np.stack(found)
+
+
+def _is_past(name: str) -> bool:
+    return name.startswith(("past_key_", "past_value_"))

@@ -232,6 +232,7 @@ class ModelCard:
     # The file beside the card whose ids `question_ids` are. Where it is not the LLM's, it is the Q-Former's own
     # (InstructBLIP's), which reads the LLM's whole prompt between its special tokens, not the bare question.
     question_tokenizer: str = "tokenizer.json"
+    float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 
     @property
@@ -247,6 +248,10 @@ class ModelCard:
             },
             CLOSER_SIZE: {"features": (CROPS * patches, self.vision_width)},
         }
+
+    def type_of(self, feature: str) -> str:
+        """Triton's type of one of `feature_shapes`' arrays."""
+        return "FP32" if feature in ("saliency", "entropy") else self.float_type
 
     @property
     def called(self) -> tuple[str, ...]:

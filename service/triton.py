@@ -317,6 +317,7 @@ class TritonClient:
         Triton 2.51 leaks such a cancel. Raises Unavailable when no token follows the last one within
         `stall_timeout_s`.
         """
+        _require_consistent(prompt)
         inputs = _llm_inputs(prompt, sampling, end_id, pad_id)
         responses = self._responses("llm", _request("llm", inputs, request_id), timeout_s, stall_timeout_s)
         ended = False
@@ -419,7 +420,7 @@ class TritonClient:
                 await self.see(np.zeros((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), question, budget, timeout_s)
             case "attend" | "attend_448":
                 first, second = (
-                    {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+                    {name: np.zeros(shape, _DTYPES[card.type_of(name)]) for name, shape in shapes.items()}
                     for shapes in card.feature_shapes.values()
                 )
                 closer = CloserFeatures(**second) if model == "attend_448" else None
@@ -427,7 +428,7 @@ class TritonClient:
             case "llm":
                 prompt = Prompt(
                     input_ids=np.array([card.vocab_size, card.bos_id], np.int32),
-                    visual_tokens=np.zeros((1, card.hidden_size), np.float32),
+                    visual_tokens=np.zeros((1, card.hidden_size), _DTYPES[card.float_type]),
                     extra_ids=np.array([1, 0], np.uint64),
                 )
                 tokens = self.generate(
@@ -585,6 +586,26 @@ def _asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:
         "question_mask": question.mask[np.newaxis],
         "budget": budget.to_array()[np.newaxis],
     }
+
+
+def _require_consistent(prompt: Prompt) -> None:
+    """Raises InternalError, as it is our mistake, for what TensorRT-LLM's backend would let pass: it drops extra ids of
+    the wrong length and does not look at the table's size, and then two images could share keys and values."""
+    ids, extra, rows = prompt.input_ids, prompt.extra_ids, len(prompt.visual_tokens)
+    if extra.shape != ids.shape:
+        raise InternalError(f"{extra.size} extra ids for {ids.size} input ids")
+    visual = extra > 0
+    named = ids[visual]
+    first = int(named.min(initial=np.iinfo(np.int32).max))
+    if not np.array_equal(np.sort(named), np.arange(first, first + rows, dtype=np.int64)):
+        raise InternalError(f"{len(named)} visual ids do not name the {rows} rows of the prompt embedding table")
+    if ids[~visual].max(initial=-1) >= first:
+        raise InternalError("an input id names a row of the prompt embedding table and has no extra id")
+    different, at, of = np.unique(extra[visual], return_index=True, return_inverse=True)
+    if len(different) < rows:  # the same image twice
+        table = prompt.visual_tokens[named - first]
+        if not np.array_equal(table, table[at][of]):
+            raise InternalError("two different visual tokens have one extra id")
 
 
 def _llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> dict[str, npt.NDArray[Any]]:

@@ -180,6 +180,37 @@ async def test_end_id_is_the_last_token(asker: Asker) -> None:
     assert [piece async for piece in tokens] == [(first,)]
 
 
+def inconsistent(prompt: Prompt) -> dict[str, Prompt]:
+    """Prompts of two visual tokens or more, each wrong in one way."""
+    ids, extra, table = prompt.input_ids, prompt.extra_ids, prompt.visual_tokens
+    other = extra.copy()
+    other[1] = other[0]
+    unnamed = extra.copy()
+    unnamed[1] = 0
+    twice = ids.copy()
+    twice[1] = twice[0]
+    return {
+        "extra ids for": replace(prompt, extra_ids=extra[:-1]),
+        "do not name the 3 rows": replace(prompt, visual_tokens=np.concatenate([table, table[:1]])[:3]),
+        "1 visual ids": replace(prompt, extra_ids=unnamed),
+        "do not name the 2 rows": replace(prompt, input_ids=twice),
+        "has no extra id": replace(prompt, extra_ids=unnamed, visual_tokens=table[:1]),
+        "one extra id": replace(prompt, extra_ids=other),
+    }
+
+
+async def test_a_prompt_that_could_mix_up_two_images_is_never_sent(asker: Asker) -> None:
+    prompt = asker.prompt(visual_tokens=2)
+    for told, wrong in inconsistent(prompt).items():
+        with pytest.raises(InternalError, match=told):
+            async for _ in asker.generate(wrong, Sampling(max_tokens=1)):
+                pass
+    same = replace(prompt, visual_tokens=np.repeat(prompt.visual_tokens[:1], 2, axis=0))
+    extra = same.extra_ids.copy()
+    extra[1] = extra[0]
+    assert await asker.tokens(replace(same, extra_ids=extra), Sampling(max_tokens=1))  # one image twice may share
+
+
 async def test_every_model_can_be_probed(client: TritonClient, card: ModelCard) -> None:
     for model in (*card.called, "vqa"):
         await client.probe(model, card, timeout_s=10)

@@ -35,7 +35,12 @@ def specs(tensors: object) -> dict[str, Spec]:
 
 def graph_specs(values: object) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Inputs or outputs of an ONNX graph, their first dimension left out; a named dimension is -1."""
-    named = {np.dtype(np.float32): "FP32", np.dtype(np.int32): "INT32", np.dtype(np.uint8): "UINT8"}
+    named = {
+        np.dtype(np.float16): "FP16",
+        np.dtype(np.float32): "FP32",
+        np.dtype(np.int32): "INT32",
+        np.dtype(np.uint8): "UINT8",
+    }
     found = {}
     for value in values:  # type: ignore[attr-defined]
         tensor = value.type.tensor_type

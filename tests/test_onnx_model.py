@@ -72,6 +72,15 @@ def test_a_graph_that_does_not_fit_the_configuration_fails_the_load(adder, tmp_p
         model.initialize(start_arguments(tmp_path, inputs=["a", "c"], outputs=["total"]))
 
 
+@pytest.mark.parametrize(("provider", "told"), [("cuda", "CUDAExecutionProvider"), ("openvino", "there are cpu, cuda")])
+def test_a_provider_that_is_not_there_fails_the_load(adder, tmp_path, provider, told):
+    """ONNX Runtime itself would compute on the CPU and say nothing."""
+    parameters = {"provider": provider}
+    arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters=parameters)
+    with pytest.raises(ValueError, match=told):
+        onnx_model.TritonPythonModel().initialize(arguments)
+
+
 def test_a_parameter_that_is_no_positive_number_fails_the_load(adder, tmp_path):
     model = onnx_model.TritonPythonModel()
     arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters={"intra_op_threads": "0"})

@@ -1,6 +1,6 @@
 """Any ONNX graph whose inputs and outputs are named as the model's in Triton, rows first.
 
-Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1).
+Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `provider` (default cpu).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
         self._outputs = parameters.outputs
-        self._graph = Graph(parameters.graph, parameters.integer("intra_op_threads", 1))
+        self._graph = Graph(
+            parameters.graph, parameters.integer("intra_op_threads", 1), parameters.text("provider", "cpu")
+        )
         self._graph.require(parameters.inputs, parameters.outputs)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -26,11 +26,12 @@ class GroupRunner:
     the graph sees it, and the focus groups' tokens are gathered: each of the two runs is as long as its longest list.
     """
 
-    def __init__(self, graph: Path, intra_op_threads: int = 1) -> None:
-        self._graph = Graph(graph, intra_op_threads)
+    def __init__(self, graph: Path, intra_op_threads: int = 1, provider: str = "cpu") -> None:
+        self._graph = Graph(graph, intra_op_threads, provider)
         _, queries, hidden = self._graph.outputs["visual_tokens"]
         self.queries = int(queries)
         self.hidden_size = int(hidden)
+        self._float = self._graph.float_type("visual_tokens")
         self.groups = MAX_VISUAL_TOKENS // self.queries
         self._reads_question = "question_ids" in self._graph.inputs  # InstructBLIP's does
 
@@ -39,7 +40,7 @@ class GroupRunner:
         mask, groups = inputs["vision_mask"], inputs["query_groups"][:, 0]
         if groups.min() < 1 or groups.max() > self.groups:
             raise InvalidRequest(f"query_groups must be 1 to {self.groups}", param="query_groups")
-        visual = np.zeros((len(mask), self.groups, self.queries, self.hidden_size), np.float32)
+        visual = np.zeros((len(mask), self.groups, self.queries, self.hidden_size), self._float)
         everyone = np.arange(len(mask))
         visual[everyone, 0] = self._query(inputs, everyone, mask > 0)
         if groups.max() > 1:
@@ -50,7 +51,7 @@ class GroupRunner:
 
     def _query(
         self, inputs: Mapping[str, Array], images: npt.NDArray[np.intp], visible: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Array:
         """One run: row i reads the visible [n, 401] vision tokens of image images[i] -> [n, 32, H]."""
         counts = np.count_nonzero(visible, axis=1)
         if not counts.all():
@@ -69,11 +70,14 @@ class GroupRunner:
 
 
 class TritonPythonModel:
-    """Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1)."""
+    """Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `provider` (default
+    cpu)."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        self._runner = GroupRunner(parameters.graph, parameters.integer("intra_op_threads", 1))
+        self._runner = GroupRunner(
+            parameters.graph, parameters.integer("intra_op_threads", 1), parameters.text("provider", "cpu")
+        )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self._runner.run)

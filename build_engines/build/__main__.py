@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from build_engines.build import estimate
 from build_engines.build.commands import resolved
-from build_engines.build.inspection import inspect
 from build_engines.build.options import (
     LLM_IMAGE,
     PRECISIONS,
@@ -127,13 +126,15 @@ def code_digest() -> str:
 
 
 def root_of(source: Source) -> dict[str, Any]:
-    from build_engines.build.steps import versions  # noqa: PLC0415  (the exporter takes seconds to import)
+    from build_engines.build.steps import versions  # noqa: PLC0415  (as above)
 
     return {"checkpoint": source.digests(), "versions": versions(), "code": code_digest()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
+    from build_engines.build.inspection import inspect  # noqa: PLC0415  (PyTorch: not for --help)
+
     try:
         options = options_of(given)
         check_out(options.out)

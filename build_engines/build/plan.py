@@ -82,7 +82,9 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
     graphs = VISION_GRAPHS if options.profile == "tensorrt" else GRAPHS
     static = options.profile == "tensorrt"
     longest = trtllm.longest(options, source) if static else source.max_positions
-    yield Step("card", "card", "card and tokenizers", settings={"max_positions": longest})
+    yield Step(
+        "card", "card", "card and tokenizers", settings={"max_positions": longest, "precision": options.precision}
+    )
     for name in graphs:
         yield Step(f"export {name}", "export", "PyTorch to ONNX, FP32", settings={"graph": name, "static": static})
     made = {name: f"export {name}" for name in graphs}

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from blake3 import blake3
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -83,11 +84,20 @@ class Maker:
             told,
             name=self.source.name if unnamed else told.name,
             max_positions=min(told.max_positions, step.settings["max_positions"]),
+            fingerprint=self._of_precision(told.fingerprint),
+            visual_fingerprint=self._of_precision(told.visual_fingerprint),
+            float_type=self.options.dtype,
         )
         (out / "card.json").write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
         for name, path in self.checkpoint.tokenizers(out).items():
             if path != out / name:
                 shutil.copyfile(path, out / name)
+
+    def _of_precision(self, fingerprint: str) -> str:
+        """Features of another precision are other features: a cache must not take one for the other."""
+        if self.options.precision == "fp32":
+            return fingerprint
+        return blake3(f"{fingerprint} {self.options.precision}".encode()).hexdigest()[:16]
 
     def make_export(self, step: Step, out: Path) -> None:
         graph = self.graphs(step.settings["static"])[step.settings["graph"]]

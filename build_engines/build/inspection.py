@@ -15,7 +15,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from build_engines.build.options import Refused
 from build_engines.build.source import INSTRUCT, Source
-from build_engines.model.checkpoint import FAMILIES, HUB_FILES, HUB_NAME, IMAGE_SIZE, PATCH_SIZE, QUERIES
+from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.checkpoint import (
+    ALLOCATOR,
+    FAMILIES,
+    HUB_FILES,
+    HUB_NAME,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    QUERIES,
+    load_allocator,
+)
 from build_engines.model.decoder import FIXED_ROPE
 from service.prompt import load_tokenizer, token_bytes
 
@@ -40,6 +50,7 @@ def inspect(checkpoint: str) -> Source:
         directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
     wanted = _wanted_shapes(directory, family, config)
     _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
+    allocator = _allocator(directory)
     return Source(
         directory=directory,
         name=Path(checkpoint).name,
@@ -50,6 +61,7 @@ def inspect(checkpoint: str) -> Source:
         vocab_size=config.text_config.vocab_size,
         max_positions=config.text_config.max_position_embeddings,
         parameters=_parameters(wanted),
+        closer_view=allocator.closer is not None,
         files=tuple(sorted({path for pattern in HUB_FILES for path in directory.glob(pattern) if path.is_file()})),
     )
 
@@ -171,6 +183,13 @@ def _check_tensors(directory: Path, wanted: Mapping[str, Shape], kept: Mapping[s
     odd = [f"{name} is {list(kept[name])}, not {list(shape)}" for name, shape in wanted.items() if kept[name] != shape]
     if odd:
         raise Refused(f"{directory}: {len(odd)} tensors do not fit config.json: {_few(odd)}")
+
+
+def _allocator(directory: Path) -> RelevanceAllocator:
+    try:
+        return load_allocator(directory / ALLOCATOR)
+    except (ValueError, SafetensorError, OSError) as exc:
+        raise Refused(str(exc)) from exc
 
 
 def _few(names: list[str]) -> str:

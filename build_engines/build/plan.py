@@ -27,10 +27,9 @@ from blake3 import blake3
 from build_engines.build import plans, profiles, trtllm
 from build_engines.build.options import Options
 from build_engines.build.source import Source
-from build_engines.repository import GRAPHS
+from build_engines.repository import graphs_of
 
 FORMAT = 1  # of what steps leave behind; another number makes every step anew
-VISION_GRAPHS = tuple(name for name in GRAPHS if name != "llm")
 FP8_GRAPHS = ("vision_encoder", "qformer")  # the allocator decides by comparing, and costs next to nothing
 
 
@@ -79,8 +78,8 @@ def keyed(steps: Sequence[Step], root: Mapping[str, Any]) -> list[Step]:
 
 
 def _steps(options: Options, source: Source) -> Iterator[Step]:
-    graphs = VISION_GRAPHS if options.profile == "tensorrt" else GRAPHS
     static = options.profile == "tensorrt"
+    graphs = [name for name in graphs_of(profiles.dimensions(options, source)) if not (static and name == "llm")]
     longest = trtllm.longest(options, source) if static else source.max_positions
     yield Step(
         "card", "card", "card and tokenizers", settings={"max_positions": longest, "precision": options.precision}

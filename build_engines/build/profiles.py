@@ -12,9 +12,9 @@ from dataclasses import replace
 from build_engines.build.options import Options
 from build_engines.build.source import Source
 from build_engines.build.trtllm import longest
-from build_engines.repository import GRAPHS, Dimensions, Model, Parameter, Tensor, config, models, tensor_lines
+from build_engines.repository import Dimensions, Model, Parameter, Tensor, config, graphs_of, models, tensor_lines
 
-ENSEMBLES = ("see", "attend")
+ENSEMBLES = ("see", "attend", "attend_448")
 MOST_QUEUED = 64  # requests that wait for a plan; more are refused
 QUEUE_DELAY_US = 500  # that a batch waits for one more image: a hundredth of what an encode takes
 PROVIDER = Parameter("provider", "cuda", "where ONNX Runtime computes")
@@ -27,6 +27,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         hidden_size=source.hidden_size,
         float_type=options.dtype,
         vision_max_batch=options.vision_batch,
+        closer_view=source.closer_view,
     )
 
 
@@ -34,11 +35,10 @@ def served(options: Options, source: Source) -> list[Model]:
     """The models of the repository, in the order of a request's life."""
     found = models(dimensions(options, source))
     if options.profile == "onnx-gpu":
-        return [replace(m, parameters=(PROVIDER, *m.parameters)) if m.name in GRAPHS else m for m in found]
+        graphs = graphs_of(dimensions(options, source))
+        return [replace(m, parameters=(PROVIDER, *m.parameters)) if m.name in graphs else m for m in found]
     if options.profile == "tensorrt":
-        plans = [name for name in GRAPHS if name != "llm"]
-        ensembles = [m.name for m in found if m.name.split("_")[0] in ENSEMBLES]
-        return [m for m in found if m.name in {*plans, *ensembles, "llm"}]
+        return [m for m in found if m.name in {*graphs_of(dimensions(options, source)), *ENSEMBLES}]
     return found
 
 
@@ -50,7 +50,7 @@ def inputs_of(options: Options, source: Source, name: str) -> dict[str, tuple[in
 
 def configuration(options: Options, source: Source, model: Model) -> str:
     """The text of one model's `config.pbtxt`."""
-    if options.profile == "onnx-gpu" and model.name in GRAPHS:
+    if options.profile == "onnx-gpu" and PROVIDER in model.parameters:
         return config(model).replace("kind: KIND_CPU", "kind: KIND_GPU")
     if options.profile == "tensorrt" and not model.steps:
         return llm_config(options, source, model) if model.name == "llm" else plan_config(options, model)

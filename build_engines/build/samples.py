@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from build_engines.build.options import Refused
 from build_engines.scenes.questions import TYPES, ask
 from build_engines.scenes.render import render
 from build_engines.scenes.world import World, sample_scene
-from service.core import Budget
-from service.images import ImageLimits, decode
+from service.core import CLOSER_SIZE, Budget, CloserFeatures, VisionFeatures
+from service.images import Decoded, ImageLimits, decode
 from service.prompt import PromptBuilder
 from triton_models.session import Array, Graph
 
@@ -58,7 +59,8 @@ def _rendered() -> Iterator[Sample]:
 
 def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBuilder) -> dict[str, dict[str, Array]]:
     """By graph and input name, all samples: of the FP32 graphs' own outputs. `llm` gets visual tokens and text ids."""
-    encoder, allocator, qformer = (Graph(graphs[name]) for name in ("vision_encoder", "relevance_allocator", "qformer"))
+    opened = {name: Graph(path) for name, path in graphs.items() if name != "llm"}
+    encoder, allocator, qformer = (opened[name] for name in ("vision_encoder", "relevance_allocator", "qformer"))
     found: dict[str, dict[str, list[Array]]] = {}
     budgets = cycle(VISION_BUDGETS)
     for start in tqdm(range(0, len(given), BATCH), desc="samples", unit="batch", mininterval=1.0):
@@ -78,6 +80,8 @@ def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBu
         steps = {"vision_encoder": image, "qformer": to_qformer}
         if start < PARITY:
             steps |= {"relevance_allocator": to_allocator, "llm": _llm(prompts, part, visual)}
+            if "relevance_allocator_448" in opened:
+                steps["relevance_allocator_448"] = to_allocator | {"detail_features": _closer(encoder, image["image"])}
         for name, arrays in steps.items():
             kept = found.setdefault(name, {})
             for key, array in arrays.items():
@@ -93,6 +97,17 @@ def _run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
 def _fitting(graph: Graph, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Those that the graph reads."""
     return {name: arrays[name] for name in graph.inputs}
+
+
+def _closer(encoder: Graph, image: Array) -> Array:
+    """Of images [B, 3, 224, 224], doubled, the four crops' patches on one grid: [B, 1024, D]."""
+    rows = []
+    for pixels in image:
+        doubled = pixels.repeat(2, axis=1).repeat(2, axis=2)
+        seen = _run(encoder, {"image": Decoded({CLOSER_SIZE: doubled}, CLOSER_SIZE, CLOSER_SIZE).crops})
+        crops = zip(*(seen[field.name] for field in fields(VisionFeatures)), strict=True)
+        rows.append(CloserFeatures.joined([VisionFeatures(*crop) for crop in crops]).features)
+    return np.stack(rows)
 
 
 LONGEST_TEXT = 96  # tokens

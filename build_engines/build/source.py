@@ -24,6 +24,7 @@ class Source:
     vocab_size: int  # V: visual ids start here
     max_positions: int
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
+    closer_view: bool = False  # whether its allocator can look closer
     files: tuple[Path, ...] = ()  # everything that a build reads
 
     @property

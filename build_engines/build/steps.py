@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from build_engines.build import commands, parity, precision, profiles, samples, trtllm
 from build_engines.build.manifest import NAME, manifest, write
-from build_engines.build.options import Options
+from build_engines.build.options import Options, Refused
 from build_engines.build.plan import Step, folder_of
 from build_engines.build.run import DONE
 from build_engines.build.source import Source
@@ -78,7 +78,10 @@ class Maker:
         return card(self.checkpoint).visual_tokens[1] // (MAX_VISUAL_TOKENS // 4)
 
     def make_card(self, step: Step, out: Path) -> None:
-        told = card(self.checkpoint)
+        try:
+            told = card(self.checkpoint)
+        except ValueError as exc:
+            raise Refused(str(exc)) from exc
         unnamed = told.name == self.source.directory.name  # a hub's snapshot is a folder with a digest for a name
         told = dataclasses.replace(
             told,

@@ -23,6 +23,7 @@ from transformers import (
     InstructBlipProcessor,
 )
 
+from build_engines.build.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph as GraphToExport
 from build_engines.export import export, export_graph
 from build_engines.model.checkpoint import Checkpoint
@@ -31,7 +32,6 @@ from build_engines.repository import GRAPHS, Dimensions, write_repository
 from service.core import Budget, ModelCard, Prompt
 from service.images import ImageLimits, decode
 from service.prompt import PromptBuilder, load_tokenizer
-from tests.test_tensorrt_rules import MAY_VARY, faults
 from tests.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 from triton_models.decoder import OnnxDecoder
 from triton_models.qformer import GroupRunner

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
+from build_engines.build.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import CLOSER_GRAPHS, GRAPHS
-from tests.test_tensorrt_rules import MAY_VARY, faults
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-3  # max abs difference in FP32

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from build_engines.build.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
@@ -23,7 +24,6 @@ from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.repository import CLOSER_GRAPHS, GRAPHS, Dimensions, models, write_repository
 from tests.test_contract import graph_specs
 from tests.test_export import assert_parity, random_inputs
-from tests.test_tensorrt_rules import MAY_VARY, faults
 from tests.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 from triton_models.qformer import GroupRunner
 from triton_models.session import Graph as Session

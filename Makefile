@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := service triton_models build_engines benchmarks tests scripts
 
-.PHONY: help serve test check format eval benchmark train repository clean
+.PHONY: help serve test check format eval benchmark bench train repository clean
 
 help: ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ eval: ready-to-serve ## accuracy of the served chain on the committed scenes (ne
 benchmark: ready-to-serve ## latency and throughput of the served chain (needs a running server)
 	$(BIN)/python -m benchmarks.latency
 
+bench: ready-to-bench ## the service under load beside other servers, on a model of real proportions (a quarter of an hour)
+	$(BIN)/glimpse bench --scenario versus --model base
+
 train: ready-to-build ## train the reference model from nothing into runs/reference; goes on where it was killed
 	$(BIN)/glimpse train --out runs/reference --resume
 
@@ -40,7 +43,7 @@ repository: ready-to-build ## export reference/ into model_repository/
 clean: ## remove the environment and what was built; training runs stay
 	rm -rf .venv build logs *.egg-info
 
-.PHONY: ready-to-serve ready-to-build ready-to-develop
-ready-to-serve ready-to-build ready-to-develop:
+.PHONY: ready-to-serve ready-to-build ready-to-bench ready-to-develop
+ready-to-serve ready-to-build ready-to-bench ready-to-develop:
 	@command -v $(PYTHON) >/dev/null || { echo "Glimpse needs Python 3.11 to 3.13: sudo apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) scripts/set_up.py $(@:ready-to-%=%)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes .venv ready to serve, to build models or to develop, once: `python3 scripts/set_up.py serve|build|develop`.
+"""Makes .venv ready once: `python3 scripts/set_up.py serve|build|bench|develop`.
 
 Runs on any Python 3, so that one which is too old can say so. Needs nothing installed. A second run with nothing
 changed does nothing.
@@ -28,7 +28,8 @@ CONSTRAINTS = "constraints.txt"  # the versions that the tests ran with
 GOALS = {
     "serve": ("serve,draw", "the gateway and ONNX Runtime"),
     "build": ("serve,draw,build", "PyTorch, the exporter, the gateway and ONNX Runtime"),
-    "develop": ("serve,draw,build,dev", "PyTorch, the exporter, the gateway, the tests and the linters"),
+    "bench": ("serve,draw,build,bench", "PyTorch, the exporter, the gateway and the servers it is measured beside"),
+    "develop": ("serve,draw,build,bench,dev", "PyTorch, the exporter, the gateway, the tests and the linters"),
 }
 
 

@@ -196,6 +196,12 @@ def build(context: typer.Context) -> None:
     become("build_engines.build", context.args, extra="build", needs="torch")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure the service under load, beside other systems: `glimpse bench --help` tells its options."""
+    become("benchmarks.bench", context.args, extra="bench", needs="litserve")
+
+
 @cache.command()
 def stats(redis_url: RedisUrl) -> None:
     """What Redis holds, by vision encoder.

@@ -314,3 +314,9 @@ def test_build_passes_its_arguments_on():
     done = glimpse("build", "--help")
     assert done.returncode == 0
     assert "--dry-run" in done.stdout
+
+
+def test_bench_passes_its_arguments_on():
+    done = glimpse("bench", "--help")
+    assert done.returncode == 0
+    assert "--scenario" in done.stdout

@@ -1,0 +1,1 @@
+"""`glimpse bench`: systems side by side under load, in one run."""

@@ -1,0 +1,87 @@
+"""Systems under load, side by side in one run: `glimpse bench`.
+
+    glimpse bench --scenario versus --model base              # a named measurement and whether it keeps its promises
+    glimpse bench --systems naive,glimpse --workloads mixed:0.5,cold --clients 16 --seconds 30 --rounds 3
+    glimpse bench --systems glimpse,glimpse-no-cache --workloads repeat --rate 20
+
+Workloads: cold, follow_up, mixed[:SHARE of follow-ups], multi_image[:IMAGES], repeat[:ZIPF exponent], same. Writes
+OUT.json and OUT.png. One system at a time has the machine; it, and the load generator beside it, must be all that runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.bench.load import Arrivals
+from benchmarks.bench.models import BUILD, MODELS
+from benchmarks.bench.report import text, write
+from benchmarks.bench.scenarios import SCENARIOS
+from benchmarks.bench.side_by_side import Case, Comparison, compare
+from benchmarks.bench.systems import SYSTEMS
+from benchmarks.bench.workloads import Workload
+
+
+def workload_of(said: str) -> Workload:
+    """`mixed:0.75`, `multi_image:2`, `repeat:1.1`, or a name alone. Raises argparse.ArgumentTypeError."""
+    shape, _, number = said.partition(":")
+    knob = {"mixed": ("share", float), "multi_image": ("images", int), "repeat": ("zipf", float)}.get(shape)
+    if shape not in Workload.SHAPES or (number and knob is None):
+        raise argparse.ArgumentTypeError(f"{said!r} is none of {', '.join(Workload.SHAPES)}")
+    try:
+        return Workload(shape, **({knob[0]: knob[1](number)} if number and knob else {}))
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{said!r}: {exc}") from exc
+
+
+def names(said: str, known: object) -> tuple[str, ...]:
+    found = tuple(said.split(","))
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: the known ones are {', '.join(known)}")
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("glimpse bench", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    made.add_argument("--scenario", choices=SCENARIOS, help="a named measurement; the options below it has itself")
+    made.add_argument("--model", choices=MODELS, default="reference")
+    made.add_argument("--seconds", type=float, default=30.0, help="of each measurement [30]")
+    made.add_argument("--rounds", type=int, default=3, help="of all systems in turn [3]")
+    made.add_argument("--out", type=Path, help="report without its suffix [build/bench/NAME]")
+    made.add_argument("--systems", type=lambda said: names(said, SYSTEMS), default=("naive", "glimpse"),
+                      help=f"of {', '.join(SYSTEMS)}")  # fmt: skip
+    made.add_argument("--workloads", type=lambda said: tuple(map(workload_of, said.split(","))),
+                      default=(Workload("mixed"),))  # fmt: skip
+    when = made.add_mutually_exclusive_group()
+    when.add_argument("--clients", type=int, default=16, help="closed loop [16]")
+    when.add_argument("--rate", type=float, help="Poisson arrivals, requests/s")
+    when.add_argument(
+        "--burst", nargs=2, type=float, metavar=("SIZE", "EVERY_S"), help="so many at once, again and again"
+    )
+    return made
+
+
+def main() -> int:
+    """0 where every promise is kept, 1 where one is not."""
+    told = parser().parse_args()
+    if told.scenario:
+        report = SCENARIOS[told.scenario](told.model, told.seconds, told.rounds)
+    else:
+        arrivals = Arrivals(clients=told.clients)
+        if told.rate:
+            arrivals = Arrivals(rate=told.rate)
+        elif told.burst:
+            arrivals = Arrivals(burst=(int(told.burst[0]), told.burst[1]))
+        cases = tuple(Case(workload, arrivals, told.seconds) for workload in told.workloads)
+        report = compare(Comparison(told.model, told.systems, cases, told.rounds))
+    out = told.out or BUILD / f"{told.scenario or 'side_by_side'}_{told.model}"
+    write(out, report)
+    sys.stdout.write(f"{text(report)}\n\n{out}.json{' and .png' if report.get('runs') else ''}\n")
+    return 0 if all(verdict["met"] for verdict in report.get("verdict", [])) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

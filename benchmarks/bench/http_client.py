@@ -1,0 +1,119 @@
+"""HTTP/1.1 for the load generator: it shares the cores with what it measures, so it must cost little.
+
+A tenth of httpx's time a request: no redirects, no cookies, no proxies, keep-alive connections to one address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httptools
+
+Piece = Callable[[bytes], None]  # is told of each piece of a body as it comes
+
+
+class Aborted(Exception):
+    """We hung up, as we were told to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    status: int
+    body: bytes
+
+
+class HttpClient:
+    """As many connections as there are requests at a time."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._idle: list[_Connection] = []
+
+    async def post(
+        self, path: str, body: bytes, content_type: str, piece: Piece | None = None, abort_after_s: float | None = None
+    ) -> Response:
+        """Raises OSError, Aborted."""
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: {self._host}:{self._port}\r\ncontent-type: {content_type}\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        connection = await self._connection()
+        try:
+            async with asyncio.timeout(abort_after_s):
+                response = await connection.exchange(head.encode() + body, piece)
+        except TimeoutError as exc:
+            if abort_after_s is None:
+                raise
+            raise Aborted from exc
+        finally:
+            if connection.reusable:
+                self._idle.append(connection)
+            else:
+                connection.abort()
+        return response
+
+    async def _connection(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:
+                return connection
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(_Connection, self._host, self._port)
+        return connection
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.abort()
+        self._idle.clear()
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.reusable = False
+        self._transport: asyncio.Transport | None = None
+        self._answered: asyncio.Future[Response] | None = None
+        self._piece: Piece | None = None
+        self._body: list[bytes] = []
+
+    async def exchange(self, request: bytes, piece: Piece | None) -> Response:
+        """Raises OSError."""
+        if self._transport is None:
+            raise ConnectionError("closed")
+        self.reusable, self._body, self._piece = False, [], piece
+        self._parser = httptools.HttpResponseParser(self)
+        self._answered = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answered
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.connection_lost(ConnectionError(str(error)))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.reusable, self._transport = False, None
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_exception(exc or ConnectionError("the server hung up"))
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+        if self._piece is not None:
+            self._piece(body)
+
+    def on_message_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:  # 100 Continue
+            return
+        self.reusable = self._parser.should_keep_alive() and self._transport is not None
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_result(Response(status, b"".join(self._body)))

@@ -1,0 +1,381 @@
+"""The load generator, a process of its own: `python -m benchmarks.bench.load` reads a Plan as JSON from standard input
+and writes what became of every request as JSON to the plan's `out`.
+
+Times are seconds since the load began. Open loop: a request is sent at its time whatever became of those before it, and
+its latency counts from then. Closed loop: so many clients, each asks again when it is answered; nobody asks after
+`duration_s`, and everybody who asked is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import uvloop
+
+from benchmarks.bench.http_client import Aborted, HttpClient, Response
+from benchmarks.bench.scenes import Scenes
+from benchmarks.bench.workloads import KNOWN, Ask, Workload, asks, bursts, poisson
+from service.errors import GlimpseError
+from service.triton import TritonClient
+
+WARM_PAUSES_S = (1.0, 3.0, 10.0)  # after a warm-up request that failed; the last one gives up
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """When requests come: exactly one of the three."""
+
+    clients: int | None = None  # closed loop
+    rate: float | None = None  # Poisson, requests/s
+    burst: tuple[int, float] | None = None  # so many at once, every so many seconds
+
+    @property
+    def label(self) -> str:
+        if self.clients:
+            return f"{self.clients} client{'s' if self.clients > 1 else ''}"
+        if self.rate:
+            return f"Poisson, {self.rate:.3g}/s"
+        size, every_s = self.burst or (0, 0.0)
+        return f"{size} at once every {every_s:g} s"
+
+    def times(self, seed: int) -> Iterator[float]:
+        """Of the open loops."""
+        if self.rate:
+            return poisson(self.rate, seed)
+        if self.burst:
+            return bursts(*self.burst)
+        raise ValueError("a closed loop has no arrival times")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that the load generator is told."""
+
+    system: str  # how it is spoken to: a name in ASKERS
+    urls: list[str]  # requests go round these
+    workload: Workload
+    arrivals: Arrivals
+    duration_s: float
+    max_tokens: int
+    out: str
+    requests: int | None = None  # at the most
+    seed: int = 0
+    first_new: int = KNOWN
+    warm: bool = True  # known images are asked about first, which is not measured
+    warm_repeats: int = 0  # requests of the workload itself that are asked first
+    timeout_s: float = 120.0
+    visual_tokens: tuple[int, int] | None = None  # the budget that questions ask for; Glimpse only
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        fields = json.loads(text)
+        burst = fields["arrivals"].pop("burst")
+        return cls(
+            **fields
+            | {
+                "workload": Workload(**fields["workload"]),
+                "arrivals": Arrivals(**fields["arrivals"], burst=tuple(burst) if burst else None),
+                "visual_tokens": tuple(fields["visual_tokens"]) if fields["visual_tokens"] else None,
+            }
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of one request. Seconds since the load began."""
+
+    follow_up: bool
+    at: float  # when it was to be sent
+    sent: float = 0.0
+    first: float | None = None  # token
+    end: float = 0.0
+    gaps: list[float] = field(default_factory=list)  # seconds between tokens that came apart
+    tokens: int = 0
+    outcome: str = "ok"  # else the error's code, or `cancelled`
+    cache: str | None = None
+    visual_tokens: int = 0
+    reduced: bool = False  # looked less closely than asked
+
+
+class Asker(Protocol):
+    """One way to ask. Fills in the result; raises AskFailed, Aborted."""
+
+    async def ask(self, ask: Ask, result: Result) -> None: ...
+
+
+class AskFailed(Exception):
+    """The system said no, with a code."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self.began
+
+
+@dataclass(slots=True)
+class Heard:
+    """The pieces of one answer as they came."""
+
+    clock: Clock
+    result: Result
+    last: float | None = None
+
+    def token(self) -> None:
+        now = self.clock.now()
+        if self.last is None:
+            self.result.first = now
+        else:
+            self.result.gaps.append(now - self.last)
+        self.last = now
+
+
+class GlimpseAsker:
+    """Streams. A follow-up names its image by the id that came with an earlier answer."""
+
+    def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[HttpClient]) -> None:
+        self._plan, self._clock, self._scenes = plan, clock, scenes
+        self._clients = itertools.cycle(clients)
+        self._ids: dict[int, str] = {}
+
+    async def ask(self, ask: Ask, result: Result) -> None:
+        fields: dict[str, Any] = {
+            "question": self._scenes.question(ask.images[0], ask.question),
+            "max_tokens": self._plan.max_tokens,
+            "stream": True,
+            "timeout_s": self._plan.timeout_s,
+        }
+        if self._plan.visual_tokens:
+            fields["budget"] = {"visual_tokens": list(self._plan.visual_tokens)}
+        known = self._ids.get(ask.images[0]) if ask.follow_up else None
+        if known:
+            body, kind = json.dumps(fields | {"image": known}).encode(), "application/json"
+        else:
+            body, kind = form(fields, [self._scenes.jpeg(number) for number in ask.images])
+        heard = Heard(self._clock, result)
+
+        def piece(data: bytes) -> None:
+            if b'"delta"' in data:
+                heard.token()
+
+        response = await next(self._clients).post("/v1/vqa", body, kind, piece, ask.cancel_after_s)
+        end = self._end_of(response)
+        result.tokens = end["usage"]["completion_tokens"]
+        result.cache = end["vision"]["cache"]
+        result.visual_tokens = end["vision"]["visual_tokens"]
+        result.reduced = end["vision"].get("reduced", False)
+        if result.first is None:  # an answer without text
+            result.first = self._clock.now()
+        for number, name in zip(ask.images, end["image_ids"], strict=True):
+            if number < KNOWN:
+                self._ids[number] = name
+
+    @staticmethod
+    def _end_of(response: Response) -> dict[str, Any]:
+        """The last event, which has all but the text. Raises AskFailed."""
+        if response.status != 200:
+            raise AskFailed(json.loads(response.body)["error"]["code"])
+        events = [line[6:] for line in response.body.split(b"\n") if line.startswith(b"data: {")]
+        end: dict[str, Any] = json.loads(events[-1])
+        if "error" in end:
+            raise AskFailed(end["error"]["code"])
+        return end
+
+
+class PlainAsker:
+    """One JSON answer at the end. `naive` takes a form, LitServe JSON with base64: what their documentation shows."""
+
+    def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[HttpClient]) -> None:
+        self._plan, self._clock, self._scenes = plan, clock, scenes
+        self._clients = itertools.cycle(clients)
+
+    async def ask(self, ask: Ask, result: Result) -> None:
+        question = self._scenes.question(ask.images[0], ask.question)
+        fields = {"question": question, "max_tokens": self._plan.max_tokens}
+        images = [self._scenes.jpeg(number) for number in ask.images]
+        if self._plan.system == "litserve":
+            path, kind = "/predict", "application/json"
+            body = json.dumps(fields | {"image": base64.b64encode(images[0]).decode()}).encode()
+        else:
+            path = "/ask"
+            body, kind = form(fields, images)
+        response = await next(self._clients).post(path, body, kind, None, ask.cancel_after_s)
+        if response.status != 200:
+            raise AskFailed(f"http_{response.status}")
+        result.first = self._clock.now()
+        result.tokens = json.loads(response.body)["tokens"]
+
+
+class TritonAsker:
+    """The `vqa` ensemble over gRPC, as NVIDIA's own layout is asked; it always streams."""
+
+    def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[TritonClient]) -> None:
+        self._plan, self._clock, self._scenes = plan, clock, scenes
+        self._clients = itertools.cycle(clients)
+
+    async def ask(self, ask: Ask, result: Result) -> None:
+        heard = Heard(self._clock, result)
+        pieces = next(self._clients).answer(
+            self._scenes.jpeg(ask.images[0]),
+            self._scenes.question(ask.images[0], ask.question),
+            max_tokens=self._plan.max_tokens,
+            timeout_s=self._plan.timeout_s,
+            stall_timeout_s=self._plan.timeout_s,
+        )
+        try:
+            async for _ in pieces:
+                heard.token()
+                result.tokens += 1
+        except GlimpseError as error:
+            raise AskFailed(error.code) from error
+        finally:
+            await pieces.aclose()
+
+
+def form(fields: dict[str, Any], images: list[bytes]) -> tuple[bytes, str]:
+    """A multipart/form-data body and its content type."""
+    boundary = b"glimpse-bench-7f3a"
+    parts = [
+        b'--%b\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+        % (boundary, name.encode(), (value if isinstance(value, str) else json.dumps(value)).encode())
+        for name, value in fields.items()
+    ]
+    parts += [
+        b'--%b\r\ncontent-disposition: form-data; name="image"; filename="i.jpg"\r\ncontent-type: image/jpeg\r\n\r\n%b'
+        b"\r\n" % (boundary, image)
+        for image in images
+    ]
+    return b"".join([*parts, b"--%b--\r\n" % boundary]), f"multipart/form-data; boundary={boundary.decode()}"
+
+
+@asynccontextmanager
+async def asker_of(plan: Plan, clock: Clock) -> AsyncIterator[Asker]:
+    scenes = Scenes.load()
+    async with AsyncExitStack() as stack:
+        if plan.system == "triton":
+            tritons = [await stack.enter_async_context(TritonClient(url, url)) for url in plan.urls]
+            yield TritonAsker(plan, clock, scenes, tritons)
+        else:
+            clients = [HttpClient(urlsplit(url).hostname or "", urlsplit(url).port or 80) for url in plan.urls]
+            for client in clients:
+                stack.callback(client.close)
+            kind = GlimpseAsker if plan.system == "glimpse" else PlainAsker
+            yield kind(plan, clock, scenes, clients)
+
+
+class Load:
+    """One measurement."""
+
+    def __init__(self, plan: Plan, asker: Asker, clock: Clock) -> None:
+        self.plan = plan
+        self.results: list[Result] = []
+        self._asker = asker
+        self._clock = clock
+        self._asks = asks(plan.workload, plan.seed, plan.first_new)
+
+    async def warm(self) -> None:
+        """What happens before the measurement. Raises RuntimeError where a request fails."""
+        first = [Ask((number,), number, follow_up=False) for number in range(KNOWN if self.plan.warm else 2)]
+        first += itertools.islice(self._asks, self.plan.warm_repeats)
+        gate = asyncio.Semaphore(4)
+
+        async def one(ask: Ask) -> None:
+            async with gate:
+                for pause_s in WARM_PAUSES_S:
+                    if (result := await self._one(ask, self._clock.now())).outcome in ("ok", "cancelled"):
+                        return
+                    await asyncio.sleep(pause_s)
+            raise RuntimeError(f"a warm-up request failed: {result.outcome}")
+
+        async with asyncio.TaskGroup() as tasks:
+            for ask in first:
+                tasks.create_task(one(ask))
+        self.results.clear()
+        self._clock.began = time.perf_counter()
+
+    async def run(self) -> None:
+        if self.plan.requests is not None:
+            self._asks = itertools.islice(self._asks, self.plan.requests)
+        await (self._closed(self.plan.arrivals.clients) if self.plan.arrivals.clients else self._open())
+
+    async def _closed(self, clients: int) -> None:
+        async def client() -> None:
+            while self._clock.now() < self.plan.duration_s:
+                ask = next(self._asks, None)
+                if ask is None:
+                    return
+                if (await self._one(ask, self._clock.now())).outcome not in ("ok", "cancelled"):
+                    await asyncio.sleep(random.uniform(0.05, 0.2))  # who is refused does not ask again at once
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+
+    async def _open(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for at in self.plan.arrivals.times(self.plan.seed):
+                if at >= self.plan.duration_s or (ask := next(self._asks, None)) is None:
+                    break
+                await asyncio.sleep(max(at - self._clock.now(), 0))
+                tasks.create_task(self._one(ask, at))
+
+    async def _one(self, ask: Ask, at: float) -> Result:
+        result = Result(ask.follow_up, at, sent=self._clock.now())
+        try:
+            async with asyncio.timeout(self.plan.timeout_s + 5):
+                await self._asker.ask(ask, result)
+        except AskFailed as failure:
+            result.outcome = str(failure)
+        except Aborted:
+            result.outcome = "cancelled"
+        except (TimeoutError, OSError) as error:
+            result.outcome = type(error).__name__
+        result.end = self._clock.now()
+        self.results.append(result)
+        return result
+
+
+async def measure(plan: Plan) -> dict[str, Any]:
+    clock = Clock()
+    async with asker_of(plan, clock) as asker:
+        load = Load(plan, asker, clock)
+        await load.warm()
+        sys.stdout.write("begin\n")  # the parent reads the systems' CPU seconds now ...
+        sys.stdout.flush()
+        sys.stdin.readline()
+        clock.began = time.perf_counter()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        with contextlib.suppress(asyncio.CancelledError):
+            await load.run()
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        cpu_s = spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime
+        return {"elapsed_s": clock.now(), "cpu_s": cpu_s, "results": [asdict(each) for each in load.results]}
+
+
+def main() -> None:
+    plan = Plan.from_json(sys.stdin.readline())
+    found = uvloop.run(measure(plan))
+    Path(plan.out).write_text(json.dumps(found))
+    sys.stdout.write("end\n")  # ... and now
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

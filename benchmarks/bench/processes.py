@@ -1,0 +1,88 @@
+"""CPU seconds and memory of a system, by process. Linux's /proc.
+
+A process is named by what it does: `gateway`, `triton`, `llm`, `vision_encoder`, ... of Glimpse, `server` and
+`worker` of the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+TICKS = os.sysconf("SC_CLK_TCK")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    pid: int
+    role: str
+    cpu_s: float
+    rss_bytes: int
+    threads: int
+    descriptors: int
+
+
+def family(pid: int) -> list[Process]:
+    """A process and all below it; those that end meanwhile are left out."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        if fields := _fields(int(stat.parent.name)):
+            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, left = [], [pid]
+    while left:
+        member = left.pop(0)
+        left += parents.get(member, [])
+        fields = _fields(member)
+        try:
+            descriptors = len(list(Path(f"/proc/{member}/fd").iterdir()))
+        except OSError:
+            continue
+        if fields and fields[0] != "Z":
+            cpu_s = (int(fields[11]) + int(fields[12])) / TICKS
+            found.append(Process(member, _role(member), cpu_s, int(fields[21]) * PAGE, int(fields[17]), descriptors))
+    return found
+
+
+def cpu_by_role(before: list[Process], after: list[Process]) -> dict[str, float]:
+    """Seconds spent in between; a process that is new counts from its start."""
+    then = {process.pid: process.cpu_s for process in before}
+    spent: Counter[str] = Counter()
+    for process in after:
+        spent[process.role] += process.cpu_s - then.get(process.pid, 0.0)
+    return dict(spent)
+
+
+def memory_by_role(processes: list[Process]) -> dict[str, float]:
+    """Resident megabytes; shared pages count in each."""
+    held: Counter[str] = Counter()
+    for process in processes:
+        held[process.role] += process.rss_bytes / 1e6
+    return dict(held)
+
+
+def _fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat from the state on: state 0, parent 1, utime 11, stime 12, threads 17, rss 21."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _role(pid: int) -> str:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return "other"
+    program = Path(arguments[0]).name
+    if program == "tritonserver":
+        return "triton"
+    if program == "triton_python_backend_stub":  # its arguments: MODEL/1/model.py, ...
+        return Path(arguments[1]).parent.parent.name
+    if "service" in arguments:
+        return "gateway"
+    if any(name in arguments for name in ("benchmarks.bench.naive", "benchmarks.bench.litserve_server")):
+        return "server"
+    return "worker"

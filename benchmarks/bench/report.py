@@ -1,0 +1,116 @@
+"""What a run found, as JSON and as one picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#9aa5b1", "#c28f5c", "#7a8fc9", "#1b998b", "#e0567a", "#8e6bbf", "#5b5b5b", "#d1b13c")
+LATENCIES = ("first_token_ms", "inter_token_ms", "end_to_end_ms")
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """`path`.json, and a picture of the same name beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    if report.get("runs"):
+        draw(path.with_suffix(".png"), report)
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a workload and system: medians over the rounds, and the rounds' requests/s."""
+    rows = []
+    for workload, system in dict.fromkeys((run["workload"], run["system"]) for run in runs):
+        rounds = [run["figures"] for run in runs if (run["workload"], run["system"]) == (workload, system)]
+        row = {"workload": workload, "system": system, "rounds": len(rounds)}
+        for key in ("requests_per_s", "tokens_per_s", "goodput_per_s"):
+            row[key] = statistics.median(figures[key] for figures in rounds)
+        row["requests_per_s_rounds"] = [figures["requests_per_s"] for figures in rounds]
+        for key in LATENCIES:
+            for percentile in ("p50", "p95", "p99"):
+                found = [figures[key][percentile] for figures in rounds if figures[key]]
+                row[f"{key}_{percentile}"] = statistics.median(found) if found else None
+        row["cpu_ms_a_request"] = statistics.median(figures["cpu_ms_a_request"]["all"] for figures in rounds)
+        row["memory_mb"] = max(figures["memory_mb"]["all"] for figures in rounds)
+        rows.append(row)
+    return rows
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """For the terminal."""
+    lines = [
+        f"{'workload':30} {'system':22} {'req/s':>8} {'first p50':>10} {'e2e p50':>9} {'e2e p95':>9} {'CPU ms':>8}"
+    ]
+    for row in report.get("table", []):
+        lines.append(
+            f"{row['workload']:30} {row['system']:22} {row['requests_per_s']:8.2f} "
+            f"{row['first_token_ms_p50'] or 0:10.1f} "
+            f"{row['end_to_end_ms_p50'] or 0:9.1f} {row['end_to_end_ms_p95'] or 0:9.1f} {row['cpu_ms_a_request']:8.1f}"
+        )
+    for verdict in report.get("verdict", []):
+        met = "met    " if verdict["met"] else "NOT met"
+        lines.append(
+            f"{met} {verdict['promise']}: {verdict['found']} ({verdict['wanted']}, {verdict['by']}) {verdict['note']}"
+        )
+    return "\n".join(lines)
+
+
+def draw(path: Path, report: Mapping[str, Any]) -> None:
+    """Throughput, latency and CPU of each system under each workload; a dot is one round, a bar their median."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    runs = report["runs"]
+    workloads = list(dict.fromkeys(run["workload"] for run in runs))
+    systems = list(dict.fromkeys(run["system"] for run in runs))
+    panels = [
+        ("requests/s", lambda figures: figures["requests_per_s"]),
+        ("first token, p50, ms", lambda figures: (figures["first_token_ms"] or {}).get("p50")),
+        ("end to end, p95, ms", lambda figures: (figures["end_to_end_ms"] or {}).get("p95")),
+        ("CPU a request, ms", lambda figures: figures["cpu_ms_a_request"]["all"]),
+    ]
+    width = max(7.0, 1.2 * len(workloads) * max(1.5, 0.45 * len(systems)))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(width, 2.3 * len(panels) + 0.8), layout="constrained")
+    bar = 0.8 / len(systems)
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        top = 0.0
+        for number, system in enumerate(systems):
+            for place, workload in enumerate(workloads):
+                found = [
+                    value(run["figures"]) for run in runs if (run["workload"], run["system"]) == (workload, system)
+                ]
+                found = [each for each in found if each is not None]
+                if not found:
+                    continue
+                at = place + (number - (len(systems) - 1) / 2) * bar
+                height = statistics.median(found)
+                top = max(top, *found)
+                axis.bar(at, height, bar * 0.92, color=COLOURS[number % len(COLOURS)])
+                axis.plot([at] * len(found), found, ".", color="#222222", markersize=3)
+                axis.annotate(f"{height:.3g}", (at, max(found)), ha="center", va="bottom", fontsize=6.5)
+        for place, workload in enumerate(workloads):
+            if (most := limit_of(report, workload)) is not None and title == "requests/s":
+                axis.hlines(most, place - 0.45, place + 0.45, colors="#222222", linestyles="dashed", linewidth=1)
+                axis.annotate("engine limit", (place + 0.45, most), ha="right", va="bottom", fontsize=6.5)
+                top = max(top, most)
+        axis.set_ylim(0, top * 1.18 or 1)
+        axis.set_xticks(range(len(workloads)), workloads, fontsize=8)
+        axis.set_ylabel(title, fontsize=8)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[n % len(COLOURS)]) for n in range(len(systems))]
+    figure.legend(handles, systems, loc="outside upper center", ncols=len(systems), fontsize=8, frameon=False)
+    figure.suptitle(report["title"], fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def limit_of(report: Mapping[str, Any], workload: str) -> float | None:
+    """The bare engine limit of a workload, where it was measured."""
+    limits = (report.get("engine") or {}).get("requests_per_s", {})
+    return limits.get(workload.partition(",")[0])

@@ -1,0 +1,346 @@
+"""Named measurements, each with what it promises and whether that was found.
+
+versus      glimpse against naive, litserve and triton; the bare engine limit
+house       4 new images and 12 follow-ups against 16 new images; follow-ups with the scheduler and without
+one_encode  50 requests for one new image at once, through one gateway and through two that share a Redis
+overload    three times what the service can bear, with elastic fidelity and without
+soak        every workload at once, with clients that hang up
+parts       glimpse with each of its parts switched off
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import httpx
+
+from benchmarks.bench.load import Arrivals
+from benchmarks.bench.measuring import measure, sample
+from benchmarks.bench.models import BUILD, ready
+from benchmarks.bench.report import table
+from benchmarks.bench.side_by_side import Case, Comparison, compare, machine, plan, rounds_of, say
+from benchmarks.bench.summary import Verdict, ratio, summary
+from benchmarks.bench.systems import SYSTEMS, Running, running, two_gateways
+from benchmarks.bench.workloads import Workload
+from service.core import ModelCard
+
+CLIENTS = 16
+BURST = 50  # requests for one new image at once
+WARM_UP_IMAGES = 2  # that a load asks about first where it needs no known ones
+OVERLOAD_S = 60.0
+SLICE_S = 30.0  # of one workload in the soak
+EARLY = 0.25  # of the soak: until then memory may grow
+SETTLE_S = 15.0
+THREADS_OF_A_POOL = 8  # that may start later
+HELD = r"^(glimpse_(?:admitted_cost|requests_waiting|requests_running|resource_used|requests_in_flight)\S*) (\S+)$"
+Figures = dict[str, Any]
+
+
+def rate(figures: Figures) -> float:
+    return float(figures["requests_per_s"])
+
+
+def goodput(figures: Figures) -> float:
+    return float(figures["goodput_per_s"])
+
+
+def percentile(what: str, which: str) -> Callable[[Figures], float]:
+    return lambda figures: float(figures[what][which])
+
+
+class Promises:
+    """Compares systems in a report and collects verdicts."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self.verdicts: list[Verdict] = []
+        self._report = report
+
+    def against(
+        self,
+        other: str,
+        case: Case,
+        wanted: float,
+        figure: Callable[[Figures], float] = rate,
+        what: str = "requests/s",
+        at_least: bool = True,
+        system: str = "glimpse",
+    ) -> None:
+        """`system`'s figure as a multiple of `other`'s."""
+        ours, theirs = (rounds_of(self._report, name, case, figure) for name in (system, other))
+        rounds = min(len(ours), len(theirs))
+        if rounds:
+            found = ratio(ours[:rounds], theirs[:rounds])
+            promise = f"{what} of {system} / {other}, {case.label}"
+            note = f"rounds {found.low:g} to {found.high:g}"
+            self.verdicts.append(Verdict(promise, found.value, wanted, at_least, note))
+
+    def between(self, one: Case, other: Case, wanted: float, figure: Callable[[Figures], float], what: str,
+                at_least: bool) -> None:  # fmt: skip
+        """Glimpse's figure in one case as a multiple of its figure in the other."""
+        ours, theirs = (rounds_of(self._report, "glimpse", case, figure) for case in (one, other))
+        if ours and theirs:
+            found = ratio(ours, theirs)
+            promise = f"{what}, {one.label} / {other.label}"
+            self.verdicts.append(
+                Verdict(promise, found.value, wanted, at_least, f"rounds {found.low:g} to {found.high:g}")
+            )
+
+    def of_limit(self, case: Case, wanted: float) -> None:
+        limit = self._report["engine"]["requests_per_s"][case.workload.shape]
+        found = rounds_of(self._report, "glimpse", case, rate)
+        if found:
+            share = statistics.median(found) / limit
+            promise = f"share of the bare engine limit, {case.label}"
+            self.verdicts.append(Verdict(promise, share, wanted, True, f"of {limit:.2f} requests/s"))
+
+    def gateway_cpu(self, case: Case) -> None:
+        def over(figures: Figures) -> float:
+            return float(figures["cpu_ms_a_request"].get("gateway", 0.0)) - 0.2 * float(figures["tokens_an_answer"])
+
+        found = rounds_of(self._report, "glimpse", case, over)
+        if found:
+            promise = f"gateway CPU a request less 0.2 ms a token, ms, {case.label}"
+            self.verdicts.append(Verdict(promise, statistics.median(found), 2.0, False))
+
+    def into(self, report: dict[str, Any]) -> dict[str, Any]:
+        report["verdict"] = [verdict.to_json() for verdict in self.verdicts]
+        return report
+
+
+def versus(model: str, seconds: float, rounds: int) -> dict[str, Any]:
+    return versus_base(seconds, rounds) if model == "base" else versus_reference(seconds, rounds)
+
+
+def versus_base(seconds: float, rounds: int) -> dict[str, Any]:
+    many = Arrivals(clients=CLIENTS)
+    mixed, cold = Case(Workload("mixed"), many, seconds), Case(Workload("cold"), many, seconds)
+    follow_up = Case(Workload("follow_up"), many, seconds, only=("glimpse",))
+    repeat = Case(Workload("repeat"), many, seconds, only=("triton", "glimpse"), warm_repeats=64)
+    alone = [Case(Workload(shape), Arrivals(clients=1), seconds / 2, only=("glimpse",)) for shape in ("cold", "repeat")]
+    systems = ("naive", "litserve", "triton", "glimpse")
+    report = compare(Comparison("base", systems, (mixed, cold, repeat, follow_up, *alone), rounds))
+    promises = Promises(report)
+    promises.against("naive", mixed, 3.0)
+    promises.against("naive", cold, 2.0)
+    for case in (mixed, cold):
+        promises.against("naive", case, 0.4, percentile("end_to_end_ms", "p95"), "end to end p95", at_least=False)
+    promises.against("litserve", mixed, 1.5)
+    promises.against("triton", repeat, 1.6)
+    promises.of_limit(follow_up, 0.85)
+    promises.of_limit(cold, 0.85)
+    promises.gateway_cpu(mixed)
+    one_cold, one_repeat = alone
+    for what, which, wanted in (("first_token_ms", "p50", 0.6), ("first_token_ms", "p99", 1.0),
+                                ("inter_token_ms", "p50", 1.0)):  # fmt: skip
+        promises.between(one_repeat, one_cold, wanted, percentile(what, which), f"{what} {which}", at_least=False)
+    return promises.into(report)
+
+
+def versus_reference(seconds: float, rounds: int) -> dict[str, Any]:
+    many, one = Arrivals(clients=CLIENTS), Arrivals(clients=1)
+    mixed, cold, follow_up = (Case(Workload(shape), many, seconds) for shape in ("mixed", "cold", "follow_up"))
+    cold_alone, follow_up_alone = (Case(Workload(shape), one, seconds / 2) for shape in ("cold", "follow_up"))
+    report = compare(
+        Comparison("reference", ("naive", "litserve", "triton", "glimpse"),
+                   (mixed, cold, follow_up, cold_alone, follow_up_alone), rounds)
+    )  # fmt: skip
+    promises = Promises(report)
+    promises.against("naive", mixed, 1.5)
+    promises.of_limit(follow_up, 0.5)
+    promises.of_limit(cold, 0.5)
+    promises.gateway_cpu(mixed)
+    slower = [
+        ours - theirs
+        for ours, theirs in zip(
+            *(rounds_of(report, name, cold_alone, percentile("end_to_end_ms", "p50")) for name in ("glimpse", "naive")),
+            strict=False,
+        )
+    ]
+    if slower:
+        note = f"rounds {min(slower):.1f} to {max(slower):.1f}"
+        promise = "ms that one client's cold question takes longer than naive's"
+        promises.verdicts.append(Verdict(promise, statistics.median(slower), 8.0, False, note))
+    promises.against(
+        "naive", follow_up_alone, 1.0, percentile("end_to_end_ms", "p50"), "end to end p50", at_least=False
+    )
+    return promises.into(report)
+
+
+def parts(model: str, seconds: float, rounds: int) -> dict[str, Any]:
+    many = Arrivals(clients=CLIENTS)
+    cases = tuple(Case(Workload(shape), many, seconds, warm_repeats=16 if shape == "repeat" else 0) for shape in
+                  ("mixed", "repeat", "follow_up"))  # fmt: skip
+    ours = tuple(name for name in SYSTEMS if name.startswith("glimpse"))
+    return compare(Comparison(model, ours, cases, rounds, engine=False)) | {"verdict": []}
+
+
+def house(model: str, seconds: float, rounds: int) -> dict[str, Any]:
+    """First the capacity; then the open loop at 80 % of it, with the scheduler and without."""
+    many = Arrivals(clients=CLIENTS)
+    full, new = Case(Workload("mixed", share=0.75), many, seconds), Case(Workload("cold"), many, seconds)
+    half = Case(Workload("mixed"), many, seconds)
+    first = compare(Comparison(model, ("glimpse",), (full, new, half), rounds, engine=False))
+    capacity = statistics.median(rounds_of(first, "glimpse", half, rate))
+    steady = Case(Workload("mixed"), Arrivals(rate=0.8 * capacity), 2 * seconds)
+    systems = ("glimpse", "glimpse-no-scheduler")
+    report = compare(Comparison(model, systems, (steady,), rounds, engine=False))
+    report["runs"] = first["runs"] + report["runs"]
+    report["table"] = table(report["runs"])
+    report["capacity_requests_per_s"] = capacity
+    promises = Promises(report)
+    promises.between(full, new, 1.5, rate, "requests/s", at_least=True)
+    for kind, wanted in (("follow_up", 0.6), ("new", 1.15)):
+        figure = percentile(f"first_token_ms_{kind}", "p95")
+        promises.against("glimpse-no-scheduler", steady, wanted, figure, f"first token p95 of {kind}", at_least=False)
+    return promises.into(report)
+
+
+def one_encode(model: str, _seconds: float, rounds: int) -> dict[str, Any]:
+    """Counts what Triton's encoder really inferred. The probes are put off: they infer it too."""
+    measured_model = ready(model)
+    case = Case(Workload("same"), Arrivals(burst=(BURST, 3600.0)), 1.0)
+    encodes: dict[str, list[int]] = {"one gateway": [], "two gateways and a Redis": []}
+    outcomes: Counter[str] = Counter()
+    for number in range(rounds):
+        for way, found in encodes.items():
+            with two_gateways(measured_model, BUILD / "logs" / "one_encode", {"PROBE_INTERVAL_S": "3600"}) as both:
+                up = both if way.startswith("two") else replace(both, urls=both.urls[:1])
+                before = encoder_images(both)
+                measured = measure(up, replace(plan(case, measured_model, number + 1), requests=BURST))
+                found.append(encoder_images(both) - before - WARM_UP_IMAGES)
+                outcomes.update(result["outcome"] for result in measured.results)
+                say(f"{way}: {found[-1]} encodes of one image")
+    promises = [
+        Verdict(f"encodes of one new image, {BURST} requests at once, {way}", max(found), 1, False, f"rounds: {found}")
+        for way, found in encodes.items()
+    ]
+    promises.append(
+        Verdict("share of them answered", outcomes["ok"] / outcomes.total(), 1.0, True, f"{dict(outcomes)}")
+    )
+    return report(f"{model}: {BURST} requests at once for one new image", model, promises) | {"encodes": encodes}
+
+
+def encoder_images(up: Running) -> int:
+    text = httpx.get(up.triton_metrics, timeout=10).text
+    counted = re.search(r'^nv_inference_count\{model="vision_encoder"[^}]*\} (\d+)', text, re.MULTILINE)
+    return int(counted[1]) if counted else 0
+
+
+def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
+    """Capacity by a closed loop; then Poisson arrivals at 0.8 and at 3 times that."""
+    ours = ("glimpse", "glimpse-no-fidelity")
+    mixed = Workload("mixed")
+    most = card_visual_tokens(model)
+    closed = Case(mixed, Arrivals(clients=2 * CLIENTS), seconds, visual_tokens=most)
+    first = compare(Comparison(model, ours, (closed,), rounds, engine=False))
+    capacity = statistics.median(rounds_of(first, "glimpse-no-fidelity", closed, rate))
+    bearable = Case(mixed, Arrivals(rate=0.8 * capacity), seconds, visual_tokens=most)
+    strained = Case(mixed, Arrivals(rate=3 * capacity), max(seconds, OVERLOAD_S), visual_tokens=most)
+    found = compare(Comparison(model, ours, (bearable, strained), rounds, engine=False))
+    found["runs"] = first["runs"] + found["runs"]
+    found["table"] = table(found["runs"])
+    found["capacity_requests_per_s"] = capacity
+    promises = Promises(found)
+    good = {case.label: statistics.median(rounds_of(found, "glimpse", case, goodput)) for case in
+            (closed, bearable, strained)}  # fmt: skip
+    kept = good[strained.label] / max(good.values())
+    promises.verdicts.append(Verdict("goodput at 3x overload / its best", kept, 0.9, True, f"{good}"))
+    slowest = max(run["figures"]["refusal_ms"]["p99"] for run in found["runs"] if run["figures"]["refusal_ms"])
+    promises.verdicts.append(Verdict("slowest refusals (p99), ms", slowest, 50, False))
+    grown = max(run["figures"]["memory_growth"] for run in found["runs"] if run["system"] == "glimpse")
+    promises.verdicts.append(Verdict("memory's growth from the first quarter to the last", grown, 0.05, False))
+    promises.against("glimpse-no-fidelity", strained, 1.3, goodput, "goodput")
+    return promises.into(found)
+
+
+def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
+    """Every workload in turn, again and again, a fifth of the clients hanging up; then nothing may be left."""
+    measured_model = ready(model)
+    shapes = ("mixed", "cold", "repeat", "follow_up")
+    slices = max(len(shapes), round(seconds / SLICE_S))
+    runs, marks = [], []
+    with running(SYSTEMS["glimpse"], measured_model, BUILD / "logs" / f"soak_{model}") as up:
+        for number in range(slices):
+            workload = Workload(shapes[number % len(shapes)], cancels=0.2, cancel_within_s=measured_model.slo_s / 2)
+            case = Case(workload, Arrivals(clients=CLIENTS), seconds / slices)
+            measured = measure(up, plan(case, measured_model, number + 1))
+            figures = summary(measured, measured_model.slo_s)
+            say(f"  {case.label}: {figures['requests_per_s']:.2f} requests/s, {figures['outcomes']}")
+            runs.append({"system": "glimpse", "workload": case.label, "round": number // len(shapes) + 1,
+                         "figures": figures})  # fmt: skip
+            marks.append(asdict(settled(up)))
+    early = max(1, round(len(marks) * EARLY))
+    promises = [grown(marks[early:] or marks, "memory_mb", role) for role in marks[-1]["memory_mb"]]
+    for what in ("threads", "descriptors"):
+        more = {role: marks[-1][what][role] - marks[early - 1][what].get(role, 0) for role in marks[-1][what]}
+        promises.append(Verdict(f"more {what} at the end", max(more.values()), THREADS_OF_A_POOL, False, f"{more}"))
+    regions = marks[-1]["shared_memory"] - marks[0]["shared_memory"]
+    promises.append(Verdict("more shared-memory regions at the end", regions, 0, False))
+    held = sum(marks[-1]["held"].values())
+    promises.append(Verdict("reservations left", held, 0, False, f"{marks[-1]['held']}"))
+    found = report(f"{model}: soak of {seconds / 60:.0f} minutes", model, promises)
+    return found | {"table": table(runs), "runs": runs, "marks": marks}
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a service holds that has nothing to do."""
+
+    memory_mb: dict[str, float]
+    threads: dict[str, int]
+    descriptors: dict[str, int]
+    shared_memory: int
+    held: dict[str, float]  # reservations, claims, requests in flight: by metric
+
+
+def settled(up: Running) -> Mark:
+    """Once nothing is in flight any more, SETTLE_S at the most."""
+    deadline = time.monotonic() + SETTLE_S
+    while any((held := reservations(up)).values()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    now = sample(up, 0.0)
+    return Mark(now.memory_mb, now.threads, now.descriptors, now.shared_memory, held)
+
+
+def reservations(up: Running) -> dict[str, float]:
+    text = httpx.get(f"{up.urls[0]}/metrics", timeout=10).text
+    return {name: float(value) for name, value in re.findall(HELD, text, re.MULTILINE)}
+
+
+def grown(marks: list[dict[str, Any]], what: str, role: str) -> Verdict:
+    """The last third's median over the first third's: one mark is noise."""
+    series = [mark[what].get(role, 0.0) for mark in marks]
+    third = max(1, len(series) // 3)
+    growth = statistics.median(series[-third:]) / max(statistics.median(series[:third]), 1.0) - 1
+    return Verdict(f"growth of {role}'s {what}", growth, 0.05, False, f"{series[0]:.0f} to {series[-1]:.0f}")
+
+
+def report(title: str, model: str, promises: list[Verdict]) -> dict[str, Any]:
+    return {
+        "title": title,
+        "model": model,
+        "machine": machine(),
+        "verdict": [promise.to_json() for promise in promises],
+    }
+
+
+def card_visual_tokens(model: str) -> tuple[int, int]:
+    """The widest budget that the model offers."""
+    card = ModelCard.from_json((ready(model).repository / "card.json").read_text())
+    return card.visual_tokens
+
+
+SCENARIOS: dict[str, Callable[[str, float, int], dict[str, Any]]] = {
+    "versus": versus,
+    "house": house,
+    "one_encode": one_encode,
+    "overload": overload,
+    "soak": soak,
+    "parts": parts,
+}

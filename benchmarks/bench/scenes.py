@@ -1,0 +1,51 @@
+"""The images and questions of the load: the committed scenes as JPEG, each as many different images as are wanted."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Self
+
+from PIL import Image
+
+from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, rows
+
+JPEG_QUALITY = 90
+START = b"\xff\xd8"  # of every JPEG
+COMMENT = b"\xff\xfe"
+
+
+@dataclass(frozen=True, slots=True)
+class Scenes:
+    """Image n shows scene n modulo their number."""
+
+    files: list[bytes]
+    questions: list[list[str]]  # of each scene, with short answers
+
+    @classmethod
+    def load(cls, count: int = 64) -> Self:
+        """The first scenes of the committed ones."""
+        asked: dict[str, list[str]] = {}
+        for row in rows(SCENES):
+            if row.type != NOT_IN_TOTAL:
+                asked.setdefault(row.image, []).append(row.question)
+        names = sorted(asked)[:count]
+        return cls([_jpeg(name) for name in names], [asked[name] for name in names])
+
+    def jpeg(self, number: int) -> bytes:
+        """Equal numbers are equal bytes, others differ: the number stands in a comment, which decoders skip."""
+        file = self.files[number % len(self.files)]
+        comment = str(number).encode()
+        return START + COMMENT + (len(comment) + 2).to_bytes(2) + comment + file[len(START) :]
+
+    def question(self, image: int, number: int) -> str:
+        """One that fits the image. No two numbers ask the same, so that no answer can come from an exact repeat."""
+        fitting = self.questions[image % len(self.questions)]
+        return f"{fitting[number % len(fitting)]} ({number})"
+
+
+def _jpeg(name: str) -> bytes:
+    encoded = io.BytesIO()
+    with Image.open(SCENES / name) as image:
+        image.convert("RGB").save(encoded, "JPEG", quality=JPEG_QUALITY)
+    return encoded.getvalue()

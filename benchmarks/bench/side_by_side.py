@@ -1,0 +1,166 @@
+"""Systems side by side in one run: rounds A B C A B C ..., each system alone on the machine while it is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench.load import Arrivals, Plan
+from benchmarks.bench.measuring import measure
+from benchmarks.bench.models import BUILD, PROJECT, Model, ready
+from benchmarks.bench.report import table
+from benchmarks.bench.summary import summary
+from benchmarks.bench.systems import SYSTEMS, running
+from benchmarks.bench.workloads import KNOWN, Workload
+
+NEW_IMAGES = 100_000  # between one measurement's new images and the next one's
+IMAGES_BY_ID = ("follow_up", "mixed")  # what asks about known images
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One workload as it is put to the systems."""
+
+    workload: Workload
+    arrivals: Arrivals
+    duration_s: float
+    only: tuple[str, ...] = ()  # systems; empty: all
+    warm_repeats: int = 0
+    visual_tokens: tuple[int, int] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.workload.label}, {self.arrivals.label}"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    model: str
+    systems: tuple[str, ...]
+    cases: tuple[Case, ...]
+    rounds: int
+    engine: bool = True  # measure the bare limit too
+
+
+def say(what: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what}\n")
+    sys.stderr.flush()
+
+
+def compare(comparison: Comparison) -> dict[str, Any]:
+    """The report. A system that fails once is left out from then on, and named."""
+    model = ready(comparison.model)
+    runs: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    engine = engine_limit(model) if comparison.engine else None
+    for number, system in turns(comparison):
+        if system in failed:
+            continue
+        try:
+            runs += turn(system, model, comparison.cases, number)
+        except RuntimeError as error:
+            failed[system] = str(error)
+            say(f"{system} failed: {error}")
+    return {
+        "title": f"{comparison.model}: {comparison.rounds} rounds in turn, {machine()['cpus']} cores",
+        "model": comparison.model,
+        "machine": machine(),
+        "systems": {name: {"how": SYSTEMS[name].how, "settings": dict(SYSTEMS[name].settings)} for name in
+                    comparison.systems},
+        "failed": failed,
+        "engine": engine,
+        "table": table(runs),
+        "runs": runs,
+    }  # fmt: skip
+
+
+def turns(comparison: Comparison) -> Iterator[tuple[int, str]]:
+    for number in range(comparison.rounds):
+        for system in comparison.systems:
+            yield number, system
+
+
+def turn(name: str, model: Model, cases: Sequence[Case], number: int) -> list[dict[str, Any]]:
+    """One system's turn: started, every case measured, stopped."""
+    system = SYSTEMS[name]
+    found = []
+    started = time.monotonic()
+    with running(system, model, BUILD / "logs" / f"{model.name}_{name}") as up:
+        say(f"{model.name}, round {number + 1}: {name} is up after {time.monotonic() - started:.0f} s")
+        for place, case in enumerate(cases):
+            if case.only and name not in case.only:
+                continue
+            measured = measure(up, plan(case, model, number * len(cases) + place + 1))
+            figures = summary(measured, model.slo_s)
+            say(f"  {case.label}: {figures['requests_per_s']:.2f} requests/s, {figures['outcomes']}")
+            found.append(
+                {"system": name, "workload": case.label, "round": number + 1, "load_average": os.getloadavg()[0],
+                 "figures": figures}
+            )  # fmt: skip
+    return found
+
+
+def plan(case: Case, model: Model, number: int) -> Plan:
+    """The same questions to every system in the same round."""
+    return Plan(
+        system="",
+        urls=[],
+        workload=case.workload,
+        arrivals=case.arrivals,
+        duration_s=case.duration_s,
+        max_tokens=model.max_tokens,
+        out="",
+        seed=number,
+        first_new=KNOWN + NEW_IMAGES * number,
+        warm=case.workload.shape in IMAGES_BY_ID,
+        warm_repeats=case.warm_repeats,
+        visual_tokens=case.visual_tokens,
+    )
+
+
+def engine_limit(model: Model) -> dict[str, Any]:
+    say(f"{model.name}: the bare engine limit")
+    command = [sys.executable, "-m", "benchmarks.bench.engine", str(model.repository), str(answer_tokens(model))]
+    said = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(said.stdout)
+    return found
+
+
+def answer_tokens(model: Model) -> int:
+    """Tokens that the LLM runs for: `reference` says a word and its end, `base` all that it may."""
+    return 2 if model.name == "reference" else model.max_tokens
+
+
+def machine() -> dict[str, Any]:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": model,
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        "command": f"glimpse bench {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
+def rounds_of(
+    report: dict[str, Any], system: str, case: Case, figure: Callable[[dict[str, Any]], float]
+) -> list[float]:
+    """One figure of every round, in order."""
+    return [
+        figure(run["figures"]) for run in report["runs"] if (run["system"], run["workload"]) == (system, case.label)
+    ]
+
+
+def lasting(case: Case, seconds: float) -> Case:
+    return replace(case, duration_s=seconds)

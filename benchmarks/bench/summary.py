@@ -1,0 +1,115 @@
+"""One measurement in figures, and several rounds of it against each other. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bench.measuring import Measurement
+
+Result = dict[str, Any]
+REFUSALS = frozenset({"saturated", "tenant_share", "deadline", "shutting_down", "overloaded"})
+
+
+def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
+    """Milliseconds of answered requests; goodput counts those answered within `slo_s` of when they were sent."""
+    ok = [result for result in measured.results if result["outcome"] == "ok"]
+    refused = [result for result in measured.results if result["outcome"] in REFUSALS]
+    span_s = max((result["end"] for result in measured.results), default=measured.elapsed_s)
+    good = sum(result["end"] - result["at"] <= slo_s for result in ok)
+    answered = max(len(ok), 1)
+    cpu_ms = {role: round(seconds * 1e3 / answered, 2) for role, seconds in measured.cpu_s.items()}
+    memory = _most(sample.memory_mb for sample in measured.samples)
+    held = [sum(sample.memory_mb.values()) for sample in measured.samples]
+    quarter = max(1, len(held) // 4)
+    return {
+        "requests": len(measured.results),
+        "outcomes": dict(Counter(result["outcome"] for result in measured.results)),
+        "requests_per_s": round(len(ok) / span_s, 3),
+        "tokens_per_s": round(sum(result["tokens"] for result in ok) / span_s, 2),
+        "goodput_per_s": round(good / span_s, 3),
+        "slo_s": slo_s,
+        "first_token_ms": latencies(result["first"] - result["at"] for result in ok),
+        "first_token_ms_follow_up": latencies(result["first"] - result["at"] for result in ok if result["follow_up"]),
+        "first_token_ms_new": latencies(result["first"] - result["at"] for result in ok if not result["follow_up"]),
+        "inter_token_ms": latencies(gap for result in ok for gap in result["gaps"]),
+        "end_to_end_ms": latencies(result["end"] - result["at"] for result in ok),
+        "refusal_ms": latencies(result["end"] - result["sent"] for result in refused),
+        "tokens_an_answer": round(sum(result["tokens"] for result in ok) / answered, 2),
+        "cache_hits": _share(result["cache"] == "hit" for result in ok if result["cache"]),
+        "reduced": _share(result["reduced"] for result in ok),
+        "cpu_ms_a_request": cpu_ms | {"all": round(sum(cpu_ms.values()), 2)},
+        "load_generator_cpu_ms_a_request": round(measured.load_cpu_s * 1e3 / answered, 2),
+        "memory_mb": {role: round(held) for role, held in memory.items()} | {"all": round(sum(memory.values()))},
+        "memory_growth": round(max(held[-quarter:]) / max(held[:quarter]) - 1, 4),
+    }
+
+
+def latencies(seconds: Iterable[float]) -> dict[str, float] | None:
+    """None where there are none."""
+    found = np.fromiter(seconds, float) * 1e3
+    if not found.size:
+        return None
+    p50, p95, p99 = np.percentile(found, [50, 95, 99])
+    return {"n": int(found.size), "p50": round(p50, 2), "p95": round(p95, 2), "p99": round(p99, 2),
+            "max": round(float(found.max()), 2)}  # fmt: skip
+
+
+def _share(said: Iterable[bool]) -> float | None:
+    answers = list(said)
+    return round(sum(answers) / len(answers), 3) if answers else None
+
+
+def _most(samples: Iterable[dict[str, float]]) -> dict[str, float]:
+    most: dict[str, float] = {}
+    for sample in samples:
+        for role, held in sample.items():
+            most[role] = max(most.get(role, 0.0), held)
+    return most
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Ratio of medians over the rounds; `low` and `high` are the least and the most of the rounds' own ratios."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Of figures that were measured in turn: the rounds belong together."""
+    each = [one / other for one, other in zip(ours, theirs, strict=True)]
+    value = statistics.median(ours) / statistics.median(theirs)
+    return Ratio(round(value, 3), round(min(each), 3), round(max(each), 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One promise and what was found."""
+
+    promise: str
+    found: float
+    wanted: float
+    at_least: bool  # else at most
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.found >= self.wanted if self.at_least else self.found <= self.wanted
+
+    def to_json(self) -> dict[str, Any]:
+        by = self.found / self.wanted - 1 if self.wanted else self.found - self.wanted
+        return {
+            "promise": self.promise,
+            "wanted": f"{'>=' if self.at_least else '<='} {self.wanted:g}",
+            "found": round(self.found, 4),
+            "met": self.met,
+            "by": f"{by:+.0%}" if self.wanted else f"{by:+g}",
+            "note": self.note,
+        }

@@ -1,0 +1,217 @@
+"""How each system is started and stopped. One at a time has the machine."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.bench.models import PROJECT, Model
+from benchmarks.bench.processes import Process, family
+
+START_S = 240.0
+STOP_S = 30.0
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What is measured."""
+
+    asked_as: str  # a kind of load.ASKERS
+    how: str  # its setting, in the report
+    settings: Mapping[str, str] = field(default_factory=dict)  # GLIMPSE_ settings
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A system that answers."""
+
+    asked_as: str
+    urls: tuple[str, ...]
+    pids: tuple[int, ...]  # everything that it runs is below these
+    folder: Path  # its logs
+    triton_metrics: str = ""  # URL
+
+    def processes(self) -> list[Process]:
+        return [process for pid in self.pids for process in family(pid)]
+
+    @staticmethod
+    def shared_memory() -> int:
+        """Regions of shared memory on this machine, everybody's."""
+        return len(list(SHARED_MEMORY.iterdir()))
+
+
+SYSTEMS: Mapping[str, System] = {
+    "naive": System("naive", "FastAPI thread pool, transformers generate, one request at a time on 2 PyTorch threads"),
+    "litserve": System("litserve", "one worker, batches of up to 16 that wait 10 ms, 2 PyTorch threads"),
+    "triton": System("triton", "the vqa ensemble over gRPC, same repository as glimpse, no gateway, no cache"),
+    "glimpse": System("glimpse", "as configured"),
+    "glimpse-no-cache": System("glimpse", "features are never kept", {"FEATURE_CACHE_BYTES": "0"}),
+    "glimpse-no-scheduler": System(
+        "glimpse", "everything enters Triton at once", {"VISION_SLOTS": "1000", "LLM_TOKENS": "10000000"}
+    ),
+    "glimpse-no-fidelity": System("glimpse", "looks as closely under strain", {"ELASTIC_FIDELITY": "false"}),
+}
+
+
+@contextmanager
+def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
+    """Ready when it yields, ended when the block ends. Raises RuntimeError where it does not start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    match system.asked_as:
+        case "glimpse":
+            starting = gateway(model, folder, system.settings)
+        case "triton":
+            starting = triton(model, folder)
+        case "naive":
+            starting = python_server("naive", "benchmarks.bench.naive", model, folder)
+        case "litserve":
+            starting = python_server("litserve", "benchmarks.bench.litserve_server", model, folder)
+        case other:
+            raise ValueError(f"nothing starts {other}")
+    with starting as started:
+        yield started
+
+
+@contextmanager
+def gateway(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator[Running]:
+    """`python -m service`, with a Triton of its own unless the settings name one."""
+    http_port, *triton_ports = free_ports(4)
+    told = {
+        "MODEL_REPOSITORY": str(model.repository),
+        "HTTP_PORT": str(http_port),
+        **dict(
+            zip(("TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT"), map(str, triton_ports), strict=True)
+        ),
+        "TRITON_START_TIMEOUT_S": str(START_S),
+        "LOG_DIR": str(folder),
+        "LOG_LEVEL": "warning",
+        **settings,
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")}
+    environment |= {f"GLIMPSE_{name}": value for name, value in told.items()}
+    with process([sys.executable, "-m", "service"], folder / "gateway.log", environment) as started:
+        wait_until(lambda: answers(http_port, "/health/ready"), started, folder / "gateway.log")
+        metrics = f"http://127.0.0.1:{triton_ports[2]}/metrics"
+        yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)
+
+
+@contextmanager
+def triton(model: Model, folder: Path) -> Iterator[Running]:
+    ports = free_ports(3)
+    log = folder / "triton_server.log"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench.triton_server",
+        str(model.repository),
+        str(folder / "triton.log"),
+    ]
+    with process([*command, *map(str, ports)], log) as started:
+        wait_until(lambda: "ready" in log.read_text(), started, log)
+        metrics = f"http://127.0.0.1:{ports[2]}/metrics"
+        yield Running("triton", (f"127.0.0.1:{ports[1]}",), (started.pid,), folder, metrics)
+
+
+@contextmanager
+def python_server(name: str, module: str, model: Model, folder: Path) -> Iterator[Running]:
+    (port,) = free_ports(1)
+    log = folder / f"{name}.log"
+    with process([sys.executable, "-m", module, str(model.checkpoint), str(port)], log) as started:
+        wait_until(lambda: answers(port, "/health"), started, log)
+        yield Running(name, (f"http://127.0.0.1:{port}",), (started.pid,), folder)
+
+
+@contextmanager
+def two_gateways(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator[Running]:
+    """Two gateways before one Triton, with a Redis that they share. Needs redis-server."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        (redis_port,) = free_ports(1)
+        command = ["redis-server", "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""]
+        redis = stack.enter_context(process(command, folder / "redis.log"))
+        behind = stack.enter_context(triton(model, folder))
+        shared = {
+            "VISION_URL": behind.urls[0],
+            "LLM_URL": behind.urls[0],
+            "REDIS_URL": f"redis://127.0.0.1:{redis_port}/0",
+            **settings,
+        }
+        fronts = [stack.enter_context(gateway(model, made(folder / f"gateway_{n}"), shared)) for n in (1, 2)]
+        urls = tuple(url for front in fronts for url in front.urls)
+        pids = (redis.pid, *behind.pids, *(pid for front in fronts for pid in front.pids))
+        yield Running("glimpse", urls, pids, folder, behind.triton_metrics)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def process(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """In a session of its own; SIGTERM at the end, and after STOP_S SIGKILL to the whole session."""
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, start_new_session=True
+        )
+    try:
+        yield started
+    finally:
+        below = [each.pid for each in family(started.pid)]
+        started.send_signal(signal.SIGTERM)
+        try:
+            started.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.wait()
+        for pid in below:  # LitServe leaves its workers
+            if _session(pid) in below:
+                os.kill(pid, signal.SIGKILL)
+
+
+def _session(pid: int) -> int:
+    """0 where there is no such process any more."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
+    except OSError:
+        return 0
+
+
+def wait_until(condition: Callable[[], bool], started: subprocess.Popen[bytes], log: Path) -> None:
+    """Raises RuntimeError with the log's end."""
+    deadline = time.monotonic() + START_S
+    while not condition():
+        if started.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"it did not start, see {log}:\n{log.read_text(errors='replace')[-2000:]}")
+        time.sleep(0.1)
+
+
+def answers(port: int, path: str) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports

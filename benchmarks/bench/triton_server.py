@@ -1,0 +1,38 @@
+"""The bundled Triton alone, as `triton` is measured: `python -m benchmarks.bench.triton_server REPOSITORY LOG HTTP GRPC
+METRICS`, the last three ports. Says `ready` once every model has inferred; SIGTERM stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from service.core import ModelCard
+from service.embedded import EmbeddedTriton, Ports
+from service.triton import TritonClient
+
+
+async def serve(repository: Path, log_path: Path, ports: Ports) -> None:
+    card = ModelCard.from_json((repository / "card.json").read_text())
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    url = f"127.0.0.1:{ports.grpc}"
+    async with (
+        TritonClient(url, url) as client,
+        EmbeddedTriton(repository, client=client, card=card, log_path=log_path, ports=ports, start_timeout_s=180),
+    ):
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        await stopped.wait()
+
+
+def main() -> None:
+    repository, log_path, *ports = sys.argv[1:]
+    asyncio.run(serve(Path(repository), Path(log_path), Ports(*map(int, ports))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Figures, ratios, verdicts and the picture of a benchmark, from made-up results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from benchmarks.bench.load import Arrivals, Plan
+from benchmarks.bench.measuring import Measurement, Sample
+from benchmarks.bench.report import table, text, write
+from benchmarks.bench.summary import Verdict, latencies, ratio, summary
+from benchmarks.bench.workloads import Workload
+
+PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst=(2, 1.0)), 1.0, 8, "out.json")
+
+
+def result(at: float, end: float, outcome: str = "ok", **known: object) -> dict:
+    """0.1 s to the first token."""
+    defaults = {"follow_up": False, "gaps": [0.01], "tokens": 2, "cache": "miss", "visual_tokens": 32, "reduced": False}
+    return defaults | {"at": at, "sent": at, "first": at + 0.1, "end": end, "outcome": outcome} | known
+
+
+def measured(*results: dict) -> Measurement:
+    samples = [
+        Sample(float(n), {"gateway": 100.0 + n, "llm": 50.0}, {"gateway": 3}, {"gateway": 9}, 1) for n in range(4)
+    ]
+    return Measurement(PLAN, 2.0, 0.02, {"gateway": 0.3, "llm": 0.6}, samples, list(results))
+
+
+def test_summary_counts_what_was_answered():
+    figures = summary(
+        measured(
+            result(0.0, 0.5),
+            result(0.0, 2.0, follow_up=True, cache="hit", reduced=True),
+            result(0.5, 0.51, "saturated", first=None),
+            result(0.5, 0.7, "cancelled", first=None),
+        ),
+        slo_s=1.0,
+    )
+    assert figures["outcomes"] == {"ok": 2, "saturated": 1, "cancelled": 1}
+    assert figures["requests_per_s"] == 1.0  # two in the two seconds until the last one ended
+    assert figures["goodput_per_s"] == 0.5  # one of them in time
+    assert figures["tokens_per_s"] == 2.0
+    assert figures["first_token_ms"] == {"n": 2, "p50": 100.0, "p95": 100.0, "p99": 100.0, "max": 100.0}
+    assert figures["first_token_ms_follow_up"]["n"] == 1
+    assert figures["refusal_ms"]["p50"] == pytest.approx(10.0)
+    assert figures["cache_hits"] == figures["reduced"] == 0.5
+    assert figures["cpu_ms_a_request"] == {"gateway": 150.0, "llm": 300.0, "all": 450.0}
+    assert figures["memory_mb"] == {"gateway": 103, "llm": 50, "all": 153}
+    assert figures["memory_growth"] == pytest.approx(0.02)
+
+
+def test_nobody_answered_is_no_latency():
+    assert latencies([]) is None
+    figures = summary(measured(result(0.0, 0.1, "saturated", first=None)), slo_s=1.0)
+    assert figures["requests_per_s"] == 0
+    assert figures["first_token_ms"] is None
+
+
+def test_a_ratio_is_of_medians_with_the_rounds_spread():
+    found = ratio([3.0, 2.0, 4.0], [1.0, 1.0, 2.0])
+    assert (found.value, found.low, found.high) == (3.0, 2.0, 3.0)
+
+
+def test_a_verdict_says_by_how_much():
+    assert Verdict("faster", 3.3, 3.0, at_least=True).to_json()["by"] == "+10%"
+    missed = Verdict("slower", 0.6, 0.4, at_least=False).to_json()
+    assert (missed["met"], missed["by"], missed["wanted"]) == (False, "+50%", "<= 0.4")
+    assert Verdict("leaks", 0, 0, at_least=False).met
+
+
+def test_the_report_is_json_and_a_picture(tmp_path):
+    figures = summary(measured(result(0.0, 0.5)), slo_s=1.0)
+    runs = [
+        {"system": system, "workload": "cold, 4 clients", "round": number, "figures": figures}
+        for number in (1, 2)
+        for system in ("naive", "glimpse")
+    ]
+    promise = Verdict("requests/s", 1.0, 3.0, at_least=True).to_json()
+    report = {"title": "made up", "runs": runs, "table": table(runs), "verdict": [promise],
+              "engine": {"requests_per_s": {"cold": 5.0}}}  # fmt: skip
+    write(tmp_path / "report", report)
+    assert json.loads((tmp_path / "report.json").read_text())["table"][0]["rounds"] == 2
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width > 400
+    assert "NOT met requests/s" in text(report)
+
+
+@pytest.mark.parametrize(
+    "arrivals", [Arrivals(clients=3), Arrivals(rate=2.5), Arrivals(burst=(2, 1.0))], ids=lambda arrivals: arrivals.label
+)
+def test_a_plan_reaches_the_load_generator_as_it_is(arrivals):
+    plan = Plan("glimpse", ["a", "b"], Workload("mixed", share=0.75), arrivals, 5.0, 8, "x", visual_tokens=(32, 64))
+    assert Plan.from_json(plan.to_json()) == plan

@@ -67,7 +67,7 @@ def measure(decoder: TimedDecoder, rows: int, sampling: Sampling) -> tuple[float
     generator = np.random.default_rng(0)
     prefills, steps, outside, took = [], [], [], []
     for _ in range(ROUNDS):
-        batcher = Batcher(decoder, Limits(max_prefill_tokens=1))  # one prompt a prefill
+        batcher = Batcher(decoder, Limits(max_prefill_tokens=VISUAL + TEXT))  # one prompt a prefill
         for _ in range(rows):
             batcher.submit(Sequence("", prompt(decoder, generator), sampling, end_id=-1))
         while batcher.running or batcher.waiting:

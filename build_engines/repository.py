@@ -219,7 +219,10 @@ def models(dimensions: Dimensions) -> list[Model]:
             parameters=(
                 Parameter("max_rows", str(dimensions.llm_max_rows), "requests decoded at once"),
                 Parameter("max_queue", str(dimensions.llm_max_queue), "requests that wait for a row; more are refused"),
-                Parameter("max_prefill_tokens", "512", "prompt tokens taken in between two steps of those decoding"),
+                Parameter("max_prefill_tokens", "160", "prompt tokens read between two steps of those decoding"),
+                Parameter(
+                    "prefix_cache_bytes", str(64 << 20), "of recent prompts' keys and values, for reuse; 0 is off"
+                ),
                 Parameter("intra_op_threads", "1", "cores of one step"),
             ),
         ),

@@ -39,11 +39,7 @@ Detail = Literal["low", "high", "auto"]
 Url = Annotated[str, typer.Option(help="Where the service answers.")]
 
 RedisUrl = Annotated[
-    str,
-    typer.Option(
-        envvar="GLIMPSE_REDIS_URL",
-        help="redis://[[user]:password@]host:port/db of the gateways, or redis+cluster:// and any node of theirs.",
-    ),
+    str, typer.Option(envvar="GLIMPSE_REDIS_URL", help="redis://[[user]:password@]host:port/db of the gateways.")
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})

@@ -23,7 +23,8 @@ class HistoryDecoder:
     def __init__(self, max_rows: int = 4) -> None:
         self.max_rows = max_rows
         self.history: list[list[int]] = []
-        self.calls: list[tuple[str, int]] = []  # ("prefill" or "step", rows)
+        self.calls: list[tuple[str, int]] = []  # ("prefill" or "step", rows), ("read", tokens)
+        self.known: list[int] = []  # tokens that a prompt may begin with and need not be read again
         self.scrubbed: list[list[int]] = []
         self.fails: set[int] = set()  # a prompt or a batch with one of these tokens raises
         self.poison: set[int] = set()  # a row with one of these tokens gets NaN
@@ -32,9 +33,25 @@ class HistoryDecoder:
     def rows(self) -> int:
         return len(self.history)
 
-    def prefill(self, prompts: SequenceOf[Prompt]) -> np.ndarray:
+    def recall(self, prompt: Prompt) -> np.ndarray:
+        return self.past(self.known) if prompt.input_ids.tolist()[: len(self.known)] == self.known else self.past([])
+
+    @staticmethod
+    def past(tokens: list[int]) -> np.ndarray:
+        return np.array(tokens, np.float32).reshape(1, 1, -1, 1)
+
+    def read(self, prompt: Prompt, past: np.ndarray, tokens: int) -> np.ndarray:
+        self.calls.append(("read", tokens - past.shape[2]))
+        self._fail([prompt.input_ids.tolist()])
+        return self.past([*past.ravel(), *prompt.input_ids[past.shape[2] : tokens]])
+
+    def prefill(self, prompts: SequenceOf[Prompt], pasts: SequenceOf[np.ndarray]) -> np.ndarray:
         self.calls.append(("prefill", len(prompts)))
-        joining = [prompt.input_ids.tolist() for prompt in prompts]
+        joining = []
+        for prompt, past in zip(prompts, pasts, strict=True):
+            known = past.ravel().astype(int).tolist()
+            assert len(known) < prompt.input_ids.size
+            joining.append(known + prompt.input_ids[len(known) :].tolist())
         self._fail(joining)
         self.history += joining
         assert self.rows <= self.max_rows
@@ -185,11 +202,62 @@ def test_a_prefill_takes_requests_of_similar_length_within_its_tokens():
     assert [event.sequence for event in batcher.iterate()] == [short]  # first in line now
 
 
-def test_a_prompt_longer_than_the_prefill_limit_runs_by_itself():
-    batcher = Batcher(HistoryDecoder(), Limits(max_prefill_tokens=4))
-    long = sequence(*range(20), max_tokens=1)
+def test_a_prompt_longer_than_a_prefill_takes_is_read_in_parts_between_the_steps_of_others():
+    decoder = HistoryDecoder()
+    batcher = Batcher(decoder, Limits(max_prefill_tokens=4))
+    running, long, behind = sequence(1, max_tokens=20), sequence(*range(11)), sequence(2)
+    batcher.submit(running)
+    events = batcher.iterate()
     batcher.submit(long)
-    assert batcher.iterate()[0].finished
+    batcher.submit(behind)
+    for _ in range(7):
+        events += batcher.iterate()
+    one, four = ("step", 1), ("read", 4)
+    assert decoder.calls == [("prefill", 1), one, four, one, four, one, ("prefill", 1), ("step", 2)]
+    events += run(batcher)
+    assert tokens_of(events, running) == alone(1, max_tokens=20)
+    assert tokens_of(events, long) == alone(*range(11))
+    assert tokens_of(events, behind) == alone(2)
+
+
+@pytest.mark.parametrize("ends", ["stopped", "abandoned", "faulty"])
+def test_a_prompt_read_in_part_can_end_like_any_other(ends):
+    decoder = HistoryDecoder()
+    gone: list[Sequence] = []
+    batcher = Batcher(decoder, Limits(max_prefill_tokens=4), lambda each: each in gone)
+    long, other = sequence(*range(30), name="long"), sequence(40)
+    batcher.submit(long)
+    batcher.submit(other)
+    assert batcher.iterate() == []
+    assert long.past.shape[2] == 4
+    if ends == "stopped":
+        assert batcher.stop("long") == 1
+    elif ends == "abandoned":
+        gone.append(long)
+    else:
+        decoder.fails = {7}
+    events = run(batcher)
+    (last,) = [event for event in events if event.sequence is long]
+    assert (last.token, last.finished) == (None, True)
+    assert ("out of memory" in last.error) if ends == "faulty" else last.error is None
+    assert tokens_of(events, other) == alone(40)
+    assert decoder.calls.count(("read", 4)) <= 2
+
+
+def test_what_is_known_of_a_prompt_is_not_read_again_and_counted_once():
+    decoder = HistoryDecoder(max_rows=8)
+    decoder.known = list(range(20))
+    batcher = Batcher(decoder, Limits(max_prefill_tokens=6))
+    ends = [sequence(*range(20), 30 + more) for more in range(3)]
+    longer, other = sequence(*range(20), *range(30, 40)), sequence(5)
+    for each in (*ends, longer, other):
+        batcher.submit(each)
+    events = run(batcher)
+    assert decoder.calls[:5] == [("prefill", 4), ("step", 4), ("read", 6), ("step", 4), ("prefill", 1)]
+    assert (batcher.prefix_hits, batcher.prefix_tokens) == (4, 80)
+    for more, each in enumerate(ends):
+        assert tokens_of(events, each) == alone(*range(20), 30 + more)
+    assert tokens_of(events, longer) == alone(*range(20), *range(30, 40))
 
 
 def test_no_more_rows_than_the_decoder_has_and_the_next_in_line_takes_a_free_one():

@@ -126,7 +126,8 @@ def of_the_graphs(family: Family) -> list[list[int]]:
     """The same through what the repository serves: prompts of different lengths, decoded together."""
     prompts = PromptBuilder.load(family.card, family.repository)
     decoder = OnnxDecoder(family.repository / "llm" / "1" / "model.onnx", max_rows=len(QUESTIONS))
-    tokens = decoder.prefill(seen(family, prompts)).argmax(1)
+    asked = seen(family, prompts)
+    tokens = decoder.prefill(asked, [decoder.recall(each) for each in asked]).argmax(1)
     steps = [tokens]
     while len(steps) < LONGEST:
         steps.append(decoder.step(steps[-1]).argmax(1))

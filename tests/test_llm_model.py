@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from triton_python_backend_utils import InferenceRequest, start_arguments
+from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
 
 from service.core import ModelCard
 from triton_models.llm import TritonPythonModel
@@ -154,6 +154,23 @@ def test_a_caller_that_cannot_be_told_ends_its_own_request_only(model):
     after = request(max_tokens=3)
     model.execute([after])
     assert len(tokens(after)) == 3
+
+
+def test_a_repeat_says_the_same_and_the_saving_is_told():
+    model = start(prefix_cache_bytes=str(1 << 24))
+    extra_ids = np.array([[*range(1, 33), *[0] * 6]], np.uint64)
+    said = []
+    for seed, named in ((1, 1), (1, 1), (2, 2), (1, 1), (1, 0)):  # with other visual tokens come other extra ids
+        asked = request(seed=seed, prompt_table_extra_ids=extra_ids * np.uint64(named))
+        model.execute([asked])
+        said.append(tokens(asked))
+    model.finalize()
+    assert said[0] == said[1] == said[3] == said[4] != said[2]
+    told = {name: metric.value for name, metric in MetricFamily.latest.items()}
+    assert told["glimpse_llm_prefix_hits_total"] == 2
+    assert told["glimpse_llm_prefix_tokens_total"] == 2 * 37
+    assert told["glimpse_llm_prefix_bytes"] > 2 * 38 * 16
+    assert told["glimpse_llm_tokens_total"] == 5 * 8
 
 
 def test_a_full_queue_is_told_at_once():

@@ -7,6 +7,7 @@ test_embedded.py and test_vqa_ensemble.py.
 import json
 import queue
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -48,12 +49,14 @@ class Metric:
 
 class MetricFamily:
     GAUGE, COUNTER = "GAUGE", "COUNTER"
+    latest: ClassVar[dict[str, Metric]] = {}  # by name
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         self.name = name
 
     def Metric(self, labels: dict[str, str]) -> Metric:
-        return Metric(labels)
+        self.latest[self.name] = Metric(labels)
+        return self.latest[self.name]
 
 
 class Tensor:

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +18,10 @@ import numpy.typing as npt
 
 from service.core import Prompt, Sampling
 from triton_models.sampling import Sampler
+
+FloatArray = npt.NDArray[np.float32]
+
+NO_PAST: FloatArray = np.zeros((1, 1, 0, 1), np.float32)
 
 
 class Decoder(Protocol):
@@ -29,10 +33,16 @@ class Decoder(Protocol):
     @property
     def rows(self) -> int: ...
 
-    def prefill(self, prompts: SequenceOf[Prompt]) -> npt.NDArray[np.float32]:
-        """Append one row a prompt -> logits [len(prompts), V]. On error no row is added."""
+    def recall(self, prompt: Prompt) -> FloatArray:
+        """What is known of the prompt's first tokens, fewer than all: [parts, heads, n, head_dim], n may be 0."""
 
-    def step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def read(self, prompt: Prompt, past: FloatArray, tokens: int) -> FloatArray:
+        """From what is known of the prompt to what is to be known of its first `tokens` tokens, without a row."""
+
+    def prefill(self, prompts: SequenceOf[Prompt], pasts: SequenceOf[FloatArray]) -> FloatArray:
+        """Append one row a prompt, of which its past is known -> logits [len(prompts), V]. On error no row is added."""
+
+    def step(self, tokens: npt.NDArray[np.int64]) -> FloatArray:
         """Append tokens [rows] -> logits [rows, V]."""
 
     def drop(self, row: int) -> None:
@@ -55,6 +65,12 @@ class Sequence:
     generated: int = 0
     log_prob: float = 0.0  # of all tokens so far
     submitted_at: int = 0  # the batcher's iteration
+    past: FloatArray = field(default_factory=lambda: NO_PAST)  # what the decoder knows of the prompt
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that the decoder has yet to read."""
+        return int(self.prompt.input_ids.size - self.past.shape[2])
 
 
 class Event(NamedTuple):
@@ -85,7 +101,7 @@ class Limits:
     """What bounds the work in one iteration and the sequences that wait for one."""
 
     max_queue: int = 64  # sequences waiting for a row
-    max_prefill_tokens: int = 512  # rows x longest prompt of one prefill: running rows wait that long for their token
+    max_prefill_tokens: int = 160  # rows x longest rest of a prompt in one prefill: running rows wait for no more
     max_prefill_padding: float = 0.25  # share of a prefill that may be padding
     cancel_check_tokens: int = 4  # a caller is asked every so many tokens whether it still listens
 
@@ -115,6 +131,8 @@ class Batcher:
         self._to_ask: list[Sequence] = []  # whether their callers still listen
         self.iterations = 0  # runs of the decoder, and turns without one
         self.tokens = 0
+        self.prefix_hits = 0  # prompts whose beginning was known
+        self.prefix_tokens = 0  # of those, the tokens that were not read again
         self._prefilled = False  # the last iteration was a prefill: now it is the running rows' turn
         self._closed = False
         self._work = threading.Condition()
@@ -187,7 +205,9 @@ class Batcher:
             events += [Event(each, None, 0.0, True) for each in gone]
             group = [each for each in group if each not in gone]
         self._prefilled = bool(group)
-        if group:
+        if group and group[0].unread > self._limits.max_prefill_tokens:
+            events += self._read_on(group[0])
+        elif group:
             events += self._prefill(group)
         elif self._running:
             events += self._step()
@@ -225,37 +245,57 @@ class Batcher:
         return [Event(each, None, 0.0, True) for each in gone]
 
     def _admit(self) -> list[Sequence]:
-        """The head of the queue and those behind it that fit beside it in one prefill."""
+        """The head of the queue and those behind it that fit beside it in one prefill.
+
+        The rest of a longer prompt than a prefill takes comes alone."""
         with self._work:
             room = self._decoder.max_rows - len(self._running)
+            limits = self._limits
             group: list[Sequence] = []
             longest = total = 0
             for sequence in self._waiting:
-                length = sequence.prompt.input_ids.size
-                most = max(longest, length)
-                cells = most * (len(group) + 1)
-                padding = 1 - (total + length) / cells
-                if len(group) == room:
+                if len(group) == room or longest * (len(group) + 1) > limits.max_prefill_tokens:
                     break
-                if not group or (
-                    cells <= self._limits.max_prefill_tokens and padding <= self._limits.max_prefill_padding
-                ):
+                first = sequence.past is NO_PAST
+                known = self._decoder.recall(sequence.prompt) if first else sequence.past
+                unread = sequence.prompt.input_ids.size - known.shape[2]
+                most = max(longest, unread)
+                cells = most * (len(group) + 1)
+                padding = 1 - (total + unread) / cells
+                if not group or (cells <= limits.max_prefill_tokens and padding <= limits.max_prefill_padding):
                     group.append(sequence)
-                    longest, total = most, total + length
+                    longest, total = most, total + unread
+                    sequence.past = known
+                    if first:
+                        self.prefix_hits += known.shape[2] > 0
+                        self.prefix_tokens += known.shape[2]
             for sequence in group:
                 self._waiting.remove(sequence)
             self._joining = group
             return group
 
+    def _read_on(self, sequence: Sequence) -> list[Event]:
+        """A part of a long prompt; it stays the head of the queue."""
+        tokens = sequence.past.shape[2] + self._limits.max_prefill_tokens
+        try:
+            sequence.past = self._decoder.read(sequence.prompt, sequence.past, tokens)
+        except Exception as error:
+            return [Event(sequence, None, 0.0, True, f"prefill failed: {error}")]
+        with self._work:
+            self._joining = []
+            self._waiting.appendleft(sequence)
+        return []
+
     def _prefill(self, group: list[Sequence]) -> list[Event]:
         try:
-            logits = self._decoder.prefill([each.prompt for each in group])
+            logits = self._decoder.prefill([each.prompt for each in group], [each.past for each in group])
         except Exception as error:  # whatever it was, it ends these sequences and not the loop
             if len(group) > 1:
                 return [event for each in group for event in self._prefill([each])]
             return [Event(group[0], None, 0.0, True, f"prefill failed: {error}")]
         first = len(self._running)
         for row, sequence in enumerate(group, first):
+            sequence.past = NO_PAST  # its row has it now
             self._sampler.append(sequence.sampling, sequence.prompt.input_ids)
             self._left[row] = sequence.sampling.max_tokens
             self._end_ids[row] = sequence.end_id

@@ -7,6 +7,7 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,19 @@ import onnxruntime
 
 from service.core import Prompt
 from triton_models.kv_pool import FloatArray, Int64Array, KvPool
+from triton_models.prefix_cache import PrefixCache
 from triton_models.session import Array, open_session
 
 
 class OnnxDecoder:
     """Rows that join with a prompt, grow by a token a step and leave.
 
-    A step is bound to fixed places in memory, once for each number of rows: it reads the pool where it lies and writes
-    its logits and new columns where the last one did.
+    What is known of a prompt's first tokens, its past, is float32 [parts, heads, n, head_dim]: a part is the keys or
+    the values of one layer. A step is bound to fixed places in memory, once for each number of rows: it reads the pool
+    where it lies and writes its logits and new columns where the last one did.
     """
 
-    def __init__(self, graph: Path, *, max_rows: int, intra_op_threads: int = 1) -> None:
+    def __init__(self, graph: Path, *, max_rows: int, intra_op_threads: int = 1, prefix_cache_bytes: int = 0) -> None:
         self._session = open_session(graph, intra_op_threads)
         shapes = {spec.name: spec.shape for spec in (*self._session.get_inputs(), *self._session.get_outputs())}
         parts = [name.removeprefix("past_") for name in shapes if name.startswith(("past_key_", "past_value_"))]
@@ -34,8 +37,10 @@ class OnnxDecoder:
         self.vocab_size: int = shapes["logits"][1]
         self.hidden_size: int = shapes["prompt_embedding_table"][2]
         self.max_rows = max_rows
+        self.prefixes = PrefixCache(prefix_cache_bytes, self.vocab_size)
         self._pool = KvPool(len(parts), heads, head_dim, max_rows)
-        self._nothing = np.zeros((max_rows, heads, 1, head_dim), np.float32)  # a past of length 0: its column is masked
+        self._no_past = np.zeros((len(parts), heads, 0, head_dim), np.float32)
+        self._masked = np.zeros((max_rows, heads, 1, head_dim), np.float32)  # what a graph reads in its place
         self._ids = np.zeros((max_rows, 1), np.int64)
         self._ones = np.ones(max_rows, np.int64)
         self._no_table = np.zeros((max_rows, 1, self.hidden_size), np.float32)
@@ -53,26 +58,32 @@ class OnnxDecoder:
         """Columns of cache that every row has room for."""
         return self._pool.columns
 
-    def prefill(self, prompts: Sequence[Prompt]) -> FloatArray:
-        """Append one row a prompt -> logits [len(prompts), V] after its last token. On error no row is added."""
-        rows, lengths = len(prompts), np.array([prompt.input_ids.size for prompt in prompts], np.int64)
-        ids = np.zeros((rows, int(lengths.max())), np.int64)
-        table = np.zeros(
-            (rows, max(1, *(len(prompt.visual_tokens) for prompt in prompts)), self.hidden_size), np.float32
-        )
+    def recall(self, prompt: Prompt) -> FloatArray:
+        """The past of the prompt's first tokens, fewer than all, from a prompt before it; none is 0 columns."""
+        known = self.prefixes.recall(prompt)
+        return self._no_past if known is None else known
+
+    def read(self, prompt: Prompt, past: FloatArray, tokens: int) -> FloatArray:
+        """The past of the prompt's first `tokens` tokens, more than those of `past`. No row is added."""
+        start = past.shape[2]
+        part = replace(prompt, input_ids=prompt.input_ids[:tokens])
+        _, *new = self._read([part], [start], past[:, np.newaxis] if start else None)
+        return np.concatenate([past, np.concatenate(new)], axis=2)
+
+    def prefill(self, prompts: Sequence[Prompt], pasts: Sequence[FloatArray]) -> FloatArray:
+        """Append one row a prompt -> logits [len(prompts), V] after its last token. On error no row is added.
+
+        Every past is shorter than its prompt."""
+        starts = [past.shape[2] for past in pasts]
+        totals = [prompt.input_ids.size for prompt in prompts]
+        rows = self._pool.place(pasts, max(totals))
+        logits, *new = self._read(prompts, starts, rows if any(starts) else None)
+        first = self.rows
+        self._pool.append(new, starts, [total - start for total, start in zip(totals, starts, strict=True)])
         for row, prompt in enumerate(prompts):
-            ids[row, : prompt.input_ids.size] = prompt.input_ids
-            table[row, : len(prompt.visual_tokens)] = prompt.visual_tokens
-        feeds: dict[str, Array] = {
-            "input_ids": ids,
-            "prompt_embedding_table": table,
-            "past_lengths": np.zeros(rows, np.int64),
-            "input_lengths": lengths,
-            **dict.fromkeys(self._past, self._nothing[:rows]),
-        }
-        logits, *new = self._session.run(self._outputs, feeds)
-        self._pool.append(new, lengths)
-        return np.asarray(logits, np.float32)
+            if np.isfinite(logits[row]).all():
+                self.prefixes.keep(prompt, self._pool.row(first + row))
+        return logits
 
     def step(self, tokens: Int64Array) -> FloatArray:
         """Append tokens [rows] (text ids) to their rows -> logits [rows, V], valid until the next step."""
@@ -90,6 +101,29 @@ class OnnxDecoder:
     def scrub(self, row: int) -> None:
         """Leave nothing of a row that is not finite for the one that comes to live there."""
         self._pool.scrub(row)
+
+    def _read(self, prompts: Sequence[Prompt], starts: Sequence[int], past: FloatArray | None) -> list[FloatArray]:
+        """What the graph says of the prompts from their starts on: logits [B, V], parts [B, heads, T, head_dim].
+
+        `past` is [parts, B, heads, P, head_dim], of which `starts` columns are valid; None where all of those are 0."""
+        rest = [prompt.input_ids[start:] for prompt, start in zip(prompts, starts, strict=True)]
+        rows, lengths = len(rest), [ids.size for ids in rest]
+        ids = np.zeros((rows, max(lengths)), np.int64)
+        visual_tokens = max(1, *(len(prompt.visual_tokens) for prompt in prompts))
+        table = np.zeros((rows, visual_tokens, self.hidden_size), np.float32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : lengths[row]] = rest[row]
+            table[row, : len(prompt.visual_tokens)] = prompt.visual_tokens
+        parts = [self._masked[:rows]] * len(self._past) if past is None else past
+        feeds: dict[str, Array] = {
+            "input_ids": ids,
+            "prompt_embedding_table": table,
+            "past_lengths": np.array(starts, np.int64),
+            "input_lengths": np.array(lengths, np.int64),
+            **dict(zip(self._past, parts, strict=True)),
+        }
+        found: list[FloatArray] = self._session.run(self._outputs, feeds)
+        return found
 
     def _binding(self, rows: int) -> onnxruntime.IOBinding:
         if self._bound is not self._pool.arrays:

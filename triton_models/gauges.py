@@ -10,6 +10,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from triton_models.batcher import Batcher
+from triton_models.prefix_cache import PrefixCache
 
 PERIOD_S = 1.0  # every change told is a message to Triton's process: not once a token
 
@@ -31,22 +32,35 @@ class Gauge:
 
 
 class Gauges:
-    """`glimpse_llm_sequences{state}`, `glimpse_llm_tokens_total` and `glimpse_llm_iterations_total`, once a second.
+    """Batch, queue, work done and what the prefix cache saved, once a second.
 
     Tokens over iterations is the mean batch size.
     """
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: Batcher, prefixes: PrefixCache) -> None:
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
         sequences = _family("glimpse_llm_sequences", "Sequences in the running batch and in the queue", gauge)
         tokens = _family("glimpse_llm_tokens_total", "Tokens generated", counter)
         iterations = _family("glimpse_llm_iterations_total", "Runs of the decoder: a prefill or a step each", counter)
-        self._families = (sequences, tokens, iterations)  # Triton wants a family to outlive its metrics
+        hits = _family("glimpse_llm_prefix_hits_total", "Prompts whose first tokens were not read again", counter)
+        reused = _family("glimpse_llm_prefix_tokens_total", "Prompt tokens that were not read again", counter)
+        kept = _family("glimpse_llm_prefix_bytes", "Keys and values of recent prompts, kept for reuse", gauge)
+        self._families = (
+            sequences,
+            tokens,
+            iterations,
+            hits,
+            reused,
+            kept,
+        )  # Triton wants a family to outlive its metrics
         self._gauges = (
             Gauge(sequences.Metric(labels={"state": "running"}).set, lambda: batcher.running, counts=False),
             Gauge(sequences.Metric(labels={"state": "waiting"}).set, lambda: batcher.waiting, counts=False),
             Gauge(tokens.Metric(labels={}).increment, lambda: batcher.tokens, counts=True),
             Gauge(iterations.Metric(labels={}).increment, lambda: batcher.iterations, counts=True),
+            Gauge(hits.Metric(labels={}).increment, lambda: batcher.prefix_hits, counts=True),
+            Gauge(reused.Metric(labels={}).increment, lambda: batcher.prefix_tokens, counts=True),
+            Gauge(kept.Metric(labels={}).set, lambda: prefixes.nbytes, counts=False),
         )
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llm-gauges", daemon=True)
@@ -55,11 +69,15 @@ class Gauges:
     def close(self) -> None:
         self._ended.set()
         self._thread.join()
+        self._update()
 
     def _run(self) -> None:
         while not self._ended.wait(PERIOD_S):
-            for gauge in self._gauges:
-                gauge.update()
+            self._update()
+
+    def _update(self) -> None:
+        for gauge in self._gauges:
+            gauge.update()
 
 
 def _family(name: str, description: str, kind: Any) -> Any:

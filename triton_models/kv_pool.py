@@ -25,7 +25,6 @@ class KvPool:
         self.rows = 0
         self.lengths = np.zeros(max_rows, np.int64)  # valid columns of each row
         self._shape = (parts, max_rows, heads, head_dim)
-        self._longest = 0
         self._row_index = np.arange(max_rows)
         self._allocate(BLOCK)
 
@@ -34,34 +33,38 @@ class KvPool:
         """S: columns that every row has room for."""
         return int(self.arrays.shape[3])
 
-    def append(self, new: Sequence[FloatArray], lengths: Int64Array) -> None:
-        """New last rows from parts [n, heads, T, head_dim], of which `lengths` [n] columns are valid.
+    def place(self, pasts: Sequence[FloatArray], columns: int) -> FloatArray:
+        """Rows to come -> [parts, n, heads, S, head_dim], each with its past [parts, heads, p, head_dim] at the front.
 
-        Raises MemoryError, and then holds what it held."""
-        columns = new[0].shape[2]
-        before, self._longest = self._longest, max(self._longest, int(lengths.max()))
-        try:
-            self._fit()
-        except MemoryError:  # the rows that run need no more than before
-            self._longest = before
-            raise
-        last = self.rows + len(lengths)
-        for part, columns_of in zip(self.arrays, new, strict=True):
-            part[self.rows : last, :, :columns] = columns_of
-        self.lengths[self.rows : last] = lengths
-        self.rows = last
+        There is room for `columns` of them. Raises MemoryError, and then holds what it held."""
+        self._fit(columns)
+        rows = self.arrays[:, self.rows : self.rows + len(pasts)]
+        for row, past in enumerate(pasts):
+            rows[:, row, :, : past.shape[2]] = past
+        return rows
+
+    def append(self, new: Sequence[FloatArray], starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """The rows that were placed join: `lengths` columns of parts [n, heads, T, head_dim] after `starts` of past."""
+        rows = self.arrays[:, self.rows : self.rows + len(starts)]
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            for part, columns in zip(rows, new, strict=True):
+                part[row, :, start : start + length] = columns[row, :, :length]
+            self.lengths[self.rows + row] = start + length
+        self.rows += len(starts)
 
     def make_room(self) -> None:
         """For one more column in every row."""
-        self._longest += 1
-        if self._longest > self.columns:
-            self._fit()
+        self._fit(self._longest() + 1)
 
     def extend(self, new: FloatArray) -> None:
         """One more column a row, of [parts, rows, heads, 1, head_dim], where `make_room` made it."""
         lengths = self.lengths[: self.rows]
         self._columns_first[self._row_index[: self.rows], lengths] = new[:, :, :, 0].swapaxes(0, 1)
         lengths += 1
+
+    def row(self, row: int) -> FloatArray:
+        """[parts, heads, length, head_dim], a view."""
+        return self.arrays[:, row, :, : self.lengths[row]]
 
     def drop(self, row: int) -> None:
         """Forget a row; the last row takes its place."""
@@ -71,22 +74,27 @@ class KvPool:
             self.arrays[:, row, :, :length] = self.arrays[:, last, :, :length]
             self.lengths[row] = length
         self.rows = last
-        self._longest = int(self.lengths[:last].max(initial=0))
-        if 2 * BLOCK + 2 * self._longest <= self.columns:
-            self._fit()
+        longest = self._longest()
+        if 2 * BLOCK + 2 * longest <= self.columns:
+            self._move(longest)
 
     def scrub(self, row: int) -> None:
         """Overwrite a row that is not finite: stale NaNs would reach the row that comes to live there."""
         self.arrays[:, row] = 0
 
-    def _fit(self) -> None:
-        """As many blocks of columns as the longest row needs, and every row's cache in them."""
-        columns = -(-max(self._longest, 1) // BLOCK) * BLOCK
-        if columns != self.columns:
-            old = self.arrays
-            self._allocate(columns)
-            kept = min(columns, old.shape[3])
-            self.arrays[:, : self.rows, :, :kept] = old[:, : self.rows, :, :kept]
+    def _longest(self) -> int:
+        return int(self.lengths[: self.rows].max(initial=0))
+
+    def _fit(self, columns: int) -> None:
+        if columns > self.columns:
+            self._move(columns)
+
+    def _move(self, columns: int) -> None:
+        """To as many blocks of columns as hold these."""
+        old = self.arrays
+        self._allocate(-(-max(columns, 1) // BLOCK) * BLOCK)
+        kept = min(self.columns, old.shape[3])
+        self.arrays[:, : self.rows, :, :kept] = old[:, : self.rows, :, :kept]
 
     def _allocate(self, columns: int) -> None:
         parts, max_rows, heads, head_dim = self._shape

@@ -77,16 +77,17 @@ class TritonPythonModel:
             parameters.graph,
             max_rows=parameters.integer("max_rows", 32),
             intra_op_threads=parameters.integer("intra_op_threads", 1),
+            prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
         )
         limits = Limits(
             max_queue=parameters.integer("max_queue", 64),
-            max_prefill_tokens=parameters.integer("max_prefill_tokens", 512),
+            max_prefill_tokens=parameters.integer("max_prefill_tokens", 160),
         )
         self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, parameters.card().max_positions)
         self._outputs = tuple(parameters.outputs)
         self._delivery = Delivery(self._say)
         self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
-        self._gauges = Gauges(self._batcher)
+        self._gauges = Gauges(self._batcher, decoder.prefixes)
         self._loop = threading.Thread(target=self._run, name="llm-loop", daemon=True)
         self._loop.start()
 

@@ -25,11 +25,11 @@ class Parameters:
     def text(self, key: str, default: str) -> str:
         return str(self._values.get(key, default))
 
-    def integer(self, key: str, default: int) -> int:
-        """Raises ValueError, which fails the load, when the parameter is not a positive number."""
+    def integer(self, key: str, default: int, least: int = 1) -> int:
+        """Raises ValueError, which fails the load, when the parameter is no number or less than `least`."""
         value = int(self.text(key, str(default)))
-        if value < 1:
-            raise ValueError(f"parameter {key} of {self.folder.name} must be at least 1, not {value}")
+        if value < least:
+            raise ValueError(f"parameter {key} of {self.folder.name} must be at least {least}, not {value}")
         return value
 
     @property

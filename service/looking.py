@@ -118,7 +118,10 @@ class Looker:
         """
         question = self.prompts.question(ticket.request.question)
         detail = self._first_detail(ticket)
-        looks = [Look(number, image, question, detail) for number, image in enumerate(images)]
+        of: dict[str, Look] = {}  # by digest: what comes twice is looked at once
+        for number, image in enumerate(images):
+            of.setdefault(image.digest, Look(number, image, question, detail))
+        looks = of.values()
         while True:
             unknown = [look for look in looks if look.seen is None and not self._recall(look, ticket)]
             await together(self._find, unknown, ticket, place)
@@ -130,7 +133,7 @@ class Looker:
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks) else "low"
         ticket.reduced |= any(look.reduced for look in looks)
-        return [look.seen for look in looks if look.seen is not None]
+        return [seen for image in images if (seen := of[image.digest].seen) is not None]
 
     def _first_detail(self, ticket: Ticket) -> Literal["low", "high"]:
         """With "auto" nobody knows more before the image was seen."""

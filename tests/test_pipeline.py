@@ -101,10 +101,13 @@ async def test_several_images_are_looked_at_each_by_itself_and_read_in_order(hou
     assert nothing_is_held(house)
 
 
-async def test_an_image_that_comes_twice_is_encoded_once(house):
-    _, end = await answer(house, request(images=(png(), png())))
-    assert house.vision.calls == ["see", "attend"]
-    assert end.image_ids[0] == end.image_ids[1]
+async def test_an_image_that_comes_twice_is_looked_at_once_and_read_twice(house):
+    red, grey = png((240, 0, 0)), png((90, 90, 90))
+    _, end = await answer(house, request(images=(red, grey, red)))
+    assert house.vision.calls == ["see", "see"]
+    assert shades(house) == [80, 90, 80]
+    assert end.image_ids[0] == end.image_ids[2] != end.image_ids[1]
+    assert (len(end.relevance), end.visual_tokens) == (3, 96)
 
 
 async def test_several_images_cost_their_sum():

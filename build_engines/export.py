@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
@@ -135,7 +136,10 @@ def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_
             external_data=False,
             verbose=False,
         )
-    model = program.model_proto
+    large = sum(weights.nbytes for weights in graph.module.state_dict().values()) > most_inline_bytes
+    if large:  # straight to disk: in memory the weights would be there a second and a third time
+        onnx_ir.save(program.model, path, external_data=weights_file(graph.name))
+    model = onnx.load(path, load_external_data=False) if large else program.model_proto
     _name_dimensions(model, graph)
     _cast_bytes_first(model)
     del model.metadata_props[:]
@@ -145,11 +149,7 @@ def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
         if hasattr(value, "metadata_props"):
             del value.metadata_props[:]
-    if sum(len(weights.raw_data) for weights in model.graph.initializer) <= most_inline_bytes:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-    else:
-        (path.parent / weights_file(graph.name)).unlink(missing_ok=True)  # onnx would append
-        onnx.save_model(model, path, save_as_external_data=True, location=weights_file(graph.name))
+    path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(path, full_check=True)
 
 

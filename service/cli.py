@@ -202,6 +202,12 @@ def bench(context: typer.Context) -> None:
     become("benchmarks.bench", context.args, extra="bench", needs="litserve")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def verify(context: typer.Context) -> None:
+    """Check a repository's files, and what it does where it is served: `glimpse verify --help` tells more."""
+    become("build_engines.verify", context.args, extra="build", needs="torch")
+
+
 @cache.command()
 def stats(redis_url: RedisUrl) -> None:
     """What Redis holds, by vision encoder.

@@ -37,6 +37,7 @@ def manifest(
         "precision": options.precision,
         "batch": {"opt": options.opt_batch, "max": options.vision_batch},
         "llm": vars(options.llm) if options.profile == "tensorrt" else None,
+        "images": {"vision": options.vision_image, "llm": options.llm_image} if options.profile == "tensorrt" else None,
         "versions": {**root["versions"], **_built_with(made)},
         "steps": [
             {"name": step.name, "key": step.key, "outputs": _outputs(made[step.name])}

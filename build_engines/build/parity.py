@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 
@@ -55,9 +56,9 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def outputs(graph: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+def outputs(graph: Path | onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Every output for all samples; the feeds are cast to what the graph takes."""
-    run = session(graph)
+    run = session(graph) if isinstance(graph, Path) else graph
     takes = {spec.name: _numpy_type(spec.type) for spec in run.get_inputs()}
     names = [spec.name for spec in run.get_outputs()]
     parts = [run.run(names, {name: array.astype(takes[name], copy=False) for name, array in part.items()})
@@ -95,18 +96,30 @@ def logits(graph: Path, feeds: Mapping[str, Array], forced: Array | None = None)
     found = []
     for row, (visual, text, length) in enumerate(rows):
         wanted = None if forced is None else forced[row]
-        found.append(_decode(run, visual, text[: int(length)], wanted))
+        found.append(np.stack(list(decode(run, visual, text[: int(length)], 1 + DECODED, wanted))))
     return np.stack(found)
 
 
-def _decode(run: onnxruntime.InferenceSession, visual: Array, text: Array, forced: Array | None) -> Array:
-    """One sequence, a token at a time: [1 + DECODED, V]."""
+def greedy(run: onnxruntime.InferenceSession, visual: Array, text: Array, most: int, end_id: int) -> list[int]:
+    """The answer's tokens, up to the end id, which is left out."""
+    found = []
+    for row in decode(run, visual, text, most):
+        token = int(row.argmax())
+        if token == end_id:
+            break
+        found.append(token)
+    return found
+
+
+def decode(
+    run: onnxruntime.InferenceSession, visual: Array, text: Array, most: int, forced: Array | None = None
+) -> Iterator[Array]:
+    """One sequence, a token at a time, as the LLM's graph sees it: `most` rows of logits [V]."""
     takes = {spec.name: spec for spec in run.get_inputs()}
     vocab_size = run.get_outputs()[0].shape[1]
     past = {name: np.zeros([1, spec.shape[1], 0, spec.shape[3]]) for name, spec in takes.items() if _is_past(name)}
     ids = np.concatenate([np.arange(vocab_size, vocab_size + len(visual)), text])
-    found: list[Array] = []
-    while len(found) <= DECODED:
+    for turn in range(most):
         feeds = {
             "input_ids": ids[np.newaxis],
             "prompt_embedding_table": visual[np.newaxis],
@@ -116,11 +129,29 @@ def _decode(run: onnxruntime.InferenceSession, visual: Array, text: Array, force
         }
         given = {name: np.asarray(feeds[name], _numpy_type(spec.type)) for name, spec in takes.items()}
         last, *new = run.run(["logits", *(name.replace("past", "new", 1) for name in past)], given)
+        yield last[0]
         past = {name: np.concatenate([past[name], more], axis=2) for name, more in zip(past, new, strict=True)}
-        ids = np.array([last[0].argmax() if forced is None else forced[len(found)]])
-        found.append(last[0])
-    return np.stack(found)
+        if turn + 1 < most:
+            ids = np.array([last[0].argmax() if forced is None else forced[turn]])
 
 
 def _is_past(name: str) -> bool:
     return name.startswith(("past_key_", "past_value_"))
+
+
+def residuals(graph: Path) -> list[str]:
+    """The tensors that a norm reads, in order: what each layer hands on to the next."""
+    model = onnx.load(graph, load_external_data=False)
+    read = [node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"]
+    ends = {value.name for value in model.graph.input} | {constant.name for constant in model.graph.initializer}
+    return [name for name in dict.fromkeys(read) if name not in ends]
+
+
+def inner(graph: Path, names: Sequence[str], feeds: Mapping[str, Array], scratch: Path) -> dict[str, Array]:
+    """Tensors from within a graph that is no larger than one file."""
+    model = onnx.load(graph)
+    known = {value.name: value for value in model.graph.value_info}
+    model.graph.output.extend(known[name] for name in names)
+    onnx.save(model, scratch)
+    found = outputs(scratch, feeds)
+    return {name: found[name] for name in names}

@@ -46,7 +46,10 @@ def faults(model: onnx.ModelProto, may_vary: set[str]) -> list[str]:
     values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
     types = {name: tensor.elem_type for name, tensor in values.items()}
     types |= {constant.name: constant.data_type for constant in graph.initializer}
-    constants = {constant.name: numpy_helper.to_array(constant) for constant in graph.initializer}
+    constants = {
+        constant.name: np.empty(0) if constant.external_data else numpy_helper.to_array(constant)
+        for constant in graph.initializer
+    }
     for node in graph.node:
         if node.op_type == "Constant":
             constants[node.output[0]] = np.asarray(helper.get_attribute_value(node.attribute[0]))

@@ -1,0 +1,89 @@
+"""`glimpse verify`: is a repository whole, does it serve, are its answers right, and how fast are they?
+
+    glimpse verify model_repository                                     its files: any machine
+    glimpse verify engines --serve --reference fp32_repository          and what it does, on a machine that can serve it
+    glimpse verify engines --vision-url host:8001 --llm-url host:9001   and what running servers do
+
+Prints one line a check and a verdict; --report writes them, and what was measured, as JSON. Ends with 1 where a check
+failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from build_engines.verify.report import Report
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="glimpse verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("repository", type=Path)
+    found.add_argument("--report", type=Path, help="write the report as JSON here")
+    found.add_argument("--serve", action="store_true", help="start what serves it, and stop that again")
+    found.add_argument("--vision-url", metavar="HOST:PORT", help="gRPC of a Triton that serves it")
+    found.add_argument("--llm-url", metavar="HOST:PORT", help="gRPC of the LLM's [--vision-url]")
+    found.add_argument("--metrics-url", help="of the vision server, http://HOST:8002/metrics")
+    found.add_argument("--reference", type=Path, help="FP32 repository of the same checkpoint, to compare with")
+    found.add_argument("--images", type=Path, help="folder of images to ask about [rendered scenes]")
+    found.add_argument("--scenes", type=int, default=8, help="how many of them")
+    found.add_argument("--repeats", type=int, default=20, help="of each timing")
+    found.add_argument("--first-port", type=int, default=18000, help="of six that --serve takes")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    report = Report()
+    asyncio.run(look(given, report))
+    print(report.text())
+    if given.report:
+        report.write(given.report)
+    return 1 if report.failed else 0
+
+
+async def look(given: argparse.Namespace, report: Report) -> None:
+    from build_engines.verify.files import check_files  # noqa: PLC0415  (ONNX and PyTorch: not for --help)
+    from build_engines.verify.live import Served, check_served  # noqa: PLC0415
+    from build_engines.verify.serve import CannotServe, serving  # noqa: PLC0415
+    from service.embedded import Ports, StartFailed  # noqa: PLC0415
+
+    card = check_files(given.repository, report)
+    if card is None or report.failed:
+        report.not_run("serving", "its files are not right")
+        return
+
+    def served(vision: str, llm: str, metrics: str | None) -> Served:
+        return Served(vision, llm, metrics, given.reference, given.images, given.scenes, given.repeats)
+
+    if given.vision_url:
+        urls = (given.vision_url, given.llm_url or given.vision_url, given.metrics_url)
+        await check_served(given.repository, card, served(*urls), report)
+    elif given.serve:
+        ports = tuple(Ports(first, first + 1, first + 2) for first in (given.first_port, given.first_port + 3))
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                log = Path(folder) / "triton.log"
+                async with serving(given.repository, card, images_of(given.repository), ports, log) as urls:
+                    await check_served(given.repository, card, served(*urls), report)
+            except (CannotServe, StartFailed) as exc:
+                report.not_run("serving", str(exc))
+    else:
+        report.not_run("serving", "say --serve, or --vision-url of a Triton that serves it")
+
+
+def images_of(repository: Path) -> tuple[str, str] | None:
+    """The vision and the LLM server's images, of a repository of plans; None for one that the bundled Triton serves."""
+    path = repository / "manifest.json"
+    told = json.loads(path.read_text()) if path.exists() else {}
+    return tuple(told["images"].values()) if told.get("profile") == "tensorrt" else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

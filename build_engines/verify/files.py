@@ -1,0 +1,245 @@
+"""What can be said of a repository from its files, on any machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from build_engines.build.manifest import NAME
+from build_engines.build.precision import CACHED, FP16_IO
+from build_engines.build.run import digests
+from build_engines.build.tensorrt_rules import MAY_VARY, faults
+from build_engines.verify.report import Report
+from service.core import MAX_VISUAL_TOKENS, QUESTION_TOKENS, ModelCard
+from service.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
+from service.triton import MODELS
+
+QUESTIONS = ("what colour is the small circle?", "Où est le 7 ?", "how many?")
+FLOATS = {name for names in FP16_IO.values() for name in names}  # tensors in the card's float
+ONNX_TYPES = {"float32": "FP32", "float16": "FP16", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
+
+Specs = dict[str, tuple[str, tuple[int, ...], bool]]  # data type, shape without the batch, optional
+
+
+class Wrong(Exception):
+    """What does not hold."""
+
+
+def check_files(repository: Path, report: Report) -> ModelCard | None:
+    """Every check of the files; the card where it can be read."""
+    card: ModelCard | None = None
+    with report.check("card"):
+        card = ModelCard.from_json((repository / "card.json").read_text())
+    if card is None:
+        return None
+    with report.check("tokenizer"):
+        check_tokenizer(repository, card)
+    with report.check("template"):
+        check_template(repository, card)
+    configs: dict[str, Any] = {}
+    with report.check("configurations"):
+        configs = read_configs(repository)
+        check_contract(configs, card)
+    for name, config in configs.items():
+        path = repository / name / "1"
+        if (path / "model.onnx").exists():
+            with report.check(f"graph {name}"):
+                check_graph(path / "model.onnx", name, config, card)
+        elif config.backend == "tensorrt":
+            with report.check(f"plan {name}"):
+                check_plan(path / config.default_model_filename)
+        elif config.backend == "tensorrtllm":
+            with report.check("engine llm"):
+                check_engine(path, config, card)
+    check_manifest(repository, report)
+    return card
+
+
+def check_tokenizer(repository: Path, card: ModelCard) -> None:
+    """Every id is one that the model knows, and every token's bytes are known."""
+    tokenizer = load_tokenizer(repository / LLM_TOKENIZER)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= card.vocab_size:
+        raise Wrong(f"id {largest} would be read as a visual token: the vocabulary has {card.vocab_size}")
+    spelled = token_bytes(tokenizer)
+    for question in QUESTIONS:
+        ids = tokenizer.encode(question, add_special_tokens=False).ids
+        text = b"".join(spelled[i] for i in ids)
+        if text.decode(errors="replace").strip().lower() != question.lower():  # a tokenizer may know one case only
+            raise Wrong(f"{question!r} comes back as {text!r}")
+    for name in ("bos_id", "end_id", "pad_id"):
+        if not 0 <= getattr(card, name) < card.vocab_size:
+            raise Wrong(f"{name} is {getattr(card, name)}, of {card.vocab_size}")
+
+
+def check_template(repository: Path, card: ModelCard) -> None:
+    """A question makes a prompt, and leaves room for an answer beside the most visual tokens."""
+    if card.prompt_template.count("{question}") != 1:
+        raise Wrong(f"{card.prompt_template!r} must have {{question}} once")
+    prompts = PromptBuilder.load(card, repository)
+    for text in QUESTIONS:
+        question = prompts.question(text)
+        if len(question.ids) != QUESTION_TOKENS or not question.mask.any():
+            raise Wrong(f"{text!r} makes question_ids of {len(question.ids)}, {question.mask.sum()} of them real")
+        table = np.zeros((card.visual_tokens[1], card.hidden_size), np.float32)
+        prompt = prompts.compose(text, [(table, b"a key")])
+        if len(prompt.input_ids) + 1 > card.max_positions:
+            raise Wrong(f"{len(prompt.input_ids)} tokens of prompt leave no room in {card.max_positions}")
+
+
+def read_configs(repository: Path) -> dict[str, Any]:
+    """By model. Raises Wrong for what Triton would not read."""
+    found = {}
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        try:
+            found[path.parent.name] = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        except text_format.ParseError as exc:
+            raise Wrong(f"{path.parent.name}/config.pbtxt: {exc}") from exc
+        if found[path.parent.name].name != path.parent.name:
+            raise Wrong(f"{path.parent.name}/config.pbtxt calls itself {found[path.parent.name].name}")
+    return found
+
+
+def specs(tensors: Any) -> Specs:
+    """Inputs or outputs of a ModelConfig."""
+    kind = model_config_pb2.DataType.Name
+    return {
+        each.name: (kind(each.data_type).removeprefix("TYPE_"), tuple(each.dims), getattr(each, "optional", False))
+        for each in tensors
+    }
+
+
+def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:
+    """The gateway sends what is wanted and reads what is there, and ensembles hand on what their models take."""
+    widths = {"D": card.vision_width, "H": card.hidden_size}
+
+    def told(tensor: Any) -> tuple[str, tuple[int, ...], bool]:
+        kind = card.float_type if tensor.name in FLOATS else tensor.datatype
+        return kind, tuple(widths.get(dim, dim) for dim in tensor.dims), getattr(tensor, "optional", False)
+
+    for name in {*card.called, "vision_encoder", *("vqa" for _ in configs if "vqa" in configs)}:
+        if name not in configs:
+            raise Wrong(f"there is no model {name}")
+        accepted, given = specs(configs[name].input), specs(configs[name].output)
+        for tensor in MODELS[name].inputs:
+            if accepted.get(tensor.name) != told(tensor):
+                raise Wrong(f"{name} takes {tensor.name} as {accepted.get(tensor.name)}, sent is {told(tensor)}")
+        for tensor in MODELS[name].outputs:
+            if given.get(tensor.name, ())[:2] != told(tensor)[:2]:
+                raise Wrong(f"{name} gives {tensor.name} as {given.get(tensor.name)}, read is {told(tensor)}")
+        unsent = {key for key, spec in accepted.items() if not spec[2]} - {t.name for t in MODELS[name].inputs}
+        if unsent:
+            raise Wrong(f"{name} wants {', '.join(sorted(unsent))}, which nobody sends")
+    for config in configs.values():
+        _check_steps(config, configs)
+
+
+def _check_steps(config: Any, configs: Mapping[str, Any]) -> None:
+    flowing = {name: spec[:2] for name, spec in specs(config.input).items()}
+    for step in config.ensemble_scheduling.step:
+        if step.model_name not in configs:
+            raise Wrong(f"{config.name} has a step {step.model_name}, which is not there")
+        inner = configs[step.model_name]
+        inputs, outputs = specs(inner.input), specs(inner.output)
+        if missing := {key for key, spec in inputs.items() if not spec[2]} - step.input_map.keys():
+            raise Wrong(f"{config.name} gives {step.model_name} no {', '.join(sorted(missing))}")
+        for key, value in step.input_map.items():
+            if flowing.get(value) != inputs[key][:2]:
+                raise Wrong(
+                    f"{config.name}: {value} is {flowing.get(value)}, {step.model_name} takes {inputs[key][:2]}"
+                )
+        flowing |= {value: outputs[key][:2] for key, value in step.output_map.items()}
+    if config.ensemble_scheduling.step:
+        for name, spec in specs(config.output).items():
+            if flowing.get(name) != spec[:2]:
+                raise Wrong(f"{config.name} promises {name} as {spec[:2]}, its steps give {flowing.get(name)}")
+
+
+def check_graph(path: Path, name: str, config: Any, card: ModelCard) -> None:
+    """A whole ONNX file, with the configuration's tensors, that TensorRT would build as it stands."""
+    onnx.checker.check_model(path)
+    model = onnx.load(path, load_external_data=False)
+    for constant in model.graph.initializer:
+        for entry in constant.external_data:
+            if entry.key == "location" and not (path.parent / entry.value).exists():
+                raise Wrong(f"{entry.value}, its weights, is not there")
+    ins, outs = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))
+    if name == "llm":
+        _check_decoder(ins, outs, card)
+    elif name == "qformer":
+        wanted = (card.float_type, (MAX_VISUAL_TOKENS // 4, card.hidden_size))
+        if outs.get("visual_tokens") != wanted:
+            raise Wrong(f"it gives {outs}, not visual_tokens {wanted}")
+    else:
+        for told, found in ((specs(config.input), ins), (specs(config.output), outs)):
+            if found != {key: spec[:2] for key, spec in told.items()}:
+                raise Wrong(f"its tensors are {found}, configured are {told}")
+    if name in MAY_VARY and (broken := faults(onnx.load(path), MAY_VARY[name])):
+        raise Wrong(f"TensorRT would not build it: {'; '.join(broken[:3])}")
+
+
+def _check_decoder(ins: Mapping[str, Any], outs: Mapping[str, Any], card: ModelCard) -> None:
+    if outs.get("logits") != ("FP32", (card.vocab_size,)):
+        raise Wrong(f"its logits are {outs.get('logits')}, the vocabulary has {card.vocab_size}")
+    if ins.get("prompt_embedding_table") != (card.float_type, (-1, card.hidden_size)):
+        raise Wrong(f"its prompt_embedding_table is {ins.get('prompt_embedding_table')}")
+    cached = {name for name in (*ins, *outs) if name.startswith(CACHED)}
+    if (
+        not cached
+        or {name.replace("past", "new", 1) for name in cached if name.startswith("past")} != cached & outs.keys()
+    ):
+        raise Wrong("its keys and values do not come in the pairs past_* and new_*")
+
+
+def _ends(values: Any) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+        if dims[0] != -1:
+            raise Wrong(f"the batch of {value.name} is fixed at {dims[0]}")
+        yield value.name, (ONNX_TYPES.get(dtype, dtype), tuple(dims[1:]))
+
+
+def check_plan(path: Path) -> None:
+    if not path.is_file() or path.stat().st_size < 1000:
+        raise Wrong(f"{path.name} is not there")
+
+
+def check_engine(folder: Path, config: Any, card: ModelCard) -> None:
+    """The engine's own config.json: virtual ids start at its vocabulary's size."""
+    told = json.loads((folder / "config.json").read_text())
+    pretrained, build = told["pretrained_config"], told["build_config"]
+    if pretrained["vocab_size"] != card.vocab_size:
+        raise Wrong(f"the engine's visual ids start at {pretrained['vocab_size']}, the card's at {card.vocab_size}")
+    if build["max_seq_len"] < card.max_positions:
+        raise Wrong(f"the engine ends at {build['max_seq_len']} tokens, the card allows {card.max_positions}")
+    if build["max_batch_size"] < config.max_batch_size:
+        raise Wrong(f"the engine decodes {build['max_batch_size']} at once, configured are {config.max_batch_size}")
+    ranks = pretrained["mapping"]["world_size"]
+    missing = [f"rank{rank}.engine" for rank in range(ranks) if not (folder / f"rank{rank}.engine").exists()]
+    if missing:
+        raise Wrong(f"{', '.join(missing)} is not there")
+
+
+def check_manifest(repository: Path, report: Report) -> None:
+    """Every file is what was built, no more and no less."""
+    if not (repository / NAME).exists():
+        report.not_run("manifest", "there is none: `glimpse build` writes one")
+        return
+    with report.check("manifest"):
+        told = json.loads((repository / NAME).read_text())
+        found = {name: digest for name, digest in digests(repository).items() if name != NAME}
+        found = {name: digest for name, digest in found.items() if "__pycache__" not in name}
+        changed = sorted(name for name in told["files"].keys() & found.keys() if told["files"][name] != found[name])
+        lost, new = sorted(told["files"].keys() - found.keys()), sorted(found.keys() - told["files"].keys())
+        for what, names in (("changed", changed), ("lost", lost), ("added", new)):
+            if names:
+                raise Wrong(f"{what} since it was built: {', '.join(names[:5])}")

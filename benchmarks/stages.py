@@ -3,22 +3,26 @@
     python -m benchmarks.stages [--detail high] [--out benchmarks/results/stages.json]
 
 Asks about images that were never seen, one at a time, in rounds, and reads Triton's statistics around each round: the
-time a model computes, which leaves out its queue and the transport, over the requests that it served. Medians over the
-rounds with their 95 % intervals. The allocator should take at most a tenth of the encoder's time.
+time a model computes, without its queue and the transport, over the requests that it served (of the decoupled `llm`
+only what taking a request in costs). Medians over the rounds with their 95 % intervals. The allocator should take at
+most a tenth of the encoder's time.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
+import numpy as np
+from PIL import Image
 
-from benchmarks.ablation.intervals import Figure, median
-from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, Row, rows
-from benchmarks.latency import never_seen
+from benchmarks.ablation.intervals import median
+from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, rows
 
 ENCODER, ALLOCATOR = "vision_encoder", "relevance_allocator"
 MOST_SHARE = 0.1  # of the encoder's time, for the allocator
@@ -27,7 +31,7 @@ Counters = Mapping[str, tuple[int, float]]  # by model: requests, milliseconds c
 
 
 def counters(triton: httpx.Client) -> Counters:
-    """Since Triton started, of the models that compute: ensembles do not. Raises httpx.HTTPError."""
+    """Since Triton started; an ensemble's is what its steps took. Raises httpx.HTTPError."""
     told = triton.get("/v2/models/stats").raise_for_status().json()["model_stats"]
     read = {}
     for model in told:
@@ -37,38 +41,45 @@ def counters(triton: httpx.Client) -> Counters:
     return read
 
 
-def between(before: Counters, after: Counters) -> dict[str, float]:
-    """Milliseconds a request of each model that served one in between."""
+def between(before: Counters, after: Counters, least: int) -> Counters:
+    """What was served in between, by the models that served at least so many requests: the gateway's probes, which
+    infer every model every few seconds, do not make a stage."""
     spent = {}
     for name, (requests, milliseconds) in after.items():
         earlier, earlier_ms = before.get(name, (0, 0.0))
-        if requests > earlier:
-            spent[name] = (milliseconds - earlier_ms) / (requests - earlier)
+        if requests - earlier >= least:
+            spent[name] = requests - earlier, milliseconds - earlier_ms
     return spent
 
 
-def ask(gateway: httpx.Client, row: Row, step: int, detail: str) -> None:
-    """One question on an image that no cache knows. Raises httpx.HTTPError, and RuntimeError where a cache knew it."""
-    body: dict[str, object] = {"image": never_seen(SCENES / row.image, step), "question": row.question, "max_tokens": 8}
-    if detail != "low":
-        body["detail"] = detail
+def never_seen(scene: Path, generator: np.random.Generator) -> str:
+    """The scene moved by some pixels either way, as base64: the same kind of image with bytes that no cache knows."""
+    with Image.open(scene) as image:
+        pixels = np.roll(np.asarray(image.convert("RGB")), generator.integers(1, 200, 2), axis=(0, 1))
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "WEBP", quality=90)
+    return base64.b64encode(encoded.getvalue()).decode()
+
+
+def ask(gateway: httpx.Client, image: str, question: str, detail: str) -> None:
+    """Raises httpx.HTTPError, and RuntimeError where a cache knew the image."""
+    body = {"image": image, "question": question, "max_tokens": 8, "detail": detail}
     said = gateway.post("/v1/vqa", json=body).raise_for_status().json()
     if said["vision"]["cache"] != "miss":
-        raise RuntimeError(f"the image was known already: restart the server, or wait ({said['vision']})")
+        raise RuntimeError(f"the image was known already: {said['vision']}")
 
 
-def summary(spent: list[dict[str, float]]) -> dict[str, object]:
-    """The rounds' milliseconds by model, and the allocator's share of the encoder's time. Raises ValueError where a
-    model was not asked in every round."""
+def summary(spent: list[Counters]) -> dict[str, object]:
+    """Each model's milliseconds a request, and the allocator's share of the encoder's time. Raises ValueError where the
+    rounds were not alike."""
     models = sorted(set().union(*spent))
     if not all(set(models) == set(each) for each in spent):
         raise ValueError("other models served in some rounds: is somebody else asking this server?")
-    compute = {name: median([each[name] for each in spent]).as_json(3) for name in models}
+    a_request = {name: median([each[name][1] / each[name][0] for each in spent]).as_json(3) for name in models}
     allocators = [name for name in models if name.startswith(ALLOCATOR)]
-    shares = [sum(each[name] for name in allocators) / each[ENCODER] for each in spent]
-    share: Figure = median(shares)
+    share = median([sum(each[name][1] for name in allocators) / each[ENCODER][1] for each in spent])
     return {
-        "compute_ms": compute,
+        "compute_ms": a_request,
         "allocator_over_encoder": share.as_json(),
         "bar": MOST_SHARE,
         "met": share.value <= MOST_SHARE,
@@ -78,13 +89,15 @@ def summary(spent: list[dict[str, float]]) -> dict[str, object]:
 def measure(url: str, triton_url: str, rounds: int, requests: int, detail: str) -> dict[str, object]:
     """Raises httpx.HTTPError."""
     asked = [row for row in rows(SCENES, "new") if row.type != NOT_IN_TOTAL]
-    spent = []
+    generator = np.random.default_rng()  # other images every time: the server remembers those of before
+    spent: list[Counters] = []
     with httpx.Client(base_url=url, timeout=60) as gateway, httpx.Client(base_url=triton_url, timeout=10) as triton:
         for each in range(rounds + 1):
             before = counters(triton)
             for step in range(each * requests, (each + 1) * requests):
-                ask(gateway, asked[step * 7 % len(asked)], step, detail)
-            spent.append(between(before, counters(triton)))
+                row = asked[step * 7 % len(asked)]
+                ask(gateway, never_seen(SCENES / row.image, generator), row.question, detail)
+            spent.append(between(before, counters(triton), requests))
     told = {"detail": detail, "rounds": rounds, "requests_a_round": requests}
     return told | summary(spent[1:])  # the first one warms up
 

@@ -13,18 +13,19 @@ from service.embedded import EmbeddedTriton
 def test_only_what_was_served_in_between_counts():
     before = {"vision_encoder": (10, 100.0), "llm": (5, 7.0)}
     after = {"vision_encoder": (14, 148.0), "llm": (5, 7.0), "qformer": (2, 3.0)}
-    assert between(before, after) == {"vision_encoder": 12.0, "qformer": 1.5}
+    assert between(before, after, 2) == {"vision_encoder": (4, 48.0), "qformer": (2, 3.0)}
+    assert between(before, after, 3) == {"vision_encoder": (4, 48.0)}
 
 
 def test_the_allocators_share_is_of_the_same_rounds():
-    told = summary([{"vision_encoder": 10.0, "relevance_allocator": 0.5 + step / 10} for step in range(3)])
+    told = summary([{"vision_encoder": (2, 10.0), "relevance_allocator": (1, 0.5 + step / 10)} for step in range(3)])
     assert told["allocator_over_encoder"] == {"value": 0.06, "low": 0.05, "high": 0.07}
     assert told["met"] is True
 
 
 def test_a_stranger_at_the_server_is_noticed():
     with pytest.raises(ValueError, match="somebody else"):
-        summary([{"vision_encoder": 10.0, "relevance_allocator": 1.0}, {"vision_encoder": 10.0}])
+        summary([{"vision_encoder": (1, 10.0), "relevance_allocator": (1, 1.0)}, {"vision_encoder": (1, 10.0)}])
 
 
 def test_the_served_chain_tells_what_each_model_costs(gateway: Gateway, triton: EmbeddedTriton):

@@ -77,13 +77,14 @@ class Look:
     number: int  # of the images of its request
     image: Image
     question: Question
-    detail: Literal["low", "high"]  # what it is to be looked at with
+    detail: Literal["low", "high"] = "low"  # what it is to be looked at with
     is_reserved: bool = False  # the pixels
     decoded: Decoded | None = None
     vision: VisionFeatures | None = None
     closer: CloserFeatures | None = None
     seen: Seen | None = None  # at this detail, once it is known
-    reduced: bool = False  # whether that was less than the request allows
+    is_reduced: bool = False  # whether that was less than the request allows
+    is_denied: bool = False  # a closer view, as others wait
 
 
 class Looker:
@@ -117,57 +118,56 @@ class Looker:
         then finds that it needs a closer view gives its room back and comes again.
         """
         question = self.prompts.question(ticket.request.question)
-        detail = self._first_detail(ticket)
         of: dict[str, Look] = {}  # by digest: what comes twice is looked at once
         for number, image in enumerate(images):
-            of.setdefault(image.digest, Look(number, image, question, detail))
+            of.setdefault(image.digest, Look(number, image, question))
         looks = of.values()
         while True:
             unknown = [look for look in looks if look.seen is None and not self._recall(look, ticket)]
             await together(self._find, unknown, ticket, place)
             room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, place)
             await together(self._attend, [look for look in unknown if look.seen is None], ticket, place)
-            if not [look for look in unknown if self._asks_for_more(look, ticket)]:
+            if not [look for look in unknown if self._looks_closer(look, ticket)]:
                 break
             place.give_back(room, finished=False)
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks) else "low"
-        ticket.reduced |= any(look.reduced for look in looks)
+        ticket.reduced = any(look.is_reduced or look.is_denied for look in looks)
         return [seen for image in images if (seen := of[image.digest].seen) is not None]
 
-    def _first_detail(self, ticket: Ticket) -> Literal["low", "high"]:
-        """With "auto" nobody knows more before the image was seen."""
-        if ticket.request.detail != "high":
-            return "low"
-        return "high" if self._may_look_closer(ticket) else "low"
-
-    def _may_look_closer(self, ticket: Ticket) -> bool:
-        """Unless others wait; but who wants more tokens at the least than one view has gets the other."""
-        if self.admission.fidelity.closer_view or ticket.request.budget.vision_tokens[0] > self.card.vision_tokens[1]:
-            return True
-        ticket.reduced = True
-        return False
-
-    def _asks_for_more(self, look: Look, ticket: Ticket) -> bool:
-        """Whether what was seen asks for a closer view, and may have it: then it counts no more."""
-        if ticket.request.detail != "auto" or look.detail == "high" or look.seen is None or not self.card.closer_view:
+    def _looks_closer(self, look: Look, ticket: Ticket) -> bool:
+        """Whether it becomes a closer look: one is wanted, and may be had. Then what was seen counts no more."""
+        if look.detail == "high" or not self._wants_closer(look, ticket.request):
             return False
-        needs_it = look.seen.relevance.particularize >= self.card.closer_view_at and look.image.larger_than(IMAGE_SIZE)
-        if not needs_it or not self._may_look_closer(ticket):
+        look.is_denied = not self._may_look_closer(ticket.request)
+        if look.is_denied:
             return False
         look.detail, look.seen = "high", None
         return True
 
+    def _wants_closer(self, look: Look, request: Request) -> bool:
+        """With "auto" nobody knows more before the image was seen."""
+        if request.detail == "high":
+            return True
+        if request.detail == "low" or look.seen is None or not self.card.closer_view:
+            return False
+        return look.seen.relevance.particularize >= self.card.closer_view_at and look.image.larger_than(IMAGE_SIZE)
+
+    def _may_look_closer(self, request: Request) -> bool:
+        """Unless others wait; but who wants more tokens at the least than one view has gets the other."""
+        return self.admission.fidelity.closer_view or request.budget.vision_tokens[0] > self.card.vision_tokens[1]
+
     def _recall(self, look: Look, ticket: Ticket) -> bool:
         """Whether it is known what the image gives for the question."""
+        self._looks_closer(look, ticket)
         asked, allowed = self._asked(look, ticket), self._budget(look, ticket)
         # What was seen before as closely as is asked is free now, where it is no more for the LLM.
         budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
         question = ticket.request.question
         keys = [visual_key(self.card, look.image, question, budget, look.detail) for budget in dict.fromkeys(budgets)]
         look.seen = self.visual.get(*keys)
-        look.reduced = look.seen is not None and look.seen.budget != asked
-        if self._asks_for_more(look, ticket):
+        look.is_reduced = look.seen is not None and look.seen.budget != asked
+        if self._looks_closer(look, ticket):
             return self._recall(look, ticket)
         if look.seen is not None:
             self._remember(look.image, ticket.request)
@@ -182,7 +182,7 @@ class Looker:
         """The features that the look needs. A new image is seen as it is encoded, where that is all that is needed."""
         if look.vision is None:
             await self._find_whole(look, ticket, place)
-            self._asks_for_more(look, ticket)
+            self._looks_closer(look, ticket)
         if look.detail == "high":
             await self._find_closer(look, ticket, place)
 
@@ -232,7 +232,7 @@ class Looker:
         """What it gets, which the house says now."""
         asked = self._asked(look, ticket)
         allowed = self.admission.fidelity.cap(asked)
-        look.reduced = allowed != asked
+        look.is_reduced = allowed != asked
         return allowed
 
     @asynccontextmanager

@@ -1,16 +1,18 @@
 """What is known of an image is not worked out again, and a hit is what the models would give."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import CARD, CLOSER, House, Strain, png
+from fakes import CARD, CLOSER, House, Strain, png, until
 from test_pipeline import answer, request, shades
 
 from service.core import Budget, Sampling, Seen
 from service.fidelity import LEVELS
 from service.images import Image
+from service.scheduler import Kind
 from service.visual_cache import VisualCache, visual_key
 
 LARGE = png(size=(300, 200))
@@ -128,6 +130,25 @@ async def test_who_is_denied_a_closer_view_is_told_so_even_if_it_was_known(house
     for detail in ("auto", "high"):
         _, end = await answer(house, request(image=LARGE, detail=detail, budget=Budget((64, 64))))
         assert (end.detail, end.reduced) == ("low", True)
+
+
+async def test_who_was_denied_a_closer_view_and_gets_it_after_all_is_not_reduced():
+    house = House(CLOSER, llm_tokens=CLOSER.max_positions)
+    house.vision.particularize = 0.7
+    house.admission.controller = Strain(2)
+    house.language.gate.clear()
+    long = Sampling(max_tokens=100)  # one at a time
+    first = asyncio.create_task(answer(house, request(sampling=long, budget=Budget((64, 64)))))
+    await until(lambda: house.language.open)
+    asked = request(id="vqa_2", image=LARGE, detail="auto", sampling=long)
+    second = asyncio.create_task(answer(house, asked))
+    await until(lambda: house.vision.calls == ["see", "see"] and house.admission.scheduler.waiting(Kind.SINGLE_IMAGE))
+    house.admission.controller = Strain(0)
+    house.language.gate.set()
+    await first
+    _, end = await second
+    assert (end.detail, end.reduced) == ("high", False)
+    house.reader.close()
 
 
 async def test_an_image_that_comes_along_can_be_asked_about_by_its_id_after_a_hit_too():

@@ -22,7 +22,7 @@ def visual_key(card: ModelCard, image: Image, question: str, budget: Budget, det
 
 class VisualCache:
     def __init__(self, max_bytes: int, metrics: Metrics) -> None:
-        self._lookups = metrics.visual_cache_lookups
+        self._hits, self._misses = (metrics.visual_cache_lookups.labels(result) for result in ("hit", "miss"))
         self._kept: Lru[bytes, Seen] = Lru(max_bytes, metrics.visual_cache_bytes, metrics.visual_cache_evictions)
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class VisualCache:
     def get(self, *keys: bytes) -> Seen | None:
         """What is kept under the first of them that has something."""
         seen = next((seen for key in keys if (seen := self._kept.get(key)) is not None), None)
-        self._lookups.labels("miss" if seen is None else "hit").inc()
+        (self._misses if seen is None else self._hits).inc()
         return seen
 
     def keep(self, key: bytes, seen: Seen) -> None:

@@ -11,38 +11,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import TypeVar
 
 import numpy as np
 
 from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, Row, rows, wilson
-from benchmarks.fidelity import TIMEOUT_S, Models, answer_to, own_models
+from benchmarks.fidelity import TIMEOUT_S, Models, answer_to, own_models, steadily
 from service.core import Budget, Int8Rows, VisionFeatures, dense
-from service.errors import GlimpseError
 from service.images import ImageLimits, decode
 
 LIMITS = ImageLimits(10**7, 10**7)
 ROWS_TIMED = 200
-TRIES = 12
-Result = TypeVar("Result")
 
 
 def right(row: Row, answer: str) -> bool:
     return answer.strip().lower() == row.answer.strip().lower()
-
-
-async def steadily(call: Callable[[], Awaitable[Result]]) -> Result:
-    """Again where a model does not answer: on a machine that is busy with other things Triton gives processes up."""
-    for _ in range(TRIES - 1):
-        try:
-            return await call()
-        except GlimpseError:
-            await asyncio.sleep(5.0)
-    return await call()
 
 
 async def ask(models: Models, row: Row, vision: VisionFeatures) -> str:

@@ -146,16 +146,20 @@ class Looker:
         return True
 
     def _wants_closer(self, look: Look, request: Request) -> bool:
-        """With "auto" nobody knows more before the image was seen."""
-        if request.detail == "high":
+        """With "auto" nobody knows more before the image was seen, but of a least that one view cannot reach."""
+        if request.detail == "high" or self._needs_closer(request):
             return True
         if request.detail == "low" or look.seen is None or not self.card.closer_view:
             return False
         return look.seen.relevance.particularize >= self.card.closer_view_at and look.image.larger_than(IMAGE_SIZE)
 
     def _may_look_closer(self, request: Request) -> bool:
-        """Unless others wait; but who wants more tokens at the least than one view has gets the other."""
-        return self.admission.fidelity.closer_view or request.budget.vision_tokens[0] > self.card.vision_tokens[1]
+        """Unless others wait."""
+        return self.admission.fidelity.closer_view or self._needs_closer(request)
+
+    def _needs_closer(self, request: Request) -> bool:
+        """Whether it wants more tokens at the least than one view has."""
+        return request.budget.vision_tokens[0] > self.card.vision_tokens[1]
 
     def _recall(self, look: Look, ticket: Ticket) -> bool:
         """Whether it is known what the image gives for the question."""

@@ -299,6 +299,12 @@ async def test_only_a_closer_view_gets_more_vision_tokens_than_the_first(keen):
     assert [budget.vision_tokens for budget in keen.vision.budgets] == [(64, 256), (64, 400)]
 
 
+async def test_a_least_that_one_view_cannot_reach_is_kept_with_auto_too(keen):
+    _, end = await answer(keen, request(budget=Budget(vision_tokens=(300, 400)), detail="auto"))
+    assert end.detail == "high"
+    assert [budget.vision_tokens for budget in keen.vision.budgets] == [(300, 400)]
+
+
 async def test_prompts_of_other_detail_or_budget_have_other_extra_ids(keen):
     low, high = Budget(vision_tokens=(64, 128)), Budget(vision_tokens=(64, 256))
     for asked in (request(budget=high), request(budget=low), request(budget=high, detail="high")):

@@ -215,7 +215,8 @@ class Pipeline:
                 code="detail_not_supported",
             )
         offered = card.vision_tokens_for(request.detail)
-        require_range("budget.vision_tokens", budget.vision_tokens, offered, card.name)
+        who = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
+        require_range("budget.vision_tokens", budget.vision_tokens, offered, who)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
         visual_tokens = [budget.visual_tokens[1]] * len(request.images)
         return self.prompts.require_room(request.question, visual_tokens, request.sampling.max_tokens, request.turns)

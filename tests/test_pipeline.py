@@ -293,7 +293,7 @@ async def test_a_model_without_a_closer_view_refuses_high_and_takes_auto_as_low(
 async def test_only_a_closer_view_gets_more_vision_tokens_than_the_first(keen):
     keen.vision.particularize = 0.7
     most = Budget(vision_tokens=(64, 400))
-    with pytest.raises(InvalidRequest, match=r"outside \[64, 256\]"):
+    with pytest.raises(InvalidRequest, match=r"outside \[64, 256\], which is what tiny with detail low offers"):
         await answer(keen, request(budget=most))
     await answer(keen, request(image=png(size=(300, 200)), budget=most, detail="auto"))
     assert [budget.vision_tokens for budget in keen.vision.budgets] == [(64, 256), (64, 400)]

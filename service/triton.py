@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -388,29 +387,26 @@ class TritonClient:
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
         """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong.
 
-        A model that answered anybody within the last `fresh_s` is not asked. One that answers others while the probe
-        waits is busy, not gone: a probe comes last in its queue.
+        One whose every step answered anybody within the last `fresh_s` is not asked. One that shares steps which answer
+        others while the probe waits is busy, not gone: a probe comes last in its queue.
         """
         begun = time.monotonic()
-        if self._answers_since(model, begun - fresh_s):
+        steps = set(MODELS[model].through) if model in MODELS else {model}
+        if steps <= self._answering_since(begun - fresh_s):
             return
         try:
             await self._probe(model, card, timeout_s)
         except Overloaded:
             return  # it lives
         except GlimpseError as exc:
-            if self._answers_since(model, begun):
+            shared = steps & {step for name, other in MODELS.items() if name != model for step in other.through}
+            if isinstance(exc, DeadlineExceeded) and shared and shared <= self._answering_since(begun):
                 return
             raise Unavailable(f"the model {model} does not answer: {exc.message}") from exc
 
-    def _answers_since(self, model: str, moment: float) -> bool:
-        """Whether all that the model shares with others has answered since, through whichever of them."""
-        if self._answered.get(model, -math.inf) > moment:
-            return True
-        answering = {part for name, at in self._answered.items() if at > moment for part in MODELS[name].through}
-        others = {part for name, other in MODELS.items() if name != model for part in other.through}
-        shared = others.intersection(MODELS[model].through) if model in MODELS else set()
-        return bool(shared) and shared <= answering
+    def _answering_since(self, moment: float) -> set[str]:
+        """The models that have answered since, whoever went through them."""
+        return {step for name, at in self._answered.items() if at > moment for step in MODELS[name].through}
 
     async def _probe(self, model: str, card: ModelCard, timeout_s: float) -> None:
         question = Question(np.zeros(QUESTION_TOKENS, np.int32), np.zeros(QUESTION_TOKENS, np.int32))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from service.errors import (
     Unavailable,
 )
 from service.prompt import PromptBuilder
-from service.triton import ERROR_CODES, ERROR_TEXTS, MESSAGES, TritonClient, translate
+from service.triton import ERROR_CODES, ERROR_TEXTS, MESSAGES, MODELS, TritonClient, translate
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -428,25 +429,57 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
                     await context.abort(grpc.StatusCode.DATA_LOSS, "wires crossed")
 
 
+class OnlyAttends(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton without any other model."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self.hidden_size = hidden_size
+
+    async def ModelInfer(self, request, context):
+        if request.model_name != "attend":
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.model_name}'")
+        response = service_pb2.ModelInferResponse()
+        for tensor in MODELS["attend"].outputs:
+            shape = [1, *(self.hidden_size if size == "H" else size for size in tensor.dims)]
+            response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
+            response.raw_output_contents.append(bytes(4 * int(np.prod(shape))))
+        return response
+
+
+@asynccontextmanager
+async def served(servicer: service_pb2_grpc.GRPCInferenceServiceServicer) -> AsyncIterator[TritonClient]:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        async with TritonClient(address, address) as client:
+            yield client
+    finally:
+        await server.stop(None)
+
+
+async def test_who_shares_a_step_with_others_that_answer_is_probed_all_the_same(card: ModelCard) -> None:
+    async with served(OnlyAttends(card.hidden_size)) as client:
+        await client.probe("attend", card)
+        await client.probe("attend", card, fresh_s=60)
+        for model in ("see", "attend_448"):
+            with pytest.raises(Unavailable):
+                await client.probe(model, card, fresh_s=60)
+
+
 @pytest.mark.parametrize(
     ("then", "error"),
     [("silent", Unavailable), ("ends", InternalError), ("text", Unavailable), ("broken", InternalError)],
 )
 async def test_a_stream_that_goes_wrong_ends_typed(then: str, error: type[GlimpseError], asker: Asker) -> None:
-    server = grpc.aio.server()
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Scripted(then), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with TritonClient(f"127.0.0.1:{port}", f"127.0.0.1:{port}") as client:
-            lonely = Asker(client, asker.prompts, asker.card)
-            tokens = lonely.generate(lonely.prompt(), Sampling(), stall_timeout_s=0.1)
-            assert await anext(tokens) == (3,)
-            with pytest.raises(error):
-                await anext(tokens)
-            assert client.in_flight == 0
-    finally:
-        await server.stop(None)
+    async with served(Scripted(then)) as client:
+        lonely = Asker(client, asker.prompts, asker.card)
+        tokens = lonely.generate(lonely.prompt(), Sampling(), stall_timeout_s=0.1)
+        assert await anext(tokens) == (3,)
+        with pytest.raises(error):
+            await anext(tokens)
+        assert client.in_flight == 0
 
 
 async def test_every_status_code_is_mapped() -> None:

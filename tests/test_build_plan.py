@@ -111,6 +111,13 @@ def test_options_that_do_not_go_together_are_refused(asked: Mapping[str, object]
         options(**asked)
 
 
+def test_batches_that_a_closer_view_does_not_fit_in_are_refused() -> None:
+    small = options(vision_batch=3, opt_batch=3)
+    assert plan(small, source(), ROOT)
+    with pytest.raises(Refused, match="--max-batch 3: the closer view is a batch of 4 crops"):
+        plan(small, replace(source(), closer_view=True), ROOT)
+
+
 def test_what_a_build_needs_is_compared_with_what_the_machine_has() -> None:
     wanted = estimate.needs(options("embedded"), dict(source().parameters))
     assert 15e9 < wanted.disk < 16e9  # 3.74 G weights of four bytes

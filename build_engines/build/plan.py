@@ -25,9 +25,10 @@ from typing import Any
 from blake3 import blake3
 
 from build_engines.build import plans, profiles, trtllm
-from build_engines.build.options import Options
+from build_engines.build.options import Options, Refused
 from build_engines.build.source import Source
 from build_engines.repository import graphs_of
+from service.core import CROPS
 
 FORMAT = 1  # of what steps leave behind; another number makes every step anew
 FP8_GRAPHS = ("vision_encoder", "qformer")  # the allocator decides by comparing, and costs next to nothing
@@ -56,7 +57,11 @@ def folder_of(step: str) -> str:
 
 
 def plan(options: Options, source: Source, root: Mapping[str, Any]) -> list[Step]:
-    """Every step in order, with its key. `root` is what all depend on: the checkpoint's digests, code and versions."""
+    """Every step in order, with its key. `root` is what all depend on: the checkpoint's digests, code and versions.
+
+    Raises Refused for batches that a closer view does not fit in."""
+    if source.closer_view and options.vision_batch < CROPS:
+        raise Refused(f"--max-batch {options.vision_batch}: the closer view is a batch of {CROPS} crops")
     return keyed(list(_steps(options, source)), {"format": FORMAT, **root})
 
 

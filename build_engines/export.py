@@ -179,10 +179,15 @@ def _cast_bytes_first(model: onnx.ModelProto) -> None:
 
 
 def card(checkpoint: Checkpoint) -> ModelCard:
-    """What the service needs to know of the checkpoint, and what it says of it."""
+    """What the service needs to know of the checkpoint, and what it says of it. Raises ValueError for visual tokens in
+    model_card.json that are no groups of 32, or a default that is not offered."""
     config = checkpoint.model.config
     text = config.text_config
     told = dict(checkpoint.card)
+    offered = _range(told.pop("visual_tokens", (QUERIES, QUERIES)))
+    unasked = _range(told.pop("default_visual_tokens", (QUERIES, QUERIES)))
+    if unasked[0] < offered[0] or unasked[1] > offered[1]:
+        raise ValueError(f"model_card.json offers {offered} visual tokens, and {unasked} to who does not ask")
     return ModelCard(
         name=str(told.pop("name")),
         fingerprint=checkpoint.vision_fingerprint(),
@@ -197,8 +202,8 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         prompt_template=str(told.pop("prompt", checkpoint.prompt)),
         allocator_trained=checkpoint.participatory is not None,
         vision_tokens=(CELL_COUNT, PATCH_COUNT),
-        visual_tokens=_range(told.pop("visual_tokens", (QUERIES, QUERIES))),
-        default_visual_tokens=_range(told.pop("default_visual_tokens", (QUERIES, QUERIES))),
+        visual_tokens=offered,
+        default_visual_tokens=unasked,
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",

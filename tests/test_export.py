@@ -1,6 +1,7 @@
 """The committed graphs against PyTorch on the committed checkpoint; the exporter on a checkpoint of another shape."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,13 @@ def test_a_checkpoint_without_allocator_weights_says_so(tiny):
     told = card(tiny)
     assert not told.allocator_trained
     assert (told.hidden_size, told.vision_width, told.vocab_size) == (40, 48, 300)
+
+
+def test_a_default_of_visual_tokens_that_is_not_offered_is_refused(tiny):
+    told = {"name": "tiny", "default_visual_tokens": [32, 64]}
+    assert card(replace(tiny, card=told | {"visual_tokens": [32, 128]})).default_visual_tokens == (32, 64)
+    with pytest.raises(ValueError, match="who does not ask"):
+        card(replace(tiny, card=told))
 
 
 def test_another_image_size_is_refused_before_anything_is_exported(tmp_path, tiny):

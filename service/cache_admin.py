@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from service.feature_cache import AS_INT8
 from service.redis_client import Lane, granted, primaries
 
 PATTERN = "glimpse:*:features:{*}"  # of every format version
@@ -59,13 +60,19 @@ async def purge(url: str, fingerprint: str | None) -> int:
     for node in await primaries(url):
         async with opened(node) as lane:
             async for keys in record_keys(lane):
-                doomed = [key for key in keys if fingerprint in (None, fingerprint_of(key))]
+                doomed = [key for key in keys if fingerprint is None or is_of(key, fingerprint)]
                 deleted += sum(map(granted, await lane.ask(*(("UNLINK", key) for key in doomed)))) if doomed else 0
     return deleted
 
 
 def fingerprint_of(key: bytes) -> str:
     return key.decode(errors="replace").partition("{")[2].rsplit(":", 2)[0]
+
+
+def is_of(key: bytes, fingerprint: str) -> bool:
+    """An encoder's own fingerprint names its rounded features too."""
+    found = fingerprint_of(key)
+    return fingerprint in (found, found.removesuffix(AS_INT8))
 
 
 async def record_keys(lane: Lane) -> AsyncIterator[list[bytes]]:

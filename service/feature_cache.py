@@ -21,6 +21,7 @@ from service.core import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows, Visi
 from service.lru import Lru
 from service.metrics import Metrics
 
+AS_INT8 = ".int8"  # behind the encoder's fingerprint, of features whose rows are rounded
 Features = TypeVar("Features", VisionFeatures, CloserFeatures)
 
 
@@ -103,7 +104,7 @@ class FeatureCache:
         Of the `left_s` that the request has, at most half goes to waiting for another gateway.
         """
         if self.as_int8:
-            key = replace(key, fingerprint=f"{key.fingerprint}.int8")
+            key = replace(key, fingerprint=key.fingerprint + AS_INT8)
         if (known := await self._known(key, left_s)) is not None:
             yield Found(known)
             return

@@ -21,7 +21,7 @@ from service.cli import app
 from service.core import Budget, VisionFeatures
 from service.embedded import StartFailed
 from service.errors import Unavailable
-from service.feature_cache import FeatureKey
+from service.feature_cache import AS_INT8, FeatureKey
 from service.feature_record import pack
 from service.http_api import http_api
 from service.redis_tier import record_key
@@ -227,6 +227,8 @@ def test_stats_and_purge_by_encoder(redis_server):
     for number in range(1200):
         key = FeatureKey("old" if number % 3 else "new", 224, str(number))
         client.set(record_key(key), pack(key, vision))
+    rounded = FeatureKey("old" + AS_INT8, 224, "0")
+    client.set(record_key(rounded), pack(rounded, vision))
     client.set("somebody:else", "kept")
     client.config_set("maxmemory", 10**9)
     status, said, _ = run("cache", "stats", "--redis-url", redis_server.url)
@@ -237,9 +239,10 @@ def test_stats_and_purge_by_encoder(redis_server):
     assert models == [
         f"new: 400 views of images, {400 * nbytes / 1e6:.1f} MB",
         f"old: 800 views of images, {800 * nbytes / 1e6:.1f} MB",
+        "old.int8: 1 views of images, 0.0 MB",
     ]
     purge = ["cache", "purge", "--redis-url", redis_server.url]
-    assert run(*purge, "--fingerprint", "old")[:2] == (0, "800 views of images deleted\n")
+    assert run(*purge, "--fingerprint", "old")[:2] == (0, "801 views of images deleted\n")
     assert run(*purge)[:2] == (0, "400 views of images deleted\n")
     assert run("cache", "stats", "--redis-url", redis_server.url)[1].endswith("no vision features\n")
     assert client.keys() == [b"somebody:else"]

@@ -139,7 +139,8 @@ class Place:
 
     def reserve(self, cost: Cost) -> None:
         """Holds this too, until the place is left. Raises Overloaded."""
-        if (refusal := self._admission.ledger.reserve(cost, self.tenant, time.monotonic())) is not None:
+        ledger, inside = self._admission.ledger, any(self._cost)
+        if (refusal := ledger.reserve(cost, self.tenant, time.monotonic(), inside=inside)) is not None:
             raise self._admission.refuse(refusal)
         self._cost = self._cost.plus(cost)
 

@@ -46,7 +46,7 @@ class Ledger:
     def __init__(self, limits: Cost) -> None:
         self.limits = limits
         self.held = Cost()
-        self.closed = False  # refuses everything from now on
+        self.closed = False  # refuses who holds nothing yet, from now on
         self._tenants: dict[str, Cost] = {}
         self._drains = [Drain() for _ in limits]
 
@@ -59,9 +59,9 @@ class Ledger:
         """`unit` is a field of Cost."""
         return int(getattr(self.held, unit))
 
-    def refusal(self, cost: Cost, tenant: str) -> Refusal | None:
-        """Why this cost has no room now, or None where it has."""
-        if self.closed:
+    def refusal(self, cost: Cost, tenant: str, *, inside: bool = False) -> Refusal | None:
+        """Why this cost has no room now, or None where it has. Who is `inside` may end what it began."""
+        if self.closed and not inside:
             return Refusal("shutting_down", "this server is stopping: ask again, another one answers", 1.0)
         holds = self._tenants.get(tenant, Cost())
         for name, drain, ask, held, own, limit in zip(
@@ -78,9 +78,9 @@ class Ledger:
                 return Refusal("tenant_share", text, wait_s)
         return None
 
-    def reserve(self, cost: Cost, tenant: str, now: float) -> Refusal | None:
+    def reserve(self, cost: Cost, tenant: str, now: float, *, inside: bool = False) -> Refusal | None:
         """Takes all of the cost, or nothing and says why."""
-        refusal = self.refusal(cost, tenant)
+        refusal = self.refusal(cost, tenant, inside=inside)
         if refusal is None and any(cost):
             self._tenants[tenant] = self._tenants.get(tenant, Cost()).plus(cost)
             self.held = self.held.plus(cost)

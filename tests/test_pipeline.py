@@ -721,6 +721,19 @@ async def test_a_service_that_stops_ends_what_it_began_and_begins_nothing(house)
     assert (await asked)[0] == "red"
 
 
+async def test_a_service_that_stops_still_looks_closer_for_who_is_in(keen):
+    keen.vision.particularize = 0.7
+    large = png(size=(300, 200))
+    await answer(keen, request(image=large))
+    keen.vision.close("attend")
+    asked = asked_of(keen, 0, image=large, detail="auto")
+    await until(lambda: "attend" in keen.vision.calls)
+    keen.admission.stop()
+    keen.vision.gate.set()
+    assert (await asked)[1].detail == "high"
+    assert nothing_is_held(keen)
+
+
 async def test_retry_after_comes_from_how_fast_the_house_drains():
     house = House(max_requests_in_flight=4)
     tokens = 4 * house.admission.row_tokens

@@ -16,9 +16,10 @@ from build_engines.build.precision import to_fp16
 from build_engines.build.profiles import configuration, inputs_of, served
 from build_engines.build.source import Source
 from build_engines.repository import GRAPHS
-from service.core import ModelCard
+from service.core import ModelCard, Prompt
 from service.triton import MODELS, read_engines
 from tests.test_contract import graph_specs, specs
+from triton_models.decoder import OnnxDecoder
 
 FLOATS = {"features", "texture", "detail_features", "vision_tokens", "visual_tokens", "prompt_embedding_table"}
 PROFILES = [("onnx-gpu", "fp32"), ("onnx-gpu", "fp16"), ("tensorrt", "fp16"), ("tensorrt", "fp8")]
@@ -183,6 +184,24 @@ def test_a_graph_in_fp16_has_the_types_of_its_configuration_and_answers_alike(
     for output, half, full in zip(names, ours.run(names, halves), theirs.run(names, feeds), strict=True):
         assert np.isfinite(half).all()
         assert cosine(half, full) > 0.999, output
+
+
+def test_the_runner_decodes_in_fp16_what_it_decodes_in_fp32(repository: Path, card: ModelCard, tmp_path: Path) -> None:
+    path = repository / "llm" / "1" / "model.onnx"
+    onnx.save(to_fp16("llm", onnx.load(path)).model, tmp_path / "model.onnx")
+    table = np.random.default_rng(5).standard_normal((32, card.hidden_size)).astype(np.float32)
+    ids = np.concatenate([np.arange(card.vocab_size, card.vocab_size + 32), [card.bos_id, 40, 41, 42]]).astype(np.int32)
+    prompts = [
+        Prompt(ids, table, (ids >= card.vocab_size).astype(np.uint64)),
+        Prompt(ids[:-1], table, (ids[:-1] >= card.vocab_size).astype(np.uint64)),
+    ]
+    halves, full = (OnnxDecoder(file, max_rows=2) for file in (tmp_path / "model.onnx", path))
+    ours, theirs = (each.prefill(prompts, [each.recall(prompt) for prompt in prompts]) for each in (halves, full))
+    for _ in range(70):  # past a block of the pool
+        assert cosine(ours, theirs) > 0.999
+        tokens = theirs.argmax(1).astype(np.int64)
+        ours, theirs = halves.step(tokens), full.step(tokens)
+    assert ours.dtype == np.float32
 
 
 def feed(spec: onnxruntime.NodeArg, card: ModelCard) -> np.ndarray:

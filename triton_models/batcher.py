@@ -19,7 +19,7 @@ import numpy.typing as npt
 from service.core import Prompt, Sampling
 from triton_models.sampling import Sampler
 
-FloatArray = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.floating]
 
 NO_PAST: FloatArray = np.zeros((1, 1, 0, 1), np.float32)
 

@@ -16,19 +16,29 @@ import onnxruntime
 from service.core import Prompt
 from triton_models.kv_pool import FloatArray, Int64Array, KvPool
 from triton_models.prefix_cache import PrefixCache
-from triton_models.session import Array, open_session
+from triton_models.session import TYPES, Array, open_session
 
 
 class OnnxDecoder:
     """Rows that join with a prompt, grow by a token a step and leave.
 
-    What is known of a prompt's first tokens, its past, is float32 [parts, heads, n, head_dim]: a part is the keys or
-    the values of one layer. A step is bound to fixed places in memory, once for each number of rows: it reads the pool
-    where it lies and writes its logits and new columns where the last one did.
+    What is known of a prompt's first tokens, its past, is [parts, heads, n, head_dim] in the graph's float: a part is
+    the keys or the values of one layer. A step is bound to fixed places in memory, once for each number of rows: it
+    reads the pool where it lies and writes its logits and new columns where the last one did.
     """
 
-    def __init__(self, graph: Path, *, max_rows: int, intra_op_threads: int = 1, prefix_cache_bytes: int = 0) -> None:
-        self._session = open_session(graph, intra_op_threads)
+    def __init__(
+        self,
+        graph: Path,
+        *,
+        max_rows: int,
+        intra_op_threads: int = 1,
+        prefix_cache_bytes: int = 0,
+        provider: str = "cpu",
+    ) -> None:
+        self._session = open_session(graph, intra_op_threads, provider)
+        kinds = {spec.name: TYPES[spec.type] for spec in self._session.get_inputs() if spec.type in TYPES}
+        self._float = kinds["past_key_0"]
         shapes = {spec.name: spec.shape for spec in (*self._session.get_inputs(), *self._session.get_outputs())}
         parts = [name.removeprefix("past_") for name in shapes if name.startswith(("past_key_", "past_value_"))]
         self._past = [f"past_{part}" for part in parts]
@@ -38,14 +48,14 @@ class OnnxDecoder:
         self.hidden_size: int = shapes["prompt_embedding_table"][2]
         self.max_rows = max_rows
         self.prefixes = PrefixCache(prefix_cache_bytes, self.vocab_size)
-        self._pool = KvPool(len(parts), heads, head_dim, max_rows)
-        self._no_past = np.zeros((len(parts), heads, 0, head_dim), np.float32)
-        self._masked = np.zeros((max_rows, heads, 1, head_dim), np.float32)  # what a graph reads in its place
+        self._pool = KvPool(len(parts), heads, head_dim, max_rows, self._float)
+        self._no_past = np.zeros((len(parts), heads, 0, head_dim), self._float)
+        self._masked = np.zeros((max_rows, heads, 1, head_dim), self._float)  # what a graph reads in its place
         self._ids = np.zeros((max_rows, 1), np.int64)
         self._ones = np.ones(max_rows, np.int64)
-        self._no_table = np.zeros((max_rows, 1, self.hidden_size), np.float32)
+        self._no_table = np.zeros((max_rows, 1, self.hidden_size), self._float)
         self._logits = np.zeros((max_rows, self.vocab_size), np.float32)
-        self._new = np.zeros((len(parts), max_rows, heads, 1, head_dim), np.float32)
+        self._new = np.zeros((len(parts), max_rows, heads, 1, head_dim), self._float)
         self._bindings: dict[int, onnxruntime.IOBinding] = {}  # of a step, by rows
         self._bound: FloatArray = self._pool.arrays
 
@@ -110,7 +120,7 @@ class OnnxDecoder:
         rows, lengths = len(rest), [ids.size for ids in rest]
         ids = np.zeros((rows, max(lengths)), np.int64)
         visual_tokens = max(1, *(len(prompt.visual_tokens) for prompt in prompts))
-        table = np.zeros((rows, visual_tokens, self.hidden_size), np.float32)
+        table = np.zeros((rows, visual_tokens, self.hidden_size), self._float)
         for row, prompt in enumerate(prompts):
             ids[row, : lengths[row]] = rest[row]
             table[row, : len(prompt.visual_tokens)] = prompt.visual_tokens

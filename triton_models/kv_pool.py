@@ -7,21 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.floating]
 Int64Array = npt.NDArray[np.int64]
 
 BLOCK = 64  # columns by which the pool grows and shrinks
 
 
 class KvPool:
-    """Rows of cache, compact at the front of float32 `arrays` [parts, max_rows, heads, S, head_dim].
+    """Rows of cache, compact at the front of `arrays` [parts, max_rows, heads, S, head_dim], in the graph's float.
 
     A part is the keys or the values of one layer: its first `rows` rows are contiguous, so the graph reads them without
     a copy. S grows and shrinks with the longest row. Columns past a row's length hold stale but finite numbers: the
     graph masks them, and a weight of 0 times a NaN would be NaN.
     """
 
-    def __init__(self, parts: int, heads: int, head_dim: int, max_rows: int) -> None:
+    def __init__(
+        self, parts: int, heads: int, head_dim: int, max_rows: int, dtype: type[np.floating] = np.float32
+    ) -> None:
+        self._dtype = dtype
         self.rows = 0
         self.lengths = np.zeros(max_rows, np.int64)  # valid columns of each row
         self._shape = (parts, max_rows, heads, head_dim)
@@ -98,5 +101,5 @@ class KvPool:
 
     def _allocate(self, columns: int) -> None:
         parts, max_rows, heads, head_dim = self._shape
-        self.arrays: FloatArray = np.zeros((parts, max_rows, heads, columns, head_dim), np.float32)
+        self.arrays: FloatArray = np.zeros((parts, max_rows, heads, columns, head_dim), self._dtype)
         self._columns_first = self.arrays.transpose(1, 3, 0, 2, 4)  # a view: [row, column] selects one token's cache

@@ -78,6 +78,7 @@ class TritonPythonModel:
             max_rows=parameters.integer("max_rows", 32),
             intra_op_threads=parameters.integer("intra_op_threads", 1),
             prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
+            provider=parameters.text("provider", "cpu"),
         )
         limits = Limits(
             max_queue=parameters.integer("max_queue", 64),

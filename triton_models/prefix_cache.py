@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from service.core import Prompt
 
-FloatArray = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.floating]
 
 TOKEN_BYTES = 16  # of a key: id and extra id
 LEAST_TOKENS = 16  # that two prompts must have in common: fewer are read as fast as they are copied

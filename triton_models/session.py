@@ -14,7 +14,7 @@ Array = npt.NDArray[Any]
 
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def open_session(graph: Path, intra_op_threads: int = 1, provider: str = "cpu") -> onnxruntime.InferenceSession:
@@ -47,7 +47,7 @@ class Graph:
         self.inputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_inputs()}
         self.outputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_outputs()}
 
-    def float_type(self, output: str) -> type[np.generic]:
+    def float_type(self, output: str) -> type[np.floating]:
         """NumPy's type of one output, FP32 or FP16."""
         return TYPES[next(spec.type for spec in self._session.get_outputs() if spec.name == output)]
 

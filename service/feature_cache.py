@@ -88,7 +88,7 @@ class FeatureCache:
         self._kept: Lru[FeatureKey[Any], Any] = Lru(
             max_bytes, metrics.feature_cache_bytes.labels("memory"), metrics.feature_cache_evictions.labels("memory")
         )
-        self._flights: dict[FeatureKey[Any], Flight] = {}
+        self._flights: dict[tuple[FeatureKey[Any], bool], Flight] = {}  # and whether its leader is patient
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -98,39 +98,42 @@ class FeatureCache:
         return self._kept.nbytes
 
     @asynccontextmanager
-    async def find(self, key: FeatureKey[Features], left_s: float = math.inf) -> AsyncIterator[Found[Features]]:
+    async def find(
+        self, key: FeatureKey[Features], left_s: float = math.inf, *, patient: bool = False
+    ) -> AsyncIterator[Found[Features]]:
         """Features that are kept or that a flight under way brings; else the caller leads the flight in the block.
 
-        Of the `left_s` that the request has, at most half goes to waiting for another gateway.
+        Who is `patient` lets others go first, so that only the patient wait for what it brings. Of the `left_s` that
+        the request has, at most half goes to waiting for another gateway.
         """
         if self.as_int8:
             key = replace(key, fingerprint=key.fingerprint + AS_INT8)
-        if (known := await self._known(key, left_s)) is not None:
+        if (known := await self._known(key, left_s, patient)) is not None:
             yield Found(known)
             return
         found: Found[Features] = Found(None)
         try:
             yield found
         finally:
-            self._encoded(key, found.brought)
+            self._encoded(key, patient, found.brought)
 
-    async def _known(self, key: FeatureKey[Features], left_s: float) -> Features | None:
+    async def _known(self, key: FeatureKey[Features], left_s: float, patient: bool) -> Features | None:
         """None: the caller leads the flight, which is under way."""
-        if (known := await self._kept_or_joined(key)) is not None:
+        if (known := await self._kept_or_joined(key, patient)) is not None:
             return known
-        self._flights[key] = Flight()
+        self._flights[key, patient] = Flight()
         if self._shared is None:
             return None
         try:
             known = await self._shared.find(key, left_s / 2)
         except BaseException:  # cancelled: somebody else leads
-            self._encoded(key, None)
+            self._encoded(key, patient, None)
             raise
         if known is not None:
-            self._land(key, known)
+            self._land(key, patient, known)
         return known
 
-    async def _kept_or_joined(self, key: FeatureKey[Features]) -> Features | None:
+    async def _kept_or_joined(self, key: FeatureKey[Features], patient: bool) -> Features | None:
         kept: Features
         brought: Features | None
         while True:
@@ -138,7 +141,8 @@ class FeatureCache:
                 self._count("hit")
                 kept = known
                 return kept
-            if (flight := self._flights.get(key)) is None:
+            flight = self._flights.get((key, False)) or (self._flights.get((key, True)) if patient else None)
+            if flight is None:
                 self._count("miss")
                 return None
             await flight.landed.wait()
@@ -147,11 +151,11 @@ class FeatureCache:
                 self._count("shared")
                 return brought
 
-    def _encoded(self, key: FeatureKey[Features], brought: Features | None) -> None:
+    def _encoded(self, key: FeatureKey[Features], patient: bool, brought: Features | None) -> None:
         """The leader's encode ended, well or not."""
         if self.as_int8 and brought is not None:
             brought = replace(brought, features=Int8Rows.of(dense(brought.features)))
-        self._land(key, brought)
+        self._land(key, patient, brought)
         if self._shared is None:
             return
         if brought is None:
@@ -159,8 +163,8 @@ class FeatureCache:
         else:
             self._shared.put(key, brought)
 
-    def _land(self, key: FeatureKey[Features], brought: Features | None) -> None:
-        flight = self._flights.pop(key)
+    def _land(self, key: FeatureKey[Features], patient: bool, brought: Features | None) -> None:
+        flight = self._flights.pop((key, patient))
         flight.brought = brought
         if brought is not None:
             self._kept.keep(key, brought, brought.nbytes)

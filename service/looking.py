@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -36,11 +36,11 @@ from service.core import (
     VisionFeatures,
 )
 from service.errors import naming_image
-from service.feature_cache import FeatureCache, closer_view, first_view
+from service.feature_cache import FeatureCache, FeatureKey, Features, Found, closer_view, first_view
 from service.images import Decoded, Image, ImageReader, ImageStore, header_pixels
 from service.ledger import Cost
 from service.prompt import PromptBuilder
-from service.scheduler import Claim, Kind, Resource
+from service.scheduler import Claim, Kind, Priority, Resource
 from service.ticket import Request, Ticket
 from service.visual_cache import VisualCache, visual_key
 
@@ -194,7 +194,7 @@ class Looker:
         key = first_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # another's encode may have to be waited for
-                found = await flight.enter_async_context(self.features.find(key, ticket.left_s))
+                found = await flight.enter_async_context(self._lookup(key, ticket))
             look.vision = found.features
             if look.vision is not None:
                 self._remember(look.image, ticket.request)
@@ -212,13 +212,16 @@ class Looker:
         key = closer_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):
-                found = await flight.enter_async_context(self.features.find(key, ticket.left_s))
+                found = await flight.enter_async_context(self._lookup(key, ticket))
             look.closer = found.features
             if look.closer is not None:
                 return
             async with self._encoding(look, CLOSER_SIZE, ticket, place) as decoded:
                 look.closer = CloserFeatures.joined(await self.vision.encode(decoded.crops, ticket.left_s))
             found.keep(look.closer)
+
+    def _lookup(self, key: FeatureKey[Features], ticket: Ticket) -> AbstractAsyncContextManager[Found[Features]]:
+        return self.features.find(key, ticket.left_s, patient=ticket.request.priority is Priority.LOW)
 
     async def _attend(self, look: Look, ticket: Ticket, _: Place) -> None:
         assert look.vision is not None

@@ -34,8 +34,8 @@ class Asker:
         self.encodes = 0
         self.encoding = asyncio.Event()
 
-    async def ask(self, name: str, error: Exception | None = None) -> VisionFeatures:
-        async with self.cache.find(key(name)) as found:
+    async def ask(self, name: str, error: Exception | None = None, *, patient: bool = False) -> VisionFeatures:
+        async with self.cache.find(key(name), patient=patient) as found:
             if found.features is not None:
                 return found.features
             self.encodes += 1
@@ -82,6 +82,23 @@ async def test_other_images_do_not_wait():
         assert found.features is None
     asker.release.set()
     await waiting
+
+
+async def test_only_the_patient_wait_for_the_patient():
+    asker = Asker()
+    async with asker.cache.find(key("a"), patient=True) as patient, asyncio.timeout(1):
+        assert patient.features is None
+        second = asyncio.create_task(asker.ask("a", patient=True))
+        await turn()
+        assert asker.encodes == 0
+        first = asyncio.create_task(asker.ask("a"))
+        await turn()
+        assert asker.encodes == 1
+        third = asyncio.create_task(asker.ask("a", patient=True))
+        asker.release.set()
+        assert await first is await third
+    assert await second is await first
+    assert asker.encodes == 1
 
 
 async def test_a_cancelled_leader_hands_over_and_nobody_hangs():

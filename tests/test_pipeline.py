@@ -594,6 +594,26 @@ async def test_low_priority_lets_the_others_go_first():
     assert order == ["normal", "low"]
 
 
+async def test_nobody_waits_for_an_image_that_a_request_of_low_priority_is_to_encode():
+    house = House(vision_slots=1)
+    house.vision.close("see")
+    first = asked_of(house, 0)
+    await until(lambda: house.vision.calls)
+    order: list[str] = []
+    low = asked_of(house, 1, colour=7, priority=Priority.LOW)
+    await until(lambda: house.counted("glimpse_requests_waiting", kind="single_image") == 1)
+    other = asked_of(house, 2)
+    await until(lambda: house.counted("glimpse_requests_waiting", kind="single_image") == 2)
+    same = asked_of(house, 3, colour=7)
+    await until(lambda: house.counted("glimpse_requests_waiting", kind="single_image") == 3)
+    for name, task in (("low", low), ("other", other), ("same", same)):
+        task.add_done_callback(lambda _, name=name: order.append(name))
+    house.vision.gate.set()
+    await asyncio.gather(first, low, other, same)
+    assert order == ["other", "same", "low"]
+    assert nothing_is_held(house)
+
+
 async def test_the_llm_holds_no_more_than_its_tokens_and_follow_ups_go_first():
     house = House(llm_tokens=200, vision_slots=9)  # a request takes 79
     _, known = await answer(house, request())

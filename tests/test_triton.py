@@ -394,7 +394,7 @@ async def test_abandoned_requests_end_at_once_and_typed(asker: Asker) -> None:
 
 async def test_nothing_listens() -> None:
     (port,) = free_ports(1)
-    card_free = Prompt(np.zeros(1, np.int32), np.zeros((1, 8), np.float32), np.zeros(1, np.uint64))
+    card_free = Prompt(np.zeros(1, np.int32), np.zeros((1, 8), np.float32), np.ones(1, np.uint64))
     async with TritonClient(f"127.0.0.1:{port}", f"127.0.0.1:{port}") as client:
         assert not await client.ready()
         with pytest.raises(Unavailable):

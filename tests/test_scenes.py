@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from build_engines.scenes.held_out import DIRECTORY, held_out_scenes
+from build_engines.scenes.held_out import DIRECTORY, SPLITS, held_out_scenes
 from build_engines.scenes.questions import ANSWERS, DESCRIBE, TYPES, Question, ask
-from build_engines.scenes.render import render
-from build_engines.scenes.world import HELD_OUT, NONE, World, sample_scene
+from build_engines.scenes.render import crops, overview, render
+from build_engines.scenes.world import CHARACTERS, HELD_OUT, NONE, SMALL_PRINT, World, sample_scene
 
 
 def test_scenes_follow_from_their_seed() -> None:
@@ -26,7 +26,7 @@ def test_scenes_follow_from_their_seed() -> None:
     assert np.array_equal(pixels, pixels_again)
 
 
-@pytest.mark.parametrize("world", [World(), World(unnamed_share=0.5), World(lattice_jitter=2.0)])
+@pytest.mark.parametrize("world", [World(), World(unnamed_share=0.5), World(lattice_jitter=2.0), SMALL_PRINT])
 def test_training_worlds_never_show_a_held_out_pair(world: World) -> None:
     rng = np.random.default_rng(6)
     shown = {(t.colour, t.shape) for _ in range(2000) for t in sample_scene(rng, world)}
@@ -101,10 +101,55 @@ def test_coverage_says_where_an_object_is() -> None:
         assert columns.min() <= thing.x / 14 <= columns.max() + 1
 
 
+def test_small_print_is_too_small_for_the_overview_and_legible_in_the_crops() -> None:
+    """Less than a patch of 14 pixels high at 224, and at 448 as high as the least that training shows at 224."""
+    rng = np.random.default_rng(12)
+    sizes: Counter[int] = Counter()
+    for _ in range(200):
+        things = sample_scene(rng, SMALL_PRINT)
+        for thing in things:
+            if thing.character == NONE:
+                assert thing.character_height == 0
+                continue
+            assert thing.character_height < 14
+            assert 2 * thing.character_height >= 21
+            sizes[thing.size] += 1
+    assert sizes[0] > 0.5 * sizes.total()
+
+
+def test_a_question_about_small_print_is_answered_by_what_is_written() -> None:
+    rng = np.random.default_rng(13)
+    asked = 0
+    while asked < 100:
+        things = sample_scene(rng, SMALL_PRINT)
+        question = ask(rng, things, "read")
+        if question is None:
+            continue
+        (index,) = question.asked
+        assert question.answer == CHARACTERS[things[index].character]
+        asked += 1
+
+
+def test_the_closer_view_shows_the_same_scene() -> None:
+    """Twice as wide and high: its overview is the scene at 224 but for noise, and its quarters make it up again."""
+    things = sample_scene(np.random.default_rng(14), World())
+    near, far = (render(things, np.random.default_rng(15), scale) for scale in (2, 1))
+    assert near.pixels.shape == (448, 448, 3)
+    assert near.coverage.shape == far.coverage.shape
+    assert np.abs(near.coverage - far.coverage).max() < 0.2
+    quarters = crops(near.pixels)
+    assert np.array_equal(quarters[1], near.pixels[:224, 224:])
+    assert np.array_equal(quarters[2], near.pixels[224:, :224])
+    middle = [(round(t.x), round(t.y)) for t in things if t.shape != 5]
+    for x, y in middle:
+        difference = overview(near.pixels)[y, x].astype(float) - far.pixels[y, x]
+        assert np.abs(difference).mean() < 60
+
+
 def test_committed_scenes_are_the_generators() -> None:
     """The first scene of each split, but for the loss of WebP, and its questions word for word."""
     rows = [json.loads(line) for line in (DIRECTORY / "questions.jsonl").read_text().splitlines()]
-    for split in ("new", "held_out_pairs"):
+    for split in SPLITS:
         scene = next(held_out_scenes(split, 1))
         asked = [(row["question"], row["answer"], row["type"]) for row in rows if row["image"] == scene.name]
         assert asked == [(q.text, q.answer, q.type) for q in scene.questions]
@@ -117,6 +162,7 @@ def test_committed_scenes_are_enough() -> None:
     number = Counter((row["split"], row["type"]) for row in rows)
     assert all(number["new", kind] >= 200 for kind in TYPES)
     assert all(number["held_out_pairs", kind] >= 50 for kind in TYPES)
+    assert number["small_print", "read"] >= 200
     files = {path.name: path.stat().st_size for path in DIRECTORY.iterdir()}
     assert {row["image"] for row in rows} == {name for name in files if name.endswith(".webp")}
     assert sum(files.values()) <= 10 * 2**20

@@ -1,7 +1,8 @@
 """The scenes that the service is measured on: `python -m build_engines.scenes.held_out` writes benchmarks/scenes.
 
 Their seeds are used nowhere else. Split `new`: scenes of the training world. Split `held_out_pairs`: every question
-depends on an object whose colour-shape pair never occurs in training.
+depends on an object whose colour-shape pair never occurs in training. Split `small_print`: 448 pixels wide and high,
+with characters that are too small for the 224-pixel view.
 """
 
 from __future__ import annotations
@@ -16,37 +17,45 @@ from PIL import Image
 
 from build_engines.scenes.questions import TYPES, Question, ask
 from build_engines.scenes.render import render
-from build_engines.scenes.world import HELD_OUT, Thing, World, sample_scene
+from build_engines.scenes.world import HELD_OUT, SMALL_PRINT, Thing, World, sample_scene
 
 SEED = 2026
-NEW, PAIRS = "new", "held_out_pairs"
+NEW, PAIRS, SMALL = "new", "held_out_pairs", "small_print"
+SPLITS = (NEW, PAIRS, SMALL)
+COMMITTED = {NEW: 280, PAIRS: 130, SMALL: 100}  # scenes
+WORLDS = {NEW: World(), PAIRS: World(held_out=True), SMALL: SMALL_PRINT}
+READ_AGAIN = 2  # more questions about small print
 QUALITY = 90  # WebP
 DIRECTORY = Path(__file__).parents[2] / "benchmarks" / "scenes"
 
 
 @dataclass(frozen=True)
 class HeldOutScene:
+    """pixels: uint8 [224, 224, 3], or [448, 448, 3] of small print. coverage: [things, 16, 16], as `Picture` has it."""
+
     name: str
     split: str
     pixels: np.ndarray
+    coverage: np.ndarray
     things: list[Thing]
     questions: list[Question]
 
 
-def held_out_scenes(split: str, number: int) -> Iterator[HeldOutScene]:
-    """The same scenes every time: the first 250 of 1,000 are the 250 that are shipped."""
-    for index in range(number):
-        rng = np.random.default_rng((SEED, (NEW, PAIRS).index(split), index))
-        things = sample_scene(rng, World(held_out=split == PAIRS))
+def held_out_scenes(split: str, number: int, first: int = 0) -> Iterator[HeldOutScene]:
+    """The same scenes every time: the first 280 of 1,000 are the 280 that are shipped."""
+    for index in range(first, first + number):
+        rng = np.random.default_rng((SEED, SPLITS.index(split), index))
+        things = sample_scene(rng, WORLDS[split])
         questions: dict[str, Question] = {}
-        for kind in TYPES:
+        for kind in (*TYPES, *["read"] * (READ_AGAIN if split == SMALL else 0)):
             for _ in range(24):
                 question = ask(rng, things, kind)
-                if question is not None and (split == NEW or _about_a_held_out_pair(question, things, index)):
+                if question is not None and (split != PAIRS or _about_a_held_out_pair(question, things, index)):
                     questions[question.text] = question
                     break
-        pixels = render(things, rng).pixels
-        yield HeldOutScene(f"{split}_{index:03d}.webp", split, pixels, things, list(questions.values()))
+        picture = render(things, rng, scale=2 if split == SMALL else 1)
+        name = f"{split}_{index:03d}.webp"
+        yield HeldOutScene(name, split, picture.pixels, picture.coverage, things, list(questions.values()))
 
 
 def _about_a_held_out_pair(question: Question, things: list[Thing], index: int) -> bool:
@@ -56,11 +65,11 @@ def _about_a_held_out_pair(question: Question, things: list[Thing], index: int) 
     return question.answer != "0" and any((things[i].colour, things[i].shape) in HELD_OUT for i in question.asked)
 
 
-def write(directory: Path = DIRECTORY, new: int = 280, pairs: int = 130) -> None:
+def write(directory: Path = DIRECTORY) -> None:
     """Images as WebP, questions as JSON lines: image, question, answer, type, split."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
-    for split, number in ((NEW, new), (PAIRS, pairs)):
+    for split, number in COMMITTED.items():
         for scene in held_out_scenes(split, number):
             Image.fromarray(scene.pixels).save(directory / scene.name, "WEBP", quality=QUALITY, method=6)
             lines += [

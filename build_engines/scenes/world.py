@@ -45,12 +45,14 @@ _UNNAMED_HUES = ((76, 96), (150, 163), (201, 206), (246, 256), (300, 312))
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. Attributes are indices into the tables above; x, y and diameter are in pixels, angle in degrees."""
+    """One object. Attributes are indices into the tables above; x, y, diameter and the height of the character (0
+    without one) are in pixels of the 224 view, angle in degrees."""
 
     colour: int
     shape: int
     size: int
     character: int
+    character_height: float
     x: float
     y: float
     diameter: float
@@ -69,7 +71,19 @@ class World:
     lattice_jitter: float | None = None  # pixels around patch-aligned positions (training curriculum); None: anywhere
     size_weights: tuple[float, float, float] = (0.34, 0.36, 0.30)
     held_out: bool = False  # one or two objects of the held-out pairs
+    small_print: tuple[float, float] | None = (
+        None  # characters this high, in pixels, also on small objects; None: legible
+    )
     repeat_share: float = 0.45  # scenes that repeat one colour, shape or pair, so that counting is not always "one"
+
+
+# What the closer view is for: characters that fill less than one patch of the 224 view, and twice that at 448 pixels.
+SMALL_PRINT = World(size_weights=(0.6, 0.25, 0.15), character_share=0.75, small_print=(10.5, 12.0))
+
+
+def legible_height(diameter: float) -> float:
+    """Pixels of the 224 view: at least one and a half patches."""
+    return max(21.0, 0.54 * diameter)
 
 
 def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
@@ -99,13 +113,17 @@ def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
         hue = _named_rgb(rng, colour)
         if rng.random() < world.unnamed_share:
             colour, hue = NONE, _unnamed_rgb(rng, shape)
-        carries = size > 0 and SHAPES[shape] != "ring" and rng.random() < world.character_share
+        roomy = size > 0 or world.small_print is not None
+        carries = roomy and SHAPES[shape] != "ring" and rng.random() < world.character_share
+        character = int(rng.integers(len(CHARACTERS))) if carries else NONE
+        height = legible_height(diameter) if world.small_print is None else float(rng.uniform(*world.small_print))
         things.append(
             Thing(
                 colour=colour,
                 shape=shape,
                 size=size,
-                character=int(rng.integers(len(CHARACTERS))) if carries else NONE,
+                character=character,
+                character_height=height if carries else 0.0,
                 x=place[0],
                 y=place[1],
                 diameter=diameter,

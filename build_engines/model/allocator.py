@@ -88,13 +88,20 @@ class RelevanceAllocator(nn.Module):
         question_mask: Tensor,
     ) -> Weighed:  # fmt: skip
         """What matters, and how the tensions are resolved: all that is trained but the closer view."""
-        proposition, perspective = entropy, perspectival(saliency, texture)
-        if self.participatory is None:
+        places = None if self.participatory is None else self.participatory.places(features)
+        return self.balance(entropy, perspectival(saliency, texture), places, question_ids, question_mask)
+
+    def balance(
+        self, proposition: Tensor, perspective: Tensor, places: Tensor | None, question_ids: Tensor,
+        question_mask: Tensor,
+    ) -> Weighed:  # fmt: skip
+        """`weigh` from two maps [B, 256] and `ParticipatoryKnowing.places`, which many questions may share."""
+        if self.participatory is None or places is None:
             scores = torch.stack([proposition, perspective, torch.zeros_like(proposition)], dim=1)
             weights, tensions = _fixed(WITHOUT_QUESTION, scores)
         else:
             meanings = self.participatory.meanings(question_ids, question_mask)
-            participation = torch.sigmoid(self.participatory.coupling(features, meanings, question_mask))
+            participation = torch.sigmoid(self.participatory.coupling(places, meanings, question_mask))
             scores = torch.stack([proposition, perspective, participation], dim=1)
             if self.balancing is None:
                 weights, tensions = _fixed(WITHOUT_BALANCE, scores)

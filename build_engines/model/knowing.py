@@ -54,17 +54,20 @@ class ParticipatoryKnowing(nn.Module):
         hidden = functional.relu(self.phrase(words.transpose(1, 2))) * valid[:, None]
         return functional.normalize(self.meaning(hidden).transpose(1, 2), dim=-1)
 
-    def coupling(self, features: Tensor, meanings: Tensor, question_mask: Tensor) -> Tensor:
-        """features [B, 257, D], CLS first; meanings [B, 32, C]; mask [B, 32] -> logits of relevance [B, 256]."""
-        valid = question_mask.to(features.dtype)
-        patches = functional.relu(self.patch_hidden(self.patch_norm(features[:, 1:])))
-        patches = functional.normalize(self.patch(patches), dim=-1)  # [B, 256, C]
-        fit = patches @ meanings.transpose(1, 2) - 2.0 * (1.0 - valid[:, None])  # a cosine, or at most -1 for padding
+    def places(self, features: Tensor) -> Tensor:
+        """features [B, 257, D], CLS first -> one unit vector a patch, [B, 256, C]."""
+        hidden = functional.relu(self.patch_hidden(self.patch_norm(features[:, 1:])))
+        return functional.normalize(self.patch(hidden), dim=-1)
+
+    def coupling(self, places: Tensor, meanings: Tensor, question_mask: Tensor) -> Tensor:
+        """places [B, 256, C]; meanings [B, 32, C]; mask [B, 32] -> logits of relevance [B, 256]."""
+        valid = question_mask.to(places.dtype)
+        fit = places @ meanings.transpose(1, 2) - 2.0 * (1.0 - valid[:, None])  # a cosine, or at most -1 for padding
         return self.scale * fit.amax(dim=-1) + self.bias
 
     def logits(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """features [B, 257, D], CLS first; ids and mask [B, 32] of the bare question without BOS. -> [B, 256]."""
-        return self.coupling(features, self.meanings(question_ids, question_mask), question_mask)
+        return self.coupling(self.places(features), self.meanings(question_ids, question_mask), question_mask)
 
     def forward(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """As `logits`, then relevance in [0, 1], [B, 256]."""

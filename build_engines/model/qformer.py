@@ -25,14 +25,22 @@ class QFormer(nn.Module):
         bias = bias_where_hidden(visible[:, None, None, :] > 0)
         return self.language_projection(self.read(vision_tokens, bias))
 
-    def read(self, vision_tokens: Tensor, bias: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+    def read(
+        self,
+        vision_tokens: Tensor,
+        bias: Tensor | None = None,
+        gates: Tensor | None = None,
+        owner: Tensor | None = None,
+    ) -> Tensor:
         """What the queries found, [B, 32, Q-Former's width], in tokens hidden by bias [B, 1, 1, N] or, in training,
-        by gates [B, N] (`relaxation.open_tokens`)."""
-        hidden = self.layernorm(self.query_tokens).expand(vision_tokens.shape[0], -1, -1)
+        by gates [B, N] (`relaxation.open_tokens`). With owner int64 [B], row i reads the tokens of image owner[i]: the
+        keys and values of an image are then made once for all its questions."""
+        rows = vision_tokens.shape[0] if owner is None else owner.shape[0]
+        hidden = self.layernorm(self.query_tokens).expand(rows, -1, -1)
         for layer in self.layers:
             hidden = _attend(layer.attention, hidden, hidden, None)
             if layer.has_cross_attention:
-                hidden = _attend(layer.crossattention, hidden, vision_tokens, bias, gates)
+                hidden = _attend(layer.crossattention, hidden, vision_tokens, bias, gates, owner)
             hidden = layer.output_query(layer.intermediate_query(hidden), hidden)
         return hidden
 
@@ -75,10 +83,13 @@ def _attend(
     context: Tensor,
     bias: Tensor | None,
     gates: Tensor | None = None,
+    owner: Tensor | None = None,
 ) -> Tensor:
     attention = block.attention
     heads = (attention.num_attention_heads, attention.attention_head_size)
     query = attention.query(hidden).unflatten(2, heads).transpose(1, 2) * attention.scaling
     key = attention.key(context).unflatten(2, heads).transpose(1, 2)
     value = attention.value(context).unflatten(2, heads).transpose(1, 2)
+    if owner is not None:
+        key, value = key[owner], value[owner]
     return block.output(attend(query, key, value, bias, gates), hidden)

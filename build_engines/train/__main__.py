@@ -1,7 +1,8 @@
 """`python -m build_engines.train --out runs/reference`: the reference model from nothing, on a CPU or a GPU.
 
-Four stages, each resumable: `language` (the decoder, on symbols) and `vision` (the encoder, on dense losses) at the
-same time, then `qformer`, then `joint`. At the end the checkpoint is written, rounded to FP16, read back and evaluated.
+Five stages, each resumable: `language` (the decoder, on symbols) and `vision` (the encoder, on dense losses) at the
+same time, then `qformer`, `joint` and `allocator`. At the end the checkpoint is written, rounded to FP16, read back and
+evaluated.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from build_engines.train.allocator_stage import train_allocator
 from build_engines.train.curve import plot
-from build_engines.train.evaluation import Checkpoint, committed_report
 from build_engines.train.joint_stage import train_joint
 from build_engines.train.language_stage import train_language
 from build_engines.train.publishing import publish
@@ -27,8 +28,15 @@ from build_engines.train.replicas import run_replicas
 from build_engines.train.stages import Plan, set_threads
 from build_engines.train.vision_stage import train_vision
 
-STAGES = {"language": train_language, "vision": train_vision, "qformer": train_qformer, "joint": train_joint}
+STAGES = {
+    "language": train_language,
+    "vision": train_vision,
+    "qformer": train_qformer,
+    "joint": train_joint,
+    "allocator": train_allocator,
+}
 ALONE = ("language", "vision")  # need no other stage's weights
+COMPLETE = ("joint", "allocator")  # leave a model that answers
 REPLICAS = 2  # processes of the later stages on a CPU; each adds its own part to the batch, so more is another training
 
 
@@ -46,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--threads", type=int, default=os.cpu_count() or 1, help="CPU threads in all (default: %(default)s)"
     )
     parser.add_argument("--eager", action="store_true", help="do not compile (no C++ compiler is needed then; slower)")
+    parser.add_argument(
+        "--large-budgets", action="store_true", help="stage allocator: large budgets more often, 2:3:5 by thirds"
+    )
+    parser.add_argument(
+        "--adapter-rank", type=int, default=0, help="stage allocator: of LoRA on the language model (default: frozen)"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model and a few steps: does the machinery work?")
     options = parser.parse_args(arguments)
 
@@ -57,7 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
     if begun and not options.resume:
         parser.error(f"{options.out} already holds {', '.join(begun)}: add --resume, or choose another --out")
 
-    plan = Plan(options.out, options.scale, compiled=not options.eager, tiny=options.tiny)
+    plan = Plan(
+        options.out,
+        options.scale,
+        compiled=not options.eager,
+        tiny=options.tiny,
+        large_budgets=options.large_budgets,
+        adapter_rank=options.adapter_rank,
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     first = [stage for stage in stages if stage in ALONE]
@@ -66,12 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
     for stage in stages:
         if stage not in ALONE:
             run_replicas(STAGES[stage], plan, copies)
-    if "joint" in stages:
-        checkpoint = publish(plan)
-        report = committed_report(Checkpoint.load(checkpoint), 8 if options.tiny else None)
-        card = json.loads((checkpoint / "model_card.json").read_text())
-        (checkpoint / "model_card.json").write_text(json.dumps(card | {"accuracy_in_pytorch": report}, indent=2) + "\n")
-        tqdm.write(json.dumps({split: rows["256_tokens"]["all"] for split, rows in report.items()}, indent=2))
+    if complete := [stage for stage in stages if stage in COMPLETE]:
+        card = json.loads((publish(plan, complete[-1]) / "model_card.json").read_text())
+        told = {split: rows["adaptive"]["all"] for split, rows in card["accuracy_in_pytorch"].items()}
+        tqdm.write(json.dumps(told, indent=2))
     plot(options.out / "log.jsonl", options.out / "learning_curve.png")
     tqdm.write(f"{(time.monotonic() - started) / 60:.1f} minutes; everything is in {options.out}")
     return 0

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     Blip2Config,
@@ -25,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from build_engines.model.knowing import ParticipatoryKnowing
+from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.checkpoint import save_allocator
 from build_engines.scenes.world import GRID, IMAGE_SIZE, PATCH_SIZE
 from build_engines.train.tokens import BOS, EOS, IMAGE, PAD, PROMPT
 
@@ -116,10 +116,14 @@ def sine_positions(width: int, rows: int, columns: int) -> torch.Tensor:
     return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=1)
 
 
+def trained_parts(allocator: RelevanceAllocator) -> list[tuple[str, nn.Module]]:
+    return [(name, part) for name, part in allocator.named_children() if any(True for _ in part.parameters())]
+
+
 def save_checkpoint(
     directory: Path,
     model: Blip2ForConditionalGeneration,
-    participatory: ParticipatoryKnowing,
+    allocator: RelevanceAllocator,
     tokenizer: PreTrainedTokenizerFast,
     card: dict[str, Any],
 ) -> None:
@@ -128,10 +132,7 @@ def save_checkpoint(
     model.half().save_pretrained(directory)
     model.float()
     tokenizer.save_pretrained(directory)
-    allocator = {
-        f"participatory.{name}": value.half().contiguous() for name, value in participatory.state_dict().items()
-    }
-    save_file(allocator, directory / "allocator.safetensors", metadata={"format": "pt"})
+    save_allocator(allocator, directory / "allocator.safetensors")
     preprocessor = {
         "image_processor_type": "BlipImageProcessor",
         "do_resize": True,
@@ -155,7 +156,7 @@ def save_checkpoint(
         "image_std": STD,
         "parameters": {
             "model": sum(p.numel() for p in model.parameters()),
-            "participatory": sum(p.numel() for p in participatory.parameters()),
+            **{name: sum(p.numel() for p in part.parameters()) for name, part in trained_parts(allocator)},
         },
     }
     (directory / "model_card.json").write_text(json.dumps(facts | card, indent=2) + "\n")

@@ -39,6 +39,7 @@ class Course:
     checkpoint_s: float = 60.0
     state: dict[str, Any] = field(default_factory=dict)
     step: int = 0
+    norms: Callable[[], Measures] = dict  # of gradients, measured at every step before they are clipped
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,8 @@ class Course:
                 for name, value in {"loss": loss.item(), **measures}.items():
                     recent.setdefault(name, []).append(value)
             replicas.average_gradients(parameters)
+            for name, value in self.norms().items():
+                recent.setdefault(name, []).append(value)
             torch.nn.utils.clip_grad_norm_(parameters, 2.0)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -125,7 +128,7 @@ class Course:
             if replicas.rank() > 0:
                 continue
             if self.step % validate_every == 0 or self.finished:
-                means = {name: round(float(np.mean(values)), 4) for name, values in recent.items()}
+                means = {name: float(f"{np.mean(values):.4g}") for name, values in recent.items()}
                 recent.clear()
                 self.log({"train": means, "valid": validate(), "state": self.state})
             if time.monotonic() - saved_at > self.checkpoint_s or self.finished:

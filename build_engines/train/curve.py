@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import nan
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,7 @@ PANELS = {
     "vision": ("Encoder, at objects' centres", ("colour", "shape", "size", "character")),
     "qformer": ("Q-Former's slots", ("slot_colour", "slot_shape", "slot_size", "slot_character")),
     "joint": ("Whole chain, answers", ("colour", "shape", "count", "exist", "relation", "size", "read")),
+    "allocator": ("Answers by tokens", ("64", "112", "256", "adaptive", "random")),
 }
 COLOURS = {
     "colour": "#c0392b",
@@ -26,13 +28,18 @@ COLOURS = {
     "size": "#b7950b",
     "read": "#1c2833",
     "character": "#1c2833",
+    "64": "#148f77",
+    "112": "#2471a3",
+    "256": "#1c2833",
+    "adaptive": "#c0392b",
+    "random": "#7f8c8d",
 }
 
 
 def plot(log: Path, target: Path) -> None:
     """Solid: new scenes. Dashed: scenes with colour-shape pairs that training never shows."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(16, 4.2), sharey=True, constrained_layout=True)
+    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(20, 4.2), sharey=True, constrained_layout=True)
     for panel, (stage, (title, names)) in zip(panels, PANELS.items(), strict=True):
         # A resumed stage repeats steps: the later record counts.
         rows = {record["step"]: record["valid"] for record in records if record["stage"] == stage}
@@ -40,7 +47,7 @@ def plot(log: Path, target: Path) -> None:
         for name in names:
             label = name.removeprefix("slot_")
             for split, style in (("new", "-"), ("pairs", "--")):
-                values = [rows[step].get(f"{split}_{name}") for step in steps]
+                values = [rows[step].get(f"{split}_{name}", nan) for step in steps]
                 panel.plot(
                     steps,
                     values,

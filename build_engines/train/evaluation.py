@@ -1,128 +1,300 @@
-"""How good a checkpoint is: exact match by question type, with numbers and intervals, in PyTorch, as it is shipped."""
+"""How good a chain is on held-out scenes, in PyTorch: any way of choosing vision tokens, any budget, any tension fixed.
+
+    chain = Chain.load(Path("reference"))
+    exam = held_out_exam(chain, "new", 1000)
+    adaptive = answer(chain, exam, Arm())
+    print(summarise(adaptive)["all"], paired(adaptive, answer(chain, exam, Arm(vision_tokens=(256, 256)))))
+
+The features of the scenes are computed once for an exam, in FP32; everything after them is the served chain's own code.
+"""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tqdm import tqdm
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.evaluate import wilson
-from build_engines.model.allocation import CELL_COUNT, Allocation
-from build_engines.model.knowing import ParticipatoryKnowing
-from build_engines.scenes.held_out import DIRECTORY
+from benchmarks.evaluate import Z_95, wilson
+from build_engines.model.allocation import MAX_VISION_TOKENS
+from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.attention import bias_where_hidden
+from build_engines.model.checkpoint import Checkpoint
+from build_engines.model.focus import GROUP, query_groups
+from build_engines.model.qformer import QFormer
+from build_engines.model.vision import VisionEncoder
+from build_engines.scenes.held_out import COMMITTED, DIRECTORY, NEW, PAIRS, QUALITY, SMALL, held_out_scenes
 from build_engines.scenes.questions import DESCRIBE, Question
-from build_engines.train.language import answer_loss, decoder_of
+from build_engines.scenes.world import GRID, Thing
+from build_engines.train.language import decoder_of, row_losses
+from build_engines.train.looks import Eye, Looks
 from build_engines.train.packing import Packer
-from build_engines.train.queries import allocate, looker
 from build_engines.train.relevance import question_tensors
+from build_engines.train.selection import GUIDED, TENSIONS, on_asked, select
 from build_engines.train.stages import device, tensor
-from build_engines.train.vision import normalised
 
-QUESTION_TOKENS = 96
-BATCH = 64
+BATCH = 64  # questions
+SCENES_AT_ONCE = 16
+RESAMPLES = 4000
 
 
-@dataclass
-class Checkpoint:
-    """What `save_checkpoint` wrote, read back: the rounded weights, computed with in FP32."""
+@dataclass(frozen=True)
+class Chain:
+    """The model as it is served: encoder, allocator, Q-Former and language model."""
 
-    model: Blip2ForConditionalGeneration
-    participatory: ParticipatoryKnowing
+    eye: Eye
+    allocator: RelevanceAllocator
+    qformer: QFormer
+    language: OPTForCausalLM
     tokenizer: PreTrainedTokenizerFast
 
     @classmethod
-    def load(cls, directory: Path) -> Checkpoint:
-        model = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).to(device()).eval()
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        participatory = ParticipatoryKnowing(len(tokenizer), model.config.vision_config.hidden_size)
-        weights = load_file(directory / "allocator.safetensors")
-        prefix = "participatory."
-        participatory.load_state_dict(
-            {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
+    def load(cls, directory: Path) -> Self:
+        """A checkpoint directory of the reference model: the rounded weights, computed with in FP32."""
+        checkpoint = Checkpoint.load(directory)
+        encoder: VisionEncoder = checkpoint.vision_encoder().to(device())
+        return cls(
+            Eye(encoder),
+            checkpoint.allocator().to(device()),
+            checkpoint.qformer().to(device()),
+            checkpoint.model.language_model.to(device()),
+            AutoTokenizer.from_pretrained(directory),
         )
-        return cls(model, participatory.to(device()).eval(), tokenizer)
 
 
-def committed_questions(directory: Path = DIRECTORY) -> dict[str, list[tuple[str, Question]]]:
-    """By split, the image's file name and the question."""
-    found: dict[str, list[tuple[str, Question]]] = {}
-    for line in (directory / "questions.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        question = Question(row["question"], row["answer"], row["type"], ())
-        found.setdefault(row["split"], []).append((row["image"], question))
-    return found
+@dataclass(frozen=True)
+class Asked:
+    """A question about scene number `scene` of an exam."""
+
+    scene: int
+    question: Question
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Held-out scenes as the encoder sees them, and everything that is asked about them."""
+
+    looks: Looks
+    asked: list[Asked]
+
+    def things(self, index: int) -> list[Thing]:
+        """What the answer to question number `index` depends on."""
+        one = self.asked[index]
+        return [self.looks.scenes[one.scene][i] for i in one.question.asked]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to spend vision tokens. Least and most as in a request; the same number twice is a fixed budget.
+
+    tensions: values in place of the allocator's, by name, such as {"diversify": 0.0}. closer: with the closer view,
+    which the exam must hold, and up to 400 tokens. queries: only so many of the first 32 are handed to the decoder.
+    """
+
+    policy: str = GUIDED  # one of selection.POLICIES
+    vision_tokens: tuple[int, int] = (64, 256)
+    visual_tokens: tuple[int, int] = (32, 32)
+    closer: bool = False
+    queries: int = GROUP
+    tensions: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What became of every question of an exam, in its order; n questions."""
+
+    exam: Exam
+    right: np.ndarray  # bool [n]: greedy answer, exact match
+    vision_tokens: np.ndarray  # int [n], without CLS
+    visual_tokens: np.ndarray  # int [n]
+    on_asked: np.ndarray  # bool [n]: the most relevant cell of the balanced map shows what is asked about
+    levels: np.ndarray  # int8 [n, 64]
+    tensions: np.ndarray  # float [n, 3], before any is replaced
+    weights: np.ndarray  # float [n, 3]
+
+    @property
+    def types(self) -> np.ndarray:
+        """str [n]."""
+        return np.array([one.question.type for one in self.exam.asked])
+
+    @property
+    def scenes(self) -> np.ndarray:
+        """int [n]: the number of each question's scene."""
+        return np.array([one.scene for one in self.exam.asked])
+
+
+def held_out_exam(chain: Chain, split: str, number: int, closely: bool = False, first: int = 0) -> Exam:
+    """`number` scenes of a split (`held_out_scenes`) through the WebP in which they would be shipped, from the scene
+    `first` on: those below `COMMITTED[split]` are in benchmarks/scenes, training validates on those from 100,000 on.
+
+    closely: with the closer view, which only scenes of 448 pixels (small_print) have.
+    """
+    looks, asked = [], []
+    scenes = list(held_out_scenes(split, number, first))
+    for start in range(0, number, SCENES_AT_ONCE):
+        part = scenes[start : start + SCENES_AT_ONCE]
+        pixels = [_as_shipped(scene.pixels) for scene in part]
+        looks.append(chain.eye.look(pixels, [s.things for s in part], [s.coverage for s in part], closely))
+    for index, scene in enumerate(scenes):
+        asked += [Asked(index, question) for question in scene.questions]
+    return Exam(Looks.joined(looks), asked)
+
+
+def committed_exam(chain: Chain, split: str, closely: bool = False, limit: int | None = None) -> Exam:
+    """The scenes of that split in benchmarks/scenes, pixel for pixel; limit: only the first few."""
+    scenes = list(held_out_scenes(split, limit or COMMITTED[split]))
+    looks = []
+    for start in range(0, len(scenes), SCENES_AT_ONCE):
+        part = scenes[start : start + SCENES_AT_ONCE]
+        pixels = [np.asarray(Image.open(DIRECTORY / scene.name).convert("RGB")) for scene in part]
+        looks.append(chain.eye.look(pixels, [s.things for s in part], [s.coverage for s in part], closely))
+    asked = [Asked(index, question) for index, scene in enumerate(scenes) for question in scene.questions]
+    return Exam(Looks.joined(looks), asked)
+
+
+def _as_shipped(pixels: np.ndarray) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=QUALITY)
+    return np.asarray(Image.open(buffer).convert("RGB"))
 
 
 @torch.no_grad()
-def evaluate(
-    checkpoint: Checkpoint,
-    asked: list[tuple[np.ndarray, Question]],
-    refined: int = CELL_COUNT,
-    chosen: str = "relevance",
-) -> dict[str, Any]:
-    """Exact match by type. asked: pixels [224, 224, 3] uint8 and a question each.
-
-    refined: cells seen in detail, 64 is the plain BLIP-2 input, 16 gives 112 vision tokens. chosen: "relevance", or
-    "random" for comparison.
-    """
-    model, look, decode = checkpoint.model, looker(checkpoint.model), decoder_of(checkpoint.model.language_model)
-    packer, allocation = Packer(checkpoint.tokenizer, QUESTION_TOKENS), Allocation().to(device())
-    right, number = Counter[str](), Counter[str]()
-    rng = torch.Generator().manual_seed(0)
-    for batch in tqdm(list(_batches(asked)), desc=f"{64 + 3 * refined} vision tokens", mininterval=5.0):
-        pixels = tensor(np.stack([one for one, _ in batch]))
-        questions = [question for _, question in batch]
-        features = model.vision_model(pixel_values=normalised(pixels)).last_hidden_state
-        ids, mask = question_tensors(checkpoint.tokenizer, questions)
-        relevance = checkpoint.participatory(features, ids, mask)
-        if chosen == "random":
-            relevance = torch.rand(relevance.shape, generator=rng).to(device())
-        tokens, real = allocate(allocation, features, relevance, relevance.new_full((len(batch), 1), refined))
-        seen = look(model.query_tokens.expand(len(batch), -1, -1), tokens, real)
-        prefix = model.language_projection(seen)
-        _, r, n = answer_loss(model.language_model, decode, prefix, packer.pack([[question] for question in questions]))
-        right.update(r)
-        number.update(n)
-    return table(right, number)
+def answer(chain: Chain, exam: Exam, arm: Arm, seed: int = 0) -> Answers:
+    """Ask everything under one arm. seed: of the random policy."""
+    noise = torch.Generator().manual_seed(seed)
+    packer = Packer(chain.tokenizer)
+    parts = [
+        _answer(chain, exam, exam.asked[start : start + BATCH], arm, noise, packer)
+        for start in range(0, len(exam.asked), BATCH)
+    ]
+    columns = (np.concatenate([part[i] for part in parts]) for i in range(len(parts[0])))
+    return Answers(exam, *columns)
 
 
-def _batches(asked: list[tuple[np.ndarray, Question]]) -> Iterator[list[tuple[np.ndarray, Question]]]:
-    for start in range(0, len(asked), BATCH):
-        yield asked[start : start + BATCH]
+def _answer(
+    chain: Chain, exam: Exam, asked: list[Asked], arm: Arm, noise: torch.Generator, packer: Packer
+) -> tuple[np.ndarray, ...]:
+    allocator, allocation = chain.allocator, chain.allocator.allocation
+    looks, questions = exam.looks, [one.question for one in asked]
+    scenes = [one.scene for one in asked]
+    features, maps = looks.features[scenes].float(), looks.maps[scenes]
+    detail = None
+    if arm.closer:
+        if looks.detail is None:
+            raise ValueError("this exam has no closer view: make it with closely=True")
+        detail = allocator.detail(features, looks.detail[scenes].float())
+    ids, mask = question_tensors(chain.tokenizer, questions)
+    places = None if allocator.participatory is None else allocator.participatory.places(features)
+    weighed = allocator.balance(maps[:, 0], maps[:, 1], places, ids, mask)
+    cells, tensions = select(arm.policy, weighed, torch.rand(len(asked), 64, generator=noise).to(features))
+    tensions = tensions.clone()
+    for name, value in arm.tensions.items():
+        tensions[:, TENSIONS.index(name)] = value
+    particularize, explore, diversify = tensions.split(1, dim=1)
+    budget = tensor(np.tile(np.array([*arm.vision_tokens, *arm.visual_tokens], np.int32), (len(asked), 1)))
+    gains = allocation.gains(cells, diversify)
+    extra = allocation.extra(particularize, budget, arm.closer)
+    levels = allocation.levels(gains, allocation.refinements(extra), explore, arm.closer)
+    groups = query_groups(particularize, budget)
+    tokens, seen = allocation.pack(features, levels, allocator.focus(cells, groups), detail)
+    number = (seen > 0).sum(1) - 1  # without CLS
+    tokens, seen = tokens[:, : 1 + int(number.max())], seen[:, : 1 + int(number.max())]
+    right = np.zeros(len(asked), bool)
+    for used in groups.unique().tolist():
+        rows = (groups[:, 0] == used).nonzero()[:, 0]
+        visual = [_read(chain.qformer, tokens[rows], seen[rows], group)[:, : arm.queries] for group in range(used)]
+        prefix = torch.cat(visual, dim=1)
+        asked_here = [questions[i] for i in rows.tolist()]
+        _, exact = row_losses(
+            chain.language, decoder_of(chain.language), prefix, packer.rows(asked_here, prefix.shape[1])
+        )
+        right[rows.cpu().numpy()] = exact.cpu().numpy()
+    truth = np.stack([looks.coverage[o.scene][list(o.question.asked)].max(0).reshape(GRID * GRID) for o in asked])
+    return (
+        right,
+        number.cpu().numpy(),
+        (groups[:, 0] * arm.queries).cpu().numpy(),
+        on_asked(weighed.cells, tensor(truth)).cpu().numpy(),
+        levels.to(torch.int8).cpu().numpy(),
+        weighed.tensions.cpu().numpy(),
+        weighed.weights.cpu().numpy(),
+    )
 
 
-def table(right: Counter[str], number: Counter[str]) -> dict[str, Any]:
-    """By type and for all types but descriptions: the share that is right, a 95 % interval, and the number asked."""
-    rows = {kind: _row(right[kind], number[kind]) for kind in sorted(number)}
-    counted = [kind for kind in number if kind != DESCRIBE]
-    if counted:
-        rows["all"] = _row(sum(right[kind] for kind in counted), sum(number[kind] for kind in counted))
-    return rows
+def _read(qformer: QFormer, tokens: Tensor, mask: Tensor, group: int) -> Tensor:
+    """Visual tokens [B, 32, H] of group 0 (all tokens) or of one of the focus groups."""
+    visible = (mask > 0) if group == 0 else (mask == group + 1)
+    longest = int(visible.sum(1).max())
+    front = torch.argsort(~visible, dim=1, stable=True)[:, :longest]
+    tokens = tokens.gather(1, front[..., None].expand(-1, -1, tokens.shape[2]))
+    hidden = qformer.read(tokens, bias_where_hidden(visible.gather(1, front)[:, None, None, :]))
+    return qformer.language_projection(hidden)
 
 
-def _row(right: float, number: int) -> dict[str, Any]:
-    low, high = wilson(right, number)
-    return {"accuracy": round(right / number, 4), "interval": [round(low, 4), round(high, 4)], "n": number}
+def summarise(answers: Answers) -> dict[str, dict[str, Any]]:
+    """By type, and for all but descriptions: n, accuracy and its Wilson interval, the mean of vision and of visual
+    tokens, the 95 % interval of the former (normal), and how often the most relevant cell shows what is asked."""
+    types = answers.types
+    groups = {kind: types == kind for kind in sorted(set(types.tolist()))} | {"all": types != DESCRIBE}
+    return {kind: _summary(answers, rows) for kind, rows in groups.items() if rows.any()}
 
 
-def committed_report(checkpoint: Checkpoint, limit: int | None = None) -> dict[str, Any]:
-    """The committed scenes, by split: all tokens, and 112 tokens chosen by relevance and at random."""
+def _summary(answers: Answers, rows: np.ndarray) -> dict[str, Any]:
+    right, spent = answers.right[rows], answers.vision_tokens[rows].astype(float)
+    low, high = wilson(int(right.sum()), len(right))
+    margin = Z_95 * spent.std() / np.sqrt(len(spent))
+    return {
+        "n": len(right),
+        "accuracy": round(float(right.mean()), 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "vision_tokens": round(float(spent.mean()), 1),
+        "vision_tokens_interval": [round(float(spent.mean() - margin), 1), round(float(spent.mean() + margin), 1)],
+        "visual_tokens": round(float(answers.visual_tokens[rows].mean()), 1),
+        "on_asked": round(float(answers.on_asked[rows].mean()), 4),
+    }
+
+
+def paired(one: Answers, other: Answers, rows: np.ndarray | None = None) -> dict[str, Any]:
+    """How much more often `one` is right than `other` on the same questions (of `rows`, bool [n], or all but
+    descriptions), with the 95 % interval of a bootstrap over scenes, whose questions are not independent."""
+    rows = one.types != DESCRIBE if rows is None else rows
+    gain = one.right[rows].astype(float) - other.right[rows]
+    return {"difference": round(float(gain.mean()), 4), "interval": resampled(gain, one.scenes[rows])}
+
+
+def resampled(values: np.ndarray, scenes: np.ndarray) -> list[float]:
+    """The 95 % interval of the mean of values [n], drawing whole scenes int [n] with replacement (Efron 1979)."""
+    _, scene = np.unique(scenes, return_inverse=True)
+    total, number = np.bincount(scene, values), np.bincount(scene)
+    draws = np.random.default_rng(0).multinomial(len(total), np.full(len(total), 1 / len(total)), RESAMPLES)
+    means = (draws @ total) / (draws @ number)
+    return [round(float(edge), 4) for edge in np.quantile(means, (0.025, 0.975))]
+
+
+COMMITTED_ARMS = {
+    NEW: {"256_tokens": Arm(vision_tokens=(256, 256)), "adaptive": Arm(), "112_tokens": Arm(vision_tokens=(112, 112)),
+          "112_tokens_random": Arm("random", (112, 112))},
+    PAIRS: {"256_tokens": Arm(vision_tokens=(256, 256)), "adaptive": Arm()},
+    SMALL: {"adaptive": Arm(), "closer": Arm(vision_tokens=(64, MAX_VISION_TOKENS), closer=True)},
+}  # fmt: skip
+
+
+def committed_report(chain: Chain, limit: int | None = None) -> dict[str, Any]:
+    """The committed scenes, by split and arm, as `summarise` has it; limit: so many scenes of each. The closer view's
+    arm is left out where the chain has none."""
     report: dict[str, Any] = {}
-    for split, rows in committed_questions().items():
-        asked = [(np.asarray(Image.open(DIRECTORY / name).convert("RGB")), question) for name, question in rows[:limit]]
+    for split, arms in COMMITTED_ARMS.items():
+        exam = committed_exam(chain, split, split == SMALL and chain.allocator.closer is not None, limit)
         report[split] = {
-            "256_tokens": evaluate(checkpoint, asked),
-            "112_tokens": evaluate(checkpoint, asked, 16),
-            "112_tokens_random": evaluate(checkpoint, asked, 16, "random"),
+            name: summarise(answer(chain, exam, arm))
+            for name, arm in arms.items()
+            if not arm.closer or exam.looks.detail is not None
         }
     return report

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import OPTForCausalLM
 
-from build_engines.train.packing import Pack
+from build_engines.train.packing import Pack, Row
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -56,3 +56,19 @@ def answer_loss(
         right[question.type] += errors == 0
         number[question.type] += 1
     return loss, right, number
+
+
+def row_losses(language: OPTForCausalLM, decode: Decode, prefix: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+    """Of each row behind its prefix [B, P, H]: the mean cross-entropy of its answer's tokens, float [B], and whether
+    the answer is exactly right under teacher forcing, bool [B]."""
+    table = language.model.decoder.embed_tokens.weight
+    embeddings = torch.cat([prefix, functional.embedding(row.ids, table)], dim=1)
+    hidden = decode(embeddings, torch.where(row.mask, 0.0, -1e4), row.positions)[:, prefix.shape[1] :]
+    rows, columns = torch.nonzero(row.targets != -100, as_tuple=True)
+    truth = row.targets[rows, columns]
+    logits = functional.linear(hidden[rows, columns].float(), table.float())
+    entropy = functional.cross_entropy(logits, truth, reduction="none")
+    zero = entropy.new_zeros(len(prefix))
+    number = zero.index_add(0, rows, torch.ones_like(entropy))
+    wrong = zero.index_add(0, rows, (logits.argmax(-1) != truth).to(zero))
+    return zero.index_add(0, rows, entropy) / number, wrong == 0

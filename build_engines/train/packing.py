@@ -1,4 +1,4 @@
-"""Many questions behind one image: packed into one sequence, each blind to the others."""
+"""Questions as the decoder reads them: many behind one image, each blind to the others, or one to a row."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ class Pack:
     mask: Tensor
     owner: Tensor
     kept: list[list[Question]]
+
+
+@dataclass
+class Row:
+    """One question a row behind P visual tokens: ids and targets [B, T] int64 (targets are -100 but at answers),
+    positions [B, P + T], mask [B, 1, P + T, P + T] bool, True = may look."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    mask: Tensor
 
 
 class Packer:
@@ -72,6 +83,23 @@ class Packer:
             tensor(owner),
             kept,
         )
+
+    def rows(self, questions: Sequence[Question], prefix: int = QUERIES) -> Row:
+        """As long as the longest question and answer, rounded up to a multiple of eight."""
+        texts = [
+            (self._encode(PROMPT.format(question=question.text)), (*self._answer(question.answer), EOS))
+            for question in questions
+        ]
+        length = -8 * (-max(len(prompt) + len(answer) - 1 for prompt, answer in texts) // 8)
+        ids = np.full((len(texts), length), PAD, np.int64)
+        targets = np.full((len(texts), length), -100, np.int64)
+        for row, (prompt, answer) in enumerate(texts):
+            text = (*prompt, *answer[:-1])
+            ids[row, : len(text)] = text
+            targets[row, len(prompt) - 1 : len(text)] = answer
+        positions = np.tile(np.arange(prefix + length), (len(texts), 1))
+        causal = np.tri(prefix + length, dtype=bool)[None, None].repeat(len(texts), 0)
+        return Row(tensor(ids), tensor(positions), tensor(targets), tensor(causal))
 
 
 def _mask(owner: np.ndarray) -> np.ndarray:

@@ -2,28 +2,85 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.balancing import OpponentProcessing
+from build_engines.model.closer import CloserView
 from build_engines.model.knowing import ParticipatoryKnowing
+from build_engines.scenes.held_out import NEW, SMALL
 from build_engines.scenes.world import HELD_OUT_PAIRS
+from build_engines.train.adapters import merged
 from build_engines.train.architecture import new_model, save_checkpoint
+from build_engines.train.evaluation import Answers, Arm, Chain, answer, committed_report, held_out_exam
 from build_engines.train.stages import Plan
 from build_engines.train.tokens import new_tokenizer
 
+CALIBRATION_FROM = 200_000  # held-out scenes that nothing else uses
+CALIBRATION_SCENES = 150
+TOLD = {
+    "joint": {"vision_tokens": "trained under random budgets of 64 to 256 vision tokens; a quarter with 256"},
+    "allocator": {
+        "vision_tokens": "trained under random budgets of 64 to 256 vision tokens, to 400 with the closer view, "
+        "each way of choosing them in equal shares",
+        "visual_tokens": [32, 128],
+        "default_visual_tokens": [32, 32],
+    },
+}
 
-def publish(plan: Plan) -> Path:
-    """Write <out>/checkpoint from the joint stage, weights rounded to FP16."""
+
+def publish(plan: Plan, stage: str) -> Path:
+    """Write <out>/checkpoint from that stage, `joint` or `allocator`, weights rounded to FP16; with its accuracy."""
     tokenizer = new_tokenizer()
     model = new_model(tokenizer, plan.config(tokenizer))
-    participatory = ParticipatoryKnowing(len(tokenizer), model.config.vision_config.hidden_size)
-    weights = plan.finished("joint")
-    model.load_state_dict(weights["model"])
+    width = model.config.vision_config.hidden_size
+    participatory, weights = ParticipatoryKnowing(len(tokenizer), width), plan.finished(stage)
+    model.load_state_dict(merged(weights["model"]))
     participatory.load_state_dict(weights["participatory"])
-    card = {
+    allocator = RelevanceAllocator(participatory)
+    if stage == "allocator":
+        balancing, closer = OpponentProcessing(participatory.coupling_width), CloserView(width)
+        balancing.load_state_dict(weights["balancing"])
+        closer.load_state_dict(weights["closer"])
+        allocator = RelevanceAllocator(participatory, balancing, closer)
+    card: dict[str, Any] = {
         "training_command": f"python -m build_engines.train --scale {plan.scale:g}",
-        "vision_tokens": "trained under random budgets of 64 to 256 vision tokens; a quarter of the images with 256",
         "held_out_pairs": [" ".join(pair) for pair in HELD_OUT_PAIRS],
     }
     directory = plan.out / "checkpoint"
-    save_checkpoint(directory, model, participatory, tokenizer, card)
+    save_checkpoint(directory, model, allocator, tokenizer, card | TOLD[stage])
+    chain = Chain.load(directory)
+    if allocator.closer is not None:
+        tell(directory, {"closer_view_at": closer_view_at(chain, plan.size(CALIBRATION_SCENES, 2))})
+    tell(directory, {"accuracy_in_pytorch": committed_report(chain, 2 if plan.tiny else None)})
     return directory
+
+
+def tell(directory: Path, facts: dict[str, Any]) -> None:
+    """Add to the checkpoint's card."""
+    path = directory / "model_card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts, indent=2) + "\n")
+
+
+def closer_view_at(chain: Chain, scenes: int) -> float:
+    """The particularize from which `auto` looks more closely: where the share of small-print reading questions at or
+    above it is furthest from that of all other questions (Youden 1950)."""
+    small, plain = (
+        answer(chain, held_out_exam(chain, split, scenes, first=CALIBRATION_FROM), Arm()) for split in (SMALL, NEW)
+    )
+    reading, others = wanting_and_not(small, plain)
+    if not len(reading) or not len(others):
+        return 1.0
+    candidates = np.unique(np.concatenate([reading, others]))
+    gains = [float((reading >= at).mean() - (others >= at).mean()) for at in candidates]
+    return round(float(candidates[int(np.argmax(gains))]), 3)
+
+
+def wanting_and_not(small: Answers, plain: Answers) -> tuple[np.ndarray, np.ndarray]:
+    """Particularize of the reading questions about small print, and of all other questions."""
+    reading = small.types == "read"
+    return small.tensions[reading, 0], np.concatenate([small.tensions[~reading, 0], plain.tensions[:, 0]])

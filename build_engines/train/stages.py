@@ -24,6 +24,8 @@ class Plan:
     scale: float = 1.0
     compiled: bool = True
     tiny: bool = False  # sizes for a smoke test of a few seconds
+    large_budgets: bool = False  # stage `allocator`: large budgets of vision tokens more often, 2:3:5
+    adapter_rank: int = 0  # stage `allocator`: of LoRA on the language model; 0 leaves it frozen
 
     def steps(self, number: int) -> int:
         return 3 if self.tiny else max(4, round(number * self.scale))

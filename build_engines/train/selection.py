@@ -1,0 +1,60 @@
+"""How the cells that get detail may be chosen: by the allocator, or by what it is compared with.
+
+All arms share one code of allocation, budget and Q-Former; they differ in the map that ranks the cells.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from build_engines.model.allocation import CELLS, PATCH_COUNT, cells_of
+from build_engines.model.allocator import Weighed
+
+GUIDED, RANDOM, UNIFORM, CENTRE = "guided", "random", "uniform", "centre"
+WAYS = ("propositional", "perspectival", "participatory")  # each alone, with the allocator's tensions
+POLICIES = (GUIDED, *WAYS, RANDOM, UNIFORM, CENTRE)
+TRAINED = (GUIDED, "propositional", "perspectival", RANDOM, UNIFORM, CENTRE)  # in equal shares
+TENSIONS = ("particularize", "explore", "diversify")
+
+
+def centre_weight() -> Tensor:
+    """[64] in [0, 1]: how near each cell lies to the middle of the image."""
+    line = (torch.arange(CELLS) + 0.5) / CELLS - 0.5
+    distance = torch.hypot(line[:, None], line[None]).flatten()
+    return 1 - distance / distance.max()
+
+
+def select(policy: str, weighed: Weighed, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What ranks the cells, [B, 64] in [0, 1], and the tensions [B, 3] under that policy.
+
+    noise [B, 64] in [0, 1] is the random policy's map. Random and centre-weighted choice spend all by rank and without
+    regard to neighbours, uniform choice spreads all evenly (Bayer's order). Particularize is always the allocator's.
+    """
+    if policy == GUIDED:
+        return weighed.cells, weighed.tensions
+    if policy in WAYS:
+        return cells_of(weighed.scores[:, WAYS.index(policy)]).amax(2), weighed.tensions
+    cells = {RANDOM: noise, UNIFORM: torch.zeros_like(noise), CENTRE: centre_weight().to(noise).expand_as(noise)}[
+        policy
+    ]
+    fixed = noise.new_tensor([1.0 if policy == UNIFORM else 0.0, 0.0]).expand(len(noise), 2)
+    return cells, torch.cat([weighed.tensions[:, :1], fixed], dim=1)
+
+
+def select_each(policies: list[str], weighed: Weighed, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """As `select`, with a policy for every row."""
+    cells, tensions = noise.clone(), weighed.tensions.clone()
+    for policy in set(policies):
+        rows = torch.tensor([i for i, p in enumerate(policies) if p == policy], device=noise.device)
+        part = Weighed(*(field[rows] for field in weighed))
+        chosen, tension = select(policy, part, noise[rows])
+        cells, tensions = cells.index_copy(0, rows, chosen), tensions.index_copy(0, rows, tension)
+    return cells, tensions
+
+
+def on_asked(cells: Tensor, coverage: Tensor) -> Tensor:
+    """bool [B]: whether the most relevant cell of [B, 64] shows an asked object; coverage [B, 256] is the greatest
+    share that one of them fills of each patch."""
+    shown = cells_of(coverage.reshape(-1, PATCH_COUNT)).amax(2) > 0.15
+    return shown.gather(1, cells.argmax(1, keepdim=True)).squeeze(1)

@@ -41,8 +41,9 @@ class HeldOutScene:
     questions: list[Question]
 
 
-def held_out_scenes(split: str, number: int, first: int = 0) -> Iterator[HeldOutScene]:
-    """The same scenes every time: the first 280 of 1,000 are the 280 that are shipped."""
+def held_out_scenes(split: str, number: int, first: int = 0, scale: int | None = None) -> Iterator[HeldOutScene]:
+    """The same scenes every time: the first 280 of 1,000 are the 280 that are shipped. scale: times 224 pixels, where
+    it is not what the split is shipped at."""
     for index in range(first, first + number):
         rng = np.random.default_rng((SEED, SPLITS.index(split), index))
         things = sample_scene(rng, WORLDS[split])
@@ -53,7 +54,7 @@ def held_out_scenes(split: str, number: int, first: int = 0) -> Iterator[HeldOut
                 if question is not None and (split != PAIRS or _about_a_held_out_pair(question, things, index)):
                     questions[question.text] = question
                     break
-        picture = render(things, rng, scale=2 if split == SMALL else 1)
+        picture = render(things, rng, scale or (2 if split == SMALL else 1))
         name = f"{split}_{index:03d}.webp"
         yield HeldOutScene(name, split, picture.pixels, picture.coverage, things, list(questions.values()))
 

@@ -34,7 +34,7 @@ from build_engines.scenes.held_out import COMMITTED, DIRECTORY, NEW, PAIRS, QUAL
 from build_engines.scenes.questions import DESCRIBE, Question
 from build_engines.scenes.world import GRID, Thing
 from build_engines.train.language import decoder_of, row_losses
-from build_engines.train.looks import Eye, Looks
+from build_engines.train.looks import CLOSER, Eye, Looks
 from build_engines.train.packing import Packer
 from build_engines.train.relevance import question_tensors
 from build_engines.train.selection import GUIDED, TENSIONS, on_asked, select
@@ -95,7 +95,8 @@ class Arm:
     """One way to spend vision tokens. Least and most as in a request; the same number twice is a fixed budget.
 
     tensions: values in place of the allocator's, by name, such as {"diversify": 0.0}. closer: with the closer view,
-    which the exam must hold, and up to 400 tokens. queries: only so many of the first 32 are handed to the decoder.
+    which the exam must hold, and up to 400 tokens. queries: only so many of a group's 32 are handed to the decoder, 16
+    being every second.
     """
 
     policy: str = GUIDED  # one of selection.POLICIES
@@ -134,10 +135,10 @@ def held_out_exam(chain: Chain, split: str, number: int, closely: bool = False, 
     """`number` scenes of a split (`held_out_scenes`) through the WebP in which they would be shipped, from the scene
     `first` on: those below `COMMITTED[split]` are in benchmarks/scenes, training validates on those from 100,000 on.
 
-    closely: with the closer view, which only scenes of 448 pixels (small_print) have.
+    closely: of scenes of 448 pixels, with the closer view.
     """
     looks, asked = [], []
-    scenes = list(held_out_scenes(split, number, first))
+    scenes = list(held_out_scenes(split, number, first, CLOSER if closely else None))
     for start in range(0, number, SCENES_AT_ONCE):
         part = scenes[start : start + SCENES_AT_ONCE]
         pixels = [_as_shipped(scene.pixels) for scene in part]
@@ -209,7 +210,8 @@ def _answer(
     right = np.zeros(len(asked), bool)
     for used in groups.unique().tolist():
         rows = (groups[:, 0] == used).nonzero()[:, 0]
-        visual = [_read(chain.qformer, tokens[rows], seen[rows], group)[:, : arm.queries] for group in range(used)]
+        every = GROUP // arm.queries
+        visual = [_read(chain.qformer, tokens[rows], seen[rows], group)[:, ::every] for group in range(used)]
         prefix = torch.cat(visual, dim=1)
         asked_here = [questions[i] for i in rows.tolist()]
         _, exact = row_losses(

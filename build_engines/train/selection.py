@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from build_engines.model.allocation import CELLS, PATCH_COUNT, cells_of
+from build_engines.model.allocation import CELL_COUNT, CELLS, PATCH_COUNT, cells_of, spread_turns
 from build_engines.model.allocator import Weighed
 
 GUIDED, RANDOM, UNIFORM, CENTRE = "guided", "random", "uniform", "centre"
@@ -29,16 +29,18 @@ def select(policy: str, weighed: Weighed, noise: Tensor) -> tuple[Tensor, Tensor
     """What ranks the cells, [B, 64] in [0, 1], and the tensions [B, 3] under that policy.
 
     noise [B, 64] in [0, 1] is the random policy's map. Random and centre-weighted choice spend all by rank and without
-    regard to neighbours, uniform choice spreads all evenly (Bayer's order). Particularize is always the allocator's.
+    regard to neighbours, and uniform choice by rank in an order that lies evenly (Bayer's), so that it goes deep too
+    where there is a closer view. Particularize is always the allocator's.
     """
     if policy == GUIDED:
         return weighed.cells, weighed.tensions
     if policy in WAYS:
         return cells_of(weighed.scores[:, WAYS.index(policy)]).amax(2), weighed.tensions
-    cells = {RANDOM: noise, UNIFORM: torch.zeros_like(noise), CENTRE: centre_weight().to(noise).expand_as(noise)}[
+    evenly = 1 - spread_turns().to(noise) / CELL_COUNT
+    cells = {RANDOM: noise, UNIFORM: evenly.expand_as(noise), CENTRE: centre_weight().to(noise).expand_as(noise)}[
         policy
     ]
-    fixed = noise.new_tensor([1.0 if policy == UNIFORM else 0.0, 0.0]).expand(len(noise), 2)
+    fixed = noise.new_zeros(len(noise), 2)
     return cells, torch.cat([weighed.tensions[:, :1], fixed], dim=1)
 
 

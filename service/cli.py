@@ -208,6 +208,12 @@ def verify(context: typer.Context) -> None:
     become("build_engines.verify", context.args, extra="build", needs="torch")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def ablate(context: typer.Context) -> None:
+    """Measure what each part of the relevance allocator is worth: `glimpse ablate --help` tells its options."""
+    become("benchmarks.ablate", context.args, extra="build", needs="torch")
+
+
 @cache.command()
 def stats(redis_url: RedisUrl) -> None:
     """What Redis holds, by vision encoder.

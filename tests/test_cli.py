@@ -313,6 +313,12 @@ def test_train_passes_its_arguments_on():
     assert "--resume" in done.stdout
 
 
+def test_ablate_passes_its_arguments_on():
+    done = glimpse("ablate", "--help")
+    assert done.returncode == 0
+    assert "--small-print" in done.stdout
+
+
 def test_build_passes_its_arguments_on():
     done = glimpse("build", "--help")
     assert done.returncode == 0

@@ -1,0 +1,70 @@
+"""What is compared: each arm is one way of spending vision and visual tokens on the same questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from build_engines.scenes.held_out import NEW, SMALL
+from build_engines.train.evaluation import Arm
+from build_engines.train.selection import CENTRE, GUIDED, RANDOM, UNIFORM, WAYS
+
+POLICIES = (GUIDED, *WAYS, RANDOM, UNIFORM, CENTRE)
+BUDGETS = (64, 96, 120, 144, 192, 256)  # vision tokens of the 224-pixel view
+LEAST, MOST, CLOSER_MOST = 64, 256, 400
+CLOSER_BUDGETS = (120, CLOSER_MOST)
+LOW, AUTO, HIGH = "low", "auto", "high"  # as in a request's `detail`
+
+
+@dataclass(frozen=True)
+class Named:
+    """An arm on one split's scenes."""
+
+    name: str
+    arm: Arm = field(default_factory=Arm)
+    split: str = NEW
+
+
+ADAPTIVE = Named("adaptive")
+
+
+def fixed(policy: str, tokens: int, closer: bool = False, split: str = NEW) -> Named:
+    """`tokens` for every question, at the places that the policy ranks first. With 64 tokens, or 256 of the 224-pixel
+    view, all cells are seen alike: these are guided's, which all policies share."""
+    if tokens == LEAST or (tokens == MOST and not closer):
+        policy = GUIDED
+    name = f"{policy}, {tokens} tokens{', closer view' if closer else ''}{f', {split}' if split != NEW else ''}"
+    return Named(name, Arm(policy, (tokens, tokens), closer=closer), split)
+
+
+def curves(closer: bool) -> list[Named]:
+    """Every policy at every budget, and with the closer view where there is one."""
+    arms = [fixed(policy, tokens) for tokens in BUDGETS for policy in POLICIES]
+    if closer:
+        arms += [fixed(policy, CLOSER_MOST, True) for policy in POLICIES]
+        arms += [fixed(policy, tokens, True, SMALL) for tokens in CLOSER_BUDGETS for policy in POLICIES]
+    return arms
+
+
+def visual() -> list[Named]:
+    """Other numbers of visual tokens than 32, over adaptive vision tokens. Nothing was trained to do with 16."""
+    arms = [Named("16 visual tokens", replace(ADAPTIVE.arm, queries=16))]
+    arms += [Named(f"{n} visual tokens", replace(ADAPTIVE.arm, visual_tokens=(n, n))) for n in (64, 96, 128)]
+    return [*arms, Named("32 to 128 visual tokens", replace(ADAPTIVE.arm, visual_tokens=(32, 128)))]
+
+
+def without_tensions() -> list[Named]:
+    """Explore and diversify switched off. (Particularize off is a fixed budget of the adaptive arm's mean.)"""
+    return [Named(f"without {name}", replace(ADAPTIVE.arm, tensions={name: 0.0})) for name in ("explore", "diversify")]
+
+
+def detail(split: str, level: str) -> Named:
+    """Adaptive, as a request with that `detail` is answered; `auto` follows from the other two."""
+    if (split, level) == (NEW, LOW):
+        return ADAPTIVE
+    closer = level != LOW
+    return Named(f"{split}, {level}", Arm(vision_tokens=(LEAST, CLOSER_MOST if closer else MOST), closer=closer), split)
+
+
+def reachable(mean_tokens: float) -> int:
+    """The fixed budget next to this mean: whole cells of 3 tokens each."""
+    return LEAST + 3 * round((mean_tokens - LEAST) / 3)

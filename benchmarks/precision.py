@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ def built(checkpoint: Path, work: Path) -> dict[str, Graphs]:
     run(checkpoint, static, "tensorrt", "fp8")
     run(checkpoint, dynamic, "onnx-gpu", "fp16")
     plans, gpu = Path(f"{static}.build"), Path(f"{dynamic}.build")
+    for name in VISION:  # the same whatever the precision
+        if not (exported := Path(f"{work / 'fp16'}.build") / f"export-{name}").exists():
+            shutil.copytree(plans / f"export-{name}", exported)
 
     def graphs(made: Mapping[str, str], llm: str) -> Graphs:
         files = {name: plans / f"{made[name]}-{name}" / "model.onnx" for name in VISION}

@@ -27,7 +27,7 @@ from build_engines.train.joint_stage import WEIGHTS
 from build_engines.train.looks import Eye, Looks, LookStore
 from build_engines.train.packing import Packer
 from build_engines.train.selection import POLICIES, TRAINED, centre_weight, on_asked
-from build_engines.train.settling import SHARES, Curves, gains, returns, settle
+from build_engines.train.settling import SHARES, Curves, gains, needed, returns, settle
 from build_engines.train.spending import LARGE_BUDGETS, WHOLE_SHARE, Price, draw_budgets
 from build_engines.train.stages import Plan
 from build_engines.train.tokens import EOS, new_tokenizer
@@ -166,21 +166,28 @@ def test_a_gain_is_found_in_losses_that_diminish() -> None:
 
 
 def test_particularize_settles_where_tokens_are_worth_their_price() -> None:
-    """Questions of meaning 0 answer much better with more tokens, those of meaning 1 no better; all else stays."""
+    """Questions of meaning 0 answer much better with more tokens, those of meaning 1 no better; no cell is relevant, so
+    the prior is to spend nothing. All else stays."""
     torch.manual_seed(1)
     number, kinds = 400, torch.arange(400) % 2
     meanings = functional.one_hot(kinds, 4).float() + 0.1 * torch.randn(number, 4)
     helped, indifferent = torch.tensor([1.0, 0.6, 0.2, 0.1]), torch.full((4,), 0.3)
     losses = torch.where(kinds[:, None] == 0, helped, indifferent) + 0.05 * torch.randn(number, 4)
     room, closely = torch.full((number,), 192.0), torch.zeros(number, dtype=torch.bool)
-    curves = Curves(torch.rand(number, 3, 256), meanings, losses, room, kinds, closely)
+    curves = Curves(0.45 * torch.rand(number, 3, 256), meanings, losses, room, kinds, closely)
     balancing = OpponentProcessing(4)
     before = balancing(curves.scores, meanings)
     settle(balancing, curves)
     weights, tensions = balancing(curves.scores, meanings)
-    assert tensions[kinds == 0, 0].mean() > 2 * tensions[kinds == 1, 0].mean()
+    assert tensions[kinds == 0, 0].mean() > 0.2 + tensions[kinds == 1, 0].mean()
     assert torch.allclose(weights, before.weights, atol=0.05)
     assert torch.allclose(tensions[:, 1:], before.tensions[:, 1:], atol=0.05)
+
+
+def test_every_relevant_cell_needs_its_patches() -> None:
+    scores = torch.zeros(2, 3, 256)
+    scores[1, 2, :4], scores[1, 0] = 0.9, 1.0  # two cells of the upper row; the other maps do not count
+    assert needed(scores).tolist() == pytest.approx([0.0, 2 * 3 / 192])
 
 
 def test_the_price_follows_what_is_spent() -> None:

@@ -36,7 +36,8 @@ class Transformers:
     def answer(self, image: Path, question: str) -> list[int]:
         """The new tokens of a greedy answer, `</s>` included where it comes."""
         with Image.open(image) as picture:
-            pixels = np.asarray(picture.convert("RGB"), np.float32)
+            seen = picture.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)  # some are larger
+        pixels = np.asarray(seen, np.float32)
         values = torch.from_numpy((pixels / 255 - self.mean) / self.std).permute(2, 0, 1).unsqueeze(0)
         text = self.tokenizer(f"Question: {question} Answer:")["input_ids"]
         visual = [self.model.config.image_token_id] * self.model.config.num_query_tokens

@@ -19,13 +19,15 @@ from build_engines.scenes.questions import Question
 from build_engines.scenes.world import SMALL_PRINT, World
 from build_engines.train.__main__ import main
 from build_engines.train.adapters import adapt, merged
-from build_engines.train.allocator_stage import Lesson, Looking, Rows
 from build_engines.train.alternatives import main as alternatives
 from build_engines.train.architecture import new_model
 from build_engines.train.evaluation import Arm, Chain, answer, held_out_exam, paired, resampled, summarise
 from build_engines.train.joint_stage import WEIGHTS
+from build_engines.train.lesson import Lesson
+from build_engines.train.looking import Looking, Rows
 from build_engines.train.looks import Eye, Looks, LookStore
 from build_engines.train.packing import Packer
+from build_engines.train.prefixes import settle_positions
 from build_engines.train.selection import POLICIES, TRAINED, centre_weight, on_asked
 from build_engines.train.settling import SHARES, Curves, gains, needed, returns, settle
 from build_engines.train.spending import LARGE_BUDGETS, WHOLE_SHARE, Price, draw_budgets
@@ -298,3 +300,13 @@ def test_alternatives_are_compared_on_the_same_questions(run: Path, tmp_path: Pa
     numbers = {way["new"]["112"]["all"]["n"] for way in report["ways"].values()}
     assert len(numbers) == 1
     assert report["ways"]["as_shipped"]["new"]["112"]["against_first"]["difference"] == 0
+
+
+def test_only_the_rows_after_64_visual_tokens_are_settled(run: Path) -> None:
+    looking = Looking(Plan(run, compiled=False, tiny=True))
+    looking.start_from(Plan(run, tiny=True))
+    looks = looks_of(looking, World(), 3, False)
+    before, start = looking.positions.weight.detach().clone(), looking.first_position
+    settle_positions(looking, looks, 2)
+    moved = (looking.positions.weight.detach() != before).any(1).nonzero()[:, 0] - start
+    assert moved.tolist() == list(range(64, 96))

@@ -18,8 +18,9 @@ from typing import Any
 
 from build_engines.model.allocation import MAX_VISION_TOKENS
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
-from build_engines.train.allocator_stage import Looking, train_allocator
+from build_engines.train.allocator_stage import train_allocator
 from build_engines.train.evaluation import Answers, Arm, Chain, Exam, answer, held_out_exam, paired, summarise
+from build_engines.train.looking import Looking
 from build_engines.train.looks import Eye
 from build_engines.train.replicas import run_replicas
 from build_engines.train.stages import Plan, set_threads

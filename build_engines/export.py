@@ -25,10 +25,11 @@ from torch.export import Dim, ShapesCollection
 
 from build_engines.model.allocation import CELL_COUNT, DETAIL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
-from build_engines.repository import Dimensions, weights_file, write_repository
+from build_engines.repository import GRAPHS, Dimensions, weights_file, write_repository
 from service.core import MAX_VISUAL_TOKENS, ModelCard
 
 OPSET = 18
+LARGE_BYTES = 100_000_000  # of weights: from here on a graph's runs take every core
 MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
 
 
@@ -233,12 +234,19 @@ def export(source: Path | str, repository: Path) -> None:
         for graph in graphs(checkpoint):
             path = scratch / f"{graph.name}.onnx"
             export_graph(graph, path)
-            print(f"{path.name:26} {path.stat().st_size / 1e6:5.1f} MB")
+            print(f"{path.name:26} {weights_bytes(path) / 1e6:5.1f} MB")
         card_path = scratch / "card.json"
         card_path.write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
-        dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view)
+        large = frozenset(name for name in GRAPHS if weights_bytes(scratch / f"{name}.onnx") > LARGE_BYTES)
+        dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view, on_every_core=large)
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)
         write_repository(repository, dimensions, scratch, beside)
+
+
+def weights_bytes(path: Path) -> int:
+    """Of a graph's file and the one beside it that holds its weights, where there is one."""
+    beside = path.with_name(weights_file(path.stem))
+    return sum(file.stat().st_size for file in (path, beside) if file.exists())
 
 
 def main() -> None:

@@ -31,7 +31,9 @@ class Dimensions:
     hidden_size: int  # H
     float_type: str = "FP32"  # of features, vision tokens, visual tokens and the prompt embedding table
     vision_max_batch: int = 8  # images of one request
-    vision_threads: int = 1  # of the encoder: a second gains 2 ms of 13 alone, and costs as much under load
+    # Graphs whose runs take every core. Of a small one a second core gains little alone (2 ms of 13 of the reference's
+    # encoder) and costs as much under load; a large one leaves cores idle on just one.
+    on_every_core: frozenset[str] = frozenset()
     llm_max_rows: int = 32  # requests decoded at once
     llm_max_queue: int = 64  # requests that wait for a row; more are refused
     closer_view: bool = False  # whether cells can be seen at level 2
@@ -190,7 +192,7 @@ def models(dimensions: Dimensions) -> list[Model]:
             vision_batch,
             (image,),
             vision,
-            parameters=(Parameter("intra_op_threads", str(dimensions.vision_threads), "cores of one run"),),
+            parameters=(cores(dimensions, "vision_encoder"),),
         ),
         Model(
             "relevance_allocator",
@@ -207,6 +209,7 @@ def models(dimensions: Dimensions) -> list[Model]:
             vision_batch,
             (*chosen, *question),
             visual,
+            parameters=(cores(dimensions, "qformer"),) if "qformer" in dimensions.on_every_core else (),
         ),
         Model(
             "llm",
@@ -223,7 +226,7 @@ def models(dimensions: Dimensions) -> list[Model]:
                 Parameter(
                     "prefix_cache_bytes", str(64 << 20), "of recent prompts' keys and values, for reuse; 0 is off"
                 ),
-                Parameter("intra_op_threads", "1", "cores of one step"),
+                cores(dimensions, "llm", "step"),
             ),
         ),
         Model(
@@ -289,6 +292,12 @@ def models(dimensions: Dimensions) -> list[Model]:
             ),
         ),
     ]
+
+
+def cores(dimensions: Dimensions, graph: str, run: str = "run") -> Parameter:
+    if graph in dimensions.on_every_core:
+        return Parameter("intra_op_threads", "0", f"cores of one {run}; 0 is every core there is")
+    return Parameter("intra_op_threads", "1", f"cores of one {run}")
 
 
 def same(tensors: Sequence[Tensor]) -> dict[str, str]:

@@ -81,9 +81,18 @@ def test_a_provider_that_is_not_there_fails_the_load(adder, tmp_path, provider, 
         onnx_model.TritonPythonModel().initialize(arguments)
 
 
-def test_a_parameter_that_is_no_positive_number_fails_the_load(adder, tmp_path):
+def test_zero_threads_are_every_core(adder, tmp_path):
     model = onnx_model.TritonPythonModel()
-    arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters={"intra_op_threads": "0"})
+    model.initialize(
+        start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters={"intra_op_threads": "0"})
+    )
+    (response,) = model.execute([request([[1, 2, 3]], [[1, 1, 1]], ["total"])])
+    assert response.outputs["total"].tolist() == [[2, 3, 4]]
+
+
+def test_a_negative_parameter_fails_the_load(adder, tmp_path):
+    model = onnx_model.TritonPythonModel()
+    arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters={"intra_op_threads": "-1"})
     with pytest.raises(ValueError, match="intra_op_threads"):
         model.initialize(arguments)
 

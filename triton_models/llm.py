@@ -76,7 +76,7 @@ class TritonPythonModel:
         decoder = OnnxDecoder(
             parameters.graph,
             max_rows=parameters.integer("max_rows", 32),
-            intra_op_threads=parameters.integer("intra_op_threads", 1),
+            intra_op_threads=parameters.integer("intra_op_threads", 1, least=0),
             prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
             provider=parameters.text("provider", "cpu"),
         )

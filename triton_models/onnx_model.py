@@ -20,7 +20,7 @@ class TritonPythonModel:
         parameters = Parameters(args)
         self._outputs = parameters.outputs
         self._graph = Graph(
-            parameters.graph, parameters.integer("intra_op_threads", 1), parameters.text("provider", "cpu")
+            parameters.graph, parameters.integer("intra_op_threads", 1, least=0), parameters.text("provider", "cpu")
         )
         self._graph.require(parameters.inputs, parameters.outputs)
 

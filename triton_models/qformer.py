@@ -76,7 +76,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
         self._runner = GroupRunner(
-            parameters.graph, parameters.integer("intra_op_threads", 1), parameters.text("provider", "cpu")
+            parameters.graph, parameters.integer("intra_op_threads", 1, least=0), parameters.text("provider", "cpu")
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -11,6 +11,7 @@ OUT.json and OUT.png. One system at a time has the machine; it, and the load gen
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """0 where every promise is kept, 1 where one is not."""
     told = parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the system that runs is stopped first
     if told.scenario:
         report = SCENARIOS[told.scenario](told.model, told.seconds, told.rounds)
     else:

@@ -46,6 +46,15 @@ def family(pid: int) -> list[Process]:
     return found
 
 
+def shared_regions(pid: int) -> set[str]:
+    """The files under /dev/shm that a process has mapped."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return set()
+    return {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/dev/shm/" in line}
+
+
 def cpu_by_role(before: list[Process], after: list[Process]) -> dict[str, float]:
     """Seconds spent in between; a process that is new counts from its start."""
     then = {process.pid: process.cpu_s for process in before}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,15 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.bench.models import PROJECT, Model
-from benchmarks.bench.processes import Process, family
+from benchmarks.bench.processes import Process, family, shared_regions
 
 START_S = 240.0
 STOP_S = 30.0
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class System:
     asked_as: str  # a kind of load.ASKERS
     how: str  # its setting, in the report
     settings: Mapping[str, str] = field(default_factory=dict)  # GLIMPSE_ settings
+    llm_parameters: Mapping[str, str] = field(default_factory=dict)  # of its config.pbtxt, in place of the repository's
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,9 @@ class Running:
     def processes(self) -> list[Process]:
         return [process for pid in self.pids for process in family(pid)]
 
-    @staticmethod
-    def shared_memory() -> int:
-        """Regions of shared memory on this machine, everybody's."""
-        return len(list(SHARED_MEMORY.iterdir()))
+    def shared_memory(self) -> int:
+        """Regions of shared memory that its processes have mapped."""
+        return len({region for process in self.processes() for region in shared_regions(process.pid)})
 
 
 SYSTEMS: Mapping[str, System] = {
@@ -60,6 +61,7 @@ SYSTEMS: Mapping[str, System] = {
         "glimpse", "everything enters Triton at once", {"VISION_SLOTS": "1000", "LLM_TOKENS": "10000000"}
     ),
     "glimpse-no-fidelity": System("glimpse", "looks as closely under strain", {"ELASTIC_FIDELITY": "false"}),
+    "glimpse-no-reuse": System("glimpse", "every prompt is read whole", {}, {"prefix_cache_bytes": "0"}),
 }
 
 
@@ -69,6 +71,8 @@ def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
     folder.mkdir(parents=True, exist_ok=True)
     match system.asked_as:
         case "glimpse":
+            if system.llm_parameters:
+                model = replace(model, repository=with_parameters(model.repository, folder, system.llm_parameters))
             starting = gateway(model, folder, system.settings)
         case "triton":
             starting = triton(model, folder)
@@ -103,6 +107,25 @@ def gateway(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator
         wait_until(lambda: answers(http_port, "/health/ready"), started, folder / "gateway.log")
         metrics = f"http://127.0.0.1:{triton_ports[2]}/metrics"
         yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)
+
+
+def with_parameters(repository: Path, folder: Path, parameters: Mapping[str, str]) -> Path:
+    """A repository of links to the given one, but for these parameters of its LLM. Raises ValueError."""
+    own = folder / "repository"
+    shutil.rmtree(own, ignore_errors=True)
+    (own / "llm").mkdir(parents=True)
+    for path in repository.iterdir():
+        if path.name != "llm":
+            (own / path.name).symlink_to(path.resolve())
+    (own / "llm" / "1").symlink_to((repository / "llm" / "1").resolve())
+    configuration = (repository / "llm" / "config.pbtxt").read_text()
+    for name, value in parameters.items():
+        entry = rf'(key: "{name}", value: {{ string_value: )"[^"]*"'
+        configuration, found = re.subn(entry, rf'\1"{value}"', configuration)
+        if not found:
+            raise ValueError(f"the LLM has no parameter {name}")
+    (own / "llm" / "config.pbtxt").write_text(configuration)
+    return own
 
 
 @contextmanager

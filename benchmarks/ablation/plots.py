@@ -56,10 +56,10 @@ def page(told: Json, path: Path) -> None:
     FigureCanvasAgg(figure)
     rows = figure.subfigures(4, 1)  # each with a layout of its own
     kinds = (WITHOUT_READ, READ, *(kind for kind in TYPES if kind != READ))
-    for place, axes in enumerate([*rows[0].subplots(1, 4), *rows[1].subplots(1, 4)]):
-        _by_vision_tokens(axes, told, kinds[place])
-        if place == 0:
-            axes.legend(fontsize=8.5, loc="lower right", framealpha=0.9)
+    above, below = rows[0].subplots(1, 4), rows[1].subplots(1, 4)
+    for axes, kind in zip([*above, *below], kinds, strict=True):
+        _by_vision_tokens(axes, told, kind)
+    rows[0].legend(*above[0].get_legend_handles_labels(), ncols=8, loc="outside upper center", fontsize=9.5)
     visually, gains, closer = rows[2].subplots(1, 3, width_ratios=(1, 2, 1))
     _by_visual_tokens(visually, told)
     _differences(gains, told)
@@ -151,6 +151,10 @@ def _differences(axes: Axes, told: Json) -> None:
                     capsize=2, label=TITLES[kind] if place == 0 else None,
                 )  # fmt: skip
     axes.axvline(0, color=INK, lw=0.8)
+    axes.set_xscale("symlog", linthresh=1.0, linscale=1.5)  # half a point and sixty points, both to be read
+    ticks = [-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30, 80]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.minorticks_off()
     axes.set_yticks(range(len(shown)), list(reversed(shown)))
     axes.legend(fontsize=8.5)
     _style(axes, "what it gains", "percentage points (paired, bootstrap over scenes)", "")

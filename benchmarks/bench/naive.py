@@ -3,8 +3,8 @@
     python -m benchmarks.bench.naive CHECKPOINT PORT [THREADS] [AT_ONCE]
 
 A plain `def` route, which FastAPI runs in its thread pool; PyTorch on THREADS threads (default 2), at most AT_ONCE
-requests in the model at a time (default 1). Measured on two cores, with `base` and 16 clients, one at a time on both
-cores was best for it: without a bound, 16 threads of Python with two of PyTorch's each slow each other down.
+requests in the model at a time (default 1): without a bound, 16 threads of Python with two of PyTorch's each would have
+to share two cores. Whether 1 is best for it has not been measured.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_prepare_reads_image_and_question_as_the_gateway_does():
     np.testing.assert_array_equal(found["image"][0], decode(picture(), ImageLimits()).pixels)
     np.testing.assert_array_equal(found["question_ids"][0], PROMPTS.question(text).ids)
     np.testing.assert_array_equal(found["question_mask"][0], PROMPTS.question(text).mask)
-    assert found["budget"].tolist() == [[*CARD.vision_tokens, *CARD.visual_tokens]]
+    assert found["budget"].tolist() == [[*CARD.vision_tokens, *CARD.default_visual_tokens]]
     assert found["prompt_ids"][0].tolist() == PROMPTS.text_ids(text)
 
 

@@ -1,4 +1,4 @@
-"""What `glimpse build` makes of a checkpoint serves in a real Triton, and says token for token what transformers says."""
+"""What `glimpse build` makes of a checkpoint serves in a real Triton, and answers token for token as transformers."""
 
 from __future__ import annotations
 

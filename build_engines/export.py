@@ -238,7 +238,7 @@ def export(source: Path | str, repository: Path) -> None:
         card_path = scratch / "card.json"
         card_path.write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
         large = frozenset(name for name in GRAPHS if weights_bytes(scratch / f"{name}.onnx") > LARGE_BYTES)
-        dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view, on_every_core=large)
+        dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view, large=large)
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)
         write_repository(repository, dimensions, scratch, beside)
 

@@ -3,6 +3,11 @@
 Three things that Triton 2.51 does not do are done here: a check before the start (without libpython a load hangs for
 ever), a reload of a model whose process died (Triton keeps saying that it is ready), and an end that leaves no process
 and no shared memory behind, however it comes.
+
+Why processes die under load: one that has not reported for a second (it was stopped, or a crowded machine gave it no
+core) counts as dead to Triton's python backend, which frees the shared memory of its request. When the process goes on
+it writes there, and it or Triton itself ends in a segmentation fault or `lock_exception`. SIGSTOP for 2.5 s under load
+brings it about.
 """
 
 from __future__ import annotations
@@ -198,8 +203,9 @@ def check_ports(ports: Ports) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelProcess:
-    """The stub of one python model, and the shared memory through which Triton talks to it."""
+    """The stub of one instance of a python model, and the shared memory through which Triton talks to it."""
 
+    model: str
     pid: int
     region: Path
 
@@ -237,7 +243,7 @@ class EmbeddedTriton:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._installation: Installation | None = None
-        self._models: dict[str, ModelProcess] = {}
+        self._models: list[ModelProcess] = []
 
     async def __aenter__(self) -> EmbeddedTriton:
         self._installation = check(self.repository, self.ports)
@@ -259,8 +265,8 @@ class EmbeddedTriton:
 
     @property
     def model_pids(self) -> Mapping[str, int]:
-        """The process of each python model."""
-        return {model: process.pid for model, process in self._models.items()}
+        """A process of each python model."""
+        return {process.model: process.pid for process in self._models}
 
     async def supervise(self) -> None:
         """Brings back a model whose process died, the whole server where that does not help. Runs until cancelled."""
@@ -274,7 +280,7 @@ class EmbeddedTriton:
             if self._exit_status() is not None:
                 log.error("triton died", status=self._exit_status())
                 await self._restart()
-            elif dead := [model for model, process in self._models.items() if not _is_alive(process.pid)]:
+            elif dead := [process for process in self._models if not _is_alive(process.pid)]:
                 await self._bring_back(dead)
             elif self._hangs:
                 log.error("triton hangs")
@@ -294,22 +300,23 @@ class EmbeddedTriton:
                 failures = 0
             self._hangs = failures >= 2
 
-    async def _bring_back(self, dead: list[str]) -> None:
+    async def _bring_back(self, dead: list[ModelProcess]) -> None:
         started = time.monotonic()
         self.ready = False
-        log.error("model process died", models=dead)
+        models = sorted({process.model for process in dead})
+        log.error("model process died", models=models)
         try:
             async with asyncio.timeout(RELOAD_TIMEOUT_S):
-                await asyncio.gather(*(self._reload(model) for model in dead))
+                await asyncio.gather(*(self._reload(model) for model in models))
                 await self._probe_all(RELOAD_TIMEOUT_S)
         except (GlimpseError, TimeoutError) as exc:
-            log.warning("reload failed, restarting triton", models=dead, error=str(exc))
+            log.warning("reload failed, restarting triton", models=models, error=str(exc))
             await self._restart()
         else:
-            for model in dead:  # Triton would keep it: the dead instance still counts requests in flight
-                self._models[model].region.unlink(missing_ok=True)
+            for process in dead:  # Triton would keep it: the dead instance still counts requests in flight
+                process.region.unlink(missing_ok=True)
             self._note_processes()
-            log.warning("model is back", models=dead, after_s=round(time.monotonic() - started, 2))
+            log.warning("model is back", models=models, after_s=round(time.monotonic() - started, 2))
 
     async def _reload(self, model: str) -> None:
         """A plain load of a model that Triton believes to be loaded does nothing: unload it first."""
@@ -325,7 +332,7 @@ class EmbeddedTriton:
         started = time.monotonic()
         while True:
             self.ready = False
-            for model in self._models:
+            for model in self.model_pids:
                 self._client.abandon(model)
             self._end_processes()
             await asyncio.sleep(RESTART_PAUSE_S[min(attempt, len(RESTART_PAUSE_S) - 1)])
@@ -414,12 +421,12 @@ class EmbeddedTriton:
 
     def _note_processes(self) -> None:
         """Every model process is up: remember which is whose."""
-        self._models = {}
+        self._models = []
         for pid in self._group():
             program, *arguments = _arguments(pid)
             if program.endswith("triton_python_backend_stub"):  # its arguments: MODEL/1/model.py, the region, ...
                 script, region, *_ = arguments
-                self._models[Path(script).parent.parent.name] = ModelProcess(pid, SHARED_MEMORY / region)
+                self._models.append(ModelProcess(Path(script).parent.parent.name, pid, SHARED_MEMORY / region))
         self.ready = True
 
     def _exit_status(self) -> int | None:
@@ -454,7 +461,7 @@ class EmbeddedTriton:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._models = {}
+        self._models = []
         for region in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
             region.unlink(missing_ok=True)
 

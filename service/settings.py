@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive
     default_timeout_s: float = Field(30.0, gt=0)
     max_timeout_s: float = Field(120.0, gt=0)
-    stall_timeout_s: float = Field(5.0, gt=0)  # between two tokens, before the LLM counts as dead
+    stall_timeout_s: float = Field(15.0, gt=0)  # between two tokens, before the LLM counts as dead
     decode_threads: int = Field(2, gt=0)
 
     # What may be in the house at once, waiting or running; what comes on top is refused with 429.

@@ -200,6 +200,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 _STOP_TIMEOUT_S = 2.0
+PROBE_SHARE = 0.02  # a ViT-B costs a CPU 0.5 s a probe, a tenth of its time every 5 s
 _STREAM_METADATA = (("triton_grpc_error", "true"),)  # a stream's error as a status code, not as text only
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -234,6 +235,7 @@ class TritonClient:
         self._abandoned: set[grpc.aio.Call] = set()
         self._ending: set[grpc.aio.Call] = set()
         self._answered: dict[str, float] = {}  # by model of MODELS, the monotonic time of its last good response
+        self._probe_took: dict[str, float] = {}  # seconds, the least: more is waiting
         self._stopping: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> TritonClient:
@@ -387,15 +389,20 @@ class TritonClient:
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
         """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong.
 
-        One whose every step answered anybody within the last `fresh_s` is not asked. One that shares steps which answer
+        One whose every step answered anybody within the last `fresh_s` is not asked; where not 0, that is as long at
+        the least as keeps probes of an idle model under PROBE_SHARE of the time. One that shares steps which answer
         others while the probe waits is busy, not gone: a probe comes last in its queue.
         """
         begun = time.monotonic()
         steps = set(MODELS[model].through) if model in MODELS else {model}
+        if fresh_s:
+            fresh_s = max(fresh_s, self._probe_took.get(model, 0.0) / PROBE_SHARE)
         if steps <= self._answering_since(begun - fresh_s):
             return
         try:
             await self._probe(model, card, timeout_s)
+            took = time.monotonic() - begun
+            self._probe_took[model] = min(took, self._probe_took.get(model, took))
         except Overloaded:
             return  # it lives
         except GlimpseError as exc:

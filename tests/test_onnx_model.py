@@ -1,5 +1,7 @@
 """The generic ONNX runner and the Q-Former's group runner, as Triton calls them."""
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from triton_python_backend_utils import InferenceRequest, start_arguments
 
 from service.errors import InvalidRequest
 from triton_models import onnx_model
+from triton_models.parameters import Parameters
 from triton_models.qformer import GroupRunner
 
 QUERIES, HIDDEN, WIDTH = 32, 4, 4
@@ -88,6 +91,14 @@ def test_zero_threads_are_every_core(adder, tmp_path):
     )
     (response,) = model.execute([request([[1, 2, 3]], [[1, 1, 1]], ["total"])])
     assert response.outputs["total"].tolist() == [[2, 3, 4]]
+
+
+def test_instances_share_the_cores(tmp_path):
+    arguments = start_arguments(tmp_path, inputs=[], outputs=[], parameters={"intra_op_threads": "0"})
+    cores = Parameters(arguments).intra_op_threads
+    assert cores == len(os.sched_getaffinity(0))
+    told = json.loads(arguments["model_config"]) | {"instance_group": [{"count": cores}, {"count": 1}]}
+    assert Parameters(arguments | {"model_config": json.dumps(told)}).intra_op_threads == 1
 
 
 def test_a_negative_parameter_fails_the_load(adder, tmp_path):

@@ -434,8 +434,10 @@ class OnlyAttends(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self, hidden_size: int) -> None:
         self.hidden_size = hidden_size
+        self.asked = 0
 
     async def ModelInfer(self, request, context):
+        self.asked += 1
         if request.model_name != "attend":
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.model_name}'")
         response = service_pb2.ModelInferResponse()
@@ -466,6 +468,16 @@ async def test_who_shares_a_step_with_others_that_answer_is_probed_all_the_same(
         for model in ("see", "attend_448"):
             with pytest.raises(Unavailable):
                 await client.probe(model, card, fresh_s=60)
+
+
+async def test_an_idle_model_is_not_probed_for_a_larger_share_of_the_time_than_is_said(card: ModelCard) -> None:
+    servicer = OnlyAttends(card.hidden_size)
+    async with served(servicer) as client:
+        for _ in range(3):
+            await client.probe("attend", card, fresh_s=1e-9)
+        assert servicer.asked == 1
+        await client.probe("attend", card)
+        assert servicer.asked == 2
 
 
 @pytest.mark.parametrize(

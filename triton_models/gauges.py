@@ -45,7 +45,7 @@ class Gauges:
         hits = _family("glimpse_llm_prefix_hits_total", "Prompts whose first tokens were not read again", counter)
         reused = _family("glimpse_llm_prefix_tokens_total", "Prompt tokens that were not read again", counter)
         kept = _family("glimpse_llm_prefix_bytes", "Keys and values of recent prompts, kept for reuse", gauge)
-        self._families = (
+        self._families: tuple[Any, ...] = (
             sequences,
             tokens,
             iterations,
@@ -53,7 +53,7 @@ class Gauges:
             reused,
             kept,
         )  # Triton wants a family to outlive its metrics
-        self._gauges = (
+        self._gauges: tuple[Gauge, ...] = (
             Gauge(sequences.Metric(labels={"state": "running"}).set, lambda: batcher.running, counts=False),
             Gauge(sequences.Metric(labels={"state": "waiting"}).set, lambda: batcher.waiting, counts=False),
             Gauge(tokens.Metric(labels={}).increment, lambda: batcher.tokens, counts=True),
@@ -67,9 +67,13 @@ class Gauges:
         self._thread.start()
 
     def close(self) -> None:
+        """Tells the last figures and lets go of the metrics: once the interpreter ends they would have nobody to tell
+        of their end, and the process would die of a segmentation fault."""
         self._ended.set()
         self._thread.join()
         self._update()
+        self._gauges = ()
+        self._families = ()
 
     def _run(self) -> None:
         while not self._ended.wait(PERIOD_S):

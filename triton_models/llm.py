@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -73,10 +74,11 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
+        os.nice(parameters.integer("nice", 0, least=0))  # of this thread, and of those that it starts from here on
         decoder = OnnxDecoder(
             parameters.graph,
             max_rows=parameters.integer("max_rows", 32),
-            intra_op_threads=parameters.integer("intra_op_threads", 1, least=0),
+            intra_op_threads=parameters.intra_op_threads,
             prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
             provider=parameters.text("provider", "cpu"),
         )

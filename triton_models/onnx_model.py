@@ -19,9 +19,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
         self._outputs = parameters.outputs
-        self._graph = Graph(
-            parameters.graph, parameters.integer("intra_op_threads", 1, least=0), parameters.text("provider", "cpu")
-        )
+        self._graph = Graph(parameters.graph, parameters.intra_op_threads, parameters.text("provider", "cpu"))
         self._graph.require(parameters.inputs, parameters.outputs)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

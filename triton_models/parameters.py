@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class Parameters:
         config = json.loads(args["model_config"])
         self._values = {key: each["string_value"] for key, each in config.get("parameters", {}).items()}
         self.max_batch_size = int(config.get("max_batch_size", 0))
+        self._instances = sum(group.get("count", 1) for group in config.get("instance_group", [])) or 1
         self.inputs = [each["name"] for each in config["input"]]
         self.outputs = [each["name"] for each in config["output"]]
 
@@ -31,6 +33,11 @@ class Parameters:
         if value < least:
             raise ValueError(f"parameter {key} of {self.folder.name} must be at least {least}, not {value}")
         return value
+
+    @property
+    def intra_op_threads(self) -> int:
+        """Of one run, 1 where the configuration says nothing; its 0 is every core, divided among the instances."""
+        return self.integer("intra_op_threads", 1, least=0) or max(1, len(os.sched_getaffinity(0)) // self._instances)
 
     @property
     def graph(self) -> Path:

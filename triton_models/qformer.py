@@ -75,9 +75,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        self._runner = GroupRunner(
-            parameters.graph, parameters.integer("intra_op_threads", 1, least=0), parameters.text("provider", "cpu")
-        )
+        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads, parameters.text("provider", "cpu"))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self._runner.run)

@@ -35,6 +35,7 @@ class Case:
     only: tuple[str, ...] = ()  # systems; empty: all
     warm_repeats: int = 0
     visual_tokens: tuple[int, int] | None = None
+    timeout_s: float = 120.0  # for how long a client waits
 
     @property
     def label(self) -> str:
@@ -123,6 +124,7 @@ def plan(case: Case, model: Model, number: int) -> Plan:
         warm=case.workload.shape in IMAGES_BY_ID,
         warm_repeats=case.warm_repeats,
         visual_tokens=case.visual_tokens,
+        timeout_s=case.timeout_s,
     )
 
 

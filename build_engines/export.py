@@ -143,6 +143,7 @@ def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_
     model = onnx.load(path, load_external_data=False) if large else program.model_proto
     _name_dimensions(model, graph)
     _cast_bytes_first(model)
+    _gather_rows(model)
     del model.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces of this machine
@@ -177,6 +178,22 @@ def _cast_bytes_first(model: onnx.ModelProto) -> None:
             if node.op_type == "Shape" and node.input[0] == value.name:
                 node.input[0] = cast_first
         model.graph.node.sort(key=lambda node: node.output[0] != cast_first)
+
+
+def _gather_rows(model: onnx.ModelProto) -> None:
+    """Where rows [B, n, D] are gathered element by element, by an index that is copied out to every element, gathers
+    whole rows instead: on a CPU a tenth of the time."""
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.op_type != "GatherElements" or node.input[1] not in made_by:
+            continue
+        copied = made_by[node.input[1]]
+        if copied.op_type != "Expand" or made_by[copied.input[0]].op_type != "Unsqueeze":
+            continue
+        index = copied.input[0]  # [B, m, 1]
+        node.CopyFrom(onnx.helper.make_node("GatherND", [node.input[0], index], node.output, node.name, batch_dims=1))
+        if not any(copied.output[0] in other.input for other in model.graph.node):
+            model.graph.node.remove(copied)
 
 
 def card(checkpoint: Checkpoint) -> ModelCard:

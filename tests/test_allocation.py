@@ -13,8 +13,8 @@ from build_engines.model.allocation import (
     DETAIL_COUNT,
     MAX_VISION_TOKENS,
     Allocation,
+    before,
     cells_of,
-    rank,
     spread_turns,
 )
 from build_engines.model.closer import CloserView
@@ -82,7 +82,7 @@ def test_diversifying_lowers_the_gain_of_cells_whose_neighbours_come_first(relev
     none, some, full = (ALLOCATION.gains(given_relevance, torch.tensor([[share]])) for share in (0.0, 0.5, 1.0))
     assert torch.equal(none, given_relevance)
     assert bool((full >= 0).all() and (full <= some).all() and (some <= none).all())
-    first = rank(given_relevance)[0].argmin()
+    first = before(given_relevance)[0].sum(1).argmin()
     assert full[0, first] == none[0, first]  # nothing comes before the most relevant cell
 
 
@@ -129,8 +129,8 @@ def test_spread_turns_visits_every_cell_once():
     assert sorted(spread_turns().tolist()) == list(range(CELL_COUNT))
 
 
-def test_rank_breaks_ties_by_index():
-    assert rank(torch.tensor([[0.5, 0.9, 0.5]])).tolist() == [[1.0, 0.0, 2.0]]
+def test_of_two_that_are_equal_the_lower_index_comes_before():
+    assert before(torch.tensor([[0.5, 0.9, 0.5]])).sum(2).tolist() == [[1.0, 0.0, 2.0]]
 
 
 @pytest.mark.parametrize("refinements", [0, 1, 17, 64])

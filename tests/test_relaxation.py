@@ -50,7 +50,7 @@ def test_open_tokens_say_what_the_packed_ones_say(closer: bool) -> None:
     assert opened.gates.sum(1).tolist() == (mask > 0).sum(1).tolist()
     groups = torch.full((ROWS, 1), 4)
     regions = module.focus(weighed.cells, groups)
-    _, packed = module.allocation.pack(given[0], levels.long(), regions)
+    _, packed = module.allocation.pack(given[0], levels.long(), regions, detail)
     query = torch.randn(ROWS, 1, 5, WIDTH) / WIDTH
     for group in range(1, 5):
         gates = opened.gates if group == 1 else region_gates(module.allocation, opened.gates, regions, group - 1)

@@ -29,7 +29,8 @@ def write(name: str, array: Array) -> Any:
     """An output tensor that owns the array."""
     if array.size == 0:  # refused as not contiguous by DLPack's way in; nothing to misread by the other
         return pb_utils.Tensor(name, array)
-    capsule = np.require(array, requirements=("C", "W")).__dlpack__()
+    usable = array if array.flags.carray else np.require(array, requirements=("C", "W"))
+    capsule = usable.__dlpack__()
     # The stub takes the array over and frees it, but leaves the capsule a name that NumPy's destructor complains of.
     _set_destructor(capsule, None)
     return pb_utils.Tensor.from_dlpack(name, capsule)

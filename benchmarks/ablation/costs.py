@@ -13,8 +13,8 @@ from benchmarks.ablation.intervals import Figure
 from benchmarks.ablation.report import Json, Measured
 from benchmarks.ablation.timing import BASE, PROMPT, REGION, latencies
 from build_engines.model import flops
+from build_engines.model.allocation import GROUP
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.model.focus import GROUP
 from service.core import ModelCard
 
 STAGES = "stages.json"

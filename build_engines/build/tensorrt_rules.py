@@ -15,7 +15,7 @@ ARITHMETIC = {"Abs", "Add", "Ceil", "Clip", "Cos", "Div", "Erf", "Exp", "Floor",
               "Pow", "Reciprocal", "Relu", "Sigmoid", "Sin", "Sqrt", "Sub", "Tanh"}  # fmt: skip
 CHOICE = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Where"}
 PRODUCTS = {"AveragePool", "Conv", "Gemm", "LayerNormalization", "MatMul", "Softmax"}
-REDUCTIONS = {"CumSum", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "TopK"}
+REDUCTIONS = {"ArgMax", "CumSum", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "TopK"}
 SHAPES = {"Cast", "Concat", "Constant", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape",
           "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}  # fmt: skip
 FP8 = {"DequantizeLinear", "QuantizeLinear"}
@@ -25,7 +25,17 @@ CONSTANT_INPUTS = {
     "ReduceL2": [1], "ReduceMax": [1], "ReduceMean": [1], "ReduceMin": [1], "ReduceSum": [1], "CumSum": [1],
     "TopK": [1], "Slice": [3], "Squeeze": [1], "Unsqueeze": [1], "Conv": [1], "Pad": [1], "Split": [1],
 }  # fmt: skip
-FLOAT_ONLY = {"AveragePool", "Conv", "CumSum", "LayerNormalization", "ReduceL2", "ReduceMean", "Softmax", "TopK"}
+FLOAT_ONLY = {
+    "ArgMax",
+    "AveragePool",
+    "Conv",
+    "CumSum",
+    "LayerNormalization",
+    "ReduceL2",
+    "ReduceMean",
+    "Softmax",
+    "TopK",
+}
 NOT_BOOL = {"Add", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "ReduceMax",
             "ReduceSum", "Sub"}  # fmt: skip
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}

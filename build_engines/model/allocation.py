@@ -5,7 +5,7 @@ features), at level 1 its four patch features, at level 2 the sixteen patches of
 cells at level 0 cost 64 tokens; the step to level 1 adds 3 and the step to level 2 another 12, so that all is counted
 in refinements of 3 tokens.
 
-Every operation has fixed sizes, so that the graph is a TensorRT engine: ranks by comparing all pairs instead of
+Every operation has fixed sizes, so that the graph is a TensorRT engine: order by comparing all pairs instead of
 sorting, packing by comparing running sums against a constant range.
 """
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from build_engines.model.closer import CloserView
 
@@ -27,6 +28,9 @@ DETAIL_COUNT = DETAIL_GRID * DETAIL_GRID
 DETAILS = DETAIL_COUNT // CELL_COUNT  # of the closer view in a cell
 MOST_TOKENS = PATCH_COUNT  # of the 224-pixel view alone
 MAX_VISION_TOKENS = 400  # with the closer view
+GROUP = 32  # visual tokens of one group of queries
+MAX_VISUAL_TOKENS = 4 * GROUP
+LEVELS = 3  # of detail
 REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds
 DEEP_COST = 4  # refinements that a cell's step from level 1 to level 2 costs: 12 tokens
 
@@ -72,9 +76,16 @@ def before(score: Tensor) -> Tensor:
     return ((theirs > ours) | ((theirs == ours) & earlier)).float()
 
 
-def rank(score: Tensor) -> Tensor:
-    """float [B, n] -> float [B, n]: how many come before each one; ties go to the lower index."""
-    return before(score).sum(2)
+def affordable(particularize: Tensor, budget: Tensor, closer: bool = False) -> Tensor:
+    """Vision tokens and visual tokens, real numbers [B, 2]: particularize [B, 1] of the way from the least to the most
+    of budget int32 [B, 4], as far as there are so many. Where the least is above the most, the most wins."""
+    most_vision = MAX_VISION_TOKENS if closer else MOST_TOKENS
+    fewest = budget.new_tensor([CELL_COUNT, CELL_COUNT, GROUP, GROUP], dtype=torch.float32)
+    greatest = budget.new_tensor([most_vision, most_vision, MAX_VISUAL_TOKENS, MAX_VISUAL_TOKENS], dtype=torch.float32)
+    asked = budget.float().clamp(fewest, greatest).unflatten(1, (2, 2))
+    most = asked[:, :, 1]
+    least = torch.minimum(asked[:, :, 0], most)
+    return least + particularize * (most - least)
 
 
 class Steps(NamedTuple):
@@ -98,30 +109,42 @@ class Steps(NamedTuple):
 class Allocation(nn.Module):
     """Refines cells by rank and evenly, and packs the tokens of all cells."""
 
-    spread: Tensor
+    sooner: Tensor
     neighbours: Tensor
     offsets: Tensor
+    step: Tensor
     slots: Tensor
     patch_of: Tensor
     detail_of: Tensor
+    detail_at: Tensor
+    cells: Tensor
     source_of: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("spread", spread_turns(), persistent=False)
+        # x @ sooner is the sum over the cells whose turn comes before each one's.
+        turns = spread_turns()
+        self.register_buffer("sooner", (turns.unsqueeze(1) < turns.unsqueeze(0)).float(), persistent=False)
         self.register_buffer("neighbours", (cell_distances().amax(2) == 1).float() / 8, persistent=False)
-        # x @ offsets is the sum over the cells before each one.
-        self.register_buffer("offsets", torch.ones(CELL_COUNT, CELL_COUNT).triu(1), persistent=False)
+        # refinements @ offsets: tokens that those of the cells before each one add.
+        offsets = REFINEMENT_COST * torch.ones(CELL_COUNT, CELL_COUNT).triu(1)
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("cells", torch.arange(CELL_COUNT, dtype=torch.float32), persistent=False)
+        # Of the 64 steps to level 1, then the 64 to level 2: refinements, and cells that each opens.
+        step = torch.tensor([[1.0, 1.0], [DEEP_COST, 0.0]]).repeat_interleave(CELL_COUNT, dim=0)
+        self.register_buffer("step", step, persistent=False)
         self.register_buffer("slots", torch.arange(MAX_VISION_TOKENS, dtype=torch.float32), persistent=False)
         patches = cells_of(torch.arange(PATCH_COUNT).unsqueeze(0))[0]
         details = cells_of(torch.arange(DETAIL_COUNT).unsqueeze(0), DETAILS // 4)[0]
         self.register_buffer("patch_of", patches, persistent=False)
         self.register_buffer("detail_of", details, persistent=False)
+        # Slots behind the last token read behind the last cell: any row will do.
+        self.register_buffer("detail_at", _padded(details.flatten().repeat(LEVELS)), persistent=False)  # by level too
         pooled = (1 + PATCH_COUNT + torch.arange(CELL_COUNT)).unsqueeze(1).expand(-1, DETAILS)
         padded = torch.cat([patches, patches[:, -1:].expand(-1, DETAILS - patches.shape[1])], dim=1)
         # Row in `sources` of each token of each cell at each level; at level 2, of the patch around it.
         by_level = torch.stack([pooled, 1 + padded, 1 + patch_around()[details]])
-        self.register_buffer("source_of", by_level.flatten(), persistent=False)
+        self.register_buffer("source_of", _padded(by_level.flatten()), persistent=False)
 
     def gains(self, cell_relevance: Tensor, diversify: Tensor) -> Tensor:
         """What a cell's first step gains, [B, 64] in [0, 1]: its relevance [B, 64], less where its neighbours come
@@ -130,13 +153,8 @@ class Allocation(nn.Module):
         return cell_relevance * (1 - diversify * crowded)
 
     def extra(self, particularize: Tensor, budget: Tensor, closer: bool) -> Tensor:
-        """Vision tokens above one a cell, a real number [B, 1]: particularize [B, 1] of the way from the least to the
-        most of budget int32 [B, 4]. Where the least is above the most, the most wins."""
-        ceiling = MAX_VISION_TOKENS if closer else MOST_TOKENS
-        asked = budget[:, :2].float().clamp(CELL_COUNT, ceiling)
-        most = asked[:, 1:]
-        least = torch.minimum(asked[:, :1], most)
-        return least + particularize * (most - least) - CELL_COUNT
+        """Vision tokens above one a cell, a real number [B, 1], of those that are `affordable`."""
+        return affordable(particularize, budget, closer)[:, :1] - CELL_COUNT
 
     def refinements(self, extra: Tensor) -> Tensor:
         """Extra tokens, a real number [B, 1], to whole refinements of 3 tokens, float [B, 1]."""
@@ -153,18 +171,20 @@ class Allocation(nn.Module):
         """
         share = torch.floor(refinements * explore)
         order = before(torch.cat([gains, gains * gains], dim=1) if closer else gains)
-        first = torch.ones_like(gains)
-        cost = torch.cat([first, DEEP_COST * first], dim=1) if closer else first
-        opens = torch.cat([first, torch.zeros_like(first)], dim=1) if closer else first
-        spent = (order @ cost.unsqueeze(2)).squeeze(2) + cost
-        left = CELL_COUNT - ((order @ opens.unsqueeze(2)).squeeze(2) + opens)
+        position = order.sum(2)
+        if closer:
+            spent, opened = (order @ self.step + self.step).unbind(2)
+        else:  # every step costs one refinement and opens one cell
+            spent = opened = position + 1
+        left = CELL_COUNT - opened
         taken = spent + torch.minimum(share, left) <= refinements
         by_rank = taken[:, :CELL_COUNT]
-        # The spread share goes to cells that rank has not refined: those are pushed behind all others.
-        turn = rank(-(self.spread.unsqueeze(0) + by_rank.float() * CELL_COUNT))
-        unrefined = CELL_COUNT - by_rank.float().sum(1, keepdim=True)
+        refined = by_rank.float()
+        unrefined = CELL_COUNT - refined.sum(1, keepdim=True)
+        # The spread share goes to cells that rank has not refined: the others are pushed behind them.
+        turn = (1 - refined) @ self.sooner + CELL_COUNT * refined
         spread = turn < torch.minimum(share, unrefined)
-        return Steps(taken, order.sum(2), spread, turn, share > unrefined)
+        return Steps(taken, position, spread, turn, share > unrefined)
 
     def levels(self, gains: Tensor, refinements: Tensor, explore: Tensor, closer: bool = False) -> Tensor:
         """Level of detail of each cell, int64 [B, 64]; the arguments of `steps`."""
@@ -188,27 +208,31 @@ class Allocation(nn.Module):
         [B, 1024, D] -> tokens [B, 401, D], mask int32 [B, 401] (0 = padding, 1 = a token, 1 + its region otherwise).
 
         With `closer`, detail is the closer view's features: tokens are made of those that are packed, less than half.
-        CLS first, then the cells row by row, then padding (copies of the last cell's token, masked).
+        CLS first, then the cells row by row, then padding (copies of CLS, masked). Without detail, levels are 0 and 1.
         """
         level = levels.float()
-        cost = 1.0 + REFINEMENT_COST * level + (REFINEMENT_COST * (DEEP_COST - 1)) * torch.relu(level - 1.0)
-        start = cost @ self.offsets  # [B, 64]
-        cell = (start.unsqueeze(1) <= self.slots.view(1, -1, 1)).float().sum(2).long() - 1  # [B, 400]
-        within = (self.slots - start.gather(1, cell)).clamp(max=DETAILS - 1.0).long()
-        depth = levels.gather(1, cell)
-        place = cell * DETAILS + within
-        index = self.source_of[depth * (CELL_COUNT * DETAILS) + place]
-        index = torch.cat([torch.zeros_like(index[:, :1]), index], dim=1)
-        tokens = _rows(self.sources(features), index)
+        refinements = level if detail is None else level + (DEEP_COST - 1) * torch.relu(level - 1.0)
+        slots = self.slots[: MOST_TOKENS if detail is None else MAX_VISION_TOKENS]
+        start = refinements @ self.offsets + self.cells  # [B, 64]
+        cell = (start.unsqueeze(1) <= slots.view(1, -1, 1)).float().sum(2).long() - 1  # [B, slots]
+        # Where a cell's first token stands in the tables by level, cell and place in the cell, less where it is packed.
+        table = (CELL_COUNT * DETAILS) * level + DETAILS * self.cells - start
+        place = (table.gather(1, cell) + slots).long()
+        index = self.source_of[place]
+        unused = MAX_VISION_TOKENS - len(slots)
+        tokens = _rows(self.sources(features), functional.pad(index, (1, unused)))
         if detail is not None:
-            around, deep = tokens[:, 1:], (depth > 1).unsqueeze(2)
-            found = _rows(detail, self.detail_of.flatten()[place])
+            around, deep = tokens[:, 1:], place.unsqueeze(2) >= 2 * CELL_COUNT * DETAILS
+            found = _rows(detail, self.detail_at[place])
             found = torch.where(deep, found if closer is None else closer.look(around, found), around)
             tokens = torch.cat([tokens[:, :1], found], dim=1)
-        real = (self.slots < cost.sum(1, keepdim=True)).int()
-        if regions is not None:
-            real = real * (1 + regions.gather(1, cell))
-        return tokens, torch.cat([torch.ones_like(real[:, :1]), real], dim=1)
+        used = slots < CELL_COUNT + REFINEMENT_COST * refinements.sum(1, keepdim=True)
+        mask = used.int() if regions is None else torch.where(used, (1 + regions).gather(1, cell), 0)
+        return tokens, functional.pad(functional.pad(mask, (0, unused)), (1, 0), value=1)
+
+
+def _padded(table: Tensor) -> Tensor:
+    return functional.pad(table, (0, MAX_VISION_TOKENS))
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from build_engines.model.allocation import Allocation, cells_of
+from build_engines.model.allocation import PATCH_COUNT, Allocation, cells_of
 from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.closer import CloserView
 from build_engines.model.focus import FocusRegions, query_groups
@@ -102,7 +102,7 @@ class RelevanceAllocator(nn.Module):
         else:
             meanings = self.participatory.meanings(question_ids, question_mask)
             participation = torch.sigmoid(self.participatory.coupling(places, meanings, question_mask))
-            scores = torch.stack([proposition, perspective, participation], dim=1)
+            scores = torch.cat([proposition, perspective, participation], dim=1).unflatten(1, (3, PATCH_COUNT))
             if self.balancing is None:
                 weights, tensions = _fixed(WITHOUT_BALANCE, scores)
             else:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from transformers import Blip2Config, InstructBlipConfig, PretrainedConfig
 
-from build_engines.model.allocation import CELL_COUNT, MAX_VISION_TOKENS, PATCH_COUNT
+from build_engines.model.allocation import CELL_COUNT, GROUP, MAX_VISION_TOKENS, PATCH_COUNT
 from build_engines.model.balancing import SUMMARIES, WAYS
-from build_engines.model.focus import GROUP, REGIONS
 from build_engines.model.texture import ORIENTATIONS
 
 QUESTION = 32  # words that the allocator reads, and InstructBLIP's Q-Former
@@ -59,13 +58,11 @@ def allocator(
     """One image of vision width D; which parts are there, and whether it sees the closer view.
 
     Participatory knowing, coupling width C, token width E: words 2 * 32 * 3 * (2 E C + 2 C**2), patches
-    2 * 256 * (2 D C + 2 C**2), coupling 2 * 256 * 32 C. Balancing: 2 (36 + C) 64 + 2 * 64 * 6. Choice: two sums over
-    all pairs of the K = 64 (128) steps, 4 K**2; the cells' places, 2 * 64**2; peaks' surroundings, 3 * 4 * 64**2.
-    Closer: two products with 2 D for each of the 400 packed tokens, 8 * 400 * D**2.
+    2 * 256 * (2 D C + 2 C**2), coupling 2 * 256 * 32 C. Balancing: 2 (36 + C) 64 + 2 * 64 * 6. Choice: the cells' turns
+    and places, 2 * 2 * 64**2. Closer: two sums over all pairs of the 128 steps, 4 * 128**2; two products with 2 D for
+    each of the 400 packed tokens, 8 * 400 * D**2.
     """
-    steps = 2 * CELL_COUNT if closer else CELL_COUNT
-    total = 2 * product(steps, steps, 1) + product(1, CELL_COUNT, CELL_COUNT)
-    total += REGIONS * 2 * product(1, CELL_COUNT, CELL_COUNT)
+    total = 2 * product(1, CELL_COUNT, CELL_COUNT)
     if participatory:
         doubled = 2 * coupling_width
         total += product(QUESTION, KERNEL * token_width, doubled) + product(QUESTION, KERNEL * doubled, coupling_width)
@@ -74,7 +71,8 @@ def allocator(
     if balancing:
         total += product(1, SUMMARIES + coupling_width, hidden_width) + product(1, hidden_width, 2 * WAYS)
     if closer:
-        total += 2 * product(MAX_VISION_TOKENS, width, 2 * width)
+        steps = 2 * CELL_COUNT
+        total += product(steps, steps, 2) + 2 * product(MAX_VISION_TOKENS, width, 2 * width)
     return total
 
 

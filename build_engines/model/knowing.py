@@ -22,6 +22,11 @@ def _over_greatest(score: Tensor) -> Tensor:
     return score / score.amax(1, keepdim=True).clamp(min=1e-6)
 
 
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors along the last axis, at length 1; `functional.normalize` would export the lengths copied out to them."""
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=1e-12)
+
+
 class ParticipatoryKnowing(nn.Module):
     """What this question is about, from the coupling of its words with the patches.
 
@@ -52,12 +57,12 @@ class ParticipatoryKnowing(nn.Module):
         valid = question_mask.to(self.tokens.weight.dtype)
         words = self.tokens(question_ids) * valid[..., None]
         hidden = functional.relu(self.phrase(words.transpose(1, 2))) * valid[:, None]
-        return functional.normalize(self.meaning(hidden).transpose(1, 2), dim=-1)
+        return _unit(self.meaning(hidden).transpose(1, 2))
 
     def places(self, features: Tensor) -> Tensor:
         """features [B, 257, D], CLS first -> one unit vector a patch, [B, 256, C]."""
         hidden = functional.relu(self.patch_hidden(self.patch_norm(features[:, 1:])))
-        return functional.normalize(self.patch(hidden), dim=-1)
+        return _unit(self.patch(hidden))
 
     def coupling(self, places: Tensor, meanings: Tensor, question_mask: Tensor) -> Tensor:
         """places [B, 256, C]; meanings [B, 32, C]; mask [B, 32] -> logits of relevance [B, 256]."""

@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.evaluate import Z_95, wilson
-from build_engines.model.allocation import MAX_VISION_TOKENS
+from build_engines.model.allocation import GROUP, MAX_VISION_TOKENS
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.model.focus import GROUP, query_groups
+from build_engines.model.focus import query_groups
 from build_engines.model.qformer import QFormer
 from build_engines.model.vision import VisionEncoder
 from build_engines.scenes.held_out import COMMITTED, DIRECTORY, NEW, PAIRS, QUALITY, SMALL, held_out_scenes

@@ -231,6 +231,7 @@ class TritonClient:
         self._llm_url = llm_url
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._stubs: dict[str, service_pb2_grpc.GRPCInferenceServiceStub] = {}
+        self._streams: dict[str, grpc.aio.UnaryStreamMultiCallable] = {}
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in MODELS}
         self._abandoned: set[grpc.aio.Call] = set()
         self._ending: set[grpc.aio.Call] = set()
@@ -248,8 +249,15 @@ class TritonClient:
     async def connect(self) -> None:
         """Opens the channels; the connections themselves come with the first call."""
         for url in {self._vision_url, self._llm_url} - self._channels.keys():
-            self._channels[url] = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
-            self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(self._channels[url])
+            self._channels[url] = channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
+            self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            # We send one request a stream. Called as what it then is, head, request and end of the request leave
+            # together: as a stream of requests they are three packets and two tasks.
+            self._streams[url] = channel.unary_stream(
+                "/inference.GRPCInferenceService/ModelStreamInfer",
+                request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+                response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+            )
 
     async def close(self) -> None:
         """Ends what is in flight with Unavailable and closes the channels."""
@@ -262,6 +270,7 @@ class TritonClient:
             await channel.close()
         self._channels.clear()
         self._stubs.clear()
+        self._streams.clear()
 
     @property
     def in_flight(self) -> int:
@@ -335,7 +344,7 @@ class TritonClient:
     def _stop(self, request: service_pb2.ModelInferRequest) -> None:
         """Ends the LLM's work on a request in band: a cancel takes Triton some 33 ms to tell, tens of small tokens."""
         if self._llm_url in self._stubs:  # else the client is closed, and every call with it
-            call = self._stub("llm").ModelStreamInfer(iter((request,)), timeout=_STOP_TIMEOUT_S)
+            call = self._streams[self._llm_url](request, timeout=_STOP_TIMEOUT_S)
             task = asyncio.create_task(_drain(call))
             self._stopping.add(task)
             task.add_done_callback(self._stopping.discard)
@@ -362,10 +371,7 @@ class TritonClient:
         self, model: str, request: Any, timeout_s: float, stall_timeout_s: float
     ) -> AsyncGenerator[Any, None]:
         """One decoupled request on a stream of its own: its ModelInferResponses up to the final one."""
-        # An iterator, not write(): that waits for ever when the call is cancelled before it has begun.
-        call = self._stub(model).ModelStreamInfer(
-            iter((request,)), timeout=max(timeout_s, 0.0), metadata=_STREAM_METADATA
-        )
+        call = self._stream(model)(request, timeout=max(timeout_s, 0.0), metadata=_STREAM_METADATA)
         silence_s: float | None = None  # the first response waits for the queue and has the deadline alone
         final = False
         with self._in_flight(model, call):
@@ -491,9 +497,15 @@ class TritonClient:
             call.cancel()
 
     def _stub(self, model: str) -> service_pb2_grpc.GRPCInferenceServiceStub:
-        url = self._vision_url if model in _VISION_MODELS else self._llm_url
+        return self._of(self._stubs, model)
+
+    def _stream(self, model: str) -> grpc.aio.UnaryStreamMultiCallable:
+        return self._of(self._streams, model)
+
+    def _of(self, known: Mapping[str, Any], model: str) -> Any:
+        """What is known for the address of the model's server. Raises Unavailable."""
         try:
-            return self._stubs[url]
+            return known[self._vision_url if model in _VISION_MODELS else self._llm_url]
         except KeyError:
             raise Unavailable("not connected to Triton") from None
 
@@ -537,7 +549,7 @@ class TritonClient:
         call.add_done_callback(self._ending.discard)
 
 
-async def _drain(call: grpc.aio.StreamStreamCall) -> None:
+async def _drain(call: grpc.aio.UnaryStreamCall) -> None:
     """Reads to the end of a call whose outcome changes nothing: whoever does not answer has nothing to stop."""
     with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
         async for _ in call:
@@ -604,8 +616,8 @@ def _require_consistent(prompt: Prompt) -> None:
         raise InternalError(f"{len(named)} visual ids do not name the {rows} rows of the prompt embedding table")
     if ids[~visual].max(initial=-1) >= first:
         raise InternalError("an input id names a row of the prompt embedding table and has no extra id")
-    different, at, of = np.unique(extra[visual], return_index=True, return_inverse=True)
-    if len(different) < rows:  # the same image twice
+    if len(set(extra[visual].tolist())) < rows:  # the same image twice
+        _, at, of = np.unique(extra[visual], return_index=True, return_inverse=True)
         table = prompt.visual_tokens[named - first]
         if not np.array_equal(table, table[at][of]):
             raise InternalError("two different visual tokens have one extra id")

@@ -1,0 +1,152 @@
+"""CPU seconds of the gateway's process: what a request costs, and what a token of its answer.
+
+    python -m benchmarks.gateway_cpu          # starts a server of its own, measures, stops it
+
+The load comes from this process, a closed loop; CPU is read from /proc, so a crowded machine distorts it little.
+Answers of 1 to 24 tokens are fitted by `ms a request + ms a token x tokens`: of follow-ups by image id, streamed and
+whole, and of images never seen, sent as a form and streamed. Decoding these images is part of that; what it costs
+alone is told too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from benchmarks.bench.http_client import HttpClient
+from benchmarks.bench.load import form
+from benchmarks.bench.models import BUILD, REFERENCE
+from benchmarks.bench.processes import cpu_by_role
+from benchmarks.bench.scenes import Scenes
+from benchmarks.bench.systems import SYSTEMS, Running, running
+from service.images import ImageLimits, decode
+
+QUESTION = "describe the image."  # the one whose answer is long enough to be cut where we want
+LENGTHS = (1, 6, 12, 18, 24)  # tokens of an answer
+WAYS = ("follow_up streamed", "follow_up whole", "cold streamed")
+CONFIGURED = {"VISUAL_CACHE_BYTES": "0", "LOG_LEVEL": "info"}  # the same question again is no repeat
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Of one measurement, a request's mean."""
+
+    tokens: float
+    ms: float  # CPU of the gateway
+
+
+class Load:
+    """A closed loop of a few clients, each with a connection of its own."""
+
+    def __init__(self, system: Running, clients: int) -> None:
+        url = urlsplit(system.urls[0])
+        self._http = HttpClient(url.hostname or "", url.port or 80)
+        self._system = system
+        self._clients = clients
+        self._scenes = Scenes.load()
+        self._new = itertools.count(len(self._scenes.files))
+        self._ids: list[str] = []
+
+    async def send_images(self) -> None:
+        """Those that follow-ups are about, each asked about once."""
+        for number in range(len(self._scenes.files)):
+            body, kind = form({"question": QUESTION, "max_tokens": 1}, [self._scenes.jpeg(number)])
+            self._ids += (await self._answer(body, kind))["image_ids"]
+
+    async def spend(self, way: str, tokens: int, requests: int) -> Spent:
+        """Raises RuntimeError where a request fails."""
+        asked = iter(range(requests))
+        before, said = self._system.processes(), list[int]()
+
+        async def client() -> None:
+            for number in asked:
+                answer = await self._answer(*self._question(way, tokens, number))
+                said.append(answer["usage"]["completion_tokens"])
+
+        await asyncio.gather(*(client() for _ in range(self._clients)))
+        cpu_s = cpu_by_role(before, self._system.processes())["gateway"]
+        return Spent(sum(said) / requests, cpu_s * 1e3 / requests)
+
+    def _question(self, way: str, tokens: int, number: int) -> tuple[bytes, str]:
+        """Its body and the body's type."""
+        fields = {"question": QUESTION, "max_tokens": tokens, "stream": way.endswith("streamed")}
+        if way.startswith("cold"):
+            return form(fields, [self._scenes.jpeg(next(self._new))])
+        return json.dumps(fields | {"image": self._ids[number % len(self._ids)]}).encode(), "application/json"
+
+    async def _answer(self, body: bytes, kind: str) -> dict[str, Any]:
+        """All but the text of it."""
+        response = await self._http.post("/v1/vqa", body, kind)
+        events = [line.removeprefix(b"data: ") for line in response.body.split(b"\n") if line and b"[DONE]" not in line]
+        if response.status != 200 or b'"error"' in events[-1]:
+            raise RuntimeError(f"{response.status}: {response.body[:500]!r}")
+        found: dict[str, Any] = json.loads(events[-1])
+        return found
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def fit(found: list[Spent]) -> dict[str, Any]:
+    """Least squares over the lengths."""
+    tokens, ms = (np.array(column) for column in zip(*((each.tokens, each.ms) for each in found), strict=True))
+    a_token, a_request = np.polyfit(tokens, ms, 1)
+    return {
+        "ms_a_request": round(float(a_request), 2),
+        "ms_a_token": round(float(a_token), 3),
+        "measured": [[round(each.tokens, 1), round(each.ms, 2)] for each in found],
+    }
+
+
+def decoding_ms() -> float:
+    """CPU of decoding one of the cold images."""
+    files = Scenes.load().files
+    began = time.process_time()
+    for file in files:
+        decode(file, ImageLimits())
+    return (time.process_time() - began) * 1e3 / len(files)
+
+
+async def measure(system: Running, clients: int, requests: int, rounds: int) -> dict[str, Any]:
+    """Each length in turn, the median of the rounds."""
+    load = Load(system, clients)
+    await load.send_images()
+    found: dict[tuple[str, int], list[Spent]] = {(way, length): [] for way in WAYS for length in LENGTHS}
+    for way, length in found:
+        await load.spend(way, length, clients)  # warm
+    for _ in range(rounds):
+        for (way, length), each in found.items():
+            each.append(await load.spend(way, length, requests))
+    load.close()
+    medians = {key: sorted(each, key=lambda spent: spent.ms)[len(each) // 2] for key, each in found.items()}
+    return {way: fit([medians[way, length] for length in LENGTHS]) for way in WAYS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=200, help="of each length and round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    told = parser.parse_args()
+    with running(replace(SYSTEMS["glimpse"], settings=CONFIGURED), REFERENCE, BUILD / "logs" / "gateway_cpu") as system:
+        found = asyncio.run(measure(system, told.clients, told.requests, told.rounds))
+    text = json.dumps(
+        {"clients": told.clients, **found, "of a cold one decoding, ms": round(decoding_ms(), 2)}, indent=2
+    )
+    print(text)
+    if told.out:
+        told.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -185,6 +185,7 @@ class Seen:
     relevance: Relevance
     budget: Budget  # what it was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
+    is_rounded: bool = False  # made from features that were kept as int8
 
     @property
     def nbytes(self) -> int:

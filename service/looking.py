@@ -17,7 +17,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -29,13 +29,14 @@ from service.core import (
     IMAGE_SIZE,
     Budget,
     CloserFeatures,
+    Int8Rows,
     ModelCard,
     Question,
     Seen,
     UInt8Array,
     VisionFeatures,
 )
-from service.errors import naming_image
+from service.errors import Overloaded, naming_image
 from service.feature_cache import FeatureCache, FeatureKey, Features, Found, closer_view, first_view
 from service.images import Decoded, Image, ImageReader, ImageStore, header_pixels
 from service.ledger import Cost
@@ -83,6 +84,7 @@ class Look:
     vision: VisionFeatures | None = None
     closer: CloserFeatures | None = None
     seen: Seen | None = None  # at this detail, once it is known
+    low: Seen | None = None  # what was seen before it was to be looked at with detail high
     is_reduced: bool = False  # whether that was less than the request allows
     is_denied: bool = False  # a closer view, as others wait
 
@@ -137,12 +139,12 @@ class Looker:
 
     def _looks_closer(self, look: Look, ticket: Ticket) -> bool:
         """Whether it becomes a closer look: one is wanted, and may be had. Then what was seen counts no more."""
-        if look.detail == "high" or not self._wants_closer(look, ticket.request):
+        if look.detail == "high" or look.low is not None or not self._wants_closer(look, ticket.request):
             return False
-        look.is_denied = not self._may_look_closer(ticket.request)
+        look.is_denied = not self._may_look_closer(look, ticket)
         if look.is_denied:
             return False
-        look.detail, look.seen = "high", None
+        look.detail, look.low, look.seen = "high", look.seen, None
         return True
 
     def _wants_closer(self, look: Look, request: Request) -> bool:
@@ -153,9 +155,11 @@ class Looker:
             return False
         return look.seen.relevance.particularize >= self.card.closer_view_at and look.image.larger_than(IMAGE_SIZE)
 
-    def _may_look_closer(self, request: Request) -> bool:
-        """Unless others wait."""
-        return self.admission.fidelity.closer_view or self._needs_closer(request)
+    def _may_look_closer(self, look: Look, ticket: Ticket) -> bool:
+        """Unless others wait; what was seen closer before is free."""
+        if self.admission.fidelity.closer_view or self._needs_closer(ticket.request):
+            return True
+        return self.visual.holds(*self._keys(look.image, "high", ticket.request))
 
     def _needs_closer(self, request: Request) -> bool:
         """Whether it wants more tokens at the least than one view has."""
@@ -164,18 +168,21 @@ class Looker:
     def _recall(self, look: Look, ticket: Ticket) -> bool:
         """Whether it is known what the image gives for the question."""
         self._looks_closer(look, ticket)
-        asked, allowed = self._asked(look, ticket), self._budget(look, ticket)
-        # What was seen before as closely as is asked is free now, where it is no more for the LLM.
-        budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
-        question = ticket.request.question
-        keys = [visual_key(self.card, look.image, question, budget, look.detail) for budget in dict.fromkeys(budgets)]
-        look.seen = self.visual.get(*keys)
-        look.is_reduced = look.seen is not None and look.seen.budget != asked
+        look.seen = self.visual.get(*self._keys(look.image, look.detail, ticket.request))
+        look.is_reduced = look.seen is not None and look.seen.budget != self._asked(look.detail, ticket.request)
         if self._looks_closer(look, ticket):
             return self._recall(look, ticket)
         if look.seen is not None:
             self._remember(look.image, ticket.request)
         return look.seen is not None
+
+    def _keys(self, image: Image, detail: Literal["low", "high"], request: Request) -> list[bytes]:
+        """What may be taken from the visual cache. What was seen before as closely as is asked is free now, where it
+        is no more for the LLM."""
+        asked = self._asked(detail, request)
+        allowed = self.admission.fidelity.cap(asked)
+        budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
+        return [visual_key(self.card, image, request.question, budget, detail) for budget in dict.fromkeys(budgets)]
 
     def _keep(self, look: Look, seen: Seen, ticket: Ticket) -> None:
         look.seen = seen
@@ -183,12 +190,22 @@ class Looker:
         self.visual.keep(key, seen)
 
     async def _find(self, look: Look, ticket: Ticket, place: Place) -> None:
-        """The features that the look needs. A new image is seen as it is encoded, where that is all that is needed."""
+        """The features that the look needs. A new image is seen as it is encoded, where that is all that is needed.
+
+        Raises Overloaded where there is no room, but not for a closer view of what was seen already.
+        """
         if look.vision is None:
             await self._find_whole(look, ticket, place)
-            self._looks_closer(look, ticket)
-        if look.detail == "high":
+            if self._looks_closer(look, ticket) and self._recall(look, ticket):
+                return
+        if look.detail == "low":
+            return
+        try:
             await self._find_closer(look, ticket, place)
+        except Overloaded:
+            if look.low is None:
+                raise
+            look.detail, look.seen, look.is_denied = "low", look.low, True
 
     async def _find_whole(self, look: Look, ticket: Ticket, place: Place) -> None:
         key = first_view(self.card.fingerprint, look.image.digest)
@@ -228,16 +245,16 @@ class Looker:
         budget = self._budget(look, ticket)
         with ticket.stage("vision"), ticket.stage("attend"):
             seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
-        self._keep(look, seen, ticket)
+        rounded = any(isinstance(view.features, Int8Rows) for view in (look.vision, look.closer) if view is not None)
+        self._keep(look, replace(seen, is_rounded=rounded), ticket)
 
-    def _asked(self, look: Look, ticket: Ticket) -> Budget:
+    def _asked(self, detail: Literal["low", "high"], request: Request) -> Budget:
         """What the request asks for, as far as its views have it."""
-        budget = ticket.request.budget
-        return budget.within(self.card.vision_tokens[1]) if look.detail == "low" else budget
+        return request.budget.within(self.card.vision_tokens[1]) if detail == "low" else request.budget
 
     def _budget(self, look: Look, ticket: Ticket) -> Budget:
         """What it gets, which the house says now."""
-        asked = self._asked(look, ticket)
+        asked = self._asked(look.detail, ticket.request)
         allowed = self.admission.fidelity.cap(asked)
         look.is_reduced = allowed != asked
         return allowed
@@ -302,4 +319,5 @@ async def together(
             for look in looks:
                 tasks.create_task(step(look, ticket, place))
     except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+        first = group.exceptions[0]
+        raise first from first.__cause__

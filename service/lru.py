@@ -23,6 +23,10 @@ class Lru(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether it is kept; that does not count as use."""
+        return key in self._kept
+
     def get(self, key: Key) -> Value | None:
         """Who is asked for is used."""
         if key not in self._kept:

@@ -40,7 +40,7 @@ from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings
 from service.ticket import Request, Ticket
-from service.visual_cache import VisualCache, visual_key
+from service.visual_cache import VisualCache, embedding_key
 
 log = structlog.get_logger()
 
@@ -236,7 +236,7 @@ class Pipeline:
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [
-            (each.visual_tokens, visual_key(self.card, image, request.question, each.budget, each.detail))
+            (each.visual_tokens, embedding_key(self.card, image, request.question, each))
             for image, each in zip(images, seen, strict=True)
         ]
         return self.prompts.compose(request.question, visual, request.turns)

@@ -67,7 +67,10 @@ class Settings(BaseSettings):
     elastic_fidelity: bool = True
     fidelity_target_s: float = Field(1.0, gt=0)  # of the longest wait for a turn
 
-    # What is kept in the process's memory.
+    # What is kept in the process's memory. Tenants share the caches: a key names the image's content, not who sent it,
+    # so that equal images are encoded once. Who sends an image can tell by the answer's `cache` and its time whether
+    # anybody sent the same bytes before. Where tenants must not know that of each other, give each a gateway (and a
+    # Redis) of its own.
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
     # int8: a quarter of FP32's bytes here and in Redis; a follow-up is then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"

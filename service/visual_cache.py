@@ -20,6 +20,12 @@ def visual_key(card: ModelCard, image: Image, question: str, budget: Budget, det
     return "\0".join([card.visual_fingerprint, image.digest, detail, *tokens, question]).encode()
 
 
+def embedding_key(card: ModelCard, image: Image, question: str, seen: Seen) -> bytes:
+    """Names these very visual tokens: features that were kept as int8 give others than those the encoder found."""
+    key = visual_key(card, image, question, seen.budget, seen.detail)
+    return b"int8\0" + key if seen.is_rounded else key
+
+
 class VisualCache:
     def __init__(self, max_bytes: int, metrics: Metrics) -> None:
         self._hits, self._misses = (metrics.visual_cache_lookups.labels(result) for result in ("hit", "miss"))
@@ -33,6 +39,10 @@ class VisualCache:
         seen = next((seen for key in keys if (seen := self._kept.get(key)) is not None), None)
         (self._misses if seen is None else self._hits).inc()
         return seen
+
+    def holds(self, *keys: bytes) -> bool:
+        """Whether `get` would give something. Nothing is counted."""
+        return any(key in self._kept for key in keys)
 
     def keep(self, key: bytes, seen: Seen) -> None:
         self._kept.keep(key, seen, seen.nbytes + len(key) + ENTRY_BYTES)

@@ -10,6 +10,7 @@ from fakes import CARD, CLOSER, House, Strain, png, until
 from test_pipeline import answer, request, shades
 
 from service.core import Budget, Sampling, Seen
+from service.errors import Overloaded, Unavailable
 from service.fidelity import LEVELS
 from service.images import Image
 from service.scheduler import Kind
@@ -130,6 +131,53 @@ async def test_who_is_denied_a_closer_view_is_told_so_even_if_it_was_known(house
     for detail in ("auto", "high"):
         _, end = await answer(house, request(image=LARGE, detail=detail, budget=Budget((64, 64))))
         assert (end.detail, end.reduced) == ("low", True)
+
+
+@pytest.mark.parametrize("asked", ["high", "auto"])
+async def test_under_strain_a_closer_view_that_was_seen_before_is_free_and_not_reduced(house, asked):
+    house.vision.particularize = 0.7
+    budget = Budget((64, 64))
+    await answer(house, request(image=LARGE, detail="high", budget=budget))
+    house.vision.calls.clear()
+    house.admission.controller = Strain(2)
+    _, end = await answer(house, request(image=LARGE, detail=asked, budget=budget))
+    assert (end.detail, end.reduced) == ("high", False)
+    assert house.vision.calls == {"high": [], "auto": ["attend"]}[asked]  # only the low view tells auto what it wants
+
+
+async def test_auto_gets_what_it_has_where_there_is_no_room_for_a_closer_view():
+    house = House(CLOSER, visual_cache_bytes=1_000_000, max_image_pixels=100_000, max_pixels_in_flight=100_000)
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    house.vision.gate.clear()
+    other = asyncio.create_task(answer(house, request(id="vqa_2", image=png((1, 2, 3)))))
+    await until(lambda: house.vision.calls == ["see", "see"])
+    _, end = await answer(house, request(image=LARGE, detail="auto"))
+    assert (end.detail, end.reduced) == ("low", True)
+    with pytest.raises(Overloaded):
+        await answer(house, request(image=LARGE, detail="high"))
+    house.vision.gate.set()
+    await other
+    house.reader.close()
+
+
+async def test_visual_tokens_of_rounded_features_have_other_extra_ids():
+    house = House(visual_cache_bytes=0, feature_cache_dtype="int8")
+    for _ in range(3):
+        await answer(house, request())
+    assert house.vision.calls == ["see", "attend", "attend"]
+    found, rounded, again = (prompt.extra_ids[0] for prompt in house.language.prompts)
+    assert found != rounded == again
+    house.reader.close()
+
+
+async def test_of_several_images_the_one_that_failed_keeps_the_cause_of_its_error(house):
+    cause = OSError("a socket was closed")
+    house.vision.fault = Unavailable("triton is gone")
+    house.vision.fault.__cause__ = cause
+    with pytest.raises(Unavailable) as caught:
+        await answer(house, request(images=(png((1, 1, 1)), png((2, 2, 2)))))
+    assert caught.value.__cause__ is cause
 
 
 async def test_who_was_denied_a_closer_view_and_gets_it_after_all_is_not_reduced():

@@ -1,11 +1,11 @@
 """What each model of the served chain costs, from Triton's own statistics, against a running `glimpse serve`.
 
-    python -m benchmarks.stages [--detail high] [--out benchmarks/results/stages.json]
+    python -m benchmarks.stages [--clients 4] [--detail high] [--out benchmarks/results/stages.json]
 
-Asks about images that were never seen, one at a time, in rounds, and reads Triton's statistics around each round: the
-time a model computes, without its queue and the transport, over the requests that it served (of the decoupled `llm`
-only what taking a request in costs). Medians over the rounds with their 95 % intervals. The allocator should take at
-most a tenth of the encoder's time.
+Asks about images that were never seen, each client one question at a time, in rounds, and reads Triton's statistics
+around each round: the time a model computes, without its queue and the transport, over the requests that it served (of
+the decoupled `llm` only what taking a request in costs). Medians over the rounds with their 95 % intervals. The
+allocator should take at most a tenth of the encoder's time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import base64
 import io
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import httpx
@@ -86,19 +88,24 @@ def summary(spent: list[Counters]) -> dict[str, object]:
     }
 
 
-def measure(url: str, triton_url: str, rounds: int, requests: int, detail: str) -> dict[str, object]:
+def measure(url: str, triton_url: str, clients: int, rounds: int, requests: int, detail: str) -> dict[str, object]:
     """Raises httpx.HTTPError."""
     asked = [row for row in rows(SCENES, "new") if row.type != NOT_IN_TOTAL]
     generator = np.random.default_rng()  # other images every time: the server remembers those of before
     spent: list[Counters] = []
-    with httpx.Client(base_url=url, timeout=60) as gateway, httpx.Client(base_url=triton_url, timeout=10) as triton:
+    with (
+        httpx.Client(base_url=url, timeout=60) as gateway,
+        httpx.Client(base_url=triton_url, timeout=10) as triton,
+        ThreadPoolExecutor(clients) as pool,
+    ):
         for each in range(rounds + 1):
+            drawn = [asked[step * 7 % len(asked)] for step in range(each * requests, (each + 1) * requests)]
+            images = [never_seen(SCENES / row.image, generator) for row in drawn]
             before = counters(triton)
-            for step in range(each * requests, (each + 1) * requests):
-                row = asked[step * 7 % len(asked)]
-                ask(gateway, never_seen(SCENES / row.image, generator), row.question, detail)
+            questions = (row.question for row in drawn)
+            list(pool.map(ask, repeat(gateway), images, questions, repeat(detail)))
             spent.append(between(before, counters(triton), requests))
-    told = {"detail": detail, "rounds": rounds, "requests_a_round": requests}
+    told = {"clients": clients, "detail": detail, "rounds": rounds, "requests_a_round": requests}
     return told | summary(spent[1:])  # the first one warms up
 
 
@@ -106,12 +113,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="of the gateway (default: %(default)s)")
     parser.add_argument("--triton", default="http://127.0.0.1:8000", help="its HTTP port (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=1, help="asking at once (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--requests", type=int, default=25, help="in each round (default: %(default)s)")
     parser.add_argument("--detail", choices=("low", "high"), default="low")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
-    result = measure(arguments.url, arguments.triton, arguments.rounds, arguments.requests, arguments.detail)
+    result = measure(
+        arguments.url, arguments.triton, arguments.clients, arguments.rounds, arguments.requests, arguments.detail
+    )
     text = json.dumps(result, indent=2) + "\n"
     print(text, end="")
     if arguments.out:

@@ -20,14 +20,18 @@ from contextlib import contextmanager
 
 
 class GlimpseError(Exception):
-    """`param` names the request's field at fault, `code` is stable for programs, the message is for people."""
+    """`param` names the request's field at fault, `code` is stable for programs, the message is for people.
+
+    `cause` is what somebody behind us said of it, in their words: for the log, never for the caller.
+    """
 
     code = "error"
     type = "server_error"
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, cause: str = "") -> None:
         super().__init__(message)
         self.message = message
+        self.cause = cause
         self.param = param
         self.code = code or type(self).code
 
@@ -73,8 +77,8 @@ class Overloaded(GlimpseError):
     code = "overloaded"
     type = "rate_limit_error"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None) -> None:
-        super().__init__(message, code=code)
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None, cause: str = "") -> None:
+        super().__init__(message, code=code, cause=cause)
         self.retry_after_s = retry_after_s
 
 

@@ -179,11 +179,11 @@ class Pipeline:
         """Names how the request ended, counts it and logs it, once. Unknown errors become InternalError."""
         now = time.monotonic()
         ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
-        fault: BaseException | None = None
+        fault: Exception | None = None
         try:
             yield ticket
         except GlimpseError as error:
-            ticket.outcome = error.code
+            ticket.outcome, fault = error.code, error
             raise
         except Exception as error:
             ticket.outcome, fault = InternalError.code, error
@@ -309,7 +309,7 @@ class Pipeline:
             timing_ms=ticket.timing_ms(),
         )
 
-    def _record(self, ticket: Ticket, fault: BaseException | None) -> None:
+    def _record(self, ticket: Ticket, fault: Exception | None) -> None:
         timing_ms = ticket.timing_ms()
         self.metrics.requests.labels(ticket.outcome).inc()
         self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
@@ -324,7 +324,8 @@ class Pipeline:
         elif ticket.tokens and ticket.outcome in NOTHING_MORE_TO_DO:
             saved = ticket.request.sampling.max_tokens - ticket.completion_tokens
             self.metrics.tokens_saved.labels(ticket.outcome).inc(saved)
-        (log.error if fault else log.info)(
+        foreseen = fault is None or isinstance(fault, GlimpseError)
+        (log.info if foreseen else log.error)(
             "answered" if ticket.outcome == "ok" else "not_answered",
             outcome=ticket.outcome,
             request_id=ticket.request.trace_id,
@@ -334,8 +335,19 @@ class Pipeline:
             reduced=ticket.reduced,
             completion_tokens=ticket.completion_tokens,
             **{f"{name}_ms": value for name, value in timing_ms.items()},
-            **({"exc_info": fault} if fault else {}),
+            **told_of(fault),
         )
+
+
+def told_of(fault: Exception | None) -> dict[str, object]:
+    """What the log says of it: an error of ours in words, with what was said behind us; any other with its trace."""
+    match fault:
+        case None:
+            return {}
+        case GlimpseError():
+            return {"error": fault.message, "cause": fault.cause} if fault.cause else {"error": fault.message}
+        case _:
+            return {"exc_info": fault}
 
 
 def internal_error(request_id: str) -> InternalError:

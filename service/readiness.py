@@ -32,10 +32,10 @@ class Readiness:
     def ready(self) -> bool:
         return not any(self.faults.values())
 
-    def set(self, model: str, fault: str) -> None:
-        """An empty fault is a good answer."""
+    def set(self, model: str, fault: str, cause: str = "") -> None:
+        """An empty fault is a good answer. The cause is for the log."""
         if self.faults[model] != fault:
-            log.info("probe", model=model, fault=fault or "none")
+            (log.warning if fault else log.info)("probe", model=model, fault=fault or "none", cause=cause)
         self.faults[model] = fault
         self._metrics.ready.set(self.ready)
 
@@ -46,7 +46,7 @@ class Readiness:
             try:
                 await prober.probe(model, card, timeout_s, fresh_s)
             except GlimpseError as error:
-                self.set(model, error.message)
+                self.set(model, error.message, error.cause)
             else:
                 self.set(model, "")
 

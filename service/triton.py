@@ -411,11 +411,14 @@ class TritonClient:
             self._probe_took[model] = min(took, self._probe_took.get(model, took))
         except Overloaded:
             return  # it lives
+        except Unavailable:
+            raise
         except GlimpseError as exc:
             shared = steps & {step for name, other in MODELS.items() if name != model for step in other.through}
             if isinstance(exc, DeadlineExceeded) and shared and shared <= self._answering_since(begun):
                 return
-            raise Unavailable(f"the model {model} does not answer: {exc.message}") from exc
+            why = f"no answer in {timeout_s:g} s" if isinstance(exc, DeadlineExceeded) else exc.message
+            raise Unavailable(f"the model {model} does not answer its probe: {why}", cause=exc.cause) from exc
 
     def _answering_since(self, moment: float) -> set[str]:
         """The models that have answered since, whoever went through them."""
@@ -576,7 +579,7 @@ def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseErr
         if model == "llm" and "unexpected" not in text and "expected number of inputs" not in text:
             return InvalidRequest(text.split("] ", 1)[-1] if text.startswith("[request id") else text)
         kind = InternalError
-    return kind(MESSAGES[kind].format(model=model))
+    return kind(MESSAGES[kind].format(model=model), cause=f"{code.name}: {text}" if code else text)
 
 
 def _request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:

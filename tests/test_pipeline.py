@@ -467,13 +467,15 @@ async def test_who_stops_reading_after_the_last_event_was_answered(house):
     assert house.outcomes() == {"ok": 1}
 
 
-@pytest.mark.parametrize("error", [Unavailable("triton is gone"), Overloaded("queue full")])
-async def test_errors_of_the_models_pass_as_they_are(house, error):
+@pytest.mark.parametrize("error", [Unavailable("triton is gone", cause="UNAVAILABLE: GOAWAY"), Overloaded("full")])
+async def test_errors_of_the_models_pass_as_they_are_and_the_log_says_what_was_wrong(house, error):
     house.language.fault = error
     house.language.wait_at = 0
-    with pytest.raises(type(error)):
+    with capture_logs() as lines, pytest.raises(type(error)):
         await answer(house, request())
     assert house.outcomes() == {error.code: 1}
+    assert lines[-1]["error"] == error.message
+    assert lines[-1].get("cause", "") == error.cause
 
 
 async def test_an_answer_without_a_token_is_a_fault_of_the_model(house):

@@ -501,6 +501,7 @@ async def test_every_status_code_is_mapped() -> None:
         expected = ERROR_CODES.get(code, InternalError)
         assert type(error) is (InternalError if expected is InvalidRequest else expected)
         assert "secret" not in error.message
+        assert error.cause == f"{code.name}: a secret of the inside"  # for the log
     assert type(translate("llm", None, "anything")) is InternalError
     assert set(ERROR_CODES.values()) | {kind for _, kind in ERROR_TEXTS} <= MESSAGES.keys() | {InvalidRequest}
     assert Cancelled not in ERROR_CODES.values(), "the caller is still there"

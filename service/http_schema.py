@@ -91,8 +91,8 @@ class Asked(BaseModel):
     ] = Field((), description="The answer ends before any of these strings.")
     detail: Detail = Field(
         "low",
-        description="`high` adds a closer view of 448x448 pixels; `auto` does so where the question needs it and the "
-        "image has the pixels.",
+        description="`high` adds a closer view of 448x448 pixels; `auto` does so where the question needs it, the "
+        "image has the pixels and the service has room.",
     )
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
     timeout_s: float | None = Field(None, gt=0, description="Seconds until the request is given up.")

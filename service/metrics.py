@@ -47,8 +47,8 @@ class Metrics:
         self.in_flight = self._gauge("requests_in_flight", "Questions admitted and not ended.")
         self.refusals = self._counter(
             "refusals",
-            "No room, by reason: saturated, tenant_share, deadline, shutting_down. The request is turned away; where only "
-            "its closer view found no room it is answered without.",
+            "No room, by reason: saturated, tenant_share, deadline, shutting_down. The request is turned away; if only "
+            "its closer view found none, it is answered without.",
             "reason",
         )
         self.requests_waiting = self._gauge("requests_waiting", "Waiting for a vision slot or for the LLM.", "kind")

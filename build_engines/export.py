@@ -25,12 +25,10 @@ from torch.export import Dim, ShapesCollection
 
 from build_engines.model.allocation import CELL_COUNT, DETAIL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
-from build_engines.repository import GRAPHS, Dimensions, weights_file, write_repository
+from build_engines.repository import GRAPHS, LARGE_BYTES, MOST_INLINE_BYTES, Dimensions, weights_file, write_repository
 from service.core import MAX_VISUAL_TOKENS, ModelCard
 
 OPSET = 18
-LARGE_BYTES = 100_000_000  # of weights: from here on a graph's runs take every core
-MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)

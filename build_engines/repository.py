@@ -20,6 +20,8 @@ from pathlib import Path
 
 LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
+LARGE_BYTES = 100_000_000  # of a graph's weights: from here on its runs take more than one core
+MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
 CLOSER_GRAPHS = (*GRAPHS, "relevance_allocator_448")  # and of a checkpoint with a closer view
 
 

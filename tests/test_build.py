@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from build_engines.build import __main__ as build
 from build_engines.build.inspection import inspect
 from build_engines.build.options import Refused
-from build_engines.build.plan import Step
 from build_engines.build.run import digests
 from build_engines.repository import GRAPHS
+from tests.killed_builds import kill_at_every_step
 from tests.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
 ROOT = Path(__file__).parent.parent
@@ -41,47 +38,11 @@ def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Dies:
-    """A watcher that kills its process at one moment of one step."""
-
-    def __init__(self, phase: str, step: str) -> None:
-        self.phase, self.step = phase, step
-
-    def _tell(self, phase: str, step: Step) -> None:
-        if (phase, step.name) == (self.phase, self.step):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def skipped(self, step: Step) -> None: ...
-
-    def begun(self, step: Step) -> None:
-        self._tell("begun", step)
-
-    def made(self, step: Step) -> None:
-        self._tell("made", step)
-
-    def finished(self, step: Step) -> None:
-        self._tell("finished", step)
-
-
-def build_until(arguments: list[str], phase: str, step: str) -> None:
-    build.Bar = lambda _: Dies(phase, step)  # type: ignore[assignment, misc]
-    build.main(arguments)
-
-
-KILLS = [("made", "card"), ("made", "export vision_encoder"), ("begun", "export qformer"), ("finished", "export llm"),
-         ("made", "samples"), ("begun", "parity"), ("made", "repository")]  # fmt: skip
-
-
 def test_a_build_killed_again_and_again_ends_in_the_same_repository(tiny: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "repository"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["build_engines.build.steps"])
-    for phase, step in KILLS:
-        process = context.Process(target=build_until, args=([str(tiny), "--out", str(out)], phase, step))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, step
-        assert not out.exists()
+    steps = kill_at_every_step([str(tiny), "--out", str(out)], {}, out)
+    assert steps[0] == "card"
+    assert steps[-3:] == ["samples", "parity", "repository"]
     assert build.main([str(tiny), "--out", str(out)]) == 0
     again, before = (
         {name: digest for name, digest in digests(where).items() if name != "manifest.json"} for where in (out, built)
@@ -167,6 +128,11 @@ def cut_short(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(weights[: len(weights) // 2])
 
 
+def lose_the_tokenizer(directory: Path) -> None:
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
 def edit(directory: Path, change: Callable[[dict], object]) -> None:
     config = json.loads((directory / "config.json").read_text())
     change(config)
@@ -194,7 +160,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "shapes that do not fit": (change_a_shape, r"do not fit config.json: .*fc1.*\[80, 40\], not \[84, 40\]"),
     "weights cut short": (cut_short, "cut short"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
-    "no tokenizer": (lambda d: [path.unlink() for path in d.glob("tokenizer*")], "has no tokenizer"),
+    "no tokenizer": (lose_the_tokenizer, "has no tokenizer"),
     "a tokenizer that is none": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be used"),
     "a tokenizer of more ids": (lambda d: edit(d, lambda c: c["text_config"].update(vocab_size=200)), "goes up to id"),
 }  # fmt: skip
@@ -216,6 +182,29 @@ def test_the_qformers_own_tokenizer_is_wanted_too(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "tiny" / "qformer_tokenizer")
     with pytest.raises(Refused, match="qformer_tokenizer has no tokenizer"):
         inspect(str(tmp_path / "tiny"))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another architecture": WRONG["another architecture"],
+    "missing tensors": (drop_a_tensor, "lacks 2 of"),
+    "shapes that do not fit": (change_a_shape, "tensors do not fit config.json"),
+    "no tokenizer": (lose_the_tokenizer, "has no tokenizer"),
+    "no disk space": (lambda _: None, "GB of disk at"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_the_command_refuses_before_it_begins(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    wrong, out = tmp_path / "wrong", tmp_path / "out"
+    shutil.copytree(tiny, wrong)
+    spoil, told = REFUSED[reason]
+    spoil(wrong)
+    too_much = ["--profile", "tensorrt", "--precision", "fp8", "--calibration-images", str(10**12)]
+    assert build.main([str(wrong), "--out", str(out), *(too_much if reason == "no disk space" else [])]) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong"]
 
 
 def test_what_is_neither_directory_nor_name_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

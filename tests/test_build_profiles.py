@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from build_engines.build.options import Options, checked
-from build_engines.build.precision import to_fp16
-from build_engines.build.profiles import configuration, inputs_of, served
+from build_engines.build.precision import not_fp8, to_fp16
+from build_engines.build.profiles import configuration, dimensions, inputs_of, served
 from build_engines.build.source import Source
 from build_engines.repository import GRAPHS
 from service.core import ModelCard, Prompt
@@ -86,6 +88,12 @@ def test_an_ensembles_steps_hand_on_what_the_models_take(card: ModelCard, profil
             for key, value in step.input_map.items():
                 assert flowing[value] == inputs[key][:2], f"{config.name}: {value} into {step.model_name}"
             flowing |= {value: outputs[key][:2] for key, value in step.output_map.items()}
+
+
+def test_a_large_encoder_takes_every_core_of_a_machine_without_a_gpu(card: ModelCard) -> None:
+    large = replace(source(card), parameters={"vision_encoder": 985_953_792, "qformer": 1000, "llm": 1000})
+    assert dimensions(options("embedded", "fp32"), large).large == {"vision_encoder"}
+    assert dimensions(options("onnx-gpu", "fp16"), large).large == frozenset()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
@@ -184,6 +192,18 @@ def test_a_graph_in_fp16_has_the_types_of_its_configuration_and_answers_alike(
     for output, half, full in zip(names, ours.run(names, halves), theirs.run(names, feeds), strict=True):
         assert np.isfinite(half).all()
         assert cosine(half, full) > 0.999, output
+
+
+def test_what_fp8_leaves_alone_in_an_encoder(repository: Path) -> None:
+    encoder, qformer = (onnx.load(repository / name / "1" / "model.onnx") for name in ("vision_encoder", "qformer"))
+    spared = not_fp8(encoder)
+    assert Counter(why.split(":")[0] for why in spared.values()) == {
+        "texture and entropy": 2, "attention": 11, "the first and the last layer": 8, "queries, keys and values": 3,
+    }  # fmt: skip
+    products = [node.name for node in encoder.graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert len(set(products) - spared.keys()) == 9  # of the three layers between: projection, up and down
+    with pytest.raises(ValueError, match="layer 0 of the vision encoder multiplies by"):
+        not_fp8(qformer)
 
 
 def test_the_runner_decodes_in_fp16_what_it_decodes_in_fp32(repository: Path, card: ModelCard, tmp_path: Path) -> None:

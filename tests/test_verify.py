@@ -13,11 +13,11 @@ import onnx
 import pytest
 
 from build_engines.build.run import digests
-from build_engines.verify.__main__ import images_of, main
+from build_engines.verify.__main__ import main
 from build_engines.verify.files import check_engine, check_files, read_configs
 from build_engines.verify.live import Served, check_served, gpu_memory
 from build_engines.verify.report import Report
-from build_engines.verify.serve import containers
+from build_engines.verify.serve import Images, containers
 from service.core import ModelCard
 from service.embedded import EmbeddedTriton, Ports
 
@@ -54,7 +54,7 @@ async def test_the_reference_repository_serves_what_its_graphs_say(
     assert report.measured["answers_agree"] == 1.0
     assert report.measured["encoder_ms"].keys() == {"1", "2", "4", "8"}
     for times in report.measured["encoder_ms"].values():
-        assert 0 < times["computing"] <= times["median"]
+        assert all(value > 0 for value in times.values())
     assert all(value > 0 for value in report.measured["chain"].values())
     report.write(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == report.verdict
@@ -156,10 +156,10 @@ def test_an_engine_is_held_against_the_card(repository: Path, card: ModelCard, t
 
 def test_plans_are_served_by_two_containers(card: ModelCard, tmp_path: Path) -> None:
     ports = (Ports(1, 2, 3), Ports(4, 5, 6))
-    vision, llm = containers(tmp_path, card, ("vision:tag", "llm:tag"), ports)
+    vision, llm = containers(tmp_path, card, Images("vision:tag", "llm:tag", "/repository"), ports)
     for line, image, loads, port in ((vision, "vision:tag", ["see", "attend"], 2), (llm, "llm:tag", ["llm"], 5)):
         assert line[:5] == ["docker", "run", "--rm", "--gpus", "all"]
-        assert f"{tmp_path}:/models:ro" in line
+        assert f"{tmp_path}:/repository:ro" in line
         assert f"127.0.0.1:{port}:8001" in line
         server = line[line.index(image) + 1 :]
         assert server[0] == "tritonserver"
@@ -169,10 +169,10 @@ def test_plans_are_served_by_two_containers(card: ModelCard, tmp_path: Path) -> 
 
 
 def test_a_repository_of_plans_says_what_serves_it(tmp_path: Path) -> None:
-    assert images_of(tmp_path) is None
-    told = {"profile": "tensorrt", "images": {"vision": "a:1", "llm": "b:2"}}
+    assert Images.of(tmp_path) is None
+    told = {"profile": "tensorrt", "images": {"llm": "b:2", "mount": "/m", "vision": "a:1"}}
     (tmp_path / "manifest.json").write_text(json.dumps(told))
-    assert images_of(tmp_path) == ("a:1", "b:2")
+    assert Images.of(tmp_path) == Images(vision="a:1", llm="b:2", mount="/m")
 
 
 def test_gpu_memory_is_read_of_tritons_metrics(tmp_path: Path) -> None:

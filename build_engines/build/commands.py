@@ -5,6 +5,7 @@ A command of a plan names folders by the words below: so it, and its step's key,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,9 +38,10 @@ def resolved(
 
 
 def in_container(image: str, mounts: dict[Path, str], gpus: str = "all") -> list[str]:
-    """`docker run`, as the user who asks, so that the files are theirs."""
+    """`docker run`, as the user who asks, so that the files are theirs; PyTorch wants a name for who runs it."""
     volumes = [word for path, place in mounts.items() for word in ("--volume", f"{path.absolute()}:{place}")]
-    return ["docker", "run", "--rm", "--gpus", gpus, "--ipc", "host", "--ulimit", "memlock=-1", "--env", "HOME=/tmp",
+    return ["docker", "run", "--rm", "--gpus", gpus, "--ipc", "host", "--ulimit", "memlock=-1",
+            "--user", f"{os.getuid()}:{os.getgid()}", "--env", "HOME=/tmp", "--env", "USER=glimpse",
             *volumes, image]  # fmt: skip
 
 

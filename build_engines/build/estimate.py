@@ -8,6 +8,7 @@ from pathlib import Path
 
 from build_engines.build.options import Options, Refused
 from build_engines.build.source import Source
+from build_engines.repository import MOST_INLINE_BYTES
 
 FIXED_BYTES = 1_500_000_000  # PyTorch, transformers and the exporter themselves
 BYTES = {"fp32": 4, "fp16": 2, "fp8": 1}  # of one weight
@@ -25,10 +26,13 @@ class Needs:
 def needs(options: Options, parameters: dict[str, int]) -> Needs:
     """`parameters` by component.
 
-    Memory: the checkpoint in FP32, and while the largest graph is exported two more copies of its weights.
+    Memory: the checkpoint in FP32, and beside it a graph's weights five times where they are inside the ONNX file, as
+    while it is exported, else twice, as while it is run (`python -m benchmarks.real_scale` measures exports).
     Disk: every step keeps what it makes; the repository is made of hard links to it."""
     exported = parameters if options.profile != "tensorrt" else {k: n for k, n in parameters.items() if k != "llm"}
-    memory = FIXED_BYTES + 4 * sum(parameters.values()) + 2 * 4 * max(exported.values())
+    weights = [4 * count for count in exported.values()]
+    graph = max(held * (5 if held <= MOST_INLINE_BYTES else 2) for held in weights)
+    memory = FIXED_BYTES + 4 * sum(parameters.values()) + graph
     disk = 4 * sum(exported.values())
     if options.precision != "fp32":
         disk += 2 * sum(exported.values())

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from build_engines.build.options import Options
+from build_engines.build.options import Options, Refused
 from build_engines.build.plan import Step
 from build_engines.build.run import DONE, digests
 from build_engines.build.source import Source
 
 NAME = "manifest.json"
+TOOL = "tool.json"  # of a step: what its tool said of itself and of the GPU
+KEPT, NOT_FP8 = "kept.json", "not_fp8.json"  # of a step: nodes that keep the precision before it, by name, and why
 FORMAT = 1
 
 
@@ -37,16 +39,17 @@ def manifest(
         "precision": options.precision,
         "batch": {"opt": options.opt_batch, "max": options.vision_batch},
         "llm": vars(options.llm) if options.profile == "tensorrt" else None,
-        "images": {"vision": options.vision_image, "llm": options.llm_image} if options.profile == "tensorrt" else None,
+        "images": {"vision": options.vision_image, "llm": options.llm_image, "mount": options.mount}
+        if options.profile == "tensorrt"
+        else None,
         "versions": {**root["versions"], **_built_with(made)},
         "steps": [
             {"name": step.name, "key": step.key, "outputs": _outputs(made[step.name])}
             for step in steps
             if step.name in made
         ],
-        "kept_in_fp32": {
-            name: _read(folder / "kept.json") for name, folder in made.items() if (folder / "kept.json").exists()
-        },
+        "kept_in_fp32": _of_every(made, KEPT),
+        "not_fp8": _of_every(made, NOT_FP8),
         "parity": _read(made["parity"] / "parity.json"),
         "accuracy": {key: value for key, value in card["metadata"].items() if key.startswith("accuracy")},
         "files": digests(repository),
@@ -54,12 +57,23 @@ def manifest(
 
 
 def _built_with(made: Mapping[str, Path]) -> dict[str, Any]:
-    """What the tools said of themselves: TensorRT's version, the GPU and its architecture."""
-    found: dict[str, Any] = {}
-    for folder in made.values():
-        if (folder / "tool.json").exists():
-            found |= _read(folder / "tool.json")
-    return found
+    """What the tools said of themselves: TensorRT's version, the GPU and its architecture.
+
+    Raises Refused where two steps were made by different ones: one server could not load both."""
+    found: dict[str, tuple[str, str]] = {}  # by what is told: the step that told it first, and what
+    for step, folder in made.items():
+        for what, told in (_read(folder / TOOL) if (folder / TOOL).exists() else {}).items():
+            first, before = found.setdefault(what, (step, told))
+            if before != told:
+                raise Refused(
+                    f"{first} was made with {what} {before}, {step} with {told}: remove both folders from the build's"
+                )
+    return {what: told for what, (_, told) in found.items()}
+
+
+def _of_every(made: Mapping[str, Path], name: str) -> dict[str, Any]:
+    """What the steps told in a file of that name, by step."""
+    return {step: _read(folder / name) for step, folder in made.items() if (folder / name).exists()}
 
 
 def _outputs(folder: Path) -> Any:

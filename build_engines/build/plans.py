@@ -7,12 +7,16 @@ kind of GPU that built it: so it is built in the image that serves, and its timi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from build_engines.build.commands import CACHE, OUT, WORK
 from build_engines.build.options import Options
 
 TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # in NVIDIA's Triton images
+HEADER_BYTES = 28  # of a plan: its tag, the format's number, and from byte 24 on TensorRT's version
+TAG, FORMAT = b"ftrt", bytes(4)
+BANNER = re.compile(r"&&&& RUNNING TensorRT\.trtexec \[TensorRT v(\d+)(\d\d)(\d\d)\] \[b(\d+)\]")
 
 
 def command(options: Options, inputs: Mapping[str, Sequence[int]], onnx: str) -> tuple[str, ...]:
@@ -70,6 +74,27 @@ def polygraphy(
         "--profiling-verbosity",
         "detailed",
     )
+
+
+def load(plan: str) -> tuple[str, ...]:
+    """Loads a plan as a server does, and runs nothing."""
+    return (TRTEXEC, f"--loadEngine={plan}", "--skipInference")
+
+
+def version_of_plan(header: bytes) -> str:
+    """The TensorRT that built a plan, "10.14.1.48", by its first HEADER_BYTES. Raises ValueError for what is no plan.
+
+    Source: `printPlanVersion` of TensorRT's samples/common/sampleEngines.cpp, behind trtexec's --getPlanVersionOnly."""
+    if len(header) < HEADER_BYTES or header[:4] != TAG or header[4:8] != FORMAT:
+        raise ValueError("no TensorRT plan")
+    return ".".join(str(number) for number in header[24:HEADER_BYTES])
+
+
+def version_of_runtime(said: str) -> str:
+    """The TensorRT that `trtexec` itself runs on, likewise, by the first line of what it said. Raises ValueError."""
+    if not (found := BANNER.search(said)):
+        raise ValueError("trtexec did not say its version")
+    return ".".join(str(int(number)) for number in found.groups())
 
 
 def shape(batch: int, dims: Sequence[int], between: str) -> str:

@@ -9,6 +9,8 @@ inputs, whatever stands before it, and two neighbours that are kept exchange FP3
 - pixels before the patch embedding, the texture channels and the luminance entropy: differences of near numbers;
 - all of the allocator: it decides by comparing, and is a thousandth of the work;
 - whatever has a constant beyond FP16's range.
+
+FP8, for the vision encoder alone, is around the matrix products that `not_fp8` does not name.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ GREATEST = 65504.0  # of FP16
 NORMS = {"LayerNormalization", "RMSNormalization", "ReduceMean", "ReduceL2", "ReduceSum", "Pow", "Sqrt", "Reciprocal"}
 ANGLES = {"Cos", "Sin"}
 PRODUCTS = {"Conv", "Gemm", "MatMul"}
+LAYER = ("queries, keys and values", "projection", "up", "down")  # products of a ViT's layer that have weights
 FP16_IO = {  # by graph, the inputs and outputs that Triton's contract has in the checkpoint's float
     "vision_encoder": {"features", "texture"},
     "relevance_allocator": {"features", "texture", "detail_features", "vision_tokens"},
@@ -91,6 +94,28 @@ def kept_nodes(name: str, model: onnx.ModelProto) -> dict[str, str]:
     return kept
 
 
+def not_fp8(model: onnx.ModelProto) -> dict[str, str]:
+    """The vision encoder's matrix products that stay in FP16 in an FP8 build, by name, each with its reason.
+
+    E4M3 keeps four significant bits, so each factor is off by 2.6 % (rms), and what loses most by it is left out, as
+    `python -m benchmarks.precision` measures. Raises ValueError for an encoder whose layers are no ViT's."""
+    kept, constants = kept_nodes("vision_encoder", model), {each.name: each for each in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    found = {node.name: kept[node.name] for node in products if node.name in kept}
+    weighted = [node for node in products if node.op_type != "Conv" and node.input[1] in constants]
+    found |= {node.name: "attention: both factors are computed" for node in products if node.input[1] not in constants}
+    layers = [weighted[start : start + len(LAYER)] for start in range(0, len(weighted), len(LAYER))]
+    for number, layer in enumerate(layers):
+        widths = [tuple(constants[node.input[1]].dims) for node in layer]
+        width, wide = widths[0][0], widths[-1][0]
+        if widths != [(width, 3 * width), (width, width), (width, wide), (wide, width)]:
+            raise ValueError(f"layer {number} of the vision encoder multiplies by {widths}, not by {', '.join(LAYER)}")
+        found[layer[0].name] = "queries, keys and values: softmax raises their errors to its power"
+        if number in (0, len(layers) - 1):
+            found |= {node.name: "the first and the last layer" for node in layer}
+    return found
+
+
 def _before(tensors: Iterable[str], makers: Mapping[str, onnx.NodeProto]) -> set[str]:
     """Names of the nodes that the tensors are computed by, all the way back."""
     found: set[str] = set()
@@ -151,7 +176,7 @@ class _Conversion:
         for value in self.graph.value_info:
             if value.name in self.types:
                 value.type.tensor_type.elem_type = self.types[value.name]
-        _infer_shapes(self.model)
+        self._shape_casts()
 
     def _end_type(self, name: str) -> int:
         return TensorProto.FLOAT16 if name in self.fp16_ends else TensorProto.FLOAT
@@ -209,6 +234,21 @@ class _Conversion:
                         node.input[place] = inner
             self.nodes.append(helper.make_node("Cast", [inner], [value.name], name=f"{inner}_cast", to=wanted))
             self.types[inner], self.types[value.name] = self.types[value.name], wanted
+
+    def _shape_casts(self) -> None:
+        """A copy has the shape of what it copies: inference would forget the names of its dimensions."""
+        known = {value.name: value for value in (*self.graph.input, *self.graph.value_info, *self.graph.output)}
+        for node in self.nodes:
+            if node.op_type != "Cast" or (node.input[0] in known) == (node.output[0] in known):
+                continue
+            shaped, other = node.input[0], node.output[0]
+            if shaped not in known:
+                shaped, other = other, shaped
+            value = onnx.ValueInfoProto()
+            value.CopyFrom(known[shaped])
+            value.name = other
+            value.type.tensor_type.elem_type = self.types[other]
+            self.graph.value_info.append(value)
 
     def _drop_unread_constants(self) -> None:
         read = {tensor for node in self.nodes for tensor in node.input} | {value.name for value in self.graph.output}

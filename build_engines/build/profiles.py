@@ -12,7 +12,17 @@ from dataclasses import replace
 from build_engines.build.options import Options
 from build_engines.build.source import Source
 from build_engines.build.trtllm import longest
-from build_engines.repository import Dimensions, Model, Parameter, Tensor, config, graphs_of, models, tensor_lines
+from build_engines.repository import (
+    LARGE_BYTES,
+    Dimensions,
+    Model,
+    Parameter,
+    Tensor,
+    config,
+    graphs_of,
+    models,
+    tensor_lines,
+)
 
 ENSEMBLES = ("see", "attend", "attend_448")
 MOST_QUEUED = 64  # requests that wait for a plan; more are refused
@@ -22,11 +32,13 @@ UNSET = "${%s}"  # what the backend takes as not set; it wants the parameter all
 
 
 def dimensions(options: Options, source: Source) -> Dimensions:
+    large = {name for name, count in source.parameters.items() if 4 * count > LARGE_BYTES}
     return Dimensions(
         vision_width=source.vision_width,
         hidden_size=source.hidden_size,
         float_type=options.dtype,
         vision_max_batch=options.vision_batch,
+        large=frozenset(large if options.profile == "embedded" else ()),
         closer_view=source.closer_view,
     )
 

@@ -22,20 +22,20 @@ from blake3 import blake3
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from build_engines.build import commands, parity, precision, profiles, samples, trtllm
-from build_engines.build.manifest import NAME, manifest, write
+from build_engines.build import commands, parity, plans, precision, profiles, samples, trtllm
+from build_engines.build.manifest import KEPT, NAME, NOT_FP8, TOOL, manifest, write
 from build_engines.build.options import Options, Refused
 from build_engines.build.plan import Step, folder_of
 from build_engines.build.run import DONE
 from build_engines.build.source import Source
 from build_engines.build.static import static_graphs
-from build_engines.export import MOST_INLINE_BYTES, Graph, card, export_graph, graphs
+from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import Model, runner, weights_file
+from build_engines.repository import MOST_INLINE_BYTES, Model, runner, weights_file
 from service.core import MAX_VISUAL_TOKENS, ModelCard
 from service.prompt import PromptBuilder
 
-MODEL = "model.onnx"
+MODEL, PLAN = "model.onnx", "model.plan"
 VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 PROJECT = Path(__file__).parents[2]
 
@@ -119,22 +119,23 @@ class Maker:
     def make_fp8(self, step: Step, out: Path) -> None:
         name = step.settings["graph"]
         source = self.folder(step.needs[0]) / MODEL
-        model = onnx.load(source, load_external_data=False)
-        kept = precision.kept_nodes(name, model)
-        excluded = [node.name for node in model.graph.node if node.name in kept and node.op_type in precision.PRODUCTS]
+        excluded = precision.not_fp8(onnx.load(source, load_external_data=False))
         python = os.environ.get("GLIMPSE_MODELOPT_PYTHON", str(PROJECT / ".venv-modelopt" / "bin" / "python"))
         if not Path(python).exists():
             raise ToolMissing(
                 f"FP8 needs modelopt in an environment of its own: python3 scripts/set_up_modelopt.py makes {python}"
             )
-        self._run(commands.fp8(python, source, self.folder("samples") / f"{name}.npz", out / MODEL, excluded), out)
-        (out / "tool.json").write_text(json.dumps({"modelopt": _version_there(python, "nvidia-modelopt")}))
+        self._run(
+            commands.fp8(python, source, self.folder("samples") / f"{name}.npz", out / MODEL, list(excluded)), out
+        )
+        write(out / NOT_FP8, excluded)
+        (out / TOOL).write_text(json.dumps({"modelopt": _version_there(python, "nvidia-modelopt")}))
 
     def make_fp16(self, step: Step, out: Path) -> None:
         name = step.settings["graph"]
         converted = precision.to_fp16(name, onnx.load(self.folder(step.needs[0]) / MODEL))
         save(converted.model, out / MODEL, name)
-        write(out / "kept.json", dict(converted.kept))
+        write(out / KEPT, dict(converted.kept))
 
     def make_parity(self, step: Step, out: Path) -> None:
         report = {}
@@ -165,14 +166,16 @@ class Maker:
 
     def make_plan(self, step: Step, out: Path) -> None:
         said = self._tool(step, out)
-        (out / "tool.json").write_text(json.dumps(tensorrt_of(said)))
+        with (out / PLAN).open("rb") as plan:
+            version = plans.version_of_plan(plan.read(plans.HEADER_BYTES))
+        (out / TOOL).write_text(json.dumps({"tensorrt": version} | gpu_of(said)))
 
     def make_llm(self, step: Step, out: Path) -> None:
         self._tool(step, out)
         if step.name == trtllm.LAST:
             engine = json.loads((out / "config.json").read_text())
             trtllm.check_engine(engine, self.options, self.source)
-            (out / "tool.json").write_text(json.dumps({"tensorrt_llm": engine["version"]}))
+            (out / TOOL).write_text(json.dumps({"tensorrt_llm": engine["version"]}))
 
     def _tool(self, step: Step, out: Path) -> str:
         image, here = step.settings["image"], self.options.run_in != "docker"
@@ -217,7 +220,7 @@ class Maker:
         if made is None:
             return
         for path in self.folder(made).iterdir():
-            if path.name not in (DONE, "kept.json", "tool.json"):
+            if path.name not in (DONE, KEPT, TOOL):
                 link(path, version / path.name)
 
 
@@ -241,14 +244,13 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-TENSORRT_VERSION = re.compile(r"TensorRT version: ([\d.]+)")
 GPU_NAME = re.compile(r"Selected Device: (.+)")
 COMPUTE_CAPABILITY = re.compile(r"Compute Capability: ([\d.]+)")
 
 
-def tensorrt_of(said: str) -> dict[str, str]:
-    """What `trtexec` says of itself and of the GPU."""
-    found = {"tensorrt": TENSORRT_VERSION, "gpu": GPU_NAME, "compute_capability": COMPUTE_CAPABILITY}
+def gpu_of(said: str) -> dict[str, str]:
+    """What `trtexec` says of the GPU."""
+    found = {"gpu": GPU_NAME, "compute_capability": COMPUTE_CAPABILITY}
     return {name: match.group(1).strip() for name, pattern in found.items() if (match := pattern.search(said))}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -49,9 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 async def look(given: argparse.Namespace, report: Report) -> None:
-    from build_engines.verify.files import check_files  # noqa: PLC0415  (ONNX and PyTorch: not for --help)
+    from build_engines.verify.files import built_with, check_files  # noqa: PLC0415  (ONNX and PyTorch: not for --help)
     from build_engines.verify.live import Served, check_served  # noqa: PLC0415
-    from build_engines.verify.serve import CannotServe, serving  # noqa: PLC0415
+    from build_engines.verify.serve import CannotServe, Images, check_loads, serving  # noqa: PLC0415
     from service.embedded import Ports, StartFailed  # noqa: PLC0415
 
     card = check_files(given.repository, report)
@@ -66,23 +66,21 @@ async def look(given: argparse.Namespace, report: Report) -> None:
         urls = (given.vision_url, given.llm_url or given.vision_url, given.metrics_url)
         await check_served(given.repository, card, served(*urls), report)
     elif given.serve:
+        images = Images.of(given.repository)
+        if images and shutil.which("docker"):
+            check_loads(given.repository, images, built_with(given.repository)["tensorrt"], report)
+        if report.failed:
+            return
         ports = tuple(Ports(first, first + 1, first + 2) for first in (given.first_port, given.first_port + 3))
         with tempfile.TemporaryDirectory() as folder:
             try:
                 log = Path(folder) / "triton.log"
-                async with serving(given.repository, card, images_of(given.repository), ports, log) as urls:
+                async with serving(given.repository, card, images, ports, log) as urls:
                     await check_served(given.repository, card, served(*urls), report)
             except (CannotServe, StartFailed) as exc:
                 report.not_run("serving", str(exc))
     else:
         report.not_run("serving", "say --serve, or --vision-url of a Triton that serves it")
-
-
-def images_of(repository: Path) -> tuple[str, str] | None:
-    """The vision and the LLM server's images, of a repository of plans; None for one that the bundled Triton serves."""
-    path = repository / "manifest.json"
-    told = json.loads(path.read_text()) if path.exists() else {}
-    return tuple(told["images"].values()) if told.get("profile") == "tensorrt" else None
 
 
 if __name__ == "__main__":

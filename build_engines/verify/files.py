@@ -13,6 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from build_engines.build.manifest import NAME
+from build_engines.build.plans import HEADER_BYTES, version_of_plan
 from build_engines.build.precision import CACHED, FP16_IO
 from build_engines.build.run import digests
 from build_engines.build.tensorrt_rules import MAY_VARY, faults
@@ -54,7 +55,7 @@ def check_files(repository: Path, report: Report) -> ModelCard | None:
                 check_graph(path / "model.onnx", name, config, card)
         elif config.backend == "tensorrt":
             with report.check(f"plan {name}"):
-                check_plan(path / config.default_model_filename)
+                check_plan(path / config.default_model_filename, built_with(repository).get("tensorrt"))
         elif config.backend == "tensorrtllm":
             with report.check("engine llm"):
                 check_engine(path, config, card)
@@ -208,9 +209,20 @@ def _ends(values: Any) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
         yield value.name, (ONNX_TYPES.get(dtype, dtype), tuple(dims[1:]))
 
 
-def check_plan(path: Path) -> None:
-    if not path.is_file() or path.stat().st_size < 1000:
+def built_with(repository: Path) -> dict[str, str]:
+    """Versions by what they are of, as the manifest has them; nothing where there is no manifest."""
+    path = repository / NAME
+    return dict(json.loads(path.read_text())["versions"]) if path.exists() else {}
+
+
+def check_plan(path: Path, tensorrt: str | None) -> None:
+    """A plan, built by the TensorRT that the manifest names: no other version would load it."""
+    if not path.is_file():
         raise Wrong(f"{path.name} is not there")
+    with path.open("rb") as plan:
+        version = version_of_plan(plan.read(HEADER_BYTES))
+    if version != tensorrt:
+        raise Wrong(f"it was built by TensorRT {version}, the manifest says {tensorrt or 'nothing'}")
 
 
 def check_engine(folder: Path, config: Any, card: ModelCard) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from build_engines.build.manifest import NAME
+from build_engines.build.plans import load, version_of_runtime
+from build_engines.verify.files import Wrong
+from build_engines.verify.report import Report
 from service.core import ModelCard
 from service.embedded import EmbeddedTriton, Ports
 from service.triton import TritonClient
@@ -20,30 +27,62 @@ class CannotServe(Exception):
     """What this machine lacks."""
 
 
-def container(image: str, repository: Path, models: Sequence[str], ports: Ports, mount: str = "/models") -> list[str]:
-    """The command line of one Triton of NVIDIA's with the named models, their steps with them. Pure."""
+@dataclass(frozen=True)
+class Images:
+    """What serves a repository of plans: the vision and the LLM server's images, and where both have it."""
+
+    vision: str
+    llm: str
+    mount: str
+
+    @classmethod
+    def of(cls, repository: Path) -> Self | None:
+        """As its manifest says; None for one that the bundled Triton serves."""
+        path = repository / NAME
+        told = json.loads(path.read_text()) if path.exists() else {}
+        return cls(**told["images"]) if told.get("profile") == "tensorrt" else None
+
+
+def in_container(image: str, repository: Path, mount: str, *more: str) -> list[str]:
+    """The command line of a container that has the repository, up to what it runs. Pure."""
+    return ["docker", "run", "--rm", "--gpus", "all", "--ipc", "host", "--ulimit", "memlock=-1", *more,
+            "--volume", f"{repository.absolute()}:{mount}:ro", image]  # fmt: skip
+
+
+def containers(repository: Path, card: ModelCard, images: Images, ports: tuple[Ports, Ports]) -> list[list[str]]:
+    """The vision server and the LLM server, each with the models that are called, their steps with them. Pure."""
+    called = [model for model in card.called if model != "llm"]
+    servers = ((images.vision, called, ports[0]), (images.llm, ["llm"], ports[1]))
     return [
-        "docker", "run", "--rm", "--gpus", "all", "--ipc", "host", "--ulimit", "memlock=-1",
-        "--publish", f"127.0.0.1:{ports.grpc}:8001", "--publish", f"127.0.0.1:{ports.metrics}:8002",
-        "--volume", f"{repository.absolute()}:{mount}:ro", image,
-        "tritonserver", f"--model-repository={mount}", "--disable-auto-complete-config",
-        "--model-control-mode=explicit",
-        *(f"--load-model={model}" for model in models),
+        [
+            *in_container(
+                image, repository, images.mount,
+                "--publish", f"127.0.0.1:{own.grpc}:8001", "--publish", f"127.0.0.1:{own.metrics}:8002",
+            ),
+            "tritonserver", f"--model-repository={images.mount}", "--disable-auto-complete-config",
+            "--model-control-mode=explicit",
+            *(f"--load-model={model}" for model in models),
+        ]
+        for image, models, own in servers
     ]  # fmt: skip
 
 
-def containers(
-    repository: Path, card: ModelCard, images: tuple[str, str], ports: tuple[Ports, Ports]
-) -> list[list[str]]:
-    """The vision server and the LLM server. Pure."""
-    vision, llm = images
-    called = [model for model in card.called if model != "llm"]
-    return [container(vision, repository, called, ports[0]), container(llm, repository, ["llm"], ports[1])]
+def check_loads(repository: Path, images: Images, tensorrt: str, report: Report) -> None:
+    """Every plan loads in the image that serves it, on the TensorRT of the manifest, to the last digit."""
+    for plan in sorted(repository.glob("*/1/model.plan")):
+        place = f"{images.mount}/{plan.relative_to(repository)}"
+        with report.check(f"plan {plan.parts[-3]} loads"):
+            line = [*in_container(images.vision, repository, images.mount), *load(place)]
+            done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            if done.returncode:
+                raise Wrong(" ".join(done.stdout.splitlines()[-3:]))
+            if (running := version_of_runtime(done.stdout)) != tensorrt:
+                raise Wrong(f"{images.vision} has TensorRT {running}, the manifest says {tensorrt}")
 
 
 @asynccontextmanager
 async def serving(
-    repository: Path, card: ModelCard, images: tuple[str, str] | None, ports: tuple[Ports, Ports], log: Path
+    repository: Path, card: ModelCard, images: Images | None, ports: tuple[Ports, Ports], log: Path
 ) -> AsyncIterator[tuple[str, str, str]]:
     """The vision and the LLM server's addresses and the metrics URL: of containers, or of the bundled Triton.
 

@@ -34,6 +34,8 @@ def open_session(graph: Path, intra_op_threads: int = 1, provider: str = "cpu") 
     wanted = PROVIDERS[provider]
     if wanted not in onnxruntime.get_available_providers():
         raise ValueError(f"this ONNX Runtime has no {wanted}: install onnxruntime-gpu in place of onnxruntime")
+    if provider == "cuda":
+        onnxruntime.preload_dlls()  # CUDA's libraries, where they are Python packages
     session = onnxruntime.InferenceSession(str(graph), options, providers=[wanted])
     if session.get_providers()[0] != wanted:
         raise ValueError(f"{wanted} does not start: is there a GPU, and a CUDA that fits ONNX Runtime's?")

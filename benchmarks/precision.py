@@ -3,8 +3,8 @@
     python -m benchmarks.precision --out benchmarks/results/precision.json
 
 Builds the graphs as `glimpse build --profile tensorrt` does, up to its step `parity`, and asks every committed question
-of each precision. Three rows: fp32; fp16; fp8, where matrix products of the vision encoder and the Q-Former are FP8
-E4M3 and everything else is as in fp16, the LLM too, as TensorRT-LLM has no FP8 for OPT.
+of each precision. Three rows: fp32; fp16; fp8, where most matrix products of the vision encoder are FP8 E4M3 and
+everything else is as in fp16, the LLM too, as TensorRT-LLM has no FP8 for OPT.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise
 from build_engines.build import __main__ as build
+from build_engines.build.manifest import KEPT, NOT_FP8
 from build_engines.build.parity import greedy, inner, nearness, outputs, residuals, session
 from service.core import Budget, ModelCard
 from service.images import ImageLimits, decode
@@ -129,10 +130,10 @@ def layers(graphs: Mapping[str, Graphs], name: str, feeds: Mapping[str, Array]) 
     return found
 
 
-def kept(graph: Path) -> dict[str, int]:
-    """How many nodes stay in FP32, by reason."""
-    told = json.loads((graph.parent / "kept.json").read_text())
-    return {reason: list(told.values()).count(reason) for reason in sorted(set(told.values()))}
+def by_reason(told: Path) -> dict[str, int]:
+    """How many nodes keep the precision before it, of a step's file that says why each does."""
+    reasons = list(json.loads(told.read_text()).values()) if told.exists() else []
+    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
 
 
 def quantised(graph: Path) -> dict[str, int]:
@@ -171,9 +172,12 @@ def table(
             files = graphs[precision].files
             found[precision] |= {
                 "vision_encoder_layers": by_layer[precision],
-                "kept_in_fp32": {name: kept(files[name]) for name in files},
-                "matrix_products": {name: quantised(files[name]) for name in ("vision_encoder", "qformer")},
+                "kept_in_fp32": {name: by_reason(files[name].parent / KEPT) for name in files},
+                "matrix_products": quantised(files["vision_encoder"]),
             }
+    found["fp8"]["not_fp8"] = by_reason(
+        graphs["fp8"].files["vision_encoder"].parents[1] / "fp8-vision_encoder" / NOT_FP8
+    )
     return found
 
 

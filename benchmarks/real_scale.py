@@ -136,7 +136,11 @@ def largest_node(model: Any) -> int:
         ]
         width = {TensorProto.FLOAT: 2, TensorProto.INT64: 8, TensorProto.INT32: 4}.get(tensor.elem_type, 1)
         sizes[value.name] = width * math.prod(dims)
-    return max(sum(sizes.get(name, 0) for name in {*node.input, *node.output}) for node in graph.node)
+    fixed = {constant.name for constant in graph.initializer}
+    for node in graph.node:  # weights that are turned around are no activations
+        if fixed.issuperset(node.input):
+            fixed.update(node.output)
+    return max(sum(sizes.get(name, 0) for name in {*node.input, *node.output} - fixed) for node in graph.node)
 
 
 def main() -> None:

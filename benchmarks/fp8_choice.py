@@ -1,0 +1,96 @@
+"""Which matrix products FP8 may have: what each choice costs in answers, after `python -m benchmarks.precision`.
+
+    python -m benchmarks.fp8_choice --out benchmarks/results/fp8_choice.json                     # every choice, in turn
+    python -m benchmarks.fp8_choice --out benchmarks/results/fp8_choice.json --only everything   # one of them
+
+Quantises the graphs that the benchmark of precisions has exported, with its samples, and asks every committed question.
+The last choice is the one that `glimpse build --precision fp8` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from benchmarks.evaluate import SCENES, Outcome, rows
+from benchmarks.precision import ROOT, Graphs, answers, built, quantised
+from build_engines.build import commands
+from build_engines.build.parity import nearness, outputs
+from build_engines.build.precision import not_fp8, to_fp16
+from build_engines.build.samples import PARITY
+from service.core import ModelCard
+from service.prompt import PromptBuilder
+
+ATTENTION, ENDS, QUERIES = "attention", "the first and the last layer", "queries, keys and values"  # of `not_fp8`
+CHOICES: dict[
+    str, tuple[tuple[str, ...], bool]
+] = {  # what of the encoder is spared, and whether the Q-Former is FP8 too
+    "everything, the Q-Former too": ((), True),
+    "everything": ((), False),
+    "without attention's own products": ((ATTENTION,), False),
+    "and without the first and the last layer": ((ATTENTION, ENDS), False),
+    "and without queries, keys and values": ((ATTENTION, ENDS, QUERIES), False),
+}
+
+
+def quantise(build: Path, name: str, excluded: Sequence[str], folder: Path) -> Path:
+    """One exported graph by modelopt, the rest in FP16, as the steps `fp8` and `fp16` make it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    exported, feeds = build / f"export-{name}" / "model.onnx", build / "samples" / f"{name}.npz"
+    python = ROOT / ".venv-modelopt" / "bin" / "python"
+    line = commands.fp8(str(python), exported, feeds, folder / "fp8.onnx", excluded)
+    subprocess.run(line, check=True, capture_output=True)
+    path = folder / f"{name}.onnx"
+    onnx.save(to_fp16(name, onnx.load(folder / "fp8.onnx")).model, path)
+    return path
+
+
+def measured(graphs: Graphs, fp32: Graphs, build: Path, card: ModelCard, prompts: PromptBuilder) -> dict[str, Any]:
+    """Agreement with FP32's answers, accuracy, and the encoder's cosines on the samples of parity."""
+    asked = rows(SCENES)
+    ours, theirs = (answers(each, card, prompts, asked, SCENES) for each in (graphs, fp32))
+    feeds = {"image": np.load(build / "samples" / "vision_encoder.npz")["image"][:PARITY]}
+    seen, expected = (outputs(each.files["vision_encoder"], feeds) for each in (graphs, fp32))
+    near = {name: nearness(seen[name], expected[name]) for name in ("features", "saliency")}
+    right = sum(Outcome(row, text, 0).right for row, text in zip(asked, ours, strict=True))
+    return {
+        "agreement": round(sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(asked), 5),
+        "accuracy": round(right / len(asked), 5),
+        "cosine": {name: each.as_json()["cosine"] for name, each in near.items()},
+        "matrix_products": quantised(graphs.files["vision_encoder"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "reference")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "precision")
+    parser.add_argument("--only", choices=list(CHOICES), nargs="+", default=list(CHOICES))
+    parser.add_argument("--out", type=Path, required=True, help="JSON; what it has of other choices stays")
+    given = parser.parse_args()
+    made, build = built(given.checkpoint, given.work), Path(f"{given.work / 'tensorrt'}.build")
+    card = ModelCard.from_json((build / "card" / "card.json").read_text())
+    prompts = PromptBuilder.load(card, build / "card")
+    reasons = not_fp8(onnx.load(build / "export-vision_encoder" / "model.onnx"))
+    found = json.loads(given.out.read_text()) if given.out.exists() else {}
+    for name in given.only:
+        spared, with_qformer = CHOICES[name]
+        folder = given.work / "choices" / str(list(CHOICES).index(name))
+        excluded = [node for node, why in reasons.items() if why.startswith(spared)]
+        files = {"vision_encoder": quantise(build, "vision_encoder", excluded, folder)}
+        if with_qformer:
+            files["qformer"] = quantise(build, "qformer", (), folder)
+        found[name] = measured(Graphs({**made["fp16"].files, **files}), made["fp32"], build, card, prompts)
+        print(name, json.dumps(found[name]), flush=True)
+        given.out.write_text(json.dumps({key: found[key] for key in CHOICES if key in found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ import onnxruntime
 from service.core import ModelCard
 from triton_models.session import open_session
 
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 2, 4, 8, 16)  # 16 clients bring no more
 MOST_IMAGES = 8  # in one run of the encoder
 MEASURED_S, LEAST_RUNS = 1.0, 3
 VISION_TOKENS, VISUAL_TOKENS, TEXT_TOKENS = 101, 32, 14  # of a request of the benchmark

@@ -1,8 +1,8 @@
 """`litserve`: LitServe with batching on the same checkpoint.
 
-    python -m benchmarks.bench.litserve_server CHECKPOINT PORT [THREADS] [MAX_BATCH]
+    python -m benchmarks.bench.litserve_server CHECKPOINT PORT
 
-One worker, PyTorch on THREADS threads (default 2), batches of up to MAX_BATCH (default 16) that wait 10 ms to fill.
+One worker, PyTorch with its own number of threads, one a core; batches of up to MAX_BATCH that wait 10 ms to fill.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ import sys
 from typing import Any
 
 import litserve
-import torch
 
 from benchmarks.bench.torch_model import TorchModel
 
+MAX_BATCH = 16
 BATCH_TIMEOUT_S = 0.01
 
 
 class Vqa(litserve.LitAPI):
     """A batch is answered as a whole; its longest answer sets the time of all."""
 
-    def __init__(self, checkpoint: str, threads: int, max_batch: int) -> None:
-        super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_TIMEOUT_S)
-        self._checkpoint, self._threads = checkpoint, threads
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(max_batch_size=MAX_BATCH, batch_timeout=BATCH_TIMEOUT_S)
+        self._checkpoint = checkpoint
 
     def setup(self, device: str) -> None:  # noqa: ARG002  (LitServe passes it by name)
-        torch.set_num_threads(self._threads)
         self._model = TorchModel.load(self._checkpoint)
 
     def decode_request(self, request):
@@ -48,10 +47,8 @@ class Vqa(litserve.LitAPI):
 
 
 def main() -> None:
-    checkpoint, port, *rest = sys.argv[1:]
-    threads, max_batch = (int(rest[i]) if i < len(rest) else default for i, default in enumerate((2, 16)))
-    api = Vqa(checkpoint, threads, max_batch)
-    server = litserve.LitServer(api, accelerator="cpu", timeout=300, restart_workers=False)
+    checkpoint, port = sys.argv[1:]
+    server = litserve.LitServer(Vqa(checkpoint), accelerator="cpu", timeout=300, restart_workers=False)
     server.run(host="127.0.0.1", port=int(port), log_level="warning", generate_client_file=False)
 
 

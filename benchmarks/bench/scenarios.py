@@ -121,7 +121,7 @@ def versus_base(seconds: float, rounds: int) -> dict[str, Any]:
     many = Arrivals(clients=CLIENTS)
     mixed, cold = Case(Workload("mixed"), many, seconds), Case(Workload("cold"), many, seconds)
     follow_up = Case(Workload("follow_up"), many, seconds, only=("glimpse",))
-    repeat = Case(Workload("repeat"), many, seconds, only=("triton", "glimpse"), warm_repeats=64)
+    repeat = Case(Workload("repeat"), many, seconds, only=("triton", "glimpse"), warm_repeats=32)
     alone = [Case(Workload(shape), Arrivals(clients=1), seconds / 2, only=("glimpse",)) for shape in ("cold", "repeat")]
     systems = ("naive", "litserve", "triton", "glimpse")
     report = compare(Comparison("base", systems, (mixed, cold, repeat, follow_up, *alone), rounds))

@@ -52,8 +52,10 @@ class Running:
 
 
 SYSTEMS: Mapping[str, System] = {
-    "naive": System("naive", "FastAPI thread pool, transformers generate, one request at a time on 2 PyTorch threads"),
-    "litserve": System("litserve", "one worker, batches of up to 16 that wait 10 ms, 2 PyTorch threads"),
+    "naive": System(
+        "naive", "FastAPI's thread pool, transformers generate, PyTorch's threads: one a core for each request"
+    ),
+    "litserve": System("litserve", "one worker, batches of up to 16 that wait 10 ms, PyTorch's threads: one a core"),
     "triton": System("triton", "the vqa ensemble over gRPC, same repository as glimpse, no gateway, no cache"),
     "glimpse": System("glimpse", "as configured"),
     "glimpse-no-cache": System("glimpse", "features are never kept", {"FEATURE_CACHE_BYTES": "0"}),

@@ -79,8 +79,8 @@ def test_the_report_is_json_and_a_picture(tmp_path):
         for system in ("naive", "glimpse")
     ]
     promise = Verdict("requests/s", 1.0, 3.0, at_least=True).to_json()
-    report = {"title": "made up", "runs": runs, "table": table(runs), "verdict": [promise],
-              "engine": {"requests_per_s": {"cold": 5.0}}}  # fmt: skip
+    report = {"title": "made up", "machine": {"cpus": 2, "cpu": "abacus"}, "verdict": [promise],
+              "runs": runs, "table": table(runs), "engine": {"requests_per_s": {"cold": 5.0}}}  # fmt: skip
     write(tmp_path / "report", report)
     assert json.loads((tmp_path / "report.json").read_text())["table"][0]["rounds"] == 2
     with Image.open(tmp_path / "report.png") as picture:

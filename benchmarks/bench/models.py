@@ -31,14 +31,24 @@ class Model:
     """One checkpoint and the repository that was exported from it."""
 
     name: str
+    title: str  # for reports
     checkpoint: Path
     repository: Path
     max_tokens: int  # of an answer
     slo_s: float  # within which an answer counts as good
 
 
-REFERENCE = Model("reference", PROJECT / "reference", PROJECT / "model_repository", 8, 1.0)
-BASE = Model("base", BUILD / "base" / "checkpoint", BUILD / "base" / "repository", 16, 5.0)
+REFERENCE = Model(
+    "reference", "The reference model (4 M parameters)", PROJECT / "reference", PROJECT / "model_repository", 8, 1.0
+)
+BASE = Model(
+    "base",
+    "ViT-B/14, Q-Former, OPT-125M, 16 tokens an answer",
+    BUILD / "base" / "checkpoint",
+    BUILD / "base" / "repository",
+    16,
+    5.0,
+)
 MADE_BY = BASE.repository.parent / "made_by"
 MODELS = {model.name: model for model in (REFERENCE, BASE)}
 

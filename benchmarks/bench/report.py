@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#9aa5b1", "#c28f5c", "#7a8fc9", "#1b998b", "#e0567a", "#8e6bbf", "#5b5b5b", "#d1b13c")
+COLOURS = {"naive": "#9aa5b1", "litserve": "#c28f5c", "triton": "#7a8fc9", "glimpse": "#1b998b",
+           "glimpse-no-cache": "#e0567a", "glimpse-no-scheduler": "#8e6bbf", "glimpse-no-fidelity": "#5b5b5b",
+           "glimpse-no-reuse": "#d1b13c"}  # fmt: skip
 LATENCIES = ("first_token_ms", "inter_token_ms", "end_to_end_ms")
 
 
@@ -59,7 +61,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def draw(path: Path, report: Mapping[str, Any]) -> None:
-    """Throughput, latency and CPU of each system under each workload; a dot is one round, a bar their median."""
+    """Throughput, latency and CPU of each system under each workload: the rounds' median, and their range."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
@@ -69,11 +71,13 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
     workloads = list(dict.fromkeys(run["workload"] for run in runs))
     systems = list(dict.fromkeys(run["system"] for run in runs))
     panels = [
-        ("requests/s", lambda figures: figures["requests_per_s"]),
-        ("first token, p50, ms", lambda figures: (figures["first_token_ms"] or {}).get("p50")),
-        ("end to end, p95, ms", lambda figures: (figures["end_to_end_ms"] or {}).get("p95")),
-        ("CPU a request, ms", lambda figures: figures["cpu_ms_a_request"]["all"]),
+        ("answers a second\n(more is better)", lambda figures: figures["requests_per_s"]),
+        ("first token, median, ms\n(less is better)", lambda figures: (figures["first_token_ms"] or {}).get("p50")),
+        ("whole answer, p95, ms\n(less is better)", lambda figures: (figures["end_to_end_ms"] or {}).get("p95")),
+        ("CPU time an answer, ms\n(less is better)", lambda figures: figures["cpu_ms_a_request"]["all"]),
     ]
+    if any(len(run["figures"]["outcomes"]) > 1 for run in runs):  # who was refused has no part in the others
+        panels.insert(1, ("answers in time a second\n(more is better)", lambda figures: figures["goodput_per_s"]))
     width = max(7.0, 1.2 * len(workloads) * max(1.5, 0.45 * len(systems)))
     figure, axes = plt.subplots(len(panels), 1, figsize=(width, 2.3 * len(panels) + 0.8), layout="constrained")
     bar = 0.8 / len(systems)
@@ -90,24 +94,43 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
                 at = place + (number - (len(systems) - 1) / 2) * bar
                 height = statistics.median(found)
                 top = max(top, *found)
-                axis.bar(at, height, bar * 0.92, color=COLOURS[number % len(COLOURS)])
-                axis.plot([at] * len(found), found, ".", color="#222222", markersize=3)
-                axis.annotate(f"{height:.3g}", (at, max(found)), ha="center", va="bottom", fontsize=6.5)
+                axis.bar(at, height, bar * 0.92, color=COLOURS[system])
+                if len(found) > 1:
+                    span = [[height - min(found)], [max(found) - height]]
+                    axis.errorbar(at, height, yerr=span, color="#222222", linewidth=1, capsize=2)
+                said = f"{height:,.0f}" if height >= 100 else f"{height:.3g}"
+                axis.annotate(said, (at, max(found)), ha="center", va="bottom", fontsize=7)
         for place, workload in enumerate(workloads):
-            if (most := limit_of(report, workload)) is not None and title == "requests/s":
+            if (most := limit_of(report, workload)) is not None and title.startswith("answers a"):
                 axis.hlines(most, place - 0.45, place + 0.45, colors="#222222", linestyles="dashed", linewidth=1)
-                axis.annotate("engine limit", (place + 0.45, most), ha="right", va="bottom", fontsize=6.5)
+                axis.annotate("bare engines", (place - 0.45, most), ha="left", va="bottom", fontsize=7)
                 top = max(top, most)
         axis.set_ylim(0, top * 1.18 or 1)
-        axis.set_xticks(range(len(workloads)), workloads, fontsize=8)
+        axis.set_xticks(range(len(workloads)), [spoken(workload) for workload in workloads], fontsize=8)
         axis.set_ylabel(title, fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[n % len(COLOURS)]) for n in range(len(systems))]
-    figure.legend(handles, systems, loc="outside upper center", ncols=len(systems), fontsize=8, frameon=False)
-    figure.suptitle(report["title"], fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[system]) for system in systems]
+    figure.legend(handles, systems, loc="outside lower center", ncols=len(systems), fontsize=9, frameon=False)
+    rounds = max(run["round"] for run in runs)
+    spread = f"bars: median of {rounds} rounds in turn, whiskers: their range" if rounds > 1 else "one round"
+    figure.suptitle(f"{report['title']}\n{report['machine']['cpus']} cores of {report['machine']['cpu']}; {spread}",
+                    fontsize=9)  # fmt: skip
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def spoken(workload: str) -> str:
+    """A workload's label in words, on two lines."""
+    shape, _, arrivals = workload.partition(", ")
+    words = {
+        "mixed_50_50": "half new images,\nhalf follow-ups",
+        "mixed_75_25": "4 new images to\n12 follow-ups",
+        "cold": "new images",
+        "follow_up": "follow-ups",
+        "repeat": "images that come again",
+    }
+    return f"{words.get(shape, shape)}\n{arrivals}"
 
 
 def limit_of(report: Mapping[str, Any], workload: str) -> float | None:

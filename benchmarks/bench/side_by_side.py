@@ -71,7 +71,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
             failed[system] = str(error)
             say(f"{system} failed: {error}")
     return {
-        "title": f"{comparison.model}: {comparison.rounds} rounds in turn, {machine()['cpus']} cores",
+        "title": model.title,
         "model": comparison.model,
         "machine": machine(),
         "systems": {name: {"how": SYSTEMS[name].how, "settings": dict(SYSTEMS[name].settings)} for name in

@@ -32,6 +32,7 @@ from benchmarks.bench.workloads import KNOWN, Ask, Workload, asks, bursts, poiss
 from service.errors import GlimpseError
 from service.triton import TritonClient
 
+EXPIRED = "expired"  # not refused at the door: it waited for its turn, and was dropped when that came too late
 WARM_PAUSES_S = (1.0, 3.0, 10.0)  # after a warm-up request that failed; the last one gives up
 
 
@@ -193,7 +194,8 @@ class GlimpseAsker:
     def _end_of(response: Response) -> dict[str, Any]:
         """The last event, which has all but the text. Raises AskFailed."""
         if response.status != 200:
-            raise AskFailed(json.loads(response.body)["error"]["code"])
+            error = json.loads(response.body)["error"]
+            raise AskFailed(EXPIRED if "did not come" in error["message"] else error["code"])
         events = [line[6:] for line in response.body.split(b"\n") if line.startswith(b"data: {")]
         end: dict[str, Any] = json.loads(events[-1])
         if "error" in end:

@@ -37,6 +37,7 @@ OVERLOAD_S = 60.0
 SLICE_S = 30.0  # of one workload in the soak
 EARLY = 0.25  # of the soak: until then memory may grow
 SETTLE_S = 15.0
+CACHES = ("FEATURE_CACHE_BYTES", "VISUAL_CACHE_BYTES", "IMAGE_STORE_BYTES")
 THREADS_OF_A_POOL = 8  # that may start later
 HELD = r"^(glimpse_(?:admitted_cost|requests_waiting|requests_running|resource_used|requests_in_flight)\S*) (\S+)$"
 Figures = dict[str, Any]
@@ -261,12 +262,15 @@ def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
-    """Every workload in turn, again and again, a fifth of the clients hanging up; then nothing may be left."""
+    """Every workload in turn, again and again, a fifth of the clients hanging up; then nothing may be left.
+
+    The caches are small, so that they are full within the first minutes: what grows later is a leak."""
     measured_model = ready(model)
     shapes = ("mixed", "cold", "repeat", "follow_up")
     slices = max(len(shapes), round(seconds / SLICE_S))
     runs, marks = [], []
-    with running(SYSTEMS["glimpse"], measured_model, BUILD / "logs" / f"soak_{model}") as up:
+    small = replace(SYSTEMS["glimpse"], settings=dict.fromkeys(CACHES, str(32 << 20)))
+    with running(small, measured_model, BUILD / "logs" / f"soak_{model}") as up:
         for number in range(slices):
             workload = Workload(shapes[number % len(shapes)], cancels=0.2, cancel_within_s=measured_model.slo_s / 2)
             case = Case(workload, Arrivals(clients=CLIENTS), seconds / slices)

@@ -129,6 +129,7 @@ def spoken(workload: str) -> str:
         "cold": "new images",
         "follow_up": "follow-ups",
         "repeat": "images that come again",
+        "same": "one image, again and again",
     }
     return f"{words.get(shape, shape)}\n{arrivals}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -151,7 +152,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
-        "command": f"glimpse bench {' '.join(sys.argv[1:])}".strip(),
+        "command": re.sub(r" --out \S+", "", " ".join(["glimpse bench", *sys.argv[1:]])),
     }
 
 

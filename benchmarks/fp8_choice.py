@@ -52,19 +52,18 @@ def quantise(build: Path, name: str, excluded: Sequence[str], folder: Path) -> P
     return path
 
 
-def measured(graphs: Graphs, fp32: Graphs, build: Path, card: ModelCard, prompts: PromptBuilder) -> dict[str, Any]:
+def measured(ours: Graphs, fp32: Graphs, said: Sequence[str], expected: Sequence[str], build: Path) -> dict[str, Any]:
     """Agreement with FP32's answers, accuracy, and the encoder's cosines on the samples of parity."""
     asked = rows(SCENES)
-    ours, theirs = (answers(each, card, prompts, asked, SCENES) for each in (graphs, fp32))
     feeds = {"image": np.load(build / "samples" / "vision_encoder.npz")["image"][:PARITY]}
-    seen, expected = (outputs(each.files["vision_encoder"], feeds) for each in (graphs, fp32))
-    near = {name: nearness(seen[name], expected[name]) for name in ("features", "saliency")}
-    right = sum(Outcome(row, text, 0).right for row, text in zip(asked, ours, strict=True))
+    seen, wanted = (outputs(each.files["vision_encoder"], feeds) for each in (ours, fp32))
+    near = {name: nearness(seen[name], wanted[name]) for name in ("features", "saliency")}
+    right = sum(Outcome(row, text, 0).right for row, text in zip(asked, said, strict=True))
     return {
-        "agreement": round(sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(asked), 5),
+        "agreement": round(sum(a == b for a, b in zip(said, expected, strict=True)) / len(asked), 5),
         "accuracy": round(right / len(asked), 5),
         "cosine": {name: each.as_json()["cosine"] for name, each in near.items()},
-        "matrix_products": quantised(graphs.files["vision_encoder"]),
+        "matrix_products": quantised(ours.files["vision_encoder"]),
     }
 
 
@@ -79,6 +78,7 @@ def main() -> None:
     card = ModelCard.from_json((build / "card" / "card.json").read_text())
     prompts = PromptBuilder.load(card, build / "card")
     reasons = not_fp8(onnx.load(build / "export-vision_encoder" / "model.onnx"))
+    expected = answers(made["fp32"], card, prompts, rows(SCENES), SCENES)
     found = json.loads(given.out.read_text()) if given.out.exists() else {}
     for name in given.only:
         spared, with_qformer = CHOICES[name]
@@ -87,7 +87,9 @@ def main() -> None:
         files = {"vision_encoder": quantise(build, "vision_encoder", excluded, folder)}
         if with_qformer:
             files["qformer"] = quantise(build, "qformer", (), folder)
-        found[name] = measured(Graphs({**made["fp16"].files, **files}), made["fp32"], build, card, prompts)
+        graphs = Graphs({**made["fp16"].files, **files})
+        said = answers(graphs, card, prompts, rows(SCENES), SCENES)
+        found[name] = measured(graphs, made["fp32"], said, expected, build)
         print(name, json.dumps(found[name]), flush=True)
         given.out.write_text(json.dumps({key: found[key] for key in CHOICES if key in found}, indent=2) + "\n")
 

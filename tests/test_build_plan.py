@@ -341,3 +341,11 @@ def test_a_command_names_the_same_folders_here_and_in_a_container() -> None:
     )
     assert here[:3] == ["polygraphy", "convert", "/engines/blip.build/fp16-qformer/model.onnx"]
     assert not any("{" in word for word in [*there, *here])
+
+
+def test_a_container_reaches_what_a_checkpoint_of_the_hubs_cache_links_to() -> None:
+    kept = Path("/cache/models--Salesforce--blip2-opt-2.7b")
+    convert = next(trtllm.commands(options(), source())).command
+    line = commands.resolved(convert, options(), kept / "snapshots" / "59a1", Path("/engines/blip.build/a"), "image")
+    assert f"{kept}:/checkpoint:ro" in line
+    assert line[line.index("--model_dir") + 1] == "/checkpoint/snapshots/59a1"

@@ -32,9 +32,18 @@ def resolved(
             CACHE: f"{work}/{cache}",
         }
         return [_placed(word, places) for word in command]
-    places = {WORK: "/work", OUT: f"/work/{out.name}", CHECKPOINT: "/checkpoint", CACHE: f"/work/{cache}"}
-    return [*in_container(image, {options.work: "/work", checkpoint: "/checkpoint:ro"}, gpus),
+    whole, below = _with_what_it_links_to(checkpoint)
+    places = {WORK: "/work", OUT: f"/work/{out.name}", CHECKPOINT: f"/checkpoint{below}", CACHE: f"/work/{cache}"}
+    return [*in_container(image, {options.work: "/work", whole: "/checkpoint:ro"}, gpus),
             *(_placed(word, places) for word in command)]  # fmt: skip
+
+
+def _with_what_it_links_to(checkpoint: Path) -> tuple[Path, str]:
+    """What a container needs of a checkpoint, and where below that it lies: in the hub's cache a checkpoint is a folder
+    of links, `snapshots/<commit>`, into the folder `blobs` beside `snapshots`."""
+    if checkpoint.parent.name != "snapshots":
+        return checkpoint, ""
+    return checkpoint.parents[1], f"/snapshots/{checkpoint.name}"
 
 
 def in_container(image: str, mounts: dict[Path, str], gpus: str = "all") -> list[str]:

@@ -18,7 +18,9 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
     """`path`.json, and a picture of the same name beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    if report.get("runs"):
+    if report.get("marks"):
+        draw_soak(path.with_suffix(".png"), report)
+    elif report.get("runs"):
         draw(path.with_suffix(".png"), report)
 
 
@@ -116,6 +118,37 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
     spread = f"bars: median of {rounds} rounds in turn, whiskers: their range" if rounds > 1 else "one round"
     figure.suptitle(f"{report['title']}\n{report['machine']['cpus']} cores of {report['machine']['cpu']}; {spread}",
                     fontsize=9)  # fmt: skip
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_soak(path: Path, report: Mapping[str, Any]) -> None:
+    """What every process holds, and how many answers there were, slice by slice."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    marks, runs = report["marks"], report["runs"]
+    minutes = [(number + 1) * report["slice_s"] / 60 for number in range(len(marks))]
+    figure, (memory, answers) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
+    for role in sorted(marks[-1]["memory_mb"], key=marks[-1]["memory_mb"].get, reverse=True):
+        held = [mark["memory_mb"].get(role) for mark in marks]
+        memory.plot(minutes, held, label=f"{role}, {held[-1]:.0f} MB at the end")
+    memory.set_ylabel("memory of a process, MB")
+    memory.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
+    for workload in dict.fromkeys(run["workload"] for run in runs):
+        own = [(at, run["figures"]) for at, run in zip(minutes, runs, strict=True) if run["workload"] == workload]
+        answers.plot([at for at, _ in own], [figures["requests_per_s"] for _, figures in own], "o-", markersize=3,
+                     label=spoken(workload).replace("\n", " "))  # fmt: skip
+    answers.set_ylabel("answers a second")
+    answers.set_xlabel("minutes")
+    answers.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
+    for axis in (memory, answers):
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{report['title']}; a fifth of the clients hang up", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -296,8 +296,8 @@ def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     promises.append(Verdict("more shared-memory regions at the end", regions, 0, False))
     held = sum(marks[-1]["held"].values())
     promises.append(Verdict("reservations left", held, 0, False, f"{marks[-1]['held']}"))
-    found = report(f"{model}: soak of {seconds / 60:.0f} minutes", model, promises)
-    return found | {"table": table(runs), "runs": runs, "marks": marks}
+    found = report(f"{measured_model.title}: {seconds / 60:.0f} minutes of every workload in turn", model, promises)
+    return found | {"table": table(runs), "runs": runs, "marks": marks, "slice_s": seconds / slices}
 
 
 @dataclass(frozen=True, slots=True)

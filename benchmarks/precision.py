@@ -210,7 +210,7 @@ def main() -> None:
     }
     told = {
         "model": card.name,
-        "fingerprint": card.fingerprint,
+        "fp8_fingerprint": card.fingerprint,
         "bars": verdicts(found),
         "precision": found,
         "graphs": parity,

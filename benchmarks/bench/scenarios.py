@@ -263,7 +263,7 @@ def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
             (closed, bearable, strained)}  # fmt: skip
     kept = good[strained.label] / max(good.values())
     promises.verdicts.append(Verdict("goodput at 3x overload / its best", kept, 0.9, True, f"{good}"))
-    slowest = max(run["figures"]["refusal_ms"]["p99"] for run in found["runs"] if run["figures"]["refusal_ms"])
+    slowest = max(float(run["figures"]["refusal_ms"]["p99"]) for run in found["runs"] if run["figures"]["refusal_ms"])
     promises.verdicts.append(Verdict("slowest refusals (p99), ms", slowest, 50, False))
     grown = max(run["figures"]["memory_growth"] for run in found["runs"] if run["system"] == "glimpse")
     promises.verdicts.append(Verdict("memory's growth from the first quarter to the last", grown, 0.05, False))

@@ -21,7 +21,6 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent.parent
 BUILD = PROJECT / "build" / "bench"
 VOCABULARY = 50_272  # OPT's
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<image>")  # OPT's ids 0..3, then BLIP-2's image placeholder
 MERGES = 2_000  # of the tokenizer; the rest of the vocabulary is never read, only said
 SEED = 7
 
@@ -142,6 +141,8 @@ def tokenizer() -> object:
     """Byte-level BPE that reads a question in about as many tokens as OPT's, and can say all of its ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    from build_engines.train.tokens import SPECIALS  # noqa: PLC0415
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

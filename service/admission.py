@@ -21,6 +21,7 @@ from service.ledger import Cost, Ledger, Refusal
 from service.metrics import Metrics
 from service.scheduler import Claim, Kind, Resource, Scheduler
 from service.settings import Settings
+from service.window import Window
 
 log = structlog.get_logger()
 
@@ -38,7 +39,8 @@ class Admission:
         self.row_tokens = llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
         self.ledger = ledger = Ledger(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
-        self.scheduler = scheduler = Scheduler(vision_slots, llm_tokens)
+        self.window = window = Window(vision_slots + engines.llm_rows)
+        self.scheduler = scheduler = Scheduler(vision_slots, llm_tokens, window=window)
         target_s = settings.fidelity_target_s if settings.elastic_fidelity else math.inf
         self.controller = Fidelity(target_s, time.monotonic())
         self._metrics = metrics
@@ -50,6 +52,7 @@ class Admission:
             metrics.resource_used.labels(resource).set_function(partial(scheduler.used, resource))
         for unit in Cost._fields:
             metrics.admitted_cost.labels(unit).set_function(partial(ledger.holds, unit))
+        metrics.request_window.set_function(lambda: window.width)
         metrics.fidelity_level.set_function(lambda: LEVELS.index(self.fidelity))
 
     @property
@@ -131,6 +134,7 @@ class Place:
         self._admission = admission
         self._cost = Cost()
         self._claims: list[Claim] = []
+        self._deadline = math.inf
 
     def require_room(self, cost: Cost) -> None:
         """Takes nothing. Raises Overloaded where the cost could not be reserved now."""
@@ -146,6 +150,7 @@ class Place:
 
     async def enter(self, claim: Claim) -> None:
         """Waits for the claim's turn and holds it until it is given back or the place is left. Raises Overloaded."""
+        claim.request, self._deadline = self, claim.deadline
         self._claims.append(claim)
         await self._admission.turn(claim)
 
@@ -156,6 +161,8 @@ class Place:
 
     def leave(self, *, finished: bool) -> None:
         """`finished` is false where the request did not come to its answer."""
+        now = time.monotonic()
+        self._admission.window.leave(self, now, answered=finished, missed=now >= self._deadline)
         for claim in self._claims:
             self._admission.release(claim, finished=finished)
         self._admission.ledger.give_back(self._cost, self.tenant, time.monotonic())

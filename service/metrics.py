@@ -57,6 +57,10 @@ class Metrics:
             "resource_used", "Held of what may run at once: images in the vision stage, tokens of the LLM.", "resource"
         )
         self.admitted_cost = self._gauge("admitted_cost", "Reserved by all requests that are in, by unit.", "unit")
+        self.request_window = self._gauge(
+            "request_window",
+            "Worked on at once, at most: less than there is room for where deadlines are missed.",
+        )
         self.fidelity_level = self._gauge("fidelity_level", "0: as closely as asked; up to 4, the least closely.")
         self.fidelity_changes = self._counter("fidelity_changes", "Changes of the level of fidelity.")
         self.reduced_answers = self._counter("reduced_answers", "Answers that looked less closely than was asked.")

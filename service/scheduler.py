@@ -16,7 +16,8 @@ claim is held, P its handicap and PATIENCE_S together, and n the claims that arr
 before it, it waits at most P + PATIENCE_S + 2 S (n + 1): then one of them starts every 2 S, S until their tenants hold
 nothing, S until nobody does.
 
-A claim is dropped, and nothing spent on it, once what it needs at the least would end past its deadline.
+A claim is dropped, and nothing spent on it, once what it needs at the least would end past its deadline. And a
+request's first claim waits for the window too (`window.py`), so that no more are begun than can end in time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from enum import StrEnum
 
 from service.drain import Drain
 from service.ledger import Refusal
+from service.window import Window
 
 PATIENCE_S = 2.0
 FORGIVENESS = 0.02  # how far one slower claim lifts the least time that claims are held
@@ -74,6 +76,7 @@ class Claim:
     deadline: float
     tenant: str = ""
     priority: Priority = Priority.NORMAL
+    request: object | None = None  # whose it is, where the window is to know
     handicap_s: float = 0.0  # once it was submitted
     started_at: float | None = None
     over: bool = False
@@ -142,13 +145,28 @@ class _Pool:
                 late.append(claim)
         return late
 
-    def next(self, now: float) -> Claim | None:
+    def outstay(self, now: float, window: Window) -> list[Claim]:
+        """Those that have waited for a first turn longer than a narrow window lets them leave."""
+        late = [
+            claim
+            for claim in self.standing
+            if not window.holds(claim.request) and window.latest_start(claim.arrived, claim.deadline) <= now
+        ]
+        for claim in late:
+            self.leave(claim)
+            claim.over = True
+        return late
+
+    def next(self, now: float, window: Window) -> Claim | None:
         """Whose turn it is, or None where nobody fits or who is out of patience does not."""
         if self.least_amount > self.free:
             return None
         least = math.inf
         for queue in self._in_turn():
             for rank, _, claim in queue:
+                if not window.lets_in(claim.request):
+                    least = min(least, claim.amount)
+                    continue
                 if claim.amount <= self.free:
                     return claim
                 if now - rank >= PATIENCE_S:
@@ -182,7 +200,14 @@ class _Pool:
 class Scheduler:
     """Two resources and those who wait for them."""
 
-    def __init__(self, vision_slots: int, llm_tokens: int, handicap_s: Mapping[Kind, float] = HANDICAP_S) -> None:
+    def __init__(
+        self,
+        vision_slots: int,
+        llm_tokens: int,
+        handicap_s: Mapping[Kind, float] = HANDICAP_S,
+        window: Window | None = None,
+    ) -> None:
+        self.window = Window() if window is None else window
         self._pools = {Resource.VISION: _Pool(vision_slots), Resource.LLM: _Pool(llm_tokens)}
         self._handicap_s = handicap_s
         self._count = 0
@@ -211,9 +236,13 @@ class Scheduler:
         claim.handicap_s = self._handicap_s[claim.kind]
         if claim.priority is Priority.LOW:
             claim.handicap_s += LOW_PRIORITY_S
-        if pool.standing:
+        inside = self.window.holds(claim.request)
+        if pool.standing and not (inside and self.window.is_narrow):  # then those ahead do not start before it
             wait_s = pool.wait_s(claim)
-            if wait_s and now + wait_s + self._needed_s(claim.resource) > claim.deadline:
+            latest = claim.deadline - self._needed_s(claim.resource)
+            if not inside:
+                latest = min(latest, self.window.latest_start(now, claim.deadline))
+            if wait_s and now + wait_s > latest:
                 text = (
                     f"it would wait about {wait_s:.1f} s for its turn and then not be answered in time: "
                     "raise timeout_s, or ask again later"
@@ -232,9 +261,12 @@ class Scheduler:
                 continue
             if pool.deadlines[0][0] - (needed_s := self._needed_s(resource)) <= now:
                 expired += pool.expire(now, needed_s)
-            while (turn := pool.next(now)) is not None:
+            if self.window.is_narrow:
+                expired += pool.outstay(now, self.window)
+            while (turn := pool.next(now, self.window)) is not None:
                 pool.leave(turn)
                 pool.start(turn, now)
+                self.window.enter(turn.request, now)
                 started.append(turn)
             if not pool.standing:
                 pool.drain.observe(now, 0.0, pressed=False)

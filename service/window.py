@@ -1,0 +1,62 @@
+"""How many requests are worked on at once, learned from those that missed their deadline. Pure: `now` is an argument.
+
+Memory is not time. Where all requests that fit are worked on together and each so slowly that all end too late, what
+was spent on them is lost, and then on the next: nobody is answered. So the window begins as wide as there is room, and
+
+  - a request that was worked on and missed its deadline narrows it to NARROWED of those that are inside, at most once
+    among those that were worked on together,
+  - each that is answered widens it by its inverse: by one, when as many were answered as it lets in
+
+(additive increase, multiplicative decrease: Chiu and Jain 1989). While it is narrow nobody waits for a first turn
+longer than PATIENCE of the time it came with (after Nichols and Jacobson 2012, "Controlling queue delay"): who waited
+long would start with too little time left, and miss it.
+"""
+
+from __future__ import annotations
+
+import math
+
+NARROWED = 0.6
+PATIENCE = 0.2
+
+
+class Window:
+    """Requests, by any object that stands for one, from the first work on them to their end."""
+
+    def __init__(self, widest: float = math.inf) -> None:
+        """widest: how many there is room for; infinite: it is never narrow."""
+        self.widest = widest
+        self.width = widest
+        self._since: dict[object, float] = {}
+        self._narrowed_at = -math.inf
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.width < self.widest
+
+    def lets_in(self, request: object | None) -> bool:
+        """Whoever is inside, and whoever is alone. None stands for a request that nobody asks about again."""
+        return not self._since or request in self._since or len(self._since) < self.width
+
+    def holds(self, request: object | None) -> bool:
+        return request in self._since
+
+    def enter(self, request: object | None, now: float) -> None:
+        if request is not None:
+            self._since.setdefault(request, now)
+
+    def leave(self, request: object, now: float, *, answered: bool, missed: bool) -> None:
+        """Its end: with an answer, past its deadline, or neither. Does nothing for a request that never was inside."""
+        since = self._since.get(request)
+        if since is None:
+            return
+        if answered:
+            self.width = min(self.width + 1 / self.width, self.widest)
+        elif missed and since >= self._narrowed_at and math.isfinite(self.widest):
+            self.width = max(NARROWED * len(self._since), 1.0)
+            self._narrowed_at = now
+        del self._since[request]
+
+    def latest_start(self, arrived: float, deadline: float) -> float:
+        """Of who is not inside: until when it waits."""
+        return arrived + PATIENCE * (deadline - arrived) if self.is_narrow else deadline

@@ -126,7 +126,7 @@ def test_a_prompt_that_the_graph_refuses_adds_no_row(decoder):
     wrong = prompt(decoder, 1, 4)
     beyond = Prompt(wrong.input_ids + 1, wrong.visual_tokens, wrong.extra_ids)  # the last visual id has no row
     join(decoder, wrong)
-    with pytest.raises(Exception, match="Out of range"):
+    with pytest.raises(Exception, match="invalid index"):
         join(decoder, beyond)
     assert decoder.rows == 1
     decoder.step(np.array([1]))

@@ -3,8 +3,9 @@
 Memory is not time. Where all requests that fit are worked on together and each so slowly that all end too late, what
 was spent on them is lost, and then on the next: nobody is answered. So the window begins as wide as there is room, and
 
-  - a request that was worked on and missed its deadline narrows it to NARROWED of those that are inside, at most once
-    among those that were worked on together,
+  - a request that was worked on, at least as long as answers have taken of late, and missed its deadline narrows it to
+    NARROWED of those that are inside, at most once among those that were worked on together; one that gave itself less
+    time says nothing of us,
   - each that is answered widens it by its inverse: by one, when as many were answered as it lets in
 
 (additive increase, multiplicative decrease: Chiu and Jain 1989). While it is narrow nobody waits for a first turn
@@ -18,6 +19,7 @@ import math
 
 NARROWED = 0.6
 PATIENCE = 0.2
+LATELY = 0.1  # weight of one answer in how long answers take
 
 
 class Window:
@@ -29,6 +31,7 @@ class Window:
         self.width = widest
         self._since: dict[object, float] = {}
         self._narrowed_at = -math.inf
+        self._usual_s = 0.0
 
     @property
     def is_narrow(self) -> bool:
@@ -50,9 +53,11 @@ class Window:
         since = self._since.get(request)
         if since is None:
             return
+        held_s = now - since
         if answered:
+            self._usual_s += (held_s - self._usual_s) * (LATELY if self._usual_s else 1.0)
             self.width = min(self.width + 1 / self.width, self.widest)
-        elif missed and since >= self._narrowed_at and math.isfinite(self.widest):
+        elif missed and held_s >= self._usual_s and since >= self._narrowed_at and math.isfinite(self.widest):
             self.width = max(NARROWED * len(self._since), 1.0)
             self._narrowed_at = now
         del self._since[request]

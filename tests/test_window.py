@@ -47,6 +47,16 @@ def test_who_hangs_up_says_nothing_about_it():
     assert not window.is_narrow
 
 
+def test_who_gives_itself_less_time_than_answers_take_says_nothing_about_it():
+    window = Window(4)
+    window.enter("answered", 0.0)
+    window.leave("answered", 1.0, answered=True, missed=False)
+    for number in range(50):
+        window.enter(number, float(number))
+        window.leave(number, number + 0.05, answered=False, missed=True)
+    assert not window.is_narrow
+
+
 def test_without_an_end_it_is_never_narrow():
     assert not narrowed(math.inf).is_narrow
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -98,11 +98,11 @@ class Admission:
                 )
             raise self.refuse(self.scheduler.too_late(claim))
 
-    def release(self, claim: Claim, *, finished: bool) -> None:
-        now = time.monotonic()
-        self._turns.pop(claim, None)
-        self.scheduler.release(claim, now, finished=finished)
-        self.schedule(now)
+    def release(self, claims: Sequence[Claim], now: float, *, finished: bool) -> None:
+        """Wakes nobody: `schedule` does, once all is given back that goes together."""
+        for claim in claims:
+            self._turns.pop(claim, None)
+            self.scheduler.release(claim, now, finished=finished)
 
     def schedule(self, now: float) -> None:
         """Wakes those whose turn it is, and those for whom it comes too late."""
@@ -134,6 +134,7 @@ class Place:
         self._admission = admission
         self._cost = Cost()
         self._claims: list[Claim] = []
+        self._waits = 0  # for what others bring
         self._deadline = math.inf
 
     def require_room(self, cost: Cost) -> None:
@@ -152,18 +153,42 @@ class Place:
         """Waits for the claim's turn and holds it until it is given back or the place is left. Raises Overloaded."""
         claim.request, self._deadline = self, claim.deadline
         self._claims.append(claim)
+        self._rest_or_work()
         await self._admission.turn(claim)
 
     def give_back(self, claim: Claim, *, finished: bool = True) -> None:
         """Its work is done, or not `finished` and to be claimed for again."""
         self._claims.remove(claim)
-        self._admission.release(claim, finished=finished)
+        self._rest_or_work()
+        now = time.monotonic()
+        self._admission.release([claim], now, finished=finished)
+        self._admission.schedule(now)
+
+    @contextmanager
+    def waiting_for_others(self) -> Iterator[None]:
+        """For as long as what another request brings is waited for."""
+        self._waits += 1
+        if self._rest_or_work():
+            self._admission.schedule(time.monotonic())
+        try:
+            yield
+        finally:
+            self._waits -= 1
+            self._rest_or_work()
+
+    def _rest_or_work(self) -> bool:
+        """Nobody works on a request that claims nothing and waits for others. Whether that makes room for them."""
+        window = self._admission.window
+        if self._waits and not self._claims:
+            return window.rest(self)
+        window.work(self)
+        return False
 
     def leave(self, *, finished: bool) -> None:
         """`finished` is false where the request did not come to its answer."""
-        now = time.monotonic()
-        self._admission.window.leave(self, now, answered=finished, missed=now >= self._deadline)
-        for claim in self._claims:
-            self._admission.release(claim, finished=finished)
-        self._admission.ledger.give_back(self._cost, self.tenant, time.monotonic())
+        now, house = time.monotonic(), self._admission
+        house.release(self._claims, now, finished=finished)
+        house.window.leave(self, now, answered=finished, missed=now >= self._deadline)
+        house.ledger.give_back(self._cost, self.tenant, now)
         self._claims, self._cost = [], Cost()
+        house.schedule(now)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from service.metrics import Metrics
 
 AS_INT8 = ".int8"  # behind the encoder's fingerprint, of features whose rows are rounded
 Features = TypeVar("Features", VisionFeatures, CloserFeatures)
+Waiting = Callable[[], AbstractContextManager[None]]  # a block that lasts as long as a wait for another's work
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +100,21 @@ class FeatureCache:
 
     @asynccontextmanager
     async def find(
-        self, key: FeatureKey[Features], left_s: float = math.inf, *, patient: bool = False
+        self,
+        key: FeatureKey[Features],
+        left_s: float = math.inf,
+        *,
+        patient: bool = False,
+        waiting: Waiting = nullcontext,
     ) -> AsyncIterator[Found[Features]]:
         """Features that are kept or that a flight under way brings; else the caller leads the flight in the block.
 
         Who is `patient` lets others go first, so that only the patient wait for what it brings. Of the `left_s` that
-        the request has, at most half goes to waiting for another gateway.
+        the request has, at most half goes to waiting for another gateway. Every wait is spent inside `waiting()`.
         """
         if self.as_int8:
             key = replace(key, fingerprint=key.fingerprint + AS_INT8)
-        if (known := await self._known(key, left_s, patient)) is not None:
+        if (known := await self._known(key, left_s, patient, waiting)) is not None:
             yield Found(known)
             return
         found: Found[Features] = Found(None)
@@ -117,15 +123,18 @@ class FeatureCache:
         finally:
             self._encoded(key, patient, found.brought)
 
-    async def _known(self, key: FeatureKey[Features], left_s: float, patient: bool) -> Features | None:
+    async def _known(
+        self, key: FeatureKey[Features], left_s: float, patient: bool, waiting: Waiting
+    ) -> Features | None:
         """None: the caller leads the flight, which is under way."""
-        if (known := await self._kept_or_joined(key, patient)) is not None:
+        if (known := await self._kept_or_joined(key, patient, waiting)) is not None:
             return known
         self._flights[key, patient] = Flight()
         if self._shared is None:
             return None
         try:
-            known = await self._shared.find(key, left_s / 2)
+            with waiting():
+                known = await self._shared.find(key, left_s / 2)
         except BaseException:  # cancelled: somebody else leads
             self._encoded(key, patient, None)
             raise
@@ -133,7 +142,7 @@ class FeatureCache:
             self._land(key, patient, known)
         return known
 
-    async def _kept_or_joined(self, key: FeatureKey[Features], patient: bool) -> Features | None:
+    async def _kept_or_joined(self, key: FeatureKey[Features], patient: bool, waiting: Waiting) -> Features | None:
         kept: Features
         brought: Features | None
         while True:
@@ -145,7 +154,8 @@ class FeatureCache:
             if flight is None:
                 self._count("miss")
                 return None
-            await flight.landed.wait()
+            with waiting():
+                await flight.landed.wait()
             brought = flight.brought
             if brought is not None:
                 self._count("shared")

@@ -211,7 +211,7 @@ class Looker:
         key = first_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # another's encode may have to be waited for
-                found = await flight.enter_async_context(self._lookup(key, ticket))
+                found = await flight.enter_async_context(self._lookup(key, ticket, place))
             look.vision = found.features
             if look.vision is not None:
                 self._remember(look.image, ticket.request)
@@ -229,7 +229,7 @@ class Looker:
         key = closer_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):
-                found = await flight.enter_async_context(self._lookup(key, ticket))
+                found = await flight.enter_async_context(self._lookup(key, ticket, place))
             look.closer = found.features
             if look.closer is not None:
                 return
@@ -237,8 +237,11 @@ class Looker:
                 look.closer = CloserFeatures.joined(await self.vision.encode(decoded.crops, ticket.left_s))
             found.keep(look.closer)
 
-    def _lookup(self, key: FeatureKey[Features], ticket: Ticket) -> AbstractAsyncContextManager[Found[Features]]:
-        return self.features.find(key, ticket.left_s, patient=ticket.request.priority is Priority.LOW)
+    def _lookup(
+        self, key: FeatureKey[Features], ticket: Ticket, place: Place
+    ) -> AbstractAsyncContextManager[Found[Features]]:
+        patient = ticket.request.priority is Priority.LOW
+        return self.features.find(key, ticket.left_s, patient=patient, waiting=place.waiting_for_others)
 
     async def _attend(self, look: Look, ticket: Ticket, _: Place) -> None:
         assert look.vision is not None

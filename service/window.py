@@ -8,9 +8,10 @@ was spent on them is lost, and then on the next: nobody is answered. So the wind
     time says nothing of us,
   - each that is answered widens it by its inverse: by one, when as many were answered as it lets in
 
-(additive increase, multiplicative decrease: Chiu and Jain 1989). While it is narrow nobody waits for a first turn
-longer than PATIENCE of the time it came with (after Nichols and Jacobson 2012, "Controlling queue delay"): who waited
-long would start with too little time left, and miss it.
+(additive increase, multiplicative decrease: Chiu and Jain 1989). Who is inside and waits for what another request
+brings rests, and leaves its room to that one, who may be outside. While the window is narrow nobody waits for a first
+turn longer than PATIENCE of the time it came with (after Nichols and Jacobson 2012, "Controlling queue delay"): who
+waited long would start with too little time left, and miss it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Window:
         self.widest = widest
         self.width = widest
         self._since: dict[object, float] = {}
+        self._resting: set[object] = set()  # of those inside
         self._narrowed_at = -math.inf
         self._usual_s = 0.0
 
@@ -37,9 +39,14 @@ class Window:
     def is_narrow(self) -> bool:
         return self.width < self.widest
 
+    @property
+    def inside(self) -> int:
+        return len(self._since)
+
     def lets_in(self, request: object | None) -> bool:
         """Whoever is inside, and whoever is alone. None stands for a request that nobody asks about again."""
-        return not self._since or request in self._since or len(self._since) < self.width
+        working = self.inside - len(self._resting)
+        return not working or request in self._since or working < self.width
 
     def holds(self, request: object | None) -> bool:
         return request in self._since
@@ -47,6 +54,16 @@ class Window:
     def enter(self, request: object | None, now: float) -> None:
         if request is not None:
             self._since.setdefault(request, now)
+
+    def rest(self, request: object) -> bool:
+        """It waits for what another brings; whether that makes room. What is claimed for it is work again."""
+        makes_room = request in self._since and request not in self._resting
+        if makes_room:
+            self._resting.add(request)
+        return makes_room
+
+    def work(self, request: object) -> None:
+        self._resting.discard(request)
 
     def leave(self, request: object, now: float, *, answered: bool, missed: bool) -> None:
         """Its end: with an answer, past its deadline, or neither. Does nothing for a request that never was inside."""
@@ -58,9 +75,10 @@ class Window:
             self._usual_s += (held_s - self._usual_s) * (LATELY if self._usual_s else 1.0)
             self.width = min(self.width + 1 / self.width, self.widest)
         elif missed and held_s >= self._usual_s and since >= self._narrowed_at and math.isfinite(self.widest):
-            self.width = max(NARROWED * len(self._since), 1.0)
+            self.width = max(NARROWED * self.inside, 1.0)
             self._narrowed_at = now
         del self._since[request]
+        self._resting.discard(request)
 
     def latest_start(self, arrived: float, deadline: float) -> float:
         """Of who is not inside: until when it waits."""

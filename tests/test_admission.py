@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from fakes import CARD, cancelled, until
+from fakes import CARD, cancelled, turns, until
 from structlog.testing import capture_logs
 
 from service.admission import Admission, Place
@@ -55,3 +55,37 @@ async def test_switched_off_nobody_looks_less_closely():
         await until(lambda: time.monotonic() - begun > 0.1)
         assert house.fidelity == LEVELS[0]
         await cancelled(waiting)
+
+
+async def test_who_leaves_the_window_makes_room_though_it_holds_nothing():
+    house = admission(Metrics())
+    house.window.width = 1.0
+    with house.place("") as second:
+        with house.place("") as first:
+            first.give_back(await enter(first))
+            waiting = asyncio.create_task(enter(second))
+            await turns()
+            assert not waiting.done()
+        async with asyncio.timeout(5):
+            await waiting
+
+
+async def test_who_waits_for_others_makes_room_in_the_window_but_for_what_it_claims():
+    house = admission(Metrics())
+    house.window.width = 1.0
+    with house.place("") as first:
+        slot = await enter(first)
+        with first.waiting_for_others():
+            with house.place("") as second:
+                waiting = asyncio.create_task(enter(second))
+                await turns()
+                assert not waiting.done()
+                first.give_back(slot)
+                async with asyncio.timeout(5):
+                    second.give_back(await waiting)
+            house.window.width = 1.0
+            assert house.window.lets_in("new")
+            again = await enter(first)  # inside it still is, and works again
+            assert not house.window.lets_in("new")
+            first.give_back(again)
+        assert not house.window.lets_in("new")

@@ -768,6 +768,25 @@ async def test_retry_after_comes_from_how_fast_the_house_drains():
     assert caught.value.retry_after_s == pytest.approx(5, rel=0.1)
 
 
+async def test_in_a_narrow_window_nobody_waits_for_an_encode_that_it_keeps_outside():
+    house = House(CLOSER, vision_slots=4)
+    house.vision.particularize = 0.7
+    image = png(size=(300, 200))
+    await answer(house, request(image=image))
+    house.vision.close("attend")
+    house.admission.window.width = 1.0
+    inside = asyncio.create_task(answer(house, request(image=image, question="which shape?", detail="auto")))
+    await until(lambda: "attend" in house.vision.calls)
+    outside = asyncio.create_task(answer(house, request(image=image, detail="high")))
+    await until(lambda: house.counted("glimpse_requests_waiting", kind="multi_image") == 1)
+    house.vision.gate.set()  # who is inside finds that it needs the closer view that is about to be encoded outside
+    async with asyncio.timeout(5):
+        ends = await asyncio.gather(inside, outside)
+    assert [end.detail for _, end in ends] == ["high", "high"]
+    assert house.vision.calls.count("encode 4") == 1
+    assert nothing_is_held(house)
+
+
 @given(
     st.lists(
         st.tuples(
@@ -779,12 +798,14 @@ async def test_retry_after_comes_from_how_fast_the_house_drains():
         ),
         min_size=1,
         max_size=12,
-    )
+    ),
+    st.sampled_from([1.0, 2.0, 18.0]),
 )
 @settings(max_examples=40, deadline=None)
-def test_whatever_happens_to_requests_everything_they_held_comes_back(requests):
+def test_whatever_happens_to_requests_everything_they_held_comes_back(requests, width):
     async def day() -> None:
         house = House(CLOSER, vision_slots=2, llm_tokens=2 * CARD.max_positions, max_requests_in_flight=200)
+        house.admission.window.width = width
         house.vision.close("see", "encode", "attend_448")
         house.vision.particularize = 0.7
         tasks = []
@@ -804,6 +825,7 @@ def test_whatever_happens_to_requests_everything_they_held_comes_back(requests):
         for (_, _, fate, _, _), end in zip(requests, ends, strict=True):
             assert {"ok": isinstance(end, tuple), "error": isinstance(end, InvalidImage)}.get(fate, True), end
         assert nothing_is_held(house)
+        assert house.admission.window.inside == 0
         assert house.admission.ledger.tenants == 0
         assert sum(house.outcomes().values()) == len(requests)
         house.reader.close()

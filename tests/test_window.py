@@ -70,6 +70,19 @@ def test_a_narrow_window_lets_in_who_is_inside_and_who_is_alone():
     assert window.lets_in("new")
 
 
+def test_who_rests_leaves_its_room_to_others_and_stays_inside():
+    window = narrowed(10)
+    for number in range(1, 6):
+        assert window.rest(number)
+        assert not window.rest(number)
+    assert window.lets_in("new")  # four work, six may
+    window.work(5)
+    window.work(4)
+    assert not window.lets_in("new")
+    assert window.lets_in(1)
+    assert not window.rest("outside")
+
+
 def test_nobody_waits_long_for_a_first_turn_while_it_is_narrow():
     assert narrowed().latest_start(10.0, 20.0) == pytest.approx(10 + 10 * PATIENCE)
     assert Window(10).latest_start(10.0, 20.0) == 20.0

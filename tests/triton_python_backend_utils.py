@@ -120,7 +120,8 @@ class ResponseSender:
 
 class InferenceRequest:
     def __init__(self, inputs: dict[str, np.ndarray], outputs: list[str], request_id: str = "") -> None:
-        self._inputs = [Tensor(name, array) for name, array in inputs.items()]
+        # Triton lends memory that may be written: DLPack's plain capsule tells of no other.
+        self._inputs = [Tensor(name, np.require(array, requirements="W")) for name, array in inputs.items()]
         self._outputs = outputs
         self._id = request_id
         self.sender = ResponseSender()

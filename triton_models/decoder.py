@@ -35,8 +35,9 @@ class OnnxDecoder:
         intra_op_threads: int = 1,
         prefix_cache_bytes: int = 0,
         provider: str = "cpu",
+        device_id: int = 0,
     ) -> None:
-        self._session = open_session(graph, intra_op_threads, provider)
+        self._session = open_session(graph, intra_op_threads, provider, device_id)
         kinds = {spec.name: TYPES[spec.type] for spec in self._session.get_inputs() if spec.type in TYPES}
         self._float = kinds["past_key_0"]
         shapes = {spec.name: spec.shape for spec in (*self._session.get_inputs(), *self._session.get_outputs())}

@@ -81,6 +81,7 @@ class TritonPythonModel:
             intra_op_threads=parameters.intra_op_threads,
             prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
             provider=parameters.text("provider", "cpu"),
+            device_id=parameters.device_id,
         )
         limits = Limits(
             max_queue=parameters.integer("max_queue", 64),

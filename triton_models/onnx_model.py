@@ -1,6 +1,8 @@
 """Any ONNX graph whose inputs and outputs are named as the model's in Triton, rows first.
 
-Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `provider` (default cpu).
+Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `provider` (default cpu),
+`io_binding` (default no): tensors stay on the device that computes them, where Triton's `FORCE_CPU_ONLY_INPUT_TENSORS`
+is `no` too.
 """
 
 from __future__ import annotations
@@ -8,22 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onnxruntime import OrtValue
+
 from triton_models.parameters import Parameters
 from triton_models.session import Array, Graph
-from triton_models.unary import answer
+from triton_models.unary import answer, answer_bound
 
 
 class TritonPythonModel:
-    """One session, one run for all rows of all requests that Triton hands over at once."""
+    """One session, one run for all rows of all requests that Triton hands over at once; bound, one a request."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
         self._outputs = parameters.outputs
-        self._graph = Graph(parameters.graph, parameters.intra_op_threads, parameters.text("provider", "cpu"))
+        self._bound = parameters.yes("io_binding")
+        provider = parameters.text("provider", "cpu")
+        self._graph = Graph(parameters.graph, parameters.intra_op_threads, provider, parameters.device_id)
         self._graph.require(parameters.inputs, parameters.outputs)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return answer(requests, self._infer)
+        return answer_bound(requests, self._infer_bound) if self._bound else answer(requests, self._infer)
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return dict(zip(self._outputs, self._graph.run(inputs, self._outputs), strict=True))
+
+    def _infer_bound(self, inputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
+        return dict(zip(self._outputs, self._graph.run_bound(inputs, self._outputs), strict=True))

@@ -19,6 +19,7 @@ class Parameters:
         self.repository = self.folder.parent
         config = json.loads(args["model_config"])
         self._values = {key: each["string_value"] for key, each in config.get("parameters", {}).items()}
+        self.device_id = int(args.get("model_instance_device_id", "0"))  # of the GPU, for an instance of KIND_GPU
         self.max_batch_size = int(config.get("max_batch_size", 0))
         self._instances = sum(group.get("count", 1) for group in config.get("instance_group", [])) or 1
         self.inputs = [each["name"] for each in config["input"]]
@@ -33,6 +34,13 @@ class Parameters:
         if value < least:
             raise ValueError(f"parameter {key} of {self.folder.name} must be at least {least}, not {value}")
         return value
+
+    def yes(self, key: str) -> bool:
+        """`no` where it is not said. Raises ValueError, which fails the load, for any other word than those two."""
+        value = self.text(key, "no")
+        if value not in ("yes", "no"):
+            raise ValueError(f"parameter {key} of {self.folder.name} must be yes or no, not {value}")
+        return value == "yes"
 
     @property
     def intra_op_threads(self) -> int:

@@ -26,8 +26,8 @@ class GroupRunner:
     the graph sees it, and the focus groups' tokens are gathered: each of the two runs is as long as its longest list.
     """
 
-    def __init__(self, graph: Path, intra_op_threads: int = 1, provider: str = "cpu") -> None:
-        self._graph = Graph(graph, intra_op_threads, provider)
+    def __init__(self, graph: Path, intra_op_threads: int = 1) -> None:
+        self._graph = Graph(graph, intra_op_threads)
         _, queries, hidden = self._graph.outputs["visual_tokens"]
         self.queries = int(queries)
         self.hidden_size = int(hidden)
@@ -70,12 +70,12 @@ class GroupRunner:
 
 
 class TritonPythonModel:
-    """Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `provider` (default
-    cpu)."""
+    """On the CPU: a GPU's Q-Former is a graph that has the groups inside. Parameters in config.pbtxt: `graph` (default
+    model.onnx), `intra_op_threads` (default 1)."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads, parameters.text("provider", "cpu"))
+        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self._runner.run)

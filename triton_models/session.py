@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from onnxruntime import OrtValue
 
 Array = npt.NDArray[Any]
 
@@ -18,10 +19,19 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def open_session(graph: Path, intra_op_threads: int = 1, provider: str = "cpu") -> onnxruntime.InferenceSession:
+CUDA = {
+    "use_tf32": "0",  # FP32 is FP32; who wants it faster takes FP16
+    "cudnn_conv_algo_search": "HEURISTIC",  # an exhaustive search would hold up the first request of each batch size
+}
+
+
+def open_session(
+    graph: Path, intra_op_threads: int = 1, provider: str = "cpu", device_id: int = 0
+) -> onnxruntime.InferenceSession:
     """A session whose threads sleep between runs: a spinning pool would take the core from the next model of the chain.
 
-    Raises ValueError where the provider is not there: ONNX Runtime itself would go on on the CPU without a word."""
+    `device_id` is the GPU's, of the provider cuda. Raises ValueError where the provider is not there: ONNX Runtime
+    itself would go on on the CPU without a word."""
     if provider not in PROVIDERS:
         raise ValueError(f"provider {provider}: there are {', '.join(PROVIDERS)}")
     options = onnxruntime.SessionOptions()
@@ -36,17 +46,21 @@ def open_session(graph: Path, intra_op_threads: int = 1, provider: str = "cpu") 
         raise ValueError(f"this ONNX Runtime has no {wanted}: install onnxruntime-gpu in place of onnxruntime")
     if provider == "cuda":
         onnxruntime.preload_dlls()  # CUDA's libraries, where they are Python packages
-    session = onnxruntime.InferenceSession(str(graph), options, providers=[wanted])
+    settings = CUDA | {"device_id": str(device_id)} if provider == "cuda" else {}
+    session = onnxruntime.InferenceSession(str(graph), options, providers=[(wanted, settings)])
     if session.get_providers()[0] != wanted:
         raise ValueError(f"{wanted} does not start: is there a GPU, and a CUDA that fits ONNX Runtime's?")
     return session
 
 
 class Graph:
-    """One ONNX graph: arrays in by name, arrays out by name. Contiguous inputs of the graph's dtype are not copied."""
+    """One ONNX graph: arrays in by name, arrays out by name. Contiguous inputs of the graph's dtype are not copied.
 
-    def __init__(self, graph: Path, intra_op_threads: int = 1, provider: str = "cpu") -> None:
-        self._session = open_session(graph, intra_op_threads, provider)
+    `run` takes and gives the host's arrays, `run_bound` tensors of the device."""
+
+    def __init__(self, graph: Path, intra_op_threads: int = 1, provider: str = "cpu", device_id: int = 0) -> None:
+        self._session = open_session(graph, intra_op_threads, provider, device_id)
+        self._device = (provider, device_id)
         self.inputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_inputs()}
         self.outputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_outputs()}
 
@@ -66,3 +80,18 @@ class Graph:
         """The named outputs, in that order."""
         arrays: list[Array] = self._session.run(list(outputs), dict(feeds))
         return arrays
+
+    def run_bound(self, feeds: Mapping[str, OrtValue], outputs: Sequence[str]) -> list[OrtValue]:
+        """The named outputs, in that order, in the memory of the device that computes them.
+
+        Feeds on that device are read where they lie; others, as from the host, are copied to it once."""
+        binding = self._session.io_binding()  # a new one: another run of an old one would overwrite what was given out
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, *self._device)
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        values: list[OrtValue] = binding.get_outputs()
+        return values

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
+from onnxruntime import OrtValue
 
 Array = npt.NDArray[Any]
 
@@ -40,12 +41,25 @@ def read(tensor: Any) -> Array:
     return np.from_dlpack(_OnCpu(tensor))
 
 
+def borrow(tensor: Any) -> OrtValue:
+    """An input tensor where it lies, on the host or on a GPU, valid until `execute` returns."""
+    return OrtValue.from_dlpack(tensor)
+
+
 def write(name: str, array: Array) -> Any:
     """An output tensor that owns the array."""
     if array.size == 0:  # refused as not contiguous by DLPack's way in; nothing to misread by the other
         return pb_utils.Tensor(name, array)
     usable = array if array.flags.carray else np.require(array, requirements=("C", "W"))
-    capsule = usable.__dlpack__()
-    # The stub takes the array over and frees it, but leaves the capsule a name that NumPy's destructor complains of.
+    return _handed_over(name, usable.__dlpack__())
+
+
+def lend(name: str, value: OrtValue) -> Any:
+    """An output tensor that owns the value's memory, on the host or on a GPU. It must not be empty."""
+    return _handed_over(name, value.__dlpack__())
+
+
+def _handed_over(name: str, capsule: Any) -> Any:
+    # The stub takes the memory over and frees it, but leaves the capsule a name that NumPy's destructor complains of.
     _set_destructor(capsule, None)
     return pb_utils.Tensor.from_dlpack(name, capsule)

@@ -7,33 +7,45 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from onnxruntime import OrtValue
 
 from service.errors import GlimpseError, status_of
-from triton_models.tensors import Array, read, write
+from triton_models.tensors import Array, borrow, lend, read, write
 
 Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs and outputs by name, rows first
+InferBound = Callable[[Mapping[str, OrtValue]], Mapping[str, OrtValue]]  # likewise, on whatever device
 
 
 def answer(requests: Sequence[Any], infer: Infer) -> list[Any]:
     """One run over all rows. A run that fails is repeated request by request, so that only the faulty ones fail."""
     if len(requests) == 1:
-        return [_answer_one(requests[0], infer)]
-    each = [_inputs(request) for request in requests]
+        return [_answer_one(requests[0], infer, read, write)]
+    each = [_inputs(request, read) for request in requests]
     try:
         together = {name: np.concatenate([inputs[name] for inputs in each]) for name in each[0]}
         outputs = infer(together)
     except Exception:  # other lengths or a faulty request among them: alone, each gets its own answer or error
-        return [_answer_one(request, infer) for request in requests]
+        return [_answer_one(request, infer, read, write) for request in requests]
     ends = np.cumsum([len(next(iter(inputs.values()))) for inputs in each]).tolist()
     return [
-        _response(request, {name: rows[start:end] for name, rows in outputs.items()})
+        _response(request, {name: rows[start:end] for name, rows in outputs.items()}, write)
         for request, start, end in zip(requests, [0, *ends], ends, strict=False)
     ]
 
 
-def _answer_one(request: Any, infer: Infer) -> Any:
+def answer_bound(requests: Sequence[Any], infer: InferBound) -> list[Any]:
+    """One run a request, on tensors where they lie and with outputs where they come to lie."""
+    return [_answer_one(request, infer, borrow, lend) for request in requests]
+
+
+def _answer_one(
+    request: Any,
+    infer: Callable[[dict[str, Any]], Mapping[str, Any]],
+    taken: Callable[[Any], Any],
+    given: Callable[[str, Any], Any],
+) -> Any:
     try:
-        return _response(request, infer(_inputs(request)))
+        return _response(request, infer(_inputs(request, taken)), given)
     except GlimpseError as error:
         invalid = status_of(error)[0] < 500
         code = pb_utils.TritonError.INVALID_ARG if invalid else pb_utils.TritonError.INTERNAL
@@ -45,10 +57,10 @@ def _answer_one(request: Any, infer: Infer) -> Any:
         )
 
 
-def _inputs(request: Any) -> dict[str, Array]:
-    return {tensor.name(): read(tensor) for tensor in request.inputs()}
+def _inputs(request: Any, taken: Callable[[Any], Any]) -> dict[str, Any]:
+    return {tensor.name(): taken(tensor) for tensor in request.inputs()}
 
 
-def _response(request: Any, outputs: Mapping[str, Array]) -> Any:
+def _response(request: Any, outputs: Mapping[str, Any], given: Callable[[str, Any], Any]) -> Any:
     asked = request.requested_output_names()
-    return pb_utils.InferenceResponse([write(name, rows) for name, rows in outputs.items() if name in asked])
+    return pb_utils.InferenceResponse([given(name, rows) for name, rows in outputs.items() if name in asked])

@@ -83,14 +83,19 @@ def keyed(steps: Sequence[Step], root: Mapping[str, Any]) -> list[Step]:
 
 
 def _steps(options: Options, source: Source) -> Iterator[Step]:
-    static = options.profile == "tensorrt"
-    graphs = [name for name in graphs_of(profiles.dimensions(options, source)) if not (static and name == "llm")]
-    longest = trtllm.longest(options, source) if static else source.max_positions
+    plans_wanted, static = options.profile == "tensorrt", options.profile != "embedded"
+    graphs = [name for name in graphs_of(profiles.dimensions(options, source)) if not (plans_wanted and name == "llm")]
+    longest = trtllm.longest(options, source) if plans_wanted else source.max_positions
     yield Step(
         "card", "card", "card and tokenizers", settings={"max_positions": longest, "precision": options.precision}
     )
     for name in graphs:
-        yield Step(f"export {name}", "export", "PyTorch to ONNX, FP32", settings={"graph": name, "static": static})
+        yield Step(
+            f"export {name}",
+            "export",
+            "PyTorch to ONNX, FP32",
+            settings={"graph": name, "static": static and name != "llm"},
+        )
     made = {name: f"export {name}" for name in graphs}
     images = str(options.images) if options.images else "rendered scenes"
     count = options.calibration_images if options.precision == "fp8" else 16
@@ -118,10 +123,10 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
         "cosine and greatest difference of every graph against "
         + ("PyTorch" if options.precision == "fp32" else "FP32"),
         needs=("samples", *exported, *(name for name in made.values() if name not in exported)),
-        settings={"graphs": made, "against": "pytorch" if options.precision == "fp32" else "fp32"},
+        settings={"graphs": made, "against": "pytorch" if options.precision == "fp32" else "fp32", "static": static},
     )
     served = dict(made)
-    if options.profile == "tensorrt":
+    if plans_wanted:
         for name in graphs:
             inputs = profiles.inputs_of(options, source, name)
             command = plans.command(options, inputs, folder_of(made[name]))

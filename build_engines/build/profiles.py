@@ -1,8 +1,9 @@
 """Triton's models for each profile: what differs from the CPU's repository, and their configurations. Pure.
 
-`onnx-gpu` is the CPU's repository with the CUDA provider. `tensorrt` has plans behind the same names and tensors, the
-two ensembles that the gateway asks, and TensorRT-LLM's own backend for the LLM; the `vqa` ensemble and its python steps
-need this project inside the server, which NVIDIA's stock images have not.
+`onnx-gpu` is the CPU's repository with the CUDA provider; its vision models hand tensors on where they lie, so its
+Q-Former is the graph that plans are made of, which no runner has to index on the host. `tensorrt` has plans behind the
+same names and tensors, the two ensembles that the gateway asks, and TensorRT-LLM's own backend for the LLM; the `vqa`
+ensemble and its python steps need this project inside the server, which NVIDIA's stock images have not.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ ENSEMBLES = ("see", "attend", "attend_448")
 MOST_QUEUED = 64  # requests that wait for a plan; more are refused
 QUEUE_DELAY_US = 500  # that a batch waits for one more image: a hundredth of what an encode takes
 PROVIDER = Parameter("provider", "cuda", "where ONNX Runtime computes")
+BOUND = (
+    Parameter("io_binding", "yes", "tensors stay on the GPU from model to model"),
+    Parameter("FORCE_CPU_ONLY_INPUT_TENSORS", "no", "and Triton leaves them there"),
+)
 UNSET = "${%s}"  # what the backend takes as not set; it wants the parameter all the same
 
 
@@ -48,10 +53,17 @@ def served(options: Options, source: Source) -> list[Model]:
     found = models(dimensions(options, source))
     if options.profile == "onnx-gpu":
         graphs = graphs_of(dimensions(options, source))
-        return [replace(m, parameters=(PROVIDER, *m.parameters)) if m.name in graphs else m for m in found]
+        return [on_gpu(m) if m.name in graphs else m for m in found]
     if options.profile == "tensorrt":
         return [m for m in found if m.name in {*graphs_of(dimensions(options, source)), *ENSEMBLES}]
     return found
+
+
+def on_gpu(model: Model) -> Model:
+    """A model of the CPU's repository by the CUDA provider. The LLM's keys and values stay in the host's memory."""
+    if model.name == "llm":
+        return replace(model, parameters=(PROVIDER, *model.parameters))
+    return replace(model, runner="onnx_model", parameters=(PROVIDER, *BOUND, *model.parameters))
 
 
 def inputs_of(options: Options, source: Source, name: str) -> dict[str, tuple[int, ...]]:

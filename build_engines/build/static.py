@@ -1,7 +1,7 @@
-"""The graphs of a TensorRT repository: the tensors of Triton's contract, every size but the batch fixed.
+"""The vision graphs of GPUs, for plans and for ONNX Runtime: the contract's tensors, every size but the batch fixed.
 
 What the CPU's Python runner does around the Q-Former's graph (running only the groups that are asked for) is inside the
-graph here, as a plan has no runner.
+graph here: a plan has no runner, and tensors on a GPU cannot be indexed by one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def unread(question_ids: Tensor, question_mask: Tensor) -> Tensor:
 
 
 def static_graphs(checkpoint: Checkpoint, groups: int) -> list[Graph]:
-    """The vision models of `graphs`, as plans are made of them."""
+    """The vision models of `graphs`, as GPUs run them."""
     found = []
     for graph in graphs(checkpoint):
         if graph.name == "llm":

@@ -142,14 +142,16 @@ class Maker:
         for name, made in tqdm(step.settings["graphs"].items(), desc="parity", unit="graph"):
             feeds = dict(np.load(self.folder("samples") / f"{name}.npz"))
             feeds = {key: array[: samples.PARITY] for key, array in feeds.items()}
-            near = self._nearness(name, self.folder(made) / MODEL, feeds, step.settings["against"])
+            near = self._nearness(name, self.folder(made) / MODEL, feeds, step.settings)
             report[name] = {output: each.as_json() for output, each in near.items()}
         write(out / "parity.json", {"against": step.settings["against"], "samples": samples.PARITY, "graphs": report})
 
-    def _nearness(self, name: str, graph: Path, feeds: Mapping[str, Any], against: str) -> dict[str, parity.Nearness]:
-        if against == "pytorch" and name != "llm":
+    def _nearness(
+        self, name: str, graph: Path, feeds: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, parity.Nearness]:
+        if settings["against"] == "pytorch" and name != "llm":
             ours = parity.outputs(graph, feeds)
-            theirs = parity.outputs_of_module(self.graphs(static=False)[name], feeds)
+            theirs = parity.outputs_of_module(self.graphs(settings["static"])[name], feeds)
         elif name == "llm":
             # Against PyTorch the decoder is compared by the tests; here a graph is compared with its FP32 self.
             reference = parity.logits(self.folder("export llm") / MODEL, feeds)

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 from benchmarks.evaluate import SCENES, Outcome, rows
-from benchmarks.precision import ROOT, Graphs, answers, built, quantised
+from benchmarks.precision import ROOT, Graphs, answers, built, quantised, visual_tokens
 from build_engines.build import commands
 from build_engines.build.parity import nearness, outputs
 from build_engines.build.precision import not_fp8, to_fp16
@@ -78,7 +78,12 @@ def main() -> None:
     card = ModelCard.from_json((build / "card" / "card.json").read_text())
     prompts = PromptBuilder.load(card, build / "card")
     reasons = not_fp8(onnx.load(build / "export-vision_encoder" / "model.onnx"))
-    expected = answers(made["fp32"], card, prompts, rows(SCENES), SCENES)
+
+    def said(graphs: Graphs) -> list[str]:
+        visual = list(visual_tokens(graphs, card, prompts, rows(SCENES), SCENES))
+        return answers(graphs, card, prompts, rows(SCENES), visual)
+
+    expected = said(made["fp32"])
     found = json.loads(given.out.read_text()) if given.out.exists() else {}
     for name in given.only:
         spared, with_qformer = CHOICES[name]
@@ -88,8 +93,7 @@ def main() -> None:
         if with_qformer:
             files["qformer"] = quantise(build, "qformer", (), folder)
         graphs = Graphs({**made["fp16"].files, **files})
-        said = answers(graphs, card, prompts, rows(SCENES), SCENES)
-        found[name] = measured(graphs, made["fp32"], said, expected, build)
+        found[name] = measured(graphs, made["fp32"], said(graphs), expected, build)
         print(name, json.dumps(found[name]), flush=True)
         given.out.write_text(json.dumps({key: found[key] for key in CHOICES if key in found}, indent=2) + "\n")
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.precision --out benchmarks/results/precision.json
 
-Builds the graphs as `glimpse build --profile tensorrt` does, up to its step `parity`, and asks every committed question
-of each precision. Three rows: fp32; fp16; fp8, where most matrix products of the vision encoder are FP8 E4M3 and
-everything else is as in fp16, the LLM too, as TensorRT-LLM has no FP8 for OPT.
+Builds the graphs as `glimpse build` does for a GPU, up to its step `parity`, and asks each precision every committed
+question, and as many about fresh scenes: what may be FP8 was chosen on the committed ones. Three rows: fp32; fp16; fp8,
+where most matrix products of the vision encoder are FP8 E4M3 and everything else is as in fp16, the LLM too, as
+TensorRT-LLM has no FP8 for OPT.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
-from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise
+from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise, wilson
 from build_engines.build import __main__ as build
 from build_engines.build.manifest import KEPT, NOT_FP8
 from build_engines.build.parity import greedy, inner, nearness, outputs, residuals, session
+from build_engines.scenes import held_out
 from service.core import Budget, ModelCard
 from service.images import ImageLimits, decode
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
@@ -37,6 +39,7 @@ BARS = {"fp16": {"agreement": 0.998}, "fp8": {"agreement": 0.98, "accuracy_loss"
 BATCH = 8
 ANSWER_TOKENS = 8
 LAYER_IMAGES = 16
+FIRST_FRESH = 400_000  # held-out scenes that nothing else uses
 
 
 @dataclass(frozen=True)
@@ -48,28 +51,27 @@ class Graphs:
 
 def built(checkpoint: Path, work: Path) -> dict[str, Graphs]:
     """By precision. What a run before has made is made no more."""
-    static, dynamic = work / "tensorrt", work / "onnx-gpu"
-    run(checkpoint, static, "tensorrt", "fp8")
-    run(checkpoint, dynamic, "onnx-gpu", "fp16")
-    plans, gpu = Path(f"{static}.build"), Path(f"{dynamic}.build")
-    for name in VISION:  # the same whatever the precision
-        if not (exported := Path(f"{work / 'fp16'}.build") / f"export-{name}").exists():
-            shutil.copytree(plans / f"export-{name}", exported)
+    run(checkpoint, work / "onnx-gpu", "onnx-gpu", "fp16")
+    gpu, plans = steps_of(work / "onnx-gpu"), steps_of(work / "tensorrt")
+    for exported in gpu.glob("export-*"):  # the same whatever the precision
+        if exported.name != "export-llm" and not (plans / exported.name).exists():
+            shutil.copytree(exported, plans / exported.name)
+    run(checkpoint, work / "tensorrt", "tensorrt", "fp8")
 
-    def graphs(made: Mapping[str, str], llm: str) -> Graphs:
-        files = {name: plans / f"{made[name]}-{name}" / "model.onnx" for name in VISION}
+    def graphs(folder: Path, step: str, llm: str) -> Graphs:
+        files = {name: folder / f"{step}-{name}" / "model.onnx" for name in VISION}
         return Graphs(files | {"llm": gpu / f"{llm}-llm" / "model.onnx"})
 
-    fp16 = Path(f"{work / 'fp16'}.build")
-    run(checkpoint, work / "fp16", "tensorrt", "fp16")
-    half = Graphs(
-        {name: fp16 / f"fp16-{name}" / "model.onnx" for name in VISION} | {"llm": gpu / "fp16-llm" / "model.onnx"}
-    )
     return {
-        "fp32": graphs(dict.fromkeys(VISION, "export"), "export"),
-        "fp16": half,
-        "fp8": graphs(dict.fromkeys(VISION, "fp16"), "fp16"),  # its step fp16 comes after its step fp8
+        "fp32": graphs(gpu, "export", "export"),
+        "fp16": graphs(gpu, "fp16", "fp16"),
+        "fp8": graphs(plans, "fp16", "fp16"),  # its step fp16 comes after its step fp8
     }
+
+
+def steps_of(out: Path) -> Path:
+    """Where a build keeps what its steps have made."""
+    return Path(f"{out}.build")
 
 
 def run(checkpoint: Path, out: Path, profile: str, precision: str) -> None:
@@ -79,9 +81,10 @@ def run(checkpoint: Path, out: Path, profile: str, precision: str) -> None:
         raise SystemExit(f"{profile} {precision} could not be built")
 
 
-def answers(graphs: Graphs, card: ModelCard, prompts: PromptBuilder, asked: Sequence[Row], scenes: Path) -> list[str]:
-    """One greedy answer a question."""
-    visual = list(visual_tokens(graphs, card, prompts, asked, scenes))
+def answers(
+    graphs: Graphs, card: ModelCard, prompts: PromptBuilder, asked: Sequence[Row], visual: Sequence[Array]
+) -> list[str]:
+    """One greedy answer a question, of its visual tokens."""
     llm = session(graphs.files["llm"])
     spelled = token_bytes(prompts.tokenizer)
     found = []
@@ -117,6 +120,14 @@ def visual_tokens(
             yield tokens[: int(count)]
 
 
+def end_to_end(ours: Sequence[Array], theirs: Sequence[Array]) -> dict[str, float]:
+    """Visual tokens of every question, after encoder, allocator and Q-Former, by cosine: of all together, of the worst
+    question, and the one that 1 % of the questions stay below."""
+    near = nearness(np.stack(ours), np.stack(theirs))
+    each = [nearness(a[np.newaxis], b[np.newaxis]).cosine for a, b in zip(ours, theirs, strict=True)]
+    return near.as_json() | {"first_percentile": float(f"{np.percentile(each, 1):.7g}")}
+
+
 def layers(graphs: Mapping[str, Graphs], name: str, feeds: Mapping[str, Array]) -> dict[str, list[float]]:
     """By precision, the cosine against FP32 of what each layer of a graph hands on, the whole batch together."""
     names = residuals(graphs["fp32"].files[name])
@@ -149,9 +160,10 @@ def quantised(graph: Path) -> dict[str, int]:
 def table(
     graphs: Mapping[str, Graphs], card: ModelCard, prompts: PromptBuilder, scenes: Path, limit: int | None
 ) -> Any:
-    """By precision: agreement with FP32's answers, accuracy, nearness of each layer and of each graph's outputs."""
+    """By precision: agreement with FP32's answers, accuracy, nearness of each layer and of the visual tokens."""
     asked = rows(scenes)[:limit]
-    said = {precision: answers(each, card, prompts, asked, scenes) for precision, each in graphs.items()}
+    visual = {name: list(visual_tokens(each, card, prompts, asked, scenes)) for name, each in graphs.items()}
+    said = {name: answers(each, card, prompts, asked, visual[name]) for name, each in graphs.items()}
     images = sorted({row.image for row in asked})[:LAYER_IMAGES]
     pixels = np.stack([decode((scenes / name).read_bytes(), ImageLimits()).pixels for name in images])
     by_layer = layers(graphs, "vision_encoder", {"image": pixels})
@@ -164,6 +176,7 @@ def table(
         found[precision] = {
             "questions": len(asked),
             "agreement": round(sum(same) / len(same), 5),
+            "agreement_interval": [round(end, 5) for end in wilson(sum(same), len(same))],
             "agreement_short_answers": round(sum(same[index] for index in counted) / len(counted), 5),
             "accuracy": accuracy,
             "accuracy_all": round(sum(outcomes[index].right for index in counted) / len(counted), 5),
@@ -171,13 +184,13 @@ def table(
         if precision != "fp32":
             files = graphs[precision].files
             found[precision] |= {
+                "visual_tokens": end_to_end(visual[precision], visual["fp32"]),
                 "vision_encoder_layers": by_layer[precision],
                 "kept_in_fp32": {name: by_reason(files[name].parent / KEPT) for name in files},
                 "matrix_products": quantised(files["vision_encoder"]),
             }
-    found["fp8"]["not_fp8"] = by_reason(
-        graphs["fp8"].files["vision_encoder"].parents[1] / "fp8-vision_encoder" / NOT_FP8
-    )
+    spared = graphs["fp8"].files["vision_encoder"].parents[1] / "fp8-vision_encoder" / NOT_FP8
+    found["fp8"]["not_fp8"] = by_reason(spared)
     return found
 
 
@@ -192,32 +205,44 @@ def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
     return told
 
 
+def scenes_of(which: str, work: Path, numbers: Mapping[str, int] = held_out.COMMITTED) -> Path:
+    """The committed scenes, by which it was chosen what may be FP8, or as many others, which nothing was chosen by."""
+    if which == "committed":
+        return SCENES
+    if not (work / which / "questions.jsonl").exists():
+        held_out.write(work / which, numbers, FIRST_FRESH)
+    return work / which
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "reference")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "precision", help="where the builds are kept")
-    parser.add_argument("--scenes", type=Path, default=SCENES)
+    parser.add_argument("--scenes", nargs="+", choices=["committed", "fresh"], default=["committed", "fresh"])
     parser.add_argument("--limit", type=int, help="only the first questions")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; what it has of other scenes of the same graphs stays")
     given = parser.parse_args()
     graphs = built(given.checkpoint, given.work)
-    folder = Path(f"{given.work / 'tensorrt'}.build") / "card"
-    card = ModelCard.from_json((folder / "card.json").read_text())
-    found = table(graphs, card, PromptBuilder.load(card, folder), given.scenes, given.limit)
-    parity = {
-        precision: json.loads((Path(f"{given.work / work}.build") / "parity" / "parity.json").read_text())["graphs"]
-        for precision, work in (("fp16", "fp16"), ("fp8", "tensorrt"), ("fp16 llm", "onnx-gpu"))
-    }
+    plans, gpu = steps_of(given.work / "tensorrt"), steps_of(given.work / "onnx-gpu")
+    card = ModelCard.from_json((plans / "card" / "card.json").read_text())
+    prompts = PromptBuilder.load(card, plans / "card")
     told = {
         "model": card.name,
         "fp8_fingerprint": card.fingerprint,
-        "bars": verdicts(found),
-        "precision": found,
-        "graphs": parity,
+        "graphs": {
+            precision: json.loads((steps / "parity" / "parity.json").read_text())["graphs"]
+            for precision, steps in (("fp16", gpu), ("fp8", plans))
+        },
     }
-    print(json.dumps(told, indent=2))
-    if given.out:
-        given.out.write_text(json.dumps(told, indent=2) + "\n")
+    before = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
+    same = before.get("fp8_fingerprint") == card.fingerprint and before.get("graphs") == told["graphs"]
+    kept = before.get("scenes", {}) if same else {}
+    for which in given.scenes:
+        found = table(graphs, card, prompts, scenes_of(which, given.work), given.limit)
+        kept[which] = {"bars": verdicts(found), "precision": found}
+        print(which, json.dumps(kept[which], indent=2), flush=True)
+        if given.out:
+            given.out.write_text(json.dumps(told | {"scenes": kept}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ with characters that are too small for the 224-pixel view.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +66,13 @@ def _about_a_held_out_pair(question: Question, things: list[Thing], index: int) 
     return question.answer != "0" and any((things[i].colour, things[i].shape) in HELD_OUT for i in question.asked)
 
 
-def write(directory: Path = DIRECTORY) -> None:
-    """Images as WebP, questions as JSON lines: image, question, answer, type, split."""
+def write(directory: Path = DIRECTORY, numbers: Mapping[str, int] = COMMITTED, first: int = 0) -> None:
+    """So many scenes of each split, those from `first` on. Images as WebP; questions, written last, as JSON lines:
+    image, question, answer, type, split."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
-    for split, number in COMMITTED.items():
-        for scene in held_out_scenes(split, number):
+    for split, number in numbers.items():
+        for scene in held_out_scenes(split, number, first):
             Image.fromarray(scene.pixels).save(directory / scene.name, "WEBP", quality=QUALITY, method=6)
             lines += [
                 {"image": scene.name, "question": q.text, "answer": q.answer, "type": q.type, "split": split}

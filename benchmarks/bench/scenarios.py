@@ -36,6 +36,7 @@ BURST = 50  # requests for one new image at once
 WARM_UP_IMAGES = 2  # that a load asks about first where it needs no known ones
 OVERLOAD_S = 60.0
 SLICE_S = 30.0  # of one workload in the soak
+SOAK_CLIENTS = 8  # leaks are looked for, not speed: the machine may have other work
 EARLY = 0.25  # of the soak: until then memory may grow
 SETTLE_S = 15.0
 CACHES = ("FEATURE_CACHE_BYTES", "VISUAL_CACHE_BYTES", "IMAGE_STORE_BYTES")
@@ -283,7 +284,7 @@ def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     with running(small, measured_model, BUILD / "logs" / f"soak_{model}") as up:
         for number in range(slices):
             workload = Workload(shapes[number % len(shapes)], cancels=0.2, cancel_within_s=measured_model.slo_s / 2)
-            case = Case(workload, Arrivals(clients=CLIENTS), seconds / slices)
+            case = Case(workload, Arrivals(clients=SOAK_CLIENTS), seconds / slices)
             measured = measure(up, plan(case, measured_model, number + 1))
             figures = summary(measured, measured_model.slo_s)
             say(f"  {case.label}: {figures['requests_per_s']:.2f} requests/s, {figures['outcomes']}")

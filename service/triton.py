@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import math
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from service.errors import (
     Overloaded,
     Unavailable,
 )
+from service.streams import LINGER_S, Stream
 
 PATCHES = GRID * GRID
 
@@ -199,7 +201,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 )
-_STOP_TIMEOUT_S = 2.0
 PROBE_SHARE = 0.02  # a ViT-B costs a CPU 0.5 s a probe, a tenth of its time every 5 s
 _STREAM_METADATA = (("triton_grpc_error", "true"),)  # a stream's error as a status code, not as text only
 
@@ -234,10 +235,9 @@ class TritonClient:
         self._streams: dict[str, grpc.aio.UnaryStreamMultiCallable] = {}
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in MODELS}
         self._abandoned: set[grpc.aio.Call] = set()
-        self._ending: set[grpc.aio.Call] = set()
         self._answered: dict[str, float] = {}  # by model of MODELS, the monotonic time of its last good response
         self._probe_took: dict[str, float] = {}  # seconds, the least: more is waiting
-        self._stopping: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # of calls that go on to their ends
 
     async def __aenter__(self) -> TritonClient:
         await self.connect()
@@ -263,9 +263,9 @@ class TritonClient:
         """Ends what is in flight with Unavailable and closes the channels."""
         for model in MODELS:
             self._abandon_calls(model)
-        for task in self._stopping:
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._stopping, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
@@ -323,31 +323,21 @@ class TritonClient:
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """Token ids as they come, `end_id` included if generated.
 
-        Closing the generator cancels the stream and stops the sequence, but not once its final response has come:
-        Triton 2.51 leaks such a cancel. Raises Unavailable when no token follows the last one within
-        `stall_timeout_s`.
+        Closing the generator stops the sequence; the stream then ends by itself. Raises Unavailable when no token
+        follows the last one within `stall_timeout_s`.
         """
         _require_consistent(prompt)
         inputs = _llm_inputs(prompt, sampling, end_id, pad_id)
-        responses = self._responses("llm", _request("llm", inputs, request_id), timeout_s, stall_timeout_s)
-        ended = False
-        try:
-            async with contextlib.aclosing(responses):
-                async for response in responses:
-                    if tokens := _tokens(response):
-                        yield tokens
-            ended = True
-        finally:
-            if not ended:
-                self._stop(_request("llm", inputs | {"stop": np.array([[True]])}, request_id))
 
-    def _stop(self, request: service_pb2.ModelInferRequest) -> None:
-        """Ends the LLM's work on a request in band: a cancel takes Triton some 33 ms to tell, tens of small tokens."""
-        if self._llm_url in self._stubs:  # else the client is closed, and every call with it
-            call = self._streams[self._llm_url](request, timeout=_STOP_TIMEOUT_S)
-            task = asyncio.create_task(_drain(call))
-            self._stopping.add(task)
-            task.add_done_callback(self._stopping.discard)
+        def stop() -> grpc.aio.UnaryStreamCall:
+            return self._stream("llm")(_request("llm", inputs | {"stop": np.array([[True]])}, request_id))
+
+        request = _request("llm", inputs, request_id)
+        responses = self._responses("llm", request, timeout_s, stall_timeout_s, stop)
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                if tokens := _tokens(response):
+                    yield tokens
 
     async def answer(
         self, image_bytes: bytes, question: str, *, max_tokens: int, timeout_s: float, stall_timeout_s: float = 5.0
@@ -368,29 +358,50 @@ class TritonClient:
                     yield content
 
     async def _responses(
-        self, model: str, request: Any, timeout_s: float, stall_timeout_s: float
+        self,
+        model: str,
+        request: Any,
+        timeout_s: float,
+        stall_timeout_s: float,
+        stop: Callable[[], grpc.aio.UnaryStreamCall] | None = None,
     ) -> AsyncGenerator[Any, None]:
-        """One decoupled request on a stream of its own: its ModelInferResponses up to the final one."""
-        call = self._stream(model)(request, timeout=max(timeout_s, 0.0), metadata=_STREAM_METADATA)
-        silence_s: float | None = None  # the first response waits for the queue and has the deadline alone
+        """One decoupled request on a stream of its own: its ModelInferResponses up to the final one. Left before that,
+        `stop` ends the work on it: in band, as a cancel would take Triton some 33 ms to tell and may kill it."""
+        deadline = time.monotonic() + timeout_s
+        silence_s = math.inf  # the first response waits for the queue and has the deadline alone
+        if timeout_s <= 0:
+            raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
+        stream = Stream(self._stream(model)(request, metadata=_STREAM_METADATA))
+        self._keep(stream.reader)
         final = False
-        with self._in_flight(model, call):
-            while not final:
-                try:
-                    async with asyncio.timeout(silence_s):
-                        response = await call.read()
-                except TimeoutError as exc:
-                    raise Unavailable(f"the model {model} fell silent for {stall_timeout_s:g} s: try again") from exc
-                silence_s = stall_timeout_s
-                if response is grpc.aio.EOF:
-                    raise InternalError(f"the model {model} ended without a final response")
-                if response.error_message:
-                    raise translate(model, None, response.error_message)
-                final = bool(response.infer_response.parameters["triton_final_response"].bool_param)
-                self._answered[model] = time.monotonic()
-                if final:
-                    self._let_end(model, call)
-                yield response.infer_response
+        try:
+            with self._in_flight(model, stream.call):
+                while not final:
+                    left_s = deadline - time.monotonic()
+                    try:
+                        async with asyncio.timeout(min(silence_s, left_s)):
+                            response = await stream.read()
+                    except TimeoutError as exc:
+                        if left_s <= silence_s:
+                            raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no final response") from exc
+                        text = f"the model {model} fell silent for {stall_timeout_s:g} s: try again"
+                        raise Unavailable(text) from exc
+                    silence_s = stall_timeout_s
+                    if response is grpc.aio.EOF:
+                        raise InternalError(f"the model {model} ended without a final response")
+                    if response.error_message:
+                        raise translate(model, None, response.error_message)
+                    final = bool(response.infer_response.parameters["triton_final_response"].bool_param)
+                    self._answered[model] = time.monotonic()
+                    yield response.infer_response
+        finally:
+            if not (final or stream.is_over):
+                self._keep(asyncio.create_task(stream.wind_up(stop)))
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """From the garbage collector, until it is done."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
         """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong.
@@ -513,10 +524,18 @@ class TritonClient:
             raise Unavailable("not connected to Triton") from None
 
     async def _infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
-        """One unary inference; every tensor's rows are first."""
-        call = self._stub(model).ModelInfer(_request(model, tensors), timeout=max(timeout_s, 0.0))
+        """One unary inference; every tensor's rows are first. Left before its end it goes on: see service.streams."""
+        if timeout_s <= 0:
+            raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
+        call = self._stub(model).ModelInfer(_request(model, tensors), timeout=timeout_s + LINGER_S)
+        task = asyncio.create_task(_response(call))
+        self._keep(task)
         with self._in_flight(model, call):
-            response = await call
+            try:
+                async with asyncio.timeout(timeout_s):
+                    response = await asyncio.shield(task)
+            except TimeoutError as exc:
+                raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no response") from exc
         self._answered[model] = time.monotonic()
         return {
             output.name: np.frombuffer(content, _DTYPES[output.datatype]).reshape(tuple(output.shape))
@@ -525,9 +544,8 @@ class TritonClient:
 
     @contextlib.contextmanager
     def _in_flight(self, model: str, call: grpc.aio.Call) -> Iterator[None]:
-        """Translates the call's errors, lets `abandon` reach it, and cancels it where it is left unfinished."""
-        calls = self._open[model]
-        calls.add(call)
+        """Translates the call's errors, and lets `abandon` reach it."""
+        self._open[model].add(call)
         try:
             with _translated(model):
                 yield
@@ -541,22 +559,11 @@ class TritonClient:
             raise
         finally:
             self._abandoned.discard(call)
-            if call in calls:
-                calls.remove(call)
-                call.cancel()  # does nothing to a call that is done
-
-    def _let_end(self, model: str, call: grpc.aio.Call) -> None:
-        """The final response is here: from now on nothing cancels the call, not even the garbage collector."""
-        self._open[model].discard(call)
-        self._ending.add(call)
-        call.add_done_callback(self._ending.discard)
+            self._open[model].discard(call)
 
 
-async def _drain(call: grpc.aio.UnaryStreamCall) -> None:
-    """Reads to the end of a call whose outcome changes nothing: whoever does not answer has nothing to stop."""
-    with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
-        async for _ in call:
-            pass
+async def _response(call: grpc.aio.UnaryUnaryCall) -> Any:
+    return await call
 
 
 @contextlib.contextmanager

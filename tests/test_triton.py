@@ -416,10 +416,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelStreamInfer(self, requests, context):
         async for _ in requests:
-            response = service_pb2.ModelStreamInferResponse()
-            response.infer_response.outputs.add(name="output_ids", datatype="INT32", shape=[1, 1, 1])
-            response.infer_response.raw_output_contents.append(np.int32(3).tobytes())
-            yield response
+            yield service_pb2.ModelStreamInferResponse(infer_response=token_response())
             match self.then:
                 case "silent":
                     await asyncio.Event().wait()
@@ -427,6 +424,46 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
                     yield service_pb2.ModelStreamInferResponse(error_message="Stub process 'llm_0_0' is not healthy.")
                 case "broken":
                     await context.abort(grpc.StatusCode.DATA_LOSS, "wires crossed")
+
+
+class Patient(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that says one token and no more until it is told to stop, and that notes who is cancelled."""
+
+    def __init__(self) -> None:
+        self.stopped = asyncio.Event()
+        self.asked = asyncio.Event()
+        self.ended: asyncio.Queue[str] = asyncio.Queue()
+
+    async def ModelStreamInfer(self, requests, context):
+        async for request in requests:
+            if any(tensor.name == "stop" for tensor in request.inputs):
+                self.stopped.set()
+            else:
+                yield service_pb2.ModelStreamInferResponse(infer_response=token_response())
+                await self._until_stopped("stream")
+            final = service_pb2.ModelInferResponse()
+            final.parameters["triton_final_response"].bool_param = True
+            yield service_pb2.ModelStreamInferResponse(infer_response=final)
+
+    async def ModelInfer(self, request, context):
+        await self._until_stopped("unary")
+        return service_pb2.ModelInferResponse()
+
+    async def _until_stopped(self, call: str) -> None:
+        self.asked.set()
+        try:
+            await self.stopped.wait()
+        except asyncio.CancelledError:
+            self.ended.put_nowait(f"{call} cancelled")
+            raise
+        self.ended.put_nowait(f"{call} ended")
+
+
+def token_response() -> service_pb2.ModelInferResponse:
+    response = service_pb2.ModelInferResponse()
+    response.outputs.add(name="output_ids", datatype="INT32", shape=[1, 1, 1])
+    response.raw_output_contents.append(np.int32(3).tobytes())
+    return response
 
 
 class OnlyAttends(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -459,6 +496,23 @@ async def served(servicer: service_pb2_grpc.GRPCInferenceServiceServicer) -> Asy
             yield client
     finally:
         await server.stop(None)
+
+
+async def test_who_stops_listening_cancels_no_call(asker: Asker, prompts: PromptBuilder, pixels: UInt8Array) -> None:
+    """A cancel can kill Triton as it answers: a stream is told to stop, and a unary call just ends."""
+    servicer = Patient()
+    async with served(servicer) as client:
+        looking = asyncio.create_task(look(client, prompts, pixels, Budget()))
+        await servicer.asked.wait()
+        looking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await looking
+        lonely = Asker(client, prompts, asker.card)
+        tokens = lonely.generate(lonely.prompt(), Sampling())
+        await anext(tokens)
+        await tokens.aclose()
+        assert client.in_flight == 0
+        assert {await servicer.ended.get() for _ in range(2)} == {"unary ended", "stream ended"}
 
 
 async def test_who_shares_a_step_with_others_that_answer_is_probed_all_the_same(card: ModelCard) -> None:

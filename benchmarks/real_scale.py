@@ -56,25 +56,14 @@ def measure(name: str, scratch: str, told: Any) -> None:
 
 def component(name: str, scratch: Path) -> dict[str, Any]:
     import onnx  # noqa: PLC0415  (in the component's own process)
-    import torch  # noqa: PLC0415
-    from transformers import Blip2Config, Blip2ForConditionalGeneration  # noqa: PLC0415
+    from transformers import Blip2Config  # noqa: PLC0415
 
     from build_engines.build.tensorrt_rules import MAY_VARY, faults  # noqa: PLC0415
     from build_engines.export import export_graph, graphs  # noqa: PLC0415
-    from build_engines.model.checkpoint import CLIP_MEAN, CLIP_STD, Checkpoint  # noqa: PLC0415
 
     sizes, wanted = COMPONENTS[name]
     config = Blip2Config(**sizes, num_query_tokens=32)  # its Q-Former's defaults are the published ones
-    torch.set_default_dtype(torch.float32)
-    with torch.device("meta"):
-        model = Blip2ForConditionalGeneration(config)
-    model = model.to_empty(device="cpu").eval()
-    model.tie_weights()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02, generator=generator)
-    checkpoint = Checkpoint(scratch, model, None, None, None, CLIP_MEAN, CLIP_STD, {"name": name})
+    checkpoint = random_checkpoint(config)
     graph = next(graph for graph in graphs(checkpoint) if graph.name == wanted)
     own = {id(p): p.numel() for p in graph.module.parameters()}
     started = time.monotonic()
@@ -96,6 +85,25 @@ def component(name: str, scratch: Path) -> dict[str, Any]:
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "published": PUBLISHED.get(name),
     }
+
+
+def random_checkpoint(config: Any, device: str = "cpu", *, half: bool = False) -> Any:
+    """A BLIP-2 of these sizes, which never was on the CPU where the device is another; in FP32, or FP16."""
+    import torch  # noqa: PLC0415
+    from transformers import Blip2ForConditionalGeneration  # noqa: PLC0415
+
+    from build_engines.model.checkpoint import CLIP_MEAN, CLIP_STD, Checkpoint  # noqa: PLC0415
+
+    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        model = Blip2ForConditionalGeneration(config)
+    model = (model.half() if half else model).to_empty(device=device).eval()
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02, generator=generator)
+    return Checkpoint(Path(), model, None, None, None, CLIP_MEAN, CLIP_STD, {"name": "random"})
 
 
 def gflops(name: str, config: Any) -> float:

@@ -25,6 +25,7 @@ from build_engines.build import commands
 from build_engines.build.parity import nearness, outputs
 from build_engines.build.precision import not_fp8, to_fp16
 from build_engines.build.samples import PARITY
+from build_engines.build.steps import modelopt_python
 from service.core import ModelCard
 from service.prompt import PromptBuilder
 
@@ -44,8 +45,7 @@ def quantise(build: Path, name: str, excluded: Sequence[str], folder: Path) -> P
     """One exported graph by modelopt, the rest in FP16, as the steps `fp8` and `fp16` make it."""
     folder.mkdir(parents=True, exist_ok=True)
     exported, feeds = build / f"export-{name}" / "model.onnx", build / "samples" / f"{name}.npz"
-    python = ROOT / ".venv-modelopt" / "bin" / "python"
-    line = commands.fp8(str(python), exported, feeds, folder / "fp8.onnx", excluded)
+    line = commands.fp8(modelopt_python(), exported, feeds, folder / "fp8.onnx", excluded)
     subprocess.run(line, check=True, capture_output=True)
     path = folder / f"{name}.onnx"
     onnx.save(to_fp16(name, onnx.load(folder / "fp8.onnx")).model, path)

@@ -76,6 +76,9 @@ def test_the_manifest_says_what_the_repository_is(tiny: Path, built: Path) -> No
     assert manifest["versions"]["torch"] == torch.__version__
     near = manifest["parity"]["graphs"]
     assert near.keys() == set(GRAPHS)
+    assert manifest["batch"] == {"min": 1, "opt": 4, "max": 8}
+    assert manifest["shapes"]["vision_encoder"]["inputs"] == {"image": ["UINT8", 3, 224, 224]}
+    assert manifest["shapes"]["qformer"]["outputs"]["visual_tokens"] == ["FP32", 128, 40]
     assert near["vision_encoder"]["features"]["least_cosine"] > 0.99999
     assert near["qformer"]["visual_tokens"]["least_cosine"] > 0.99999
     assert str(tiny.parent) not in json.dumps(manifest)

@@ -12,8 +12,10 @@ from typing import Any
 
 from build_engines.build.options import Options, Refused
 from build_engines.build.plan import Step
+from build_engines.build.profiles import served
 from build_engines.build.run import DONE, digests
 from build_engines.build.source import Source
+from build_engines.repository import Model
 
 NAME = "manifest.json"
 TOOL = "tool.json"  # of a step: what its tool said of itself and of the GPU
@@ -37,7 +39,8 @@ def manifest(
         },
         "profile": options.profile,
         "precision": options.precision,
-        "batch": {"opt": options.opt_batch, "max": options.vision_batch},
+        "batch": {"min": 1, "opt": options.opt_batch, "max": options.vision_batch},
+        "shapes": {model.name: _shapes(model) for model in served(options, source)},
         "llm": vars(options.llm) if options.profile == "tensorrt" else None,
         "images": {"vision": options.vision_image, "llm": options.llm_image, "mount": options.mount}
         if options.profile == "tensorrt"
@@ -54,6 +57,12 @@ def manifest(
         "accuracy": {key: value for key, value in card["metadata"].items() if key.startswith("accuracy")},
         "files": digests(repository),
     }
+
+
+def _shapes(model: Model) -> dict[str, dict[str, list[Any]]]:
+    """Of inputs and outputs by name: data type, then the dimensions after the batch; -1 varies."""
+    sides = {"inputs": model.inputs, "outputs": model.outputs}
+    return {side: {each.name: [each.data_type, *each.dims] for each in tensors} for side, tensors in sides.items()}
 
 
 def _built_with(made: Mapping[str, Path]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Maker:
         name = step.settings["graph"]
         source = self.folder(step.needs[0]) / MODEL
         excluded = precision.not_fp8(onnx.load(source, load_external_data=False))
-        python = os.environ.get("GLIMPSE_MODELOPT_PYTHON", str(PROJECT / ".venv-modelopt" / "bin" / "python"))
+        python = modelopt_python()
         if not Path(python).exists():
             raise ToolMissing(
                 f"FP8 needs modelopt in an environment of its own: python3 scripts/set_up_modelopt.py makes {python}"
@@ -224,6 +224,11 @@ class Maker:
         for path in self.folder(made).iterdir():
             if path.name not in (DONE, KEPT, TOOL):
                 link(path, version / path.name)
+
+
+def modelopt_python() -> str:
+    """Where `scripts/set_up_modelopt.py` puts it, or the environment says it is."""
+    return os.environ.get("GLIMPSE_MODELOPT_PYTHON", str(PROJECT / ".venv-modelopt" / "bin" / "python"))
 
 
 class ToolFailed(Exception):

@@ -148,34 +148,39 @@ def reference_answers(
 async def encoder_times(
     client: TritonClient, served: Served, given: Sequence[Sample], most: int
 ) -> dict[str, dict[str, float]]:
-    """By batch: median milliseconds as a client sees them, and of computing alone as Triton counts it."""
+    """By number of images: median milliseconds as a client sees them, and of computing alone as Triton counts it.
+
+    More than `most`, the images of one run, are asked for in several requests at once."""
     found = {}
-    for batch in [size for size in BATCHES if size <= most]:
+    for batch in BATCHES:
         images = np.stack([given[row % len(given)][0] for row in range(batch)])
-        await client.encode(images, TIMEOUT_S)
+        requests = [images[first : first + most] for first in range(0, batch, most)]
+        await encode(client, requests)
         before, times = await computing(served.vision_url, "vision_encoder"), []
         for _ in tqdm(range(served.repeats), desc=f"encoder, batch {batch}", leave=False):
             started = time.perf_counter()
-            await client.encode(images, TIMEOUT_S)
+            await encode(client, requests)
             times.append(1000 * (time.perf_counter() - started))
-        runs, nanoseconds = (
-            after - b for after, b in zip(await computing(served.vision_url, "vision_encoder"), before, strict=True)
-        )
+        nanoseconds = await computing(served.vision_url, "vision_encoder") - before
         found[str(batch)] = {
             "median": statistics.median(times),
             "fastest": min(times),
-            "computing": nanoseconds / 1e6 / max(runs, 1),
+            "computing": nanoseconds / 1e6 / served.repeats,
         }
     return found
 
 
-async def computing(url: str, model: str) -> tuple[int, int]:
-    """Runs so far and their nanoseconds, by Triton's statistics."""
+async def encode(client: TritonClient, requests: Sequence[Array]) -> None:
+    """All of them at once."""
+    await asyncio.gather(*(client.encode(images, TIMEOUT_S) for images in requests))
+
+
+async def computing(url: str, model: str) -> int:
+    """Nanoseconds of all runs so far, by Triton's statistics."""
     async with grpc.aio.insecure_channel(url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         told = await stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name=model))
-    runs = told.model_stats[0].inference_stats.compute_infer
-    return runs.count, runs.ns
+    return int(told.model_stats[0].inference_stats.compute_infer.ns)
 
 
 async def chain_times(

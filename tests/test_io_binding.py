@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from conftest import free_ports
 from onnxruntime import OrtValue
 from triton_python_backend_utils import InferenceRequest, start_arguments
 
+from benchmarks.gpu.chain import on_cpu
 from build_engines.build import __main__ as build
 from build_engines.build.parity import greedy, outputs, session
 from build_engines.build.precision import to_fp16
 from build_engines.build.samples import Sample, samples
-from build_engines.verify.files import check_files
+from build_engines.verify.files import read_configs
 from build_engines.verify.live import answer
-from build_engines.verify.report import Report
 from service.core import Budget, ModelCard, UInt8Array
 from service.embedded import EmbeddedTriton, Ports
 from service.prompt import PromptBuilder
@@ -111,31 +110,31 @@ def test_a_word_that_is_neither_yes_nor_no_fails_the_load(half: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An `onnx-gpu` repository of a tiny checkpoint, whose configurations say CPU where they said GPU."""
     folder = tmp_path_factory.mktemp("bound")
-    checkpoint, repository = folder / "opt", folder / "repository"
-    save_blip2_opt(checkpoint)
-    assert build.main([str(checkpoint), "--profile", "onnx-gpu", "--out", str(repository)]) == 0
-    report = Report()
-    check_files(repository, report)
-    assert report.failed == [], report.text()
-    for path in repository.glob("*/config.pbtxt"):
-        text = path.read_text()
-        assert ('"io_binding"' in text) == ('"FORCE_CPU_ONLY_INPUT_TENSORS"' in text) == (path.parent.name in VISION)
-        path.write_text(text.replace("KIND_GPU", "KIND_CPU").replace('string_value: "cuda"', 'string_value: "cpu"'))
-    return repository
+    save_blip2_opt(folder / "opt")
+    assert build.main([str(folder / "opt"), "--profile", "onnx-gpu", "--out", str(folder / "gpu")]) == 0
+    for name, config in read_configs(folder / "gpu").items():
+        told = {key: value.string_value for key, value in config.parameters.items()}
+        assert told.get("provider") == ("cuda" if name in (*VISION, "llm") else None)
+        assert told.get("io_binding") == ("yes" if name in VISION else None)
+        assert told.get("FORCE_CPU_ONLY_INPUT_TENSORS") == ("no" if name in VISION else None)
+        on_gpu = [(group.kind == group.KIND_GPU, list(group.gpus)) for group in config.instance_group]
+        if config.platform != "ensemble":
+            assert on_gpu == [(True, [0]) if name in (*VISION, "llm") else (False, [])]
+    return on_cpu(folder / "gpu", folder / "repository")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def served(on_cpu: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TritonClient]:
+async def served(bound: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TritonClient]:
     ports = Ports(*free_ports(3))
     url = f"127.0.0.1:{ports.grpc}"
     log_path = tmp_path_factory.mktemp("triton") / "triton.log"
-    card = ModelCard.from_json((on_cpu / "card.json").read_text())
+    card = ModelCard.from_json((bound / "card.json").read_text())
     async with (
         TritonClient(url, url) as client,
-        EmbeddedTriton(on_cpu, client=client, card=card, log_path=log_path, ports=ports),
+        EmbeddedTriton(bound, client=client, card=card, log_path=log_path, ports=ports),
     ):
         yield client
 
@@ -155,12 +154,12 @@ def computed(repository: Path, given: list[Sample], prompts: PromptBuilder) -> d
 
 
 async def test_a_bound_repository_serves_in_a_real_triton_what_its_graphs_give(
-    on_cpu: Path, served: TritonClient
+    bound: Path, served: TritonClient
 ) -> None:
-    card = ModelCard.from_json((on_cpu / "card.json").read_text())
-    assert json.loads((on_cpu / "manifest.json").read_text())["precision"] == "fp16"
-    prompts, given = PromptBuilder.load(card, on_cpu), samples(None, SCENES)
-    expected, llm = computed(on_cpu, given, prompts), session(on_cpu / "llm" / "1" / "model.onnx")
+    card = ModelCard.from_json((bound / "card.json").read_text())
+    assert card.float_type == "FP16"
+    prompts, given = PromptBuilder.load(card, bound), samples(None, SCENES)
+    expected, llm = computed(bound, given, prompts), session(bound / "llm" / "1" / "model.onnx")
     for row, (pixels, text) in enumerate(given):
         vision, seen = await served.see(pixels, prompts.question(text), BUDGET, TIMEOUT_S)
         assert vision.features.dtype == np.float16

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.gpu.device import Device
 from build_engines.build import __main__ as build
 from build_engines.build.manifest import NAME
+from build_engines.build.profiles import ON_GPU
 from build_engines.verify import __main__ as verify
 
 
@@ -31,5 +32,5 @@ def on_cpu(repository: Path, copy: Path) -> Path:
     shutil.copytree(repository, copy, ignore=shutil.ignore_patterns(NAME))
     for path in copy.glob("*/config.pbtxt"):
         text = path.read_text()
-        path.write_text(text.replace("KIND_GPU", "KIND_CPU").replace('string_value: "cuda"', 'string_value: "cpu"'))
+        path.write_text(text.replace(ON_GPU, "kind: KIND_CPU").replace('string_value: "cuda"', 'string_value: "cpu"'))
     return copy

@@ -33,6 +33,8 @@ BOUND = (
     Parameter("io_binding", "yes", "tensors stay on the GPU from model to model"),
     Parameter("FORCE_CPU_ONLY_INPUT_TENSORS", "no", "and Triton leaves them there"),
 )
+# On one GPU: of an LLM on each, a request's stop would reach any; and tensors need not go from GPU to GPU.
+ON_GPU = "kind: KIND_GPU, gpus: [ 0 ]"
 UNSET = "${%s}"  # what the backend takes as not set; it wants the parameter all the same
 
 
@@ -75,7 +77,7 @@ def inputs_of(options: Options, source: Source, name: str) -> dict[str, tuple[in
 def configuration(options: Options, source: Source, model: Model) -> str:
     """The text of one model's `config.pbtxt`."""
     if options.profile == "onnx-gpu" and PROVIDER in model.parameters:
-        return config(model).replace("kind: KIND_CPU", "kind: KIND_GPU")
+        return config(model).replace("kind: KIND_CPU", ON_GPU)
     if options.profile == "tensorrt" and not model.steps:
         return llm_config(options, source, model) if model.name == "llm" else plan_config(options, model)
     return config(model)

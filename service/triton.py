@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import math
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -159,6 +160,7 @@ ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
     ("Exceeds maximum queue size", Overloaded),
     ("is not healthy", Unavailable),  # "Stub process 'llm_0_0' is not healthy.": the model's process died
     ("unknown model", Unavailable),  # it is not loaded, or not at the moment
+    ("Server not ready", Unavailable),  # it starts, or it stops
     ("message larger than max", InternalError),
 )
 ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
@@ -169,6 +171,7 @@ ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
     grpc.StatusCode.CANCELLED: Unavailable,  # by the server: our own cancels raise CancelledError
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
 }
+_CODED = re.compile(r"(?:\[request id: [^]]*\] )?(?P<code>[A-Z_]+): (?P<text>.*)", re.DOTALL)
 MESSAGES: Mapping[type[GlimpseError], str] = {
     Unavailable: "the model {model} does not answer: try again in a few seconds",
     Overloaded: "the model {model} has no room for another request: try again",
@@ -202,7 +205,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 PROBE_SHARE = 0.02  # a ViT-B costs a CPU 0.5 s a probe, a tenth of its time every 5 s
-_STREAM_METADATA = (("triton_grpc_error", "true"),)  # a stream's error as a status code, not as text only
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -371,7 +373,7 @@ class TritonClient:
         silence_s = math.inf  # the first response waits for the queue and has the deadline alone
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
-        stream = Stream(self._stream(model)(request, metadata=_STREAM_METADATA))
+        stream = Stream(self._stream(model)(request))
         self._keep(stream.reader)
         final = False
         try:
@@ -390,6 +392,7 @@ class TritonClient:
                     if response is grpc.aio.EOF:
                         raise InternalError(f"the model {model} ended without a final response")
                     if response.error_message:
+                        final = True
                         raise translate(model, None, response.error_message)
                     final = bool(response.infer_response.parameters["triton_final_response"].bool_param)
                     self._answered[model] = time.monotonic()
@@ -578,7 +581,10 @@ def _translated(model: str) -> Iterator[None]:
 
 
 def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseError:
-    """Triton's code and text (a stream may carry the text alone) as our error."""
+    """Triton's code and text as our error. A stream carries the text alone, and our LLM's begins with the code: that
+    Triton 2.51 sends it as a status, which a client may ask for (triton_grpc_error), may kill it."""
+    if code is None and (coded := _CODED.fullmatch(text)) and coded["code"] in grpc.StatusCode.__members__:
+        code, text = grpc.StatusCode[coded["code"]], coded["text"]
     by_text = (error for part, error in ERROR_TEXTS if part in text)
     kind = next(by_text, ERROR_CODES.get(code, InternalError) if code else InternalError)
     if kind is InvalidRequest:

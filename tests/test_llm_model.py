@@ -180,7 +180,9 @@ def test_a_full_queue_is_told_at_once():
     first = [each.sender.next() for each in asked]
     refused = [response.error for response, _ in first if response.error is not None]
     assert len(refused) >= 8
-    assert {(each.code, each.message()) for each in refused} == {("UNAVAILABLE", "Exceeds maximum queue size 2")}
+    assert {(each.code, each.message()) for each in refused} == {
+        ("UNAVAILABLE", "UNAVAILABLE: Exceeds maximum queue size 2")
+    }
     model.finalize()
 
 
@@ -192,7 +194,7 @@ def test_unloading_ends_every_request_with_an_error():
     model.finalize()
     last = [list(responses(each))[-1] for each in asked]
     told = {(each.error.code, each.error.message()) for each in last}
-    assert told == {("UNAVAILABLE", "the model is being unloaded")}
+    assert told == {("UNAVAILABLE", "UNAVAILABLE: the model is being unloaded")}
     late = request()
     model.execute([late])
     assert "unloaded" in error(late).message()

@@ -568,6 +568,11 @@ async def test_every_status_code_is_mapped() -> None:
         ("see", grpc.StatusCode.INTERNAL, "in ensemble 'see', Stub process 'qformer_0_0' is not healthy.", Unavailable),
         ("llm", None, "Stub process 'llm_0_0' is not healthy.", Unavailable),
         ("llm", None, "Request for unknown model: 'llm' has no available versions", Unavailable),
+        ("llm", None, "Server not ready", Unavailable),
+        ("llm", None, "UNAVAILABLE: the model is being unloaded", Unavailable),
+        ("llm", None, "INVALID_ARGUMENT: 900 positions: the model has 320", InvalidRequest),
+        ("llm", None, "[request id: a] INVALID_ARGUMENT: 900 positions", InvalidRequest),
+        ("llm", None, "WARNING: no code", InternalError),
         ("see", grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'image'", InternalError),
         ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] unexpected shape for input 'seed'", InternalError),
         ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] 900 positions: the model has 320", InvalidRequest),
@@ -579,6 +584,16 @@ async def test_text_decides_before_the_code(
     error = translate(model, code, text)
     assert type(error) is kind
     assert "request id" not in error.message
+    assert "INVALID" not in error.message
+
+
+async def test_errors_on_streams_do_not_kill_triton(asker: Asker, triton: EmbeddedTriton) -> None:
+    """Asked for as status codes, one in some dozens did."""
+    pid = triton.pid
+    for _ in range(100):
+        with pytest.raises(InvalidRequest, match="^the prompt's .* positions"):
+            await asker.tokens(asker.prompt(), Sampling(max_tokens=asker.room() + 1))
+    assert triton.pid == pid
 
 
 async def test_ready_says_what_the_servers_say(client: TritonClient, triton: EmbeddedTriton) -> None:

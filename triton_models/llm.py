@@ -22,6 +22,9 @@ from triton_models.gauges import Gauges
 from triton_models.parameters import Parameters
 from triton_models.tensors import read, write
 
+# By gRPC's names, which are what a client knows.
+TRITON_CODES = {"INTERNAL": "INTERNAL", "INVALID_ARGUMENT": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE"}
+
 
 @dataclass(slots=True, eq=False)
 class Caller:
@@ -35,7 +38,7 @@ class Caller:
     def say(self, event: Event) -> None:
         """The flag that ends the stream rides on the last response."""
         if event.error is not None:
-            self.fail(event.error, pb_utils.TritonError.INTERNAL)
+            self.fail(event.error, "INTERNAL")
         elif event.token is None:
             self.end()
         else:
@@ -55,8 +58,9 @@ class Caller:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last.finished else 0
         self.sender.send(pb_utils.InferenceResponse([write(name, values[name]) for name in self.outputs]), flags)
 
-    def fail(self, message: str, code: Any) -> None:
-        error = pb_utils.TritonError(message, code)
+    def fail(self, message: str, code: str) -> None:
+        """A stream carries the text alone, so it begins with the code: one of TRITON_CODES."""
+        error = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, TRITON_CODES[code]))
         self.sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def end(self) -> None:
@@ -102,9 +106,9 @@ class TritonPythonModel:
             try:
                 self._take(request, caller)
             except InvalidRequest as error:
-                caller.fail(error.message, pb_utils.TritonError.INVALID_ARG)
+                caller.fail(error.message, "INVALID_ARGUMENT")
             except (QueueFull, Closed) as error:
-                caller.fail(str(error), pb_utils.TritonError.UNAVAILABLE)
+                caller.fail(str(error), "UNAVAILABLE")
 
     def finalize(self) -> None:
         """Stop the loop after its iteration; whoever still waits gets an error."""
@@ -114,7 +118,7 @@ class TritonPythonModel:
         self._gauges.close()
         for sequence in self._batcher.drain():
             with contextlib.suppress(Exception):  # a caller that cannot be told any more
-                sequence.owner.fail("the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
+                sequence.owner.fail("the model is being unloaded", "UNAVAILABLE")
 
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}

@@ -591,7 +591,7 @@ async def test_errors_on_streams_do_not_kill_triton(asker: Asker, triton: Embedd
     """Asked for as status codes, one in some dozens did."""
     pid = triton.pid
     for _ in range(100):
-        with pytest.raises(InvalidRequest, match="^the prompt's .* positions"):
+        with pytest.raises(InvalidRequest, match=r"^the prompt's .* positions"):
             await asker.tokens(asker.prompt(), Sampling(max_tokens=asker.room() + 1))
     assert triton.pid == pid
 

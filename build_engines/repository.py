@@ -20,6 +20,7 @@ from pathlib import Path
 
 LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
+PATCH_SLOTS, VISION_SLOTS = 257, 401  # CLS and the most vision tokens, of the 224-pixel view and with the closer one
 LARGE_BYTES = 100_000_000  # of a graph's weights: from here on its runs take more than one core
 MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
 CLOSER_GRAPHS = (*GRAPHS, "relevance_allocator_448")  # and of a checkpoint with a closer view
@@ -39,6 +40,7 @@ class Dimensions:
     llm_max_rows: int = 32  # requests decoded at once
     llm_max_queue: int = 64  # requests that wait for a row; more are refused
     closer_view: bool = False  # whether cells can be seen at level 2
+    static: bool = False  # whether the Q-Former reads one number of rows, all that there can be: a plan's graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +109,9 @@ def models(dimensions: Dimensions) -> list[Model]:
         Tensor("question_mask", "INT32", (32,), "1 where a token stands"),
     )
     budget = Tensor("budget", "INT32", (4,), "least and most vision tokens, least and most visual tokens")
-    chosen = (
-        Tensor("vision_tokens", real, (401, width), "row 0 is CLS; real tokens come first"),
-        Tensor("vision_mask", "INT32", (401,), "0 is padding, g >= 1 the group that reads the token"),
-        Tensor("query_groups", "INT32", (1,), "1 to 4 groups of 32 queries"),
-    )
+    any_chosen = _chosen(real, VISION_SLOTS if dimensions.static else -1, width)
+    chosen = _chosen(real, VISION_SLOTS if dimensions.static else PATCH_SLOTS, width)
+    chosen_closer = _chosen(real, VISION_SLOTS, width)
     relevance = (
         Tensor("relevance", "FP32", (256,), "in [0, 1], where the question makes us look"),
         Tensor("scores", "FP32", (3, 256), "propositional, perspectival, participatory"),
@@ -165,7 +165,7 @@ def models(dimensions: Dimensions) -> list[Model]:
     to_llm = same([*llm_prompt, *llm_sampling]) | {"temperature": "llm_temperature", "seed": "llm_seed"}
     encode = step("vision_encoder", [image], vision)
     allocate = step("relevance_allocator", [*vision, *question, budget], [*chosen, *relevance])
-    query = step("qformer", [*chosen, *question], visual)
+    query = step("qformer", [*any_chosen, *question], visual)
     vision_batch = dimensions.vision_max_batch
     closer = (*vision, detail, *question, budget)
     closer_view = [
@@ -175,7 +175,7 @@ def models(dimensions: Dimensions) -> list[Model]:
             "onnx_model",
             vision_batch,
             closer,
-            (*chosen, *relevance),
+            (*chosen_closer, *relevance),
         ),
         Model(
             "attend_448",
@@ -184,7 +184,7 @@ def models(dimensions: Dimensions) -> list[Model]:
             vision_batch,
             closer,
             (*visual, *relevance),
-            steps=(step("relevance_allocator_448", closer, [*chosen, *relevance]), query),
+            steps=(step("relevance_allocator_448", closer, [*chosen_closer, *relevance]), query),
         ),
     ]
     return [
@@ -213,7 +213,7 @@ def models(dimensions: Dimensions) -> list[Model]:
             "Vision tokens to the visual tokens that the LLM reads.",
             "qformer",
             vision_batch,
-            (*chosen, *question),
+            (*any_chosen, *question),
             visual,
         ),
         Model(
@@ -300,6 +300,15 @@ def models(dimensions: Dimensions) -> list[Model]:
             ),
         ),
     ]
+
+
+def _chosen(real: str, rows: int, width: int) -> tuple[Tensor, ...]:
+    """What an allocator hands to the Q-Former: as many rows as it can ever choose, so that no more are copied."""
+    return (
+        Tensor("vision_tokens", real, (rows, width), "row 0 is CLS; real tokens come first"),
+        Tensor("vision_mask", "INT32", (rows,), "0 is padding, g >= 1 the group that reads the token"),
+        Tensor("query_groups", "INT32", (1,), "1 to 4 groups of 32 queries"),
+    )
 
 
 def cores(dimensions: Dimensions, graph: str, run: str = "run") -> Parameter:

@@ -145,7 +145,7 @@ def test_packs_cls_then_each_cells_tokens_then_padding(refinements):
     for cell in range(CELL_COUNT):
         expected.append(by_cell[:, cell] if chosen[0, cell] else by_cell[:, cell].mean(1, keepdim=True))
     expected = torch.cat(expected, dim=1)
-    assert tokens.shape == (2, MAX_VISION_TOKENS + 1, 5)
+    assert tokens.shape == (2, 257, 5)
     assert expected.shape[1] == 65 + 3 * refinements
     assert torch.allclose(tokens[:, : expected.shape[1]], expected)
     assert mask.sum(1).tolist() == [expected.shape[1]] * 2

@@ -17,7 +17,7 @@ from build_engines.build.options import Options, checked
 from build_engines.build.precision import not_fp8, to_fp16
 from build_engines.build.profiles import configuration, dimensions, inputs_of, served
 from build_engines.build.source import Source
-from build_engines.repository import GRAPHS
+from build_engines.repository import GRAPHS, Dimensions, models
 from service.core import ModelCard, Prompt
 from service.triton import MODELS, read_engines
 from tests.test_contract import graph_specs, specs
@@ -164,11 +164,10 @@ def test_a_graph_in_fp16_has_the_types_of_its_configuration_and_answers_alike(
     onnx.checker.check_model(converted.model, full_check=True)
     assert converted.kept
     if name in ("vision_encoder", "relevance_allocator"):
-        config = parsed(options("onnx-gpu", "fp16"), card)[name]
-        assert graph_specs(converted.model.graph.input) == {key: spec[:2] for key, spec in specs(config.input).items()}
-        assert graph_specs(converted.model.graph.output) == {
-            key: spec[:2] for key, spec in specs(config.output).items()
-        }
+        (model,) = (m for m in models(Dimensions(card.vision_width, card.hidden_size, "FP16")) if m.name == name)
+        graph = converted.model.graph
+        for values, tensors in ((graph.input, model.inputs), (graph.output, model.outputs)):
+            assert graph_specs(values) == {tensor.name: (tensor.data_type, tensor.dims) for tensor in tensors}
     types = {value.name: value.type.tensor_type.elem_type for value in converted.model.graph.value_info}
     ops = {node.op_type: node for node in converted.model.graph.node}
     for node in converted.model.graph.node:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from build_engines.build.static import StaticQFormer, static_graphs
+from build_engines.export import graphs
 from build_engines.model.checkpoint import Checkpoint
 from tests.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
@@ -37,6 +38,19 @@ def test_every_group_reads_its_own_tokens_and_the_rest_is_zero(checkpoint: Check
     assert visual.shape[1] == 128
     assert torch.allclose(visual, expected, atol=1e-5)
     assert count[:, 0].tolist() == [32, 96, 128]
+
+
+def test_either_allocator_hands_on_the_same_number_of_rows(checkpoint: Checkpoint) -> None:
+    (given,) = (graph for graph in graphs(checkpoint) if graph.name == "relevance_allocator")
+    (padded,) = (graph for graph in static_graphs(checkpoint, 1) if graph.name == given.name)
+    with torch.inference_mode():
+        tokens, mask, *others = given.module(*given.inputs.values())
+        all_tokens, all_mask, *same = padded.module(*padded.inputs.values())
+    assert (tokens.shape[1], all_tokens.shape[1]) == (257, 401)
+    assert torch.equal(all_tokens[:, :257], tokens)
+    assert torch.equal(all_mask[:, :257], mask)
+    assert not all_mask[:, 257:].any()
+    assert all(torch.equal(one, other) for one, other in zip(others, same, strict=True))
 
 
 def test_their_graphs_have_the_contracts_tensors_and_read_all_of_them(checkpoint: Checkpoint) -> None:

@@ -158,6 +158,12 @@ def test_a_focus_group_without_tokens_is_refused(runner):
         runner.run(vision([1, 1, 3], groups=[2]))
 
 
+def test_a_mask_of_another_length_is_refused(runner):
+    inputs = vision([1, 1, 2], groups=[2])
+    with pytest.raises(InvalidRequest, match="an entry for each"):
+        runner.run(inputs | {"vision_mask": inputs["vision_mask"][:, :257]})
+
+
 @pytest.mark.parametrize("groups", [0, 5])
 def test_the_number_of_groups_is_bounded(runner, groups):
     with pytest.raises(InvalidRequest, match="1 to 4"):

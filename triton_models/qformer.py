@@ -38,6 +38,8 @@ class GroupRunner:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The model's inputs by name, rows first -> visual_tokens [B, 128, H], visual_count int32 [B, 1]."""
         mask, groups = inputs["vision_mask"], inputs["query_groups"][:, 0]
+        if mask.shape[1] != inputs["vision_tokens"].shape[1]:
+            raise InvalidRequest("vision_mask must have an entry for each of vision_tokens", param="vision_mask")
         if groups.min() < 1 or groups.max() > self.groups:
             raise InvalidRequest(f"query_groups must be 1 to {self.groups}", param="query_groups")
         visual = np.zeros((len(mask), self.groups, self.queries, self.hidden_size), self._float)
@@ -52,7 +54,7 @@ class GroupRunner:
     def _query(
         self, inputs: Mapping[str, Array], images: npt.NDArray[np.intp], visible: npt.NDArray[np.bool_]
     ) -> Array:
-        """One run: row i reads the visible [n, 401] vision tokens of image images[i] -> [n, 32, H]."""
+        """One run: row i reads the visible [n, N] vision tokens of image images[i] -> [n, 32, H]."""
         counts = np.count_nonzero(visible, axis=1)
         if not counts.all():
             raise InvalidRequest("a query group has no vision token to read", param="vision_mask")

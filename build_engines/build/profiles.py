@@ -47,6 +47,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         vision_max_batch=options.vision_batch,
         large=frozenset(large if options.profile == "embedded" else ()),
         closer_view=source.closer_view,
+        static=options.profile != "embedded",
     )
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from build_engines.export import Graph, graphs
 from build_engines.model.checkpoint import Checkpoint
+from build_engines.repository import VISION_SLOTS
 from service.core import MAX_VISUAL_TOKENS
 
 QUERIES = 32
-VISION_SLOTS = 401  # CLS and at most 400 vision tokens
 
 
 class StaticQFormer(nn.Module):
@@ -49,6 +49,23 @@ class StaticQFormer(nn.Module):
         return visual, count if self.reads_question else count + unread(question_ids, question_mask)
 
 
+class PaddedTokens(nn.Module):
+    """An allocator whose vision tokens and mask, its first two outputs, are padded to [B, 401, D] and [B, 401]: the
+    Q-Former's graph reads as many rows from either allocator."""
+
+    def __init__(self, allocator: nn.Module) -> None:
+        super().__init__()
+        self.allocator = allocator
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tokens, mask, *rest = self.allocator(*inputs)
+        missing = VISION_SLOTS - mask.shape[1]
+        if missing:
+            mask = nn.functional.pad(mask, (0, missing))
+            tokens = nn.functional.pad(tokens, (0, 0, 0, missing))
+        return tokens, mask, *rest
+
+
 class ReadsQuestion(nn.Module):
     """An allocator without trained weights, which does not look at the question: it looks, and changes nothing."""
 
@@ -77,9 +94,11 @@ def static_graphs(checkpoint: Checkpoint, groups: int) -> list[Graph]:
             continue
         if graph.name == "qformer":
             found.append(_static_qformer(checkpoint, groups))
-        elif graph.name.startswith("relevance_allocator") and checkpoint.participatory is None:
-            module = ReadsQuestion(graph.module, list(graph.outputs).index("query_groups"), list(graph.inputs)).eval()
-            found.append(dataclasses.replace(graph, module=module))
+        elif graph.name.startswith("relevance_allocator"):
+            module: nn.Module = PaddedTokens(graph.module)
+            if checkpoint.participatory is None:
+                module = ReadsQuestion(module, list(graph.outputs).index("query_groups"), list(graph.inputs))
+            found.append(dataclasses.replace(graph, module=module.eval()))
         else:
             found.append(graph)
     return found

@@ -205,7 +205,8 @@ class Allocation(nn.Module):
         closer: CloserView | None = None,
     ) -> tuple[Tensor, Tensor]:
         """features [B, 257, D], levels int64 [B, 64], focus regions int32 [B, 64] (0 = none), the closer view's tokens
-        [B, 1024, D] -> tokens [B, 401, D], mask int32 [B, 401] (0 = padding, 1 = a token, 1 + its region otherwise).
+        [B, 1024, D] -> tokens [B, 1 + N, D] and mask int32 [B, 1 + N] (0 = padding, 1 = a token, 1 + its region
+        otherwise); N is 256, with detail 400.
 
         With `closer`, detail is the closer view's features: tokens are made of those that are packed, less than half.
         CLS first, then the cells row by row, then padding (copies of CLS, masked). Without detail, levels are 0 and 1.
@@ -219,8 +220,7 @@ class Allocation(nn.Module):
         table = (CELL_COUNT * DETAILS) * level + DETAILS * self.cells - start
         place = (table.gather(1, cell) + slots).long()
         index = self.source_of[place]
-        unused = MAX_VISION_TOKENS - len(slots)
-        tokens = _rows(self.sources(features), functional.pad(index, (1, unused)))
+        tokens = _rows(self.sources(features), functional.pad(index, (1, 0)))
         if detail is not None:
             around, deep = tokens[:, 1:], place.unsqueeze(2) >= 2 * CELL_COUNT * DETAILS
             found = _rows(detail, self.detail_at[place])
@@ -228,7 +228,7 @@ class Allocation(nn.Module):
             tokens = torch.cat([tokens[:, :1], found], dim=1)
         used = slots < CELL_COUNT + REFINEMENT_COST * refinements.sum(1, keepdim=True)
         mask = used.int() if regions is None else torch.where(used, (1 + regions).gather(1, cell), 0)
-        return tokens, functional.pad(functional.pad(mask, (0, unused)), (1, 0), value=1)
+        return tokens, functional.pad(mask, (1, 0), value=1)
 
 
 def _padded(table: Tensor) -> Tensor:

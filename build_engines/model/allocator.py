@@ -35,8 +35,8 @@ class Weighed(NamedTuple):
 class Spent(NamedTuple):
     """What the budget bought."""
 
-    vision_tokens: Tensor  # [B, 401, D]
-    vision_mask: Tensor  # int32 [B, 401]
+    vision_tokens: Tensor  # [B, 1 + N, D], N the most that there can be: 256, with a closer view 400
+    vision_mask: Tensor  # int32 [B, 1 + N]
     query_groups: Tensor  # int32 [B, 1]
     levels: Tensor  # int32 [B, 64]
 
@@ -46,9 +46,10 @@ class RelevanceAllocator(nn.Module):
     question_mask int32 [B, 32], budget int32 [B, 4] (least and most vision tokens, least and most visual tokens), and
     with a closer view its detail_features [B, 1024, D]
 
-    -> vision_tokens [B, 401, D], vision_mask int32 [B, 401] (0 = padding, 1 = token, 2 to 4 = also of a focus region),
-    query_groups int32 [B, 1], relevance [B, 256] in [0, 1], scores [B, 3, 256] in [0, 1] (propositional, perspectival,
-    participatory), levels int32 [B, 64], tensions [B, 3] in [0, 1] (particularize, explore, diversify).
+    -> vision_tokens [B, 1 + N, D] and vision_mask int32 [B, 1 + N] (0 = padding, 1 = token, 2 to 4 = also of a focus
+    region), N 256 or with a closer view 400; query_groups int32 [B, 1], relevance [B, 256] in [0, 1], scores [B, 3,
+    256] in [0, 1] (propositional, perspectival, participatory), levels int32 [B, 64], tensions [B, 3] in [0, 1]
+    (particularize, explore, diversify).
 
     Each part may be untrained, hence None. Without participatory knowing (a plain BLIP-2 checkpoint) the relevance is
     the mean of the other two maps and the whole budget is spent; without balancing its map alone is the relevance and a

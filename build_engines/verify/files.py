@@ -142,6 +142,15 @@ def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:
         _check_steps(config, configs)
 
 
+def fits(given: tuple[str, tuple[int, ...]], taken: tuple[str, tuple[int, ...]]) -> bool:
+    """Data type and shape of a tensor, for who takes -1 as any size."""
+    return (
+        given[0] == taken[0]
+        and len(given[1]) == len(taken[1])
+        and all(size in (-1, own) for own, size in zip(given[1], taken[1], strict=True))
+    )
+
+
 def _check_steps(config: Any, configs: Mapping[str, Any]) -> None:
     flowing = {name: spec[:2] for name, spec in specs(config.input).items()}
     for step in config.ensemble_scheduling.step:
@@ -152,7 +161,7 @@ def _check_steps(config: Any, configs: Mapping[str, Any]) -> None:
         if missing := {key for key, spec in inputs.items() if not spec[2]} - step.input_map.keys():
             raise Wrong(f"{config.name} gives {step.model_name} no {', '.join(sorted(missing))}")
         for key, value in step.input_map.items():
-            if flowing.get(value) != inputs[key][:2]:
+            if value not in flowing or not fits(flowing[value], inputs[key][:2]):
                 raise Wrong(
                     f"{config.name}: {value} is {flowing.get(value)}, {step.model_name} takes {inputs[key][:2]}"
                 )

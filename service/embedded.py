@@ -36,6 +36,9 @@ from service.core import ModelCard
 from service.errors import GlimpseError
 
 SHARED_MEMORY = Path("/dev/shm")
+# Of each model's region, of which memory is what was ever written. Triton's 1 MiB grows with what comes together, and a
+# model's process that writes as its region grows can write past the end: two died so in 40 minutes' soak.
+SHARED_MEMORY_BYTES = 64 << 20
 
 WATCH_INTERVAL_S = 0.2
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the service is to answer again within 10 s
@@ -404,6 +407,7 @@ class EmbeddedTriton:
             "--model-control-mode=explicit",
             "--load-model=*",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+            f"--backend-config=python,shm-default-byte-size={SHARED_MEMORY_BYTES}",
             "--http-address=127.0.0.1",
             f"--http-port={self.ports.http}",
             "--grpc-address=127.0.0.1",

@@ -298,6 +298,9 @@ def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
         promises.append(Verdict(f"more {what} at the end", max(more.values()), THREADS_OF_A_POOL, False, f"{more}"))
     regions = marks[-1]["shared_memory"] - marks[0]["shared_memory"]
     promises.append(Verdict("more shared-memory regions at the end", regions, 0, False))
+    ended = sum((Counter(run["figures"]["outcomes"]) for run in runs), Counter())
+    failed = {outcome: count for outcome, count in ended.items() if outcome not in ("ok", "cancelled")}
+    promises.append(Verdict("requests that failed", sum(failed.values()), 0, False, f"{failed} of {ended.total()}"))
     held = sum(marks[-1]["held"].values())
     promises.append(Verdict("reservations left", held, 0, False, f"{marks[-1]['held']}"))
     found = report(f"{measured_model.title}: {seconds / 60:.0f} minutes of every workload in turn", model, promises)

@@ -14,6 +14,7 @@ Three parts, each of which `--only` names:
 
 `--model real` is ViT-g/14, the Q-Former and OPT-2.7B with random weights: 16 GB of memory, 8 GB of disk and 12 GB of
 the GPU's, by count; else a directory with a checkpoint. A GPU wants PyTorch and ONNX Runtime for CUDA: docs/engines.md.
+On a CPU FP16 and FP8 are emulated, by either library in its own way: there only FP32's MFU says anything.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import mmap
 import os
 import platform
 import shutil
@@ -36,9 +37,11 @@ from service.core import ModelCard
 from service.errors import GlimpseError
 
 SHARED_MEMORY = Path("/dev/shm")
-# Of each model's region, of which memory is what was ever written. Triton's 1 MiB grows with what comes together, and a
-# model's process that writes as its region grows can write past the end: two died so in 40 minutes' soak.
-SHARED_MEMORY_BYTES = 64 << 20
+# Of each model process's region of it. Triton's own 1 MiB grows with what comes together, and a process that writes as
+# its region grows can write past the end: two died so in 40 minutes' soak.
+REGION_BYTES = 32 << 20
+LEAST_REGION_BYTES = 1 << 20
+REGIONS_SHARE = 0.25  # of the shared memory that is free: all of a region is taken at once
 
 WATCH_INTERVAL_S = 0.2
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the service is to answer again within 10 s
@@ -189,6 +192,12 @@ def check_repository(repository: Path) -> None:
             f"{repository} is not a model repository, it lacks {', '.join(absent)}: set GLIMPSE_MODEL_REPOSITORY, "
             "or write one with `make repository`"
         )
+
+
+def region_bytes(free: int, models: int) -> int:
+    """Of each model process's region, where that much shared memory is free. Docker gives a container 64 MiB."""
+    pages = int(REGIONS_SHARE * free) // models // mmap.PAGESIZE
+    return min(max(pages * mmap.PAGESIZE, LEAST_REGION_BYTES), REGION_BYTES)
 
 
 def check_ports(ports: Ports) -> None:
@@ -399,6 +408,8 @@ class EmbeddedTriton:
     def _command(self) -> list[str]:
         if self._installation is None:
             raise RuntimeError("enter the context first")
+        models = len(list(self.repository.glob("*/config.pbtxt")))
+        region = region_bytes(shutil.disk_usage(SHARED_MEMORY).free, models)
         return [
             str(self._installation.server),
             f"--model-repository={self.repository}",
@@ -407,7 +418,7 @@ class EmbeddedTriton:
             "--model-control-mode=explicit",
             "--load-model=*",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
-            f"--backend-config=python,shm-default-byte-size={SHARED_MEMORY_BYTES}",
+            f"--backend-config=python,shm-default-byte-size={region}",
             "--http-address=127.0.0.1",
             f"--http-port={self.ports.http}",
             "--grpc-address=127.0.0.1",

@@ -33,6 +33,7 @@ from service.embedded import (
     check_platform,
     check_ports,
     check_repository,
+    region_bytes,
 )
 from service.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
 from service.prompt import PromptBuilder
@@ -73,6 +74,12 @@ def test_a_taken_port_is_named_with_its_setting() -> None:
         pytest.raises(StartFailed, match=f"{grpc} .*GLIMPSE_TRITON_GRPC_PORT"),
     ):
         check_ports(Ports(http, grpc, metrics))
+
+
+def test_regions_take_a_quarter_of_the_shared_memory_at_most() -> None:
+    assert region_bytes(free=8 << 30, models=12) == 32 << 20
+    assert region_bytes(free=512 << 20, models=16) == 8 << 20
+    assert region_bytes(free=16 << 20, models=12) == 1 << 20  # Triton's own, which grows
 
 
 def test_a_folder_without_models_is_named(tmp_path: Path, repository: Path) -> None:

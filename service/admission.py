@@ -116,7 +116,7 @@ class Admission:
     def _observe(self, now: float) -> int:
         """The level of fidelity."""
         before = self.controller.level
-        level = self.controller.observe(now, self.scheduler.waiting_since())
+        level = self.controller.observe(now, self.scheduler.waiting_since(now))
         if level != before:
             self._metrics.fidelity_changes.inc()
             most = LEVELS[level]

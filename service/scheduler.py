@@ -219,10 +219,14 @@ class Scheduler:
         """How many claims of that kind wait."""
         return sum(claim.kind is kind for pool in self._pools.values() for claim in pool.standing)
 
-    def waiting_since(self) -> float | None:
-        """When the one came that waits longest; None: nobody waits, but for who may wait."""
+    def waiting_since(self, now: float) -> float | None:
+        """When the one came that waits longest, or would, were it not turned away for that; None: nobody waits, but
+        for who may wait."""
         waiting = (claim for pool in self._pools.values() for claim in pool.standing)
-        return min((claim.arrived for claim in waiting if claim.priority is Priority.NORMAL), default=None)
+        arrived = [claim.arrived for claim in waiting if claim.priority is Priority.NORMAL]
+        if (kept_out_since := self.window.kept_out_since(now)) is not None:
+            arrived.append(kept_out_since)
+        return min(arrived, default=None)
 
     def running(self, kind: Kind) -> int:
         """How many claims of that kind hold what they claimed."""
@@ -243,6 +247,7 @@ class Scheduler:
             if not inside:
                 latest = min(latest, self.window.latest_start(now, claim.deadline))
             if wait_s and now + wait_s > latest:
+                self._turn_away([claim], now)
                 text = (
                     f"it would wait about {wait_s:.1f} s for its turn and then not be answered in time: "
                     "raise timeout_s, or ask again later"
@@ -262,7 +267,9 @@ class Scheduler:
             if pool.deadlines[0][0] - (needed_s := self._needed_s(resource)) <= now:
                 expired += pool.expire(now, needed_s)
             if self.window.is_narrow:
-                expired += pool.outstay(now, self.window)
+                late = pool.outstay(now, self.window)
+                self._turn_away(late, now)
+                expired += late
             while (turn := pool.next(now, self.window)) is not None:
                 pool.leave(turn)
                 pool.start(turn, now)
@@ -297,6 +304,11 @@ class Scheduler:
             held_s = now - claim.started_at
             slower_s = pool.least_s + FORGIVENESS * (held_s - pool.least_s)
             pool.least_s = min(held_s, slower_s) if pool.least_s else held_s
+
+    def _turn_away(self, claims: Iterable[Claim], now: float) -> None:
+        for claim in claims:
+            if claim.priority is Priority.NORMAL:
+                self.window.turn_away(claim.arrived, now)
 
     def _needed_s(self, resource: Resource) -> float:
         """From its turn to its end, at the least: after the vision stage comes the LLM."""

@@ -21,6 +21,7 @@ import math
 NARROWED = 0.6
 PATIENCE = 0.2
 LATELY = 0.1  # weight of one answer in how long answers take
+ONE_QUEUE_S = 2.0  # between two who are turned away, at the most, where they would have stood in one queue
 
 
 class Window:
@@ -34,6 +35,7 @@ class Window:
         self._resting: set[object] = set()  # of those inside
         self._narrowed_at = -math.inf
         self._usual_s = 0.0
+        self._turned_away_at = self._kept_out_since = -math.inf
 
     @property
     def is_narrow(self) -> bool:
@@ -83,3 +85,16 @@ class Window:
     def latest_start(self, arrived: float, deadline: float) -> float:
         """Of who is not inside: until when it waits."""
         return arrived + PATIENCE * (deadline - arrived) if self.is_narrow else deadline
+
+    def turn_away(self, arrived: float, now: float) -> None:
+        """Somebody who would have had to wait for too long. Counts while it is narrow."""
+        if not self.is_narrow:
+            return
+        if now - self._turned_away_at > ONE_QUEUE_S:
+            self._kept_out_since = arrived
+        self._turned_away_at = now
+
+    def kept_out_since(self, now: float) -> float | None:
+        """When the first of those came that are turned away one after the other, to this day: so long would be the
+        wait, did anybody wait. None: nobody is."""
+        return self._kept_out_since if now - self._turned_away_at <= ONE_QUEUE_S else None

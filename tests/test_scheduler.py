@@ -69,7 +69,7 @@ class House:
             assert self.scheduler.waiting(kind) == sum(one.kind is kind for one in self.waiting)
             assert self.scheduler.running(kind) == sum(one.kind is kind for one in self.running)
         urgent = [one.arrived for one in self.waiting if one.priority is Priority.NORMAL]
-        assert self.scheduler.waiting_since() == min(urgent, default=None)
+        assert self.scheduler.waiting_since(now) == min(urgent, default=None)
 
 
 def drawn_claim(draw: st.DrawFn, now: float) -> Claim:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.fidelity import LEVELS, Fidelity
 from service.scheduler import Claim, Kind, Resource, Scheduler
-from service.window import NARROWED, PATIENCE, Window
+from service.window import NARROWED, ONE_QUEUE_S, PATIENCE, Window
 
 
 def narrowed(widest: float = 10.0, inside: int = 10) -> Window:
@@ -108,6 +109,8 @@ class House:
         self.scheduler = Scheduler(self.IMAGES, self.ROWS, window=window)
         self.work: dict[Resource, dict[Claim, float]] = {resource: {} for resource in Resource}
         self.answered: list[float] = []
+        self.fidelity = Fidelity(target_s=1.0, now=0.0)  # in force on nothing: only watched
+        self.levels: list[int] = []  # a second
 
     def claim(self, resource: Resource, now: float, deadline: float, request: object) -> None:
         kind = Kind.SINGLE_IMAGE if resource is Resource.VISION else Kind.FOLLOW_UP
@@ -128,6 +131,9 @@ class House:
             self.progress(now)
             for claim in self.scheduler.schedule(now)[0]:
                 self.work[claim.resource][claim] = 0.0
+            level = self.fidelity.observe(now, self.scheduler.waiting_since(now))
+            if len(self.levels) < now:
+                self.levels.append(level)
         return sum(moment > seconds / 2 for moment in self.answered) / (seconds / 2)
 
     def progress(self, now: float) -> None:
@@ -160,3 +166,28 @@ def test_overload_takes_no_more_than_a_fifth_of_what_is_answered_in_time(new):
     for rate in (4.5, 6.0):
         assert House(Window(widest)).run(rate, new) >= 0.8 * best
     assert House(Window()).run(4.5, new) < 0.2 * best  # all in at once: nobody in time
+
+
+@pytest.mark.parametrize("new", [0.0, 0.5])
+def test_under_overload_all_look_less_closely_though_nobody_waits_for_long(new):
+    """A fifth of 5 s is no longer than the target: the wait that counts is that of those who are turned away."""
+    house = House(Window(House.ROWS + House.IMAGES))
+    house.run(4.5, new)
+    assert set(house.levels[60:]) == {len(LEVELS) - 1}
+    calm = House(Window(House.ROWS + House.IMAGES))
+    calm.run(0.5, new)
+    assert set(calm.levels) == {0}
+
+
+def test_those_turned_away_one_after_the_other_are_one_queue():
+    window = narrowed()
+    assert window.kept_out_since(5.0) is None
+    for arrived in (6.0, 6.5, 7.4):
+        window.turn_away(arrived, arrived + 0.5)
+    assert window.kept_out_since(8.0) == 6.0
+    assert window.kept_out_since(7.9 + ONE_QUEUE_S + 0.1) is None
+    window.turn_away(20.0, 20.0)
+    assert window.kept_out_since(20.0) == 20.0
+    wide = Window(10.0)
+    wide.turn_away(1.0, 1.0)
+    assert wide.kept_out_since(1.0) is None

@@ -402,9 +402,14 @@ class TritonClient:
                 self._keep(asyncio.create_task(stream.wind_up(stop)))
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
-        """From the garbage collector, until it is done."""
+        """From the garbage collector, until it is done; what it fails of is told to whoever still waits for it."""
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._let_go)
+
+    def _let_go(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
         """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong.

@@ -12,6 +12,7 @@ COLOURS = {"naive": "#9aa5b1", "litserve": "#c28f5c", "triton": "#7a8fc9", "glim
            "glimpse-no-cache": "#e0567a", "glimpse-no-scheduler": "#8e6bbf", "glimpse-no-fidelity": "#5b5b5b",
            "glimpse-no-reuse": "#d1b13c"}  # fmt: skip
 LATENCIES = ("first_token_ms", "inter_token_ms", "end_to_end_ms")
+LEGEND_COLUMNS = 4  # more are wider than a picture of three workloads
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
@@ -113,7 +114,9 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
         axis.tick_params(axis="y", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[system]) for system in systems]
-    figure.legend(handles, systems, loc="outside lower center", ncols=len(systems), fontsize=9, frameon=False)
+    figure.legend(
+        handles, systems, loc="outside lower center", ncols=min(len(systems), LEGEND_COLUMNS), fontsize=9, frameon=False
+    )
     rounds = max(run["round"] for run in runs)
     spread = f"bars: median of {rounds} rounds in turn, whiskers: their range" if rounds > 1 else "one round"
     figure.suptitle(f"{report['title']}\n{report['machine']['cpus']} cores of {report['machine']['cpu']}; {spread}",

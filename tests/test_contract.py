@@ -1,4 +1,4 @@
-"""The tensor contract, compared where it is written down: config.pbtxt, the ONNX graphs and service/triton.py."""
+"""The tensor contract, compared where it is written down: config.pbtxt, the ONNX graphs and service.triton."""
 
 from __future__ import annotations
 

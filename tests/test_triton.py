@@ -41,7 +41,8 @@ from service.errors import (
     Unavailable,
 )
 from service.prompt import PromptBuilder
-from service.triton import ERROR_CODES, ERROR_TEXTS, MESSAGES, MODELS, TritonClient, translate
+from service.triton import MODELS, TritonClient
+from service.triton.errors import ERROR_CODES, ERROR_TEXTS, MESSAGES, translate
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -1,0 +1,227 @@
+"""Calls to one or two Tritons: gRPC's channels, what is in flight on them, and how it ends.
+
+One gRPC channel an address, shared by every request; one decoupled stream a generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from service.errors import InternalError, Unavailable
+from service.triton import codec
+from service.triton.contract import MODELS, VISION_MODELS, Arrays
+from service.triton.errors import MESSAGES, translate, translated
+from service.triton.streams import LINGER_S, Stream
+
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # A connection that died without a word (a lost node) is noticed in 30 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A restarted Triton is found again within half a second; gRPC's own back-off grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+
+
+class Calls:
+    """By the models of MODELS. Every method raises GlimpseError only."""
+
+    def __init__(self, vision_url: str, llm_url: str) -> None:
+        self._vision_url = vision_url
+        self._llm_url = llm_url
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._stubs: dict[str, service_pb2_grpc.GRPCInferenceServiceStub] = {}
+        self._streams: dict[str, grpc.aio.UnaryStreamMultiCallable] = {}
+        self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in MODELS}
+        self._abandoned: set[grpc.aio.Call] = set()
+        self._answered: dict[str, float] = {}  # by model of MODELS, the monotonic time of its last good response
+        self._tasks: set[asyncio.Task[Any]] = set()  # of calls that go on to their ends
+
+    async def connect(self) -> None:
+        """Opens the channels; the connections themselves come with the first call."""
+        for url in {self._vision_url, self._llm_url} - self._channels.keys():
+            self._channels[url] = channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
+            self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            # We send one request a stream. Called as what it then is, head, request and end of the request leave
+            # together: as a stream of requests they are three packets and two tasks.
+            self._streams[url] = channel.unary_stream(
+                "/inference.GRPCInferenceService/ModelStreamInfer",
+                request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+                response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+            )
+
+    async def close(self) -> None:
+        """Ends what is in flight with Unavailable and closes the channels."""
+        for model in MODELS:
+            self._abandon_calls(model)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+        self._stubs.clear()
+        self._streams.clear()
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that `abandon` could still end."""
+        return sum(len(calls) for calls in self._open.values())
+
+    async def ready(self, timeout_s: float = 1.0) -> bool:
+        """Whether every server says so; Triton does even when a model's process is dead: see `probe`."""
+        try:
+            for stub in self._stubs.values():
+                if not (await stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=timeout_s)).ready:
+                    return False
+        except (grpc.RpcError, grpc.aio.BaseError):
+            return False
+        return bool(self._stubs)
+
+    async def load(self, model: str, timeout_s: float = 60.0) -> None:
+        """Loads a model, and whatever ensembles wait for it."""
+        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        with translated(model):
+            await self._stub(model).RepositoryModelLoad(request, timeout=timeout_s)
+
+    async def unload(self, model: str, timeout_s: float = 60.0) -> None:
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+        with translated(model):
+            await self._stub(model).RepositoryModelUnload(request, timeout=timeout_s)
+
+    def abandon(self, lost: str) -> None:
+        """Ends with Unavailable, at once, every request in flight that needs the model `lost`.
+
+        For who knows that its process died: Triton lets such requests hang, or fails them one a second.
+        """
+        for name, model in MODELS.items():
+            if lost in model.through:
+                self._answered.pop(name, None)
+                self._abandon_calls(name)
+
+    def _abandon_calls(self, model: str) -> None:
+        for call in list(self._open[model]):
+            self._abandoned.add(call)
+            call.cancel()
+
+    def answering_since(self, moment: float) -> set[str]:
+        """The models that have answered since, whoever went through them."""
+        return {step for name, at in self._answered.items() if at > moment for step in MODELS[name].through}
+
+    async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
+        """One unary inference; every tensor's rows are first. Left before its end it goes on: see streams."""
+        if timeout_s <= 0:
+            raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
+        call = self._stub(model).ModelInfer(codec.request(model, tensors), timeout=timeout_s + LINGER_S)
+        task = asyncio.create_task(_response(call))
+        self._keep(task)
+        with self._in_flight(model, call):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    response = await asyncio.shield(task)
+            except TimeoutError as exc:
+                raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no response") from exc
+        self._answered[model] = time.monotonic()
+        return codec.arrays(response)
+
+    async def responses(
+        self,
+        model: str,
+        request: service_pb2.ModelInferRequest,
+        timeout_s: float,
+        stall_timeout_s: float,
+        stop: Callable[[], grpc.aio.UnaryStreamCall] | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """One decoupled request on a stream of its own: its ModelInferResponses up to the final one. Left before that,
+        `stop` ends the work on it: in band, as a cancel would take Triton some 33 ms to tell and may kill it."""
+        deadline = time.monotonic() + timeout_s
+        silence_s = math.inf  # the first response waits for the queue and has the deadline alone
+        if timeout_s <= 0:
+            raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
+        stream = Stream(self.stream(model, request))
+        self._keep(stream.reader)
+        final = False
+        try:
+            with self._in_flight(model, stream.call):
+                while not final:
+                    left_s = deadline - time.monotonic()
+                    try:
+                        async with asyncio.timeout(min(silence_s, left_s)):
+                            response = await stream.read()
+                    except TimeoutError as exc:
+                        if left_s <= silence_s:
+                            raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no final response") from exc
+                        text = f"the model {model} fell silent for {stall_timeout_s:g} s: try again"
+                        raise Unavailable(text) from exc
+                    silence_s = stall_timeout_s
+                    if response is grpc.aio.EOF:
+                        raise InternalError(f"the model {model} ended without a final response")
+                    if response.error_message:
+                        final = True
+                        raise translate(model, None, response.error_message)
+                    final = bool(response.infer_response.parameters["triton_final_response"].bool_param)
+                    self._answered[model] = time.monotonic()
+                    yield response.infer_response
+        finally:
+            if not (final or stream.is_over):
+                self._keep(asyncio.create_task(stream.wind_up(stop)))
+
+    def stream(self, model: str, request: service_pb2.ModelInferRequest) -> grpc.aio.UnaryStreamCall:
+        """A decoupled request on its way."""
+        return self._of(self._streams, model)(request)
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """From the garbage collector, until it is done; what it fails of is told to whoever still waits for it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._let_go)
+
+    def _let_go(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    def _stub(self, model: str) -> service_pb2_grpc.GRPCInferenceServiceStub:
+        return self._of(self._stubs, model)
+
+    def _of(self, known: Mapping[str, Any], model: str) -> Any:
+        """What is known for the address of the model's server. Raises Unavailable."""
+        try:
+            return known[self._vision_url if model in VISION_MODELS else self._llm_url]
+        except KeyError:
+            raise Unavailable("not connected to Triton") from None
+
+    @contextlib.contextmanager
+    def _in_flight(self, model: str, call: grpc.aio.Call) -> Iterator[None]:
+        """Translates the call's errors, and lets `abandon` reach it."""
+        self._open[model].add(call)
+        try:
+            with translated(model):
+                yield
+        except Unavailable:
+            self._answered.pop(model, None)
+            raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if call in self._abandoned and not (task and task.cancelling()):
+                raise Unavailable(MESSAGES[Unavailable].format(model=model)) from None
+            raise
+        finally:
+            self._abandoned.discard(call)
+            self._open[model].discard(call)
+
+
+async def _response(call: grpc.aio.UnaryUnaryCall) -> Any:
+    return await call

@@ -1,0 +1,232 @@
+"""See, attend and generate on Triton, in the gateway's own words."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+import grpc  # type: ignore[import-untyped]
+import numpy as np
+import numpy.typing as npt
+
+from service.core import (
+    IMAGE_SIZE,
+    QUESTION_TOKENS,
+    Budget,
+    CloserFeatures,
+    ModelCard,
+    Prompt,
+    Question,
+    Sampling,
+    Seen,
+    UInt8Array,
+    VisionFeatures,
+    dense,
+)
+from service.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
+from service.triton import codec
+from service.triton.calls import Calls
+from service.triton.contract import DTYPES, MODELS
+
+# What `probe` shows the vqa ensemble: 1x1, black.
+_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
+PROBE_SHARE = 0.02  # a ViT-B costs a CPU 0.5 s a probe, a tenth of its time every 5 s
+
+
+class TritonClient:
+    """See, attend and generate on one or two Tritons. Every method raises GlimpseError only."""
+
+    def __init__(self, vision_url: str, llm_url: str) -> None:
+        """`host:port` of Triton's gRPC; the two may be equal, and then share one channel."""
+        self._calls = Calls(vision_url, llm_url)
+        self._probe_took: dict[str, float] = {}  # seconds, the least: more is waiting
+
+    async def __aenter__(self) -> TritonClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def connect(self) -> None:
+        """Opens the channels; the connections themselves come with the first call."""
+        await self._calls.connect()
+
+    async def close(self) -> None:
+        """Ends what is in flight with Unavailable and closes the channels."""
+        await self._calls.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that `abandon` could still end."""
+        return self._calls.in_flight
+
+    async def see(
+        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
+    ) -> tuple[VisionFeatures, Seen]:
+        """`image` is RGB [3, 224, 224]."""
+        arrays = await self._calls.infer(
+            "see", {"image": image[np.newaxis], **codec.asked(question, budget)}, timeout_s
+        )
+        return codec.features(arrays)[0], codec.seen(arrays, budget)
+
+    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
+        """`images` is RGB [N, 3, 224, 224]: one batch, and no question."""
+        return codec.features(await self._calls.infer("vision_encoder", {"image": images}, timeout_s))
+
+    async def attend(
+        self,
+        vision: VisionFeatures,
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+        closer: CloserFeatures | None = None,
+    ) -> Seen:
+        """What `see` gives, from features that an earlier `see` or `encode` found; with level 2 where there are those
+        of a closer view too."""
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "features": dense(vision.features)[np.newaxis],
+            "saliency": vision.saliency[np.newaxis],
+            "entropy": vision.entropy[np.newaxis],
+            "texture": vision.texture[np.newaxis],
+            **codec.asked(question, budget),
+        }
+        if closer is None:
+            return codec.seen(await self._calls.infer("attend", tensors, timeout_s), budget)
+        tensors["detail_features"] = dense(closer.features)[np.newaxis]
+        return replace(codec.seen(await self._calls.infer("attend_448", tensors, timeout_s), budget), detail="high")
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+    ) -> AsyncGenerator[tuple[int, ...], None]:
+        """Token ids as they come, `end_id` included if generated.
+
+        Closing the generator stops the sequence; the stream then ends by itself. Raises Unavailable when no token
+        follows the last one within `stall_timeout_s`.
+        """
+        codec.require_consistent(prompt)
+        inputs = codec.llm_inputs(prompt, sampling, end_id, pad_id)
+
+        def stop() -> grpc.aio.UnaryStreamCall:
+            return self._calls.stream("llm", codec.request("llm", inputs | {"stop": np.array([[True]])}, request_id))
+
+        request = codec.request("llm", inputs, request_id)
+        responses = self._calls.responses("llm", request, timeout_s, stall_timeout_s, stop)
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                if tokens := codec.tokens(response):
+                    yield tokens
+
+    async def answer(
+        self, image_bytes: bytes, question: str, *, max_tokens: int, timeout_s: float, stall_timeout_s: float = 5.0
+    ) -> AsyncGenerator[bytes, None]:
+        """The greedy answer of the `vqa` ensemble, piece by piece, as a plain Triton client gets it.
+
+        The gateway itself never asks for it: a cancel does not reach a running step of an ensemble.
+        """
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "image_bytes": np.frombuffer(image_bytes, np.uint8)[np.newaxis],
+            "question": np.frombuffer(question.encode(), np.uint8)[np.newaxis],
+            "max_tokens": np.array([[max_tokens]], np.int32),
+        }
+        responses = self._calls.responses("vqa", codec.request("vqa", tensors), timeout_s, stall_timeout_s)
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                for content in response.raw_output_contents:
+                    yield content
+
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
+        """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong.
+
+        One whose every step answered anybody within the last `fresh_s` is not asked; where not 0, that is as long at
+        the least as keeps probes of an idle model under PROBE_SHARE of the time. One that shares steps which answer
+        others while the probe waits is busy, not gone: a probe comes last in its queue.
+        """
+        begun = time.monotonic()
+        steps = set(MODELS[model].through) if model in MODELS else {model}
+        if fresh_s:
+            fresh_s = max(fresh_s, self._probe_took.get(model, 0.0) / PROBE_SHARE)
+        if steps <= self._calls.answering_since(begun - fresh_s):
+            return
+        try:
+            await self._probe(model, card, timeout_s)
+            took = time.monotonic() - begun
+            self._probe_took[model] = min(took, self._probe_took.get(model, took))
+        except Overloaded:
+            return  # it lives
+        except Unavailable:
+            raise
+        except GlimpseError as exc:
+            shared = steps & {step for name, other in MODELS.items() if name != model for step in other.through}
+            if isinstance(exc, DeadlineExceeded) and shared and shared <= self._calls.answering_since(begun):
+                return
+            why = f"no answer in {timeout_s:g} s" if isinstance(exc, DeadlineExceeded) else exc.message
+            raise Unavailable(f"the model {model} does not answer its probe: {why}", cause=exc.cause) from exc
+
+    async def _probe(self, model: str, card: ModelCard, timeout_s: float) -> None:
+        question = Question(np.zeros(QUESTION_TOKENS, np.int32), np.zeros(QUESTION_TOKENS, np.int32))
+        budget = Budget((card.vision_tokens[0],) * 2, (card.visual_tokens[0],) * 2)
+        match model:
+            case "see":
+                await self.see(np.zeros((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), question, budget, timeout_s)
+            case "attend" | "attend_448":
+                first, second = (
+                    {name: np.zeros(shape, DTYPES[card.type_of(name)]) for name, shape in shapes.items()}
+                    for shapes in card.feature_shapes.values()
+                )
+                closer = CloserFeatures(**second) if model == "attend_448" else None
+                await self.attend(VisionFeatures(**first), question, budget, timeout_s, closer)
+            case "llm":
+                prompt = Prompt(
+                    input_ids=np.array([card.vocab_size, card.bos_id], np.int32),
+                    visual_tokens=np.zeros((1, card.hidden_size), DTYPES[card.float_type]),
+                    extra_ids=np.array([1, 0], np.uint64),
+                )
+                tokens = self.generate(
+                    prompt,
+                    Sampling(max_tokens=1),
+                    end_id=card.end_id,
+                    pad_id=card.pad_id,
+                    request_id=f"probe-{uuid4().hex}",  # closing a stream stops by id, and another gateway probes too
+                    timeout_s=timeout_s,
+                    stall_timeout_s=timeout_s,
+                )
+                async with contextlib.aclosing(tokens):
+                    async for _ in tokens:
+                        pass
+            case "vqa":
+                pieces = self.answer(_PNG, "?", max_tokens=1, timeout_s=timeout_s)
+                async with contextlib.aclosing(pieces):
+                    async for _ in pieces:
+                        pass
+            case _:
+                raise InternalError(f"no probe for the model {model}")
+
+    async def ready(self, timeout_s: float = 1.0) -> bool:
+        """Whether every server says so; Triton does even when a model's process is dead: see `probe`."""
+        return await self._calls.ready(timeout_s)
+
+    async def load(self, model: str, timeout_s: float = 60.0) -> None:
+        """Loads a model, and whatever ensembles wait for it."""
+        await self._calls.load(model, timeout_s)
+
+    async def unload(self, model: str, timeout_s: float = 60.0) -> None:
+        await self._calls.unload(model, timeout_s)
+
+    def abandon(self, lost: str) -> None:
+        """Ends with Unavailable, at once, every request in flight that needs the model `lost`."""
+        self._calls.abandon(lost)

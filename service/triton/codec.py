@@ -1,0 +1,115 @@
+"""The service's own values as Triton's messages, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2
+
+from service.core import CELLS, GRID, Budget, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
+from service.errors import InternalError
+from service.triton.contract import DATATYPES, DTYPES, MODELS, Arrays
+
+_OUTPUTS = {
+    name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]
+    for name, model in MODELS.items()
+}
+
+
+def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
+    """Every tensor's rows are first."""
+    inputs, contents = [], []
+    for name, array in tensors.items():
+        datatype = DATATYPES[array.dtype]
+        inputs.append(service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=array.shape))
+        contents.append(array.tobytes())
+    request = service_pb2.ModelInferRequest(
+        model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_OUTPUTS[model]
+    )
+    if MODELS[model].decoupled:
+        # Without it an empty last response is swallowed, and the end with it.
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
+    return request
+
+
+def asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:
+    return {
+        "question_ids": question.ids[np.newaxis],
+        "question_mask": question.mask[np.newaxis],
+        "budget": budget.to_array()[np.newaxis],
+    }
+
+
+def require_consistent(prompt: Prompt) -> None:
+    """Raises InternalError, as it is our mistake, for what TensorRT-LLM's backend would let pass: it drops extra ids of
+    the wrong length and does not look at the table's size, and then two images could share keys and values."""
+    ids, extra, rows = prompt.input_ids, prompt.extra_ids, len(prompt.visual_tokens)
+    if extra.shape != ids.shape:
+        raise InternalError(f"{extra.size} extra ids for {ids.size} input ids")
+    visual = extra > 0
+    named = ids[visual]
+    first = int(named.min(initial=np.iinfo(np.int32).max))
+    if not np.array_equal(np.sort(named), np.arange(first, first + rows, dtype=np.int64)):
+        raise InternalError(f"{len(named)} visual ids do not name the {rows} rows of the prompt embedding table")
+    if ids[~visual].max(initial=-1) >= first:
+        raise InternalError("an input id names a row of the prompt embedding table and has no extra id")
+    if len(set(extra[visual].tolist())) < rows:  # the same image twice
+        _, at, of = np.unique(extra[visual], return_index=True, return_inverse=True)
+        table = prompt.visual_tokens[named - first]
+        if not np.array_equal(table, table[at][of]):
+            raise InternalError("two different visual tokens have one extra id")
+
+
+def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> dict[str, npt.NDArray[Any]]:
+    """The LLM's inputs; of the sampling ones only those that are not neutral, so that a greedy request is small."""
+    inputs: dict[str, npt.NDArray[Any]] = {
+        "input_ids": prompt.input_ids[np.newaxis],
+        "input_lengths": np.array([[prompt.input_ids.size]], np.int32),
+        "request_output_len": np.array([[sampling.max_tokens]], np.int32),
+        "prompt_embedding_table": prompt.visual_tokens[np.newaxis],
+        "prompt_vocab_size": np.array([[len(prompt.visual_tokens)]], np.int32),
+        "prompt_table_extra_ids": prompt.extra_ids[np.newaxis],
+        "end_id": np.array([[end_id]], np.int32),
+        "pad_id": np.array([[pad_id]], np.int32),
+        "streaming": np.array([[sampling.streaming]]),
+        "temperature": np.array([[sampling.temperature]], np.float32),
+    }
+    if sampling.temperature > 0:
+        inputs["runtime_top_k"] = np.array([[sampling.top_k]], np.int32)
+        inputs["runtime_top_p"] = np.array([[sampling.top_p]], np.float32)
+        inputs["seed"] = np.array([[sampling.seed]], np.uint64)
+    if sampling.repetition_penalty != 1.0:
+        inputs["repetition_penalty"] = np.array([[sampling.repetition_penalty]], np.float32)
+    return inputs
+
+
+def features(arrays: Arrays) -> list[VisionFeatures]:
+    """One a row."""
+    rows = zip(arrays["features"], arrays["saliency"], arrays["entropy"], arrays["texture"], strict=True)
+    return [VisionFeatures(*row) for row in rows]
+
+
+def seen(arrays: Arrays, budget: Budget) -> Seen:
+    count = int(arrays["visual_count"][0, 0])
+    relevance = Relevance(
+        map=arrays["relevance"][0].reshape(GRID, GRID),
+        scores=arrays["scores"][0].reshape(3, GRID, GRID),
+        levels=arrays["levels"][0].reshape(CELLS, CELLS),
+        tensions=arrays["tensions"][0],
+    )
+    return Seen(arrays["visual_tokens"][0, :count].copy(), relevance, budget)  # without the rows past the count
+
+
+def tokens(response: Any) -> tuple[int, ...]:
+    """`output_ids` int32 [1, 1, new tokens], all that was asked for; an empty final response has nothing."""
+    return tuple(token for content in response.raw_output_contents for token in memoryview(content).cast("i"))
+
+
+def arrays(response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:
+    """What it brought, read-only."""
+    return {
+        output.name: np.frombuffer(content, DTYPES[output.datatype]).reshape(tuple(output.shape))
+        for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
+    }

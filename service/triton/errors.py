@@ -1,0 +1,68 @@
+"""Triton's errors as ours: a status of gRPC, or the text of one."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+
+import grpc  # type: ignore[import-untyped]
+
+from service.errors import (
+    DeadlineExceeded,
+    GlimpseError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+
+# Text that Triton puts in an error, whatever its code, and then the codes. What is in neither is ours to mend.
+ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
+    ("Exceeds maximum queue size", Overloaded),
+    ("is not healthy", Unavailable),  # "Stub process 'llm_0_0' is not healthy.": the model's process died
+    ("unknown model", Unavailable),  # it is not loaded, or not at the moment
+    ("Server not ready", Unavailable),  # it starts, or it stops
+    ("message larger than max", InternalError),
+)
+ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
+    grpc.StatusCode.UNAVAILABLE: Unavailable,  # no connection, the model is loading, the server is stopping
+    grpc.StatusCode.NOT_FOUND: Unavailable,  # the model is not loaded
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Unavailable,  # by the server: our own cancels raise CancelledError
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+}
+_CODED = re.compile(r"(?:\[request id: [^]]*\] )?(?P<code>[A-Z_]+): (?P<text>.*)", re.DOTALL)
+MESSAGES: Mapping[type[GlimpseError], str] = {
+    Unavailable: "the model {model} does not answer: try again in a few seconds",
+    Overloaded: "the model {model} has no room for another request: try again",
+    DeadlineExceeded: "the model {model} did not finish in time",
+    InternalError: "the model {model} failed",
+}
+
+
+@contextlib.contextmanager
+def translated(model: str) -> Iterator[None]:
+    """The one place where gRPC's errors become ours."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as exc:
+        raise translate(model, exc.code(), exc.details() or "") from exc
+    except grpc.aio.BaseError as exc:  # the channel was closed under the call
+        raise Unavailable(MESSAGES[Unavailable].format(model=model)) from exc
+
+
+def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseError:
+    """Triton's code and text as our error. A stream carries the text alone, and our LLM's begins with the code: that
+    Triton 2.51 sends it as a status, which a client may ask for (triton_grpc_error), may kill it."""
+    if code is None and (coded := _CODED.fullmatch(text)) and coded["code"] in grpc.StatusCode.__members__:
+        code, text = grpc.StatusCode[coded["code"]], coded["text"]
+    by_text = (error for part, error in ERROR_TEXTS if part in text)
+    kind = next(by_text, ERROR_CODES.get(code, InternalError) if code else InternalError)
+    if kind is InvalidRequest:
+        # Only the LLM checks what a caller may choose (lengths, sampling); a wrong tensor elsewhere is our mistake.
+        if model == "llm" and "unexpected" not in text and "expected number of inputs" not in text:
+            return InvalidRequest(text.split("] ", 1)[-1] if text.startswith("[request id") else text)
+        kind = InternalError
+    return kind(MESSAGES[kind].format(model=model), cause=f"{code.name}: {text}" if code else text)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import httpx
-import pytest
-from conftest import Gateway
+import base64
+from io import BytesIO
 
-from benchmarks.stages import between, counters, measure, summary
+import httpx
+import numpy as np
+import pytest
+from conftest import PROJECT, Gateway
+from PIL import Image
+
+from benchmarks.evaluate import SCENES
+from benchmarks.stages import between, counters, graph_ms, measure, never_seen, summary
 from service.embedded import EmbeddedTriton
 
 
@@ -26,6 +32,17 @@ def test_the_allocators_share_is_of_the_same_rounds():
 def test_a_stranger_at_the_server_is_noticed():
     with pytest.raises(ValueError, match="somebody else"):
         summary([{"vision_encoder": (1, 10.0), "relevance_allocator": (1, 1.0)}, {"vision_encoder": (1, 10.0)}])
+
+
+def test_no_two_images_are_the_same_bytes_and_all_show_the_scene():
+    drawn = [base64.b64decode(never_seen(SCENES / "new_003.webp")) for _ in range(3)]
+    shown = [np.asarray(Image.open(BytesIO(image))) for image in drawn]
+    assert len(set(drawn)) == 3
+    assert np.array_equal(shown[0], shown[1])
+
+
+def test_each_graph_is_timed_alone():
+    assert all(took > 0 for took in graph_ms(PROJECT / "model_repository").values())
 
 
 def test_the_served_chain_tells_what_each_model_costs(gateway: Gateway, triton: EmbeddedTriton):

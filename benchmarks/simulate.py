@@ -8,7 +8,8 @@ until its last one; on average 48 % of the slots and 41 % of the tokens are want
 burst up to twice that. An answer is worth something for TIMEOUT_S.
 
 The policies: `glimpse` is service/scheduler.py as it is served. `text first` and `vision first` are the same with
-absolute priority instead of ageing. `fifo` is one queue in order of arrival, whose head blocks those behind it.
+absolute priority instead of ageing. `fifo` is its one queue in order of arrival, whose head blocks those behind it.
+All drop at once who can no longer be answered in time.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import heapq
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
-from service.scheduler import HANDICAP_S, Claim, Kind, Resource, Scheduler
+from service.scheduler import Claim, Fifo, Kind, Resource, Scheduler
 
 RESULTS = Path(__file__).parent / "results"
 DAY_S = 86_400
@@ -79,22 +80,20 @@ def synthetic_day(requests: int, seed: int) -> Day:
     return Day(arrived.tolist(), kind.tolist(), tokens.tolist(), llm_s.tolist())
 
 
-def scheduled(day: Day, handicap_s: Mapping[Kind, float]) -> Waits:
-    """Under service/scheduler.py."""
+def scheduled(day: Day, scheduler: Scheduler) -> Waits:
     begun = time.process_time()
-    scheduler = Scheduler(VISION_SLOTS, LLM_TOKENS, handicap_s)
     waits: list[float] = [0.0] * len(day.arrived)
     owners: dict[Claim, tuple[int, float]] = {}  # request, since when it waits
     ends: list[tuple[float, int, Claim]] = []  # heap
 
     def submit(number: int, resource: Resource, now: float) -> None:
-        kind = day.kind[number]
+        kind, arrived = day.kind[number], day.arrived[number]
         amount = day.tokens[number] if resource is Resource.LLM else NEW_IMAGES[kind]
-        claim = Claim(resource, amount, KINDS[kind], now, day.arrived[number] + TIMEOUT_S)
+        claim = Claim(resource, amount, KINDS[kind], now, arrived + TIMEOUT_S, request=number, request_arrived=arrived)
         if scheduler.submit(claim, now) is None:
             owners[claim] = number, now
         else:
-            waits[number] = math.nan
+            leave(number, now, answered=False)
 
     def schedule(now: float) -> None:
         started, expired = scheduler.schedule(now)
@@ -106,7 +105,12 @@ def scheduled(day: Day, handicap_s: Mapping[Kind, float]) -> Waits:
                 waits[number] = math.nan
             heapq.heappush(ends, (now + held_s, number, claim))
         for claim in expired:
-            waits[owners.pop(claim)[0]] = math.nan
+            leave(owners.pop(claim)[0], now, answered=False)
+
+    def leave(number: int, now: float, *, answered: bool) -> None:
+        if not answered:
+            waits[number] = math.nan
+        scheduler.window.leave(number, now, answered=answered, missed=False)
 
     def end() -> None:
         now, number, claim = heapq.heappop(ends)
@@ -114,6 +118,8 @@ def scheduled(day: Day, handicap_s: Mapping[Kind, float]) -> Waits:
         scheduler.release(claim, now)
         if claim.resource is Resource.VISION:
             submit(number, Resource.LLM, now)
+        else:
+            leave(number, now, answered=True)
         schedule(now)
 
     for number, (now, kind) in enumerate(zip(day.arrived, day.kind, strict=True)):
@@ -126,61 +132,11 @@ def scheduled(day: Day, handicap_s: Mapping[Kind, float]) -> Waits:
     return Waits(np.array(waits), time.process_time() - begun)
 
 
-def fifo(day: Day) -> Waits:
-    """One queue in order of arrival; whoever is at its head and does not fit blocks it."""
-    begun = time.process_time()
-    waits: list[float] = [math.nan] * len(day.arrived)
-    slots, tokens = VISION_SLOTS, LLM_TOKENS
-    queue: deque[int] = deque()
-    seen: deque[tuple[int, float]] = deque()  # encoded, in order; since when they wait for the LLM
-    ends: list[tuple[float, int, bool]] = []  # heap; whether it was an encode
-
-    def enter(now: float) -> None:
-        nonlocal slots, tokens
-        while seen and day.tokens[seen[0][0]] <= tokens:
-            number, since = seen.popleft()
-            late = now + day.llm_s[number] > day.arrived[number] + TIMEOUT_S
-            waits[number] = math.nan if late else waits[number] + now - since
-            tokens -= day.tokens[number]
-            heapq.heappush(ends, (now + day.llm_s[number], number, False))
-        while queue:
-            number = queue[0]
-            images = NEW_IMAGES[day.kind[number]]
-            if now - day.arrived[number] < TIMEOUT_S:
-                if images > slots or (not images and (seen or day.tokens[number] > tokens)):
-                    return
-                ends_s = now + (0 if images else day.llm_s[number])
-                waits[number] = math.nan if ends_s > day.arrived[number] + TIMEOUT_S else now - day.arrived[number]
-                slots -= images
-                tokens -= 0 if images else day.tokens[number]
-                heapq.heappush(ends, (now + (ENCODE_S if images else day.llm_s[number]), number, images > 0))
-            queue.popleft()
-
-    def end() -> None:
-        nonlocal slots, tokens
-        now, number, encode = heapq.heappop(ends)
-        if encode:
-            slots += NEW_IMAGES[day.kind[number]]
-            seen.append((number, now))
-        else:
-            tokens += day.tokens[number]
-        enter(now)
-
-    for number, now in enumerate(day.arrived):
-        while ends and ends[0][0] <= now:
-            end()
-        queue.append(number)
-        enter(now)
-    while ends:
-        end()
-    return Waits(np.array(waits), time.process_time() - begun)
-
-
-POLICIES: Mapping[str, Callable[[Day], Waits]] = {
-    "fifo": fifo,
-    "vision first": lambda day: scheduled(day, {kind: NEVER_S * (2 - i) for i, kind in enumerate(KINDS)}),
-    "text first": lambda day: scheduled(day, {kind: NEVER_S * i for i, kind in enumerate(KINDS)}),
-    "glimpse": lambda day: scheduled(day, HANDICAP_S),
+POLICIES: Mapping[str, Callable[[int, int], Scheduler]] = {
+    "fifo": Fifo,
+    "vision first": partial(Scheduler, handicap_s={kind: NEVER_S * (2 - i) for i, kind in enumerate(KINDS)}),
+    "text first": partial(Scheduler, handicap_s={kind: NEVER_S * i for i, kind in enumerate(KINDS)}),
+    "glimpse": Scheduler,
 }
 
 
@@ -235,7 +191,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     day = synthetic_day(arguments.requests, arguments.seed)
-    every = {name: policy(day) for name, policy in POLICIES.items()}
+    every = {name: scheduled(day, policy(VISION_SLOTS, LLM_TOKENS)) for name, policy in POLICIES.items()}
     result = {
         "requests": arguments.requests,
         "seed": arguments.seed,

@@ -19,7 +19,7 @@ from service.errors import DeadlineExceeded, Overloaded
 from service.fidelity import LEVELS, Fidelity, Level
 from service.ledger import Cost, Ledger, Refusal
 from service.metrics import Metrics
-from service.scheduler import Claim, Kind, Resource, Scheduler
+from service.scheduler import Claim, Fifo, Kind, Resource, Scheduler
 from service.settings import Settings
 from service.window import Window
 
@@ -40,7 +40,8 @@ class Admission:
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
         self.ledger = ledger = Ledger(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
         self.window = window = Window(vision_slots + engines.llm_rows)
-        self.scheduler = scheduler = Scheduler(vision_slots, llm_tokens, window=window)
+        scheduling = Fifo if settings.scheduling == "fifo" else Scheduler
+        self.scheduler = scheduler = scheduling(vision_slots, llm_tokens, window=window)
         target_s = settings.fidelity_target_s if settings.elastic_fidelity else math.inf
         self.controller = Fidelity(target_s, time.monotonic())
         self._metrics = metrics
@@ -132,6 +133,7 @@ class Place:
     def __init__(self, admission: Admission, tenant: str) -> None:
         self.tenant = tenant
         self._admission = admission
+        self._arrived = time.monotonic()
         self._cost = Cost()
         self._claims: list[Claim] = []
         self._waits = 0  # for what others bring
@@ -151,7 +153,7 @@ class Place:
 
     async def enter(self, claim: Claim) -> None:
         """Waits for the claim's turn and holds it until it is given back or the place is left. Raises Overloaded."""
-        claim.request, self._deadline = self, claim.deadline
+        claim.request, claim.request_arrived, self._deadline = self, self._arrived, claim.deadline
         self._claims.append(claim)
         self._rest_or_work()
         await self._admission.turn(claim)

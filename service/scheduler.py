@@ -18,6 +18,8 @@ nothing, S until nobody does.
 
 A claim is dropped, and nothing spent on it, once what it needs at the least would end past its deadline. And a
 request's first claim waits for the window too (`window.py`), so that no more are begun than can end in time.
+
+`Fifo` is what all of this is compared with: one queue in order of arrival.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -77,6 +79,7 @@ class Claim:
     tenant: str = ""
     priority: Priority = Priority.NORMAL
     request: object | None = None  # whose it is, where the window is to know
+    request_arrived: float = 0.0  # decides in a Fifo
     handicap_s: float = 0.0  # once it was submitted
     started_at: float | None = None
     over: bool = False
@@ -104,8 +107,8 @@ class _Pool:
     def __post_init__(self) -> None:
         self.free = self.limit
 
-    def join(self, claim: Claim, number: int) -> None:
-        spot = self.standing[claim] = (claim.arrived + claim.handicap_s, number, claim)
+    def join(self, claim: Claim, rank: float, number: int) -> None:
+        spot = self.standing[claim] = (rank, number, claim)
         insort(self.queues.setdefault(claim.tenant, []), spot)
         heapq.heappush(self.deadlines, (claim.deadline, number, claim))
         self.waiting[claim.handicap_s] = self.waiting.get(claim.handicap_s, 0) + claim.amount
@@ -237,9 +240,7 @@ class Scheduler:
         pool = self._pools[claim.resource]
         if claim.amount > pool.limit:
             raise ValueError(f"{claim.amount} of {claim.resource} is more than all there is, {pool.limit}")
-        claim.handicap_s = self._handicap_s[claim.kind]
-        if claim.priority is Priority.LOW:
-            claim.handicap_s += LOW_PRIORITY_S
+        claim.handicap_s = self._handicap(claim)
         inside = self.window.holds(claim.request)
         if pool.standing and not (inside and self.window.is_narrow):  # then those ahead do not start before it
             wait_s = pool.wait_s(claim)
@@ -254,28 +255,22 @@ class Scheduler:
                 )
                 return Refusal("deadline", text, wait_s)
         self._count += 1
-        pool.join(claim, self._count)
+        pool.join(claim, self._rank(claim), self._count)
         pool.drain.observe(now, 0.0, pressed=True)
         return None
 
     def schedule(self, now: float) -> tuple[list[Claim], list[Claim]]:
         """Those whose turn it is now, and those dropped, as they can no longer end in time."""
-        started, expired = [], []
-        for resource, pool in self._pools.items():
-            if not pool.standing:
-                continue
-            if pool.deadlines[0][0] - (needed_s := self._needed_s(resource)) <= now:
-                expired += pool.expire(now, needed_s)
-            if self.window.is_narrow:
-                late = pool.outstay(now, self.window)
-                self._turn_away(late, now)
-                expired += late
-            while (turn := pool.next(now, self.window)) is not None:
-                pool.leave(turn)
-                pool.start(turn, now)
-                self.window.enter(turn.request, now)
-                started.append(turn)
-            if not pool.standing:
+        wanted = [resource for resource, pool in self._pools.items() if pool.standing]
+        started, expired = [], [claim for resource in wanted for claim in self._drop(resource, now)]
+        for turn in self._turns(now):
+            pool = self._pools[turn.resource]
+            pool.leave(turn)
+            pool.start(turn, now)
+            self.window.enter(turn.request, now)
+            started.append(turn)
+        for resource in wanted:
+            if not (pool := self._pools[resource]).standing:
                 pool.drain.observe(now, 0.0, pressed=False)
         return started, expired
 
@@ -305,6 +300,28 @@ class Scheduler:
             slower_s = pool.least_s + FORGIVENESS * (held_s - pool.least_s)
             pool.least_s = min(held_s, slower_s) if pool.least_s else held_s
 
+    def _handicap(self, claim: Claim) -> float:
+        return self._handicap_s[claim.kind] + (LOW_PRIORITY_S if claim.priority is Priority.LOW else 0.0)
+
+    def _rank(self, claim: Claim) -> float:
+        return claim.arrived + claim.handicap_s
+
+    def _turns(self, now: float) -> Iterator[Claim]:
+        """Whose turn it is, one after the other: each has started when the next is asked for."""
+        for pool in self._pools.values():
+            while (turn := pool.next(now, self.window)) is not None:
+                yield turn
+
+    def _drop(self, resource: Resource, now: float) -> list[Claim]:
+        """Those that wait for it in vain leave."""
+        pool, needed_s = self._pools[resource], self._needed_s(resource)
+        expired = pool.expire(now, needed_s)
+        if self.window.is_narrow:
+            late = pool.outstay(now, self.window)
+            self._turn_away(late, now)
+            expired += late
+        return expired
+
     def _turn_away(self, claims: Iterable[Claim], now: float) -> None:
         for claim in claims:
             if claim.priority is Priority.NORMAL:
@@ -314,3 +331,32 @@ class Scheduler:
         """From its turn to its end, at the least: after the vision stage comes the LLM."""
         needed_s = self._pools[Resource.LLM].least_s
         return needed_s + self._pools[Resource.VISION].least_s if resource is Resource.VISION else needed_s
+
+
+class Fifo(Scheduler):
+    """One queue in order of the requests' arrival, for comparison: whoever is at its head and does not fit blocks all
+    behind it. A request inside that claims more blocks only those who want the same.
+
+    Nothing else counts but deadlines and the window: no kind, no tenant, no priority, no age.
+    """
+
+    def _handicap(self, _: Claim) -> float:
+        return 0.0
+
+    def _rank(self, claim: Claim) -> float:
+        return claim.request_arrived
+
+    def _turns(self, _: float) -> Iterator[Claim]:
+        while (turn := self._first()) is not None:
+            yield turn
+
+    def _first(self) -> Claim | None:
+        blocked: set[Resource] = set()
+        for _, _, claim in heapq.merge(*(queue for pool in self._pools.values() for queue in pool.queues.values())):
+            fits = claim.amount <= self._pools[claim.resource].free and claim.resource not in blocked
+            if fits and self.window.lets_in(claim.request):
+                return claim
+            if not self.window.holds(claim.request):
+                return None
+            blocked.add(claim.resource)
+        return None

@@ -57,6 +57,20 @@ async def test_switched_off_nobody_looks_less_closely():
         await cancelled(waiting)
 
 
+async def test_in_one_queue_who_came_first_goes_first_though_it_claims_later():
+    house = admission(Metrics(), scheduling="fifo")
+    with house.place("") as first, house.place("") as second, house.place("") as third:
+        slot = await enter(first)
+        last = asyncio.create_task(enter(third))
+        await turns()
+        waiting = asyncio.create_task(enter(second))
+        await turns()
+        first.give_back(slot)
+        async with asyncio.timeout(5):
+            second.give_back(await waiting)
+            await last
+
+
 async def test_who_leaves_the_window_makes_room_though_it_holds_nothing():
     house = admission(Metrics())
     house.window.width = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import deque
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Kind, Priority, Resource, Scheduler
+from service.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Fifo, Kind, Priority, Resource, Scheduler
 
 VISION_SLOTS, LLM_TOKENS = 3, 100
 FAR = 1e9
@@ -27,8 +28,10 @@ def slot(arrived: float = 0.0, **more: object) -> Claim:
 class House:
     """A scheduler and what a caller of it knows."""
 
-    def __init__(self, vision_slots: int = VISION_SLOTS, llm_tokens: int = LLM_TOKENS) -> None:
-        self.scheduler = Scheduler(vision_slots, llm_tokens)
+    def __init__(
+        self, vision_slots: int = VISION_SLOTS, llm_tokens: int = LLM_TOKENS, scheduling: type[Scheduler] = Scheduler
+    ) -> None:
+        self.scheduler = scheduling(vision_slots, llm_tokens)
         self.limits = {Resource.VISION: vision_slots, Resource.LLM: llm_tokens}
         self.waiting: list[Claim] = []
         self.running: list[Claim] = []
@@ -296,6 +299,128 @@ def test_who_would_wait_past_its_deadline_is_refused_with_the_wait():
     assert refusal.retry_after_s == pytest.approx(4.0, rel=0.1)
     assert house.scheduler.submit(slot(arrived=5.0, deadline=15.0), 5.0) is None
     assert house.scheduler.submit(claim(arrived=5.0, deadline=5.5), 5.0) is None  # the LLM is free
+
+
+def in_line(number: int, resource: Resource = Resource.LLM, amount: int = LLM_TOKENS, **more: object) -> Claim:
+    """Of the request that came at second `number`."""
+    came = float(number)
+    return claim(amount=amount, arrived=came, resource=resource, request=number, request_arrived=came, **more)
+
+
+class Line(House):
+    """Requests in one queue: their images, then the LLM."""
+
+    def __init__(self) -> None:
+        super().__init__(scheduling=Fifo)
+        self.begun: dict[int, None] = {}  # requests in order of their first start
+
+    def schedule(self, now: float) -> list[Claim]:
+        """Nobody overtakes, whoever is first and fits starts, and there is never more used than there is."""
+        started = super().schedule(now)
+        self.begun |= dict.fromkeys(one.request for one in started)
+        for one in started:
+            for other in self.waiting:
+                contends = other.resource is one.resource or other.request not in self.begun
+                assert not contends or other.request_arrived >= one.request_arrived
+        free = {resource: limit - self.scheduler.used(resource) for resource, limit in self.limits.items()}
+        assert min(free.values()) >= 0
+        assert not self.waiting or (first := min(self.waiting, key=self.place)).amount > free[first.resource]
+        return started
+
+    def place(self, one: Claim) -> tuple[float, int]:
+        return one.request_arrived, self.numbers[one]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.001, 0.1, 2.0]),  # since the one before
+            st.integers(0, VISION_SLOTS),  # images
+            st.integers(1, LLM_TOKENS),
+            st.sampled_from([0.2, 3.0]),  # for how long either is held
+            st.sampled_from(["", "a"]),
+            st.sampled_from(Priority),
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_in_one_queue_the_order_of_starts_is_the_order_of_arrivals(requests):
+    line = Line()
+    arrived = list(itertools.accumulate(request[0] for request in requests))
+    left = [images for _, images, *_ in requests]
+    ends: list[tuple[float, int, Claim]] = []  # heap
+
+    def ask(number: int, resource: Resource, amount: int, now: float) -> None:
+        _, images, _, _, tenant, priority = requests[number]
+        kind = Kind.of(images)
+        more = {"resource": resource, "tenant": tenant, "priority": priority}
+        assert line.submit(claim(kind, amount, now, request=number, request_arrived=arrived[number], **more), now)
+
+    def go_on(now: float) -> None:
+        for one in line.schedule(now):
+            heapq.heappush(ends, (now + requests[one.request][3], line.numbers[one], one))
+
+    def end_first() -> None:
+        at, _, one = heapq.heappop(ends)
+        line.release(one, at)
+        if one.resource is Resource.VISION:
+            left[one.request] -= 1
+            if not left[one.request]:
+                ask(one.request, Resource.LLM, requests[one.request][2], at)
+        else:
+            line.scheduler.window.leave(one.request, at, answered=True, missed=False)
+        go_on(at)
+
+    for number, (now, (_, images, tokens, *_)) in enumerate(zip(arrived, requests, strict=True)):
+        while ends and ends[0][0] <= now:
+            end_first()
+        for _ in range(images):
+            ask(number, Resource.VISION, 1, now)
+        if not images:
+            ask(number, Resource.LLM, tokens, now)
+        go_on(now)
+    while ends:
+        end_first()
+    assert not line.waiting
+    assert list(line.begun) == list(range(len(requests)))
+
+
+def test_in_one_queue_a_follow_up_waits_behind_an_image_that_waits_for_its_slot():
+    line = Line()
+    line.submit(encoded := in_line(0, Resource.VISION, VISION_SLOTS), 0.0)
+    assert line.schedule(0.0) == [encoded]
+    line.submit(image := in_line(1, Resource.VISION, 1), 1.0)
+    line.submit(follow_up := in_line(2, amount=1), 2.0)
+    assert line.schedule(2.0) == []
+    line.release(encoded, 3.0)
+    assert line.schedule(3.0) == [image, follow_up]
+
+
+def test_in_one_queue_who_was_encoded_goes_before_those_that_came_later_and_holds_up_no_image():
+    line = Line()
+    for one in (first := in_line(0), seen := in_line(1, Resource.VISION, 1)):
+        line.submit(one, 1.0)
+    line.schedule(1.0)
+    line.submit(later := in_line(2), 2.0)
+    line.release(seen, 3.0)
+    line.submit(prefill := in_line(1), 3.0)
+    assert line.schedule(3.0) == []
+    line.release(first, 4.0)
+    assert line.schedule(4.0) == [prefill]
+    line.release(later, 5.0)
+    line.submit(image := in_line(5, Resource.VISION, 1), 5.0)
+    assert line.schedule(5.0) == [image]
+
+
+def test_in_one_queue_deadlines_hold():
+    line = Line()
+    for one in (first := in_line(0, Resource.VISION, VISION_SLOTS), in_line(1, Resource.VISION, 1, deadline=3.0)):
+        line.submit(one, 1.0)
+    line.submit(follow_up := in_line(2), 2.0)
+    assert line.schedule(2.0) == [first]
+    assert line.schedule(3.0) == [follow_up]
 
 
 def test_more_than_there_is_can_never_be_claimed():

@@ -16,10 +16,10 @@ import structlog
 
 from service.core import Engines
 from service.errors import DeadlineExceeded, Overloaded
-from service.fidelity import LEVELS, Fidelity, Level
+from service.fidelity import LEVELS, Crowd, Fidelity, Level
 from service.ledger import Cost, Ledger, Refusal
 from service.metrics import Metrics
-from service.scheduler import Claim, Fifo, Kind, Resource, Scheduler
+from service.scheduler import Claim, Fifo, Kind, Priority, Resource, Scheduler
 from service.settings import Settings
 from service.window import Window
 
@@ -42,8 +42,10 @@ class Admission:
         self.window = window = Window(vision_slots + engines.llm_rows)
         scheduling = Fifo if settings.scheduling == "fifo" else Scheduler
         self.scheduler = scheduler = scheduling(vision_slots, llm_tokens, window=window)
-        target_s = settings.fidelity_target_s if settings.elastic_fidelity else math.inf
-        self.controller = Fidelity(target_s, time.monotonic())
+        now = time.monotonic()
+        self.crowd = Crowd(settings.fidelity_target_s, now)
+        self.controller = Fidelity(settings.fidelity_target_s if settings.elastic_fidelity else math.inf, now)
+        self._strain = "calm"  # or "waiting" for a turn, or "late": which wait was the longest, last time
         self._metrics = metrics
         self._turns: dict[Claim, asyncio.Future[None]] = {}  # of those that wait
         for kind in Kind:
@@ -117,13 +119,20 @@ class Admission:
     def _observe(self, now: float) -> int:
         """The level of fidelity."""
         before = self.controller.level
-        level = self.controller.observe(now, self.scheduler.waiting_since(now))
+        since = {"waiting": self.scheduler.waiting_since(now), "late": self.crowd.waiting_since(now)}
+        waits = {strain: began for strain, began in since.items() if began is not None}
+        level = self.controller.observe(now, min(waits.values(), default=None))
         if level != before:
             self._metrics.fidelity_changes.inc()
             most = LEVELS[level]
             log.info(
-                "fidelity", fidelity_level=level, vision_tokens=most.vision_tokens, visual_tokens=most.visual_tokens
+                "fidelity",
+                fidelity_level=level,
+                reason=self._strain if level > before else "calm",
+                vision_tokens=most.vision_tokens,
+                visual_tokens=most.visual_tokens,
             )
+        self._strain = min(waits, key=waits.__getitem__, default="calm")
         return level
 
 
@@ -157,6 +166,8 @@ class Place:
         self._claims.append(claim)
         self._rest_or_work()
         await self._admission.turn(claim)
+        allowed_s = math.inf if claim.priority is Priority.LOW else claim.deadline - claim.arrived
+        self._admission.crowd.enter(self, time.monotonic(), allowed_s)
 
     def give_back(self, claim: Claim, *, finished: bool = True) -> None:
         """Its work is done, or not `finished` and to be claimed for again."""
@@ -191,6 +202,7 @@ class Place:
         now, house = time.monotonic(), self._admission
         house.release(self._claims, now, finished=finished)
         house.window.leave(self, now, answered=finished, missed=now >= self._deadline)
+        house.crowd.leave(self, now)
         house.ledger.give_back(self._cost, self.tenant, now)
         self._claims, self._cost = [], Cost()
         house.schedule(now)

@@ -1,7 +1,16 @@
-"""How closely requests may look while others wait: less, before anybody is turned away. Pure: `now` is an argument.
+"""How closely requests may look under load: less, before anybody is refused or answered too late. Pure: `now` is an
+argument.
 
 Watched is the longest wait there is at a moment, in any queue. What it is over the target adds up: twice the target for
 STEP_S is one level up, unless the queue is on its way back. Under CALM of the target for a while is one level down.
+
+Where all are let in nobody waits in a queue, and yet each waits for the others: of n that are worked on side by side
+one is given an n-th of the machine and loses (n - 1) / n of its time to them (processor sharing: Kleinrock 1967). That
+is a wait like any other, but for one thing: a request can bear it while its deadline is far. So it is counted from when
+on it will be at the target once SPARE of the time that the request came with is lost, and no sooner than it begins.
+Who is alone loses nothing, however long its answer takes: so load is told from a long answer. And who came with less
+time than the target is gone before its wait is one. That rows of one batch slow each other down less is not known here,
+which is why SPARE is no smaller.
 
 The way down is a trial, as nobody knows how long the queue would be at a level that is not in force. Where it has to be
 taken back within TRIAL_S the next one to that level, or below, waits four times as long, MOST_HOLD_S at the most. So
@@ -10,6 +19,7 @@ under a load between what two levels can bear the controller settles at the high
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from service.core import Budget
@@ -19,6 +29,7 @@ CALM = 0.25
 SOON_S = 5.0  # a queue that will be at the target in this time, if it goes on shrinking, is on its way
 LEAST_HOLD_S, MOST_HOLD_S = 5.0, 40.0
 TRIAL_S = 60.0  # then a trial has not failed
+SPARE = 0.4  # of a request's time may go to others
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +134,33 @@ class Fidelity:
     def _change(self, level: int, at: float) -> None:
         self._lowered = level < self.level
         self.level, self._changed_at = level, at
+
+
+class Crowd:
+    """Requests that are worked on side by side, by any object that stands for one, and the time they lose to others."""
+
+    def __init__(self, target_s: float, now: float) -> None:
+        self._target_s = target_s
+        self._lost_s = 0.0  # by one that was there all the time
+        self._now = now
+        self._due: dict[object, float] = {}  # of each, the `_lost_s` from which on it waits
+
+    def enter(self, request: object, now: float, allowed_s: float) -> None:
+        """`allowed_s`: from its arrival to its deadline; infinite: it may wait for the others. Who is inside stays."""
+        self._pass_time(now)
+        self._due.setdefault(request, self._lost_s + max(SPARE * allowed_s - self._target_s, 0.0))
+
+    def leave(self, request: object, now: float) -> None:
+        self._pass_time(now)
+        self._due.pop(request, None)
+
+    def waiting_since(self, now: float) -> float | None:
+        """When the one that waits most for the others began to, had it waited for nothing else; None: nobody does."""
+        self._pass_time(now)
+        wait_s = self._lost_s - min(self._due.values(), default=math.inf)
+        return now - wait_s if wait_s > 0 and len(self._due) > 1 else None
+
+    def _pass_time(self, now: float) -> None:
+        if others := len(self._due) - 1 if self._due else 0:
+            self._lost_s += (now - self._now) * others / (others + 1)
+        self._now = now

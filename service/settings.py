@@ -66,7 +66,8 @@ class Settings(BaseSettings):
     # comparison.
     scheduling: Literal["classes", "fifo"] = "classes"
 
-    # Elastic fidelity: while requests wait longer than the target, they look less closely.
+    # Elastic fidelity: while requests wait longer than the target, or lose too much of their time to those that are
+    # worked on beside them, they look less closely.
     elastic_fidelity: bool = True
     fidelity_target_s: float = Field(1.0, gt=0)  # of the longest wait for a turn
 

@@ -12,7 +12,7 @@ from service.admission import Admission, Place
 from service.core import Engines
 from service.fidelity import LEVELS
 from service.metrics import Metrics
-from service.scheduler import Claim, Kind, Resource
+from service.scheduler import Claim, Kind, Priority, Resource
 from service.settings import Settings
 
 IMPATIENT_S = 1e-4  # a target that whoever waits at all is over
@@ -42,8 +42,41 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
         await waiting
     assert metrics.registry.get_sample_value("glimpse_fidelity_changes_total") == 1
     assert lines == [
-        {"event": "fidelity", "log_level": "info", "fidelity_level": 1, "vision_tokens": 192, "visual_tokens": 96},
+        {
+            "event": "fidelity",
+            "log_level": "info",
+            "reason": "waiting",
+            "fidelity_level": 1,
+            "vision_tokens": 192,
+            "visual_tokens": 96,
+        },
     ]
+
+
+async def worked_on_together(house: Admission, first: Place, second: Place, priority: Priority) -> None:
+    """Both at once, until longer than what they can spare of their time."""
+    for place in (first, second):
+        now = time.monotonic()
+        await place.enter(Claim(Resource.LLM, 1, Kind.FOLLOW_UP, now, now + 0.1, priority=priority))
+    await until(lambda: time.monotonic() - now > 0.1)
+    assert house.scheduler.waiting(Kind.FOLLOW_UP) == 0
+
+
+async def test_while_those_worked_on_together_may_be_late_requests_look_less_closely_and_the_log_says_why():
+    house = admission(Metrics(), fidelity_target_s=IMPATIENT_S)
+    with house.place("") as first, house.place("") as second, capture_logs() as lines:
+        await worked_on_together(house, first, second, Priority.NORMAL)
+        await until(lambda: house.fidelity == LEVELS[1])
+    assert [(line["fidelity_level"], line["reason"]) for line in lines] == [(1, "late")]
+
+
+async def test_those_that_may_wait_for_others_are_never_late_for_them():
+    house = admission(Metrics(), fidelity_target_s=IMPATIENT_S)
+    with house.place("") as first, house.place("") as second:
+        await worked_on_together(house, first, second, Priority.LOW)
+        for _ in range(3):
+            await turns()
+            assert house.fidelity == LEVELS[0]
 
 
 async def test_switched_off_nobody_looks_less_closely():

@@ -26,12 +26,13 @@ import httpx
 from PIL import Image
 
 from benchmarks.ablation.intervals import median
-from benchmarks.bench.engine import fastest, feeds
+from benchmarks.bench.engine import Work, fastest, feeds
 from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, rows
 from service.core import ModelCard
 from triton_models.session import open_session
 
 ENCODER, ALLOCATOR = "vision_encoder", "relevance_allocator"
+USUAL = Work(vision_tokens=100, text_tokens=13)  # of a question of the reference model
 GRAPHS = (ENCODER, ALLOCATOR, "qformer")  # what a new image runs before the LLM
 MOST_SHARE = 0.1  # of the encoder's time, for the allocator
 
@@ -119,7 +120,9 @@ def graph_ms(repository: Path) -> dict[str, float]:
     took = {}
     for name in GRAPHS:
         session = open_session(repository / name / "1" / "model.onnx")
-        took[name] = round(fastest(session, feeds(name, 1, session, card), 1, threads=1, at_once=1)["ms_a_row"], 3)
+        took[name] = round(
+            fastest(session, feeds(name, 1, session, card, USUAL), 1, threads=1, at_once=1)["ms_a_row"], 3
+        )
     return took
 
 

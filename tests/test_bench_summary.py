@@ -18,7 +18,8 @@ PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst
 
 def result(at: float, end: float, outcome: str = "ok", **known: object) -> dict:
     """0.1 s to the first token."""
-    defaults = {"follow_up": False, "gaps": [0.01], "tokens": 2, "cache": "miss", "visual_tokens": 32, "reduced": False}
+    defaults = {"follow_up": False, "gaps": [0.01], "tokens": 2, "cache": "miss", "visual_tokens": 32, "reduced": False,
+                "text_tokens": 13, "vision_tokens": 100}  # fmt: skip
     return defaults | {"at": at, "sent": at, "first": at + 0.1, "end": end, "outcome": outcome} | known
 
 
@@ -33,7 +34,7 @@ def test_summary_counts_what_was_answered():
     figures = summary(
         measured(
             result(0.0, 0.5),
-            result(0.0, 2.0, follow_up=True, cache="hit", reduced=True),
+            result(0.0, 2.0, follow_up=True, cache="hit", reduced=True, vision_tokens=64),
             result(0.5, 0.51, "saturated", first=None),
             result(0.5, 0.7, "cancelled", first=None),
         ),
@@ -47,6 +48,7 @@ def test_summary_counts_what_was_answered():
     assert figures["first_token_ms_follow_up"]["n"] == 1
     assert figures["refusal_ms"]["p50"] == pytest.approx(10.0)
     assert figures["cache_hits"] == figures["reduced"] == 0.5
+    assert (figures["vision_tokens"], figures["text_tokens"]) == (82, 13)  # of those answered
     assert figures["cpu_ms_a_request"] == {"gateway": 150.0, "llm": 300.0, "all": 450.0}
     assert figures["memory_mb"] == {"gateway": 103, "llm": 50, "all": 153}
     assert figures["memory_growth"] == pytest.approx(0.02)

@@ -1,9 +1,10 @@
 """The bare engine limit: the ONNX graphs in a loop, in one process on all cores, nothing around them.
 
-    python -m benchmarks.bench.engine REPOSITORY MAX_TOKENS      # prints JSON
+    python -m benchmarks.bench.engine REPOSITORY MAX_TOKENS '{"follow_up": [VISION_TOKENS, TEXT_TOKENS], ...}'
 
-Each graph is run at every batch size, once with all cores a run and once with one core for each of as many runs at a
-time; the best rate counts. A request's time is the sum over the graphs it needs: what no server in front can beat.
+prints JSON. Each graph is run at every batch size, once with all cores a run and once with one core for each of as many
+runs at a time; the best rate counts. A request's time is the sum over the graphs it needs, on inputs as long as those
+of the workload's answers were on average: what no server in front can beat for the same work.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,39 +28,53 @@ from triton_models.session import open_session
 BATCHES = (1, 2, 4, 8, 16)  # 16 clients bring no more
 MOST_IMAGES = 8  # in one run of the encoder
 MEASURED_S, LEAST_RUNS = 1.0, 3
-VISION_TOKENS, VISUAL_TOKENS, TEXT_TOKENS = 101, 32, 14  # of a request of the benchmark
+VISUAL_TOKENS = 32  # of a request of the benchmark
+STAGES = {
+    "vision_encoder": "vision_encoder",
+    "relevance_allocator": "relevance_allocator",
+    "qformer": "qformer",
+    "prefill": "llm",
+    "step": "llm",
+}  # each is a graph, run in one way
 Feeds = Mapping[str, npt.NDArray[Any]]
 
 
-def limit(repository: Path, max_tokens: int, cores: int) -> dict[str, Any]:
-    """Requests/s of `cold` and `follow_up`, and what each graph takes of a request, at its best, in milliseconds."""
+class Work(NamedTuple):
+    """What one request reads, but for its visual tokens."""
+
+    vision_tokens: int  # without CLS
+    text_tokens: int
+
+
+def limit(repository: Path, max_tokens: int, cores: int, works: Mapping[str, Work]) -> dict[str, Any]:
+    """By workload, `cold` or `follow_up`: requests/s, and what each graph takes of a request, at its best."""
     card = ModelCard.from_json((repository / "card.json").read_text())
-    best: dict[str, dict[str, Any]] = {}
-    for graph, stages in {
-        "vision_encoder": ("vision_encoder",),
-        "relevance_allocator": ("relevance_allocator",),
-        "qformer": ("qformer",),
-        "llm": ("prefill", "step"),
-    }.items():
+    stages: dict[str, dict[str, Any]] = {workload: {} for workload in works}
+    for stage, graph in STAGES.items():
         ways = {threads: open_session(repository / graph / "1" / "model.onnx", threads) for threads in {1, cores}}
-        for stage in stages:
-            best[stage] = min(
+        needed = {workload: work for workload, work in works.items() if stage != "vision_encoder" or workload == "cold"}
+        for work in set(needed.values()):
+            best = min(
                 (
-                    fastest(session, feeds(stage, batch, session, card), batch, threads, cores // threads)
+                    fastest(session, feeds(stage, batch, session, card, work), batch, threads, cores // threads)
                     for threads, session in ways.items()
                     for batch in BATCHES
                     if stage != "vision_encoder" or batch <= MOST_IMAGES
                 ),
                 key=lambda found: found["ms_a_row"],
             )
-    times = {stage: found["ms_a_row"] for stage, found in best.items()}
-    follow_up_ms = times["relevance_allocator"] + times["qformer"] + times["prefill"] + (max_tokens - 1) * times["step"]
-    cold_ms = follow_up_ms + times["vision_encoder"]
+            for workload in [workload for workload, its in needed.items() if its == work]:
+                stages[workload][stage] = best
     return {
         "cores": cores,
-        "stages": best,
         "answer_tokens": max_tokens,
-        "requests_per_s": {"follow_up": 1e3 / follow_up_ms, "cold": 1e3 / cold_ms},
+        "work": {workload: work._asdict() for workload, work in works.items()},
+        "stages": stages,
+        "requests_per_s": {
+            workload: 1e3
+            / sum(found["ms_a_row"] * (max_tokens - 1 if stage == "step" else 1) for stage, found in each.items())
+            for workload, each in stages.items()
+        },
     }
 
 
@@ -80,22 +95,23 @@ def fastest(
     return {"ms_a_row": float(np.median(took)) * 1e3 / rows, "batch": batch, "threads": threads, "at_once": at_once}
 
 
-def feeds(stage: str, batch: int, session: onnxruntime.InferenceSession, card: ModelCard) -> Feeds:
-    """Inputs of a request's usual size, by the graph's own shapes: what is not said here is noise of its type."""
+def feeds(stage: str, batch: int, session: onnxruntime.InferenceSession, card: ModelCard, work: Work) -> Feeds:
+    """Inputs of the work's size, by the graph's own shapes: what is not said here is noise of its type."""
     random = np.random.default_rng(0)
-    sizes = {"batch": batch, "vision_tokens": VISION_TOKENS}
-    text = VISUAL_TOKENS + TEXT_TOKENS if stage == "prefill" else 1
-    past = 0 if stage == "prefill" else VISUAL_TOKENS + TEXT_TOKENS + 8
+    read = 1 + work.vision_tokens
+    sizes = {"batch": batch, "vision_tokens": read}
+    text = VISUAL_TOKENS + work.text_tokens if stage == "prefill" else 1
+    past = 0 if stage == "prefill" else VISUAL_TOKENS + work.text_tokens + 8
     sizes |= {"length": text, "visual_tokens": VISUAL_TOKENS if stage == "prefill" else 1, "past_length": past}
     said: dict[str, npt.NDArray[Any]] = {
         "budget": np.array([[64, 256, 32, 32]] * batch),
-        "attend": np.ones((batch, VISION_TOKENS)),
+        "attend": np.ones((batch, read)),
         "question_mask": np.ones((batch, 32)),
         "input_lengths": np.full(batch, text),
         "past_lengths": np.full(batch, past),
     }
     if stage == "prefill":
-        ids = np.r_[card.vocab_size + np.arange(VISUAL_TOKENS), random.integers(5, card.vocab_size, TEXT_TOKENS)]
+        ids = np.r_[card.vocab_size + np.arange(VISUAL_TOKENS), random.integers(5, card.vocab_size, work.text_tokens)]
         said["input_ids"] = np.tile(ids, (batch, 1))
     found: dict[str, npt.NDArray[Any]] = {}
     for spec in session.get_inputs():
@@ -108,7 +124,8 @@ def feeds(stage: str, batch: int, session: onnxruntime.InferenceSession, card: M
 
 def main() -> None:
     repository, max_tokens = Path(sys.argv[1]), int(sys.argv[2])
-    sys.stdout.write(json.dumps(limit(repository, max_tokens, len(os.sched_getaffinity(0)))) + "\n")
+    works = {workload: Work(*work) for workload, work in json.loads(sys.argv[3]).items()}
+    sys.stdout.write(json.dumps(limit(repository, max_tokens, len(os.sched_getaffinity(0)), works)) + "\n")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,8 @@ class Result:
     tokens: int = 0
     outcome: str = "ok"  # else the error's code, or `cancelled`
     cache: str | None = None
+    text_tokens: int = 0  # of the prompt
+    vision_tokens: int = 0
     visual_tokens: int = 0
     reduced: bool = False  # looked less closely than asked
 
@@ -181,7 +183,9 @@ class GlimpseAsker:
         response = await next(self._clients).post("/v1/vqa", body, kind, piece, ask.cancel_after_s)
         end = self._end_of(response)
         result.tokens = end["usage"]["completion_tokens"]
+        result.text_tokens = end["usage"]["prompt_tokens"]
         result.cache = end["vision"]["cache"]
+        result.vision_tokens = end["vision"]["vision_tokens"]
         result.visual_tokens = end["vision"]["visual_tokens"]
         result.reduced = end["vision"].get("reduced", False)
         if result.first is None:  # an answer without text

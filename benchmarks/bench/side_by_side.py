@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from benchmarks.bench.workloads import KNOWN, Workload
 
 NEW_IMAGES = 100_000  # between one measurement's new images and the next one's
 IMAGES_BY_ID = ("follow_up", "mixed")  # what asks about known images
+LIMITED = ("follow_up", "cold")  # whose graphs' time is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,6 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     model = ready(comparison.model)
     runs: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    engine = engine_limit(model) if comparison.engine else None
     for number, system in turns(comparison):
         if system in failed:
             continue
@@ -78,7 +79,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "systems": {name: {"how": SYSTEMS[name].how, "settings": dict(SYSTEMS[name].settings)} for name in
                     comparison.systems},
         "failed": failed,
-        "engine": engine,
+        "engine": engine_limit(model, runs) if comparison.engine else None,
         "table": table(runs),
         "runs": runs,
     }  # fmt: skip
@@ -104,8 +105,8 @@ def turn(name: str, model: Model, cases: Sequence[Case], number: int) -> list[di
             figures = summary(measured, model.slo_s)
             say(f"  {case.label}: {figures['requests_per_s']:.2f} requests/s, {figures['outcomes']}")
             found.append(
-                {"system": name, "workload": case.label, "round": number + 1, "load_average": os.getloadavg()[0],
-                 "figures": figures}
+                {"system": name, "workload": case.label, "shape": case.workload.shape, "round": number + 1,
+                 "load_average": os.getloadavg()[0], "figures": figures}
             )  # fmt: skip
     return found
 
@@ -129,9 +130,17 @@ def plan(case: Case, model: Model, number: int) -> Plan:
     )
 
 
-def engine_limit(model: Model) -> dict[str, Any]:
-    say(f"{model.name}: the bare engine limit")
-    command = [sys.executable, "-m", "benchmarks.bench.engine", str(model.repository), str(answer_tokens(model))]
+def engine_limit(model: Model, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the workloads that one graph after the other makes up, for what their answers read on average."""
+    works: dict[str, list[int]] = {}
+    for shape in LIMITED:
+        figures = [run["figures"] for run in runs if run["system"] == "glimpse" and run["shape"] == shape]
+        if figures:
+            works[shape] = [round(statistics.mean(each[what] for each in figures)) for what in
+                            ("vision_tokens", "text_tokens")]  # fmt: skip
+    say(f"{model.name}: the bare engine limit, vision and text tokens {works}")
+    command = [sys.executable, "-m", "benchmarks.bench.engine", str(model.repository), str(answer_tokens(model)),
+               json.dumps(works)]  # fmt: skip
     said = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(said.stdout)
     return found

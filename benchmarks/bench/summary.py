@@ -41,6 +41,8 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
         "end_to_end_ms": latencies(result["end"] - result["at"] for result in ok),
         "refusal_ms": latencies(result["end"] - result["sent"] for result in refused),
         "tokens_an_answer": round(sum(result["tokens"] for result in ok) / answered, 2),
+        "text_tokens": round(sum(result["text_tokens"] for result in ok) / answered, 2),
+        "vision_tokens": round(sum(result["vision_tokens"] for result in ok) / answered, 2),
         "cache_hits": _share(result["cache"] == "hit" for result in ok if result["cache"]),
         "reduced": _share(result["reduced"] for result in ok),
         "cpu_ms_a_request": cpu_ms | {"all": round(sum(cpu_ms.values()), 2)},

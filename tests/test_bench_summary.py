@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, Sample
 from benchmarks.bench.report import table, text, write
-from benchmarks.bench.summary import Verdict, latencies, ratio, summary
+from benchmarks.bench.summary import Verdict, first_tokens, latencies, pooled_ratio, ratio, summary
 from benchmarks.bench.workloads import Workload
 
 PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst=(2, 1.0)), 1.0, 8, "out.json")
@@ -52,6 +52,17 @@ def test_summary_counts_what_was_answered():
     assert figures["cpu_ms_a_request"] == {"gateway": 150.0, "llm": 300.0, "all": 450.0}
     assert figures["memory_mb"] == {"gateway": 103, "llm": 50, "all": 153}
     assert figures["memory_growth"] == pytest.approx(0.02)
+
+
+def test_first_tokens_are_of_the_answered_by_kind():
+    results = [result(0.0, 0.5), result(1.0, 2.0, follow_up=True), result(0.5, 0.51, "saturated", first=None)]
+    assert first_tokens(results) == {"follow_up": [100.0], "new": [100.0]}
+
+
+def test_a_percentile_of_pooled_rounds_is_not_the_median_of_theirs():
+    ours, theirs = [[1.0] * 9, [5.0] * 9], [[2.0] * 9, [2.0] * 9]
+    found = pooled_ratio(ours, theirs, 95)
+    assert (found.value, found.low, found.high) == (2.5, 0.5, 2.5)
 
 
 def test_nobody_answered_is_no_latency():

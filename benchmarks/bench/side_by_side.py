@@ -10,19 +10,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import measure
 from benchmarks.bench.models import BUILD, PROJECT, Model, ready
 from benchmarks.bench.report import table
-from benchmarks.bench.summary import summary
+from benchmarks.bench.summary import first_tokens, summary
 from benchmarks.bench.systems import SYSTEMS, running
 from benchmarks.bench.workloads import KNOWN, Workload
 
+Figure = TypeVar("Figure")
 NEW_IMAGES = 100_000  # between one measurement's new images and the next one's
 IMAGES_BY_ID = ("follow_up", "mixed")  # what asks about known images
 LIMITED = ("follow_up", "cold")  # whose graphs' time is known
@@ -52,6 +53,7 @@ class Comparison:
     cases: tuple[Case, ...]
     rounds: int
     engine: bool = True  # measure the bare limit too
+    every_first_token: bool = False  # report each one's, not only percentiles: rounds can then be pooled
 
 
 def say(what: str) -> None:
@@ -68,7 +70,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         if system in failed:
             continue
         try:
-            runs += turn(system, model, comparison.cases, number)
+            runs += turn(system, model, comparison, number)
         except RuntimeError as error:
             failed[system] = str(error)
             say(f"{system} failed: {error}")
@@ -91,9 +93,9 @@ def turns(comparison: Comparison) -> Iterator[tuple[int, str]]:
             yield number, system
 
 
-def turn(name: str, model: Model, cases: Sequence[Case], number: int) -> list[dict[str, Any]]:
+def turn(name: str, model: Model, comparison: Comparison, number: int) -> list[dict[str, Any]]:
     """One system's turn: started, every case measured, stopped."""
-    system = SYSTEMS[name]
+    system, cases = SYSTEMS[name], comparison.cases
     found = []
     started = time.monotonic()
     with running(system, model, BUILD / "logs" / f"{model.name}_{name}") as up:
@@ -103,6 +105,8 @@ def turn(name: str, model: Model, cases: Sequence[Case], number: int) -> list[di
                 continue
             measured = measure(up, plan(case, model, number * len(cases) + place + 1))
             figures = summary(measured, model.slo_s)
+            if comparison.every_first_token:
+                figures["every_first_token_ms"] = first_tokens(measured.results)
             say(f"  {case.label}: {figures['requests_per_s']:.2f} requests/s, {figures['outcomes']}")
             found.append(
                 {"system": name, "workload": case.label, "shape": case.workload.shape, "round": number + 1,
@@ -166,8 +170,8 @@ def machine() -> dict[str, Any]:
 
 
 def rounds_of(
-    report: dict[str, Any], system: str, case: Case, figure: Callable[[dict[str, Any]], float]
-) -> list[float]:
+    report: dict[str, Any], system: str, case: Case, figure: Callable[[dict[str, Any]], Figure]
+) -> list[Figure]:
     """One figure of every round, in order."""
     return [
         figure(run["figures"]) for run in report["runs"] if (run["system"], run["workload"]) == (system, case.label)

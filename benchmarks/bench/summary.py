@@ -52,6 +52,15 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
     }
 
 
+def first_tokens(results: Iterable[Result]) -> dict[str, list[float]]:
+    """Milliseconds of every answered request, in order, by kind."""
+    ok = [result for result in results if result["outcome"] == "ok"]
+    return {
+        kind: [round((result["first"] - result["at"]) * 1e3, 1) for result in ok if result["follow_up"] is follow_up]
+        for kind, follow_up in (("follow_up", True), ("new", False))
+    }
+
+
 def latencies(seconds: Iterable[float]) -> dict[str, float] | None:
     """None where there are none."""
     found = np.fromiter(seconds, float) * 1e3
@@ -89,6 +98,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     each = [one / other for one, other in zip(ours, theirs, strict=True)]
     value = statistics.median(ours) / statistics.median(theirs)
     return Ratio(round(value, 3), round(min(each), 3), round(max(each), 3))
+
+
+def pooled_ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], percentile: float) -> Ratio:
+    """Of a percentile over all rounds' values together: that of one short round hangs on its few slowest."""
+    each = [np.percentile(one, percentile) / np.percentile(other, percentile)
+            for one, other in zip(ours, theirs, strict=True)]  # fmt: skip
+    value = np.percentile(np.concatenate(ours), percentile) / np.percentile(np.concatenate(theirs), percentile)
+    return Ratio(round(float(value), 3), round(float(min(each)), 3), round(float(max(each)), 3))
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,11 @@ SYSTEMS: Mapping[str, System] = {
         "glimpse", "everything enters Triton at once", {"VISION_SLOTS": "1000", "LLM_TOKENS": "10000000"}
     ),
     "glimpse-no-fidelity": System("glimpse", "looks as closely under strain", {"ELASTIC_FIDELITY": "false"}),
+    "fifo": System(
+        "glimpse",
+        "glimpse with one queue in order of arrival, whose head blocks those behind it; looks as closely under strain",
+        {"SCHEDULING": "fifo", "ELASTIC_FIDELITY": "false"},
+    ),
     "glimpse-no-reuse": System("glimpse", "every prompt is read whole", {}, {"prefix_cache_bytes": "0"}),
 }
 

@@ -1,11 +1,13 @@
 """CPU seconds of the gateway's process: what a request costs, and what a token of its answer.
 
     python -m benchmarks.gateway_cpu          # starts a server of its own, measures, stops it
+    python -m benchmarks.gateway_cpu --model base --requests 24 --rounds 1
 
 The load comes from this process, a closed loop; CPU is read from /proc, so a crowded machine distorts it little.
 Answers of 1 to 24 tokens are fitted by `ms a request + ms a token x tokens`: of follow-ups by image id, streamed and
 whole, and of images never seen, sent as a form and streamed. Decoding these images is part of that; what it costs
-alone is told too.
+alone is told too, as is what Triton's own process takes beside it, and the gateway where nobody asks anything (it
+watches Triton and its models), which a slow model's requests share.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import asyncio
 import itertools
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +26,7 @@ import numpy as np
 
 from benchmarks.bench.http_client import HttpClient
 from benchmarks.bench.load import form
-from benchmarks.bench.models import BUILD, REFERENCE
+from benchmarks.bench.models import BUILD, MODELS
 from benchmarks.bench.processes import cpu_by_role
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import SYSTEMS, Running, running
@@ -33,6 +35,7 @@ from service.images import ImageLimits, decode
 QUESTION = "describe the image."  # the one whose answer is long enough to be cut where we want
 LENGTHS = (1, 6, 12, 18, 24)  # tokens of an answer
 WAYS = ("follow_up streamed", "follow_up whole", "cold streamed")
+IDLE_S = 20
 CONFIGURED = {"VISUAL_CACHE_BYTES": "0", "LOG_LEVEL": "info"}  # the same question again is no repeat
 
 
@@ -42,6 +45,7 @@ class Spent:
 
     tokens: float
     ms: float  # CPU of the gateway
+    triton_ms: float  # CPU of Triton's own process, its models' not counted
 
 
 class Load:
@@ -73,8 +77,8 @@ class Load:
                 said.append(answer["usage"]["completion_tokens"])
 
         await asyncio.gather(*(client() for _ in range(self._clients)))
-        cpu_s = cpu_by_role(before, self._system.processes())["gateway"]
-        return Spent(sum(said) / requests, cpu_s * 1e3 / requests)
+        cpu_s = cpu_by_role(before, self._system.processes())
+        return Spent(sum(said) / requests, *(cpu_s[role] * 1e3 / requests for role in ("gateway", "triton")))
 
     def _question(self, way: str, tokens: int, number: int) -> tuple[bytes, str]:
         """Its body and the body's type."""
@@ -98,12 +102,13 @@ class Load:
 
 def fit(found: list[Spent]) -> dict[str, Any]:
     """Least squares over the lengths."""
-    tokens, ms = (np.array(column) for column in zip(*((each.tokens, each.ms) for each in found), strict=True))
+    tokens, ms, triton_ms = (np.array(column) for column in zip(*(astuple(each) for each in found), strict=True))
     a_token, a_request = np.polyfit(tokens, ms, 1)
     return {
         "ms_a_request": round(float(a_request), 2),
         "ms_a_token": round(float(a_token), 3),
-        "measured": [[round(each.tokens, 1), round(each.ms, 2)] for each in found],
+        "triton_ms_a_request": round(float(np.polyfit(tokens, triton_ms, 1)[1]), 2),
+        "measured": [[round(each.tokens, 1), round(each.ms, 2), round(each.triton_ms, 2)] for each in found],
     }
 
 
@@ -114,6 +119,13 @@ def decoding_ms() -> float:
     for file in files:
         decode(file, ImageLimits())
     return (time.process_time() - began) * 1e3 / len(files)
+
+
+def idle_ms(system: Running) -> float:
+    """CPU of the gateway a second, when nobody asks."""
+    before = system.processes()
+    time.sleep(IDLE_S)
+    return cpu_by_role(before, system.processes())["gateway"] * 1e3 / IDLE_S
 
 
 async def measure(system: Running, clients: int, requests: int, rounds: int) -> dict[str, Any]:
@@ -133,16 +145,24 @@ async def measure(system: Running, clients: int, requests: int, rounds: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="reference")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=200, help="of each length and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     told = parser.parse_args()
-    with running(replace(SYSTEMS["glimpse"], settings=CONFIGURED), REFERENCE, BUILD / "logs" / "gateway_cpu") as system:
-        found = asyncio.run(measure(system, told.clients, told.requests, told.rounds))
-    text = json.dumps(
-        {"clients": told.clients, **found, "of a cold one decoding, ms": round(decoding_ms(), 2)}, indent=2
-    )
+    system = replace(SYSTEMS["glimpse"], settings=CONFIGURED)
+    with running(system, MODELS[told.model], BUILD / "logs" / "gateway_cpu") as started:
+        found = asyncio.run(measure(started, told.clients, told.requests, told.rounds))
+        idle = idle_ms(started)
+    report = {
+        "model": told.model,
+        "clients": told.clients,
+        **found,
+        "of a cold one decoding, ms": round(decoding_ms(), 2),
+        "idle, ms a second": round(idle, 1),
+    }
+    text = json.dumps(report, indent=2)
     print(text)
     if told.out:
         told.out.write_text(text + "\n")

@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, Sample
 from benchmarks.bench.report import table, text, write
-from benchmarks.bench.summary import Verdict, first_tokens, latencies, pooled_ratio, ratio, summary
+from benchmarks.bench.summary import Verdict, first_tokens, latencies, pooled_ratio, profile, ratio, summary
 from benchmarks.bench.workloads import Workload
 
 PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst=(2, 1.0)), 1.0, 8, "out.json")
@@ -63,6 +63,17 @@ def test_a_percentile_of_pooled_rounds_is_not_the_median_of_theirs():
     ours, theirs = [[1.0] * 9, [5.0] * 9], [[2.0] * 9, [2.0] * 9]
     found = pooled_ratio(ours, theirs, 95)
     assert (found.value, found.low, found.high) == (2.5, 0.5, 2.5)
+
+
+def test_profile_tells_where_the_cores_time_goes():
+    figures = summary(measured(result(0.0, 0.5), result(0.0, 2.0)), slo_s=1.0)
+    stages = {"qformer": {"ms_a_row": 50.0}, "prefill": {"ms_a_row": 40.0}, "step": {"ms_a_row": 2.0}}
+    engine = {"cores": 2, "answer_tokens": 16, "stages": {"follow_up": stages}}
+    found = profile([figures, figures], engine, "follow_up")
+    assert found["llm"] == {"spent_ms": 300.0, "bare_ms": 140.0}  # two cores: a prefill and fifteen steps
+    assert found["gateway"] == {"spent_ms": 150.0, "bare_ms": 0.0}
+    assert found["all"] == {"spent_ms": 2000.0, "bare_ms": 240.0}  # two cores, one answer a second
+    assert sum(part["spent_ms"] for part in found.values()) == 2 * 2000.0
 
 
 def test_nobody_answered_is_no_latency():

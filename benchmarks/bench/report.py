@@ -55,6 +55,9 @@ def text(report: Mapping[str, Any]) -> str:
             f"{row['first_token_ms_p50'] or 0:10.1f} "
             f"{row['end_to_end_ms_p50'] or 0:9.1f} {row['end_to_end_ms_p95'] or 0:9.1f} {row['cpu_ms_a_request']:8.1f}"
         )
+    for workload, roles in report.get("profile", {}).items():
+        parts = (f"{role} {ms['spent_ms']:.1f} ({ms['bare_ms']:.1f})" for role, ms in roles.items())
+        lines.append(f"core ms an answer of glimpse, {workload} (bare engines): {', '.join(parts)}")
     for verdict in report.get("verdict", []):
         met = "met    " if verdict["met"] else "NOT met"
         lines.append(

@@ -19,7 +19,7 @@ from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import measure
 from benchmarks.bench.models import BUILD, PROJECT, Model, ready
 from benchmarks.bench.report import table
-from benchmarks.bench.summary import first_tokens, summary
+from benchmarks.bench.summary import first_tokens, profile, summary
 from benchmarks.bench.systems import SYSTEMS, running
 from benchmarks.bench.workloads import KNOWN, Workload
 
@@ -74,6 +74,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         except RuntimeError as error:
             failed[system] = str(error)
             say(f"{system} failed: {error}")
+    engine = engine_limit(model, runs) if comparison.engine else None
     return {
         "title": model.title,
         "model": comparison.model,
@@ -81,7 +82,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "systems": {name: {"how": SYSTEMS[name].how, "settings": dict(SYSTEMS[name].settings)} for name in
                     comparison.systems},
         "failed": failed,
-        "engine": engine_limit(model, runs) if comparison.engine else None,
+        "engine": engine,
+        "profile": profiles(comparison, runs, engine) if engine else {},
         "table": table(runs),
         "runs": runs,
     }  # fmt: skip
@@ -147,6 +149,16 @@ def engine_limit(model: Model, runs: Sequence[dict[str, Any]]) -> dict[str, Any]
                json.dumps(works)]  # fmt: skip
     said = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(said.stdout)
+    return found
+
+
+def profiles(comparison: Comparison, runs: Sequence[dict[str, Any]], engine: dict[str, Any]) -> dict[str, Any]:
+    """Of what keeps all cores busy: one client leaves them idle."""
+    found = {}
+    for case in comparison.cases:
+        rounds = [run["figures"] for run in runs if (run["system"], run["workload"]) == ("glimpse", case.label)]
+        if rounds and case.workload.shape in LIMITED and case.arrivals.clients > 1:
+            found[case.label] = profile(rounds, engine, case.workload.shape)
     return found
 
 

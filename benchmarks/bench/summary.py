@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.bench.measuring import Measurement
 
 Result = dict[str, Any]
+LEAST_MS = 0.05  # of an answer, to be told
 REFUSALS = frozenset({"saturated", "tenant_share", "deadline", "shutting_down", "overloaded"})
 
 
@@ -106,6 +107,29 @@ def pooled_ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[floa
             for one, other in zip(ours, theirs, strict=True)]  # fmt: skip
     value = np.percentile(np.concatenate(ours), percentile) / np.percentile(np.concatenate(theirs), percentile)
     return Ratio(round(float(value), 3), round(float(min(each)), 3), round(float(max(each)), 3))
+
+
+def profile(rounds: Sequence[dict[str, Any]], engine: dict[str, Any], workload: str) -> dict[str, dict[str, float]]:
+    """Where the cores' time goes of one answer under a load that leaves none idle: milliseconds by process, beside what
+    its graphs take of it at the bare engine limit. `idle` is what nobody had."""
+    cores, stages = engine["cores"], engine["stages"][workload]
+    bare: Counter[str] = Counter()
+    for stage, found in stages.items():
+        times = engine["answer_tokens"] - 1 if stage == "step" else 1
+        bare["llm" if stage in ("prefill", "step") else stage] += times * found["ms_a_row"] * cores
+
+    def median(figure: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(figure(figures) for figures in rounds)
+
+    roles = {role for figures in rounds for role in figures["cpu_ms_a_request"]} - {"all"}
+    spent = {role: median(lambda figures, role=role: figures["cpu_ms_a_request"].get(role, 0.0)) for role in roles}
+    spent["load generator"] = median(lambda figures: figures["load_generator_cpu_ms_a_request"])
+    whole = cores * 1e3 / median(lambda figures: figures["requests_per_s"])
+    spent["idle"] = max(whole - sum(spent.values()), 0.0)
+    order = sorted((role for role, ms in spent.items() if ms >= LEAST_MS), key=spent.__getitem__, reverse=True)
+    return {role: {"spent_ms": round(spent[role], 2), "bare_ms": round(bare[role], 2)} for role in order} | {
+        "all": {"spent_ms": round(whole, 2), "bare_ms": round(sum(bare.values()), 2)}
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ Asks about images that were never seen, each client one question at a time, in r
 around each round: the time a model computes, without its queue and the transport, over the requests that it served (of
 the decoupled `llm` only what taking a request in costs). Medians over the rounds with their 95 % intervals. The
 allocator should take at most a tenth of the encoder's time. `--graphs` names the repository that is served: what one
-row of each vision model's graph takes alone, on one thread of this process after the load, is told too (`graph_ms`); a
-model takes longer than its graph, as Triton's python backend brings it every tensor.
+row of each vision model's graph takes alone, again and again on one thread of this process after the load, is told too
+(`graph_ms`). The rest of a model's time is what serving it costs.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class RedisTier:
         self._is_cluster = is_cluster(url)  # no node of which can tell of all
         self._metrics = metrics
         self._me = secrets.token_hex(8)
+        self._claimed: set[FeatureKey[Any]] = set()  # by callers who have not put it yet, nor given up
         self._lookups = Lane(url, LANE_TIMEOUT_S)
         self._writes = Lane(url, LANE_TIMEOUT_S)  # its own: a write never delays a lookup
         self._behind: asyncio.Queue[tuple[FeatureKey[Any], Any]] = asyncio.Queue(MOST_UNRELEASED)
@@ -112,7 +113,9 @@ class RedisTier:
         while not ours and features is None and now() < waits_until:
             await asyncio.sleep(POLL_S)
             ours, features = await self._claim(key, left_s)
-        if ours and features is not None:
+        if ours and features is None:
+            self._claimed.add(key)
+        elif ours:
             self.give_up(key)
         self._count("miss" if features is None else "shared")
         return features
@@ -120,13 +123,14 @@ class RedisTier:
     async def _claim(self, key: FeatureKey[Features], left_s: float) -> tuple[bool, Features | None]:
         """Whether it is ours to encode, and the features if they are there by now. Raises RedisFault.
 
-        In this order: who holds a claim writes the record before giving it back.
+        In this order: who holds a claim writes the record before giving it back. What a patient caller of this gateway
+        has claimed is for another of its callers to encode too: nobody waits here for a patient one.
         """
         claim: Command = ("SET", flight_key(key), self._me, "NX", "PX", round(self.limits.flight_s * 1e3))
         claimed, record = await self._ask(left_s, claim, ("GET", record_key(key)))
         if isinstance(claimed, RedisFault):  # full, or a replica: it can still be read, and we encode unclaimed
             self._metrics.redis_errors.labels(claimed.kind).inc()
-        return claimed is not None, await self._believe(record, key, left_s)
+        return claimed is not None or key in self._claimed, await self._believe(record, key, left_s)
 
     async def _believe(self, record: Reply, key: FeatureKey[Features], left_s: float) -> Features | None:
         """Deletes what does not fit. Raises RedisFault."""
@@ -152,6 +156,7 @@ class RedisTier:
 
     def put(self, key: FeatureKey[Features], features: Features) -> None:
         """Keeps the features for every gateway, later: nobody waits for it."""
+        self._claimed.discard(key)
         if self.breaker.is_open:
             self._metrics.feature_cache_writes.labels("skipped").inc()
         elif self.unwritten >= MOST_UNWRITTEN:
@@ -162,6 +167,7 @@ class RedisTier:
 
     def give_up(self, key: FeatureKey[Any]) -> None:
         """Lets another gateway encode that image, where we said that we would."""
+        self._claimed.discard(key)
         if not self.breaker.is_open and not self._behind.full():
             self._behind.put_nowait((key, None))
 

@@ -24,6 +24,7 @@ from service.feature_record import pack
 from service.images import Image
 from service.pipeline import Finished
 from service.redis_tier import MOST_UNWRITTEN, flight_key, record_key
+from service.scheduler import Priority
 from service.ticket import Request
 
 SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
@@ -146,6 +147,19 @@ async def test_fifty_requests_for_a_new_image_over_two_gateways_encode_it_once(r
         assert (one.vision.calls + other.vision.calls).count("see") == 1
         assert sorted([lookups(one), lookups(other)], key=str) == [{"miss": 1}, {"shared": 1}]
         assert lookups(one, "memory") == lookups(other, "memory") == {"miss": 1, "shared": 24}
+
+
+async def test_nobody_waits_for_a_claim_of_its_own_gateway(redis_server):
+    async with gateway(redis_server.url, redis_flight_s=60) as house:
+        house.vision.gate.clear()
+        patient = asyncio.create_task(ask(house, 1, priority=Priority.LOW))
+        await until(lambda: house.vision.calls)
+        other = asyncio.create_task(ask(house, 1))
+        await until(lambda: house.vision.calls == ["see", "see"])
+        house.vision.gate.set()
+        assert await asyncio.gather(patient, other) == ["miss", "miss"]
+        await kept(house, 2)
+        await until(lambda: not redis_server.client.exists(flight_key(key(1))))
 
 
 async def test_many_new_images_over_two_gateways_are_encoded_once_each(redis_server):

@@ -43,6 +43,7 @@ RedisUrl = Annotated[
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
+SET_UP = Path(__file__).resolve().parent.parent / "scripts" / "set_up.py"
 TRIES = 5  # of one image while the service is too busy
 
 
@@ -64,7 +65,7 @@ def serve(
     """
     given = {"GLIMPSE_HTTP_HOST": host, "GLIMPSE_HTTP_PORT": port}
     os.environ.update({name: str(value) for name, value in given.items() if value is not None})
-    become("service", [], extra="serve", needs="uvicorn")
+    become("service", [], goal="serve", needs="uvicorn")
 
 
 @app.command()
@@ -187,31 +188,31 @@ def budget(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def train(context: typer.Context) -> None:
     """Train the reference model from nothing: `glimpse train --help` tells its options. Needs PyTorch."""
-    become("build_engines.train", context.args, extra="build", needs="torch")
+    become("build_engines.train", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def build(context: typer.Context) -> None:
     """Build a repository that Triton serves from a BLIP-2 or InstructBLIP checkpoint: `glimpse build --help`."""
-    become("build_engines.build", context.args, extra="build", needs="torch")
+    become("build_engines.build", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Measure the service under load, beside other systems: `glimpse bench --help` tells its options."""
-    become("benchmarks.bench", context.args, extra="bench", needs="litserve")
+    become("benchmarks.bench", context.args, goal="bench", needs="litserve")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def verify(context: typer.Context) -> None:
     """Check a repository's files, and what it does where it is served: `glimpse verify --help` tells more."""
-    become("build_engines.verify", context.args, extra="build", needs="torch")
+    become("build_engines.verify", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def ablate(context: typer.Context) -> None:
     """Measure what each part of the relevance allocator is worth: `glimpse ablate --help` tells its options."""
-    become("benchmarks.ablate", context.args, extra="build", needs="torch")
+    become("benchmarks.ablate", context.args, goal="build", needs="torch")
 
 
 @cache.command()
@@ -319,21 +320,21 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB"
 
 
-def become(module: str, arguments: list[str], *, extra: str, needs: str) -> None:
+def become(module: str, arguments: list[str], *, goal: str, needs: str) -> None:
     """Goes on as `python -m module`: signals and the exit status are that program's own."""
-    require(needs, extra)
+    require(needs, goal)
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
-def require(module: str, extra: str) -> None:
-    """Ends the command where a library is missing that it needs."""
+def require(module: str, goal: str) -> None:
+    """Ends the command where a library is missing that it needs: one that scripts/set_up.py installs for that goal."""
     if importlib.util.find_spec(module) is None:
-        fail(f"this needs {module}: pip install 'glimpse[{extra}]', or let `make` set everything up")
+        fail(f"this needs {module}, which is not installed: run `python3 {SET_UP} {goal}`")
 
 
 def require_drawable(target: Path, image: str, questions: list[str]) -> None:
     """What a picture needs, before anything is asked. Raises AskFailed."""
-    require("matplotlib", "draw")
+    require("matplotlib", "serve")
     if target.suffix.lower() != ".png":
         raise AskFailed(f"the picture is a PNG: write --explain {target.with_suffix('.png')}")
     if len(questions) > 1:

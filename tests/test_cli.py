@@ -9,15 +9,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 import uvicorn
-from conftest import eventually, free_ports
+from conftest import PROJECT, eventually, free_ports
 from fakes import CARD, CLOSER, House, png
 from PIL import Image as Pillow
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from service.__main__ import bound
-from service.cli import app
+from service.cli import app, require
 from service.core import Budget, VisionFeatures
 from service.embedded import StartFailed
 from service.errors import Unavailable
@@ -305,6 +306,14 @@ def test_serve_tells_where_a_model_repository_is_missing(tmp_path):
     done = glimpse("serve", GLIMPSE_MODEL_REPOSITORY=str(tmp_path))
     assert done.returncode == 2
     assert "GLIMPSE_MODEL_REPOSITORY" in done.stderr
+
+
+def test_a_library_that_is_not_there_is_told_with_the_command_that_installs_it(capsys):
+    with pytest.raises(typer.Exit):
+        require("no_such_library", "build")
+    told = capsys.readouterr().err
+    assert "needs no_such_library" in told
+    assert f"python3 {PROJECT / 'scripts' / 'set_up.py'} build" in told
 
 
 def test_train_passes_its_arguments_on():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,23 @@ def test_a_batch_of_requests_is_answered_request_by_request(adder):
     assert first.outputs["total"].tolist() == [[2, 3, 4]]
     assert second.outputs["total"].tolist() == [[5, 6, 7], [9, 10, 11]]
     assert first.outputs["larger"].tolist() == [[False, True, True]]
+
+
+def test_a_nice_model_leaves_the_cores_to_others(adder, tmp_path):
+    found = []
+
+    def start() -> None:
+        own = threading.get_native_id()  # Linux counts the niceness of each thread by itself
+        before = os.getpriority(os.PRIO_PROCESS, own)
+        model = onnx_model.TritonPythonModel()
+        names = {"inputs": ["a", "b"], "outputs": ["total", "larger"]}
+        model.initialize(start_arguments(tmp_path, **names, parameters={"nice": "3"}))
+        found.append(os.getpriority(os.PRIO_PROCESS, own) - before)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert found == [3]
 
 
 def test_only_the_outputs_asked_for_are_sent(adder):

@@ -78,7 +78,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        os.nice(parameters.integer("nice", 0, least=0))  # of this thread, and of those that it starts from here on
+        os.nice(parameters.nice)  # of this thread, and of those that it starts from here on
         decoder = OnnxDecoder(
             parameters.graph,
             max_rows=parameters.integer("max_rows", 32),

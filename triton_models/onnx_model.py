@@ -1,12 +1,13 @@
 """Any ONNX graph whose inputs and outputs are named as the model's in Triton, rows first.
 
-Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `provider` (default cpu),
-`io_binding` (default no): tensors stay on the device that computes them, where Triton's `FORCE_CPU_ONLY_INPUT_TENSORS`
-is `no` too.
+Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `nice` (default 0), `provider`
+(default cpu), `io_binding` (default no): tensors stay on the device that computes them, where Triton's
+`FORCE_CPU_ONLY_INPUT_TENSORS` is `no` too.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
+        os.nice(parameters.nice)  # of this thread, which runs the model, and of those that it starts from here on
         self._outputs = parameters.outputs
         self._bound = parameters.yes("io_binding")
         provider = parameters.text("provider", "cpu")

@@ -48,6 +48,11 @@ class Parameters:
         return self.integer("intra_op_threads", 1, least=0) or max(1, len(os.sched_getaffinity(0)) // self._instances)
 
     @property
+    def nice(self) -> int:
+        """By how much its threads leave the cores to others, 0 where the configuration says nothing."""
+        return self.integer("nice", 0, least=0)
+
+    @property
     def graph(self) -> Path:
         """The model's ONNX file, `model.onnx` unless the parameter `graph` names another."""
         return self.version / self.text("graph", "model.onnx")

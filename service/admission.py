@@ -202,7 +202,7 @@ class Place:
         now, house = time.monotonic(), self._admission
         house.release(self._claims, now, finished=finished)
         house.window.leave(self, now, answered=finished, missed=now >= self._deadline)
-        house.crowd.leave(self, now)
+        house.crowd.leave(self, now, answered=finished)
         house.ledger.give_back(self._cost, self.tenant, now)
         self._claims, self._cost = [], Cost()
         house.schedule(now)

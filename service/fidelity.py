@@ -5,12 +5,13 @@ Watched is the longest wait there is at a moment, in any queue. What it is over 
 STEP_S is one level up, unless the queue is on its way back. Under CALM of the target for a while is one level down.
 
 Where all are let in nobody waits in a queue, and yet each waits for the others: of n that are worked on side by side
-one is given an n-th of the machine and loses (n - 1) / n of its time to them (processor sharing: Kleinrock 1967). That
-is a wait like any other, but for one thing: a request can bear it while its deadline is far. So it is counted from when
-on it will be at the target once SPARE of the time that the request came with is lost, and no sooner than it begins.
-Who is alone loses nothing, however long its answer takes: so load is told from a long answer. And who came with less
-time than the target is gone before its wait is one. That rows of one batch slow each other down less is not known here,
-which is why SPARE is no smaller.
+one is given an n-th of the machine and loses (n - 1) / n of its time to them (processor sharing: Kleinrock 1967). What
+it has lost, and will lose until it had as much to itself as answers take, is a wait like any other, but for one thing:
+a request can bear it while its deadline is far. So it counts less what it can bear, which leaves the target where SPARE
+of the time that the request came with is lost.
+
+That tells load from slowness: who is alone loses nothing, however long its answer takes, and rows of a batch that slow
+each other down little need little for themselves. And who came with less time than the target never waits for longer.
 
 The way down is a trial, as nobody knows how long the queue would be at a level that is not in force. Where it has to be
 taken back within TRIAL_S the next one to that level, or below, waits four times as long, MOST_HOLD_S at the most. So
@@ -19,7 +20,6 @@ under a load between what two levels can bear the controller settles at the high
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from service.core import Budget
@@ -29,7 +29,8 @@ CALM = 0.25
 SOON_S = 5.0  # a queue that will be at the target in this time, if it goes on shrinking, is on its way
 LEAST_HOLD_S, MOST_HOLD_S = 5.0, 40.0
 TRIAL_S = 60.0  # then a trial has not failed
-SPARE = 0.4  # of a request's time may go to others
+SPARE = 0.5  # of a request's time may go to others
+MEDIAN_STEP = 1.1  # by one answer, of how much of the machine's time answers take
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,31 +137,57 @@ class Fidelity:
         self.level, self._changed_at = level, at
 
 
+@dataclass(slots=True)
+class _Share:
+    """What one request had of the machine."""
+
+    entered: float
+    lost_before_s: float  # what one that was there all the time had lost by then
+    allowed_s: float
+
+
 class Crowd:
-    """Requests that are worked on side by side, by any object that stands for one, and the time they lose to others."""
+    """Requests that are worked on side by side, by any object that stands for one, and what they lose to each other."""
 
     def __init__(self, target_s: float, now: float) -> None:
         self._target_s = target_s
-        self._lost_s = 0.0  # by one that was there all the time
         self._now = now
-        self._due: dict[object, float] = {}  # of each, the `_lost_s` from which on it waits
+        self._lost_s = 0.0  # by one that was there all the time
+        self._own_s = 0.0  # about the median of what an answer takes for itself; 0: not known yet
+        self._inside: dict[object, _Share] = {}
 
     def enter(self, request: object, now: float, allowed_s: float) -> None:
         """`allowed_s`: from its arrival to its deadline; infinite: it may wait for the others. Who is inside stays."""
         self._pass_time(now)
-        self._due.setdefault(request, self._lost_s + max(SPARE * allowed_s - self._target_s, 0.0))
+        self._inside.setdefault(request, _Share(now, self._lost_s, allowed_s))
 
-    def leave(self, request: object, now: float) -> None:
+    def leave(self, request: object, now: float, *, answered: bool) -> None:
         self._pass_time(now)
-        self._due.pop(request, None)
+        share = self._inside.pop(request, None)
+        if share is None or not answered:
+            return
+        own_s = now - share.entered - self._lost(share)
+        if self._own_s:
+            self._own_s *= MEDIAN_STEP if own_s > self._own_s else 1 / MEDIAN_STEP
+        else:
+            self._own_s = own_s
 
     def waiting_since(self, now: float) -> float | None:
-        """When the one that waits most for the others began to, had it waited for nothing else; None: nobody does."""
+        """When the one that waits most for the others would have come to a queue to wait as long; None: nobody does."""
         self._pass_time(now)
-        wait_s = self._lost_s - min(self._due.values(), default=math.inf)
-        return now - wait_s if wait_s > 0 and len(self._due) > 1 else None
+        wait_s = max((self._wait_s(share) for share in self._inside.values()), default=0.0)
+        return now - wait_s if wait_s > 0 and len(self._inside) > 1 else None
+
+    def _wait_s(self, share: _Share) -> float:
+        lost_s = self._lost(share)
+        left_s = max(self._own_s - (self._now - share.entered - lost_s), 0.0)
+        loses_s = lost_s + left_s * (len(self._inside) - 1)
+        return min(loses_s, share.allowed_s) - max(SPARE * share.allowed_s - self._target_s, 0.0)
+
+    def _lost(self, share: _Share) -> float:
+        return self._lost_s - share.lost_before_s
 
     def _pass_time(self, now: float) -> None:
-        if others := len(self._due) - 1 if self._due else 0:
-            self._lost_s += (now - self._now) * others / (others + 1)
+        if self._inside:
+            self._lost_s += (now - self._now) * (1 - 1 / len(self._inside))
         self._now = now

@@ -122,7 +122,7 @@ class SharedMachine:
             if self.now == until:
                 return
             self.jobs.remove(over)
-            self.crowd.leave(over, self.now)
+            self.crowd.leave(over, self.now, answered=in_time)
             self.run.ends.append((self.now, in_time))
             self.observe()
         self.now = until
@@ -314,8 +314,32 @@ def test_what_is_lost_to_others_counts_once_it_is_what_a_request_can_spare():
     spare_s = SPARE * 20.0 - TARGET_S
     assert crowd.waiting_since(10.0 + 2 * spare_s) is None
     assert crowd.waiting_since(20.0 + 2 * spare_s) == pytest.approx(15.0 + 2 * spare_s)  # five of these ten were lost
-    crowd.leave("first", 30.0)
+    crowd.leave("first", 30.0, answered=False)
     assert crowd.waiting_since(40.0) is None
+
+
+def test_what_will_be_lost_counts_before_it_is():
+    crowd = Crowd(TARGET_S, 0.0)
+    crowd.enter("alone", 0.0, 20.0)
+    crowd.leave("alone", 2.0, answered=True)
+    for request in range(7):
+        crowd.enter(request, 10.0, 20.0)
+    spare_s = SPARE * 20.0 - TARGET_S
+    assert crowd.waiting_since(10.0) == pytest.approx(10.0 + spare_s - 2.0 * 6)
+    assert crowd.waiting_since(17.0) == pytest.approx(17.0 + spare_s - 2.0 * 6)  # as it was foreseen: 1 s of 7
+    assert crowd.waiting_since(24.0) == pytest.approx(24.0 + spare_s - 2.0 * 6)
+    assert crowd.waiting_since(31.0) == pytest.approx(31.0 + spare_s - 3.0 * 6)  # they take longer
+
+
+def test_one_long_answer_does_not_make_longer_ones_expected_of_others():
+    crowds = [Crowd(TARGET_S, 0.0) for _ in range(2)]
+    for crowd, longest_s in zip(crowds, (1.1, 100.0), strict=True):
+        for answer_s in (1.0, longest_s):
+            crowd.enter("alone", 0.0, 20.0)
+            crowd.leave("alone", answer_s, answered=True)
+        for request in range(20):
+            crowd.enter(request, 200.0, 20.0)
+    assert crowds[0].waiting_since(200.0) == crowds[1].waiting_since(200.0)
 
 
 def test_who_may_wait_for_the_others_never_waits_too_long_for_them():
@@ -331,20 +355,24 @@ steps = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 5), st.floats(0, 10) 
 @given(steps)
 def test_the_crowds_wait_is_the_longest_of_those_that_each_adds_up_for_itself(steps):
     crowd, now = Crowd(TARGET_S, 0.0), 0.0
-    spare_s: dict[int, float] = {}
+    lost_s: dict[int, float] = {}  # nobody is answered, so nobody is expected to lose any more
+    came_with_s: dict[int, float] = {}
     for gap_s, request, allowed_s in steps:
         now += gap_s
-        for each in spare_s:
-            spare_s[each] -= gap_s * (len(spare_s) - 1) / len(spare_s)
+        for each in lost_s:
+            lost_s[each] += gap_s * (len(lost_s) - 1) / len(lost_s)
         if allowed_s is None:
-            crowd.leave(request, now)
-            spare_s.pop(request, None)
-        else:
+            crowd.leave(request, now, answered=False)
+            lost_s.pop(request, None)
+        elif request not in lost_s:
             crowd.enter(request, now, allowed_s)
-            spare_s.setdefault(request, max(SPARE * allowed_s - TARGET_S, 0.0))
-        longest_s = max((-each for each in spare_s.values()), default=0.0) if len(spare_s) > 1 else 0.0
+            lost_s[request], came_with_s[request] = 0.0, allowed_s
+        waits_s = [
+            min(lost_s[each], came_with_s[each]) - max(SPARE * came_with_s[each] - TARGET_S, 0.0) for each in lost_s
+        ]
+        longest_s = max(waits_s, default=0.0) if len(lost_s) > 1 else 0.0
         since = crowd.waiting_since(now)
-        assert (now - since if since is not None else 0.0) == pytest.approx(max(longest_s, 0.0), abs=1e-6)
+        assert (0.0 if since is None else now - since) == pytest.approx(max(longest_s, 0.0), abs=1e-6)
 
 
 moments = st.lists(

@@ -165,7 +165,12 @@ class Place:
         claim.request, claim.request_arrived, self._deadline = self, self._arrived, claim.deadline
         self._claims.append(claim)
         self._rest_or_work()
-        await self._admission.turn(claim)
+        try:
+            await self._admission.turn(claim)
+        except Overloaded:  # a place may go on without it
+            self._claims.remove(claim)
+            self._rest_or_work()
+            raise
         allowed_s = math.inf if claim.priority is Priority.LOW else claim.deadline - claim.arrived
         self._admission.crowd.enter(self, time.monotonic(), allowed_s)
 

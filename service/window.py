@@ -4,8 +4,8 @@ Memory is not time. Where all requests that fit are worked on together and each 
 was spent on them is lost, and then on the next: nobody is answered. So the window begins as wide as there is room, and
 
   - a request that was worked on, at least as long as answers have taken of late, and missed its deadline narrows it to
-    NARROWED of those that are inside, at most once among those that were worked on together; one that gave itself less
-    time says nothing of us,
+    NARROWED of those that are worked on, if that is less, at most once among those that were worked on together; one
+    that gave itself less time says nothing of us,
   - each that is answered widens it by its inverse: by one, when as many were answered as it lets in
 
 (additive increase, multiplicative decrease: Chiu and Jain 1989). Who is inside and waits for what another request
@@ -45,10 +45,13 @@ class Window:
     def inside(self) -> int:
         return len(self._since)
 
+    @property
+    def _working(self) -> int:
+        return self.inside - len(self._resting)
+
     def lets_in(self, request: object | None) -> bool:
         """Whoever is inside, and whoever is alone. None stands for a request that nobody asks about again."""
-        working = self.inside - len(self._resting)
-        return not working or request in self._since or working < self.width
+        return not self._working or request in self._since or self._working < self.width
 
     def holds(self, request: object | None) -> bool:
         return request in self._since
@@ -77,7 +80,7 @@ class Window:
             self._usual_s += (held_s - self._usual_s) * (LATELY if self._usual_s else 1.0)
             self.width = min(self.width + 1 / self.width, self.widest)
         elif missed and held_s >= self._usual_s and since >= self._narrowed_at and math.isfinite(self.widest):
-            self.width = max(NARROWED * self.inside, 1.0)
+            self.width = max(min(NARROWED * self._working, self.width), 1.0)
             self._narrowed_at = now
         del self._since[request]
         self._resting.discard(request)

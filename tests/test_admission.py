@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
 from fakes import CARD, cancelled, turns, until
 from structlog.testing import capture_logs
 
 from service.admission import Admission, Place
 from service.core import Engines
+from service.errors import Overloaded
 from service.fidelity import LEVELS
 from service.metrics import Metrics
 from service.scheduler import Claim, Kind, Priority, Resource
@@ -115,6 +117,27 @@ async def test_who_leaves_the_window_makes_room_though_it_holds_nothing():
             assert not waiting.done()
         async with asyncio.timeout(5):
             await waiting
+
+
+async def test_a_claim_that_was_refused_is_no_work():
+    house = admission(Metrics())
+    now = time.monotonic()
+    others = [Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now - 10, now + 100) for _ in range(3)]
+    for other in others:
+        house.scheduler.submit(other, now - 10)
+    house.scheduler.schedule(now - 10)
+    house.scheduler.release(others[0], now - 5)
+    house.scheduler.schedule(now - 5)  # one has the slot, one waits, and slots come free every five seconds
+    with house.place("") as place:
+        room = Claim(Resource.LLM, 1, Kind.FOLLOW_UP, now, now + 100)
+        await place.enter(room)
+        with pytest.raises(Overloaded):
+            await place.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
+        place.give_back(room)
+        house.window.width = 1.0
+        assert not house.window.lets_in("new")
+        with place.waiting_for_others():
+            assert house.window.lets_in("new")
 
 
 async def test_who_waits_for_others_makes_room_in_the_window_but_for_what_it_claims():

@@ -33,6 +33,27 @@ def test_those_that_were_worked_on_together_narrow_it_once():
     assert window.width == 1.0
 
 
+def test_a_miss_among_many_that_rest_does_not_widen_it():
+    window = narrowed(20, inside=20)
+    for number in range(1, 20):
+        window.leave(number, 5.0, answered=False, missed=False)
+    for number in range(60):
+        window.enter(("caller", number), 6.0)
+        window.rest(("caller", number))
+    window.work(("caller", 0))
+    window.leave(("caller", 0), 20.0, answered=False, missed=True)
+    assert window.width == 1.0  # one was worked on
+
+
+def test_a_miss_among_more_than_it_lets_in_does_not_widen_it():
+    window = narrowed(20, inside=20)
+    for number in range(60):  # each rested, let the next one in, and goes on
+        window.enter(("caller", number), 6.0)
+    width = window.width
+    window.leave(("caller", 0), 20.0, answered=False, missed=True)
+    assert window.width == width
+
+
 def test_it_widens_by_one_when_as_many_were_answered_as_it_lets_in():
     window = narrowed()
     for number in range(1, 7):

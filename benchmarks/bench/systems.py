@@ -30,7 +30,8 @@ class System:
     asked_as: str  # a kind of load.ASKERS
     how: str  # its setting, in the report
     settings: Mapping[str, str] = field(default_factory=dict)  # GLIMPSE_ settings
-    llm_parameters: Mapping[str, str] = field(default_factory=dict)  # of its config.pbtxt, in place of the repository's
+    # By model, those of its config.pbtxt in place of the repository's.
+    parameters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class Running:
         return len({region for process in self.processes() for region in shared_regions(process.pid)})
 
 
+AT_THE_DOOR = "two vision slots, and the encoder as nice as the LLM"
+
 SYSTEMS: Mapping[str, System] = {
     "naive": System(
         "naive", "FastAPI's thread pool, transformers generate, PyTorch's threads: one a core for each request"
@@ -68,7 +71,19 @@ SYSTEMS: Mapping[str, System] = {
         "glimpse with one queue in order of arrival, whose head blocks those behind it; looks as closely under strain",
         {"SCHEDULING": "fifo", "ELASTIC_FIDELITY": "false"},
     ),
-    "glimpse-no-reuse": System("glimpse", "every prompt is read whole", {}, {"prefix_cache_bytes": "0"}),
+    "glimpse-door": System(
+        "glimpse",
+        f"the queue is at the door: {AT_THE_DOOR}; looks as closely under strain",
+        {"VISION_SLOTS": "2", "ELASTIC_FIDELITY": "false"},
+        {"vision_encoder": {"nice": "5"}},
+    ),
+    "fifo-door": System(
+        "glimpse",
+        f"one queue in order of arrival, and as glimpse-door: {AT_THE_DOOR}",
+        {"VISION_SLOTS": "2", "SCHEDULING": "fifo", "ELASTIC_FIDELITY": "false"},
+        {"vision_encoder": {"nice": "5"}},
+    ),
+    "glimpse-no-reuse": System("glimpse", "every prompt is read whole", {}, {"llm": {"prefix_cache_bytes": "0"}}),
 }
 
 
@@ -78,8 +93,8 @@ def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
     folder.mkdir(parents=True, exist_ok=True)
     match system.asked_as:
         case "glimpse":
-            if system.llm_parameters:
-                model = replace(model, repository=with_parameters(model.repository, folder, system.llm_parameters))
+            if system.parameters:
+                model = replace(model, repository=with_parameters(model.repository, folder, system.parameters))
             starting = gateway(model, folder, system.settings)
         case "triton":
             starting = triton(model, folder)
@@ -116,22 +131,24 @@ def gateway(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator
         yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)
 
 
-def with_parameters(repository: Path, folder: Path, parameters: Mapping[str, str]) -> Path:
-    """A repository of links to the given one, but for these parameters of its LLM. Raises ValueError."""
+def with_parameters(repository: Path, folder: Path, parameters: Mapping[str, Mapping[str, str]]) -> Path:
+    """A repository of links to the given one, but for these parameters of its models. Raises ValueError."""
     own = folder / "repository"
     shutil.rmtree(own, ignore_errors=True)
-    (own / "llm").mkdir(parents=True)
+    own.mkdir(parents=True)
     for path in repository.iterdir():
-        if path.name != "llm":
+        if path.name not in parameters:
             (own / path.name).symlink_to(path.resolve())
-    (own / "llm" / "1").symlink_to((repository / "llm" / "1").resolve())
-    configuration = (repository / "llm" / "config.pbtxt").read_text()
-    for name, value in parameters.items():
-        entry = rf'(key: "{name}", value: {{ string_value: )"[^"]*"'
-        configuration, found = re.subn(entry, rf'\1"{value}"', configuration)
-        if not found:
-            raise ValueError(f"the LLM has no parameter {name}")
-    (own / "llm" / "config.pbtxt").write_text(configuration)
+    for model, values in parameters.items():
+        (own / model).mkdir()
+        (own / model / "1").symlink_to((repository / model / "1").resolve())
+        configuration = (repository / model / "config.pbtxt").read_text()
+        for name, value in values.items():
+            entry = rf'(key: "{name}", value: {{ string_value: )"[^"]*"'
+            configuration, found = re.subn(entry, rf'\1"{value}"', configuration)
+            if not found:
+                raise ValueError(f"{model} has no parameter {name}")
+        (own / model / "config.pbtxt").write_text(configuration)
     return own
 
 

@@ -106,7 +106,8 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
                     span = [[height - min(found)], [max(found) - height]]
                     axis.errorbar(at, height, yerr=span, color="#222222", linewidth=1, capsize=2)
                 said = f"{height:,.0f}" if height >= 100 else f"{height:.3g}"
-                axis.annotate(said, (at, max(found)), ha="center", va="bottom", fontsize=7)
+                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # a limit's line may cross it
+                axis.annotate(said, (at, max(found)), ha="center", va="bottom", fontsize=7, bbox=behind)
         for place, workload in enumerate(workloads):
             if (most := limit_of(report, workload)) is not None and title.startswith("answers a"):
                 axis.hlines(most, place - 0.45, place + 0.45, colors="#222222", linestyles="dashed", linewidth=1)

@@ -197,8 +197,8 @@ def models(dimensions: Dimensions) -> list[Model]:
             vision,
             parameters=(
                 cores(dimensions, "vision_encoder"),
-                # 5, as the LLM's: first tokens of follow-ups come in half the time while images are encoded, and new
-                # images alone give a fifth fewer answers, as the LLM then decodes fewer rows at once.
+                # 5, as the LLM's, and two vision slots: first tokens of follow-ups come in half the time (p95 of the
+                # benchmark's `house`), and new images alone give a fifth fewer answers.
                 nice("0", "5 is as much as the LLM's: follow-ups sooner, fewer new images a second"),
             ),
             # Two runs side by side waste less than one on all cores, whose threads wait for each other while the LLM

@@ -109,8 +109,8 @@ class FeatureCache:
     ) -> AsyncIterator[Found[Features]]:
         """Features that are kept or that a flight under way brings; else the caller leads the flight in the block.
 
-        Who is `patient` lets others go first, so that only the patient wait for what it brings. Of the `left_s` that
-        the request has, at most half goes to waiting for another gateway. Every wait is spent inside `waiting()`.
+        Who is `patient` lets others go first, so that only the patient wait for what it brings. Of what is left of the
+        request's `left_s`, at most half goes to waiting for another gateway. Every wait is spent inside `waiting()`.
         """
         if self.as_int8:
             key = replace(key, fingerprint=key.fingerprint + AS_INT8)
@@ -127,6 +127,8 @@ class FeatureCache:
         self, key: FeatureKey[Features], left_s: float, patient: bool, waiting: Waiting
     ) -> Features | None:
         """None: the caller leads the flight, which is under way."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + left_s
         if (known := await self._kept_or_joined(key, patient, waiting)) is not None:
             return known
         self._flights[key, patient] = Flight()
@@ -134,7 +136,7 @@ class FeatureCache:
             return None
         try:
             with waiting():
-                known = await self._shared.find(key, left_s / 2)
+                known = await self._shared.find(key, max(deadline - now(), 0.0) / 2)
         except BaseException:  # cancelled: somebody else leads
             self._encoded(key, patient, None)
             raise

@@ -1,4 +1,5 @@
 import asyncio
+import math
 
 import numpy as np
 import pytest
@@ -200,10 +201,12 @@ class FakeShared:
         self.there: dict[FeatureKey, VisionFeatures] = {}
         self.told: list[str] = []
         self.asked: list[FeatureKey] = []  # for or of
+        self.patience_s: list[float] = []
         self.brought: VisionFeatures | None = None
 
     async def find(self, key: FeatureKey, patience_s: float) -> VisionFeatures | None:
         self.asked.append(key)
+        self.patience_s.append(patience_s)
         self.told.append("find")
         await self.gate.wait()
         return self.there.get(key)
@@ -263,3 +266,22 @@ async def test_one_cancelled_while_it_looks_hands_over():
     shared.gate.set()
     await other
     assert asker.encodes == 1
+
+
+async def test_who_waited_for_a_leader_in_vain_has_half_of_what_is_left_for_another_gateway():
+    shared = FakeShared()
+    asker = Asker(shared=shared)
+    leader = asyncio.create_task(asker.ask("a"))
+    await turn()
+
+    async def wait_behind() -> None:
+        async with asker.cache.find(key("a"), 10.0):
+            pass
+
+    behind = asyncio.create_task(wait_behind())
+    await turn()
+    leader.cancel()
+    shared.gate.set()
+    await behind
+    assert shared.patience_s[0] == math.inf
+    assert 0 < shared.patience_s[1] < 5.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from service.core import Prompt, Sampling
+from service.core.vision import Prompt, Sampling
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 

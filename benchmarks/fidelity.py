@@ -24,12 +24,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from service.core import CROPS, IMAGE_SIZE, Budget, CloserFeatures, FloatArray, ModelCard, Sampling
-from service.embedded import EmbeddedTriton, Ports
-from service.errors import GlimpseError
+from service.core.errors import GlimpseError
+from service.core.vision import CROPS, IMAGE_SIZE, Budget, CloserFeatures, FloatArray, ModelCard, Sampling
 from service.prompt import PromptBuilder
 from service.settings import PROJECT
 from service.triton import TritonClient
+from service.triton_server.supervision import EmbeddedTriton, Ports
 
 VISION_TOKENS = (64, 96, 112, 128, 192, 256)
 VISUAL_TOKENS = (32, 64, 96, 128)

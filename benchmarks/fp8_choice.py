@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import onnx
 
-from benchmarks.evaluate import SCENES, Outcome, rows
 from benchmarks.precision import ROOT, Graphs, answers, built, quantised, visual_tokens
-from build_engines.build import commands
-from build_engines.build.parity import nearness, outputs
-from build_engines.build.precision import not_fp8, to_fp16
-from build_engines.build.samples import PARITY
-from build_engines.build.steps import modelopt_python
-from service.core import ModelCard
+from build_engines.convert import commands
+from build_engines.convert.parity import nearness, outputs
+from build_engines.convert.precision import not_fp8, to_fp16
+from build_engines.convert.samples import PARITY
+from build_engines.convert.steps import modelopt_python
+from build_engines.evaluation.accuracy import SCENES, Outcome, rows
+from service.core.vision import ModelCard
 from service.prompt import PromptBuilder
 
 ATTENTION, ENDS, QUERIES = "attention", "the first and the last layer", "queries, keys and values"  # of `not_fp8`

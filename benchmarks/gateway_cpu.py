@@ -30,7 +30,7 @@ from benchmarks.bench.models import BUILD, MODELS
 from benchmarks.bench.processes import cpu_by_role
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import SYSTEMS, Running, running
-from service.images import ImageLimits, decode
+from service.media.decoder import ImageLimits, decode
 
 QUESTION = "describe the image."  # the one whose answer is long enough to be cut where we want
 LENGTHS = (1, 6, 12, 18, 24)  # tokens of an answer

@@ -17,10 +17,10 @@ from itertools import groupby
 
 import numpy as np
 
-from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, Row, rows, wilson
 from benchmarks.fidelity import TIMEOUT_S, Models, answer_to, own_models, steadily
-from service.core import Budget, Int8Rows, VisionFeatures, dense
-from service.images import ImageLimits, decode
+from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Row, rows, wilson
+from service.core.vision import Budget, Int8Rows, VisionFeatures, dense
+from service.media.decoder import ImageLimits, decode
 
 LIMITS = ImageLimits(10**7, 10**7)
 ROWS_TIMED = 200

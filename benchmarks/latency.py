@@ -31,7 +31,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from benchmarks.evaluate import SCENES, rows
+from build_engines.evaluation.accuracy import SCENES, rows
 
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 ROUNDS = 5  # of the concurrency measurement, alternating, so that a slow minute of the machine hits all alike

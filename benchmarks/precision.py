@@ -23,13 +23,13 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
-from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise, wilson
-from build_engines.build import __main__ as build
-from build_engines.build.manifest import KEPT, NOT_FP8
-from build_engines.build.parity import greedy, inner, nearness, outputs, residuals, session
+from build_engines.convert import __main__ as build
+from build_engines.convert.manifest import KEPT, NOT_FP8
+from build_engines.convert.parity import greedy, inner, nearness, outputs, residuals, session
+from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise, wilson
 from build_engines.scenes import held_out
-from service.core import Budget, ModelCard
-from service.images import ImageLimits, decode
+from service.core.vision import Budget, ModelCard
+from service.media.decoder import ImageLimits, decode
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from triton_models.session import Array
 

@@ -58,7 +58,7 @@ def component(name: str, scratch: Path) -> dict[str, Any]:
     import onnx  # noqa: PLC0415  (in the component's own process)
     from transformers import Blip2Config  # noqa: PLC0415
 
-    from build_engines.build.tensorrt_rules import MAY_VARY, faults  # noqa: PLC0415
+    from build_engines.convert.tensorrt_rules import MAY_VARY, faults  # noqa: PLC0415
     from build_engines.export import export_graph, graphs  # noqa: PLC0415
 
     sizes, wanted = COMPONENTS[name]

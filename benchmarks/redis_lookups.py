@@ -21,11 +21,11 @@ from dataclasses import replace
 import numpy as np
 import uvloop
 
-from service.core import ModelCard, VisionFeatures
-from service.feature_cache import FeatureKey
-from service.feature_record import pack, unpack
+from service.cache.features import FeatureKey
+from service.cache.records import pack, unpack
+from service.cache.redis_tier import RedisLimits, RedisTier
+from service.core.vision import ModelCard, VisionFeatures
 from service.metrics import Metrics
-from service.redis_tier import RedisLimits, RedisTier
 from service.settings import PROJECT
 
 WIDTHS = {"reference": None, "ViT-B/14": 768, "ViT-g/14": 1408}  # None: of the served model

@@ -7,9 +7,9 @@ Arrivals are Poisson, their rate a day's sine with 40 bursts of 1 to 3 minutes a
 until its last one; on average 48 % of the slots and 41 % of the tokens are wanted, at midday 84 % and 72 %, in a
 burst up to twice that. An answer is worth something for TIMEOUT_S.
 
-The policies: `glimpse` is service/scheduler.py as it is served. `text first` and `vision first` are the same with
-absolute priority instead of ageing. `fifo` is its one queue in order of arrival, whose head blocks those behind it.
-All drop at once who can no longer be answered in time.
+The policies: `glimpse` is service/admission/scheduler.py as it is served. `text first` and `vision first` are the same
+with absolute priority instead of ageing. `fifo` is its one queue in order of arrival, whose head blocks those behind
+it. All drop at once who can no longer be answered in time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
-from service.scheduler import Claim, Fifo, Kind, Resource, Scheduler
+from service.admission.scheduler import Claim, Fifo, Kind, Resource, Scheduler
 
 RESULTS = Path(__file__).parent / "results"
 DAY_S = 86_400

@@ -25,10 +25,10 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from benchmarks.ablation.intervals import median
 from benchmarks.bench.engine import Work, fastest, feeds
-from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, rows
-from service.core import ModelCard
+from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, rows
+from build_engines.evaluation.intervals import median
+from service.core.vision import ModelCard
 from triton_models.session import open_session
 
 ENCODER, ALLOCATOR = "vision_encoder", "relevance_allocator"

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
-from service.admission import Admission
-from service.core import ModelCard
-from service.embedded import EmbeddedTriton, Ports
-from service.http_api import Edge, http_api
-from service.images import ImageLimits, ImageReader
+from service.admission.admission import Admission
+from service.cache.redis_tier import RedisLimits, RedisTier
+from service.core.vision import ModelCard
+from service.edges.http.vqa import Edge, http_api
+from service.media.decoder import ImageLimits, ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
 from service.readiness import Readiness
-from service.redis_tier import RedisLimits, RedisTier
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
+from service.triton_server.supervision import EmbeddedTriton, Ports
 
 
 @dataclass(frozen=True, slots=True)

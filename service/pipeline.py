@@ -15,16 +15,11 @@ from typing import Literal, Protocol
 
 import structlog
 
-from service.admission import Admission, Place
-from service.core import (
-    TENSIONS,
-    ModelCard,
-    Prompt,
-    Relevance,
-    Sampling,
-    Seen,
-)
-from service.errors import (
+from service.admission.admission import Admission, Place
+from service.admission.quota import Cost
+from service.cache.features import FeatureCache, SharedTier
+from service.cache.visual_tokens import VisualCache, embedding_key
+from service.core.errors import (
     DeadlineExceeded,
     GlimpseError,
     InternalError,
@@ -32,15 +27,20 @@ from service.errors import (
     Unavailable,
     naming_image,
 )
-from service.feature_cache import FeatureCache, SharedTier
-from service.images import Image, ImageReader, ImageStore
-from service.ledger import Cost
-from service.looking import Looker, VisionModel, decoding_cost
+from service.core.vision import (
+    TENSIONS,
+    ModelCard,
+    Prompt,
+    Relevance,
+    Sampling,
+    Seen,
+)
+from service.media.decoder import Image, ImageReader, ImageStore
 from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings
 from service.ticket import Request, Ticket
-from service.visual_cache import VisualCache, embedding_key
+from service.vision_stage import Looker, VisionModel, decoding_cost
 
 log = structlog.get_logger()
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from blake3 import blake3
 from tokenizers import Tokenizer
 
-from service.core import QUESTION_TOKENS, FloatArray, ModelCard, Prompt, Question, Turn
-from service.errors import InvalidRequest
+from service.core.errors import InvalidRequest
+from service.core.vision import QUESTION_TOKENS, FloatArray, ModelCard, Prompt, Question, Turn
 
 LLM_TOKENIZER = "tokenizer.json"
 

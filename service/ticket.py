@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from service.core import Budget, Detail, Sampling, Turn
-from service.errors import DeadlineExceeded
-from service.scheduler import Kind, Priority
+from service.admission.scheduler import Kind, Priority
+from service.core.errors import DeadlineExceeded
+from service.core.vision import Budget, Detail, Sampling, Turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,13 @@ import pytest
 import pytest_asyncio
 import redis
 
-from service.core import IMAGE_SIZE, ModelCard, UInt8Array
-from service.embedded import EmbeddedTriton, Ports
+from service.core.vision import IMAGE_SIZE, ModelCard, UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
+from service.triton_server.supervision import EmbeddedTriton, Ports
 
 PROJECT = Path(__file__).parent.parent
-SCENES = PROJECT / "benchmarks" / "scenes"
+SCENES = PROJECT / "build_engines" / "evaluation" / "scenes"
 
 
 @dataclass(frozen=True)

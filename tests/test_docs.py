@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
 from typer.main import get_command
 
-from service.cli import app
+from service.cli.main import app
 from service.settings import Settings
+from tests.conftest import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 PYTHONS_OWN = {"venv", "pip"}

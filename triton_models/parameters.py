@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from service.core import ModelCard
+from service.core.vision import ModelCard
 
 
 class Parameters:

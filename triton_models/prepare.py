@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from service.core import Budget
-from service.errors import InvalidRequest
-from service.images import ImageLimits, decode
+from service.core.errors import InvalidRequest
+from service.core.vision import Budget
+from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder
 from triton_models.parameters import Parameters
 from triton_models.session import Array

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.core import MAX_VISUAL_TOKENS
-from service.errors import InvalidRequest
+from service.core.errors import InvalidRequest
+from service.core.vision import MAX_VISUAL_TOKENS
 from triton_models.parameters import Parameters
 from triton_models.session import Array, Graph
 from triton_models.unary import answer

@@ -9,7 +9,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from onnxruntime import OrtValue
 
-from service.errors import GlimpseError, status_of
+from service.core.errors import GlimpseError, status_of
 from triton_models.tensors import Array, borrow, lend, read, write
 
 Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs and outputs by name, rows first

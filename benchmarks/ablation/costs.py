@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ablation.arms import BUDGETS, CLOSER_MOST
-from benchmarks.ablation.intervals import Figure
 from benchmarks.ablation.report import Json, Measured
 from benchmarks.ablation.timing import BASE, PROMPT, REGION, latencies
+from build_engines.evaluation.intervals import Figure
 from build_engines.model import flops
 from build_engines.model.allocation import GROUP
 from build_engines.model.checkpoint import Checkpoint
-from service.core import ModelCard
+from service.core.vision import ModelCard
 
 STAGES = "stages.json"
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from benchmarks.ablation.arms import Named
 from benchmarks.ablation.exams import COLUMNS
-from benchmarks.ablation.intervals import difference_of_groups, mean, share
+from build_engines.evaluation.intervals import difference_of_groups, mean, share
 from build_engines.model.allocation import CELL_COUNT
 from build_engines.scenes.questions import TYPES
 from build_engines.scenes.world import SIZE_NAMES

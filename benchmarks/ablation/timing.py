@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ablation.intervals import Figure, median
-from service.core import ModelCard
+from build_engines.evaluation.intervals import Figure, median
+from service.core.vision import ModelCard
 from triton_models.session import Array, Graph
 
 SEEN = ("features", "saliency", "entropy", "texture")

@@ -29,7 +29,7 @@ import uvloop
 from benchmarks.bench.http_client import Aborted, HttpClient, Response
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.workloads import KNOWN, Ask, Workload, asks, bursts, poisson
-from service.errors import GlimpseError
+from service.core.errors import GlimpseError
 from service.triton import TritonClient
 
 EXPIRED = "expired"  # not refused at the door: it waited for its turn, and was dropped when that came too late

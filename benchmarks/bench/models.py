@@ -171,7 +171,7 @@ def tokenizer() -> object:
 
 def questions() -> Iterator[str]:
     """What is asked about the committed scenes, as the prompt has it."""
-    from benchmarks.evaluate import SCENES, rows  # noqa: PLC0415
+    from build_engines.evaluation.accuracy import SCENES, rows  # noqa: PLC0415
 
     for row in rows(SCENES):
         yield f"Question: {row.question} Answer:"

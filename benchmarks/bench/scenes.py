@@ -8,7 +8,7 @@ from typing import Self
 
 from PIL import Image
 
-from benchmarks.evaluate import NOT_IN_TOTAL, SCENES, rows
+from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, rows
 
 JPEG_QUALITY = 90
 START = b"\xff\xd8"  # of every JPEG

@@ -9,9 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-from service.core import ModelCard
-from service.embedded import EmbeddedTriton, Ports
+from service.core.vision import ModelCard
 from service.triton import TritonClient
+from service.triton_server.supervision import EmbeddedTriton, Ports
 
 
 async def serve(repository: Path, log_path: Path, ports: Ports) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.device import Device
-from build_engines.build import __main__ as build
-from build_engines.build.manifest import NAME
-from build_engines.build.profiles import ON_GPU
+from build_engines.convert import __main__ as build
+from build_engines.convert.manifest import NAME
+from build_engines.convert.profiles import ON_GPU
 from build_engines.verify import __main__ as verify
 
 

@@ -14,8 +14,8 @@ from onnxruntime import OrtValue
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.fp8 import in_fp8
 from benchmarks.gpu.model import EncoderGraphs
-from build_engines.build.parity import nearness
-from build_engines.build.samples import samples
+from build_engines.convert.parity import nearness
+from build_engines.convert.samples import samples
 from build_engines.model.vision import VisionEncoder
 from triton_models.session import Array, Graph
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.encoder import half
-from build_engines.build.samples import samples
+from build_engines.convert.samples import samples
 from build_engines.model.checkpoint import Checkpoint
 
 ROWS = (1, 8)  # sequences decoded together

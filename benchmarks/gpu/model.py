@@ -11,8 +11,8 @@ from transformers import Blip2Config
 
 from benchmarks.gpu.device import Device
 from benchmarks.real_scale import OPT_27B, SMALL_OPT, VIT_G, random_checkpoint
-from build_engines.build.precision import to_fp16
-from build_engines.build.steps import save
+from build_engines.convert.precision import to_fp16
+from build_engines.convert.steps import save
 from build_engines.export import export_graph, graphs
 from build_engines.model import flops
 from build_engines.model.checkpoint import Checkpoint

@@ -26,7 +26,7 @@ COMMITTED = {NEW: 280, PAIRS: 130, SMALL: 100}  # scenes
 WORLDS = {NEW: World(), PAIRS: World(held_out=True), SMALL: SMALL_PRINT}
 READ_AGAIN = 2  # more questions about small print
 QUALITY = 90  # WebP
-DIRECTORY = Path(__file__).parents[2] / "benchmarks" / "scenes"
+DIRECTORY = Path(__file__).parents[1] / "evaluation" / "scenes"
 
 
 @dataclass(frozen=True)

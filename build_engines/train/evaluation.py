@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.evaluate import Z_95, wilson
+from build_engines.evaluation.accuracy import Z_95, wilson
 from build_engines.model.allocation import GROUP, MAX_VISION_TOKENS
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.attention import bias_where_hidden

@@ -12,13 +12,13 @@ import onnx
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from build_engines.build.manifest import NAME
-from build_engines.build.plans import HEADER_BYTES, version_of_plan
-from build_engines.build.precision import CACHED, FP16_IO
-from build_engines.build.run import digests
-from build_engines.build.tensorrt_rules import MAY_VARY, faults
+from build_engines.convert.manifest import NAME
+from build_engines.convert.plans import HEADER_BYTES, version_of_plan
+from build_engines.convert.precision import CACHED, FP16_IO
+from build_engines.convert.run import digests
+from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.verify.report import Report
-from service.core import MAX_VISUAL_TOKENS, QUESTION_TOKENS, ModelCard
+from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS, ModelCard
 from service.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
 from service.triton import MODELS
 

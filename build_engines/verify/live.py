@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from build_engines.build.parity import greedy, nearness, session
-from build_engines.build.samples import Sample, feeds, samples
+from build_engines.convert.parity import greedy, nearness, session
+from build_engines.convert.samples import Sample, feeds, samples
 from build_engines.verify.files import Wrong, read_configs
 from build_engines.verify.report import Report
-from service.core import Budget, ModelCard, Prompt, Sampling
+from service.core.vision import Budget, ModelCard, Prompt, Sampling
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from triton_models.session import Array

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from build_engines.build.manifest import NAME
-from build_engines.build.plans import load, version_of_runtime
+from build_engines.convert.manifest import NAME
+from build_engines.convert.plans import load, version_of_runtime
 from build_engines.verify.files import Wrong
 from build_engines.verify.report import Report
-from service.core import ModelCard
-from service.embedded import EmbeddedTriton, Ports
+from service.core.vision import ModelCard
 from service.triton import TritonClient
+from service.triton_server.supervision import EmbeddedTriton, Ports
 
 READY_S = 600
 

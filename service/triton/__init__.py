@@ -9,8 +9,8 @@ errors       gRPC's errors as ours
 engines      what the models take in at once
 """
 
+from service.core.tensors import MODELS
 from service.triton.client import TritonClient
-from service.triton.contract import MODELS
 from service.triton.engines import read_engines
 
 __all__ = ["MODELS", "TritonClient", "read_engines"]

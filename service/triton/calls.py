@@ -16,9 +16,9 @@ import grpc  # type: ignore[import-untyped]
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from service.errors import InternalError, Unavailable
+from service.core.errors import InternalError, Unavailable
+from service.core.tensors import MODELS, VISION_MODELS, Arrays
 from service.triton import codec
-from service.triton.contract import MODELS, VISION_MODELS, Arrays
 from service.triton.errors import MESSAGES, translate, translated
 from service.triton.streams import LINGER_S, Stream
 

@@ -14,7 +14,9 @@ import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 
-from service.core import (
+from service.core.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
+from service.core.tensors import DTYPES, MODELS
+from service.core.vision import (
     IMAGE_SIZE,
     QUESTION_TOKENS,
     Budget,
@@ -28,10 +30,8 @@ from service.core import (
     VisionFeatures,
     dense,
 )
-from service.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
 from service.triton import codec
 from service.triton.calls import Calls
-from service.triton.contract import DTYPES, MODELS
 
 # What `probe` shows the vqa ensemble: 1x1, black.
 _PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
-from service.core import CELLS, GRID, Budget, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
-from service.errors import InternalError
-from service.triton.contract import DATATYPES, DTYPES, MODELS, Arrays
+from service.core.errors import InternalError
+from service.core.tensors import DATATYPES, DTYPES, MODELS, Arrays
+from service.core.vision import CELLS, GRID, Budget, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
 
 _OUTPUTS = {
     name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]

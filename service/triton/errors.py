@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import grpc  # type: ignore[import-untyped]
 
-from service.errors import (
+from service.core.errors import (
     DeadlineExceeded,
     GlimpseError,
     InternalError,

@@ -1,0 +1,206 @@
+"""What a checkpoint is, from its small files and its weights' headers: seconds, whatever its size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from build_engines.convert.options import Refused
+from build_engines.convert.source import INSTRUCT, Source
+from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.checkpoint import (
+    ALLOCATOR,
+    FAMILIES,
+    HUB_FILES,
+    HUB_NAME,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    QUERIES,
+    load_allocator,
+)
+from build_engines.model.decoder import FIXED_ROPE
+from service.prompt import load_tokenizer, token_bytes
+
+Shape = tuple[int, ...]
+
+SMALL_FILES = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
+LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama"}  # model_type of text_config, by which the graphs are chosen
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+NAMED_AT_MOST = 5  # tensors that a refusal names
+
+
+def inspect(checkpoint: str) -> Source:
+    """A directory, or a name on the Hugging Face hub, of which the weights are fetched only once the rest fits.
+
+    Raises Refused, with what is wrong, for a checkpoint that cannot be built."""
+    directory = _small_files(checkpoint)
+    family = _family(directory)
+    config = _config(directory)
+    _check_sizes(directory, config)
+    _check_tokenizers(directory, family, config.text_config.vocab_size)
+    if not Path(checkpoint).is_dir():
+        directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
+    wanted = _wanted_shapes(directory, family, config)
+    _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
+    allocator = _allocator(directory)
+    return Source(
+        directory=directory,
+        name=Path(checkpoint).name,
+        family=family,
+        language=config.text_config.model_type,
+        vision_width=config.vision_config.hidden_size,
+        hidden_size=config.text_config.hidden_size,
+        vocab_size=config.text_config.vocab_size,
+        max_positions=config.text_config.max_position_embeddings,
+        parameters=_parameters(wanted),
+        closer_view=allocator.closer is not None,
+        files=tuple(sorted({path for pattern in HUB_FILES for path in directory.glob(pattern) if path.is_file()})),
+    )
+
+
+def _small_files(checkpoint: str) -> Path:
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    if not HUB_NAME.fullmatch(checkpoint):
+        raise Refused(f"{checkpoint} is neither a directory nor a hub name such as Salesforce/blip2-opt-2.7b")
+    try:
+        return Path(snapshot_download(checkpoint, allow_patterns=SMALL_FILES))
+    except Exception as exc:  # huggingface_hub raises a dozen kinds, each with a sentence that says what to do
+        raise Refused(f"{checkpoint} could not be fetched: {str(exc).splitlines()[0]}") from exc
+
+
+def _family(directory: Path) -> str:
+    """The first architecture of config.json that can be built."""
+    path = directory / "config.json"
+    try:
+        architectures = json.loads(path.read_text()).get("architectures") or []
+    except FileNotFoundError:
+        raise Refused(f"{directory} has no config.json: a checkpoint is a directory in Hugging Face's format") from None
+    except (OSError, ValueError, AttributeError) as exc:
+        raise Refused(f"{path} cannot be read: {exc}") from exc
+    for name in architectures:
+        if name in FAMILIES:
+            return str(name)
+    held = ", ".join(map(str, architectures)) or "no architecture"
+    raise Refused(f"{directory} holds {held}; what can be built is {' and '.join(FAMILIES)}")
+
+
+def _config(directory: Path) -> PreTrainedConfig:
+    """With the defaults of what config.json leaves out."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as exc:  # whatever a wrong number makes transformers raise
+        raise Refused(f"{directory}/config.json cannot be used: {exc}") from exc
+
+
+def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
+    vision, text = config.vision_config, config.text_config
+    if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
+        raise Refused(
+            f"{directory} sees {vision.image_size} pixels in patches of {vision.patch_size}; "
+            f"the service sees {IMAGE_SIZE} in {PATCH_SIZE}"
+        )
+    if config.num_query_tokens != QUERIES:
+        raise Refused(f"{directory} has {config.num_query_tokens} queries; the service counts in {QUERIES}")
+    if text.model_type not in LANGUAGE_MODELS:
+        raise Refused(
+            f"{directory} speaks with a language model of type {text.model_type}; what can be built is "
+            f"{' and '.join(LANGUAGE_MODELS.values())} (Vicuna is a Llama)"
+        )
+    if text.model_type == "opt" and not text.do_layer_norm_before:
+        raise Refused(f"{directory} speaks with an OPT that normalises after attention (OPT-350m): it has no graph")
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if text.model_type == "llama" and rope_type not in FIXED_ROPE:
+        raise Refused(f"{directory}: rotary positions of type {rope_type} change with the length and have no graph")
+
+
+def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
+    folders = [directory] + ([directory / "qformer_tokenizer"] if family == INSTRUCT else [])
+    for folder in folders:
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+            raise Refused(f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+    if (directory / "tokenizer.json").exists():
+        tokenizer = _tokenizer(directory / "tokenizer.json")
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= vocab_size:
+            raise Refused(
+                f"{directory}/tokenizer.json goes up to id {largest}, and the language model knows {vocab_size} ids: "
+                "the larger ones would be read as visual tokens"
+            )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        tokenizer = load_tokenizer(path)
+        token_bytes(tokenizer)
+    except Exception as exc:  # tokenizers raises bare Exception
+        raise Refused(f"{path} cannot be used: {exc}") from exc
+    return tokenizer
+
+
+def _stored_shapes(directory: Path) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every tensor that the checkpoint keeps, from the headers alone."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (directory / name).exists():
+            raise Refused(f"{directory} has no {name}: weights are read from safetensors files")
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                for tensor in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    yield tensor, tuple(file.get_slice(tensor).get_shape())
+        except (SafetensorError, OSError) as exc:
+            raise Refused(f"{directory / name} cannot be read, it may be cut short: {exc}") from exc
+
+
+def _wanted_shapes(directory: Path, family: str, config: PreTrainedConfig) -> dict[str, Shape]:
+    """Of the model that config.json describes; of tensors that are tied, the one that is stored."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = FAMILIES[family](config)
+    except Exception as exc:  # whatever a wrong number makes transformers raise
+        raise Refused(f"{directory}/config.json describes no model: {exc}") from exc
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _check_tensors(directory: Path, wanted: Mapping[str, Shape], kept: Mapping[str, Shape]) -> None:
+    missing = sorted(wanted.keys() - kept.keys())
+    if missing:
+        raise Refused(f"{directory} lacks {len(missing)} of {len(wanted)} tensors: {_few(missing)}")
+    odd = [f"{name} is {list(kept[name])}, not {list(shape)}" for name, shape in wanted.items() if kept[name] != shape]
+    if odd:
+        raise Refused(f"{directory}: {len(odd)} tensors do not fit config.json: {_few(odd)}")
+
+
+def _allocator(directory: Path) -> RelevanceAllocator:
+    try:
+        return load_allocator(directory / ALLOCATOR)
+    except (ValueError, SafetensorError, OSError) as exc:
+        raise Refused(str(exc)) from exc
+
+
+def _few(names: list[str]) -> str:
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _parameters(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    counts = {"vision_encoder": 0, "qformer": 0, "llm": 0}
+    for name, shape in shapes.items():
+        head = name.removeprefix("model.").split(".")[0]
+        component = {"vision_model": "vision_encoder", "language_model": "llm"}.get(head, "qformer")
+        counts[component] += int(torch.Size(shape).numel())
+    return counts

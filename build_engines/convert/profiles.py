@@ -1,0 +1,197 @@
+"""Triton's models for each profile: what differs from the CPU's repository, and their configurations. Pure.
+
+`onnx-gpu` is the CPU's repository with the CUDA provider; its vision models hand tensors on where they lie, so its
+Q-Former is the graph that plans are made of, which no runner has to index on the host. `tensorrt` has plans behind the
+same names and tensors, the two ensembles that the gateway asks, and TensorRT-LLM's own backend for the LLM; the `vqa`
+ensemble and its python steps need this project inside the server, which NVIDIA's stock images have not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from build_engines.convert.options import Options
+from build_engines.convert.source import Source
+from build_engines.convert.trtllm import longest
+from build_engines.repository import (
+    LARGE_BYTES,
+    Dimensions,
+    Model,
+    Parameter,
+    Tensor,
+    config,
+    graphs_of,
+    models,
+    tensor_lines,
+)
+
+ENSEMBLES = ("see", "attend", "attend_448")
+MOST_QUEUED = 64  # requests that wait for a plan; more are refused
+QUEUE_DELAY_US = 500  # that a batch waits for one more image: a hundredth of what an encode takes
+PROVIDER = Parameter("provider", "cuda", "where ONNX Runtime computes")
+BOUND = (
+    Parameter("io_binding", "yes", "tensors stay on the GPU from model to model"),
+    Parameter("FORCE_CPU_ONLY_INPUT_TENSORS", "no", "and Triton leaves them there"),
+)
+# On one GPU: of an LLM on each, a request's stop would reach any; and tensors need not go from GPU to GPU.
+ON_GPU = "kind: KIND_GPU, gpus: [ 0 ]"
+UNSET = "${%s}"  # what the backend takes as not set; it wants the parameter all the same
+
+
+def dimensions(options: Options, source: Source) -> Dimensions:
+    large = {name for name, count in source.parameters.items() if 4 * count > LARGE_BYTES}
+    return Dimensions(
+        vision_width=source.vision_width,
+        hidden_size=source.hidden_size,
+        float_type=options.dtype,
+        vision_max_batch=options.vision_batch,
+        large=frozenset(large if options.profile == "embedded" else ()),
+        closer_view=source.closer_view,
+        static=options.profile != "embedded",
+    )
+
+
+def served(options: Options, source: Source) -> list[Model]:
+    """The models of the repository, in the order of a request's life."""
+    found = models(dimensions(options, source))
+    if options.profile == "onnx-gpu":
+        graphs = graphs_of(dimensions(options, source))
+        return [on_gpu(m) if m.name in graphs else m for m in found]
+    if options.profile == "tensorrt":
+        return [m for m in found if m.name in {*graphs_of(dimensions(options, source)), *ENSEMBLES}]
+    return found
+
+
+def on_gpu(model: Model) -> Model:
+    """A model of the CPU's repository by the CUDA provider. The LLM's keys and values stay in the host's memory."""
+    if model.name == "llm":
+        return replace(model, parameters=(PROVIDER, *model.parameters))
+    return replace(model, runner="onnx_model", parameters=(PROVIDER, *BOUND, *model.parameters))
+
+
+def inputs_of(options: Options, source: Source, name: str) -> dict[str, tuple[int, ...]]:
+    """The inputs of one model by name, without the batch dimension."""
+    (model,) = (m for m in served(options, source) if m.name == name)
+    return {tensor.name: tensor.dims for tensor in model.inputs}
+
+
+def configuration(options: Options, source: Source, model: Model) -> str:
+    """The text of one model's `config.pbtxt`."""
+    if options.profile == "onnx-gpu" and PROVIDER in model.parameters:
+        return config(model).replace("kind: KIND_CPU", ON_GPU)
+    if options.profile == "tensorrt" and not model.steps:
+        return llm_config(options, source, model) if model.name == "llm" else plan_config(options, model)
+    return config(model)
+
+
+def plan_config(options: Options, model: Model) -> str:
+    """One plan in Triton's `tensorrt` backend.
+
+    Batches gather for at most QUEUE_DELAY_US; each of the common sizes has its CUDA graph, recorded at the warm-up, so
+    that no request pays for it. Answers are not kept: the gateway keeps features itself, for as long as it is told."""
+    sizes = sorted({1, 2, options.opt_batch, options.vision_batch} & set(range(1, options.vision_batch + 1)))
+    inputs = "\n".join(f'          input {{ key: "{t.name}", value {{ dim: [ {_dims(t)} ] }} }}' for t in model.inputs)
+    specs = ",\n".join(f"        {{\n          batch_size: {size}\n{inputs}\n        }}" for size in sizes)
+    warm = "\n".join(
+        f'    inputs {{ key: "{t.name}", value {{ data_type: TYPE_{t.data_type}, dims: [ {_dims(t)} ], '
+        "zero_data: true } }"
+        for t in model.inputs
+    )
+    warm_ups = ",\n".join(f'  {{\n    name: "batch {size}"\n    batch_size: {size}\n{warm}\n  }}' for size in sizes)
+    return (
+        "\n".join(
+            [
+                _head(model),
+                'backend: "tensorrt"',
+                'default_model_filename: "model.plan"',
+                f"max_batch_size: {model.max_batch}",
+                f"input [\n{tensor_lines(model.inputs)}\n]",
+                f"output [\n{tensor_lines(model.outputs)}\n]",
+                "instance_group [ { count: 1, kind: KIND_GPU } ]",
+                "dynamic_batching {\n"
+                f"  preferred_batch_size: [ {options.opt_batch} ]\n"
+                f"  max_queue_delay_microseconds: {QUEUE_DELAY_US}\n"
+                f"  default_queue_policy {{ max_queue_size: {MOST_QUEUED} }}\n}}",
+                f"optimization {{\n  cuda {{\n    graphs: true\n    output_copy_stream: true\n"
+                f"    graph_spec [\n{specs}\n    ]\n  }}\n}}",
+                f"model_warmup [\n{warm_ups}\n]",
+                "response_cache { enable: false }",
+            ]
+        )
+        + "\n"
+    )
+
+
+def llm_config(options: Options, source: Source, model: Model) -> str:
+    """TensorRT-LLM's backend, with those of its tensors that the contract has: names, types and shapes are its own."""
+    llm = options.llm
+    parameters = {
+        "gpt_model_type": "inflight_fused_batching",
+        "gpt_model_path": f"{options.mount}/llm/1",
+        "max_beam_width": "1",
+        "batch_scheduler_policy": "guaranteed_no_evict",
+        "kv_cache_free_gpu_mem_fraction": str(llm.kv_memory_fraction),
+        "enable_kv_cache_reuse": _bool(llm.kv_reuse),
+        "enable_chunked_context": "true",
+        "exclude_input_in_output": "true",
+        "cancellation_check_period_ms": "10",
+        "normalize_log_probs": "false",
+        "decoding_mode": "top_k_top_p",
+        "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
+        **{name: UNSET % name for name in ("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend")},
+        # Of the engine, for the gateway and `glimpse verify`; the backend does not read them.
+        "max_rows": str(llm.max_batch),
+        "engine_max_tokens": str(longest(options, source)),
+    }
+    lines = [
+        f'parameters {{ key: "{name}", value: {{ string_value: "{value}" }} }}' for name, value in parameters.items()
+    ]
+    return (
+        "\n".join(
+            [
+                _head(model),
+                'backend: "tensorrtllm"',
+                f"max_batch_size: {llm.max_batch}",
+                "model_transaction_policy { decoupled: true }",
+                f"input [\n{_backend_lines(model.inputs)}\n]",
+                f"output [\n{tensor_lines(model.outputs)}\n]",
+                "# The engine sees to its own GPUs: Triton starts one instance and leaves them alone.",
+                "instance_group [ { count: 1, kind: KIND_CPU } ]",
+                "dynamic_batching {\n"
+                f"  preferred_batch_size: [ {llm.max_batch} ]\n"
+                "  max_queue_delay_microseconds: 0\n"
+                f"  default_queue_policy {{ max_queue_size: {MOST_QUEUED} }}\n}}",
+                *lines,
+            ]
+        )
+        + "\n"
+    )
+
+
+def _backend_lines(inputs: tuple[Tensor, ...]) -> str:
+    """As `tensor_lines`; the backend wants numbers without a dimension, and lists of different lengths in one batch."""
+    lines = []
+    for tensor in inputs:
+        end = " }"
+        if tensor.dims == (1,):
+            end = ", reshape: { shape: [ ] } }"
+        elif -1 in tensor.dims:
+            end = ", allow_ragged_batch: true }"
+        lines.append(tensor_lines([tensor]).removesuffix(" }") + end)
+    return ",\n".join(lines)
+
+
+def _head(model: Model) -> str:
+    return (
+        f"# {model.title}\n"
+        "# Written by build_engines/convert/profiles.py; the batch dimension is left out of every shape.\n"
+        f'name: "{model.name}"'
+    )
+
+
+def _dims(tensor: Tensor) -> str:
+    return ", ".join(str(size) for size in tensor.dims)
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,0 +1,107 @@
+"""Makes the steps of a plan, each in a folder of its own that appears complete or not at all.
+
+    WORK/<step>/          what the step made, and done.json: its key and the digest of every file
+    WORK/<step>.partial/  what a step that was killed has left: thrown away
+
+A step is skipped where its folder has its key and every file is still what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from build_engines.convert.plan import Step
+from build_engines.convert.source import file_digest
+
+DONE = "done.json"
+
+Make = Callable[[Step, Path], None]  # writes a step's output into the folder
+
+
+class Watcher(Protocol):
+    """Told of each step as it goes; `made` comes when its files are written and its folder has not its name yet."""
+
+    def skipped(self, step: Step) -> None: ...
+    def begun(self, step: Step) -> None: ...
+    def made(self, step: Step) -> None: ...
+    def finished(self, step: Step) -> None: ...
+
+
+def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher) -> None:
+    """Makes what is not made. An error of a step passes on; what was made before it stays for the next run."""
+    work.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        if is_done(work, step):
+            watcher.skipped(step)
+            continue
+        watcher.begun(step)
+        partial, folder = work / f"{step.folder}.partial", work / step.folder
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        make(step, partial)
+        outputs = digests(partial)
+        (partial / DONE).write_text(
+            json.dumps({"step": step.name, "key": step.key, "outputs": outputs}, indent=2) + "\n"
+        )
+        watcher.made(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        watcher.finished(step)
+
+
+def is_done(work: Path, step: Step) -> bool:
+    """Whether the step's output is there, of this key and untouched."""
+    try:
+        done = json.loads((work / step.folder / DONE).read_text())
+        return bool(done["key"] == step.key and done["outputs"] == digests(work / step.folder))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """blake3 of every file below the folder but done.json, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DONE)
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Puts a step's output in the place of `out`, which is at every moment whole: the old one or the new one.
+
+    Between two renames a kill can leave `out` away and whole beside it: `recover` mends that."""
+    recover(out)
+    fresh, old = _beside(out, "new"), _beside(out, "old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(folder, fresh, copy_function=_link, ignore=shutil.ignore_patterns(DONE))
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Ends what a killed `publish` had begun."""
+    old = _beside(out, "old")
+    if old.exists() and not out.exists():
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.parent / f".{out.name}.{what}"
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for large files, where the file system has them; a copy of small ones, which people edit."""
+    if os.path.getsize(source) >= 10_000_000:
+        try:
+            os.link(source, target)
+        except OSError:
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)

@@ -1,0 +1,123 @@
+"""What the graphs are given for calibration and parity: images and questions through the FP32 chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from build_engines.convert.options import Refused
+from build_engines.scenes.questions import TYPES, ask
+from build_engines.scenes.render import render
+from build_engines.scenes.world import World, sample_scene
+from service.core.vision import CLOSER_SIZE, Budget, CloserFeatures, VisionFeatures
+from service.media.decoder import Decoded, ImageLimits, decode
+from service.prompt import PromptBuilder
+from triton_models.session import Array, Graph
+
+SEED = 907  # of no other scenes
+PARITY = 16  # samples of which every graph's feeds are kept
+BATCH = 4
+PLAIN_QUESTIONS = ("what is in the picture?", "what colour is it?", "how many are there?", "where is it?")
+VISION_BUDGETS = ((64, 64), (64, 112), (64, 160), (64, 256), (256, 256))
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+Sample = tuple[np.ndarray, str]  # RGB uint8 [3, 224, 224] and a question
+
+
+def samples(images: Path | None, count: int) -> list[Sample]:
+    """`count` of them: the folder's images with questions.txt (one a line) or plain ones; rendered scenes without one.
+
+    Raises Refused where the folder has too few images."""
+    if images is None:
+        return list(islice(_rendered(), count))
+    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(paths) < count:
+        raise Refused(f"{images} has {len(paths)} images; {count} are wanted")
+    asked = images / "questions.txt"
+    questions = asked.read_text().splitlines() if asked.exists() else PLAIN_QUESTIONS
+    return [
+        (decode(path.read_bytes(), ImageLimits()).pixels, question)
+        for path, question in zip(paths[:count], cycle(questions), strict=False)
+    ]
+
+
+def _rendered() -> Iterator[Sample]:
+    index = 0
+    while True:
+        rng = np.random.default_rng((SEED, index))
+        things = sample_scene(rng, World())
+        asked = ask(rng, things, TYPES[index % len(TYPES)])
+        pixels = render(things, rng).pixels
+        yield np.ascontiguousarray(pixels.transpose(2, 0, 1)), asked.text if asked else PLAIN_QUESTIONS[0]
+        index += 1
+
+
+def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBuilder) -> dict[str, dict[str, Array]]:
+    """By graph and input name, all samples: of the FP32 graphs' own outputs. `llm` gets visual tokens and text ids."""
+    opened = {name: Graph(path) for name, path in graphs.items() if name != "llm"}
+    encoder, allocator, qformer = (opened[name] for name in ("vision_encoder", "relevance_allocator", "qformer"))
+    found: dict[str, dict[str, list[Array]]] = {}
+    budgets = cycle(VISION_BUDGETS)
+    for start in tqdm(range(0, len(given), BATCH), desc="samples", unit="batch", mininterval=1.0):
+        part = given[start : start + BATCH]
+        image = {"image": np.stack([pixels for pixels, _ in part])}
+        seen = _run(encoder, image)
+        asked = [prompts.question(text) for _, text in part]
+        question = {
+            "question_ids": np.stack([q.ids for q in asked]),
+            "question_mask": np.stack([q.mask for q in asked]),
+        }
+        budget = np.stack([Budget(pair, (32, 32)).to_array() for pair, _ in zip(budgets, part, strict=False)])
+        to_allocator = _fitting(allocator, seen | question | {"budget": budget})
+        chosen = _run(allocator, to_allocator)
+        to_qformer = _fitting(qformer, chosen | question | {"attend": (chosen["vision_mask"] > 0).astype(np.int32)})
+        visual = _run(qformer, to_qformer)["visual_tokens"]
+        steps = {"vision_encoder": image, "qformer": to_qformer}
+        if start < PARITY:
+            steps |= {"relevance_allocator": to_allocator, "llm": _llm(prompts, part, visual)}
+            if "relevance_allocator_448" in opened:
+                steps["relevance_allocator_448"] = to_allocator | {"detail_features": _closer(encoder, image["image"])}
+        for name, arrays in steps.items():
+            kept = found.setdefault(name, {})
+            for key, array in arrays.items():
+                kept.setdefault(key, []).append(array)
+    return {name: {key: np.concatenate(parts) for key, parts in kept.items()} for name, kept in found.items()}
+
+
+def _run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    names = list(graph.outputs)
+    return dict(zip(names, graph.run(inputs, names), strict=True))
+
+
+def _fitting(graph: Graph, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Those that the graph reads."""
+    return {name: arrays[name] for name in graph.inputs}
+
+
+def _closer(encoder: Graph, image: Array) -> Array:
+    """Of images [B, 3, 224, 224], doubled, the four crops' patches on one grid: [B, 1024, D]."""
+    rows = []
+    for pixels in image:
+        doubled = pixels.repeat(2, axis=1).repeat(2, axis=2)
+        seen = _run(encoder, {"image": Decoded({CLOSER_SIZE: doubled}, CLOSER_SIZE, CLOSER_SIZE).crops})
+        crops = zip(*(seen[field.name] for field in fields(VisionFeatures)), strict=True)
+        rows.append(CloserFeatures.joined([VisionFeatures(*crop) for crop in crops]).features)
+    return np.stack(rows)
+
+
+LONGEST_TEXT = 96  # tokens
+
+
+def _llm(prompts: PromptBuilder, part: Sequence[Sample], visual: Array) -> dict[str, Array]:
+    """visual_tokens [B, 32, H], text_ids int32 [B, 96] padded, text_lengths int32 [B]."""
+    ids = np.zeros((len(part), LONGEST_TEXT), np.int32)
+    lengths = np.zeros(len(part), np.int32)
+    for row, (_, text) in enumerate(part):
+        own = prompts.text_ids(text)[:LONGEST_TEXT]
+        ids[row, : len(own)], lengths[row] = own, len(own)
+    return {"visual_tokens": visual[:, :32], "text_ids": ids, "text_lengths": lengths}

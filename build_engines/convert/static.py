@@ -1,0 +1,122 @@
+"""The vision graphs of GPUs, for plans and for ONNX Runtime: the contract's tensors, every size but the batch fixed.
+
+What the CPU's Python runner does around the Q-Former's graph (running only the groups that are asked for) is inside the
+graph here: a plan has no runner, and tensors on a GPU cannot be indexed by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from build_engines.export import Graph, graphs
+from build_engines.model.checkpoint import Checkpoint
+from build_engines.repository import VISION_SLOTS
+from service.core.vision import MAX_VISUAL_TOKENS
+
+QUERIES = 32
+
+
+class StaticQFormer(nn.Module):
+    """vision_tokens [B, 401, D], vision_mask int32 [B, 401], query_groups int32 [B, 1], question_ids and question_mask
+    int32 [B, 32] -> visual_tokens [B, 128, H], rows past the count 0, and visual_count int32 [B, 1].
+
+    `groups` is the most that a request may ask for; each is a row of the Q-Former's own batch."""
+
+    def __init__(self, qformer: nn.Module, groups: int, reads_question: bool) -> None:
+        super().__init__()
+        self.qformer = qformer
+        self.groups = groups
+        self.reads_question = reads_question
+
+    def forward(
+        self, vision_tokens: Tensor, vision_mask: Tensor, query_groups: Tensor, question_ids: Tensor,
+        question_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rows = []
+        for group in range(1, self.groups + 1):
+            attend = ((vision_mask > 0) if group == 1 else (vision_mask == group)).int()
+            question = (question_ids, question_mask) if self.reads_question else ()
+            tokens = self.qformer(vision_tokens, attend, *question)
+            rows.append(tokens * (query_groups >= group).to(tokens.dtype).unsqueeze(2))
+        visual = torch.cat(rows, dim=1)
+        missing = MAX_VISUAL_TOKENS - visual.shape[1]
+        if missing:
+            visual = nn.functional.pad(visual, (0, 0, 0, missing))
+        count = query_groups * QUERIES
+        return visual, count if self.reads_question else count + unread(question_ids, question_mask)
+
+
+class PaddedTokens(nn.Module):
+    """An allocator whose vision tokens and mask, its first two outputs, are padded to [B, 401, D] and [B, 401]: the
+    Q-Former's graph reads as many rows from either allocator."""
+
+    def __init__(self, allocator: nn.Module) -> None:
+        super().__init__()
+        self.allocator = allocator
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tokens, mask, *rest = self.allocator(*inputs)
+        missing = VISION_SLOTS - mask.shape[1]
+        if missing:
+            mask = nn.functional.pad(mask, (0, missing))
+            tokens = nn.functional.pad(tokens, (0, 0, 0, missing))
+        return tokens, mask, *rest
+
+
+class ReadsQuestion(nn.Module):
+    """An allocator without trained weights, which does not look at the question: it looks, and changes nothing."""
+
+    def __init__(self, allocator: nn.Module, groups_output: int, names: list[str]) -> None:
+        super().__init__()
+        self.allocator = allocator
+        self.groups_output = groups_output
+        self.ids, self.mask = names.index("question_ids"), names.index("question_mask")
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = list(self.allocator(*inputs))
+        outputs[self.groups_output] = outputs[self.groups_output] + unread(inputs[self.ids], inputs[self.mask])
+        return tuple(outputs)
+
+
+def unread(question_ids: Tensor, question_mask: Tensor) -> Tensor:
+    """int32 [B, 1], always 0, and computed from both: TensorRT drops, and Triton refuses, what nothing reads."""
+    return ((question_ids + question_mask).amax(1, keepdim=True) < 0).int()
+
+
+def static_graphs(checkpoint: Checkpoint, groups: int) -> list[Graph]:
+    """The vision models of `graphs`, as GPUs run them."""
+    found = []
+    for graph in graphs(checkpoint):
+        if graph.name == "llm":
+            continue
+        if graph.name == "qformer":
+            found.append(_static_qformer(checkpoint, groups))
+        elif graph.name.startswith("relevance_allocator"):
+            module: nn.Module = PaddedTokens(graph.module)
+            if checkpoint.participatory is None:
+                module = ReadsQuestion(module, list(graph.outputs).index("query_groups"), list(graph.inputs))
+            found.append(dataclasses.replace(graph, module=module.eval()))
+        else:
+            found.append(graph)
+    return found
+
+
+def _static_qformer(checkpoint: Checkpoint, groups: int) -> Graph:
+    width = checkpoint.model.config.vision_config.hidden_size
+    inputs = {
+        "vision_tokens": torch.zeros(2, VISION_SLOTS, width),
+        "vision_mask": torch.ones(2, VISION_SLOTS, dtype=torch.int32),
+        "query_groups": torch.ones(2, 1, dtype=torch.int32),
+        "question_ids": torch.zeros(2, 32, dtype=torch.int32),
+        "question_mask": torch.ones(2, 32, dtype=torch.int32),
+    }
+    return Graph(
+        "qformer",
+        StaticQFormer(checkpoint.qformer(), groups, checkpoint.reads_question).eval(),
+        inputs,
+        {name: {0: "batch"} for name in inputs},
+        ["visual_tokens", "visual_count"],
+    )

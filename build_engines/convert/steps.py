@@ -1,0 +1,280 @@
+"""What makes each step of a plan: PyTorch, ONNX, and external tools."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from blake3 import blake3
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from build_engines.convert import commands, parity, plans, precision, profiles, samples, trtllm
+from build_engines.convert.manifest import KEPT, NAME, NOT_FP8, TOOL, manifest, write
+from build_engines.convert.options import Options, Refused
+from build_engines.convert.plan import Step, folder_of
+from build_engines.convert.run import DONE
+from build_engines.convert.source import Source
+from build_engines.convert.static import static_graphs
+from build_engines.export import Graph, card, export_graph, graphs
+from build_engines.model.checkpoint import Checkpoint
+from build_engines.repository import MOST_INLINE_BYTES, Model, runner, weights_file
+from service.core.vision import MAX_VISUAL_TOKENS, ModelCard
+from service.prompt import PromptBuilder
+
+MODEL, PLAN = "model.onnx", "model.plan"
+VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers")
+PROJECT = Path(__file__).parents[2]
+
+
+class ToolMissing(Exception):
+    """What this machine lacks for a step, and what to do."""
+
+
+def versions() -> dict[str, str]:
+    """Of what the steps are made with here."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python} | {name: metadata.version(name) for name in VERSIONED}
+
+
+class Maker:
+    """Makes steps; the checkpoint is read when the first of them needs it."""
+
+    def __init__(self, options: Options, source: Source, root: Mapping[str, Any], steps: Sequence[Step]) -> None:
+        self.options, self.source, self.root, self.steps = options, source, root, steps
+        for noisy in ("torch.onnx", "onnxscript"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+    def __call__(self, step: Step, out: Path) -> None:
+        ACTIONS[step.action](self, step, out)
+
+    def folder(self, step: str) -> Path:
+        return self.options.work / folder_of(step)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.load(self.source.directory)
+
+    def graphs(self, static: bool) -> dict[str, Graph]:
+        found = static_graphs(self.checkpoint, self.groups) if static else graphs(self.checkpoint)
+        return {graph.name: graph for graph in found}
+
+    @property
+    def groups(self) -> int:
+        """Groups of 32 queries that a request may ask for."""
+        return card(self.checkpoint).visual_tokens[1] // (MAX_VISUAL_TOKENS // 4)
+
+    def make_card(self, step: Step, out: Path) -> None:
+        try:
+            told = card(self.checkpoint)
+        except ValueError as exc:
+            raise Refused(str(exc)) from exc
+        unnamed = told.name == self.source.directory.name  # a hub's snapshot is a folder with a digest for a name
+        told = dataclasses.replace(
+            told,
+            name=self.source.name if unnamed else told.name,
+            max_positions=min(told.max_positions, step.settings["max_positions"]),
+            fingerprint=self._of_precision(told.fingerprint),
+            visual_fingerprint=self._of_precision(told.visual_fingerprint),
+            float_type=self.options.dtype,
+        )
+        (out / "card.json").write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        for name, path in self.checkpoint.tokenizers(out).items():
+            if path != out / name:
+                shutil.copyfile(path, out / name)
+
+    def _of_precision(self, fingerprint: str) -> str:
+        """Features of another precision are other features: a cache must not take one for the other."""
+        if self.options.precision == "fp32":
+            return fingerprint
+        return blake3(f"{fingerprint} {self.options.precision}".encode()).hexdigest()[:16]
+
+    def make_export(self, step: Step, out: Path) -> None:
+        graph = self.graphs(step.settings["static"])[step.settings["graph"]]
+        path = out / f"{graph.name}.onnx"
+        export_graph(graph, path)
+        path.rename(out / MODEL)
+
+    def make_samples(self, step: Step, out: Path) -> None:
+        given = samples.samples(self.options.images, step.settings["count"])
+        told = ModelCard.from_json((self.folder("card") / "card.json").read_text())
+        prompts = PromptBuilder.load(told, self.folder("card"))
+        exported = {name: self.folder(made) / MODEL for name, made in step.settings["graphs"].items()}
+        for name, arrays in samples.feeds(given, exported, prompts).items():
+            np.savez(out / f"{name}.npz", **arrays)
+
+    def make_fp8(self, step: Step, out: Path) -> None:
+        name = step.settings["graph"]
+        source = self.folder(step.needs[0]) / MODEL
+        excluded = precision.not_fp8(onnx.load(source, load_external_data=False))
+        python = modelopt_python()
+        if not Path(python).exists():
+            raise ToolMissing(
+                f"FP8 needs modelopt in an environment of its own: python3 scripts/set_up_modelopt.py makes {python}"
+            )
+        self._run(
+            commands.fp8(python, source, self.folder("samples") / f"{name}.npz", out / MODEL, list(excluded)), out
+        )
+        write(out / NOT_FP8, excluded)
+        (out / TOOL).write_text(json.dumps({"modelopt": _version_there(python, "nvidia-modelopt")}))
+
+    def make_fp16(self, step: Step, out: Path) -> None:
+        name = step.settings["graph"]
+        converted = precision.to_fp16(name, onnx.load(self.folder(step.needs[0]) / MODEL))
+        save(converted.model, out / MODEL, name)
+        write(out / KEPT, dict(converted.kept))
+
+    def make_parity(self, step: Step, out: Path) -> None:
+        report = {}
+        for name, made in tqdm(step.settings["graphs"].items(), desc="parity", unit="graph"):
+            feeds = dict(np.load(self.folder("samples") / f"{name}.npz"))
+            feeds = {key: array[: samples.PARITY] for key, array in feeds.items()}
+            near = self._nearness(name, self.folder(made) / MODEL, feeds, step.settings)
+            report[name] = {output: each.as_json() for output, each in near.items()}
+        write(out / "parity.json", {"against": step.settings["against"], "samples": samples.PARITY, "graphs": report})
+
+    def _nearness(
+        self, name: str, graph: Path, feeds: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, parity.Nearness]:
+        if settings["against"] == "pytorch" and name != "llm":
+            ours = parity.outputs(graph, feeds)
+            theirs = parity.outputs_of_module(self.graphs(settings["static"])[name], feeds)
+        elif name == "llm":
+            # Against PyTorch the decoder is compared by the tests; here a graph is compared with its FP32 self.
+            reference = parity.logits(self.folder("export llm") / MODEL, feeds)
+            ours, theirs = {"logits": parity.logits(graph, feeds, reference.argmax(2))}, {"logits": reference}
+        else:
+            ours = parity.outputs(graph, feeds)
+            theirs = parity.outputs(self.folder(f"export {name}") / MODEL, feeds)
+        return {output: parity.nearness(ours[output], theirs[output]) for output in theirs}
+
+    def make_plain(self, _: Step, out: Path) -> None:
+        self.checkpoint.model.language_model.half().save_pretrained(out)
+        self.checkpoint.model.language_model.float()
+        AutoTokenizer.from_pretrained(self.source.directory).save_pretrained(out)
+
+    def make_plan(self, step: Step, out: Path) -> None:
+        said = self._tool(step, out)
+        with (out / PLAN).open("rb") as plan:
+            version = plans.version_of_plan(plan.read(plans.HEADER_BYTES))
+        (out / TOOL).write_text(json.dumps({"tensorrt": version} | gpu_of(said)))
+
+    def make_llm(self, step: Step, out: Path) -> None:
+        self._tool(step, out)
+        if step.name == trtllm.LAST:
+            engine = json.loads((out / "config.json").read_text())
+            trtllm.check_engine(engine, self.options, self.source)
+            (out / TOOL).write_text(json.dumps({"tensorrt_llm": engine["version"]}))
+
+    def _tool(self, step: Step, out: Path) -> str:
+        image, here = step.settings["image"], self.options.run_in != "docker"
+        (self.options.work / commands.CACHE_FOLDER).mkdir(exist_ok=True)
+        line = commands.resolved(step.command, self.options, self.source.directory, out, image)
+        if shutil.which(line[0]) is None:
+            where = "on a machine with an NVIDIA GPU and its container toolkit" if not here else f"inside {image}"
+            raise ToolMissing(
+                f"{step.name} needs {line[0]}: run the same command again {where}; what is made stays made"
+            )
+        return self._run(line, out)
+
+    def _run(self, line: Sequence[str], out: Path) -> str:
+        """What the tool said. Raises ToolFailed with its last lines where it fails."""
+        log = self.options.work / f"{out.name.removesuffix('.partial')}.log"
+        with log.open("w") as said:
+            done = subprocess.run(line, stdout=said, stderr=subprocess.STDOUT, check=False)
+        text = log.read_text(errors="replace")
+        if done.returncode:
+            raise ToolFailed(
+                f"{line[0]} ended with {done.returncode}; the whole log is {log}\n" + "\n".join(text.splitlines()[-8:])
+            )
+        return text
+
+    def make_repository(self, step: Step, out: Path) -> None:
+        for model in profiles.served(self.options, self.source):
+            self._make_model(model, step.settings["served"].get(model.name), out / model.name)
+            (out / model.name / "config.pbtxt").write_text(step.settings["configurations"][model.name])
+        for path in self.folder("card").iterdir():
+            if path.name != DONE:
+                shutil.copyfile(path, out / path.name)
+        write(out / NAME, manifest(self.options, self.source, self.root, self.steps, self.options.work, out))
+
+    def _make_model(self, model: Model, made: str | None, folder: Path) -> None:
+        version = folder / "1"
+        version.mkdir(parents=True)
+        if model.steps:
+            (version / ".gitkeep").touch()
+            return
+        if self.options.profile != "tensorrt":
+            (version / "model.py").write_text(runner(model))
+        if made is None:
+            return
+        for path in self.folder(made).iterdir():
+            if path.name not in (DONE, KEPT, TOOL):
+                link(path, version / path.name)
+
+
+def modelopt_python() -> str:
+    """Where `scripts/set_up_modelopt.py` puts it, or the environment says it is."""
+    return os.environ.get("GLIMPSE_MODELOPT_PYTHON", str(PROJECT / ".venv-modelopt" / "bin" / "python"))
+
+
+class ToolFailed(Exception):
+    """An external tool's own words."""
+
+
+def save(model: onnx.ModelProto, path: Path, name: str) -> None:
+    """One file, or with the weights beside it where they are too many for one."""
+    if sum(len(constant.raw_data) for constant in model.graph.initializer) <= MOST_INLINE_BYTES:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    else:
+        onnx.save_model(model, path, save_as_external_data=True, location=weights_file(name))
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for the same bytes; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+GPU_NAME = re.compile(r"Selected Device: (.+)")
+COMPUTE_CAPABILITY = re.compile(r"Compute Capability: ([\d.]+)")
+
+
+def gpu_of(said: str) -> dict[str, str]:
+    """What `trtexec` says of the GPU."""
+    found = {"gpu": GPU_NAME, "compute_capability": COMPUTE_CAPABILITY}
+    return {name: match.group(1).strip() for name, pattern in found.items() if (match := pattern.search(said))}
+
+
+def _version_there(python: str, package: str) -> str:
+    code = f"from importlib import metadata; print(metadata.version('{package}'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+ACTIONS: dict[str, Callable[[Maker, Step, Path], None]] = {
+    "card": Maker.make_card,
+    "export": Maker.make_export,
+    "samples": Maker.make_samples,
+    "fp8": Maker.make_fp8,
+    "fp16": Maker.make_fp16,
+    "parity": Maker.make_parity,
+    "plain": Maker.make_plain,
+    "plan": Maker.make_plan,
+    "llm": Maker.make_llm,
+    "repository": Maker.make_repository,
+}

@@ -1,0 +1,48 @@
+"""What images gave for questions, kept in process memory: an exact repeat needs no model but the LLM.
+
+It is kept under what it was really made with, the budget that the house allowed and the detail that was looked at, not
+under what was asked for: so a hit is what the models would give now.
+"""
+
+from __future__ import annotations
+
+from service.cache.lru import Lru
+from service.core.vision import Budget, Detail, ModelCard, Seen
+from service.media.decoder import Image
+from service.metrics import Metrics
+
+ENTRY_BYTES = 2048  # of Python objects, besides the arrays and the key
+
+
+def visual_key(card: ModelCard, image: Image, question: str, budget: Budget, detail: Detail) -> bytes:
+    """Names what visual tokens are made from; the question comes last, as it may hold any character."""
+    tokens = map(str, (*budget.vision_tokens, *budget.visual_tokens))
+    return "\0".join([card.visual_fingerprint, image.digest, detail, *tokens, question]).encode()
+
+
+def embedding_key(card: ModelCard, image: Image, question: str, seen: Seen) -> bytes:
+    """Names these very visual tokens: features that were kept as int8 give others than those the encoder found."""
+    key = visual_key(card, image, question, seen.budget, seen.detail)
+    return b"int8\0" + key if seen.is_rounded else key
+
+
+class VisualCache:
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self._hits, self._misses = (metrics.visual_cache_lookups.labels(result) for result in ("hit", "miss"))
+        self._kept: Lru[bytes, Seen] = Lru(max_bytes, metrics.visual_cache_bytes, metrics.visual_cache_evictions)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, *keys: bytes) -> Seen | None:
+        """What is kept under the first of them that has something."""
+        seen = next((seen for key in keys if (seen := self._kept.get(key)) is not None), None)
+        (self._misses if seen is None else self._hits).inc()
+        return seen
+
+    def holds(self, *keys: bytes) -> bool:
+        """Whether `get` would give something. Nothing is counted."""
+        return any(key in self._kept for key in keys)
+
+    def keep(self, key: bytes, seen: Seen) -> None:
+        self._kept.keep(key, seen, seen.nbytes + len(key) + ENTRY_BYTES)

@@ -1,0 +1,475 @@
+"""The wire types of HTTP: what a body may hold and what an answer holds. They die at this edge."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import reprlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from service.admission.scheduler import Priority
+from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
+from service.core.vision import Budget, Detail, FloatArray, ModelCard, Relevance, Sampling, Turn
+from service.edges.http.body import MAX_NAME_CHARS, Part
+from service.pipeline import Finished, KeptImage, new_seed
+from service.settings import Settings
+from service.ticket import Request
+
+MAX_STOPS = 8
+MAX_STOP_CHARS = 64
+MAX_TURNS = 64
+MAX_FAULTS = 100  # of a body, before they are only counted
+
+
+def _stops(value: object) -> object:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError('must be a string or a list of strings, such as ["."]')
+    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise ValueError(f"may hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
+    return tuple(stops)
+
+
+def _from_json_text(value: object) -> object:
+    """A form has text only."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError as exc:
+        raise ValueError('must be JSON text, such as {"vision_tokens": [64, 128]}') from exc
+
+
+Tokens = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class WireTurn(BaseModel):
+    """A question that was asked before, and its answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="Turn")
+
+    question: str
+    answer: str
+
+
+class WireBudget(BaseModel):
+    """The least and the most tokens that each image may cost; what is left out is the model's default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="Budget")
+
+    vision_tokens: tuple[Tokens, Tokens] | None = Field(None, description="What the Q-Former reads of the image.")
+    visual_tokens: tuple[Tokens, Tokens] | None = Field(None, description="What the LLM reads; multiples of 32.")
+
+
+class Asked(BaseModel):
+    """What JSON and a form have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    question: str = Field(description="What you want to know.", examples=["what colour is the circle?"])
+    turns: tuple[WireTurn, ...] = Field(
+        (), max_length=MAX_TURNS, description="What was asked about the same images before, and answered; oldest first."
+    )
+    max_tokens: int = Field(
+        Sampling().max_tokens, ge=1, le=1_000_000, description="The answer ends here at the latest."
+    )
+    temperature: float = Field(0.0, ge=0, le=5, description="0 takes the likeliest token each time.")
+    top_k: int = Field(0, ge=0, le=1_000_000, description="Draw from this many tokens; 0 switches the filter off.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens with this much probability.")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="The same seed draws the same answer.")
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1, repeated tokens become less likely.")
+    stop: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_stops),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "default": []}),
+    ] = Field((), description="The answer ends before any of these strings.")
+    detail: Detail = Field(
+        "low",
+        description="`high` adds a closer view of 448x448 pixels; `auto` does so where the question needs it, the "
+        "image has the pixels and the service has room.",
+    )
+    budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
+    timeout_s: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
+    priority: Priority = Field(
+        Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
+    )
+    stream: bool = Field(False, description="Server-sent events as the answer is written.")
+    explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
+
+    def _to_core(
+        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
+    ) -> Request:
+        """Raises InvalidRequest."""
+        question, turns = self.question.strip(), self._turns()
+        if not question:
+            raise InvalidRequest("question is empty: say what you want to know", param="question")
+        told = sum(len(turn.question) + len(turn.answer) for turn in turns)
+        if len(question) + told > limits.max_question_chars:
+            count = f"{len(question) + told:,} characters, the limit is {limits.max_question_chars:,}"
+            if told:
+                raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
+            raise InvalidRequest(f"question has {count}: shorten it", param="question")
+        timeout_s = limits.default_timeout_s if self.timeout_s is None else self.timeout_s
+        if timeout_s > limits.max_timeout_s:
+            raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
+        budget = self.budget or WireBudget()
+        return Request(
+            id=request_id,
+            images=tuple(images),
+            question=question,
+            turns=turns,
+            budget=Budget(
+                budget.vision_tokens or card.vision_tokens_for(self.detail),
+                budget.visual_tokens or card.default_visual_tokens,
+            ),
+            detail=self.detail,
+            sampling=Sampling(
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                seed=new_seed() if self.seed is None else self.seed,
+                repetition_penalty=self.repetition_penalty,
+                stop=self.stop,
+                streaming=self.stream or bool(self.stop),  # a stop string is looked for as tokens come
+            ),
+            timeout_s=timeout_s,
+            priority=self.priority,
+            trace_id=trace_id,
+        )
+
+    def _turns(self) -> tuple[Turn, ...]:
+        """Raises InvalidRequest."""
+        turns = tuple(Turn(turn.question.strip(), turn.answer.strip()) for turn in self.turns)
+        for place, turn in enumerate(turns):
+            if not turn.question or not turn.answer:
+                side = "answer" if turn.question else "question"
+                raise InvalidRequest(f"turns.{place}.{side} is empty", param=f"turns.{place}.{side}")
+        return turns
+
+
+class VqaRequest(Asked):
+    """A question about one image or several, as JSON."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["image"]}, {"required": ["images"]}]})
+
+    image: str | None = Field(
+        None,
+        description="Base64, a `data:` URL, or the id `img_...` of an image sent to `POST /v1/images`.",
+        examples=["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b"],
+    )
+    images: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Several, each as `image`, in its place; the model reads them in this order."
+    )
+
+    @classmethod
+    def from_json(cls, body: bytes) -> Self:
+        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        try:
+            return cls.model_validate_json(body, strict=True)
+        except ValidationError as exc:
+            raise invalid_request(exc, cls.model_fields) from exc
+
+    def to_core(self, request_id: str, trace_id: str, card: ModelCard, limits: Settings) -> Request:
+        """Raises InvalidRequest."""
+        if self.images is None:
+            if self.image is None:
+                raise InvalidRequest("the field image is missing", param="image", code="missing_field")
+            return self._to_core([image_in_text(self.image)], request_id, trace_id, card, limits)
+        if self.image is not None:
+            raise InvalidRequest("image and images are both given: leave one out", param="images")
+        images = []
+        for place, text in enumerate(self.images):
+            with naming_image(place, len(self.images)):
+                images.append(image_in_text(text))
+        return self._to_core(images, request_id, trace_id, card, limits)
+
+
+class VqaForm(Asked):
+    """A question about one image or several, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
+
+    image: list[bytes] = Field(description="The file, or what JSON's `image` may hold; it may repeat.")
+    turns: Annotated[tuple[WireTurn, ...], BeforeValidator(_from_json_text)] = Field(
+        (), max_length=MAX_TURNS, description="JSON text, as in JSON's `turns`."
+    )
+    budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text)] = Field(
+        None, description="JSON text, as in JSON's `budget`."
+    )
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Part]) -> tuple[Self, list[bytes | str]]:
+        """The fields, and each image's bytes or its id. Raises InvalidRequest."""
+        fields: dict[str, Any] = {}
+        images: list[bytes | str] = []
+        for part in parts:
+            name = part.name
+            if name in fields and name not in ("image", "stop"):
+                raise InvalidRequest(f"{name} is given twice", param=name)
+            if name == "image":
+                fields.setdefault(name, []).append(b"")
+                images.append(bytes(part.data) if part.is_file else image_in_text(_text(part)))
+            elif name == "stop":
+                fields.setdefault(name, []).append(_text(part))
+            else:
+                fields[name] = _text(part)
+        nothing = [name for name in ("seed", "budget", "timeout_s") if fields.get(name) == "null"]
+        try:
+            return cls.model_validate({name: fields[name] for name in fields.keys() - nothing}), images
+        except ValidationError as exc:
+            raise invalid_request(exc, cls.model_fields) from exc
+
+    def to_core(
+        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
+    ) -> Request:
+        """Raises InvalidRequest."""
+        return self._to_core(images, request_id, trace_id, card, limits)
+
+
+def _text(part: Part) -> str:
+    try:
+        return part.data.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"{part.name} is not UTF-8 text", param=part.name) from exc
+
+
+def image_in_text(text: str) -> bytes | str:
+    """The bytes that base64 or a data: URL hold, or the id as it stands. Raises InvalidRequest."""
+    text = text.strip()
+    if text.startswith("img_"):
+        return text
+    if text[:8].lower().startswith(("https://", "http://")):
+        raise InvalidRequest(
+            "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
+            "(curl -F image=@FILE), or send them once to POST /v1/images",
+            param="image",
+            code="url_not_supported",
+        )
+    encoded = text
+    if text[:5].lower() == "data:":
+        head, comma, encoded = text.partition(",")  # a regular expression would go back over a hostile head
+        if not comma or head[-7:].lower() != ";base64":
+            raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError:
+        pass
+    try:  # wrapped at 76 columns, as the base64 command does
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise InvalidImage(
+            "image is neither base64, nor a data: URL, nor the id (img_...) of an image sent to POST /v1/images",
+            param="image",
+        ) from exc
+
+
+def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidRequest:
+    """The first fault of a body in words; how many more there are is said too. What is told of the body is short."""
+    count = exc.error_count()
+    if count > MAX_FAULTS:
+        return InvalidRequest(f"the body has {count:,} faults; the fields are {', '.join(known)}")
+    fault = exc.errors(include_url=False, include_context=False)[0]
+    param = ".".join(str(step) for step in fault["loc"])[:MAX_NAME_CHARS]
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    match fault["type"]:
+        case "json_invalid":
+            reason = fault["msg"].removeprefix("Invalid JSON: ")
+            return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
+        case "extra_forbidden":
+            near = difflib.get_close_matches(param, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
+            return InvalidRequest(f"there is no field {param!r}: {mend}{more}", param=param, code="unknown_field")
+        case "missing":
+            return InvalidRequest(f"the field {param} is missing{more}", param=param, code="missing_field")
+        case "model_type" | "model_attributes_type":
+            return InvalidRequest(f"{param or 'the body'} must be a JSON object", param=param or None)
+    reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = reprlib.repr(fault["input"])  # repr itself has no bound, and fails on what is nested deeply
+    shown = given if len(given) <= 60 else f"{given[:57]}..."
+    return InvalidRequest(f"{param} {reason}; it is {shown}{more}", param=param)
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="Text tokens of the prompt.")
+    completion_tokens: int = Field(description="Tokens of the answer.")
+    image_tokens: int = Field(description="Visual tokens that the LLM read.")
+
+
+class Vision(BaseModel):
+    """Of several images together."""
+
+    cache: Literal["hit", "miss"] = Field(description="hit where nothing had to be encoded.")
+    vision_tokens: int = Field(description="What was kept of the image for this question.")
+    visual_tokens: int = Field(description="What the LLM read of it.")
+    detail: Literal["low", "high"] = Field(description="high where a closer view was looked at.")
+    reduced: bool = Field(description="Looked less closely than was asked, as others waited.")
+
+
+class TimingMs(BaseModel):
+    queue: float
+    load: float
+    vision: float
+    first_token: float = Field(description="When the first text was there: without `stream` all of it at once.")
+    total: float
+
+
+class Scores(BaseModel):
+    propositional: list[list[float]]
+    perspectival: list[list[float]]
+    participatory: list[list[float]]
+
+
+class Tensions(BaseModel):
+    particularize: float
+    explore: float
+    diversify: float
+
+
+class WireRelevance(BaseModel):
+    """Where one image was looked at closely; `map` and `scores` are 16x16 in [0, 1], `levels` 8x8."""
+
+    model_config = ConfigDict(title="Relevance")
+
+    map: list[list[float]]
+    scores: Scores
+    levels: list[list[int]]
+    tensions: Tensions
+
+    @classmethod
+    def of(cls, relevance: Relevance) -> Self:
+        propositional, perspectival, participatory = (_rounded(score) for score in relevance.scores)
+        particularize, explore, diversify = _rounded(relevance.tensions)
+        return cls(
+            map=_rounded(relevance.map),
+            scores=Scores(propositional=propositional, perspectival=perspectival, participatory=participatory),
+            levels=relevance.levels.tolist(),
+            tensions=Tensions(particularize=particularize, explore=explore, diversify=diversify),
+        )
+
+
+def _rounded(values: FloatArray) -> Any:
+    return np.round(values.astype(np.float64), 4).tolist()
+
+
+class VqaEnd(BaseModel):
+    """All of an answer but its text: the last event of a stream."""
+
+    id: str
+    model: str
+    answer: str | None = Field(None, description="Left out: the deltas were the answer.")
+    finish_reason: Literal["stop", "length"]
+    image_ids: list[str]
+    usage: Usage
+    vision: Vision
+    timing_ms: TimingMs
+    relevance: list[WireRelevance] | None = Field(None, description="One an image; with `explain` only.")
+
+    @classmethod
+    def fields_of(cls, request_id: str, model: str, end: Finished, explain: bool) -> dict[str, Any]:
+        return {
+            "id": request_id,
+            "model": model,
+            "finish_reason": end.finish_reason,
+            "image_ids": end.image_ids,
+            "usage": Usage(
+                prompt_tokens=end.prompt_tokens,
+                completion_tokens=end.completion_tokens,
+                image_tokens=end.visual_tokens,
+            ),
+            "vision": Vision(
+                cache=end.cache,
+                vision_tokens=end.vision_tokens,
+                visual_tokens=end.visual_tokens,
+                detail=end.detail,
+                reduced=end.reduced,
+            ),
+            "timing_ms": TimingMs(**end.timing_ms),
+            "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,
+        }
+
+
+class VqaAnswer(VqaEnd):
+    answer: str = Field(description="The whole answer.")
+
+
+class UploadedImage(BaseModel):
+    id: str = Field(description="Use it as `image` in questions.")
+    bytes: int
+    width: int
+    height: int
+    expires_at: float = Field(description="Seconds since the epoch.")
+
+    @classmethod
+    def of(cls, kept: KeptImage) -> Self:
+        return cls(
+            id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, expires_at=round(kept.expires_at, 3)
+        )
+
+
+class WireError(BaseModel):
+    model_config = ConfigDict(title="Error")
+
+    message: str = Field(description="What is wrong and what to do.")
+    type: str
+    param: str | None = Field(description="The field at fault.")
+    code: str = Field(description="Stable, for programs.")
+
+
+class ErrorBody(BaseModel):
+    error: WireError
+
+    @classmethod
+    def of(cls, error: GlimpseError) -> Self:
+        return cls(error=WireError(message=error.message, type=error.type, param=error.param, code=error.code))
+
+
+class CloserView(BaseModel):
+    vision_tokens: tuple[int, int] = Field(description="What a request's budget may ask for with it.")
+    auto_at: float = Field(description="Detail `auto` looks closer where `particularize` reaches this.")
+
+    @classmethod
+    def of(cls, card: ModelCard) -> Self | None:
+        if not card.closer_view:
+            return None
+        return cls(vision_tokens=card.vision_tokens_for("high"), auto_at=card.closer_view_at)
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: str = "glimpse"
+    fingerprint: str = Field(description="Of the vision encoder's weights.")
+    allocator_trained: bool = Field(description="Whether relevance knows of the question.")
+    max_positions: int = Field(description="Visual, prompt and answer tokens together.")
+    budget: WireBudget = Field(description="What a request's budget may ask for.")
+    default_visual_tokens: tuple[int, int] = Field(description="Of a budget that does not say.")
+    closer_view: CloserView | None = Field(None, description="Left out where detail is always low.")
+    metadata: dict[str, Any]
+
+    @classmethod
+    def of(cls, card: ModelCard) -> Self:
+        return cls(
+            id=card.name,
+            fingerprint=card.fingerprint,
+            allocator_trained=card.allocator_trained,
+            max_positions=card.max_positions,
+            budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),
+            default_visual_tokens=card.default_visual_tokens,
+            closer_view=CloserView.of(card),
+            metadata=dict(card.metadata),
+        )
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "not ready"]
+    faults: dict[str, str] = Field(default_factory=dict, description="By model, why it does not answer.")

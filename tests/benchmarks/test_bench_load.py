@@ -1,0 +1,90 @@
+"""The load generator against a real gateway: what it counts is what happened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.bench.load import Arrivals, Plan
+from benchmarks.bench.measuring import measure
+from benchmarks.bench.models import REFERENCE
+from benchmarks.bench.scenes import Scenes
+from benchmarks.bench.systems import Running
+from benchmarks.bench.workloads import KNOWN, Workload
+from service.triton_server.supervision import EmbeddedTriton
+from tests.conftest import Gateway, StartGateway
+
+IN_TIME_S = 60.0  # the tests share their cores
+
+
+def plan(workload: Workload, arrivals: Arrivals, **more: object) -> Plan:
+    told = {"duration_s": IN_TIME_S, "max_tokens": 4, "out": "", "requests": 12, "timeout_s": IN_TIME_S}
+    return Plan("", [], workload, arrivals, **told | more)
+
+
+@pytest.fixture
+def running(gateway: Gateway, tmp_path: Path) -> Running:
+    return Running("glimpse", (gateway.url,), (gateway.process.pid,), tmp_path)
+
+
+def test_a_closed_loop_asks_again_when_it_is_answered(running: Running):
+    found = measure(running, plan(Workload("mixed"), Arrivals(clients=2), first_new=KNOWN + 1000))
+    assert Counter(result["outcome"] for result in found.results) == {"ok": 12}
+    assert Counter(result["follow_up"] for result in found.results) == {True: 6, False: 6}
+    for result in found.results:
+        assert result["cache"] == ("hit" if result["follow_up"] else "miss")
+        assert result["at"] <= result["sent"] <= result["first"] <= result["end"]
+        assert result["tokens"] >= 1
+    assert found.cpu_s["gateway"] > 0
+    assert found.samples[0].memory_mb["gateway"] > 20
+
+
+def test_an_open_loop_sends_at_its_times(running: Running):
+    found = measure(running, plan(Workload("cold"), Arrivals(rate=50.0), first_new=KNOWN + 2000))
+    sent = sorted(result["at"] for result in found.results)
+    assert len(sent) == 12
+    assert all(result["sent"] >= result["at"] - 0.005 for result in found.results)  # timers are that coarse
+
+
+def test_clients_that_hang_up_are_told_apart(running: Running, gateway: Gateway):
+    workload = Workload("cold", cancels=1.0, cancel_within_s=0.001)
+    found = measure(running, plan(workload, Arrivals(clients=4), first_new=KNOWN + 3000))
+    assert {result["outcome"] for result in found.results} == {"cancelled"}
+    assert httpx.get(f"{gateway.url}/health/live").is_success
+
+
+def test_refusals_carry_their_reason(start_gateway: StartGateway, triton: EmbeddedTriton, tmp_path: Path):
+    url = f"127.0.0.1:{triton.ports.grpc}"
+    with start_gateway(
+        {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_MAX_REQUESTS_IN_FLIGHT": "4"}
+    ) as small:
+        up = Running("glimpse", (small.url,), (small.process.pid,), tmp_path)
+        found = measure(up, plan(Workload("same"), Arrivals(burst=(50, 60.0)), requests=50, first_new=KNOWN + 4000))
+    outcomes = Counter(result["outcome"] for result in found.results)
+    assert outcomes["saturated"] > 0
+    assert outcomes["ok"] + outcomes["saturated"] == 50
+
+
+def test_the_vqa_ensemble_is_asked_directly(triton: EmbeddedTriton, tmp_path: Path):
+    up = Running("triton", (f"127.0.0.1:{triton.ports.grpc}",), (triton.pid,), tmp_path)
+    found = measure(up, plan(Workload("cold"), Arrivals(clients=2), requests=4))
+    assert Counter(result["outcome"] for result in found.results) == {"ok": 4}
+    assert found.cpu_s["llm"] >= 0
+
+
+def test_pytorch_answers_a_batch_as_one_by_one():
+    script = (
+        "from benchmarks.bench.torch_model import TorchModel; from benchmarks.bench.scenes import Scenes;"
+        f"model, scenes = TorchModel.load({str(REFERENCE.checkpoint)!r}), Scenes.load(3);"
+        "asked = [(scenes.jpeg(n), scenes.questions[n][0]) for n in range(3)];"
+        "alone = [model.answer([image], [question], 8)[0] for image, question in asked];"
+        "assert model.answer(*zip(*asked), 8) == alone, alone; print([text for text, _ in alone])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(Scenes.load(3).questions) == 3

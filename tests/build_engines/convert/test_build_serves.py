@@ -1,0 +1,117 @@
+"""What `glimpse build` makes of a checkpoint serves in a real Triton, and answers token for token as transformers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from build_engines.convert import __main__ as build
+from service.core.vision import Sampling
+from service.media.decoder import ImageLimits, decode
+from service.prompt import Detokeniser, PromptBuilder, token_bytes
+from service.triton import TritonClient
+from service.triton_server.supervision import EmbeddedTriton, Ports
+from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
+from tests.conftest import StartGateway, free_ports
+
+TIMEOUT_S = 60.0
+ASKED = list(zip(pictures(), QUESTIONS, strict=True))
+
+
+@pytest.fixture(scope="module", params=SAVED)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A tiny random checkpoint, and what the command makes of it."""
+    save, model, processor = SAVED[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint, repository = folder / request.param, folder / "repository"
+    save(checkpoint)
+    assert build.main([str(checkpoint), "--profile", "embedded", "--out", str(repository)]) == 0
+    return Family(checkpoint, repository, model, processor)
+
+
+@pytest.fixture(scope="module")
+def expected(family: Family) -> list[list[int]]:
+    """Of each question, the tokens that transformers says."""
+    return of_transformers(family)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def address(family: Family, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """gRPC of a Triton that serves what was built."""
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    log_path = tmp_path_factory.mktemp("triton") / "triton.log"
+    async with (
+        TritonClient(url, url) as client,
+        EmbeddedTriton(family.repository, client=client, card=family.card, log_path=log_path, ports=ports),
+    ):
+        yield url
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def server(address: str) -> AsyncIterator[TritonClient]:
+    async with TritonClient(address, address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def service(family: Family, address: str, start_gateway: StartGateway) -> Iterator[str]:
+    """Address of a gateway in front of it."""
+    settings = {
+        "GLIMPSE_MODEL_REPOSITORY": str(family.repository),
+        "GLIMPSE_VISION_URL": address,
+        "GLIMPSE_LLM_URL": address,
+    }
+    with start_gateway(settings) as gateway:
+        yield gateway.url
+
+
+async def asked(service: str, picture: bytes, question: str, **more: object) -> dict[str, Any]:
+    body = {"image": base64.b64encode(picture).decode(), "question": question, "max_tokens": LONGEST, "temperature": 0}
+    async with httpx.AsyncClient(base_url=service, timeout=TIMEOUT_S) as http:
+        return (await http.post("/v1/vqa", json=body | more)).raise_for_status().json()
+
+
+async def test_its_tokens_are_those_of_transformers(
+    family: Family, expected: list[list[int]], server: TritonClient
+) -> None:
+    prompts = PromptBuilder.load(family.card, family.repository)
+    said = []
+    for picture, question in ASKED:
+        pixels = decode(picture, ImageLimits()).pixels
+        _, seen = await server.see(pixels, prompts.question(question), FULL, TIMEOUT_S)
+        prompt = prompts.compose(question, [(seen.visual_tokens, picture)])
+        pieces = server.generate(
+            prompt, Sampling(max_tokens=LONGEST), end_id=family.card.end_id, pad_id=family.card.pad_id,
+            request_id=question, timeout_s=TIMEOUT_S, stall_timeout_s=TIMEOUT_S,
+        )  # fmt: skip
+        said.append([token async for piece in pieces for token in piece])
+    assert said == expected
+
+
+async def test_the_gateways_answers_are_those_of_transformers(
+    family: Family, expected: list[list[int]], service: str
+) -> None:
+    card = family.card
+    spelled = token_bytes(PromptBuilder.load(card, family.repository).tokenizer)
+    full = {"vision_tokens": FULL.vision_tokens, "visual_tokens": FULL.visual_tokens}
+    for (picture, question), tokens in zip(ASKED, expected, strict=True):
+        found = await asked(service, picture, question, budget=full)
+        text = Detokeniser(spelled)
+        assert found["answer"] == text.push(token for token in tokens if token != card.end_id) + text.finish()
+        assert found["finish_reason"] == ("stop" if card.end_id in tokens else "length")
+        assert found["model"] == card.name
+
+
+async def test_the_ensemble_says_what_the_gateway_says(server: TritonClient, service: str) -> None:
+    """With the budget of who asks for none."""
+    for picture, question in ASKED:
+        text = Detokeniser(())
+        pieces = server.answer(picture, question, max_tokens=LONGEST, timeout_s=TIMEOUT_S)
+        said = "".join([text.push_bytes(piece) async for piece in pieces]) + text.finish()
+        assert said == (await asked(service, picture, question))["answer"]

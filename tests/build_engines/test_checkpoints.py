@@ -1,0 +1,213 @@
+"""Checkpoints as transformers saves them, exported, answer token for token as transformers does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image as Pillow
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+)
+
+from build_engines.convert.tensorrt_rules import MAY_VARY, faults
+from build_engines.export import Graph as GraphToExport
+from build_engines.export import export, export_graph
+from build_engines.model.checkpoint import Checkpoint
+from build_engines.model.decoder import decoder_of
+from build_engines.repository import GRAPHS, Dimensions, write_repository
+from service.core.vision import Budget, ModelCard, Prompt
+from service.media.decoder import ImageLimits, decode
+from service.prompt import PromptBuilder, load_tokenizer
+from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
+from triton_models.decoder import OnnxDecoder
+from triton_models.qformer import GroupRunner
+from triton_models.session import Graph
+
+LONGEST = 24  # tokens of an answer
+FULL = Budget(vision_tokens=(256, 256), visual_tokens=(32, 32))
+QUESTIONS = ["what is red?", "Which colour has the big circle on the left", "a"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of checkpoint, on disk and exported."""
+
+    directory: Path
+    repository: Path
+    model: type
+    processor: type
+
+    @property
+    def card(self) -> ModelCard:
+        return ModelCard.from_json((self.repository / "card.json").read_text())
+
+
+SAVED: dict[str, tuple[Callable[[Path], None], type, type]] = {
+    "blip2-opt": (save_blip2_opt, Blip2ForConditionalGeneration, Blip2Processor),
+    "instructblip-vicuna": (
+        save_instructblip_vicuna, InstructBlipForConditionalGeneration, InstructBlipProcessor
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SAVED)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    save, model, processor = SAVED[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    save(folder / request.param)
+    export(folder / request.param, folder / "repository")
+    return Family(folder / request.param, folder / "repository", model, processor)
+
+
+def pictures() -> list[bytes]:
+    """As many as there are questions, of the encoder's size, so that no resampling stands between the two."""
+    generator = np.random.default_rng(5)
+    files = []
+    for _ in QUESTIONS:
+        out = BytesIO()
+        coarse = generator.integers(0, 256, (14, 14, 3), np.uint8)
+        Pillow.fromarray(coarse).resize((224, 224), Pillow.Resampling.NEAREST).save(out, "PNG")
+        files.append(out.getvalue())
+    return files
+
+
+def of_transformers(family: Family) -> list[list[int]]:
+    """The new tokens of greedy answers by the family's own processor and `generate`."""
+    model = family.model.from_pretrained(family.directory, dtype=torch.float32).eval()
+    processor = family.processor.from_pretrained(family.directory)
+    said = []
+    for picture, question in zip(pictures(), QUESTIONS, strict=True):
+        text = family.card.prompt_template.replace("{question}", question)
+        given = processor(images=Pillow.open(BytesIO(picture)), text=text, return_tensors="pt")
+        tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False)[0].tolist()
+        prompt = given["input_ids"].shape[1]
+        said.append(tokens[prompt:] if len(tokens) > LONGEST else tokens)
+    return said
+
+
+def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
+    """All questions in one batch through the exported vision models, with full budgets and one group."""
+    models = {
+        name: Graph(family.repository / name / "1" / "model.onnx") for name in ("vision_encoder", "relevance_allocator")
+    }
+    questions = [prompts.question(question) for question in QUESTIONS]
+    asked = {
+        "question_ids": np.stack([question.ids for question in questions]),
+        "question_mask": np.stack([question.mask for question in questions]),
+    }
+    pixels = np.stack([decode(picture, ImageLimits()).pixels for picture in pictures()])
+    vision = ["features", "saliency", "entropy", "texture"]
+    found = dict(zip(vision, models["vision_encoder"].run({"image": pixels}, vision), strict=True))
+    chosen = ["vision_tokens", "vision_mask", "query_groups"]
+    budget = np.stack([FULL.to_array()] * len(QUESTIONS))
+    tokens = models["relevance_allocator"].run(found | asked | {"budget": budget}, chosen)
+    runner = GroupRunner(family.repository / "qformer" / "1" / "model.onnx")
+    visual = runner.run(dict(zip(chosen, tokens, strict=True)) | asked)
+    assert visual["visual_count"].tolist() == [[32]] * len(QUESTIONS)
+    rows = zip(QUESTIONS, visual["visual_tokens"], strict=True)
+    return [prompts.compose(question, [(row[:32], b"")]) for question, row in rows]
+
+
+def of_the_graphs(family: Family) -> list[list[int]]:
+    """The same through what the repository serves: prompts of different lengths, decoded together."""
+    prompts = PromptBuilder.load(family.card, family.repository)
+    decoder = OnnxDecoder(family.repository / "llm" / "1" / "model.onnx", max_rows=len(QUESTIONS))
+    asked = seen(family, prompts)
+    tokens = decoder.prefill(asked, [decoder.recall(each) for each in asked]).argmax(1)
+    steps = [tokens]
+    while len(steps) < LONGEST:
+        steps.append(decoder.step(steps[-1]).argmax(1))
+    said = [list(map(int, row)) for row in np.stack(steps, axis=1)]
+    end = family.card.end_id
+    return [row[: row.index(end) + 1] if end in row else row for row in said]
+
+
+def test_answers_are_those_of_transformers_token_for_token(family: Family) -> None:
+    expected = of_transformers(family)
+    assert of_the_graphs(family) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(QUESTIONS)  # image and question have a say
+    assert max(len(set(tokens)) for tokens in expected) > 5
+
+
+def test_the_card_says_what_the_gateway_needs_to_know(family: Family) -> None:
+    card = family.card
+    config = family.model.config_class.from_pretrained(family.directory)
+    assert not card.allocator_trained
+    assert card.name == family.directory.name
+    assert (card.vocab_size, card.hidden_size) == (config.text_config.vocab_size, config.text_config.hidden_size)
+    assert (card.bos_id, card.end_id) == (config.text_config.bos_token_id, config.text_config.eos_token_id)
+    assert card.question_tokenizer in {path.name for path in family.repository.glob("*tokenizer.json")}
+
+
+def test_their_vision_models_are_ones_that_tensorrt_builds(family: Family) -> None:
+    for name in ("vision_encoder", "relevance_allocator", "qformer"):
+        assert faults(onnx.load(family.repository / name / "1" / "model.onnx"), MAY_VARY[name]) == []
+
+
+def test_a_checkpoint_is_found_by_its_name_on_the_hub(tmp_path: Path) -> None:
+    """In the hub's cache, as huggingface_hub keeps what it has fetched."""
+    kept = tmp_path / "models--somebody--something"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    save_instructblip_vicuna(kept / "snapshots" / ("0" * 40))
+    code = (
+        "from build_engines.model.checkpoint import Checkpoint; "
+        "found = Checkpoint.load('somebody/something'); print(found.card['name'], type(found.model).__name__)"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["something", "InstructBlipForConditionalGeneration"]
+
+
+def test_what_is_neither_directory_nor_name_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="neither a directory nor a hub name"):
+        Checkpoint.load(tmp_path / "nothing")
+
+
+def test_a_tokenizer_kept_as_a_list_of_words_is_converted(tmp_path: Path) -> None:
+    """As the older Q-Formers keep theirs, beside or instead of tokenizer.json."""
+    save_instructblip_vicuna(tmp_path / "tiny")
+    folder = tmp_path / "tiny" / "qformer_tokenizer"
+    expected = load_tokenizer(folder / "tokenizer.json")
+    words = sorted(expected.get_vocab().items(), key=lambda item: item[1])
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words))
+    found = Checkpoint.load(tmp_path / "tiny").tokenizers(tmp_path)
+    converted = load_tokenizer(found["qformer_tokenizer.json"])
+    for question in QUESTIONS:
+        assert converted.encode(question).ids == expected.encode(question).ids
+
+
+def test_a_language_model_of_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear: OPT and Llama"):
+        decoder_of(torch.nn.Linear(1, 1))
+
+
+def test_weights_too_large_for_one_file_lie_beside_the_graph(tmp_path: Path) -> None:
+    module, given = torch.nn.Linear(400, 400).eval(), torch.rand(2, 400)
+    graph = GraphToExport("llm", module, {"a": given}, {"a": {0: "batch"}}, ["b"])
+    beside = tmp_path / "llm.onnx.data"
+    beside.write_bytes(b"of an export before")
+    export_graph(graph, tmp_path / "llm.onnx", most_inline_bytes=1000)
+    assert (tmp_path / "llm.onnx").stat().st_size < 10_000
+    assert beside.stat().st_size < 700_000
+    for name in GRAPHS:  # as if each were as large
+        onnx.save(onnx.load(tmp_path / "llm.onnx", load_external_data=False), tmp_path / f"{name}.onnx")
+    write_repository(tmp_path / "repository", Dimensions(1, 1), tmp_path, {})
+    session = onnxruntime.InferenceSession(tmp_path / "repository" / "llm" / "1" / "model.onnx")
+    (served,) = session.run(None, {"a": given.numpy()})
+    assert np.abs(served - module(given).detach().numpy()).max() < 1e-5

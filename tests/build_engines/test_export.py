@@ -1,0 +1,168 @@
+"""The committed graphs against PyTorch on the committed checkpoint; the exporter on a checkpoint of another shape."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+from build_engines.convert.tensorrt_rules import MAY_VARY, faults
+from build_engines.export import Graph, card, export_graph, graphs
+from build_engines.model.checkpoint import Checkpoint
+from build_engines.repository import CLOSER_GRAPHS, GRAPHS
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-3  # max abs difference in FP32
+
+
+@pytest.fixture(scope="module")
+def reference() -> Checkpoint:
+    return Checkpoint.load(ROOT / "reference")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Checkpoint:
+    """A random BLIP-2 of odd sizes without allocator weights, saved and loaded in Hugging Face's format."""
+    torch.manual_seed(3)
+    config = Blip2Config(
+        vision_config={"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
+                       "image_size": 224, "patch_size": 14, "initializer_range": 0.05, "qkv_bias": True},
+        qformer_config={"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
+                        "cross_attention_frequency": 2, "encoder_hidden_size": 48, "vocab_size": 10},
+        text_config={"model_type": "opt", "hidden_size": 40, "ffn_dim": 80, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "vocab_size": 300, "max_position_embeddings": 200,
+                     "word_embed_proj_dim": 40},
+        num_query_tokens=32,
+        image_token_index=299,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    directory = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(directory)
+    return Checkpoint.load(directory)
+
+
+def random_inputs(graph, batch: int) -> dict[str, torch.Tensor]:
+    """Inputs of the graph's types at another batch size, with plausible values."""
+    generator = torch.Generator().manual_seed(batch)
+
+    def like(name: str, example: torch.Tensor) -> torch.Tensor:  # noqa: PLR0911
+        shape = (batch, *example.shape[1:])
+        if name == "image":
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        if name == "budget":
+            return torch.tensor([[64, 100 + 90 * row, 32, 128 - 32 * row] for row in range(batch)], dtype=torch.int32)
+        if name == "attend":
+            lengths = torch.tensor([example.shape[1] - 9 * row for row in range(batch)])
+            return (torch.arange(example.shape[1]) < lengths.unsqueeze(1)).int()
+        if name in {"past_lengths", "input_lengths"}:
+            return torch.tensor([int(example[0]) - row for row in range(batch)])
+        if name == "input_ids":  # text and the three visual ids
+            return torch.randint(250, graph.module.vocab_size + 3, shape, generator=generator)
+        if example.dtype.is_floating_point:
+            low = 0.0 if name in {"saliency", "entropy", "texture"} else -1.0
+            return torch.rand(shape, generator=generator) * (1 - low) + low
+        if name == "question_mask":
+            return (torch.arange(shape[1]) < 7).int().expand(shape).contiguous()
+        return torch.randint(0, 250, shape, generator=generator, dtype=example.dtype)
+
+    return {name: like(name, example) for name, example in graph.inputs.items()}
+
+
+def assert_parity(graph, path: Path, batch: int) -> None:
+    inputs = random_inputs(graph, batch)
+    with torch.inference_mode():
+        expected = graph.module(*inputs.values())
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
+    for name, ours, theirs in zip(graph.outputs, session.run(list(graph.outputs), given), expected, strict=True):
+        if theirs.dtype.is_floating_point:
+            assert np.abs(ours - theirs.numpy()).max() <= TOLERANCE, name
+        else:
+            assert np.array_equal(ours, theirs.numpy()), name
+
+
+def named(checkpoint: Checkpoint, name: str) -> Graph:
+    return {graph.name: graph for graph in graphs(checkpoint)}[name]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CLOSER_GRAPHS)
+def test_committed_graphs_match_pytorch(reference, name, batch):
+    graph = named(reference, name)
+    assert_parity(graph, ROOT / "model_repository" / graph.name / "1" / "model.onnx", batch)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_exporter_keeps_any_blip2s_answers(tiny, tmp_path, name):
+    graph = named(tiny, name)
+    export_graph(graph, tmp_path / "model.onnx")
+    for batch in (1, 3):
+        assert_parity(graph, tmp_path / "model.onnx", batch)
+    if graph.name in MAY_VARY:
+        assert faults(onnx.load(tmp_path / "model.onnx"), MAY_VARY[graph.name]) == []
+
+
+def test_only_what_varies_is_dynamic(reference):
+    for graph in graphs(reference):
+        model = onnx.load(ROOT / "model_repository" / graph.name / "1" / "model.onnx")
+        for value in model.graph.input:
+            dims = value.type.tensor_type.shape.dim
+            found = [dim.dim_param or dim.dim_value for dim in dims]
+            varies = graph.dynamic[value.name]
+            assert found == [varies.get(axis, size) for axis, size in enumerate(graph.inputs[value.name].shape)]
+
+
+def test_exported_files_hold_no_paths_of_the_machine_that_made_them():
+    for graph in (ROOT / "model_repository").glob("*/1/model.onnx"):
+        assert b"site-packages" not in graph.read_bytes()
+
+
+def test_decoder_matches_transformers_with_and_without_a_past(reference):
+    decoder, language_model = reference.decoder(), reference.model.language_model
+    text = reference.model.config.text_config
+    ids, visual = torch.randint(5, 400, (2, 9)), torch.randn(2, 4, text.hidden_size)
+    given = torch.cat([text.vocab_size + torch.arange(4).expand(2, -1), ids], dim=1)
+    heads, head_dim = text.num_attention_heads, text.hidden_size // text.num_attention_heads
+    empty = [torch.zeros(2, heads, 0, head_dim)] * (2 * text.num_hidden_layers)
+    with torch.inference_mode():
+        embedded = torch.cat([visual, language_model.get_input_embeddings()(ids)], dim=1)
+        expected = language_model(inputs_embeds=embedded).logits[:, -1]
+        whole, *_ = decoder(given, visual, torch.zeros(2).long(), torch.full((2,), 13), *empty)
+        _, *past = decoder(given[:, :10], visual, torch.zeros(2).long(), torch.full((2,), 10), *empty)
+        rest, *_ = decoder(given[:, 10:], visual, torch.full((2,), 10), torch.full((2,), 3), *past)
+    assert torch.allclose(whole, expected, atol=1e-4)
+    assert torch.allclose(rest, expected, atol=1e-4)
+
+
+def test_a_checkpoint_without_allocator_weights_says_so(tiny):
+    told = card(tiny)
+    assert not told.allocator_trained
+    assert (told.hidden_size, told.vision_width, told.vocab_size) == (40, 48, 300)
+
+
+def test_a_default_of_visual_tokens_that_is_not_offered_is_refused(tiny):
+    told = {"name": "tiny", "default_visual_tokens": [32, 64]}
+    assert card(replace(tiny, card=told | {"visual_tokens": [32, 128]})).default_visual_tokens == (32, 64)
+    with pytest.raises(ValueError, match="who does not ask"):
+        card(replace(tiny, card=told))
+
+
+def test_another_image_size_is_refused_before_anything_is_exported(tmp_path, tiny):
+    config = json.loads((tiny.directory / "config.json").read_text())
+    config["vision_config"]["image_size"] = 364
+    Blip2ForConditionalGeneration(Blip2Config(**config)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sees 364 pixels in patches of 14"):
+        Checkpoint.load(tmp_path)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+        Checkpoint.load(tmp_path)

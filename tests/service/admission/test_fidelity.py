@@ -1,0 +1,435 @@
+"""The controller of elastic fidelity, on a queue, on a machine that all share, and on a clock of our own."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.admission.fidelity import LEAST_HOLD_S, LEVELS, MOST_HOLD_S, SPARE, STEP_S, Crowd, Fidelity
+from service.core.vision import Budget
+
+TARGET_S = 1.0
+SERVERS = 8
+SERVICE_S = (1.0, 0.8, 0.64, 0.5, 0.4)  # of one request, by level: they bear loads of 1, 1.25, 1.56, 2 and 2.5
+PATIENCE_S = 10.0  # whoever waits longer goes
+ALLOWED_S = 5.0  # from an arrival to its deadline, where all are worked on at once
+WORK_S = 0.25  # of one request there, at level 0 and alone
+
+
+@dataclass
+class Run:
+    """What came of a load."""
+
+    changes: list[tuple[float, int]] = field(default_factory=list)  # when, to which level
+    waits: list[tuple[float, float]] = field(default_factory=list)  # when it ended, how long it was
+    gone: int = 0  # without service
+    ends: list[tuple[float, bool]] = field(default_factory=list)  # when, and whether in time
+
+    def level_at(self, now: float) -> int:
+        return next((level for at, level in reversed(self.changes) if at <= now), 0)
+
+    def missed(self, start: float) -> float:
+        """Share of those that ended from then on."""
+        return statistics.mean(not in_time for at, in_time in self.ends if at >= start)
+
+    def median_wait_s(self, start: float) -> float:
+        return statistics.median(wait for at, wait in self.waits if at >= start)
+
+    def share_at(self, levels: set[int], start: float, end: float) -> float:
+        seconds = range(round(start), round(end))
+        return sum(self.level_at(second) in levels for second in seconds) / len(seconds)
+
+
+class Queue:
+    """First come, first served, by SERVERS at once."""
+
+    def __init__(self, seed: int, target_s: float = TARGET_S) -> None:
+        self.fidelity = Fidelity(target_s, 0.0)
+        self.run = Run()
+        self.random = random.Random(seed)
+        self.waiting: deque[float] = deque()  # when they came
+        self.ends: list[float] = []
+
+    def happen(self, now: float) -> None:
+        while self.waiting and now - self.waiting[0] > PATIENCE_S:
+            self.waiting.popleft()
+            self.run.gone += 1
+        while self.waiting and len(self.ends) < SERVERS:
+            self.run.waits.append((now, now - self.waiting.popleft()))
+            heapq.heappush(self.ends, now + SERVICE_S[self.fidelity.level] * self.random.uniform(0.7, 1.3))
+        before = self.fidelity.level
+        level = self.fidelity.observe(now, self.waiting[0] if self.waiting else None)
+        if level != before:
+            self.run.changes.append((now, level))
+
+    def bear(self, load: Callable[[float], float], until: float) -> Run:
+        """Poisson arrivals; a load of 1 is all that level 0 can bear."""
+        now = 0.0
+        while now < until:
+            now += self.random.expovariate(load(now) * SERVERS / SERVICE_S[0])
+            while self.ends and self.ends[0] <= now:
+                end = heapq.heappop(self.ends)
+                self.happen(end)
+            self.waiting.append(now)
+            self.happen(now)
+        return self.run
+
+
+@dataclass(eq=False)
+class Job:
+    """One request that is worked on."""
+
+    deadline: float
+    left_s: float  # of work, were it alone
+
+
+class SharedMachine:
+    """All that come are worked on at once, each with the same share of the machine: nobody waits in a queue."""
+
+    def __init__(self, seed: int, allowed_s: float = ALLOWED_S) -> None:
+        self.fidelity = Fidelity(TARGET_S, 0.0)
+        self.crowd = Crowd(TARGET_S, 0.0)
+        self.allowed_s = allowed_s
+        self.run = Run()
+        self.random = random.Random(seed)
+        self.jobs: list[Job] = []
+        self.now = 0.0
+
+    def observe(self) -> None:
+        before = self.fidelity.level
+        level = self.fidelity.observe(self.now, self.crowd.waiting_since(self.now))
+        if level != before:
+            self.run.changes.append((self.now, level))
+
+    def work(self, until: float) -> None:
+        while self.jobs:
+            first = min(self.jobs, key=lambda job: job.left_s)
+            next_to_miss = min(self.jobs, key=lambda job: job.deadline)
+            end = self.now + first.left_s * len(self.jobs)
+            in_time = end <= next_to_miss.deadline
+            over = first if in_time else next_to_miss
+            self._pass_time(min(end, next_to_miss.deadline, until))
+            if self.now == until:
+                return
+            self.jobs.remove(over)
+            self.crowd.leave(over, self.now, answered=in_time)
+            self.run.ends.append((self.now, in_time))
+            self.observe()
+        self.now = until
+
+    def _pass_time(self, until: float) -> None:
+        for job in self.jobs:
+            job.left_s -= (until - self.now) / len(self.jobs)
+        self.now = until
+
+    def come(self, work_s: float) -> None:
+        """A request of so much work at level 0."""
+        job = Job(self.now + self.allowed_s, work_s * SERVICE_S[self.fidelity.level])
+        self.jobs.append(job)
+        self.crowd.enter(job, self.now, self.allowed_s)
+        self.observe()
+
+    def bear(self, load: Callable[[float], float], until: float) -> Run:
+        """Poisson arrivals; a load of 1 is all that level 0 can bear."""
+        now = 0.0
+        while now < until:
+            now += self.random.expovariate(load(now) / WORK_S)
+            self.work(now)
+            self.come(WORK_S * self.random.uniform(0.7, 1.3))
+        return self.run
+
+
+class Nobody(Crowd):
+    """Waits for others: what a controller sees that watches queues only."""
+
+    def waiting_since(self, now: float) -> None:
+        return None
+
+
+def step(high: float, end: float = math.inf) -> Callable[[float], float]:
+    return lambda now: high if now < end else 0.3
+
+
+SEEDS = range(3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("load", [0.3, 0.6])
+def test_a_load_that_can_be_borne_is_looked_at_as_closely_as_asked(load, seed):
+    assert Queue(seed).bear(step(load), 300).changes == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("load", "needed"), [(1.15, 1), (1.4, 2), (1.8, 3), (2.3, 4)])
+def test_a_step_settles_at_the_level_that_bears_it(load, needed, seed):
+    run = Queue(seed).bear(step(load), 400)
+    assert run.share_at({needed, needed + 1}, 100, 400) > 0.8
+    assert sum(at > 100 for at, _ in run.changes) <= 300 / MOST_HOLD_S * 3
+    assert run.median_wait_s(100) < TARGET_S
+    assert run.gone < 0.01 * len(run.waits)
+    without = Queue(seed, math.inf).bear(step(load), 400)
+    assert without.changes == []
+    assert without.gone > 20 * run.gone + 100
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_more_than_any_level_bears_goes_to_the_last_at_once_and_stays(seed):
+    run = Queue(seed).bear(step(4.0), 120)
+    assert [level for _, level in run.changes] == [1, 2, 3, 4]
+    assert run.changes[-1][0] < 10
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("load", [1.4, 2.3, 4.0])
+def test_once_the_load_has_gone_everything_is_looked_at_closely_again(load, seed):
+    run = Queue(seed).bear(step(load, end=120), 120 + 5 * MOST_HOLD_S)
+    assert run.changes[-1][1] == 0
+    after = [level for at, level in run.changes if at > 135]
+    assert after == sorted(after, reverse=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_ramp_is_followed_up_and_down(seed):
+    run = Queue(seed).bear(lambda now: 0.4 + 1.8 * max(0.0, 1 - abs(now - 300) / 300), 700)
+    assert max(run.level_at(second) for second in range(260, 330)) >= 3
+    assert run.gone < 0.01 * len(run.waits)
+    assert run.changes[-1][1] == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_spike_is_over_soon(seed):
+    run = Queue(seed).bear(lambda now: 4.0 if 50 < now < 53 else 0.5, 120)
+    levels = [0, *(level for _, level in run.changes), 0]
+    top = levels.index(max(levels))
+    assert levels[:top] == sorted(levels[:top])
+    assert levels[top:] == sorted(levels[top:], reverse=True)
+    assert run.level_at(53 + 10 + len(LEVELS) * LEAST_HOLD_S) == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_burst_that_is_gone_within_the_target_changes_nothing(seed):
+    run = Queue(seed).bear(lambda now: 4.0 if now % 30 < 0.3 else 0.4, 300)
+    assert run.changes == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("load", [0.3, 0.6])
+def test_a_load_that_all_can_share_is_looked_at_as_closely_as_asked(load, seed):
+    assert SharedMachine(seed).bear(step(load), 300).changes == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("load", "needed"), [(1.15, 1), (1.4, 2), (1.8, 3), (2.3, 4)])
+def test_where_nobody_waits_for_a_turn_it_settles_at_a_level_where_answers_come_in_time(load, needed, seed):
+    run = SharedMachine(seed).bear(step(load), 400)
+    assert run.missed(60) < 0.06
+    assert run.share_at(set(range(needed, len(LEVELS))), 60, 400) > 0.8
+    assert sum(at > 100 for at, _ in run.changes) <= 300 / MOST_HOLD_S * 4
+    of_queues_only = SharedMachine(seed)
+    of_queues_only.crowd = Nobody(TARGET_S, 0.0)
+    without = of_queues_only.bear(step(load), 400)
+    assert without.changes == []
+    assert without.missed(60) > 5 * run.missed(60) + 0.3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_more_than_all_can_share_goes_to_the_last_level_at_once_and_stays(seed):
+    run = SharedMachine(seed).bear(step(4.0), 120)
+    assert [level for _, level in run.changes] == [1, 2, 3, 4]
+    assert run.changes[-1][0] < 15
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("load", [1.4, 2.3, 4.0])
+def test_once_fewer_share_the_machine_everything_is_looked_at_closely_again(load, seed):
+    run = SharedMachine(seed).bear(step(load, end=120), 120 + 5 * MOST_HOLD_S)
+    assert run.changes[-1][1] == 0
+    after = [level for at, level in run.changes if at > 135]
+    assert after == sorted(after, reverse=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_ramp_of_those_who_share_is_followed_up_and_down(seed):
+    run = SharedMachine(seed).bear(lambda now: 0.4 + 1.8 * max(0.0, 1 - abs(now - 300) / 300), 700)
+    assert max(run.level_at(second) for second in range(260, 330)) >= 3
+    assert run.missed(0) < 0.03
+    assert run.changes[-1][1] == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_spike_of_those_who_share_is_over_soon(seed):
+    run = SharedMachine(seed).bear(lambda now: 4.0 if 50 < now < 53 else 0.5, 120)
+    levels = [0, *(level for _, level in run.changes), 0]
+    top = levels.index(max(levels))
+    assert levels[:top] == sorted(levels[:top])
+    assert levels[top:] == sorted(levels[top:], reverse=True)
+    assert run.level_at(53 + 10 + len(LEVELS) * LEAST_HOLD_S) == 0
+
+
+def test_long_answers_that_come_alone_are_no_load():
+    machine = SharedMachine(0)
+    for second in range(0, 100, 10):
+        machine.work(float(second))
+        machine.come(0.99 * ALLOWED_S)
+        for moment in range(1, 9):  # somebody asks for the level
+            machine.work(second + moment)
+            machine.observe()
+    assert machine.run.changes == []
+    assert all(in_time for _, in_time in machine.run.ends)
+
+
+def test_a_long_answer_beside_a_trickle_of_short_ones_is_no_load():
+    machine = SharedMachine(0, allowed_s=30.0)
+    for second in range(300):
+        machine.work(float(second))
+        machine.come(0.4)
+        if second % 40 == 0:
+            machine.come(12.0)
+    assert machine.run.changes == []
+
+
+def test_who_gives_itself_hardly_any_time_takes_no_detail_from_others():
+    machine = SharedMachine(0, allowed_s=0.9 * TARGET_S)
+    for moment in range(1000):
+        machine.work(0.05 * moment)
+        machine.come(2.0)
+    assert machine.run.missed(0) == 1
+    assert machine.run.changes == []
+
+
+def test_what_is_lost_to_others_counts_once_it_is_what_a_request_can_spare():
+    crowd = Crowd(TARGET_S, 0.0)
+    crowd.enter("first", 0.0, 20.0)
+    crowd.enter("second", 10.0, 20.0)
+    spare_s = SPARE * 20.0 - TARGET_S
+    assert crowd.waiting_since(10.0 + 2 * spare_s) is None
+    assert crowd.waiting_since(20.0 + 2 * spare_s) == pytest.approx(15.0 + 2 * spare_s)  # five of these ten were lost
+    crowd.leave("first", 30.0, answered=False)
+    assert crowd.waiting_since(40.0) is None
+
+
+def test_what_will_be_lost_counts_before_it_is():
+    crowd = Crowd(TARGET_S, 0.0)
+    crowd.enter("alone", 0.0, 20.0)
+    crowd.leave("alone", 2.0, answered=True)
+    for request in range(7):
+        crowd.enter(request, 10.0, 20.0)
+    spare_s = SPARE * 20.0 - TARGET_S
+    assert crowd.waiting_since(10.0) == pytest.approx(10.0 + spare_s - 2.0 * 6)
+    assert crowd.waiting_since(17.0) == pytest.approx(17.0 + spare_s - 2.0 * 6)  # as it was foreseen: 1 s of 7
+    assert crowd.waiting_since(24.0) == pytest.approx(24.0 + spare_s - 2.0 * 6)
+    assert crowd.waiting_since(31.0) == pytest.approx(31.0 + spare_s - 3.0 * 6)  # they take longer
+
+
+def test_one_long_answer_does_not_make_longer_ones_expected_of_others():
+    crowds = [Crowd(TARGET_S, 0.0) for _ in range(2)]
+    for crowd, longest_s in zip(crowds, (1.1, 100.0), strict=True):
+        for answer_s in (1.0, longest_s):
+            crowd.enter("alone", 0.0, 20.0)
+            crowd.leave("alone", answer_s, answered=True)
+        for request in range(20):
+            crowd.enter(request, 200.0, 20.0)
+    assert crowds[0].waiting_since(200.0) == crowds[1].waiting_since(200.0)
+
+
+def test_who_may_wait_for_the_others_never_waits_too_long_for_them():
+    crowd = Crowd(TARGET_S, 0.0)
+    for request in range(3):
+        crowd.enter(request, 0.0, math.inf)
+    assert crowd.waiting_since(1000.0) is None
+
+
+steps = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 5), st.floats(0, 10) | st.none()), max_size=40)
+
+
+@given(steps)
+def test_the_crowds_wait_is_the_longest_of_those_that_each_adds_up_for_itself(steps):
+    crowd, now = Crowd(TARGET_S, 0.0), 0.0
+    lost_s: dict[int, float] = {}  # nobody is answered, so nobody is expected to lose any more
+    came_with_s: dict[int, float] = {}
+    for gap_s, request, allowed_s in steps:
+        now += gap_s
+        for each in lost_s:
+            lost_s[each] += gap_s * (len(lost_s) - 1) / len(lost_s)
+        if allowed_s is None:
+            crowd.leave(request, now, answered=False)
+            lost_s.pop(request, None)
+        elif request not in lost_s:
+            crowd.enter(request, now, allowed_s)
+            lost_s[request], came_with_s[request] = 0.0, allowed_s
+        waits_s = [
+            min(lost_s[each], came_with_s[each]) - max(SPARE * came_with_s[each] - TARGET_S, 0.0) for each in lost_s
+        ]
+        longest_s = max(waits_s, default=0.0) if len(lost_s) > 1 else 0.0
+        since = crowd.waiting_since(now)
+        assert (0.0 if since is None else now - since) == pytest.approx(max(longest_s, 0.0), abs=1e-6)
+
+
+moments = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.01, 0.3, 0.99, 1.0, 4.0, 100.0]), st.none() | st.floats(0, 20)),
+    max_size=80,
+)
+
+
+@given(moments)
+@settings(max_examples=300, deadline=None)
+def test_whatever_happens_there_is_one_change_a_second_at_most_and_one_level_up_at_a_time(moments):
+    fidelity, again, now = Fidelity(TARGET_S, 0.0), Fidelity(TARGET_S, 0.0), 0.0
+    changes = [(-math.inf, 0)]
+    for gap, wait_s in moments:
+        now += gap
+        since = None if wait_s is None else now - wait_s
+        level = fidelity.observe(now, since)
+        assert level == fidelity.level == again.observe(now, since)
+        if level != changes[-1][1]:
+            changes.append((now, level))
+    for (before, low), (at, high) in itertools.pairwise(changes):
+        assert at - before >= STEP_S - 1e-9
+        assert 0 <= high <= min(low + 1, len(LEVELS) - 1)
+    fidelity.observe(now, None)
+    assert fidelity.observe(now + len(LEVELS) * MOST_HOLD_S, None) == 0
+
+
+@given(moments)
+def test_switched_off_it_never_leaves_level_0(moments):
+    fidelity, now = Fidelity(math.inf, 0.0), 0.0
+    for gap, wait_s in moments:
+        now += gap
+        assert fidelity.observe(now, None if wait_s is None else now - wait_s) == 0
+
+
+ranges = st.tuples(st.integers(1, 400), st.integers(1, 400)).map(lambda pair: (min(pair), max(pair)))
+
+
+@given(ranges, ranges)
+def test_a_level_takes_from_the_most_and_never_passes_the_least(vision_tokens, visual_tokens):
+    asked = before = Budget(vision_tokens, visual_tokens)
+    for level in LEVELS:
+        budget = level.cap(asked)
+        for name in ("vision_tokens", "visual_tokens"):
+            least, most = getattr(budget, name)
+            assert least == getattr(asked, name)[0]
+            assert least <= most <= getattr(before, name)[1]
+            assert most <= max(least, getattr(level, name))
+        before = budget
+
+
+def test_the_levels_are_what_the_design_says():
+    assert [level.visual_tokens for level in LEVELS] == [128, 96, 64, 32, 32]
+    assert [level.vision_tokens for level in LEVELS] == [400, 192, 128, 96, 64]
+    assert [level.closer_view for level in LEVELS] == [True, True, False, False, False]
+
+
+def test_who_asks_for_one_number_gets_it_at_every_level():
+    exact = Budget(vision_tokens=(256, 256), visual_tokens=(128, 128))
+    assert all(level.cap(exact) == exact for level in LEVELS)

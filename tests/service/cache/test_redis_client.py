@@ -1,0 +1,50 @@
+import inspect
+
+import pytest
+import redis.exceptions as foreign
+from structlog.testing import capture_logs
+
+from service.cache.redis_client import Lane, fault_of
+
+EVERY = [
+    error
+    for _, error in inspect.getmembers(foreign, inspect.isclass)
+    if issubclass(error, foreign.RedisError) and error.__module__ == foreign.__name__
+]
+
+
+@pytest.mark.parametrize("error", EVERY)
+def test_every_error_of_the_client_has_a_kind(error):
+    with capture_logs() as logs:
+        assert fault_of(error.__new__(error, "x")).kind != "fault"
+    assert not logs
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (foreign.AuthenticationError("x"), "denied"),
+        (foreign.NoPermissionError("x"), "denied"),
+        (foreign.OutOfMemoryError("x"), "full"),
+        (foreign.ReadOnlyError("x"), "refused"),
+        (foreign.BusyLoadingError("x"), "unreachable"),
+        (foreign.TimeoutError("x"), "timeout"),
+        (TimeoutError(), "timeout"),
+        (ConnectionResetError("x"), "unreachable"),
+    ],
+)
+def test_kinds(error, kind):
+    assert fault_of(error).kind == kind
+    assert fault_of(error).message
+
+
+def test_what_nobody_foresaw_is_a_fault_and_is_logged_with_its_traceback():
+    with capture_logs() as logs:
+        assert fault_of(AttributeError("'NoneType' object has no attribute 'read'")).kind == "fault"
+    assert [line["event"] for line in logs] == ["redis_client_fault"]
+
+
+@pytest.mark.parametrize("url", ["http://x", "redis://x:port", "x", "redis+cluster://x:port", "redis+cluster://x/1"])
+def test_what_is_no_address_of_a_redis_is_refused(url):
+    with pytest.raises(ValueError):
+        Lane(url, 1.0)

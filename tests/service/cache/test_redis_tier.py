@@ -1,0 +1,558 @@
+"""Gateways with stand-ins for the models that share a real redis-server, and everything that can happen to it.
+
+Whatever that is: every request is answered, none waits much longer than GLIMPSE_REDIS_TIMEOUT_S, and metrics show it.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from redis.crc import key_slot
+from structlog.testing import capture_logs
+
+from service.admission.scheduler import Priority
+from service.cache import admin as cache_admin
+from service.cache.features import FeatureKey
+from service.cache.records import pack
+from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
+from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, Budget, CloserFeatures, Int8Rows, ModelCard, Sampling
+from service.media.decoder import Image
+from service.pipeline import Finished
+from service.ticket import Request
+from tests.conftest import RedisServer, StartRedis, eventually, free_ports
+from tests.support.fakes import CARD, CLOSER, House, cancelled, png, turns, until
+
+SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
+PATIENT = 5.0  # for tests in which Redis is well: a busy machine must not look like a slow Redis
+
+
+@asynccontextmanager
+async def gateway(url: str, card: ModelCard = CARD, *, in_use: bool = True, **knobs: object) -> AsyncIterator[House]:
+    """Without a memory of its own, unless `knobs` say so: every question asks Redis."""
+    house = House(card, redis_url=url, **{"feature_cache_bytes": 0, "redis_timeout_s": PATIENT, **knobs})
+    assert house.shared is not None
+    running = asyncio.create_task(house.shared.run())
+    try:
+        if in_use:
+            await until(lambda: not house.shared.breaker.is_open, 10)
+        yield house
+    finally:
+        await cancelled(running)
+        house.reader.close()
+
+
+@cache
+def image(number: int) -> bytes:
+    return png((number % 256, number // 256, 7))
+
+
+def key(number: int) -> FeatureKey:
+    return FeatureKey(CARD.fingerprint, IMAGE_SIZE, Image.of(image(number)).digest)
+
+
+async def ask(house: House, number: int, timeout_s: float = 30.0, **more: object) -> str:
+    """`hit` or `miss`; the answer is always the same."""
+    request = Request("vqa_1", (image(number),), "what?", Budget(), Sampling(), timeout_s, **more)
+    *_, last = [event async for event in house.pipeline.answer(request)]
+    assert isinstance(last, Finished)
+    return last.cache
+
+
+async def timed(house: House, number: int) -> tuple[str, float]:
+    begun = time.monotonic()
+    return await ask(house, number), time.monotonic() - begun
+
+
+def lookups(house: House, tier: str = "redis") -> dict[str, float]:
+    """Those that happened."""
+    every = ("hit", "miss", "shared", "failed", "skipped")
+    counts = {r: house.counted("glimpse_feature_cache_lookups_total", tier=tier, result=r) for r in every}
+    return {result: count for result, count in counts.items() if count}
+
+
+def writes(house: House, result: str) -> float:
+    return house.counted("glimpse_feature_cache_writes_total", result=result)
+
+
+def errors(house: House, kind: str) -> float:
+    return house.counted("glimpse_redis_errors_total", kind=kind)
+
+
+async def kept(house: House, count: int) -> None:
+    await until(lambda: writes(house, "kept") == count)
+
+
+async def test_what_one_gateway_encoded_another_finds_bit_for_bit(redis_server):
+    async with gateway(redis_server.url) as one, gateway(redis_server.url, feature_cache_bytes=10**6) as other:
+        assert await ask(one, 1) == "miss"
+        await kept(one, 1)
+        async with one.pipeline.features.find(key(1)) as first, other.pipeline.features.find(key(1)) as second:
+            assert first.features is not second.features
+            for name in CARD.feature_shapes[IMAGE_SIZE]:
+                assert (getattr(first.features, name) == getattr(second.features, name)).all()
+        assert [await ask(other, 1), await ask(other, 1)] == ["hit", "hit"]
+        assert lookups(one) == {"miss": 1, "hit": 1}
+        assert lookups(other) == {"hit": 1}
+        assert lookups(other, "memory") == {"miss": 1, "hit": 2}
+        assert other.vision.calls == ["attend", "attend"]
+
+
+async def test_gateways_that_keep_int8_share_it_and_others_do_not_see_it(redis_server):
+    int8 = {"feature_cache_dtype": "int8"}
+    async with (
+        gateway(redis_server.url, **int8) as one,
+        gateway(redis_server.url, **int8) as other,
+        gateway(redis_server.url) as full,
+    ):
+        assert await ask(one, 1) == "miss"
+        await kept(one, 1)
+        assert await ask(other, 1) == "hit"
+        assert await ask(full, 1) == "miss"
+        await kept(full, 1)
+        async with one.pipeline.features.find(key(1)) as rounded, full.pipeline.features.find(key(1)) as exact:
+            assert isinstance(rounded.features.features, Int8Rows)
+            assert rounded.features.features.dense() == pytest.approx(exact.features.features, rel=0.01)
+    small, large = sorted(redis_server.client.strlen(name) for name in redis_server.client.keys("*features*"))
+    assert small < large
+
+
+async def test_records_and_claims_end_by_themselves(redis_server):
+    async with gateway(redis_server.url, redis_ttl_s=100, redis_flight_s=1.5) as house:
+        house.vision.gate.clear()
+        asked = asyncio.create_task(ask(house, 1))
+        await until(lambda: house.vision.calls)
+        assert 0 < redis_server.client.pttl(flight_key(key(1))) <= 1500
+        house.vision.gate.set()
+        await asked
+        await kept(house, 1)
+        assert 90 < redis_server.client.ttl(record_key(key(1))) <= 100
+        assert not redis_server.client.exists(flight_key(key(1)))
+
+
+async def test_fifty_requests_for_a_new_image_over_two_gateways_encode_it_once(redis_server):
+    async with gateway(redis_server.url) as one, gateway(redis_server.url) as other:
+        for house in (one, other):
+            house.vision.gate.clear()
+        asked = [asyncio.create_task(ask(house, 1)) for house in (one, other) * 25]
+        await until(lambda: one.vision.calls or other.vision.calls)
+        await turns()
+        for house in (one, other):
+            house.vision.gate.set()
+        assert sorted(await asyncio.gather(*asked)) == ["hit"] * 49 + ["miss"]
+        assert (one.vision.calls + other.vision.calls).count("see") == 1
+        assert sorted([lookups(one), lookups(other)], key=str) == [{"miss": 1}, {"shared": 1}]
+        assert lookups(one, "memory") == lookups(other, "memory") == {"miss": 1, "shared": 24}
+
+
+async def test_nobody_waits_for_a_claim_of_its_own_gateway(redis_server):
+    async with gateway(redis_server.url, redis_flight_s=60) as house:
+        house.vision.gate.clear()
+        patient = asyncio.create_task(ask(house, 1, priority=Priority.LOW))
+        await until(lambda: house.vision.calls)
+        other = asyncio.create_task(ask(house, 1))
+        await until(lambda: house.vision.calls == ["see", "see"])
+        house.vision.gate.set()
+        assert await asyncio.gather(patient, other) == ["miss", "miss"]
+        await kept(house, 2)
+        await until(lambda: not redis_server.client.exists(flight_key(key(1))))
+
+
+async def test_many_new_images_over_two_gateways_are_encoded_once_each(redis_server):
+    async with gateway(redis_server.url) as one, gateway(redis_server.url) as other:
+        results = await asyncio.gather(*(ask(house, number % 20) for number in range(100) for house in (one, other)))
+        assert results.count("miss") == 20
+        assert (one.vision.calls + other.vision.calls).count("see") == 20
+
+
+async def test_a_claim_whose_holder_goes_away_passes_to_another_gateway(redis_server):
+    async with (
+        gateway(redis_server.url, redis_flight_s=60) as one,
+        gateway(redis_server.url, redis_flight_s=60) as other,
+    ):
+        one.vision.gate.clear()
+        leader = asyncio.create_task(ask(one, 1))
+        await until(lambda: one.vision.calls)
+        waiting = asyncio.create_task(ask(other, 1))
+        await turns()
+        assert not other.vision.calls
+        await cancelled(leader)
+        assert await waiting == "miss"
+
+
+async def test_a_claim_of_a_gateway_that_died_is_waited_for_no_longer_than_said(redis_server):
+    async with gateway(redis_server.url, redis_flight_s=0.3) as house:
+        redis_server.client.set(flight_key(key(1)), "dead")
+        result, seconds = await timed(house, 1)
+        assert result == "miss"
+        assert 0.3 <= seconds < 0.3 + SLACK_S
+        await until(lambda: writes(house, "kept"))
+        assert redis_server.client.get(flight_key(key(1))) == b"dead"  # not ours to give back
+
+
+async def test_waiting_for_another_gateway_leaves_half_the_time_for_an_encode_of_our_own(redis_server):
+    redis_server.client.set(flight_key(key(1)), "slow")
+    async with gateway(redis_server.url, redis_flight_s=60) as house:
+        begun = time.monotonic()
+        assert await ask(house, 1, timeout_s=2.0) == "miss"
+        assert 0.9 < time.monotonic() - begun < 2.0
+
+
+async def test_a_cancelled_lookup_leaves_its_connection_in_order(redis_server):
+    async with gateway(redis_server.url) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+        redis_server.pause()
+        doomed = [asyncio.create_task(ask(house, 1)) for _ in range(3)]
+        await until(lambda: house.counted("glimpse_requests_in_flight") == 3)
+        for task in doomed:
+            await cancelled(task)
+        redis_server.resume()
+        assert [await ask(house, 2), await ask(house, 1)] == ["miss", "hit"]
+
+
+async def test_a_write_that_has_to_wait_too_long_is_dropped_and_counted(redis_server):
+    async with gateway(redis_server.url) as house:
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
+        for number in range(MOST_UNWRITTEN + 10):
+            house.shared.put(key(number), vision)
+        assert writes(house, "dropped") == 10
+        await kept(house, MOST_UNWRITTEN)
+
+
+# Faults.
+
+
+async def test_absent_at_start_and_there_later(redis_server):
+    redis_server.kill()
+    with capture_logs() as logs:
+        async with gateway(redis_server.url, in_use=False, redis_timeout_s=0.05) as house:
+            timings = [await timed(house, number % 10) for number in range(30)]
+            assert {result for result, _ in timings} == {"miss"}
+            assert max(seconds for _, seconds in timings) < SLACK_S
+            assert lookups(house) == {"skipped": 30}
+            assert writes(house, "skipped") == 30
+            assert house.counted("glimpse_redis_breaker_open") == 1
+            await until(lambda: errors(house, "unreachable"))
+            redis_server.start()
+            await until(lambda: not house.counted("glimpse_redis_breaker_open"), 10)
+            await ask(house, 1)
+            await kept(house, 1)
+            assert await ask(house, 1) == "hit"
+    said = [line["event"] for line in logs if line["event"].startswith("redis")]
+    assert said[:2] == ["redis_not_in_use", "redis_in_use"]  # once each, not once a trial
+
+
+async def test_killed_and_started_again_under_load(redis_server):
+    async with (
+        gateway(redis_server.url, redis_timeout_s=0.05) as one,
+        gateway(redis_server.url, redis_timeout_s=0.05) as other,
+    ):
+        timings: list[float] = []
+        stopping = asyncio.Event()
+
+        async def load(house: House, start: int) -> None:
+            number = start
+            while not stopping.is_set():
+                timings.append((await timed(house, number % 8))[1])
+                number += 1
+                await asyncio.sleep(0.01)  # the load's pace: one question a time, not all that the machine can do
+
+        async with asyncio.TaskGroup() as tasks:
+            for start in (0, 4):
+                tasks.create_task(load(one, start))
+                tasks.create_task(load(other, start + 2))
+            await until(lambda: lookups(one).get("hit", 0) > 20)
+            await asyncio.to_thread(redis_server.kill)
+            await until(lambda: all(house.counted("glimpse_redis_breaker_open") for house in (one, other)))
+            await until(lambda: lookups(one).get("skipped", 0) > 20)
+            await asyncio.to_thread(redis_server.start)
+            before = lookups(one).get("hit", 0)
+            await until(lambda: lookups(one).get("hit", 0) > before + 20, 20)
+            stopping.set()
+        assert max(timings) < 0.05 + SLACK_S
+        assert one.outcomes().keys() == other.outcomes().keys() == {"ok"}
+        assert errors(one, "unreachable") > 0
+
+
+async def test_paused(redis_server):
+    async with gateway(redis_server.url, redis_timeout_s=0.05) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+        redis_server.pause()
+        timings = await asyncio.gather(*(timed(house, 1) for _ in range(20)), *(timed(house, n) for n in range(2, 20)))
+        assert {result for result, _ in timings} <= {"miss", "hit"}
+        assert max(seconds for _, seconds in timings) < 0.05 + SLACK_S
+        assert errors(house, "timeout") >= 3
+        assert house.counted("glimpse_redis_breaker_open") == 1
+        slow = lookups(house)["failed"]
+        assert [(await timed(house, number))[0] for number in range(20, 70)] == ["miss"] * 50
+        assert lookups(house)["failed"] == slow  # nobody waits any more
+        redis_server.resume()
+        await until(lambda: not house.counted("glimpse_redis_breaker_open"), 10)
+        assert await ask(house, 1) == "hit"
+
+
+async def test_a_gateway_stops_while_redis_is_paused_and_a_record_half_written(redis_server):
+    async with gateway(redis_server.url) as house:
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
+        redis_server.pause()
+        house.shared.put(key(1), replace(vision, features=np.zeros((257, 20_000), np.float32)))  # 20 MB
+        await until(lambda: not house.shared.unwritten)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < SLACK_S
+    redis_server.resume()
+
+
+async def test_paused_while_another_gateway_encodes(redis_server):
+    async with gateway(redis_server.url, redis_timeout_s=0.2, redis_flight_s=60) as house:
+        redis_server.client.set(flight_key(key(1)), "another")
+        asked = asyncio.create_task(timed(house, 1))
+        await until(lambda: redis_server.client.info("commandstats")["cmdstat_set"]["calls"] > 3)  # it waits
+        redis_server.pause()
+        begun = time.monotonic()
+        assert (await asked)[0] == "miss"
+        assert time.monotonic() - begun < 0.2 + SLACK_S
+        redis_server.resume()
+
+
+async def test_full_and_nothing_may_go(start_redis: StartRedis):
+    redis_server = start_redis("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
+    async with gateway(redis_server.url) as house:
+        await ask(house, 0)
+        await kept(house, 1)
+        redis_server.client.config_set("maxmemory", "1")
+        timings = [await timed(house, number) for number in range(1, 20)]
+        assert {result for result, _ in timings} == {"miss"}
+        await until(lambda: writes(house, "failed") == 19)
+        assert writes(house, "kept") == 1
+        assert errors(house, "full") == 19 * 2  # the claims and the records
+        assert house.counted("glimpse_redis_breaker_open") == 0
+        assert await ask(house, 0) == "hit"  # what is there can still be read
+        redis_server.client.config_set("maxmemory", "0")
+        await ask(house, 1)
+        await kept(house, 2)
+        assert await ask(house, 1) == "hit"
+
+
+async def test_full_and_the_least_used_goes(start_redis: StartRedis):
+    redis_server = start_redis("--maxmemory", "3mb", "--maxmemory-policy", "allkeys-lru")
+    async with gateway(redis_server.url) as house:
+        await house.shared.measure()
+        for number in range(200):  # 20 KB each
+            assert await ask(house, number) == "miss"
+        await kept(house, 200)
+        await house.shared.measure()
+        assert house.counted("glimpse_feature_cache_evictions_total", tier="redis") > 50
+        assert 1e6 < house.counted("glimpse_feature_cache_bytes", tier="redis") < 4e6
+        assert await ask(house, 199) == "hit"
+        assert errors(house, "full") == 0
+
+
+@pytest.mark.parametrize("reason", ["magic", "version", "checksum", "key", "shape"])
+async def test_a_record_that_does_not_fit_is_deleted_and_made_anew(redis_server, reason):
+    async with gateway(redis_server.url) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+        good = bytearray(redis_server.client.get(record_key(key(1))))
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
+        house.vision.calls.clear()
+        bad = {
+            "magic": b"rubbish",
+            "version": good[:4] + b"\x02\x00" + good[6:],
+            "checksum": good[:-1] + bytes([good[-1] ^ 1]),
+            "key": pack(FeatureKey("another model", IMAGE_SIZE, key(1).digest), vision),
+            "shape": pack(
+                key(1), type(vision)(vision.features[:, :3], vision.saliency, vision.entropy, vision.texture)
+            ),
+        }[reason]
+        redis_server.client.set(record_key(key(1)), bytes(bad))
+        assert await ask(house, 1) == "miss"
+        assert house.counted("glimpse_redis_bad_records_total", reason=reason) == 1
+        await kept(house, 2)
+        assert redis_server.client.get(record_key(key(1))) == good
+        assert await ask(house, 1) == "hit"
+        assert house.vision.calls == ["see", "attend"]
+
+
+async def test_another_model_has_keys_of_its_own(redis_server):
+    async with gateway(redis_server.url) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+        async with house.pipeline.features.find(FeatureKey("another model", IMAGE_SIZE, key(1).digest)) as found:
+            assert found.features is None
+
+
+async def test_a_wrong_password(start_redis: StartRedis):
+    redis_server = start_redis("--requirepass", "right")
+    url = redis_server.url.replace("redis://", "redis://:wrong@")
+    with capture_logs() as logs:
+        async with gateway(url, in_use=False) as house:
+            timings = [await timed(house, number) for number in range(5)]
+            assert {result for result, _ in timings} == {"miss"}
+            await until(lambda: errors(house, "denied") >= 2)
+            assert house.counted("glimpse_redis_breaker_open") == 1
+    (said,) = [line for line in logs if line["event"] == "redis_not_in_use"]
+    assert said["kind"] == "denied"
+    assert "wrong@" not in str(logs)
+    async with gateway(redis_server.url.replace("redis://", "redis://:right@")) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+
+
+async def test_a_password_that_is_changed_under_way(redis_server):
+    async with gateway(redis_server.url) as house:
+        await ask(house, 1)
+        redis_server.client.config_set("requirepass", "new")
+        redis_server.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        assert {await ask(house, number) for number in range(2, 12)} == {"miss"}
+        await until(lambda: errors(house, "denied"))
+        assert house.counted("glimpse_redis_breaker_open") == 1
+
+
+# The closer view, which has a record of its own.
+
+
+def closer_key(number: int) -> FeatureKey:
+    return FeatureKey(CARD.fingerprint, CLOSER_SIZE, Image.of(image(number)).digest)
+
+
+async def test_both_views_of_an_image_are_encoded_once_for_two_gateways(redis_server):
+    async with gateway(redis_server.url, CLOSER) as one, gateway(redis_server.url, CLOSER) as other:
+        for house in (one, other):
+            house.vision.gate.clear()
+        asked = [asyncio.create_task(ask(house, 1, detail="high")) for house in (one, other) * 10]
+        await until(lambda: one.vision.calls or other.vision.calls)
+        await turns()
+        for house in (one, other):
+            house.vision.gate.set()
+        assert sorted(await asyncio.gather(*asked)) == ["hit"] * 19 + ["miss"]
+        calls = one.vision.calls + other.vision.calls
+        assert [calls.count("encode 1"), calls.count("encode 4"), calls.count("attend_448")] == [1, 1, 20]
+        await until(lambda: writes(one, "kept") + writes(other, "kept") == 2)
+        assert redis_server.client.exists(record_key(key(1)), record_key(closer_key(1))) == 2
+
+
+@pytest.mark.parametrize("reason", ["checksum", "shape"])
+async def test_a_closer_view_that_does_not_fit_is_deleted_and_encoded_anew(redis_server, reason):
+    async with gateway(redis_server.url, CLOSER) as house:
+        await ask(house, 1, detail="high")
+        await kept(house, 2)
+        good = redis_server.client.get(record_key(closer_key(1)))
+        small = pack(closer_key(1), CloserFeatures(np.zeros((1024, 3), np.float32)))
+        bad = {"checksum": good[:-1] + bytes([good[-1] ^ 1]), "shape": small}[reason]
+        redis_server.client.set(record_key(closer_key(1)), bad)
+        house.vision.calls.clear()
+        assert await ask(house, 1, detail="high") == "miss"
+        assert house.counted("glimpse_redis_bad_records_total", reason=reason) == 1
+        await kept(house, 3)
+        assert redis_server.client.get(record_key(closer_key(1))) == good
+        assert house.vision.calls == ["encode 4", "attend_448"]
+
+
+async def test_closer_views_go_on_without_redis(redis_server):
+    async with gateway(redis_server.url, CLOSER, redis_timeout_s=0.05) as house:
+        assert await ask(house, 1, detail="high") == "miss"
+        await kept(house, 2)
+        redis_server.pause()
+        assert {await ask(house, number, detail="high") for number in range(2, 8)} == {"miss"}
+        redis_server.resume()
+        assert house.outcomes() == {"ok": 7}
+        await until(lambda: not house.counted("glimpse_redis_breaker_open"), 10)
+        assert await ask(house, 1, detail="high") == "hit"
+
+
+# A cluster.
+
+
+class Cluster:
+    """Three nodes, which share the slots."""
+
+    def __init__(self, start_redis: StartRedis) -> None:
+        self.nodes = []
+        for number, bus in enumerate(free_ports(3)):
+            files = ("--cluster-config-file", f"node-{number}.conf")
+            node = start_redis("--cluster-enabled", "yes", "--cluster-port", str(bus), *files)
+            node.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", number * 5461, number * 5461 + 5460 + number // 2)
+            if number:
+                first = self.nodes[0].port, int(self._bus)
+                node.client.execute_command("CLUSTER", "MEET", "127.0.0.1", *first)
+            else:
+                self._bus = bus
+            self.nodes.append(node)
+        eventually(self.is_whole, 20, "a cluster of three")
+        self.url = self.nodes[0].url.replace("redis://", "redis+cluster://")
+
+    def is_whole(self) -> bool:
+        told = [node.client.execute_command("CLUSTER INFO") for node in self.nodes]
+        return all((each["cluster_state"], each["cluster_known_nodes"]) == ("ok", "3") for each in told)
+
+    def owner(self, name: str) -> RedisServer:
+        slot = key_slot(name.encode())
+        return self.nodes[min(slot // 5461, 2)]
+
+    def move(self, name: str, to: RedisServer) -> None:
+        """Its slot, with what is in it."""
+        owner, slot = self.owner(name), key_slot(name.encode())
+        names = {node.port: node.client.execute_command("CLUSTER MYID").decode() for node in (owner, to)}
+        to.client.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", names[owner.port])
+        owner.client.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", names[to.port])
+        owner.client.execute_command("MIGRATE", "127.0.0.1", to.port, name, 0, 5000)
+        for node in (to, owner):
+            node.client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", names[to.port])
+
+
+def test_the_keys_of_an_image_share_a_slot():
+    every = [{key_slot(name(each(n)).encode()) for name in (record_key, flight_key)}
+             for n in range(20) for each in (key, closer_key)]  # fmt: skip
+    assert {len(slots) for slots in every} == {1}
+    assert len(set.union(*every)) > 20
+
+
+async def test_gateways_share_a_cluster_of_three_nodes(start_redis: StartRedis):
+    cluster = Cluster(start_redis)
+    async with gateway(cluster.url) as one, gateway(cluster.url) as other:
+        assert await asyncio.gather(*(ask(one, number) for number in range(20))) == ["miss"] * 20
+        await kept(one, 20)
+        assert await asyncio.gather(*(ask(other, number) for number in range(20))) == ["hit"] * 20
+        assert lookups(one) == {"miss": 20}
+        assert all(node.client.dbsize() > 0 for node in cluster.nodes)
+    found = await cache_admin.stats(cluster.url)
+    assert found.kept[CARD.fingerprint].records == 20
+    assert await cache_admin.purge(cluster.url, None) == 20
+    assert not any(node.client.dbsize() for node in cluster.nodes)
+
+
+async def test_a_slot_that_moved_is_followed(start_redis: StartRedis):
+    cluster = Cluster(start_redis)
+    async with gateway(cluster.url) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+        name = record_key(key(1))
+        to = next(node for node in cluster.nodes if node is not cluster.owner(name))
+        cluster.move(name, to)
+        assert [await ask(house, 1), await ask(house, 1)] == ["hit", "hit"]
+        assert house.vision.calls.count("see") == 1
+
+
+async def test_without_one_node_of_a_cluster_every_request_is_answered(start_redis: StartRedis):
+    cluster = Cluster(start_redis)
+    for node in cluster.nodes:
+        node.client.config_set("cluster-require-full-coverage", "no")
+    async with gateway(cluster.url, redis_timeout_s=0.2) as house:
+        for number in range(12):
+            await ask(house, number)
+        await kept(house, 12)
+        lost = cluster.nodes[2]
+        lost.kill()
+        for number in range(12):
+            result, seconds = await timed(house, number)
+            assert seconds < 0.2 + SLACK_S
+            assert result == "miss" if cluster.owner(record_key(key(number))) is lost else result in ("hit", "miss")
+        assert house.outcomes() == {"ok": 24}
+        assert errors(house, "unreachable") > 0

@@ -1,0 +1,340 @@
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import typer
+import uvicorn
+from PIL import Image as Pillow
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
+
+from service.__main__ import bound
+from service.cache.features import AS_INT8, FeatureKey
+from service.cache.records import pack
+from service.cache.redis_tier import record_key
+from service.cli.main import app, require
+from service.core.errors import Unavailable
+from service.core.vision import Budget, VisionFeatures
+from service.edges.http.vqa import http_api
+from service.settings import Settings
+from service.triton_server.supervision import StartFailed
+from tests.conftest import PROJECT, eventually, free_ports
+from tests.support.fakes import CARD, CLOSER, House, png
+
+
+@pytest.fixture
+def server() -> Iterator[SimpleNamespace]:
+    """The HTTP edge on a real port, in front of stand-ins for the models."""
+    house = House(CLOSER)
+    (port,) = free_ports(1)
+    config = uvicorn.Config(http_api(house.edge), host="127.0.0.1", port=port, log_config=None, lifespan="off")
+    serving = uvicorn.Server(config)
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    eventually(lambda: serving.started, 10, "server started")
+    with capture_logs():  # the command's own output is tested
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", house=house)
+    serving.should_exit = True
+    thread.join(10)
+    house.reader.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    path = tmp_path / "image.png"
+    path.write_bytes(png())
+    return str(path)
+
+
+def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments), input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_ask_prints_the_answer(server, image):
+    server.house.language.say(" red or é")
+    assert run("ask", image, "what colour?", "--url", server.url) == (0, "red or é\n", "")
+
+
+def test_several_questions_send_the_image_once_and_see_it_once(server, image):
+    status, said, _ = run("ask", image, "what colour?", "which shape?", "--url", server.url)
+    assert (status, said) == (0, "what colour? red\nwhich shape? red\n")
+    assert server.house.vision.calls == ["see", "attend"]
+
+
+def test_json_is_a_line_for_each_question(server, image):
+    status, said, _ = run("ask", image, "a?", "b?", "--json", "--url", server.url)
+    answers = [json.loads(line) for line in said.splitlines()]
+    assert status == 0
+    assert [answer["answer"] for answer in answers] == ["red", "red"]
+
+
+def test_explain_draws_where_it_looked_and_says_the_answer(server, image, tmp_path):
+    target = tmp_path / "looked.png"
+    assert run("ask", image, "what colour?", "--explain", str(target), "--url", server.url) == (0, "red\n", "")
+    with Pillow.open(target) as picture:
+        assert (picture.format, picture.size) == ("PNG", (1920, 732))
+
+
+def test_explain_with_json_prints_the_numbers_that_are_drawn(server, image, tmp_path):
+    target = tmp_path / "looked.png"
+    status, said, _ = run("ask", image, "a?", "--json", "--explain", str(target), "--url", server.url)
+    answer = json.loads(said)
+    assert (status, answer["answer"], len(answer["relevance"][0]["map"])) == (0, "red", 16)
+    assert target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["-", "a?", "--explain", "looked.svg"], "the picture is a PNG: write --explain looked.png"),
+        (["-", "a?", "b?", "--explain", "looked.png"], "--explain draws one question"),
+        (["img_0", "a?", "--explain", "looked.png"], "name its file, not its id"),
+    ],
+)
+def test_explain_says_what_it_cannot_draw_before_it_asks(server, arguments, told):
+    status, _, error = run("ask", *arguments, "--url", server.url)
+    assert status == 1
+    assert told in error
+    assert not server.house.vision.calls
+
+
+def test_a_picture_that_cannot_be_written_is_told(server, image, tmp_path):
+    target = tmp_path / "nowhere" / "looked.png"
+    status, _, error = run("ask", image, "a?", "--explain", str(target), "--url", server.url)
+    assert (status, error) == (1, f"glimpse: cannot write {target}: No such file or directory\n")
+
+
+def test_every_option_reaches_the_service(server, image):
+    looking = "--detail high --vision-tokens 64 100 --visual-tokens 32 64"
+    saying = "--max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.5 --seed 9 --stop . --stop ! --timeout-s 9"
+    status, _, _ = run("ask", image, "a?", "--url", server.url, *looking.split(), *saying.split())
+    sampling = server.house.language.sampling[0]
+    assert status == 0
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.top_p) == (3, 0.5, 4, 0.5)
+    assert (sampling.seed, sampling.stop) == (9, (".", "!"))
+    assert server.house.vision.budgets[0] == Budget((64, 100), (32, 64))
+    assert server.house.vision.calls[-1] == "attend_448"
+
+
+def test_an_image_may_come_from_standard_input_or_be_an_id(server):
+    _, said, _ = run("ask", "-", "a?", "--json", "--url", server.url, stdin=png())
+    image_id = json.loads(said)["image_ids"][0]
+    assert run("ask", image_id, "a?", "--url", server.url)[:2] == (0, "red\n")
+
+
+def test_a_file_that_is_not_there_is_named(server):
+    status, _, error = run("ask", "nowhere.png", "a?", "--url", server.url)
+    assert (status, error) == (1, "glimpse: cannot read nowhere.png: No such file or directory\n")
+
+
+def test_what_the_service_refuses_is_told_in_its_words(server, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("no image")
+    status, _, error = run("ask", str(path), "a?", "--url", server.url)
+    assert status == 1
+    assert "send PNG, JPEG, WebP or GIF" in error
+
+
+def test_an_error_half_way_is_told(server, image):
+    server.house.language.say(" red red")
+    server.house.language.wait_at = 1
+    server.house.language.fault = Unavailable("triton is gone")
+    status, said, error = run("ask", image, "a?", "--url", server.url)
+    assert (status, said, error) == (1, "red", "glimpse: triton is gone\n")
+
+
+def test_a_question_refused_before_the_first_token_is_told(server, image):
+    status, _, error = run("ask", image, " ", "--url", server.url)
+    assert status == 1
+    assert "say what you want to know" in error
+
+
+@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["eval"]])
+def test_without_a_server_it_says_how_to_start_one(command):
+    (port,) = free_ports(1)
+    status, _, error = run(*command, "--url", f"http://127.0.0.1:{port}")
+    assert status == 1
+    assert f"nothing answers at http://127.0.0.1:{port}: start the service with `make serve`" in error
+
+
+@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["ask", "img_1", "a?"], ["eval"]])
+def test_another_service_that_is_content_is_told_in_a_line(command):
+    class Page(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<!doctype html>\nWelcome")
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as pages:
+        thread = threading.Thread(target=pages.serve_forever)
+        thread.start()
+        status, _, error = run(*command, "--url", f"http://127.0.0.1:{pages.server_port}")
+        pages.shutdown()
+        thread.join()
+    assert status == 1
+    assert "is it another service?" in error.splitlines()[-1]
+
+
+def test_a_port_that_two_bind_at_once_is_told_to_the_second():
+    (port,) = free_ports(1)
+    settings = Settings(http_port=port)
+    with bound(settings), pytest.raises(StartFailed, match=f"cannot listen on 127.0.0.1:{port}"):
+        bound(settings)
+
+
+def test_warm_has_every_image_encoded_once(server, tmp_path):
+    (tmp_path / "below").mkdir()
+    for number, name in enumerate(["a.png", "below/b.PNG", "below/c.png"]):
+        (tmp_path / name).write_bytes(png((number, 0, 0)))
+    (tmp_path / "notes.txt").write_text("no image")
+    status, said, _ = run("cache", "warm", str(tmp_path), "--url", server.url)
+    assert status == 0
+    assert said.startswith("3 images in ")
+    assert said.endswith("3 encoded, 0 known already, 0 refused\n")
+    assert run("cache", "warm", str(tmp_path), "--url", server.url)[1].endswith(
+        "0 encoded, 3 known already, 0 refused\n"
+    )
+
+
+def test_warm_tells_what_it_could_not_send(server, tmp_path):
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    status, said, error = run("cache", "warm", str(tmp_path), "--url", server.url)
+    assert status == 1
+    assert said.endswith("1 encoded, 0 known already, 1 refused\n")
+    assert error.startswith(f"{tmp_path / 'bad.png'}: ")
+    assert run("cache", "warm", str(tmp_path / "good.png"), "--url", server.url)[0] == 1
+
+
+def test_stats_and_purge_by_encoder(redis_server):
+    client = redis_server.client
+    vision = VisionFeatures(*(np.zeros(shape, np.float32) for shape in CARD.feature_shapes[224].values()))
+    for number in range(1200):
+        key = FeatureKey("old" if number % 3 else "new", 224, str(number))
+        client.set(record_key(key), pack(key, vision))
+    rounded = FeatureKey("old" + AS_INT8, 224, "0")
+    client.set(record_key(rounded), pack(rounded, vision))
+    client.set("somebody:else", "kept")
+    client.config_set("maxmemory", 10**9)
+    status, said, _ = run("cache", "stats", "--redis-url", redis_server.url)
+    first, *models = said.splitlines()
+    nbytes = len(pack(FeatureKey("old", 224, "100"), vision))
+    assert status == 0
+    assert "MB of 1000.0 MB, noeviction; 0 keys evicted" in first
+    assert models == [
+        f"new: 400 views of images, {400 * nbytes / 1e6:.1f} MB",
+        f"old: 800 views of images, {800 * nbytes / 1e6:.1f} MB",
+        "old.int8: 1 views of images, 0.0 MB",
+    ]
+    purge = ["cache", "purge", "--redis-url", redis_server.url]
+    assert run(*purge, "--fingerprint", "old")[:2] == (0, "801 views of images deleted\n")
+    assert run(*purge)[:2] == (0, "400 views of images deleted\n")
+    assert run("cache", "stats", "--redis-url", redis_server.url)[1].endswith("no vision features\n")
+    assert client.keys() == [b"somebody:else"]
+
+
+@pytest.mark.parametrize("command", ["stats", "purge"])
+def test_a_redis_that_is_not_there_or_no_redis_is_told_in_a_line(command):
+    (port,) = free_ports(1)
+    status, _, error = run("cache", command, "--redis-url", f"redis://:secret@127.0.0.1:{port}")
+    assert status == 1
+    assert f"Redis: Error 111 connecting to 127.0.0.1:{port}" in error
+    assert "secret" not in error
+    status, _, error = run("cache", command, "--redis-url", "http://127.0.0.1")
+    assert (status, error.startswith("glimpse: --redis-url: ")) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "command", [("serve",), ("ask",), ("eval",), ("cache", "stats"), ("cache", "purge"), ("cache", "warm")]
+)
+def test_help_has_an_example(command):
+    status, said, _ = run(*command, "--help")
+    assert status == 0
+    assert f"glimpse {' '.join(command)}" in said.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_the_command_needs_nothing_but_httpx_and_typer_to_be_read():
+    heavy = ("numpy", "fastapi", "torch", "tritonclient", "pydantic", "PIL", "matplotlib", "redis")
+    code = f"import service.cli.main, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def glimpse(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "from service.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_serve_refuses_wrong_settings_with_status_2():
+    done = glimpse("serve", GLIMPSE_HTTP_PROT="1")
+    assert done.returncode == 2
+    assert "did you mean GLIMPSE_HTTP_PORT" in done.stderr
+
+
+def test_serve_tells_that_its_port_is_taken(server, repository):
+    port = server.url.rpartition(":")[2]
+    done = glimpse("serve", "--port", port, GLIMPSE_MODEL_REPOSITORY=str(repository))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "set GLIMPSE_HTTP_PORT" in done.stderr
+
+
+def test_serve_tells_where_a_model_repository_is_missing(tmp_path):
+    done = glimpse("serve", GLIMPSE_MODEL_REPOSITORY=str(tmp_path))
+    assert done.returncode == 2
+    assert "GLIMPSE_MODEL_REPOSITORY" in done.stderr
+
+
+def test_a_library_that_is_not_there_is_told_with_the_command_that_installs_it(capsys):
+    with pytest.raises(typer.Exit):
+        require("no_such_library", "build")
+    told = capsys.readouterr().err
+    assert "needs no_such_library" in told
+    assert f"python3 {PROJECT / 'scripts' / 'set_up.py'} build" in told
+
+
+def test_train_passes_its_arguments_on():
+    done = glimpse("train", "--help")
+    assert done.returncode == 0
+    assert "--resume" in done.stdout
+
+
+def test_ablate_passes_its_arguments_on():
+    done = glimpse("ablate", "--help")
+    assert done.returncode == 0
+    assert "--small-print" in done.stdout
+
+
+def test_build_passes_its_arguments_on():
+    done = glimpse("build", "--help")
+    assert done.returncode == 0
+    assert "--dry-run" in done.stdout
+
+
+def test_bench_passes_its_arguments_on():
+    done = glimpse("bench", "--help")
+    assert done.returncode == 0
+    assert "--scenario" in done.stdout

@@ -1,0 +1,218 @@
+"""A caller who leaves gives everything back at once, wherever its request is; one that expires costs nothing.
+
+At once is counted in turns of the event loop: there is no timer on the way, and no wait for a model or a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from base64 import b64encode
+from collections.abc import Iterator
+
+import pytest
+
+from service.admission.quota import Cost
+from service.admission.scheduler import Kind, Resource
+from service.core.errors import DeadlineExceeded
+from service.core.vision import ModelCard
+from service.edges.http.vqa import http_api
+from service.media.decoder import Decoded, ImageReader
+from tests.support.fakes import CARD, CLOSER, House, png, until
+
+TURNS = 10  # each a fraction of a millisecond; it takes 3
+WHOLE_LLM = {"max_tokens": 100}  # with the prompt more than half of max_positions: one request at a time
+
+
+class CountingReader(ImageReader):
+    """Decodes when the gate is set."""
+
+    decoded = 0
+
+    def __init__(self, reader: ImageReader) -> None:
+        super().__init__(reader.limits, threads=1)
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def decode(self, *args: object) -> Decoded:
+        self.decoded += 1
+        await self.gate.wait()
+        return await super().decode(*args)
+
+
+class Service:
+    """One vision slot, one row of the LLM."""
+
+    def __init__(self, card: ModelCard = CARD) -> None:
+        self.house = House(card, vision_slots=1, llm_tokens=CARD.max_positions)
+        self.house.reader.close()
+        self.reader = CountingReader(self.house.reader)
+        self.house.reader = self.house.pipeline.reader = self.house.pipeline.looker.reader = self.reader
+        self.app = http_api(self.house.edge)
+
+    def ask(self, number: int, **fields: object) -> Caller:
+        body = {"image": b64encode(png((number, 0, 0))).decode(), "question": "?", **WHOLE_LLM, **fields}
+        return Caller(self, json.dumps(body).encode())
+
+    def waiting(self) -> int:
+        return sum(self.house.admission.scheduler.waiting(kind) for kind in Kind)
+
+    def holds_nothing(self) -> bool:
+        admission = self.house.admission
+        return admission.ledger.held == Cost() and not any(map(admission.scheduler.used, Resource))
+
+
+class Caller:
+    """A question as a server hands it over, and the way to hang up."""
+
+    def __init__(self, service: Service, body: bytes) -> None:
+        self.gone = asyncio.Event()
+        self.messages = [{"type": "http.request", "body": body, "more_body": False}]
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/vqa", "query_string": b"", "headers": headers}
+        self.task = asyncio.create_task(service.app(scope, self.receive, self.send))
+
+    async def receive(self) -> dict[str, object]:
+        if self.messages:
+            return self.messages.pop()
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, object]) -> None:
+        pass
+
+    async def leave(self) -> int:
+        """In how many turns of the loop nothing was left of it."""
+        self.gone.set()
+        for turn in range(1, TURNS + 1):
+            await asyncio.sleep(0)
+            if self.task.done():
+                return turn
+        pytest.fail(f"still there after {TURNS} turns")
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    yield service
+    service.reader.close()
+
+
+async def decoding(service: Service) -> Caller:
+    service.reader.gate.clear()
+    caller = service.ask(1)
+    await until(lambda: service.reader.decoded)
+    return caller
+
+
+async def encoding(service: Service) -> Caller:
+    service.house.vision.close("see")
+    caller = service.ask(1)
+    await until(lambda: "see" in service.house.vision.calls)
+    return caller
+
+
+async def encoding_closer(service: Service) -> Caller:
+    service.house.vision.close("encode")
+    caller = service.ask(1, detail="high")
+    await until(lambda: "encode 1" in service.house.vision.calls)
+    return caller
+
+
+async def attending(service: Service) -> Caller:
+    await service.ask(1).task
+    service.house.vision.close("attend")
+    caller = service.ask(1)
+    await until(lambda: "attend" in service.house.vision.calls)
+    return caller
+
+
+async def prefilling(service: Service) -> Caller:
+    service.house.language.gate.clear()
+    caller = service.ask(1)
+    await until(lambda: service.house.language.open)
+    return caller
+
+
+async def writing(service: Service) -> Caller:
+    service.house.language.say(" red red red")
+    service.house.language.wait_at = 1
+    service.house.language.gate.clear()
+    caller = service.ask(1, stream=True)
+    await until(lambda: service.house.language.open)
+    return caller
+
+
+IN_THE_HOUSE = (decoding, encoding, attending, prefilling, writing)
+
+
+@pytest.mark.parametrize("station", IN_THE_HOUSE)
+async def test_who_leaves_gives_everything_back_at_once_and_the_next_one_has_it(service, station):
+    caller = await station(service)
+    following = service.ask(2)
+    await until(lambda: service.waiting() == 1)
+    await caller.leave()
+    assert service.waiting() == 0
+    for event in (service.reader.gate, service.house.vision.gate, service.house.language.gate):
+        event.set()
+    await following.task
+    assert service.house.outcomes()["cancelled"] == 1
+    assert service.house.language.open == 0
+    assert service.holds_nothing()
+
+
+async def test_who_leaves_while_its_closer_view_is_encoded_gives_its_slots_back():
+    service = Service(CLOSER)
+    await (await encoding_closer(service)).leave()
+    assert service.holds_nothing()
+    service.reader.close()
+
+
+@pytest.mark.parametrize("station", [encoding, prefilling])
+async def test_who_leaves_the_queue_for_the_vision_stage_or_the_llm_is_in_it_no_more(service, station):
+    first = await station(service)
+    second = service.ask(2)
+    await until(lambda: service.waiting() == 1)
+    seen, decoded = len(service.house.vision.calls), service.reader.decoded
+    await second.leave()
+    assert service.waiting() == 0
+    await first.leave()
+    assert service.holds_nothing()
+    assert (len(service.house.vision.calls), service.reader.decoded) == (seen, decoded)
+    assert service.house.counted("glimpse_tokens_saved_total", reason="cancelled") == 200
+
+
+async def test_who_leaves_while_another_encodes_its_image_leaves_the_other_alone(service):
+    first = await encoding(service)
+    second = service.ask(1)
+    await until(lambda: service.house.counted("glimpse_requests_in_flight") == 2)
+    await second.leave()
+    assert not first.task.done()
+    service.house.vision.gate.set()
+    await first.task
+    assert service.house.outcomes() == {"cancelled": 1, "ok": 1}
+    assert service.holds_nothing()
+
+
+@pytest.mark.parametrize("station", [encoding, prefilling])
+async def test_who_expires_in_a_queue_was_neither_decoded_nor_seen_nor_answered(service, station):
+    first = await station(service)
+    await service.ask(2, timeout_s=0.05).task
+    assert list(service.house.outcomes()) in ([DeadlineExceeded.code], ["deadline"])  # or it was seen coming
+    if station is encoding:
+        assert (service.reader.decoded, service.house.vision.calls) == (1, ["see"])
+    else:
+        assert len(service.house.language.prompts) == 1
+    await first.leave()
+    assert service.holds_nothing()
+
+
+async def test_a_follow_up_that_expires_in_the_llms_queue_was_not_attended_to(service):
+    await service.ask(2).task
+    first = await prefilling(service)
+    calls = list(service.house.vision.calls)
+    await service.ask(2, timeout_s=0.05).task
+    assert service.house.vision.calls == calls
+    assert len(service.house.language.prompts) == 2  # the one before, and the one that runs
+    await first.leave()
+    assert service.holds_nothing()

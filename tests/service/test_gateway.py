@@ -1,0 +1,314 @@
+"""The gateway as a process of its own, in front of a real Triton with the committed models."""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import pytest_asyncio
+from PIL import Image as Pillow
+
+from tests.conftest import SCENES, Gateway, eventually, eventually_async, free_ports
+
+QUESTIONS = (
+    "what colour is the cross?",
+    "how many objects are there?",
+    "is there a red circle?",
+    "which shape is the large green object?",
+)
+
+
+@pytest_asyncio.fixture
+async def http(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=60, limits=limits) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(SCENES.glob("new_*.webp"))[:40]]
+
+
+def a_new_image(seed: int) -> bytes:
+    """224x224 pixels that no other test sends."""
+    noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)
+    out = BytesIO()
+    Pillow.fromarray(noise).resize((224, 224), Pillow.Resampling.NEAREST).save(out, "PNG")
+    return out.getvalue()
+
+
+async def answer(http: httpx.AsyncClient, image: bytes | str, question: str, **fields: object) -> dict:
+    if isinstance(image, bytes):
+        image = (await http.post("/v1/images", content=image)).raise_for_status().json()["id"]
+    body = {"image": image, "question": question, "max_tokens": 8, **fields}
+    return (await http.post("/v1/vqa", json=body)).raise_for_status().json()
+
+
+async def streamed(http: httpx.AsyncClient, **body: object) -> tuple[str, dict]:
+    """The deltas put together, and the last event."""
+    async with http.stream("POST", "/v1/vqa", json=body | {"stream": True}) as response:
+        lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    events = [json.loads(line) for line in lines]
+    return "".join(event["delta"] for event in events[:-1]), events[-1]
+
+
+async def test_an_answer_comes_from_the_models(http, scenes, card):
+    said = await answer(http, a_new_image(1), QUESTIONS[0], explain=True)
+    assert said["model"] == card.name
+    assert said["answer"]
+    assert said["finish_reason"] in ("stop", "length")
+    assert said["usage"]["image_tokens"] == said["vision"]["visual_tokens"] >= card.visual_tokens[0]
+    assert card.vision_tokens[0] <= said["vision"]["vision_tokens"] <= card.vision_tokens[1]
+    (relevance,) = said["relevance"]
+    levels = np.array(relevance["levels"])
+    assert np.array([1, 4, 16])[levels].sum() == said["vision"]["vision_tokens"]
+    assert 0 <= np.min(relevance["map"]) <= np.max(relevance["map"]) <= 1
+
+
+async def test_the_second_question_about_an_image_hits_and_says_the_same_as_a_miss(http, gateway):
+    image = a_new_image(2)
+    miss = await answer(http, image, QUESTIONS[0])
+    hit = await answer(http, image, QUESTIONS[0])
+    assert [miss["vision"]["cache"], hit["vision"]["cache"]] == ["miss", "hit"]
+    assert hit["answer"] == miss["answer"]
+    assert hit["image_ids"] == miss["image_ids"]
+
+
+async def test_several_images_and_earlier_turns_have_an_answer(http, scenes):
+    ids = [(await http.post("/v1/images", content=scene)).json()["id"] for scene in scenes[:2]]
+    alone = await answer(http, ids[0], QUESTIONS[1])
+    body = {"images": ids, "question": QUESTIONS[1], "max_tokens": 8, "explain": True}
+    both = (await http.post("/v1/vqa", json=body)).raise_for_status().json()
+    assert both["image_ids"] == ids
+    assert both["usage"]["image_tokens"] == 2 * alone["usage"]["image_tokens"]
+    assert len(both["relevance"]) == 2
+    said = await answer(http, ids[0], QUESTIONS[2], turns=[{"question": QUESTIONS[1], "answer": alone["answer"]}])
+    assert said["usage"]["prompt_tokens"] > alone["usage"]["prompt_tokens"]
+
+
+async def test_a_closer_view_is_looked_at_where_the_model_has_one(http, card):
+    image = BytesIO()
+    Pillow.open(BytesIO(a_new_image(6))).resize((448, 448)).save(image, "PNG")
+    if not card.closer_view:
+        pytest.skip(f"{card.name} has no closer view")
+    low = await answer(http, image.getvalue(), QUESTIONS[0])
+    high = await answer(http, image.getvalue(), QUESTIONS[0], detail="high", explain=True)
+    again = await answer(http, image.getvalue(), QUESTIONS[1], detail="high")
+    assert [each["vision"]["detail"] for each in (low, high, again)] == ["low", "high", "high"]
+    assert [each["vision"]["cache"] for each in (low, high, again)] == ["miss", "miss", "hit"]
+    levels = np.array(high["relevance"][0]["levels"])
+    assert np.array([1, 4, 16])[levels].sum() == high["vision"]["vision_tokens"]
+
+
+async def test_the_stream_put_together_is_the_answer(http, scenes):
+    for question in QUESTIONS:
+        whole = await answer(http, scenes[0], question)
+        text, end = await streamed(http, image=whole["image_ids"][0], question=question, max_tokens=8)
+        assert text == whole["answer"]
+        assert end["usage"] == whole["usage"]
+
+
+async def test_the_same_seed_draws_the_same_answer(http, scenes):
+    said = [await answer(http, scenes[1], QUESTIONS[1], temperature=2.0, seed=5) for _ in range(2)]
+    assert said[0]["answer"] == said[1]["answer"]
+
+
+async def test_a_smaller_budget_keeps_fewer_vision_tokens(http, scenes, card):
+    least = card.vision_tokens[0]
+    said = await answer(http, scenes[2], QUESTIONS[0], budget={"vision_tokens": [least, least + 48]})
+    assert least <= said["vision"]["vision_tokens"] <= least + 48
+
+
+async def test_thirty_two_at_once_all_get_the_answer_they_get_alone(http, scenes):
+    asked = [(scenes[i], QUESTIONS[i % len(QUESTIONS)]) for i in range(32)]
+    together = await asyncio.gather(*(answer(http, image, question) for image, question in asked))
+    alone = [await answer(http, image, question) for image, question in asked[:4]]
+    assert [said["answer"] for said in together[:4]] == [said["answer"] for said in alone]
+
+
+async def test_one_new_image_for_many_callers_is_encoded_once(http, gateway):
+    before = await lookups(http)
+    image_id = (await http.post("/v1/images", content=a_new_image(3))).json()["id"]
+    said = await asyncio.gather(*(answer(http, image_id, question) for question in QUESTIONS * 4))
+    after = await lookups(http)
+    assert sorted(each["vision"]["cache"] for each in said) == ["hit"] * 15 + ["miss"]
+    assert after["miss"] - before["miss"] == 1
+
+
+async def test_two_gateways_that_share_a_redis_encode_a_new_image_once(start_gateway, triton, redis_server):
+    url = f"127.0.0.1:{triton.ports.grpc}"
+    # A second for Redis: this machine runs everything at once, and a miss would hide what is tested.
+    settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_REDIS_URL": redis_server.url}
+    settings |= {"GLIMPSE_REDIS_TIMEOUT_S": "1", "GLIMPSE_REDIS_FLIGHT_S": "10"}
+    with start_gateway(settings) as one, start_gateway(settings) as other:
+        limits = httpx.Limits(max_connections=64)
+        async with (
+            httpx.AsyncClient(base_url=one.url, timeout=60, limits=limits) as first,
+            httpx.AsyncClient(base_url=other.url, timeout=60, limits=limits) as second,
+        ):
+            form = {"question": QUESTIONS[0], "max_tokens": "8"}
+            files = {"image": a_new_image(5)}
+            asked = [http.post("/v1/vqa", files=files, data=form) for http in (first, second) * 25]
+            said = [response.raise_for_status().json() for response in await asyncio.gather(*asked)]
+            assert sorted(each["vision"]["cache"] for each in said) == ["hit"] * 49 + ["miss"]
+            assert len({each["answer"] for each in said}) == 1  # whoever found it in Redis says the same
+            metrics = (await first.get("/metrics")).text + (await second.get("/metrics")).text
+            assert metrics.count('glimpse_feature_cache_lookups_total{result="shared",tier="redis"} 1.0') == 1
+
+
+async def lookups(http: httpx.AsyncClient) -> dict[str, float]:
+    lines = (await http.get("/metrics")).text.splitlines()
+    name = "glimpse_feature_cache_lookups_total"
+    labels = {result: f'{{result="{result}",tier="memory"}}' for result in ("hit", "miss", "shared")}
+    return {
+        result: next((float(line.split()[1]) for line in lines if line.startswith(name + label)), 0)
+        for result, label in labels.items()
+    }
+
+
+async def test_bad_inputs_are_refused_and_the_service_goes_on(http, scenes):
+    bad = [
+        http.post("/v1/vqa", content=b"{", headers={"content-type": "application/json"}),
+        http.post("/v1/vqa", json={"image": "img_none", "question": "?"}),
+        http.post("/v1/vqa", json={"image": "", "question": "?"}),
+        http.post("/v1/vqa", json={"image": "aGVsbG8=", "question": "?"}),
+        http.post("/v1/vqa", json={"image": "aGVsbG8=", "question": "?", "unknown": 1}),
+        http.post("/v1/images", content=b""),
+        http.post("/v1/images", content=scenes[0][:1000]),
+        http.post("/v1/images", content=bytes(20_000_001)),
+        http.post("/v1/images", content=b"\x89PNG\r\n\x1a\n" + bytes(100)),
+        http.get("/nowhere"),
+    ]
+    refused = await asyncio.gather(*bad)
+    assert [response.status_code for response in refused] == [400, 404, 400, 400, 400, 400, 400, 413, 400, 404]
+    assert all(response.json()["error"]["message"] for response in refused)
+    assert (await answer(http, scenes[0], QUESTIONS[0]))["answer"]
+    assert (await http.get("/health/ready")).status_code == 200
+
+
+async def test_a_body_that_is_larger_than_it_says_nothing_of_is_cut_off(http):
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(500):
+            yield bytes(100_000)
+
+    assert (await http.post("/v1/images", content=chunks())).status_code == 413
+
+
+async def test_a_caller_who_hangs_up_leaves_no_slot_taken(http, scenes):
+    image_id = (await http.post("/v1/images", content=scenes[3])).json()["id"]
+    for _ in range(8):
+        body = {"image": image_id, "question": QUESTIONS[0], "max_tokens": 64, "stream": True}
+        async with http.stream("POST", "/v1/vqa", json=body) as response:
+            await anext(response.aiter_bytes())
+
+    async def nobody_is_in() -> bool:
+        return "glimpse_requests_in_flight 0.0" in (await http.get("/metrics")).text
+
+    await eventually_async(nobody_is_in, 10, "every slot free")
+
+
+@pytest.fixture
+def starting(tmp_path: Path, repository: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`python -m service` with a Triton of its own, from its first moment."""
+    names = ("HTTP_PORT", "TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")
+    ports = dict(zip(names, free_ports(4), strict=True))
+    environment = {f"GLIMPSE_{name}": str(port) for name, port in ports.items()}
+    environment |= {"GLIMPSE_LOG_DIR": str(tmp_path), "GLIMPSE_MODEL_REPOSITORY": str(repository)}
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service"], env=environment, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT
+        )
+    yield process, f"http://127.0.0.1:{ports['HTTP_PORT']}"
+    process.kill()
+    process.wait()
+
+
+def status(url: str) -> int:
+    try:
+        return httpx.get(url, timeout=2).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def test_it_is_alive_before_it_is_ready_and_stops_while_it_starts(starting, tmp_path):
+    process, url = starting
+    eventually(lambda: status(f"{url}/health/live") == 200, 20, "alive")
+    assert httpx.get(f"{url}/health/ready").json()["faults"]["llm"]
+    eventually((tmp_path / "triton.log").exists, 20, "Triton begun")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert "Traceback" not in (tmp_path / "out").read_text()
+
+
+def test_ctrl_c_stops_a_service_that_is_ready(starting, tmp_path):
+    process, url = starting
+    eventually(lambda: "ready on" in (tmp_path / "out").read_text(), 60, "ready")
+    assert status(f"{url}/health/ready") == 200
+    image = {"image": a_new_image(4), "question": (None, QUESTIONS[0])}
+    assert httpx.post(f"{url}/v1/vqa", files=image, timeout=30).json()["answer"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    said = (tmp_path / "out").read_text()
+    assert said.endswith("Glimpse has stopped.\n")
+    assert "Traceback" not in said
+
+
+async def test_a_full_house_of_new_and_known_images_streamed_and_not_all_get_answers(http, scenes):
+    """Twelve follow-ups and four new images at a time, twice over, from three tenants."""
+    known = [(await http.post("/v1/images", content=scene)).json()["id"] for scene in scenes[:4]]
+    for image in known:
+        await answer(http, image, QUESTIONS[0])
+    new = [(await http.post("/v1/images", content=a_new_image(100 + i))).json()["id"] for i in range(8)]
+
+    async def one(number: int) -> str:
+        image = new[number // 4] if number % 4 == 0 else known[number % 4]
+        body = {"image": image, "question": QUESTIONS[number % 4], "max_tokens": 1 + number % 16}
+        if number % 3 == 0:
+            text, end = await streamed(http, **body)
+            return text or end["finish_reason"]
+        response = await http.post("/v1/vqa", json=body, headers={"x-tenant-id": f"tenant-{number % 3}"})
+        return response.raise_for_status().json()["finish_reason"]
+
+    assert all(await asyncio.gather(*(one(number) for number in range(32))))
+    text = (await http.get("/metrics")).text
+    for gauge in (
+        'admitted_cost{unit="tokens"}',
+        'resource_used{resource="llm"}',
+        'requests_waiting{kind="follow_up"}',
+    ):
+        assert f"glimpse_{gauge} 0.0" in text
+
+
+async def test_in_a_crowd_requests_look_less_closely_but_who_will_not(start_gateway, triton, scenes, card):
+    url = f"127.0.0.1:{triton.ports.grpc}"
+    settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_ELASTIC_FIDELITY": "true"}
+    settings |= {"GLIMPSE_FIDELITY_TARGET_S": "0.0001", "GLIMPSE_VISION_SLOTS": "1", "GLIMPSE_STALL_TIMEOUT_S": "30"}
+    least, most = card.vision_tokens
+    with start_gateway(settings) as gateway:
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=60, limits=limits) as http:
+            exact = {"budget": {"vision_tokens": [most, most]}}
+            crowd = [
+                answer(http, scene, QUESTIONS[0], **(exact if i % 4 == 0 else {}))
+                for i, scene in enumerate(scenes[:24])
+            ]
+            said = [each["vision"] for each in await asyncio.gather(*crowd)]
+            text = (await http.get("/metrics")).text
+        reduced = [each for each in said if each["reduced"]]
+        assert len(reduced) > len(said) / 4
+        assert all(least <= each["vision_tokens"] <= 192 for each in reduced)
+        assert {each["vision_tokens"] for each in said[::4]} == {most}
+        assert not any(each["reduced"] for each in said[::4])
+        assert f"glimpse_reduced_answers_total {len(reduced)}.0" in text
+        assert "glimpse_fidelity_changes_total 0.0" not in text
+    assert re.search(r"event=fidelity fidelity_level=1 ", gateway.log_path.read_text())

@@ -1,0 +1,226 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from service.core.errors import InvalidRequest
+from service.core.vision import Turn
+from service.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
+from tests.support.fakes import CARD, SPELLED, TOKENIZER
+
+PROMPTS = PromptBuilder(CARD, TOKENIZER)
+
+
+def test_a_short_question_is_padded():
+    question = PROMPTS.question("red")
+    assert question.ids.shape == question.mask.shape == (32,)
+    assert question.ids.dtype == question.mask.dtype == np.int32
+    assert question.mask.sum() == 1
+    assert question.ids[1:].tolist() == [0] * 31
+
+
+def test_a_long_question_is_cut_for_the_allocator_only():
+    text = "w" * 50
+    assert PROMPTS.question(text).mask.sum() == 32
+    assert len(PROMPTS.text_ids(text)) > 50
+
+
+def qformer_tokenizer() -> Tokenizer:
+    """As InstructBLIP's: a word is a token, between [CLS] and [SEP]."""
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "red": 4}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    return tokenizer
+
+
+def test_a_qformer_with_its_own_tokenizer_reads_the_whole_prompt():
+    prompts = PromptBuilder(CARD, TOKENIZER, qformer_tokenizer())
+    question = prompts.question("red?")  # Question : red ? Answer :
+    assert question.ids[:9].tolist() == [2, 1, 1, 4, 1, 1, 1, 3, 0]
+    assert question.mask.tolist() == [1] * 8 + [0] * 24
+    assert prompts.text_ids("red?") == PROMPTS.text_ids("red?")
+
+
+def test_what_is_too_long_for_the_qformer_still_ends_as_it_should():
+    question = PromptBuilder(CARD, TOKENIZER, qformer_tokenizer()).question("red " * 50)
+    assert question.mask.all()
+    assert question.ids[[0, 31]].tolist() == [2, 3]
+
+
+def test_the_tokenizers_of_a_repository_are_those_that_its_card_names(tmp_path):
+    load_from = {"tokenizer.json": TOKENIZER, "qformer_tokenizer.json": qformer_tokenizer()}
+    for name, tokenizer in load_from.items():
+        tokenizer.save(str(tmp_path / name))
+    own = PromptBuilder.load(replace(CARD, question_tokenizer="qformer_tokenizer.json"), tmp_path)
+    assert own.question("red").ids[3] == 4
+    assert PromptBuilder.load(CARD, tmp_path).question("red").ids[0] == PROMPTS.question("red").ids[0]
+
+
+def test_the_prompt_is_visual_ids_then_bos_then_the_template():
+    visual = np.ones((3, 4), np.float32)
+    prompt = PROMPTS.compose("what {colour}?", [(visual, b"key")])
+    v = CARD.vocab_size
+    assert prompt.input_ids[:4].tolist() == [v, v + 1, v + 2, CARD.bos_id]
+    assert prompt.input_ids.dtype == np.int32
+    text = b"".join(SPELLED[i] for i in prompt.input_ids[4:])
+    assert text == b"Question: what {colour}? Answer:"
+    assert prompt.visual_tokens is visual
+    assert prompt.extra_ids.dtype == np.uint64
+    assert (prompt.extra_ids[:3] >= 1).all()
+    assert not prompt.extra_ids[3:].any()
+
+
+def test_several_images_stand_in_order_each_with_ids_of_its_own():
+    first, second = np.ones((2, 4), np.float32), np.zeros((3, 4), np.float32)
+    prompt = PROMPTS.compose("what?", [(first, b"a"), (second, b"b")])
+    v = CARD.vocab_size
+    assert prompt.input_ids[:6].tolist() == [v, v + 1, v + 2, v + 3, v + 4, CARD.bos_id]
+    assert prompt.visual_tokens[:, 0].tolist() == [1, 1, 0, 0, 0]
+    assert prompt.extra_ids[:5].tolist() == [*visual_token_ids(b"a", 2), *visual_token_ids(b"b", 3)]
+
+
+def test_earlier_turns_stand_before_the_question_in_its_own_template():
+    turns = [Turn("what?", "a circle"), Turn("which colour?", "red")]
+    prompt = PROMPTS.compose("how large?", [(np.ones((1, 4), np.float32), b"key")], turns)
+    text = b"".join(SPELLED[i] for i in prompt.input_ids[2:])
+    assert text == (
+        b"Question: what? Answer: a circle Question: which colour? Answer: red Question: how large? Answer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("visual", "turns", "max_tokens", "param", "mend"),
+    [
+        ([32], (), 200, "max_tokens", "lower max_tokens to"),
+        ([96, 96], (), 16, "images", "192 visual of 2 images .* has room for 192: ask about fewer images"),
+        ([32], (Turn("w" * 200, "yes"),), 16, "turns", "leave the earliest turns out"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_what_mends_it(visual, turns, max_tokens, param, mend):
+    with pytest.raises(InvalidRequest, match=mend) as caught:
+        PROMPTS.require_room("a?", visual, max_tokens, turns)
+    assert (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
+
+
+def test_equal_keys_give_equal_ids_and_others_others():
+    assert np.array_equal(visual_token_ids(b"a", 32), visual_token_ids(b"a", 32))
+    every = np.concatenate([visual_token_ids(key, 128) for key in (b"a", b"b", b"c")])
+    assert len(set(every.tolist())) == 3 * 128
+
+
+def test_room_is_counted_before_any_work():
+    prompt_tokens = len(PROMPTS.text_ids("red"))
+    PROMPTS.require_room("red", [32], CARD.max_positions - 32 - prompt_tokens)
+    with pytest.raises(
+        InvalidRequest, match=rf"32 visual \+ {prompt_tokens} prompt \+ 200 max_tokens = .* lower"
+    ) as caught:
+        PROMPTS.require_room("red", [32], 200)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(InvalidRequest, match="shorten the question") as caught:
+        PROMPTS.require_room("w" * 200, [32], 1)
+    assert caught.value.param == "question"
+
+
+def test_special_tokens_in_a_question_are_plain_text(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    TOKENIZER.save(str(path))
+    prompts = PromptBuilder(CARD, load_tokenizer(path))
+    assert not set(prompts.text_ids("</s><pad>")[1:]) & {0, 1, 2}
+
+
+def test_special_tokens_have_no_text_and_unknown_ids_none():
+    assert SPELLED[:3] == [b"", b"", b""]
+    assert Detokeniser(SPELLED).push([0, 2, 10**6, -1]) == ""
+
+
+def test_sentencepiece_tokens_are_spelled_with_byte_fallback():
+    vocabulary = {"<unk>": 0, "▁red": 1, "<0xC3>": 2, "<0xA9>": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    assert token_bytes(tokenizer) == [b"<unk>", b" red", b"\xc3", b"\xa9"]
+    assert Detokeniser(token_bytes(tokenizer)).push([1, 2, 3]) == "redé"
+
+
+def test_a_tokenizer_of_another_kind_is_refused_at_start():
+    tokenizer = Tokenizer(models.WordPiece({"a": 0}, unk_token="a"))
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(ValueError, match="WordPiece"):
+        token_bytes(tokenizer)
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def spoken(parts: list[bytes], stop: tuple[str, ...] = ()) -> tuple[str, bool]:
+    detokeniser = Detokeniser(SPELLED, stop)
+    said = [detokeniser.push_bytes(part) for part in parts]
+    return "".join(said) + detokeniser.finish(), detokeniser.stopped
+
+
+@settings(deadline=None)
+@given(st.text(), st.lists(st.integers(0, 200)))
+def test_any_split_of_any_text_gives_the_text(text, cuts):
+    assert spoken(pieces(text.encode(), cuts)) == (text.lstrip(), False)
+
+
+@settings(deadline=None)
+@given(st.binary(), st.lists(st.integers(0, 200)))
+def test_any_split_of_any_bytes_gives_the_same_text(data, cuts):
+    assert spoken(pieces(data, cuts)) == spoken([data])
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    st.text("ab\né", max_size=30),
+    st.lists(st.text("ab\né", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 60)),
+)
+def test_any_split_stops_at_the_same_place(text, stop, cuts):
+    said, stopped = spoken(pieces(text.encode(), cuts), tuple(stop))
+    assert (said, stopped) == spoken([text.encode()], tuple(stop))
+    assert not any(one in said for one in stop)
+    assert stopped == any(one in text.lstrip() for one in stop)
+    assert text.lstrip().startswith(said)
+
+
+@settings(deadline=None)
+@given(st.text(), st.lists(st.integers(0, 200)))
+def test_no_replacement_character_stands_for_half_a_character(text, cuts):
+    detokeniser = Detokeniser(SPELLED)
+    said = "".join(detokeniser.push_bytes(part) for part in pieces(text.encode(), cuts)[:-1])
+    assert text.lstrip().startswith(said)
+
+
+def test_half_a_character_at_the_end_is_dropped():
+    assert spoken([b" red \xc3"]) == ("red ", False)
+
+
+def test_what_may_begin_a_stop_string_is_held_back_until_it_is_certain():
+    detokeniser = Detokeniser(SPELLED, ("END",))
+    assert detokeniser.push_bytes(b"red E") == "red "
+    assert detokeniser.push_bytes(b"N") == ""
+    assert detokeniser.push_bytes(b"T") == "ENT"
+    assert detokeniser.push_bytes(b"EN") == ""
+    assert detokeniser.finish() == "EN"
+
+
+def test_nothing_is_said_after_a_stop_string():
+    detokeniser = Detokeniser(SPELLED, (".", "\n"))
+    assert detokeniser.push_bytes(b" red. And more\n") == "red"
+    assert detokeniser.stopped
+    assert detokeniser.push_bytes(b"more") == detokeniser.finish() == ""
+
+
+@settings(deadline=None)
+@given(st.text(max_size=40))
+def test_what_is_encoded_comes_back(text):
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    assert b"".join(SPELLED[i] for i in ids) == text.encode() or any(s in text for s in ("<s>", "<pad>", "</s>"))

@@ -1,0 +1,233 @@
+"""What is known of an image is not worked out again, and a hit is what the models would give."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from service.admission.fidelity import LEVELS
+from service.admission.scheduler import Kind
+from service.cache.visual_tokens import VisualCache, visual_key
+from service.core.errors import Overloaded, Unavailable
+from service.core.vision import Budget, Sampling, Seen
+from service.media.decoder import Image
+from tests.service.test_pipeline import answer, request, shades
+from tests.support.fakes import CARD, CLOSER, House, Strain, png, until
+
+LARGE = png(size=(300, 200))
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    """With a closer view and a visual cache."""
+    house = House(CLOSER, visual_cache_bytes=1_000_000)
+    yield house
+    house.reader.close()
+
+
+def lookups(house: House) -> dict[str, float]:
+    name = "glimpse_visual_cache_lookups_total"
+    return {result: house.counted(name, result=result) for result in ("hit", "miss")}
+
+
+async def test_an_exact_repeat_needs_no_vision_model_and_changes_nothing(house):
+    text, first = await answer(house, request())
+    again, second = await answer(house, request(image=first.image_ids[0], sampling=Sampling(max_tokens=8)))
+    assert house.vision.calls == ["see"]
+    assert (again, second.cache, second.relevance) == (text, "hit", first.relevance)
+    one, other = house.language.prompts
+    assert np.array_equal(one.visual_tokens, other.visual_tokens)
+    assert np.array_equal(one.extra_ids, other.extra_ids)
+    assert lookups(house) == {"hit": 1, "miss": 1}
+    assert house.counted("glimpse_visual_cache_bytes") > one.visual_tokens.nbytes
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="follow_up") == 1
+
+
+async def test_under_strain_what_was_seen_closely_before_is_free_and_not_reduced(house):
+    await answer(house, request())
+    house.admission.controller = Strain(4)
+    _, known = await answer(house, request())
+    _, other = await answer(house, request(question="which?"))
+    _, again = await answer(house, request(question="which?"))
+    assert [known.reduced, other.reduced, again.reduced] == [False, True, True]
+    assert house.vision.calls == ["see", "attend"]
+    assert lookups(house) == {"hit": 2, "miss": 2}
+
+
+async def test_under_strain_more_visual_tokens_than_are_allowed_are_not_free():
+    house = House(replace(CARD, visual_tokens=(32, 64)), visual_cache_bytes=1_000_000)
+    wide = Budget(visual_tokens=(32, 64))
+    await answer(house, request(budget=wide))
+    house.admission.controller = Strain(3)
+    _, end = await answer(house, request(budget=wide))
+    assert (end.reduced, end.visual_tokens) == (True, 32)
+    assert house.vision.calls == ["see", "attend"]
+    house.reader.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question": "which shape?"},
+        {"budget": Budget(vision_tokens=(64, 128))},
+        {"budget": Budget(visual_tokens=(32, 64))},
+        {"detail": "high"},
+        {"image": png((1, 2, 3))},
+    ],
+)
+async def test_another_question_budget_detail_or_image_is_looked_at_anew(house, change):
+    await answer(house, request())
+    calls = len(house.vision.calls)
+    await answer(house, request(**change))
+    assert len(house.vision.calls) > calls
+    assert lookups(house)["hit"] == 0
+
+
+async def test_auto_goes_on_from_what_is_known(house):
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    house.vision.calls.clear()
+    _, end = await answer(house, request(image=LARGE, detail="auto"))
+    assert house.vision.calls == ["encode 4", "attend_448"]  # it knew from the first request that it asks for more
+    assert end.detail == "high"
+    house.vision.calls.clear()
+    for detail in ("auto", "low"):
+        await answer(house, request(image=LARGE, detail=detail))
+    assert house.vision.calls == []
+
+
+async def test_only_what_is_new_of_several_images_is_looked_at(house):
+    red, grey = png((240, 0, 0)), png((90, 90, 90))
+    await answer(house, request(image=grey))
+    _, end = await answer(house, request(images=(red, grey)))
+    assert house.vision.calls == ["see", "see"]
+    assert shades(house) == [80, 90]
+    assert end.cache == "miss"
+    _, again = await answer(house, request(images=(grey, red)))
+    assert house.vision.calls == ["see", "see"]
+    assert shades(house) == [90, 80]
+    assert again.cache == "hit"
+
+
+async def test_what_was_seen_under_strain_is_not_taken_for_what_was_asked(house):
+    house.admission.controller = Strain(4)
+    _, reduced = await answer(house, request())
+    assert reduced.reduced
+    house.admission.controller = Strain(0)
+    _, whole = await answer(house, request())
+    assert not whole.reduced
+    assert house.vision.calls == ["see", "attend"]
+    house.admission.controller = Strain(4)
+    _, again = await answer(house, request())
+    assert (again.reduced, house.vision.calls) == (False, ["see", "attend"])  # the better one is there, and free
+
+
+async def test_who_is_denied_a_closer_view_is_told_so_even_if_it_was_known(house):
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    house.admission.controller = Strain(LEVELS.index(next(level for level in LEVELS if not level.closer_view)))
+    for detail in ("auto", "high"):
+        _, end = await answer(house, request(image=LARGE, detail=detail, budget=Budget((64, 64))))
+        assert (end.detail, end.reduced) == ("low", True)
+
+
+@pytest.mark.parametrize("asked", ["high", "auto"])
+async def test_under_strain_a_closer_view_that_was_seen_before_is_free_and_not_reduced(house, asked):
+    house.vision.particularize = 0.7
+    budget = Budget((64, 64))
+    await answer(house, request(image=LARGE, detail="high", budget=budget))
+    house.vision.calls.clear()
+    house.admission.controller = Strain(2)
+    _, end = await answer(house, request(image=LARGE, detail=asked, budget=budget))
+    assert (end.detail, end.reduced) == ("high", False)
+    assert house.vision.calls == {"high": [], "auto": ["attend"]}[asked]  # only the low view tells auto what it wants
+
+
+async def test_auto_gets_what_it_has_where_there_is_no_room_for_a_closer_view():
+    house = House(CLOSER, visual_cache_bytes=1_000_000, max_image_pixels=100_000, max_pixels_in_flight=100_000)
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    house.vision.gate.clear()
+    other = asyncio.create_task(answer(house, request(id="vqa_2", image=png((1, 2, 3)))))
+    await until(lambda: house.vision.calls == ["see", "see"])
+    _, end = await answer(house, request(image=LARGE, detail="auto"))
+    assert (end.detail, end.reduced) == ("low", True)
+    with pytest.raises(Overloaded):
+        await answer(house, request(image=LARGE, detail="high"))
+    house.vision.gate.set()
+    await other
+    house.reader.close()
+
+
+async def test_visual_tokens_of_rounded_features_have_other_extra_ids():
+    house = House(visual_cache_bytes=0, feature_cache_dtype="int8")
+    for _ in range(3):
+        await answer(house, request())
+    assert house.vision.calls == ["see", "attend", "attend"]
+    found, rounded, again = (prompt.extra_ids[0] for prompt in house.language.prompts)
+    assert found != rounded == again
+    house.reader.close()
+
+
+async def test_of_several_images_the_one_that_failed_keeps_the_cause_of_its_error(house):
+    cause = OSError("a socket was closed")
+    house.vision.fault = Unavailable("triton is gone")
+    house.vision.fault.__cause__ = cause
+    with pytest.raises(Unavailable) as caught:
+        await answer(house, request(images=(png((1, 1, 1)), png((2, 2, 2)))))
+    assert caught.value.__cause__ is cause
+
+
+async def test_who_was_denied_a_closer_view_and_gets_it_after_all_is_not_reduced():
+    house = House(CLOSER, llm_tokens=CLOSER.max_positions)
+    house.vision.particularize = 0.7
+    house.admission.controller = Strain(2)
+    house.language.gate.clear()
+    long = Sampling(max_tokens=100)  # one at a time
+    first = asyncio.create_task(answer(house, request(sampling=long, budget=Budget((64, 64)))))
+    await until(lambda: house.language.open)
+    asked = request(id="vqa_2", image=LARGE, detail="auto", sampling=long)
+    second = asyncio.create_task(answer(house, asked))
+    await until(lambda: house.vision.calls == ["see", "see"] and house.admission.scheduler.waiting(Kind.SINGLE_IMAGE))
+    house.admission.controller = Strain(0)
+    house.language.gate.set()
+    await first
+    _, end = await second
+    assert (end.detail, end.reduced) == ("high", False)
+    house.reader.close()
+
+
+async def test_an_image_that_comes_along_can_be_asked_about_by_its_id_after_a_hit_too():
+    house = House(visual_cache_bytes=1_000_000, max_image_bytes=2000, image_store_bytes=3024)  # room for one
+    await answer(house, request())
+    await house.pipeline.keep_image(png((1, 2, 3)))
+    _, end = await answer(house, request())
+    assert house.vision.calls == ["see"]
+    assert (await answer(house, request(image=end.image_ids[0])))[0] == "red"
+    house.reader.close()
+
+
+def test_keys_differ_in_all_that_they_name():
+    image, other = Image.of(b"a"), Image.of(b"b")
+    keys = [
+        visual_key(CARD, image, "a?", Budget(), "low"),
+        visual_key(CARD, other, "a?", Budget(), "low"),
+        visual_key(CARD, image, "b?", Budget(), "low"),
+        visual_key(CARD, image, "a?", Budget(), "high"),
+        visual_key(CARD, image, "a?", Budget((64, 128)), "low"),
+        visual_key(CARD, image, "a?", Budget(visual_tokens=(32, 64)), "low"),
+        visual_key(replace(CARD, visual_fingerprint="w"), image, "a?", Budget(), "low"),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+async def test_the_cache_holds_no_more_than_its_bytes(house):
+    _, end = await answer(house, request())
+    seen = Seen(house.language.prompts[0].visual_tokens, end.relevance[0], Budget())
+    cache = VisualCache(3 * (seen.nbytes + 3000), house.metrics)
+    for number in range(10):
+        cache.keep(f"{number}".encode(), seen)
+    assert len(cache) == 3
+    assert [number for number in range(10) if cache.get(f"{number}".encode())] == [7, 8, 9]

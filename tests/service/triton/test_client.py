@@ -1,0 +1,620 @@
+"""The client against a real Triton: see, attend, generate, and every way they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from service.core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GlimpseError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+from service.core.vision import (
+    CROPS,
+    IMAGE_SIZE,
+    MAX_VISION_TOKENS,
+    Budget,
+    CloserFeatures,
+    ModelCard,
+    Prompt,
+    Sampling,
+    Seen,
+    UInt8Array,
+    VisionFeatures,
+)
+from service.prompt import PromptBuilder
+from service.triton import MODELS, TritonClient
+from service.triton.errors import ERROR_CODES, ERROR_TEXTS, MESSAGES, translate
+from service.triton_server.supervision import EmbeddedTriton
+from tests.conftest import eventually_async, free_ports
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+QUESTION = "what colour is the small circle?"
+NEVER = -1  # an end id that the model cannot generate
+
+
+class Asker:
+    """Prompts and generations for one card."""
+
+    def __init__(self, client: TritonClient, prompts: PromptBuilder, card: ModelCard) -> None:
+        self.client = client
+        self.card = card
+        self.prompts = prompts
+
+    def prompt(self, question: str = QUESTION, visual_tokens: int = 32) -> Prompt:
+        table = np.linspace(-1, 1, visual_tokens * self.card.hidden_size, dtype=np.float32)
+        return self.prompts.compose(question, [(table.reshape(visual_tokens, -1), b"a test's image")])
+
+    def room(self) -> int:
+        """The longest answer that fits behind `prompt()`."""
+        return self.card.max_positions - self.prompt().input_ids.size
+
+    def generate(self, prompt: Prompt, sampling: Sampling, *, timeout_s: float = 20, stall_timeout_s: float = 5):
+        return self.client.generate(
+            prompt,
+            sampling,
+            end_id=NEVER,
+            pad_id=self.card.pad_id,
+            request_id=f"test-{time.monotonic_ns()}",
+            timeout_s=timeout_s,
+            stall_timeout_s=stall_timeout_s,
+        )
+
+    async def tokens(self, prompt: Prompt, sampling: Sampling) -> list[int]:
+        return [token async for tokens in self.generate(prompt, sampling) for token in tokens]
+
+
+@pytest.fixture
+def asker(client: TritonClient, prompts: PromptBuilder, card: ModelCard) -> Asker:
+    return Asker(client, prompts, card)
+
+
+async def look(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, budget: Budget
+) -> tuple[VisionFeatures, Seen]:
+    return await client.see(pixels, prompts.question(QUESTION), budget, timeout_s=10)
+
+
+async def test_see_gives_visual_tokens_relevance_and_features(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, card: ModelCard
+) -> None:
+    vision, seen = await look(client, prompts, pixels, Budget((100, 100), (32, 32)))
+    assert seen.visual_tokens.shape == (32, card.hidden_size)
+    assert vision.features.shape == (257, card.vision_width)
+    assert vision.saliency.shape == vision.entropy.shape == (256,)
+    assert vision.texture.shape == (13, 16, 16)
+    assert seen.relevance.map.shape == (16, 16)
+    assert seen.relevance.scores.shape == (3, 16, 16)
+    assert seen.relevance.levels.shape == (8, 8)
+    assert seen.relevance.tensions.shape == (3,)
+    assert 0 <= seen.relevance.map.min() <= seen.relevance.map.max() <= 1
+    assert 64 <= seen.relevance.vision_tokens <= 100
+
+
+async def test_attend_on_cached_features_is_what_see_saw(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array
+) -> None:
+    budget = Budget((64, 256), (32, 32))
+    vision, seen = await look(client, prompts, pixels, budget)
+    again = await client.attend(vision, prompts.question(QUESTION), budget, timeout_s=10)
+    np.testing.assert_array_equal(again.visual_tokens, seen.visual_tokens)
+    np.testing.assert_array_equal(again.relevance.map, seen.relevance.map)
+
+
+async def test_a_batch_of_crops_is_encoded_as_each_of_them_alone(
+    client: TritonClient, pixels: UInt8Array, card: ModelCard
+) -> None:
+    crops = np.stack([pixels, pixels[:, ::-1], pixels[::-1], 255 - pixels])
+    encoded = await client.encode(crops, timeout_s=20)
+    assert len(encoded) == 4
+    for crop, features in zip(crops, encoded, strict=True):
+        (alone,) = await client.encode(crop[np.newaxis], timeout_s=20)
+        for name, shape in card.feature_shapes[IMAGE_SIZE].items():
+            assert getattr(features, name).shape == shape
+            np.testing.assert_allclose(getattr(features, name), getattr(alone, name), atol=1e-3)
+
+
+async def test_see_and_encode_find_the_same(client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array) -> None:
+    """To the bit: what either finds is kept under one key."""
+    seen, _ = await look(client, prompts, pixels, Budget())
+    (encoded,) = await client.encode(pixels[np.newaxis], timeout_s=20)
+    np.testing.assert_array_equal(encoded.features, seen.features)
+    np.testing.assert_array_equal(encoded.texture, seen.texture)
+
+
+async def test_the_closer_view_gives_cells_at_level_two(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, card: ModelCard
+) -> None:
+    if not card.closer_view:
+        pytest.skip(f"{card.name} has no closer view")
+    (vision,) = await client.encode(pixels[np.newaxis], timeout_s=20)
+    closer = CloserFeatures.joined(await client.encode(np.stack([pixels] * CROPS), timeout_s=20))
+    budget = Budget((MAX_VISION_TOKENS, MAX_VISION_TOKENS))
+    seen = await client.attend(vision, prompts.question(QUESTION), budget, timeout_s=20, closer=closer)
+    assert seen.detail == "high"
+    assert seen.relevance.levels.max() == 2
+    assert MAX_VISION_TOKENS - 12 < seen.relevance.vision_tokens <= MAX_VISION_TOKENS
+    assert seen.visual_tokens.shape[1] == card.hidden_size
+
+
+async def test_generate_streams_as_many_tokens_as_asked(asker: Asker) -> None:
+    pieces = [tokens async for tokens in asker.generate(asker.prompt(), Sampling(max_tokens=7))]
+    assert [len(tokens) for tokens in pieces] == [1] * 7
+    assert all(0 <= token < asker.card.vocab_size for (token,) in pieces)
+
+
+async def test_greedy_and_seeded_answers_repeat(asker: Asker) -> None:
+    greedy = Sampling(max_tokens=8)
+    drawn = Sampling(max_tokens=8, temperature=1.5, top_k=50, top_p=0.95, seed=7, repetition_penalty=1.2)
+    for sampling in (greedy, drawn):
+        assert await asker.tokens(asker.prompt(), sampling) == await asker.tokens(asker.prompt(), sampling)
+    assert await asker.tokens(asker.prompt(), drawn) != await asker.tokens(asker.prompt(), replace(drawn, seed=8))
+
+
+async def test_end_id_is_the_last_token(asker: Asker) -> None:
+    first, *_ = await asker.tokens(asker.prompt(), Sampling(max_tokens=1))
+    tokens = asker.client.generate(
+        asker.prompt(),
+        Sampling(max_tokens=8),
+        end_id=first,
+        pad_id=asker.card.pad_id,
+        request_id="ends",
+        timeout_s=10,
+        stall_timeout_s=5,
+    )
+    assert [piece async for piece in tokens] == [(first,)]
+
+
+def inconsistent(prompt: Prompt) -> dict[str, Prompt]:
+    """Prompts of two visual tokens or more, each wrong in one way."""
+    ids, extra, table = prompt.input_ids, prompt.extra_ids, prompt.visual_tokens
+    other = extra.copy()
+    other[1] = other[0]
+    unnamed = extra.copy()
+    unnamed[1] = 0
+    twice = ids.copy()
+    twice[1] = twice[0]
+    return {
+        "extra ids for": replace(prompt, extra_ids=extra[:-1]),
+        "do not name the 3 rows": replace(prompt, visual_tokens=np.concatenate([table, table[:1]])[:3]),
+        "1 visual ids": replace(prompt, extra_ids=unnamed),
+        "do not name the 2 rows": replace(prompt, input_ids=twice),
+        "has no extra id": replace(prompt, extra_ids=unnamed, visual_tokens=table[:1]),
+        "one extra id": replace(prompt, extra_ids=other),
+    }
+
+
+async def test_a_prompt_that_could_mix_up_two_images_is_never_sent(asker: Asker) -> None:
+    prompt = asker.prompt(visual_tokens=2)
+    for told, wrong in inconsistent(prompt).items():
+        with pytest.raises(InternalError, match=told):
+            async for _ in asker.generate(wrong, Sampling(max_tokens=1)):
+                pass
+    same = replace(prompt, visual_tokens=np.repeat(prompt.visual_tokens[:1], 2, axis=0))
+    extra = same.extra_ids.copy()
+    extra[1] = extra[0]
+    assert await asker.tokens(replace(same, extra_ids=extra), Sampling(max_tokens=1))  # one image twice may share
+
+
+async def test_every_model_can_be_probed(client: TritonClient, card: ModelCard) -> None:
+    for model in (*card.called, "vqa"):
+        await client.probe(model, card, timeout_s=10)
+    with pytest.raises(Unavailable, match="no probe"):
+        await client.probe("nothing", card, timeout_s=1)
+
+
+async def test_a_probe_that_waits_behind_others_work_is_no_fault(asker: Asker) -> None:
+    """All rows are at work and more wait: a probe comes last, and everybody sees that the model lives."""
+    at_work = asyncio.Event()
+    said = 0
+
+    async def speak() -> None:
+        nonlocal said
+        async with aclosing(asker.generate(asker.prompt(), Sampling(max_tokens=200), timeout_s=60)) as tokens:
+            async for _ in tokens:
+                said += 1
+                if said >= 40:
+                    at_work.set()
+
+    async with asyncio.TaskGroup() as crowd:
+        speakers = [crowd.create_task(speak()) for _ in range(50)]
+        await at_work.wait()
+        with pytest.raises(DeadlineExceeded):
+            async with aclosing(asker.generate(asker.prompt(), Sampling(max_tokens=1), timeout_s=0.2)) as tokens:
+                await anext(tokens)
+        await asker.client.probe("llm", asker.card, timeout_s=0.2)
+        for speaker in speakers:
+            speaker.cancel()
+
+
+async def test_too_long_a_request_is_the_callers_mistake(asker: Asker) -> None:
+    with pytest.raises(InvalidRequest, match=str(asker.card.max_positions)):
+        await asker.tokens(asker.prompt(), Sampling(max_tokens=asker.room() + 1))
+
+
+async def test_a_tensor_of_the_wrong_shape_is_our_mistake(
+    client: TritonClient, prompts: PromptBuilder, asker: Asker
+) -> None:
+    with pytest.raises(InternalError):
+        await look(client, prompts, np.zeros((3, 8, 8), np.uint8), Budget())
+    prompt = asker.prompt()
+    with pytest.raises(InternalError):
+        await asker.tokens(replace(prompt, visual_tokens=prompt.visual_tokens[:, :-1]), Sampling())
+
+
+async def test_a_full_queue_is_overload(asker: Asker) -> None:
+    """Rows and queue of the LLM are finite: enough long answers at once, and some are refused at once."""
+    sampling = Sampling(max_tokens=asker.room())
+    refused = asyncio.Event()
+
+    async def ask() -> None:
+        try:
+            async with aclosing(asker.generate(asker.prompt(), sampling)) as tokens:
+                async for _ in tokens:
+                    if refused.is_set():
+                        return
+        except Overloaded:
+            refused.set()
+
+    await asyncio.gather(*(ask() for _ in range(140)))
+    assert refused.is_set()
+
+
+async def test_the_deadline_ends_see_and_generate(
+    client: TritonClient, prompts: PromptBuilder, pixels: UInt8Array, asker: Asker
+) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await client.see(pixels, prompts.question(QUESTION), Budget(), timeout_s=0.0005)
+    with pytest.raises(DeadlineExceeded):
+        async for _ in asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()), timeout_s=0.02):
+            pass
+    with pytest.raises(DeadlineExceeded):
+        await client.see(pixels, prompts.question(QUESTION), Budget(), timeout_s=-1)
+    with pytest.raises(DeadlineExceeded):
+        async for _ in asker.generate(asker.prompt(), Sampling(), timeout_s=-1):
+            pass
+
+
+async def test_closing_frees_the_llms_row(asker: Asker, repository: Path) -> None:
+    """All rows taken: one more request waits, until one of those decoding is closed; it does not wait for their end."""
+    configuration = (repository / "llm" / "config.pbtxt").read_text()
+    parsed = text_format.Parse(configuration, model_config_pb2.ModelConfig())
+    rows = int(parsed.parameters["max_rows"].string_value)
+    started = asyncio.Semaphore(0)
+
+    async def decode() -> None:
+        async for _ in asker.generate(asker.prompt(), Sampling(max_tokens=asker.room())):
+            started.release()
+
+    decoding = [asyncio.create_task(decode()) for _ in range(rows)]
+    try:
+        for _ in range(2 * rows):
+            await started.acquire()
+        waiting = asyncio.create_task(asker.tokens(asker.prompt(), Sampling(max_tokens=1)))
+        decoding[0].cancel()
+        assert len(await waiting) == 1
+        assert not any(task.done() for task in decoding[1:])
+    finally:
+        for task in decoding:
+            task.cancel()
+        await asyncio.gather(*decoding, return_exceptions=True)
+
+
+async def test_the_llm_soon_works_no_more_for_a_closed_stream(asker: Asker, triton: EmbeddedTriton) -> None:
+    """Two to four tokens later on a quiet machine. On a busy one the closing itself waits: the bound is wide, yet far
+    below the whole answer, and the best of a few tries counts."""
+
+    async def llm() -> tuple[int, bool]:
+        """Tokens generated since the start, and whether nothing runs; told once a second, together."""
+        async with httpx.AsyncClient() as http:
+            text = (await http.get(f"http://127.0.0.1:{triton.ports.metrics}/metrics")).text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("glimpse_llm_"))
+        running = next(value for name, value in values.items() if 'state="running"' in name)
+        return int(float(values["glimpse_llm_tokens_total"])), float(running) == 0
+
+    async def settled(before: int) -> int:
+        found: list[int] = []
+
+        async def told() -> bool:
+            total, idle = await llm()
+            found.append(total)
+            return idle and total > before and found.count(total) > 60  # 60 polls of 20 ms: told at least once since
+
+        await eventually_async(told, 20, "the LLM's metrics")
+        return found[-1]
+
+    async def tokens_in_vain() -> int:
+        await asker.tokens(asker.prompt(), Sampling(max_tokens=1))  # so that there is something new to tell
+        before = await settled(0)
+        tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
+        for _ in range(4):
+            await anext(tokens)
+        await tokens.aclose()
+        return await settled(before) - before - 4
+
+    in_vain = [await tokens_in_vain()]
+    while min(in_vain) > 64 and len(in_vain) < 5:
+        in_vain.append(await tokens_in_vain())
+    assert 0 <= min(in_vain) <= 64 < asker.room() - 4, in_vain
+
+
+async def test_a_closed_stream_leaves_nothing_open(asker: Asker) -> None:
+    tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
+    await anext(tokens)
+    await tokens.aclose()
+    assert asker.client.in_flight == 0
+    finished = asker.generate(asker.prompt(), Sampling(max_tokens=2))
+    await anext(finished)
+    await anext(finished)  # the final response: the stream now ends by itself, whatever the caller does
+    await finished.aclose()
+    assert asker.client.in_flight == 0
+
+
+async def test_cancelling_the_task_is_a_cancellation(asker: Asker) -> None:
+    started = asyncio.Event()
+
+    async def ask() -> None:
+        async for _ in asker.generate(asker.prompt(), Sampling(max_tokens=asker.room())):
+            started.set()
+
+    task = asyncio.create_task(ask())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_abandoned_requests_end_at_once_and_typed(asker: Asker) -> None:
+    tokens = asker.generate(asker.prompt(), Sampling(max_tokens=asker.room()))
+    await anext(tokens)
+    asker.client.abandon("vision_encoder")  # not on the LLM's path
+    await anext(tokens)
+    asker.client.abandon("llm")
+    with pytest.raises(Unavailable, match="llm"):
+        async for _ in tokens:
+            pass
+    assert await asker.tokens(asker.prompt(), Sampling(max_tokens=1))
+
+
+async def test_nothing_listens() -> None:
+    (port,) = free_ports(1)
+    card_free = Prompt(np.zeros(1, np.int32), np.zeros((1, 8), np.float32), np.ones(1, np.uint64))
+    async with TritonClient(f"127.0.0.1:{port}", f"127.0.0.1:{port}") as client:
+        assert not await client.ready()
+        with pytest.raises(Unavailable):
+            await client.load("llm", timeout_s=2)
+        tokens = client.generate(
+            card_free, Sampling(), end_id=0, pad_id=0, request_id="", timeout_s=5, stall_timeout_s=1
+        )
+        with pytest.raises(Unavailable):
+            await anext(tokens)
+    with pytest.raises(Unavailable):
+        await client.unload("llm")
+
+
+class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that answers one token, then as told: falls silent, ends without a final response, or fails."""
+
+    def __init__(self, then: str) -> None:
+        self.then = then
+
+    async def ModelStreamInfer(self, requests, context):
+        async for _ in requests:
+            yield service_pb2.ModelStreamInferResponse(infer_response=token_response())
+            match self.then:
+                case "silent":
+                    await asyncio.Event().wait()
+                case "text":
+                    yield service_pb2.ModelStreamInferResponse(error_message="Stub process 'llm_0_0' is not healthy.")
+                case "broken":
+                    await context.abort(grpc.StatusCode.DATA_LOSS, "wires crossed")
+
+
+class Patient(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that says one token and no more until it is told to stop, and that notes who is cancelled."""
+
+    def __init__(self) -> None:
+        self.stopped = asyncio.Event()
+        self.asked = asyncio.Event()
+        self.ended: asyncio.Queue[str] = asyncio.Queue()
+
+    async def ModelStreamInfer(self, requests, context):
+        async for request in requests:
+            if any(tensor.name == "stop" for tensor in request.inputs):
+                self.stopped.set()
+            else:
+                yield service_pb2.ModelStreamInferResponse(infer_response=token_response())
+                await self._until_stopped("stream")
+            final = service_pb2.ModelInferResponse()
+            final.parameters["triton_final_response"].bool_param = True
+            yield service_pb2.ModelStreamInferResponse(infer_response=final)
+
+    async def ModelInfer(self, request, context):
+        await self._until_stopped("unary")
+        return service_pb2.ModelInferResponse()
+
+    async def _until_stopped(self, call: str) -> None:
+        self.asked.set()
+        try:
+            await self.stopped.wait()
+        except asyncio.CancelledError:
+            self.ended.put_nowait(f"{call} cancelled")
+            raise
+        self.ended.put_nowait(f"{call} ended")
+
+
+def token_response() -> service_pb2.ModelInferResponse:
+    response = service_pb2.ModelInferResponse()
+    response.outputs.add(name="output_ids", datatype="INT32", shape=[1, 1, 1])
+    response.raw_output_contents.append(np.int32(3).tobytes())
+    return response
+
+
+class OnlyAttends(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton without any other model."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self.hidden_size = hidden_size
+        self.asked = 0
+
+    async def ModelInfer(self, request, context):
+        self.asked += 1
+        if request.model_name != "attend":
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.model_name}'")
+        response = service_pb2.ModelInferResponse()
+        for tensor in MODELS["attend"].outputs:
+            shape = [1, *(self.hidden_size if size == "H" else size for size in tensor.dims)]
+            response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
+            response.raw_output_contents.append(bytes(4 * int(np.prod(shape))))
+        return response
+
+
+@asynccontextmanager
+async def served(servicer: service_pb2_grpc.GRPCInferenceServiceServicer) -> AsyncIterator[TritonClient]:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        async with TritonClient(address, address) as client:
+            yield client
+    finally:
+        await server.stop(None)
+
+
+async def test_who_stops_listening_cancels_no_call(asker: Asker, prompts: PromptBuilder, pixels: UInt8Array) -> None:
+    """A cancel can kill Triton as it answers: a stream is told to stop, and a unary call just ends."""
+    servicer = Patient()
+    async with served(servicer) as client:
+        looking = asyncio.create_task(look(client, prompts, pixels, Budget()))
+        await servicer.asked.wait()
+        looking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await looking
+        lonely = Asker(client, prompts, asker.card)
+        tokens = lonely.generate(lonely.prompt(), Sampling())
+        await anext(tokens)
+        await tokens.aclose()
+        assert client.in_flight == 0
+        assert {await servicer.ended.get() for _ in range(2)} == {"unary ended", "stream ended"}
+
+
+async def test_who_shares_a_step_with_others_that_answer_is_probed_all_the_same(card: ModelCard) -> None:
+    async with served(OnlyAttends(card.hidden_size)) as client:
+        await client.probe("attend", card)
+        await client.probe("attend", card, fresh_s=60)
+        for model in ("see", "attend_448"):
+            with pytest.raises(Unavailable):
+                await client.probe(model, card, fresh_s=60)
+
+
+async def test_an_idle_model_is_not_probed_for_a_larger_share_of_the_time_than_is_said(card: ModelCard) -> None:
+    servicer = OnlyAttends(card.hidden_size)
+    async with served(servicer) as client:
+        for _ in range(3):
+            await client.probe("attend", card, fresh_s=1e-9)
+        assert servicer.asked == 1
+        await client.probe("attend", card)
+        assert servicer.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("then", "error"),
+    [("silent", Unavailable), ("ends", InternalError), ("text", Unavailable), ("broken", InternalError)],
+)
+async def test_a_stream_that_goes_wrong_ends_typed(then: str, error: type[GlimpseError], asker: Asker) -> None:
+    async with served(Scripted(then)) as client:
+        lonely = Asker(client, asker.prompts, asker.card)
+        tokens = lonely.generate(lonely.prompt(), Sampling(), stall_timeout_s=0.1)
+        assert await anext(tokens) == (3,)
+        with pytest.raises(error):
+            await anext(tokens)
+        assert client.in_flight == 0
+
+
+async def test_every_status_code_is_mapped() -> None:
+    """Every code gives one of our errors, and one that is not listed is a fault of ours that says nothing inside."""
+    for code in grpc.StatusCode:
+        error = translate("see", code, "a secret of the inside")
+        expected = ERROR_CODES.get(code, InternalError)
+        assert type(error) is (InternalError if expected is InvalidRequest else expected)
+        assert "secret" not in error.message
+        assert error.cause == f"{code.name}: a secret of the inside"  # for the log
+    assert type(translate("llm", None, "anything")) is InternalError
+    assert set(ERROR_CODES.values()) | {kind for _, kind in ERROR_TEXTS} <= MESSAGES.keys() | {InvalidRequest}
+    assert Cancelled not in ERROR_CODES.values(), "the caller is still there"
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "text", "kind"),
+    [
+        ("llm", grpc.StatusCode.UNAVAILABLE, "[request id: a] Exceeds maximum queue size", Overloaded),
+        ("see", grpc.StatusCode.INTERNAL, "in ensemble 'see', Stub process 'qformer_0_0' is not healthy.", Unavailable),
+        ("llm", None, "Stub process 'llm_0_0' is not healthy.", Unavailable),
+        ("llm", None, "Request for unknown model: 'llm' has no available versions", Unavailable),
+        ("llm", None, "Server not ready", Unavailable),
+        ("llm", None, "UNAVAILABLE: the model is being unloaded", Unavailable),
+        ("llm", None, "INVALID_ARGUMENT: 900 positions: the model has 320", InvalidRequest),
+        ("llm", None, "[request id: a] INVALID_ARGUMENT: 900 positions", InvalidRequest),
+        ("llm", None, "WARNING: no code", InternalError),
+        ("see", grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'image'", InternalError),
+        ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] unexpected shape for input 'seed'", InternalError),
+        ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] 900 positions: the model has 320", InvalidRequest),
+    ],
+)
+async def test_text_decides_before_the_code(
+    model: str, code: grpc.StatusCode | None, text: str, kind: type[GlimpseError]
+) -> None:
+    error = translate(model, code, text)
+    assert type(error) is kind
+    assert "request id" not in error.message
+    assert "INVALID" not in error.message
+
+
+async def test_errors_on_streams_do_not_kill_triton(asker: Asker, triton: EmbeddedTriton) -> None:
+    """Asked for as status codes, one in some dozens did."""
+    pid = triton.pid
+    for _ in range(100):
+        with pytest.raises(InvalidRequest, match=r"^the prompt's .* positions"):
+            await asker.tokens(asker.prompt(), Sampling(max_tokens=asker.room() + 1))
+    assert triton.pid == pid
+
+
+async def test_ready_says_what_the_servers_say(client: TritonClient, triton: EmbeddedTriton) -> None:
+    assert await client.ready()
+    assert triton.ready
+
+
+async def test_an_unloaded_model_is_unavailable_until_it_is_loaded(
+    client: TritonClient, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array
+) -> None:
+    await client.unload("qformer")
+    with pytest.raises(Unavailable):
+        await look(client, prompts, pixels, Budget())
+    await client.load("qformer")
+
+    async def back() -> bool:
+        try:
+            await client.probe("see", card, timeout_s=5)
+        except Unavailable:
+            return False
+        return True
+
+    await eventually_async(back, 10, "see is back")

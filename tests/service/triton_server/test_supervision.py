@@ -1,0 +1,363 @@
+"""The embedded Triton: what it says when it cannot start, what it does when a process dies, what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import numpy as np
+import pytest
+
+from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
+from service.core.vision import Budget, ModelCard, Sampling, UInt8Array
+from service.prompt import PromptBuilder
+from service.triton import TritonClient
+from service.triton_server.supervision import (
+    SHARED_MEMORY,
+    EmbeddedTriton,
+    Installation,
+    Ports,
+    StartFailed,
+    check_libraries,
+    check_platform,
+    check_ports,
+    check_repository,
+    region_bytes,
+)
+from tests.conftest import SCENES, StartGateway, eventually, eventually_async, free_ports
+
+BACK_WITHIN_S = 10.0
+QUESTION = "what colour is the small circle?"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "libc", "said"),
+    [
+        ("darwin", "arm64", ("", ""), "Linux x86-64, this is darwin arm64"),
+        ("linux", "aarch64", ("glibc", "2.36"), "this is linux aarch64"),
+        ("linux", "x86_64", ("glibc", "2.31"), "glibc 2.35 or newer, this is glibc 2.31"),
+        ("linux", "x86_64", ("", ""), "another libc"),
+    ],
+)
+def test_another_platform_is_named(system: str, machine: str, libc: tuple[str, str], said: str) -> None:
+    with pytest.raises(StartFailed, match=said):
+        check_platform(system, machine, libc)
+
+
+def test_missing_libpython_is_named_with_its_package() -> None:
+    """The wheel has stubs for other Pythons: without their libpython on the path they show what ours would."""
+    found = Installation.find()
+    stub = found.stub.parent.parent / "3.8" / found.stub.name
+    with pytest.raises(StartFailed, match=r"libpython3\.8\.so.* apt-get install libpython3"):
+        check_libraries(replace(found, stub=stub, library_path=""))
+    check_libraries(found)
+
+
+def test_a_taken_port_is_named_with_its_setting() -> None:
+    http, grpc, metrics = free_ports(3)
+    check_ports(Ports(http, grpc, metrics))
+    with (
+        socket.create_server(("127.0.0.1", grpc)),
+        pytest.raises(StartFailed, match=f"{grpc} .*GLIMPSE_TRITON_GRPC_PORT"),
+    ):
+        check_ports(Ports(http, grpc, metrics))
+
+
+def test_regions_take_a_quarter_of_the_shared_memory_at_most() -> None:
+    assert region_bytes(free=8 << 30, models=12) == 32 << 20
+    assert region_bytes(free=512 << 20, models=16) == 8 << 20
+    assert region_bytes(free=16 << 20, models=12) == 1 << 20  # Triton's own, which grows
+
+
+def test_a_folder_without_models_is_named(tmp_path: Path, repository: Path) -> None:
+    with pytest.raises(StartFailed, match=r"lacks card\.json.*GLIMPSE_MODEL_REPOSITORY"):
+        check_repository(tmp_path)
+    check_repository(repository)
+
+
+def regions(prefix: str = "glimpse-") -> set[str]:
+    return {path.name for path in SHARED_MEMORY.glob(f"{prefix}*")}
+
+
+def processes(group: int) -> list[int]:
+    """The living processes of a group; a zombie that nobody collects in this container does not count."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, pgrp, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(pgrp) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+async def test_a_model_that_cannot_load_ends_the_start_with_its_own_words(
+    repository: Path, card: ModelCard, tmp_path: Path
+) -> None:
+    broken = tmp_path / "repository"
+    for name in ("see", "llm"):
+        shutil.copytree(repository / name, broken / name, ignore=shutil.ignore_patterns("*.onnx"))
+    shutil.copy(repository / "card.json", broken)
+    (broken / "llm" / "1" / "model.py").write_text("raise RuntimeError('no weights here')\n")
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(broken, client=client, card=card, log_path=tmp_path / "log", ports=ports)
+        with pytest.raises(StartFailed, match="no weights here"):
+            async with triton:
+                pass
+    assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+
+
+async def test_a_server_that_crashes_while_starting_is_started_again(
+    repository: Path, card: ModelCard, tmp_path: Path
+) -> None:
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "triton.log", ports=ports)
+        entering = asyncio.create_task(triton.__aenter__())
+        try:
+            await eventually_async(lambda: asyncio.sleep(0, triton.pid), 20, "a process")
+            crashed = triton.pid
+            assert crashed is not None
+            os.kill(crashed, signal.SIGABRT)
+            await entering
+            assert triton.ready
+            assert triton.pid != crashed
+        finally:
+            entering.cancel()
+            await triton.__aexit__()
+
+
+async def test_a_start_that_takes_too_long_is_given_up(repository: Path, card: ModelCard, tmp_path: Path) -> None:
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(
+            repository, client=client, card=card, log_path=tmp_path / "log", ports=ports, start_timeout_s=0.05
+        )
+        with pytest.raises(StartFailed, match=r"not ready within 0\.05 s"):
+            async with triton:
+                pass
+    group = triton.pid
+    assert group is not None
+    eventually(lambda: not processes(group), 5, "who was told to die is dead")
+    assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+
+
+class Load:
+    """Requests of every kind, again and again; what became of each is kept."""
+
+    def __init__(self, client: TritonClient, prompts: PromptBuilder, card: ModelCard, pixels: UInt8Array) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.unexpected: list[BaseException] = []
+        self._client = client
+        self._card = card
+        self._pixels = pixels
+        self._question = prompts.question(QUESTION)
+        self._prompt = prompts.compose(QUESTION, [(np.zeros((32, card.hidden_size), np.float32), b"load")])
+
+    async def look(self) -> None:
+        vision, _ = await self._client.see(self._pixels, self._question, Budget(), timeout_s=5)
+        await self._client.attend(vision, self._question, Budget(), timeout_s=5)
+
+    async def speak(self) -> None:
+        tokens = self._client.generate(
+            self._prompt,
+            Sampling(max_tokens=200),
+            end_id=-1,
+            pad_id=self._card.pad_id,
+            request_id=uuid4().hex,
+            timeout_s=5,
+            stall_timeout_s=2,
+        )
+        assert sum([len(piece) async for piece in tokens]) == 200
+
+    async def repeat(self, request: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(8):  # a request that outlives its own deadline hangs
+                    await request()
+                self.outcomes[request.__name__] += 1
+            except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                self.outcomes[type(error).__name__] += 1
+                await asyncio.sleep(0.01)
+            except Exception as error:
+                self.unexpected.append(error)
+
+    async def answers(self) -> bool:
+        try:
+            await self.look()
+            await self.speak()
+        except GlimpseError:
+            return False
+        return True
+
+
+async def test_a_killed_process_is_back_within_ten_seconds_and_nobody_hangs(
+    repository: Path, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array, tmp_path: Path
+) -> None:
+    """kill -9, under load: the LLM's process, the vision encoder's, two at once, and at last the server itself."""
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "triton.log", ports=ports)
+        async with triton:
+            group = triton.pid
+            load = Load(client, prompts, card, pixels)
+            tasks = [asyncio.create_task(triton.supervise())]
+            tasks += [asyncio.create_task(load.repeat(each)) for each in (load.look, load.look, load.speak, load.speak)]
+            for victims in (["llm"], ["vision_encoder"], ["qformer", "finish"], ["tritonserver"]):
+                await eventually_async(load.answers, BACK_WITHIN_S, f"answers before {victims} die")
+                pids = [triton.model_pids.get(victim, triton.pid) for victim in victims]
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                killed = time.monotonic()
+                await eventually_async(_all_replaced(triton, pids), BACK_WITHIN_S, f"{victims} replaced")
+                await eventually_async(load.answers, BACK_WITHIN_S, f"answers after {victims} died")
+                assert time.monotonic() - killed < BACK_WITHIN_S
+                await client.probe("vqa", card, timeout_s=5)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert not load.unexpected
+            assert load.outcomes["Unavailable"] > 0
+            assert load.outcomes["look"] > 0
+            assert load.outcomes["speak"] > 0
+            second_group = triton.pid
+            assert regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+    assert not triton.ready
+    for old in (group, second_group):
+        eventually(lambda old=old: not processes(old), 2, "no process left")
+    assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+
+
+def _all_replaced(triton: EmbeddedTriton, dead: list[int]) -> Callable[[], Awaitable[bool]]:
+    async def replaced() -> bool:
+        return triton.ready and not {*triton.model_pids.values(), triton.pid} & set(dead)
+
+    return replaced
+
+
+async def test_a_hanging_model_is_noticed_and_the_server_restarted(
+    repository: Path, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array, tmp_path: Path
+) -> None:
+    ports = Ports(*free_ports(3))
+    url = f"127.0.0.1:{ports.grpc}"
+    async with TritonClient(url, url) as client:
+        triton = EmbeddedTriton(
+            repository,
+            client=client,
+            card=card,
+            log_path=tmp_path / "triton.log",
+            ports=ports,
+            canary_interval_s=0.1,
+            canary_timeout_s=1.0,
+        )
+        async with triton:
+            supervisor = asyncio.create_task(triton.supervise())
+            stopped = triton.model_pids["relevance_allocator"]
+            os.kill(stopped, signal.SIGSTOP)
+            await eventually_async(_all_replaced(triton, [stopped]), 20, "the stopped process is replaced")
+            assert await Load(client, prompts, card, pixels).answers()
+            supervisor.cancel()
+
+
+class Asking:
+    """Clients of a gateway in threads of their own: the status of each answer, and how long the longest took."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        scene = next(path for path in sorted(SCENES.rglob("*")) if path.suffix in {".jpg", ".jpeg", ".webp", ".png"})
+        self.body = {
+            "image": base64.b64encode(scene.read_bytes()).decode(),
+            "question": QUESTION,
+            "max_tokens": 16,
+            "timeout_s": 8,
+        }
+        self.statuses: Counter[int] = Counter()
+        self.longest_s = 0.0
+        self.url = url
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def __enter__(self) -> Asking:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def once(self, http: httpx.Client | None = None) -> int:
+        started = time.monotonic()
+        status = (http or httpx).post(f"{self.url}/v1/vqa", json=self.body, timeout=20).status_code
+        self.longest_s = max(self.longest_s, time.monotonic() - started)
+        return status
+
+    def _ask(self) -> None:
+        with httpx.Client() as http:
+            while not self._over.is_set():
+                self.statuses[self.once(http)] += 1
+
+
+@pytest.fixture
+def gateway_ports() -> dict[str, str]:
+    http, grpc, metrics = free_ports(3)
+    return {
+        "GLIMPSE_TRITON_HTTP_PORT": str(http),
+        "GLIMPSE_TRITON_GRPC_PORT": str(grpc),
+        "GLIMPSE_TRITON_METRICS_PORT": str(metrics),
+    }
+
+
+def test_the_service_survives_its_models_and_its_models_do_not_survive_it(
+    start_gateway: StartGateway, gateway_ports: dict[str, str]
+) -> None:
+    """Through HTTP, under load: a killed model is back; and when the gateway is killed, Triton ends by itself."""
+    with start_gateway(gateway_ports) as gateway:
+        prefix = f"glimpse-{gateway.process.pid}-"
+        (server,) = children(gateway.process.pid)
+        (victim,) = [pid for pid in processes(server) if "/llm/1/model.py" in arguments(pid)]
+        whole = len(regions(prefix))
+        with Asking(gateway.url, clients=4) as asking:
+            eventually(lambda: asking.statuses[200] >= 8, 10, "answers under load")
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda: sum(asking.statuses.values()) > asking.statuses[200], 10, "someone noticed")
+            before = asking.statuses[200]
+            eventually(lambda: asking.statuses[200] > before + 8, BACK_WITHIN_S, "answers again")
+        assert set(asking.statuses) <= {200, 429, 503, 504}
+        assert asking.longest_s < 10
+        assert asking.once() == 200
+        # Ended while it loads a model, Triton leaves the others' regions; the dead one's goes last.
+        eventually(lambda: len(regions(prefix)) == whole, BACK_WITHIN_S, "the model was brought back")
+        os.kill(gateway.process.pid, signal.SIGKILL)
+        eventually(lambda: not processes(server), 15, "Triton ended with its gateway")
+        assert not regions(prefix)
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def arguments(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""

@@ -1,0 +1,237 @@
+"""The `llm` model as Triton calls it, on the committed decoder graph: requests in, one response a token out."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
+
+from service.core.vision import ModelCard
+from triton_models.llm import TritonPythonModel
+
+REPOSITORY = Path(__file__).parents[2] / "model_repository"
+OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs"]
+CARD = ModelCard.from_json((REPOSITORY / "card.json").read_text())
+V, H = CARD.vocab_size, CARD.hidden_size
+
+
+def start(**parameters: str) -> TritonPythonModel:
+    model = TritonPythonModel()
+    model.initialize(start_arguments(REPOSITORY / "llm", inputs=[], outputs=OUTPUTS, parameters=parameters))
+    return model
+
+
+@pytest.fixture
+def model():
+    model = start()
+    yield model
+    model.finalize()
+
+
+def request(request_id="", *, seed=0, text=6, visual=32, max_tokens=8, outputs=("output_ids",), **inputs):
+    generator = np.random.default_rng(seed)
+    ids = np.concatenate([V + np.arange(visual), generator.integers(3, V, text)]).astype(np.int32)
+    tensors = {
+        "input_ids": ids[np.newaxis],
+        "input_lengths": np.array([[ids.size]], np.int32),
+        "request_output_len": np.array([[max_tokens]], np.int32),
+        "prompt_embedding_table": generator.normal(size=(1, visual, H)).astype(np.float32),
+        "prompt_vocab_size": np.array([[visual]], np.int32),
+        "prompt_table_extra_ids": np.zeros((1, ids.size), np.uint64),
+        "end_id": np.array([[-1]], np.int32),
+        "pad_id": np.array([[CARD.pad_id]], np.int32),
+        "streaming": np.array([[True]]),
+    }
+    return InferenceRequest(tensors | inputs, list(outputs), request_id)
+
+
+def responses(asked: InferenceRequest):
+    """All responses up to the final flag."""
+    while True:
+        response, final = asked.sender.next()
+        yield response
+        if final:
+            return
+
+
+def tokens(asked: InferenceRequest) -> list[int]:
+    return [int(each.outputs["output_ids"].item()) for each in responses(asked) if each is not None]
+
+
+def error(asked: InferenceRequest):
+    (response,) = responses(asked)
+    return response.error
+
+
+def test_one_response_a_token_and_the_last_one_ends_the_stream(model):
+    asked = request(max_tokens=5, outputs=OUTPUTS)
+    model.execute([asked])
+    answered = [each.outputs for each in responses(asked)]
+    assert [each["output_ids"].shape for each in answered] == [(1, 1, 1)] * 5
+    assert [each["sequence_length"].tolist() for each in answered] == [[[n]] for n in range(1, 6)]
+    log_probs = [each["output_log_probs"].item() for each in answered]
+    np.testing.assert_allclose([each["cum_log_probs"].item() for each in answered], np.cumsum(log_probs), rtol=1e-5)
+    assert asked.sender.sent.empty()
+
+
+def test_the_end_id_is_sent_last(model):
+    asked = request()
+    model.execute([asked])
+    free = tokens(asked)
+    ending = request(end_id=np.array([[free[2]]], np.int32))
+    model.execute([ending])
+    assert tokens(ending) == free[: free.index(free[2]) + 1]
+
+
+def test_requests_of_one_call_are_answered_as_if_alone(model):
+    wishes = [
+        {"seed": seed, "text": 3 + seed, "max_tokens": 4 + seed, "temperature": np.array([[0.9]], np.float32)}
+        for seed in range(6)
+    ]
+    alone = []
+    for wish in wishes:
+        one = request(**wish)
+        model.execute([one])
+        alone.append(tokens(one))
+    together = [request(**wish) for wish in wishes]
+    model.execute(together)
+    assert [tokens(one) for one in together] == alone
+
+
+def test_a_seed_repeats_its_answer_and_another_one_does_not(model):
+    def sampled(seed: int) -> list[int]:
+        asked = request(max_tokens=16, temperature=np.array([[1.5]], np.float32), seed=1)  # the same prompt each time
+        asked._inputs.append(type(asked._inputs[0])("seed", np.array([[seed]], np.uint64)))
+        model.execute([asked])
+        return tokens(asked)
+
+    assert sampled(2**64 - 1) == sampled(2**64 - 1)
+    assert len({tuple(sampled(seed)) for seed in range(8)}) > 1
+
+
+def test_stop_with_the_same_id_ends_the_request(model):
+    asked, other = request("a", max_tokens=280), request("b", max_tokens=20)
+    model.execute([asked, other])
+    asked.sender.next()
+    stop = request("a", stop=np.array([[True]]))
+    model.execute([stop])
+    assert list(responses(stop)) == [None]
+    assert len(list(responses(asked))) < 280
+    assert len(tokens(other)) == 20
+
+
+def test_without_streaming_the_answer_comes_as_one_response(model):
+    streamed, whole = request(max_tokens=12), request(max_tokens=12, streaming=np.array([[False]]))
+    model.execute([streamed, whole])
+    said = tokens(streamed)
+    (response,) = responses(whole)
+    assert response.outputs["output_ids"].tolist() == [[said]]
+    assert len(said) == 12
+
+
+def test_stop_without_an_id_is_refused_as_it_would_end_strangers(model):
+    asked = request(max_tokens=20)
+    model.execute([asked])
+    stop = request(stop=np.array([[True]]))
+    model.execute([stop])
+    assert "stop needs the id" in error(stop).message()
+    assert len(tokens(asked)) == 20
+
+
+def test_a_cancelled_request_ends_within_eight_tokens(model):
+    asked = request(max_tokens=280)
+    asked.sender.cancelled = True
+    model.execute([asked])
+    assert len(tokens(asked)) <= 8
+
+
+def test_a_caller_that_cannot_be_told_ends_its_own_request_only(model):
+    broken, fine = request(max_tokens=280), request(max_tokens=20)
+    broken.sender.broken = True
+    model.execute([broken, fine])
+    assert len(tokens(fine)) == 20
+    after = request(max_tokens=3)
+    model.execute([after])
+    assert len(tokens(after)) == 3
+
+
+def test_a_repeat_says_the_same_and_the_saving_is_told():
+    model = start(prefix_cache_bytes=str(1 << 24))
+    extra_ids = np.array([[*range(1, 33), *[0] * 6]], np.uint64)
+    said = []
+    for seed, named in ((1, 1), (1, 1), (2, 2), (1, 1), (1, 0)):  # with other visual tokens come other extra ids
+        asked = request(seed=seed, prompt_table_extra_ids=extra_ids * np.uint64(named))
+        model.execute([asked])
+        said.append(tokens(asked))
+    model.finalize()
+    assert said[0] == said[1] == said[3] == said[4] != said[2]
+    told = {name: metric.value for name, metric in MetricFamily.latest.items()}
+    assert told["glimpse_llm_prefix_hits_total"] == 2
+    assert told["glimpse_llm_prefix_tokens_total"] == 2 * 37
+    assert told["glimpse_llm_prefix_bytes"] > 2 * 38 * 16
+    assert told["glimpse_llm_tokens_total"] == 5 * 8
+
+
+def test_a_full_queue_is_told_at_once():
+    model = start(max_rows="1", max_queue="2")
+    asked = [request(max_tokens=280) for _ in range(12)]
+    model.execute(asked)
+    first = [each.sender.next() for each in asked]
+    refused = [response.error for response, _ in first if response.error is not None]
+    assert len(refused) >= 8
+    assert {(each.code, each.message()) for each in refused} == {
+        ("UNAVAILABLE", "UNAVAILABLE: Exceeds maximum queue size 2")
+    }
+    model.finalize()
+
+
+def test_unloading_ends_every_request_with_an_error():
+    model = start(max_rows="2")
+    asked = [request(max_tokens=280) for _ in range(5)]
+    model.execute(asked)
+    asked[0].sender.next()
+    model.finalize()
+    last = [list(responses(each))[-1] for each in asked]
+    told = {(each.error.code, each.error.message()) for each in last}
+    assert told == {("UNAVAILABLE", "UNAVAILABLE: the model is being unloaded")}
+    late = request()
+    model.execute([late])
+    assert "unloaded" in error(late).message()
+
+
+WRONG = {
+    "positions": ({"max_tokens": 1000}, f"positions: the model has {CARD.max_positions}"),
+    "no token": ({"max_tokens": 0}, "request_output_len must be at least 1"),
+    "temperature": ({"temperature": np.array([[-1]], np.float32)}, "temperature must be 0"),
+    "not a number": ({"temperature": np.array([[np.nan]], np.float32)}, "temperature must be 0"),
+    "top k": ({"runtime_top_k": np.array([[-1]], np.int32)}, "runtime_top_k must be 0"),
+    "top p": ({"runtime_top_p": np.array([[1.5]], np.float32)}, "runtime_top_p must be above 0"),
+    "penalty": ({"repetition_penalty": np.array([[0]], np.float32)}, "repetition_penalty must be above 0"),
+    "two numbers": ({"temperature": np.array([[1, 2]], np.float32)}, "temperature must be one number"),
+    "length": ({"input_lengths": np.array([[99]], np.int32)}, "input_lengths is 99"),
+    "rows": ({"prompt_vocab_size": np.array([[31]], np.int32)}, "prompt_embedding_table is [32, "),
+    "width": ({"prompt_embedding_table": np.zeros((1, 32, H + 1), np.float32)}, "prompt_embedding_table is [32, "),
+    "table": ({"prompt_embedding_table": np.full((1, 32, H), np.inf, np.float32)}, "is not finite"),
+    "ids": ({"input_ids": np.full((1, 38), V + 32, np.int32)}, f"input_ids must be 0 to {V + 31}"),
+    "negative": ({"input_ids": np.full((1, 38), -1, np.int32)}, "input_ids must be 0 to"),
+    "extra ids": ({"prompt_table_extra_ids": np.zeros((1, 4), np.uint64)}, "prompt_table_extra_ids has 4 ids for 38"),
+    "two sequences": ({"input_ids": np.zeros((2, 38), np.int32)}, "one sequence a request"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_request_is_told_what_is_wrong(model, inputs, message):
+    wrong, fine = request(**inputs), request(max_tokens=2)
+    model.execute([wrong, fine])
+    told = error(wrong)
+    assert told.code == "INVALID_ARG"
+    assert message in told.message()
+    assert len(tokens(fine)) == 2
+
+
+def test_a_repository_without_a_card_fails_the_load(tmp_path):
+    shutil.copytree(REPOSITORY / "llm", tmp_path / "llm")
+    model = TritonPythonModel()
+    with pytest.raises(OSError, match=r"card\.json"):
+        model.initialize(start_arguments(tmp_path / "llm", inputs=[], outputs=OUTPUTS))

@@ -1,0 +1,188 @@
+"""The generic ONNX runner and the Q-Former's group runner, as Triton calls them."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from triton_python_backend_utils import InferenceRequest, start_arguments
+
+from service.core.errors import InvalidRequest
+from triton_models import onnx_model
+from triton_models.parameters import Parameters
+from triton_models.qformer import GroupRunner
+
+QUERIES, HIDDEN, WIDTH = 32, 4, 4
+
+
+def save(folder: Path, nodes, inputs, outputs, initializers=()) -> Path:
+    def value(name, kind, shape):
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    graph = helper.make_graph(nodes, "g", [value(*i) for i in inputs], [value(*o) for o in outputs], list(initializers))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (folder / "1").mkdir(exist_ok=True)
+    onnx.save(model, folder / "1" / "model.onnx")
+    return folder / "1" / "model.onnx"
+
+
+@pytest.fixture
+def adder(tmp_path):
+    """a [B, 3] + b [B, 3] -> total; a > 0 -> positive."""
+    save(
+        tmp_path,
+        [helper.make_node("Add", ["a", "b"], ["total"]), helper.make_node("Greater", ["a", "b"], ["larger"])],
+        [("a", TensorProto.FLOAT, ["batch", 3]), ("b", TensorProto.FLOAT, ["batch", 3])],
+        [("total", TensorProto.FLOAT, ["batch", 3]), ("larger", TensorProto.BOOL, ["batch", 3])],
+    )
+    model = onnx_model.TritonPythonModel()
+    model.initialize(start_arguments(tmp_path, inputs=["a", "b"], outputs=["total", "larger"]))
+    return model
+
+
+def request(a, b, outputs=("total", "larger")) -> InferenceRequest:
+    return InferenceRequest({"a": np.array(a, np.float32), "b": np.array(b, np.float32)}, list(outputs))
+
+
+def test_a_batch_of_requests_is_answered_request_by_request(adder):
+    one = request([[1, 2, 3]], [[1, 1, 1]])
+    two = request([[4, 5, 6], [7, 8, 9]], [[1, 1, 1], [2, 2, 2]])
+    first, second = adder.execute([one, two])
+    assert first.outputs["total"].tolist() == [[2, 3, 4]]
+    assert second.outputs["total"].tolist() == [[5, 6, 7], [9, 10, 11]]
+    assert first.outputs["larger"].tolist() == [[False, True, True]]
+
+
+def test_a_nice_model_leaves_the_cores_to_others(adder, tmp_path):
+    found = []
+
+    def start() -> None:
+        own = threading.get_native_id()  # Linux counts the niceness of each thread by itself
+        before = os.getpriority(os.PRIO_PROCESS, own)
+        model = onnx_model.TritonPythonModel()
+        names = {"inputs": ["a", "b"], "outputs": ["total", "larger"]}
+        model.initialize(start_arguments(tmp_path, **names, parameters={"nice": "3"}))
+        found.append(os.getpriority(os.PRIO_PROCESS, own) - before)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert found == [3]
+
+
+def test_only_the_outputs_asked_for_are_sent(adder):
+    (response,) = adder.execute([request([[1, 2, 3]], [[1, 1, 1]], ["total"])])
+    assert set(response.outputs) == {"total"}
+
+
+def test_a_faulty_request_fails_alone(adder):
+    good, faulty = request([[1, 2, 3]], [[1, 1, 1]]), request([[1, 2]], [[1, 1]])
+    answered = adder.execute([good, faulty, good])
+    assert [response.error is None for response in answered] == [True, False, True]
+    assert answered[0].outputs["total"].tolist() == [[2, 3, 4]]
+    assert "dimensions" in answered[1].error.message()
+
+
+def test_a_graph_that_does_not_fit_the_configuration_fails_the_load(adder, tmp_path):
+    model = onnx_model.TritonPythonModel()
+    with pytest.raises(ValueError, match=r"\['a', 'c'\].*its graph has \['a', 'b'\]"):
+        model.initialize(start_arguments(tmp_path, inputs=["a", "c"], outputs=["total"]))
+
+
+@pytest.mark.parametrize(("provider", "told"), [("cuda", "CUDAExecutionProvider"), ("openvino", "there are cpu, cuda")])
+def test_a_provider_that_is_not_there_fails_the_load(adder, tmp_path, provider, told):
+    """ONNX Runtime itself would compute on the CPU and say nothing."""
+    parameters = {"provider": provider}
+    arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters=parameters)
+    with pytest.raises(ValueError, match=told):
+        onnx_model.TritonPythonModel().initialize(arguments)
+
+
+def test_zero_threads_are_every_core(adder, tmp_path):
+    model = onnx_model.TritonPythonModel()
+    model.initialize(
+        start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters={"intra_op_threads": "0"})
+    )
+    (response,) = model.execute([request([[1, 2, 3]], [[1, 1, 1]], ["total"])])
+    assert response.outputs["total"].tolist() == [[2, 3, 4]]
+
+
+def test_instances_share_the_cores(tmp_path):
+    arguments = start_arguments(tmp_path, inputs=[], outputs=[], parameters={"intra_op_threads": "0"})
+    cores = Parameters(arguments).intra_op_threads
+    assert cores == len(os.sched_getaffinity(0))
+    told = json.loads(arguments["model_config"]) | {"instance_group": [{"count": cores}, {"count": 1}]}
+    assert Parameters(arguments | {"model_config": json.dumps(told)}).intra_op_threads == 1
+
+
+def test_a_negative_parameter_fails_the_load(adder, tmp_path):
+    model = onnx_model.TritonPythonModel()
+    arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters={"intra_op_threads": "-1"})
+    with pytest.raises(ValueError, match="intra_op_threads"):
+        model.initialize(arguments)
+
+
+@pytest.fixture
+def runner(tmp_path):
+    """A Q-Former whose 32 visual tokens are all the sum of the vision tokens it sees."""
+    shape = helper.make_tensor("shape", TensorProto.INT64, [3], [1, QUERIES, 1])
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [2])
+    rows = helper.make_tensor("rows", TensorProto.INT64, [1], [1])
+    graph = save(
+        tmp_path,
+        [
+            helper.make_node("Cast", ["attend"], ["seen"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["seen", "axes"], ["column"]),
+            helper.make_node("Mul", ["vision_tokens", "column"], ["visible"]),
+            helper.make_node("ReduceSum", ["visible", "rows"], ["sum"], keepdims=1),
+            helper.make_node("Tile", ["sum", "shape"], ["visual_tokens"]),
+        ],
+        [
+            ("vision_tokens", TensorProto.FLOAT, ["batch", "tokens", WIDTH]),
+            ("attend", TensorProto.INT32, ["batch", "tokens"]),
+        ],
+        [("visual_tokens", TensorProto.FLOAT, ["batch", QUERIES, HIDDEN])],
+        [shape, axes, rows],
+    )
+    return GroupRunner(graph)
+
+
+def vision(*masks: list[int], groups: list[int]) -> dict[str, np.ndarray]:
+    """Token i of every image is [2**i] * D, so that a sum tells who was seen."""
+    tokens = np.zeros((len(masks), 401, WIDTH), np.float32)
+    mask = np.zeros((len(masks), 401), np.int32)
+    for row, image in enumerate(masks):
+        mask[row, : len(image)] = image
+        tokens[row, : len(image)] = 2.0 ** np.arange(len(image))[:, np.newaxis]
+    tokens[mask == 0] = 1e6  # padding must never be seen
+    return {"vision_tokens": tokens, "vision_mask": mask, "query_groups": np.array(groups, np.int32)[:, np.newaxis]}
+
+
+def test_the_first_group_sees_all_and_focus_groups_only_their_own(runner):
+    found = runner.run(vision([1, 1, 2, 3, 2], [1, 1, 1], [1, 2], groups=[3, 1, 2]))
+    assert found["visual_count"].tolist() == [[96], [32], [64]]
+    sums = found["visual_tokens"][:, ::QUERIES, 0]
+    assert sums.tolist() == [[31, 20, 8, 0], [7, 0, 0, 0], [3, 2, 0, 0]]
+    assert found["visual_tokens"].shape == (3, 128, HIDDEN)
+    assert found["visual_tokens"].flags.c_contiguous
+
+
+def test_a_focus_group_without_tokens_is_refused(runner):
+    with pytest.raises(InvalidRequest, match="no vision token"):
+        runner.run(vision([1, 1, 3], groups=[2]))
+
+
+def test_a_mask_of_another_length_is_refused(runner):
+    inputs = vision([1, 1, 2], groups=[2])
+    with pytest.raises(InvalidRequest, match="an entry for each"):
+        runner.run(inputs | {"vision_mask": inputs["vision_mask"][:, :257]})
+
+
+@pytest.mark.parametrize("groups", [0, 5])
+def test_the_number_of_groups_is_bounded(runner, groups):
+    with pytest.raises(InvalidRequest, match="1 to 4"):
+        runner.run(vision([1, 1], groups=[groups]))

@@ -1,0 +1,150 @@
+"""Keys and values of recent prompts: found by ids and extra ids, bounded in bytes, the oldest use goes first."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.core.vision import Prompt
+from service.prompt import visual_token_ids
+from triton_models.prefix_cache import LEAST_TOKENS, TOKEN_BYTES, PrefixCache
+
+V = 100  # the vocabulary
+COLUMN_BYTES = 2 * 3 * 4 * 4  # of two parts, three heads, four numbers a head
+
+
+def prompt(*text: int, key: bytes | None = b"image", visual: int = 32) -> Prompt:
+    """Visual tokens, with extra ids unless `key` is None, and text."""
+    extra = np.zeros(visual, np.uint64) if key is None else visual_token_ids(key, visual)
+    ids = np.concatenate([np.arange(V, V + visual), np.array(text, np.int64)]).astype(np.int32)
+    return Prompt(ids, np.zeros((visual, 8), np.float32), np.concatenate([extra, np.zeros(len(text), np.uint64)]))
+
+
+def kv(of: Prompt) -> np.ndarray:
+    """[2, 3, T, 4], every column of which says which tokens came before it."""
+    history = [
+        hash((of.input_ids[:n].tobytes(), of.extra_ids[:n].tobytes())) % 2**20 for n in range(1, len(of.input_ids) + 1)
+    ]
+    return np.broadcast_to(np.array(history, np.float32)[:, np.newaxis], (2, 3, len(history), 4))
+
+
+def cache_of(*prompts: Prompt, max_bytes: int = 1 << 20) -> PrefixCache:
+    cache = PrefixCache(max_bytes, V)
+    for each in prompts:
+        cache.keep(each, kv(each))
+    return cache
+
+
+def known(cache: PrefixCache, asked: Prompt) -> int:
+    """Tokens that are recalled, after a look at whether they are the asked prompt's own."""
+    found = cache.recall(asked)
+    if found is None:
+        return 0
+    tokens = found.shape[2]
+    assert np.array_equal(found, kv(asked)[:, :, :tokens])
+    return tokens
+
+
+def test_a_repeat_is_known_but_for_its_last_token():
+    first = prompt(1, 2, 3)
+    assert known(cache_of(first), first) == 34
+
+
+def test_what_two_prompts_have_in_common_is_known():
+    cache = cache_of(prompt(1, 2, 3, 4))
+    assert known(cache, prompt(1, 2, 9, 4, 5)) == 34
+    assert known(cache, prompt(1, 2, 3, 4, 5, 6)) == 36
+    assert known(cache, prompt(9)) == 32
+    assert known(cache, prompt(1, 2)) == 33
+
+
+def test_the_same_ids_of_another_image_are_not_known():
+    """Visual ids are the same numbers for every image; what they stand for is in the extra ids."""
+    cache = cache_of(prompt(1, 2, 3))
+    assert known(cache, prompt(1, 2, 3, key=b"another")) == 0
+    assert known(cache, prompt(1, 2, 3, key=b"image")) == 34
+
+
+def test_one_other_extra_id_ends_what_is_known():
+    first = prompt(1, 2, 3)
+    extra = first.extra_ids.copy()
+    extra[20] += np.uint64(1)
+    assert known(cache_of(first), Prompt(first.input_ids, first.visual_tokens, extra)) == 20
+
+
+def test_visual_tokens_without_extra_ids_are_never_shared():
+    nameless = prompt(1, 2, 3, key=None)
+    cache = cache_of(nameless)
+    assert len(cache) == 0
+    assert known(cache, nameless) == 0
+    named = prompt(1, 2, 3)
+    extra = named.extra_ids.copy()
+    extra[5] = 0
+    assert known(cache_of(named), Prompt(named.input_ids, named.visual_tokens, extra)) == 0
+
+
+def test_text_alone_is_shared_by_its_ids():
+    system = range(20)
+    cache = cache_of(prompt(*system, 30, 31, visual=0))
+    assert known(cache, prompt(*system, 40, 41, 42, visual=0)) == 20
+    assert known(cache, prompt(7, *system, visual=0)) == 0
+
+
+def test_a_few_tokens_in_common_are_not_worth_a_copy():
+    few = LEAST_TOKENS - 1
+    assert known(cache_of(prompt(*range(few), 30, 31, visual=0)), prompt(*range(few), 40, 41, visual=0)) == 0
+    assert len(cache_of(prompt(*range(LEAST_TOKENS), visual=0))) == 0
+
+
+def test_a_prompt_that_continues_another_takes_its_place():
+    cache = cache_of(prompt(1, 2), prompt(1, 2, 3, 4))
+    assert len(cache) == 1
+    cache.keep(prompt(1), kv(prompt(1)))
+    assert len(cache) == 1
+    assert known(cache, prompt(1, 2, 3, 4, 5)) == 36
+    assert cache.nbytes == 36 * (COLUMN_BYTES + TOKEN_BYTES)
+
+
+def test_the_least_recently_used_goes_first():
+    first, second, third = (prompt(1, 2, key=name) for name in (b"1", b"2", b"3"))
+    cache = cache_of(first, second, max_bytes=2 * 34 * (COLUMN_BYTES + TOKEN_BYTES))
+    assert known(cache, first) == 33
+    cache.keep(third, kv(third))
+    assert (known(cache, first), known(cache, second), known(cache, third)) == (33, 0, 33)
+
+
+def test_what_was_recalled_outlives_its_place():
+    first = prompt(1, 2, key=b"1")
+    cache = cache_of(first, max_bytes=34 * (COLUMN_BYTES + TOKEN_BYTES))
+    found = cache.recall(first)
+    cache.keep(prompt(1, 2, key=b"2"), kv(prompt(1, 2, key=b"2")))
+    assert cache.recall(first) is None
+    assert np.array_equal(found, kv(first)[:, :, :33])
+
+
+@pytest.mark.parametrize("max_bytes", [0, 34 * (COLUMN_BYTES + TOKEN_BYTES) - 1])
+def test_what_does_not_fit_is_not_kept(max_bytes):
+    cache = cache_of(prompt(1, 2), max_bytes=max_bytes)
+    assert (len(cache), cache.nbytes, known(cache, prompt(1, 2))) == (0, 0, 0)
+
+
+texts = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+asked = st.builds(
+    lambda text, key, visual: prompt(*text, key=key, visual=visual),
+    texts,
+    st.sampled_from([b"1", b"2"]),
+    st.sampled_from([0, 18, 32]),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(asked, max_size=30), st.integers(0, 150 * (COLUMN_BYTES + TOKEN_BYTES)))
+def test_nothing_wrong_is_ever_recalled_and_the_bytes_are_those_it_holds(prompts, max_bytes):
+    cache = PrefixCache(max_bytes, V)
+    for each in prompts:
+        assert known(cache, each) < each.input_ids.size
+        cache.keep(each, kv(each))
+        assert cache.nbytes <= max_bytes
+    held = sum(len(key) + array.nbytes for key, array in cache._kept.items())
+    assert cache.nbytes == held
+    assert sorted(key for akin in cache._by_start.values() for key in akin) == sorted(cache._kept)

@@ -1,0 +1,177 @@
+"""Draws: which tokens can come, that a seed repeats them, and that neighbours never matter."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from service.core.vision import Sampling
+from triton_models.sampling import SHORTLISTS, Sampler, choose, log_probs, penalise, uniform
+
+VOCABULARY = 24
+NO_IDS = np.zeros(0, np.int32)
+
+logits_rows = hnp.arrays(np.float32, (1, VOCABULARY), elements=st.floats(-8, 8, width=32))
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    top_k=st.integers(0, VOCABULARY + 2),
+    top_p=st.floats(0.05, 1.0),
+    seed=st.integers(0, 2**64 - 1),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+)
+
+
+def draw_alone(sampling: Sampling, steps: np.ndarray, prompt: np.ndarray = NO_IDS) -> list[int]:
+    """One token a row of `steps` [n, V]."""
+    sampler = Sampler(1, steps.shape[1])
+    sampler.append(sampling, prompt)
+    return [int(sampler.draw(logits[np.newaxis])[0][0]) for logits in steps]
+
+
+@given(logits_rows)
+def test_temperature_zero_takes_the_likeliest(logits):
+    assert draw_alone(Sampling(temperature=0, top_k=3, top_p=0.5, seed=9), logits) == [int(logits.argmax())]
+
+
+@given(logits_rows, st.integers(1, VOCABULARY), st.integers(0, 2**64 - 1))
+def test_top_k_draws_among_the_k_likeliest(logits, top_k, seed):
+    (token,) = draw_alone(Sampling(temperature=1.0, top_k=top_k, seed=seed), logits)
+    assert logits[0, token] >= np.sort(logits[0])[-top_k]
+
+
+@given(logits_rows, st.floats(0.01, 1.0), st.integers(0, 2**64 - 1))
+def test_top_p_draws_from_the_least_set_that_reaches_the_mass(logits, top_p, seed):
+    (token,) = draw_alone(Sampling(temperature=1.0, top_p=top_p, seed=seed), logits)
+    mass = np.exp(logits[0].astype(np.float64))
+    mass /= mass.sum()
+    likelier = mass[logits[0] > logits[0, token]].sum()
+    assert likelier < top_p + 1e-9
+
+
+def test_top_k_one_is_greedy_at_any_temperature():
+    logits = np.random.default_rng(0).normal(size=(50, VOCABULARY)).astype(np.float32)
+    drawn = [draw_alone(Sampling(temperature=5.0, top_k=1, seed=7), row[np.newaxis])[0] for row in logits]
+    assert drawn == logits.argmax(axis=1).tolist()
+
+
+def test_draws_follow_the_filtered_distribution():
+    scores = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
+    uniforms = (np.arange(10_000) + 0.5) / 10_000
+    tokens = choose(np.repeat(scores, 10_000, 0), np.full(10_000, 4), np.full(10_000, 0.9), uniforms)
+    shares = np.bincount(tokens, minlength=4) / 10_000
+    np.testing.assert_allclose(shares, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "spread"),
+    [(0, 0.9, 3.0), (0, 0.9, 0.1), (50, 1.0, 1.0), (50, 0.5, 1.0), (3000, 0.8, 1.0), (0, 1.0, 1.0)],
+    ids=["top_p", "flat, so that top_p wants more than the shortlists", "top_k", "both", "long top_k", "no filter"],
+)
+def test_a_large_vocabulary_is_drawn_from_as_if_it_were_sorted(top_k, top_p, spread):
+    size, draws = 4 * SHORTLISTS[-1], 400
+    scores = np.random.default_rng(2).normal(scale=spread, size=(1, size))
+    mass = np.exp(scores[0])
+    order = np.argsort(-mass)
+    kept = mass[order][: top_k or size]
+    kept = kept[np.cumsum(kept) - kept < top_p * kept.sum()]
+    expected = np.zeros(size)
+    expected[order[: len(kept)]] = kept / kept.sum()
+    uniforms = (np.arange(draws) + 0.5) / draws
+    limits = np.full(draws, top_k or size), np.full(draws, top_p)
+    tokens = choose(np.repeat(scores, draws, 0), *limits, uniforms)
+    if top_k or top_p < 1:  # likeliest first
+        reached = np.cumsum(expected[order])
+        assert tokens.tolist() == order[np.searchsorted(reached, uniforms)].tolist()
+    else:
+        assert tokens.tolist() == np.searchsorted(np.cumsum(expected), uniforms).tolist()
+
+
+def test_a_low_temperature_sharpens_and_a_high_one_flattens():
+    logits = np.repeat(np.array([[2.0, 1.0, 0.0, 0.0]], np.float32), 4000, 0)
+
+    def share_of_likeliest(temperature: float) -> float:
+        tokens = draw_alone(Sampling(temperature=temperature, seed=1), logits)
+        return tokens.count(0) / len(tokens)
+
+    expected = np.exp(2) / (np.exp(2) + np.exp(1) + 2)
+    assert share_of_likeliest(1.0) == pytest.approx(expected, abs=0.03)
+    assert share_of_likeliest(0.2) > 0.95
+    assert share_of_likeliest(50.0) == pytest.approx(0.25, abs=0.03)
+
+
+def test_numbers_are_uniform_and_seeds_independent():
+    seeds = np.arange(200, dtype=np.uint64)
+    numbers = np.stack([uniform(seeds, np.full(200, n, np.uint64)) for n in range(200)])
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    np.testing.assert_allclose(np.histogram(numbers, 10, (0, 1))[0] / numbers.size, 0.1, atol=0.01)
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(200)).max() < 0.35  # 200 draws: 5 sigma
+    assert len(np.unique(numbers)) == numbers.size
+
+
+@given(st.lists(samplings, min_size=1, max_size=6), st.integers(0, 2**32 - 1), st.data())
+def test_a_row_draws_the_same_alone_and_in_any_company(wishes, seed, data):
+    generator = np.random.default_rng(seed)
+    steps = generator.normal(scale=3, size=(5, len(wishes), VOCABULARY)).astype(np.float32)
+    prompts = generator.integers(0, 2 * VOCABULARY, (len(wishes), 4))
+    alone = [draw_alone(wish, steps[:, row], prompts[row]) for row, wish in enumerate(wishes)]
+    sampler = Sampler(len(wishes), VOCABULARY)
+    for wish, prompt in zip(wishes, prompts, strict=True):
+        sampler.append(wish, prompt)
+    rows = list(range(len(wishes)))  # rows[i] is who lives in the sampler's row i
+    for n, step in enumerate(steps):
+        tokens, _ = sampler.draw(step[rows])
+        assert tokens.tolist() == [alone[row][n] for row in rows]
+        if len(rows) > 1:
+            leaves = data.draw(st.integers(0, len(rows) - 1))
+            sampler.drop(leaves)
+            rows[leaves] = rows[-1]
+            rows.pop()
+
+
+def test_a_row_that_joins_late_is_drawn_without_moving_the_others():
+    steps = np.random.default_rng(3).normal(size=(4, VOCABULARY)).astype(np.float32)
+    first, second = Sampling(temperature=1, seed=5), Sampling(temperature=1, seed=6)
+    sampler = Sampler(2, VOCABULARY)
+    sampler.append(first, NO_IDS)
+    drawn = [int(sampler.draw(steps[:1])[0][0])]
+    sampler.append(second, NO_IDS)
+    joined = sampler.draw(steps[:1], first=1)[0]
+    drawn += [int(sampler.draw(np.stack([row, row]))[0][0]) for row in steps[1:]]
+    assert drawn == draw_alone(first, steps)
+    assert joined.tolist() == draw_alone(second, steps[:1])
+
+
+def test_repetition_penalty_counts_prompt_and_answer_but_not_visual_ids():
+    logits = np.array([[3.0, 2.9, 2.8, -1.0]], np.float32)
+    steps = np.repeat(logits, 3, 0)
+    penalised = Sampling(repetition_penalty=1.5)
+    assert draw_alone(Sampling(), steps) == [0, 0, 0]
+    assert draw_alone(penalised, steps) == [0, 1, 2]
+    assert draw_alone(penalised, steps, np.array([0, 4, 400])) == [1, 2, 0]
+
+
+def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_negative():
+    scores = np.array([[2.0, -2.0, 2.0, -2.0]])
+    seen = np.array([[True, True, False, False]])
+    assert penalise(scores, seen, np.array([2.0])).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+
+
+@given(logits_rows, st.integers(0, VOCABULARY - 1))
+def test_log_probabilities_are_the_models_own(logits, token):
+    expected = logits[0, token] - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    found = log_probs(logits, np.array([token]), np.arange(1))
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_logits_that_are_not_finite_show_in_the_log_probability(broken):
+    logits = np.zeros((2, VOCABULARY), np.float32)
+    logits[1, 3] = broken
+    sampler = Sampler(2, VOCABULARY)
+    for seed in range(2):
+        sampler.append(Sampling(temperature=1.0, seed=seed), NO_IDS)
+    _, found = sampler.draw(logits)
+    assert np.isfinite(found).tolist() == [True, False]

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from service.core.vision import Prompt, Sampling
+from service.core.prompt import Prompt
+from service.core.request import Sampling
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 

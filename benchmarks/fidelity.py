@@ -24,8 +24,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from service.core.card import ModelCard
 from service.core.errors import GlimpseError
-from service.core.vision import CROPS, IMAGE_SIZE, Budget, CloserFeatures, FloatArray, ModelCard, Sampling
+from service.core.request import Budget, Sampling
+from service.core.vision import CROPS, IMAGE_SIZE, CloserFeatures, FloatArray
 from service.prompt import PromptBuilder
 from service.settings import PROJECT
 from service.triton import TritonClient

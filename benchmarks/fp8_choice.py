@@ -26,7 +26,7 @@ from build_engines.convert.precision import not_fp8, to_fp16
 from build_engines.convert.samples import PARITY
 from build_engines.convert.steps import modelopt_python
 from build_engines.evaluation.accuracy import SCENES, Outcome, rows
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from service.prompt import PromptBuilder
 
 ATTENTION, ENDS, QUERIES = "attention", "the first and the last layer", "queries, keys and values"  # of `not_fp8`

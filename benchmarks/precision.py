@@ -28,7 +28,8 @@ from build_engines.convert.manifest import KEPT, NOT_FP8
 from build_engines.convert.parity import greedy, inner, nearness, outputs, residuals, session
 from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise, wilson
 from build_engines.scenes import held_out
-from service.core.vision import Budget, ModelCard
+from service.core.card import ModelCard
+from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from triton_models.session import Array

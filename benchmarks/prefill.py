@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.decode import TEXT, VISUAL, prompt
-from service.core.vision import Prompt, Sampling
+from service.core.prompt import Prompt
+from service.core.request import Sampling
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 

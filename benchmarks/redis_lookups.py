@@ -24,7 +24,8 @@ import uvloop
 from service.cache.features import FeatureKey
 from service.cache.records import pack, unpack
 from service.cache.redis_tier import RedisLimits, RedisTier
-from service.core.vision import ModelCard, VisionFeatures
+from service.core.card import ModelCard
+from service.core.vision import VisionFeatures
 from service.metrics import Metrics
 from service.settings import PROJECT
 

@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks.bench.engine import Work, fastest, feeds
 from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, rows
 from build_engines.evaluation.intervals import median
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from triton_models.session import open_session
 
 ENCODER, ALLOCATOR = "vision_encoder", "relevance_allocator"

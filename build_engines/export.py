@@ -26,7 +26,8 @@ from torch.export import Dim, ShapesCollection
 from build_engines.model.allocation import CELL_COUNT, DETAIL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
 from build_engines.repository import GRAPHS, LARGE_BYTES, MOST_INLINE_BYTES, Dimensions, weights_file, write_repository
-from service.core.vision import MAX_VISUAL_TOKENS, ModelCard
+from service.core.card import ModelCard
+from service.core.vision import MAX_VISUAL_TOKENS
 
 OPSET = 18
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from service.admission.admission import Admission
 from service.cache.redis_tier import RedisLimits, RedisTier
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from service.edges.http.vqa import Edge, http_api
 from service.media.decoder import ImageLimits, ImageReader
 from service.metrics import Metrics

@@ -10,15 +10,16 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import structlog
 
-from service.admission.admission import Admission, Place
+from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.visual_tokens import VisualCache, embedding_key
+from service.core.answer import Delta, Finished, KeptImage
+from service.core.card import ModelCard
 from service.core.errors import (
     DeadlineExceeded,
     GlimpseError,
@@ -27,20 +28,15 @@ from service.core.errors import (
     Unavailable,
     naming_image,
 )
-from service.core.vision import (
-    TENSIONS,
-    ModelCard,
-    Prompt,
-    Relevance,
-    Sampling,
-    Seen,
-)
+from service.core.prompt import Prompt
+from service.core.request import Request, Sampling
+from service.core.vision import TENSIONS, Seen
 from service.media.decoder import Image, ImageReader, ImageStore
 from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings
-from service.ticket import Request, Ticket
-from service.vision_stage import Looker, VisionModel, decoding_cost
+from service.ticket import Ticket
+from service.vision_stage import VisionModel, VisionStage, decoding_cost
 
 log = structlog.get_logger()
 
@@ -64,44 +60,6 @@ class LanguageModel(Protocol):
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """Token ids as they come, `end_id` included where it was generated. Closing the generator cancels."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Some more of the answer's text, never empty."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """All that is known once the answer's text is complete."""
-
-    finish_reason: Literal["stop", "length"]
-    image_ids: tuple[str, ...]
-    cache: Literal["hit", "miss"]  # a miss where anything had to be encoded
-    detail: Literal["low", "high"]  # high where a closer view was looked at
-    reduced: bool  # looked less closely than the request allows, as others waited
-    prompt_tokens: int
-    completion_tokens: int
-    visual_tokens: int
-    relevance: tuple[Relevance, ...]  # of each image
-    timing_ms: dict[str, float]
-
-    @property
-    def vision_tokens(self) -> int:
-        return sum(relevance.vision_tokens for relevance in self.relevance)
-
-
-@dataclass(frozen=True, slots=True)
-class KeptImage:
-    """An image that can be asked about by its id until `expires_at`, seconds since the epoch."""
-
-    id: str
-    nbytes: int
-    width: int
-    height: int
-    expires_at: float
 
 
 class Pipeline:
@@ -131,7 +89,7 @@ class Pipeline:
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
         )
         self.visual = VisualCache(settings.visual_cache_bytes, metrics)
-        self.looker = Looker(
+        self.vision_stage = VisionStage(
             vision=vision,
             admission=admission,
             card=card,
@@ -146,10 +104,10 @@ class Pipeline:
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate. Raises GlimpseError only."""
-        with self.outcome(request) as ticket, self.admit(ticket) as place:
+        with self.outcome(request) as ticket, self.admit(ticket) as reservation:
             async with ticket.in_time():
                 images = await self.load(ticket)
-                seen = await self.looker.look(images, ticket, place)
+                seen = await self.vision_stage.look(images, ticket, reservation)
             prompt = self.compose(request, images, seen)
             ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
             async with aclosing(self.generate(prompt, ticket)) as texts:
@@ -164,8 +122,8 @@ class Pipeline:
         """
         timeout_s = self.settings.default_timeout_s
         try:
-            with self.admission.place(tenant) as place:
-                place.reserve(decoding_cost(data, self.settings.max_image_pixels))
+            with self.admission.reservation(tenant) as reservation:
+                reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
                 async with asyncio.timeout(timeout_s):
                     decoded = await self.reader.decode(data)
                     image = await self.reader.identify(data)
@@ -192,16 +150,16 @@ class Pipeline:
             self._record(ticket, fault)
 
     @contextmanager
-    def admit(self, ticket: Ticket) -> Iterator[Place]:
+    def admit(self, ticket: Ticket) -> Iterator[Reservation]:
         """Refuses what cannot be answered before any work is done, and reserves what it will cost; all that the
         request holds is given back at its end. Raises InvalidRequest, Overloaded."""
         tokens = max(self.check(ticket.request), self.admission.row_tokens)
-        with self.admission.place(ticket.request.tenant) as place:
-            place.reserve(Cost(tokens=tokens))
+        with self.admission.reservation(ticket.request.tenant) as reservation:
+            reservation.reserve(Cost(tokens=tokens))
             ticket.tokens = tokens
             self.metrics.in_flight.inc()
             try:
-                yield place
+                yield reservation
             finally:
                 self.metrics.in_flight.dec()
 
@@ -225,8 +183,8 @@ class Pipeline:
         """The images' bytes and digests; they are not decoded here, as a known image needs no pixels."""
         images, given = [], ticket.request.images
         with ticket.stage("load"):
-            for place, image in enumerate(given):
-                with naming_image(place, len(given)):
+            for index, image in enumerate(given):
+                with naming_image(index, len(given)):
                     images.append(
                         self.images.get(image, time.time())
                         if isinstance(image, str)
@@ -236,7 +194,7 @@ class Pipeline:
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [
-            (each.visual_tokens, embedding_key(self.card, image, request.question, each))
+            (each.visual_tokens, embedding_key(self.card, image.digest, request.question, each))
             for image, each in zip(images, seen, strict=True)
         ]
         return self.prompts.compose(request.question, visual, request.turns)

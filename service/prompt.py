@@ -13,8 +13,11 @@ import numpy.typing as npt
 from blake3 import blake3
 from tokenizers import Tokenizer
 
+from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
-from service.core.vision import QUESTION_TOKENS, FloatArray, ModelCard, Prompt, Question, Turn
+from service.core.prompt import Prompt, Question
+from service.core.request import Turn
+from service.core.vision import QUESTION_TOKENS, FloatArray
 
 LLM_TOKENIZER = "tokenizer.json"
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import structlog
 
+from service.core.card import ModelCard
 from service.core.errors import GlimpseError
-from service.core.vision import ModelCard
 from service.metrics import Metrics
 
 log = structlog.get_logger()

@@ -10,26 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from service.admission.scheduler import Kind, Priority
+from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
-from service.core.vision import Budget, Detail, Sampling, Turn
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One question about one image or several, as any edge brings it."""
-
-    id: str  # unique: Triton cancels by it
-    images: tuple[bytes | str, ...]  # of each the file's bytes, or the id of one that was sent before
-    question: str
-    budget: Budget  # of each image
-    sampling: Sampling
-    timeout_s: float
-    detail: Detail = "low"
-    turns: tuple[Turn, ...] = ()  # what was asked and answered before, oldest first
-    trace_id: str = ""  # the caller's own id of the request
-    tenant: str = ""  # who shares the service fairly with others; empty is one of its own
-    priority: Priority = Priority.NORMAL
+from service.core.request import Request
 
 
 @dataclass(slots=True)

@@ -22,28 +22,28 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from service.admission.admission import Admission, Place
+from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
-from service.admission.scheduler import Claim, Kind, Priority, Resource
+from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, FeatureKey, Features, Found, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, visual_key
+from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
+from service.core.prompt import Question
+from service.core.request import Budget, Priority, Request
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
     IMAGE_SIZE,
-    Budget,
     CloserFeatures,
     Int8Rows,
-    ModelCard,
-    Question,
     Seen,
     UInt8Array,
     VisionFeatures,
 )
 from service.media.decoder import Decoded, Image, ImageReader, ImageStore, header_pixels
 from service.prompt import PromptBuilder
-from service.ticket import Request, Ticket
+from service.ticket import Ticket
 
 
 class VisionModel(Protocol):
@@ -89,7 +89,7 @@ class Look:
     is_denied: bool = False  # a closer view, as others wait
 
 
-class Looker:
+class VisionStage:
     """Made once by the pipeline."""
 
     def __init__(
@@ -113,7 +113,7 @@ class Looker:
         self.features = features
         self.visual = visual
 
-    async def look(self, images: Sequence[Image], ticket: Ticket, place: Place) -> list[Seen]:
+    async def look(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> list[Seen]:
         """What each image gives. The LLM has room when it returns.
 
         Who attends waits for the LLM first: that bounds how many attend at once, and a wait in vain costs nothing. Who
@@ -126,12 +126,12 @@ class Looker:
         looks = of.values()
         while True:
             unknown = [look for look in looks if look.seen is None and not self._recall(look, ticket)]
-            await together(self._find, unknown, ticket, place)
-            room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, place)
-            await together(self._attend, [look for look in unknown if look.seen is None], ticket, place)
+            await together(self._find, unknown, ticket, reservation)
+            room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, reservation)
+            await together(self._attend, [look for look in unknown if look.seen is None], ticket, reservation)
             if not [look for look in unknown if self._looks_closer(look, ticket)]:
                 break
-            place.give_back(room, finished=False)
+            reservation.give_back(room, finished=False)
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks) else "low"
         ticket.reduced = any(look.is_reduced or look.is_denied for look in looks)
@@ -182,41 +182,43 @@ class Looker:
         asked = self._asked(detail, request)
         allowed = self.admission.fidelity.cap(asked)
         budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
-        return [visual_key(self.card, image, request.question, budget, detail) for budget in dict.fromkeys(budgets)]
+        return [
+            visual_key(self.card, image.digest, request.question, budget, detail) for budget in dict.fromkeys(budgets)
+        ]
 
     def _keep(self, look: Look, seen: Seen, ticket: Ticket) -> None:
         look.seen = seen
-        key = visual_key(self.card, look.image, ticket.request.question, seen.budget, seen.detail)
+        key = visual_key(self.card, look.image.digest, ticket.request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)
 
-    async def _find(self, look: Look, ticket: Ticket, place: Place) -> None:
+    async def _find(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         """The features that the look needs. A new image is seen as it is encoded, where that is all that is needed.
 
         Raises Overloaded where there is no room, but not for a closer view of what was seen already.
         """
         if look.vision is None:
-            await self._find_whole(look, ticket, place)
+            await self._find_whole(look, ticket, reservation)
             if self._looks_closer(look, ticket) and self._recall(look, ticket):
                 return
         if look.detail == "low":
             return
         try:
-            await self._find_closer(look, ticket, place)
+            await self._find_closer(look, ticket, reservation)
         except Overloaded:
             if look.low is None:
                 raise
             look.detail, look.seen, look.is_denied = "low", look.low, True
 
-    async def _find_whole(self, look: Look, ticket: Ticket, place: Place) -> None:
+    async def _find_whole(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         key = first_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # another's encode may have to be waited for
-                found = await flight.enter_async_context(self._lookup(key, ticket, place))
+                found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
             look.vision = found.features
             if look.vision is not None:
                 self._remember(look.image, ticket.request)
                 return
-            async with self._encoding(look, IMAGE_SIZE, ticket, place) as decoded:
+            async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as decoded:
                 if look.detail == "high":
                     (look.vision,) = await self.vision.encode(decoded.pixels[np.newaxis], ticket.left_s)
                 else:
@@ -225,25 +227,25 @@ class Looker:
                     self._keep(look, seen, ticket)
             found.keep(look.vision)
 
-    async def _find_closer(self, look: Look, ticket: Ticket, place: Place) -> None:
+    async def _find_closer(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         key = closer_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):
-                found = await flight.enter_async_context(self._lookup(key, ticket, place))
+                found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
             look.closer = found.features
             if look.closer is not None:
                 return
-            async with self._encoding(look, CLOSER_SIZE, ticket, place) as decoded:
+            async with self._encoding(look, CLOSER_SIZE, ticket, reservation) as decoded:
                 look.closer = CloserFeatures.joined(await self.vision.encode(decoded.crops, ticket.left_s))
             found.keep(look.closer)
 
     def _lookup(
-        self, key: FeatureKey[Features], ticket: Ticket, place: Place
+        self, key: FeatureKey[Features], ticket: Ticket, reservation: Reservation
     ) -> AbstractAsyncContextManager[Found[Features]]:
         patient = ticket.request.priority is Priority.LOW
-        return self.features.find(key, ticket.left_s, patient=patient, waiting=place.waiting_for_others)
+        return self.features.find(key, ticket.left_s, patient=patient, waiting=reservation.waiting_for_others)
 
-    async def _attend(self, look: Look, ticket: Ticket, _: Place) -> None:
+    async def _attend(self, look: Look, ticket: Ticket, _: Reservation) -> None:
         assert look.vision is not None
         budget = self._budget(look, ticket)
         with ticket.stage("vision"), ticket.stage("attend"):
@@ -263,15 +265,17 @@ class Looker:
         return allowed
 
     @asynccontextmanager
-    async def _encoding(self, look: Look, view: int, ticket: Ticket, place: Place) -> AsyncIterator[Decoded]:
+    async def _encoding(
+        self, look: Look, view: int, ticket: Ticket, reservation: Reservation
+    ) -> AsyncIterator[Decoded]:
         """The image decoded for this view, where there is room to encode it."""
         images = CROPS if view == CLOSER_SIZE else 1
         if not look.is_reserved:
-            place.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels))
+            reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels))
             look.is_reserved = True
         slots = min(images, self.admission.vision_slots)
         kind = Kind.of(max(images, len(ticket.request.images)))
-        claim = await self._turn(Resource.VISION, slots, kind, ticket, place)
+        claim = await self._turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
         if (decoded := look.decoded) is None:
             both = view == IMAGE_SIZE and look.detail == "high"
@@ -282,15 +286,17 @@ class Looker:
         self._remember(look.image, ticket.request)
         with ticket.stage("vision"), ticket.stage("see"):
             yield decoded
-        place.give_back(claim)
+        reservation.give_back(claim)
 
-    async def _turn(self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, place: Place) -> Claim:
-        """What the place holds from now on. Raises Overloaded."""
+    async def _turn(
+        self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation
+    ) -> Claim:
+        """What the reservation holds from now on. Raises Overloaded."""
         ticket.kind = kind
         request = ticket.request
         claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, request.tenant, request.priority)
         with ticket.stage("queue"):
-            await place.enter(claim)
+            await reservation.enter(claim)
         return claim
 
     def _remember(self, image: Image, request: Request) -> None:
@@ -307,20 +313,20 @@ def decoding_cost(data: bytes, max_pixels: int) -> Cost:
 
 
 async def together(
-    step: Callable[[Look, Ticket, Place], Coroutine[Any, Any, None]],
+    step: Callable[[Look, Ticket, Reservation], Coroutine[Any, Any, None]],
     looks: Sequence[Look],
     ticket: Ticket,
-    place: Place,
+    reservation: Reservation,
 ) -> None:
     """The step for every image at once. The first that fails ends the others, and is what is raised."""
     if len(looks) <= 1:  # no tasks: they cost 0.1 ms
         for look in looks:
-            await step(look, ticket, place)
+            await step(look, ticket, reservation)
         return
     try:
         async with asyncio.TaskGroup() as tasks:
             for look in looks:
-                tasks.create_task(step(look, ticket, place))
+                tasks.create_task(step(look, ticket, reservation))
     except BaseExceptionGroup as group:
         first = group.exceptions[0]
         raise first from first.__cause__

@@ -23,7 +23,8 @@ import pytest
 import pytest_asyncio
 import redis
 
-from service.core.vision import IMAGE_SIZE, ModelCard, UInt8Array
+from service.core.card import ModelCard
+from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.supervision import EmbeddedTriton, Ports

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.core.vision import Prompt, Sampling
+from service.core.prompt import Prompt
+from service.core.request import Sampling
 from triton_models.sampling import Sampler
 
 FloatArray = npt.NDArray[np.floating]

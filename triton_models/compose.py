@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from service.core.errors import InvalidRequest
-from service.core.vision import Sampling
+from service.core.request import Sampling
 from service.prompt import visual_token_ids
 from triton_models.parameters import Parameters
 from triton_models.session import Array

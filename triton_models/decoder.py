@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from service.core.vision import Prompt
+from service.core.prompt import Prompt
 from triton_models.kv_pool import FloatArray, Int64Array, KvPool
 from triton_models.prefix_cache import PrefixCache
 from triton_models.session import TYPES, Array, open_session

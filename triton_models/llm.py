@@ -14,7 +14,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from service.core.errors import InvalidRequest
-from service.core.vision import Prompt, Sampling
+from service.core.prompt import Prompt
+from service.core.request import Sampling
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.decoder import OnnxDecoder
 from triton_models.delivery import Delivery

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 
 
 class Parameters:

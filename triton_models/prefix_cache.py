@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from service.core.vision import Prompt
+from service.core.prompt import Prompt
 
 FloatArray = npt.NDArray[np.floating]
 

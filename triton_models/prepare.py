@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from service.core.errors import InvalidRequest
-from service.core.vision import Budget
+from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder
 from triton_models.parameters import Parameters

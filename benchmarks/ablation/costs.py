@@ -15,7 +15,7 @@ from build_engines.evaluation.intervals import Figure
 from build_engines.model import flops
 from build_engines.model.allocation import GROUP
 from build_engines.model.checkpoint import Checkpoint
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 
 STAGES = "stages.json"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from build_engines.evaluation.intervals import Figure, median
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from triton_models.session import Array, Graph
 
 SEEN = ("features", "saliency", "entropy", "texture")

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from triton_models.session import open_session
 
 BATCHES = (1, 2, 4, 8, 16)  # 16 clients bring no more

@@ -30,7 +30,7 @@ from benchmarks.bench.side_by_side import Case, Comparison, compare, machine, pl
 from benchmarks.bench.summary import Verdict, pooled_ratio, ratio, summary
 from benchmarks.bench.systems import SYSTEMS, Running, running, two_gateways
 from benchmarks.bench.workloads import Workload
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 
 CLIENTS = 16
 BURST = 50  # requests for one new image at once

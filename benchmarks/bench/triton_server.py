@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from service.triton import TritonClient
 from service.triton_server.supervision import EmbeddedTriton, Ports
 

@@ -14,7 +14,8 @@ from build_engines.convert.options import Refused
 from build_engines.scenes.questions import TYPES, ask
 from build_engines.scenes.render import render
 from build_engines.scenes.world import World, sample_scene
-from service.core.vision import CLOSER_SIZE, Budget, CloserFeatures, VisionFeatures
+from service.core.request import Budget
+from service.core.vision import CLOSER_SIZE, CloserFeatures, VisionFeatures
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.prompt import PromptBuilder
 from triton_models.session import Array, Graph

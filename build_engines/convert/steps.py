@@ -32,7 +32,8 @@ from build_engines.convert.static import static_graphs
 from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import MOST_INLINE_BYTES, Model, runner, weights_file
-from service.core.vision import MAX_VISUAL_TOKENS, ModelCard
+from service.core.card import ModelCard
+from service.core.vision import MAX_VISUAL_TOKENS
 from service.prompt import PromptBuilder
 
 MODEL, PLAN = "model.onnx", "model.plan"

@@ -18,7 +18,8 @@ from build_engines.convert.precision import CACHED, FP16_IO
 from build_engines.convert.run import digests
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.verify.report import Report
-from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS, ModelCard
+from service.core.card import ModelCard
+from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS
 from service.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
 from service.triton import MODELS
 

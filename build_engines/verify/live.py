@@ -26,7 +26,9 @@ from build_engines.convert.parity import greedy, nearness, session
 from build_engines.convert.samples import Sample, feeds, samples
 from build_engines.verify.files import Wrong, read_configs
 from build_engines.verify.report import Report
-from service.core.vision import Budget, ModelCard, Prompt, Sampling
+from service.core.card import ModelCard
+from service.core.prompt import Prompt
+from service.core.request import Budget, Sampling
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from triton_models.session import Array

@@ -16,7 +16,7 @@ from build_engines.convert.manifest import NAME
 from build_engines.convert.plans import load, version_of_runtime
 from build_engines.verify.files import Wrong
 from build_engines.verify.report import Report
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from service.triton import TritonClient
 from service.triton_server.supervision import EmbeddedTriton, Ports
 

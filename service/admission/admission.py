@@ -1,6 +1,6 @@
-"""Requests wait here for what the ledger and the scheduler decide: the asyncio side of both.
+"""Requests wait here for what the quota and the scheduler decide: the asyncio side of both.
 
-A `Place` is what one request has of the house. Leaving it, however that comes about, gives everything back at once.
+A `Reservation` is what one request holds. Leaving it, however that comes about, gives everything back at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import structlog
 
 from service.admission.concurrency_limit import Window
 from service.admission.fidelity import LEVELS, Crowd, Fidelity, Level
-from service.admission.quota import Cost, Ledger, Refusal
-from service.admission.scheduler import Claim, Fifo, Kind, Priority, Resource, Scheduler
+from service.admission.quota import Cost, Quota, Refusal
+from service.admission.scheduler import Claim, Fifo, Kind, Resource, Scheduler
+from service.core.card import Engines
 from service.core.errors import DeadlineExceeded, Overloaded
-from service.core.vision import Engines
+from service.core.request import Priority
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -38,7 +39,7 @@ class Admission:
         llm_tokens = settings.llm_tokens or engines.llm_rows * max_positions
         self.row_tokens = llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
-        self.ledger = ledger = Ledger(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
+        self.quota = quota = Quota(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
         self.window = window = Window(vision_slots + engines.llm_rows)
         scheduling = Fifo if settings.scheduling == "fifo" else Scheduler
         self.scheduler = scheduler = scheduling(vision_slots, llm_tokens, window=window)
@@ -54,7 +55,7 @@ class Admission:
         for resource in Resource:
             metrics.resource_used.labels(resource).set_function(partial(scheduler.used, resource))
         for unit in Cost._fields:
-            metrics.admitted_cost.labels(unit).set_function(partial(ledger.holds, unit))
+            metrics.admitted_cost.labels(unit).set_function(partial(quota.holds, unit))
         metrics.request_window.set_function(lambda: window.width)
         metrics.fidelity_level.set_function(lambda: LEVELS.index(self.fidelity))
 
@@ -64,19 +65,19 @@ class Admission:
         return LEVELS[self._observe(time.monotonic())]
 
     @contextmanager
-    def place(self, tenant: str) -> Iterator[Place]:
+    def reservation(self, tenant: str) -> Iterator[Reservation]:
         """Holds nothing yet."""
-        place = Place(self, tenant)
+        reservation = Reservation(self, tenant)
         try:
-            yield place
+            yield reservation
         except BaseException:
-            place.leave(finished=False)
+            reservation.leave(finished=False)
             raise
-        place.leave(finished=True)
+        reservation.leave(finished=True)
 
     def stop(self) -> None:
         """Who is in may end; nobody else comes in."""
-        self.ledger.closed = True
+        self.quota.closed = True
 
     def refuse(self, refusal: Refusal) -> Overloaded:
         self._metrics.refusals.labels(refusal.code).inc()
@@ -136,7 +137,7 @@ class Admission:
         return level
 
 
-class Place:
+class Reservation:
     """What one request has of the house."""
 
     def __init__(self, admission: Admission, tenant: str) -> None:
@@ -150,24 +151,24 @@ class Place:
 
     def require_room(self, cost: Cost) -> None:
         """Takes nothing. Raises Overloaded where the cost could not be reserved now."""
-        if (refusal := self._admission.ledger.refusal(cost, self.tenant)) is not None:
+        if (refusal := self._admission.quota.refusal(cost, self.tenant)) is not None:
             raise self._admission.refuse(refusal)
 
     def reserve(self, cost: Cost) -> None:
-        """Holds this too, until the place is left. Raises Overloaded."""
-        ledger, inside = self._admission.ledger, any(self._cost)
-        if (refusal := ledger.reserve(cost, self.tenant, time.monotonic(), inside=inside)) is not None:
+        """Holds this too, until the reservation is left. Raises Overloaded."""
+        quota, inside = self._admission.quota, any(self._cost)
+        if (refusal := quota.reserve(cost, self.tenant, time.monotonic(), inside=inside)) is not None:
             raise self._admission.refuse(refusal)
         self._cost = self._cost.plus(cost)
 
     async def enter(self, claim: Claim) -> None:
-        """Waits for the claim's turn and holds it until it is given back or the place is left. Raises Overloaded."""
+        """Waits for the claim's turn and holds it until it is given back or the reservation ends. Raises Overloaded."""
         claim.request, claim.request_arrived, self._deadline = self, self._arrived, claim.deadline
         self._claims.append(claim)
         self._rest_or_work()
         try:
             await self._admission.turn(claim)
-        except Overloaded:  # a place may go on without it
+        except Overloaded:  # a request may go on without it
             self._claims.remove(claim)
             self._rest_or_work()
             raise
@@ -208,6 +209,6 @@ class Place:
         house.release(self._claims, now, finished=finished)
         house.window.leave(self, now, answered=finished, missed=now >= self._deadline)
         house.crowd.leave(self, now, answered=finished)
-        house.ledger.give_back(self._cost, self.tenant, now)
+        house.quota.give_back(self._cost, self.tenant, now)
         self._claims, self._cost = [], Cost()
         house.schedule(now)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from service.core.vision import Budget
+from service.core.request import Budget
 
 STEP_S = 1.0  # between two changes of level, at the least
 CALM = 0.25

@@ -36,7 +36,7 @@ class Refusal:
     retry_after_s: float
 
 
-class Ledger:
+class Quota:
     """Reservations against limits. The sum of what is held never passes a limit.
 
     A tenant that gives its name holds at most TENANT_SHARE times what is free, so that there is always room for the

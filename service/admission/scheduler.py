@@ -34,6 +34,7 @@ from enum import StrEnum
 from service.admission.concurrency_limit import Window
 from service.admission.drain_rate import Drain
 from service.admission.quota import Refusal
+from service.core.request import Priority
 
 PATIENCE_S = 2.0
 FORGIVENESS = 0.02  # how far one slower claim lifts the least time that claims are held
@@ -54,13 +55,6 @@ class Kind(StrEnum):
     @classmethod
     def of(cls, new_images: int) -> Kind:
         return (cls.FOLLOW_UP, cls.SINGLE_IMAGE, cls.MULTI_IMAGE)[min(new_images, 2)]
-
-
-class Priority(StrEnum):
-    """Among the requests of one tenant."""
-
-    NORMAL = "normal"
-    LOW = "low"  # may wait for the others
 
 
 HANDICAP_S: Mapping[Kind, float] = {Kind.FOLLOW_UP: 0.0, Kind.SINGLE_IMAGE: 0.5, Kind.MULTI_IMAGE: 1.0}

@@ -7,22 +7,23 @@ under what was asked for: so a hit is what the models would give now.
 from __future__ import annotations
 
 from service.cache.lru import Lru
-from service.core.vision import Budget, Detail, ModelCard, Seen
-from service.media.decoder import Image
+from service.core.card import ModelCard
+from service.core.request import Budget, Detail
+from service.core.vision import Seen
 from service.metrics import Metrics
 
 ENTRY_BYTES = 2048  # of Python objects, besides the arrays and the key
 
 
-def visual_key(card: ModelCard, image: Image, question: str, budget: Budget, detail: Detail) -> bytes:
+def visual_key(card: ModelCard, digest: str, question: str, budget: Budget, detail: Detail) -> bytes:
     """Names what visual tokens are made from; the question comes last, as it may hold any character."""
     tokens = map(str, (*budget.vision_tokens, *budget.visual_tokens))
-    return "\0".join([card.visual_fingerprint, image.digest, detail, *tokens, question]).encode()
+    return "\0".join([card.visual_fingerprint, digest, detail, *tokens, question]).encode()
 
 
-def embedding_key(card: ModelCard, image: Image, question: str, seen: Seen) -> bytes:
+def embedding_key(card: ModelCard, digest: str, question: str, seen: Seen) -> bytes:
     """Names these very visual tokens: features that were kept as int8 give others than those the encoder found."""
-    key = visual_key(card, image, question, seen.budget, seen.detail)
+    key = visual_key(card, digest, question, seen.budget, seen.detail)
     return b"int8\0" + key if seen.is_rounded else key
 
 

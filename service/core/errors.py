@@ -37,14 +37,14 @@ class GlimpseError(Exception):
 
 
 @contextmanager
-def naming_image(place: int, of: int) -> Iterator[None]:
+def naming_image(index: int, of: int) -> Iterator[None]:
     """Says of an error of `image` which one of several it is."""
     try:
         yield
     except GlimpseError as error:
         if of > 1 and error.param == "image":
-            error.param = f"images.{place}"
-            error.message = f"image {place + 1} of {of}: {error.message}"
+            error.param = f"images.{index}"
+            error.message = f"image {index + 1} of {of}: {error.message}"
             error.args = (error.message,)
         raise
 

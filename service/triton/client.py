@@ -14,22 +14,12 @@ import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 
+from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
+from service.core.prompt import Prompt, Question
+from service.core.request import Budget, Sampling
 from service.core.tensors import DTYPES, MODELS
-from service.core.vision import (
-    IMAGE_SIZE,
-    QUESTION_TOKENS,
-    Budget,
-    CloserFeatures,
-    ModelCard,
-    Prompt,
-    Question,
-    Sampling,
-    Seen,
-    UInt8Array,
-    VisionFeatures,
-    dense,
-)
+from service.core.vision import IMAGE_SIZE, QUESTION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures, dense
 from service.triton import codec
 from service.triton.calls import Calls
 

@@ -9,8 +9,10 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
 from service.core.errors import InternalError
+from service.core.prompt import Prompt, Question
+from service.core.request import Budget, Sampling
 from service.core.tensors import DATATYPES, DTYPES, MODELS, Arrays
-from service.core.vision import CELLS, GRID, Budget, Prompt, Question, Relevance, Sampling, Seen, VisionFeatures
+from service.core.vision import CELLS, GRID, Relevance, Seen, VisionFeatures
 
 _OUTPUTS = {
     name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]

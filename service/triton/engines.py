@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from service.core.vision import Engines
+from service.core.card import Engines
 
 
 def read_engines(repository: Path) -> Engines:

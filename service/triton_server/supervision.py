@@ -33,8 +33,8 @@ from typing import Protocol
 
 import structlog
 
+from service.core.card import ModelCard
 from service.core.errors import GlimpseError
-from service.core.vision import ModelCard
 
 SHARED_MEMORY = Path("/dev/shm")
 # Of each model process's region of it. Triton's own 1 MiB grows with what comes together, and a process that writes as

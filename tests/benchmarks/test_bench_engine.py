@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench.engine import STAGES, Work, feeds
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from triton_models.session import open_session
 
 REPOSITORY = Path("model_repository")

@@ -11,7 +11,7 @@ from benchmarks.precision import VISION, Graphs, end_to_end, scenes_of, steps_of
 from build_engines.convert import __main__ as build
 from build_engines.convert.manifest import KEPT
 from build_engines.evaluation.accuracy import rows
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from service.prompt import PromptBuilder
 from tests.conftest import SCENES
 from tests.support.tiny_checkpoints import save_blip2_opt

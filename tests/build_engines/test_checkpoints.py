@@ -29,7 +29,9 @@ from build_engines.export import export, export_graph
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.model.decoder import decoder_of
 from build_engines.repository import GRAPHS, Dimensions, write_repository
-from service.core.vision import Budget, ModelCard, Prompt
+from service.core.card import ModelCard
+from service.core.prompt import Prompt
+from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder, load_tokenizer
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna

@@ -14,8 +14,8 @@ import pytest
 
 from service.admission.quota import Cost
 from service.admission.scheduler import Kind, Resource
+from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded
-from service.core.vision import ModelCard
 from service.edges.http.vqa import http_api
 from service.media.decoder import Decoded, ImageReader
 from tests.support.fakes import CARD, CLOSER, House, png, until
@@ -47,7 +47,7 @@ class Service:
         self.house = House(card, vision_slots=1, llm_tokens=CARD.max_positions)
         self.house.reader.close()
         self.reader = CountingReader(self.house.reader)
-        self.house.reader = self.house.pipeline.reader = self.house.pipeline.looker.reader = self.reader
+        self.house.reader = self.house.pipeline.reader = self.house.pipeline.vision_stage.reader = self.reader
         self.app = http_api(self.house.edge)
 
     def ask(self, number: int, **fields: object) -> Caller:
@@ -59,7 +59,7 @@ class Service:
 
     def holds_nothing(self) -> bool:
         admission = self.house.admission
-        return admission.ledger.held == Cost() and not any(map(admission.scheduler.used, Resource))
+        return admission.quota.held == Cost() and not any(map(admission.scheduler.used, Resource))
 
 
 class Caller:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, GenerationConfig
 
-from service.core.vision import Budget, ModelCard, Sampling
+from service.core.card import ModelCard
+from service.core.request import Budget, Sampling
 from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder
 from service.triton import TritonClient

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from service.admission.quota import Cost
-from service.admission.scheduler import Claim, Kind, Priority, Resource
+from service.admission.scheduler import Claim, Kind, Resource
+from service.core.answer import Delta, Finished
 from service.core.errors import (
     DeadlineExceeded,
     InternalError,
@@ -21,9 +22,7 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
-from service.core.vision import Budget, Sampling, Turn
-from service.pipeline import Delta, Finished
-from service.ticket import Request
+from service.core.request import Budget, Priority, Request, Sampling, Turn
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, png, turns, until
 
 
@@ -546,7 +545,7 @@ def refused(house: House, reason: str) -> float:
 
 
 def nothing_is_held(house: House) -> bool:
-    return house.admission.ledger.held == Cost() and not any(map(house.admission.scheduler.used, Resource))
+    return house.admission.quota.held == Cost() and not any(map(house.admission.scheduler.used, Resource))
 
 
 async def test_a_follow_up_overtakes_new_images_that_wait_for_their_encode():
@@ -759,10 +758,10 @@ async def test_a_service_that_stops_still_looks_closer_for_who_is_in(keen):
 async def test_retry_after_comes_from_how_fast_the_house_drains():
     house = House(max_requests_in_flight=4)
     tokens = 4 * house.admission.row_tokens
-    house.admission.ledger.reserve(Cost(tokens=tokens), "", 0.0)
+    house.admission.quota.reserve(Cost(tokens=tokens), "", 0.0)
     for second in range(1, 20):  # a request takes 5 s to drain
-        house.admission.ledger.give_back(Cost(tokens=tokens // 20), "", second)
-        house.admission.ledger.reserve(Cost(tokens=tokens // 20), "", second)
+        house.admission.quota.give_back(Cost(tokens=tokens // 20), "", second)
+        house.admission.quota.reserve(Cost(tokens=tokens // 20), "", second)
     with pytest.raises(Overloaded) as caught:
         await answer(house, request())
     assert caught.value.retry_after_s == pytest.approx(5, rel=0.1)
@@ -826,7 +825,7 @@ def test_whatever_happens_to_requests_everything_they_held_comes_back(requests, 
             assert {"ok": isinstance(end, tuple), "error": isinstance(end, InvalidImage)}.get(fate, True), end
         assert nothing_is_held(house)
         assert house.admission.window.inside == 0
-        assert house.admission.ledger.tenants == 0
+        assert house.admission.quota.tenants == 0
         assert sum(house.outcomes().values()) == len(requests)
         house.reader.close()
 

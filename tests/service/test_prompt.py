@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from service.core.errors import InvalidRequest
-from service.core.vision import Turn
+from service.core.request import Turn
 from service.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
 from tests.support.fakes import CARD, SPELLED, TOKENIZER
 

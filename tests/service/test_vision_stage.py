@@ -11,7 +11,8 @@ from service.admission.fidelity import LEVELS
 from service.admission.scheduler import Kind
 from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.errors import Overloaded, Unavailable
-from service.core.vision import Budget, Sampling, Seen
+from service.core.request import Budget, Sampling
+from service.core.vision import Seen
 from service.media.decoder import Image
 from tests.service.test_pipeline import answer, request, shades
 from tests.support.fakes import CARD, CLOSER, House, Strain, png, until

@@ -14,19 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission.admission import Admission
 from service.app import redis_tier
-from service.core.vision import (
-    Budget,
-    CloserFeatures,
-    Engines,
-    ModelCard,
-    Prompt,
-    Question,
-    Relevance,
-    Sampling,
-    Seen,
-    VisionFeatures,
-    dense,
-)
+from service.core.card import Engines, ModelCard
+from service.core.prompt import Prompt, Question
+from service.core.request import Budget, Sampling
+from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
 from service.edges.http.vqa import Edge
 from service.media.decoder import ImageLimits, ImageReader
 from service.metrics import Metrics

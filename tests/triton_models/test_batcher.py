@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.core.vision import Prompt, Sampling
+from service.core.prompt import Prompt
+from service.core.request import Sampling
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 
 VOCABULARY = 50

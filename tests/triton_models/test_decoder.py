@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.core.vision import Prompt, Sampling
+from service.core.prompt import Prompt
+from service.core.request import Sampling
 from service.prompt import visual_token_ids
 from triton_models.batcher import Batcher, Event, Limits, Sequence
 from triton_models.decoder import OnnxDecoder

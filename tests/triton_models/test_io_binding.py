@@ -19,7 +19,9 @@ from build_engines.convert.precision import to_fp16
 from build_engines.convert.samples import Sample, samples
 from build_engines.verify.files import read_configs
 from build_engines.verify.live import answer
-from service.core.vision import Budget, ModelCard, UInt8Array
+from service.core.card import ModelCard
+from service.core.request import Budget
+from service.core.vision import UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.supervision import EmbeddedTriton, Ports

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
 
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from triton_models.llm import TritonPythonModel
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"

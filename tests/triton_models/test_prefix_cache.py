@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.core.vision import Prompt
+from service.core.prompt import Prompt
 from service.prompt import visual_token_ids
 from triton_models.prefix_cache import LEAST_TOKENS, TOKEN_BYTES, PrefixCache
 

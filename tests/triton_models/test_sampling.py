@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from service.core.vision import Sampling
+from service.core.request import Sampling
 from triton_models.sampling import SHORTLISTS, Sampler, choose, log_probs, penalise, uniform
 
 VOCABULARY = 24

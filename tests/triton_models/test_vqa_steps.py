@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from triton_python_backend_utils import InferenceRequest, start_arguments
 
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder, load_tokenizer
 from triton_models import compose, finish, prepare

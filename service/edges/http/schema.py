@@ -13,13 +13,14 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from service.admission.scheduler import Priority
+from service.core.answer import Finished, KeptImage
+from service.core.card import ModelCard
 from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
-from service.core.vision import Budget, Detail, FloatArray, ModelCard, Relevance, Sampling, Turn
+from service.core.request import Budget, Detail, Priority, Request, Sampling, Turn
+from service.core.vision import FloatArray, Relevance
 from service.edges.http.body import MAX_NAME_CHARS, Part
-from service.pipeline import Finished, KeptImage, new_seed
+from service.pipeline import new_seed
 from service.settings import Settings
-from service.ticket import Request
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
@@ -147,10 +148,10 @@ class Asked(BaseModel):
     def _turns(self) -> tuple[Turn, ...]:
         """Raises InvalidRequest."""
         turns = tuple(Turn(turn.question.strip(), turn.answer.strip()) for turn in self.turns)
-        for place, turn in enumerate(turns):
+        for index, turn in enumerate(turns):
             if not turn.question or not turn.answer:
                 side = "answer" if turn.question else "question"
-                raise InvalidRequest(f"turns.{place}.{side} is empty", param=f"turns.{place}.{side}")
+                raise InvalidRequest(f"turns.{index}.{side} is empty", param=f"turns.{index}.{side}")
         return turns
 
 
@@ -185,8 +186,8 @@ class VqaRequest(Asked):
         if self.image is not None:
             raise InvalidRequest("image and images are both given: leave one out", param="images")
         images = []
-        for place, text in enumerate(self.images):
-            with naming_image(place, len(self.images)):
+        for index, text in enumerate(self.images):
+            with naming_image(index, len(self.images)):
                 images.append(image_in_text(text))
         return self._to_core(images, request_id, trace_id, card, limits)
 

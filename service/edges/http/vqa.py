@@ -21,8 +21,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import pipeline, ticket
+from service import pipeline
 from service.admission.quota import Cost
+from service.core import request as core_request
+from service.core.answer import Delta, Finished
 from service.core.errors import Cancelled, GlimpseError, InvalidRequest, Overloaded, status_of
 from service.edges.http.body import FORM, JSON, parse_form, read_body
 from service.edges.http.openapi import Api
@@ -64,7 +66,7 @@ class Edge:
 class Ask:
     """A question in the core's words, and how the caller wants to hear of it."""
 
-    request: ticket.Request
+    request: core_request.Request
     stream: bool
     explain: bool
 
@@ -141,8 +143,8 @@ class EventStream(Response):
         ]
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
-    def chunk(self, event: pipeline.Delta | pipeline.Finished) -> Message:
-        if isinstance(event, pipeline.Delta):
+    def chunk(self, event: Delta | Finished) -> Message:
+        if isinstance(event, Delta):
             return self.data(orjson.dumps({"id": self.ask.request.id, "delta": event.text}))
         model = self.edge.pipeline.card.name
         end = VqaEnd(**VqaEnd.fields_of(self.ask.request.id, model, event, self.ask.explain))
@@ -211,10 +213,10 @@ async def admitted_body(request: Request, edge: Edge, max_bytes: int) -> bytes:
     """
     admission = edge.pipeline.admission
     held = cast(ExitStack, request.scope["glimpse.held"])
-    place = held.enter_context(admission.place(tenant_of(request)))
-    place.require_room(Cost(tokens=admission.row_tokens))
+    reservation = held.enter_context(admission.reservation(tenant_of(request)))
+    reservation.require_room(Cost(tokens=admission.row_tokens))
     return await read_body(
-        request, max_bytes, edge.settings.body_timeout_s, lambda nbytes: place.reserve(Cost(nbytes=nbytes))
+        request, max_bytes, edge.settings.body_timeout_s, lambda nbytes: reservation.reserve(Cost(nbytes=nbytes))
     )
 
 
@@ -242,7 +244,7 @@ async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:
     texts: list[str] = []
     async with aclosing(edge.pipeline.answer(asked.request)) as events:
         async for event in events:
-            if isinstance(event, pipeline.Delta):
+            if isinstance(event, Delta):
                 texts.append(event.text)
             else:
                 fields = VqaEnd.fields_of(asked.request.id, edge.pipeline.card.name, event, asked.explain)

@@ -18,7 +18,8 @@ from build_engines.convert.precision import not_fp8, to_fp16
 from build_engines.convert.profiles import configuration, dimensions, inputs_of, served
 from build_engines.convert.source import Source
 from build_engines.repository import GRAPHS, Dimensions, models
-from service.core.vision import ModelCard, Prompt
+from service.core.card import ModelCard
+from service.core.prompt import Prompt
 from service.triton import MODELS, read_engines
 from tests.service.core.test_tensors import graph_specs, specs
 from triton_models.decoder import OnnxDecoder

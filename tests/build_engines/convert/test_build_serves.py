@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from build_engines.convert import __main__ as build
-from service.core.vision import Sampling
+from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.triton import TritonClient

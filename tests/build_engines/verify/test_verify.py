@@ -18,7 +18,7 @@ from build_engines.verify.files import check_engine, check_files, read_configs
 from build_engines.verify.live import Served, check_served, gpu_memory
 from build_engines.verify.report import Report
 from build_engines.verify.serve import Images, containers
-from service.core.vision import ModelCard
+from service.core.card import ModelCard
 from service.triton_server.supervision import EmbeddedTriton, Ports
 
 ROOT = Path(__file__).parents[3]

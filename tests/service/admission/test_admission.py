@@ -8,11 +8,12 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from service.admission.admission import Admission, Place
+from service.admission.admission import Admission, Reservation
 from service.admission.fidelity import LEVELS
-from service.admission.scheduler import Claim, Kind, Priority, Resource
+from service.admission.scheduler import Claim, Kind, Resource
+from service.core.card import Engines
 from service.core.errors import Overloaded
-from service.core.vision import Engines
+from service.core.request import Priority
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.fakes import CARD, cancelled, turns, until
@@ -24,10 +25,10 @@ def admission(metrics: Metrics, **knobs: object) -> Admission:
     return Admission(Settings(vision_slots=1, **knobs), Engines(), CARD.max_positions, metrics)
 
 
-async def enter(place: Place) -> Claim:
+async def enter(reservation: Reservation) -> Claim:
     now = time.monotonic()
     claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 100)
-    await place.enter(claim)
+    await reservation.enter(claim)
     return claim
 
 
@@ -35,7 +36,7 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
     metrics = Metrics()
     house = admission(metrics, fidelity_target_s=IMPATIENT_S)
     assert house.fidelity == LEVELS[0]
-    with house.place("") as first, house.place("") as second, capture_logs() as lines:
+    with house.reservation("") as first, house.reservation("") as second, capture_logs() as lines:
         slot = await enter(first)
         waiting = asyncio.create_task(enter(second))
         await until(lambda: metrics.registry.get_sample_value("glimpse_fidelity_level") == 1)
@@ -55,18 +56,18 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
     ]
 
 
-async def worked_on_together(house: Admission, first: Place, second: Place, priority: Priority) -> None:
+async def worked_on_together(house: Admission, first: Reservation, second: Reservation, priority: Priority) -> None:
     """Both at once, until longer than what they can spare of their time."""
-    for place in (first, second):
+    for reservation in (first, second):
         now = time.monotonic()
-        await place.enter(Claim(Resource.LLM, 1, Kind.FOLLOW_UP, now, now + 0.1, priority=priority))
+        await reservation.enter(Claim(Resource.LLM, 1, Kind.FOLLOW_UP, now, now + 0.1, priority=priority))
     await until(lambda: time.monotonic() - now > 0.1)
     assert house.scheduler.waiting(Kind.FOLLOW_UP) == 0
 
 
 async def test_while_those_worked_on_together_may_be_late_requests_look_less_closely_and_the_log_says_why():
     house = admission(Metrics(), fidelity_target_s=IMPATIENT_S)
-    with house.place("") as first, house.place("") as second, capture_logs() as lines:
+    with house.reservation("") as first, house.reservation("") as second, capture_logs() as lines:
         await worked_on_together(house, first, second, Priority.NORMAL)
         await until(lambda: house.fidelity == LEVELS[1])
     assert [(line["fidelity_level"], line["reason"]) for line in lines] == [(1, "late")]
@@ -74,7 +75,7 @@ async def test_while_those_worked_on_together_may_be_late_requests_look_less_clo
 
 async def test_those_that_may_wait_for_others_are_never_late_for_them():
     house = admission(Metrics(), fidelity_target_s=IMPATIENT_S)
-    with house.place("") as first, house.place("") as second:
+    with house.reservation("") as first, house.reservation("") as second:
         await worked_on_together(house, first, second, Priority.LOW)
         for _ in range(3):
             await turns()
@@ -83,7 +84,7 @@ async def test_those_that_may_wait_for_others_are_never_late_for_them():
 
 async def test_switched_off_nobody_looks_less_closely():
     house = admission(Metrics(), fidelity_target_s=IMPATIENT_S, elastic_fidelity=False)
-    with house.place("") as first, house.place("") as second:
+    with house.reservation("") as first, house.reservation("") as second:
         await enter(first)
         begun = time.monotonic()
         waiting = asyncio.create_task(enter(second))
@@ -94,7 +95,7 @@ async def test_switched_off_nobody_looks_less_closely():
 
 async def test_in_one_queue_who_came_first_goes_first_though_it_claims_later():
     house = admission(Metrics(), scheduling="fifo")
-    with house.place("") as first, house.place("") as second, house.place("") as third:
+    with house.reservation("") as first, house.reservation("") as second, house.reservation("") as third:
         slot = await enter(first)
         last = asyncio.create_task(enter(third))
         await turns()
@@ -109,8 +110,8 @@ async def test_in_one_queue_who_came_first_goes_first_though_it_claims_later():
 async def test_who_leaves_the_window_makes_room_though_it_holds_nothing():
     house = admission(Metrics())
     house.window.width = 1.0
-    with house.place("") as second:
-        with house.place("") as first:
+    with house.reservation("") as second:
+        with house.reservation("") as first:
             first.give_back(await enter(first))
             waiting = asyncio.create_task(enter(second))
             await turns()
@@ -128,25 +129,25 @@ async def test_a_claim_that_was_refused_is_no_work():
     house.scheduler.schedule(now - 10)
     house.scheduler.release(others[0], now - 5)
     house.scheduler.schedule(now - 5)  # one has the slot, one waits, and slots come free every five seconds
-    with house.place("") as place:
+    with house.reservation("") as reservation:
         room = Claim(Resource.LLM, 1, Kind.FOLLOW_UP, now, now + 100)
-        await place.enter(room)
+        await reservation.enter(room)
         with pytest.raises(Overloaded):
-            await place.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
-        place.give_back(room)
+            await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
+        reservation.give_back(room)
         house.window.width = 1.0
         assert not house.window.lets_in("new")
-        with place.waiting_for_others():
+        with reservation.waiting_for_others():
             assert house.window.lets_in("new")
 
 
 async def test_who_waits_for_others_makes_room_in_the_window_but_for_what_it_claims():
     house = admission(Metrics())
     house.window.width = 1.0
-    with house.place("") as first:
+    with house.reservation("") as first:
         slot = await enter(first)
         with first.waiting_for_others():
-            with house.place("") as second:
+            with house.reservation("") as second:
                 waiting = asyncio.create_task(enter(second))
                 await turns()
                 assert not waiting.done()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.admission.fidelity import LEAST_HOLD_S, LEVELS, MOST_HOLD_S, SPARE, STEP_S, Crowd, Fidelity
-from service.core.vision import Budget
+from service.core.request import Budget
 
 TARGET_S = 1.0
 SERVERS = 8

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.admission.drain_rate import Drain
-from service.admission.quota import Cost, Ledger
+from service.admission.quota import Cost, Quota
 
 LIMITS = Cost(nbytes=1000, pixels=100, tokens=50)
 costs = st.builds(Cost, st.integers(0, 400), st.integers(0, 40), st.integers(0, 20))
@@ -14,30 +14,30 @@ tenants = st.sampled_from(["", "a", "b", "c"])
 
 @given(st.lists(st.tuples(costs, tenants, st.booleans()), max_size=60))
 def test_no_limit_is_ever_passed_and_everything_comes_back(steps):
-    ledger, held = Ledger(LIMITS), []
+    quota, held = Quota(LIMITS), []
     for now, (cost, tenant, leaves) in enumerate(steps):
         if leaves and held:
-            ledger.give_back(*held.pop(0), now)
-        elif ledger.reserve(cost, tenant, now) is None:
+            quota.give_back(*held.pop(0), now)
+        elif quota.reserve(cost, tenant, now) is None:
             held.append((cost, tenant))
-        assert all(0 <= have <= limit for have, limit in zip(ledger.held, LIMITS, strict=True))
-        assert ledger.held == tuple(map(sum, zip(*[cost for cost, _ in held], strict=True))) if held else (0, 0, 0)
+        assert all(0 <= have <= limit for have, limit in zip(quota.held, LIMITS, strict=True))
+        assert quota.held == tuple(map(sum, zip(*[cost for cost, _ in held], strict=True))) if held else (0, 0, 0)
     for cost, tenant in held:
-        ledger.give_back(cost, tenant, len(steps))
-    assert ledger.held == Cost()
-    assert ledger.tenants == 0
+        quota.give_back(cost, tenant, len(steps))
+    assert quota.held == Cost()
+    assert quota.tenants == 0
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from("abcdef")), max_size=80))
 def test_there_is_always_room_for_a_tenant_that_holds_nothing(steps):
-    ledger = Ledger(Cost(tokens=600))
+    quota = Quota(Cost(tokens=600))
     for cost, tenant in steps:
-        ledger.reserve(Cost(tokens=cost), tenant, 0.0)
-    assert ledger.refusal(Cost(tokens=5), "new") is None
+        quota.reserve(Cost(tokens=cost), tenant, 0.0)
+    assert quota.refusal(Cost(tokens=5), "new") is None
 
 
 def test_a_tenant_alone_holds_three_quarters_and_who_names_none_everything():
-    named, unnamed = Ledger(Cost(tokens=100)), Ledger(Cost(tokens=100))
+    named, unnamed = Quota(Cost(tokens=100)), Quota(Cost(tokens=100))
     while (refusal := named.reserve(Cost(tokens=1), "a", 0.0)) is None:
         pass
     assert refusal.code == "tenant_share"
@@ -49,21 +49,21 @@ def test_a_tenant_alone_holds_three_quarters_and_who_names_none_everything():
 
 
 def test_a_closed_house_takes_nobody_and_lets_everybody_out():
-    ledger = Ledger(LIMITS)
-    ledger.reserve(Cost(tokens=5), "", 0.0)
-    ledger.closed = True
-    assert ledger.refusal(Cost(), "").code == "shutting_down"
-    ledger.give_back(Cost(tokens=5), "", 1.0)
-    assert ledger.held == Cost()
+    quota = Quota(LIMITS)
+    quota.reserve(Cost(tokens=5), "", 0.0)
+    quota.closed = True
+    assert quota.refusal(Cost(), "").code == "shutting_down"
+    quota.give_back(Cost(tokens=5), "", 1.0)
+    assert quota.held == Cost()
 
 
 def test_who_is_refused_is_told_how_long_the_missing_units_take_to_drain():
-    ledger = Ledger(Cost(tokens=100))
-    ledger.reserve(Cost(tokens=100), "", 0.0)
+    quota = Quota(Cost(tokens=100))
+    quota.reserve(Cost(tokens=100), "", 0.0)
     for second in range(1, 21):  # 10 a second
-        ledger.give_back(Cost(tokens=10), "", second)
-        ledger.reserve(Cost(tokens=10), "", second)
-    assert ledger.refusal(Cost(tokens=30), "").retry_after_s == pytest.approx(3.0, rel=0.01)
+        quota.give_back(Cost(tokens=10), "", second)
+        quota.reserve(Cost(tokens=10), "", second)
+    assert quota.refusal(Cost(tokens=30), "").retry_after_s == pytest.approx(3.0, rel=0.01)
 
 
 def test_idle_time_says_nothing_of_how_fast_we_drain():

@@ -10,17 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.admission.scheduler import (
-    HANDICAP_S,
-    LOW_PRIORITY_S,
-    PATIENCE_S,
-    Claim,
-    Fifo,
-    Kind,
-    Priority,
-    Resource,
-    Scheduler,
-)
+from service.admission.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Fifo, Kind, Resource, Scheduler
+from service.core.request import Priority
 
 VISION_SLOTS, LLM_TOKENS = 3, 100
 FAR = 1e9

@@ -15,15 +15,15 @@ import pytest
 from redis.crc import key_slot
 from structlog.testing import capture_logs
 
-from service.admission.scheduler import Priority
 from service.cache import admin as cache_admin
 from service.cache.features import FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
-from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, Budget, CloserFeatures, Int8Rows, ModelCard, Sampling
+from service.core.answer import Finished
+from service.core.card import ModelCard
+from service.core.request import Budget, Priority, Request, Sampling
+from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows
 from service.media.decoder import Image
-from service.pipeline import Finished
-from service.ticket import Request
 from tests.conftest import RedisServer, StartRedis, eventually, free_ports
 from tests.support.fakes import CARD, CLOSER, House, cancelled, png, turns, until
 

@@ -21,7 +21,8 @@ from service.cache.records import pack
 from service.cache.redis_tier import record_key
 from service.cli.main import app, require
 from service.core.errors import Unavailable
-from service.core.vision import Budget, VisionFeatures
+from service.core.request import Budget
+from service.core.vision import VisionFeatures
 from service.edges.http.vqa import http_api
 from service.settings import Settings
 from service.triton_server.supervision import StartFailed

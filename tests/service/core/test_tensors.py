@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2
 
 from build_engines.repository import Dimensions, config, models, runner, write_configs
 from build_engines.verify.files import fits
-from service.core.vision import Engines, ModelCard
+from service.core.card import Engines, ModelCard
 from service.triton import MODELS, read_engines
 
 Spec = tuple[str, tuple[int, ...], bool]  # data type, shape without the batch dimension, optional

@@ -16,6 +16,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from service.core.card import ModelCard
 from service.core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -25,19 +26,9 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
-from service.core.vision import (
-    CROPS,
-    IMAGE_SIZE,
-    MAX_VISION_TOKENS,
-    Budget,
-    CloserFeatures,
-    ModelCard,
-    Prompt,
-    Sampling,
-    Seen,
-    UInt8Array,
-    VisionFeatures,
-)
+from service.core.prompt import Prompt
+from service.core.request import Budget, Sampling
+from service.core.vision import CROPS, IMAGE_SIZE, MAX_VISION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures
 from service.prompt import PromptBuilder
 from service.triton import MODELS, TritonClient
 from service.triton.errors import ERROR_CODES, ERROR_TEXTS, MESSAGES, translate

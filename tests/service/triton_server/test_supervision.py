@@ -21,8 +21,10 @@ import httpx
 import numpy as np
 import pytest
 
+from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
-from service.core.vision import Budget, ModelCard, Sampling, UInt8Array
+from service.core.request import Budget, Sampling
+from service.core.vision import UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.supervision import (

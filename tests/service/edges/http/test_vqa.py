@@ -645,7 +645,7 @@ async def test_a_caller_who_does_not_read_its_stream_holds_nothing_for_ever(call
     await until(task.done)
     assert task.exception() is None
     assert last in sent[-1]
-    assert caller.house.admission.ledger.held == Cost()
+    assert caller.house.admission.quota.held == Cost()
 
 
 async def test_a_caller_who_hangs_up_while_its_image_is_decoded_frees_its_place(caller):
@@ -655,7 +655,7 @@ async def test_a_caller_who_hangs_up_while_its_image_is_decoded_frees_its_place(
     gone.set()
     await until(task.done)
     assert task.exception() is None
-    assert caller.house.admission.ledger.held == Cost()
+    assert caller.house.admission.quota.held == Cost()
     assert len(caller.house.pipeline.images) == 0
 
 
@@ -664,7 +664,7 @@ async def test_an_image_that_is_not_decoded_in_time_is_504():
     caller.house.reader = caller.house.pipeline.reader = SlowReader()
     error = fault(await caller.http.post("/v1/images", content=png()), 504)
     assert "not decoded within 0.05 s" in error["message"]
-    assert caller.house.admission.ledger.held == Cost()
+    assert caller.house.admission.quota.held == Cost()
     await caller.close()
 
 
@@ -692,7 +692,7 @@ async def test_a_caller_who_hangs_up_in_the_queue_leaves_it(stream):
     assert caller.house.counted("glimpse_requests_waiting", kind="single_image") == 0
     first_gone.set()
     await until(first.done, timeout_s=0.1)
-    assert caller.house.admission.ledger.held == Cost()
+    assert caller.house.admission.quota.held == Cost()
     await caller.close()
 
 
@@ -739,7 +739,7 @@ async def test_a_body_of_unknown_length_is_reserved_as_it_comes(house_of_two_bod
 @pytest_asyncio.fixture
 async def house_of_two_bodies() -> AsyncIterator[Caller]:
     caller = Caller(House(max_image_bytes=100_000, max_bytes_in_flight=2_000_000))
-    caller.house.admission.ledger.reserve(Cost(nbytes=1_800_000), "", 0.0)
+    caller.house.admission.quota.reserve(Cost(nbytes=1_800_000), "", 0.0)
     yield caller
     await caller.close()
 
@@ -753,11 +753,11 @@ async def test_a_body_stays_reserved_until_its_answer_has_ended(caller, stream):
     assert caller.house.counted("glimpse_admitted_cost", unit="tokens") == caller.house.admission.row_tokens
     caller.house.language.gate.set()
     await until(task.done)
-    assert caller.house.admission.ledger.held == Cost()
+    assert caller.house.admission.quota.held == Cost()
 
 
 async def test_a_full_house_reads_no_body(caller):
-    caller.house.admission.ledger.reserve(Cost(tokens=caller.house.admission.ledger.limits.tokens), "", 0.0)
+    caller.house.admission.quota.reserve(Cost(tokens=caller.house.admission.quota.limits.tokens), "", 0.0)
 
     async def nothing() -> AsyncIterator[bytes]:
         pytest.fail("the body was read")
@@ -773,8 +773,8 @@ async def test_tenants_are_told_apart_by_a_header_that_must_be_a_plain_word(call
     for bad in ("two words", "x" * 65):
         response = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": bad})
         assert fault(response, 400)["code"] == "invalid_tenant"
-    limit = caller.house.admission.ledger.limits.tokens
-    caller.house.admission.ledger.reserve(Cost(tokens=limit * 3 // 4), "acme-1", 0.0)
+    limit = caller.house.admission.quota.limits.tokens
+    caller.house.admission.quota.reserve(Cost(tokens=limit * 3 // 4), "acme-1", 0.0)
     full = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": "acme-1"})
     assert fault(full, 429)["code"] == "tenant_share"
     other = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": "other"})

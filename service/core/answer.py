@@ -1,0 +1,46 @@
+"""What the pipeline gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from service.core.vision import Relevance
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Some more of the answer's text, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All that is known once the answer's text is complete."""
+
+    finish_reason: Literal["stop", "length"]
+    image_ids: tuple[str, ...]
+    cache: Literal["hit", "miss"]  # a miss where anything had to be encoded
+    detail: Literal["low", "high"]  # high where a closer view was looked at
+    reduced: bool  # looked less closely than the request allows, as others waited
+    prompt_tokens: int
+    completion_tokens: int
+    visual_tokens: int
+    relevance: tuple[Relevance, ...]  # of each image
+    timing_ms: dict[str, float]
+
+    @property
+    def vision_tokens(self) -> int:
+        return sum(relevance.vision_tokens for relevance in self.relevance)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptImage:
+    """An image that can be asked about by its id until `expires_at`, seconds since the epoch."""
+
+    id: str
+    nbytes: int
+    width: int
+    height: int
+    expires_at: float

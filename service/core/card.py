@@ -1,0 +1,87 @@
+"""What a model repository says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from service.core.request import Detail
+from service.core.vision import CLOSER_SIZE, CROPS, GRID, IMAGE_SIZE, MAX_VISION_TOKENS, TEXTURE_CHANNELS
+
+BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs of a model card
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """How much the models take in at once, by their configurations."""
+
+    encoder_images: int = 1  # the vision encoder's batch, times its instances
+    llm_rows: int = 16  # requests that the LLM decodes at once
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a model repository says of itself (`card.json` beside the models)."""
+
+    name: str
+    fingerprint: str  # of the vision encoder's weights: keys the feature cache
+    visual_fingerprint: str  # of all weights up to the visual tokens: keys the LLM's reuse of their KV
+    vocab_size: int  # V: visual ids start here
+    hidden_size: int  # H
+    vision_width: int  # D
+    bos_id: int
+    end_id: int
+    pad_id: int
+    max_positions: int  # visual + text + generated tokens of one request
+    prompt_template: str  # with {question}
+    allocator_trained: bool
+    vision_tokens: tuple[int, int]  # what budgets can ask for
+    visual_tokens: tuple[int, int]
+    default_visual_tokens: tuple[int, int] = (32, 32)  # what a budget that does not say gets
+    closer_view: bool = False  # whether `attend_448` is there: cells at level 2
+    closer_view_at: float = 1.0  # detail "auto" looks closer where `particularize` reaches this
+    # The file beside the card whose ids `question_ids` are. Where it is not the LLM's, it is the Q-Former's own
+    # (InstructBLIP's), which reads the LLM's whole prompt between its special tokens, not the bare question.
+    question_tokenizer: str = "tokenizer.json"
+    float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
+    metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
+
+    @property
+    def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        """By the view's size in pixels, what the vision encoder finds: VisionFeatures' and CloserFeatures' fields."""
+        patches = GRID * GRID
+        return {
+            IMAGE_SIZE: {
+                "features": (1 + patches, self.vision_width),
+                "saliency": (patches,),
+                "entropy": (patches,),
+                "texture": (TEXTURE_CHANNELS, GRID, GRID),
+            },
+            CLOSER_SIZE: {"features": (CROPS * patches, self.vision_width)},
+        }
+
+    def type_of(self, feature: str) -> str:
+        """Triton's type of one of `feature_shapes`' arrays."""
+        return "FP32" if feature in ("saliency", "entropy") else self.float_type
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The models that questions call; `see` and `attend` run every model of the 224-pixel view."""
+        return ("see", "attend", *(["attend_448"] if self.closer_view else []), "llm")
+
+    def vision_tokens_for(self, detail: Detail) -> tuple[int, int]:
+        """What budgets can ask for at this detail."""
+        least, most = self.vision_tokens
+        return (least, MAX_VISION_TOKENS) if self.closer_view and detail != "low" else (least, most)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The text of a card.json. Raises ValueError for text that is no card: what is missing, what is unknown."""
+        try:
+            fields = json.loads(text)
+            budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS}
+            return cls(**fields | budgets)
+        except (TypeError, AttributeError) as exc:
+            raise ValueError(f"not a model card: {exc}") from exc

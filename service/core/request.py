@@ -1,0 +1,78 @@
+"""What a caller asks, as any edge brings it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+
+from service.core.vision import Int32Array
+
+Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The least and the most tokens a request allows, both ends included."""
+
+    vision_tokens: tuple[int, int] = (64, 256)  # what the Q-Former reads, CLS not counted
+    visual_tokens: tuple[int, int] = (32, 32)  # what the LLM reads, a multiple of 32
+
+    def to_array(self) -> Int32Array:
+        """int32 [4]: least and most vision tokens, least and most visual tokens."""
+        return np.array([*self.vision_tokens, *self.visual_tokens], np.int32)
+
+    def within(self, vision_tokens: int) -> Budget:
+        """With at most so many vision tokens."""
+        least, most = self.vision_tokens
+        if most <= vision_tokens:
+            return self
+        return replace(self, vision_tokens=(min(least, vision_tokens), min(most, vision_tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the answer is drawn, and told. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    streaming: bool = True  # tokens as they come; else all together at the end, which costs a fraction of the work
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question about the same images that was asked before, and its answer."""
+
+    question: str
+    answer: str
+
+
+class Priority(StrEnum):
+    """Among the requests of one tenant."""
+
+    NORMAL = "normal"
+    LOW = "low"  # may wait for the others
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question about one image or several, as any edge brings it."""
+
+    id: str  # unique: Triton cancels by it
+    images: tuple[bytes | str, ...]  # of each the file's bytes, or the id of one that was sent before
+    question: str
+    budget: Budget  # of each image
+    sampling: Sampling
+    timeout_s: float
+    detail: Detail = "low"
+    turns: tuple[Turn, ...] = ()  # what was asked and answered before, oldest first
+    trace_id: str = ""  # the caller's own id of the request
+    tenant: str = ""  # who shares the service fairly with others; empty is one of its own
+    priority: Priority = Priority.NORMAL

@@ -213,13 +213,13 @@ async def test_an_image_that_comes_along_can_be_asked_about_by_its_id_after_a_hi
 def test_keys_differ_in_all_that_they_name():
     image, other = Image.of(b"a"), Image.of(b"b")
     keys = [
-        visual_key(CARD, image, "a?", Budget(), "low"),
-        visual_key(CARD, other, "a?", Budget(), "low"),
-        visual_key(CARD, image, "b?", Budget(), "low"),
-        visual_key(CARD, image, "a?", Budget(), "high"),
-        visual_key(CARD, image, "a?", Budget((64, 128)), "low"),
-        visual_key(CARD, image, "a?", Budget(visual_tokens=(32, 64)), "low"),
-        visual_key(replace(CARD, visual_fingerprint="w"), image, "a?", Budget(), "low"),
+        visual_key(CARD, image.digest, "a?", Budget(), "low"),
+        visual_key(CARD, other.digest, "a?", Budget(), "low"),
+        visual_key(CARD, image.digest, "b?", Budget(), "low"),
+        visual_key(CARD, image.digest, "a?", Budget(), "high"),
+        visual_key(CARD, image.digest, "a?", Budget((64, 128)), "low"),
+        visual_key(CARD, image.digest, "a?", Budget(visual_tokens=(32, 64)), "low"),
+        visual_key(replace(CARD, visual_fingerprint="w"), image.digest, "a?", Budget(), "low"),
     ]
     assert len(set(keys)) == len(keys)
 

@@ -1,7 +1,7 @@
-"""Pin the HTTP interface: replay `recorded_http.json` against a real gateway and compare every response.
+"""Pin the HTTP interface: replay `recorded.json` against a real gateway and compare every response.
 
-`GLIMPSE_RECORD=1 .venv/bin/python -m pytest tests/test_recorded_http.py` sends the table's requests again and writes
-the responses into the table. `git diff tests/recorded_http.json` then shows every change of the interface. To add an
+`GLIMPSE_RECORD=1 .venv/bin/python -m pytest tests/service/edges/http/test_recorded.py` sends the table's requests again and writes
+the responses into the table. `git diff tests/service/edges/http/recorded.json` then shows every change of the interface. To add an
 exchange, write its `name` and `request` into the table and record.
 
 A request's body is one of these:
@@ -9,7 +9,7 @@ A request's body is one of these:
     form     [[field, text], [field, {"file": bytes}], ...], sent as multipart/form-data
     content  sent as it is
 These objects are placeholders anywhere in a body:
-    {"scene": FILE}               bytes of benchmarks/scenes/FILE and OWN; with "first": N only the first N
+    {"scene": FILE}               bytes of build_engines/evaluation/scenes/FILE and OWN; with "first": N only the first N
     {"hex": DIGITS}               these bytes
     {"repeat": VALUE, "times": N} a text, bytes or a list, N times
     {"base64": BYTES}             text, with "before": TEXT in front of it
@@ -29,9 +29,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import PROJECT, SCENES, Gateway
 
-TABLE = Path(__file__).with_name("recorded_http.json")
+from tests.conftest import PROJECT, SCENES, Gateway
+
+TABLE = Path(__file__).with_name("recorded.json")
 EXCHANGES: list[dict[str, Any]] = json.loads(TABLE.read_text())
 RECORD = bool(os.environ.get("GLIMPSE_RECORD"))
 

@@ -7,8 +7,7 @@ from enum import StrEnum
 from typing import Literal
 
 import numpy as np
-
-from service.core.vision import Int32Array
+import numpy.typing as npt
 
 Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
 
@@ -20,7 +19,7 @@ class Budget:
     vision_tokens: tuple[int, int] = (64, 256)  # what the Q-Former reads, CLS not counted
     visual_tokens: tuple[int, int] = (32, 32)  # what the LLM reads, a multiple of 32
 
-    def to_array(self) -> Int32Array:
+    def to_array(self) -> npt.NDArray[np.int32]:
         """int32 [4]: least and most vision tokens, least and most visual tokens."""
         return np.array([*self.vision_tokens, *self.visual_tokens], np.int32)
 

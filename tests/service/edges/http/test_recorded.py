@@ -1,15 +1,15 @@
 """Pin the HTTP interface: replay `recorded.json` against a real gateway and compare every response.
 
-`GLIMPSE_RECORD=1 .venv/bin/python -m pytest tests/service/edges/http/test_recorded.py` sends the table's requests again and writes
-the responses into the table. `git diff tests/service/edges/http/recorded.json` then shows every change of the interface. To add an
-exchange, write its `name` and `request` into the table and record.
+`GLIMPSE_RECORD=1 python -m pytest tests/service/edges/http/test_recorded.py` sends the table's requests again and writes
+the responses into the table. `git diff` then shows every change of the interface. To add an exchange, write its `name`
+and `request` into the table and record.
 
 A request's body is one of these:
     json     sent as JSON; an image's bytes in it become base64
     form     [[field, text], [field, {"file": bytes}], ...], sent as multipart/form-data
     content  sent as it is
 These objects are placeholders anywhere in a body:
-    {"scene": FILE}               bytes of build_engines/evaluation/scenes/FILE and OWN; with "first": N only the first N
+    {"scene": FILE}               bytes of a committed scene and OWN; with "first": N only the first N
     {"hex": DIGITS}               these bytes
     {"repeat": VALUE, "times": N} a text, bytes or a list, N times
     {"base64": BYTES}             text, with "before": TEXT in front of it

@@ -25,25 +25,35 @@ GOALS = {
 }
 
 
-def install_system_packages(goal):
-    """What pip cannot install. Exit if a package is missing that nothing works without."""
+def needed_packages():
+    """{package: what it is for} that nothing works without and that this machine lacks."""
     needed = {}
     if not machine.has_libpython():
         needed[f"libpython{machine.PYTHON}"] = f"Triton runs Python models with {machine.LIBPYTHON}"
     if not machine.has_ensurepip():
         needed[f"python{machine.PYTHON}-venv"] = "it makes .venv"
-    for_tests = {}
-    if goal == "develop" and not has_redis():
-        for_tests["redis-server"] = "the tests run one"
-    if goal == "develop" and shutil.which("promtool") is None:
-        for_tests["prometheus"] = "the tests check metrics with its promtool"
+    return needed
+
+
+def packages_for_tests():
+    """{package: what it is for} that this machine lacks and that some tests need."""
+    needed = {}
+    if not has_redis():
+        needed["redis-server"] = "the tests run one"
+    if shutil.which("promtool") is None:
+        needed["prometheus"] = "the tests check metrics with its promtool"
+    return needed
+
+
+def install_system_packages(needed, for_tests, user_id):
+    """What pip cannot install. Exit if one of the needed packages cannot be installed."""
     wanted = {**needed, **for_tests}
     if not wanted:
         return
     try:
-        system_packages.install(wanted)
+        system_packages.install(wanted, user_id)
     except system_packages.NotInstalled as exc:
-        if not (machine.has_libpython() and machine.has_ensurepip()):
+        if needed:
             machine.stop(f"{' and '.join(wanted)} must be installed, and {exc.fault}.", exc.remedy)
         print(f"  without {' and '.join(for_tests)}: {exc.fault}. {exc.remedy}", flush=True)
 
@@ -95,7 +105,7 @@ def main():
         sys.exit(__doc__)
     machine.use_a_fitting_python()
     machine.check_platform()
-    install_system_packages(goal)
+    install_system_packages(needed_packages(), packages_for_tests() if goal == "develop" else {}, os.geteuid())
     wanted = digest()
     if not is_ready(goal, wanted):
         started = time.time()

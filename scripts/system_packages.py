@@ -29,7 +29,7 @@ FAILURES = (
     ),
     (
         r"Unable to locate package|has no installation candidate",
-        "this system's package servers do not have it",
+        "this system's package servers do not have them",
         "Use the system's own Python (make PYTHON=/usr/bin/python3 ...), or one from `uv python install 3.12`.",
     ),
 )
@@ -45,13 +45,13 @@ class NotInstalled(Exception):
         self.remedy = remedy
 
 
-def install(wanted):
+def install(wanted, user_id):
     """Install the packages, {package: what it is for}, and say so in one line each. Raises NotInstalled."""
     if shutil.which("apt-get") is None:
         raise NotInstalled("this system has no apt-get", "Install what Debian calls " + ", ".join(wanted) + ".")
-    become_root = _become_root()
+    become_root = _become_root(user_id)
     if become_root is None:
-        raise NotInstalled("only root can install it", "Run this once: " + command(wanted))
+        raise NotInstalled("only root can install them", "Run this once: " + command(wanted))
     for package, purpose in wanted.items():
         print(f"  installing {package} with apt-get: {purpose}", flush=True)
     environment = ["env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"]
@@ -82,9 +82,9 @@ def explain(said):
     return "apt-get failed: " + errors[0], "Mend that, then run this again."
 
 
-def _become_root():
+def _become_root(user_id):
     """What to put before a command so that root runs it; None if that takes a password."""
-    if os.geteuid() == 0:
+    if user_id == 0:
         return []
     sudo = shutil.which("sudo")
     if sudo and subprocess.call([sudo, "-n", "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0:

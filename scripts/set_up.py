@@ -54,8 +54,8 @@ def install_system_packages(needed, for_tests, user_id):
         system_packages.install(wanted, user_id)
     except system_packages.NotInstalled as exc:
         if needed:
-            machine.stop(f"{' and '.join(wanted)} must be installed, and {exc.fault}.", exc.remedy)
-        print(f"  without {' and '.join(for_tests)}: {exc.fault}. {exc.remedy}", flush=True)
+            machine.stop(f"{', '.join(wanted)}: not installed, and {exc.fault}.", exc.remedy)
+        print(f"  without {', '.join(for_tests)}: {exc.fault}. {exc.remedy}", flush=True)
 
 
 def has_redis():

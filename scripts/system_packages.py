@@ -29,7 +29,7 @@ FAILURES = (
     ),
     (
         r"Unable to locate package|has no installation candidate",
-        "this system's package servers do not have them",
+        "this system's package servers do not have every one",
         "Use the system's own Python (make PYTHON=/usr/bin/python3 ...), or one from `uv python install 3.12`.",
     ),
 )
@@ -51,7 +51,7 @@ def install(wanted, user_id):
         raise NotInstalled("this system has no apt-get", "Install what Debian calls " + ", ".join(wanted) + ".")
     become_root = _become_root(user_id)
     if become_root is None:
-        raise NotInstalled("only root can install them", "Run this once: " + command(wanted))
+        raise NotInstalled("only root can install packages", command(wanted))
     for package, purpose in wanted.items():
         print(f"  installing {package} with apt-get: {purpose}", flush=True)
     environment = ["env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"]
@@ -68,9 +68,9 @@ def install(wanted, user_id):
 
 
 def command(wanted):
-    """The one command that installs the packages."""
+    """Name the one command that installs the packages."""
     steps = " ".join(("apt-get update && apt-get", *INSTALL, *wanted))
-    return f"sudo sh -c '{steps}'" if shutil.which("sudo") else f"{steps}   (as root)"
+    return f"Run this once: sudo sh -c '{steps}'" if shutil.which("sudo") else f"Run this once as root: {steps}"
 
 
 def explain(said):

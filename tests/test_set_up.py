@@ -43,7 +43,7 @@ def said_by(code: str, folder: Path, **variables: str) -> str:
             "Err:1 http://x y\n  Temporary failure resolving 'x'\nE: Unable to locate package a",
             "reached no package serv",
         ),
-        ("E: Unable to locate package libpython3.12", "do not have them. Use the system's own Python"),
+        ("E: Unable to locate package libpython3.12", "do not have every one. Use the system's own Python"),
         ("E: dpkg was interrupted, you must manually run 'dpkg --configure -a'", "not finished. Finish it as root"),
         ("E: You don't have enough free space in /var/cache", "failed: E: You don't have enough free space"),
         ("", "apt-get failed: no output"),
@@ -73,7 +73,7 @@ def test_a_sudo_that_asks_a_password_is_left_to_the_reader(tmp_path: Path) -> No
     program(tmp_path, "apt-get", f'touch "{tmp_path}/done"')
     program(tmp_path, "sudo", "echo 'sudo: a password is required' >&2; exit 1")
     assert said_by(INSTALL, tmp_path) == (
-        "only root can install them. Run this once: "
+        "only root can install packages. Run this once: "
         "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends redis-server'\n"
     )
     assert not (tmp_path / "done").exists()
@@ -88,7 +88,7 @@ def test_one_command_names_every_package_that_serving_lacks(tmp_path: Path) -> N
         "except SystemExit as e: print(e)"
     )
     said = said_by(code, tmp_path)
-    assert "libpython3.13 and python3.13-venv and prometheus must be installed, and only root can install them." in said
+    assert "libpython3.13, python3.13-venv, prometheus: not installed, and only root can install packages." in said
     assert "--no-install-recommends libpython3.13 python3.13-venv prometheus'" in said
 
 
@@ -97,7 +97,7 @@ def test_tests_run_without_what_only_some_need(tmp_path: Path) -> None:
     program(tmp_path, "sudo", "exit 1")
     code = f"import set_up\nset_up.install_system_packages({{}}, {{'prometheus': ''}}, {USER_ID})"
     assert said_by(code, tmp_path).startswith(
-        "  without prometheus: only root can install them. Run this once: sudo sh"
+        "  without prometheus: only root can install packages. Run this once: sudo sh"
     )
 
 

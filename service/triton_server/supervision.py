@@ -98,6 +98,7 @@ class Installation:
     stub: Path
     backend: Path  # the python backend's folder
     library_path: str
+    preload: str = ""  # a library to load before the others, by its name in `library_path` or the loader's cache
 
     @classmethod
     def find(cls) -> Installation:
@@ -105,8 +106,7 @@ class Installation:
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
             raise StartFailed(
-                "the Triton server is not installed: `make serve` sets it up, "
-                "or run `pip install --no-deps nvidia-pytriton==0.7.0`"
+                "the Triton server is not installed: run `python3 scripts/set_up.py serve` in Glimpse's folder"
             )
         package = Path(spec.origin).parent
         root = package / "tritonserver"
@@ -114,17 +114,22 @@ class Installation:
         stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
         if not stub.is_file():
             raise StartFailed(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11 to 3.13")
+        bundled = package.parent / "nvidia_pytriton.libs"
         libraries = (
             sysconfig.get_config_var("LIBDIR"),
             f"{sys.base_prefix}/lib",
-            str(package.parent / "nvidia_pytriton.libs"),
+            str(bundled),
             os.environ.get("LD_LIBRARY_PATH"),
         )
+        # The wheel's stub for 3.13 links a libpython of the wheel's, and its RPATH wins. On another build of 3.13 every
+        # model fails with "PyCapsule_Import could not import module datetime". The stub uses what is loaded first.
+        bundles_libpython = any(bundled.glob(f"libpython{sys.version_info.major}-*.{sys.version_info.minor}.so*"))
         return cls(
             server=root / "bin" / "tritonserver",
             stub=stub,
             backend=root / "backends" / "python",
             library_path=":".join(dict.fromkeys(path for path in libraries if path)),
+            preload=f"libpython{python}.so.1.0" if bundles_libpython else "",
         )
 
     def link_backend(self, folder: Path) -> None:
@@ -136,11 +141,14 @@ class Installation:
 
     def environment(self) -> dict[str, str]:
         """The stub embeds the first Python on PATH: ours, so that it imports what we import."""
-        return {
+        environment = {
             **os.environ,
             "LD_LIBRARY_PATH": self.library_path,
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         }
+        if self.preload:
+            environment["LD_PRELOAD"] = f"{self.preload}:{os.environ.get('LD_PRELOAD', '')}"
+        return environment
 
 
 def check(repository: Path, ports: Ports) -> Installation:
@@ -173,6 +181,8 @@ def check_libraries(installation: Installation) -> None:
         environment = {**installation.environment(), "LD_TRACE_LOADED_OBJECTS": "1"}
         listing = subprocess.run([program], env=environment, capture_output=True, text=True, check=False, timeout=30)
         missing = sorted(line.split()[0] for line in listing.stdout.splitlines() if "not found" in line)
+        if installation.preload not in listing.stdout:
+            missing.append(installation.preload)
         if any(name.startswith("libpython") for name in missing):
             python = f"python{sys.version_info.major}.{sys.version_info.minor}"
             raise StartFailed(

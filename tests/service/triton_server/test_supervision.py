@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -66,6 +68,33 @@ def test_missing_libpython_is_named_with_its_package() -> None:
     with pytest.raises(StartFailed, match=r"libpython3\.8\.so.* apt-get install libpython3"):
         check_libraries(replace(found, stub=stub, library_path=""))
     check_libraries(found)
+
+
+def libpythons(installation: Installation) -> list[str]:
+    """Where the loader finds each libpython of the stub, in the order in which the stub takes symbols from them."""
+    environment = {**installation.environment(), "LD_TRACE_LOADED_OBJECTS": "1"}
+    listing = subprocess.run([installation.stub], env=environment, capture_output=True, text=True, check=True).stdout
+    return [line.split()[2] for line in listing.splitlines() if "libpython" in line]
+
+
+def test_models_run_in_this_pythons_library_though_the_wheel_bundles_another() -> None:
+    """The wheel's stub for 3.13 links a libpython of the wheel's. Listing runs nothing, so any Python can list it."""
+    found = Installation.find()
+    assert ".libs/" not in libpythons(found)[0]
+    assert found.preload == ("" if sys.version_info < (3, 13) else "libpython3.13.so.1.0")
+    stub = found.stub.parent.parent / "3.13" / found.stub.name
+    assert ".libs/" in libpythons(replace(found, stub=stub, preload=""))[0]
+    own = "libpython{}.{}.so.1.0".format(*sys.version_info)
+    cured = replace(found, stub=stub, preload=own)
+    assert libpythons(cured)[0].endswith(own)
+    check_libraries(cured)
+
+
+def test_a_missing_library_of_this_python_is_named_though_the_wheel_bundles_one() -> None:
+    found = Installation.find()
+    stub = found.stub.parent.parent / "3.13" / found.stub.name
+    with pytest.raises(StartFailed, match=r"libpython3\.99\.so.* apt-get install libpython3"):
+        check_libraries(replace(found, stub=stub, preload="libpython3.99.so.1.0"))
 
 
 def test_a_taken_port_is_named_with_its_setting() -> None:

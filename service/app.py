@@ -13,7 +13,8 @@ from service.admission.admission import Admission
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.http.vqa import Edge, http_api
-from service.media.decoder import ImageLimits, ImageReader
+from service.media.decoder import ImageLimits
+from service.media.reader import ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder

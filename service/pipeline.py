@@ -31,7 +31,8 @@ from service.core.errors import (
 from service.core.prompt import Prompt
 from service.core.request import Request, Sampling
 from service.core.vision import TENSIONS, Seen
-from service.media.decoder import Image, ImageReader, ImageStore
+from service.media.reader import ImageReader
+from service.media.store import Image, ImageStore
 from service.metrics import Metrics
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings

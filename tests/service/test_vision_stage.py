@@ -13,7 +13,7 @@ from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.errors import Overloaded, Unavailable
 from service.core.request import Budget, Sampling
 from service.core.vision import Seen
-from service.media.decoder import Image
+from service.media.store import Image
 from tests.service.test_pipeline import answer, request, shades
 from tests.support.fakes import CARD, CLOSER, House, Strain, png, until
 

@@ -21,7 +21,8 @@ from service.prompt import PromptBuilder
 from service.readiness import Readiness
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 
 @dataclass(frozen=True, slots=True)

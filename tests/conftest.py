@@ -28,7 +28,8 @@ from service.core.card import ModelCard
 from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 PROJECT = Path(__file__).parent.parent
 SCENES = PROJECT / "build_engines" / "evaluation" / "scenes"

@@ -25,7 +25,7 @@ from service.core.request import Budget
 from service.core.vision import VisionFeatures
 from service.edges.http.vqa import http_api
 from service.settings import Settings
-from service.triton_server.supervision import StartFailed
+from service.triton_server.installation import StartFailed
 from tests.conftest import PROJECT, eventually, free_ports
 from tests.support.fakes import CARD, CLOSER, House, png
 

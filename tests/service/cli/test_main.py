@@ -19,7 +19,8 @@ from service.__main__ import bound
 from service.cache.features import AS_INT8, FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import record_key
-from service.cli.main import app, require
+from service.cli.main import app
+from service.cli.terminal import require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures

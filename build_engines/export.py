@@ -14,8 +14,9 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 import onnx_ir
@@ -23,13 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
 
-from build_engines.model.allocation import CELL_COUNT, DETAIL_COUNT, PATCH_COUNT
+from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
 from build_engines.repository import GRAPHS, LARGE_BYTES, MOST_INLINE_BYTES, Dimensions, weights_file, write_repository
 from service.core.card import ModelCard
+from service.core.tensors import DETAIL, FLOAT, MODELS, QUESTION, VISION
+from service.core.tensors import Tensor as Described
 from service.core.vision import MAX_VISUAL_TOKENS
 
 OPSET = 18
+TYPES = {FLOAT: torch.float32, "FP32": torch.float32, "INT32": torch.int32}  # of the contract's tensors in a graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,15 @@ class Graph:
     outputs: Sequence[str]
 
 
+def names(tensors: Sequence[Described]) -> list[str]:
+    return [tensor.name for tensor in tensors]
+
+
+def examples(tensors: Sequence[Described], sizes: Mapping[str, int] = MappingProxyType({})) -> dict[str, Tensor]:
+    """Zeros at batch 2, by name."""
+    return {tensor.name: torch.zeros(2, *tensor.shape(sizes), dtype=TYPES[tensor.datatype]) for tensor in tensors}
+
+
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
     """The four graphs, and `relevance_allocator_448` where there is a closer view, with example inputs at batch 2."""
     vision, text = checkpoint.model.config.vision_config, checkpoint.model.config.text_config
@@ -50,17 +63,15 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cached = [f"{part}_{layer}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
     batch = {0: "batch"}
-    question = {
-        "question_ids": torch.zeros(2, 32, dtype=torch.int32),
-        "question_mask": torch.ones(2, 32, dtype=torch.int32),
-    }
+    question = examples(QUESTION)
+    question["question_mask"] += 1
     return [
         Graph(
             "vision_encoder",
             checkpoint.vision_encoder(),
             {"image": torch.zeros(2, 3, vision.image_size, vision.image_size, dtype=torch.uint8)},
             {"image": batch},
-            ["features", "saliency", "entropy", "texture"],
+            names(VISION),
         ),
         *_allocators(checkpoint, question),
         Graph(
@@ -97,21 +108,15 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
 def _allocators(checkpoint: Checkpoint, question: dict[str, Tensor]) -> list[Graph]:
     """Both have static shapes; so what a closer view adds is an input of a graph of its own."""
     width = checkpoint.model.config.vision_config.hidden_size
-    inputs = {
-        "features": torch.zeros(2, 257, width),
-        "saliency": torch.zeros(2, 256),
-        "entropy": torch.zeros(2, 256),
-        "texture": torch.zeros(2, 13, 16, 16),
-        **question,
-        "budget": torch.tensor([[64, 256, 32, 32]] * 2, dtype=torch.int32),
-    }
+    sizes = {"D": width}
+    budget = torch.tensor([[64, 256, 32, 32]] * 2, dtype=torch.int32)
+    inputs = examples(MODELS["relevance_allocator"].inputs, sizes) | question | {"budget": budget}
     views = {"relevance_allocator": inputs}
     if checkpoint.closer is not None:
-        views["relevance_allocator_448"] = inputs | {"detail_features": torch.zeros(2, DETAIL_COUNT, width)}
-    outputs = ["vision_tokens", "vision_mask", "query_groups", "relevance", "scores", "levels", "tensions"]
+        views["relevance_allocator_448"] = inputs | examples([DETAIL], sizes)
     batch = {0: "batch"}
     return [
-        Graph(name, checkpoint.allocator(), given, dict.fromkeys(given, batch), outputs)
+        Graph(name, checkpoint.allocator(), given, dict.fromkeys(given, batch), names(MODELS[name].outputs))
         for name, given in views.items()
     ]
 

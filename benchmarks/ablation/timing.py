@@ -10,10 +10,11 @@ import numpy as np
 
 from build_engines.evaluation.intervals import Figure, median
 from service.core.card import ModelCard
+from service.core.tensors import MODELS
 from triton_models.session import Array, Graph
 
-SEEN = ("features", "saliency", "entropy", "texture")
-CHOSEN = ("vision_tokens", "vision_mask", "query_groups", "relevance", "scores", "levels", "tensions")
+SEEN = tuple(tensor.name for tensor in MODELS["vision_encoder"].outputs)
+CHOSEN = tuple(tensor.name for tensor in MODELS["relevance_allocator"].outputs)
 PROMPT = 13  # tokens of a question in its prompt
 BASE, REGION = 120, 36  # vision tokens of the base group and of a focus region, where groups are told apart
 WARM_UP = 5

@@ -62,7 +62,7 @@ def manifest(
 def _shapes(model: Model) -> dict[str, dict[str, list[Any]]]:
     """Of inputs and outputs by name: data type, then the dimensions after the batch; -1 varies."""
     sides = {"inputs": model.inputs, "outputs": model.outputs}
-    return {side: {each.name: [each.data_type, *each.dims] for each in tensors} for side, tensors in sides.items()}
+    return {side: {each.name: [each.datatype, *each.dims] for each in tensors} for side, tensors in sides.items()}
 
 
 def _built_with(made: Mapping[str, Path]) -> dict[str, Any]:

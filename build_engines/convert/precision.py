@@ -22,17 +22,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from service.core.tensors import MODELS
+
 GREATEST = 65504.0  # of FP16
 NORMS = {"LayerNormalization", "RMSNormalization", "ReduceMean", "ReduceL2", "ReduceSum", "Pow", "Sqrt", "Reciprocal"}
 ANGLES = {"Cos", "Sin"}
 PRODUCTS = {"Conv", "Gemm", "MatMul"}
 LAYER = ("queries, keys and values", "projection", "up", "down")  # products of a ViT's layer that have weights
-FP16_IO = {  # by graph, the inputs and outputs that Triton's contract has in the checkpoint's float
-    "vision_encoder": {"features", "texture"},
-    "relevance_allocator": {"features", "texture", "detail_features", "vision_tokens"},
-    "qformer": {"vision_tokens", "visual_tokens"},
-    "llm": {"prompt_embedding_table"},
-}
 CACHED = ("past_key_", "past_value_", "new_key_", "new_value_")  # of the LLM, a pair a layer
 SMALL_BYTES = 4096  # constants that may say a shape
 
@@ -47,7 +43,7 @@ class Converted:
 
 def fp16_io(name: str, model: onnx.ModelProto) -> set[str]:
     """The inputs and outputs of a graph that are FP16: keys and values have a tensor a layer."""
-    told = FP16_IO["relevance_allocator" if name.startswith("relevance_allocator") else name]
+    told = MODELS[name].floats()
     ends = {value.name for value in (*model.graph.input, *model.graph.output)}
     return {end for end in ends if end in told or (name == "llm" and end.startswith(CACHED))}
 

@@ -18,12 +18,12 @@ from build_engines.repository import (
     Dimensions,
     Model,
     Parameter,
-    Tensor,
     config,
     graphs_of,
     models,
     tensor_lines,
 )
+from service.core.tensors import Tensor
 
 ENSEMBLES = ("see", "attend", "attend_448")
 MOST_QUEUED = 64  # requests that wait for a plan; more are refused
@@ -93,7 +93,7 @@ def plan_config(options: Options, model: Model) -> str:
     inputs = "\n".join(f'          input {{ key: "{t.name}", value {{ dim: [ {_dims(t)} ] }} }}' for t in model.inputs)
     specs = ",\n".join(f"        {{\n          batch_size: {size}\n{inputs}\n        }}" for size in sizes)
     warm = "\n".join(
-        f'    inputs {{ key: "{t.name}", value {{ data_type: TYPE_{t.data_type}, dims: [ {_dims(t)} ], '
+        f'    inputs {{ key: "{t.name}", value {{ data_type: TYPE_{t.datatype}, dims: [ {_dims(t)} ], '
         "zero_data: true } }"
         for t in model.inputs
     )

@@ -11,9 +11,9 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from build_engines.export import Graph, graphs
+from build_engines.export import Graph, examples, graphs, names
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import VISION_SLOTS
+from service.core.tensors import MODELS, VISION_SLOTS
 from service.core.vision import MAX_VISUAL_TOKENS
 
 QUERIES = 32
@@ -106,17 +106,12 @@ def static_graphs(checkpoint: Checkpoint, groups: int) -> list[Graph]:
 
 def _static_qformer(checkpoint: Checkpoint, groups: int) -> Graph:
     width = checkpoint.model.config.vision_config.hidden_size
-    inputs = {
-        "vision_tokens": torch.zeros(2, VISION_SLOTS, width),
-        "vision_mask": torch.ones(2, VISION_SLOTS, dtype=torch.int32),
-        "query_groups": torch.ones(2, 1, dtype=torch.int32),
-        "question_ids": torch.zeros(2, 32, dtype=torch.int32),
-        "question_mask": torch.ones(2, 32, dtype=torch.int32),
-    }
+    inputs = examples(MODELS["qformer"].inputs, {"D": width, "R": VISION_SLOTS})
+    inputs |= {name: torch.ones_like(inputs[name]) for name in ("vision_mask", "query_groups", "question_mask")}
     return Graph(
         "qformer",
         StaticQFormer(checkpoint.qformer(), groups, checkpoint.reads_question).eval(),
         inputs,
         {name: {0: "batch"} for name in inputs},
-        ["visual_tokens", "visual_count"],
+        names(MODELS["qformer"].outputs),
     )

@@ -14,17 +14,17 @@ from tritonclient.grpc import model_config_pb2
 
 from build_engines.convert.manifest import NAME
 from build_engines.convert.plans import HEADER_BYTES, version_of_plan
-from build_engines.convert.precision import CACHED, FP16_IO
+from build_engines.convert.precision import CACHED
 from build_engines.convert.run import digests
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.verify.report import Report
 from service.core.card import ModelCard
+from service.core.tensors import Tensor
 from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS
 from service.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
-from service.triton import MODELS
+from service.triton import CALLED
 
 QUESTIONS = ("what colour is the small circle?", "Où est le 7 ?", "how many?")
-FLOATS = {name for names in FP16_IO.values() for name in names}  # tensors in the card's float
 ONNX_TYPES = {"float32": "FP32", "float16": "FP16", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
 
 Specs = dict[str, tuple[str, tuple[int, ...], bool]]  # data type, shape without the batch, optional
@@ -120,23 +120,22 @@ def specs(tensors: Any) -> Specs:
 
 def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:
     """The gateway sends what is wanted and reads what is there, and ensembles hand on what their models take."""
-    widths = {"D": card.vision_width, "H": card.hidden_size}
 
-    def told(tensor: Any) -> tuple[str, tuple[int, ...], bool]:
-        kind = card.float_type if tensor.name in FLOATS else tensor.datatype
-        return kind, tuple(widths.get(dim, dim) for dim in tensor.dims), getattr(tensor, "optional", False)
+    def told(tensor: Tensor) -> tuple[str, tuple[int | str, ...], bool]:
+        sized = card.sized(tensor)
+        return sized.datatype, sized.dims, sized.optional
 
     for name in {*card.called, "vision_encoder", *("vqa" for _ in configs if "vqa" in configs)}:
         if name not in configs:
             raise Wrong(f"there is no model {name}")
         accepted, given = specs(configs[name].input), specs(configs[name].output)
-        for tensor in MODELS[name].inputs:
+        for tensor in CALLED[name].inputs:
             if accepted.get(tensor.name) != told(tensor):
                 raise Wrong(f"{name} takes {tensor.name} as {accepted.get(tensor.name)}, sent is {told(tensor)}")
-        for tensor in MODELS[name].outputs:
+        for tensor in CALLED[name].outputs:
             if given.get(tensor.name, ())[:2] != told(tensor)[:2]:
                 raise Wrong(f"{name} gives {tensor.name} as {given.get(tensor.name)}, read is {told(tensor)}")
-        unsent = {key for key, spec in accepted.items() if not spec[2]} - {t.name for t in MODELS[name].inputs}
+        unsent = {key for key, spec in accepted.items() if not spec[2]} - {t.name for t in CALLED[name].inputs}
         if unsent:
             raise Wrong(f"{name} wants {', '.join(sorted(unsent))}, which nobody sends")
     for config in configs.values():

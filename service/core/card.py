@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from service.core.request import Detail
-from service.core.vision import CLOSER_SIZE, CROPS, GRID, IMAGE_SIZE, MAX_VISION_TOKENS, TEXTURE_CHANNELS
+from service.core.tensors import DETAIL, VISION, Tensor
+from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
 
 BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs of a model card
 
@@ -51,20 +52,24 @@ class ModelCard:
     @property
     def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
         """By the view's size in pixels, what the vision encoder finds: VisionFeatures' and CloserFeatures' fields."""
-        patches = GRID * GRID
+        sizes = self.sizes
         return {
-            IMAGE_SIZE: {
-                "features": (1 + patches, self.vision_width),
-                "saliency": (patches,),
-                "entropy": (patches,),
-                "texture": (TEXTURE_CHANNELS, GRID, GRID),
-            },
-            CLOSER_SIZE: {"features": (CROPS * patches, self.vision_width)},
+            IMAGE_SIZE: {tensor.name: tensor.shape(sizes) for tensor in VISION},
+            CLOSER_SIZE: {"features": DETAIL.shape(sizes)},
         }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the letters in the tensors that the gateway sends and reads."""
+        return {"D": self.vision_width, "H": self.hidden_size}
+
+    def sized(self, tensor: Tensor) -> Tensor:
+        """One of the tensors that the gateway sends and reads, as these models have it."""
+        return tensor.sized(self.float_type, self.sizes)
 
     def type_of(self, feature: str) -> str:
         """Triton's type of one of `feature_shapes`' arrays."""
-        return "FP32" if feature in ("saliency", "entropy") else self.float_type
+        return next(self.sized(tensor).datatype for tensor in VISION if tensor.name == feature)
 
     @property
     def called(self) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from service.core.errors import InternalError, Unavailable
-from service.core.tensors import MODELS, VISION_MODELS, Arrays
+from service.core.tensors import Arrays
 from service.triton import codec
+from service.triton.contract import CALLED, VISION_MODELS
 from service.triton.errors import MESSAGES, translate, translated
 from service.triton.streams import LINGER_S, Stream
 
@@ -37,7 +38,7 @@ _CHANNEL_OPTIONS = (
 
 
 class Calls:
-    """By the models of MODELS. Every method raises GlimpseError only."""
+    """By the models of CALLED. Every method raises GlimpseError only."""
 
     def __init__(self, vision_url: str, llm_url: str) -> None:
         self._vision_url = vision_url
@@ -45,9 +46,9 @@ class Calls:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._stubs: dict[str, service_pb2_grpc.GRPCInferenceServiceStub] = {}
         self._streams: dict[str, grpc.aio.UnaryStreamMultiCallable] = {}
-        self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in MODELS}
+        self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in CALLED}
         self._abandoned: set[grpc.aio.Call] = set()
-        self._answered: dict[str, float] = {}  # by model of MODELS, the monotonic time of its last good response
+        self._answered: dict[str, float] = {}  # by model of CALLED, the monotonic time of its last good response
         self._tasks: set[asyncio.Task[Any]] = set()  # of calls that go on to their ends
 
     async def connect(self) -> None:
@@ -65,7 +66,7 @@ class Calls:
 
     async def close(self) -> None:
         """Ends what is in flight with Unavailable and closes the channels."""
-        for model in MODELS:
+        for model in CALLED:
             self._abandon_calls(model)
         for task in list(self._tasks):
             task.cancel()
@@ -107,7 +108,7 @@ class Calls:
 
         For who knows that its process died: Triton lets such requests hang, or fails them one a second.
         """
-        for name, model in MODELS.items():
+        for name, model in CALLED.items():
             if lost in model.through:
                 self._answered.pop(name, None)
                 self._abandon_calls(name)
@@ -119,7 +120,7 @@ class Calls:
 
     def answering_since(self, moment: float) -> set[str]:
         """The models that have answered since, whoever went through them."""
-        return {step for name, at in self._answered.items() if at > moment for step in MODELS[name].through}
+        return {step for name, at in self._answered.items() if at > moment for step in CALLED[name].through}
 
     async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
         """One unary inference; every tensor's rows are first. Left before its end it goes on: see streams."""

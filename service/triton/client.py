@@ -18,10 +18,11 @@ from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
-from service.core.tensors import DTYPES, MODELS
+from service.core.tensors import DTYPES
 from service.core.vision import IMAGE_SIZE, QUESTION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures, dense
 from service.triton import codec
 from service.triton.calls import Calls
+from service.triton.contract import CALLED
 
 # What `probe` shows the vqa ensemble: 1x1, black.
 _PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
@@ -140,14 +141,14 @@ class TritonClient:
                     yield content
 
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
-        """Really infers one of MODELS with the least work it can do. Raises Unavailable, whatever went wrong.
+        """Really infers one of CALLED with the least work it can do. Raises Unavailable, whatever went wrong.
 
         One whose every step answered anybody within the last `fresh_s` is not asked; where not 0, that is as long at
         the least as keeps probes of an idle model under PROBE_SHARE of the time. One that shares steps which answer
         others while the probe waits is busy, not gone: a probe comes last in its queue.
         """
         begun = time.monotonic()
-        steps = set(MODELS[model].through) if model in MODELS else {model}
+        steps = set(CALLED[model].through) if model in CALLED else {model}
         if fresh_s:
             fresh_s = max(fresh_s, self._probe_took.get(model, 0.0) / PROBE_SHARE)
         if steps <= self._calls.answering_since(begun - fresh_s):
@@ -161,7 +162,7 @@ class TritonClient:
         except Unavailable:
             raise
         except GlimpseError as exc:
-            shared = steps & {step for name, other in MODELS.items() if name != model for step in other.through}
+            shared = steps & {step for name, other in CALLED.items() if name != model for step in other.through}
             if isinstance(exc, DeadlineExceeded) and shared and shared <= self._calls.answering_since(begun):
                 return
             why = f"no answer in {timeout_s:g} s" if isinstance(exc, DeadlineExceeded) else exc.message

@@ -11,13 +11,15 @@ from tritonclient.grpc import service_pb2
 from service.core.errors import InternalError
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
-from service.core.tensors import DATATYPES, DTYPES, MODELS, Arrays
+from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
 from service.core.vision import CELLS, GRID, Relevance, Seen, VisionFeatures
+from service.triton.contract import CALLED
 
 _OUTPUTS = {
     name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]
-    for name, model in MODELS.items()
+    for name, model in CALLED.items()
 }
+_LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm"].inputs}
 
 
 def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
@@ -30,7 +32,7 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
     request = service_pb2.ModelInferRequest(
         model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_OUTPUTS[model]
     )
-    if MODELS[model].decoupled:
+    if CALLED[model].decoupled:
         # Without it an empty last response is swallowed, and the end with it.
         request.parameters["triton_enable_empty_final_response"].bool_param = True
     return request
@@ -65,32 +67,32 @@ def require_consistent(prompt: Prompt) -> None:
 
 
 def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> dict[str, npt.NDArray[Any]]:
-    """The LLM's inputs; of the sampling ones only those that are not neutral, so that a greedy request is small."""
-    inputs: dict[str, npt.NDArray[Any]] = {
-        "input_ids": prompt.input_ids[np.newaxis],
-        "input_lengths": np.array([[prompt.input_ids.size]], np.int32),
-        "request_output_len": np.array([[sampling.max_tokens]], np.int32),
-        "prompt_embedding_table": prompt.visual_tokens[np.newaxis],
-        "prompt_vocab_size": np.array([[len(prompt.visual_tokens)]], np.int32),
-        "prompt_table_extra_ids": prompt.extra_ids[np.newaxis],
-        "end_id": np.array([[end_id]], np.int32),
-        "pad_id": np.array([[pad_id]], np.int32),
-        "streaming": np.array([[sampling.streaming]]),
-        "temperature": np.array([[sampling.temperature]], np.float32),
+    """The LLM's inputs. Sampling inputs that are neutral are left out, so that a greedy request is small."""
+    numbers: dict[str, float] = {
+        "input_lengths": prompt.input_ids.size,
+        "request_output_len": sampling.max_tokens,
+        "prompt_vocab_size": len(prompt.visual_tokens),
+        "end_id": end_id,
+        "pad_id": pad_id,
+        "streaming": sampling.streaming,
+        "temperature": sampling.temperature,
     }
     if sampling.temperature > 0:
-        inputs["runtime_top_k"] = np.array([[sampling.top_k]], np.int32)
-        inputs["runtime_top_p"] = np.array([[sampling.top_p]], np.float32)
-        inputs["seed"] = np.array([[sampling.seed]], np.uint64)
+        numbers |= {"runtime_top_k": sampling.top_k, "runtime_top_p": sampling.top_p, "seed": sampling.seed}
     if sampling.repetition_penalty != 1.0:
-        inputs["repetition_penalty"] = np.array([[sampling.repetition_penalty]], np.float32)
-    return inputs
+        numbers["repetition_penalty"] = sampling.repetition_penalty
+    return {
+        "input_ids": prompt.input_ids[np.newaxis],
+        "prompt_embedding_table": prompt.visual_tokens[np.newaxis],
+        "prompt_table_extra_ids": prompt.extra_ids[np.newaxis],
+        **{name: np.array([[number]], _LLM_TYPES[name]) for name, number in numbers.items()},
+    }
 
 
 def features(arrays: Arrays) -> list[VisionFeatures]:
     """One a row."""
-    rows = zip(arrays["features"], arrays["saliency"], arrays["entropy"], arrays["texture"], strict=True)
-    return [VisionFeatures(*row) for row in rows]
+    rows = zip(*(arrays[tensor.name] for tensor in VISION), strict=True)
+    return [VisionFeatures(*row) for row in rows]  # its fields are VISION, in order
 
 
 def seen(arrays: Arrays, budget: Budget) -> Seen:

@@ -20,7 +20,8 @@ from build_engines.convert.source import Source
 from build_engines.repository import GRAPHS, Dimensions, models
 from service.core.card import ModelCard
 from service.core.prompt import Prompt
-from service.triton import MODELS, read_engines
+from service.core.tensors import FLOAT
+from service.triton import CALLED, read_engines
 from tests.service.core.test_tensors import graph_specs, specs
 from triton_models.decoder import OnnxDecoder
 
@@ -62,10 +63,11 @@ def test_the_gateways_tensors_are_those_of_the_configurations(card: ModelCard, p
     configs, widths = parsed(asked, card), {"D": card.vision_width, "H": card.hidden_size}
 
     def told(tensor) -> tuple[str, tuple[int, ...], bool]:
+        assert (tensor.datatype == FLOAT) == (tensor.name in FLOATS)
         datatype = asked.dtype if tensor.name in FLOATS else tensor.datatype
         return datatype, tuple(widths.get(dim, dim) for dim in tensor.dims), getattr(tensor, "optional", False)
 
-    for name, model in MODELS.items():
+    for name, model in CALLED.items():
         if name not in configs:
             assert (name, profile) == ("vqa", "tensorrt")
             continue
@@ -168,7 +170,7 @@ def test_a_graph_in_fp16_has_the_types_of_its_configuration_and_answers_alike(
         (model,) = (m for m in models(Dimensions(card.vision_width, card.hidden_size, "FP16")) if m.name == name)
         graph = converted.model.graph
         for values, tensors in ((graph.input, model.inputs), (graph.output, model.outputs)):
-            assert graph_specs(values) == {tensor.name: (tensor.data_type, tensor.dims) for tensor in tensors}
+            assert graph_specs(values) == {tensor.name: (tensor.datatype, tensor.dims) for tensor in tensors}
     types = {value.name: value.type.tensor_type.elem_type for value in converted.model.graph.value_info}
     ops = {node.op_type: node for node in converted.model.graph.node}
     for node in converted.model.graph.node:

@@ -85,7 +85,7 @@ def test_its_graphs_have_the_configured_tensors(exported: Exported, name: str) -
     (model,) = (each for each in models(Dimensions(told.vision_width, 1, closer_view=True)) if each.name == name)
     graph = onnx.load(exported.path(name)).graph
     for values, tensors in ((graph.input, model.inputs), (graph.output, model.outputs)):
-        assert graph_specs(values) == {tensor.name: (tensor.data_type, tensor.dims) for tensor in tensors}
+        assert graph_specs(values) == {tensor.name: (tensor.datatype, tensor.dims) for tensor in tensors}
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)

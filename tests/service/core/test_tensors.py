@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from tritonclient.grpc import model_config_pb2
 from build_engines.repository import Dimensions, config, models, runner, write_configs
 from build_engines.verify.files import fits
 from service.core.card import Engines, ModelCard
-from service.triton import MODELS, read_engines
+from service.core.tensors import FLOAT, VISION, Tensor
+from service.core.vision import VisionFeatures
+from service.triton import CALLED, read_engines
 
 Spec = tuple[str, tuple[int, ...], bool]  # data type, shape without the batch dimension, optional
 
@@ -52,7 +55,7 @@ def graph_specs(values: object) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=sorted(CALLED))
 def called(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -69,7 +72,7 @@ def test_every_model_of_the_repository_is_known(repository: Path, card: ModelCar
     on_disk = {path.parent.name for path in repository.glob("*/config.pbtxt")}
     assert on_disk == {model.name for model in models(Dimensions(1, 1, closer_view=card.closer_view))}
     assert on_disk >= {*card.called, "vision_encoder", "vqa"}
-    assert set(MODELS) - on_disk <= {"attend_448"}
+    assert set(CALLED) - on_disk <= {"attend_448"}
 
 
 def test_committed_configurations_are_what_the_writer_writes(repository: Path, card: ModelCard) -> None:
@@ -81,10 +84,9 @@ def test_committed_configurations_are_what_the_writer_writes(repository: Path, c
 
 def test_client_and_configuration_name_the_same_tensors(written: Path, card: ModelCard, called: str) -> None:
     """Every required input is sent, nothing unknown is sent, and what is read exists, with the same type and shape."""
-    widths = {"D": card.vision_width, "H": card.hidden_size}
-    parsed, model = parse(written, called), MODELS[called]
-    sent = {t.name: (t.datatype, tuple(widths.get(d, d) for d in t.dims), t.optional) for t in model.inputs}
-    read = {t.name: (t.datatype, tuple(widths.get(d, d) for d in t.dims), False) for t in model.outputs}
+    parsed, model = parse(written, called), CALLED[called]
+    sent = {t.name: (t.datatype, t.dims, t.optional) for t in map(card.sized, model.inputs)}
+    read = {t.name: (t.datatype, t.dims, False) for t in map(card.sized, model.outputs)}
     accepted, given = specs(parsed.input), specs(parsed.output)
     assert {name: accepted.get(name) for name in sent} == sent
     assert {name: given.get(name) for name in read} == read
@@ -96,7 +98,7 @@ def test_client_and_configuration_name_the_same_tensors(written: Path, card: Mod
 def test_client_knows_what_each_path_goes_through(written: Path, called: str) -> None:
     """What `abandon` reaches when a model's process dies."""
     steps = [step.model_name for step in parse(written, called).ensemble_scheduling.step]
-    assert list(MODELS[called].through) == (steps or [called])
+    assert list(CALLED[called].through) == (steps or [called])
 
 
 @pytest.mark.parametrize("name", ["vision_encoder", "relevance_allocator", "relevance_allocator_448"])
@@ -149,6 +151,19 @@ def test_ensemble_steps_hand_on_what_the_models_take(written: Path) -> None:
         if parsed.ensemble_scheduling.step:
             for name, spec in specs(parsed.output).items():
                 assert flowing[name] == spec[:2]
+
+
+def test_the_encoders_outputs_are_the_fields_of_what_is_kept() -> None:
+    """The client makes VisionFeatures of them by position."""
+    assert [tensor.name for tensor in VISION] == [field.name for field in dataclasses.fields(VisionFeatures)]
+
+
+def test_a_tensor_takes_the_type_and_the_sizes_of_a_checkpoint() -> None:
+    tensor = Tensor("features", FLOAT, (257, "D"), "CLS first")
+    assert tensor.sized("FP16", {"D": 48}) == Tensor("features", "FP16", (257, 48), "CLS first")
+    assert Tensor("mask", "INT32", (-1,)).sized("FP16", {}) == Tensor("mask", "INT32", (-1,))
+    with pytest.raises(KeyError, match="D"):
+        tensor.sized("FP16", {"H": 64})
 
 
 def test_large_graphs_run_on_every_core() -> None:

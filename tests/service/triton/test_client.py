@@ -30,7 +30,7 @@ from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
 from service.core.vision import CROPS, IMAGE_SIZE, MAX_VISION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures
 from service.prompt import PromptBuilder
-from service.triton import MODELS, TritonClient
+from service.triton import CALLED, TritonClient
 from service.triton.errors import ERROR_CODES, ERROR_TEXTS, MESSAGES, translate
 from service.triton_server.supervision import EmbeddedTriton
 from tests.conftest import eventually_async, free_ports
@@ -470,8 +470,9 @@ class OnlyAttends(service_pb2_grpc.GRPCInferenceServiceServicer):
         if request.model_name != "attend":
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.model_name}'")
         response = service_pb2.ModelInferResponse()
-        for tensor in MODELS["attend"].outputs:
-            shape = [1, *(self.hidden_size if size == "H" else size for size in tensor.dims)]
+        for output in CALLED["attend"].outputs:
+            tensor = output.sized("FP32", {"H": self.hidden_size})
+            shape = [1, *tensor.dims]
             response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
             response.raw_output_contents.append(bytes(4 * int(np.prod(shape))))
         return response

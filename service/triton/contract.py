@@ -1,0 +1,26 @@
+"""What the gateway calls: which models of a repository, and which of their outputs it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from service.core.tensors import MODELS, Model
+
+
+def _read(model: Model, *outputs: str) -> Model:
+    return replace(model, outputs=tuple(tensor for tensor in model.outputs if tensor.name in outputs))
+
+
+CALLED: Mapping[str, Model] = {
+    "see": MODELS["see"],
+    "attend": MODELS["attend"],
+    "vision_encoder": MODELS["vision_encoder"],  # the four crops of a closer view in one request, as a batch
+    "attend_448": MODELS["attend_448"],  # only if the model card has a closer view
+    "llm": _read(MODELS["llm"], "output_ids"),
+    "vqa": MODELS["vqa"],
+}
+
+_ENSEMBLES = ("see", "attend", "attend_448")
+# The models at the address of the vision models.
+VISION_MODELS = frozenset({*_ENSEMBLES, *(step for name in _ENSEMBLES for step in CALLED[name].through)})

@@ -32,6 +32,7 @@ class System:
     settings: Mapping[str, str] = field(default_factory=dict)  # GLIMPSE_ settings
     # By model, those of its config.pbtxt in place of the repository's.
     parameters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    module: str = "service"  # what `python -m` runs as the gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ SYSTEMS: Mapping[str, System] = {
     "fifo": System(
         "glimpse",
         "glimpse with one queue in order of arrival, whose head blocks those behind it; looks as closely under strain",
-        {"SCHEDULING": "fifo", "ELASTIC_FIDELITY": "false"},
+        {"ELASTIC_FIDELITY": "false"},
+        module="benchmarks.bench.fifo",
     ),
     "glimpse-door": System(
         "glimpse",
@@ -80,8 +82,9 @@ SYSTEMS: Mapping[str, System] = {
     "fifo-door": System(
         "glimpse",
         f"one queue in order of arrival, and as glimpse-door: {AT_THE_DOOR}",
-        {"VISION_SLOTS": "2", "SCHEDULING": "fifo", "ELASTIC_FIDELITY": "false"},
+        {"VISION_SLOTS": "2", "ELASTIC_FIDELITY": "false"},
         {"vision_encoder": {"nice": "5"}},
+        module="benchmarks.bench.fifo",
     ),
     "glimpse-no-reuse": System("glimpse", "every prompt is read whole", {}, {"llm": {"prefix_cache_bytes": "0"}}),
 }
@@ -95,7 +98,7 @@ def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
         case "glimpse":
             if system.parameters:
                 model = replace(model, repository=with_parameters(model.repository, folder, system.parameters))
-            starting = gateway(model, folder, system.settings)
+            starting = gateway(model, folder, system.settings, system.module)
         case "triton":
             starting = triton(model, folder)
         case "naive":
@@ -109,8 +112,8 @@ def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
 
 
 @contextmanager
-def gateway(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator[Running]:
-    """`python -m service`, with a Triton of its own unless the settings name one."""
+def gateway(model: Model, folder: Path, settings: Mapping[str, str], module: str) -> Iterator[Running]:
+    """`python -m MODULE`, with a Triton of its own unless the settings name one."""
     http_port, *triton_ports = free_ports(4)
     told = {
         "MODEL_REPOSITORY": str(model.repository),
@@ -125,7 +128,7 @@ def gateway(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")}
     environment |= {f"GLIMPSE_{name}": value for name, value in told.items()}
-    with process([sys.executable, "-m", "service"], folder / "gateway.log", environment) as started:
+    with process([sys.executable, "-m", module], folder / "gateway.log", environment) as started:
         wait_until(lambda: answers(http_port, "/health/ready"), started, folder / "gateway.log")
         metrics = f"http://127.0.0.1:{triton_ports[2]}/metrics"
         yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)

@@ -8,9 +8,10 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
+from benchmarks.bench.fifo import Fifo
 from service.admission.admission import Admission, Reservation
 from service.admission.fidelity import LEVELS
-from service.admission.scheduler import Claim, Kind, Resource
+from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.card import Engines
 from service.core.errors import Overloaded
 from service.core.request import Priority
@@ -21,8 +22,8 @@ from tests.support.fakes import CARD, cancelled, turns, until
 IMPATIENT_S = 1e-4  # a target that whoever waits at all is over
 
 
-def admission(metrics: Metrics, **knobs: object) -> Admission:
-    return Admission(Settings(vision_slots=1, **knobs), Engines(), CARD.max_positions, metrics)
+def admission(metrics: Metrics, scheduling: type[Scheduler] = Scheduler, **knobs: object) -> Admission:
+    return Admission(Settings(vision_slots=1, **knobs), Engines(), CARD.max_positions, metrics, scheduling)
 
 
 async def enter(reservation: Reservation) -> Claim:
@@ -94,7 +95,7 @@ async def test_switched_off_nobody_looks_less_closely():
 
 
 async def test_in_one_queue_who_came_first_goes_first_though_it_claims_later():
-    house = admission(Metrics(), scheduling="fifo")
+    house = admission(Metrics(), scheduling=Fifo)
     with house.reservation("") as first, house.reservation("") as second, house.reservation("") as third:
         slot = await enter(first)
         last = asyncio.create_task(enter(third))
@@ -109,7 +110,7 @@ async def test_in_one_queue_who_came_first_goes_first_though_it_claims_later():
 
 async def test_who_leaves_the_window_makes_room_though_it_holds_nothing():
     house = admission(Metrics())
-    house.window.width = 1.0
+    house.limit.width = 1.0
     with house.reservation("") as second:
         with house.reservation("") as first:
             first.give_back(await enter(first))
@@ -135,15 +136,15 @@ async def test_a_claim_that_was_refused_is_no_work():
         with pytest.raises(Overloaded):
             await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
         reservation.give_back(room)
-        house.window.width = 1.0
-        assert not house.window.lets_in("new")
+        house.limit.width = 1.0
+        assert not house.limit.allows("new")
         with reservation.waiting_for_others():
-            assert house.window.lets_in("new")
+            assert house.limit.allows("new")
 
 
 async def test_who_waits_for_others_makes_room_in_the_window_but_for_what_it_claims():
     house = admission(Metrics())
-    house.window.width = 1.0
+    house.limit.width = 1.0
     with house.reservation("") as first:
         slot = await enter(first)
         with first.waiting_for_others():
@@ -154,9 +155,9 @@ async def test_who_waits_for_others_makes_room_in_the_window_but_for_what_it_cla
                 first.give_back(slot)
                 async with asyncio.timeout(5):
                     second.give_back(await waiting)
-            house.window.width = 1.0
-            assert house.window.lets_in("new")
+            house.limit.width = 1.0
+            assert house.limit.allows("new")
             again = await enter(first)  # inside it still is, and works again
-            assert not house.window.lets_in("new")
+            assert not house.limit.allows("new")
             first.give_back(again)
-        assert not house.window.lets_in("new")
+        assert not house.limit.allows("new")

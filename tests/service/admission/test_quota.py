@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.admission.drain_rate import Drain
+from service.admission.drain_rate import DrainRate
 from service.admission.quota import Cost, Quota
 
 LIMITS = Cost(nbytes=1000, pixels=100, tokens=50)
@@ -25,7 +25,7 @@ def test_no_limit_is_ever_passed_and_everything_comes_back(steps):
     for cost, tenant in held:
         quota.give_back(cost, tenant, len(steps))
     assert quota.held == Cost()
-    assert quota.tenants == 0
+    assert not quota._tenants
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from("abcdef")), max_size=80))
@@ -67,19 +67,19 @@ def test_who_is_refused_is_told_how_long_the_missing_units_take_to_drain():
 
 
 def test_idle_time_says_nothing_of_how_fast_we_drain():
-    drain = Drain()
+    drain = DrainRate()
     assert drain.seconds_for(10) == 0
-    drain.observe(0.0, 0, pressed=True)
-    drain.observe(1.0, 5, pressed=False)
-    drain.observe(1000.0, 0, pressed=True)
-    drain.observe(1001.0, 5, pressed=True)
+    drain.observe(0.0, 0, wanted=True)
+    drain.observe(1.0, 5, wanted=False)
+    drain.observe(1000.0, 0, wanted=True)
+    drain.observe(1001.0, 5, wanted=True)
     assert drain.seconds_for(10) == pytest.approx(2.0, rel=0.01)
 
 
 def test_the_newest_seconds_count_most():
-    drain = Drain()
+    drain = DrainRate()
     for second in range(100):
-        drain.observe(second, 1, pressed=True)
+        drain.observe(second, 1, wanted=True)
     for second in range(100, 140):
-        drain.observe(second, 10, pressed=True)
+        drain.observe(second, 10, wanted=True)
     assert drain.seconds_for(10) == pytest.approx(1.0, rel=0.05)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.admission.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Fifo, Kind, Resource, Scheduler
+from benchmarks.bench.fifo import Fifo
+from service.admission.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Kind, Resource, Scheduler
 from service.core.request import Priority
 
 VISION_SLOTS, LLM_TOKENS = 3, 100
@@ -47,14 +48,14 @@ class House:
         return refusal is None
 
     def schedule(self, now: float) -> list[Claim]:
-        started, expired = self.scheduler.schedule(now)
-        for one in started:
+        granted, expired = self.scheduler.schedule(now)
+        for one in granted:
             self.waiting.remove(one)
             self.running.append(one)
             self.log.append((now, self.numbers[one]))
         for one in expired:
             self.waiting.remove(one)
-        return started
+        return granted
 
     def release(self, one: Claim, now: float, finished: bool = True) -> None:
         (self.running if one in self.running else self.waiting).remove(one)
@@ -371,7 +372,7 @@ def test_in_one_queue_the_order_of_starts_is_the_order_of_arrivals(requests):
             if not left[one.request]:
                 ask(one.request, Resource.LLM, requests[one.request][2], at)
         else:
-            line.scheduler.window.leave(one.request, at, answered=True, missed=False)
+            line.scheduler.limit.end(one.request, at, answered=True, missed=False)
         go_on(at)
 
     for number, (now, (_, images, tokens, *_)) in enumerate(zip(arrived, requests, strict=True)):

@@ -1,0 +1,44 @@
+"""One queue in order of arrival, to compare the scheduler with: `python -m benchmarks.bench.fifo` serves with it."""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Iterator
+
+from service.admission.scheduler import Claim, Resource, Scheduler
+
+
+class Fifo(Scheduler):
+    """The request at the head of the queue blocks all behind it if it does not fit. A request in service that claims
+    more blocks only those that want the same resource.
+
+    Nothing else counts but deadlines and the concurrency limit: no kind, no tenant, no priority, no age.
+    """
+
+    def _handicap(self, _: Claim) -> float:
+        return 0.0
+
+    def _rank(self, claim: Claim) -> float:
+        return claim.request_arrived
+
+    def _grants(self, _: float) -> Iterator[Claim]:
+        while (claim := self._first()) is not None:
+            yield claim
+
+    def _first(self) -> Claim | None:
+        blocked: set[Resource] = set()
+        for _, _, claim in heapq.merge(*(queue for pool in self._pools.values() for queue in pool.queues.values())):
+            fits = claim.amount <= self._pools[claim.resource].free and claim.resource not in blocked
+            if fits and self.limit.allows(claim.request):
+                return claim
+            if claim.request not in self.limit.contention:
+                return None
+            blocked.add(claim.resource)
+        return None
+
+
+if __name__ == "__main__":
+    from service.__main__ import main
+
+    sys.exit(main(scheduling=Fifo))

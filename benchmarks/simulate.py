@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.bench.fifo import Fifo
+from benchmarks.bench.orders import Fifo
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 
 RESULTS = Path(__file__).parent / "results"

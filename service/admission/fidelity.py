@@ -70,7 +70,7 @@ class Fidelity:
         self._hold_s = [LEAST_HOLD_S] * len(LEVELS)  # seconds of calm before that level is tried
 
     def observe(self, now: float, waiting_since: float | None) -> int:
-        """Return the level from now on. `waiting_since`: arrival of the request that waits longest; None if none waits."""
+        """Return the level from now on. `waiting_since`: arrival of the request that waits longest; None: none waits."""
         before = self.level
         self._pass_time(now)
         self._since = waiting_since

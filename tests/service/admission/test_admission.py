@@ -8,7 +8,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from benchmarks.bench.fifo import Fifo
+from benchmarks.bench.orders import Fifo
 from service.admission.admission import Admission, Reservation
 from service.admission.fidelity import LEVELS
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler

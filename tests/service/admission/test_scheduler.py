@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.bench.fifo import Fifo
+from benchmarks.bench.orders import Fifo
 from service.admission.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Kind, Resource, Scheduler
 from service.core.request import Priority
 

@@ -1,12 +1,13 @@
-"""One queue in order of arrival, to compare the scheduler with: `python -m benchmarks.bench.fifo` serves with it."""
+"""Other ways to schedule, to compare with: `python -m benchmarks.bench.orders fifo|unlimited` serves with one."""
 
 from __future__ import annotations
 
 import heapq
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from service.admission.scheduler import Claim, Resource, Scheduler
+from service.admission.concurrency_limit import ConcurrencyLimit
+from service.admission.scheduler import HANDICAP_S, Claim, Kind, Resource, Scheduler
 
 
 class Fifo(Scheduler):
@@ -38,7 +39,22 @@ class Fifo(Scheduler):
         return None
 
 
+class Unlimited(Scheduler):
+    """As many requests in service as there is room for, whatever becomes of them."""
+
+    def __init__(
+        self,
+        vision_slots: int,
+        llm_tokens: int,
+        handicap_s: Mapping[Kind, float] = HANDICAP_S,
+        limit: ConcurrencyLimit | None = None,
+    ) -> None:
+        super().__init__(vision_slots, llm_tokens, handicap_s, ConcurrencyLimit(contention=limit and limit.contention))
+
+
+ORDERS = {"fifo": Fifo, "unlimited": Unlimited}
+
 if __name__ == "__main__":
     from service.__main__ import main
 
-    sys.exit(main(scheduling=Fifo))
+    sys.exit(main(scheduling=ORDERS[sys.argv[1]]))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.admission.contention import Contention
-from service.admission.fidelity import LEAST_HOLD_S, LEVELS, MOST_HOLD_S, STEP_S, Fidelity
+from service.admission.fidelity import LEAST_HOLD_S, LEVELS, MOST_HOLD_S, STEP_S, TRIAL_S, Fidelity
 from service.core.request import Budget
 
 TARGET_S = 1.0
@@ -366,3 +366,51 @@ def test_the_levels_are_what_the_design_says():
 def test_who_asks_for_one_number_gets_it_at_every_level():
     exact = Budget(vision_tokens=(256, 256), visual_tokens=(128, 128))
     assert all(level.cap(exact) == exact for level in LEVELS)
+
+
+def test_a_queue_that_shrinks_fast_enough_takes_no_more_detail():
+    fidelity = Fidelity(TARGET_S, 0.0)
+    for tenth in range(41):  # the same request has waited since 0
+        fidelity.observe(tenth / 10, 0.0)
+    shrinking = []
+    for tenth in range(1, 31):
+        now, wait_s = 4 + tenth / 10, 4 - 0.08 * tenth  # at the target in less than SOON_S
+        shrinking.append(fidelity.observe(now, now - wait_s))
+    assert shrinking[10:] == [shrinking[10]] * 20  # the first second is still judged by how it grew
+    assert 0 < shrinking[-1] < len(LEVELS) - 1
+    for tenth in range(1, 31):  # and no longer
+        now = 7 + tenth / 10
+        fidelity.observe(now, now - 3.0)
+    assert fidelity.level > shrinking[-1]
+
+
+def raised(fidelity: Fidelity, now: float) -> float:
+    """The moment at which the level has gone up by one, since a request waits."""
+    before, came = fidelity.level, now
+    while fidelity.level == before:
+        now += 0.1
+        fidelity.observe(now, came)
+    fidelity.observe(now, None)
+    return now
+
+
+def lowered(fidelity: Fidelity, now: float) -> float:
+    """The moment at which the level has gone down by one, while no request waits."""
+    before = fidelity.level
+    while fidelity.level == before:
+        now += 0.1
+        fidelity.observe(now, None)
+    return now
+
+
+def test_a_failed_trial_makes_the_next_wait_longer_and_a_success_makes_it_as_short_as_at_first():
+    fidelity = Fidelity(TARGET_S, 0.0)
+    up = raised(fidelity, 0.0)
+    trial = lowered(fidelity, up)
+    assert trial - up == pytest.approx(LEAST_HOLD_S, abs=0.2)
+    up = raised(fidelity, trial)  # soon: the trial has failed
+    trial = lowered(fidelity, up)
+    assert trial - up == pytest.approx(4 * LEAST_HOLD_S, abs=0.2)
+    up = raised(fidelity, trial + TRIAL_S)  # late: this one has succeeded
+    trial = lowered(fidelity, up)
+    assert trial - up == pytest.approx(LEAST_HOLD_S, abs=0.2)

@@ -684,7 +684,7 @@ async def test_who_could_not_end_in_time_is_dropped_when_its_turn_comes():
     teach(house, llm_s=1.0)
     house.vision.gate.set()
     await first
-    with pytest.raises(Overloaded, match="did not come in time") as caught:
+    with pytest.raises(Overloaded, match="waited in the queue until too little") as caught:
         await second
     assert caught.value.code == "deadline"
     assert house.vision.calls == ["see"]
@@ -704,7 +704,7 @@ async def test_large_images_are_refused_by_their_headers_before_they_are_decoded
     house.vision.close("see")
     first = asked_of(house, 0)  # 50,176 pixels
     await until(lambda: house.vision.calls)
-    with pytest.raises(Overloaded, match="50,176 of 100,000 pixels") as caught:
+    with pytest.raises(Overloaded, match="50,176 of 100,000 are in use") as caught:
         await answer(house, request(image=png(size=(300, 300))))
     with pytest.raises(Overloaded):
         await house.pipeline.keep_image(png(size=(300, 300)))
@@ -720,7 +720,7 @@ async def test_one_tenant_cannot_fill_the_house():
     house.language.gate.clear()
     flood = [asked_of(house, i, tenant="flood") for i in range(6)]
     await until(lambda: house.language.open == 6)
-    with pytest.raises(Overloaded, match="flood has its share") as caught:
+    with pytest.raises(Overloaded, match="flood is at its share") as caught:
         await answer(house, request(tenant="flood"))
     assert caught.value.code == "tenant_share"
     other = asked_of(house, 9, tenant="other")

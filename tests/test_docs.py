@@ -10,6 +10,8 @@ import pytest
 from typer.main import get_command
 
 from service.cli.main import app
+from service.edges.http.schema import VqaRequest
+from service.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import PROJECT
 
@@ -77,6 +79,19 @@ def test_every_target_of_make_is_there():
 
 def test_every_setting_is_there():
     assert named(r"GLIMPSE_([A-Z][A-Z_]*[A-Z])") <= {name.upper() for name in Settings.model_fields}
+
+
+def test_every_metric_is_there():
+    families = list(Metrics().registry.collect())
+    known = {sample.name for family in families for sample in family.samples} | {family.name for family in families}
+    labelled = {f"{family.name}_total" for family in families if family.type == "counter"}
+    assert named(r"`(glimpse_\w+)`") <= known | labelled
+
+
+def test_the_api_page_has_every_field_of_a_question():
+    page = (PROJECT / "docs" / "api.md").read_text()
+    section = page.partition("\n## A question\n")[2].partition("\n### ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == VqaRequest.model_fields.keys()
 
 
 def test_every_script_is_there():

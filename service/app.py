@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 
 from service.admission.admission import Admission
+from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.http.vqa import Edge, http_api
@@ -37,7 +38,7 @@ class App:
     api: FastAPI
 
 
-def build(settings: Settings) -> App:
+def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Reads the model repository's card and tokenizers; starts nothing. Raises SettingsError."""
     try:
         card = ModelCard.from_json((settings.model_repository / "card.json").read_text())
@@ -57,7 +58,7 @@ def build(settings: Settings) -> App:
     client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
     readiness = Readiness(card.called, metrics)
-    admission = Admission(settings, engines, card.max_positions, metrics)
+    admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
     pipeline = Pipeline(
         vision=client,

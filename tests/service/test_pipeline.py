@@ -773,7 +773,7 @@ async def test_in_a_narrow_window_nobody_waits_for_an_encode_that_it_keeps_outsi
     image = png(size=(300, 200))
     await answer(house, request(image=image))
     house.vision.close("attend")
-    house.admission.window.width = 1.0
+    house.admission.limit.width = 1.0
     inside = asyncio.create_task(answer(house, request(image=image, question="which shape?", detail="auto")))
     await until(lambda: "attend" in house.vision.calls)
     outside = asyncio.create_task(answer(house, request(image=image, detail="high")))
@@ -804,7 +804,7 @@ async def test_in_a_narrow_window_nobody_waits_for_an_encode_that_it_keeps_outsi
 def test_whatever_happens_to_requests_everything_they_held_comes_back(requests, width):
     async def day() -> None:
         house = House(CLOSER, vision_slots=2, llm_tokens=2 * CARD.max_positions, max_requests_in_flight=200)
-        house.admission.window.width = width
+        house.admission.limit.width = width
         house.vision.close("see", "encode", "attend_448")
         house.vision.particularize = 0.7
         tasks = []
@@ -824,8 +824,8 @@ def test_whatever_happens_to_requests_everything_they_held_comes_back(requests, 
         for (_, _, fate, _, _), end in zip(requests, ends, strict=True):
             assert {"ok": isinstance(end, tuple), "error": isinstance(end, InvalidImage)}.get(fate, True), end
         assert nothing_is_held(house)
-        assert house.admission.window.inside == 0
-        assert house.admission.quota.tenants == 0
+        assert len(house.admission.contention) == 0
+        assert not house.admission.quota._tenants
         assert sum(house.outcomes().values()) == len(requests)
         house.reader.close()
 

@@ -29,7 +29,7 @@ from service.core.errors import (
     naming_image,
 )
 from service.core.prompt import Prompt
-from service.core.request import Request, Sampling
+from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import TENSIONS, Seen
 from service.media.decoder import Image, ImageReader, ImageStore
 from service.metrics import Metrics
@@ -176,28 +176,38 @@ class Pipeline:
         who = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
         require_range("budget.vision_tokens", budget.vision_tokens, offered, who)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
-        visual_tokens = [budget.visual_tokens[1]] * len(request.images)
-        return self.prompts.require_room(request.question, visual_tokens, request.sampling.max_tokens, request.turns)
+        return self.prompts.require_room(request)
 
     async def load(self, ticket: Ticket) -> list[Image]:
         """The images' bytes and digests; they are not decoded here, as a known image needs no pixels."""
-        images, given = [], ticket.request.images
+        images, sources = [], ticket.request.images
         with ticket.stage("load"):
-            for index, image in enumerate(given):
-                with naming_image(index, len(given)):
-                    images.append(
-                        self.images.get(image, time.time())
-                        if isinstance(image, str)
-                        else await self.reader.identify(image)
-                    )
+            for index, source in enumerate(sources):
+                with naming_image(index, len(sources)):
+                    images.append(await self.load_one(source))
         return images
+
+    async def load_one(self, source: ImageSource) -> Image:
+        """Raises NotFound for an unknown id, InvalidRequest for a URL."""
+        match source:
+            case ImageBytes(data):
+                return await self.reader.identify(data)
+            case ImageId(image_id):
+                return self.images.get(image_id, time.time())
+            case ImageUrl():
+                raise InvalidRequest(
+                    "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
+                    "(curl -F image=@FILE), or send them once to POST /v1/images",
+                    param="image",
+                    code="url_not_supported",
+                )
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [
             (each.visual_tokens, embedding_key(self.card, image.digest, request.question, each))
             for image, each in zip(images, seen, strict=True)
         ]
-        return self.prompts.compose(request.question, visual, request.turns)
+        return self.prompts.compose_request(request, visual)
 
     async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
         """The answer's text as it becomes certain. Leaving early cancels the LLM's stream."""

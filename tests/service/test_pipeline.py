@@ -3,6 +3,7 @@ import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
-from service.core.request import Budget, Priority, Request, Sampling, Turn
-from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, png, turns, until
+from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Priority, Request, Sampling, Text
+from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, image_source, png, turns, until
 
 
 @pytest.fixture
@@ -34,13 +35,13 @@ def house() -> Iterator[House]:
 
 
 def request(**changes: object) -> Request:
-    """`image` stands for `images` where there is one."""
-    if "image" in changes:
-        changes["images"] = (changes.pop("image"),)
+    """`image`, or `images`, and `question` stand for `parts`: images first, each as its bytes or its id."""
+    if "parts" not in changes:
+        images = (changes.pop("image"),) if "image" in changes else changes.pop("images", (png(),))
+        changes["parts"] = (*map(image_source, images), Text(changes.pop("question", "what colour?")))
     plain = Request(
         id="vqa_1",
-        images=(png(),),
-        question="what colour?",
+        parts=(),
         budget=Budget(),
         sampling=Sampling(max_tokens=16),
         timeout_s=10,
@@ -176,14 +177,38 @@ async def test_a_budget_of_more_visual_tokens_reaches_the_prompt_and_the_usage(k
 
 
 async def test_earlier_turns_reach_the_prompt_and_not_the_allocator(house):
-    asked = request(turns=(Turn("which shape?", "a circle"),))
+    earlier = Exchange((ImageBytes(png()), Text("which shape?")), "a circle")
+    asked = request(exchanges=(earlier,), parts=(Text("what colour?"),))
     await answer(house, request())
     await answer(house, asked)
     first, second = house.language.prompts
     assert len(second.input_ids) > len(first.input_ids)
     assert (first.extra_ids[:32] == second.extra_ids[:32]).all()  # the same visual tokens
     with pytest.raises(InvalidRequest, match="leave the earliest turns out"):
-        await answer(house, request(turns=(Turn("w" * 150, "yes"),)))
+        await answer(house, request(exchanges=(Exchange((Text("w" * 150),), "yes"),)))
+
+
+async def test_images_of_an_earlier_question_and_between_texts_are_looked_at_and_read_in_place(house):
+    red, dark, grey = png((240, 0, 0)), png((30, 0, 0)), png((90, 90, 90))
+    earlier = Exchange((Text("which shape?"), ImageBytes(red)), "a circle")
+    kept = await house.pipeline.keep_image(dark)
+    parts = (Text("is"), ImageId(kept.id), Text("like"), ImageBytes(grey))
+    _, end = await answer(house, request(exchanges=(earlier,), parts=parts))
+    assert end.image_ids[1] == kept.id
+    assert shades(house) == [80, 10, 90]
+    is_visual = house.language.prompts[0].input_ids >= CARD.vocab_size
+    runs = [(visual, len(list(run))) for visual, run in groupby(is_visual.tolist())]
+    assert [run for run in runs if run[0]] == [(True, 32)] * 3
+    assert [visual for visual, _ in runs] == [False, True] * 3 + [False]
+    assert end.visual_tokens == 96
+    assert nothing_is_held(house)
+
+
+async def test_a_url_is_refused_where_images_are_loaded(house):
+    with pytest.raises(InvalidRequest, match="image 2 of 2: image is a URL, and URLs are not fetched") as caught:
+        await answer(house, request(parts=(ImageBytes(png()), ImageUrl("https://example.com/x.png"), Text("what?"))))
+    assert (caught.value.param, caught.value.code) == ("images.1", "url_not_supported")
+    assert nothing_is_held(house)
 
 
 @pytest.fixture

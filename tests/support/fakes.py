@@ -16,7 +16,7 @@ from service.admission.admission import Admission
 from service.app import redis_tier
 from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
-from service.core.request import Budget, Sampling
+from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Sampling
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
 from service.edges.http.vqa import Edge
 from service.media.decoder import ImageLimits, ImageReader
@@ -70,6 +70,11 @@ def png(colour: tuple[int, int, int] = (200, 30, 40), size: tuple[int, int] = (2
     out = BytesIO()
     Pillow.new("RGB", size, colour).save(out, "PNG")
     return out.getvalue()
+
+
+def image_source(image: bytes | str) -> ImageSource:
+    """A file, or the id of an image that was sent before."""
+    return ImageId(image) if isinstance(image, str) else ImageBytes(image)
 
 
 def ids_of(text: str) -> list[int]:

@@ -7,6 +7,7 @@ import binascii
 import difflib
 import reprlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -16,9 +17,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
-from service.core.request import Budget, Detail, Priority, Request, Sampling, Turn
+from service.core.request import (
+    Budget,
+    Detail,
+    Exchange,
+    ImageBytes,
+    ImageId,
+    ImageSource,
+    ImageUrl,
+    Part,
+    Priority,
+    Request,
+    Sampling,
+    Text,
+)
 from service.core.vision import FloatArray, Relevance
-from service.edges.http.body import MAX_NAME_CHARS, Part
+from service.edges.http.body import MAX_NAME_CHARS, FormPart
 from service.pipeline import new_seed
 from service.settings import Settings
 
@@ -104,13 +118,13 @@ class Asked(BaseModel):
     explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
 
     def _to_core(
-        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
+        self, images: Sequence[ImageSource], request_id: str, trace_id: str, card: ModelCard, limits: Settings
     ) -> Request:
         """Raises InvalidRequest."""
-        question, turns = self.question.strip(), self._turns()
+        question, exchanges = self.question.strip(), self._exchanges()
         if not question:
             raise InvalidRequest("question is empty: say what you want to know", param="question")
-        told = sum(len(turn.question) + len(turn.answer) for turn in turns)
+        told = sum(len(exchange.question) + len(exchange.answer) for exchange in exchanges)
         if len(question) + told > limits.max_question_chars:
             count = f"{len(question) + told:,} characters, the limit is {limits.max_question_chars:,}"
             if told:
@@ -120,11 +134,16 @@ class Asked(BaseModel):
         if timeout_s > limits.max_timeout_s:
             raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
         budget = self.budget or WireBudget()
+        parts: tuple[Part, ...] = (Text(question),)
+        if exchanges:
+            first, *others = exchanges
+            exchanges = (replace(first, parts=(*images, *first.parts)), *others)
+        else:
+            parts = (*images, *parts)
         return Request(
             id=request_id,
-            images=tuple(images),
-            question=question,
-            turns=turns,
+            parts=parts,
+            exchanges=exchanges,
             budget=Budget(
                 budget.vision_tokens or card.vision_tokens_for(self.detail),
                 budget.visual_tokens or card.default_visual_tokens,
@@ -145,14 +164,14 @@ class Asked(BaseModel):
             trace_id=trace_id,
         )
 
-    def _turns(self) -> tuple[Turn, ...]:
+    def _exchanges(self) -> tuple[Exchange, ...]:
         """Raises InvalidRequest."""
-        turns = tuple(Turn(turn.question.strip(), turn.answer.strip()) for turn in self.turns)
-        for index, turn in enumerate(turns):
-            if not turn.question or not turn.answer:
-                side = "answer" if turn.question else "question"
+        exchanges = tuple(Exchange((Text(turn.question.strip()),), turn.answer.strip()) for turn in self.turns)
+        for index, exchange in enumerate(exchanges):
+            if not exchange.question or not exchange.answer:
+                side = "answer" if exchange.question else "question"
                 raise InvalidRequest(f"turns.{index}.{side} is empty", param=f"turns.{index}.{side}")
-        return turns
+        return exchanges
 
 
 class VqaRequest(Asked):
@@ -204,17 +223,17 @@ class VqaForm(Asked):
     )
 
     @classmethod
-    def from_parts(cls, parts: Sequence[Part]) -> tuple[Self, list[bytes | str]]:
+    def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:
         """The fields, and each image's bytes or its id. Raises InvalidRequest."""
         fields: dict[str, Any] = {}
-        images: list[bytes | str] = []
+        images: list[ImageSource] = []
         for part in parts:
             name = part.name
             if name in fields and name not in ("image", "stop"):
                 raise InvalidRequest(f"{name} is given twice", param=name)
             if name == "image":
                 fields.setdefault(name, []).append(b"")
-                images.append(bytes(part.data) if part.is_file else image_in_text(_text(part)))
+                images.append(ImageBytes(bytes(part.data)) if part.is_file else image_in_text(_text(part)))
             elif name == "stop":
                 fields.setdefault(name, []).append(_text(part))
             else:
@@ -226,42 +245,37 @@ class VqaForm(Asked):
             raise invalid_request(exc, cls.model_fields) from exc
 
     def to_core(
-        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
+        self, images: Sequence[ImageSource], request_id: str, trace_id: str, card: ModelCard, limits: Settings
     ) -> Request:
         """Raises InvalidRequest."""
         return self._to_core(images, request_id, trace_id, card, limits)
 
 
-def _text(part: Part) -> str:
+def _text(part: FormPart) -> str:
     try:
         return part.data.decode()
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"{part.name} is not UTF-8 text", param=part.name) from exc
 
 
-def image_in_text(text: str) -> bytes | str:
-    """The bytes that base64 or a data: URL hold, or the id as it stands. Raises InvalidRequest."""
+def image_in_text(text: str) -> ImageSource:
+    """What base64, a data: URL, the id of an image or another URL stands for. Raises InvalidRequest."""
     text = text.strip()
     if text.startswith("img_"):
-        return text
+        return ImageId(text)
     if text[:8].lower().startswith(("https://", "http://")):
-        raise InvalidRequest(
-            "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
-            "(curl -F image=@FILE), or send them once to POST /v1/images",
-            param="image",
-            code="url_not_supported",
-        )
+        return ImageUrl(text)
     encoded = text
     if text[:5].lower() == "data:":
         head, comma, encoded = text.partition(",")  # a regular expression would go back over a hostile head
         if not comma or head[-7:].lower() != ";base64":
             raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
     try:
-        return base64.b64decode(encoded, validate=True)
+        return ImageBytes(base64.b64decode(encoded, validate=True))
     except ValueError:
         pass
     try:  # wrapped at 76 columns, as the base64 command does
-        return base64.b64decode("".join(encoded.split()), validate=True)
+        return ImageBytes(base64.b64decode("".join(encoded.split()), validate=True))
     except (binascii.Error, ValueError) as exc:
         raise InvalidImage(
             "image is neither base64, nor a data: URL, nor the id (img_...) of an image sent to POST /v1/images",

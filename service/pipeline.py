@@ -6,7 +6,6 @@ Every request ends in exactly one outcome, which is one metric and one log line,
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -320,11 +319,6 @@ def told_of(fault: Exception | None) -> dict[str, object]:
 
 def internal_error(request_id: str) -> InternalError:
     return InternalError(f"a fault of ours; the log tells of it under request id {request_id}")
-
-
-def new_seed() -> int:
-    """For a request that names none: sampled answers then differ from one to the next."""
-    return secrets.randbits(63)
 
 
 def require_range(

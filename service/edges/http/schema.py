@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import difflib
 import reprlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -16,25 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
-from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
-from service.core.request import (
-    Budget,
-    Detail,
-    Exchange,
-    ImageBytes,
-    ImageId,
-    ImageSource,
-    ImageUrl,
-    Part,
-    Priority,
-    Request,
-    Sampling,
-    Text,
-)
+from service.core.errors import GlimpseError, InvalidRequest
+from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
+from service.edges.asking import Fields, source_of
 from service.edges.http.body import MAX_NAME_CHARS, FormPart
-from service.pipeline import new_seed
-from service.settings import Settings
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
@@ -117,61 +100,27 @@ class Asked(BaseModel):
     stream: bool = Field(False, description="Server-sent events as the answer is written.")
     explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
 
-    def _to_core(
-        self, images: Sequence[ImageSource], request_id: str, trace_id: str, card: ModelCard, limits: Settings
-    ) -> Request:
-        """Raises InvalidRequest."""
-        question, exchanges = self.question.strip(), self._exchanges()
-        if not question:
-            raise InvalidRequest("question is empty: say what you want to know", param="question")
-        told = sum(len(exchange.question) + len(exchange.answer) for exchange in exchanges)
-        if len(question) + told > limits.max_question_chars:
-            count = f"{len(question) + told:,} characters, the limit is {limits.max_question_chars:,}"
-            if told:
-                raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
-            raise InvalidRequest(f"question has {count}: shorten it", param="question")
-        timeout_s = limits.default_timeout_s if self.timeout_s is None else self.timeout_s
-        if timeout_s > limits.max_timeout_s:
-            raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
+    def _fields(self, image: str | None, images: Sequence[ImageSource | str] | None) -> Fields:
         budget = self.budget or WireBudget()
-        parts: tuple[Part, ...] = (Text(question),)
-        if exchanges:
-            first, *others = exchanges
-            exchanges = (replace(first, parts=(*images, *first.parts)), *others)
-        else:
-            parts = (*images, *parts)
-        return Request(
-            id=request_id,
-            parts=parts,
-            exchanges=exchanges,
-            budget=Budget(
-                budget.vision_tokens or card.vision_tokens_for(self.detail),
-                budget.visual_tokens or card.default_visual_tokens,
-            ),
+        return Fields(
+            parts=(Text(self.question),),
+            image=image,
+            images=None if images is None else tuple(images),
+            turns=tuple(Exchange((Text(turn.question),), turn.answer) for turn in self.turns),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
             detail=self.detail,
-            sampling=Sampling(
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                seed=new_seed() if self.seed is None else self.seed,
-                repetition_penalty=self.repetition_penalty,
-                stop=self.stop,
-                streaming=self.stream or bool(self.stop),  # a stop string is looked for as tokens come
-            ),
-            timeout_s=timeout_s,
+            vision_tokens=budget.vision_tokens,
+            visual_tokens=budget.visual_tokens,
+            timeout_s=self.timeout_s,
             priority=self.priority,
-            trace_id=trace_id,
+            stream=self.stream,
         )
-
-    def _exchanges(self) -> tuple[Exchange, ...]:
-        """Raises InvalidRequest."""
-        exchanges = tuple(Exchange((Text(turn.question.strip()),), turn.answer.strip()) for turn in self.turns)
-        for index, exchange in enumerate(exchanges):
-            if not exchange.question or not exchange.answer:
-                side = "answer" if exchange.question else "question"
-                raise InvalidRequest(f"turns.{index}.{side} is empty", param=f"turns.{index}.{side}")
-        return exchanges
 
 
 class VqaRequest(Asked):
@@ -196,19 +145,8 @@ class VqaRequest(Asked):
         except ValidationError as exc:
             raise invalid_request(exc, cls.model_fields) from exc
 
-    def to_core(self, request_id: str, trace_id: str, card: ModelCard, limits: Settings) -> Request:
-        """Raises InvalidRequest."""
-        if self.images is None:
-            if self.image is None:
-                raise InvalidRequest("the field image is missing", param="image", code="missing_field")
-            return self._to_core([image_in_text(self.image)], request_id, trace_id, card, limits)
-        if self.image is not None:
-            raise InvalidRequest("image and images are both given: leave one out", param="images")
-        images = []
-        for index, text in enumerate(self.images):
-            with naming_image(index, len(self.images)):
-                images.append(image_in_text(text))
-        return self._to_core(images, request_id, trace_id, card, limits)
+    def fields(self) -> Fields:
+        return self._fields(self.image, self.images)
 
 
 class VqaForm(Asked):
@@ -224,7 +162,7 @@ class VqaForm(Asked):
 
     @classmethod
     def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:
-        """The fields, and each image's bytes or its id. Raises InvalidRequest."""
+        """The fields, and each image in order. Raises InvalidRequest."""
         fields: dict[str, Any] = {}
         images: list[ImageSource] = []
         for part in parts:
@@ -233,7 +171,7 @@ class VqaForm(Asked):
                 raise InvalidRequest(f"{name} is given twice", param=name)
             if name == "image":
                 fields.setdefault(name, []).append(b"")
-                images.append(ImageBytes(bytes(part.data)) if part.is_file else image_in_text(_text(part)))
+                images.append(ImageBytes(bytes(part.data)) if part.is_file else source_of(_text(part)))
             elif name == "stop":
                 fields.setdefault(name, []).append(_text(part))
             else:
@@ -244,11 +182,9 @@ class VqaForm(Asked):
         except ValidationError as exc:
             raise invalid_request(exc, cls.model_fields) from exc
 
-    def to_core(
-        self, images: Sequence[ImageSource], request_id: str, trace_id: str, card: ModelCard, limits: Settings
-    ) -> Request:
-        """Raises InvalidRequest."""
-        return self._to_core(images, request_id, trace_id, card, limits)
+    def fields(self, images: Sequence[ImageSource]) -> Fields:
+        """`images` are those that `from_parts` gave."""
+        return self._fields(None, images)
 
 
 def _text(part: FormPart) -> str:
@@ -256,31 +192,6 @@ def _text(part: FormPart) -> str:
         return part.data.decode()
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"{part.name} is not UTF-8 text", param=part.name) from exc
-
-
-def image_in_text(text: str) -> ImageSource:
-    """What base64, a data: URL, the id of an image or another URL stands for. Raises InvalidRequest."""
-    text = text.strip()
-    if text.startswith("img_"):
-        return ImageId(text)
-    if text[:8].lower().startswith(("https://", "http://")):
-        return ImageUrl(text)
-    encoded = text
-    if text[:5].lower() == "data:":
-        head, comma, encoded = text.partition(",")  # a regular expression would go back over a hostile head
-        if not comma or head[-7:].lower() != ";base64":
-            raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
-    try:
-        return ImageBytes(base64.b64decode(encoded, validate=True))
-    except ValueError:
-        pass
-    try:  # wrapped at 76 columns, as the base64 command does
-        return ImageBytes(base64.b64decode("".join(encoded.split()), validate=True))
-    except (binascii.Error, ValueError) as exc:
-        raise InvalidImage(
-            "image is neither base64, nor a data: URL, nor the id (img_...) of an image sent to POST /v1/images",
-            param="image",
-        ) from exc
 
 
 def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidRequest:

@@ -26,6 +26,7 @@ from service.admission.quota import Cost
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
 from service.core.errors import Cancelled, GlimpseError, InvalidRequest, Overloaded, status_of
+from service.edges.asking import QuestionLimits, to_request
 from service.edges.http.body import FORM, JSON, parse_form, read_body
 from service.edges.http.openapi import Api
 from service.edges.http.schema import (
@@ -222,21 +223,24 @@ async def admitted_body(request: Request, edge: Edge, max_bytes: int) -> bytes:
 
 def parse_question(body: bytes, content_type: str, trace_id: str, edge: Edge) -> Ask:
     """Raises InvalidRequest."""
-    card, settings = edge.pipeline.card, edge.settings
-    request_id = f"vqa_{uuid.uuid4().hex}"
+    asked: VqaRequest | VqaForm
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
             asked = VqaRequest.from_json(body)
-            return Ask(asked.to_core(request_id, trace_id, card, settings), asked.stream, asked.explain)
+            fields = asked.fields()
         case "multipart/form-data":
-            form, images = VqaForm.from_parts(parse_form(body, content_type))
-            return Ask(form.to_core(images, request_id, trace_id, card, settings), form.stream, form.explain)
+            asked, images = VqaForm.from_parts(parse_form(body, content_type))
+            fields = asked.fields(images)
         case other:
             raise InvalidRequest(
                 f"content-type {other[:80]!r} is not read here: send {JSON} (curl -H 'content-type: {JSON}' -d ...) or "
                 f"{FORM} (curl -F image=@FILE -F question=...)",
                 code="unsupported_content_type",
             )
+    settings = edge.settings
+    limits = QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s)
+    asking = to_request(fields, edge.pipeline.card, limits, trace_id=trace_id)
+    return Ask(asking, asked.stream, asked.explain)
 
 
 async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:

@@ -1,7 +1,4 @@
-"""The path of one request: admit, load, look, generate. It knows no transport and no Triton.
-
-Every request ends in exactly one outcome, which is one metric and one log line, both written by `Pipeline.outcome`.
-"""
+"""The path of one request: admit, load, look, generate. It knows no transport and no Triton."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Protocol
 
-import structlog
-
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.cache.features import FeatureCache, SharedTier
@@ -21,26 +16,20 @@ from service.core.answer import Delta, Finished, KeptImage
 from service.core.card import ModelCard
 from service.core.errors import (
     DeadlineExceeded,
-    GlimpseError,
-    InternalError,
     InvalidRequest,
     Unavailable,
     naming_image,
 )
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
-from service.core.vision import TENSIONS, Seen
+from service.core.vision import Seen
 from service.media.decoder import Image, ImageReader, ImageStore
 from service.metrics import Metrics
+from service.outcomes import Outcomes
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings
 from service.ticket import Ticket
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
-
-log = structlog.get_logger()
-
-# Outcomes of questions that ended before their tokens were generated, as nobody would have read them.
-NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
 
 
 class LanguageModel(Protocol):
@@ -83,6 +72,7 @@ class Pipeline:
         self.reader = reader
         self.settings = settings
         self.metrics = metrics
+        self.outcomes = Outcomes(metrics)
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
         self.features = FeatureCache(
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
@@ -103,7 +93,7 @@ class Pipeline:
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate. Raises GlimpseError only."""
-        with self.outcome(request) as ticket, self.admit(ticket) as reservation:
+        with self.outcomes.of(request) as ticket, self.admit(ticket) as reservation:
             async with ticket.in_time():
                 images = await self.load(ticket)
                 seen = await self.vision_stage.look(images, ticket, reservation)
@@ -130,23 +120,6 @@ class Pipeline:
             raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
         expires_at = self.images.put(image, time.time())
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
-
-    @contextmanager
-    def outcome(self, request: Request) -> Iterator[Ticket]:
-        """Names how the request ended, counts it and logs it, once. Unknown errors become InternalError."""
-        now = time.monotonic()
-        ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
-        fault: Exception | None = None
-        try:
-            yield ticket
-        except GlimpseError as error:
-            ticket.outcome, fault = error.code, error
-            raise
-        except Exception as error:
-            ticket.outcome, fault = InternalError.code, error
-            raise internal_error(request.trace_id or request.id) from error
-        finally:
-            self._record(ticket, fault)
 
     @contextmanager
     def admit(self, ticket: Ticket) -> Iterator[Reservation]:
@@ -253,16 +226,7 @@ class Pipeline:
         return said
 
     def finish(self, ticket: Ticket, images: Sequence[Image], seen: Sequence[Seen]) -> Finished:
-        ticket.outcome = "ok"
-        for each in seen:
-            self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
-            self.metrics.visual_tokens.observe(len(each.visual_tokens))
-            self.metrics.images_seen.labels(each.detail).inc()
-            self.metrics.relevance_evenness.observe(each.relevance.evenness)
-            for name, tension in zip(TENSIONS, each.relevance.tensions, strict=True):
-                self.metrics.tension.labels(name).observe(tension)
-        if ticket.reduced:
-            self.metrics.reduced_answers.inc()
+        self.outcomes.answered(ticket, seen)
         return Finished(
             finish_reason=ticket.finish_reason,
             image_ids=tuple(image.id for image in images),
@@ -275,50 +239,6 @@ class Pipeline:
             relevance=tuple(each.relevance for each in seen),
             timing_ms=ticket.timing_ms(),
         )
-
-    def _record(self, ticket: Ticket, fault: Exception | None) -> None:
-        timing_ms = ticket.timing_ms()
-        self.metrics.requests.labels(ticket.outcome).inc()
-        self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
-        self.metrics.generated_tokens.inc(ticket.completion_tokens)
-        if ticket.outcome == "ok":
-            self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3)
-            self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)
-            if ticket.kind is not None:
-                self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
-            for name, stage in ticket.stages.items():
-                self.metrics.stage.labels(name).observe(stage.seconds)
-        elif ticket.tokens and ticket.outcome in NOTHING_MORE_TO_DO:
-            saved = ticket.request.sampling.max_tokens - ticket.completion_tokens
-            self.metrics.tokens_saved.labels(ticket.outcome).inc(saved)
-        foreseen = fault is None or isinstance(fault, GlimpseError)
-        (log.info if foreseen else log.error)(
-            "answered" if ticket.outcome == "ok" else "not_answered",
-            outcome=ticket.outcome,
-            request_id=ticket.request.trace_id,
-            id=ticket.request.id,
-            cache=ticket.cache,
-            detail=ticket.detail,
-            reduced=ticket.reduced,
-            completion_tokens=ticket.completion_tokens,
-            **{f"{name}_ms": value for name, value in timing_ms.items()},
-            **told_of(fault),
-        )
-
-
-def told_of(fault: Exception | None) -> dict[str, object]:
-    """What the log says of it: an error of ours in words, with what was said behind us; any other with its trace."""
-    match fault:
-        case None:
-            return {}
-        case GlimpseError():
-            return {"error": fault.message, "cause": fault.cause} if fault.cause else {"error": fault.message}
-        case _:
-            return {"exc_info": fault}
-
-
-def internal_error(request_id: str) -> InternalError:
-    return InternalError(f"a fault of ours; the log tells of it under request id {request_id}")
 
 
 def require_range(

@@ -25,7 +25,7 @@ from service import pipeline
 from service.admission.quota import Cost
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import Cancelled, GlimpseError, InvalidRequest, Overloaded, status_of
+from service.core.errors import Cancelled, GlimpseError, InvalidRequest, Overloaded, internal_error, status_of
 from service.edges.asking import QuestionLimits, to_request
 from service.edges.http.body import FORM, JSON, parse_form, read_body
 from service.edges.http.openapi import Api
@@ -362,7 +362,7 @@ class RequestScope:
         except Exception:
             log.exception("fault", request_id=trace_id, path=scope["path"])
             if not status:
-                body = JsonResponse(ErrorBody.of(pipeline.internal_error(trace_id)), status_code=500)
+                body = JsonResponse(ErrorBody.of(internal_error(trace_id)), status_code=500)
                 await body(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "none")

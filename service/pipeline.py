@@ -31,6 +31,8 @@ from service.settings import Settings
 from service.ticket import Ticket
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
 
+__all__ = ["LanguageModel", "Pipeline", "Reservation"]  # a transport sees these, and nothing behind them
+
 
 class LanguageModel(Protocol):
     """Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
@@ -91,9 +93,9 @@ class Pipeline:
         self.prompts = prompts
         self._spelled = token_bytes(prompts.tokenizer)
 
-    async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
+    async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate. Raises GlimpseError only."""
-        with self.outcomes.of(request) as ticket, self.admit(ticket) as reservation:
+        with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
             async with ticket.in_time():
                 images = await self.load(ticket)
                 seen = await self.vision_stage.look(images, ticket, reservation)
@@ -104,14 +106,14 @@ class Pipeline:
                     yield Delta(text)
             yield self.finish(ticket, images, seen)
 
-    async def keep_image(self, data: bytes, tenant: str = "") -> KeptImage:
+    async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Takes an image that questions can name by its id.
 
         Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded.
         """
         timeout_s = self.settings.default_timeout_s
         try:
-            with self.admission.reservation(tenant) as reservation:
+            with reservation.work():
                 reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
                 async with asyncio.timeout(timeout_s):
                     decoded = await self.reader.decode(data)
@@ -122,16 +124,27 @@ class Pipeline:
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
 
     @contextmanager
-    def admit(self, ticket: Ticket) -> Iterator[Reservation]:
-        """Refuses what cannot be answered before any work is done, and reserves what it will cost; all that the
-        request holds is given back at its end. Raises InvalidRequest, Overloaded."""
-        tokens = max(self.check(ticket.request), self.admission.row_tokens)
-        with self.admission.reservation(ticket.request.tenant) as reservation:
+    def reservation(self, tenant: str) -> Iterator[Reservation]:
+        """All that one request of a transport holds, from before its body is read until its response has ended.
+
+        `answer` and `keep_image` go on with it, and give back what they took when they end. Raises Overloaded if there
+        is no room for one more request.
+        """
+        with self.admission.reservation(tenant) as reservation:
+            reservation.require_room(Cost(tokens=self.admission.row_tokens))
+            yield reservation
+
+    @contextmanager
+    def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[None]:
+        """Refuses what cannot be answered before any work is done, and reserves what it will cost; that is given back
+        at the end. Raises InvalidRequest, Overloaded."""
+        with reservation.work():
+            tokens = max(self.check(ticket.request), self.admission.row_tokens)
             reservation.reserve(Cost(tokens=tokens))
             ticket.tokens = tokens
             self.metrics.in_flight.inc()
             try:
-                yield reservation
+                yield
             finally:
                 self.metrics.in_flight.dec()
 

@@ -68,12 +68,8 @@ class Admission:
     def reservation(self, tenant: str) -> Iterator[Reservation]:
         """Holds nothing yet."""
         reservation = Reservation(self, tenant)
-        try:
+        with reservation.work():
             yield reservation
-        except BaseException:
-            reservation.leave(finished=False)
-            raise
-        reservation.leave(finished=True)
 
     def stop(self) -> None:
         """Who is in may end; nobody else comes in."""
@@ -145,6 +141,7 @@ class Reservation:
         self._admission = admission
         self._arrived = time.monotonic()
         self._cost = Cost()
+        self._inside = False  # let in before a stop, it may end
         self._claims: list[Claim] = []
         self._waits = 0  # for what others bring
         self._deadline = math.inf
@@ -153,13 +150,30 @@ class Reservation:
         """Takes nothing. Raises Overloaded where the cost could not be reserved now."""
         if (refusal := self._admission.quota.refusal(cost, self.tenant)) is not None:
             raise self._admission.refuse(refusal)
+        self._inside = True
 
     def reserve(self, cost: Cost) -> None:
-        """Holds this too, until the reservation is left. Raises Overloaded."""
-        quota, inside = self._admission.quota, any(self._cost)
-        if (refusal := quota.reserve(cost, self.tenant, time.monotonic(), inside=inside)) is not None:
+        """Holds this too, until the work that it is reserved in ends. Raises Overloaded."""
+        now = time.monotonic()
+        if (refusal := self._admission.quota.reserve(cost, self.tenant, now, inside=self._inside)) is not None:
             raise self._admission.refuse(refusal)
         self._cost = self._cost.plus(cost)
+        self._inside = True
+
+    def reserve_bytes(self, nbytes: int) -> None:
+        """As `reserve`, of a request's body."""
+        self.reserve(Cost(nbytes=nbytes))
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Gives back at its end what was reserved and claimed in it, and keeps what was reserved before."""
+        before = self._cost
+        try:
+            yield
+        except BaseException:
+            self.leave(finished=False, keep=before)
+            raise
+        self.leave(finished=True, keep=before)
 
     async def enter(self, claim: Claim) -> None:
         """Waits for the claim's turn and holds it until it is given back or the reservation ends. Raises Overloaded."""
@@ -203,12 +217,12 @@ class Reservation:
         window.work(self)
         return False
 
-    def leave(self, *, finished: bool) -> None:
-        """`finished` is false where the request did not come to its answer."""
+    def leave(self, *, finished: bool, keep: Cost) -> None:
+        """`finished` is false where the request did not come to its answer. It goes on holding what it keeps."""
         now, house = time.monotonic(), self._admission
         house.release(self._claims, now, finished=finished)
         house.window.leave(self, now, answered=finished, missed=now >= self._deadline)
         house.crowd.leave(self, now, answered=finished)
-        house.quota.give_back(self._cost, self.tenant, now)
-        self._claims, self._cost = [], Cost()
+        house.quota.give_back(self._cost.minus(keep), self.tenant, now)
+        self._claims, self._cost = [], keep
         house.schedule(now)

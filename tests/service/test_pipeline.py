@@ -51,7 +51,7 @@ def request(**changes: object) -> Request:
 
 
 async def answer(house: House, asked: Request) -> tuple[str, Finished]:
-    *deltas, last = [event async for event in house.pipeline.answer(asked)]
+    *deltas, last = [event async for event in house.answer(asked)]
     assert isinstance(last, Finished)
     return "".join(delta.text for delta in deltas if isinstance(delta, Delta)), last
 
@@ -191,7 +191,7 @@ async def test_earlier_turns_reach_the_prompt_and_not_the_allocator(house):
 async def test_images_of_an_earlier_question_and_between_texts_are_looked_at_and_read_in_place(house):
     red, dark, grey = png((240, 0, 0)), png((30, 0, 0)), png((90, 90, 90))
     earlier = Exchange((Text("which shape?"), ImageBytes(red)), "a circle")
-    kept = await house.pipeline.keep_image(dark)
+    kept = await house.keep_image(dark)
     parts = (Text("is"), ImageId(kept.id), Text("like"), ImageBytes(grey))
     _, end = await answer(house, request(exchanges=(earlier,), parts=parts))
     assert end.image_ids[1] == kept.id
@@ -391,7 +391,7 @@ async def test_a_stop_string_ends_the_stream(house):
 async def test_half_characters_wait_for_their_other_half(house):
     house.language.say(" é")
     assert len(ids_of(" é")) == 3
-    events = [event async for event in house.pipeline.answer(request())]
+    events = [event async for event in house.answer(request())]
     assert events[0] == Delta("é")
 
 
@@ -477,14 +477,14 @@ async def test_a_caller_who_goes_away_frees_its_slot_and_its_stream(house, stage
 
 async def test_closing_the_events_half_way_is_a_cancellation(house):
     house.language.say(" red red red")
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         assert await anext(events) == Delta("red")
     assert house.language.open == 0
     assert house.outcomes() == {"cancelled": 1}
 
 
 async def test_who_stops_reading_after_the_last_event_was_answered(house):
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         async for event in events:
             if isinstance(event, Finished):
                 break
@@ -545,7 +545,7 @@ async def test_the_wait_for_anothers_encode_is_a_part_of_vision(house):
 
 
 async def test_an_image_that_was_kept_needs_no_bytes_again(house):
-    kept = await house.pipeline.keep_image(png(size=(300, 200)))
+    kept = await house.keep_image(png(size=(300, 200)))
     assert (kept.width, kept.height) == (300, 200)
     text, end = await answer(house, request(image=kept.id))
     assert (text, end.cache, end.image_ids) == ("red", "miss", (kept.id,))
@@ -553,7 +553,7 @@ async def test_an_image_that_was_kept_needs_no_bytes_again(house):
 
 async def test_a_bad_image_is_not_kept(house):
     with pytest.raises(InvalidImage):
-        await house.pipeline.keep_image(b"no")
+        await house.keep_image(b"no")
     assert len(house.pipeline.images) == 0
 
 
@@ -681,7 +681,7 @@ async def test_who_waits_for_a_slot_and_goes_away_leaves_the_queue_at_once():
 
 async def test_half_an_answer_saves_the_other_half(house):
     house.language.say(" red red red")
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         await anext(events)
     assert house.counted("glimpse_tokens_saved_total", reason="cancelled") == 15
     assert house.counted("glimpse_generated_tokens_total") == 1
@@ -732,7 +732,7 @@ async def test_large_images_are_refused_by_their_headers_before_they_are_decoded
     with pytest.raises(Overloaded, match="50,176 of 100,000 pixels") as caught:
         await answer(house, request(image=png(size=(300, 300))))
     with pytest.raises(Overloaded):
-        await house.pipeline.keep_image(png(size=(300, 300)))
+        await house.keep_image(png(size=(300, 300)))
     assert caught.value.code == "saturated"
     house.vision.gate.set()
     await first

@@ -58,7 +58,7 @@ def key(number: int) -> FeatureKey:
 async def ask(house: House, number: int, timeout_s: float = 30.0, **more: object) -> str:
     """`hit` or `miss`; the answer is always the same."""
     request = Request("vqa_1", (ImageBytes(image(number)), Text("what?")), Budget(), Sampling(), timeout_s, **more)
-    *_, last = [event async for event in house.pipeline.answer(request)]
+    *_, last = [event async for event in house.answer(request)]
     assert isinstance(last, Finished)
     return last.cache
 

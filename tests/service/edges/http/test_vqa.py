@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from service.admission.quota import Cost
 from service.core.errors import Overloaded, Unavailable
-from service.edges.http.vqa import http_api
+from service.edges.http.application import http_api
 from tests.support.fakes import CARD, CLOSER, FakeProber, House, png, until
 
 IMAGE = base64.b64encode(png()).decode()

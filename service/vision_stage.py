@@ -30,7 +30,7 @@ from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
 from service.core.prompt import Question
-from service.core.request import Budget, Priority, Request
+from service.core.request import Budget, ImageId, Priority, Request
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
@@ -301,7 +301,7 @@ class VisionStage:
 
     def _remember(self, image: Image, request: Request) -> None:
         """An image that came with its question can be asked about by its id too; asking by id does not prolong it."""
-        if image.id not in request.images:
+        if ImageId(image.id) not in request.images:
             self.images.put(image, time.time())
 
 

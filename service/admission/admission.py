@@ -74,12 +74,8 @@ class Admission:
     def reservation(self, tenant: str) -> Iterator[Reservation]:
         """Holds nothing yet."""
         reservation = Reservation(self, tenant)
-        try:
+        with reservation.work():
             yield reservation
-        except BaseException:
-            reservation.end(answered=False)
-            raise
-        reservation.end(answered=True)
 
     def stop(self) -> None:
         """Requests that hold something may finish; refuse all others from now on."""
@@ -151,6 +147,7 @@ class Reservation:
         self._admission = admission
         self._arrived = time.monotonic()
         self._cost = Cost()
+        self._inside = False  # let in before a stop, it may finish after it
         self._claims: list[Claim] = []
         self._waits = 0  # for what other requests compute
         self._deadline = math.inf
@@ -159,16 +156,33 @@ class Reservation:
         """Reserves nothing. Raises Overloaded if the cost could not be reserved now."""
         if (refusal := self._admission.quota.refusal(cost, self.tenant)) is not None:
             raise self._admission.refuse(refusal)
+        self._inside = True
 
     def reserve(self, cost: Cost) -> None:
-        """Hold this too until the reservation ends. Raises Overloaded."""
-        quota, inside = self._admission.quota, any(self._cost)
-        if (refusal := quota.reserve(cost, self.tenant, time.monotonic(), inside=inside)) is not None:
+        """Hold this too until the `work` around it ends. Raises Overloaded."""
+        now = time.monotonic()
+        if (refusal := self._admission.quota.reserve(cost, self.tenant, now, inside=self._inside)) is not None:
             raise self._admission.refuse(refusal)
         self._cost = self._cost.plus(cost)
+        self._inside = True
+
+    def reserve_bytes(self, nbytes: int) -> None:
+        """`reserve` some bytes of a request's body."""
+        self.reserve(Cost(nbytes=nbytes))
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """At its end, give back what was reserved and claimed in the block. Keep what was reserved before."""
+        before = self._cost
+        try:
+            yield
+        except BaseException:
+            self._end(answered=False, keep=before)
+            raise
+        self._end(answered=True, keep=before)
 
     async def enter(self, claim: Claim) -> None:
-        """Wait for the grant, and hold it until it is given back or the reservation ends. Raises Overloaded,
+        """Wait for the grant, and hold it until it is given back or the `work` around it ends. Raises Overloaded,
         DeadlineExceeded."""
         claim.request, claim.request_arrived, self._deadline = self, self._arrived, claim.deadline
         self._claims.append(claim)
@@ -209,11 +223,11 @@ class Reservation:
         contention.resume(self)
         return False
 
-    def end(self, *, answered: bool) -> None:
-        """Give everything back. `answered` is false if the request did not come to its answer."""
+    def _end(self, *, answered: bool, keep: Cost) -> None:
+        """Give back all but `keep`. `answered` is false if the request did not come to its answer."""
         now, admission = time.monotonic(), self._admission
         admission.release(self._claims, now, finished=answered)
         admission.limit.end(self, now, answered=answered, missed=now >= self._deadline)
-        admission.quota.give_back(self._cost, self.tenant, now)
-        self._claims, self._cost = [], Cost()
+        admission.quota.give_back(self._cost.minus(keep), self.tenant, now)
+        self._claims, self._cost = [], keep
         admission.schedule(now)

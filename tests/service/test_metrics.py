@@ -10,7 +10,7 @@ import httpx
 import pytest_asyncio
 from prometheus_client import Histogram, generate_latest
 
-from service.edges.http.vqa import http_api
+from service.edges.http.application import http_api
 from service.metrics import Metrics
 from tests.conftest import Gateway
 from tests.support.fakes import House, png

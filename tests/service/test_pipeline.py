@@ -3,6 +3,7 @@ import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
-from service.core.request import Budget, Priority, Request, Sampling, Turn
-from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, png, turns, until
+from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Priority, Request, Sampling, Text
+from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, image_source, png, turns, until
 
 
 @pytest.fixture
@@ -34,13 +35,13 @@ def house() -> Iterator[House]:
 
 
 def request(**changes: object) -> Request:
-    """`image` stands for `images` where there is one."""
-    if "image" in changes:
-        changes["images"] = (changes.pop("image"),)
+    """`image`, or `images`, and `question` stand for `parts`: images first, each as its bytes or its id."""
+    if "parts" not in changes:
+        images = (changes.pop("image"),) if "image" in changes else changes.pop("images", (png(),))
+        changes["parts"] = (*map(image_source, images), Text(changes.pop("question", "what colour?")))
     plain = Request(
         id="vqa_1",
-        images=(png(),),
-        question="what colour?",
+        parts=(),
         budget=Budget(),
         sampling=Sampling(max_tokens=16),
         timeout_s=10,
@@ -50,7 +51,7 @@ def request(**changes: object) -> Request:
 
 
 async def answer(house: House, asked: Request) -> tuple[str, Finished]:
-    *deltas, last = [event async for event in house.pipeline.answer(asked)]
+    *deltas, last = [event async for event in house.answer(asked)]
     assert isinstance(last, Finished)
     return "".join(delta.text for delta in deltas if isinstance(delta, Delta)), last
 
@@ -176,14 +177,38 @@ async def test_a_budget_of_more_visual_tokens_reaches_the_prompt_and_the_usage(k
 
 
 async def test_earlier_turns_reach_the_prompt_and_not_the_allocator(house):
-    asked = request(turns=(Turn("which shape?", "a circle"),))
+    earlier = Exchange((ImageBytes(png()), Text("which shape?")), "a circle")
+    asked = request(exchanges=(earlier,), parts=(Text("what colour?"),))
     await answer(house, request())
     await answer(house, asked)
     first, second = house.language.prompts
     assert len(second.input_ids) > len(first.input_ids)
     assert (first.extra_ids[:32] == second.extra_ids[:32]).all()  # the same visual tokens
     with pytest.raises(InvalidRequest, match="leave the earliest turns out"):
-        await answer(house, request(turns=(Turn("w" * 150, "yes"),)))
+        await answer(house, request(exchanges=(Exchange((Text("w" * 150),), "yes"),)))
+
+
+async def test_images_of_an_earlier_question_and_between_texts_are_looked_at_and_read_in_place(house):
+    red, dark, grey = png((240, 0, 0)), png((30, 0, 0)), png((90, 90, 90))
+    earlier = Exchange((Text("which shape?"), ImageBytes(red)), "a circle")
+    kept = await house.keep_image(dark)
+    parts = (Text("is"), ImageId(kept.id), Text("like"), ImageBytes(grey))
+    _, end = await answer(house, request(exchanges=(earlier,), parts=parts))
+    assert end.image_ids[1] == kept.id
+    assert shades(house) == [80, 10, 90]
+    is_visual = house.language.prompts[0].input_ids >= CARD.vocab_size
+    runs = [(visual, len(list(run))) for visual, run in groupby(is_visual.tolist())]
+    assert [run for run in runs if run[0]] == [(True, 32)] * 3
+    assert [visual for visual, _ in runs] == [False, True] * 3 + [False]
+    assert end.visual_tokens == 96
+    assert nothing_is_held(house)
+
+
+async def test_a_url_is_refused_where_images_are_loaded(house):
+    with pytest.raises(InvalidRequest, match="image 2 of 2: image is a URL, and URLs are not fetched") as caught:
+        await answer(house, request(parts=(ImageBytes(png()), ImageUrl("https://example.com/x.png"), Text("what?"))))
+    assert (caught.value.param, caught.value.code) == ("images.1", "url_not_supported")
+    assert nothing_is_held(house)
 
 
 @pytest.fixture
@@ -366,7 +391,7 @@ async def test_a_stop_string_ends_the_stream(house):
 async def test_half_characters_wait_for_their_other_half(house):
     house.language.say(" é")
     assert len(ids_of(" é")) == 3
-    events = [event async for event in house.pipeline.answer(request())]
+    events = [event async for event in house.answer(request())]
     assert events[0] == Delta("é")
 
 
@@ -452,14 +477,14 @@ async def test_a_caller_who_goes_away_frees_its_slot_and_its_stream(house, stage
 
 async def test_closing_the_events_half_way_is_a_cancellation(house):
     house.language.say(" red red red")
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         assert await anext(events) == Delta("red")
     assert house.language.open == 0
     assert house.outcomes() == {"cancelled": 1}
 
 
 async def test_who_stops_reading_after_the_last_event_was_answered(house):
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         async for event in events:
             if isinstance(event, Finished):
                 break
@@ -520,7 +545,7 @@ async def test_the_wait_for_anothers_encode_is_a_part_of_vision(house):
 
 
 async def test_an_image_that_was_kept_needs_no_bytes_again(house):
-    kept = await house.pipeline.keep_image(png(size=(300, 200)))
+    kept = await house.keep_image(png(size=(300, 200)))
     assert (kept.width, kept.height) == (300, 200)
     text, end = await answer(house, request(image=kept.id))
     assert (text, end.cache, end.image_ids) == ("red", "miss", (kept.id,))
@@ -528,7 +553,7 @@ async def test_an_image_that_was_kept_needs_no_bytes_again(house):
 
 async def test_a_bad_image_is_not_kept(house):
     with pytest.raises(InvalidImage):
-        await house.pipeline.keep_image(b"no")
+        await house.keep_image(b"no")
     assert len(house.pipeline.images) == 0
 
 
@@ -656,7 +681,7 @@ async def test_who_waits_for_a_slot_and_goes_away_leaves_the_queue_at_once():
 
 async def test_half_an_answer_saves_the_other_half(house):
     house.language.say(" red red red")
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         await anext(events)
     assert house.counted("glimpse_tokens_saved_total", reason="cancelled") == 15
     assert house.counted("glimpse_generated_tokens_total") == 1
@@ -707,7 +732,7 @@ async def test_large_images_are_refused_by_their_headers_before_they_are_decoded
     with pytest.raises(Overloaded, match="50,176 of 100,000 are in use") as caught:
         await answer(house, request(image=png(size=(300, 300))))
     with pytest.raises(Overloaded):
-        await house.pipeline.keep_image(png(size=(300, 300)))
+        await house.keep_image(png(size=(300, 300)))
     assert caught.value.code == "saturated"
     house.vision.gate.set()
     await first

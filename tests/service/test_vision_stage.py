@@ -203,7 +203,7 @@ async def test_who_was_denied_a_closer_view_and_gets_it_after_all_is_not_reduced
 async def test_an_image_that_comes_along_can_be_asked_about_by_its_id_after_a_hit_too():
     house = House(visual_cache_bytes=1_000_000, max_image_bytes=2000, image_store_bytes=3024)  # room for one
     await answer(house, request())
-    await house.pipeline.keep_image(png((1, 2, 3)))
+    await house.keep_image(png((1, 2, 3)))
     _, end = await answer(house, request())
     assert house.vision.calls == ["see"]
     assert (await answer(house, request(image=end.image_ids[0])))[0] == "red"

@@ -21,7 +21,7 @@ from service.cache.records import pack
 from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
 from service.core.answer import Finished
 from service.core.card import ModelCard
-from service.core.request import Budget, Priority, Request, Sampling
+from service.core.request import Budget, ImageBytes, Priority, Request, Sampling, Text
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows
 from service.media.decoder import Image
 from tests.conftest import RedisServer, StartRedis, eventually, free_ports
@@ -57,8 +57,8 @@ def key(number: int) -> FeatureKey:
 
 async def ask(house: House, number: int, timeout_s: float = 30.0, **more: object) -> str:
     """`hit` or `miss`; the answer is always the same."""
-    request = Request("vqa_1", (image(number),), "what?", Budget(), Sampling(), timeout_s, **more)
-    *_, last = [event async for event in house.pipeline.answer(request)]
+    request = Request("vqa_1", (ImageBytes(image(number)), Text("what?")), Budget(), Sampling(), timeout_s, **more)
+    *_, last = [event async for event in house.answer(request)]
     assert isinstance(last, Finished)
     return last.cache
 

@@ -23,7 +23,7 @@ from service.cli.main import app, require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
-from service.edges.http.vqa import http_api
+from service.edges.http.application import http_api
 from service.settings import Settings
 from service.triton_server.supervision import StartFailed
 from tests.conftest import PROJECT, eventually, free_ports

@@ -8,7 +8,8 @@
     Done           the visual tokens are there
 
 Every look begins with detail low. It becomes a closer look, with detail high, as soon as a closer view is both wanted
-and possible. What was seen with detail low is then kept to fall back to. A closer look never becomes one again.
+and possible. What was seen with detail low is then kept to fall back to. A look that fell back does not
+look closer again.
 """
 
 from __future__ import annotations

@@ -37,12 +37,16 @@ class See:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """With detail high."""
+    """With detail high. If there is no capacity, an optional one falls back to what was seen with detail low."""
+
+    is_optional: bool
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeCloser:
-    is_optional: bool  # if there is no capacity for it, the look falls back to what was seen with detail low
+    """As Encode."""
+
+    is_optional: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class Look:
         self.seen, self.is_recalled = seen, True
 
     def fall_back(self) -> None:
-        """Record that there is no capacity for the closer view."""
+        """Record that there is no capacity for a closer look."""
         self.detail, self.seen = "low", self.low
 
 
@@ -115,11 +119,12 @@ def next_step(look: Look, situation: Situation) -> Step:
         return Recall("low")
     if look.seen is not None:
         return Done(is_denied=is_wanted)
+    if look.detail == "low":
+        return See() if look.vision is None else Attend()
+    is_optional = look.low is not None
     if look.vision is None:
-        return See() if look.detail == "low" else Encode()
-    if look.detail == "high" and look.closer is None:
-        return EncodeCloser(is_optional=look.low is not None)
-    return Attend()
+        return Encode(is_optional)
+    return EncodeCloser(is_optional) if look.closer is None else Attend()
 
 
 def wants_closer(look: Look, situation: Situation) -> bool:

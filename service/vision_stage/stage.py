@@ -183,11 +183,12 @@ class VisionStage:
                 case Recall():
                     self._recall(look, ticket)
                     continue
-                case See() | Encode():
+                case See():
                     await self._find_first(look, ticket, reservation)
-                case EncodeCloser(is_optional):
+                case Encode(is_optional) | EncodeCloser(is_optional):
+                    find = self._find_first if isinstance(look.step, Encode) else self._find_closer
                     try:
-                        await self._find_closer(look, ticket, reservation)
+                        await find(look, ticket, reservation)
                     except Overloaded:
                         if not is_optional:
                             raise
@@ -267,8 +268,12 @@ class VisionStage:
                 decoded = await self.reader.decode(look.image.data, (IMAGE_SIZE, CLOSER_SIZE) if both else (view,))
             look.decoded = decoded if both else None
         self._remember(look.image, ticket.request)
-        with ticket.stage("vision"), ticket.stage("see"):
-            yield decoded
+        try:
+            with ticket.stage("vision"), ticket.stage("see"):
+                yield decoded
+        except Overloaded:  # by Triton: the look may fall back, and then goes on without the slots
+            reservation.give_back(claim, finished=False)
+            raise
         reservation.give_back(claim)
 
     async def _turn(

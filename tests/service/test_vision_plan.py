@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.core.prompt import Question
@@ -99,17 +99,17 @@ def test_auto_with_a_model_without_a_closer_view_is_low(possible, name, step):
 @pytest.mark.parametrize(
     ("known", "step"),
     [
-        ({}, Encode()),
-        ({"vision": VISION}, EncodeCloser(is_optional=False)),
-        ({"closer": CLOSER}, Encode()),
+        ({}, Encode),
+        ({"vision": VISION}, EncodeCloser),
+        ({"closer": CLOSER}, Encode),
         ({"vision": VISION, "closer": CLOSER}, Attend()),
         ({"seen": seen(detail="high")}, Done()),
         ({"vision": VISION, "closer": CLOSER, "seen": seen(detail="high")}, Done()),
     ],
 )
 def test_a_closer_look_goes_on_whatever_the_situation_is_by_now(low, known, step):
-    if isinstance(step, EncodeCloser):
-        step = EncodeCloser(is_optional=low is not None)
+    if step in (Encode, EncodeCloser):
+        step = step(is_optional=low is not None)
     closer = look(detail="high", is_recalled=True, low=low, **known)
     for asks, possible, offers in product(("low", "high", "auto"), (DENIED, ALLOWED, HELD, NEEDED), (False, True)):
         assert next_step(closer, situation(asks, possible, offers=offers)) == step
@@ -125,6 +125,7 @@ def test_a_closer_look_keeps_what_was_seen_before_and_can_fall_back_to_it():
     assert (closer.detail, closer.seen, closer.low) == ("low", low, low)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_look_ends_whatever_its_steps_bring(data):
     """Fidelity and the visual cache may change between any two decisions, and after Done too while others go on."""
@@ -152,13 +153,12 @@ def test_every_look_ends_whatever_its_steps_bring(data):
                 case See():
                     closer_look.vision = VISION
                     closer_look.seen = sight("low") if data.draw(st.booleans()) else None
+                case Encode(True) | EncodeCloser(True) if data.draw(st.booleans()):
+                    closer_look.fall_back()
                 case Encode():
                     closer_look.vision = VISION
-                case EncodeCloser(is_optional):
-                    if is_optional and data.draw(st.booleans()):
-                        closer_look.fall_back()
-                    else:
-                        closer_look.closer = CLOSER
+                case EncodeCloser():
+                    closer_look.closer = CLOSER
                 case Attend():
                     assert closer_look.vision is not None
                     assert (closer_look.closer is not None) == (closer_look.detail == "high")
@@ -167,6 +167,6 @@ def test_every_look_ends_whatever_its_steps_bring(data):
         assert closer_look.seen is not None
         assert closer_look.seen.detail == closer_look.detail
         decide()
-    for once in (LOW, HIGH, See(), Encode(), EncodeCloser(False), EncodeCloser(True)):
+    for once in (LOW, HIGH, See(), Encode(False), Encode(True), EncodeCloser(False), EncodeCloser(True)):
         assert steps.count(once) <= 1
     assert steps.count(Attend()) <= 2

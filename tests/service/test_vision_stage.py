@@ -96,6 +96,7 @@ async def test_auto_goes_on_from_what_is_known(house):
     _, end = await answer(house, request(image=LARGE, detail="auto"))
     assert house.vision.calls == ["encode 4", "attend_448"]  # it knew from the first request that it asks for more
     assert end.detail == "high"
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="multi_image") == 1  # of four crops
     house.vision.calls.clear()
     for detail in ("auto", "low"):
         await answer(house, request(image=LARGE, detail=detail))
@@ -188,15 +189,18 @@ async def test_auto_gets_what_it_has_if_there_is_no_room_for_the_first_view_of_a
 async def test_a_closer_view_that_triton_refuses_holds_no_vision_slots_while_the_llm_answers(house):
     house.vision.particularize = 0.7
     await answer(house, request(image=LARGE))
+    teach(house, Resource.VISION, 1e6)  # of which the scheduler takes 2 %: 20,000 s
     house.vision.fault = Overloaded("triton's queue is full")
     house.language.gate.clear()
-    asked = asyncio.create_task(answer(house, request(image=LARGE, detail="auto")))
+    asked = asyncio.create_task(answer(house, request(image=LARGE, detail="auto", timeout_s=1e6)))
     await until(lambda: house.language.open)
     assert house.vision.calls == ["see", "encode 4"]
     assert house.counted("glimpse_resource_used", resource="vision") == 0
     house.language.gate.set()
     _, end = await asked
     assert (end.detail, end.reduced) == ("low", True)
+    with pytest.raises(Overloaded, match="did not come in time"):  # a refusal does not tell how long an encode takes
+        await answer(house, request(timeout_s=10))
 
 
 async def test_visual_tokens_of_rounded_features_have_other_extra_ids():

@@ -97,7 +97,7 @@ def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTi
         return None
     limits = RedisLimits(settings.redis_timeout_s, settings.redis_flight_s, settings.redis_ttl_s)
     try:
-        return RedisTier(settings.redis_url.get_secret_value(), limits, card.feature_shapes, metrics)
+        return RedisTier(settings.redis_url.get_secret_value(), limits, card, metrics)
     except ValueError as exc:
         raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
 

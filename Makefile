@@ -1,4 +1,5 @@
-# Everything starts here. Needs make and Python 3.11 to 3.13; `make serve` sets up the rest on its first run.
+# Everything starts here. Needs make, Python 3.11 to 3.13 and its venv; `make serve` and `make test` set up the rest on
+# their first run: as root, or with a sudo that asks no password, the system's packages too.
 SHELL := /bin/sh
 PYTHON ?= python3
 BIN := .venv/bin

@@ -31,7 +31,8 @@ from service.core.vision import CROPS, IMAGE_SIZE, CloserFeatures, FloatArray
 from service.prompt import PromptBuilder
 from service.settings import PROJECT
 from service.triton import TritonClient
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 VISION_TOKENS = (64, 96, 112, 128, 192, 256)
 VISUAL_TOKENS = (32, 64, 96, 128)

@@ -19,7 +19,7 @@ import uvloop
 from service.admission.scheduler import Scheduler
 from service.app import App, build, running
 from service.settings import PROJECT, Settings, SettingsError, read_settings
-from service.triton_server.supervision import StartFailed
+from service.triton_server.installation import StartFailed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Objects made since the last look for garbage, before the next: a request makes some thousand, and few cycles. With

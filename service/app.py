@@ -18,14 +18,16 @@ from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
 from service.edges.http.edge import BodyLimits, Edge
-from service.media.decoder import ImageLimits, ImageReader
+from service.media.decoder import ImageLimits
+from service.media.reader import ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
 from service.readiness import Readiness
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 
 @dataclass(frozen=True, slots=True)

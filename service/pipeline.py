@@ -23,7 +23,8 @@ from service.core.errors import (
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import Seen
-from service.media.decoder import Image, ImageReader, ImageStore
+from service.media.reader import ImageReader
+from service.media.store import Image, ImageStore
 from service.metrics import Metrics
 from service.outcomes import Outcomes
 from service.prompt import Detokeniser, PromptBuilder, token_bytes

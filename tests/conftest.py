@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,10 +28,49 @@ from service.core.card import ModelCard
 from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 PROJECT = Path(__file__).parent.parent
 SCENES = PROJECT / "build_engines" / "evaluation" / "scenes"
+DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus"}
+LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find what the set-up installed into .venv, after what the system has."""
+    os.environ["PATH"] += f":{Path(sys.executable).parent}"
+    config.stash[LEFT_OUT] = {}
+    config.addinivalue_line("markers", "needs(program): one of DEBIAN_PACKAGE that the test runs for real")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "start_redis" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.needs("redis-server"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave the test out if its program is not installed; fail it in CI, where the set-up installs every program."""
+    for mark in item.iter_markers("needs"):
+        (program,) = mark.args
+        if shutil.which(program) is None:
+            said = f"{program} is not installed (Debian, Ubuntu: sudo apt-get install {DEBIAN_PACKAGE[program]})"
+            if "CI" in os.environ:
+                pytest.fail(said, pytrace=False)
+            item.config.stash[LEFT_OUT].setdefault(said, []).append(item.nodeid)
+            pytest.skip(said)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Name what was left out after everything else."""
+    yield
+    for said, tests in terminalreporter.config.stash[LEFT_OUT].items():
+        terminalreporter.section(f"LEFT OUT ({len(tests)})", yellow=True, bold=True)
+        terminalreporter.line(f"{said}:")
+        for test in tests:
+            terminalreporter.line(f"  {test}")
 
 
 @dataclass(frozen=True)

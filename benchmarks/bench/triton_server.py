@@ -11,7 +11,8 @@ from pathlib import Path
 
 from service.core.card import ModelCard
 from service.triton import TritonClient
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 
 async def serve(repository: Path, log_path: Path, ports: Ports) -> None:

@@ -52,7 +52,7 @@ async def look(given: argparse.Namespace, report: Report) -> None:
     from build_engines.verify.files import built_with, check_files  # noqa: PLC0415  (ONNX and PyTorch: not for --help)
     from build_engines.verify.live import Served, check_served  # noqa: PLC0415
     from build_engines.verify.serve import CannotServe, Images, check_loads, serving  # noqa: PLC0415
-    from service.triton_server.supervision import Ports, StartFailed  # noqa: PLC0415
+    from service.triton_server.installation import Ports, StartFailed  # noqa: PLC0415
 
     card = check_files(given.repository, report)
     if card is None or report.failed:

@@ -18,7 +18,8 @@ from build_engines.verify.files import Wrong
 from build_engines.verify.report import Report
 from service.core.card import ModelCard
 from service.triton import TritonClient
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 READY_S = 600
 

@@ -27,7 +27,7 @@ DPI = 120
 WIDTH, HEIGHT = 16.0, 6.1
 SIDE, GAP, BASE = 4.4, 0.2, 0.45
 BAR, BAR_ROOM = 0.12, 0.5
-SMALL, SMALL_ROOM = 1.08, 1.42
+SMALL = 1.08
 LEFT_OF = {
     "image": GAP,
     "relevance": 2 * GAP + SIDE,

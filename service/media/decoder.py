@@ -1,27 +1,22 @@
-"""Bytes to pixels, and the images that were sent once to be asked about often.
+"""Bytes to pixels.
 
-Bytes come from anyone: the header is checked before a pixel is decoded, and decoding happens off the event loop.
+Bytes come from anyone: the size is checked before a pixel is decoded. Triton's models import this module too, so it
+imports neither settings nor asyncio.
 """
 
 from __future__ import annotations
 
-import asyncio
-import struct
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Self
 
 import numpy as np
-from blake3 import blake3
 from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL import Image as Pillow
 
-from service.core.errors import InvalidImage, NotFound, TooLarge
+from service.core.errors import InvalidImage, TooLarge
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
-from service.settings import IMAGE_ENTRY_BYTES
+from service.media.header import header_pixels
 
 # Imported here, as Pillow imports its readers late and then all fifty: the first request would wait 30 ms for them.
 READERS = (
@@ -31,7 +26,6 @@ READERS = (
     GifImagePlugin.GifImageFile,
 )
 FORMATS = tuple(reader.format for reader in READERS)
-INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) is cheaper than a thread
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {  # EXIF orientation -> what brings the picture upright
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
@@ -43,11 +37,6 @@ TURNS = {  # EXIF orientation -> what brings the picture upright
     8: Pillow.Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
-
-MAX_JPEG_SEGMENTS = 512  # cameras write some ten
-MAX_GIF_BLOCKS = 512  # before the first frame; encoders write one or two
-GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
-JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0xFFCA, 0xFFCB, 0xFFCD, 0xFFCE, 0xFFCF)
 
 FOREIGN = (  # offset, lower-case magic, name: what people send most that is not an image we read
     (0, b"<svg", "SVG"),
@@ -77,27 +66,6 @@ class ImageLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
-    """An image as it was sent."""
-
-    data: bytes
-    digest: str  # blake3 of `data`, 64 hexadecimal digits
-
-    @classmethod
-    def of(cls, data: bytes) -> Self:
-        return cls(data, blake3(data).hexdigest())
-
-    @property
-    def id(self) -> str:
-        return f"img_{self.digest[:32]}"
-
-    def larger_than(self, size: int) -> bool:
-        """Whether a side has more pixels, or may have: not every file tells."""
-        told = header_size(self.data)
-        return told is None or max(told) > size
-
-
-@dataclass(frozen=True, slots=True)
 class Decoded:
     """An image as the vision encoder sees it."""
 
@@ -115,90 +83,6 @@ class Decoded:
         """[4, 3, 224, 224] RGB: the closer view's top left, top right, bottom left and bottom right."""
         rows = self.views[CLOSER_SIZE].reshape(3, 2, IMAGE_SIZE, 2, IMAGE_SIZE)
         return np.ascontiguousarray(rows.transpose(1, 3, 0, 2, 4)).reshape(CROPS, 3, IMAGE_SIZE, IMAGE_SIZE)
-
-
-def header_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height as the file's first bytes tell them, in microseconds; zeros where they are no image we read,
-    None where they may be one but do not tell its size. EXIF may still turn the picture.
-
-    Decoders are not asked: on hostile bytes they take their time even for that. `decode` refuses a picture that turns
-    out to be larger.
-    """
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        size = _unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
-    elif data.startswith(b"\xff\xd8"):
-        size = _jpeg_size(data)
-    elif data.startswith((b"GIF87a", b"GIF89a")):
-        size = _gif_size(data)
-    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        size = _webp_size(data)
-    else:
-        return 0, 0
-    return (size[0], size[1]) if size[0] * size[1] else None
-
-
-def header_pixels(data: bytes) -> int | None:
-    """Width times height, as `header_size` tells them."""
-    size = header_size(data)
-    return None if size is None else size[0] * size[1]
-
-
-def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
-    """Zeros where the bytes end before."""
-    if len(data) < offset + struct.calcsize(layout):
-        return (0,) * len(layout[1:])
-    return struct.unpack_from(layout, data, offset)
-
-
-def _jpeg_size(data: bytes) -> tuple[int, ...]:
-    """From the frame header, which stands behind at most MAX_JPEG_SEGMENTS others."""
-    offset = 2
-    for _ in range(MAX_JPEG_SEGMENTS):
-        marker, length = _unpack(">HH", data, offset)
-        if marker in JPEG_FRAMES:
-            return _unpack(">HH", data, offset + 5)
-        if marker == 0xFFFF:  # fill bytes
-            offset += 1
-        elif marker < 0xFF01 or length < 2:
-            break
-        else:
-            offset += 2 + length
-    return 0, 0
-
-
-def _gif_size(data: bytes) -> tuple[int, ...]:
-    """Of what holds both the screen and the first frame, which may be larger than the screen."""
-    width, height, flags = _unpack("<HHB", data, 6)
-    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # behind the colours
-    in_extension = False
-    for _ in range(MAX_GIF_BLOCKS):
-        (block,) = _unpack("<B", data, offset)
-        if in_extension:  # this is a length, and 0 ends it
-            in_extension = block > 0
-            offset += 1 + block
-        elif block == GIF_EXTENSION:
-            in_extension = True
-            offset += 2
-        elif block == GIF_FRAME:
-            left, top, frame_width, frame_height = _unpack("<HHHH", data, offset + 1)
-            return max(width, left + frame_width), max(height, top + frame_height)
-        else:
-            break
-    return 0, 0
-
-
-def _webp_size(data: bytes) -> tuple[int, ...]:
-    match data[12:16]:
-        case b"VP8 ":
-            width, height = _unpack("<HH", data, 26)
-            return width & 0x3FFF, height & 0x3FFF
-        case b"VP8L":
-            bits, _ = _unpack("<IB", data, 21)
-            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        case b"VP8X":
-            low, high, low_height, high_height = _unpack("<HBHB", data, 24)
-            return (low | high << 16) + 1, (low_height | high_height << 16) + 1
-    return 0, 0
 
 
 def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
@@ -305,76 +189,3 @@ def _looks_like(data: bytes) -> str:
         if start[offset:].startswith(magic):
             return f"it looks like {name}"
     return f"its {len(data):,} bytes start with {data[:8].hex(' ')}"
-
-
-class ImageReader:
-    """Decodes and hashes off the event loop, in a few threads of its own (Pillow releases the GIL)."""
-
-    def __init__(self, limits: ImageLimits, threads: int) -> None:
-        self.limits = limits
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-
-    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
-        """Raises InvalidImage, TooLarge."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views)
-
-    async def identify(self, data: bytes) -> Image:
-        """The image with its digest; says nothing of whether it can be decoded."""
-        if len(data) <= INLINE_HASH_BYTES:
-            return Image.of(data)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, Image.of, data)
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-class ImageStore:
-    """Images by id, in memory: bounded in bytes, least recently used first to go, gone `ttl_s` after they were sent.
-
-    Each counts IMAGE_ENTRY_BYTES more than its own bytes, so that very many very small ones are bounded too.
-
-    `now` is in seconds since the epoch.
-    """
-
-    def __init__(self, max_bytes: int, ttl_s: float) -> None:
-        self.max_bytes = max_bytes
-        self.ttl_s = ttl_s
-        self.nbytes = 0
-        self._kept: OrderedDict[str, tuple[Image, float]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def put(self, image: Image, now: float) -> float:
-        """Keeps the image and returns when it expires; sent again, it lives on from now."""
-        self._drop(image.id)
-        expires_at = now + self.ttl_s
-        self._kept[image.id] = image, expires_at
-        self.nbytes += len(image.data) + IMAGE_ENTRY_BYTES
-        while self.nbytes > self.max_bytes or self._first_expires_at() <= now:
-            self._drop(next(iter(self._kept)))
-        return expires_at
-
-    def get(self, image_id: str, now: float) -> Image:
-        """Raises NotFound for an id that is unknown, expired or pushed out by later images."""
-        image, expires_at = self._kept.get(image_id, (None, 0.0))
-        if image is None or expires_at <= now:
-            self._drop(image_id)
-            raise NotFound(
-                f"no image {image_id[:64]!r} here: it was never sent, or its time is over ({self.ttl_s:.0f} s); "
-                "send it again with POST /v1/images",
-                param="image",
-                code="image_not_found",
-            )
-        self._kept.move_to_end(image_id)
-        return image
-
-    def _first_expires_at(self) -> float:
-        """Of the one that nobody asked about for the longest."""
-        _, expires_at = next(iter(self._kept.values()))
-        return expires_at
-
-    def _drop(self, image_id: str) -> None:
-        image, _ = self._kept.pop(image_id, (None, 0.0))
-        if image is not None:
-            self.nbytes -= len(image.data) + IMAGE_ENTRY_BYTES

@@ -13,21 +13,11 @@ brings it about.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib.util
-import mmap
 import os
-import platform
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -35,13 +25,8 @@ import structlog
 
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
-
-SHARED_MEMORY = Path("/dev/shm")
-# Of each model process's region of it. Triton's own 1 MiB grows with what comes together, and a process that writes as
-# its region grows can write past the end: two died so in 40 minutes' soak.
-REGION_BYTES = 32 << 20
-LEAST_REGION_BYTES = 1 << 20
-REGIONS_SHARE = 0.25  # of the shared memory that is free: all of a region is taken at once
+from service.triton_server.installation import Installation, Ports, StartFailed, check
+from service.triton_server.processes import SHARED_MEMORY, ModelProcess, ServerProcess, region_bytes
 
 WATCH_INTERVAL_S = 0.2
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the service is to answer again within 10 s
@@ -50,20 +35,7 @@ START_ATTEMPTS = 3
 LOG_BYTES = 10_000_000  # a longer log is put aside at the next start
 RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before each restart in a row, the last one from then on
 
-# Runs in the child before tritonserver takes its place: when the process that started it dies, even by SIGKILL, the
-# kernel tells Triton to stop. The last check covers a death before the first line.
-GUARD = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
-    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
-)
-
-DEAD = ("Z", "X")  # of /proc/PID/stat; Triton never collects its dead model processes
-
 log = structlog.get_logger()
-
-
-class StartFailed(Exception):
-    """Triton cannot start here; the message names what is missing and what mends it."""
 
 
 class Crashed(StartFailed):
@@ -81,147 +53,6 @@ class Client(Protocol):
     def abandon(self, lost: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """All on 127.0.0.1: the embedded Triton is nobody's but ours."""
-
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
-
-
-@dataclass(frozen=True, slots=True)
-class Installation:
-    """Where the wheel has what we start, and what the loader needs to find."""
-
-    server: Path
-    stub: Path
-    backend: Path  # the python backend's folder
-    library_path: str
-
-    @classmethod
-    def find(cls) -> Installation:
-        """Raises StartFailed where the wheel is missing or not for this Python."""
-        spec = importlib.util.find_spec("pytriton")
-        if spec is None or spec.origin is None:
-            raise StartFailed(
-                "the Triton server is not installed: `make serve` sets it up, "
-                "or run `pip install --no-deps nvidia-pytriton==0.7.0`"
-            )
-        package = Path(spec.origin).parent
-        root = package / "tritonserver"
-        python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
-        if not stub.is_file():
-            raise StartFailed(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11 to 3.13")
-        libraries = (
-            sysconfig.get_config_var("LIBDIR"),
-            f"{sys.base_prefix}/lib",
-            str(package.parent / "nvidia_pytriton.libs"),
-            os.environ.get("LD_LIBRARY_PATH"),
-        )
-        return cls(
-            server=root / "bin" / "tritonserver",
-            stub=stub,
-            backend=root / "backends" / "python",
-            library_path=":".join(dict.fromkeys(path for path in libraries if path)),
-        )
-
-    def link_backend(self, folder: Path) -> None:
-        """A backends directory of our own, with the stub of this Python; site-packages stays as it is."""
-        python = folder / "python"
-        python.mkdir(parents=True)
-        for file in (self.backend / "libtriton_python.so", self.backend / "triton_python_backend_utils.py", self.stub):
-            (python / file.name).symlink_to(file)
-
-    def environment(self) -> dict[str, str]:
-        """The stub embeds the first Python on PATH: ours, so that it imports what we import."""
-        return {
-            **os.environ,
-            "LD_LIBRARY_PATH": self.library_path,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
-        }
-
-
-def check(repository: Path, ports: Ports) -> Installation:
-    """Everything that can be known before the start. Raises StartFailed with what mends it."""
-    check_platform(sys.platform, platform.machine(), platform.libc_ver())
-    installation = Installation.find()
-    check_libraries(installation)
-    check_repository(repository)
-    check_ports(ports)
-    return installation
-
-
-def check_platform(system: str, machine: str, libc: tuple[str, str]) -> None:
-    if system != "linux" or machine != "x86_64":
-        raise StartFailed(
-            f"the bundled Triton runs on Linux x86-64, this is {system} {machine}: "
-            "run Triton elsewhere and set GLIMPSE_VISION_URL and GLIMPSE_LLM_URL"
-        )
-    name, version = libc
-    if name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < (2, 35):
-        raise StartFailed(
-            f"the bundled Triton needs glibc 2.35 or newer, this is {name or 'another libc'} {version}: "
-            "use Debian 12, Ubuntu 22.04 or newer"
-        )
-
-
-def check_libraries(installation: Installation) -> None:
-    """Asks the loader, without running anything: a stub without libpython makes every load hang for ever."""
-    for program in (installation.server, installation.stub):
-        environment = {**installation.environment(), "LD_TRACE_LOADED_OBJECTS": "1"}
-        listing = subprocess.run([program], env=environment, capture_output=True, text=True, check=False, timeout=30)
-        missing = sorted(line.split()[0] for line in listing.stdout.splitlines() if "not found" in line)
-        if any(name.startswith("libpython") for name in missing):
-            python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-            raise StartFailed(
-                f"{', '.join(missing)} was not found, Triton's models need it: run `sudo apt-get install lib{python}` "
-                "(or use a Python built with --enable-shared)"
-            )
-        if missing:
-            raise StartFailed(f"{program.name} needs libraries that were not found: {', '.join(missing)}")
-
-
-def check_repository(repository: Path) -> None:
-    absent = [
-        name for name in ("card.json", "see/config.pbtxt", "llm/config.pbtxt") if not (repository / name).exists()
-    ]
-    if absent:
-        raise StartFailed(
-            f"{repository} is not a model repository, it lacks {', '.join(absent)}: set GLIMPSE_MODEL_REPOSITORY, "
-            "or write one with `make repository`"
-        )
-
-
-def region_bytes(free: int, models: int) -> int:
-    """Of each model process's region, where that much shared memory is free. Docker gives a container 64 MiB."""
-    pages = int(REGIONS_SHARE * free) // models // mmap.PAGESIZE
-    return min(max(pages * mmap.PAGESIZE, LEAST_REGION_BYTES), REGION_BYTES)
-
-
-def check_ports(ports: Ports) -> None:
-    for name, port in (("HTTP", ports.http), ("GRPC", ports.grpc), ("METRICS", ports.metrics)):
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError as exc:
-                raise StartFailed(
-                    f"port {port} is taken: stop what listens there (`ss -ltnp 'sport = :{port}'` shows it) "
-                    f"or set GLIMPSE_TRITON_{name}_PORT"
-                ) from exc
-
-
-@dataclass(frozen=True, slots=True)
-class ModelProcess:
-    """The stub of one instance of a python model, and the shared memory through which Triton talks to it."""
-
-    model: str
-    pid: int
-    region: Path
-
-
 class EmbeddedTriton:
     """One Triton server and its model processes, from start to stop.
 
@@ -235,7 +66,7 @@ class EmbeddedTriton:
         client: Client,
         card: ModelCard,
         log_path: Path,
-        ports: Ports = Ports(),
+        ports: Ports,
         start_timeout_s: float = 60.0,
         canary_interval_s: float = 10.0,
         canary_timeout_s: float = 15.0,
@@ -251,8 +82,7 @@ class EmbeddedTriton:
         self._canary_interval_s = canary_interval_s
         self._canary_timeout_s = canary_timeout_s
         self._hangs = False
-        self._shared_memory_prefix = f"glimpse-{os.getpid()}-{ports.grpc}-"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._server = ServerProcess(shared_memory_prefix=f"glimpse-{os.getpid()}-{ports.grpc}-")
         self._folder: Path | None = None
         self._installation: Installation | None = None
         self._models: list[ModelProcess] = []
@@ -273,7 +103,7 @@ class EmbeddedTriton:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._server.pid
 
     @property
     def model_pids(self) -> Mapping[str, int]:
@@ -289,10 +119,10 @@ class EmbeddedTriton:
     async def _watch_processes(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._exit_status() is not None:
-                log.error("triton died", status=self._exit_status())
+            if self._server.exit_status is not None:
+                log.error("triton died", status=self._server.exit_status)
                 await self._restart()
-            elif dead := [process for process in self._models if not _is_alive(process.pid)]:
+            elif dead := [process for process in self._models if not process.is_alive]:
                 await self._bring_back(dead)
             elif self._hangs:
                 log.error("triton hangs")
@@ -346,7 +176,7 @@ class EmbeddedTriton:
             self.ready = False
             for model in self.model_pids:
                 self._client.abandon(model)
-            self._end_processes()
+            self._kill()
             await asyncio.sleep(RESTART_PAUSE_S[min(attempt, len(RESTART_PAUSE_S) - 1)])
             attempt += 1
             try:
@@ -366,7 +196,7 @@ class EmbeddedTriton:
                 if attempt == START_ATTEMPTS:
                     raise
                 log.warning("triton crashed while starting", attempt=attempt, error=str(exc))
-                self._end_processes()
+                self._kill()
             else:
                 return
 
@@ -377,22 +207,14 @@ class EmbeddedTriton:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES:
             self.log_path.replace(self.log_path.with_suffix(".previous.log"))
-        command = [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *self._command()]
         with self.log_path.open("ab") as output:
             log_start = output.tell()
-            # In the loop's own thread, which the death signal is bound to; a fork takes a millisecond.
-            self._process = subprocess.Popen(  # noqa: ASYNC220
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self._installation.environment(),
-                start_new_session=True,
-            )
+            # In the loop's own thread, which lives as long as the service; a fork takes a millisecond.
+            self._server.start(self._command(), self._installation.environment(), output)
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 while not await self._client.ready():
-                    if (status := self._exit_status()) is not None:
+                    if (status := self._server.exit_status) is not None:
                         kind = Crashed if status < 0 else StartFailed
                         raise kind(f"Triton ended while starting, {self._last_words(log_start)}")
                     await asyncio.sleep(0.05)
@@ -417,7 +239,7 @@ class EmbeddedTriton:
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
             "--load-model=*",
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self._server.shared_memory_prefix}",
             f"--backend-config=python,shm-default-byte-size={region}",
             "--http-address=127.0.0.1",
             f"--http-port={self.ports.http}",
@@ -435,17 +257,9 @@ class EmbeddedTriton:
             await self._client.probe(model, self._card, timeout_s, fresh_s)
 
     def _note_processes(self) -> None:
-        """Every model process is up: remember which is whose."""
-        self._models = []
-        for pid in self._group():
-            program, *arguments = _arguments(pid)
-            if program.endswith("triton_python_backend_stub"):  # its arguments: MODEL/1/model.py, the region, ...
-                script, region, *_ = arguments
-                self._models.append(ModelProcess(Path(script).parent.parent.name, pid, SHARED_MEMORY / region))
+        """Every model process is up: remember which process is which model's."""
+        self._models = self._server.models()
         self.ready = True
-
-    def _exit_status(self) -> int | None:
-        return self._process.poll() if self._process else None
 
     def _last_words(self, log_start: int) -> str:
         with self.log_path.open("rb") as output:
@@ -457,59 +271,15 @@ class EmbeddedTriton:
         return f"see {self.log_path}; its last errors:\n  {words}"
 
     async def _stop(self) -> None:
-        """SIGTERM, the time Triton needs, then SIGKILL for whoever is left, and the shared memory goes."""
+        """Triton gets the time it needs to end by itself. No process and no shared memory is left."""
         self.ready = False
         try:
-            if self._process and self._exit_status() is None:
-                self._process.send_signal(signal.SIGTERM)
-                deadline = time.monotonic() + EXIT_TIMEOUT_S + 2
-                while self._exit_status() is None and time.monotonic() < deadline:  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
+            await self._server.stop(EXIT_TIMEOUT_S + 2)
         finally:
-            self._end_processes()
+            self._models = []
             if self._folder:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _end_processes(self) -> None:
-        """Kills whoever is left of the server and its models, and frees their shared memory."""
-        if self._process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+    def _kill(self) -> None:
+        self._server.kill()
         self._models = []
-        for region in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
-            region.unlink(missing_ok=True)
-
-    def _group(self) -> Iterable[int]:
-        """The living processes of the server's group."""
-        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
-            status = _status(pid)
-            if self._process and status and status.group == self._process.pid and status.state not in DEAD:
-                yield pid
-
-
-@dataclass(frozen=True, slots=True)
-class _Status:
-    state: str
-    group: int
-
-
-def _status(pid: int) -> _Status | None:
-    """Of /proc/PID/stat; None where there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return _Status(state=fields[0], group=int(fields[2]))
-
-
-def _arguments(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return [""]
-
-
-def _is_alive(pid: int) -> bool:
-    status = _status(pid)
-    return status is not None and status.state not in DEAD

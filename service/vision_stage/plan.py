@@ -20,7 +20,8 @@ from typing import Literal
 from service.core.prompt import Question
 from service.core.request import Detail
 from service.core.vision import IMAGE_SIZE, CloserFeatures, Seen, VisionFeatures
-from service.media.decoder import Decoded, Image
+from service.media.decoder import Decoded
+from service.media.store import Image
 
 
 @dataclass(frozen=True, slots=True)

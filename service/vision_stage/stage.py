@@ -37,7 +37,10 @@ from service.core.vision import (
     UInt8Array,
     VisionFeatures,
 )
-from service.media.decoder import Decoded, Image, ImageReader, ImageStore, header_pixels
+from service.media.decoder import Decoded
+from service.media.header import header_pixels
+from service.media.reader import ImageReader
+from service.media.store import Image, ImageStore
 from service.prompt import PromptBuilder
 from service.ticket import Ticket
 from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step

@@ -17,7 +17,8 @@ from service.admission.scheduler import Kind, Resource
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded
 from service.edges.http.application import http_api
-from service.media.decoder import Decoded, ImageReader
+from service.media.decoder import Decoded
+from service.media.reader import ImageReader
 from tests.support.fakes import CARD, CLOSER, House, png, until
 
 TURNS = 10  # each a fraction of a millisecond; it takes 3

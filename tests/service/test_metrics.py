@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import AsyncIterator
 
 import httpx
+import pytest
 import pytest_asyncio
 from prometheus_client import Histogram, generate_latest
 
@@ -87,6 +88,7 @@ async def test_what_people_promise_is_a_bound_of_a_bucket():
     assert all(set(metric._kwargs["buckets"]) >= OBJECTIVES_S for metric in in_seconds)
 
 
+@pytest.mark.needs("promtool")
 async def test_promtool_finds_nothing_wrong_before_and_after_questions(house):
     assert wrong_with(told(house)) == ""
     async with caller(house) as http:
@@ -96,6 +98,7 @@ async def test_promtool_finds_nothing_wrong_before_and_after_questions(house):
     assert "no help text" in wrong_with("glimpse_bad 1\n")
 
 
+@pytest.mark.needs("promtool")
 async def test_promtool_finds_nothing_wrong_with_what_a_gateway_and_the_llm_tell(gateway: Gateway, triton):
     async with httpx.AsyncClient() as http:
         assert wrong_with((await http.get(f"{gateway.url}/metrics")).text) == ""

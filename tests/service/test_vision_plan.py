@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service.core.prompt import Question
 from service.core.request import Budget
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures
-from service.media.decoder import Image
+from service.media.store import Image
 from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
 from tests.support.fakes import png
 

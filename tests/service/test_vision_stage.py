@@ -14,7 +14,8 @@ from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.errors import Overloaded, TooLarge, Unavailable
 from service.core.request import Budget, Sampling
 from service.core.vision import Seen, UInt8Array, VisionFeatures
-from service.media.decoder import Decoded, Image
+from service.media.decoder import Decoded
+from service.media.store import Image
 from service.vision_stage import decoding_cost
 from tests.service.test_pipeline import answer, request, shades
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, png, until

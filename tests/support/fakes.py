@@ -19,7 +19,8 @@ from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
-from service.media.decoder import ImageLimits, ImageReader
+from service.media.decoder import ImageLimits
+from service.media.reader import ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder, token_bytes

@@ -24,7 +24,8 @@ from service.core.request import Budget
 from service.core.vision import UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 from tests.conftest import free_ports
 from tests.support.tiny_checkpoints import save_blip2_opt
 from triton_models import onnx_model

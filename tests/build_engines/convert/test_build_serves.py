@@ -15,7 +15,8 @@ from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.triton import TritonClient
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
 from tests.conftest import StartGateway, free_ports
 

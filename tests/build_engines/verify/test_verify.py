@@ -19,7 +19,8 @@ from build_engines.verify.live import Served, check_served, gpu_memory
 from build_engines.verify.report import Report
 from build_engines.verify.serve import Images, containers
 from service.core.card import ModelCard
-from service.triton_server.supervision import EmbeddedTriton, Ports
+from service.triton_server.installation import Ports
+from service.triton_server.supervision import EmbeddedTriton
 
 ROOT = Path(__file__).parents[3]
 

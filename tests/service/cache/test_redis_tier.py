@@ -23,7 +23,7 @@ from service.core.answer import Finished
 from service.core.card import ModelCard
 from service.core.request import Budget, ImageBytes, Priority, Request, Sampling, Text
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows
-from service.media.decoder import Image
+from service.media.store import Image
 from tests.conftest import RedisServer, StartRedis, eventually, eventually_async, free_ports
 from tests.support.fakes import CARD, CLOSER, House, cancelled, png, turns, until
 

@@ -19,13 +19,14 @@ from service.__main__ import bound
 from service.cache.features import AS_INT8, FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import record_key
-from service.cli.main import app, require
+from service.cli.main import app
+from service.cli.terminal import require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
 from service.edges.http.application import http_api
 from service.settings import Settings
-from service.triton_server.supervision import StartFailed
+from service.triton_server.installation import StartFailed
 from tests.conftest import PROJECT, eventually, free_ports
 from tests.support.fakes import CARD, CLOSER, House, png
 

@@ -1,5 +1,4 @@
 import contextlib
-import struct
 import zlib
 from io import BytesIO
 
@@ -10,26 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import ImageCms, ImageFilter
 
-from service.core.errors import InvalidImage, NotFound, TooLarge
-from service.media.decoder import Image, ImageLimits, ImageReader, ImageStore, decode, header_pixels
-from service.settings import IMAGE_ENTRY_BYTES
-
-LIMITS = ImageLimits(max_bytes=2_000_000, max_pixels=4_000_000)
-RNG = np.random.default_rng(0)
-
-
-def picture(width: int = 224, height: int = 224) -> Pillow.Image:
-    """Smooth colours, brighter to the right, so that a turned picture is another one."""
-    noise = RNG.integers(0, 255, (8, 8, 3), np.uint8)
-    smooth = Pillow.fromarray(noise).resize((width, height), Pillow.Resampling.BICUBIC)
-    ramp = np.linspace(0, 1, width)[None, :, None]
-    return Pillow.fromarray((np.asarray(smooth) * ramp).astype(np.uint8))
-
-
-def encoded(image: Pillow.Image, kind: str = "PNG", **options) -> bytes:
-    out = BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
+from service.core.errors import InvalidImage, TooLarge
+from service.media.decoder import decode
+from tests.support.pictures import LIMITS, encoded, picture
 
 
 def seen(data: bytes) -> np.ndarray:
@@ -102,12 +84,6 @@ def test_the_crops_are_the_quarters_of_the_closer_view():
     whole, crops = decoded.views[448], decoded.crops
     for crop, (top, left) in zip(crops, [(0, 0), (0, 224), (224, 0), (224, 224)], strict=True):
         assert (crop == whole[:, top : top + 224, left : left + 224]).all()
-
-
-@pytest.mark.parametrize(("size", "larger"), [((224, 224), False), ((225, 10), True), ((10, 225), True)])
-def test_an_image_tells_whether_it_has_more_pixels_than_are_seen(size, larger):
-    assert Image.of(encoded(picture(*size), "PNG")).larger_than(224) is larger
-    assert Image.of(b"\xff\xd8").larger_than(224)  # may be
 
 
 def test_sixteen_bit_grey_keeps_its_upper_eight_bits():
@@ -233,120 +209,3 @@ def test_damaged_bytes_decode_or_are_refused_and_nothing_else(data):
 
 
 WHOLE = [encoded(picture(40, 30), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF")]
-
-
-async def test_the_reader_decodes_and_names_images_off_the_loop():
-    reader = ImageReader(LIMITS, threads=1)
-    small, large = encoded(picture()), bytes(1_500_000)
-    try:
-        assert (await reader.decode(small)).pixels.shape == (3, 224, 224)
-        assert await reader.identify(small) == Image.of(small)
-        assert (await reader.identify(large)).digest == Image.of(large).digest
-    finally:
-        reader.close()
-
-
-def test_an_image_is_named_by_its_bytes():
-    image = Image.of(b"x")
-    assert image.id == f"img_{image.digest[:32]}"
-    assert Image.of(b"y").id != image.id
-
-
-def test_the_store_forgets_the_least_recently_used_first():
-    store = ImageStore(max_bytes=3 * (10 + IMAGE_ENTRY_BYTES), ttl_s=100)
-    a, b, c = (Image.of(letter * 10) for letter in (b"a", b"b", b"c"))
-    for image in (a, b, c):
-        store.put(image, now=0)
-    store.get(a.id, now=1)
-    store.put(Image.of(b"d" * 10), now=2)
-    assert store.get(a.id, now=3) is a
-    assert store.nbytes == store.max_bytes
-    with pytest.raises(NotFound, match="POST /v1/images"):
-        store.get(b.id, now=3)
-
-
-def test_the_store_forgets_when_the_time_is_over_and_a_second_upload_renews_it():
-    store = ImageStore(max_bytes=10_000, ttl_s=100)
-    image = Image.of(b"a")
-    assert store.put(image, now=0) == 100
-    assert store.put(image, now=50) == 150
-    assert store.get(image.id, now=149) is image
-    with pytest.raises(NotFound, match="its time is over"):
-        store.get(image.id, now=150)
-    assert (len(store), store.nbytes) == (0, 0)
-
-
-def test_the_store_is_bounded_for_tiny_images_and_lets_expired_ones_go():
-    store = ImageStore(max_bytes=100_000, ttl_s=100)
-    for number in range(1000):
-        store.put(Image.of(b"%d" % number), now=0)
-    assert len(store) < 100
-    store.put(Image.of(b"later"), now=100)
-    assert (len(store), store.nbytes) == (1, 5 + IMAGE_ENTRY_BYTES)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (224, 224), (1037, 3), (5, 700)])
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("PNG", {}),
-        ("GIF", {}),
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True, "exif": b"Exif\0\0" + bytes(5000), "comment": b"x" * 60_000}),
-        ("WEBP", {}),
-        ("WEBP", {"lossless": True}),
-        ("WEBP", {"exif": b"Exif\0\0" + bytes(50)}),
-    ],
-)
-def test_pixels_are_known_from_the_header(kind, options, size):
-    data = encoded(picture(*size), kind, **options)
-    assert header_pixels(data) == size[0] * size[1]
-
-
-@given(st.sampled_from(["PNG", "GIF", "JPEG", "WEBP"]), st.integers(0, 60), st.binary(max_size=60))
-def test_headers_that_are_cut_or_wrong_do_no_harm(kind, kept, rest):
-    pixels = header_pixels(encoded(Pillow.new("RGB", (8, 8)), kind)[:kept] + rest)
-    assert pixels is None or pixels >= 0
-
-
-def test_a_jpeg_of_segments_without_end_is_not_followed():
-    assert header_pixels(b"\xff\xd8" + b"\xff\xe0\x00\x02" * 1_000_000) is None
-    assert header_pixels(b"\xff\xd8" + b"\xff" * 1_000_000) is None
-
-
-def large(kind: str) -> bytes:
-    return encoded(Pillow.new("L", (1500, 1000)), kind)
-
-
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
-
-
-PNG, JPEG, GIF = large("PNG"), large("JPEG"), large("GIF")
-SMALL_IHDR = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-
-
-@pytest.mark.parametrize(
-    ("data", "told"),
-    [
-        (GIF[:6] + b"\1\0\1\0" + GIF[10:], 1_500_000),  # a frame larger than the screen
-        (GIF[:6] + b"\1\0\1\0" + GIF[10:25] + b"!\xfe\1x\0" * 300 + GIF[25:], None),
-        (JPEG[:2] + b"\xff\xfe\0\2" * 600 + JPEG[2:], None),
-        (PNG[:8] + png_chunk(b"tEXt", b"\0\0\0\1\0\0\0\1") + PNG[8:], None),
-        (PNG[:8] + SMALL_IHDR + PNG[8:], 1),
-    ],
-)
-def test_a_header_cannot_tell_less_than_is_decoded(data, told):
-    """The whole size, or None for the most that is allowed; what tells two sizes is not decoded."""
-    assert header_pixels(data) == told
-    if told == 1:
-        with pytest.raises(InvalidImage, match="tells two sizes, 1 pixels first and then 1500x1000"):
-            decode(data, LIMITS)
-    else:
-        assert decode(data, LIMITS).width == 1500
-
-
-def test_an_animated_gif_with_a_loop_and_a_comment_tells_its_size():
-    frames = [picture(300, 200) for _ in range(3)]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], loop=0, comment=b"x" * 700, duration=50)
-    assert header_pixels(data) == 60_000

@@ -7,13 +7,11 @@ import base64
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,67 +25,13 @@ from service.core.request import Budget, Sampling
 from service.core.vision import UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.supervision import (
-    SHARED_MEMORY,
-    EmbeddedTriton,
-    Installation,
-    Ports,
-    StartFailed,
-    check_libraries,
-    check_platform,
-    check_ports,
-    check_repository,
-    region_bytes,
-)
+from service.triton_server.installation import Ports, StartFailed
+from service.triton_server.processes import SHARED_MEMORY
+from service.triton_server.supervision import EmbeddedTriton
 from tests.conftest import SCENES, StartGateway, eventually, eventually_async, free_ports
 
 BACK_WITHIN_S = 10.0
 QUESTION = "what colour is the small circle?"
-
-
-@pytest.mark.parametrize(
-    ("system", "machine", "libc", "said"),
-    [
-        ("darwin", "arm64", ("", ""), "Linux x86-64, this is darwin arm64"),
-        ("linux", "aarch64", ("glibc", "2.36"), "this is linux aarch64"),
-        ("linux", "x86_64", ("glibc", "2.31"), "glibc 2.35 or newer, this is glibc 2.31"),
-        ("linux", "x86_64", ("", ""), "another libc"),
-    ],
-)
-def test_another_platform_is_named(system: str, machine: str, libc: tuple[str, str], said: str) -> None:
-    with pytest.raises(StartFailed, match=said):
-        check_platform(system, machine, libc)
-
-
-def test_missing_libpython_is_named_with_its_package() -> None:
-    """The wheel has stubs for other Pythons: without their libpython on the path they show what ours would."""
-    found = Installation.find()
-    stub = found.stub.parent.parent / "3.8" / found.stub.name
-    with pytest.raises(StartFailed, match=r"libpython3\.8\.so.* apt-get install libpython3"):
-        check_libraries(replace(found, stub=stub, library_path=""))
-    check_libraries(found)
-
-
-def test_a_taken_port_is_named_with_its_setting() -> None:
-    http, grpc, metrics = free_ports(3)
-    check_ports(Ports(http, grpc, metrics))
-    with (
-        socket.create_server(("127.0.0.1", grpc)),
-        pytest.raises(StartFailed, match=f"{grpc} .*GLIMPSE_TRITON_GRPC_PORT"),
-    ):
-        check_ports(Ports(http, grpc, metrics))
-
-
-def test_regions_take_a_quarter_of_the_shared_memory_at_most() -> None:
-    assert region_bytes(free=8 << 30, models=12) == 32 << 20
-    assert region_bytes(free=512 << 20, models=16) == 8 << 20
-    assert region_bytes(free=16 << 20, models=12) == 1 << 20  # Triton's own, which grows
-
-
-def test_a_folder_without_models_is_named(tmp_path: Path, repository: Path) -> None:
-    with pytest.raises(StartFailed, match=r"lacks card\.json.*GLIMPSE_MODEL_REPOSITORY"):
-        check_repository(tmp_path)
-    check_repository(repository)
 
 
 def regions(prefix: str = "glimpse-") -> set[str]:

@@ -1,0 +1,106 @@
+"""`glimpse ask`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from service.cli.client import TIMEOUT, AskFailed, answer, plain_words, read_image, stream, upload
+from service.cli.options import URL, Detail, Url, budget
+from service.cli.terminal import require
+
+
+def ask(
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="A file, - for standard input, or the id img_... of one sent before.")
+    ],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="One or more questions about it.")],
+    url: Url = URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token each time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the tokens with this much probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this; may be given again.")] = None,
+    vision_tokens: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How closely to look.")
+    ] = None,
+    visual_tokens: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How much of it the LLM reads: 32 to 128.")
+    ] = None,
+    detail: Annotated[
+        Detail | None, typer.Option(help="high adds a closer view of the image; auto does where the question needs it.")
+    ] = None,
+    explain: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw where it looked, and why; one question only.")
+    ] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+) -> None:
+    """Ask a running service about an image; the answer is printed as it is written.
+
+    With several questions the image is sent once, and its features are computed once.
+
+    \b
+      glimpse ask photo.jpg "what colour is the small circle?"
+      glimpse ask photo.jpg "how many circles are there?" "is there a red square?"
+      glimpse ask photo.jpg "what does the label say?" --detail high
+      glimpse ask photo.jpg "what is this?" --explain looked.png
+      glimpse ask photo.jpg "what is this?" --explain looked.png --json | jq .relevance     # the numbers drawn
+    """
+    fields: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop,
+        "budget": budget(vision_tokens, visual_tokens),
+        "detail": detail,
+        "explain": True if explain else None,
+        "timeout_s": timeout_s,
+    }
+    asked = {name: value for name, value in fields.items() if value is not None}
+    with plain_words(url), httpx.Client(base_url=url, timeout=TIMEOUT) as client:
+        if explain:
+            require_drawable(explain, image, questions)
+        data = None if image.startswith("img_") else read_image(image)
+        image_id = image if data is None else upload(client, data)
+        for question in questions:
+            body = asked | {"image": image_id, "question": question}
+            if as_json or explain:
+                said = answer(client, body)
+                typer.echo(json.dumps(said) if as_json else said["answer"])
+                if explain and data is not None:
+                    draw(data, question, said, explain)
+                continue
+            if len(questions) > 1:
+                typer.echo(f"{question} ", nl=False)
+            for text in stream(client, body):
+                typer.echo(text, nl=False)
+            typer.echo()
+
+
+def require_drawable(target: Path, image: str, questions: list[str]) -> None:
+    """What a picture needs, before anything is asked. Raises AskFailed."""
+    require("matplotlib", "serve")
+    if target.suffix.lower() != ".png":
+        raise AskFailed(f"the picture is a PNG: write --explain {target.with_suffix('.png')}")
+    if len(questions) > 1:
+        raise AskFailed("--explain draws one question: ask the others by themselves")
+    if image.startswith("img_"):
+        raise AskFailed("--explain draws over the image: name its file, not its id")
+
+
+def draw(image: bytes, question: str, said: dict[str, Any], target: Path) -> None:
+    """Raises AskFailed."""
+    from service.cli import drawing  # noqa: PLC0415  (0.3 s that no other path should wait for)
+
+    try:
+        target.write_bytes(drawing.png(drawing.explain(image, question, said)))
+    except OSError as exc:
+        raise AskFailed(f"cannot write {target}: {exc.strerror}") from exc

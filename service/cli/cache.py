@@ -1,0 +1,132 @@
+"""`glimpse cache`: what Redis holds, deleted, or computed ahead of the first question."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import httpx
+import typer
+
+from service.cli.client import TIMEOUT, AskFailed, plain_words, read_image, successful
+from service.cli.options import URL, Url
+from service.cli.terminal import fail, require
+
+T = TypeVar("T")
+
+RedisUrl = Annotated[
+    str, typer.Option(envvar="GLIMPSE_REDIS_URL", help="redis://[[user]:password@]host:port/db of the gateways.")
+]
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
+TRIES = 5  # of one image while the service is too busy
+
+app = typer.Typer(help="The vision features that gateways share.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def stats(redis_url: RedisUrl) -> None:
+    """What Redis holds, by vision encoder.
+
+    \b
+      glimpse cache stats --redis-url redis://127.0.0.1:6379
+    """
+    require("redis", "serve")
+    from service.cache import admin as cache_admin  # noqa: PLC0415
+
+    found = in_redis(cache_admin.stats(redis_url))
+    bound = f"of {megabytes(found.max_bytes)}, {found.policy}" if found.max_bytes else "without a bound (maxmemory 0)"
+    typer.echo(f"Redis {found.version} uses {megabytes(found.used_bytes)} {bound}; {found.evicted_keys} keys evicted")
+    for fingerprint, kept in sorted(found.kept.items()):
+        typer.echo(f"{fingerprint}: {kept.records} views of images, {megabytes(kept.nbytes)}")
+    if not found.kept:
+        typer.echo("no vision features")
+
+
+@app.command()
+def purge(
+    redis_url: RedisUrl,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="Only what this vision encoder found; GET /v1/models and `stats` tell it.")
+    ] = None,
+) -> None:
+    """Delete vision features from Redis. What running gateways hold in their own memory stays there.
+
+    \b
+      glimpse cache purge
+      glimpse cache purge --fingerprint 3f9a...     # a model that is served no more
+    """
+    require("redis", "serve")
+    from service.cache import admin as cache_admin  # noqa: PLC0415
+
+    typer.echo(f"{in_redis(cache_admin.purge(redis_url, fingerprint))} views of images deleted")
+
+
+@app.command()
+def warm(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Its images, and those in the folders below it.")],
+    url: Url = URL,
+    clients: Annotated[int, typer.Option(help="Images sent at the same time.")] = 2,
+) -> None:
+    """Have a running service encode a folder's images, so that the first question about each finds it done.
+
+    Each image is sent with a short question and a one-token answer, as only a question makes the service encode. With
+    Redis every gateway finds the features; without, only the one that was asked.
+
+    \b
+      glimpse cache warm photos/
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        fail(f"no images in {folder}: it looks for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    begun, counts = time.monotonic(), {"miss": 0, "hit": 0, "refused": 0}
+    with (
+        plain_words(url),
+        httpx.Client(base_url=url, timeout=TIMEOUT) as client,
+        ThreadPoolExecutor(clients) as sending,
+    ):
+        for path, result in zip(paths, sending.map(lambda path: encode(client, path), paths), strict=True):
+            counts[result if result in counts else "refused"] += 1
+            if result not in counts:
+                typer.echo(f"{path}: {result}", err=True)
+    typer.echo(
+        f"{len(paths)} images in {time.monotonic() - begun:.1f} s: {counts['miss']} encoded, {counts['hit']} known "
+        f"already, {counts['refused']} refused"
+    )
+    if counts["refused"]:
+        raise typer.Exit(1)
+
+
+def encode(client: httpx.Client, path: Path) -> str:
+    """`miss` where the image was encoded, `hit` where it was known, or what is wrong with it."""
+    try:
+        data = read_image(str(path))
+        for _ in range(TRIES):
+            form = {"question": "what is this?", "max_tokens": "1"}
+            response = client.post("/v1/vqa", files={"image": data}, data=form)
+            if response.status_code != 429:
+                break
+            time.sleep(float(response.headers.get("retry-after", "1")))
+        return str(successful(response).json()["vision"]["cache"])
+    except AskFailed as exc:
+        return str(exc)
+
+
+def in_redis(asked: Coroutine[Any, Any, T]) -> T:
+    """What comes of it; ends the command with one line where Redis fails."""
+    from service.cache.redis_client import RedisFault  # noqa: PLC0415
+
+    try:
+        return asyncio.run(asked)
+    except RedisFault as fault:
+        fail(f"Redis: {fault.message}")
+    except ValueError as exc:
+        fail(f"--redis-url: {exc}")
+
+
+def megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"

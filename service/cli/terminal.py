@@ -1,0 +1,31 @@
+"""How a command ends in the terminal: with one line about what is wrong, or as another program."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+SET_UP = Path(__file__).resolve().parents[2] / "scripts" / "set_up.py"
+
+
+def become(module: str, arguments: list[str], *, goal: str, needs: str) -> None:
+    """Goes on as `python -m module`: signals and the exit status are that program's own."""
+    require(needs, goal)
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+def require(module: str, goal: str) -> None:
+    """Ends the command where a library is missing that it needs: one that scripts/set_up.py installs for that goal."""
+    if importlib.util.find_spec(module) is None:
+        fail(f"this needs {module}, which is not installed: run `python3 {SET_UP} {goal}`")
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command with status 1."""
+    typer.echo(f"glimpse: {message}", err=True)
+    raise typer.Exit(1)

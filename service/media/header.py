@@ -1,0 +1,94 @@
+"""What an image file's first bytes say of its size. Nothing is decoded, so hostile bytes cost microseconds."""
+
+from __future__ import annotations
+
+import struct
+
+MAX_JPEG_SEGMENTS = 512  # cameras write some ten
+MAX_GIF_BLOCKS = 512  # before the first frame; encoders write one or two
+GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
+JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0xFFCA, 0xFFCB, 0xFFCD, 0xFFCE, 0xFFCF)
+
+
+def header_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height as the file's first bytes tell them, in microseconds; zeros where they are no image we read,
+    None where they may be one but do not tell its size. EXIF may still turn the picture.
+
+    Decoders are not asked: on hostile bytes they take their time even for that. `decode` refuses a picture that turns
+    out to be larger.
+    """
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        size = _unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
+    elif data.startswith(b"\xff\xd8"):
+        size = _jpeg_size(data)
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+        size = _gif_size(data)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        size = _webp_size(data)
+    else:
+        return 0, 0
+    return (size[0], size[1]) if size[0] * size[1] else None
+
+
+def header_pixels(data: bytes) -> int | None:
+    """Width times height, as `header_size` tells them."""
+    size = header_size(data)
+    return None if size is None else size[0] * size[1]
+
+
+def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
+    """Zeros where the bytes end before."""
+    if len(data) < offset + struct.calcsize(layout):
+        return (0,) * len(layout[1:])
+    return struct.unpack_from(layout, data, offset)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, ...]:
+    """From the frame header, which stands behind at most MAX_JPEG_SEGMENTS others."""
+    offset = 2
+    for _ in range(MAX_JPEG_SEGMENTS):
+        marker, length = _unpack(">HH", data, offset)
+        if marker in JPEG_FRAMES:
+            return _unpack(">HH", data, offset + 5)
+        if marker == 0xFFFF:  # fill bytes
+            offset += 1
+        elif marker < 0xFF01 or length < 2:
+            break
+        else:
+            offset += 2 + length
+    return 0, 0
+
+
+def _gif_size(data: bytes) -> tuple[int, ...]:
+    """Of what holds both the screen and the first frame, which may be larger than the screen."""
+    width, height, flags = _unpack("<HHB", data, 6)
+    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # behind the colours
+    in_extension = False
+    for _ in range(MAX_GIF_BLOCKS):
+        (block,) = _unpack("<B", data, offset)
+        if in_extension:  # this is a length, and 0 ends it
+            in_extension = block > 0
+            offset += 1 + block
+        elif block == GIF_EXTENSION:
+            in_extension = True
+            offset += 2
+        elif block == GIF_FRAME:
+            left, top, frame_width, frame_height = _unpack("<HHHH", data, offset + 1)
+            return max(width, left + frame_width), max(height, top + frame_height)
+        else:
+            break
+    return 0, 0
+
+
+def _webp_size(data: bytes) -> tuple[int, ...]:
+    match data[12:16]:
+        case b"VP8 ":
+            width, height = _unpack("<HH", data, 26)
+            return width & 0x3FFF, height & 0x3FFF
+        case b"VP8L":
+            bits, _ = _unpack("<IB", data, 21)
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8X":
+            low, high, low_height, high_height = _unpack("<HBHB", data, 24)
+            return (low | high << 16) + 1, (low_height | high_height << 16) + 1
+    return 0, 0

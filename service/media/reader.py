@@ -1,0 +1,34 @@
+"""Decoding and hashing off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from service.core.vision import IMAGE_SIZE
+from service.media.decoder import Decoded, ImageLimits, decode
+from service.media.store import Image
+
+INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) is cheaper than a thread
+
+
+class ImageReader:
+    """Decodes and hashes off the event loop, in a few threads of its own (Pillow releases the GIL)."""
+
+    def __init__(self, limits: ImageLimits, threads: int) -> None:
+        self.limits = limits
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
+        """Raises InvalidImage, TooLarge."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views)
+
+    async def identify(self, data: bytes) -> Image:
+        """The image with its digest; says nothing of whether it can be decoded."""
+        if len(data) <= INLINE_HASH_BYTES:
+            return Image.of(data)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, Image.of, data)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

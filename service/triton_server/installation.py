@@ -1,0 +1,153 @@
+"""Where the bundled Triton is, and everything that can be known to be wrong before it is started."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import socket
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class StartFailed(Exception):
+    """Triton cannot start here; the message names what is missing and what mends it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """All on 127.0.0.1: the embedded Triton is nobody's but ours."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """Where the wheel has what we start, and what the loader needs to find."""
+
+    server: Path
+    stub: Path
+    backend: Path  # the python backend's folder
+    library_path: str
+    preload: str = ""  # a library to load before the others, by its name in `library_path` or the loader's cache
+
+    @classmethod
+    def find(cls) -> Installation:
+        """Raises StartFailed where the wheel is missing or not for this Python."""
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or spec.origin is None:
+            raise StartFailed(
+                "the Triton server is not installed: run `python3 scripts/set_up.py serve` in Glimpse's folder"
+            )
+        package = Path(spec.origin).parent
+        root = package / "tritonserver"
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
+        if not stub.is_file():
+            raise StartFailed(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11 to 3.13")
+        bundled = package.parent / "nvidia_pytriton.libs"
+        libraries = (
+            sysconfig.get_config_var("LIBDIR"),
+            f"{sys.base_prefix}/lib",
+            str(bundled),
+            os.environ.get("LD_LIBRARY_PATH"),
+        )
+        # The wheel's stub for 3.13 links a libpython of the wheel's, and its RPATH wins. On another build of 3.13 every
+        # model fails with "PyCapsule_Import could not import module datetime". The stub uses what is loaded first.
+        bundles_libpython = any(bundled.glob(f"libpython{sys.version_info.major}-*.{sys.version_info.minor}.so*"))
+        return cls(
+            server=root / "bin" / "tritonserver",
+            stub=stub,
+            backend=root / "backends" / "python",
+            library_path=":".join(dict.fromkeys(path for path in libraries if path)),
+            preload=f"libpython{python}.so.1.0" if bundles_libpython else "",
+        )
+
+    def link_backend(self, folder: Path) -> None:
+        """A backends directory of our own, with the stub of this Python; site-packages stays as it is."""
+        python = folder / "python"
+        python.mkdir(parents=True)
+        for file in (self.backend / "libtriton_python.so", self.backend / "triton_python_backend_utils.py", self.stub):
+            (python / file.name).symlink_to(file)
+
+    def environment(self) -> dict[str, str]:
+        """The stub embeds the first Python on PATH: ours, so that it imports what we import."""
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": self.library_path,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+        }
+        if self.preload:
+            environment["LD_PRELOAD"] = f"{self.preload}:{os.environ.get('LD_PRELOAD', '')}"
+        return environment
+
+
+def check(repository: Path, ports: Ports) -> Installation:
+    """Everything that can be known before the start. Raises StartFailed with what mends it."""
+    check_platform(sys.platform, platform.machine(), platform.libc_ver())
+    installation = Installation.find()
+    check_libraries(installation)
+    check_repository(repository)
+    check_ports(ports)
+    return installation
+
+
+def check_platform(system: str, machine: str, libc: tuple[str, str]) -> None:
+    if system != "linux" or machine != "x86_64":
+        raise StartFailed(
+            f"the bundled Triton runs on Linux x86-64, this is {system} {machine}: "
+            "run Triton elsewhere and set GLIMPSE_VISION_URL and GLIMPSE_LLM_URL"
+        )
+    name, version = libc
+    if name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < (2, 35):
+        raise StartFailed(
+            f"the bundled Triton needs glibc 2.35 or newer, this is {name or 'another libc'} {version}: "
+            "use Debian 12, Ubuntu 22.04 or newer"
+        )
+
+
+def check_libraries(installation: Installation) -> None:
+    """Asks the loader, without running anything: a stub without libpython makes every load hang for ever."""
+    for program in (installation.server, installation.stub):
+        environment = {**installation.environment(), "LD_TRACE_LOADED_OBJECTS": "1"}
+        listing = subprocess.run([program], env=environment, capture_output=True, text=True, check=False, timeout=30)
+        missing = sorted(line.split()[0] for line in listing.stdout.splitlines() if "not found" in line)
+        if installation.preload not in listing.stdout:
+            missing.append(installation.preload)
+        if any(name.startswith("libpython") for name in missing):
+            python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+            raise StartFailed(
+                f"{', '.join(missing)} was not found, Triton's models need it: run `sudo apt-get install lib{python}` "
+                "(or use a Python built with --enable-shared)"
+            )
+        if missing:
+            raise StartFailed(f"{program.name} needs libraries that were not found: {', '.join(missing)}")
+
+
+def check_repository(repository: Path) -> None:
+    absent = [
+        name for name in ("card.json", "see/config.pbtxt", "llm/config.pbtxt") if not (repository / name).exists()
+    ]
+    if absent:
+        raise StartFailed(
+            f"{repository} is not a model repository, it lacks {', '.join(absent)}: set GLIMPSE_MODEL_REPOSITORY, "
+            "or write one with `make repository`"
+        )
+
+
+def check_ports(ports: Ports) -> None:
+    for name, port in (("HTTP", ports.http), ("GRPC", ports.grpc), ("METRICS", ports.metrics)):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError as exc:
+                raise StartFailed(
+                    f"port {port} is taken: stop what listens there (`ss -ltnp 'sport = :{port}'` shows it) "
+                    f"or set GLIMPSE_TRITON_{name}_PORT"
+                ) from exc

@@ -1,0 +1,140 @@
+"""The processes of one Triton: its own, its models', and the shared memory between them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+SHARED_MEMORY = Path("/dev/shm")
+# Each model process has a region of shared memory. Triton's own 1 MiB grows with the requests in flight, and a process
+# that writes while its region grows can write past the end: two processes died of it in a 40-minute soak test.
+REGION_BYTES = 32 << 20
+LEAST_REGION_BYTES = 1 << 20
+REGIONS_SHARE = 0.25  # of the free shared memory: a region takes all of its bytes at once
+
+# Runs in the child before tritonserver takes its place: when the process that started it dies, even by SIGKILL, the
+# kernel tells Triton to stop. The last check covers a death before the first line.
+GUARD = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+DEAD = ("Z", "X")  # of /proc/PID/stat; Triton never collects its dead model processes
+
+
+def region_bytes(free: int, models: int) -> int:
+    """Size of each model process's region, given the free shared memory. Docker gives a container 64 MiB."""
+    pages = int(REGIONS_SHARE * free) // models // mmap.PAGESIZE
+    return min(max(pages * mmap.PAGESIZE, LEAST_REGION_BYTES), REGION_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProcess:
+    """The stub of one instance of a python model, and the shared memory through which Triton talks to it."""
+
+    model: str
+    pid: int
+    region: Path
+
+    @property
+    def is_alive(self) -> bool:
+        status = _status(self.pid)
+        return status is not None and status.state not in DEAD
+
+
+class ServerProcess:
+    """tritonserver and its model processes: one process group, one prefix of regions in shared memory."""
+
+    def __init__(self, shared_memory_prefix: str) -> None:
+        self.shared_memory_prefix = shared_memory_prefix
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the last start; None before the first."""
+        return self._process.pid if self._process else None
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; negative after a signal."""
+        return self._process.poll() if self._process else None
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> None:
+        """Call it in the thread that lives longest: the death signal is bound to that thread."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def models(self) -> list[ModelProcess]:
+        """The living model processes."""
+        found = []
+        for pid in self._group():
+            program, *arguments = _arguments(pid)
+            if program.endswith("triton_python_backend_stub"):  # its arguments: MODEL/1/model.py, the region, ...
+                script, region, *_ = arguments
+                found.append(ModelProcess(Path(script).parent.parent.name, pid, SHARED_MEMORY / region))
+        return found
+
+    async def stop(self, timeout_s: float) -> None:
+        """Send SIGTERM, wait up to `timeout_s`, then kill what is left."""
+        try:
+            if self._process and self.exit_status is None:
+                self._process.send_signal(signal.SIGTERM)
+                deadline = time.monotonic() + timeout_s
+                while self.exit_status is None and time.monotonic() < deadline:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill what is left of the server and its models, and free their shared memory."""
+        if self._process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
+            region.unlink(missing_ok=True)
+
+    def _group(self) -> Iterator[int]:
+        """The living processes of the server's group."""
+        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+            status = _status(pid)
+            if self._process and status and status.group == self._process.pid and status.state not in DEAD:
+                yield pid
+
+
+@dataclass(frozen=True, slots=True)
+class _Status:
+    state: str
+    group: int
+
+
+def _status(pid: int) -> _Status | None:
+    """From /proc/PID/stat; None if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return _Status(state=fields[0], group=int(fields[2]))
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return [""]

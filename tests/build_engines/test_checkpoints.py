@@ -195,7 +195,7 @@ def test_a_tokenizer_kept_as_a_list_of_words_is_converted(tmp_path: Path) -> Non
 
 
 def test_a_language_model_of_another_family_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear: OPT and Llama"):
+    with pytest.raises(ValueError, match="Linear cannot be exported: use OPT or Llama"):
         decoder_of(torch.nn.Linear(1, 1))
 
 

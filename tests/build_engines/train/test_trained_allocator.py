@@ -167,7 +167,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_allocator(trained(), path)
     weights = load_file(path)
     for wrong, told in (
-        (weights | {"other.weight": torch.zeros(1)}, "holds weights of other"),
+        (weights | {"other.weight": torch.zeros(1)}, "holds weights of unknown parts: other"),
         ({name: weight for name, weight in weights.items() if name != "closer.norm.weight"}, "incomplete"),
         ({name: weight for name, weight in weights.items() if name != "closer.out.bias"}, "incomplete"),
         ({name: weight for name, weight in weights.items() if "balancing" in name}, "participatory knowing"),

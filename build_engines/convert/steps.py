@@ -127,7 +127,8 @@ class Maker:
         python = modelopt_python()
         if not Path(python).exists():
             raise ToolMissing(
-                f"FP8 needs modelopt in its own environment: run python3 scripts/set_up_modelopt.py, which makes {python}"
+                "FP8 needs modelopt in its own environment: run python3 scripts/set_up_modelopt.py, "
+                f"which makes {python}"
             )
         self._run(
             commands.fp8(python, source, self.folder("samples") / f"{name}.npz", out / MODEL, list(excluded)), out

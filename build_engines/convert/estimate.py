@@ -26,7 +26,7 @@ class Needs:
 def needs(options: Options, parameters: dict[str, int]) -> Needs:
     """Estimate the build's memory and disk. `parameters` are counts by component.
 
-    Memory: the checkpoint in FP32, and the weights of the largest graph. They count five times if they are inside the
+    Memory: the checkpoint in FP32, and the most that one graph needs. Its weights count five times if they are inside the
     ONNX file (during export), else twice (during a run). `python -m benchmarks.real_scale` measures exports. Disk:
     every step keeps its output. The repository consists of hard links to it.
     """

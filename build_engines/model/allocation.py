@@ -69,7 +69,7 @@ def patch_around() -> Tensor:
 
 
 def before(score: Tensor) -> Tensor:
-    """float [B, n] -> float [B, n, n]: 1 if the second comes first, by a higher score or, in a tie, a lower index."""
+    """float [B, n] -> float [B, n, n]: [b, i, j] is 1 if j comes before i, by a higher score or a lower index."""
     ours, theirs = score.unsqueeze(2), score.unsqueeze(1)
     index = torch.arange(score.shape[1], device=score.device)
     earlier = (index.unsqueeze(0) < index.unsqueeze(1)).unsqueeze(0)  # [1, ours, theirs]

@@ -12,7 +12,10 @@ from build_engines.model.attention import attend, bias_where_hidden
 
 
 class QFormer(nn.Module):
-    """BLIP-2's: vision_tokens [B, N, D] and visible int32 [B, N] (1 = visible) -> visual_tokens [B, 32, H]."""
+    """BLIP-2's Q-Former: vision_tokens [B, N, D] and attend int32 [B, N] -> visual_tokens [B, 32, H].
+
+    attend (the argument `visible`) is 1 for a token that the queries may read.
+    """
 
     def __init__(self, model: Blip2ForConditionalGeneration) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class QFormer(nn.Module):
 class InstructQFormer(nn.Module):
     """InstructBLIP's Q-Former, whose queries also read the question.
 
-    vision_tokens [B, N, D], visible int32 [B, N], question_ids and question_mask int32 [B, 32] -> visual_tokens [B, 32,
+    vision_tokens [B, N, D], attend int32 [B, N], question_ids and question_mask int32 [B, 32] -> visual_tokens [B, 32,
     H]. The ids are those of its own tokenizer, with [CLS] and [SEP].
     """
 

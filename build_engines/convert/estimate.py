@@ -26,9 +26,9 @@ class Needs:
 def needs(options: Options, parameters: dict[str, int]) -> Needs:
     """Estimate the build's memory and disk. `parameters` are counts by component.
 
-    Memory: the checkpoint in FP32, and the most that one graph needs. Its weights count five times if they are inside the
-    ONNX file (during export), else twice (during a run). `python -m benchmarks.real_scale` measures exports. Disk:
-    every step keeps its output. The repository consists of hard links to it.
+    Memory: the checkpoint in FP32, and the most that one graph needs. A graph's weights count five times if they are
+    inside the ONNX file (during export), else twice (during a run). `python -m benchmarks.real_scale` measures exports.
+    Disk: every step keeps its output. The repository consists of hard links to it.
     """
     exported = parameters if options.profile != "tensorrt" else {k: n for k, n in parameters.items() if k != "llm"}
     weights = [4 * count for count in exported.values()]

@@ -1,8 +1,8 @@
-"""`python -m build_engines.train --out runs/reference`: the reference model from nothing, on a CPU or a GPU.
+"""`python -m build_engines.train --out runs/reference`: train the reference model from scratch.
 
-Five stages, each resumable: `language` (the decoder, on symbols) and `vision` (the encoder, on dense losses) at the
-same time, then `qformer`, `joint` and `allocator`. At the end the checkpoint is written, rounded to FP16, read back and
-evaluated.
+Runs on a CPU or a GPU, in five resumable stages. `language` (the decoder, on symbols) and `vision` (the encoder, on
+dense losses) run at the same time, then `qformer`, `joint` and `allocator`. At the end the checkpoint is written,
+rounded to FP16, read back and evaluated.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ STAGES = {
     "allocator": train_allocator,
 }
 ALONE = ("language", "vision")  # need no other stage's weights
-COMPLETE = ("joint", "allocator")  # leave a model that answers
-REPLICAS = 2  # processes of the later stages on a CPU; each adds its own part to the batch, so more is another training
+COMPLETE = ("joint", "allocator")  # end with a model that answers
+REPLICAS = 2  # processes of the later stages on a CPU; each adds to the batch, so another number trains differently
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,29 +47,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/reference"), help="checkpoints, log, curve (default: %(default)s)"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps; 1 is the shipped model's")
-    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="CPU threads in all (default: %(default)s)"
+        "--scale", type=float, default=1.0, help="factor of the number of steps (default: 1, the shipped model)"
     )
-    parser.add_argument("--eager", action="store_true", help="do not compile (no C++ compiler is needed then; slower)")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="total CPU threads (default: %(default)s)"
+    )
+    parser.add_argument("--eager", action="store_true", help="do not compile: needs no C++ compiler, but is slower")
     parser.add_argument(
         "--large-budgets", action="store_true", help="stage allocator: large budgets more often, 2:3:5 by thirds"
     )
     parser.add_argument(
-        "--adapter-rank", type=int, default=0, help="stage allocator: of LoRA on the language model (default: frozen)"
+        "--adapter-rank",
+        type=int,
+        default=0,
+        help="stage allocator: rank of LoRA on the language model (default: frozen)",
     )
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and a few steps: does the machinery work?")
+    parser.add_argument("--tiny", action="store_true", help="a smoke test with a tiny model and a few steps")
     options = parser.parse_args(arguments)
 
     stages = options.stages.split(",")
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
-        parser.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+        parser.error(f"--stages has unknown {', '.join(unknown)}: choose from {', '.join(STAGES)}")
     begun = [stage for stage in stages if (options.out / f"{stage}.pt").exists()]
     if begun and not options.resume:
-        parser.error(f"{options.out} already holds {', '.join(begun)}: add --resume, or choose another --out")
+        parser.error(f"{options.out} already holds {', '.join(begun)}: add --resume or choose another --out")
 
     plan = Plan(
         options.out,
@@ -92,12 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
         told = {split: rows["adaptive"]["all"] for split, rows in card["accuracy_in_pytorch"].items()}
         tqdm.write(json.dumps(told, indent=2))
     plot(options.out / "log.jsonl", options.out / "learning_curve.png")
-    tqdm.write(f"{(time.monotonic() - started) / 60:.1f} minutes; everything is in {options.out}")
+    tqdm.write(f"finished in {(time.monotonic() - started) / 60:.1f} minutes; output is in {options.out}")
     return 0
 
 
 def _side_by_side(plan: Plan, stages: list[str], threads: int) -> None:
-    """Stages that need no other's weights share the machine, each with its own process."""
+    """Run stages that need no other's weights at the same time, each in its own process."""
     each = max(1, threads // max(1, len(stages)))
     if len(stages) < 2 or threads < 2 or plan.tiny:
         for stage in stages:
@@ -112,7 +117,9 @@ def _side_by_side(plan: Plan, stages: list[str], threads: int) -> None:
         process.join()
     failed = [process.name for process in processes if process.exitcode != 0]
     if failed:
-        raise SystemExit(f"stage {' and '.join(failed)} failed: see above; --resume goes on from the last checkpoint")
+        raise SystemExit(
+            f"stage {' and '.join(failed)} failed, see above; continue from the last checkpoint with --resume"
+        )
 
 
 def _one(stage: str, plan: Plan, threads: int) -> None:

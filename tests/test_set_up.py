@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+
+from tests.conftest import PROJECT
 
 SCRIPTS = PROJECT / "scripts"
 USER_ID = 1000

@@ -1,8 +1,8 @@
 """Pin the HTTP interface: replay `recorded.json` against a real gateway and compare every response.
 
-`GLIMPSE_RECORD=1 python -m pytest tests/service/edges/http/test_recorded.py` sends the table's requests again and writes
-the responses into the table. `git diff` then shows every change of the interface. To add an exchange, write its `name`
-and `request` into the table and record.
+`GLIMPSE_RECORD=1 python -m pytest tests/service/edges/http/test_recorded.py` sends the table's requests again and
+writes the responses into the table. `git diff` then shows every change of the interface. To add an exchange, write its
+`name` and `request` into the table and record.
 
 A request's body is one of these:
     json     sent as JSON; an image's bytes in it become base64

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from service.cli.main import app
 from service.settings import Settings
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 PYTHONS_OWN = {"venv", "pip"}

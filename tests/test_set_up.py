@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 SCRIPTS = PROJECT / "scripts"
 USER_ID = 1000

@@ -24,8 +24,8 @@ from service.core.card import ModelCard
 from service.core.request import Budget, Priority, Request, Sampling
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows
 from service.media.decoder import Image
-from tests.conftest import RedisServer, StartRedis, eventually, free_ports
 from tests.support.fakes import CARD, CLOSER, House, cancelled, png, turns, until
+from tests.support.servers import RedisServer, StartRedis, eventually, free_ports
 
 SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
 PATIENT = 5.0  # for tests in which Redis is well: a busy machine must not look like a slow Redis

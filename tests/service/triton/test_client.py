@@ -33,7 +33,7 @@ from service.prompt import PromptBuilder
 from service.triton import MODELS, TritonClient
 from service.triton.errors import ERROR_CODES, ERROR_TEXTS, MESSAGES, translate
 from service.triton_server.supervision import EmbeddedTriton
-from tests.conftest import eventually_async, free_ports
+from tests.support.servers import eventually_async, free_ports
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

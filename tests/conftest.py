@@ -34,6 +34,8 @@ LEFT_OUT = "left out"
 def pytest_configure(config: pytest.Config) -> None:
     """Find what the set-up installed into .venv, after what the system has."""
     os.environ["PATH"] += f":{Path(sys.executable).parent}"
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch: the workers share the cores
     config.addinivalue_line("markers", "needs(program): one of DEBIAN_PACKAGE that the test runs for real")
     config.addinivalue_line("markers", "servers: starts a real server; set here for those that use SERVERS")
     config.addinivalue_line("markers", "slow: exports, builds or trains a model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import itertools
 import os
 import signal
@@ -15,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 import redis
 
@@ -78,10 +78,14 @@ class Gateway:
 
     def status(self, path: str) -> int:
         """0 if nobody answers."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=2)
         try:
-            return httpx.get(f"{self.url}{path}", timeout=2).status_code
-        except httpx.TransportError:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
             return 0
+        finally:
+            connection.close()
 
     def log(self) -> str:
         return self.log_path.read_text()

@@ -4,9 +4,9 @@ SHELL := /bin/sh
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := service triton_models build_engines benchmarks tests scripts
-# One worker runs the tests that start servers, the others the rest; see tests/conftest.py.
+# One worker runs the tests that start servers, the others the rest: tests/support/workers.py.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 .PHONY: help serve test quick check format eval bench bench-versus train repository clean
 

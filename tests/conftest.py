@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from service.triton import TritonClient
 from service.triton_server.supervision import EmbeddedTriton, Ports
 from tests.support.paths import PROJECT
 from tests.support.servers import Gateway, RedisServer, StartGateway, StartRedis, free_ports, started_gateway
+from tests.support.workers import Workers, tell_servers
 
 DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus"}
 # Fixtures that start a real server, or start one that a test asks for.
@@ -36,6 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PATH"] += f":{Path(sys.executable).parent}"
     if hasattr(config, "workerinput"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch: the workers share the cores
+    elif config.getoption("numprocesses", None):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        config.pluginmanager.register(Workers(Path(folder.name)))
     config.addinivalue_line("markers", "needs(program): one of DEBIAN_PACKAGE that the test runs for real")
     config.addinivalue_line("markers", "servers: starts a real server; set here for those that use SERVERS")
     config.addinivalue_line("markers", "slow: exports, builds or trains a model")
@@ -57,25 +63,24 @@ def bound_hypothesis() -> None:
 bound_hypothesis()  # before --hypothesis-profile is read
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts servers, and give each worker of pytest-xdist tests that share their fixtures."""
+    """Mark what starts servers; under pytest-xdist, the longest first."""
     for item in items:
         fixtures = SERVERS.intersection(getattr(item, "fixturenames", ()))
         if "start_redis" in fixtures:
             item.add_marker(pytest.mark.needs("redis-server"))
         if fixtures:
             item.add_marker(pytest.mark.servers)
-        # One worker has the session's Triton, and all tests that a second one beside them would disturb.
-        shared = "servers" if item.get_closest_marker("servers") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(shared))
     if hasattr(config, "workerinput"):
         items.sort(key=order)
+        tell_servers(config, [item for item in items if order(item) == 0])
 
 
 def order(item: pytest.Item) -> int:
-    """The longest groups first, so that the workers end together."""
-    return 0 if item.get_closest_marker("servers") else 1 if item.get_closest_marker("slow") else 2
+    """Servers; what takes long; the rest. A server that is built first belongs to the second."""
+    if item.get_closest_marker("slow"):
+        return 1
+    return 0 if item.get_closest_marker("servers") else 2
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -13,7 +13,7 @@ from service.cli.main import app
 from service.edges.http.schema import VqaRequest
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 PYTHONS_OWN = {"venv", "pip", "pytest"}
@@ -73,8 +73,8 @@ def test_every_command_is_there():
 
 
 def test_every_target_of_make_is_there():
-    targets = set(re.findall(r"^([a-z]+):.*##", (PROJECT / "Makefile").read_text(), re.MULTILINE))
-    assert named(r"(?:^|`)make ([a-z]+)") <= targets
+    targets = set(re.findall(r"^([a-z-]+):.*##", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    assert named(r"(?:^|`)make ([a-z-]+)") <= targets
 
 
 def test_every_setting_is_there():

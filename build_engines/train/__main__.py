@@ -8,36 +8,14 @@ rounded to FP16, read back and evaluated.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from build_engines.train.allocator_stage import train_allocator
-from build_engines.train.curve import plot
-from build_engines.train.joint_stage import train_joint
-from build_engines.train.language_stage import train_language
-from build_engines.train.publishing import publish
-from build_engines.train.qformer_stage import train_qformer
-from build_engines.train.replicas import run_replicas
-from build_engines.train.stages import Plan, set_threads
-from build_engines.train.vision_stage import train_vision
-
-STAGES = {
-    "language": train_language,
-    "vision": train_vision,
-    "qformer": train_qformer,
-    "joint": train_joint,
-    "allocator": train_allocator,
-}
-ALONE = ("language", "vision")  # need no other stage's weights
-COMPLETE = ("joint", "allocator")  # end with a model that answers
-REPLICAS = 2  # processes of the later stages on a CPU; each adds to the batch, so another number trains differently
+STAGES = ("language", "vision", "qformer", "joint", "allocator")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     if begun and not options.resume:
         parser.error(f"{options.out} already holds {', '.join(begun)}: add --resume or choose another --out")
 
+    from build_engines.train.run import train  # noqa: PLC0415  (PyTorch: --help should not wait seconds for it)
+    from build_engines.train.stages import Plan  # noqa: PLC0415
+
     plan = Plan(
         options.out,
         options.scale,
@@ -86,45 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    first = [stage for stage in stages if stage in ALONE]
-    _side_by_side(plan, first, options.threads)
-    copies = 1 if torch.cuda.is_available() or options.tiny else min(REPLICAS, options.threads)
-    for stage in stages:
-        if stage not in ALONE:
-            run_replicas(STAGES[stage], plan, copies)
-    if complete := [stage for stage in stages if stage in COMPLETE]:
-        card = json.loads((publish(plan, complete[-1]) / "model_card.json").read_text())
-        told = {split: rows["adaptive"]["all"] for split, rows in card["accuracy_in_pytorch"].items()}
-        tqdm.write(json.dumps(told, indent=2))
-    plot(options.out / "log.jsonl", options.out / "learning_curve.png")
+    train(plan, stages, options.threads)
     tqdm.write(f"finished in {(time.monotonic() - started) / 60:.1f} minutes; output is in {options.out}")
     return 0
-
-
-def _side_by_side(plan: Plan, stages: list[str], threads: int) -> None:
-    """Run stages that need no other's weights at the same time, each in its own process."""
-    each = max(1, threads // max(1, len(stages)))
-    if len(stages) < 2 or threads < 2 or plan.tiny:
-        for stage in stages:
-            set_threads(threads)
-            STAGES[stage](plan)
-        return
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_one, args=(stage, plan, each), name=stage) for stage in stages]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    failed = [process.name for process in processes if process.exitcode != 0]
-    if failed:
-        raise SystemExit(
-            f"stage {' and '.join(failed)} failed, see above; continue from the last checkpoint with --resume"
-        )
-
-
-def _one(stage: str, plan: Plan, threads: int) -> None:
-    set_threads(threads)
-    STAGES[stage](plan)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,10 @@ LEVELS = (
 
 
 class Fidelity:
-    """The level in force, an index of LEVELS. Times are seconds of any clock that does not go back. A target of infinity
-    keeps level 0."""
+    """The level in force, an index of LEVELS. Times are seconds of any clock that does not go back.
+
+    A target of infinity keeps level 0.
+    """
 
     def __init__(self, target_s: float, now: float) -> None:
         self.level = 0
@@ -70,7 +72,10 @@ class Fidelity:
         self._hold_s = [LEAST_HOLD_S] * len(LEVELS)  # seconds of calm before that level is tried
 
     def observe(self, now: float, waiting_since: float | None) -> int:
-        """Return the level from now on. `waiting_since`: arrival of the request that waits longest; None: none waits."""
+        """Return the level from now on.
+
+        `waiting_since`: arrival of the request that waits longest; None if none waits.
+        """
         before = self.level
         self._pass_time(now)
         self._since = waiting_since

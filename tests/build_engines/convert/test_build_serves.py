@@ -21,7 +21,7 @@ from service.triton import TritonClient
 from service.triton_server.installation import Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
-from tests.conftest import StartGateway, free_ports
+from tests.support.servers import StartGateway, free_ports
 
 TIMEOUT_S = 60.0
 ASKED = list(zip(pictures(), QUESTIONS, strict=True))

@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from build_engines.evaluation.accuracy import Outcome, Row, as_markdown, ask_all, rows, summarise, wilson
-from tests.conftest import SCENES, Gateway
+from tests.support.paths import SCENES
+from tests.support.servers import Gateway
 
 
 def outcome(kind: str, answer: str, said: str, tokens: int = 100) -> Outcome:

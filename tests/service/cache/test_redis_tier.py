@@ -24,8 +24,8 @@ from service.core.card import ModelCard
 from service.core.request import Budget, ImageBytes, Priority, Request, Sampling, Text
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows
 from service.media.store import Image
-from tests.conftest import RedisServer, StartRedis, eventually, eventually_async, free_ports
 from tests.support.fakes import CARD, CLOSER, House, cancelled, png, turns, until
+from tests.support.servers import RedisServer, StartRedis, eventually, eventually_async, free_ports
 
 SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
 STUCK_S = 60.0  # what does not come about within this time never will

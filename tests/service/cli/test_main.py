@@ -27,8 +27,9 @@ from service.core.vision import VisionFeatures
 from service.edges.http.application import http_api
 from service.settings import Settings
 from service.triton_server.installation import StartFailed
-from tests.conftest import PROJECT, eventually, free_ports
 from tests.support.fakes import CARD, CLOSER, House, png
+from tests.support.paths import PROJECT
+from tests.support.servers import eventually, free_ports
 
 
 @pytest.fixture

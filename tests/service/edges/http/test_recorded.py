@@ -30,7 +30,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import PROJECT, SCENES, Gateway
+from tests.support.paths import PROJECT, SCENES
+from tests.support.servers import Gateway
 
 TABLE = Path(__file__).with_name("recorded.json")
 EXCHANGES: list[dict[str, Any]] = json.loads(TABLE.read_text())

@@ -678,10 +678,10 @@ async def test_a_caller_who_hangs_up_in_the_queue_leaves_it(stream):
     second, gone = await one_request(caller, {"stream": stream, "image": other})
     await until(lambda: caller.house.counted("glimpse_requests_waiting", kind="single_image") == 1)
     gone.set()
-    await until(second.done, timeout_s=0.1)
+    await until(second.done)
     assert caller.house.counted("glimpse_requests_waiting", kind="single_image") == 0
     first_gone.set()
-    await until(first.done, timeout_s=0.1)
+    await until(first.done)
     assert caller.house.admission.quota.held == Cost()
     await caller.close()
 

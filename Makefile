@@ -4,17 +4,23 @@ SHELL := /bin/sh
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := service triton_models build_engines benchmarks tests scripts
+# One worker runs the tests that start servers, the others the rest: tests/support/workers.py.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
-.PHONY: help serve test check format eval benchmark bench train repository clean
+.PHONY: help serve test quick check format eval bench bench-versus train repository clean
 
 help: ## what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 serve: ready-to-serve ## set up, then serve on port 8080 until Ctrl-C
 	@exec $(BIN)/glimpse serve
 
 test: check ## set up, then the style gate and every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: check ## the style gate and every test that starts no server and builds no model (a minute)
+	$(PYTEST) -m "not servers and not slow"
 
 check: ready-to-develop ## the style gate: format, lint, types, import layers
 	$(BIN)/ruff format --check $(SOURCES)
@@ -29,10 +35,10 @@ format: ready-to-develop ## format and mend what ruff can
 eval: ready-to-serve ## accuracy of the served chain on the committed scenes (needs a running server)
 	$(BIN)/glimpse eval
 
-benchmark: ready-to-serve ## latency and throughput of the served chain (needs a running server)
+bench: ready-to-serve ## latency and throughput of the served chain (a minute; starts a service of its own)
 	$(BIN)/python -m benchmarks.latency
 
-bench: ready-to-bench ## the service under load beside other servers, on a model of real proportions (a quarter of an hour)
+bench-versus: ready-to-bench ## the service under load beside other servers, on a model of real proportions (a quarter of an hour)
 	$(BIN)/glimpse bench --scenario versus --model base
 
 train: ready-to-build ## train the reference model from nothing into runs/reference; goes on where it was killed

@@ -16,84 +16,52 @@ import io
 import json
 import os
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import numpy as np
 from PIL import Image
 
+from benchmarks.bench.models import REFERENCE
+from benchmarks.bench.systems import Running, gateway
 from build_engines.evaluation.accuracy import SCENES, rows
 
+PREFIX = "GLIMPSE_"
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 ROUNDS = 5  # of the concurrency measurement, alternating, so that a slow minute of the machine hits all alike
 
 
 @dataclass(frozen=True)
 class Server:
-    url: str
-    pid: int
+    running: Running
     ready_s: float
+
+    @property
+    def url(self) -> str:
+        return self.running.urls[0]
+
+    def memory_mb(self) -> float:
+        """Resident memory of all its processes; shared pages count in each process."""
+        return sum(process.rss_bytes for process in self.running.processes()) / 1e6
 
 
 @contextmanager
 def own_server() -> Iterator[Server]:
-    """`glimpse serve` on free ports, stopped at the end. Raises RuntimeError if it is not ready within 60 s."""
-    ports = dict(zip(("HTTP", "TRITON_HTTP", "TRITON_GRPC", "TRITON_METRICS"), _free_ports(4), strict=True))
-    environment = os.environ | {f"GLIMPSE_{name}_PORT": str(port) for name, port in ports.items()}
-    environment["GLIMPSE_LOG_LEVEL"] = "warning"
+    """`glimpse serve` on free ports with the GLIMPSE_ settings of the environment, stopped at the end.
+
+    Raises RuntimeError if it does not start.
+    """
+    told = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{ports['HTTP']}"
-    try:
-        while not _ready(url):
-            if process.poll() is not None or time.monotonic() - started > 60:
-                raise RuntimeError("the server did not become ready; run `make serve` to see why")
-            time.sleep(0.05)
-        yield Server(url, process.pid, time.monotonic() - started)
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/ready", timeout=1.0).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def memory_mb(pid: int) -> float:
-    """Resident memory of a process and everything below it, in MB; shared pages count in each process."""
-    parents: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it ended meanwhile
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
-    pages, family = 0, [pid]
-    while family:
-        member = family.pop()
-        family += parents.get(member, [])
-        pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), told) as running:
+        yield Server(running, time.monotonic() - started)
 
 
 def never_seen(scene: Path, step: int) -> str:
@@ -188,7 +156,7 @@ def measure(server: Server, count: int) -> dict[str, object]:
         }
         ratio = medians[8]["tokens_per_s"] / medians[1]["tokens_per_s"]
         result[name] = {"clients": medians, "tokens_per_s_8_over_1": round(ratio, 2)}
-    result["memory_mb"] = round(memory_mb(server.pid))
+    result["memory_mb"] = round(server.memory_mb())
     return result
 
 

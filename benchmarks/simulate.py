@@ -28,7 +28,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
-from service.admission.scheduler import Claim, Fifo, Kind, Resource, Scheduler
+from benchmarks.bench.orders import Fifo
+from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 
 RESULTS = Path(__file__).parent / "results"
 DAY_S = 86_400
@@ -110,7 +111,7 @@ def scheduled(day: Day, scheduler: Scheduler) -> Waits:
     def leave(number: int, now: float, *, answered: bool) -> None:
         if not answered:
             waits[number] = math.nan
-        scheduler.window.leave(number, now, answered=answered, missed=False)
+        scheduler.limit.end(number, now, answered=answered, missed=False)
 
     def end() -> None:
         now, number, claim = heapq.heappop(ends)

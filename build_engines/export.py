@@ -1,9 +1,9 @@
-"""Checkpoint -> ONNX graphs and a card -> Triton's model repository.
+"""Export a checkpoint to ONNX graphs and a card, as Triton's model repository.
 
     python -m build_engines.export reference --out model_repository
     python -m build_engines.export Salesforce/instructblip-vicuna-7b --out vicuna_repository
 
-The batch is dynamic in every graph; so are the Q-Former's vision tokens and the decoder's lengths.
+The batch is dynamic in every graph, as are the Q-Former's vision tokens and the decoder's lengths.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ TYPES = {FLOAT: torch.float32, "FP32": torch.float32, "INT32": torch.int32}  # o
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """One graph to export: names in the order of the module's arguments, and per input its dynamic axes."""
+    """One graph to export.
+
+    Inputs are in the order of the module's arguments. `dynamic` has the dynamic axes of each input.
+    """
 
     name: str
     module: nn.Module
@@ -57,7 +60,7 @@ def examples(tensors: Sequence[Described], sizes: Mapping[str, int] = MappingPro
 
 
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
-    """The four graphs, and `relevance_allocator_448` where there is a closer view, with example inputs at batch 2."""
+    """The four graphs, with example inputs at batch 2, and `relevance_allocator_448` if there is a closer view."""
     vision, text = checkpoint.model.config.vision_config, checkpoint.model.config.text_config
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -106,7 +109,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
 
 
 def _allocators(checkpoint: Checkpoint, question: dict[str, Tensor]) -> list[Graph]:
-    """Both have static shapes; so what a closer view adds is an input of a graph of its own."""
+    """The allocator's graphs. Their shapes are static, so the closer view needs a graph of its own."""
     width = checkpoint.model.config.vision_config.hidden_size
     sizes = {"D": width}
     budget = torch.tensor([[64, 256, 32, 32]] * 2, dtype=torch.int32)
@@ -122,14 +125,15 @@ def _allocators(checkpoint: Checkpoint, question: dict[str, Tensor]) -> list[Gra
 
 
 def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_BYTES) -> None:
-    """Writes one ONNX file, self-contained where its weights are few enough, else with `weights_file` beside it.
+    """Write one ONNX file, with `weights_file` beside it if the weights are too large for one file.
 
-    Every dimension but those named in `graph.dynamic` is static."""
-    arguments, shapes = tuple(graph.inputs.values()), ShapesCollection()  # by tensor, as forward may take `*past`
+    Every dimension except those named in `graph.dynamic` is static.
+    """
+    arguments, shapes = tuple(graph.inputs.values()), ShapesCollection()  # by tensor, because forward may take `*past`
     for name, axes in graph.dynamic.items():
         shapes[graph.inputs[name]] = dict.fromkeys(axes, Dim.DYNAMIC)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
             graph.module,
             arguments,
@@ -142,7 +146,7 @@ def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_
             verbose=False,
         )
     large = sum(weights.nbytes for weights in graph.module.state_dict().values()) > most_inline_bytes
-    if large:  # straight to disk: in memory the weights would be there a second and a third time
+    if large:  # straight to disk: in memory there would be two more copies of the weights
         onnx_ir.save(program.model, path, external_data=weights_file(graph.name))
     model = onnx.load(path, load_external_data=False) if large else program.model_proto
     _name_dimensions(model, graph)
@@ -160,7 +164,7 @@ def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_
 
 
 def _name_dimensions(model: onnx.ModelProto, graph: Graph) -> None:
-    """Gives dynamic input dimensions the names of `graph.dynamic` instead of the exporter's s0, s1, ..."""
+    """Name dynamic input dimensions as in `graph.dynamic` instead of the exporter's s0, s1, ..."""
     renamed: dict[str, str] = {}
     for value in model.graph.input:
         for axis, name in graph.dynamic.get(value.name, {}).items():
@@ -172,7 +176,7 @@ def _name_dimensions(model: onnx.ModelProto, graph: Graph) -> None:
 
 
 def _cast_bytes_first(model: onnx.ModelProto) -> None:
-    """Where the exporter asks a uint8 input for its shape, asks its cast copy: TensorRT takes uint8 in a cast only."""
+    """Read the shape of a uint8 input from its cast copy: TensorRT takes uint8 only in a cast."""
     for value in model.graph.input:
         if value.type.tensor_type.elem_type != onnx.TensorProto.UINT8:
             continue
@@ -185,8 +189,11 @@ def _cast_bytes_first(model: onnx.ModelProto) -> None:
 
 
 def _gather_rows(model: onnx.ModelProto) -> None:
-    """Where rows [B, n, D] are gathered element by element, by an index that is copied out to every element, gathers
-    whole rows instead: on a CPU a tenth of the time."""
+    """Gather whole rows [B, n, D] instead of single elements.
+
+    The exporter gathers elements by an index that is expanded to every element. Whole rows take a tenth of the time on
+    a CPU.
+    """
     made_by = {output: node for node in model.graph.node for output in node.output}
     for node in model.graph.node:
         if node.op_type != "GatherElements" or node.input[1] not in made_by:
@@ -201,15 +208,21 @@ def _gather_rows(model: onnx.ModelProto) -> None:
 
 
 def card(checkpoint: Checkpoint) -> ModelCard:
-    """What the service needs to know of the checkpoint, and what it says of it. Raises ValueError for visual tokens in
-    model_card.json that are no groups of 32, or a default that is not offered."""
+    """Describe the checkpoint for the service.
+
+    Raises ValueError if model_card.json has visual tokens that are not groups of 32, or a default outside the offered
+    range.
+    """
     config = checkpoint.model.config
     text = config.text_config
     told = dict(checkpoint.card)
     offered = _range(told.pop("visual_tokens", (QUERIES, QUERIES)))
     unasked = _range(told.pop("default_visual_tokens", (QUERIES, QUERIES)))
     if unasked[0] < offered[0] or unasked[1] > offered[1]:
-        raise ValueError(f"model_card.json offers {offered} visual tokens, and {unasked} to who does not ask")
+        raise ValueError(
+            f"model_card.json has default_visual_tokens {unasked} outside its visual_tokens {offered}: "
+            "choose a default within them"
+        )
     return ModelCard(
         name=str(told.pop("name")),
         fingerprint=checkpoint.vision_fingerprint(),
@@ -234,18 +247,21 @@ def card(checkpoint: Checkpoint) -> ModelCard:
 
 
 def _range(told: object) -> tuple[int, int]:
-    """Raises ValueError for what is not the least and the most visual tokens, whole groups of 32."""
+    """Read the least and most visual tokens. Raises ValueError unless both are whole groups of 32."""
     if isinstance(told, list | tuple) and len(told) == 2 and all(isinstance(end, int) for end in told):
         least, most = told
         if QUERIES <= least <= most <= MAX_VISUAL_TOKENS and not (least % QUERIES or most % QUERIES):
             return least, most
-    raise ValueError(f"model_card.json gives {told} visual tokens; [32, 128] would be all four groups of 32")
+    raise ValueError(
+        f"model_card.json gives {told} visual tokens: give [least, most] in multiples of 32, such as [32, 128]"
+    )
 
 
 def export(source: Path | str, repository: Path) -> None:
-    """Exports the checkpoint in a directory or on the hub into a repository that Triton serves.
+    """Export the checkpoint in a directory or on the hub to a repository that Triton serves.
 
-    Raises as `Checkpoint.load` does; the repository is written only once every graph is there."""
+    Raises as `Checkpoint.load` does. The repository is written only after every graph is exported.
+    """
     checkpoint = Checkpoint.load(source)
     told = card(checkpoint)
     for noisy in ("torch.onnx", "onnxscript"):
@@ -265,14 +281,14 @@ def export(source: Path | str, repository: Path) -> None:
 
 
 def weights_bytes(path: Path) -> int:
-    """Of a graph's file and the one beside it that holds its weights, where there is one."""
+    """Size of a graph's file and of the weights file beside it, if any."""
     beside = path.with_name(weights_file(path.stem))
     return sum(file.stat().st_size for file in (path, beside) if file.exists())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="directory, or name on the Hugging Face hub, of a BLIP-2 or InstructBLIP")
+    parser.add_argument("checkpoint", help="directory or Hugging Face hub name of a BLIP-2 or InstructBLIP checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="repository to write")
     arguments = parser.parse_args()
     export(arguments.checkpoint, arguments.out)

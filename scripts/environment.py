@@ -79,7 +79,7 @@ def install_torch(python):
             stop(f"pip could not install the CPU build of PyTorch.\n\n{exc}\n", "The whole log: " + LOG)
         print(
             f"  no CPU build of PyTorch for Python {PYTHON} can be had, from {CPU_INDEX} or from pip's own sources:\n"
-            "  the build with CUDA follows, about 3 GB to download and 7 GB on disk",
+            "  the build with CUDA follows, 2.7 GB to download, 4.5 GB on disk",
             flush=True,
         )
 

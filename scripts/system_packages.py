@@ -62,7 +62,8 @@ def install(wanted, user_id):
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
         said += done.stdout.decode(errors="replace")
-    if done.returncode:
+    # Not by the exit status: without an index, apt-get takes "libpython3.13" as a pattern that matches what is there.
+    if not all(map(_is_installed, wanted)):
         raise NotInstalled(*explain(said))
     _stop_services(become_root, wanted)
 
@@ -80,6 +81,12 @@ def explain(said):
             return fault, remedy
     errors = [line for line in said.splitlines() if line.startswith("E:")] or said.splitlines() or ["no output"]
     return "apt-get failed: " + errors[0], "Mend that, then run this again."
+
+
+def _is_installed(package):
+    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}", package]
+    done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    return done.stdout == b"installed"
 
 
 def _become_root(user_id):

@@ -16,6 +16,7 @@ import structlog
 import uvicorn
 import uvloop
 
+from service.admission.scheduler import Scheduler
 from service.app import App, build, running
 from service.settings import PROJECT, Settings, SettingsError, read_settings
 from service.triton_server.installation import StartFailed
@@ -34,12 +35,12 @@ class Server(uvicorn.Server):
         yield
 
 
-def main() -> int:
+def main(scheduling: type[Scheduler] = Scheduler) -> int:
     """The exit status: 0 after a stop that was asked for, 1 where the service cannot run, 2 for wrong settings."""
     try:
         settings = read_settings()
         configure_log(settings)
-        app = build(settings)
+        app = build(settings, scheduling)
         with bound(settings) as listener:
             uvloop.run(serve(app, listener))
     except SettingsError as exc:

@@ -8,11 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0 as METRICS_TYPE
 
 from service.admission.admission import Admission
+from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
-from service.edges.http.vqa import Edge, http_api
+from service.edges.asking import QuestionLimits
+from service.edges.http.application import http_api
+from service.edges.http.edge import BodyLimits, Edge
 from service.media.decoder import ImageLimits
 from service.media.reader import ImageReader
 from service.metrics import Metrics
@@ -39,7 +44,7 @@ class App:
     api: FastAPI
 
 
-def build(settings: Settings) -> App:
+def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Reads the model repository's card and tokenizers; starts nothing. Raises SettingsError."""
     try:
         card = ModelCard.from_json((settings.model_repository / "card.json").read_text())
@@ -59,7 +64,7 @@ def build(settings: Settings) -> App:
     client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
     readiness = Readiness(card.called, metrics)
-    admission = Admission(settings, engines, card.max_positions, metrics)
+    admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
     pipeline = Pipeline(
         vision=client,
@@ -72,8 +77,20 @@ def build(settings: Settings) -> App:
         metrics=metrics,
         shared=shared,
     )
-    api = http_api(Edge(pipeline, readiness, settings, metrics))
+    api = http_api(http_edge(pipeline, readiness, settings, metrics))
     return App(settings, card, client, admission, reader, shared, readiness, api)
+
+
+def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
+    """All that HTTP sees of the gateway."""
+    return Edge(
+        pipeline=pipeline,
+        questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
+        bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
+        faults=lambda: {model: fault for model, fault in readiness.faults.items() if fault},
+        metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
+        count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
+    )
 
 
 def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:
@@ -82,7 +99,7 @@ def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTi
         return None
     limits = RedisLimits(settings.redis_timeout_s, settings.redis_flight_s, settings.redis_ttl_s)
     try:
-        return RedisTier(settings.redis_url.get_secret_value(), limits, card.feature_shapes, metrics)
+        return RedisTier(settings.redis_url.get_secret_value(), limits, card, metrics)
     except ValueError as exc:
         raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
 

@@ -1,18 +1,12 @@
-"""The path of one request: admit, load, look, generate. It knows no transport and no Triton.
-
-Every request ends in exactly one outcome, which is one metric and one log line, both written by `Pipeline.outcome`.
-"""
+"""The path of one request: admit, load, look, generate. It knows no transport and no Triton."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Protocol
-
-import structlog
 
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
@@ -22,27 +16,23 @@ from service.core.answer import Delta, Finished, KeptImage
 from service.core.card import ModelCard
 from service.core.errors import (
     DeadlineExceeded,
-    GlimpseError,
-    InternalError,
     InvalidRequest,
     Unavailable,
     naming_image,
 )
 from service.core.prompt import Prompt
-from service.core.request import Request, Sampling
-from service.core.vision import TENSIONS, Seen
+from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
+from service.core.vision import Seen
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
+from service.outcomes import Outcomes
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings
 from service.ticket import Ticket
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
 
-log = structlog.get_logger()
-
-# Outcomes of questions that ended before their tokens were generated, as nobody would have read them.
-NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
+__all__ = ["LanguageModel", "Pipeline", "Reservation"]  # a transport sees these, and nothing behind them
 
 
 class LanguageModel(Protocol):
@@ -85,6 +75,7 @@ class Pipeline:
         self.reader = reader
         self.settings = settings
         self.metrics = metrics
+        self.outcomes = Outcomes(metrics)
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
         self.features = FeatureCache(
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
@@ -103,9 +94,9 @@ class Pipeline:
         self.prompts = prompts
         self._spelled = token_bytes(prompts.tokenizer)
 
-    async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
+    async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate. Raises GlimpseError only."""
-        with self.outcome(request) as ticket, self.admit(ticket) as reservation:
+        with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
             async with ticket.in_time():
                 images = await self.load(ticket)
                 seen = await self.vision_stage.look(images, ticket, reservation)
@@ -116,14 +107,14 @@ class Pipeline:
                     yield Delta(text)
             yield self.finish(ticket, images, seen)
 
-    async def keep_image(self, data: bytes, tenant: str = "") -> KeptImage:
+    async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Takes an image that questions can name by its id.
 
         Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded.
         """
         timeout_s = self.settings.default_timeout_s
         try:
-            with self.admission.reservation(tenant) as reservation:
+            with reservation.work():
                 reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
                 async with asyncio.timeout(timeout_s):
                     decoded = await self.reader.decode(data)
@@ -134,33 +125,27 @@ class Pipeline:
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
 
     @contextmanager
-    def outcome(self, request: Request) -> Iterator[Ticket]:
-        """Names how the request ended, counts it and logs it, once. Unknown errors become InternalError."""
-        now = time.monotonic()
-        ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
-        fault: Exception | None = None
-        try:
-            yield ticket
-        except GlimpseError as error:
-            ticket.outcome, fault = error.code, error
-            raise
-        except Exception as error:
-            ticket.outcome, fault = InternalError.code, error
-            raise internal_error(request.trace_id or request.id) from error
-        finally:
-            self._record(ticket, fault)
+    def reservation(self, tenant: str) -> Iterator[Reservation]:
+        """All that one request of a transport holds, from before its body is read until its response has ended.
+
+        `answer` and `keep_image` go on with it, and give back what they took when they end. Raises Overloaded if there
+        is no room for one more request.
+        """
+        with self.admission.reservation(tenant) as reservation:
+            reservation.require_room(Cost(tokens=self.admission.row_tokens))
+            yield reservation
 
     @contextmanager
-    def admit(self, ticket: Ticket) -> Iterator[Reservation]:
-        """Refuses what cannot be answered before any work is done, and reserves what it will cost; all that the
-        request holds is given back at its end. Raises InvalidRequest, Overloaded."""
-        tokens = max(self.check(ticket.request), self.admission.row_tokens)
-        with self.admission.reservation(ticket.request.tenant) as reservation:
+    def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[None]:
+        """Refuses what cannot be answered before any work is done, and reserves what it will cost; that is given back
+        at the end. Raises InvalidRequest, Overloaded."""
+        with reservation.work():
+            tokens = max(self.check(ticket.request), self.admission.row_tokens)
             reservation.reserve(Cost(tokens=tokens))
             ticket.tokens = tokens
             self.metrics.in_flight.inc()
             try:
-                yield reservation
+                yield
             finally:
                 self.metrics.in_flight.dec()
 
@@ -177,28 +162,38 @@ class Pipeline:
         who = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
         require_range("budget.vision_tokens", budget.vision_tokens, offered, who)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
-        visual_tokens = [budget.visual_tokens[1]] * len(request.images)
-        return self.prompts.require_room(request.question, visual_tokens, request.sampling.max_tokens, request.turns)
+        return self.prompts.require_room(request)
 
     async def load(self, ticket: Ticket) -> list[Image]:
         """The images' bytes and digests; they are not decoded here, as a known image needs no pixels."""
-        images, given = [], ticket.request.images
+        images, sources = [], ticket.request.images
         with ticket.stage("load"):
-            for index, image in enumerate(given):
-                with naming_image(index, len(given)):
-                    images.append(
-                        self.images.get(image, time.time())
-                        if isinstance(image, str)
-                        else await self.reader.identify(image)
-                    )
+            for index, source in enumerate(sources):
+                with naming_image(index, len(sources)):
+                    images.append(await self.load_one(source))
         return images
+
+    async def load_one(self, source: ImageSource) -> Image:
+        """Raises NotFound for an unknown id, InvalidRequest for a URL."""
+        match source:
+            case ImageBytes(data):
+                return await self.reader.identify(data)
+            case ImageId(image_id):
+                return self.images.get(image_id, time.time())
+            case ImageUrl():
+                raise InvalidRequest(
+                    "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
+                    "(curl -F image=@FILE), or send them once to POST /v1/images",
+                    param="image",
+                    code="url_not_supported",
+                )
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [
             (each.visual_tokens, embedding_key(self.card, image.digest, request.question, each))
             for image, each in zip(images, seen, strict=True)
         ]
-        return self.prompts.compose(request.question, visual, request.turns)
+        return self.prompts.compose_request(request, visual)
 
     async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
         """The answer's text as it becomes certain. Leaving early cancels the LLM's stream."""
@@ -245,16 +240,7 @@ class Pipeline:
         return said
 
     def finish(self, ticket: Ticket, images: Sequence[Image], seen: Sequence[Seen]) -> Finished:
-        ticket.outcome = "ok"
-        for each in seen:
-            self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
-            self.metrics.visual_tokens.observe(len(each.visual_tokens))
-            self.metrics.images_seen.labels(each.detail).inc()
-            self.metrics.relevance_evenness.observe(each.relevance.evenness)
-            for name, tension in zip(TENSIONS, each.relevance.tensions, strict=True):
-                self.metrics.tension.labels(name).observe(tension)
-        if ticket.reduced:
-            self.metrics.reduced_answers.inc()
+        self.outcomes.answered(ticket, seen)
         return Finished(
             finish_reason=ticket.finish_reason,
             image_ids=tuple(image.id for image in images),
@@ -267,55 +253,6 @@ class Pipeline:
             relevance=tuple(each.relevance for each in seen),
             timing_ms=ticket.timing_ms(),
         )
-
-    def _record(self, ticket: Ticket, fault: Exception | None) -> None:
-        timing_ms = ticket.timing_ms()
-        self.metrics.requests.labels(ticket.outcome).inc()
-        self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
-        self.metrics.generated_tokens.inc(ticket.completion_tokens)
-        if ticket.outcome == "ok":
-            self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3)
-            self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)
-            if ticket.kind is not None:
-                self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
-            for name, stage in ticket.stages.items():
-                self.metrics.stage.labels(name).observe(stage.seconds)
-        elif ticket.tokens and ticket.outcome in NOTHING_MORE_TO_DO:
-            saved = ticket.request.sampling.max_tokens - ticket.completion_tokens
-            self.metrics.tokens_saved.labels(ticket.outcome).inc(saved)
-        foreseen = fault is None or isinstance(fault, GlimpseError)
-        (log.info if foreseen else log.error)(
-            "answered" if ticket.outcome == "ok" else "not_answered",
-            outcome=ticket.outcome,
-            request_id=ticket.request.trace_id,
-            id=ticket.request.id,
-            cache=ticket.cache,
-            detail=ticket.detail,
-            reduced=ticket.reduced,
-            completion_tokens=ticket.completion_tokens,
-            **{f"{name}_ms": value for name, value in timing_ms.items()},
-            **told_of(fault),
-        )
-
-
-def told_of(fault: Exception | None) -> dict[str, object]:
-    """What the log says of it: an error of ours in words, with what was said behind us; any other with its trace."""
-    match fault:
-        case None:
-            return {}
-        case GlimpseError():
-            return {"error": fault.message, "cause": fault.cause} if fault.cause else {"error": fault.message}
-        case _:
-            return {"exc_info": fault}
-
-
-def internal_error(request_id: str) -> InternalError:
-    return InternalError(f"a fault of ours; the log tells of it under request id {request_id}")
-
-
-def new_seed() -> int:
-    """For a request that names none: sampled answers then differ from one to the next."""
-    return secrets.randbits(63)
 
 
 def require_range(

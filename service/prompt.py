@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
 from service.core.prompt import Prompt, Question
-from service.core.request import Turn
+from service.core.request import Part, Request, Text
 from service.core.vision import QUESTION_TOKENS, FloatArray
 
 LLM_TOKENIZER = "tokenizer.json"
@@ -31,11 +32,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+Piece = str | None  # of a prompt: text, or the place of the next image
+
+
 class PromptBuilder:
     """BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question.
 
-    Earlier turns stand before it in the same template, each with its answer: "Question: a Answer: b Question: c
+    Earlier questions stand before it in the same template, each with its answer: "Question: a Answer: b Question: c
     Answer:". The allocator and the Q-Former read the last question only.
+
+    Visual tokens stand where their image stands:
+      - An image before all text of its question stands before the template: `<image> Question: a Answer:`. At the
+        start of the prompt this is also before BOS.
+      - Any other image stands inside the template, at the end of the text before it. Texts are joined by spaces as if
+        the image were not there, and each piece of text between images is tokenised by itself:
+        `Question: a <image> b Answer:` is the text "Question: a", the visual tokens, and the text " b Answer:".
     """
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer, qformer_tokenizer: Tokenizer | None = None) -> None:
@@ -68,48 +79,73 @@ class PromptBuilder:
             mask=np.array([1] * len(ids) + padding, np.int32),
         )
 
-    def text_ids(self, question: str, turns: Sequence[Turn] = ()) -> list[int]:
-        """BOS and the template with the question, behind the earlier turns."""
-        earlier = [f"{self._prompt(turn.question)} {turn.answer}" for turn in turns]
-        return [self.card.bos_id, *self._encode(" ".join([*earlier, self._prompt(question)]))]
+    def text_ids(self, question: str) -> list[int]:
+        """BOS and the template with the question."""
+        return [self.card.bos_id, *self._encode(self._prompt(question))]
 
-    def require_room(
-        self, question: str, visual_tokens: Sequence[int], max_tokens: int, turns: Sequence[Turn] = ()
-    ) -> int:
-        """Visual tokens of each image, prompt and answer tokens together. Raises InvalidRequest where they pass the
-        model's positions."""
-        visual, prompt = sum(visual_tokens), len(self.text_ids(question, turns))
+    def require_room(self, request: Request) -> int:
+        """Count visual tokens at the budget's most, prompt tokens and answer tokens together.
+
+        Raises InvalidRequest if they exceed the model's positions.
+        """
+        images, max_tokens = len(request.images), request.sampling.max_tokens
+        visual = images * request.budget.visual_tokens[1]
+        prompt = sum(len(ids) for ids in self._layout(_pieces(self.card.prompt_template, request)) if ids is not None)
         total = visual + prompt + max_tokens
         if total > self.card.max_positions:
             room = self.card.max_positions - visual - prompt
             if room > 0:
                 param, mend = "max_tokens", f"lower max_tokens to {room}"
-            elif len(visual_tokens) > 1:
+            elif images > 1:
                 param, mend = "images", "ask about fewer images"
-            elif turns:
+            elif request.exchanges:
                 param, mend = "turns", "leave the earliest turns out"
             else:
                 param, mend = "question", "shorten the question"
-            images = f" of {len(visual_tokens)} images" if len(visual_tokens) > 1 else ""
+            several = f" of {images} images" if images > 1 else ""
             raise InvalidRequest(
-                f"{visual} visual{images} + {prompt} prompt + {max_tokens} max_tokens = {total} tokens, "
+                f"{visual} visual{several} + {prompt} prompt + {max_tokens} max_tokens = {total} tokens, "
                 f"{self.card.name} has room for {self.card.max_positions}: {mend}",
                 param=param,
                 code="context_length_exceeded",
             )
         return total
 
-    def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]], turns: Sequence[Turn] = ()) -> Prompt:
-        """`images`: of each the visual tokens [N, H], and a key that names what they were made from (image, question,
-        budget, models). They stand in this order, before the text."""
+    def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
+        """Images, then one question. `images` are as for `compose_request`."""
+        return self._composed([*[None] * len(images), self._prompt(question)], images)
+
+    def compose_request(self, request: Request, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
+        """`images`: for each of the request's images, in order, its visual tokens [N, H] and a key that names what
+        they were made from (image, question, budget, models)."""
+        return self._composed(_pieces(self.card.prompt_template, request), images)
+
+    def _composed(self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
         visual_tokens = images[0][0] if len(images) == 1 else np.concatenate([tokens for tokens, _ in images])
-        text = np.array(self.text_ids(question, turns), np.int32)
-        first = self.card.vocab_size
-        visual = np.arange(first, first + len(visual_tokens), dtype=np.int32)
-        extra = [visual_token_ids(key, len(tokens)) for tokens, key in images]
-        return Prompt(
-            np.concatenate([visual, text]), visual_tokens, np.concatenate([*extra, np.zeros(len(text), np.uint64)])
-        )
+        visual_ids = np.arange(self.card.vocab_size, self.card.vocab_size + len(visual_tokens), dtype=np.int32)
+        rows, following = 0, iter(images)
+        input_ids: list[npt.NDArray[np.int32]] = []
+        extra_ids: list[npt.NDArray[np.uint64]] = []
+        for text in self._layout(pieces):
+            if text is None:
+                tokens, key = next(following)
+                input_ids.append(visual_ids[rows : rows + len(tokens)])
+                extra_ids.append(visual_token_ids(key, len(tokens)))
+                rows += len(tokens)
+            else:
+                input_ids.append(np.array(text, np.int32))
+                extra_ids.append(np.zeros(len(text), np.uint64))
+        return Prompt(np.concatenate(input_ids), visual_tokens, np.concatenate(extra_ids))
+
+    def _layout(self, pieces: Iterable[Piece]) -> Iterator[list[int] | None]:
+        """The ids of each text, with BOS before the first; None at the place of an image."""
+        start = [self.card.bos_id]
+        for piece in pieces:
+            if piece is None:
+                yield None
+            else:
+                yield start + self._encode(piece)
+                start = []
 
     def _prompt(self, question: str) -> str:
         return self.card.prompt_template.replace("{question}", question)
@@ -117,6 +153,34 @@ class PromptBuilder:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+
+def _pieces(template: str, request: Request) -> list[Piece]:
+    """The whole conversation in order. Texts that no image separates are one piece."""
+    pieces: list[Piece] = []
+
+    def add(*following: Piece) -> None:
+        for piece in following:
+            if piece is not None and pieces and (before := pieces[-1]) is not None:
+                pieces[-1] = before + piece
+            else:
+                pieces.append(piece)
+
+    for exchange in request.exchanges:
+        add(*_question_pieces(template, exchange.parts, " " if pieces else ""), f" {exchange.answer}")
+    add(*_question_pieces(template, request.parts, " " if pieces else ""))
+    return pieces
+
+
+def _question_pieces(template: str, parts: Sequence[Part], space: str) -> Iterator[Piece]:
+    """One question in its template, behind `space`, with its images in place."""
+    head, _, tail = template.partition("{question}")
+    inside = list(dropwhile(lambda part: not isinstance(part, Text), parts))
+    yield from [None] * (len(parts) - len(inside))
+    yield space + head
+    for place, part in enumerate(inside):
+        yield (" " if place else "") + part.text if isinstance(part, Text) else None
+    yield tail
 
 
 def visual_token_ids(key: bytes, count: int) -> npt.NDArray[np.uint64]:

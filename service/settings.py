@@ -62,9 +62,6 @@ class Settings(BaseSettings):
     # Of that, what runs at once. None: what the model repository's configurations say.
     vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
     llm_tokens: int | None = Field(None, gt=0)  # visual, prompt and max_tokens of all that the LLM answers
-    # Whose turn it is. classes: the cheapest first, fair between tenants; fifo: one queue in order of arrival, for
-    # comparison.
-    scheduling: Literal["classes", "fifo"] = "classes"
 
     # Elastic fidelity: while requests wait longer than the target, or lose too much of their time to those that are
     # worked on beside them, they look less closely.

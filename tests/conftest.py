@@ -5,24 +5,18 @@ GLIMPSE_MODEL_REPOSITORY runs the same tests on another repository.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import hypothesis
 import numpy as np
 import pytest
 import pytest_asyncio
-import redis
 
 from service.core.card import ModelCard
 from service.core.vision import IMAGE_SIZE, UInt8Array
@@ -30,24 +24,64 @@ from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.installation import Ports
 from service.triton_server.supervision import EmbeddedTriton
+from tests.support.paths import PROJECT
+from tests.support.servers import Gateway, RedisServer, StartGateway, StartRedis, free_ports, started_gateway
+from tests.support.workers import Workers, tell_servers
 
-PROJECT = Path(__file__).parent.parent
-SCENES = PROJECT / "build_engines" / "evaluation" / "scenes"
 DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus"}
-LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
+# Fixtures that start a real server, or start one that a test asks for.
+SERVERS = {"triton", "start_gateway", "starting", "start_redis"}
+LEFT_OUT = "left out"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find what the set-up installed into .venv, after what the system has."""
     os.environ["PATH"] += f":{Path(sys.executable).parent}"
-    config.stash[LEFT_OUT] = {}
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch: the workers share the cores
+    elif config.getoption("numprocesses", None):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        config.pluginmanager.register(Workers(Path(folder.name)))
     config.addinivalue_line("markers", "needs(program): one of DEBIAN_PACKAGE that the test runs for real")
+    config.addinivalue_line("markers", "servers: starts a real server; set here for those that use SERVERS")
+    config.addinivalue_line("markers", "slow: exports, builds or trains a model")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def bound_hypothesis() -> None:
+    """As many examples as ever, the same ones in CI; a failing one is shown as it is found.
+
+    Shrinking one can take minutes: `--hypothesis-profile shrink` does it for a failure that needs it.
+    """
+    in_ci = "CI" in os.environ
+    every = tuple(hypothesis.Phase)
+    quick = [phase for phase in every if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)]
+    hypothesis.settings.register_profile("bounded", deadline=None, derandomize=in_ci, phases=quick, print_blob=True)
+    hypothesis.settings.register_profile("shrink", deadline=None)
+    hypothesis.settings.load_profile("bounded")
+
+
+bound_hypothesis()  # before --hypothesis-profile is read
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what starts servers; under pytest-xdist, the longest first."""
     for item in items:
-        if "start_redis" in getattr(item, "fixturenames", ()):
+        fixtures = SERVERS.intersection(getattr(item, "fixturenames", ()))
+        if "start_redis" in fixtures:
             item.add_marker(pytest.mark.needs("redis-server"))
+        if fixtures:
+            item.add_marker(pytest.mark.servers)
+    if hasattr(config, "workerinput"):
+        items.sort(key=order)
+        tell_servers(config, [item for item in items if order(item) == 0])
+
+
+def order(item: pytest.Item) -> int:
+    """Servers; what takes long; the rest. A server that is built first belongs to the second."""
+    if item.get_closest_marker("slow"):
+        return 1
+    return 0 if item.get_closest_marker("servers") else 2
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -58,7 +92,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             said = f"{program} is not installed (Debian, Ubuntu: sudo apt-get install {DEBIAN_PACKAGE[program]})"
             if "CI" in os.environ:
                 pytest.fail(said, pytrace=False)
-            item.config.stash[LEFT_OUT].setdefault(said, []).append(item.nodeid)
+            item.user_properties.append((LEFT_OUT, said))  # a worker's report carries it to the summary
             pytest.skip(said)
 
 
@@ -66,95 +100,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
     """Name what was left out after everything else."""
     yield
-    for said, tests in terminalreporter.config.stash[LEFT_OUT].items():
+    left_out: dict[str, list[str]] = {}
+    for report in terminalreporter.getreports("skipped"):
+        for name, said in report.user_properties:
+            if name == LEFT_OUT:
+                left_out.setdefault(said, []).append(report.nodeid)
+    for said, tests in left_out.items():
         terminalreporter.section(f"LEFT OUT ({len(tests)})", yellow=True, bold=True)
         terminalreporter.line(f"{said}:")
         for test in tests:
             terminalreporter.line(f"  {test}")
-
-
-@dataclass(frozen=True)
-class Gateway:
-    """A running `python -m service`."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-    log_path: Path
-
-
-class RedisServer:
-    """A real one, on a port that stays its own when it is killed and started again; it starts empty each time."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        (self.port,) = free_ports(1)
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.client = redis.Redis.from_url(self.url)  # for a look behind the service's back
-        self._folder = folder
-        self._options = options
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._options],
-            cwd=self._folder,
-            stdout=subprocess.DEVNULL,
-        )
-        eventually(self.answers, 10, "redis-server started")
-
-    def answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                connection.sendall(b"PING\r\n")
-                return bool(connection.recv(64))
-        except OSError:
-            return False
-
-    def pause(self) -> None:
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.client.close()  # it connects again when it is used again
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, number)
-
-
-StartRedis = Callable[..., RedisServer]
-StartGateway = Callable[[Mapping[str, str]], AbstractContextManager[Gateway]]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on: all are held until all are known."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
-def eventually(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Polls until the condition holds; fails with `what` at the deadline."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {timeout_s:g} s")
-        time.sleep(0.02)
-
-
-async def eventually_async(condition: Callable[[], Awaitable[object]], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not await condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {timeout_s:g} s")
-        await asyncio.sleep(0.02)
 
 
 @pytest.fixture(scope="session")
@@ -203,48 +158,27 @@ async def client(triton: EmbeddedTriton) -> AsyncIterator[TritonClient]:
 
 @pytest.fixture(scope="session")
 def start_gateway(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> StartGateway:
-    """Starts `python -m service` with these GLIMPSE_ settings on a free port, ready when it yields."""
+    """Starts `python -m service` with these GLIMPSE_ settings, ready when it yields."""
 
     @contextmanager
     def start(settings: Mapping[str, str]) -> Iterator[Gateway]:
-        folder = tmp_path_factory.mktemp("gateway")
-        (port,) = free_ports(1)
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")},
+        told = {
             "GLIMPSE_MODEL_REPOSITORY": str(repository),
-            "GLIMPSE_HTTP_PORT": str(port),
-            "GLIMPSE_LOG_DIR": str(folder),
             "GLIMPSE_ELASTIC_FIDELITY": "false",  # a busy machine must not change what is answered
             **settings,
         }
-        log_path = folder / "gateway.log"
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service"], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        gateway = Gateway(f"http://127.0.0.1:{port}", process, log_path)
-        try:
-            eventually(lambda: process.poll() is not None or is_ready(gateway), 60, f"gateway ready, see {log_path}")
-            if process.poll() is not None:
-                pytest.fail(f"the gateway ended while starting:\n{log_path.read_text()[-3000:]}")
+        with started_gateway(tmp_path_factory.mktemp("gateway"), told) as gateway:
+            gateway.wait_until_ready()
             yield gateway
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise
 
     return start
 
 
-def is_ready(gateway: Gateway) -> bool:
-    try:
-        return httpx.get(f"{gateway.url}/health/ready", timeout=2).is_success
-    except httpx.TransportError:
-        return False
+@pytest.fixture
+def starting(repository: Path, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway with a Triton of its own, from its first moment."""
+    with started_gateway(tmp_path, {"GLIMPSE_MODEL_REPOSITORY": str(repository)}) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""README and docs name what is there: commands, modules, settings, targets, files."""
+"""README, CONTRIBUTING and docs name what is there: commands, modules, settings, targets, paths."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import pytest
 from typer.main import get_command
 
 from service.cli.main import app
+from service.edges.http.schema import VqaRequest
+from service.metrics import Metrics
 from service.settings import Settings
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-PYTHONS_OWN = {"venv", "pip"}
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PYTHONS_OWN = {"venv", "pip", "pytest"}
+MOST_WORDS = 1_000  # of the README, without code and tables: two minutes and a half of reading
+FOLDERS = "service|triton_models|model_repository|reference|build_engines|benchmarks|tests|scripts|docs"
 
 
 def named(pattern: str) -> set[str]:
@@ -24,10 +28,39 @@ def named(pattern: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_to_a_file(page: Path):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of each heading as GitHub makes it: lower case, spaces as hyphens, other characters left out."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def leads_somewhere(link: str, page: Path) -> bool:
+    file, _, anchor = link.partition("#")
+    target = page.parent / file if file else page
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+@pytest.mark.parametrize("page", [*PAGES, PROJECT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_its_heading(page: Path):
+    links = re.findall(r"\]\(([^)]+)\)", without_code(page.read_text()))
+    assert [link for link in links if "://" not in link and not leads_somewhere(link, page)] == []
+
+
+def test_every_path_in_code_marks_is_there():
+    paths = named(rf"`((?:{FOLDERS})/[\w./-]*)`")
+    assert sorted(path for path in paths if not (PROJECT / path).exists()) == []
+
+
+def test_the_readme_is_short():
+    """Two minutes for a newcomer; the rest has pages of its own."""
+    text = without_code((PROJECT / "README.md").read_text())
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    words = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", prose).split()
+    assert 200 < len(words) <= MOST_WORDS
 
 
 def test_every_module_that_is_run_is_there():
@@ -40,12 +73,25 @@ def test_every_command_is_there():
 
 
 def test_every_target_of_make_is_there():
-    targets = set(re.findall(r"^([a-z]+):.*##", (PROJECT / "Makefile").read_text(), re.MULTILINE))
-    assert named(r"(?:^|`)make ([a-z]+)") <= targets
+    targets = set(re.findall(r"^([a-z-]+):.*##", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    assert named(r"(?:^|`)make ([a-z-]+)") <= targets
 
 
 def test_every_setting_is_there():
     assert named(r"GLIMPSE_([A-Z][A-Z_]*[A-Z])") <= {name.upper() for name in Settings.model_fields}
+
+
+def test_every_metric_is_there():
+    families = list(Metrics().registry.collect())
+    known = {sample.name for family in families for sample in family.samples} | {family.name for family in families}
+    labelled = {f"{family.name}_total" for family in families if family.type == "counter"}
+    assert named(r"`(glimpse_\w+)`") <= known | labelled
+
+
+def test_the_api_page_has_every_field_of_a_question():
+    page = (PROJECT / "docs" / "api.md").read_text()
+    section = page.partition("\n## A question\n")[2].partition("\n### ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == VqaRequest.model_fields.keys()
 
 
 def test_every_script_is_there():

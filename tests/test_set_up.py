@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 SCRIPTS = PROJECT / "scripts"
 USER_ID = 1000
@@ -52,7 +52,8 @@ def said_by(code: str, folder: Path, **variables: str) -> str:
 )
 def test_a_failure_of_apt_is_one_line_that_says_what_to_do(printed: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "printed").write_text(printed)
-    program(tmp_path, "apt-get", f'cat "{tmp_path}/printed" >&2; exit 100')
+    program(tmp_path, "apt-get", f'cat "{tmp_path}/printed" >&2')  # it may fail and yet exit with 0
+    program(tmp_path, "dpkg-query", "exit 1")
     program(tmp_path, "sudo", 'shift; exec "$@"')
     first, second = said_by(INSTALL, tmp_path).splitlines()
     assert first == "  installing redis-server with apt-get: the tests run one"
@@ -61,6 +62,7 @@ def test_a_failure_of_apt_is_one_line_that_says_what_to_do(printed: str, said: s
 
 def test_packages_are_installed_through_a_sudo_that_asks_nothing(tmp_path: Path) -> None:
     program(tmp_path, "apt-get", f'echo "$DEBIAN_FRONTEND $*" >>"{tmp_path}/done"')
+    program(tmp_path, "dpkg-query", "printf installed")
     program(tmp_path, "sudo", f'printf "%s " "$1" >>"{tmp_path}/asked"; shift; exec "$@"')
     assert said_by(INSTALL, tmp_path) == "  installing redis-server with apt-get: the tests run one\n"
     update, install = (tmp_path / "done").read_text().splitlines()

@@ -32,6 +32,7 @@ class System:
     settings: Mapping[str, str] = field(default_factory=dict)  # GLIMPSE_ settings
     # By model, those of its config.pbtxt in place of the repository's.
     parameters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    module: tuple[str, ...] = ("service",)  # what `python -m` runs as the gateway, and its arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,12 @@ SYSTEMS: Mapping[str, System] = {
         "glimpse", "everything enters Triton at once", {"VISION_SLOTS": "1000", "LLM_TOKENS": "10000000"}
     ),
     "glimpse-no-fidelity": System("glimpse", "looks as closely under strain", {"ELASTIC_FIDELITY": "false"}),
+    "glimpse-no-limit": System("glimpse", "no concurrency limit", {}, module=("benchmarks.bench.orders", "unlimited")),
     "fifo": System(
         "glimpse",
         "glimpse with one queue in order of arrival, whose head blocks those behind it; looks as closely under strain",
-        {"SCHEDULING": "fifo", "ELASTIC_FIDELITY": "false"},
+        {"ELASTIC_FIDELITY": "false"},
+        module=("benchmarks.bench.orders", "fifo"),
     ),
     "glimpse-door": System(
         "glimpse",
@@ -80,8 +83,9 @@ SYSTEMS: Mapping[str, System] = {
     "fifo-door": System(
         "glimpse",
         f"one queue in order of arrival, and as glimpse-door: {AT_THE_DOOR}",
-        {"VISION_SLOTS": "2", "SCHEDULING": "fifo", "ELASTIC_FIDELITY": "false"},
+        {"VISION_SLOTS": "2", "ELASTIC_FIDELITY": "false"},
         {"vision_encoder": {"nice": "5"}},
+        module=("benchmarks.bench.orders", "fifo"),
     ),
     "glimpse-no-reuse": System("glimpse", "every prompt is read whole", {}, {"llm": {"prefix_cache_bytes": "0"}}),
 }
@@ -95,7 +99,7 @@ def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
         case "glimpse":
             if system.parameters:
                 model = replace(model, repository=with_parameters(model.repository, folder, system.parameters))
-            starting = gateway(model, folder, system.settings)
+            starting = gateway(model, folder, system.settings, system.module)
         case "triton":
             starting = triton(model, folder)
         case "naive":
@@ -109,8 +113,10 @@ def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
 
 
 @contextmanager
-def gateway(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator[Running]:
-    """`python -m service`, with a Triton of its own unless the settings name one."""
+def gateway(
+    model: Model, folder: Path, settings: Mapping[str, str], module: Sequence[str] = ("service",)
+) -> Iterator[Running]:
+    """`python -m MODULE`, with a Triton of its own unless the settings name one."""
     http_port, *triton_ports = free_ports(4)
     told = {
         "MODEL_REPOSITORY": str(model.repository),
@@ -125,7 +131,7 @@ def gateway(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")}
     environment |= {f"GLIMPSE_{name}": value for name, value in told.items()}
-    with process([sys.executable, "-m", "service"], folder / "gateway.log", environment) as started:
+    with process([sys.executable, "-m", *module], folder / "gateway.log", environment) as started:
         wait_until(lambda: answers(http_port, "/health/ready"), started, folder / "gateway.log")
         metrics = f"http://127.0.0.1:{triton_ports[2]}/metrics"
         yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)

@@ -1,10 +1,10 @@
-"""`glimpse build`: a checkpoint to a repository that Triton serves.
+"""`glimpse build`: convert a checkpoint to a repository that Triton serves.
 
     glimpse build reference --profile embedded --out model_repository
     glimpse build Salesforce/blip2-opt-2.7b --profile tensorrt --precision fp16 --out engines --dry-run
 
-Goes on where it was stopped: what is made lies in OUT.build, and is made again only where something that it depends on
-has changed. OUT itself appears, or changes, when all of it is there.
+A stopped build continues from its last finished step. The output of steps is in OUT.build; a step runs again only if
+something that it depends on has changed. OUT itself appears or changes only when everything is finished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from build_engines.convert.source import Source, file_digest
 
 
 class Bar:
-    """Tells of each step on the terminal."""
+    """Show the progress of steps on the terminal."""
 
     def __init__(self, steps: int) -> None:
         self.bar = tqdm(total=steps, desc="build", unit="step", mininterval=0.5)
@@ -42,7 +42,7 @@ class Bar:
 
     def skipped(self, step: Step) -> None:
         self.bar.update()
-        tqdm.write(f"  {step.name:28} as it was")
+        tqdm.write(f"  {step.name:28} unchanged")
 
     def begun(self, step: Step) -> None:
         self.started = time.monotonic()
@@ -60,26 +60,28 @@ def parser() -> argparse.ArgumentParser:
         prog="glimpse build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     llm = LlmEngine()
-    found.add_argument("checkpoint", help="directory, or name on the Hugging Face hub, of a BLIP-2 or InstructBLIP")
-    found.add_argument("--profile", choices=list(PRECISIONS), default="embedded", help="what will serve it")
-    found.add_argument("--precision", choices=["fp32", "fp16", "fp8"], default="", help="[the profile's own]")
+    found.add_argument("checkpoint", help="directory or Hugging Face hub name of a BLIP-2 or InstructBLIP checkpoint")
+    found.add_argument("--profile", choices=list(PRECISIONS), default="embedded", help="how the repository is served")
+    found.add_argument("--precision", choices=["fp32", "fp16", "fp8"], default="", help="[the profile's default]")
     found.add_argument("--out", type=Path, required=True, help="repository to write")
-    found.add_argument("--dry-run", action="store_true", help="print what would be done, with its commands")
-    found.add_argument("--until", metavar="STEP", help="stop after this step, such as parity")
+    found.add_argument("--dry-run", action="store_true", help="print the steps and their commands, and do nothing")
+    found.add_argument("--until", metavar="STEP", help="stop after this step, for example parity")
     found.add_argument("--images", type=Path, help="folder of images for calibration and parity [rendered scenes]")
-    found.add_argument("--calibration-images", type=int, default=512)
-    found.add_argument("--max-batch", type=int, default=8, help="images of one run at most")
-    found.add_argument("--opt-batch", type=int, default=4, help="images of the run that plans are tuned for")
-    found.add_argument("--run-in", choices=["docker", "here"], default="docker", help="where TensorRT is")
+    found.add_argument("--calibration-images", type=int, default=512, help="number of images for FP8 calibration")
+    found.add_argument("--max-batch", type=int, default=8, help="maximum images in a batch")
+    found.add_argument("--opt-batch", type=int, default=4, help="batch size that plans are tuned for, in images")
+    found.add_argument("--run-in", choices=["docker", "here"], default="docker", help="where TensorRT is installed")
     found.add_argument("--vision-image", default=VISION_IMAGE, help="Triton's image that serves the plans")
     found.add_argument("--llm-image", default=LLM_IMAGE, help="Triton's image that serves the LLM")
-    found.add_argument("--mount", default="/models", help="where the serving container has the repository")
-    found.add_argument("--tensor-parallel", type=int, default=llm.tensor_parallel, help="GPUs of the LLM")
-    found.add_argument("--llm-max-batch", type=int, default=llm.max_batch, help="requests decoded at once")
-    found.add_argument("--llm-max-tokens", type=int, default=llm.max_tokens, help="of one request, all kinds together")
-    found.add_argument("--llm-max-visual-tokens", type=int, default=llm.max_visual_tokens, help="of one request")
-    found.add_argument("--kv-memory-fraction", type=float, default=llm.kv_memory_fraction, help="of the free memory")
-    found.add_argument("--no-kv-reuse", action="store_true", help="do not share the cache of prompts that begin alike")
+    found.add_argument("--mount", default="/models", help="path of the repository in the serving container")
+    found.add_argument("--tensor-parallel", type=int, default=llm.tensor_parallel, help="GPUs for one copy of the LLM")
+    found.add_argument("--llm-max-batch", type=int, default=llm.max_batch, help="sequences decoded at once")
+    found.add_argument("--llm-max-tokens", type=int, default=llm.max_tokens, help="tokens of a request, of all kinds")
+    found.add_argument("--llm-max-visual-tokens", type=int, default=llm.max_visual_tokens,
+                       help="visual tokens of a request")  # fmt: skip
+    found.add_argument("--kv-memory-fraction", type=float, default=llm.kv_memory_fraction,
+                       help="share of free GPU memory for the KV cache")  # fmt: skip
+    found.add_argument("--no-kv-reuse", action="store_true", help="do not share the KV cache of equal prompt prefixes")
     return found
 
 
@@ -112,13 +114,13 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def check_out(out: Path) -> None:
-    """Raises Refused where OUT holds something that is no repository: a build replaces it as a whole."""
+    """Raises Refused if OUT is not empty and not a repository, because a build replaces all of it."""
     if out.exists() and not (out / "card.json").exists() and any(out.iterdir()):
         raise Refused(f"{out} is no model repository and not empty: choose another --out")
 
 
 def code_digest() -> str:
-    """Of this project's files that the steps' outputs depend on."""
+    """Digest of this project's files that the steps' outputs depend on."""
     package = Path(__file__).parents[1]
     own = sorted(path for folder in ("build", "model") for path in (package / folder).glob("*.py"))
     files = [*own, package / "export.py", package / "repository.py"]
@@ -156,18 +158,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def line_of(step: Step, options: Options, source: Source) -> list[str]:
-    """The step's command as it is run."""
+    """The step's command line to run."""
     out = options.work / f"{step.folder}.partial"
     return resolved(step.command, options, source.directory, out, step.settings["image"])
 
 
 def until(steps: list[Step], last: str | None) -> list[Step]:
-    """All steps, or those up to the named one. Raises Refused for a name that no step has."""
+    """All steps, or those up to the named one. Raises Refused for an unknown name."""
     if last is None:
         return steps
     names = [step.name for step in steps]
     if last not in names:
-        raise Refused(f"--until {last}: the steps are {', '.join(names)}")
+        raise Refused(f"--until {last} is no step: choose one of {', '.join(names)}")
     return steps[: names.index(last) + 1]
 
 
@@ -182,7 +184,7 @@ def build(options: Options, source: Source, root: dict[str, Any], steps: list[St
         return 3
     if wanted[-1].action == "repository":
         publish(options.work / wanted[-1].folder, options.out)
-        print(f"{options.out} is ready; `glimpse verify {options.out}` checks it")
+        print(f"{options.out} is ready; check it with `glimpse verify {options.out}`")
     return 0
 
 

@@ -1,6 +1,7 @@
-"""External command lines: where their words point to, here or in the container that has the tool. Pure.
+"""Resolve the placeholders of external command lines, here or in a container. Pure.
 
-A command of a plan names folders by the words below: so it, and its step's key, are the same on every machine.
+A command in a plan names folders by the placeholders below. The command and its step's key are therefore the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CACHE_FOLDER = "timing"  # below WORK, one file an image
 def resolved(
     command: Sequence[str], options: Options, checkpoint: Path, out: Path, image: str, gpus: str = "all"
 ) -> list[str]:
-    """The command as it is run: in a container of `image`, or here."""
+    """The command line to run: in a container of `image`, or here."""
     cache = f"{CACHE_FOLDER}/{image.rsplit('/', 1)[-1].replace(':', '_')}.cache"
     if options.run_in != "docker":
         work = options.work.absolute()
@@ -39,15 +40,18 @@ def resolved(
 
 
 def _with_what_it_links_to(checkpoint: Path) -> tuple[Path, str]:
-    """What a container needs of a checkpoint, and where below that it lies: in the hub's cache a checkpoint is a folder
-    of links, `snapshots/<commit>`, into the folder `blobs` beside `snapshots`."""
+    """The folder to mount for a checkpoint, and the checkpoint's path in it.
+
+    A checkpoint in the hub's cache is a folder `snapshots/<commit>` of links into the folder `blobs` beside
+    `snapshots`.
+    """
     if checkpoint.parent.name != "snapshots":
         return checkpoint, ""
     return checkpoint.parents[1], f"/snapshots/{checkpoint.name}"
 
 
 def in_container(image: str, mounts: dict[Path, str], gpus: str = "all") -> list[str]:
-    """`docker run`, as the user who asks, so that the files are theirs; PyTorch wants a name for who runs it."""
+    """`docker run` as the calling user, who then owns the files. PyTorch needs a name for this user."""
     volumes = [word for path, place in mounts.items() for word in ("--volume", f"{path.absolute()}:{place}")]
     return ["docker", "run", "--rm", "--gpus", gpus, "--ipc", "host", "--ulimit", "memlock=-1",
             "--user", f"{os.getuid()}:{os.getgid()}", "--env", "HOME=/tmp", "--env", "USER=glimpse",
@@ -61,10 +65,11 @@ def _placed(word: str, places: dict[str, str]) -> str:
 
 
 def fp8(python: str, onnx: Path, calibration: Path, out: Path, excluded: Sequence[str]) -> list[str]:
-    """modelopt's quantiser on an FP32 graph: E4M3 Q/DQ around matrix products, everything else stays FP32.
+    """Quantise an FP32 graph by modelopt: E4M3 Q/DQ around matrix products, all else FP32.
 
-    `max` is the one method that modelopt supports for FP8. The batch norm-like rest is made FP16 afterwards, by name
-    (`precision.to_fp16`), which modelopt's own conversion, by type of operation, cannot."""
+    `max` is the only calibration method that modelopt supports for FP8. Afterwards `precision.to_fp16` converts the
+    other nodes to FP16 by name. modelopt's own conversion cannot: it chooses by type of operation.
+    """
     return [
         python, "-m", "modelopt.onnx.quantization",
         "--onnx_path", str(onnx),

@@ -1,4 +1,4 @@
-"""What a build needs of the machine, and whether it has it, before anything is begun."""
+"""Check before a build starts that the machine has enough memory and disk."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from build_engines.repository import MOST_INLINE_BYTES
 
 FIXED_BYTES = 1_500_000_000  # PyTorch, transformers and the exporter themselves
 BYTES = {"fp32": 4, "fp16": 2, "fp8": 1}  # of one weight
-CALIBRATION_BYTES = 1_000_000  # of one image: pixels, vision tokens and what lies between
+CALIBRATION_BYTES = 1_000_000  # of one image: pixels, vision tokens and intermediate values
 
 
 @dataclass(frozen=True)
 class Needs:
-    """In bytes."""
+    """Memory and disk of a build, in bytes."""
 
     disk: int
     memory: int
 
 
 def needs(options: Options, parameters: dict[str, int]) -> Needs:
-    """`parameters` by component.
+    """Estimate the build's memory and disk. `parameters` are counts by component.
 
-    Memory: the checkpoint in FP32, and beside it a graph's weights five times where they are inside the ONNX file, as
-    while it is exported, else twice, as while it is run (`python -m benchmarks.real_scale` measures exports).
-    Disk: every step keeps what it makes; the repository is made of hard links to it."""
+    Memory: the checkpoint in FP32, and the most that one graph needs. A graph's weights count five times if they are
+    inside the ONNX file (during export), else twice (during a run). `python -m benchmarks.real_scale` measures exports.
+    Disk: every step keeps its output. The repository consists of hard links to it.
+    """
     exported = parameters if options.profile != "tensorrt" else {k: n for k, n in parameters.items() if k != "llm"}
     weights = [4 * count for count in exported.values()]
     graph = max(held * (5 if held <= MOST_INLINE_BYTES else 2) for held in weights)
@@ -45,27 +46,36 @@ def needs(options: Options, parameters: dict[str, int]) -> Needs:
 
 
 def check(options: Options, source: Source, free_disk: int | None = None, free_memory: int | None = None) -> Needs:
-    """What is needed. Raises Refused where the machine has less; what the machine has is looked up where not given."""
+    """Return what the build needs. Raises Refused if the machine has less.
+
+    Free disk and memory are looked up if not given.
+    """
     wanted = needs(options, dict(source.parameters))
     disk = shutil.disk_usage(_existing(options.work)).free if free_disk is None else free_disk
     disk += sum(path.stat().st_size for path in options.work.rglob("*") if path.is_file())
     if disk < wanted.disk:
-        raise Refused(f"the build needs {gigabytes(wanted.disk)} of disk at {options.work}; {gigabytes(disk)} are free")
+        raise Refused(
+            f"the build needs {gigabytes(wanted.disk)} of disk at {options.work}; {gigabytes(disk)} are free. "
+            "Free some, or choose --out on a larger disk"
+        )
     memory = available_memory() if free_memory is None else free_memory
     if memory < wanted.memory:
-        raise Refused(f"the build needs {gigabytes(wanted.memory)} of memory; {gigabytes(memory)} are free")
+        raise Refused(
+            f"the build needs {gigabytes(wanted.memory)} of memory; {gigabytes(memory)} are free. "
+            "Use a machine with more memory"
+        )
     return wanted
 
 
 def available_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that a new process may take, by the kernel and by the container's limit."""
+    """Bytes that a new process can allocate, by the kernel and by the container's limit."""
     fields = dict(line.split(":", 1) for line in proc.read_text().splitlines())
     available = 1024 * int(fields["MemAvailable"].split()[0])
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
         held = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        used -= int(held["inactive_file"])  # of files read before: given back when wanted
+        used -= int(held["inactive_file"])  # cache of files read earlier, which the kernel frees on demand
     except (OSError, ValueError, KeyError):
         return available
     return available if limit == "max" else min(available, int(limit) - used)
@@ -76,5 +86,5 @@ def gigabytes(count: int) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The path or the nearest folder above it that is there."""
+    """The path, or the nearest existing folder above it."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

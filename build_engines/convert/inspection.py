@@ -1,4 +1,7 @@
-"""What a checkpoint is, from its small files and its weights' headers: seconds, whatever its size."""
+"""Inspect a checkpoint by its small files and its weights' headers.
+
+This takes seconds for any size.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +35,17 @@ from service.prompt import load_tokenizer, token_bytes
 Shape = tuple[int, ...]
 
 SMALL_FILES = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
-LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama"}  # model_type of text_config, by which the graphs are chosen
+LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama"}  # model_type of text_config, which selects the graph
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-NAMED_AT_MOST = 5  # tensors that a refusal names
+NAMED_AT_MOST = 5  # tensors that an error message lists
 
 
 def inspect(checkpoint: str) -> Source:
-    """A directory, or a name on the Hugging Face hub, of which the weights are fetched only once the rest fits.
+    """Inspect a directory, or a repository of the Hugging Face hub by name.
 
-    Raises Refused, with what is wrong, for a checkpoint that cannot be built."""
+    The weights are downloaded only after the other files have passed. Raises Refused with the reason for a checkpoint
+    that cannot be built.
+    """
     directory = _small_files(checkpoint)
     family = _family(directory)
     config = _config(directory)
@@ -70,11 +75,13 @@ def _small_files(checkpoint: str) -> Path:
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     if not HUB_NAME.fullmatch(checkpoint):
-        raise Refused(f"{checkpoint} is neither a directory nor a hub name such as Salesforce/blip2-opt-2.7b")
+        raise Refused(
+            f"{checkpoint} is neither a directory nor a hub name: give one, such as Salesforce/blip2-opt-2.7b"
+        )
     try:
         return Path(snapshot_download(checkpoint, allow_patterns=SMALL_FILES))
-    except Exception as exc:  # huggingface_hub raises a dozen kinds, each with a sentence that says what to do
-        raise Refused(f"{checkpoint} could not be fetched: {str(exc).splitlines()[0]}") from exc
+    except Exception as exc:  # huggingface_hub raises a dozen types, each with advice in the message
+        raise Refused(f"{checkpoint} cannot be downloaded: {str(exc).splitlines()[0]}") from exc
 
 
 def _family(directory: Path) -> str:
@@ -83,58 +90,63 @@ def _family(directory: Path) -> str:
     try:
         architectures = json.loads(path.read_text()).get("architectures") or []
     except FileNotFoundError:
-        raise Refused(f"{directory} has no config.json: a checkpoint is a directory in Hugging Face's format") from None
+        raise Refused(f"{directory} has no config.json: give a checkpoint directory in Hugging Face's format") from None
     except (OSError, ValueError, AttributeError) as exc:
-        raise Refused(f"{path} cannot be read: {exc}") from exc
+        raise Refused(f"{path} cannot be read: {exc}. Download the checkpoint again") from exc
     for name in architectures:
         if name in FAMILIES:
             return str(name)
     held = ", ".join(map(str, architectures)) or "no architecture"
-    raise Refused(f"{directory} holds {held}; what can be built is {' and '.join(FAMILIES)}")
+    raise Refused(f"{directory} holds {held}: use a checkpoint of {' or '.join(FAMILIES)}")
 
 
 def _config(directory: Path) -> PreTrainedConfig:
-    """With the defaults of what config.json leaves out."""
+    """Read config.json, with defaults for missing values."""
     try:
         return AutoConfig.from_pretrained(directory)
-    except Exception as exc:  # whatever a wrong number makes transformers raise
-        raise Refused(f"{directory}/config.json cannot be used: {exc}") from exc
+    except Exception as exc:  # wrong values make transformers raise many types
+        raise Refused(f"{directory}/config.json cannot be used: {exc}. Correct it or use another checkpoint") from exc
 
 
 def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
     vision, text = config.vision_config, config.text_config
     if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
         raise Refused(
-            f"{directory} sees {vision.image_size} pixels in patches of {vision.patch_size}; "
-            f"the service sees {IMAGE_SIZE} in {PATCH_SIZE}"
+            f"{directory} sees {vision.image_size} pixels in patches of {vision.patch_size}: "
+            f"use a checkpoint with {IMAGE_SIZE} pixels in patches of {PATCH_SIZE}"
         )
     if config.num_query_tokens != QUERIES:
-        raise Refused(f"{directory} has {config.num_query_tokens} queries; the service counts in {QUERIES}")
+        raise Refused(
+            f"{directory} has {config.num_query_tokens} queries: use a checkpoint with {QUERIES} query tokens"
+        )
     if text.model_type not in LANGUAGE_MODELS:
         raise Refused(
-            f"{directory} speaks with a language model of type {text.model_type}; what can be built is "
-            f"{' and '.join(LANGUAGE_MODELS.values())} (Vicuna is a Llama)"
+            f"{directory} has a language model of type {text.model_type}: use one with "
+            f"{' or '.join(LANGUAGE_MODELS.values())} (Vicuna is a Llama)"
         )
     if text.model_type == "opt" and not text.do_layer_norm_before:
-        raise Refused(f"{directory} speaks with an OPT that normalises after attention (OPT-350m): it has no graph")
+        raise Refused(f"{directory} has an OPT with layer norm after attention (OPT-350m): use another OPT")
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if text.model_type == "llama" and rope_type not in FIXED_ROPE:
-        raise Refused(f"{directory}: rotary positions of type {rope_type} change with the length and have no graph")
+        raise Refused(
+            f"{directory} has rotary positions of type {rope_type}, which change with the length: "
+            f"use a model with one of {', '.join(FIXED_ROPE)}"
+        )
 
 
 def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
     folders = [directory] + ([directory / "qformer_tokenizer"] if family == INSTRUCT else [])
     for folder in folders:
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
-            raise Refused(f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+            raise Refused(f"{folder} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")
     if (directory / "tokenizer.json").exists():
         tokenizer = _tokenizer(directory / "tokenizer.json")
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= vocab_size:
             raise Refused(
-                f"{directory}/tokenizer.json goes up to id {largest}, and the language model knows {vocab_size} ids: "
-                "the larger ones would be read as visual tokens"
+                f"{directory}/tokenizer.json goes up to id {largest}, but the language model has {vocab_size} ids, and "
+                "larger ones would be read as visual tokens. Use the tokenizer of this language model"
             )
 
 
@@ -143,12 +155,12 @@ def _tokenizer(path: Path) -> Tokenizer:
         tokenizer = load_tokenizer(path)
         token_bytes(tokenizer)
     except Exception as exc:  # tokenizers raises bare Exception
-        raise Refused(f"{path} cannot be used: {exc}") from exc
+        raise Refused(f"{path} cannot be used: {exc}. Replace it with the checkpoint's own file") from exc
     return tokenizer
 
 
 def _stored_shapes(directory: Path) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of every tensor that the checkpoint keeps, from the headers alone."""
+    """Name and shape of every stored tensor, from the headers alone."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -156,22 +168,22 @@ def _stored_shapes(directory: Path) -> Iterator[tuple[str, Shape]]:
         names = ["model.safetensors"]
     for name in names:
         if not (directory / name).exists():
-            raise Refused(f"{directory} has no {name}: weights are read from safetensors files")
+            raise Refused(f"{directory} has no {name}: weights must be in safetensors files")
         try:
             with safe_open(directory / name, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                     yield tensor, tuple(file.get_slice(tensor).get_shape())
         except (SafetensorError, OSError) as exc:
-            raise Refused(f"{directory / name} cannot be read, it may be cut short: {exc}") from exc
+            raise Refused(f"{directory / name} cannot be read, it may be cut short: {exc}. Download it again") from exc
 
 
 def _wanted_shapes(directory: Path, family: str, config: PreTrainedConfig) -> dict[str, Shape]:
-    """Of the model that config.json describes; of tensors that are tied, the one that is stored."""
+    """Shapes of the model that config.json describes. Of tied tensors, only the stored one is listed."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = FAMILIES[family](config)
-    except Exception as exc:  # whatever a wrong number makes transformers raise
-        raise Refused(f"{directory}/config.json describes no model: {exc}") from exc
+    except Exception as exc:  # wrong values make transformers raise many types
+        raise Refused(f"{directory}/config.json describes no model: {exc}. Correct it") from exc
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -179,10 +191,15 @@ def _wanted_shapes(directory: Path, family: str, config: PreTrainedConfig) -> di
 def _check_tensors(directory: Path, wanted: Mapping[str, Shape], kept: Mapping[str, Shape]) -> None:
     missing = sorted(wanted.keys() - kept.keys())
     if missing:
-        raise Refused(f"{directory} lacks {len(missing)} of {len(wanted)} tensors: {_few(missing)}")
+        raise Refused(
+            f"{directory} lacks {len(missing)} of {len(wanted)} tensors: {_few(missing)}. Download the checkpoint again"
+        )
     odd = [f"{name} is {list(kept[name])}, not {list(shape)}" for name, shape in wanted.items() if kept[name] != shape]
     if odd:
-        raise Refused(f"{directory}: {len(odd)} tensors do not fit config.json: {_few(odd)}")
+        raise Refused(
+            f"{directory}: {len(odd)} tensors do not fit config.json: {_few(odd)}. "
+            "Use the config.json and weights of one checkpoint"
+        )
 
 
 def _allocator(directory: Path) -> RelevanceAllocator:

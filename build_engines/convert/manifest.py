@@ -1,6 +1,6 @@
-"""`manifest.json` of a repository: what it was made from, with what, and what it is, to the byte.
+"""Write `manifest.json` of a repository: its sources, its tools, and a digest of every file.
 
-Holds no time and no path, so that the same build twice gives the same manifest.
+It holds no time and no path, so that the same build twice gives the same manifest.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from build_engines.convert.source import Source
 from build_engines.repository import Model
 
 NAME = "manifest.json"
-TOOL = "tool.json"  # of a step: what its tool said of itself and of the GPU
-KEPT, NOT_FP8 = "kept.json", "not_fp8.json"  # of a step: nodes that keep the precision before it, by name, and why
+TOOL = "tool.json"  # of a step: what its tool reports of itself and of the GPU
+KEPT, NOT_FP8 = "kept.json", "not_fp8.json"  # of a step: nodes that keep their precision, by name, with the reason
 FORMAT = 1
 
 
 def manifest(
     options: Options, source: Source, root: Mapping[str, Any], steps: Sequence[Step], work: Path, repository: Path
 ) -> dict[str, Any]:
-    """Of the files in `repository`, which are all of it but this one."""
+    """Describe the files in `repository`, which are all of its files except the manifest."""
     made = {step.name: work / step.folder for step in steps if (work / step.folder / DONE).exists()}
     card = json.loads((repository / "card.json").read_text())
     return {
@@ -60,28 +60,30 @@ def manifest(
 
 
 def _shapes(model: Model) -> dict[str, dict[str, list[Any]]]:
-    """Of inputs and outputs by name: data type, then the dimensions after the batch; -1 varies."""
+    """Inputs and outputs by name: data type, then the dimensions after the batch; -1 varies."""
     sides = {"inputs": model.inputs, "outputs": model.outputs}
     return {side: {each.name: [each.datatype, *each.dims] for each in tensors} for side, tensors in sides.items()}
 
 
 def _built_with(made: Mapping[str, Path]) -> dict[str, Any]:
-    """What the tools said of themselves: TensorRT's version, the GPU and its architecture.
+    """Versions that the tools report: TensorRT's version, the GPU and its architecture.
 
-    Raises Refused where two steps were made by different ones: one server could not load both."""
-    found: dict[str, tuple[str, str]] = {}  # by what is told: the step that told it first, and what
+    Raises Refused if two steps used different ones, because one server could not load both.
+    """
+    found: dict[str, tuple[str, str]] = {}  # by property: the first step that reports it, and its value
     for step, folder in made.items():
         for what, told in (_read(folder / TOOL) if (folder / TOOL).exists() else {}).items():
             first, before = found.setdefault(what, (step, told))
             if before != told:
                 raise Refused(
-                    f"{first} was made with {what} {before}, {step} with {told}: remove both folders from the build's"
+                    f"{first} was made with {what} {before}, {step} with {told}: remove both folders from the build "
+                    "folder and build again"
                 )
     return {what: told for what, (_, told) in found.items()}
 
 
 def _of_every(made: Mapping[str, Path], name: str) -> dict[str, Any]:
-    """What the steps told in a file of that name, by step."""
+    """Contents of the steps' files with this name, by step."""
     return {step: _read(folder / name) for step, folder in made.items() if (folder / name).exists()}
 
 

@@ -1,4 +1,4 @@
-"""What a build is asked for."""
+"""The options of a build."""
 
 from __future__ import annotations
 
@@ -12,45 +12,51 @@ WHY_NOT = {
     "tensorrt": "TensorRT-LLM's engines are FP16 or FP8, and the prompt embedding table has their type",
 }
 DEFAULT_PRECISION = {"embedded": "fp32", "onnx-gpu": "fp16", "tensorrt": "fp16"}
-LEAST_CALIBRATION_IMAGES = 500  # fewer leave FP8 ranges to chance
+LEAST_CALIBRATION_IMAGES = 500  # with fewer, FP8 ranges depend on chance
 
 VISION_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
 LLM_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"  # the last with TensorRT-LLM 1.2.1's engine flow
 
 
 class Refused(Exception):
-    """What is wrong with the checkpoint, the options or the machine; told before any work is begun."""
+    """The checkpoint, the options or the machine do not allow the build.
+
+    Raised before any work starts. The message says what is wrong.
+    """
 
 
 @dataclass(frozen=True)
 class LlmEngine:
-    """TensorRT-LLM's share of a build."""
+    """Options of the TensorRT-LLM engine."""
 
     tensor_parallel: int = 1  # GPUs that share one copy of the model
     max_batch: int = 64  # sequences decoded at once
     max_tokens: int = 1024  # of one request: visual tokens, prompt and answer
     max_visual_tokens: int = 512  # of one request, all its images together
-    kv_memory_fraction: float = 0.85  # of the GPU memory that is free once the engine is loaded
-    kv_reuse: bool = True  # of prompts that begin alike, by prompt_table_extra_ids
+    kv_memory_fraction: float = 0.85  # of the GPU memory that is free after the engine is loaded
+    kv_reuse: bool = True  # for prompts with equal prefixes, by prompt_table_extra_ids
 
 
 @dataclass(frozen=True)
 class Options:
-    """One build. Two builds with equal options of equal checkpoints end in equal repositories."""
+    """Options of one build.
+
+    Builds with equal options and equal checkpoints give equal repositories.
+    """
 
     checkpoint: str
     out: Path
     profile: str = "embedded"
-    precision: str = ""  # the profile's own where it is not said
-    images: Path | None = None  # for calibration and parity, with questions.txt; rendered scenes where there are none
+    precision: str = ""  # the profile's default if empty
+    images: Path | None = None  # for calibration and parity, with questions.txt; None: rendered scenes
     calibration_images: int = 512
-    vision_batch: int = 8  # images of one run at most
-    opt_batch: int = 4  # images of the run that a plan is tuned for
+    vision_batch: int = 8  # maximum images in a batch
+    opt_batch: int = 4  # batch size that a plan is tuned for, in images
     llm: LlmEngine = field(default_factory=LlmEngine)
     run_in: str = "docker"  # where TensorRT is: a container of the serving image, or "here"
     vision_image: str = VISION_IMAGE
     llm_image: str = LLM_IMAGE
-    mount: str = "/models"  # where the serving container has the repository
+    mount: str = "/models"  # path of the repository in the serving container
 
     @property
     def dtype(self) -> str:
@@ -59,14 +65,17 @@ class Options:
 
     @property
     def work(self) -> Path:
-        """Where the steps keep what they have made, so that the next run need not make it again."""
+        """Folder of the steps' outputs, from which the next run continues."""
         return self.out.parent / f"{self.out.name}.build"
 
 
 def checked(options: Options) -> Options:
-    """With the precision filled in. Raises Refused for what does not go together."""
+    """Return the options with the precision filled in.
+
+    Raises Refused for options that do not fit together.
+    """
     if options.profile not in PRECISIONS:
-        raise Refused(f"--profile {options.profile}: there are {', '.join(PRECISIONS)}")
+        raise Refused(f"--profile {options.profile} is unknown: choose one of {', '.join(PRECISIONS)}")
     precision = options.precision or DEFAULT_PRECISION[options.profile]
     if precision not in PRECISIONS[options.profile]:
         raise Refused(
@@ -74,9 +83,12 @@ def checked(options: Options) -> Options:
             f"{WHY_NOT[options.profile]}"
         )
     if not 1 <= options.opt_batch <= options.vision_batch:
-        raise Refused(f"--opt-batch {options.opt_batch} must lie between 1 and --max-batch {options.vision_batch}")
+        raise Refused(f"--opt-batch {options.opt_batch} must be between 1 and --max-batch {options.vision_batch}")
     if precision == "fp8" and options.calibration_images < LEAST_CALIBRATION_IMAGES:
-        raise Refused(f"FP8 wants at least {LEAST_CALIBRATION_IMAGES} calibration images")
+        raise Refused(
+            f"--calibration-images {options.calibration_images} is too few for FP8: "
+            f"use at least {LEAST_CALIBRATION_IMAGES}"
+        )
     if not 0 < options.llm.kv_memory_fraction < 1:
-        raise Refused("--kv-memory-fraction must lie between 0 and 1")
+        raise Refused(f"--kv-memory-fraction {options.llm.kv_memory_fraction} must be between 0 and 1, both exclusive")
     return Options(**{**vars(options), "precision": precision})

@@ -1,4 +1,4 @@
-"""How near two versions of a graph are, output by output, on the same feeds."""
+"""Compare two versions of a graph, output by output, on the same inputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from build_engines.export import Graph as Exported
 from triton_models.session import Array
 
 BATCH = 4
-DECODED = 4  # tokens after each prompt, as FP32 chooses them
+DECODED = 4  # tokens after each prompt, as chosen in FP32
 
 
 @dataclass(frozen=True)
 class Nearness:
-    """Of one output: cosine of the whole, the least cosine of one sample, and the greatest difference; for integers the
-    share that is equal."""
+    """Differences of one output.
+
+    Cosine of the whole output, the least cosine of one sample, and the greatest difference. For integers, the share of
+    equal values instead of the cosines.
+    """
 
     cosine: float
     least_cosine: float
@@ -32,10 +35,10 @@ class Nearness:
 
 
 def nearness(ours: Array, theirs: Array) -> Nearness:
-    """Samples first; both finite, or it is a ValueError."""
+    """Compare two outputs, samples first. Raises ValueError if a value is not finite."""
     a, b = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (ours, theirs))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("numbers that are not finite")
+        raise ValueError("an output has values that are not finite: check the graph's precision")
     if not np.issubdtype(theirs.dtype, np.floating):
         same = (a == b).mean(1)
         return Nearness(float(same.mean()), float(same.min()), float(np.abs(a - b).max()))
@@ -49,7 +52,7 @@ def _cosine(a: Array, b: Array) -> float:
 
 
 def session(graph: Path) -> onnxruntime.InferenceSession:
-    """A CPU session that takes FP8 Q/DQ as they stand, which is slow and exact."""
+    """A CPU session that computes FP8 Q/DQ exactly as written, which is slow."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -57,7 +60,7 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
 
 
 def outputs(graph: Path | onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Every output for all samples; the feeds are cast to what the graph takes."""
+    """Every output for all samples. Inputs are cast to the graph's types."""
     run = session(graph) if isinstance(graph, Path) else graph
     takes = {spec.name: _numpy_type(spec.type) for spec in run.get_inputs()}
     names = [spec.name for spec in run.get_outputs()]
@@ -67,7 +70,7 @@ def outputs(graph: Path | onnxruntime.InferenceSession, feeds: Mapping[str, Arra
 
 
 def outputs_of_module(graph: Exported, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """The same of the PyTorch module."""
+    """Every output of the PyTorch module for all samples."""
     parts = []
     for part in _batches({name: feeds[name] for name in graph.inputs}):
         with torch.inference_mode():
@@ -90,7 +93,10 @@ def _numpy_type(onnx_type: str) -> type[np.generic]:
 
 
 def logits(graph: Path, feeds: Mapping[str, Array], forced: Array | None = None) -> Array:
-    """[B, 1 + DECODED, V]: after each prompt and each of the `forced` tokens [B, DECODED], or its own likeliest."""
+    """[B, 1 + DECODED, V]: logits after each prompt and each following token.
+
+    The following tokens are `forced` [B, DECODED], or the likeliest ones.
+    """
     run = session(graph)
     rows = zip(feeds["visual_tokens"], feeds["text_ids"], feeds["text_lengths"], strict=True)
     found = []
@@ -101,7 +107,7 @@ def logits(graph: Path, feeds: Mapping[str, Array], forced: Array | None = None)
 
 
 def greedy(run: onnxruntime.InferenceSession, visual: Array, text: Array, most: int, end_id: int) -> list[int]:
-    """The answer's tokens, up to the end id, which is left out."""
+    """The answer's tokens, up to and without the end id."""
     found = []
     for row in decode(run, visual, text, most):
         token = int(row.argmax())
@@ -114,7 +120,7 @@ def greedy(run: onnxruntime.InferenceSession, visual: Array, text: Array, most: 
 def decode(
     run: onnxruntime.InferenceSession, visual: Array, text: Array, most: int, forced: Array | None = None
 ) -> Iterator[Array]:
-    """One sequence, a token at a time, as the LLM's graph sees it: `most` rows of logits [V]."""
+    """Decode one sequence token by token, as the LLM's graph does: `most` rows of logits [V]."""
     takes = {spec.name: spec for spec in run.get_inputs()}
     vocab_size = run.get_outputs()[0].shape[1]
     past = {name: np.zeros([1, spec.shape[1], 0, spec.shape[3]]) for name, spec in takes.items() if _is_past(name)}
@@ -140,7 +146,7 @@ def _is_past(name: str) -> bool:
 
 
 def residuals(graph: Path) -> list[str]:
-    """The tensors that a norm reads, in order: what each layer hands on to the next."""
+    """The tensors that a norm reads, in order: what each layer passes to the next."""
     model = onnx.load(graph, load_external_data=False)
     read = [node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"]
     ends = {value.name for value in model.graph.input} | {constant.name for constant in model.graph.initializer}
@@ -148,7 +154,7 @@ def residuals(graph: Path) -> list[str]:
 
 
 def inner(graph: Path, names: Sequence[str], feeds: Mapping[str, Array], scratch: Path) -> dict[str, Array]:
-    """Tensors from within a graph that is no larger than one file."""
+    """Inner tensors of a graph that fits in one file."""
     model = onnx.load(graph)
     known = {value.name: value for value in model.graph.value_info}
     model.graph.output.extend(known[name] for name in names)

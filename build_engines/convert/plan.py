@@ -1,17 +1,17 @@
-"""A build as a list of steps, each with a key: a digest of everything that its output depends on.
+"""List the steps of a build, each with a key.
 
-Pure: what there is to do follows from the options, the checkpoint's digests and the versions alone. A step whose key
-has not changed need not be made again.
+A key is a digest of everything that the step's output depends on. The steps follow from the options, the checkpoint's
+digests and the versions alone; nothing here has side effects. A step with an unchanged key need not run again.
 
     export NAME      checkpoint -> ONNX, FP32
-    samples          images and questions -> what each graph is given, for calibration and parity
+    samples          images and questions -> inputs of each graph, for calibration and parity
     fp8 NAME         ONNX -> ONNX with FP8 Q/DQ around most of its matrix products
-    fp16 NAME        ONNX -> ONNX that computes in FP16, with what FP16 would spoil kept in FP32
+    fp16 NAME        ONNX -> ONNX in FP16, with sensitive nodes kept in FP32
     parity           cosine and greatest difference of every graph against FP32
     plan NAME        ONNX -> TensorRT plan, inside the image that will serve it
     llm ...          checkpoint -> TensorRT-LLM engine, inside the image that will serve it
-    card             what the gateway needs to know, and the tokenizers
-    repository       all of it as Triton's model repository, with its manifest
+    card             the gateway's card and the tokenizers
+    repository       Triton's model repository with all of it, and its manifest
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from build_engines.convert.source import Source
 from build_engines.repository import graphs_of
 from service.core.vision import CROPS
 
-FORMAT = 1  # of what steps leave behind; another number makes every step anew
-FP8_GRAPHS = ("vision_encoder",)  # 97 % of the work; what the Q-Former would save is not worth what it loses
+FORMAT = 1  # of the steps' output; another number makes every step run again
+FP8_GRAPHS = ("vision_encoder",)  # 97 % of the work; an FP8 Q-Former would save too little for its loss
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to make. Its output is a folder."""
+    """One step of a build. Its output is a folder."""
 
     name: str
-    action: str  # what makes it: a key of steps.ACTIONS
+    action: str  # what runs it: a key of steps.ACTIONS
     does: str
     needs: tuple[str, ...] = ()  # names of the steps whose outputs it reads
-    settings: Mapping[str, Any] = field(default_factory=dict)  # all else that its output depends on, as JSON holds it
-    command: tuple[str, ...] = ()  # of an external tool, with {step name} for a step's folder and {out} for its own
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all other values that its output depends on, as JSON
+    command: tuple[str, ...] = ()  # of an external tool, with placeholders for folders (`commands.py`)
     key: str = ""
 
     @property
@@ -52,21 +52,25 @@ class Step:
 
 
 def folder_of(step: str) -> str:
-    """Of a step by its name, below the folder of all steps."""
+    """Name of a step's folder, below the folder of all steps."""
     return step.replace(" ", "-")
 
 
 def plan(options: Options, source: Source, root: Mapping[str, Any]) -> list[Step]:
-    """Every step in order, with its key. `root` is what all depend on: the checkpoint's digests, code and versions.
+    """List every step in order, with its key.
 
-    Raises Refused for batches that a closer view does not fit in."""
+    `root` is what all steps depend on: the checkpoint's digests, code and versions. Raises Refused if a batch is too
+    small for a closer view.
+    """
     if source.closer_view and options.vision_batch < CROPS:
-        raise Refused(f"--max-batch {options.vision_batch}: the closer view is a batch of {CROPS} crops")
+        raise Refused(
+            f"--max-batch {options.vision_batch}: the closer view is a batch of {CROPS} crops. Use at least {CROPS}"
+        )
     return keyed(list(_steps(options, source)), {"format": FORMAT, **root})
 
 
 def keyed(steps: Sequence[Step], root: Mapping[str, Any]) -> list[Step]:
-    """A step's key covers its own settings and, by their keys, all that it reads."""
+    """Compute each step's key from its own settings and the keys of the steps that it reads."""
     keys: dict[str, str] = {}
     done = []
     for step in steps:
@@ -102,7 +106,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
     yield Step(
         "samples",
         "samples",
-        f"what the graphs are given for {count} images ({images})",
+        f"inputs of the graphs for {count} images ({images})",
         needs=("card", *made.values()),
         settings={"images": images, "count": count, "graphs": dict(made)},
     )
@@ -113,7 +117,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             made[name] = f"fp8 {name}"
     if options.precision != "fp32":
         for name in graphs:
-            yield Step(f"fp16 {name}", "fp16", "FP16, with norms, softmax, texture and choices kept in FP32",
+            yield Step(f"fp16 {name}", "fp16", "FP16, with norms, softmax, texture and allocator kept in FP32",
                        needs=(made[name],), settings={"graph": name})  # fmt: skip
             made[name] = f"fp16 {name}"
     exported = tuple(f"export {name}" for name in graphs)
@@ -157,10 +161,10 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
 
 
 def told(steps: Sequence[Step], done: set[str], line: Callable[[Step], Sequence[str]]) -> str:
-    """The plan for people: one line a step, and below it the command that is run, by `line`."""
+    """The plan as text: one line a step, followed by its command, formatted by `line`."""
     lines = []
     for step in steps:
-        state = "made" if step.name in done else "to do"
+        state = "done" if step.name in done else "to do"
         lines.append(f"{state:6} {step.name:28} {step.does}")
         if step.command:
             lines.append("       $ " + shlex.join(line(step)))

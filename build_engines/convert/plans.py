@@ -1,8 +1,9 @@
-"""ONNX -> TensorRT plan: command lines only, built from the models' configurations. Pure.
+"""Command lines for converting ONNX to TensorRT plans. Pure.
 
-Strongly typed: the precision of every layer is what the ONNX file says (on TensorRT 11 there is no other way, and
-`--stronglyTyped` does nothing). A plan runs on the TensorRT that built it, to the last digit of its version, and on the
-kind of GPU that built it: so it is built in the image that serves, and its timing cache belongs to that version.
+Shapes come from the models' configurations. Plans are strongly typed: the ONNX file sets the precision of every layer.
+(TensorRT 11 has no other way, and ignores `--stronglyTyped`.) A plan runs only on the exact TensorRT version and the
+kind of GPU that built it. It is therefore built in the image that serves it, and its timing cache belongs to that
+version.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BANNER = re.compile(r"&&&& RUNNING TensorRT\.trtexec \[TensorRT v(\d+)(\d\d)(\d\
 
 
 def command(options: Options, inputs: Mapping[str, Sequence[int]], onnx: str) -> tuple[str, ...]:
-    """`inputs` by name without the batch dimension; `onnx` the folder of the step that made the graph."""
+    """`inputs` by name without the batch dimension; `onnx` is the folder of the step that made the graph."""
     build = trtexec if options.run_in == "docker" else polygraphy
     batches = (1, options.opt_batch, options.vision_batch)
     return build(f"{WORK}/{onnx}/model.onnx", f"{OUT}/model.plan", inputs, batches)
@@ -29,7 +30,7 @@ def command(options: Options, inputs: Mapping[str, Sequence[int]], onnx: str) ->
 def trtexec(
     onnx: str, plan: str, inputs: Mapping[str, Sequence[int]], batches: tuple[int, int, int]
 ) -> tuple[str, ...]:
-    """`batches` are the least, the one to tune for, and the most."""
+    """Build by trtexec. `batches` are the minimum, the one to tune for, and the maximum."""
     return (
         TRTEXEC,
         f"--onnx={onnx}",
@@ -40,7 +41,7 @@ def trtexec(
             for bound, batch in zip(("min", "opt", "max"), batches, strict=True)
         ),
         f"--timingCacheFile={CACHE}",
-        "--profilingVerbosity=detailed",  # layer names, for whoever looks for the layer that is slow or wrong
+        "--profilingVerbosity=detailed",  # layer names, for finding a slow or wrong layer
         "--skipInference",
     )
 
@@ -48,7 +49,7 @@ def trtexec(
 def polygraphy(
     onnx: str, plan: str, inputs: Mapping[str, Sequence[int]], batches: tuple[int, int, int]
 ) -> tuple[str, ...]:
-    """The same where TensorRT is a Python package of this machine."""
+    """Build by polygraphy, if TensorRT is a Python package of this machine."""
     bounds = zip(("min", "opt", "max"), batches, strict=True)
     return (
         "polygraphy",
@@ -77,23 +78,25 @@ def polygraphy(
 
 
 def load(plan: str) -> tuple[str, ...]:
-    """Loads a plan as a server does, and runs nothing."""
+    """Load a plan as a server does, without running it."""
     return (TRTEXEC, f"--loadEngine={plan}", "--skipInference")
 
 
 def version_of_plan(header: bytes) -> str:
-    """The TensorRT that built a plan, "10.14.1.48", by its first HEADER_BYTES. Raises ValueError for what is no plan.
+    """The TensorRT version that built a plan, "10.14.1.48", from its first HEADER_BYTES.
 
-    Source: `printPlanVersion` of TensorRT's samples/common/sampleEngines.cpp, behind trtexec's --getPlanVersionOnly."""
+    Raises ValueError if it is not a plan. Source: `printPlanVersion` of TensorRT's samples/common/sampleEngines.cpp,
+    behind trtexec's --getPlanVersionOnly.
+    """
     if len(header) < HEADER_BYTES or header[:4] != TAG or header[4:8] != FORMAT:
-        raise ValueError("no TensorRT plan")
+        raise ValueError("no TensorRT plan: build it again")
     return ".".join(str(number) for number in header[24:HEADER_BYTES])
 
 
 def version_of_runtime(said: str) -> str:
-    """The TensorRT that `trtexec` itself runs on, likewise, by the first line of what it said. Raises ValueError."""
+    """The TensorRT version of `trtexec` itself, from the first line of its output. Raises ValueError."""
     if not (found := BANNER.search(said)):
-        raise ValueError("trtexec did not say its version")
+        raise ValueError("trtexec did not print its version: run it by hand to see why")
     return ".".join(str(int(number)) for number in found.groups())
 
 

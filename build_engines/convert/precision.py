@@ -1,16 +1,16 @@
-"""FP16 in the ONNX file: which nodes compute in FP16, with the casts that follow from it.
+"""Convert an ONNX graph to FP16, except the nodes that need FP32.
 
-Strongly typed, as TensorRT 11 wants it: the file says the type of every tensor. A node that is kept in FP32 gets FP32
-inputs, whatever stands before it, and two neighbours that are kept exchange FP32. What is kept, and why:
+The file is strongly typed, as TensorRT 11 requires: it sets the type of every tensor. A node kept in FP32 gets FP32
+inputs, with casts if needed. Two neighbouring nodes that are kept exchange FP32. What is kept, and why:
 
-- norms and what they are made of (means, powers, roots): sums of squares overflow 65504;
+- norms and their parts (means, powers, roots): sums of squares overflow 65504;
 - softmax and the addition of its mask: the mask is -1e9, and small weights vanish below 6e-8;
 - rotary positions: their angles need more than FP16's 11 bits;
 - pixels before the patch embedding, the texture channels and the luminance entropy: differences of near numbers;
-- all of the allocator: it decides by comparing, and is a thousandth of the work;
-- whatever has a constant beyond FP16's range.
+- the whole allocator: it decides by comparing, and is a thousandth of the work;
+- every node with a constant beyond FP16's range.
 
-FP8, for the vision encoder alone, is around the matrix products that `not_fp8` does not name.
+FP8 is used only in the vision encoder, around the matrix products that `not_fp8` does not name.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ GREATEST = 65504.0  # of FP16
 NORMS = {"LayerNormalization", "RMSNormalization", "ReduceMean", "ReduceL2", "ReduceSum", "Pow", "Sqrt", "Reciprocal"}
 ANGLES = {"Cos", "Sin"}
 PRODUCTS = {"Conv", "Gemm", "MatMul"}
-LAYER = ("queries, keys and values", "projection", "up", "down")  # products of a ViT's layer that have weights
-CACHED = ("past_key_", "past_value_", "new_key_", "new_value_")  # of the LLM, a pair a layer
-SMALL_BYTES = 4096  # constants that may say a shape
+LAYER = ("queries, keys and values", "projection", "up", "down")  # products in a ViT layer that have weights
+CACHED = ("past_key_", "past_value_", "new_key_", "new_value_")  # of the LLM, one pair a layer
+SMALL_BYTES = 4096  # constants up to this size may define a shape
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A graph in FP16, and the nodes that were kept: by name, why."""
+    """A graph in FP16, and the nodes kept in FP32 with the reason, by name."""
 
     model: onnx.ModelProto
     kept: Mapping[str, str]
 
 
 def fp16_io(name: str, model: onnx.ModelProto) -> set[str]:
-    """The inputs and outputs of a graph that are FP16: keys and values have a tensor a layer."""
+    """The FP16 inputs and outputs of a graph. The LLM has keys and values for every layer."""
     told = MODELS[name].floats()
     ends = {value.name for value in (*model.graph.input, *model.graph.output)}
     return {end for end in ends if end in told or (name == "llm" and end.startswith(CACHED))}
 
 
 def to_fp16(name: str, model: onnx.ModelProto) -> Converted:
-    """Changes `model`, a graph in FP32 (with FP8 Q/DQ or without), in place."""
+    """Convert `model` in place. It is a graph in FP32, with or without FP8 Q/DQ."""
     constants_to_initializers(model)
     kept = kept_nodes(name, model)
     _Conversion(model, kept, fp16_io(name, model)).run()
@@ -91,10 +91,12 @@ def kept_nodes(name: str, model: onnx.ModelProto) -> dict[str, str]:
 
 
 def not_fp8(model: onnx.ModelProto) -> dict[str, str]:
-    """The vision encoder's matrix products that stay in FP16 in an FP8 build, by name, each with its reason.
+    """The vision encoder's matrix products that an FP8 build keeps in FP16, with reasons.
 
-    E4M3 keeps four significant bits, so each factor is off by 2.6 % (rms), and what loses most by it is left out, as
-    `python -m benchmarks.precision` measures. Raises ValueError for an encoder whose layers are no ViT's."""
+    E4M3 has four significant bits, so each factor is off by 2.6 % (rms). The products that lose the most accuracy are
+    excluded, as measured by `python -m benchmarks.precision`. Raises ValueError for an encoder whose layers are not
+    those of a ViT.
+    """
     kept, constants = kept_nodes("vision_encoder", model), {each.name: each for each in model.graph.initializer}
     products = [node for node in model.graph.node if node.op_type in PRODUCTS]
     found = {node.name: kept[node.name] for node in products if node.name in kept}
@@ -105,7 +107,10 @@ def not_fp8(model: onnx.ModelProto) -> dict[str, str]:
         widths = [tuple(constants[node.input[1]].dims) for node in layer]
         width, wide = widths[0][0], widths[-1][0]
         if widths != [(width, 3 * width), (width, width), (width, wide), (wide, width)]:
-            raise ValueError(f"layer {number} of the vision encoder multiplies by {widths}, not by {', '.join(LAYER)}")
+            raise ValueError(
+                f"layer {number} of the vision encoder multiplies by {widths}, not by {', '.join(LAYER)}: "
+                "use fp16 for this encoder"
+            )
         found[layer[0].name] = "queries, keys and values: softmax raises their errors to its power"
         if number in (0, len(layers) - 1):
             found |= {node.name: "the first and the last layer" for node in layer}
@@ -113,7 +118,7 @@ def not_fp8(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _before(tensors: Iterable[str], makers: Mapping[str, onnx.NodeProto]) -> set[str]:
-    """Names of the nodes that the tensors are computed by, all the way back."""
+    """Names of all nodes that these tensors are computed from."""
     found: set[str] = set()
     waiting = list(tensors)
     while waiting:
@@ -132,7 +137,7 @@ def _beyond(constant: TensorProto | None) -> bool:
 
 
 def constants_to_initializers(model: onnx.ModelProto) -> None:
-    """So that there is one kind of constant; and every node gets a name."""
+    """Turn Constant nodes into initializers, so that there is one kind. Name every node."""
     graph, staying = model.graph, []
     for index, node in enumerate(graph.node):
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
@@ -148,7 +153,7 @@ def constants_to_initializers(model: onnx.ModelProto) -> None:
 
 
 class _Conversion:
-    """One pass over the nodes in order: `types` says what each float tensor has become."""
+    """Convert in one pass over the nodes. `types` holds the new type of each float tensor."""
 
     def __init__(self, model: onnx.ModelProto, kept: Mapping[str, str], fp16_ends: set[str]) -> None:
         self.model, self.graph, self.kept, self.fp16_ends = model, model.graph, kept, fp16_ends
@@ -213,7 +218,7 @@ class _Conversion:
         return self.casts[name, wanted]
 
     def _ends(self) -> None:
-        """Outputs keep their names; where their type is not the contract's, a cast stands before them."""
+        """Keep the outputs' names, and cast an output if its type differs from the contract."""
         makers = {out: node for node in self.nodes for out in node.output}
         for value in self.graph.output:
             if value.name not in self.floats:
@@ -232,7 +237,7 @@ class _Conversion:
             self.types[inner], self.types[value.name] = self.types[value.name], wanted
 
     def _shape_casts(self) -> None:
-        """A copy has the shape of what it copies: inference would forget the names of its dimensions."""
+        """Give a cast's output the shape of its input: inference would lose the dimension names."""
         known = {value.name: value for value in (*self.graph.input, *self.graph.value_info, *self.graph.output)}
         for node in self.nodes:
             if node.op_type != "Cast" or (node.input[0] in known) == (node.output[0] in known):
@@ -259,7 +264,7 @@ def _cast(constant: TensorProto, name: str, wanted: int) -> TensorProto:
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:
-    """Names of all FP32 tensors, inputs, outputs and constants included."""
+    """Names of all FP32 tensors, including inputs, outputs and constants."""
     _infer_shapes(model)
     graph = model.graph
     values = (*graph.input, *graph.value_info, *graph.output)
@@ -268,12 +273,18 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
     known = {value.name for value in values}
     unknown = [out for node in graph.node for out in node.output if out and out not in known]
     if unknown:
-        raise ValueError(f"the type of {unknown[0]} is not known, nor of {len(unknown) - 1} more tensors")
+        raise ValueError(
+            f"the types of {len(unknown)} tensors cannot be inferred, for example {unknown[0]}: "
+            "export the graph with static shapes"
+        )
     return found
 
 
 def _infer_shapes(model: onnx.ModelProto) -> None:
-    """Fills in `value_info`, on a copy whose large weights are left out: ONNX cannot infer beyond 2 GB."""
+    """Fill in `value_info`, using a copy without large weights.
+
+    ONNX cannot infer shapes of models beyond 2 GB.
+    """
     light = onnx.ModelProto()
     light.CopyFrom(onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import))
     graph = model.graph

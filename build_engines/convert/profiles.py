@@ -1,9 +1,11 @@
-"""Triton's models for each profile: what differs from the CPU's repository, and their configurations. Pure.
+"""Triton's models of each profile, and their configurations. Pure.
 
-`onnx-gpu` is the CPU's repository with the CUDA provider; its vision models hand tensors on where they lie, so its
-Q-Former is the graph that plans are made of, which no runner has to index on the host. `tensorrt` has plans behind the
-same names and tensors, the two ensembles that the gateway asks, and TensorRT-LLM's own backend for the LLM; the `vqa`
-ensemble and its python steps need this project inside the server, which NVIDIA's stock images have not.
+`onnx-gpu` is the CPU's repository with the CUDA provider. Its vision models pass tensors on in GPU memory. Its Q-Former
+is therefore the static graph of the plans, which no runner has to index on the host.
+
+`tensorrt` has plans behind the same names and tensors, the ensembles that the gateway calls, and TensorRT-LLM's own
+backend for the LLM. It has no `vqa` ensemble: its Python steps need this project inside the server, and NVIDIA's stock
+images do not contain it.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from build_engines.repository import (
 from service.core.tensors import Tensor
 
 ENSEMBLES = ("see", "attend", "attend_448")
-MOST_QUEUED = 64  # requests that wait for a plan; more are refused
-QUEUE_DELAY_US = 500  # that a batch waits for one more image: a hundredth of what an encode takes
+MOST_QUEUED = 64  # requests waiting for a plan; further ones are refused
+QUEUE_DELAY_US = 500  # a batch waits this long for another image: a hundredth of an encode's time
 PROVIDER = Parameter("provider", "cuda", "where ONNX Runtime computes")
 BOUND = (
     Parameter("io_binding", "yes", "tensors stay on the GPU from model to model"),
     Parameter("FORCE_CPU_ONLY_INPUT_TENSORS", "no", "and Triton leaves them there"),
 )
-# On one GPU: of an LLM on each, a request's stop would reach any; and tensors need not go from GPU to GPU.
+# One GPU only: with an LLM on each GPU, a request's stop could reach any of them, and tensors would cross GPUs.
 ON_GPU = "kind: KIND_GPU, gpus: [ 0 ]"
-UNSET = "${%s}"  # what the backend takes as not set; it wants the parameter all the same
+UNSET = "${%s}"  # the backend treats this as not set, but requires the parameter
 
 
 def dimensions(options: Options, source: Source) -> Dimensions:
@@ -63,7 +65,10 @@ def served(options: Options, source: Source) -> list[Model]:
 
 
 def on_gpu(model: Model) -> Model:
-    """A model of the CPU's repository by the CUDA provider. The LLM's keys and values stay in the host's memory."""
+    """Run a model of the CPU's repository with the CUDA provider.
+
+    The LLM's keys and values stay in the host's memory.
+    """
     if model.name == "llm":
         return replace(model, parameters=(PROVIDER, *model.parameters))
     return replace(model, runner="onnx_model", parameters=(PROVIDER, *BOUND, *model.parameters))
@@ -85,10 +90,12 @@ def configuration(options: Options, source: Source, model: Model) -> str:
 
 
 def plan_config(options: Options, model: Model) -> str:
-    """One plan in Triton's `tensorrt` backend.
+    """Configuration of one plan in Triton's `tensorrt` backend.
 
-    Batches gather for at most QUEUE_DELAY_US; each of the common sizes has its CUDA graph, recorded at the warm-up, so
-    that no request pays for it. Answers are not kept: the gateway keeps features itself, for as long as it is told."""
+    A batch waits at most QUEUE_DELAY_US for more images. Each common batch size has a CUDA graph, recorded at warm-up,
+    so that no request pays for it. Triton caches no responses: the gateway caches features itself, for a configured
+    time.
+    """
     sizes = sorted({1, 2, options.opt_batch, options.vision_batch} & set(range(1, options.vision_batch + 1)))
     inputs = "\n".join(f'          input {{ key: "{t.name}", value {{ dim: [ {_dims(t)} ] }} }}' for t in model.inputs)
     specs = ",\n".join(f"        {{\n          batch_size: {size}\n{inputs}\n        }}" for size in sizes)
@@ -123,7 +130,10 @@ def plan_config(options: Options, model: Model) -> str:
 
 
 def llm_config(options: Options, source: Source, model: Model) -> str:
-    """TensorRT-LLM's backend, with those of its tensors that the contract has: names, types and shapes are its own."""
+    """Configuration of TensorRT-LLM's backend, with the contract's subset of its tensors.
+
+    Names, types and shapes are the backend's own.
+    """
     llm = options.llm
     parameters = {
         "gpt_model_type": "inflight_fused_batching",
@@ -139,7 +149,7 @@ def llm_config(options: Options, source: Source, model: Model) -> str:
         "decoding_mode": "top_k_top_p",
         "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
         **{name: UNSET % name for name in ("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend")},
-        # Of the engine, for the gateway and `glimpse verify`; the backend does not read them.
+        # Properties of the engine, for the gateway and `glimpse verify`. The backend does not read them.
         "max_rows": str(llm.max_batch),
         "engine_max_tokens": str(longest(options, source)),
     }
@@ -169,7 +179,10 @@ def llm_config(options: Options, source: Source, model: Model) -> str:
 
 
 def _backend_lines(inputs: tuple[Tensor, ...]) -> str:
-    """As `tensor_lines`; the backend wants numbers without a dimension, and lists of different lengths in one batch."""
+    """As `tensor_lines`, with the backend's own conventions.
+
+    Numbers have no dimension. Lists of different lengths may share a batch.
+    """
     lines = []
     for tensor in inputs:
         end = " }"

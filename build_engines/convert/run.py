@@ -1,9 +1,9 @@
-"""Makes the steps of a plan, each in a folder of its own that appears complete or not at all.
+"""Run the steps of a plan. A step's folder appears complete or not at all.
 
-    WORK/<step>/          what the step made, and done.json: its key and the digest of every file
-    WORK/<step>.partial/  what a step that was killed has left: thrown away
+    WORK/<step>/          the step's output, and done.json: its key and the digest of every file
+    WORK/<step>.partial/  left by a killed step, and removed
 
-A step is skipped where its folder has its key and every file is still what it was.
+A step is skipped if its folder has its key and every file is unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Make = Callable[[Step, Path], None]  # writes a step's output into the folder
 
 
 class Watcher(Protocol):
-    """Told of each step as it goes; `made` comes when its files are written and its folder has not its name yet."""
+    """Receives the progress of each step.
+
+    `made` comes after the step's files are written and before its folder is renamed.
+    """
 
     def skipped(self, step: Step) -> None: ...
     def begun(self, step: Step) -> None: ...
@@ -33,7 +36,7 @@ class Watcher(Protocol):
 
 
 def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher) -> None:
-    """Makes what is not made. An error of a step passes on; what was made before it stays for the next run."""
+    """Run the steps that are not done. A step's error propagates; earlier steps stay done for the next run."""
     work.mkdir(parents=True, exist_ok=True)
     for step in steps:
         if is_done(work, step):
@@ -55,7 +58,7 @@ def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher) -> None
 
 
 def is_done(work: Path, step: Step) -> bool:
-    """Whether the step's output is there, of this key and untouched."""
+    """Whether the step's output exists with this key and is unchanged."""
     try:
         done = json.loads((work / step.folder / DONE).read_text())
         return bool(done["key"] == step.key and done["outputs"] == digests(work / step.folder))
@@ -64,15 +67,16 @@ def is_done(work: Path, step: Step) -> bool:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """blake3 of every file below the folder but done.json, by its path there."""
+    """blake3 of every file below the folder except done.json, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DONE)
     return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Puts a step's output in the place of `out`, which is at every moment whole: the old one or the new one.
+    """Replace `out` by a step's output. At every moment `out` is whole: old or new.
 
-    Between two renames a kill can leave `out` away and whole beside it: `recover` mends that."""
+    A kill between two renames can leave `out` missing, with a whole copy beside it. `recover` repairs that.
+    """
     recover(out)
     fresh, old = _beside(out, "new"), _beside(out, "old")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -84,7 +88,7 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def recover(out: Path) -> None:
-    """Ends what a killed `publish` had begun."""
+    """Finish a `publish` that was killed."""
     old = _beside(out, "old")
     if old.exists() and not out.exists():
         old.rename(out)
@@ -96,7 +100,7 @@ def _beside(out: Path, what: str) -> Path:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for large files, where the file system has them; a copy of small ones, which people edit."""
+    """Hard-link large files if the file system can; copy small ones, which people edit."""
     if os.path.getsize(source) >= 10_000_000:
         try:
             os.link(source, target)

@@ -1,4 +1,7 @@
-"""What the graphs are given for calibration and parity: images and questions through the FP32 chain."""
+"""Make inputs of the graphs for calibration and parity, from images and questions.
+
+The images and questions run through the FP32 graphs.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from service.media.decoder import Decoded, ImageLimits, decode
 from service.prompt import PromptBuilder
 from triton_models.session import Array, Graph
 
-SEED = 907  # of no other scenes
-PARITY = 16  # samples of which every graph's feeds are kept
+SEED = 907  # used for no other scenes
+PARITY = 16  # samples for which the inputs of every graph are kept
 BATCH = 4
 PLAIN_QUESTIONS = ("what is in the picture?", "what colour is it?", "how many are there?", "where is it?")
 VISION_BUDGETS = ((64, 64), (64, 112), (64, 160), (64, 256), (256, 256))
@@ -31,14 +34,18 @@ Sample = tuple[np.ndarray, str]  # RGB uint8 [3, 224, 224] and a question
 
 
 def samples(images: Path | None, count: int) -> list[Sample]:
-    """`count` of them: the folder's images with questions.txt (one a line) or plain ones; rendered scenes without one.
+    """Return `count` samples from the folder's images, or rendered scenes without a folder.
 
-    Raises Refused where the folder has too few images."""
+    Questions come from the folder's questions.txt (one a line), else from PLAIN_QUESTIONS. Raises Refused if the folder
+    has too few images.
+    """
     if images is None:
         return list(islice(_rendered(), count))
     paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < count:
-        raise Refused(f"{images} has {len(paths)} images; {count} are wanted")
+        raise Refused(
+            f"{images} has {len(paths)} images, fewer than {count}: add images or use another --images folder"
+        )
     asked = images / "questions.txt"
     questions = asked.read_text().splitlines() if asked.exists() else PLAIN_QUESTIONS
     return [
@@ -59,7 +66,10 @@ def _rendered() -> Iterator[Sample]:
 
 
 def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBuilder) -> dict[str, dict[str, Array]]:
-    """By graph and input name, all samples: of the FP32 graphs' own outputs. `llm` gets visual tokens and text ids."""
+    """Inputs of all samples, by graph and input name, from the outputs of the FP32 graphs.
+
+    `llm` gets visual tokens and text ids.
+    """
     opened = {name: Graph(path) for name, path in graphs.items() if name != "llm"}
     encoder, allocator, qformer = (opened[name] for name in ("vision_encoder", "relevance_allocator", "qformer"))
     found: dict[str, dict[str, list[Array]]] = {}
@@ -96,12 +106,12 @@ def _run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _fitting(graph: Graph, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Those that the graph reads."""
+    """The arrays that the graph reads."""
     return {name: arrays[name] for name in graph.inputs}
 
 
 def _closer(encoder: Graph, image: Array) -> Array:
-    """Of images [B, 3, 224, 224], doubled, the four crops' patches on one grid: [B, 1024, D]."""
+    """Images [B, 3, 224, 224], doubled in size, to the patches of four crops on one grid: [B, 1024, D]."""
     rows = []
     for pixels in image:
         doubled = pixels.repeat(2, axis=1).repeat(2, axis=2)

@@ -1,4 +1,4 @@
-"""What a build knows of its checkpoint before it reads the weights."""
+"""What a build knows about its checkpoint before it reads the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INSTRUCT = "InstructBlipForConditionalGeneration"
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint, looked at and found to fit; its weights are not in memory."""
+    """One checkpoint that was inspected and can be built. Its weights are not in memory."""
 
     directory: Path
     name: str
@@ -24,7 +24,7 @@ class Source:
     vocab_size: int  # V: visual ids start here
     max_positions: int
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
-    closer_view: bool = False  # whether its allocator can look closer
+    closer_view: bool = False  # whether its allocator has a closer view
     files: tuple[Path, ...] = ()  # everything that a build reads
 
     @property

@@ -1,7 +1,8 @@
-"""The vision graphs of GPUs, for plans and for ONNX Runtime: the contract's tensors, every size but the batch fixed.
+"""Vision graphs for GPUs, with every size fixed except the batch.
 
-What the CPU's Python runner does around the Q-Former's graph (running only the groups that are asked for) is inside the
-graph here: a plan has no runner, and tensors on a GPU cannot be indexed by one.
+TensorRT plans and ONNX Runtime use these graphs, with the contract's tensors. On a CPU, the Python runner around the
+Q-Former's graph runs only the requested groups. Here the graph itself does this: a plan has no runner, and a runner
+cannot index tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ QUERIES = 32
 
 
 class StaticQFormer(nn.Module):
-    """vision_tokens [B, 401, D], vision_mask int32 [B, 401], query_groups int32 [B, 1], question_ids and question_mask
+    """Run all groups of the Q-Former in one graph.
+
+    vision_tokens [B, 401, D], vision_mask int32 [B, 401], query_groups int32 [B, 1], question_ids and question_mask
     int32 [B, 32] -> visual_tokens [B, 128, H], rows past the count 0, and visual_count int32 [B, 1].
 
-    `groups` is the most that a request may ask for; each is a row of the Q-Former's own batch."""
+    `groups` is the most that a request may ask for. Each group is a separate batch of the Q-Former.
+    """
 
     def __init__(self, qformer: nn.Module, groups: int, reads_question: bool) -> None:
         super().__init__()
@@ -50,8 +54,11 @@ class StaticQFormer(nn.Module):
 
 
 class PaddedTokens(nn.Module):
-    """An allocator whose vision tokens and mask, its first two outputs, are padded to [B, 401, D] and [B, 401]: the
-    Q-Former's graph reads as many rows from either allocator."""
+    """Pad an allocator's first two outputs to [B, 401, D] and [B, 401].
+
+    They are the vision tokens and their mask. The Q-Former's graph then reads the same number of rows from either
+    allocator.
+    """
 
     def __init__(self, allocator: nn.Module) -> None:
         super().__init__()
@@ -67,7 +74,7 @@ class PaddedTokens(nn.Module):
 
 
 class ReadsQuestion(nn.Module):
-    """An allocator without trained weights, which does not look at the question: it looks, and changes nothing."""
+    """Let an untrained allocator read its question inputs without an effect."""
 
     def __init__(self, allocator: nn.Module, groups_output: int, names: list[str]) -> None:
         super().__init__()
@@ -82,12 +89,15 @@ class ReadsQuestion(nn.Module):
 
 
 def unread(question_ids: Tensor, question_mask: Tensor) -> Tensor:
-    """int32 [B, 1], always 0, and computed from both: TensorRT drops, and Triton refuses, what nothing reads."""
+    """int32 [B, 1], always 0, computed from both inputs.
+
+    TensorRT drops inputs that nothing reads, and Triton then refuses the model.
+    """
     return ((question_ids + question_mask).amax(1, keepdim=True) < 0).int()
 
 
 def static_graphs(checkpoint: Checkpoint, groups: int) -> list[Graph]:
-    """The vision models of `graphs`, as GPUs run them."""
+    """The vision models of `graphs`, in the form that GPUs run."""
     found = []
     for graph in graphs(checkpoint):
         if graph.name == "llm":

@@ -1,4 +1,4 @@
-"""What makes each step of a plan: PyTorch, ONNX, and external tools."""
+"""Run each step of a plan with PyTorch, ONNX and external tools."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ PROJECT = Path(__file__).parents[2]
 
 
 class ToolMissing(Exception):
-    """What this machine lacks for a step, and what to do."""
+    """A tool is missing on this machine. The message says what to do."""
 
 
 def versions() -> dict[str, str]:
-    """Of what the steps are made with here."""
+    """Versions of the packages that the steps use here."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python} | {name: metadata.version(name) for name in VERSIONED}
 
 
 class Maker:
-    """Makes steps; the checkpoint is read when the first of them needs it."""
+    """Runs steps. The checkpoint is read when the first step needs it."""
 
     def __init__(self, options: Options, source: Source, root: Mapping[str, Any], steps: Sequence[Step]) -> None:
         self.options, self.source, self.root, self.steps = options, source, root, steps
@@ -83,7 +83,7 @@ class Maker:
             told = card(self.checkpoint)
         except ValueError as exc:
             raise Refused(str(exc)) from exc
-        unnamed = told.name == self.source.directory.name  # a hub's snapshot is a folder with a digest for a name
+        unnamed = told.name == self.source.directory.name  # a hub snapshot's folder is named by a digest
         told = dataclasses.replace(
             told,
             name=self.source.name if unnamed else told.name,
@@ -98,7 +98,10 @@ class Maker:
                 shutil.copyfile(path, out / name)
 
     def _of_precision(self, fingerprint: str) -> str:
-        """Features of another precision are other features: a cache must not take one for the other."""
+        """Make the fingerprint depend on the precision.
+
+        Features of different precisions differ, and a cache must not mix them.
+        """
         if self.options.precision == "fp32":
             return fingerprint
         return blake3(f"{fingerprint} {self.options.precision}".encode()).hexdigest()[:16]
@@ -124,7 +127,8 @@ class Maker:
         python = modelopt_python()
         if not Path(python).exists():
             raise ToolMissing(
-                f"FP8 needs modelopt in an environment of its own: python3 scripts/set_up_modelopt.py makes {python}"
+                "FP8 needs modelopt in its own environment: run python3 scripts/set_up_modelopt.py, "
+                f"which makes {python}"
             )
         self._run(
             commands.fp8(python, source, self.folder("samples") / f"{name}.npz", out / MODEL, list(excluded)), out
@@ -154,7 +158,7 @@ class Maker:
             ours = parity.outputs(graph, feeds)
             theirs = parity.outputs_of_module(self.graphs(settings["static"])[name], feeds)
         elif name == "llm":
-            # Against PyTorch the decoder is compared by the tests; here a graph is compared with its FP32 self.
+            # The tests compare the decoder with PyTorch. Here a graph is compared with its FP32 version.
             reference = parity.logits(self.folder("export llm") / MODEL, feeds)
             ours, theirs = {"logits": parity.logits(graph, feeds, reference.argmax(2))}, {"logits": reference}
         else:
@@ -187,19 +191,20 @@ class Maker:
         if shutil.which(line[0]) is None:
             where = "on a machine with an NVIDIA GPU and its container toolkit" if not here else f"inside {image}"
             raise ToolMissing(
-                f"{step.name} needs {line[0]}: run the same command again {where}; what is made stays made"
+                f"{step.name} needs {line[0]}: run the same command again {where}; finished steps are kept"
             )
         return self._run(line, out)
 
     def _run(self, line: Sequence[str], out: Path) -> str:
-        """What the tool said. Raises ToolFailed with its last lines where it fails."""
+        """Run a tool and return its output. Raises ToolFailed with the last lines if it fails."""
         log = self.options.work / f"{out.name.removesuffix('.partial')}.log"
         with log.open("w") as said:
             done = subprocess.run(line, stdout=said, stderr=subprocess.STDOUT, check=False)
         text = log.read_text(errors="replace")
         if done.returncode:
             raise ToolFailed(
-                f"{line[0]} ended with {done.returncode}; the whole log is {log}\n" + "\n".join(text.splitlines()[-8:])
+                f"{line[0]} failed with exit code {done.returncode}. See the whole log in {log}\n"
+                + "\n".join(text.splitlines()[-8:])
             )
         return text
 
@@ -228,16 +233,16 @@ class Maker:
 
 
 def modelopt_python() -> str:
-    """Where `scripts/set_up_modelopt.py` puts it, or the environment says it is."""
+    """The interpreter from `scripts/set_up_modelopt.py`, or from GLIMPSE_MODELOPT_PYTHON."""
     return os.environ.get("GLIMPSE_MODELOPT_PYTHON", str(PROJECT / ".venv-modelopt" / "bin" / "python"))
 
 
 class ToolFailed(Exception):
-    """An external tool's own words."""
+    """An external tool failed. The message has its last lines."""
 
 
 def save(model: onnx.ModelProto, path: Path, name: str) -> None:
-    """One file, or with the weights beside it where they are too many for one."""
+    """Save one file, with the weights in a second file if they are too large for one."""
     if sum(len(constant.raw_data) for constant in model.graph.initializer) <= MOST_INLINE_BYTES:
         path.write_bytes(model.SerializeToString(deterministic=True))
     else:
@@ -245,7 +250,7 @@ def save(model: onnx.ModelProto, path: Path, name: str) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for the same bytes; a copy where the file system has none."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -257,7 +262,7 @@ COMPUTE_CAPABILITY = re.compile(r"Compute Capability: ([\d.]+)")
 
 
 def gpu_of(said: str) -> dict[str, str]:
-    """What `trtexec` says of the GPU."""
+    """What `trtexec` reports about the GPU."""
     found = {"gpu": GPU_NAME, "compute_capability": COMPUTE_CAPABILITY}
     return {name: match.group(1).strip() for name, pattern in found.items() if (match := pattern.search(said))}
 

@@ -1,4 +1,4 @@
-"""What TensorRT 10 and 11 build, so that a graph that breaks a rule is found without TensorRT. Pure.
+"""Check a graph against the rules of TensorRT 10 and 11, without TensorRT. Pure.
 
 Sources: onnx-tensorrt's docs/operators.md; TensorRT's DataType reference for UINT8, which only a cast may read.
 """
@@ -20,7 +20,7 @@ SHAPES = {"Cast", "Concat", "Constant", "Expand", "Gather", "GatherElements", "G
           "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}  # fmt: skip
 FP8 = {"DequantizeLinear", "QuantizeLinear"}
 ALLOWED_OPS = ARITHMETIC | CHOICE | PRODUCTS | REDUCTIONS | SHAPES | FP8
-# Inputs, by place, that the parser wants as constants.
+# Inputs, by index, that the parser requires as constants.
 CONSTANT_INPUTS = {
     "ReduceL2": [1], "ReduceMax": [1], "ReduceMean": [1], "ReduceMin": [1], "ReduceSum": [1], "CumSum": [1],
     "TopK": [1], "Slice": [3], "Squeeze": [1], "Unsqueeze": [1], "Conv": [1], "Pad": [1], "Split": [1],
@@ -40,7 +40,7 @@ NOT_BOOL = {"Add", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", 
             "ReduceSum", "Sub"}  # fmt: skip
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
 TYPES = {*FLOATS, TensorProto.FLOAT8E4M3FN, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
-MOST_RANKED = 3840  # TopK's k stays below
+MOST_RANKED = 3840  # limit of TopK's k (exclusive)
 
 MAY_VARY = {
     "vision_encoder": {"batch"},
@@ -51,7 +51,7 @@ MAY_VARY = {
 
 
 def faults(model: onnx.ModelProto, may_vary: set[str]) -> list[str]:
-    """What TensorRT would not build, or would build with a shape that varies; one line each."""
+    """Find what TensorRT would not build, or would build with varying shapes; one line each."""
     graph = model.graph
     values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
     types = {name: tensor.elem_type for name, tensor in values.items()}

@@ -1,7 +1,7 @@
-"""Checkpoint -> TensorRT-LLM 1.2.1 engine: the steps' command lines. Pure.
+"""Command lines for converting a checkpoint to a TensorRT-LLM 1.2.1 engine. Pure.
 
-1.2.1 is the last version with this flow (`convert_checkpoint.py`, `trtllm-build`, the C++ backend of Triton that takes
-a prompt embedding table). The scripts lie in the image of `options.LLM_IMAGE`.
+1.2.1 is the last version with this flow: `convert_checkpoint.py`, `trtllm-build`, and the C++ backend of Triton that
+takes a prompt embedding table. The scripts are in the image `options.LLM_IMAGE`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ class Command(NamedTuple):
 
 
 def commands(options: Options, source: Source) -> Iterator[Command]:
-    """What is run in the image, in order; `llm plain` of a Vicuna is made before, in this process."""
+    """Yield the commands that run in the image, in order.
+
+    For a Vicuna, `llm plain` runs earlier, in this process.
+    """
     yield opt_checkpoint(options) if source.language == "opt" else llama_checkpoint(options)
     yield engine(options, source)
 
 
 def opt_checkpoint(options: Options) -> Command:
-    """OPT out of BLIP-2: FP16 whatever the vision side is, as TensorRT-LLM has no FP8 for it."""
+    """Convert the OPT of a BLIP-2, in FP16 for every vision precision: TensorRT-LLM has no FP8 OPT."""
     return Command(
         CONVERT,
         "OPT to TensorRT-LLM's checkpoint, FP16",
@@ -48,7 +51,7 @@ def opt_checkpoint(options: Options) -> Command:
 
 
 def llama_checkpoint(options: Options) -> Command:
-    """Vicuna, from the plain Llama directory that `llm plain` saved out of InstructBLIP."""
+    """Convert a Vicuna from the plain Llama directory that `llm plain` saved from an InstructBLIP."""
     model = ("--model_dir", f"{WORK}/{PLAIN.replace(' ', '-')}", "--dtype", "float16",
              "--tp_size", str(options.llm.tensor_parallel), "--output_dir", OUT)  # fmt: skip
     if options.precision == "fp8":
@@ -60,7 +63,7 @@ def llama_checkpoint(options: Options) -> Command:
 
 
 def engine(options: Options, source: Source) -> Command:
-    """The sizes are those of the engine: a longer request is refused by the server."""
+    """Build the engine with these sizes. The server refuses a longer request."""
     llm = options.llm
     fp8 = source.language == "llama" and options.precision == "fp8"
     return Command(
@@ -85,22 +88,25 @@ def engine(options: Options, source: Source) -> Command:
 
 
 def longest(options: Options, source: Source) -> int:
-    """Tokens of a request, visual and generated ones included: no more than the model has positions for."""
+    """Tokens of a request, visual and generated ones included, within the model's positions."""
     return min(options.llm.max_tokens, source.max_positions)
 
 
 def cache_bytes_per_token(layers: int, kv_heads: int, head_dim: int, kv_bytes: int) -> int:
-    """Of keys and values together."""
+    """Bytes of keys and values together, for one token."""
     return 2 * layers * kv_heads * head_dim * kv_bytes
 
 
 class WrongEngine(Exception):
-    """The engine is not the one that was asked for."""
+    """The built engine differs from the options."""
 
 
 def check_engine(engine: Mapping[str, Any], options: Options, source: Source) -> None:
-    """`engine` is its config.json. Virtual ids start at the engine's own vocabulary size, which padding for tensor
-    parallelism would change: then a visual token would be read as a word. Raises WrongEngine."""
+    """Compare the engine's config.json with the options. Raises WrongEngine.
+
+    Virtual ids start at the engine's own vocabulary size. Padding for tensor parallelism would change that size, and a
+    visual token would then be read as a word.
+    """
     pretrained, build = engine["pretrained_config"], engine["build_config"]
     found = {
         "vocab_size": pretrained["vocab_size"],
@@ -115,4 +121,4 @@ def check_engine(engine: Mapping[str, Any], options: Options, source: Source) ->
         "max_batch_size": options.llm.max_batch,
     }
     if found != wanted:
-        raise WrongEngine(f"the engine has {found}; asked for was {wanted}")
+        raise WrongEngine(f"the engine has {found}, not {wanted}: build it again with these sizes")

@@ -1,11 +1,11 @@
-"""Accuracy of the served chain on the committed scenes: gateway, Triton, every model, as a user meets them.
+"""Measure the served accuracy on the committed scenes: gateway, Triton and every model.
 
     glimpse eval                          # asks the server at http://127.0.0.1:8080
-    glimpse eval --vision-tokens 64 112   # how well it answers when it may look less closely
-    glimpse eval --detail auto            # or may look closer where the question needs it
+    glimpse eval --vision-tokens 64 112   # accuracy with a smaller budget
+    glimpse eval --detail auto            # may use the closer view if the question needs it
 
-Exact match after stripping and lower-casing, by question type and split, with the number of questions and the 95 %
-Wilson score interval (Wilson 1927).
+An answer is right if it matches exactly after stripping and lower-casing. Results are by question type and split, with
+the number of questions and the 95 % Wilson score interval (Wilson 1927).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import httpx
 
 SCENES = Path(__file__).parent / "scenes"
 Z_95 = 1.959964  # standard normal quantile of 0.975
-NOT_IN_TOTAL = "describe"  # many words an answer: reported apart
+NOT_IN_TOTAL = "describe"  # answers of many words are reported separately
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the service said to one question."""
+    """The service's answer to one question."""
 
     row: Row
     answer: str
@@ -51,14 +51,14 @@ class Outcome:
 
 
 def rows(scenes: Path, split: str | None = None) -> list[Row]:
-    """Every question of questions.jsonl, of one split where it is named."""
+    """Every question of questions.jsonl, or of one split."""
     lines = (scenes / "questions.jsonl").read_text().splitlines()
     found = [Row(**json.loads(line)) for line in lines]
     return [row for row in found if split in (None, row.split)]
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion."""
+    """The 95 % Wilson interval of a proportion."""
     share, square = right / of, Z_95**2
     centre = (share + square / (2 * of)) / (1 + square / of)
     half = Z_95 * math.sqrt(share * (1 - share) / of + square / (4 * of * of)) / (1 + square / of)
@@ -68,8 +68,10 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 def ask_all(
     client: httpx.Client, scenes: Path, questions: Iterable[Row], fields: Mapping[str, object], clients: int
 ) -> Iterator[Outcome]:
-    """Asks every question with these fields besides, `clients` at a time, in order. Raises httpx.HTTPError on the first
-    failed request."""
+    """Ask every question with these extra fields, `clients` at a time; yield in order.
+
+    Raises httpx.HTTPError on the first failed request.
+    """
 
     def ask(row: Row) -> Outcome:
         body = dict(fields) | {
@@ -87,7 +89,7 @@ def ask_all(
 
 
 def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, float]]]:
-    """By split and type (and `all`): n, accuracy, its interval, mean vision tokens."""
+    """n, accuracy, its interval and mean vision tokens, by split and type (and `all`)."""
     groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         row = outcome.row
@@ -109,7 +111,7 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
 
 
 def as_markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The summary as the README shows it."""
+    """The summary as a Markdown table, as in the README."""
     lines = ["| split | type | n | accuracy | 95 % interval | vision tokens |", "|---|---|---|---|---|---|"]
     for split, kinds in sorted(table.items(), reverse=True):
         for kind, row in sorted(kinds.items(), key=lambda item: (item[0] == "all", item[0])):
@@ -129,7 +131,10 @@ def evaluate(
     clients: int = 4,
     out: Path | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Asks, prints the table, writes it as JSON where `out` is given. Raises httpx.HTTPError when the server fails."""
+    """Ask the questions, print the table, and write it as JSON to `out` if given.
+
+    Raises httpx.HTTPError if the server fails.
+    """
     asked = {"budget": budget, "detail": detail}
     fields = {name: value for name, value in asked.items() if value}
     with httpx.Client(base_url=url, timeout=60.0) as client:

@@ -1,7 +1,7 @@
-"""95 % intervals: of a share (Wilson), and of means and differences over scenes (bootstrap).
+"""95 % intervals of shares (Wilson), and of means and differences over scenes (bootstrap).
 
-Questions about one scene are not independent, so the bootstrap draws scenes (Davison and Hinkley 1997, section
-3.8). A difference between arms is the mean of its questions' differences, so that what both arms share cancels out.
+Questions about one scene are not independent, so the bootstrap draws scenes (Davison and Hinkley 1997, section 3.8). A
+difference between arms is the mean of the differences per question. Effects that both arms share therefore cancel out.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Figure:
 
 
 def share(right: npt.NDArray[np.bool_]) -> Figure | None:
-    """Of the questions [n] that were answered rightly; None where there are none."""
+    """Share of right answers among questions [n]; None for no questions."""
     if not len(right):
         return None
     return Figure(float(right.mean()), *wilson(int(right.sum()), len(right)))
 
 
 def mean(values: npt.ArrayLike, scene: npt.NDArray[np.int64]) -> Figure | None:
-    """Of values [n], or of differences, each of a question about the scene [n]; None where there are none."""
+    """Mean of values or differences [n], each for a question about scene [n]; None for no values."""
     numbers = np.asarray(values, np.float64)
     if not len(numbers):
         return None
@@ -50,7 +50,10 @@ def mean(values: npt.ArrayLike, scene: npt.NDArray[np.int64]) -> Figure | None:
 def difference_of_groups(
     values: npt.ArrayLike, ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_], scene: npt.NDArray[np.int64]
 ) -> Figure | None:
-    """Mean of the values [n] in one group of questions less that in another, over the same draws of scenes."""
+    """Mean of the values [n] in one group of questions minus that in another.
+
+    Both groups use the same draws of scenes. None if a group is empty.
+    """
     numbers = np.asarray(values, np.float64)
     if not (ours.any() and theirs.any()):
         return None
@@ -61,7 +64,10 @@ def difference_of_groups(
 
 
 def median(values: npt.ArrayLike) -> Figure:
-    """Of independent values [n], with the interval of their order statistics (Hollander and Wolfe 1999, chapter 3)."""
+    """Median of independent values [n], with the interval of their order statistics.
+
+    Source: Hollander and Wolfe 1999, chapter 3.
+    """
     ordered = np.sort(np.asarray(values, np.float64))
     reach = 1.959964 * np.sqrt(len(ordered)) / 2
     low = max(0, int(np.floor(len(ordered) / 2 - reach)))
@@ -70,7 +76,7 @@ def median(values: npt.ArrayLike) -> Figure:
 
 
 def _drawn_means(values: Numbers, scene: npt.NDArray[np.int64], scenes: int | None = None) -> Numbers:
-    """[DRAWS]: the mean in each draw of as many scenes as there are, with replacement."""
+    """[DRAWS]: the mean in each draw. A draw takes `scenes` scenes with replacement."""
     number = int(scene.max()) + 1 if scenes is None else scenes
     weights = _draws(number)
     total = weights @ np.bincount(scene, values, number)
@@ -80,6 +86,6 @@ def _drawn_means(values: Numbers, scene: npt.NDArray[np.int64], scenes: int | No
 
 @lru_cache(maxsize=8)
 def _draws(scenes: int) -> Numbers:
-    """[DRAWS, scenes]: how often each scene is drawn. The same for every arm, which pairs them."""
+    """[DRAWS, scenes]: how often each scene is drawn. All arms share the draws, which pairs them."""
     generator = np.random.default_rng(0)
     return generator.multinomial(scenes, np.full(scenes, 1 / scenes), DRAWS).astype(np.float64)

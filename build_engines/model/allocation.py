@@ -1,12 +1,12 @@
-"""Which cells of the image get detail, and the vision tokens that follow from it.
+"""Choose which cells of the image get detail, and pack the vision tokens.
 
-The 16x16 grid of patches is seen as an 8x8 grid of cells. A cell at level 0 is one token (the mean of its four patch
-features), at level 1 its four patch features, at level 2 the sixteen patches of the closer view that lie in it. 64
-cells at level 0 cost 64 tokens; the step to level 1 adds 3 and the step to level 2 another 12, so that all is counted
-in refinements of 3 tokens.
+The 16x16 grid of patches is an 8x8 grid of cells. A cell at level 0 is one token, the mean of its four patch features.
+At level 1 it is its four patch features. At level 2 it is the sixteen patches of the closer view inside it. 64 cells at
+level 0 cost 64 tokens. The step to level 1 adds 3 tokens and the step to level 2 another 12. All costs are therefore
+counted in refinements of 3 tokens.
 
-Every operation has fixed sizes, so that the graph is a TensorRT engine: order by comparing all pairs instead of
-sorting, packing by comparing running sums against a constant range.
+Every operation has fixed sizes, so that TensorRT can build the graph. Cells are ordered by comparing all pairs instead
+of sorting. Tokens are packed by comparing running sums with a constant range.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CELL_COUNT = CELLS * CELLS
 PATCH_COUNT = GRID * GRID
 DETAIL_GRID = 2 * GRID
 DETAIL_COUNT = DETAIL_GRID * DETAIL_GRID
-DETAILS = DETAIL_COUNT // CELL_COUNT  # of the closer view in a cell
+DETAILS = DETAIL_COUNT // CELL_COUNT  # closer patches in a cell
 MOST_TOKENS = PATCH_COUNT  # of the 224-pixel view alone
 MAX_VISION_TOKENS = 400  # with the closer view
 GROUP = 32  # visual tokens of one group of queries
@@ -36,7 +36,7 @@ DEEP_COST = 4  # refinements that a cell's step from level 1 to level 2 costs: 1
 
 
 def spread_turns() -> Tensor:
-    """float [64]: each cell's turn in an order whose every prefix lies evenly over the grid.
+    """float [64]: each cell's turn in an order in which every prefix covers the grid evenly.
 
     Bayer's 8x8 dispersed-dot dither matrix (Bayer 1973, "An optimum method for two-level rendition").
     """
@@ -49,7 +49,7 @@ def spread_turns() -> Tensor:
 
 
 def cell_distances() -> Tensor:
-    """float [64, 64, 2]: rows and columns between two cells, both at least 0."""
+    """float [64, 64, 2]: distance between two cells in rows and columns, at least 0."""
     index = torch.arange(CELL_COUNT)
     place = torch.stack([index // CELLS, index % CELLS], dim=1).float()
     return (place.unsqueeze(1) - place.unsqueeze(0)).abs()
@@ -63,13 +63,13 @@ def cells_of(patches: Tensor, side: int = 2) -> Tensor:
 
 
 def patch_around() -> Tensor:
-    """int64 [1024]: the patch that each patch of the closer view lies in."""
+    """int64 [1024]: the patch that contains each patch of the closer view."""
     line = torch.arange(DETAIL_GRID) // 2
     return (GRID * line.unsqueeze(1) + line).flatten()
 
 
 def before(score: Tensor) -> Tensor:
-    """float [B, n] -> float [B, n, n]: 1 where the second comes before the first: a higher score, or a lower index."""
+    """float [B, n] -> float [B, n, n]: [b, i, j] is 1 if j comes before i, by a higher score or a lower index."""
     ours, theirs = score.unsqueeze(2), score.unsqueeze(1)
     index = torch.arange(score.shape[1], device=score.device)
     earlier = (index.unsqueeze(0) < index.unsqueeze(1)).unsqueeze(0)  # [1, ours, theirs]
@@ -77,8 +77,11 @@ def before(score: Tensor) -> Tensor:
 
 
 def affordable(particularize: Tensor, budget: Tensor, closer: bool = False) -> Tensor:
-    """Vision tokens and visual tokens, real numbers [B, 2]: particularize [B, 1] of the way from the least to the most
-    of budget int32 [B, 4], as far as there are so many. Where the least is above the most, the most wins."""
+    """Vision tokens and visual tokens that the budget allows, real numbers [B, 2].
+
+    particularize [B, 1] goes from the least (0) to the most (1) of budget int32 [B, 4], within the number of tokens
+    that exist. If the least is above the most, the most wins.
+    """
     most_vision = MAX_VISION_TOKENS if closer else MOST_TOKENS
     fewest = budget.new_tensor([CELL_COUNT, CELL_COUNT, GROUP, GROUP], dtype=torch.float32)
     greatest = budget.new_tensor([most_vision, most_vision, MAX_VISUAL_TOKENS, MAX_VISUAL_TOKENS], dtype=torch.float32)
@@ -89,12 +92,15 @@ def affordable(particularize: Tensor, budget: Tensor, closer: bool = False) -> T
 
 
 class Steps(NamedTuple):
-    """What is refined, and why. The K steps are those of the 64 cells to level 1, then those to level 2, if any."""
+    """Which cells are refined, and why.
+
+    The K steps are those of the 64 cells to level 1, then those to level 2, if any.
+    """
 
     taken: Tensor  # bool [B, K]: by rank
-    position: Tensor  # float [B, K]: of each step in the order of gains
+    position: Tensor  # float [B, K]: each step's place in the order of gains
     spread: Tensor  # bool [B, 64]: to level 1 in its turn; never a cell that rank refines
-    turn: Tensor  # float [B, 64]: of each cell among those that rank has not refined; the refined come last
+    turn: Tensor  # float [B, 64]: each cell's turn among those that rank has not refined; the refined come last
     crowded: Tensor  # bool [B, 1]: fewer cells are left than the spread share would refine
 
     @property
@@ -107,7 +113,7 @@ class Steps(NamedTuple):
 
 
 class Allocation(nn.Module):
-    """Refines cells by rank and evenly, and packs the tokens of all cells."""
+    """Refine cells by rank and evenly, and pack the tokens of all cells."""
 
     sooner: Tensor
     neighbours: Tensor
@@ -122,15 +128,15 @@ class Allocation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # x @ sooner is the sum over the cells whose turn comes before each one's.
+        # x @ sooner sums over the cells with an earlier turn.
         turns = spread_turns()
         self.register_buffer("sooner", (turns.unsqueeze(1) < turns.unsqueeze(0)).float(), persistent=False)
         self.register_buffer("neighbours", (cell_distances().amax(2) == 1).float() / 8, persistent=False)
-        # refinements @ offsets: tokens that those of the cells before each one add.
+        # refinements @ offsets: tokens that the refinements of earlier cells add.
         offsets = REFINEMENT_COST * torch.ones(CELL_COUNT, CELL_COUNT).triu(1)
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("cells", torch.arange(CELL_COUNT, dtype=torch.float32), persistent=False)
-        # Of the 64 steps to level 1, then the 64 to level 2: refinements, and cells that each opens.
+        # For the 64 steps to level 1, then the 64 to level 2: refinements, and cells that each step opens.
         step = torch.tensor([[1.0, 1.0], [DEEP_COST, 0.0]]).repeat_interleave(CELL_COUNT, dim=0)
         self.register_buffer("step", step, persistent=False)
         self.register_buffer("slots", torch.arange(MAX_VISION_TOKENS, dtype=torch.float32), persistent=False)
@@ -138,36 +144,42 @@ class Allocation(nn.Module):
         details = cells_of(torch.arange(DETAIL_COUNT).unsqueeze(0), DETAILS // 4)[0]
         self.register_buffer("patch_of", patches, persistent=False)
         self.register_buffer("detail_of", details, persistent=False)
-        # Slots behind the last token read behind the last cell: any row will do.
+        # Slots after the last token read past the last cell, and the mask hides them. Any row will do.
         self.register_buffer("detail_at", _padded(details.flatten().repeat(LEVELS)), persistent=False)  # by level too
         pooled = (1 + PATCH_COUNT + torch.arange(CELL_COUNT)).unsqueeze(1).expand(-1, DETAILS)
         padded = torch.cat([patches, patches[:, -1:].expand(-1, DETAILS - patches.shape[1])], dim=1)
-        # Row in `sources` of each token of each cell at each level; at level 2, of the patch around it.
+        # Row in `sources` of each cell's tokens at each level. At level 2, the row of the patch around each token.
         by_level = torch.stack([pooled, 1 + padded, 1 + patch_around()[details]])
         self.register_buffer("source_of", _padded(by_level.flatten()), persistent=False)
 
     def gains(self, cell_relevance: Tensor, diversify: Tensor) -> Tensor:
-        """What a cell's first step gains, [B, 64] in [0, 1]: its relevance [B, 64], less where its neighbours come
-        before it. diversify [B, 1] in [0, 1]: with 1, a cell whose eight neighbours all come first gains nothing."""
+        """What a cell's first step gains, [B, 64] in [0, 1].
+
+        It is the cell's relevance [B, 64], less the crowding by neighbours that come before it. diversify is [B, 1] in
+        [0, 1]. At 1, a cell with all eight neighbours before it gains nothing.
+        """
         crowded = (before(cell_relevance) * self.neighbours).sum(2)
         return cell_relevance * (1 - diversify * crowded)
 
     def extra(self, particularize: Tensor, budget: Tensor, closer: bool) -> Tensor:
-        """Vision tokens above one a cell, a real number [B, 1], of those that are `affordable`."""
+        """`affordable` vision tokens beyond one a cell, a real number [B, 1]."""
         return affordable(particularize, budget, closer)[:, :1] - CELL_COUNT
 
     def refinements(self, extra: Tensor) -> Tensor:
-        """Extra tokens, a real number [B, 1], to whole refinements of 3 tokens, float [B, 1]."""
-        # Half a token away from the edges of a third, so that no rounding of the quotient loses a refinement.
+        """Round extra tokens, a real number [B, 1], down to whole refinements of 3 tokens, float [B, 1]."""
+        # Adding half a token keeps the quotient away from whole numbers, so that rounding never loses a refinement.
         return torch.floor((torch.floor(extra) + 0.5) / REFINEMENT_COST)
 
     def steps(self, gains: Tensor, refinements: Tensor, explore: Tensor, closer: bool = False) -> Steps:
-        """gains float [B, 64] in [0, 1]; refinements float [B, 1], whole numbers from 0; explore float [B, 1] in
-        [0, 1], the share of the refinements that is spread evenly; closer: whether level 2 exists.
+        """Choose the steps within a number of refinements.
 
-        By rank: a cell's second step gains the square of its first, so it never comes before it, and only the most
-        relevant cells go deep. The longest run of steps is taken that fits together with the spread of what is left.
-        More refinements never take detail from a cell; fewer than 4 (with the closer view, else 0) stay unspent.
+        gains float [B, 64] in [0, 1]; refinements float [B, 1], whole numbers from 0; explore float [B, 1] in [0, 1],
+        the share of the refinements that is spread evenly; closer: whether level 2 exists.
+
+        By rank: a cell's second step gains the square of its first, so that it never comes before the first. Only the
+        most relevant cells get level 2. The longest run of steps is taken that fits together with the even spread of
+        what is left. More refinements never take detail from a cell. Fewer than 4 refinements stay unspent with the
+        closer view, else 0.
         """
         share = torch.floor(refinements * explore)
         order = before(torch.cat([gains, gains * gains], dim=1) if closer else gains)
@@ -181,18 +193,20 @@ class Allocation(nn.Module):
         by_rank = taken[:, :CELL_COUNT]
         refined = by_rank.float()
         unrefined = CELL_COUNT - refined.sum(1, keepdim=True)
-        # The spread share goes to cells that rank has not refined: the others are pushed behind them.
+        # The spread share goes to cells that rank has not refined. The refined cells move behind them.
         turn = (1 - refined) @ self.sooner + CELL_COUNT * refined
         spread = turn < torch.minimum(share, unrefined)
         return Steps(taken, position, spread, turn, share > unrefined)
 
     def levels(self, gains: Tensor, refinements: Tensor, explore: Tensor, closer: bool = False) -> Tensor:
-        """Level of detail of each cell, int64 [B, 64]; the arguments of `steps`."""
+        """Level of detail of each cell, int64 [B, 64]. The arguments are those of `steps`."""
         return self.steps(gains, refinements, explore, closer).levels
 
     def sources(self, features: Tensor, closer: Tensor | None = None) -> Tensor:
-        """Every token that could be chosen: features [B, 257, D], the cells' means, and the closer view's tokens
-        [B, 1024, D] where there is one -> [B, 321 or 1345, D]."""
+        """Every candidate token: features, means of the cells, and the closer view's tokens if any.
+
+        features [B, 257, D], closer [B, 1024, D] or None -> [B, 321 or 1345, D].
+        """
         pooled = cells_of(features[:, 1:]).mean(2)
         return torch.cat([features, pooled] if closer is None else [features, pooled, closer], dim=1)
 
@@ -204,19 +218,23 @@ class Allocation(nn.Module):
         detail: Tensor | None = None,
         closer: CloserView | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """features [B, 257, D], levels int64 [B, 64], focus regions int32 [B, 64] (0 = none), the closer view's tokens
-        [B, 1024, D] -> tokens [B, 1 + N, D] and mask int32 [B, 1 + N] (0 = padding, 1 = a token, 1 + its region
-        otherwise); N is 256, with detail 400.
+        """Pack the tokens of all cells -> tokens [B, 1 + N, D] and mask int32 [B, 1 + N].
 
-        With `closer`, detail is the closer view's features: tokens are made of those that are packed, less than half.
-        CLS first, then the cells row by row, then padding (copies of CLS, masked). Without detail, levels are 0 and 1.
+        features [B, 257, D], levels int64 [B, 64], focus regions int32 [B, 64] (0 = none), detail: the closer view's
+        tokens [B, 1024, D]. The mask is 0 for padding, 1 for a token, and 1 + region for a token in a region. N is 256,
+        or 400 with detail.
+
+        With `closer`, detail is the closer view's features. Tokens are then computed only for packed features, less
+        than half. CLS comes first, then the cells row by row, then padding (copies of CLS, masked). Without detail,
+        levels are 0 and 1.
         """
         level = levels.float()
         refinements = level if detail is None else level + (DEEP_COST - 1) * torch.relu(level - 1.0)
         slots = self.slots[: MOST_TOKENS if detail is None else MAX_VISION_TOKENS]
         start = refinements @ self.offsets + self.cells  # [B, 64]
         cell = (start.unsqueeze(1) <= slots.view(1, -1, 1)).float().sum(2).long() - 1  # [B, slots]
-        # Where a cell's first token stands in the tables by level, cell and place in the cell, less where it is packed.
+        # Index of a cell's first token in the tables by level, cell and place in the cell, less the slot it is packed
+        # in.
         table = (CELL_COUNT * DETAILS) * level + DETAILS * self.cells - start
         place = (table.gather(1, cell) + slots).long()
         index = self.source_of[place]

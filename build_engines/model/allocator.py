@@ -1,4 +1,4 @@
-"""The relevance allocator: which parts of this image matter for this question, and the vision tokens that follow."""
+"""The relevance allocator: find what matters for a question and choose vision tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from build_engines.model.closer import CloserView
 from build_engines.model.focus import FocusRegions, query_groups
 from build_engines.model.knowing import ParticipatoryKnowing, mean_meaning, perspectival
 
-EXPLORE = 0.25  # share of the refinements that is spread evenly over the grid where nothing is trained to say so
-WITHOUT_QUESTION = ((0.5, 0.5, 0.0), (1.0, EXPLORE, 0.0))  # weights and tensions: the whole budget is spent
+EXPLORE = 0.25  # share of the refinements spread evenly over the grid if no balancing is trained
+WITHOUT_QUESTION = (
+    (0.5, 0.5, 0.0),
+    (1.0, EXPLORE, 0.0),
+)  # weights and tensions; particularize 1 spends the whole budget
 WITHOUT_BALANCE = ((0.0, 0.0, 1.0), (0.25, EXPLORE, 0.0))
 
 
 class Weighed(NamedTuple):
-    """What matters in each image for its question, before anything is chosen."""
+    """What matters in each image for its question, before any token is chosen."""
 
     relevance: Tensor  # [B, 256] in [0, 1]
     scores: Tensor  # [B, 3, 256] in [0, 1]: propositional, perspectival, participatory
@@ -33,27 +36,29 @@ class Weighed(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """What the budget bought."""
+    """The tokens, query groups and levels that the budget pays for."""
 
-    vision_tokens: Tensor  # [B, 1 + N, D], N the most that there can be: 256, with a closer view 400
+    vision_tokens: Tensor  # [B, 1 + N, D]; N is the maximum, 256, or 400 with a closer view
     vision_mask: Tensor  # int32 [B, 1 + N]
     query_groups: Tensor  # int32 [B, 1]
     levels: Tensor  # int32 [B, 64]
 
 
 class RelevanceAllocator(nn.Module):
-    """features [B, 257, D], saliency [B, 256], entropy [B, 256], texture [B, 13, 16, 16], question_ids int32 [B, 32],
-    question_mask int32 [B, 32], budget int32 [B, 4] (least and most vision tokens, least and most visual tokens), and
-    with a closer view its detail_features [B, 1024, D]
+    """Choose the vision tokens of each image for its question, within a budget.
 
-    -> vision_tokens [B, 1 + N, D] and vision_mask int32 [B, 1 + N] (0 = padding, 1 = token, 2 to 4 = also of a focus
-    region), N 256 or with a closer view 400; query_groups int32 [B, 1], relevance [B, 256] in [0, 1], scores [B, 3,
-    256] in [0, 1] (propositional, perspectival, participatory), levels int32 [B, 64], tensions [B, 3] in [0, 1]
-    (particularize, explore, diversify).
+    Inputs: features [B, 257, D], saliency [B, 256], entropy [B, 256], texture [B, 13, 16, 16], question_ids int32 [B,
+    32], question_mask int32 [B, 32], budget int32 [B, 4] (least and most vision tokens, least and most visual tokens).
+    With a closer view, also its detail_features [B, 1024, D].
 
-    Each part may be untrained, hence None. Without participatory knowing (a plain BLIP-2 checkpoint) the relevance is
-    the mean of the other two maps and the whole budget is spent; without balancing its map alone is the relevance and a
-    quarter of what is between the least and the most is spent.
+    Outputs: vision_tokens [B, 1 + N, D] and vision_mask int32 [B, 1 + N] (0 = padding, 1 = token, 2 to 4 = token that a
+    focus region also reads), N 256 or with a closer view 400; query_groups int32 [B, 1], relevance [B, 256] in [0, 1],
+    scores [B, 3, 256] in [0, 1] (propositional, perspectival, participatory), levels int32 [B, 64], tensions [B, 3] in
+    [0, 1] (particularize, explore, diversify).
+
+    A part that is not trained is None. Without participatory knowing (a plain BLIP-2 checkpoint), the relevance is the
+    mean of the other two maps and the whole budget is spent. Without balancing, the relevance is the participatory map
+    alone, and a quarter of the range from least to most is spent.
     """
 
     def __init__(
@@ -62,10 +67,10 @@ class RelevanceAllocator(nn.Module):
         balancing: OpponentProcessing | None = None,
         closer: CloserView | None = None,
     ) -> None:
-        """Raises ValueError for balancing without participatory knowing, whose words it reads."""
+        """Raises ValueError for balancing without participatory knowing, whose word vectors it reads."""
         super().__init__()
         if balancing is not None and participatory is None:
-            raise ValueError("balancing reads the question by participatory knowing, which is not there")
+            raise ValueError("balancing reads the question by participatory knowing: give participatory too")
         self.participatory = participatory
         self.balancing = balancing
         self.closer = closer
@@ -76,7 +81,7 @@ class RelevanceAllocator(nn.Module):
         self, features: Tensor, saliency: Tensor, entropy: Tensor, texture: Tensor, question_ids: Tensor,
         question_mask: Tensor, budget: Tensor, detail_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Raises ValueError for detail_features where there is no closer view."""
+        """Raises ValueError for detail_features if there is no closer view."""
         weighed = self.weigh(features, saliency, entropy, texture, question_ids, question_mask)
         spent = self.spend(features, weighed, budget, detail_features)
         return (
@@ -88,7 +93,7 @@ class RelevanceAllocator(nn.Module):
         self, features: Tensor, saliency: Tensor, entropy: Tensor, texture: Tensor, question_ids: Tensor,
         question_mask: Tensor,
     ) -> Weighed:  # fmt: skip
-        """What matters, and how the tensions are resolved: all that is trained but the closer view."""
+        """Compute relevance and tensions: every trained part except the closer view."""
         places = None if self.participatory is None else self.participatory.places(features)
         return self.balance(entropy, perspectival(saliency, texture), places, question_ids, question_mask)
 
@@ -96,7 +101,7 @@ class RelevanceAllocator(nn.Module):
         self, proposition: Tensor, perspective: Tensor, places: Tensor | None, question_ids: Tensor,
         question_mask: Tensor,
     ) -> Weighed:  # fmt: skip
-        """`weigh` from two maps [B, 256] and `ParticipatoryKnowing.places`, which many questions may share."""
+        """`weigh` from two maps [B, 256] and `ParticipatoryKnowing.places`, which several questions can share."""
         if self.participatory is None or places is None:
             scores = torch.stack([proposition, perspective, torch.zeros_like(proposition)], dim=1)
             weights, tensions = _fixed(WITHOUT_QUESTION, scores)
@@ -108,23 +113,26 @@ class RelevanceAllocator(nn.Module):
                 weights, tensions = _fixed(WITHOUT_BALANCE, scores)
             else:
                 weights, tensions = self.balancing(scores, mean_meaning(meanings, question_mask))
-        # The weights' sum is 1 but for rounding.
+        # The weights sum to 1 except for rounding.
         relevance = (weights.unsqueeze(2) * scores).sum(1).clamp(0.0, 1.0)
         return Weighed(relevance, scores, weights, tensions)
 
     def detail(self, features: Tensor, detail_features: Tensor | None) -> Tensor | None:
-        """Every token of the closer view, [B, 1024, D], or None for none. Raises ValueError where there is none."""
+        """Every token of the closer view, [B, 1024, D], or None without detail_features.
+
+        Raises ValueError for detail_features if there is no closer view.
+        """
         if detail_features is None:
             return None
         if self.closer is None:
-            raise ValueError("detail_features came, but this allocator has no closer view")
+            raise ValueError("this allocator has no closer view: leave detail_features out")
         tokens: Tensor = self.closer(features, detail_features)
         return tokens
 
     def spend(self, features: Tensor, weighed: Weighed, budget: Tensor, detail_features: Tensor | None = None) -> Spent:
-        """The budget on what was weighed. Raises ValueError for detail_features where there is no closer view."""
+        """Spend the budget. Raises ValueError for detail_features if there is no closer view."""
         if detail_features is not None and self.closer is None:
-            raise ValueError("detail_features came, but this allocator has no closer view")
+            raise ValueError("this allocator has no closer view: leave detail_features out")
         closer = detail_features is not None
         particularize, explore, diversify = weighed.tensions.split(1, dim=1)
         cells = weighed.cells
@@ -137,6 +145,6 @@ class RelevanceAllocator(nn.Module):
 
 
 def _fixed(balance: tuple[tuple[float, ...], tuple[float, ...]], scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The same weights and tensions, each [B, 3], for every row."""
+    """Return the same weights and tensions, each [B, 3], for every row."""
     weights, tensions = (scores.new_tensor(values).expand(scores.shape[0], -1) for values in balance)
     return weights, tensions

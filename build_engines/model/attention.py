@@ -1,4 +1,7 @@
-"""Scaled dot-product attention in plain operations, so that every exporter and TensorRT see the same five nodes."""
+"""Scaled dot-product attention in plain operations.
+
+Every exporter and TensorRT see the same five nodes.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from build_engines.model.gates import gated_softmax
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, gates: Tensor | None = None
 ) -> Tensor:
-    """query (scaled) [B, heads, T, d]; key, value [B, heads, S, d]; bias fits [B, heads, T, S]; gates [B, S] as
-    `gates.gated_softmax` takes them, for training -> [B, T, heads * d].
+    """query (scaled) [B, heads, T, d] and key, value [B, heads, S, d] -> [B, T, heads * d].
 
-    The scale is on the query, before the product, which is what TensorRT's attention fusion looks for.
+    bias fits [B, heads, T, S]. gates [B, S] are those of `gates.gated_softmax`, for training.
+
+    The query is scaled before the product, because TensorRT's attention fusion looks for this.
     """
     scores = query @ key.transpose(2, 3)
     if bias is not None:
@@ -25,5 +29,5 @@ def attend(
 
 
 def bias_where_hidden(visible: Tensor) -> Tensor:
-    """bool, True where a key may be seen -> float, 0 there and a very negative number elsewhere."""
+    """bool, True for a visible key -> float, 0 for a visible key and -1e9 for a hidden one."""
     return torch.where(visible, 0.0, -1e9)

@@ -1,4 +1,4 @@
-"""Opponent processing: how much each way of knowing counts, and how three tensions are resolved, for one question."""
+"""Opponent processing: weights of the ways of knowing and three tensions, per question."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def quadrant_summaries(scores: Tensor) -> Tensor:
     quadrants = scores.reshape(-1, WAYS, 2, half, 2, half).transpose(3, 4).reshape(-1, WAYS * 4, half * half)
     mean = quadrants.mean(2, keepdim=True)
     spread = quadrants - mean
-    deviation = torch.sqrt((spread * spread).mean(2) + 1e-6)  # a constant map has a gradient too
+    deviation = torch.sqrt((spread * spread).mean(2) + 1e-6)  # 1e-6: a constant map needs a gradient too
     return torch.cat([mean.squeeze(2), quadrants.amax(2), deviation], dim=1)
 
 
 class OpponentProcessing(nn.Module):
     """scores [B, 3, 256] in [0, 1] and the question's meaning [B, Q] -> `Balance`.
 
-    The summaries enter as they are, in [0, 1]: how much of the image is relevant is what particularize is about, and a
-    normalisation would hide it. Before training the balance is the same for every input.
+    The summaries are not normalised: particularize depends on how much of the image is relevant, and a normalisation
+    would hide that. Before training, the balance is the same for every input.
     """
 
     def __init__(self, meaning_width: int, hidden_width: int = 64) -> None:

@@ -1,6 +1,6 @@
-"""A BLIP-2 or InstructBLIP checkpoint in Hugging Face's format, with the allocator's weights beside it if it has any.
+"""Load BLIP-2 and InstructBLIP checkpoints in Hugging Face's format, and allocator weights.
 
-Such as `reference/` of this project, `Salesforce/blip2-opt-2.7b` and `Salesforce/instructblip-vicuna-7b`.
+Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b` and `Salesforce/instructblip-vicuna-7b`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
 from build_engines.model.vision import VisionEncoder
 
-# OpenAI CLIP's statistics, which BLIP-2's image processor uses when a checkpoint does not say otherwise.
+# OpenAI CLIP's statistics, which BLIP-2's image processor uses if a checkpoint does not set its own.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-PROMPTS = {  # what the families were trained to answer questions by
+PROMPTS = {  # the prompts for questions that each family was trained with
     Blip2ForConditionalGeneration: "Question: {question} Answer:",
     InstructBlipForConditionalGeneration: "Question: {question} Short answer:",
 }
 FAMILIES = {family.__name__: family for family in PROMPTS}
-QUERIES = 32  # of one group
+QUERIES = 32  # in one group
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
-ALLOCATOR = "allocator.safetensors"  # beside the checkpoint's own weights, where the allocator is trained
+ALLOCATOR = "allocator.safetensors"  # beside the checkpoint's own weights, if the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Module = TypeVar("Module", bound=nn.Module)
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
@@ -53,28 +53,32 @@ class Checkpoint:
     closer: CloserView | None
     image_mean: list[float]
     image_std: list[float]
-    card: dict[str, object]  # model_card.json, empty where there is none
+    card: dict[str, object]  # model_card.json; empty without this file
 
     @classmethod
     def load(cls, source: Path | str) -> Checkpoint:
-        """A directory, or the name of a repository on the Hugging Face hub, which is fetched.
+        """Load a directory, or download a repository of the Hugging Face hub by name.
 
-        Reads config.json, the weights, and where present preprocessor_config.json or processor_config.json,
-        model_card.json and allocator.safetensors. Raises OSError for what is missing and ValueError for another
-        architecture."""
+        Reads config.json, the weights, and if present preprocessor_config.json or processor_config.json,
+        model_card.json and allocator.safetensors. Raises OSError for a missing file and ValueError for another
+        architecture.
+        """
         directory = _directory(source)
         architectures = _read_json(directory / "config.json").get("architectures", [])
         family = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
         if family is None:
-            raise ValueError(f"{source} holds {architectures or 'no architecture'}, not one of {', '.join(FAMILIES)}")
+            found = architectures or "no architecture"
+            raise ValueError(f"{source} holds {found}: use a checkpoint of one of {', '.join(FAMILIES)}")
         model = family.from_pretrained(directory, dtype=torch.float32).eval()
         if model.config.num_query_tokens != QUERIES:
-            raise ValueError(f"{source} has {model.config.num_query_tokens} queries; the service counts in {QUERIES}")
+            raise ValueError(
+                f"{source} has {model.config.num_query_tokens} queries: use a checkpoint with {QUERIES} query tokens"
+            )
         vision = model.config.vision_config
         if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
             raise ValueError(
-                f"{source} sees {vision.image_size} pixels in patches of {vision.patch_size}; "
-                f"the service sees {IMAGE_SIZE} in {PATCH_SIZE}"
+                f"{source} sees {vision.image_size} pixels in patches of {vision.patch_size}: "
+                f"use a checkpoint with {IMAGE_SIZE} pixels in patches of {PATCH_SIZE}"
             )
         preprocessor = _read_json(directory / "preprocessor_config.json", default={})
         preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
@@ -101,13 +105,13 @@ class Checkpoint:
 
     @property
     def end_id(self) -> int:
-        """The first token that ends an answer: of generation_config.json, else of the language model."""
+        """The first token that ends an answer, from generation_config.json, else from the language model."""
         told = self.model.generation_config.eos_token_id
         first = told[0] if isinstance(told, list) else told
         return int(self.model.config.text_config.eos_token_id if first is None else first)
 
     def tokenizers(self, scratch: Path) -> dict[str, Path]:
-        """`tokenizers` files by the name they have in a repository; what is stored otherwise is converted."""
+        """`tokenizers` files by their name in a repository. Other formats are converted into scratch."""
         found = {"tokenizer.json": self.directory}
         if self.reads_question:
             found["qformer_tokenizer.json"] = self.directory / "qformer_tokenizer"
@@ -123,15 +127,15 @@ class Checkpoint:
         return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
 
     def decoder(self) -> OptDecoder | LlamaDecoder:
-        """Raises ValueError for a family of language models that has no graph."""
+        """Raises ValueError for a language model family that has no graph."""
         return decoder_of(self.model.language_model).eval()
 
     def vision_fingerprint(self) -> str:
-        """Of everything that a vision feature depends on, 16 hex digits."""
+        """16 hex digits over everything that a vision feature depends on."""
         return _fingerprint(self.image_mean, self.image_std, self.model.vision_model)
 
     def visual_fingerprint(self) -> str:
-        """Of everything that a visual token depends on, 16 hex digits."""
+        """16 hex digits over everything that a visual token depends on."""
         return _fingerprint(self.image_mean, self.image_std, self.vision_encoder(), self.allocator(), self.qformer())
 
 
@@ -139,7 +143,9 @@ def _directory(source: Path | str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if not HUB_NAME.fullmatch(str(source)):
-        raise FileNotFoundError(f"{source} is neither a directory nor a hub name such as Salesforce/blip2-opt-2.7b")
+        raise FileNotFoundError(
+            f"{source} is neither a directory nor a hub name: give one, such as Salesforce/blip2-opt-2.7b"
+        )
     return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
 
 
@@ -153,20 +159,23 @@ def _fingerprint(image_mean: list[float], image_std: list[float], *modules: nn.M
 
 
 def save_allocator(allocator: RelevanceAllocator, path: Path) -> None:
-    """What is trained of it, weights rounded to FP16: keys `participatory.*`, `balancing.*`, `closer.*`."""
+    """Save the trained parts, weights rounded to FP16: keys `participatory.*`, `balancing.*`, `closer.*`."""
     weights = {name: weight.half().contiguous() for name, weight in allocator.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
 
 
 def load_allocator(path: Path) -> RelevanceAllocator:
-    """The trained parts in that file, their widths read from their weights (any float type); none where there is no
-    file. Raises ValueError for weights of other parts, and for parts that miss another or a weight."""
+    """Load the trained parts in this file; none if the file does not exist.
+
+    Widths are read from the weights, which may have any float type. Raises ValueError for weights of unknown parts, for
+    a part that needs a missing part, and for a missing weight.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for name, weight in (load_file(path) if path.exists() else {}).items():
         part, _, own = name.partition(".")
         found.setdefault(part, {})[own] = weight.float()
     if unknown := found.keys() - {"participatory", "balancing", "closer"}:
-        raise ValueError(f"{path} holds weights of {', '.join(sorted(unknown))}")
+        raise ValueError(f"{path} holds weights of unknown parts: {', '.join(sorted(unknown))}. Remove them")
     participatory = balancing = closer = None
     try:
         if own := found.get("participatory"):
@@ -179,7 +188,7 @@ def load_allocator(path: Path) -> RelevanceAllocator:
         if own := found.get("closer"):
             closer = _loaded(CloserView(own["norm.weight"].shape[0]), own)
     except (KeyError, RuntimeError) as exc:
-        raise ValueError(f"{path} is incomplete: {exc}") from exc
+        raise ValueError(f"{path} is incomplete: {exc}. Save the allocator again") from exc
     return RelevanceAllocator(participatory, balancing, closer).eval()
 
 
@@ -189,7 +198,7 @@ def _loaded(module: Module, weights: dict[str, Tensor]) -> Module:
 
 
 def _tokenizer(folder: Path, target: Path) -> Path:
-    """The folder's tokenizer.json, or what it keeps instead (vocab.txt, tokenizer.model) written to `target`."""
+    """The folder's tokenizer.json, or its other format (vocab.txt, tokenizer.model) converted to `target`."""
     if (folder / "tokenizer.json").exists():
         return folder / "tokenizer.json"
     AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(target))

@@ -1,4 +1,4 @@
-"""The closer view: what a 448-pixel look adds to what the 224-pixel look knew of the same place."""
+"""The closer view: tokens for the patches of a 448-pixel view of the image."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from torch.nn import functional
 
 
 class CloserView(nn.Module):
-    """The token of a patch of the closer view: the feature of the 224-pixel view's patch around it, which the Q-Former
-    knows, and what a small network reads from the closer patch. That starts at zero: untrained, the four patches in
-    one are copies of it."""
+    """Compute the tokens of the closer view's patches.
+
+    A token is the sum of two terms: the feature of the 224-pixel view's patch around it, which the Q-Former knows, and
+    what a small network computes from the closer patch. The network's output starts at zero. Before training, the four
+    closer patches in one patch are therefore copies of it.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -20,11 +23,13 @@ class CloserView(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def look(self, around: Tensor, detail: Tensor) -> Tensor:
-        """Row by row: the features around, and those of the closer patches, [B, n, D] both -> [B, n, D]."""
+        """Row by row: features of the patches around and of the closer patches, both [B, n, D] -> [B, n, D]."""
         return around + self.out(functional.gelu(self.hidden(self.norm(detail))))
 
     def forward(self, features: Tensor, detail_features: Tensor) -> Tensor:
-        """features [B, 257, D] and detail_features [B, 1024, D] (32x32, row by row, without CLS) -> every token of the
-        closer view, [B, 1024, D]."""
+        """Compute every token of the closer view.
+
+        features [B, 257, D] and detail_features [B, 1024, D] (32x32, row by row, without CLS) -> [B, 1024, D].
+        """
         rows = features[:, 1:].unflatten(1, (16, 1, 16, 1)).expand(-1, -1, 2, -1, 2, -1)
         return self.look(rows.flatten(1, 4), detail_features)

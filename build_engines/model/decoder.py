@@ -1,6 +1,7 @@
-"""The language model as one graph with its KV cache outside: prefill and decode are the same graph at other lengths.
+"""The language model as one graph, with its KV cache passed in and out.
 
-One step over a batch of sequences of different lengths, whichever the family:
+Prefill and decode are the same graph at other lengths. One step runs over a batch of sequences of different lengths.
+The interface is the same for every family:
 
     input_ids int64 [B, T], right padded: ids below the vocabulary size are text, V + i is row i of the sequence's
     prompt_embedding_table [B, N, H]. past_key_0, past_value_0, past_key_1, ... float [B, heads, P, head_dim], a pair a
@@ -8,8 +9,8 @@ One step over a batch of sequences of different lengths, whichever the family:
     of input_ids.
     -> logits [B, V] at each sequence's last valid column, and new_key_0, new_value_0, ... [B, heads, T, head_dim].
 
-A column's position is its sequence's past length plus its place in input_ids. `heads` are those of keys and values.
-The past is read where it lies: joining it with the new columns would copy it at every step.
+A column's position is its sequence's past length plus its index in input_ids. `heads` are those of keys and values. The
+past is read in place: concatenating it with the new columns would copy it at every step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import LlamaForCausalLM, OPTForCausalLM
 
 from build_engines.model.attention import bias_where_hidden
 
-FIXED_ROPE = ("default", "linear", "llama3")  # kinds of rotary positions whose angles do not depend on the length
+FIXED_ROPE = ("default", "linear", "llama3")  # kinds of rotary positions with angles that do not depend on the length
 
 
 class OptDecoder(nn.Module):
@@ -32,7 +33,7 @@ class OptDecoder(nn.Module):
         super().__init__()
         decoder = language_model.model.decoder
         if not decoder.config.do_layer_norm_before:
-            raise ValueError("OPT with layer norm after attention (OPT-350m) is not supported")
+            raise ValueError("OPT with layer norm after attention (OPT-350m) is not supported: use another OPT")
         self.decoder = decoder
         self.vocab_size = decoder.config.vocab_size
         self.lm_head = language_model.lm_head
@@ -45,7 +46,7 @@ class OptDecoder(nn.Module):
         if self.decoder.project_in is not None:
             hidden = self.decoder.project_in(hidden)
         positions = positions_of(input_ids, past_lengths)
-        positions = positions.clamp(max=self.decoder.config.max_position_embeddings - 1)  # of padding columns only
+        positions = positions.clamp(max=self.decoder.config.max_position_embeddings - 1)  # changes padding columns only
         embed_positions = self.decoder.embed_positions
         hidden = hidden + nn.functional.embedding(positions + embed_positions.offset, embed_positions.weight)
         bias = causal_bias(input_ids, past[0], past_lengths)
@@ -72,7 +73,7 @@ class OptDecoder(nn.Module):
 
 
 class LlamaDecoder(nn.Module):
-    """Llama and Vicuna: rotary positions, RMS norm, SwiGLU, grouped-query attention. Keys are cached as rotated."""
+    """Llama and Vicuna: rotary positions, RMS norm, SwiGLU, grouped-query attention. Keys are cached after rotation."""
 
     inverse_frequencies: Tensor
 
@@ -80,7 +81,10 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         decoder, config = language_model.model, language_model.config
         if decoder.rotary_emb.rope_type not in FIXED_ROPE:
-            raise ValueError(f"rotary positions of type {decoder.rotary_emb.rope_type} change with the length")
+            raise ValueError(
+                f"rotary positions of type {decoder.rotary_emb.rope_type} change with the length: "
+                f"use a model with one of {', '.join(FIXED_ROPE)}"
+            )
         self.decoder = decoder
         self.vocab_size = config.vocab_size
         self.lm_head = language_model.lm_head
@@ -121,16 +125,18 @@ class LlamaDecoder(nn.Module):
 
 
 def decoder_of(language_model: nn.Module) -> OptDecoder | LlamaDecoder:
-    """Raises ValueError for a family that has no graph here."""
+    """Build the graph of an OPT or Llama model. Raises ValueError for another family."""
     if isinstance(language_model, OPTForCausalLM):
         return OptDecoder(language_model)
     if isinstance(language_model, LlamaForCausalLM):
         return LlamaDecoder(language_model)
-    raise ValueError(f"the language model is {type(language_model).__name__}: OPT and Llama (Vicuna) can be exported")
+    raise ValueError(
+        f"the language model {type(language_model).__name__} cannot be exported: use OPT or Llama (Vicuna)"
+    )
 
 
 def embed(tokens: nn.Embedding, input_ids: Tensor, prompt_embedding_table: Tensor) -> Tensor:
-    """Text ids from the model's own table, visual ids from the sequence's prompt table: [B, T, H]."""
+    """Embed text ids by the model's table and visual ids by the sequence's prompt table: [B, T, H]."""
     vocab_size = tokens.num_embeddings
     text = tokens(input_ids.clamp(max=vocab_size - 1))
     row = (input_ids - vocab_size).clamp(min=0).unsqueeze(2).expand(-1, -1, prompt_embedding_table.shape[2])
@@ -144,7 +150,7 @@ def positions_of(input_ids: Tensor, past_lengths: Tensor) -> Tensor:
 
 
 def causal_bias(input_ids: Tensor, past_key: Tensor, past_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """A column sees its sequence's past, float [B, 1, 1, P], and the new columns up to itself, float [T, T]."""
+    """Let a column see its sequence's past, float [B, 1, 1, P], and new columns up to itself, float [T, T]."""
     column = torch.arange(input_ids.shape[1], device=input_ids.device)
     past = torch.arange(past_key.shape[2], device=input_ids.device)
     sees_past = (past < past_lengths.unsqueeze(1)).unsqueeze(1).unsqueeze(1)
@@ -154,7 +160,7 @@ def causal_bias(input_ids: Tensor, past_key: Tensor, past_lengths: Tensor) -> tu
 def attend(query: Tensor, past: Sequence[Tensor], new: Sequence[Tensor], bias: tuple[Tensor, Tensor]) -> Tensor:
     """query (scaled) [B, heads, T, d]; past (key, value) [B, kv_heads, P, d], new [B, kv_heads, T, d]; bias for each.
 
-    -> [B, T, heads * d]. Neighbouring query heads share a key head: they are taken as more rows of it, not copies.
+    -> [B, T, heads * d]. Neighbouring query heads that share a key head become more rows of it. No key is copied.
     """
     (past_key, past_value), (key, value), (past_bias, new_bias) = past, new, bias
     kv_heads, columns = key.shape[1], past_key.shape[2]
@@ -177,6 +183,6 @@ def at_last(hidden: Tensor, input_lengths: Tensor) -> Tensor:
 
 
 def rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """[B, heads, T, head_dim], each half-pair turned by its position's angle (RoFormer, in Llama's layout)."""
+    """[B, heads, T, head_dim], each half-pair rotated by its position's angle (RoFormer, in Llama's layout)."""
     half = heads.shape[3] // 2
     return heads * cosine + torch.cat([-heads[..., half:], heads[..., :half]], dim=3) * sine

@@ -1,8 +1,9 @@
-"""Floating-point operations of every step, counted from a checkpoint's configuration: no weights are needed.
+"""Count the floating-point operations of every step from a checkpoint's configuration.
 
-Two for each multiplication in a matrix product or a convolution (it is added up too), and nothing for what is done
-element by element, as `torch.utils.flop_counter` counts; so these are lower bounds within a few percent. One image and
-one question throughout. T tokens, D width, I width of the feed-forward layer, N vision tokens with CLS.
+No weights are needed. Each multiplication in a matrix product or a convolution counts as two operations, because its
+result is also added. Elementwise operations count as none. `torch.utils.flop_counter` counts alike. The counts are
+therefore lower bounds within a few percent. All are for one image and one question. T: tokens. D: width. I: width of
+the feed-forward layer. N: vision tokens with CLS.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from build_engines.model.allocation import CELL_COUNT, GROUP, MAX_VISION_TOKENS,
 from build_engines.model.balancing import SUMMARIES, WAYS
 from build_engines.model.texture import ORIENTATIONS
 
-QUESTION = 32  # words that the allocator reads, and InstructBLIP's Q-Former
-KERNEL = 3  # of the convolutions over words, and of Sobel's
+QUESTION = 32  # words read by the allocator and by InstructBLIP's Q-Former
+KERNEL = 3  # size of the convolutions over words and of the Sobel filters
 
 
 def product(rows: int, inner: int, columns: int) -> int:
@@ -25,12 +26,12 @@ def product(rows: int, inner: int, columns: int) -> int:
 
 
 def attention(queries: int, keys: int, width: int) -> int:
-    """Scores and mixture over all heads, `width` together: 4 queries keys width."""
+    """Scores and mixture over all heads (`width` is their total): 4 queries keys width."""
     return 2 * product(queries, width, keys)
 
 
 def encoder(vision: PretrainedConfig) -> int:
-    """One view of 224 pixels; a closer view is four.
+    """Count one 224-pixel view; a closer view costs four.
 
     Patches: 2 * 256 * 3 * 14**2 * D. A layer, T = 257: query, key, value and projection 8 T D**2, attention 4 T**2 D,
     feed-forward 4 T D I. Saliency 2 T D. Texture: eight 3x3 filters on every second pixel, colour in every patch.
@@ -55,12 +56,12 @@ def allocator(
     coupling_width: int = 96,
     hidden_width: int = 64,
 ) -> int:
-    """One image of vision width D; which parts are there, and whether it sees the closer view.
+    """Count one image of vision width D, with the given parts and with or without the closer view.
 
-    Participatory knowing, coupling width C, token width E: words 2 * 32 * 3 * (2 E C + 2 C**2), patches
-    2 * 256 * (2 D C + 2 C**2), coupling 2 * 256 * 32 C. Balancing: 2 (36 + C) 64 + 2 * 64 * 6. Choice: the cells' turns
-    and places, 2 * 2 * 64**2. Closer: two sums over all pairs of the 128 steps, 4 * 128**2; two products with 2 D for
-    each of the 400 packed tokens, 8 * 400 * D**2.
+    Participatory knowing, coupling width C, token width E: words 2 * 32 * 3 * (2 E C + 2 C**2), patches 2 * 256 * (2 D
+    C + 2 C**2), coupling 2 * 256 * 32 C. Balancing: 2 (36 + C) 64 + 2 * 64 * 6. Choice: turns and places of the cells,
+    2 * 2 * 64**2. Closer: two sums over all pairs of the 128 steps, 4 * 128**2; two products with 2 D for each of the
+    400 packed tokens, 8 * 400 * D**2.
     """
     total = 2 * product(1, CELL_COUNT, CELL_COUNT)
     if participatory:
@@ -77,11 +78,13 @@ def allocator(
 
 
 def qformer(config: Blip2Config | InstructBlipConfig, vision_tokens: Sequence[int]) -> int:
-    """One run of 32 queries a group; vision_tokens: how many each group reads, CLS counted, the base group first.
+    """Count one run with 32 queries a group.
 
-    A layer, T = 32 queries (with InstructBLIP's 32 words 64), D its own width: self-attention 8 T D**2 + 4 T**2 D,
-    feed-forward 4 T D I. Where it reads the image, of width V: 4 * 32 * D**2 + 4 N V D + 4 * 32 N D. At the end to the
-    LLM's width H: 2 * 32 * D H.
+    vision_tokens: how many tokens each group reads, including CLS, the base group first.
+
+    A layer, T = 32 queries (64 with InstructBLIP's 32 words), D its own width: self-attention 8 T D**2 + 4 T**2 D,
+    feed-forward 4 T D I. A layer that reads the image, of width V, adds 4 * 32 * D**2 + 4 N V D + 4 * 32 N D. The final
+    projection to the LLM's width H: 2 * 32 * D H.
     """
     own = config.qformer_config
     width, read = own.hidden_size, GROUP + (QUESTION if isinstance(config, InstructBlipConfig) else 0)
@@ -98,11 +101,11 @@ def qformer(config: Blip2Config | InstructBlipConfig, vision_tokens: Sequence[in
 
 
 def llm(text: PretrainedConfig, tokens: int, past: int = 0) -> int:
-    """One step over T new tokens after a past of P, and the logits of the last.
+    """Count one step over T new tokens after a past of P, with the logits of the last token.
 
-    A layer, H heads together, KV those of keys and values: projections 4 T D (H + KV), attention 4 T (P + T) H (the
-    upper triangle is computed and masked), feed-forward 4 T D I, of Llama's SwiGLU 6 T D I. Logits 2 D times the
-    vocabulary. OPT whose embeddings are narrower (W): 2 T W D + 2 D W.
+    A layer, with H the total width of the heads and KV that of keys and values: projections 4 T D (H + KV), attention 4
+    T (P + T) H (the upper triangle is computed and masked), feed-forward 4 T D I, or 6 T D I for Llama's SwiGLU.
+    Logits: 2 D times the vocabulary. OPT with narrower embeddings (width W): 2 T W D + 2 D W.
     """
     width, heads = text.hidden_size, text.num_attention_heads
     head = getattr(text, "head_dim", None) or width // heads
@@ -119,10 +122,10 @@ def llm(text: PretrainedConfig, tokens: int, past: int = 0) -> int:
 
 
 def prefill(text: PretrainedConfig, prompt_tokens: int) -> int:
-    """The prompt, visual tokens counted, and with it the answer's first token."""
+    """Count the prompt, including visual tokens. This step also gives the answer's first token."""
     return llm(text, prompt_tokens)
 
 
 def decode(text: PretrainedConfig, prompt_tokens: int, answer_tokens: int) -> int:
-    """The answer's other tokens, one step each: all but the first, which the prefill gives."""
+    """Count the answer's tokens after the first, one step each. The prefill gives the first."""
     return sum(llm(text, 1, prompt_tokens + made) for made in range(answer_tokens - 1))

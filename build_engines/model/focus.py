@@ -1,4 +1,4 @@
-"""Focus regions: the up to three places that a focus group of queries reads on its own."""
+"""Focus regions: up to three places, each read by its own group of queries."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch.nn import functional
 from build_engines.model.allocation import GROUP, MAX_VISUAL_TOKENS, affordable, cell_distances
 
 REGIONS = MAX_VISUAL_TOKENS // GROUP - 1
-OUTSIDE = 3.0  # for a cell outside a region: above the squared distance of a corner of the 3x3 cells from their middle
+OUTSIDE = 3.0  # distance to a peak of a cell outside its region: above a corner's squared distance (2) in the 3x3 cells
 
 
 def query_groups(particularize: Tensor, budget: Tensor) -> Tensor:
-    """int32 [B, 1], 1 to 4: the visual tokens that are `affordable` in whole groups of 32 queries, rounded half up."""
+    """int32 [B, 1], 1 to 4: the `affordable` visual tokens in whole groups of 32 queries, rounded half up."""
     return torch.floor(affordable(particularize, budget)[:, 1:] / GROUP + 0.5).int()
 
 
 class FocusRegions(nn.Module):
     """Cell relevance [B, 64] and query groups int32 [B, 1] -> each cell's region, int32 [B, 64], 0 for none.
 
-    The peaks: three times the (first) greatest of what is left, without the 3x3 cells around the peaks before it. A
-    region is the 3x3 cells around its peak; a cell of several belongs to the nearest peak, and to the earlier of two as
-    near. Regions of groups that are not used are not told.
+    The first peak is the most relevant cell. Each next peak is the most relevant cell outside the 3x3 cells around
+    earlier peaks. The first cell wins a tie. A region is the 3x3 cells around its peak. A cell in several regions
+    belongs to the nearest peak, and to the earlier of two equally near peaks. Regions without a query group are 0.
     """
 
     distance: Tensor

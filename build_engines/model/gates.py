@@ -1,4 +1,4 @@
-"""Attention over tokens that are open or closed, with a gradient that tells what opening or closing one is worth."""
+"""Attention over open and closed tokens, with a gradient for opening and closing each."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class _GatedSoftmax(torch.autograd.Function):
 
 
 def gated_softmax(logits: Tensor, gates: Tensor) -> Tensor:
-    """logits [B, heads, T, S] and gates [B, S], 0 or 1, at least one 1 a row -> shares [B, heads, T, S], float32, of
-    the open tokens; a closed one's is exactly 0.
+    """Softmax over the open tokens: logits [B, heads, T, S] -> shares [B, heads, T, S], float32.
 
-    A gate's gradient is that of gate * exp(logit), normalised, where it is open; where it is closed, the difference
-    that opening it would make, to first order in the output: its share among the open ones and itself. (The
-    derivative at 0 is exp(logit) over the open ones' sum, which has no bound.)
+    gates [B, S] are 0 or 1, with at least one 1 a row. The share of a closed token is exactly 0.
+
+    The gradient of an open gate is that of gate * exp(logit), normalised. The gradient of a closed gate is the change
+    that opening it would make, to first order in the output: its share among the open tokens and itself. (The
+    derivative at 0 is exp(logit) over the sum of the open ones, which has no bound.)
     """
     shares: Tensor = _GatedSoftmax.apply(logits, gates)
     return shares

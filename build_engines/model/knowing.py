@@ -1,6 +1,6 @@
 """The three ways of knowing, each a map in [0, 1] on the 16x16 grid.
 
-Propositional knowing is the luminance entropy that the vision encoder's graph computes (`texture.py`).
+Propositional knowing is the luminance entropy, which the vision encoder's graph computes (`texture.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from build_engines.model.texture import CHANNELS
 
 
 def perspectival(saliency: Tensor, texture: Tensor) -> Tensor:
-    """What stands out: mean of CLS saliency [B, 256] and Sobel magnitude, each over its greatest in the image."""
+    """What stands out: mean of CLS saliency [B, 256] and Sobel magnitude, each over its maximum in the image."""
     magnitude = texture[:, CHANNELS.index("sobel_magnitude")].flatten(1)
     return (_over_greatest(saliency) + _over_greatest(magnitude)) / 2
 
@@ -23,20 +23,20 @@ def _over_greatest(score: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Vectors along the last axis, at length 1; `functional.normalize` would export the lengths copied out to them."""
+    """Scale vectors along the last axis to length 1. `functional.normalize` would export the lengths expanded."""
     return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 class ParticipatoryKnowing(nn.Module):
-    """What this question is about, from the coupling of its words with the patches.
+    """Score what this question is about by coupling its words with the patches.
 
-    Late interaction (as in ColBERT): each patch is as relevant as the question position that it fits best. A position
-    sees itself and both neighbours, so that "red circle" is one meaning and not two. There are no position embeddings:
-    what a question is about does not depend on where in it that is said.
+    Late interaction (as in ColBERT): a patch is as relevant as the question position that fits it best. A position sees
+    itself and both neighbours, so that "red circle" is one meaning and not two. There are no position embeddings: what
+    a question is about does not depend on where in the question it is said.
     """
 
     def __init__(self, vocabulary: int, width: int, token_width: int = 64, coupling_width: int = 96) -> None:
-        """width: of the vision features. coupling_width: of the space in which words and patches meet."""
+        """width: of the vision features. coupling_width: of the space that words and patches share."""
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, token_width)
         self.phrase = nn.Conv1d(token_width, 2 * coupling_width, kernel_size=3, padding=1)
@@ -71,15 +71,15 @@ class ParticipatoryKnowing(nn.Module):
         return self.scale * fit.amax(dim=-1) + self.bias
 
     def logits(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        """features [B, 257, D], CLS first; ids and mask [B, 32] of the bare question without BOS. -> [B, 256]."""
+        """features [B, 257, D], CLS first; ids and mask [B, 32] of the bare question without BOS -> [B, 256]."""
         return self.coupling(self.places(features), self.meanings(question_ids, question_mask), question_mask)
 
     def forward(self, features: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        """As `logits`, then relevance in [0, 1], [B, 256]."""
+        """Relevance in [0, 1], [B, 256]: the sigmoid of `logits`."""
         return torch.sigmoid(self.logits(features, question_ids, question_mask))
 
 
 def mean_meaning(meanings: Tensor, question_mask: Tensor) -> Tensor:
-    """What the question says as a whole, [B, C]: the mean of its real positions' meanings; zero for no question."""
+    """The meaning of the whole question, [B, C]: mean over its real positions; zero without a question."""
     valid = question_mask.to(meanings.dtype)
     return (meanings * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1.0)

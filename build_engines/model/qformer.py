@@ -1,4 +1,4 @@
-"""The Q-Former as one graph: vision tokens in, visual tokens (rows of the LLM's hidden size) out."""
+"""Q-Former graph: vision tokens in, visual tokens (rows of the LLM's hidden size) out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from build_engines.model.attention import attend, bias_where_hidden
 
 
 class QFormer(nn.Module):
-    """BLIP-2's: vision_tokens [B, N, D] and attend int32 [B, N] (1 = visible) -> visual_tokens [B, 32, H]."""
+    """BLIP-2's Q-Former: vision_tokens [B, N, D] and attend int32 [B, N] -> visual_tokens [B, 32, H].
+
+    attend (the argument `visible`) is 1 for a token that the queries may read.
+    """
 
     def __init__(self, model: Blip2ForConditionalGeneration) -> None:
         super().__init__()
@@ -32,9 +35,12 @@ class QFormer(nn.Module):
         gates: Tensor | None = None,
         owner: Tensor | None = None,
     ) -> Tensor:
-        """What the queries found, [B, 32, Q-Former's width], in tokens hidden by bias [B, 1, 1, N] or, in training,
-        by gates [B, N] (`relaxation.open_tokens`). With owner int64 [B], row i reads the tokens of image owner[i]: the
-        keys and values of an image are then made once for all its questions."""
+        """Run the queries over the vision tokens -> [B, 32, width of the Q-Former].
+
+        bias [B, 1, 1, N] hides tokens. In training, gates [B, N] do so instead (`relaxation.open_tokens`). With owner
+        int64 [B], row i reads the tokens of image owner[i]. The keys and values of an image are then computed once for
+        all questions about it.
+        """
         rows = vision_tokens.shape[0] if owner is None else owner.shape[0]
         hidden = self.layernorm(self.query_tokens).expand(rows, -1, -1)
         for layer in self.layers:
@@ -46,8 +52,11 @@ class QFormer(nn.Module):
 
 
 class InstructQFormer(nn.Module):
-    """InstructBLIP's, whose queries read the question too: vision_tokens [B, N, D], attend int32 [B, N], question_ids
-    and question_mask int32 [B, 32], in its own tokenizer's ids with [CLS] and [SEP] -> visual_tokens [B, 32, H]."""
+    """InstructBLIP's Q-Former, whose queries also read the question.
+
+    vision_tokens [B, N, D], attend int32 [B, N], question_ids and question_mask int32 [B, 32] -> visual_tokens [B, 32,
+    H]. The ids are those of its own tokenizer, with [CLS] and [SEP].
+    """
 
     def __init__(self, model: InstructBlipForConditionalGeneration) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
-"""The allocator's choice with a gradient: what is chosen is as in `allocation.py`, how it would change is soft.
+"""Make the allocator's choice differentiable for training.
 
-Straight-through Gumbel top-k (Jang et al. 2017, "Categorical reparameterization with Gumbel-softmax"; Kool et al. 2019,
-"Stochastic beams and where to find them"). All candidate tokens are laid open to the Q-Former, each with a gate that is
-0 or 1: token j gets the attention gate_j * exp(logit_j), normalised, and a closed token tells, going backward, what
-opening it would have been worth (`gates.py`).
+The forward pass chooses exactly as `allocation.py` does; the backward pass uses a soft choice. The method is
+straight-through Gumbel top-k (Jang et al. 2017, "Categorical reparameterization with Gumbel-softmax"; Kool et al. 2019,
+"Stochastic beams and where to find them"). The Q-Former gets all candidate tokens, each with a gate that is 0 or 1.
+Token j gets the attention gate_j * exp(logit_j), normalised. The gradient of a closed token's gate is what opening it
+would be worth (`gates.py`).
 
     allocator = RelevanceAllocator(participatory, balancing, closer)
     weighed = allocator.weigh(...)
@@ -21,15 +22,15 @@ from torch import Tensor
 
 from build_engines.model.allocation import CELL_COUNT, DEEP_COST, PATCH_COUNT, REFINEMENT_COST, Allocation, Steps
 
-SHARPNESS = 0.1  # of a gate, in gain: a step this far above the threshold is about three quarters open
-WIDTH = 2.0  # of the edge between taken and not taken, in steps
+SHARPNESS = 0.1  # in gain: a step this far above the threshold has a gate about three quarters open
+WIDTH = 2.0  # in steps: of the edge between taken and not taken
 
 
 class Choice(NamedTuple):
     """Gates of each cell: 0 or 1 going forward, soft going backward."""
 
     refined: Tensor  # [B, 64]: level 1 or 2
-    deep: Tensor | None  # [B, 64]: level 2; None where there is no closer view
+    deep: Tensor | None  # [B, 64]: level 2; None without a closer view
     levels: Tensor  # int64 [B, 64]
 
 
@@ -41,14 +42,15 @@ class Opened(NamedTuple):
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """Exactly `hard` going forward, `soft` going backward."""
+    """Return `hard` in the forward pass with the gradient of `soft`."""
     return hard.detach() + (soft - soft.detach())
 
 
 def perturbed(gains: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """gains [B, 64] with Gumbel noise of that temperature added to their log odds; still in [0, 1].
+    """Add Gumbel noise of this temperature to the log odds of gains [B, 64].
 
-    The gradient is as without noise."""
+    The result stays in [0, 1]. The gradient is the one without noise.
+    """
     if temperature == 0:
         return gains
     uniform = torch.rand(gains.shape, generator=generator, device=gains.device).clamp(1e-9, 1 - 1e-6)
@@ -67,14 +69,19 @@ def choose(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Choice:
-    """cell_relevance [B, 64] in [0, 1]; tensions [B, 3]; budget int32 [B, 4]. Without temperature the choice is that of
+    """Choose levels with a gradient to relevance and tensions.
+
+    cell_relevance [B, 64] in [0, 1]; tensions [B, 3]; budget int32 [B, 4]. At temperature 0 the choice equals that of
     `RelevanceAllocator`.
 
-    The gradient of a step taken by rank: through its gain, sigmoid((gain - threshold) / SHARPNESS), the threshold half
-    way between the last gain taken and the first not taken; and through the number of affordable steps,
-    sigmoid((number - position) / WIDTH): one more step opens one more cell, however close the gains lie. Of a cell
-    refined in its turn: the same in the number of turns. The numbers are real: tokens over cost, so that particularize
-    and explore are reached.
+    A step taken by rank has two gradients:
+    - through its gain: sigmoid((gain - threshold) / SHARPNESS). The threshold lies half way between the last gain taken
+      and the first gain not taken.
+    - through the number of affordable steps: sigmoid((number - position) / WIDTH). One more step opens one more cell,
+      however close the gains are.
+
+    A cell refined in its turn has the second gradient, in the number of turns. These numbers are real (tokens divided
+    by cost), so that gradients reach particularize and explore.
     """
     particularize, explore, diversify = tensions.split(1, dim=1)
     gains = perturbed(allocation.gains(cell_relevance, diversify), temperature, generator)
@@ -91,13 +98,13 @@ def choose(
 
 
 def _rank_gates(steps: Steps, gains: Tensor, affordable: Tensor) -> Tensor:
-    """Gates of the K steps [B, K]; affordable [B, 1]: refinements left to rank, a real number."""
+    """Gates of the K steps [B, K]. affordable [B, 1] is the real number of refinements left for rank."""
     closer = steps.taken.shape[1] > CELL_COUNT
     worth = torch.cat([gains, gains * gains], dim=1) if closer else gains
     taken = steps.taken.float()
     number = taken.sum(1, keepdim=True)
     following = steps.position == number
-    cost = 1.0 + (DEEP_COST - 1.0) * following[:, CELL_COUNT:].any(1, keepdim=True)  # of the first step not taken
+    cost = 1.0 + (DEEP_COST - 1.0) * following[:, CELL_COUNT:].any(1, keepdim=True)  # cost of the first step not taken
     place = (number - 0.5).clamp(0, worth.shape[1] - 1)
     ordered = worth.sort(dim=1, descending=True).values
     ends = ordered.gather(1, torch.cat([place.floor(), place.ceil()], dim=1).long())
@@ -108,14 +115,18 @@ def _rank_gates(steps: Steps, gains: Tensor, affordable: Tensor) -> Tensor:
 
 
 def _edge(number: Tensor, position: Tensor) -> Tensor:
-    """How far inside the first `number` each position is, in (0, 1); its slopes add up to 1."""
+    """How far inside the first `number` each position is, in (0, 1). Its slopes add up to 1."""
     return torch.sigmoid((number - position - 0.5) / WIDTH)
 
 
 def open_tokens(allocation: Allocation, features: Tensor, detail: Tensor | None, choice: Choice) -> Opened:
-    """features [B, 257, D] and the closer view's tokens [B, 1024, D] (`RelevanceAllocator.detail`), or None."""
+    """Open every candidate token: features [B, 257, D] and, if any, detail [B, 1024, D].
+
+    detail is the closer view's tokens (`RelevanceAllocator.detail`), or None. Raises ValueError if only one of detail
+    and choice.deep is given.
+    """
     if (detail is None) != (choice.deep is None):
-        raise ValueError("a closer view's tokens and gates come together or not at all")
+        raise ValueError("a closer view's tokens and gates come together: give both, or neither")
     return Opened(allocation.sources(features, detail), gates_of(allocation, choice))
 
 
@@ -130,16 +141,17 @@ def gates_of(allocation: Allocation, choice: Choice) -> Tensor:
 
 
 def _by_place(cells: Tensor, places: Tensor) -> Tensor:
-    """Values of the cells [B, 64] to those of the patches that lie in them, row by row; places [64, n] int64."""
+    """Copy each cell's value [B, 64] to its patches, in row order. places int64 [64, n] are the patches of a cell."""
     owner = torch.empty_like(places.flatten())
     owner[places.flatten()] = torch.arange(CELL_COUNT, device=places.device).repeat_interleave(places.shape[1])
     return cells[:, owner]
 
 
 def region_gates(allocation: Allocation, gates: Tensor, regions: Tensor, region: int) -> Tensor:
-    """Gates [B, N] of what the focus group of that region reads: regions int [B, 64] as of `FocusRegions`, 1 to 3.
+    """Gates [B, N] of the tokens that the focus group of this region reads.
 
-    CLS belongs to none."""
+    regions int [B, 64] are those of `FocusRegions`; region is 1 to 3. CLS belongs to no region.
+    """
     inside = (regions == region).to(gates.dtype)
     parts = [torch.zeros_like(gates[:, :1]), _by_place(inside, allocation.patch_of), inside]
     if gates.shape[1] > 1 + PATCH_COUNT + CELL_COUNT:

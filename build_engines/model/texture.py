@@ -1,6 +1,7 @@
 """The 13-channel texture array and the luminance entropy of every patch.
 
-The channels of ARR-COC 0.1's texture array, with the two that it fills with copies (11 and 12) made real.
+The channels are those of ARR-COC 0.1's texture array. Its channels 11 and 12 are copies of others; here they are
+computed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ CHANNELS = (
 class Texture(nn.Module):
     """RGB in [0, 1], float [B, 3, 224, 224] -> texture [B, 13, 16, 16] and entropy [B, 256], all finite.
 
-    Ranges: red_green in [-1, 1] (a* / 128), every other channel and the entropy in [0, 1]. Gradients are taken at every
-    second pixel (49 samples a patch); lightness and red_green are those of the patch's mean colour.
+    Ranges: red_green is in [-1, 1] (a* / 128); every other channel and the entropy are in [0, 1]. Gradients are
+    computed at every second pixel (49 samples a patch). Lightness and red_green are those of the patch's mean colour.
     Sources: luma by ITU-R BT.601; CIELAB with D65 white from IEC 61966-2-1 sRGB.
     """
 
@@ -67,7 +68,7 @@ class Texture(nn.Module):
         return torch.cat([(116 * y - 16) / 100, 500 * (x - y) / 128], dim=1)
 
     def _gradients(self, luminance: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 1, 224, 224] -> mean |Sobel x|, |Sobel y|, magnitude [B, 3, 16, 16]; their orientation entropy."""
+        """[B, 1, 224, 224] -> mean |Sobel x|, |Sobel y|, magnitude [B, 3, 16, 16]; their entropy [B, 1, 16, 16]."""
         padded = F.pad(luminance, (1, 1, 1, 1), mode="replicate")
         response = F.conv2d(padded, self.steered, stride=2).abs()  # [B, 8, 112, 112]
         x, y = response[:, :1], response[:, ORIENTATIONS // 2 : ORIENTATIONS // 2 + 1]
@@ -80,13 +81,13 @@ class Texture(nn.Module):
         return means, entropy.clamp(0.0, 1.0)
 
     def _contrast(self, luminance: Tensor) -> Tensor:
-        """Standard deviation of luminance, doubled: half black, half white is 1. [B, 1, 16, 16]."""
+        """Standard deviation of luminance, doubled, [B, 1, 16, 16]. A patch half black and half white has 1."""
         mean = F.avg_pool2d(luminance, PATCH)
         variance = F.avg_pool2d(luminance * luminance, PATCH) - mean * mean
         return 2 * torch.sqrt(variance.clamp(min=0.0))
 
     def _entropy(self, luminance: Tensor) -> Tensor:
-        """Shannon entropy of each patch's 16-bin luminance histogram, in bits over 4: [B, 256] in [0, 1]."""
+        """Shannon entropy of each patch's 16-bin luminance histogram, in bits / 4: [B, 256] in [0, 1]."""
         batch, _, height, width = luminance.shape
         rows, columns = height // PATCH, width // PATCH
         pixels = luminance.reshape(batch, rows, PATCH, columns, PATCH).transpose(2, 3)

@@ -1,4 +1,4 @@
-"""The vision encoder as one graph: pixels in, features, saliency, entropy and texture out."""
+"""Vision encoder graph: pixels to features, saliency, entropy, texture."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from build_engines.model.texture import Texture
 
 
 class VisionEncoder(nn.Module):
-    """uint8 RGB [B, 3, 224, 224] -> features [B, 257, D], saliency [B, 256], entropy [B, 256], texture [B, 13, 16, 16].
+    """Encode images and compute the maps that the allocator reads.
 
-    Features are the encoder's last hidden state after its final layer norm, CLS first, as
-    `Blip2ForConditionalGeneration` hands them to its Q-Former. Saliency is the last layer's attention from CLS to each
-    patch, mean over the heads.
+    uint8 RGB [B, 3, 224, 224] -> features [B, 257, D], saliency [B, 256], entropy [B, 256], texture [B, 13, 16, 16].
+
+    Features are the encoder's last hidden state after its final layer norm, CLS first. `Blip2ForConditionalGeneration`
+    passes the same tensor to its Q-Former. Saliency is the last layer's attention from CLS to each patch, averaged over
+    the heads.
     """
 
     mean: Tensor
@@ -37,7 +39,7 @@ class VisionEncoder(nn.Module):
         saliency = hidden.new_zeros(())
         for layer in self.layers:
             query, key, value = split_heads(layer.self_attn, layer.layer_norm1(hidden))
-            # Of the last layer only; the graph drops the others.
+            # Only the last layer's saliency is used. The exported graph drops the others.
             saliency = torch.softmax(query[:, :, :1] @ key.transpose(2, 3), dim=-1).mean(1)[:, 0, 1:]
             hidden = hidden + layer.self_attn.projection(attend(query, key, value))
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))

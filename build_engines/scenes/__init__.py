@@ -1,1 +1,1 @@
-"""A small world of coloured shapes: what may be in a scene, how it looks, and what can be asked about it."""
+"""A small world of coloured shapes: sampled scenes, their pixels, and questions about them."""

@@ -1,8 +1,11 @@
-"""The scenes that the service is measured on: `python -m build_engines.scenes.held_out` writes benchmarks/scenes.
+"""Generate the scenes that the service is measured on.
 
-Their seeds are used nowhere else. Split `new`: scenes of the training world. Split `held_out_pairs`: every question
-depends on an object whose colour-shape pair never occurs in training. Split `small_print`: 448 pixels wide and high,
-with characters that are too small for the 224-pixel view.
+`python -m build_engines.scenes.held_out` writes build_engines/evaluation/scenes. The seeds of these scenes are used
+nowhere else.
+
+- `new`: scenes of the training world.
+- `held_out_pairs`: every question depends on an object whose colour-shape pair never occurs in training.
+- `small_print`: 448 pixels wide and high, with characters that are too small for the 224-pixel view.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ NEW, PAIRS, SMALL = "new", "held_out_pairs", "small_print"
 SPLITS = (NEW, PAIRS, SMALL)
 COMMITTED = {NEW: 280, PAIRS: 130, SMALL: 100}  # scenes
 WORLDS = {NEW: World(), PAIRS: World(held_out=True), SMALL: SMALL_PRINT}
-READ_AGAIN = 2  # more questions about small print
+READ_AGAIN = 2  # additional questions about small print
 QUALITY = 90  # WebP
 DIRECTORY = Path(__file__).parents[1] / "evaluation" / "scenes"
 
 
 @dataclass(frozen=True)
 class HeldOutScene:
-    """pixels: uint8 [224, 224, 3], or [448, 448, 3] of small print. coverage: [things, 16, 16], as `Picture` has it."""
+    """One scene with its questions.
+
+    pixels: uint8 [224, 224, 3], or [448, 448, 3] for small print. coverage: [things, 16, 16], as in `Picture`.
+    """
 
     name: str
     split: str
@@ -42,8 +48,10 @@ class HeldOutScene:
 
 
 def held_out_scenes(split: str, number: int, first: int = 0, scale: int | None = None) -> Iterator[HeldOutScene]:
-    """The same scenes every time: the first 280 of 1,000 are the 280 that are shipped. scale: times 224 pixels, where
-    it is not what the split is shipped at."""
+    """Yield the same scenes every time. The first 280 of 1,000 are the shipped 280.
+
+    scale: side in units of 224 pixels, if it is not the one that the split is shipped at.
+    """
     for index in range(first, first + number):
         rng = np.random.default_rng((SEED, SPLITS.index(split), index))
         things = sample_scene(rng, WORLDS[split])
@@ -60,15 +68,17 @@ def held_out_scenes(split: str, number: int, first: int = 0, scale: int | None =
 
 
 def _about_a_held_out_pair(question: Question, things: list[Thing], index: int) -> bool:
-    """Existence is asked half and half; a count of zero is about nothing."""
+    """Whether a held-out pair is asked about. Half of the existence answers are yes; a count of zero is excluded."""
     if question.type == "exist" and question.answer != ("yes", "no")[index % 2]:
         return False
     return question.answer != "0" and any((things[i].colour, things[i].shape) in HELD_OUT for i in question.asked)
 
 
 def write(directory: Path = DIRECTORY, numbers: Mapping[str, int] = COMMITTED, first: int = 0) -> None:
-    """So many scenes of each split, those from `first` on. Images as WebP; questions, written last, as JSON lines:
-    image, question, answer, type, split."""
+    """Write this number of scenes of each split, starting at `first`.
+
+    Images are WebP. The questions are written last, as JSON lines: image, question, answer, type, split.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for split, number in numbers.items():

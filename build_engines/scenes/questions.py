@@ -1,7 +1,7 @@
-"""What can be asked about a scene, the answer, and which objects the answer depends on.
+"""Generate questions about a scene, their answers, and the objects they depend on.
 
-Every question has one answer: an object that is named is the only one that fits the name, sizes differ by a clear
-step, and left/right/above/below are only asked where the offset is clear.
+Every question has one answer. A named object is the only one that fits its name. Compared sizes differ by a clear step.
+left, right, above and below are only used if the offset is clear.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ TYPES = ("colour", "shape", "count", "exist", "relation", "size", "read")
 DESCRIBE = "describe"
 NUMBERS = tuple(str(n) for n in range(8))
 RELATIONS = ("left", "right", "above", "below")
-LEAST_OFFSET = 20.0  # pixels between two centres along the axis that is asked about
+LEAST_OFFSET = 20.0  # pixels between two centres along the axis of the question
 LEAST_STEP = 1.25  # ratio of two diameters that counts as bigger
 ANSWERS = (*COLOUR_NAMES, *SHAPES, *NUMBERS, "yes", "no", *RELATIONS, *SIZE_NAMES, *CHARACTERS)
 
 
 @dataclass(frozen=True)
 class Question:
-    """asked: the indices of the objects that the answer depends on; everything for counts over the whole scene."""
+    """A question and its answer.
+
+    asked: indices of the objects that the answer depends on; all objects for counts over the whole scene.
+    """
 
     text: str
     answer: str
@@ -34,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Name:
-    """A way to refer to objects: any of size, colour, shape (NONE: not said)."""
+    """A reference to objects by any of size, colour and shape. NONE: not mentioned."""
 
     size: int = NONE
     colour: int = NONE
@@ -60,12 +63,12 @@ Draw = Callable[[np.random.Generator, Sequence[Thing]], Question | None]
 
 
 def ask(rng: np.random.Generator, things: Sequence[Thing], kind: str) -> Question | None:
-    """One question of that type, or None where this scene does not give one."""
+    """Return one question of this type, or None if the scene gives none."""
     return _DRAW[kind](rng, things)
 
 
 def rephrase(rng: np.random.Generator, question: Question) -> Question:
-    """The same question in other words that people use, now and then (training only)."""
+    """Replace a word by a common alternative in up to a quarter of questions (training only)."""
     if rng.random() > 0.25:
         return question
     kind = "digit" if question.answer.isdigit() else "letter"
@@ -88,7 +91,7 @@ def _fitting(things: Sequence[Thing], name: Name) -> list[int]:
 def _unique_name(
     rng: np.random.Generator, things: Sequence[Thing], index: int, without: Sequence[str] = ()
 ) -> Name | None:
-    """A name that fits this object alone; colour and shape first, sometimes more or less than is needed."""
+    """A name that fits only this object: mostly colour and shape, sometimes fewer or more words."""
     thing = things[index]
     candidates = []
     for use_size, use_colour, use_shape in (
@@ -148,7 +151,10 @@ def _shape(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None
 
 
 def _any_name(rng: np.random.Generator, things: Sequence[Thing]) -> Name:
-    """A name of a mixed kind around an object of the scene, which may be changed so that it fits fewer or none."""
+    """A reference of random kind to a random object of the scene.
+
+    A caller may change it so that it fits fewer objects or none.
+    """
     thing = things[int(rng.integers(len(things)))]
     kind = rng.random()
     size = thing.size if rng.random() < 0.15 else NONE
@@ -160,7 +166,7 @@ def _any_name(rng: np.random.Generator, things: Sequence[Thing]) -> Name:
 
 
 def _count(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None:
-    """Names are drawn until the number is the one wanted, so that 0 to 5 come about equally often."""
+    """Draw names until the number fits, so that counts from 0 to 5 are about equally frequent."""
     if rng.random() < 0.08:
         template = _pick(rng, ("how many objects are there?", "how many shapes are in the image?"))
         if len(things) >= len(NUMBERS):
@@ -227,7 +233,7 @@ def _exist_character(rng: np.random.Generator, things: Sequence[Thing], present:
 
 
 def _offset(a: Thing, b: Thing, horizontal: bool) -> float:
-    """How far a lies right of (or below) b, in pixels."""
+    """How far a lies to the right of (or below) b, in pixels."""
     return a.x - b.x if horizontal else a.y - b.y
 
 
@@ -310,7 +316,7 @@ def _read(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None:
 
 
 def _describe(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None:
-    """All objects from left to right."""
+    """Describe all objects from left to right."""
     order = sorted(range(len(things)), key=lambda i: things[i].x)
     phrases = []
     for index in order:
@@ -325,7 +331,7 @@ def _describe(rng: np.random.Generator, things: Sequence[Thing]) -> Question | N
 
 
 def _position(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None:
-    """Where one object is in the image: a first step towards relations, for training only."""
+    """Ask for an object's place in the image, a first step to relations (training only)."""
     found = _named(rng, things, range(len(things)))
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""A scene's pixels, and which patch shows which object."""
+"""Render a scene's pixels, and record which patch shows which object."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ _OVERSAMPLE = 3
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _FONT_FILES = ("DejaVuSans-Bold.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 _CAPITAL_HEIGHT = 0.729  # of the font size, DejaVu
-_OUTLINE = 1.2  # pixels of the 224 view around a legible character; small print has less
+_OUTLINE = 1.2  # pixels of the 224 view around a legible character; less for small print
 
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels: [side, side, 3] uint8 RGB. coverage: [things, 16, 16] float32, the share an object fills of a
-    patch of the 224 view."""
+    """Pixels of a scene and the patches of its objects.
+
+    pixels: [side, side, 3] uint8 RGB. coverage: [things, 16, 16] float32, the share of each 224-view patch that an
+    object fills.
+    """
 
     pixels: np.ndarray
     coverage: np.ndarray
 
 
 def render(things: list[Thing], rng: np.random.Generator, scale: int = 1) -> Picture:
-    """Draw the objects on a textured, noisy, unevenly lit background, 224 pixels times `scale` wide and high. About
-    3 ms at scale 1, 10 ms at scale 2."""
+    """Draw the objects on a textured, noisy, unevenly lit background.
+
+    The image is 224 * `scale` pixels wide and high. It takes about 3 ms at scale 1 and 10 ms at scale 2.
+    """
     side = IMAGE_SIZE * scale
     canvas = _background(rng, scale)
     coverage = np.zeros((len(things), GRID, GRID), np.float32)
@@ -45,7 +50,7 @@ def render(things: list[Thing], rng: np.random.Generator, scale: int = 1) -> Pic
 
 
 def overview(pixels: np.ndarray) -> np.ndarray:
-    """[side, side, 3] uint8 -> [224, 224, 3], as the gateway makes it small."""
+    """[side, side, 3] uint8 -> [224, 224, 3], resized as in the gateway."""
     return np.asarray(Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
 
 
@@ -56,7 +61,7 @@ def crops(pixels: np.ndarray) -> np.ndarray:
 
 
 def compressed(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The pixels after JPEG or WebP, as shipped scenes and users' uploads are. About 2 ms."""
+    """Compress the pixels as JPEG or WebP, like shipped scenes and uploads. About 2 ms."""
     buffer = io.BytesIO()
     if rng.random() < 0.7:
         Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(80, 96)))
@@ -66,7 +71,7 @@ def compressed(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, scale: int) -> np.ndarray:
-    """[side, side, 3] float32 in 0..255: a dull colour with blotches and sometimes stripes, checks or a gradient."""
+    """[side, side, 3] float32 in 0..255: a dull colour with blotches and sometimes stripes or checks."""
     value, tint = rng.uniform(70, 215), rng.uniform(-16, 16, 3)
     cells = int(rng.integers(4, 40))
     blotches = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32)).resize(
@@ -87,7 +92,7 @@ def _background(rng: np.random.Generator, scale: int) -> np.ndarray:
 
 
 def _light(rng: np.random.Generator, side: int) -> np.ndarray:
-    """[side, side, 3] gains: brightness, a slope across the image, and a slight cast."""
+    """[side, side, 3] gains: brightness, a slope across the image, and a slight colour cast."""
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     slope = rng.uniform(-0.1, 0.1, 2)
     plane = rng.uniform(0.85, 1.12) * (1 + slope[0] * axis[None] + slope[1] * axis[:, None])
@@ -100,7 +105,7 @@ def _noise_tile(side: int) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, amplitude: float, side: int) -> np.ndarray:
-    """A random window of one large tile of Gaussian noise: as good for this purpose, and ten times quicker."""
+    """Take a random window of one large tile of Gaussian noise, which is ten times faster than new noise."""
     top, left = (int(v) for v in rng.integers(0, side, 2))
     return _noise_tile(side)[top : top + side, left : left + side] * amplitude
 
@@ -131,7 +136,7 @@ def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.G
         ink, outline = (12.0, 245.0) if dark_ink else (245.0, 12.0)
         body, edge = _character_masks(thing, side, centre, outline_width, rng)
         layers += [(edge, np.full((1, 1, 3), outline, np.float32)), (body, np.full((1, 1, 3), ink, np.float32))]
-    # The window may reach over the image's border by the margin.
+    # The window may reach beyond the image's border by the margin.
     y0, x0 = max(0, top), max(0, left)
     y1, x1 = min(image_side, top + side), min(image_side, left + side)
     window = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
@@ -139,7 +144,7 @@ def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.G
     for alpha, colour in layers:
         share = alpha[window][..., None]
         region += share * (np.broadcast_to(colour, (side, side, 3))[window] - region)
-    # Its share of each patch, from the window padded to whole patches.
+    # The object's share of each patch, from the window padded to whole patches.
     row0, column0, row1, column1 = y0 // patch, x0 // patch, -(-y1 // patch), -(-x1 // patch)
     union = np.zeros(((row1 - row0) * patch, (column1 - column0) * patch), np.float32)
     inside = (

@@ -1,7 +1,7 @@
-"""What may be in a scene: colours, shapes, sizes, characters, and how objects are placed.
+"""Sample scenes: colours, shapes, sizes, characters and places of objects.
 
-Three of the 48 colour-shape pairs never occur in training, neither as pixels nor as symbols, and no unnamed hue near
-the colour is given to the shape: they measure whether colour and shape were learned apart.
+Three of the 48 colour-shape pairs never occur in training, neither as pixels nor as symbols. A shape of such a pair
+also never gets an unnamed hue near the colour. These pairs measure whether colour and shape were learned apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ IMAGE_SIZE = 224
 PATCH_SIZE = 14
 GRID = IMAGE_SIZE // PATCH_SIZE
 
-# Hue in degrees, saturation, value: the middle of each name. Objects are jittered around it.
+# Hue in degrees, saturation, value: the centre of each name's range. Objects are jittered around it.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1, 0.88, 0.84),
     "orange": (28, 0.90, 0.95),
@@ -29,7 +29,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES: dict[str, tuple[int, int]] = {"small": (24, 30), "medium": (38, 46), "large": (56, 68)}  # diameters in pixels
-CHARACTERS = "0123456789aehklptuxw"  # 20, drawn as capitals; no pair looks alike (no O next to 0, no B next to 8)
+# 20 characters, drawn as capitals. No pair looks alike (no O next to 0, no B next to 8).
+CHARACTERS = "0123456789aehklptuxw"
 COLOUR_NAMES = tuple(COLOURS)
 SIZE_NAMES = tuple(SIZES)
 
@@ -39,14 +40,17 @@ NONE = -1  # no character, or a colour without a name
 _HELD_OUT = {(COLOUR_NAMES.index(c), SHAPES.index(s)) for c, s in HELD_OUT_PAIRS}
 TRAINING_PAIRS = tuple((c, s) for c in range(8) for s in range(6) if (c, s) not in _HELD_OUT)
 HELD_OUT = tuple(sorted(_HELD_OUT))
-# Hues (degrees) that lie between the names.
+# Hues (degrees) between the names.
 _UNNAMED_HUES = ((76, 96), (150, 163), (201, 206), (246, 256), (300, 312))
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. Attributes are indices into the tables above; x, y, diameter and the height of the character (0
-    without one) are in pixels of the 224 view, angle in degrees."""
+    """One object.
+
+    Attributes are indices into the tables above. x, y, diameter and character_height (0 without a character) are in
+    pixels of the 224 view. angle is in degrees.
+    """
 
     colour: int
     shape: int
@@ -62,36 +66,36 @@ class Thing:
 
 @dataclass(frozen=True)
 class World:
-    """What a sampled scene may look like. The defaults are the world that is asked about and measured."""
+    """Settings for sampling scenes. The defaults are the world of the measured questions."""
 
     fewest: int = 3
     most: int = 7
     character_share: float = 0.5  # of the medium and large objects that can carry one
-    unnamed_share: float = 0.0  # objects whose hue has no name (training only)
+    unnamed_share: float = 0.0  # share of objects with an unnamed hue (training only)
     lattice_jitter: float | None = None  # pixels around patch-aligned positions (training curriculum); None: anywhere
     size_weights: tuple[float, float, float] = (0.34, 0.36, 0.30)
     held_out: bool = False  # one or two objects of the held-out pairs
-    small_print: tuple[float, float] | None = (
-        None  # characters this high, in pixels, also on small objects; None: legible
-    )
-    repeat_share: float = 0.45  # scenes that repeat one colour, shape or pair, so that counting is not always "one"
+    # Character heights in pixels, also on small objects. None: legible characters.
+    small_print: tuple[float, float] | None = None
+    repeat_share: float = 0.45  # scenes that repeat one colour, shape or pair, so that a count is not always "one"
 
 
-# What the closer view is for: characters that fill less than one patch of the 224 view, and twice that at 448 pixels.
+# For measuring the closer view: characters fill less than one patch of the 224 view, and are twice as high at 448
+# pixels.
 SMALL_PRINT = World(size_weights=(0.6, 0.25, 0.15), character_share=0.75, small_print=(10.5, 12.0))
 
 
 def legible_height(diameter: float) -> float:
-    """Pixels of the 224 view: at least one and a half patches."""
+    """Character height in pixels of the 224 view: at least one and a half patches."""
     return max(21.0, 0.54 * diameter)
 
 
 def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
-    """Place 3 to 7 objects that do not overlap; the order carries no meaning."""
+    """Place 3 to 7 objects that do not overlap. The order carries no meaning."""
     things: list[Thing] = []
     wanted = int(rng.integers(world.fewest, world.most + 1))
     held_out = int(rng.integers(1, 3)) if world.held_out else 0
-    # A theme (a colour, a shape or both) is repeated in some scenes.
+    # Some scenes repeat a theme: a colour, a shape or both.
     theme = TRAINING_PAIRS[rng.integers(len(TRAINING_PAIRS))] if rng.random() < world.repeat_share else None
     keeps_colour, keeps_shape = ((True, False), (False, True), (True, True))[int(rng.integers(3))]
     theme_share = rng.uniform(0.3, 0.95)
@@ -164,7 +168,7 @@ def _named_rgb(rng: np.random.Generator, colour: int) -> tuple[float, float, flo
 
 
 def _unnamed_rgb(rng: np.random.Generator, shape: int) -> tuple[float, float, float]:
-    """A hue between the names, or a dark one, or a grey; never near a colour held out for this shape."""
+    """A hue between the names, a dark colour or a grey; never near a colour held out for this shape."""
     forbidden = [COLOURS[c][0] for c, s in HELD_OUT_PAIRS if SHAPES.index(s) == shape]
     while True:
         kind = rng.random()

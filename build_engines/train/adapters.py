@@ -1,4 +1,7 @@
-"""LoRA on the language model (Hu et al. 2021), a measured alternative to leaving it as it is: `--adapter-rank`."""
+"""LoRA on the language model (Hu et al. 2021), `--adapter-rank`.
+
+It is a measured alternative to a frozen language model.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weig
 
 
 def adapt(language: OPTForCausalLM, rank: int) -> list[nn.Parameter]:
-    """Puts adapters of that rank on every matrix of the decoder's layers, in place, and returns what they train. They
-    start at zero: nothing changes before training."""
+    """Add adapters of this rank to every matrix of the decoder's layers, in place.
+
+    Returns their parameters. They start at zero, so nothing changes before training.
+    """
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=MATRICES)  # scaled by one
     inject_adapter_in_model(config, language)
     return [weight for name, weight in language.named_parameters() if ".lora_" in name]
 
 
 def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with adapters -> one of the plain model, their products added to the matrices."""
+    """Merge a state dict with adapters into one of the plain model, by adding their products to the matrices."""
     plain = {}
     for name, value in state.items():
         if ".lora_" in name:

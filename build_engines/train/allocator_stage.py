@@ -1,11 +1,11 @@
-"""Stage `allocator`: where to look more closely, and a Q-Former that makes the most of it.
+"""Stage `allocator`: train the allocator and a Q-Former that makes the most of its tokens.
 
-The encoder and the language model stay as they are; of the latter only the learned positions move, because prefixes of
-64 to 128 visual tokens put words where none ever stood. Participatory knowing (its masks stay as an auxiliary loss),
-opponent processing, the closer view and the Q-Former are trained on answers, one allocation for each question, through
-the discrete choice (`relaxation.py`), under random budgets. At the end particularize is settled (`settling.py`), and
-the positions after 64 visual tokens (`prefixes.py`). Every way of choosing that the allocator is compared with gets the
-same share of the questions, so that the Q-Former is as used to it.
+The encoder and the language model stay frozen. Only the language model's learned positions move, because prefixes of 64
+to 128 visual tokens put words at positions that had none. Participatory knowing (its masks stay as an auxiliary loss),
+opponent processing, the closer view and the Q-Former are trained on answers. Each question has its own allocation,
+through the discrete choice (`relaxation.py`), under random budgets. At the end particularize is fitted (`settling.py`),
+then the positions after 64 visual tokens (`prefixes.py`). Every policy that the allocator is compared with gets the
+same share of the questions, so that the Q-Former is trained equally on each.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ PLAIN = [World(), World(), World(unnamed_share=0.4)]
 CLOSE = [SMALL_PRINT, SMALL_PRINT, SMALL_PRINT, World(), World()]
 STORED_PLAIN, STORED_CLOSE = 1500, 800  # scenes, per replica
 IMAGES_PLAIN, IMAGES_CLOSE, ASKED = 10, 4, 5  # a step, per replica; questions an image
-FOCUSED_IMAGES = 1  # of the plain ones, whose questions are read with 2 to 4 groups of queries
+FOCUSED_IMAGES = 1  # of the plain ones, with questions read by 2 to 4 groups of queries
 SMALL_PRINT_WEIGHTS = dict.fromkeys(("colour", "shape", "exist", "relation", "size"), 0.7) | {"count": 1.0, "read": 6.0}
-FAR_SHARE = 0.25  # of the steps in which scenes with a closer view are asked about without it
-TARGET_TOKENS = 106.0  # mean over the question types, on plain scenes, until particularize is settled
+FAR_SHARE = 0.25  # of the steps: questions about scenes with a closer view do not use it
+TARGET_TOKENS = 106.0  # mean over the question types, on plain scenes, until particularize is fitted
 NOISE = 0.4  # Gumbel temperature at the start; it falls to zero
 VALIDATED = 60  # scenes of each split
 VALIDATION_FROM = 100_000  # held-out scenes that no report uses
@@ -86,7 +86,7 @@ def train_allocator(plan: Plan) -> None:
             (main, WEIGHTS, False, 1), (focused, WEIGHTS, False, groups), (near, SMALL_PRINT_WEIGHTS, not far, 1),
         ):  # fmt: skip
             rows = lesson.ask(looks, weights, plan.size(ASKED, 2), closely, used)
-            if not len(rows):  # a scene of nothing but unnamed hues
+            if not len(rows):  # a scene with only unnamed hues
                 continue
             share = len(looks) / (images + close_images)
             yield lesson.learn(rows, used) * share, lesson.measures
@@ -117,8 +117,10 @@ def train_allocator(plan: Plan) -> None:
 
 @torch.no_grad()
 def measured(looking: Looking, store: LookStore, scenes: int, closely: bool) -> Curves:
-    """What questions about stored scenes lose at each share of the room; every type alike, most about small print where
-    there is a closer view."""
+    """Measure the losses of questions about stored scenes at each share of the room.
+
+    All types are equally frequent; with a closer view, most questions are about small print.
+    """
     rng, parts = np.random.default_rng((6, closely)), []
     lesson = Lesson(looking, rng, Price(TARGET_TOKENS), 0.0)
     weights = SMALL_PRINT_WEIGHTS if closely else dict.fromkeys(TYPES, 1.0)
@@ -150,8 +152,10 @@ def measured(looking: Looking, store: LookStore, scenes: int, closely: bool) -> 
 
 
 def fill(plan: Plan, stores: dict[str, tuple[LookStore, int]]) -> None:
-    """Looks of an earlier start of the same run where there are any: encoding takes minutes. Looks renewed since are
-    forgotten."""
+    """Load looks of an earlier start of the same run, or encode new ones, which takes minutes.
+
+    Looks renewed since then are lost.
+    """
     path = plan.out / f"looks_{replicas.rank()}.pt"
     if path.exists():
         saved = torch.load(path, map_location=device(), weights_only=False)

@@ -1,8 +1,10 @@
-"""`python -m build_engines.train.alternatives`: other ways to train the stage `allocator`, against the shipped one.
+"""Compare other ways to train the stage `allocator` with the shipped one.
 
-Short runs of equal length from the same start, the stage `joint` of --start, one for each way: large budgets more often
-(2:3:5), and LoRA on the language model. Held-out scenes, the same questions for all; differences are paired, with the
-95 % interval of a bootstrap over scenes.
+    python -m build_engines.train.alternatives
+
+Runs short trainings of equal length from the same start, the stage `joint` of --start. The alternatives are large
+budgets more often (2:3:5), and LoRA on the language model. All answer the same questions on held-out scenes.
+Differences are paired, with the 95 % interval of a bootstrap over scenes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from build_engines.train.looks import Eye
 from build_engines.train.replicas import run_replicas
 from build_engines.train.stages import Plan, set_threads
 
-START = ("language.pt", "joint.pt", "looks_0.pt", "looks_1.pt")  # the last two only where they are
+START = ("language.pt", "joint.pt", "looks_0.pt", "looks_1.pt")  # the last two only if they exist
 FIRST = 300_000  # held-out scenes that nothing else uses
 RANK = 8
 WAYS: dict[str, dict[str, Any]] = {
@@ -42,13 +44,13 @@ ARMS = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, default=Path("runs/reference"), help="a run with its stage joint")
-    parser.add_argument("--runs", type=Path, default=Path("runs/alternatives"), help="where the short runs go")
-    parser.add_argument("--scale", type=float, default=0.08, help="of the stage's steps (default: %(default)s)")
+    parser.add_argument("--start", type=Path, default=Path("runs/reference"), help="a run with a finished stage joint")
+    parser.add_argument("--runs", type=Path, default=Path("runs/alternatives"), help="folder of the short runs")
+    parser.add_argument("--scale", type=float, default=0.08, help="share of the stage's steps (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes of each split (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--tiny", action="store_true", help="does the machinery work?")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="a smoke test with a tiny model and a few steps")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"), help="report to write")
     options = parser.parse_args(arguments)
     plan = Plan(options.runs, options.scale, compiled=not options.tiny, tiny=options.tiny)
     chains = {}
@@ -77,12 +79,12 @@ def start(source: Path, target: Path) -> None:
 
 
 def steps_of(run: Path) -> int:
-    """The steps that a run has trained, by its log."""
+    """The steps that a run has trained, from its log."""
     return max(json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines())
 
 
 def chain_of(plan: Plan) -> Chain:
-    """The chain that a finished stage `allocator` left, in FP32."""
+    """The FP32 chain of a finished stage `allocator`."""
     looking = Looking(plan)
     looking.start_from(plan)
     weights = plan.finished("allocator")
@@ -94,10 +96,10 @@ def chain_of(plan: Plan) -> Chain:
 
 
 def compare(chains: dict[str, Chain], scenes: int) -> dict[str, Any]:
-    """By way, split and arm: what `summarise` says, and the difference to the first way."""
+    """By way, split and arm: the summary, and the difference to the first way."""
     report: dict[str, Any] = {name: {} for name in chains}
     for split, arms in ARMS.items():
-        # One frozen encoder: the first chain's exam is everybody's.
+        # The encoder is frozen, so all chains share the first chain's exam.
         exam: Exam = held_out_exam(next(iter(chains.values())), split, scenes, split == SMALL, FIRST)
         for arm_name, arm in arms.items():
             first: Answers | None = None

@@ -1,8 +1,8 @@
-"""The reference model's shape and its first weights.
+"""The reference model's architecture and its initial weights.
 
-transformers initialises a BLIP-2 vision model with a range of 1e-10 and the query tokens with zero: such a model is
-dead, and does not learn. Here linears start Xavier-uniform (q, k and v apart), positions start as two-dimensional
-sines, and each query starts at the position of one cell of a 4x8 grid over the image.
+transformers initialises a BLIP-2 vision model with a range of 1e-10 and the query tokens with zero. Such a model does
+not learn. Here linears start Xavier-uniform (q, k and v separately) and positions start as two-dimensional sines. Each
+query starts at the position of one cell of a 4x8 grid over the image.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from build_engines.scenes.world import GRID, IMAGE_SIZE, PATCH_SIZE
 from build_engines.train.tokens import BOS, EOS, IMAGE, PAD, PROMPT
 
 QUERIES = 32
-QUERY_ROWS, QUERY_COLUMNS = 4, 8  # query i looks after the cell (i // 8, i % 8), 56 x 28 pixels
+QUERY_ROWS, QUERY_COLUMNS = 4, 8  # query i covers the cell (i // 8, i % 8), 56 x 28 pixels
 LANGUAGE_WIDTH = 128
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def new_config(vocabulary: int, vision: dict[str, int] | None = None, layers: int = 4) -> Blip2Config:
-    """`vision` overrides the encoder's sizes and `layers` the others' depth: smoke tests train a tiny model."""
+    """`vision` overrides the encoder's sizes and `layers` the depth of the others, for tiny models in tests."""
     sizes = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 4}
     return Blip2Config(
         vision_config=Blip2VisionConfig(
@@ -82,7 +82,7 @@ def new_config(vocabulary: int, vision: dict[str, int] | None = None, layers: in
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, config: Blip2Config | None = None) -> Blip2ForConditionalGeneration:
-    """A model that learns. Seed torch before: the weights follow from the seed."""
+    """Make a model that can learn. Seed torch first: the weights follow from the seed."""
     model = Blip2ForConditionalGeneration(config or new_config(len(tokenizer)))
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.language_model.lm_head:
@@ -127,7 +127,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerFast,
     card: dict[str, Any],
 ) -> None:
-    """Write what `from_pretrained` reads, weights rounded to FP16, with the allocator and the card beside it."""
+    """Write the checkpoint for `from_pretrained`, rounded to FP16, with the allocator and the card."""
     directory.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(directory)
     model.float()

@@ -1,7 +1,7 @@
-"""One stage's loop: steps, schedule, log, and a checkpoint from which a killed run goes on.
+"""Run one training stage: steps, schedule, log, and checkpoints for resuming.
 
-Every step draws its data from its own random generator, seeded with the stage and the step's number, so a resumed run
-draws what an uninterrupted one would have drawn. (The stages that keep a store of scenes fill it anew on resuming.)
+Every step draws its data from its own random generator, seeded with the stage and the step's number. A resumed run
+therefore draws the same data as an uninterrupted one. (Stages with a store of scenes fill it anew when they resume.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Measures = dict[str, float]
 
 @dataclass
 class Course:
-    """A resumable stage. `state` holds what the stage itself must remember (a curriculum's position, say)."""
+    """A resumable stage. `state` holds the stage's own values, such as a curriculum's position."""
 
     directory: Path
     name: str
@@ -35,11 +35,11 @@ class Course:
     modules: dict[str, nn.Module]
     optimizers: list[torch.optim.Optimizer]
     warmup: int = 50
-    decay_share: float = 0.35  # of the steps, at the end, in which the rate falls to zero
+    decay_share: float = 0.35  # of the steps at the end in which the rate falls to zero
     checkpoint_s: float = 60.0
     state: dict[str, Any] = field(default_factory=dict)
     step: int = 0
-    norms: Callable[[], Measures] = dict  # of gradients, measured at every step before they are clipped
+    norms: Callable[[], Measures] = dict  # gradient norms, measured at every step before clipping
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class Course:
         return self.step >= self.steps
 
     def resume(self) -> bool:
-        """Take up the stage's checkpoint where there is one."""
+        """Load the stage's checkpoint if there is one. Returns whether there was."""
         if not self.path.exists():
             return False
         saved = torch.load(self.path, map_location="cpu", weights_only=False)
@@ -69,7 +69,7 @@ class Course:
         return True
 
     def save(self) -> None:
-        """Atomic: a kill leaves the previous checkpoint or the new one. Every replica has the same weights."""
+        """Save atomically: a kill leaves the previous or the new checkpoint. All replicas have equal weights."""
         partial = self.path.with_suffix(".partial")
         torch.save(
             {
@@ -84,11 +84,11 @@ class Course:
         os.replace(partial, self.path)
 
     def rng(self) -> np.random.Generator:
-        """The generator of the present step's data. Training seeds are far from the held-out ones."""
+        """The generator of the current step's data. Training seeds are far from the held-out ones."""
         return np.random.default_rng((zlib.crc32(self.name.encode()), self.step, 7 + replicas.rank()))
 
     def rate(self) -> float:
-        """The share of the full learning rate at the present step: a rise, a plateau, a fall to zero."""
+        """The share of the full learning rate at the current step: a rise, a plateau, a fall to zero."""
         falling = (self.steps - self.step) / max(1.0, self.decay_share * self.steps)
         return max(0.0, min(1.0, (self.step + 1) / self.warmup, falling))
 
@@ -99,9 +99,9 @@ class Course:
         validate_every: int,
         stop_after: int | None = None,
     ) -> None:
-        """Train to the end. `losses` yields a step's micro-batches: each loss is back-propagated as it comes.
+        """Train to the end. `losses` yields a step's micro-batches, each back-propagated at once.
 
-        stop_after ends the run early after that many steps, as a kill would (for tests).
+        stop_after ends the run after that many steps, as a kill would (for tests).
         """
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5.0, disable=replicas.rank() > 0)
@@ -137,7 +137,7 @@ class Course:
         bar.close()
 
     def log(self, record: dict[str, Any]) -> None:
-        """One JSON line per record in log.jsonl."""
+        """Append one JSON line to log.jsonl."""
         line = json.dumps({"stage": self.name, "step": self.step, "time": round(time.time(), 1), **record})
         with (self.directory / "log.jsonl").open("a") as file:
             file.write(line + "\n")

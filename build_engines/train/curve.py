@@ -1,4 +1,4 @@
-"""The learning curve: what each stage's validation said, over its steps."""
+"""Plot the learning curve: each stage's validation over its steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-# What to show of each stage's validation, and how to call it.
+# The validation measures to show for each stage, and the title.
 PANELS = {
     "language": ("Decoder on symbols", ("colour", "shape", "count", "exist", "relation", "size", "read")),
     "vision": ("Encoder, at objects' centres", ("colour", "shape", "size", "character")),
@@ -37,11 +37,11 @@ COLOURS = {
 
 
 def plot(log: Path, target: Path) -> None:
-    """Solid: new scenes. Dashed: scenes with colour-shape pairs that training never shows."""
+    """Plot new scenes solid, and scenes with held-out colour-shape pairs dashed."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
     figure, panels = pyplot.subplots(1, len(PANELS), figsize=(20, 4.2), sharey=True, constrained_layout=True)
     for panel, (stage, (title, names)) in zip(panels, PANELS.items(), strict=True):
-        # A resumed stage repeats steps: the later record counts.
+        # A resumed stage repeats steps; the later record counts.
         rows = {record["step"]: record["valid"] for record in records if record["stage"] == stage}
         steps = sorted(rows)
         for name in names:

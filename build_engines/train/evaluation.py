@@ -1,11 +1,13 @@
-"""How good a chain is on held-out scenes, in PyTorch: any way of choosing vision tokens, any budget, any tension fixed.
+"""Evaluate a chain on held-out scenes in PyTorch.
+
+Any policy for vision tokens, any budget and fixed tensions can be evaluated.
 
     chain = Chain.load(Path("reference"))
     exam = held_out_exam(chain, "new", 1000)
     adaptive = answer(chain, exam, Arm())
     print(summarise(adaptive)["all"], paired(adaptive, answer(chain, exam, Arm(vision_tokens=(256, 256)))))
 
-The features of the scenes are computed once for an exam, in FP32; everything after them is the served chain's own code.
+The scenes' features are computed once for an exam, in FP32. Everything after them is the served chain's own code.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Chain:
-    """The model as it is served: encoder, allocator, Q-Former and language model."""
+    """The served model: encoder, allocator, Q-Former and language model."""
 
     eye: Eye
     allocator: RelevanceAllocator
@@ -57,7 +59,7 @@ class Chain:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """A checkpoint directory of the reference model: the rounded weights, computed with in FP32."""
+        """Load a checkpoint directory of the reference model: the rounded weights, computed in FP32."""
         checkpoint = Checkpoint.load(directory)
         encoder: VisionEncoder = checkpoint.vision_encoder().to(device())
         return cls(
@@ -79,24 +81,24 @@ class Asked:
 
 @dataclass(frozen=True)
 class Exam:
-    """Held-out scenes as the encoder sees them, and everything that is asked about them."""
+    """Encoded held-out scenes, and all questions about them."""
 
     looks: Looks
     asked: list[Asked]
 
     def things(self, index: int) -> list[Thing]:
-        """What the answer to question number `index` depends on."""
+        """The objects that the answer to question number `index` depends on."""
         one = self.asked[index]
         return [self.looks.scenes[one.scene][i] for i in one.question.asked]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to spend vision tokens. Least and most as in a request; the same number twice is a fixed budget.
+    """One way to spend vision tokens.
 
-    tensions: values in place of the allocator's, by name, such as {"diversify": 0.0}. closer: with the closer view,
-    which the exam must hold, and up to 400 tokens. queries: only so many of a group's 32 are handed to the decoder, 16
-    being every second.
+    Least and most are as in a request; two equal numbers are a fixed budget. tensions: values that replace the
+    allocator's, by name, such as {"diversify": 0.0}. closer: use the closer view, which the exam must hold, and up to
+    400 tokens. queries: how many of a group's 32 go to the decoder; 16 means every second one.
     """
 
     policy: str = GUIDED  # one of selection.POLICIES
@@ -109,15 +111,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Answers:
-    """What became of every question of an exam, in its order; n questions."""
+    """Results for the n questions of an exam, in its order."""
 
     exam: Exam
     right: np.ndarray  # bool [n]: greedy answer, exact match
     vision_tokens: np.ndarray  # int [n], without CLS
     visual_tokens: np.ndarray  # int [n]
-    on_asked: np.ndarray  # bool [n]: the most relevant cell of the balanced map shows what is asked about
+    on_asked: np.ndarray  # bool [n]: the most relevant cell of the balanced map shows an object asked about
     levels: np.ndarray  # int8 [n, 64]
-    tensions: np.ndarray  # float [n, 3], before any is replaced
+    tensions: np.ndarray  # float [n, 3], before any replacement
     weights: np.ndarray  # float [n, 3]
 
     @property
@@ -132,10 +134,12 @@ class Answers:
 
 
 def held_out_exam(chain: Chain, split: str, number: int, closely: bool = False, first: int = 0) -> Exam:
-    """`number` scenes of a split (`held_out_scenes`) through the WebP in which they would be shipped, from the scene
-    `first` on: those below `COMMITTED[split]` are in benchmarks/scenes, training validates on those from 100,000 on.
+    """Encode `number` scenes of a split (`held_out_scenes`), after WebP compression as for shipped ones.
 
-    closely: of scenes of 448 pixels, with the closer view.
+    `first` is the number of the first scene. Scenes below `COMMITTED[split]` are the committed ones; training validates
+    on those from 100,000.
+
+    closely: render scenes of 448 pixels, with the closer view.
     """
     looks, asked = [], []
     scenes = list(held_out_scenes(split, number, first, CLOSER if closely else None))
@@ -149,7 +153,7 @@ def held_out_exam(chain: Chain, split: str, number: int, closely: bool = False, 
 
 
 def committed_exam(chain: Chain, split: str, closely: bool = False, limit: int | None = None) -> Exam:
-    """The scenes of that split in benchmarks/scenes, pixel for pixel; limit: only the first few."""
+    """Encode the committed scenes of a split, pixel for pixel. limit: only the first few."""
     scenes = list(held_out_scenes(split, limit or COMMITTED[split]))
     looks = []
     for start in range(0, len(scenes), SCENES_AT_ONCE):
@@ -168,7 +172,7 @@ def _as_shipped(pixels: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def answer(chain: Chain, exam: Exam, arm: Arm, seed: int = 0) -> Answers:
-    """Ask everything under one arm. seed: of the random policy."""
+    """Ask every question under one arm. seed: for the random policy."""
     noise = torch.Generator().manual_seed(seed)
     packer = Packer(chain.tokenizer)
     parts = [
@@ -231,7 +235,7 @@ def _answer(
 
 
 def _read(qformer: QFormer, tokens: Tensor, mask: Tensor, group: int) -> Tensor:
-    """Visual tokens [B, 32, H] of group 0 (all tokens) or of one of the focus groups."""
+    """Visual tokens [B, 32, H] of group 0 (which reads all tokens) or of a focus group."""
     visible = (mask > 0) if group == 0 else (mask == group + 1)
     longest = int(visible.sum(1).max())
     front = torch.argsort(~visible, dim=1, stable=True)[:, :longest]
@@ -241,8 +245,11 @@ def _read(qformer: QFormer, tokens: Tensor, mask: Tensor, group: int) -> Tensor:
 
 
 def summarise(answers: Answers) -> dict[str, dict[str, Any]]:
-    """By type, and for all but descriptions: n, accuracy and its Wilson interval, the mean of vision and of visual
-    tokens, the 95 % interval of the former (normal), and how often the most relevant cell shows what is asked."""
+    """Summarise by question type, and over all types except descriptions.
+
+    Per type: n, accuracy with its Wilson interval, mean vision tokens with their 95 % interval (normal), mean visual
+    tokens, and how often the most relevant cell shows an object asked about.
+    """
     types = answers.types
     groups = {kind: types == kind for kind in sorted(set(types.tolist()))} | {"all": types != DESCRIBE}
     return {kind: _summary(answers, rows) for kind, rows in groups.items() if rows.any()}
@@ -264,15 +271,18 @@ def _summary(answers: Answers, rows: np.ndarray) -> dict[str, Any]:
 
 
 def paired(one: Answers, other: Answers, rows: np.ndarray | None = None) -> dict[str, Any]:
-    """How much more often `one` is right than `other` on the same questions (of `rows`, bool [n], or all but
-    descriptions), with the 95 % interval of a bootstrap over scenes, whose questions are not independent."""
+    """How much more often `one` is right than `other` on the same questions.
+
+    The questions are those of `rows`, bool [n], or all except descriptions. The 95 % interval is from a bootstrap over
+    scenes, because questions about one scene are not independent.
+    """
     rows = one.types != DESCRIBE if rows is None else rows
     gain = one.right[rows].astype(float) - other.right[rows]
     return {"difference": round(float(gain.mean()), 4), "interval": resampled(gain, one.scenes[rows])}
 
 
 def resampled(values: np.ndarray, scenes: np.ndarray) -> list[float]:
-    """The 95 % interval of the mean of values [n], drawing whole scenes int [n] with replacement (Efron 1979)."""
+    """The 95 % interval of the mean of values [n], drawing scenes int [n] with replacement (Efron 1979)."""
     _, scene = np.unique(scenes, return_inverse=True)
     total, number = np.bincount(scene, values), np.bincount(scene)
     draws = np.random.default_rng(0).multinomial(len(total), np.full(len(total), 1 / len(total)), RESAMPLES)
@@ -289,8 +299,10 @@ COMMITTED_ARMS = {
 
 
 def committed_report(chain: Chain, limit: int | None = None) -> dict[str, Any]:
-    """The committed scenes, by split and arm, as `summarise` has it; limit: so many scenes of each. The closer view's
-    arm is left out where the chain has none."""
+    """Evaluate the committed scenes, by split and arm, in the form of `summarise`.
+
+    limit: this many scenes of each split. The closer view's arm is skipped if the chain has no closer view.
+    """
     report: dict[str, Any] = {}
     for split, arms in COMMITTED_ARMS.items():
         exam = committed_exam(chain, split, split == SMALL and chain.allocator.closer is not None, limit)

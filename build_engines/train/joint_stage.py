@@ -1,8 +1,8 @@
-"""Stage `joint`: Q-Former and decoder together, on answers, under random budgets, over the finished encoder.
+"""Stage `joint`: train Q-Former and decoder on answers, with the finished encoder.
 
-The decoder moves gently and the slots' losses stay on: both keep what was learned from symbols, which is what carries
-over to colour-shape pairs that were never seen. (With the encoder in the loop and a hot decoder, one run lost about
-six points on held-out pairs.)
+Budgets are random. The decoder has a low learning rate and the slots' losses stay on. Both keep what was learned from
+symbols, which transfers to colour-shape pairs never seen. (One run with the encoder in training and a high decoder rate
+lost about six points on held-out pairs.)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WORLDS = [World(), World(), World(unnamed_share=0.4)]
 
 
 class Joint:
-    """The chain and its training-only parts."""
+    """The chain and its parts used only in training."""
 
     def __init__(self, plan: Plan) -> None:
         torch.manual_seed(4)
@@ -71,7 +71,7 @@ class Joint:
         return {"model": self.model, "participatory": self.participatory, "readout": self.readout}
 
     def start_from(self, plan: Plan) -> None:
-        """The weights that the earlier stages left."""
+        """Load the weights of the earlier stages."""
         vision, language, qformer = (plan.finished(stage) for stage in ("vision", "language", "qformer"))
         self.model.vision_model.load_state_dict(vision["encoder"])
         self.model.language_model.load_state_dict(language["language"])
@@ -83,7 +83,7 @@ class Joint:
         self.participatory.load_state_dict(qformer["participatory"])
 
     def look(self, features: Tensor, relevance: Tensor, refined: Tensor) -> Tensor:
-        """The Q-Former's outputs [B, 32, D] float32, over the tokens that the relevance [B, 256] chooses."""
+        """The Q-Former's outputs [B, 32, D] float32, over the tokens chosen by relevance [B, 256]."""
         tokens, mask = allocate(self.allocation, features, relevance, refined)
         with mixed():
             seen: Tensor = self._look(self.model.query_tokens.expand(len(tokens), -1, -1), tokens, mask)
@@ -97,7 +97,7 @@ class Joint:
             return answer_loss(self.model.language_model, self._decode, prefix, self.packer.pack(questions))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The Q-Former moves, the decoder follows at a fifth of the pace, the encoder stays."""
+        """Train the Q-Former, the decoder at a fifth of its rate, and not the encoder."""
         model, decoder = self.model, self.model.language_model.model.decoder
         seeing = [model.qformer.layernorm, model.language_projection, self.readout, self.participatory]
         saying = [decoder.embed_tokens, decoder.embed_positions, decoder.final_layer_norm]

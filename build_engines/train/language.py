@@ -1,4 +1,4 @@
-"""How the decoder is trained and scored on packed questions."""
+"""Loss and accuracy of the decoder on packed questions."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def decoder_of(language: OPTForCausalLM) -> Decode:
 def answer_loss(
     language: OPTForCausalLM, decode: Decode, prefix: Tensor, pack: Pack
 ) -> tuple[Tensor, dict[str, float], dict[str, int]]:
-    """Mean over questions of the answers' cross-entropy; exact matches under teacher forcing, and questions, by type.
+    """Mean over questions of the answers' cross-entropy.
 
-    Teacher-forced exact match equals greedy exact match: the first wrong token is wrong in both.
+    Also returns exact matches under teacher forcing, and numbers of questions, both by type. Teacher-forced exact match
+    equals greedy exact match: the first wrong token is wrong in both.
     """
     table = language.model.decoder.embed_tokens.weight
     embeddings = torch.cat([prefix, functional.embedding(pack.ids, table)], dim=1)
@@ -43,7 +44,7 @@ def answer_loss(
     truth = pack.targets[rows, columns]
     logits = functional.linear(hidden[rows, columns].float(), table)
     entropy = functional.cross_entropy(logits, truth, reduction="none")
-    # Long answers (descriptions) count as a few short ones, not as sixty.
+    # A long answer (a description) counts as a few short ones, not as sixty.
     questions = torch.stack([rows, pack.owner[rows, columns]])
     _, group, lengths = torch.unique(questions, dim=1, return_inverse=True, return_counts=True)
     weights = lengths[group].float().pow(-0.6)
@@ -59,8 +60,11 @@ def answer_loss(
 
 
 def row_losses(language: OPTForCausalLM, decode: Decode, prefix: Tensor, row: Row) -> tuple[Tensor, Tensor]:
-    """Of each row behind its prefix [B, P, H]: the mean cross-entropy of its answer's tokens, float [B], and whether
-    the answer is exactly right under teacher forcing, bool [B]."""
+    """Score each row after its prefix [B, P, H].
+
+    Returns the mean cross-entropy of the answer's tokens, float [B], and whether the answer is exactly right under
+    teacher forcing, bool [B].
+    """
     table = language.model.decoder.embed_tokens.weight
     embeddings = torch.cat([prefix, functional.embedding(row.ids, table)], dim=1)
     hidden = decode(embeddings, torch.where(row.mask, 0.0, -1e4), row.positions)[:, prefix.shape[1] :]

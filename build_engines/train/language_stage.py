@@ -21,14 +21,14 @@ from build_engines.train.tokens import new_tokenizer
 
 STEPS = 4800
 BATCH = 16  # images, about 14 questions each
-NOISE = 0.05  # on the slots' vectors, as the Q-Former's will not be exact
+NOISE = 0.05  # on the slots' vectors, because the Q-Former's will not be exact
 WEIGHTS = {"colour": 0.6, "shape": 0.7, "count": 4.0, "exist": 1.2, "relation": 2.0, "size": 1.2, "read": 0.6}
 
 
 def draw_questions(
     rng: np.random.Generator, things: list[Thing], weights: dict[str, float], number: int, loosely: bool = False
 ) -> list[Question]:
-    """Up to `number` different questions about one scene; loosely: in words that people use besides ours."""
+    """Draw up to `number` different questions about one scene. loosely: also in common other words."""
     kinds, share = list(weights), np.array(list(weights.values()))
     found: dict[str, Question] = {}
     for choice in rng.choice(len(kinds), 2 * number, p=share / share.sum()):
@@ -42,7 +42,10 @@ def draw_questions(
 
 
 def denies_a_held_out_pair(question: Question) -> bool:
-    """A near miss may land on a pair that training never shows: it could only ever be answered with no, or 0."""
+    """Whether the question denies a held-out pair.
+
+    A near miss may name a pair that training never shows. It could only ever be answered with no or 0.
+    """
     return question.answer in ("no", "0") and any(
         f"{colour} {shape}" in question.text for colour, shape in HELD_OUT_PAIRS
     )

@@ -1,4 +1,4 @@
-"""One step of the stage `allocator`: who is asked what, with how many tokens, and what is learned from the answers."""
+"""One step of the stage `allocator`: draw questions, policies and budgets, and compute the loss."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from build_engines.train.stages import device, tensor
 from build_engines.train.store import questions_about
 from build_engines.train.symbols import slot_tensors
 
-ADAPTIVE_SHARE = 0.5  # of the guided questions that spend as particularize says; the others have a fixed budget
-HALVED_SHARE = 0.05  # of the questions with one group that hand on the first 16 queries only
+ADAPTIVE_SHARE = 0.5  # of the guided questions, which spend as particularize says; the others have a fixed budget
+HALVED_SHARE = 0.05  # of the questions with one group, which use the first 16 queries only
 FEW_QUERIES = 16
 
 
 class Lesson:
-    """What one step asks: questions, policies and budgets, and what is learned from the answers."""
+    """Draw one step's questions, policies and budgets, and learn from the answers."""
 
     def __init__(self, looking: Looking, rng: np.random.Generator, price: Price, temperature: float) -> None:
         self.looking, self.rng, self.price, self.temperature = looking, rng, price, temperature
@@ -35,14 +35,14 @@ class Lesson:
         self.measures: Measures = {}
 
     def ask(self, looks: Looks, weights: dict[str, float], asked: int, closely: bool, groups: int = 1) -> Rows:
-        """Up to `asked` questions about each image, with their policies and budgets drawn."""
+        """Draw up to `asked` questions about each image, with their policies and budgets."""
         owner, questions = [], []
         for scene, things in enumerate(looks.scenes):
             found = questions_about(self.rng, things, weights, asked)
             owner += [scene] * len(found)
             questions += found
-        # Equal shares, whatever the number: a shuffled round of all policies. With the closer view, which is for the
-        # asked object alone, every other one is guided.
+        # All policies get equal shares at any number of questions: a round of all policies is shuffled. With the closer
+        # view, every second question is guided, because that view serves only the asked object.
         turn = int(self.rng.integers(len(TRAINED)))
         policies = [TRAINED[(turn + i) % len(TRAINED)] for i in range(len(questions))]
         if closely:
@@ -58,7 +58,7 @@ class Lesson:
         return Rows(looks, tensor(np.array(owner, np.int64)), questions, policies, budget, closely)
 
     def learn(self, rows: Rows, groups: int = 1) -> Tensor:
-        """The loss of these rows, and everything that is told of them in `measures`."""
+        """The loss of these rows. Adds their statistics to `measures`."""
         looking, guided = self.looking, rows.guided
         weighed = looking.weigh(rows)
         noise = tensor(self.rng.random((len(rows), CELL_COUNT)).astype(np.float32))
@@ -76,7 +76,7 @@ class Lesson:
         return loss
 
     def _answer(self, outputs: Tensor, rows: Rows, groups: int) -> tuple[Tensor, Tensor]:
-        """Some rows hand on the first queries only; descriptions are long and go by themselves."""
+        """Answer the rows. Some use the first queries only; descriptions are long and run separately."""
         halved = self.rng.random(len(rows)) < HALVED_SHARE if groups == 1 else np.zeros(len(rows), bool)
         long = np.array([question.type == DESCRIBE for question in rows.questions])
         losses, right = outputs.new_zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool, device=outputs.device)
@@ -90,14 +90,17 @@ class Lesson:
         return losses, right
 
     def _cost(self, rows: Rows, weighed: Weighed) -> Tensor:
-        """What their tokens cost the rows that spend as particularize says."""
+        """Token cost of the rows that spend as particularize says."""
         extra = self.looking.allocator.allocation.extra(weighed.tensions[:, :1], rows.budget, rows.closely)[:, 0]
         adaptive = rows.guided & (rows.budget[:, 0] < rows.budget[:, 1])
         return self.price.price * (extra * adaptive).mean() / ROOM
 
     def _report(self, rows: Rows, outputs: Tensor, which: Tensor) -> Tensor:
-        """The slots stay: they keep what was learned from symbols. Not for guided rows (`which` is bool [R]): a slot
-        wants to know of every object, whatever is asked, and would teach the allocator to look everywhere."""
+        """Slot losses, which keep what was learned from symbols. `which` is bool [R].
+
+        Guided rows are excluded: a slot needs every object, whatever is asked, and would teach the allocator to look
+        everywhere.
+        """
         index = which.nonzero()[:, 0]
         slots = tuple(part[rows.owner[index]] for part in slot_tensors(rows.looks.scenes))
         reported, _ = slot_loss(self.looking.readout(outputs[index]), slots)
@@ -120,6 +123,8 @@ class Lesson:
 
 
 def mask_loss(relevance: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy of participatory knowing [R, 256] against what is asked about; shown patches count threefold, as
-    they are few."""
+    """Cross-entropy of participatory knowing [R, 256] against the objects asked about.
+
+    Shown patches have weight three, because they are few.
+    """
     return functional.binary_cross_entropy(relevance.clamp(1e-5, 1 - 1e-5), truth, weight=1 + 2 * truth)

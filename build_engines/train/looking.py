@@ -1,4 +1,4 @@
-"""What the stage `allocator` trains: everything between the frozen encoder and the frozen language model."""
+"""The parts that the stage `allocator` trains, between the frozen encoder and language model."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ from build_engines.train.stages import Plan, device, mixed, muon_and_adam, tenso
 from build_engines.train.symbols import SlotTable
 from build_engines.train.tokens import new_tokenizer
 
-DEAD_POSITIONS = 96  # from here on the language model's positions were never trained
+DEAD_POSITIONS = 96  # the language model's positions from here were never trained
 
 
 @dataclass
 class Rows:
-    """Questions about a batch of looks: row i asks question i about image owner[i] and gets its cells by its policy."""
+    """Questions about a batch of looks.
+
+    Row i asks question i about image owner[i], and its policy chooses the cells.
+    """
 
     looks: Looks
     owner: Tensor
@@ -53,7 +56,7 @@ class Rows:
         return torch.tensor([policy == GUIDED for policy in self.policies], device=self.owner.device)
 
     def truth(self) -> Tensor:
-        """float [R, 256]: the patches that show what is asked about."""
+        """float [R, 256]: the patches that show an object asked about."""
         coverage = self.looks.coverage
         shares = [
             coverage[scene][list(question.asked)].max(0).reshape(GRID * GRID)
@@ -63,7 +66,7 @@ class Rows:
 
 
 class Looking:
-    """The chain behind the encoder and its training-only parts."""
+    """The chain after the encoder, with the parts used only in training."""
 
     def __init__(self, plan: Plan) -> None:
         torch.manual_seed(5)
@@ -101,11 +104,14 @@ class Looking:
 
     @property
     def first_position(self) -> int:
-        """The row of position 0: OPT counts from 2."""
+        """The row of position 0: OPT starts at 2."""
         return len(self.positions.weight) - self.model.config.text_config.max_position_embeddings
 
     def start_from(self, plan: Plan) -> None:
-        """The weights that the stage `joint` left. Dead positions start as those of the words of a 32-token prefix."""
+        """Load the weights of the stage `joint`.
+
+        Untrained positions start as those of the words after a 32-token prefix.
+        """
         joint = plan.finished("joint")
         for name in ("model", "participatory", "readout"):
             self.modules[name].load_state_dict(joint[name])
@@ -119,7 +125,7 @@ class Looking:
             self.positions.requires_grad_(True)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The Q-Former moves gently: it was good already. What is new moves fast."""
+        """Low learning rates for the trained Q-Former, high ones for new parts."""
         model = self.model
         seeing = [self.qformer.layernorm, model.language_projection, self.readout, self.positions]
         gentle = muon_and_adam(
@@ -138,7 +144,7 @@ class Looking:
         return [*gentle, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def gradient_norms(self) -> Measures:
-        """Of each part, before clipping."""
+        """Gradient norm of each part, before clipping."""
         out, half = self.balancing.out, self.balancing.out.out_features // 2
         parts = {
             "participatory": [p.grad for p in self.participatory.parameters()],
@@ -155,14 +161,14 @@ class Looking:
         }
 
     def weigh(self, rows: Rows) -> Weighed:
-        """As `RelevanceAllocator.weigh`, with each image's places made once for all its questions."""
+        """As `RelevanceAllocator.weigh`, computing each image's places once for all its questions."""
         ids, mask = question_tensors(self.tokenizer, rows.questions)
         places = self.participatory.places(rows.looks.features.float())
         maps = rows.looks.maps[rows.owner]
         return self.allocator.balance(maps[:, 0], maps[:, 1], places[rows.owner], ids, mask)
 
     def choose(self, rows: Rows, weighed: Weighed, noise: Tensor, temperature: float) -> tuple[Choice, Tensor]:
-        """What is refined, and what ranks the cells [R, 64]; only guided rows teach the allocator."""
+        """The refined cells, and the map that ranks the cells [R, 64]. Only guided rows train the allocator."""
         cells, tensions = select_each(rows.policies, weighed, noise)
         guided = rows.guided[:, None]
         cells = torch.where(guided, cells, cells.detach())
@@ -176,7 +182,7 @@ class Looking:
         """The Q-Former's outputs, float32 [R, 32 * groups, its width]."""
         features = rows.looks.features.float()
         detail = self.closer(features, rows.looks.detail.float()) if rows.closely else None
-        # Tokens are an image's, gates a question's.
+        # Tokens belong to an image, gates to a question.
         candidates = self.allocator.allocation.sources(features, detail)
         gates = gates_of(self.allocator.allocation, choice)
         regions = self.allocator.focus(cells.detach(), torch.full_like(rows.budget[:, :1], groups))

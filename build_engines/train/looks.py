@@ -1,6 +1,6 @@
-"""Scenes as the finished encoder sees them: everything that the allocator and the Q-Former read of an image.
+"""Scenes as the allocator and the Q-Former read them: outputs of the finished encoder.
 
-Encoding costs several times what a question about the encoded scene costs, so looks are kept and asked about often.
+Encoding a scene costs several times as much as a question about it, so looks are kept and reused.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ QUARTERS = 4
 
 @dataclass
 class Looks:
-    """N encoded scenes: features [N, 257, D]; maps float32 [N, 2, 256], propositional and perspectival; detail
-    [N, 1024, D], the closer view on its 32x32 grid, or None; the things, and where they are, [things, 16, 16]."""
+    """N encoded scenes.
+
+    features [N, 257, D]; maps float32 [N, 2, 256], propositional and perspectival; detail [N, 1024, D], the closer view
+    on its 32x32 grid, or None; the objects, and their coverage [things, 16, 16].
+    """
 
     features: Tensor
     maps: Tensor
@@ -50,7 +53,7 @@ class Looks:
         )
 
     def put(self, row: int, other: Looks) -> None:
-        """Replace the scenes from `row` on."""
+        """Replace the scenes from `row`."""
         span = slice(row, row + len(other))
         self.features[span], self.maps[span] = other.features, other.maps
         if self.detail is not None:
@@ -70,15 +73,15 @@ class Looks:
 
 
 class Eye:
-    """The frozen encoder, which looks at pixels once or, from 448 of them, closely too."""
+    """The frozen encoder. It encodes the overview and, from 448 pixels, also the closer view."""
 
     def __init__(self, encode: Callable[[Tensor], tuple[Tensor, ...]], dtype: torch.dtype = torch.float32) -> None:
-        """encode: as `VisionEncoder`; dtype: in which the features are kept."""
+        """encode: as `VisionEncoder`; dtype: of the kept features."""
         self._encode, self._dtype = encode, dtype
 
     @classmethod
     def training(cls, vision: Blip2VisionModel, plan: Plan) -> Self:
-        """Quick rather than exact: compiled, in bfloat16."""
+        """A fast encoder rather than an exact one: compiled, in bfloat16."""
         encoder = VisionEncoder(vision, list(MEAN), list(STD)).to(device()).eval()
         quick = faster(encoder, plan)
 
@@ -96,7 +99,10 @@ class Eye:
     def look(
         self, pixels: Sequence[np.ndarray], scenes: list[list[Thing]], coverage: list[np.ndarray], closely: bool
     ) -> Looks:
-        """pixels: uint8 [224, 224, 3] or [448, 448, 3] each; closely: encode the four quarters of the latter too."""
+        """Encode images, uint8 [224, 224, 3] or [448, 448, 3] each.
+
+        closely: also encode the four quarters of the latter.
+        """
         small = [one if len(one) == IMAGE_SIZE else overview(one) for one in pixels]
         features, saliency, entropy, texture = self._encode(_channels_first(np.stack(small)))
         maps = torch.stack([entropy, perspectival(saliency, texture)], dim=1).float()
@@ -108,7 +114,7 @@ class Eye:
         return Looks(features.to(self._dtype), maps, detail, scenes, coverage)
 
     def draw(self, rng: np.random.Generator, worlds: Sequence[World], closely: bool, lossy: float = 0.5) -> Looks:
-        """One new scene of each world; lossy: the share that went through JPEG or WebP."""
+        """Draw one new scene of each world. lossy: the share compressed by JPEG or WebP."""
         scenes, pixels, coverage = [], [], []
         for world in worlds:
             things = sample_scene(rng, world)
@@ -124,7 +130,7 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
 
 
 class LookStore:
-    """Keeps looks at scenes of some worlds, each world as often as it is named, and renews the oldest."""
+    """Keep looks at scenes of some worlds, and renew the oldest. A world listed twice is drawn twice as often."""
 
     def __init__(self, eye: Eye, worlds: list[World], closely: bool, seed: tuple[int, ...]) -> None:
         self._eye, self._worlds, self._closely = eye, worlds, closely
@@ -138,7 +144,7 @@ class LookStore:
         self.kept = Looks.joined(parts)
 
     def renew(self, rng: np.random.Generator, number: int) -> None:
-        """Replace the oldest `number`, which divides the store's size."""
+        """Replace the oldest `number` looks. `number` must divide the store's size."""
         worlds = [self._worlds[(self._turn + i) % len(self._worlds)] for i in range(number)]
         self.kept.put(self._turn, self._eye.draw(rng, worlds, self._closely))
         self._turn = (self._turn + number) % len(self.kept)

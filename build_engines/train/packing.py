@@ -1,4 +1,7 @@
-"""Questions as the decoder reads them: many behind one image, each blind to the others, or one to a row."""
+"""Pack questions for the decoder: many after one image, or one a row.
+
+Questions after one image cannot see each other.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,11 @@ TEXT_TOKENS = 256  # per image, shared by its questions
 
 @dataclass
 class Pack:
-    """ids, positions, targets: [B, 256] int64 (targets are -100 but at answers). mask: [B, 1, 288, 288] bool, True =
-    may look. owner: [B, 256] int64, the question's index in its image, -1 for padding. kept: each image's questions."""
+    """Questions packed by image.
+
+    ids, positions, targets: [B, 256] int64 (targets are -100 except at answers). mask: [B, 1, 288, 288] bool, True =
+    visible. owner: [B, 256] int64, the question's index in its image, -1 for padding. kept: each image's questions.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -33,8 +39,11 @@ class Pack:
 
 @dataclass
 class Row:
-    """One question a row behind P visual tokens: ids and targets [B, T] int64 (targets are -100 but at answers),
-    positions [B, P + T], mask [B, 1, P + T, P + T] bool, True = may look."""
+    """One question a row after P visual tokens.
+
+    ids and targets [B, T] int64 (targets are -100 except at answers), positions [B, P + T], mask [B, 1, P + T, P + T]
+    bool, True = visible.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -43,7 +52,7 @@ class Row:
 
 
 class Packer:
-    """Tokenises and packs; remembers what it tokenised."""
+    """Tokenise and pack questions, with a cache of tokenised texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, text_tokens: int = TEXT_TOKENS) -> None:
         self.text_tokens = text_tokens
@@ -53,7 +62,7 @@ class Packer:
         )
 
     def pack(self, images: Sequence[Sequence[Question]]) -> Pack:
-        """Questions that no longer fit are left out."""
+        """Pack the questions of each image. Questions that do not fit are left out."""
         number, length = len(images), self.text_tokens
         ids = np.full((number, length), PAD, np.int64)
         positions = np.zeros((number, length), np.int64)
@@ -85,7 +94,7 @@ class Packer:
         )
 
     def rows(self, questions: Sequence[Question], prefix: int = QUERIES) -> Row:
-        """As long as the longest question and answer, rounded up to a multiple of eight."""
+        """One question a row, padded to the longest, rounded up to a multiple of eight tokens."""
         texts = [
             (self._encode(PROMPT.format(question=question.text)), (*self._answer(question.answer), EOS))
             for question in questions
@@ -103,7 +112,7 @@ class Packer:
 
 
 def _mask(owner: np.ndarray) -> np.ndarray:
-    """[B, 1, 288, 288] bool: causal; a question sees the image and itself; the image sees only itself."""
+    """[B, 1, 288, 288] bool: causal; a question sees the image and itself, the image only itself."""
     groups = np.concatenate([np.full((len(owner), QUERIES), -2), owner], axis=1)
     same = groups[:, :, None] == groups[:, None, :]
     image = (groups == -2)[:, None, :]

@@ -1,8 +1,8 @@
-"""The end of the stage `allocator`: positions after a prefix of 64 visual tokens.
+"""Fit the positions after a prefix of 64 visual tokens, at the end of the stage `allocator`.
 
-There text stands at positions 64 to 95, which the frozen language model knows as far into a long text, from
-descriptions. Those 32 rows are trained alone, to mean the beginning of a question as well; 96 and 128 visual tokens use
-rows that nothing else does, and those are trained with the rest.
+There the text is at positions 64 to 95. The frozen language model knows these from descriptions, as positions far into
+a long text. These 32 rows are trained alone, so that they can also begin a question. 96 and 128 visual tokens use rows
+that nothing else uses; those are trained with the other parts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ MIXTURE = (  # scenes, questions about each, least and most groups of queries, w
 
 
 def settle_positions(looking: Looking, looks: Looks, steps: int) -> None:
-    """Trains the 32 rows in place, from half way between what they were and the rows that a question has after 32
-    visual tokens."""
+    """Train the 32 rows in place.
+
+    They start half way between their values and the rows of a question after 32 visual tokens.
+    """
     weight, start = looking.positions.weight, looking.first_position
     rows = slice(start + FIRST, start + LAST)
     weight.data[rows] = (weight.data[rows] + weight.data[start + QUERIES : start + FIRST]) / 2

@@ -1,4 +1,4 @@
-"""From the last stage's state to a checkpoint that transformers reads."""
+"""Publish the last stage's state as a checkpoint that transformers can load."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOLD = {
 
 
 def publish(plan: Plan, stage: str) -> Path:
-    """Write <out>/checkpoint from that stage, `joint` or `allocator`, weights rounded to FP16; with its accuracy."""
+    """Write <out>/checkpoint from the stage `joint` or `allocator`, rounded to FP16, with its accuracy."""
     tokenizer = new_tokenizer()
     model = new_model(tokenizer, plan.config(tokenizer))
     width = model.config.vision_config.hidden_size
@@ -61,14 +61,17 @@ def publish(plan: Plan, stage: str) -> Path:
 
 
 def tell(directory: Path, facts: dict[str, Any]) -> None:
-    """Add to the checkpoint's card."""
+    """Add facts to the checkpoint's card."""
     path = directory / "model_card.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | facts, indent=2) + "\n")
 
 
 def closer_view_at(chain: Chain, scenes: int) -> float:
-    """The particularize from which `auto` looks more closely: where the share of small-print reading questions at or
-    above it is furthest from that of all other questions (Youden 1950)."""
+    """The particularize value from which `auto` uses the closer view.
+
+    At this value, the share of small-print reading questions at or above it exceeds that of all other questions by the
+    most (Youden 1950).
+    """
     small, plain = (
         answer(chain, held_out_exam(chain, split, scenes, first=CALIBRATION_FROM), Arm()) for split in (SMALL, NEW)
     )
@@ -81,6 +84,6 @@ def closer_view_at(chain: Chain, scenes: int) -> float:
 
 
 def wanting_and_not(small: Answers, plain: Answers) -> tuple[np.ndarray, np.ndarray]:
-    """Particularize of the reading questions about small print, and of all other questions."""
+    """Particularize of reading questions about small print, and of all other questions."""
     reading = small.types == "read"
     return small.tensions[reading, 0], np.concatenate([small.tensions[~reading, 0], plain.tensions[:, 0]])

@@ -1,6 +1,6 @@
-"""Stage `qformer`: each query learns to report the object in its cell, on stored features of the trained encoder.
+"""Stage `qformer`: each query learns to report the object in its cell.
 
-Participatory knowing starts here too: it reads the same features.
+It trains on stored features of the trained encoder. Participatory knowing starts here too, on the same features.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def train_qformer(plan: Plan) -> None:
         slots = slot_tensors(batch.scenes)
         loss, measures = slot_loss(trained["readout"](seen), slots)
         target = table(*slots).detach()
-        # Empty slots are many and all alike.
+        # There are many empty slots, and all are alike.
         weight = torch.where(slots[2], 4.0, 1.0)[..., None] / target.var()
         error = ((model.language_projection(seen) - target).square() * weight).mean()
         questions = batch.ask(rng, dict.fromkeys(TYPES, 1.0), COUPLED)

@@ -1,4 +1,4 @@
-"""What the Q-Former's outputs should say, and the random budgets of vision tokens under which it must say so."""
+"""Losses on the Q-Former's outputs, under random budgets of vision tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_TOKENS = 257
 
 
 class SlotReadout(nn.Module):
-    """What each query saw in its cell: filled or not, the place, and the attributes. Thrown away after training."""
+    """Read each query's cell: filled or not, the place, and the attributes. For training only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,7 +35,10 @@ class SlotReadout(nn.Module):
 
 
 def slot_loss(read: dict[str, Tensor], slots: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Measures]:
-    """The sum of the slots' losses; accuracy by attribute, and the share of scenes with every slot filled right."""
+    """The sum of the slots' losses, and measures.
+
+    The measures are accuracy by attribute, and the share of scenes in which every slot's filled flag is right.
+    """
     attributes, places, filled = slots
     present = filled.float()
     logits = read["filled"][..., 0]
@@ -67,7 +70,7 @@ def looker(model: Blip2ForConditionalGeneration) -> Look:
 
 
 def refinements(rng: np.random.Generator, number: int) -> Tensor:
-    """[B, 1]: refined cells per image; all 64 (the plain BLIP-2 input) for a quarter, else any number from 0."""
+    """[B, 1]: refined cells per image. A quarter has all 64 (the plain BLIP-2 input), others any number from 0."""
     drawn = np.where(rng.random(number) < 0.25, CELL_COUNT, rng.integers(0, CELL_COUNT + 1, number))
     return tensor(drawn.astype(np.float32))[:, None]
 
@@ -81,7 +84,7 @@ def allocate(allocation: Allocation, features: Tensor, relevance: Tensor, refine
 
 
 def random_relevance(rng: np.random.Generator, coverage: list[np.ndarray]) -> Tensor:
-    """[B, 256]: for most images some of the objects at random, as a question would; for a quarter, noise."""
+    """[B, 256]: for most images a random choice of objects, as by a question; for a quarter, noise."""
     rows = []
     for shares in coverage:
         noise = rng.random(shares.shape[-1] ** 2).astype(np.float32)

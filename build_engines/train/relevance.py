@@ -1,4 +1,4 @@
-"""Participatory knowing is taught by the masks of the objects that a question's answer depends on."""
+"""Train participatory knowing on the masks of the objects that an answer depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from build_engines.train.course import Measures
 from build_engines.train.stages import device, tensor
 
 QUESTION_TOKENS = 32
-SHOWN = 0.15  # of a patch: from this share on it matters
+SHOWN = 0.15  # of a patch: with this share or more it matters
 COUPLED = 3  # questions per image
 
 
@@ -37,10 +37,10 @@ def relevance_loss(
     coverage: list[np.ndarray],
     questions: list[list[Question]],
 ) -> tuple[Tensor, Tensor, Measures]:
-    """Binary cross-entropy against the asked objects' patches, for up to three questions an image; the relevance
-    [B, 256] of one of them (zero where nothing is asked); recall and precision at one half.
+    """Binary cross-entropy against the asked objects' patches, for up to three questions an image.
 
-    The encoder is not moved by this loss: what matters to a question is read from what it sees anyway.
+    Also returns the relevance [B, 256] of one of the questions (zero without a question), and recall and precision at
+    one half. The encoder gets no gradient from this loss: relevance is read from the features as they are.
     """
     rows, chosen, truth = [], [], []
     for row, asked in enumerate(questions):

@@ -1,6 +1,7 @@
-"""Data parallelism on CPU cores: one process a core, gradients averaged.
+"""Data parallelism on CPU cores: one process a core, with averaged gradients.
 
-Small matrices do not fill several threads: two processes of one thread each train nearly twice as fast as one of two.
+Small matrices do not fill several threads. Two processes with one thread each train nearly twice as fast as one process
+with two threads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from build_engines.train.stages import Plan, set_threads
 
 
 def run_replicas(stage: Callable[[Plan], None], plan: Plan, number: int) -> None:
-    """Run a stage in `number` processes, or in this one."""
+    """Run a stage in `number` processes. A single one is this process."""
     if number == 1:
         stage(plan)
         return
@@ -42,7 +43,7 @@ def size() -> int:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """In place, over all replicas, in one message."""
+    """Average gradients over all replicas, in place, in one message."""
     if size() == 1:
         return
     present = [p for p in parameters if p.requires_grad]

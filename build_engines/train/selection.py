@@ -1,6 +1,6 @@
-"""How the cells that get detail may be chosen: by the allocator, or by what it is compared with.
+"""Policies for choosing the cells that get detail: the allocator and its baselines.
 
-All arms share one code of allocation, budget and Q-Former; they differ in the map that ranks the cells.
+All arms share the code of allocation, budget and Q-Former. They differ in the map that ranks the cells.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ TENSIONS = ("particularize", "explore", "diversify")
 
 
 def centre_weight() -> Tensor:
-    """[64] in [0, 1]: how near each cell lies to the middle of the image."""
+    """[64] in [0, 1]: how near each cell is to the centre of the image."""
     line = (torch.arange(CELLS) + 0.5) / CELLS - 0.5
     distance = torch.hypot(line[:, None], line[None]).flatten()
     return 1 - distance / distance.max()
 
 
 def select(policy: str, weighed: Weighed, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """What ranks the cells, [B, 64] in [0, 1], and the tensions [B, 3] under that policy.
+    """The map that ranks the cells, [B, 64] in [0, 1], and the tensions [B, 3] under a policy.
 
-    noise [B, 64] in [0, 1] is the random policy's map. Random and centre-weighted choice spend all by rank and without
-    regard to neighbours, and uniform choice by rank in an order that lies evenly (Bayer's), so that it goes deep too
-    where there is a closer view. Particularize is always the allocator's.
+    noise [B, 64] in [0, 1] is the random policy's map. Random and centre-weighted choice spend everything by rank and
+    ignore neighbours. Uniform choice does so by rank in an evenly spread order (Bayer's), so that with a closer view it
+    reaches level 2 too. Particularize is always the allocator's.
     """
     if policy == GUIDED:
         return weighed.cells, weighed.tensions
@@ -56,7 +56,9 @@ def select_each(policies: list[str], weighed: Weighed, noise: Tensor) -> tuple[T
 
 
 def on_asked(cells: Tensor, coverage: Tensor) -> Tensor:
-    """bool [B]: whether the most relevant cell of [B, 64] shows an asked object; coverage [B, 256] is the greatest
-    share that one of them fills of each patch."""
+    """bool [B]: whether the most relevant cell of [B, 64] shows an asked object.
+
+    coverage [B, 256] is the greatest share of each patch that an asked object fills.
+    """
     shown = cells_of(coverage.reshape(-1, PATCH_COUNT)).amax(2) > 0.15
     return shown.gather(1, cells.argmax(1, keepdim=True)).squeeze(1)

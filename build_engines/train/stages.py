@@ -1,4 +1,4 @@
-"""What all stages share: sizes, where things run, how code is made faster, and the optimizers."""
+"""Parts that all stages share: sizes, devices, compilation and optimizers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from build_engines.train.architecture import new_config
 
 @dataclass(frozen=True)
 class Plan:
-    """What a whole training run is. Steps are counted at scale 1; `scale` shortens or lengthens every stage."""
+    """Settings of a whole training run. Step numbers are for scale 1; `scale` changes every stage."""
 
     out: Path
     scale: float = 1.0
     compiled: bool = True
     tiny: bool = False  # sizes for a smoke test of a few seconds
     large_budgets: bool = False  # stage `allocator`: large budgets of vision tokens more often, 2:3:5
-    adapter_rank: int = 0  # stage `allocator`: of LoRA on the language model; 0 leaves it frozen
+    adapter_rank: int = 0  # stage `allocator`: rank of LoRA on the language model; 0 leaves it frozen
 
     def steps(self, number: int) -> int:
         return 3 if self.tiny else max(4, round(number * self.scale))
@@ -38,7 +38,7 @@ class Plan:
         return new_config(len(tokenizer), sizes, layers=1) if self.tiny else new_config(len(tokenizer))
 
     def finished(self, stage: str) -> dict[str, dict[str, Any]]:
-        """The state dicts that an earlier stage left."""
+        """The state dicts that a finished stage saved."""
         path = self.out / f"{stage}.pt"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: run the stage {stage!r} first")
@@ -51,17 +51,17 @@ def device() -> torch.device:
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """The array where the model is."""
+    """Move the array to the model's device."""
     return torch.from_numpy(array).to(device())
 
 
 def mixed() -> torch.autocast:
-    """bfloat16 where it is exact enough: matrix products."""
+    """bfloat16 for operations that tolerate it: matrix products."""
     return torch.autocast(device().type, dtype=torch.bfloat16)
 
 
 def faster(function: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
-    """Compiled, where asked for: about 1.5 times as fast on a CPU with AVX-512."""
+    """Compile if the plan says so: about 1.5 times as fast on a CPU with AVX-512."""
     return torch.compile(function) if plan.compiled else function
 
 

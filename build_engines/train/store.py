@@ -1,6 +1,7 @@
-"""Scenes as the finished encoder sees them, kept and renewed: the later stages train on features, not on pixels.
+"""Keep and renew scenes encoded by the finished encoder.
 
-Encoding a scene costs several times a step of the Q-Former on it, so each one is used about ten times.
+The later stages train on features, not on pixels. Encoding a scene costs several times as much as a Q-Former step on
+it, so each scene is used about ten times.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Seen:
         return Seen(self.features[rows], [self.scenes[i] for i in rows], [self.coverage[i] for i in rows])
 
     def ask(self, rng: np.random.Generator, weights: dict[str, float], number: int) -> list[list[Question]]:
-        """Questions about each scene. Where a hue has no name, none that says or asks a colour."""
+        """Questions about each scene. If a hue has no name, no question mentions or asks a colour."""
         return [questions_about(rng, things, weights, number) for things in self.scenes]
 
 
@@ -49,7 +50,7 @@ def questions_about(
 
 
 class Store:
-    """Keeps `size` encoded scenes and replaces the oldest by `fresh` new ones at every draw."""
+    """Keep `size` encoded scenes, and replace the oldest by `fresh` new ones at every draw."""
 
     def __init__(self, encoder: Blip2VisionModel, plan: Plan, worlds: list[World], size: int, fresh: int) -> None:
         self._see = faster(lambda pixels: encoder(pixel_values=pixels).last_hidden_state, plan)
@@ -65,7 +66,7 @@ class Store:
 
     @torch.no_grad()
     def encode(self, rng: np.random.Generator, number: int, worlds: list[World]) -> Seen:
-        """New scenes, through lossy compression half of the time."""
+        """Encode new scenes, half of them after lossy compression."""
         views = draw_views(rng, number, worlds, 0.5)
         with mixed():
             return Seen(self._see(normalised(views.pixels)).bfloat16(), views.scenes, views.coverage)

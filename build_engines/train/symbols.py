@@ -1,6 +1,7 @@
-"""Scenes as symbols: one vector per query cell, which says what object has its centre there.
+"""Represent scenes as symbols: one vector per query cell for the object centred there.
 
-The language model learns the task from these before it ever sees an image; later the Q-Former learns to produce them.
+The language model learns the task from these vectors before it sees an image. Later the Q-Former learns to produce
+them.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ CELL_HEIGHT, CELL_WIDTH = IMAGE_SIZE / QUERY_ROWS, IMAGE_SIZE / QUERY_COLUMNS
 
 @dataclass
 class Slots:
-    """attributes: [32, 4] int64 (colour, shape, size, character + 1; IGNORED where empty). places: [32, 3] float32
-    (x, y in [-1, 1] and the diameter in units of 64 pixels). filled: [32] bool."""
+    """The symbols of one scene.
+
+    attributes: [32, 4] int64 (colour, shape, size, character + 1; IGNORED if empty). places: [32, 3] float32 (x, y in
+    [-1, 1] and the diameter in units of 64 pixels). filled: [32] bool.
+    """
 
     attributes: np.ndarray
     places: np.ndarray
@@ -31,7 +35,7 @@ class Slots:
 
 
 def slots_of(things: list[Thing]) -> Slots:
-    """Each object in the cell of its centre, or in the nearest free one where two centres share a cell."""
+    """Put each object into the cell of its centre, or into the nearest free cell if that is taken."""
     attributes = np.full((QUERIES, len(HEADS)), IGNORED, np.int64)
     places = np.zeros((QUERIES, 3), np.float32)
     filled = np.zeros(QUERIES, bool)
@@ -58,7 +62,10 @@ def slot_tensors(scenes: list[list[Thing]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class SlotTable(nn.Module):
-    """Slots to the language model's vectors: a sum of one column per attribute, the place, and whether it is filled."""
+    """Map slots to the language model's vectors: the sum of a column per attribute and the place.
+
+    Empty slots have a vector of their own.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,7 +78,7 @@ class SlotTable(nn.Module):
         nn.init.zeros_(self.place.bias)
 
     def start_from_words(self, words: dict[str, Tensor]) -> None:
-        """Begin with the embeddings of the answers' own tokens, so that looking up is nearly answering."""
+        """Start from the embeddings of the answers' tokens, so that a lookup nearly answers the question."""
         tables = {"colour": COLOUR_NAMES, "shape": SHAPES, "size": SIZE_NAMES}
         for name, names in tables.items():
             self.columns[name].weight.data.copy_(torch.stack([words[n] for n in names]))

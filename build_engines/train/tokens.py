@@ -1,4 +1,4 @@
-"""The tokenizer: lower-casing byte-level BPE in which every answer is one token after "Answer:"."""
+"""The tokenizer: lower-casing byte-level BPE. Every answer is one token after "Answer:"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ LARGEST_VOCABULARY = 640
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """Trained on generated questions: the same every time. All 256 bytes are tokens, so no text is unknown."""
+    """Train a tokenizer on generated questions, reproducibly.
+
+    All 256 bytes are tokens, so no text is unknown.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,7 +50,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _corpus() -> Iterator[str]:
-    """Every answer often enough to be merged, then questions as they are asked."""
+    """Yield every answer often enough to be merged, then questions with their answers."""
     for answer in ANSWERS:
         yield from [f"Answer: {answer}"] * 40
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
-"""Stage: the vision encoder learns to see, from dense losses at every patch.
+"""Dense losses at every patch, with which the vision encoder learns.
 
-Shape is the hard part. Two things made it move: Muon on the encoder's matrices, and a curriculum that first snaps
-objects to the patch grid and lets them drift as shapes are recognised.
+Shape is the hardest attribute. Two things made it learnable: Muon on the encoder's matrices, and a curriculum that
+first aligns objects with the patch grid and lets them drift as shapes are recognised.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from build_engines.train.stages import tensor
 
 HEADS = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES), "character": len(CHARACTERS) + 1}
 IGNORED = -100
-OWNED = 0.25  # of a patch: from this share on it belongs to an object
+OWNED = 0.25  # of a patch: with this share or more it belongs to an object
 
 
 class Perception(nn.Module):
-    """What each patch shows: object or not, centre or not, where the centre lies, and its attributes."""
+    """Read each patch: object or not, centre or not, offset of the centre, and attributes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,7 +50,10 @@ class Perception(nn.Module):
 
 @dataclass
 class Views:
-    """A batch of rendered scenes. pixels: [B, 224, 224, 3] uint8; labels by name, [B, 256]; offset [B, 256, 2]."""
+    """A batch of rendered scenes.
+
+    pixels: [B, 224, 224, 3] uint8; labels by name, [B, 256]; offset [B, 256, 2].
+    """
 
     pixels: Tensor
     labels: dict[str, Tensor]
@@ -59,7 +62,7 @@ class Views:
 
 
 def draw_views(rng: np.random.Generator, number: int, worlds: list[World], compressed_share: float) -> Views:
-    """Scenes of the given worlds in equal parts, with the truth for every patch."""
+    """Draw scenes of the given worlds in equal parts, with labels for every patch."""
     pixels, labels, scenes, coverages = [], [], [], []
     for index in range(number):
         things = sample_scene(rng, worlds[index % len(worlds)])
@@ -74,7 +77,7 @@ def draw_views(rng: np.random.Generator, number: int, worlds: list[World], compr
 
 
 def patch_labels(things: list[Thing], coverage: np.ndarray) -> dict[str, np.ndarray]:
-    """The truth for each of the 256 patches; attributes are IGNORED where there is no object or no name."""
+    """Labels of the 256 patches. Attributes are IGNORED without an object or a name."""
     flat = coverage.reshape(len(things), -1).copy()
     truth = {name: np.full(GRID * GRID, IGNORED, np.int64) for name in HEADS}
     centre = np.zeros(GRID * GRID, np.float32)
@@ -128,13 +131,16 @@ def perception_loss(seen: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple
         right = (seen[name].argmax(-1) == truth) & counted
         accuracy[name] = right.sum().item() / max(1, counted.sum().item())
     found = (seen["centre"][..., 0] > 0) == (centre > 0)
-    accuracy["scene"] = found.all(-1).float().mean().item()  # every centre found, none invented
+    accuracy["scene"] = found.all(-1).float().mean().item()  # every centre found, and no others
     return loss, accuracy
 
 
 @dataclass
 class Curriculum:
-    """How far objects drift from the patch grid, in pixels: raised as shapes are recognised; 7 and more is anywhere."""
+    """How far objects drift from the patch grid, in pixels.
+
+    It rises as shapes are recognised; 7 and more means anywhere.
+    """
 
     jitter: float = 1.0
     shape: float = 0.0  # running accuracy at the centres

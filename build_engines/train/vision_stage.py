@@ -1,4 +1,4 @@
-"""Stage `vision`: the encoder alone, with a readout at every patch that is thrown away afterwards."""
+"""Stage `vision`: train the encoder alone, with a temporary readout at every patch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""`glimpse verify`: is a repository whole, does it serve, are its answers right, and how fast are they?
+"""`glimpse verify`: check a repository's files, serving, answers and speed.
 
-    glimpse verify model_repository                                     its files: any machine
-    glimpse verify engines --serve --reference fp32_repository          and what it does, on a machine that can serve it
-    glimpse verify engines --vision-url host:8001 --llm-url host:9001   and what running servers do
+    glimpse verify model_repository                                     its files: on any machine
+    glimpse verify engines --serve --reference fp32_repository          also serves it, on a machine that can
+    glimpse verify engines --vision-url host:8001 --llm-url host:9001   also checks running servers
 
-Prints one line a check and a verdict; --report writes them, and what was measured, as JSON. Ends with 1 where a check
+Prints one line a check and a verdict. --report writes both, and the measurements, as JSON. Exits with 1 if a check
 failed.
 """
 
@@ -24,17 +24,17 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="glimpse verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("repository", type=Path)
-    found.add_argument("--report", type=Path, help="write the report as JSON here")
-    found.add_argument("--serve", action="store_true", help="start what serves it, and stop that again")
-    found.add_argument("--vision-url", metavar="HOST:PORT", help="gRPC of a Triton that serves it")
-    found.add_argument("--llm-url", metavar="HOST:PORT", help="gRPC of the LLM's [--vision-url]")
-    found.add_argument("--metrics-url", help="of the vision server, http://HOST:8002/metrics")
+    found.add_argument("repository", type=Path, help="the repository to check")
+    found.add_argument("--report", type=Path, help="file to write the report to, as JSON")
+    found.add_argument("--serve", action="store_true", help="start servers for it, and stop them afterwards")
+    found.add_argument("--vision-url", metavar="HOST:PORT", help="gRPC address of a Triton that serves it")
+    found.add_argument("--llm-url", metavar="HOST:PORT", help="gRPC address of the LLM's Triton [--vision-url]")
+    found.add_argument("--metrics-url", help="metrics of the vision server, http://HOST:8002/metrics")
     found.add_argument("--reference", type=Path, help="FP32 repository of the same checkpoint, to compare with")
     found.add_argument("--images", type=Path, help="folder of images to ask about [rendered scenes]")
-    found.add_argument("--scenes", type=int, default=8, help="how many of them")
-    found.add_argument("--repeats", type=int, default=20, help="of each timing")
-    found.add_argument("--first-port", type=int, default=18000, help="of six that --serve takes")
+    found.add_argument("--scenes", type=int, default=8, help="number of images")
+    found.add_argument("--repeats", type=int, default=20, help="repetitions of each timing")
+    found.add_argument("--first-port", type=int, default=18000, help="first of six ports that --serve uses")
     return found
 
 
@@ -56,7 +56,7 @@ async def look(given: argparse.Namespace, report: Report) -> None:
 
     card = check_files(given.repository, report)
     if card is None or report.failed:
-        report.not_run("serving", "its files are not right")
+        report.not_run("serving", "checks of the files failed: fix these first")
         return
 
     def served(vision: str, llm: str, metrics: str | None) -> Served:
@@ -80,7 +80,7 @@ async def look(given: argparse.Namespace, report: Report) -> None:
             except (CannotServe, StartFailed) as exc:
                 report.not_run("serving", str(exc))
     else:
-        report.not_run("serving", "say --serve, or --vision-url of a Triton that serves it")
+        report.not_run("serving", "needs --serve, or --vision-url of a Triton that serves it")
 
 
 if __name__ == "__main__":

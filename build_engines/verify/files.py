@@ -1,4 +1,4 @@
-"""What can be said of a repository from its files, on any machine."""
+"""Check a repository's files, on any machine."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Specs = dict[str, tuple[str, tuple[int, ...], bool]]  # data type, shape without
 
 
 class Wrong(Exception):
-    """What does not hold."""
+    """A check failed. The message says what is wrong."""
 
 
 def check_files(repository: Path, report: Report) -> ModelCard | None:
-    """Every check of the files; the card where it can be read."""
+    """Run every check of the files. Returns the card if it can be read."""
     card: ModelCard | None = None
     with report.check("card"):
         card = ModelCard.from_json((repository / "card.json").read_text())
@@ -65,26 +65,29 @@ def check_files(repository: Path, report: Report) -> ModelCard | None:
 
 
 def check_tokenizer(repository: Path, card: ModelCard) -> None:
-    """Every id is one that the model knows, and every token's bytes are known."""
+    """Check that the model knows every id, and that every token's bytes are known."""
     tokenizer = load_tokenizer(repository / LLM_TOKENIZER)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= card.vocab_size:
-        raise Wrong(f"id {largest} would be read as a visual token: the vocabulary has {card.vocab_size}")
+        raise Wrong(
+            f"id {largest} would be read as a visual token: the vocabulary has {card.vocab_size}. "
+            "Use the checkpoint's own tokenizer"
+        )
     spelled = token_bytes(tokenizer)
     for question in QUESTIONS:
         ids = tokenizer.encode(question, add_special_tokens=False).ids
         text = b"".join(spelled[i] for i in ids)
-        if text.decode(errors="replace").strip().lower() != question.lower():  # a tokenizer may know one case only
-            raise Wrong(f"{question!r} comes back as {text!r}")
+        if text.decode(errors="replace").strip().lower() != question.lower():  # a tokenizer may have one case only
+            raise Wrong(f"{question!r} comes back as {text!r}: use the checkpoint's own tokenizer")
     for name in ("bos_id", "end_id", "pad_id"):
         if not 0 <= getattr(card, name) < card.vocab_size:
-            raise Wrong(f"{name} is {getattr(card, name)}, of {card.vocab_size}")
+            raise Wrong(f"{name} is {getattr(card, name)}, not below {card.vocab_size}: correct the card")
 
 
 def check_template(repository: Path, card: ModelCard) -> None:
-    """A question makes a prompt, and leaves room for an answer beside the most visual tokens."""
+    """Check that a question makes a prompt, and that the most visual tokens leave room for an answer."""
     if card.prompt_template.count("{question}") != 1:
-        raise Wrong(f"{card.prompt_template!r} must have {{question}} once")
+        raise Wrong(f"prompt_template {card.prompt_template!r} must contain {{question}} once: correct the card")
     prompts = PromptBuilder.load(card, repository)
     for text in QUESTIONS:
         question = prompts.question(text)
@@ -93,11 +96,11 @@ def check_template(repository: Path, card: ModelCard) -> None:
         table = np.zeros((card.visual_tokens[1], card.hidden_size), np.float32)
         prompt = prompts.compose(text, [(table, b"a key")])
         if len(prompt.input_ids) + 1 > card.max_positions:
-            raise Wrong(f"{len(prompt.input_ids)} tokens of prompt leave no room in {card.max_positions}")
+            raise Wrong(f"{len(prompt.input_ids)} tokens of prompt leave no room in {card.max_positions} positions")
 
 
 def read_configs(repository: Path) -> dict[str, Any]:
-    """By model. Raises Wrong for what Triton would not read."""
+    """Read the configurations by model. Raises Wrong if Triton could not read one."""
     found = {}
     for path in sorted(repository.glob("*/config.pbtxt")):
         try:
@@ -105,7 +108,7 @@ def read_configs(repository: Path) -> dict[str, Any]:
         except text_format.ParseError as exc:
             raise Wrong(f"{path.parent.name}/config.pbtxt: {exc}") from exc
         if found[path.parent.name].name != path.parent.name:
-            raise Wrong(f"{path.parent.name}/config.pbtxt calls itself {found[path.parent.name].name}")
+            raise Wrong(f"{path.parent.name}/config.pbtxt has the name {found[path.parent.name].name}: rename it")
     return found
 
 
@@ -119,7 +122,7 @@ def specs(tensors: Any) -> Specs:
 
 
 def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:
-    """The gateway sends what is wanted and reads what is there, and ensembles hand on what their models take."""
+    """Check the tensors between the gateway and the models, and between the steps of ensembles."""
 
     def told(tensor: Tensor) -> tuple[str, tuple[int | str, ...], bool]:
         sized = card.sized(tensor)
@@ -127,23 +130,25 @@ def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:
 
     for name in {*card.called, "vision_encoder", *("vqa" for _ in configs if "vqa" in configs)}:
         if name not in configs:
-            raise Wrong(f"there is no model {name}")
+            raise Wrong(f"the model {name} is missing")
         accepted, given = specs(configs[name].input), specs(configs[name].output)
         for tensor in CALLED[name].inputs:
             if accepted.get(tensor.name) != told(tensor):
-                raise Wrong(f"{name} takes {tensor.name} as {accepted.get(tensor.name)}, sent is {told(tensor)}")
+                raise Wrong(
+                    f"{name} takes {tensor.name} as {accepted.get(tensor.name)}, the gateway sends {told(tensor)}"
+                )
         for tensor in CALLED[name].outputs:
             if given.get(tensor.name, ())[:2] != told(tensor)[:2]:
-                raise Wrong(f"{name} gives {tensor.name} as {given.get(tensor.name)}, read is {told(tensor)}")
+                raise Wrong(f"{name} gives {tensor.name} as {given.get(tensor.name)}, the gateway reads {told(tensor)}")
         unsent = {key for key, spec in accepted.items() if not spec[2]} - {t.name for t in CALLED[name].inputs}
         if unsent:
-            raise Wrong(f"{name} wants {', '.join(sorted(unsent))}, which nobody sends")
+            raise Wrong(f"{name} requires {', '.join(sorted(unsent))}, which the gateway does not send")
     for config in configs.values():
         _check_steps(config, configs)
 
 
 def fits(given: tuple[str, tuple[int, ...]], taken: tuple[str, tuple[int, ...]]) -> bool:
-    """Data type and shape of a tensor, for who takes -1 as any size."""
+    """Whether a tensor's data type and shape fit. A given size of -1 fits any size."""
     return (
         given[0] == taken[0]
         and len(given[1]) == len(taken[1])
@@ -155,7 +160,7 @@ def _check_steps(config: Any, configs: Mapping[str, Any]) -> None:
     flowing = {name: spec[:2] for name, spec in specs(config.input).items()}
     for step in config.ensemble_scheduling.step:
         if step.model_name not in configs:
-            raise Wrong(f"{config.name} has a step {step.model_name}, which is not there")
+            raise Wrong(f"{config.name} has a step {step.model_name}, which is missing")
         inner = configs[step.model_name]
         inputs, outputs = specs(inner.input), specs(inner.output)
         if missing := {key for key, spec in inputs.items() if not spec[2]} - step.input_map.keys():
@@ -169,28 +174,28 @@ def _check_steps(config: Any, configs: Mapping[str, Any]) -> None:
     if config.ensemble_scheduling.step:
         for name, spec in specs(config.output).items():
             if flowing.get(name) != spec[:2]:
-                raise Wrong(f"{config.name} promises {name} as {spec[:2]}, its steps give {flowing.get(name)}")
+                raise Wrong(f"{config.name} declares {name} as {spec[:2]}, its steps give {flowing.get(name)}")
 
 
 def check_graph(path: Path, name: str, config: Any, card: ModelCard) -> None:
-    """A whole ONNX file, with the configuration's tensors, that TensorRT would build as it stands."""
+    """Check a whole ONNX file: the configuration's tensors, and TensorRT's rules."""
     onnx.checker.check_model(path)
     model = onnx.load(path, load_external_data=False)
     for constant in model.graph.initializer:
         for entry in constant.external_data:
             if entry.key == "location" and not (path.parent / entry.value).exists():
-                raise Wrong(f"{entry.value}, its weights, is not there")
+                raise Wrong(f"its weights file {entry.value} is missing")
     ins, outs = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))
     if name == "llm":
         _check_decoder(ins, outs, card)
-    elif name == "qformer" and "attend" in ins:  # the one whose groups its runner makes
+    elif name == "qformer" and "attend" in ins:  # a runner forms the groups of this graph
         wanted = (card.float_type, (MAX_VISUAL_TOKENS // 4, card.hidden_size))
         if outs.get("visual_tokens") != wanted:
             raise Wrong(f"it gives {outs}, not visual_tokens {wanted}")
     else:
         for told, found in ((specs(config.input), ins), (specs(config.output), outs)):
             if found != {key: spec[:2] for key, spec in told.items()}:
-                raise Wrong(f"its tensors are {found}, configured are {told}")
+                raise Wrong(f"its tensors are {found}, the configuration has {told}")
     if name in MAY_VARY and (broken := faults(onnx.load(path), MAY_VARY[name])):
         raise Wrong(f"TensorRT would not build it: {'; '.join(broken[:3])}")
 
@@ -205,7 +210,7 @@ def _check_decoder(ins: Mapping[str, Any], outs: Mapping[str, Any], card: ModelC
         not cached
         or {name.replace("past", "new", 1) for name in cached if name.startswith("past")} != cached & outs.keys()
     ):
-        raise Wrong("its keys and values do not come in the pairs past_* and new_*")
+        raise Wrong("its keys and values must be pairs of past_* and new_*")
 
 
 def _ends(values: Any) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
@@ -219,15 +224,15 @@ def _ends(values: Any) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
 
 
 def built_with(repository: Path) -> dict[str, str]:
-    """Versions by what they are of, as the manifest has them; nothing where there is no manifest."""
+    """Versions by tool, from the manifest; empty without one."""
     path = repository / NAME
     return dict(json.loads(path.read_text())["versions"]) if path.exists() else {}
 
 
 def check_plan(path: Path, tensorrt: str | None) -> None:
-    """A plan, built by the TensorRT that the manifest names: no other version would load it."""
+    """Check that the manifest's TensorRT built the plan: no other version can load it."""
     if not path.is_file():
-        raise Wrong(f"{path.name} is not there")
+        raise Wrong(f"{path.name} is missing")
     with path.open("rb") as plan:
         version = version_of_plan(plan.read(HEADER_BYTES))
     if version != tensorrt:
@@ -235,7 +240,7 @@ def check_plan(path: Path, tensorrt: str | None) -> None:
 
 
 def check_engine(folder: Path, config: Any, card: ModelCard) -> None:
-    """The engine's own config.json: virtual ids start at its vocabulary's size."""
+    """Check the engine's config.json: virtual ids must start at its vocabulary size."""
     told = json.loads((folder / "config.json").read_text())
     pretrained, build = told["pretrained_config"], told["build_config"]
     if pretrained["vocab_size"] != card.vocab_size:
@@ -243,17 +248,20 @@ def check_engine(folder: Path, config: Any, card: ModelCard) -> None:
     if build["max_seq_len"] < card.max_positions:
         raise Wrong(f"the engine ends at {build['max_seq_len']} tokens, the card allows {card.max_positions}")
     if build["max_batch_size"] < config.max_batch_size:
-        raise Wrong(f"the engine decodes {build['max_batch_size']} at once, configured are {config.max_batch_size}")
+        raise Wrong(
+            f"the engine decodes {build['max_batch_size']} sequences at once, the configuration allows "
+            f"{config.max_batch_size}"
+        )
     ranks = pretrained["mapping"]["world_size"]
     missing = [f"rank{rank}.engine" for rank in range(ranks) if not (folder / f"rank{rank}.engine").exists()]
     if missing:
-        raise Wrong(f"{', '.join(missing)} is not there")
+        raise Wrong(f"missing: {', '.join(missing)}")
 
 
 def check_manifest(repository: Path, report: Report) -> None:
-    """Every file is what was built, no more and no less."""
+    """Check that the repository has exactly the files that were built."""
     if not (repository / NAME).exists():
-        report.not_run("manifest", "there is none: `glimpse build` writes one")
+        report.not_run("manifest", "there is none: build with `glimpse build`, which writes one")
         return
     with report.check("manifest"):
         told = json.loads((repository / NAME).read_text())

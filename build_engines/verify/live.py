@@ -1,7 +1,7 @@
-"""What a served repository does: every model infers, answers are those of the FP32 graphs, and how fast.
+"""Check a served repository: every model infers, answers match FP32, and speed.
 
-Asks a running Triton over gRPC, whatever serves behind it: plans, ONNX Runtime on a GPU or on a CPU. Times without the
-network are Triton's own.
+Calls a running Triton over gRPC, with any backend: plans, ONNX Runtime on a GPU or on a CPU. Triton itself measures the
+times without the network.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from service.triton import TritonClient
 from triton_models.session import Array
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-LEAST_COSINE = {"FP32": 0.9999, "FP16": 0.995}  # of one sample's features or visual tokens, with FP8 in the FP16 ones
-LEAST_AGREEMENT = 0.9  # of answers; with few scenes one token of difference is several percent
+LEAST_COSINE = {"FP32": 0.9999, "FP16": 0.995}  # of one sample's features or visual tokens; FP16 includes FP8
+LEAST_AGREEMENT = 0.9  # of answers; with few scenes, one different token is several percent
 TIMEOUT_S = 60.0
 ANSWER_TOKENS = 12
 
 
 @dataclass(frozen=True)
 class Served:
-    """Where a repository is served, and what to compare it with."""
+    """Addresses of the servers, and references to compare with."""
 
     vision_url: str
     llm_url: str
@@ -54,7 +54,7 @@ class Served:
 
 
 async def check_served(repository: Path, card: ModelCard, served: Served, report: Report) -> None:
-    """Adds to the report what the servers show."""
+    """Check and measure the servers, and add the results to the report."""
     prompts = PromptBuilder.load(card, repository)
     async with TritonClient(served.vision_url, served.llm_url) as client:
         for model in card.called:
@@ -64,7 +64,7 @@ async def check_served(repository: Path, card: ModelCard, served: Served, report
             return
         given = samples(served.images, served.scenes)
         if served.reference is None:
-            report.not_run("parity", "no --reference, an FP32 repository of the same checkpoint")
+            report.not_run("parity", "needs --reference, an FP32 repository of the same checkpoint")
         else:
             await check_parity(client, card, prompts, given, served.reference, report)
         most = read_configs(repository)["vision_encoder"].max_batch_size
@@ -72,7 +72,7 @@ async def check_served(repository: Path, card: ModelCard, served: Served, report
         report.measured["chain"] = await chain_times(client, card, prompts, given, served.repeats)
         memory = gpu_memory(served.metrics_url)
         if memory is None:
-            report.not_run("GPU memory", "the server tells of no GPU")
+            report.not_run("GPU memory", "the server reports no GPU")
         else:
             report.measured["gpu_memory_bytes"] = memory
 
@@ -85,7 +85,7 @@ async def check_parity(
     reference: Path,
     report: Report,
 ) -> None:
-    """Features and visual tokens by cosine, greedy answers token for token."""
+    """Compare features and visual tokens by cosine, and greedy answers token by token."""
     names = ("vision_encoder", "relevance_allocator", "qformer")
     fp32 = feeds(given, {name: reference / name / "1" / "model.onnx" for name in names}, prompts)
     budgets = [Budget(tuple(row[:2]), tuple(row[2:])) for row in fp32["relevance_allocator"]["budget"].tolist()]
@@ -103,7 +103,7 @@ async def check_parity(
         report.measured[f"{name}_parity"] = near.as_json()
         with report.check(f"{name} are those of FP32"):
             if near.least_cosine < LEAST_COSINE[card.float_type]:
-                raise Wrong(f"least cosine {near.least_cosine:.5f}, wanted is {LEAST_COSINE[card.float_type]}")
+                raise Wrong(f"least cosine is {near.least_cosine:.5f}, below {LEAST_COSINE[card.float_type]}")
     if not (reference / "llm" / "1" / "model.onnx").exists():
         report.not_run("answers are those of FP32", "the reference has no ONNX graph of the LLM")
         return
@@ -112,7 +112,7 @@ async def check_parity(
     report.measured["answers_agree"] = same
     with report.check("answers are those of FP32"):
         if same < LEAST_AGREEMENT:
-            raise Wrong(f"{same:.0%} of the answers agree, wanted are {LEAST_AGREEMENT:.0%}")
+            raise Wrong(f"{same:.0%} of the answers agree, fewer than {LEAST_AGREEMENT:.0%}")
 
 
 def vision_key(pixels: Array, budget: Budget) -> bytes:
@@ -120,7 +120,7 @@ def vision_key(pixels: Array, budget: Budget) -> bytes:
 
 
 async def answer(client: TritonClient, card: ModelCard, prompt: Prompt) -> list[int]:
-    """Greedy, at most ANSWER_TOKENS, without the end id."""
+    """A greedy answer of at most ANSWER_TOKENS, without the end id."""
     tokens: list[int] = []
     async with aclosing(stream(client, card, prompt)) as pieces:
         async for piece in pieces:
@@ -150,9 +150,10 @@ def reference_answers(
 async def encoder_times(
     client: TritonClient, served: Served, given: Sequence[Sample], most: int
 ) -> dict[str, dict[str, float]]:
-    """By number of images: median milliseconds as a client sees them, and of computing alone as Triton counts it.
+    """Median milliseconds by number of images, for the client and for computing alone.
 
-    More than `most`, the images of one run, are asked for in several requests at once."""
+    Triton counts the computing. `most` is the images of one run; more are sent in several concurrent requests.
+    """
     found = {}
     for batch in BATCHES:
         images = np.stack([given[row % len(given)][0] for row in range(batch)])
@@ -173,7 +174,7 @@ async def encoder_times(
 
 
 async def encode(client: TritonClient, requests: Sequence[Array]) -> None:
-    """All of them at once."""
+    """Send all requests at once."""
     await asyncio.gather(*(client.encode(images, TIMEOUT_S) for images in requests))
 
 
@@ -188,7 +189,10 @@ async def computing(url: str, model: str) -> int:
 async def chain_times(
     client: TritonClient, card: ModelCard, prompts: PromptBuilder, given: Sequence[Sample], repeats: int
 ) -> dict[str, float]:
-    """One request at a time: milliseconds to the first token and between tokens. Eight at a time: answers a second."""
+    """Measure milliseconds to the first token and between tokens, and answers a second.
+
+    The milliseconds are with one request at a time, the answers a second with eight.
+    """
     first, between = [], []
     budget = Budget(card.vision_tokens, (card.visual_tokens[0],) * 2)
 
@@ -198,7 +202,7 @@ async def chain_times(
         _, seen = await client.see(pixels, prompts.question(text), budget, TIMEOUT_S)
         prompt = prompts.compose(text, [(seen.visual_tokens, vision_key(pixels, budget))])
         last = None
-        async with aclosing(stream(client, card, prompt, end_id=-1)) as pieces:  # as many tokens as asked for
+        async with aclosing(stream(client, card, prompt, end_id=-1)) as pieces:  # as many tokens as requested
             async for _ in pieces:
                 now = time.perf_counter()
                 (first if last is None else between).append(1000 * (now - (started if last is None else last)))
@@ -215,7 +219,7 @@ async def chain_times(
 
 
 def gpu_memory(metrics_url: str | None) -> dict[str, float] | None:
-    """Bytes in use by GPU, of Triton's metrics; None where it tells of none."""
+    """Bytes in use by GPU, from Triton's metrics; None if they list no GPU."""
     if metrics_url is None:
         return None
     with urllib.request.urlopen(metrics_url, timeout=10) as response:

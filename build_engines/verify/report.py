@@ -1,4 +1,4 @@
-"""What was checked, and what came of it."""
+"""Collect checks and their results."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ State = Literal["ok", "failed", "not run"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that holds, does not, or could not be looked at here."""
+    """One check: it holds, it failed, or it could not run here."""
 
     name: str
     state: State
-    told: str = ""  # what is wrong, or why it was not run
+    told: str = ""  # what is wrong, or why it did not run
 
 
 @dataclass
 class Report:
-    """Checks in order, and what was measured."""
+    """Checks in order, and measurements."""
 
     checks: list[Check] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
-        """What is raised inside is what is wrong."""
+        """Record a check as failed if the block raises, else as ok."""
         try:
             yield
-        except Exception as exc:  # a repository may be wrong in any way; each is one line of the report
+        except Exception as exc:  # any error is possible in a wrong repository; each is one line of the report
             told = " ".join(str(exc).split()) or type(exc).__name__
             self.checks.append(Check(name, "failed", told))
         else:
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One line: whether it is fit to serve, and what has not been looked at."""
+        """One line: whether the repository is fit to serve, and what did not run."""
         unseen = [check.name for check in self.checks if check.state == "not run"]
         if self.failed:
             return f"NOT fit to serve: {len(self.failed)} of {len(self.checks)} checks failed"
@@ -56,7 +56,7 @@ class Report:
         return proven + (f"; not run here: {', '.join(unseen)}" if unseen else "")
 
     def text(self) -> str:
-        """For the terminal."""
+        """The report for the terminal."""
         lines = [f"{check.state:8} {check.name}" + (f": {check.told}" if check.told else "") for check in self.checks]
         lines += [f"{'measured':8} {name}: {_short(value)}" for name, value in self.measured.items()]
         return "\n".join([*lines, self.verdict])

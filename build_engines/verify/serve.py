@@ -1,4 +1,4 @@
-"""Starts what a repository's profile needs, for as long as it is looked at."""
+"""Start the servers that a repository's profile needs, while it is checked."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ READY_S = 600
 
 
 class CannotServe(Exception):
-    """What this machine lacks."""
+    """Serving is not possible here. The message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What serves a repository of plans: the vision and the LLM server's images, and where both have it."""
+    """Images of the vision and LLM servers of a repository with plans, and their mount path."""
 
     vision: str
     llm: str
@@ -38,20 +38,20 @@ class Images:
 
     @classmethod
     def of(cls, repository: Path) -> Self | None:
-        """As its manifest says; None for one that the bundled Triton serves."""
+        """Read the manifest. None for a repository that the bundled Triton serves."""
         path = repository / NAME
         told = json.loads(path.read_text()) if path.exists() else {}
         return cls(**told["images"]) if told.get("profile") == "tensorrt" else None
 
 
 def in_container(image: str, repository: Path, mount: str, *more: str) -> list[str]:
-    """The command line of a container that has the repository, up to what it runs. Pure."""
+    """The command line of a container with the repository, up to its program. Pure."""
     return ["docker", "run", "--rm", "--gpus", "all", "--ipc", "host", "--ulimit", "memlock=-1", *more,
             "--volume", f"{repository.absolute()}:{mount}:ro", image]  # fmt: skip
 
 
 def containers(repository: Path, card: ModelCard, images: Images, ports: tuple[Ports, Ports]) -> list[list[str]]:
-    """The vision server and the LLM server, each with the models that are called, their steps with them. Pure."""
+    """Command lines of the vision and LLM servers, with the called models and their steps. Pure."""
     called = [model for model in card.called if model != "llm"]
     servers = ((images.vision, called, ports[0]), (images.llm, ["llm"], ports[1]))
     return [
@@ -69,7 +69,7 @@ def containers(repository: Path, card: ModelCard, images: Images, ports: tuple[P
 
 
 def check_loads(repository: Path, images: Images, tensorrt: str, report: Report) -> None:
-    """Every plan loads in the image that serves it, on the TensorRT of the manifest, to the last digit."""
+    """Check that every plan loads in its serving image, on the manifest's exact TensorRT version."""
     for plan in sorted(repository.glob("*/1/model.plan")):
         place = f"{images.mount}/{plan.relative_to(repository)}"
         with report.check(f"plan {plan.parts[-3]} loads"):
@@ -85,9 +85,11 @@ def check_loads(repository: Path, images: Images, tensorrt: str, report: Report)
 async def serving(
     repository: Path, card: ModelCard, images: Images | None, ports: tuple[Ports, Ports], log: Path
 ) -> AsyncIterator[tuple[str, str, str]]:
-    """The vision and the LLM server's addresses and the metrics URL: of containers, or of the bundled Triton.
+    """Serve in containers or the bundled Triton, and yield the addresses.
 
-    Raises CannotServe, or StartFailed of the bundled one."""
+    They are the vision server's, the LLM server's and the metrics URL. Raises CannotServe, or StartFailed for the
+    bundled Triton.
+    """
     vision, llm = (f"127.0.0.1:{each.grpc}" for each in ports)
     metrics = f"http://127.0.0.1:{ports[0].metrics}/metrics"
     if images is None:
@@ -98,7 +100,7 @@ async def serving(
             yield vision, vision, metrics
         return
     if shutil.which("docker") is None:
-        raise CannotServe("plans are served by containers, and there is no docker")
+        raise CannotServe("plans need docker, which is missing: install it, or use --vision-url of a running server")
     with running(containers(repository, card, images, ports), log) as started:
         async with TritonClient(vision, llm) as client:
             await until_ready(client, started, log)
@@ -107,7 +109,7 @@ async def serving(
 
 @contextmanager
 def running(lines: Sequence[Sequence[str]], log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Programs that end with the block."""
+    """Start programs, and stop them at the end of the block."""
     with log.open("wb") as out:
         started = [subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT) for line in lines]
         try:
@@ -120,11 +122,11 @@ def running(lines: Sequence[Sequence[str]], log: Path) -> Iterator[list[subproce
 
 
 async def until_ready(client: TritonClient, started: Sequence[subprocess.Popen[bytes]], log: Path) -> None:
-    """Raises CannotServe where a server ends, or is not ready in READY_S."""
+    """Raises CannotServe if a server exits or is not ready in READY_S."""
     for _ in range(READY_S):
         if await client.ready(timeout_s=1.0):
             return
         if any(process.poll() is not None for process in started):
-            raise CannotServe(f"a server ended while starting: {log} has its words")
+            raise CannotServe(f"a server exited while starting: see {log}")
         await asyncio.sleep(1.0)
-    raise CannotServe(f"the servers are not ready after {READY_S} s: {log} has their words")
+    raise CannotServe(f"the servers are not ready after {READY_S} s: see {log}")

@@ -1,15 +1,15 @@
-"""How fast something comes free, observed while it was wanted: what a caller who must wait can be told."""
+"""How fast units come free, measured while requests waited for them. Gives Retry-After and queue time estimates."""
 
 from __future__ import annotations
 
 import math
 
-WINDOW_S = 10.0  # what is older counts for less than 1/e
-LEAST_S = 0.25  # of pressure, before the rate is believed
+WINDOW_S = 10.0  # older observations count for less than 1/e
+LEAST_S = 0.25  # of measuring, before the rate is believed
 
 
-class Drain:
-    """Units given back per second while somebody waited for them. Idle time says nothing of how fast we are.
+class DrainRate:
+    """Units given back per second while somebody waited for them. Idle time says nothing about speed.
 
     `now` is in seconds, of any clock that does not go back.
     """
@@ -17,19 +17,19 @@ class Drain:
     def __init__(self) -> None:
         self._units = 0.0
         self._seconds = 0.0
-        self._pressed_since: float | None = None
+        self._wanted_since: float | None = None
 
-    def observe(self, now: float, units: float, *, pressed: bool) -> None:
-        """`units` came free; `pressed` says whether anything waits from now on."""
-        if self._pressed_since is not None:
-            elapsed = now - self._pressed_since
+    def observe(self, now: float, units: float, *, wanted: bool) -> None:
+        """`units` came free; `wanted` says whether anything waits from now on."""
+        if self._wanted_since is not None:
+            elapsed = now - self._wanted_since
             fading = math.exp(-elapsed / WINDOW_S)
             self._units = self._units * fading + units
             self._seconds = self._seconds * fading + elapsed
-        self._pressed_since = now if pressed else None
+        self._wanted_since = now if wanted else None
 
     def seconds_for(self, units: float) -> float:
-        """Until so many units have come free; 0 where nothing is known yet."""
+        """Until so many units have come free; 0 while nothing is known."""
         if self._seconds < LEAST_S or not self._units:
             return 0.0
         return units * self._seconds / self._units

@@ -1,21 +1,14 @@
-"""How closely requests may look under load: less, before anybody is refused or answered too late. Pure: `now` is an
-argument.
+"""How closely requests may look under load: less closely, before any request is refused or answered too late. Pure:
+`now` is an argument.
 
-Watched is the longest wait there is at a moment, in any queue. What it is over the target adds up: twice the target for
-STEP_S is one level up, unless the queue is on its way back. Under CALM of the target for a while is one level down.
+The controller watches the longest wait at each moment: in a queue, or by contention (`contention.py`). What it is over
+the target adds up: twice the target for STEP_S is one level up, unless the queue is already shrinking fast enough. Less
+than CALM of the target for a while is one level down.
 
-Where all are let in nobody waits in a queue, and yet each waits for the others: of n that are worked on side by side
-one is given an n-th of the machine and loses (n - 1) / n of its time to them (processor sharing: Kleinrock 1967). What
-it has lost, and will lose until it had as much to itself as answers take, is a wait like any other, but for one thing:
-a request can bear it while its deadline is far. So it counts less what it can bear, which leaves the target where SPARE
-of the time that the request came with is lost.
-
-That tells load from slowness: who is alone loses nothing, however long its answer takes, and rows of a batch that slow
-each other down little need little for themselves. And who came with less time than the target never waits for longer.
-
-The way down is a trial, as nobody knows how long the queue would be at a level that is not in force. Where it has to be
-taken back within TRIAL_S the next one to that level, or below, waits four times as long, MOST_HOLD_S at the most. So
-under a load between what two levels can bear the controller settles at the higher one, with a short trial now and then.
+The way down is a trial, as nobody knows how long the queue would be at a level that is not in force. If a trial has to
+be taken back within TRIAL_S, the next trial of that level or a lower one waits four times as long, MOST_HOLD_S at most.
+So under a load between what two levels can bear the controller settles at the higher one, with a short trial now and
+then.
 """
 
 from __future__ import annotations
@@ -24,18 +17,16 @@ from dataclasses import dataclass, replace
 
 from service.core.request import Budget
 
-STEP_S = 1.0  # between two changes of level, at the least
+STEP_S = 1.0  # least time between two changes of level
 CALM = 0.25
-SOON_S = 5.0  # a queue that will be at the target in this time, if it goes on shrinking, is on its way
+SOON_S = 5.0  # a queue that reaches the target within this time at its pace is shrinking fast enough
 LEAST_HOLD_S, MOST_HOLD_S = 5.0, 40.0
-TRIAL_S = 60.0  # then a trial has not failed
-SPARE = 0.5  # of a request's time may go to others
-MEDIAN_STEP = 1.1  # by one answer, of how much of the machine's time answers take
+TRIAL_S = 60.0  # a trial that lasted as long has succeeded
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The most that a request may get; what it asks for at the least it gets anyway."""
+    """The most that a request may get. A request always gets the least that it asks for."""
 
     vision_tokens: int
     visual_tokens: int
@@ -63,22 +54,28 @@ LEVELS = (
 
 
 class Fidelity:
-    """The level in force. Times are seconds of any clock that does not go back; a target of infinity is level 0."""
+    """The level in force, an index of LEVELS. Times are seconds of any clock that does not go back.
+
+    A target of infinity keeps level 0.
+    """
 
     def __init__(self, target_s: float, now: float) -> None:
         self.level = 0
         self._target_s = target_s
         self._now = now
-        self._since: float | None = None  # when who waits longest came; None: nobody waits
+        self._since: float | None = None  # arrival of the request that waits longest; None: no request waits
         self._calm_since: float | None = now
-        self._excess = 0.0  # seconds, times how often the target the wait is over it
-        self._mark = (now, 0.0)  # a moment, and the longest wait then
+        self._excess = 0.0  # seconds over the target, weighted by how many targets the wait is over it
+        self._mark = (now, 0.0)  # a moment, and the longest wait at that moment
         self._changed_at, self._lowered = now, False
         self._told_at = now - STEP_S
-        self._hold_s = [LEAST_HOLD_S] * len(LEVELS)  # of calm, before that level is tried
+        self._hold_s = [LEAST_HOLD_S] * len(LEVELS)  # seconds of calm before that level is tried
 
     def observe(self, now: float, waiting_since: float | None) -> int:
-        """The level from now on. Who waits longest of all came at `waiting_since`; None: nobody waits."""
+        """Return the level from now on.
+
+        `waiting_since`: arrival of the request that waits longest; None if none waits.
+        """
         before = self.level
         self._pass_time(now)
         self._since = waiting_since
@@ -94,7 +91,7 @@ class Fidelity:
         return self.level
 
     def _pass_time(self, now: float) -> None:
-        """What came about until `now`, while the same one waited."""
+        """Account for the time until `now`, during which the same request waited longest."""
         restless = now if self._since is None else self._since + CALM * self._target_s
         if now - self._told_at >= STEP_S:
             self._lower(min(now, restless))
@@ -117,15 +114,15 @@ class Fidelity:
     def _check(self, now: float, wait_s: float) -> None:
         marked_at, marked_s = self._mark
         self._excess, self._mark = 0.0, (now, wait_s)
-        on_its_way = (marked_s - wait_s) * SOON_S > (wait_s - self._target_s) * (now - marked_at)
-        if on_its_way or self.level == len(LEVELS) - 1:
+        is_shrinking = (marked_s - wait_s) * SOON_S > (wait_s - self._target_s) * (now - marked_at)
+        if is_shrinking or self.level == len(LEVELS) - 1:
             return
         if self._lowered:
             self._judge(failed=now - self._changed_at < TRIAL_S)
         self._change(self.level + 1, now)
 
     def _judge(self, failed: bool) -> None:
-        """What this level cannot bear none below it can; what it can bear all above it can."""
+        """A load that this level cannot bear, no lower level can. A load that it can bear, all higher ones can."""
         if failed:
             longer_s = min(4 * self._hold_s[self.level], MOST_HOLD_S)
             self._hold_s[: self.level + 1] = [longer_s] * (self.level + 1)
@@ -135,59 +132,3 @@ class Fidelity:
     def _change(self, level: int, at: float) -> None:
         self._lowered = level < self.level
         self.level, self._changed_at = level, at
-
-
-@dataclass(slots=True)
-class _Share:
-    """What one request had of the machine."""
-
-    entered: float
-    lost_before_s: float  # what one that was there all the time had lost by then
-    allowed_s: float
-
-
-class Crowd:
-    """Requests that are worked on side by side, by any object that stands for one, and what they lose to each other."""
-
-    def __init__(self, target_s: float, now: float) -> None:
-        self._target_s = target_s
-        self._now = now
-        self._lost_s = 0.0  # by one that was there all the time
-        self._own_s = 0.0  # about the median of what an answer takes for itself; 0: not known yet
-        self._inside: dict[object, _Share] = {}
-
-    def enter(self, request: object, now: float, allowed_s: float) -> None:
-        """`allowed_s`: from its arrival to its deadline; infinite: it may wait for the others. Who is inside stays."""
-        self._pass_time(now)
-        self._inside.setdefault(request, _Share(now, self._lost_s, allowed_s))
-
-    def leave(self, request: object, now: float, *, answered: bool) -> None:
-        self._pass_time(now)
-        share = self._inside.pop(request, None)
-        if share is None or not answered:
-            return
-        own_s = now - share.entered - self._lost(share)
-        if self._own_s:
-            self._own_s *= MEDIAN_STEP if own_s > self._own_s else 1 / MEDIAN_STEP
-        else:
-            self._own_s = own_s
-
-    def waiting_since(self, now: float) -> float | None:
-        """When the one that waits most for the others would have come to a queue to wait as long; None: nobody does."""
-        self._pass_time(now)
-        wait_s = max((self._wait_s(share) for share in self._inside.values()), default=0.0)
-        return now - wait_s if wait_s > 0 and len(self._inside) > 1 else None
-
-    def _wait_s(self, share: _Share) -> float:
-        lost_s = self._lost(share)
-        left_s = max(self._own_s - (self._now - share.entered - lost_s), 0.0)
-        loses_s = lost_s + left_s * (len(self._inside) - 1)
-        return min(loses_s, share.allowed_s) - max(SPARE * share.allowed_s - self._target_s, 0.0)
-
-    def _lost(self, share: _Share) -> float:
-        return self._lost_s - share.lost_before_s
-
-    def _pass_time(self, now: float) -> None:
-        if self._inside:
-            self._lost_s += (now - self._now) * (1 - 1 / len(self._inside))
-        self._now = now

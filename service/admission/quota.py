@@ -1,6 +1,6 @@
-"""What all requests together hold of the house, reserved before any of it is spent. Pure: `now` is an argument.
+"""What all requests together may hold in memory, reserved before any of it is spent. Pure: `now` is an argument.
 
-Cost, not heads, is counted: one large photo in a queue of ten can take more memory than a thousand questions.
+Cost is counted, not requests: one large photo can take more memory than a thousand questions.
 """
 
 from __future__ import annotations
@@ -8,17 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from service.admission.drain_rate import Drain
+from service.admission.drain_rate import DrainRate
 
-TENANT_SHARE = 3  # a tenant may hold so many times what is left free: alone 3/4 of the house, of three each 3/10
+# A tenant may hold at most this many times what is left free: alone 3/4 of all, each of three tenants 3/10.
+TENANT_SHARE = 3
+UNITS = {"nbytes": "request bytes", "pixels": "image pixels to decode", "tokens": "LLM tokens"}
 
 
 class Cost(NamedTuple):
-    """What a request takes, as far as its headers and metadata tell."""
+    """What a request takes, by its headers and metadata."""
 
     nbytes: int = 0  # of its body
-    pixels: int = 0  # of an image that must be decoded
-    tokens: int = 0  # of the LLM: visual, prompt and all it may write
+    pixels: int = 0  # of images that must be decoded
+    tokens: int = 0  # of the LLM: visual, prompt and max_tokens
 
     def plus(self, other: Cost) -> Cost:
         return Cost(self.nbytes + other.nbytes, self.pixels + other.pixels, self.tokens + other.tokens)
@@ -29,7 +31,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why there is no room, and how long until there may be."""
+    """Why there is no room, and the estimated time until there is."""
 
     code: Literal["saturated", "tenant_share", "deadline", "shutting_down"]
     message: str
@@ -40,29 +42,24 @@ class Quota:
     """Reservations against limits. The sum of what is held never passes a limit.
 
     A tenant that gives its name holds at most TENANT_SHARE times what is free, so that there is always room for the
-    next one; requests without a name have the whole house.
+    next tenant. Requests without a tenant may hold everything.
     """
 
     def __init__(self, limits: Cost) -> None:
         self.limits = limits
         self.held = Cost()
-        self.closed = False  # refuses who holds nothing yet, from now on
+        self.closed = False  # from now on refuse requests that hold nothing yet
         self._tenants: dict[str, Cost] = {}
-        self._drains = [Drain() for _ in limits]
-
-    @property
-    def tenants(self) -> int:
-        """Those that hold something now."""
-        return len(self._tenants)
+        self._drains = [DrainRate() for _ in limits]
 
     def holds(self, unit: str) -> int:
         """`unit` is a field of Cost."""
         return int(getattr(self.held, unit))
 
     def refusal(self, cost: Cost, tenant: str, *, inside: bool = False) -> Refusal | None:
-        """Why this cost has no room now, or None where it has. Who is `inside` may end what it began."""
+        """Why this cost has no room now; None if it has. A request that is `inside` already may finish after a stop."""
         if self.closed and not inside:
-            return Refusal("shutting_down", "this server is stopping: ask again, another one answers", 1.0)
+            return Refusal("shutting_down", "This server is stopping. Retry: another one answers.", 1.0)
         holds = self._tenants.get(tenant, Cost())
         for name, drain, ask, held, own, limit in zip(
             Cost._fields, self._drains, cost, self.held, holds, self.limits, strict=True
@@ -71,15 +68,18 @@ class Quota:
                 continue
             if held + ask > limit:
                 wait_s = drain.seconds_for(held + ask - limit)
-                return Refusal("saturated", f"the service is full ({held:,} of {limit:,} {name}): ask again", wait_s)
+                text = f"The server is at its limit of {UNITS[name]} ({held:,} of {limit:,} are in use). Retry later."
+                return Refusal("saturated", text, wait_s)
             if tenant and own + ask > TENANT_SHARE * (limit - held):
                 wait_s = drain.seconds_for(own + ask - TENANT_SHARE * (limit - held))
-                text = f"{tenant} has its share of the service ({own:,} of {limit:,} {name}): ask again"
+                text = (
+                    f"Tenant {tenant} is at its share of {UNITS[name]} ({own:,} of {limit:,} are in use). Retry later."
+                )
                 return Refusal("tenant_share", text, wait_s)
         return None
 
     def reserve(self, cost: Cost, tenant: str, now: float, *, inside: bool = False) -> Refusal | None:
-        """Takes all of the cost, or nothing and says why."""
+        """Reserve all of the cost, or nothing: then say why."""
         refusal = self.refusal(cost, tenant, inside=inside)
         if refusal is None and any(cost):
             self._tenants[tenant] = self._tenants.get(tenant, Cost()).plus(cost)
@@ -88,7 +88,7 @@ class Quota:
         return refusal
 
     def give_back(self, cost: Cost, tenant: str, now: float) -> None:
-        """What was reserved, whole or in parts."""
+        """Return what was reserved, whole or in parts."""
         if not any(cost):
             return
         self.held = self.held.minus(cost)
@@ -100,6 +100,6 @@ class Quota:
         self._observe(cost, now)
 
     def _observe(self, given_back: Cost, now: float) -> None:
-        """A dimension that is more than half full is wanted."""
+        """A unit of which more than half is held counts as wanted."""
         for drain, units, held, limit in zip(self._drains, given_back, self.held, self.limits, strict=True):
-            drain.observe(now, units, pressed=2 * held > limit)
+            drain.observe(now, units, wanted=2 * held > limit)

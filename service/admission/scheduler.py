@@ -1,25 +1,24 @@
-"""Who may enter now: requests wait here for a vision slot or for room in the LLM. Pure: no asyncio, `now` an argument.
+"""Which waiting request is granted a resource next. Pure: no asyncio, `now` is an argument.
 
 A request claims one resource at a time: vision slots while its images are decoded and encoded, then tokens of the LLM
-until it ends. It holds neither while it waits for the other, so that a follow-up never waits behind an encode and
-nothing can lock. Each resource is given
+until it ends. It holds neither while it waits for the other. So a follow-up never waits behind an encode, and there is
+no deadlock. A resource is granted
 
   - to the tenant that holds the least of it,
-  - there to the smallest rank: a claim's arrival, put back by its handicap, which is its kind's HANDICAP_S and for low
-    priority LOW_PRIORITY_S more. The cheaper kind goes first, and age makes up for it: nobody who comes so much later
-    overtakes,
-  - past claims that do not fit, until these have waited for their handicap and PATIENCE_S: then nothing behind them
+  - there to the claim of the smallest rank: its arrival plus its handicap, which is its kind's HANDICAP_S and for low
+    priority LOW_PRIORITY_S more. The cheaper kind goes first, and age makes up for it: a claim overtakes only those
+    that arrived less than their handicap earlier,
+  - past claims that do not fit, until one of these has waited its handicap and PATIENCE_S: then nothing behind it
     starts.
 
-So nothing that fits waits, but behind somebody out of patience. And nobody starves: with S the longest time that a
-claim is held, P its handicap and PATIENCE_S together, and n the claims that arrived before this one was P old and start
-before it, it waits at most P + PATIENCE_S + 2 S (n + 1): then one of them starts every 2 S, S until their tenants hold
-nothing, S until nobody does.
+So a claim that fits waits only behind one that is out of patience. And no claim starves. Let S be the longest time that
+a claim is held, P its handicap plus PATIENCE_S, and n the number of claims that start before it and arrived before it
+was P old. It waits at most P + PATIENCE_S + 2 S (n + 1): from then on one of them starts every 2 S, S until their
+tenants hold nothing, S until nobody does.
 
-A claim is dropped, and nothing spent on it, once what it needs at the least would end past its deadline. And a
-request's first claim waits for the window too (`window.py`), so that no more are begun than can end in time.
-
-`Fifo` is what all of this is compared with: one queue in order of arrival.
+A claim expires, and nothing is spent on it, once the least work it needs would end past its deadline. A request's first
+claim also waits for the concurrency limit (`concurrency_limit.py`), so that no more requests start than can end in
+time.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from service.admission.concurrency_limit import Window
-from service.admission.drain_rate import Drain
+from service.admission.concurrency_limit import ConcurrencyLimit
+from service.admission.drain_rate import DrainRate
 from service.admission.quota import Refusal
 from service.core.request import Priority
 
@@ -63,20 +62,25 @@ LOW_PRIORITY_S = 10.0
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """One request's wish for some of one resource. It is waiting, then started, then over."""
+    """One request's claim on some of one resource: waiting, then granted, then over."""
 
     resource: Resource
     amount: int  # images, or tokens
     kind: Kind
-    arrived: float  # of the claim: a wait for one resource buys no place in the next queue
+    arrived: float  # of the claim: waiting for one resource earns no rank in the next queue
     deadline: float
     tenant: str = ""
     priority: Priority = Priority.NORMAL
-    request: object | None = None  # whose it is, where the window is to know
-    request_arrived: float = 0.0  # decides in a Fifo
-    handicap_s: float = 0.0  # once it was submitted
-    started_at: float | None = None
+    request: object | None = None  # whose it is, for the concurrency limit; None: the limit does not apply
+    request_arrived: float = 0.0
+    handicap_s: float = 0.0  # set by `submit`
+    granted_at: float | None = None
     over: bool = False
+
+    @property
+    def allowed_s(self) -> float:
+        """What the request may lose to others in all; low priority may lose any time."""
+        return math.inf if self.priority is Priority.LOW else self.deadline - self.arrived
 
 
 Standing = tuple[float, int, Claim]  # rank, number, claim: numbers differ, so claims are never compared
@@ -84,7 +88,7 @@ Standing = tuple[float, int, Claim]  # rank, number, claim: numbers differ, so c
 
 @dataclass(slots=True)
 class _Pool:
-    """One resource and who waits for it."""
+    """One resource, and the claims that wait for it."""
 
     limit: int
     free: int = field(init=False)
@@ -94,9 +98,9 @@ class _Pool:
     waiting: dict[float, int] = field(default_factory=dict)  # amounts, by handicap
     running: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))  # claims
     deadlines: list[tuple[float, int, Claim]] = field(default_factory=list)  # heap; claims that left stay a while
-    least_amount: float = math.inf  # nothing that waits is smaller
+    least_amount: float = math.inf  # no waiting claim is smaller
     least_s: float = 0.0  # about the shortest time that a claim was held of late
-    drain: Drain = field(default_factory=Drain)
+    drain: DrainRate = field(default_factory=DrainRate)
 
     def __post_init__(self) -> None:
         self.free = self.limit
@@ -118,8 +122,8 @@ class _Pool:
             self.least_amount = math.inf
             self.deadlines.clear()
 
-    def start(self, claim: Claim, now: float) -> None:
-        claim.started_at = now
+    def grant(self, claim: Claim, now: float) -> None:
+        claim.granted_at = now
         self.free -= claim.amount
         self.running[claim.kind] += 1
         self.held[claim.tenant] = self.held.get(claim.tenant, 0) + claim.amount
@@ -132,7 +136,7 @@ class _Pool:
             del self.held[claim.tenant]
 
     def expire(self, now: float, needed_s: float) -> list[Claim]:
-        """Those that wait and can no longer end in time leave."""
+        """Remove the waiting claims that can no longer end in time."""
         late = []
         while self.deadlines and self.deadlines[0][0] - needed_s <= now:
             claim = heapq.heappop(self.deadlines)[2]
@@ -142,26 +146,26 @@ class _Pool:
                 late.append(claim)
         return late
 
-    def outstay(self, now: float, window: Window) -> list[Claim]:
-        """Those that have waited for a first turn longer than a narrow window lets them leave."""
+    def outstay(self, now: float, limit: ConcurrencyLimit) -> list[Claim]:
+        """Remove first claims that have waited longer than a narrow limit allows."""
         late = [
             claim
             for claim in self.standing
-            if not window.holds(claim.request) and window.latest_start(claim.arrived, claim.deadline) <= now
+            if claim.request not in limit.contention and limit.latest_start(claim.arrived, claim.deadline) <= now
         ]
         for claim in late:
             self.leave(claim)
             claim.over = True
         return late
 
-    def next(self, now: float, window: Window) -> Claim | None:
-        """Whose turn it is, or None where nobody fits or who is out of patience does not."""
+    def next(self, now: float, limit: ConcurrencyLimit) -> Claim | None:
+        """The claim to grant, or None if none fits or one that is out of patience does not fit."""
         if self.least_amount > self.free:
             return None
         least = math.inf
-        for queue in self._in_turn():
+        for queue in self._by_tenant():
             for rank, _, claim in queue:
-                if not window.lets_in(claim.request):
+                if not limit.allows(claim.request):
                     least = min(least, claim.amount)
                     continue
                 if claim.amount <= self.free:
@@ -172,18 +176,18 @@ class _Pool:
         self.least_amount = least
         return None
 
-    def _in_turn(self) -> Iterable[list[Standing]]:
-        """The tenant's first that holds the least; of equal ones, that whose first claim has the smallest rank."""
+    def _by_tenant(self) -> Iterable[list[Standing]]:
+        """The queue of the tenant that holds the least comes first; of equal ones, that of the smallest rank."""
         if len(self.queues) == 1:
             return self.queues.values()
-        return [self.queues[name] for name in sorted(self.queues, key=self._place)]
+        return [self.queues[name] for name in sorted(self.queues, key=self._tenant_order)]
 
-    def _place(self, tenant: str) -> tuple[int, float, int]:
+    def _tenant_order(self, tenant: str) -> tuple[int, float, int]:
         rank, number, _ = self.queues[tenant][0]
         return self.held.get(tenant, 0), rank, number
 
     def wait_s(self, claim: Claim) -> float:
-        """About how long until it is this claim's turn; rather too little than too much."""
+        """Estimated queue time of this claim; rather too little than too much."""
         if not self.standing:
             return 0.0
         ahead = sum(amount for handicap_s, amount in self.waiting.items() if handicap_s <= claim.handicap_s)
@@ -195,16 +199,16 @@ class _Pool:
 
 
 class Scheduler:
-    """Two resources and those who wait for them."""
+    """Two resources, and the claims on them."""
 
     def __init__(
         self,
         vision_slots: int,
         llm_tokens: int,
         handicap_s: Mapping[Kind, float] = HANDICAP_S,
-        window: Window | None = None,
+        limit: ConcurrencyLimit | None = None,
     ) -> None:
-        self.window = Window() if window is None else window
+        self.limit = ConcurrencyLimit() if limit is None else limit
         self._pools = {Resource.VISION: _Pool(vision_slots), Resource.LLM: _Pool(llm_tokens)}
         self._handicap_s = handicap_s
         self._count = 0
@@ -213,84 +217,86 @@ class Scheduler:
         return self._pools[resource].limit - self._pools[resource].free
 
     def waiting(self, kind: Kind) -> int:
-        """How many claims of that kind wait."""
+        """Number of waiting claims of that kind."""
         return sum(claim.kind is kind for pool in self._pools.values() for claim in pool.standing)
 
     def waiting_since(self, now: float) -> float | None:
-        """When the one came that waits longest, or would, were it not turned away for that; None: nobody waits, but
-        for who may wait."""
+        """Arrival of the claim of normal priority that waits longest, those refused for too long a wait included.
+        None if there is none."""
         waiting = (claim for pool in self._pools.values() for claim in pool.standing)
         arrived = [claim.arrived for claim in waiting if claim.priority is Priority.NORMAL]
-        if (kept_out_since := self.window.kept_out_since(now)) is not None:
-            arrived.append(kept_out_since)
+        if (refusing_since := self.limit.refusing_since(now)) is not None:
+            arrived.append(refusing_since)
         return min(arrived, default=None)
 
     def running(self, kind: Kind) -> int:
-        """How many claims of that kind hold what they claimed."""
+        """Number of granted claims of that kind."""
         return sum(pool.running[kind] for pool in self._pools.values())
 
     def submit(self, claim: Claim, now: float) -> Refusal | None:
-        """The claim waits until `schedule` starts it; or it is refused where it would wait past its deadline."""
+        """Queue the claim until `schedule` grants it; refuse it if it would wait past its deadline."""
         pool = self._pools[claim.resource]
         if claim.amount > pool.limit:
             raise ValueError(f"{claim.amount} of {claim.resource} is more than all there is, {pool.limit}")
         claim.handicap_s = self._handicap(claim)
-        inside = self.window.holds(claim.request)
-        if pool.standing and not (inside and self.window.is_narrow):  # then those ahead do not start before it
+        in_service = claim.request in self.limit.contention
+        if pool.standing and not (in_service and self.limit.is_narrow):  # then the claims ahead do not start before it
             wait_s = pool.wait_s(claim)
             latest = claim.deadline - self._needed_s(claim.resource)
-            if not inside:
-                latest = min(latest, self.window.latest_start(now, claim.deadline))
+            if not in_service:
+                latest = min(latest, self.limit.latest_start(now, claim.deadline))
             if wait_s and now + wait_s > latest:
-                self._turn_away([claim], now)
+                self._count_refused([claim], now)
                 text = (
-                    f"it would wait about {wait_s:.1f} s for its turn and then not be answered in time: "
-                    "raise timeout_s, or ask again later"
+                    f"The estimated queue time is {wait_s:.1f} s, which leaves too little of timeout_s for an answer. "
+                    "Raise timeout_s or retry later."
                 )
                 return Refusal("deadline", text, wait_s)
         self._count += 1
         pool.join(claim, self._rank(claim), self._count)
-        pool.drain.observe(now, 0.0, pressed=True)
+        pool.drain.observe(now, 0.0, wanted=True)
         return None
 
     def schedule(self, now: float) -> tuple[list[Claim], list[Claim]]:
-        """Those whose turn it is now, and those dropped, as they can no longer end in time."""
+        """Grant what can be granted. Returns the granted claims, and those that expired: they can no longer end in
+        time."""
         wanted = [resource for resource, pool in self._pools.items() if pool.standing]
-        started, expired = [], [claim for resource in wanted for claim in self._drop(resource, now)]
-        for turn in self._turns(now):
-            pool = self._pools[turn.resource]
-            pool.leave(turn)
-            pool.start(turn, now)
-            self.window.enter(turn.request, now)
-            started.append(turn)
+        granted, expired = [], [claim for resource in wanted for claim in self._expire(resource, now)]
+        for claim in self._grants(now):
+            pool = self._pools[claim.resource]
+            pool.leave(claim)
+            pool.grant(claim, now)
+            if claim.request is not None:
+                self.limit.contention.start(claim.request, now, claim.allowed_s)
+            granted.append(claim)
         for resource in wanted:
             if not (pool := self._pools[resource]).standing:
-                pool.drain.observe(now, 0.0, pressed=False)
-        return started, expired
+                pool.drain.observe(now, 0.0, wanted=False)
+        return granted, expired
 
-    def too_late(self, claim: Claim) -> Refusal:
-        """What to tell the owner of a claim that `schedule` dropped."""
-        text = "its turn did not come in time for an answer: raise timeout_s, or ask again later"
+    def expired(self, claim: Claim) -> Refusal:
+        """What to tell the owner of a claim that `schedule` let expire."""
+        text = "The request waited in the queue until too little of timeout_s was left. Raise timeout_s or retry later."
         return Refusal("deadline", text, self._pools[claim.resource].wait_s(claim))
 
     def release(self, claim: Claim, now: float, *, finished: bool = True) -> None:
-        """The claim waits no more and holds nothing; a second release does nothing.
+        """The claim is over: it waits no more and holds nothing. A second release does nothing.
 
-        `finished` is false where its work was not done to the end, which tells nothing of how long work takes.
+        Pass `finished=False` if its work was not done to the end: that says nothing about how long work takes.
         """
         if claim.over:
             return
         claim.over = True
         pool = self._pools[claim.resource]
-        if claim.started_at is None:
+        if claim.granted_at is None:
             if claim in pool.standing:  # else it never was submitted, or was refused
                 pool.leave(claim)
-                pool.drain.observe(now, 0.0, pressed=bool(pool.standing))
+                pool.drain.observe(now, 0.0, wanted=bool(pool.standing))
             return
         pool.give_back(claim)
-        pool.drain.observe(now, claim.amount, pressed=bool(pool.standing))
+        pool.drain.observe(now, claim.amount, wanted=bool(pool.standing))
         if finished:
-            held_s = now - claim.started_at
+            held_s = now - claim.granted_at
             slower_s = pool.least_s + FORGIVENESS * (held_s - pool.least_s)
             pool.least_s = min(held_s, slower_s) if pool.least_s else held_s
 
@@ -300,57 +306,28 @@ class Scheduler:
     def _rank(self, claim: Claim) -> float:
         return claim.arrived + claim.handicap_s
 
-    def _turns(self, now: float) -> Iterator[Claim]:
-        """Whose turn it is, one after the other: each has started when the next is asked for."""
+    def _grants(self, now: float) -> Iterator[Claim]:
+        """The claims to grant, one after the other: each was granted when the next is asked for."""
         for pool in self._pools.values():
-            while (turn := pool.next(now, self.window)) is not None:
-                yield turn
+            while (claim := pool.next(now, self.limit)) is not None:
+                yield claim
 
-    def _drop(self, resource: Resource, now: float) -> list[Claim]:
-        """Those that wait for it in vain leave."""
+    def _expire(self, resource: Resource, now: float) -> list[Claim]:
+        """Remove the claims that wait for it in vain."""
         pool, needed_s = self._pools[resource], self._needed_s(resource)
         expired = pool.expire(now, needed_s)
-        if self.window.is_narrow:
-            late = pool.outstay(now, self.window)
-            self._turn_away(late, now)
+        if self.limit.is_narrow:
+            late = pool.outstay(now, self.limit)
+            self._count_refused(late, now)
             expired += late
         return expired
 
-    def _turn_away(self, claims: Iterable[Claim], now: float) -> None:
+    def _count_refused(self, claims: Iterable[Claim], now: float) -> None:
         for claim in claims:
             if claim.priority is Priority.NORMAL:
-                self.window.turn_away(claim.arrived, now)
+                self.limit.refused(claim.arrived, now)
 
     def _needed_s(self, resource: Resource) -> float:
-        """From its turn to its end, at the least: after the vision stage comes the LLM."""
+        """The least time from its grant to its end: the LLM comes after the vision stage."""
         needed_s = self._pools[Resource.LLM].least_s
         return needed_s + self._pools[Resource.VISION].least_s if resource is Resource.VISION else needed_s
-
-
-class Fifo(Scheduler):
-    """One queue in order of the requests' arrival, for comparison: whoever is at its head and does not fit blocks all
-    behind it. A request inside that claims more blocks only those who want the same.
-
-    Nothing else counts but deadlines and the window: no kind, no tenant, no priority, no age.
-    """
-
-    def _handicap(self, _: Claim) -> float:
-        return 0.0
-
-    def _rank(self, claim: Claim) -> float:
-        return claim.request_arrived
-
-    def _turns(self, _: float) -> Iterator[Claim]:
-        while (turn := self._first()) is not None:
-            yield turn
-
-    def _first(self) -> Claim | None:
-        blocked: set[Resource] = set()
-        for _, _, claim in heapq.merge(*(queue for pool in self._pools.values() for queue in pool.queues.values())):
-            fits = claim.amount <= self._pools[claim.resource].free and claim.resource not in blocked
-            if fits and self.window.lets_in(claim.request):
-                return claim
-            if not self.window.holds(claim.request):
-                return None
-            blocked.add(claim.resource)
-        return None

@@ -1,15 +1,16 @@
-"""Vision features as bytes, which another process, another version or a damaged memory may have written.
+"""Vision features as bytes. Another process, another version or damaged memory may have written them.
 
-    magic, 4 bytes | version, u16 | header's length, u16 | blake3 of all that follows, 32 bytes
-    header: JSON with the key and each array's dtype and shape, padded with spaces
-    the arrays, in the order of VisionFeatures' or, of a closer view, CloserFeatures' fields, C order, little-endian;
-    features that are int8 are followed by their scales
+    magic, 4 bytes | version, u16 | length of the header, u16 | blake3 of everything after it, 32 bytes
+    header: JSON with the key and the dtype and shape of each array, padded with spaces
+    the arrays in C order, little-endian, in the order of the fields of VisionFeatures or, for a closer view,
+    CloserFeatures; int8 features are followed by their scales
 
-Everything is checked before it is believed; what was packed comes back bit for bit.
+A record is used only if all of it fits the key and the model card. What was packed comes back bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -21,23 +22,24 @@ import orjson
 from blake3 import blake3
 
 from service.cache.features import FeatureKey, Features
+from service.core.card import ModelCard
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows, VisionFeatures
 
 MAGIC = b"GLVF"
 VERSION = 1
 START = struct.Struct("<4sHH32s")
-ALIGNED = 64  # bytes: the arrays start at a multiple of it
+ALIGNED = 64  # bytes; the arrays start at a multiple of it
 OF_VIEW: Mapping[int, type[Any]] = {IMAGE_SIZE: VisionFeatures, CLOSER_SIZE: CloserFeatures}
-FLOATS = ("<f4", "<f2")
+FLOATS = {"FP32": "<f4", "FP16": "<f2"}  # NumPy's dtype by Triton's type
 INT8 = "|i1"
 SCALES = "features_scales"
 
-Shapes = Mapping[int, Mapping[str, tuple[int, ...]]]  # by view, the arrays' by name
-Reason = Literal["magic", "version", "checksum", "key", "shape"]
+Array = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+Reason = Literal["magic", "version", "checksum", "key", "shape", "dtype"]
 
 
 class RecordError(ValueError):
-    """The bytes are no record for this key."""
+    """The bytes are not a record of this key."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
@@ -59,8 +61,8 @@ def pack(key: FeatureKey[Features], features: Features) -> bytes:
     return START.pack(MAGIC, VERSION, len(header), blake3(body).digest()) + body
 
 
-def unpack(record: bytes, key: FeatureKey[Features], shapes: Shapes) -> Features:
-    """Read-only arrays over the record's own memory. Raises RecordError where anything does not fit."""
+def unpack(record: bytes, key: FeatureKey[Features], card: ModelCard) -> Features:
+    """Give read-only arrays over the memory of the record. Raises RecordError if anything does not fit."""
     if len(record) < START.size or record[: len(MAGIC)] != MAGIC:
         raise RecordError("magic")
     _, version, header_bytes, checksum = START.unpack_from(record)
@@ -72,13 +74,15 @@ def unpack(record: bytes, key: FeatureKey[Features], shapes: Shapes) -> Features
     try:
         header = orjson.loads(body[:header_bytes])
         _require_key(header, key)
-        found = _arrays(record, START.size + header_bytes, header["arrays"], shapes[key.view])
+        told: list[Array] = [(name, dtype, tuple(shape)) for name, dtype, shape in header["arrays"]]
+        _require_arrays(told, key.view, card)
+        found = _arrays(record, START.size + header_bytes, told)
         if SCALES in found:
             found["features"] = Int8Rows(found["features"], found.pop(SCALES))
         features: Features = OF_VIEW[key.view](**found)
     except RecordError:
         raise
-    except (LookupError, TypeError, ValueError) as exc:  # whole, but not of our making
+    except (LookupError, TypeError, ValueError) as exc:  # undamaged, but written by something else
         raise RecordError("shape") from exc
     return features
 
@@ -99,24 +103,23 @@ def _parts(key: FeatureKey[Features], features: Features) -> Iterator[tuple[str,
             yield name, part
 
 
-def _arrays(
-    record: bytes, at: int, told: list[tuple[str, str, list[int]]], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    """The arrays from byte `at` on. Raises RecordError."""
-    expected: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [
-        (name, shape, FLOATS) for name, shape in shapes.items()
-    ]
-    if told[0][1] == INT8:
-        rows = shapes["features"]
-        expected[:1] = [("features", rows, (INT8,)), (SCALES, rows[:1], FLOATS)]
-    if [name for name, _, _ in told] != [name for name, _, _ in expected]:
+def _require_arrays(told: list[Array], view: int, card: ModelCard) -> None:
+    """Raises RecordError unless the arrays are those that the model card says."""
+    floats = [(name, FLOATS[card.type_of(name)], shape) for name, shape in card.feature_shapes[view].items()]
+    (_, dtype, rows), *others = floats  # features come first in both views
+    rounded = [("features", INT8, rows), (SCALES, dtype, rows[:1]), *others]
+    expected = rounded if told and told[0][1] == INT8 else floats
+    if [(name, shape) for name, _, shape in told] != [(name, shape) for name, _, shape in expected]:
         raise RecordError("shape")
+    if told != expected:
+        raise RecordError("dtype")
+
+
+def _arrays(record: bytes, at: int, told: list[Array]) -> dict[str, Any]:
+    """Give the arrays from byte `at` on. Raises RecordError or ValueError unless they end where the record does."""
     found = {}
-    for (name, shape, dtypes), (_, dtype, told_shape) in zip(expected, told, strict=True):
-        count = int(np.prod(shape))
-        if tuple(told_shape) != shape or dtype not in dtypes or at + count * int(dtype[-1]) > len(record):
-            raise RecordError("shape")
-        found[name] = np.frombuffer(record, dtype, count, at).reshape(shape)
+    for name, dtype, shape in told:
+        found[name] = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
         at += found[name].nbytes
     if at != len(record):
         raise RecordError("shape")

@@ -20,8 +20,9 @@ import structlog
 
 from service.cache.breaker import Breaker
 from service.cache.features import FeatureKey, Features
-from service.cache.records import VERSION, RecordError, Shapes, pack, unpack
+from service.cache.records import VERSION, RecordError, pack, unpack
 from service.cache.redis_client import Command, Lane, RedisFault, Reply, granted, is_cluster
+from service.core.card import ModelCard
 from service.metrics import Metrics
 
 log = structlog.get_logger()
@@ -57,10 +58,10 @@ class RedisLimits:
 class RedisTier:
     """Usable while `run` runs. Before, and while Redis is away, nothing is found and nothing is kept."""
 
-    def __init__(self, url: str, limits: RedisLimits, shapes: Shapes, metrics: Metrics) -> None:
+    def __init__(self, url: str, limits: RedisLimits, card: ModelCard, metrics: Metrics) -> None:
         self.limits = limits
         self.breaker = Breaker()
-        self._shapes = shapes
+        self._card = card
         self._is_cluster = is_cluster(url)  # no node of which can tell of all
         self._metrics = metrics
         self._me = secrets.token_hex(8)
@@ -137,7 +138,7 @@ class RedisTier:
         if granted(record) is None:
             return None
         try:
-            return unpack(record, key, self._shapes)
+            return unpack(record, key, self._card)
         except RecordError as error:
             self._metrics.redis_bad_records.labels(error.reason).inc()
             log.warning("redis_bad_record", reason=error.reason, key=record_key(key))

@@ -102,6 +102,10 @@ class InternalError(GlimpseError):
     type = "server_error"
 
 
+def internal_error(request_id: str) -> InternalError:
+    return InternalError(f"a fault of ours; the log tells of it under request id {request_id}")
+
+
 # HTTP status and gRPC status name of each error; a subclass without a row takes its parent's.
 STATUS: dict[type[GlimpseError], tuple[int, str]] = {
     InvalidRequest: (400, "INVALID_ARGUMENT"),

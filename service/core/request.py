@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -46,11 +48,52 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """A question about the same images that was asked before, and its answer."""
+class Text:
+    """What the caller wrote, without white space around it."""
 
-    question: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBytes:
+    """A file as it was sent."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImageId:
+    """The id of an image that was sent before."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUrl:
+    """The address of a file."""
+
+    url: str
+
+
+ImageSource = ImageBytes | ImageId | ImageUrl
+Part = Text | ImageSource
+
+
+def text_of(parts: Iterable[Part]) -> str:
+    """The texts without the images between them, joined by spaces."""
+    return " ".join(part.text for part in parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """An earlier question, with the images in it, and its answer."""
+
+    parts: tuple[Part, ...]
     answer: str
+
+    @property
+    def question(self) -> str:
+        return text_of(self.parts)
 
 
 class Priority(StrEnum):
@@ -62,16 +105,26 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question about one image or several, as any edge brings it."""
+    """One question about one image or several, as any edge brings it. `parts` have at least one text."""
 
     id: str  # unique: Triton cancels by it
-    images: tuple[bytes | str, ...]  # of each the file's bytes, or the id of one that was sent before
-    question: str
+    parts: tuple[Part, ...]  # the question: text, and images in their places
     budget: Budget  # of each image
     sampling: Sampling
     timeout_s: float
     detail: Detail = "low"
-    turns: tuple[Turn, ...] = ()  # what was asked and answered before, oldest first
+    exchanges: tuple[Exchange, ...] = ()  # what was asked and answered before, oldest first
     trace_id: str = ""  # the caller's own id of the request
-    tenant: str = ""  # who shares the service fairly with others; empty is one of its own
+    tenant: str = ""  # tenants share the service fairly; empty is one of its own
     priority: Priority = Priority.NORMAL
+
+    @property
+    def question(self) -> str:
+        """What the allocator reads: the text of the last question."""
+        return text_of(self.parts)
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """Every image in the order of the prompt, those of earlier questions first."""
+        parts = chain(*(exchange.parts for exchange in self.exchanges), self.parts)
+        return tuple(part for part in parts if not isinstance(part, Text))

@@ -17,7 +17,7 @@ from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import Running
 from benchmarks.bench.workloads import KNOWN, Workload
 from service.triton_server.supervision import EmbeddedTriton
-from tests.conftest import Gateway, StartGateway
+from tests.support.servers import Gateway, StartGateway
 
 IN_TIME_S = 60.0  # the tests share their cores
 

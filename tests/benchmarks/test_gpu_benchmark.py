@@ -17,7 +17,7 @@ from benchmarks.gpu.large import Chain
 from build_engines.convert.parity import greedy, outputs, session
 from build_engines.convert.samples import samples
 from build_engines.model.checkpoint import Checkpoint
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 from tests.support.tiny_checkpoints import save_blip2_opt
 
 CPU = Device("cpu")

@@ -13,7 +13,7 @@ from build_engines.convert.manifest import KEPT
 from build_engines.evaluation.accuracy import rows
 from service.core.card import ModelCard
 from service.prompt import PromptBuilder
-from tests.conftest import SCENES
+from tests.support.paths import SCENES
 from tests.support.tiny_checkpoints import save_blip2_opt
 
 QUESTIONS = 6

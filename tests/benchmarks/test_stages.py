@@ -13,7 +13,8 @@ from PIL import Image
 from benchmarks.stages import between, counters, graph_ms, measure, never_seen, summary
 from build_engines.evaluation.accuracy import SCENES
 from service.triton_server.supervision import EmbeddedTriton
-from tests.conftest import PROJECT, Gateway
+from tests.support.paths import PROJECT
+from tests.support.servers import Gateway
 
 
 def test_only_what_was_served_in_between_counts():

@@ -1,4 +1,4 @@
-"""Checkpoints as transformers saves them, exported, answer token for token as transformers does."""
+"""Exported checkpoints answer as transformers does, token for token."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def pictures() -> list[bytes]:
-    """As many as there are questions, of the encoder's size, so that no resampling stands between the two."""
+    """One picture a question, of the encoder's size, so that no resampling differs."""
     generator = np.random.default_rng(5)
     files = []
     for _ in QUESTIONS:
@@ -88,7 +88,7 @@ def pictures() -> list[bytes]:
 
 
 def of_transformers(family: Family) -> list[list[int]]:
-    """The new tokens of greedy answers by the family's own processor and `generate`."""
+    """New tokens of greedy answers by the family's own processor and `generate`."""
     model = family.model.from_pretrained(family.directory, dtype=torch.float32).eval()
     processor = family.processor.from_pretrained(family.directory)
     said = []
@@ -102,7 +102,7 @@ def of_transformers(family: Family) -> list[list[int]]:
 
 
 def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
-    """All questions in one batch through the exported vision models, with full budgets and one group."""
+    """Run all questions in one batch through the exported vision models, with full budgets and one group."""
     models = {
         name: Graph(family.repository / name / "1" / "model.onnx") for name in ("vision_encoder", "relevance_allocator")
     }
@@ -125,7 +125,7 @@ def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
 
 
 def of_the_graphs(family: Family) -> list[list[int]]:
-    """The same through what the repository serves: prompts of different lengths, decoded together."""
+    """Run the same through the repository's models: prompts of different lengths, decoded together."""
     prompts = PromptBuilder.load(family.card, family.repository)
     decoder = OnnxDecoder(family.repository / "llm" / "1" / "model.onnx", max_rows=len(QUESTIONS))
     asked = seen(family, prompts)
@@ -141,7 +141,7 @@ def of_the_graphs(family: Family) -> list[list[int]]:
 def test_answers_are_those_of_transformers_token_for_token(family: Family) -> None:
     expected = of_transformers(family)
     assert of_the_graphs(family) == expected
-    assert len({tuple(tokens) for tokens in expected}) == len(QUESTIONS)  # image and question have a say
+    assert len({tuple(tokens) for tokens in expected}) == len(QUESTIONS)  # image and question both change the answer
     assert max(len(set(tokens)) for tokens in expected) > 5
 
 
@@ -161,7 +161,7 @@ def test_their_vision_models_are_ones_that_tensorrt_builds(family: Family) -> No
 
 
 def test_a_checkpoint_is_found_by_its_name_on_the_hub(tmp_path: Path) -> None:
-    """In the hub's cache, as huggingface_hub keeps what it has fetched."""
+    """Load a checkpoint from the hub's cache, in huggingface_hub's layout."""
     kept = tmp_path / "models--somebody--something"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "main").write_text("0" * 40)
@@ -181,7 +181,7 @@ def test_what_is_neither_directory_nor_name_is_told(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_kept_as_a_list_of_words_is_converted(tmp_path: Path) -> None:
-    """As the older Q-Formers keep theirs, beside or instead of tokenizer.json."""
+    """Older Q-Formers have this file instead of tokenizer.json."""
     save_instructblip_vicuna(tmp_path / "tiny")
     folder = tmp_path / "tiny" / "qformer_tokenizer"
     expected = load_tokenizer(folder / "tokenizer.json")
@@ -195,7 +195,7 @@ def test_a_tokenizer_kept_as_a_list_of_words_is_converted(tmp_path: Path) -> Non
 
 
 def test_a_language_model_of_another_family_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear: OPT and Llama"):
+    with pytest.raises(ValueError, match="Linear cannot be exported: use OPT or Llama"):
         decoder_of(torch.nn.Linear(1, 1))
 
 

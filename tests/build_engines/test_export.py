@@ -1,4 +1,4 @@
-"""The committed graphs against PyTorch on the committed checkpoint; the exporter on a checkpoint of another shape."""
+"""The committed graphs against PyTorch; the exporter on a checkpoint of another shape."""
 
 import json
 from dataclasses import replace
@@ -150,7 +150,7 @@ def test_a_checkpoint_without_allocator_weights_says_so(tiny):
 def test_a_default_of_visual_tokens_that_is_not_offered_is_refused(tiny):
     told = {"name": "tiny", "default_visual_tokens": [32, 64]}
     assert card(replace(tiny, card=told | {"visual_tokens": [32, 128]})).default_visual_tokens == (32, 64)
-    with pytest.raises(ValueError, match="who does not ask"):
+    with pytest.raises(ValueError, match="outside its visual_tokens"):
         card(replace(tiny, card=told))
 
 

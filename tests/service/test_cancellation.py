@@ -16,7 +16,7 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Kind, Resource
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded
-from service.edges.http.vqa import http_api
+from service.edges.http.application import http_api
 from service.media.decoder import Decoded
 from service.media.reader import ImageReader
 from tests.support.fakes import CARD, CLOSER, House, png, until

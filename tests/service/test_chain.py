@@ -16,7 +16,7 @@ from service.core.request import Budget, Sampling
 from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from tests.conftest import PROJECT, SCENES
+from tests.support.paths import PROJECT, SCENES
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

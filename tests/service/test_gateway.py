@@ -4,11 +4,8 @@ import asyncio
 import json
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from io import BytesIO
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -16,7 +13,8 @@ import pytest
 import pytest_asyncio
 from PIL import Image as Pillow
 
-from tests.conftest import SCENES, Gateway, eventually, eventually_async, free_ports
+from tests.support.paths import SCENES
+from tests.support.servers import Gateway, eventually, eventually_async
 
 QUESTIONS = (
     "what colour is the cross?",
@@ -217,48 +215,23 @@ async def test_a_caller_who_hangs_up_leaves_no_slot_taken(http, scenes):
     await eventually_async(nobody_is_in, 10, "every slot free")
 
 
-@pytest.fixture
-def starting(tmp_path: Path, repository: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`python -m service` with a Triton of its own, from its first moment."""
-    names = ("HTTP_PORT", "TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")
-    ports = dict(zip(names, free_ports(4), strict=True))
-    environment = {f"GLIMPSE_{name}": str(port) for name, port in ports.items()}
-    environment |= {"GLIMPSE_LOG_DIR": str(tmp_path), "GLIMPSE_MODEL_REPOSITORY": str(repository)}
-    with (tmp_path / "out").open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service"], env=environment, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT
-        )
-    yield process, f"http://127.0.0.1:{ports['HTTP_PORT']}"
-    process.kill()
-    process.wait()
-
-
-def status(url: str) -> int:
-    try:
-        return httpx.get(url, timeout=2).status_code
-    except httpx.TransportError:
-        return 0
-
-
 def test_it_is_alive_before_it_is_ready_and_stops_while_it_starts(starting, tmp_path):
-    process, url = starting
-    eventually(lambda: status(f"{url}/health/live") == 200, 20, "alive")
-    assert httpx.get(f"{url}/health/ready").json()["faults"]["llm"]
+    eventually(lambda: starting.status("/health/live") == 200, 20, "alive")
+    assert httpx.get(f"{starting.url}/health/ready").json()["faults"]["llm"]
     eventually((tmp_path / "triton.log").exists, 20, "Triton begun")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
-    assert "Traceback" not in (tmp_path / "out").read_text()
+    starting.process.send_signal(signal.SIGTERM)
+    assert starting.process.wait(20) == 0
+    assert "Traceback" not in starting.log()
 
 
-def test_ctrl_c_stops_a_service_that_is_ready(starting, tmp_path):
-    process, url = starting
-    eventually(lambda: "ready on" in (tmp_path / "out").read_text(), 60, "ready")
-    assert status(f"{url}/health/ready") == 200
+def test_ctrl_c_stops_a_service_that_is_ready(starting):
+    eventually(lambda: "ready on" in starting.log(), 60, "ready")
+    assert starting.status("/health/ready") == 200
     image = {"image": a_new_image(4), "question": (None, QUESTIONS[0])}
-    assert httpx.post(f"{url}/v1/vqa", files=image, timeout=30).json()["answer"]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 0
-    said = (tmp_path / "out").read_text()
+    assert httpx.post(f"{starting.url}/v1/vqa", files=image, timeout=30).json()["answer"]
+    starting.process.send_signal(signal.SIGINT)
+    assert starting.process.wait(20) == 0
+    said = starting.log()
     assert said.endswith("Glimpse has stopped.\n")
     assert "Traceback" not in said
 

@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 from prometheus_client import Histogram, generate_latest
 
-from service.edges.http.vqa import http_api
+from service.edges.http.application import http_api
 from service.metrics import Metrics
-from tests.conftest import Gateway
 from tests.support.fakes import House, png
+from tests.support.servers import Gateway
 
 NAMED = {
     "time_to_first_token_seconds",

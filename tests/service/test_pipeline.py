@@ -3,6 +3,7 @@ import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
-from service.core.request import Budget, Priority, Request, Sampling, Turn
-from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, png, turns, until
+from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Priority, Request, Sampling, Text
+from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, image_source, png, turns, until
 
 
 @pytest.fixture
@@ -34,13 +35,13 @@ def house() -> Iterator[House]:
 
 
 def request(**changes: object) -> Request:
-    """`image` stands for `images` where there is one."""
-    if "image" in changes:
-        changes["images"] = (changes.pop("image"),)
+    """`image`, or `images`, and `question` stand for `parts`: images first, each as its bytes or its id."""
+    if "parts" not in changes:
+        images = (changes.pop("image"),) if "image" in changes else changes.pop("images", (png(),))
+        changes["parts"] = (*map(image_source, images), Text(changes.pop("question", "what colour?")))
     plain = Request(
         id="vqa_1",
-        images=(png(),),
-        question="what colour?",
+        parts=(),
         budget=Budget(),
         sampling=Sampling(max_tokens=16),
         timeout_s=10,
@@ -50,7 +51,7 @@ def request(**changes: object) -> Request:
 
 
 async def answer(house: House, asked: Request) -> tuple[str, Finished]:
-    *deltas, last = [event async for event in house.pipeline.answer(asked)]
+    *deltas, last = [event async for event in house.answer(asked)]
     assert isinstance(last, Finished)
     return "".join(delta.text for delta in deltas if isinstance(delta, Delta)), last
 
@@ -176,14 +177,38 @@ async def test_a_budget_of_more_visual_tokens_reaches_the_prompt_and_the_usage(k
 
 
 async def test_earlier_turns_reach_the_prompt_and_not_the_allocator(house):
-    asked = request(turns=(Turn("which shape?", "a circle"),))
+    earlier = Exchange((ImageBytes(png()), Text("which shape?")), "a circle")
+    asked = request(exchanges=(earlier,), parts=(Text("what colour?"),))
     await answer(house, request())
     await answer(house, asked)
     first, second = house.language.prompts
     assert len(second.input_ids) > len(first.input_ids)
     assert (first.extra_ids[:32] == second.extra_ids[:32]).all()  # the same visual tokens
     with pytest.raises(InvalidRequest, match="leave the earliest turns out"):
-        await answer(house, request(turns=(Turn("w" * 150, "yes"),)))
+        await answer(house, request(exchanges=(Exchange((Text("w" * 150),), "yes"),)))
+
+
+async def test_images_of_an_earlier_question_and_between_texts_are_looked_at_and_read_in_place(house):
+    red, dark, grey = png((240, 0, 0)), png((30, 0, 0)), png((90, 90, 90))
+    earlier = Exchange((Text("which shape?"), ImageBytes(red)), "a circle")
+    kept = await house.keep_image(dark)
+    parts = (Text("is"), ImageId(kept.id), Text("like"), ImageBytes(grey))
+    _, end = await answer(house, request(exchanges=(earlier,), parts=parts))
+    assert end.image_ids[1] == kept.id
+    assert shades(house) == [80, 10, 90]
+    is_visual = house.language.prompts[0].input_ids >= CARD.vocab_size
+    runs = [(visual, len(list(run))) for visual, run in groupby(is_visual.tolist())]
+    assert [run for run in runs if run[0]] == [(True, 32)] * 3
+    assert [visual for visual, _ in runs] == [False, True] * 3 + [False]
+    assert end.visual_tokens == 96
+    assert nothing_is_held(house)
+
+
+async def test_a_url_is_refused_where_images_are_loaded(house):
+    with pytest.raises(InvalidRequest, match="image 2 of 2: image is a URL, and URLs are not fetched") as caught:
+        await answer(house, request(parts=(ImageBytes(png()), ImageUrl("https://example.com/x.png"), Text("what?"))))
+    assert (caught.value.param, caught.value.code) == ("images.1", "url_not_supported")
+    assert nothing_is_held(house)
 
 
 @pytest.fixture
@@ -366,7 +391,7 @@ async def test_a_stop_string_ends_the_stream(house):
 async def test_half_characters_wait_for_their_other_half(house):
     house.language.say(" é")
     assert len(ids_of(" é")) == 3
-    events = [event async for event in house.pipeline.answer(request())]
+    events = [event async for event in house.answer(request())]
     assert events[0] == Delta("é")
 
 
@@ -452,14 +477,14 @@ async def test_a_caller_who_goes_away_frees_its_slot_and_its_stream(house, stage
 
 async def test_closing_the_events_half_way_is_a_cancellation(house):
     house.language.say(" red red red")
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         assert await anext(events) == Delta("red")
     assert house.language.open == 0
     assert house.outcomes() == {"cancelled": 1}
 
 
 async def test_who_stops_reading_after_the_last_event_was_answered(house):
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         async for event in events:
             if isinstance(event, Finished):
                 break
@@ -520,7 +545,7 @@ async def test_the_wait_for_anothers_encode_is_a_part_of_vision(house):
 
 
 async def test_an_image_that_was_kept_needs_no_bytes_again(house):
-    kept = await house.pipeline.keep_image(png(size=(300, 200)))
+    kept = await house.keep_image(png(size=(300, 200)))
     assert (kept.width, kept.height) == (300, 200)
     text, end = await answer(house, request(image=kept.id))
     assert (text, end.cache, end.image_ids) == ("red", "miss", (kept.id,))
@@ -528,7 +553,7 @@ async def test_an_image_that_was_kept_needs_no_bytes_again(house):
 
 async def test_a_bad_image_is_not_kept(house):
     with pytest.raises(InvalidImage):
-        await house.pipeline.keep_image(b"no")
+        await house.keep_image(b"no")
     assert len(house.pipeline.images) == 0
 
 
@@ -656,7 +681,7 @@ async def test_who_waits_for_a_slot_and_goes_away_leaves_the_queue_at_once():
 
 async def test_half_an_answer_saves_the_other_half(house):
     house.language.say(" red red red")
-    async with aclosing(house.pipeline.answer(request())) as events:
+    async with aclosing(house.answer(request())) as events:
         await anext(events)
     assert house.counted("glimpse_tokens_saved_total", reason="cancelled") == 15
     assert house.counted("glimpse_generated_tokens_total") == 1
@@ -684,7 +709,7 @@ async def test_who_could_not_end_in_time_is_dropped_when_its_turn_comes():
     teach(house, llm_s=1.0)
     house.vision.gate.set()
     await first
-    with pytest.raises(Overloaded, match="did not come in time") as caught:
+    with pytest.raises(Overloaded, match="waited in the queue until too little") as caught:
         await second
     assert caught.value.code == "deadline"
     assert house.vision.calls == ["see"]
@@ -704,10 +729,10 @@ async def test_large_images_are_refused_by_their_headers_before_they_are_decoded
     house.vision.close("see")
     first = asked_of(house, 0)  # 50,176 pixels
     await until(lambda: house.vision.calls)
-    with pytest.raises(Overloaded, match="50,176 of 100,000 pixels") as caught:
+    with pytest.raises(Overloaded, match="50,176 of 100,000 are in use") as caught:
         await answer(house, request(image=png(size=(300, 300))))
     with pytest.raises(Overloaded):
-        await house.pipeline.keep_image(png(size=(300, 300)))
+        await house.keep_image(png(size=(300, 300)))
     assert caught.value.code == "saturated"
     house.vision.gate.set()
     await first
@@ -720,7 +745,7 @@ async def test_one_tenant_cannot_fill_the_house():
     house.language.gate.clear()
     flood = [asked_of(house, i, tenant="flood") for i in range(6)]
     await until(lambda: house.language.open == 6)
-    with pytest.raises(Overloaded, match="flood has its share") as caught:
+    with pytest.raises(Overloaded, match="flood is at its share") as caught:
         await answer(house, request(tenant="flood"))
     assert caught.value.code == "tenant_share"
     other = asked_of(house, 9, tenant="other")
@@ -773,7 +798,7 @@ async def test_in_a_narrow_window_nobody_waits_for_an_encode_that_it_keeps_outsi
     image = png(size=(300, 200))
     await answer(house, request(image=image))
     house.vision.close("attend")
-    house.admission.window.width = 1.0
+    house.admission.limit.width = 1.0
     inside = asyncio.create_task(answer(house, request(image=image, question="which shape?", detail="auto")))
     await until(lambda: "attend" in house.vision.calls)
     outside = asyncio.create_task(answer(house, request(image=image, detail="high")))
@@ -804,7 +829,7 @@ async def test_in_a_narrow_window_nobody_waits_for_an_encode_that_it_keeps_outsi
 def test_whatever_happens_to_requests_everything_they_held_comes_back(requests, width):
     async def day() -> None:
         house = House(CLOSER, vision_slots=2, llm_tokens=2 * CARD.max_positions, max_requests_in_flight=200)
-        house.admission.window.width = width
+        house.admission.limit.width = width
         house.vision.close("see", "encode", "attend_448")
         house.vision.particularize = 0.7
         tasks = []
@@ -824,8 +849,8 @@ def test_whatever_happens_to_requests_everything_they_held_comes_back(requests, 
         for (_, _, fate, _, _), end in zip(requests, ends, strict=True):
             assert {"ok": isinstance(end, tuple), "error": isinstance(end, InvalidImage)}.get(fate, True), end
         assert nothing_is_held(house)
-        assert house.admission.window.inside == 0
-        assert house.admission.quota.tenants == 0
+        assert len(house.admission.contention) == 0
+        assert not house.admission.quota._tenants
         assert sum(house.outcomes().values()) == len(requests)
         house.reader.close()
 

@@ -8,11 +8,31 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from service.core.errors import InvalidRequest
-from service.core.request import Turn
+from service.core.prompt import Prompt
+from service.core.request import Budget, Exchange, ImageId, Part, Request, Sampling, Text
 from service.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
 from tests.support.fakes import CARD, SPELLED, TOKENIZER
 
 PROMPTS = PromptBuilder(CARD, TOKENIZER)
+IMAGE = ImageId("img_1")
+
+
+def request(*parts: Part, exchanges: tuple[Exchange, ...] = (), visual: int = 32, max_tokens: int = 16) -> Request:
+    """`visual` are the visual tokens of each image, at the most."""
+    budget = Budget(visual_tokens=(32, visual))
+    return Request("vqa_1", parts, budget, Sampling(max_tokens), timeout_s=10, exchanges=exchanges)
+
+
+def one_row_each(asked: Request) -> list[tuple[np.ndarray, bytes]]:
+    """Visual tokens [1, 4] of each image, filled with its number, and a key."""
+    return [(np.full((1, 4), number, np.float32), b"%d" % number) for number in range(len(asked.images))]
+
+
+def shown(prompt: Prompt) -> str:
+    """The prompt as text, with `<s>` for BOS and the numbers of visual tokens in brackets."""
+    v = CARD.vocab_size
+    spelled = {CARD.bos_id: b"<s>"}
+    return b"".join(b"[%d]" % (i - v) if i >= v else spelled.get(i, SPELLED[i]) for i in prompt.input_ids).decode()
 
 
 def test_a_short_question_is_padded():
@@ -84,25 +104,115 @@ def test_several_images_stand_in_order_each_with_ids_of_its_own():
 
 
 def test_earlier_turns_stand_before_the_question_in_its_own_template():
-    turns = [Turn("what?", "a circle"), Turn("which colour?", "red")]
-    prompt = PROMPTS.compose("how large?", [(np.ones((1, 4), np.float32), b"key")], turns)
-    text = b"".join(SPELLED[i] for i in prompt.input_ids[2:])
-    assert text == (
-        b"Question: what? Answer: a circle Question: which colour? Answer: red Question: how large? Answer:"
+    exchanges = (Exchange((Text("what?"),), "a circle"), Exchange((Text("which colour?"),), "red"))
+    asked = request(IMAGE, Text("how large?"), exchanges=exchanges)
+    assert shown(PROMPTS.compose_request(asked, one_row_each(asked))) == (
+        "<s>Question: what? Answer: a circle Question: which colour? Answer: red[0] Question: how large? Answer:"
     )
 
 
+TWO_EARLIER = (Exchange((IMAGE, IMAGE, Text("what?")), "a circle"), Exchange((Text("which?"),), "red"))
+
+
 @pytest.mark.parametrize(
-    ("visual", "turns", "max_tokens", "param", "mend"),
+    ("asked", "text"),
     [
-        ([32], (), 200, "max_tokens", "lower max_tokens to"),
-        ([96, 96], (), 16, "images", "192 visual of 2 images .* has room for 192: ask about fewer images"),
-        ([32], (Turn("w" * 200, "yes"),), 16, "turns", "leave the earliest turns out"),
+        (request(IMAGE, Text("what {colour}?")), "Question: what {colour}? Answer:"),
+        (request(IMAGE, IMAGE, Text("what?")), "Question: what? Answer:"),
+        (
+            request(Text("how large?"), exchanges=TWO_EARLIER),
+            "Question: what? Answer: a circle Question: which? Answer: red Question: how large? Answer:",
+        ),
     ],
 )
-def test_what_does_not_fit_is_told_with_what_mends_it(visual, turns, max_tokens, param, mend):
+def test_images_at_the_front_give_the_ids_that_the_service_always_gave(asked, text):
+    """Visual ids, BOS, and all text encoded at once."""
+    images = [(np.full((3, 4), 0.5, np.float32), b"a"), (np.ones((2, 4), np.float32), b"b")][: len(asked.images)]
+    prompt = PROMPTS.compose_request(asked, images)
+    rows, v = sum(len(tokens) for tokens, _ in images), CARD.vocab_size
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    assert prompt.input_ids.tolist() == [*range(v, v + rows), CARD.bos_id, *ids]
+    assert prompt.input_ids.dtype == np.int32
+    assert np.array_equal(prompt.visual_tokens, np.concatenate([tokens for tokens, _ in images]))
+    visual = np.concatenate([visual_token_ids(key, len(tokens)) for tokens, key in images])
+    assert prompt.extra_ids.tolist() == [*visual, *[0] * (1 + len(ids))]
+    assert prompt.extra_ids.dtype == np.uint64
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (request(Text("is"), IMAGE, Text("like this?")), "<s>Question: is[0] like this? Answer:"),
+        (request(Text("what is this?"), IMAGE), "<s>Question: what is this?[0] Answer:"),
+        (request(IMAGE, Text("is"), IMAGE, Text("like it?")), "[0]<s>Question: is[1] like it? Answer:"),
+        (request(Text("is"), IMAGE, IMAGE, Text("red")), "<s>Question: is[0][1] red Answer:"),
+        (request(IMAGE, Text("is"), Text("it red?")), "[0]<s>Question: is it red? Answer:"),
+    ],
+)
+def test_an_image_inside_a_question_stands_at_the_end_of_the_text_before_it(asked, text):
+    prompt = PROMPTS.compose_request(asked, one_row_each(asked))
+    assert shown(prompt) == text
+    assert prompt.visual_tokens[:, 0].tolist() == list(range(len(asked.images)))
+    visual = [visual_token_ids(key, 1)[0] for _, key in one_row_each(asked)]
+    assert prompt.extra_ids[prompt.input_ids >= CARD.vocab_size].tolist() == visual
+    assert not prompt.extra_ids[prompt.input_ids < CARD.vocab_size].any()
+
+
+def test_what_stands_around_an_image_is_read_as_it_would_be_without_it():
+    asked = request(Text("is"), IMAGE, Text("red?"))
+    ids = PROMPTS.compose_request(asked, one_row_each(asked)).input_ids
+    assert ids[ids < CARD.vocab_size].tolist() == PROMPTS.text_ids("is red?")
+    assert asked.question == "is red?"
+
+
+def test_images_in_earlier_turns_stand_in_their_own_question():
+    exchanges = (
+        Exchange((Text("what"), IMAGE, Text("is it?")), "a circle"),
+        Exchange((IMAGE, Text("and this?")), "a cross"),
+    )
+    asked = request(IMAGE, Text("which is red?"), exchanges=exchanges)
+    assert shown(PROMPTS.compose_request(asked, one_row_each(asked))) == (
+        "<s>Question: what[0] is it? Answer: a circle[1] Question: and this? Answer: a cross"
+        "[2] Question: which is red? Answer:"
+    )
+    assert asked.question == "which is red?"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_room_is_counted_the_same_wherever_the_image_stands(place):
+    parts = [Text("is it"), Text("red?")]
+    parts.insert(place, IMAGE)
+    total = 32 + len(PROMPTS.text_ids("is it red?")) + 16
+    assert PROMPTS.require_room(request(*parts)) == total
+    earlier = request(Text("why?"), exchanges=(Exchange(tuple(parts), "yes"),))
+    assert PROMPTS.require_room(earlier) == total + len(
+        TOKENIZER.encode(" yes Question: why? Answer:", add_special_tokens=False).ids
+    )
+
+
+LONG = Exchange((Text("w" * 200),), "yes")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "mend"),
+    [
+        (request(IMAGE, Text("a?"), max_tokens=200), "max_tokens", "lower max_tokens to"),
+        (
+            request(IMAGE, IMAGE, Text("a?"), visual=96),
+            "images",
+            "192 visual of 2 images .* has room for 192: ask about fewer images",
+        ),
+        (
+            request(IMAGE, Text("a?"), visual=96, exchanges=(Exchange((IMAGE, Text("b?")), "c"),)),
+            "images",
+            "192 visual of 2 images .* has room for 192: ask about fewer images",
+        ),
+        (request(IMAGE, Text("a?"), exchanges=(LONG,)), "turns", "leave the earliest turns out"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_what_mends_it(asked, param, mend):
     with pytest.raises(InvalidRequest, match=mend) as caught:
-        PROMPTS.require_room("a?", visual, max_tokens, turns)
+        PROMPTS.require_room(asked)
     assert (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
 
 
@@ -114,14 +224,15 @@ def test_equal_keys_give_equal_ids_and_others_others():
 
 def test_room_is_counted_before_any_work():
     prompt_tokens = len(PROMPTS.text_ids("red"))
-    PROMPTS.require_room("red", [32], CARD.max_positions - 32 - prompt_tokens)
+    most = CARD.max_positions - 32 - prompt_tokens
+    assert PROMPTS.require_room(request(IMAGE, Text("red"), max_tokens=most)) == CARD.max_positions
     with pytest.raises(
         InvalidRequest, match=rf"32 visual \+ {prompt_tokens} prompt \+ 200 max_tokens = .* lower"
     ) as caught:
-        PROMPTS.require_room("red", [32], 200)
+        PROMPTS.require_room(request(IMAGE, Text("red"), max_tokens=200))
     assert caught.value.param == "max_tokens"
     with pytest.raises(InvalidRequest, match="shorten the question") as caught:
-        PROMPTS.require_room("w" * 200, [32], 1)
+        PROMPTS.require_room(request(IMAGE, Text("w" * 200), max_tokens=1))
     assert caught.value.param == "question"
 
 

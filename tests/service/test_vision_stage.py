@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 
 from service.admission.fidelity import LEVELS
-from service.admission.scheduler import Kind
+from service.admission.quota import Cost
+from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.visual_tokens import VisualCache, visual_key
-from service.core.errors import Overloaded, Unavailable
+from service.core.errors import Overloaded, TooLarge, Unavailable
 from service.core.request import Budget, Sampling
-from service.core.vision import Seen
+from service.core.vision import Seen, UInt8Array, VisionFeatures
+from service.media.decoder import Decoded
 from service.media.store import Image
+from service.vision_stage import decoding_cost
 from tests.service.test_pipeline import answer, request, shades
-from tests.support.fakes import CARD, CLOSER, House, Strain, png, until
+from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, png, until
 
 LARGE = png(size=(300, 200))
+PIXELS = 300 * 200
 
 
 @pytest.fixture
@@ -93,6 +97,7 @@ async def test_auto_goes_on_from_what_is_known(house):
     _, end = await answer(house, request(image=LARGE, detail="auto"))
     assert house.vision.calls == ["encode 4", "attend_448"]  # it knew from the first request that it asks for more
     assert end.detail == "high"
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="multi_image") == 1  # of four crops
     house.vision.calls.clear()
     for detail in ("auto", "low"):
         await answer(house, request(image=LARGE, detail=detail))
@@ -162,6 +167,43 @@ async def test_auto_gets_what_it_has_where_there_is_no_room_for_a_closer_view():
     house.reader.close()
 
 
+async def test_auto_gets_what_it_has_if_there_is_no_room_for_the_first_view_of_a_closer_look_either():
+    house = House(
+        CLOSER,
+        visual_cache_bytes=1_000_000,
+        feature_cache_bytes=0,
+        max_image_pixels=100_000,
+        max_pixels_in_flight=100_000,
+    )
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    house.vision.gate.clear()
+    other = asyncio.create_task(answer(house, request(id="vqa_2", image=png((1, 2, 3)))))
+    await until(lambda: house.vision.calls == ["see", "see"])
+    _, end = await answer(house, request(image=LARGE, detail="auto"))
+    assert (end.detail, end.reduced, end.cache) == ("low", True, "hit")
+    house.vision.gate.set()
+    await other
+    house.reader.close()
+
+
+async def test_a_closer_view_that_triton_refuses_holds_no_vision_slots_while_the_llm_answers(house):
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    teach(house, Resource.VISION, 1e6)  # of which the scheduler takes 2 %: 20,000 s
+    house.vision.fault = Overloaded("triton's queue is full")
+    house.language.gate.clear()
+    asked = asyncio.create_task(answer(house, request(image=LARGE, detail="auto", timeout_s=1e6)))
+    await until(lambda: house.language.open)
+    assert house.vision.calls == ["see", "encode 4"]
+    assert house.counted("glimpse_resource_used", resource="vision") == 0
+    house.language.gate.set()
+    _, end = await asked
+    assert (end.detail, end.reduced) == ("low", True)
+    with pytest.raises(Overloaded, match="did not come in time"):  # a refusal does not tell how long an encode takes
+        await answer(house, request(timeout_s=10))
+
+
 async def test_visual_tokens_of_rounded_features_have_other_extra_ids():
     house = House(visual_cache_bytes=0, feature_cache_dtype="int8")
     for _ in range(3):
@@ -203,11 +245,113 @@ async def test_who_was_denied_a_closer_view_and_gets_it_after_all_is_not_reduced
 async def test_an_image_that_comes_along_can_be_asked_about_by_its_id_after_a_hit_too():
     house = House(visual_cache_bytes=1_000_000, max_image_bytes=2000, image_store_bytes=3024)  # room for one
     await answer(house, request())
-    await house.pipeline.keep_image(png((1, 2, 3)))
+    await house.keep_image(png((1, 2, 3)))
     _, end = await answer(house, request())
     assert house.vision.calls == ["see"]
     assert (await answer(house, request(image=end.image_ids[0])))[0] == "red"
     house.reader.close()
+
+
+# What the stage reserves, and what the scheduler learns from it.
+
+
+@pytest.mark.parametrize(("detail", "calls"), [("auto", ["see", "encode 4"]), ("high", ["encode 1", "encode 4"])])
+async def test_the_pixels_of_an_image_are_reserved_once_for_both_views(house, detail, calls):
+    house.vision.particularize = 0.7
+    gated = asyncio.Event()
+    encode = house.vision.encode
+
+    async def encode_crops_later(images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
+        if len(images) == 4:
+            await gated.wait()
+        return await encode(images, timeout_s)
+
+    house.vision.encode = encode_crops_later
+    asked = asyncio.create_task(answer(house, request(image=LARGE, detail=detail)))
+    await until(lambda: house.counted("glimpse_resource_used", resource="vision") > 1)
+    assert house.counted("glimpse_admitted_cost", unit="pixels") == PIXELS
+    gated.set()
+    await asked
+    assert house.vision.calls[:2] == calls
+    assert house.counted("glimpse_admitted_cost", unit="pixels") == 0
+
+
+async def test_features_that_are_found_reserve_no_pixels(house):
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE, detail="high"))
+    house.vision.close("attend_448")
+    asked = asyncio.create_task(answer(house, request(image=LARGE, question="which?", detail="high")))
+    await until(lambda: house.vision.calls.count("attend_448") == 2)
+    assert house.counted("glimpse_admitted_cost", unit="pixels") == 0
+    house.vision.gate.set()
+    await asked
+
+
+@pytest.mark.parametrize(
+    ("data", "most", "pixels"),
+    [
+        (LARGE, PIXELS + 1, PIXELS),
+        (LARGE, PIXELS, PIXELS),
+        (LARGE, PIXELS - 1, PIXELS - 1),  # the decoder refuses it: it must not cost more than any image may
+        (b"\xff\xd8 a JPEG that does not tell its size", 1000, 1000),
+        (b"no image", 1000, 0),
+    ],
+)
+def test_an_image_costs_its_pixels_and_no_more_than_the_most_that_are_decoded(data, most, pixels):
+    assert decoding_cost(data, most) == Cost(pixels=pixels)
+
+
+async def test_an_image_over_the_limit_of_pixels_is_refused_as_too_large_and_not_as_overload():
+    house = House(max_image_pixels=PIXELS - 1, max_pixels_in_flight=PIXELS - 1)
+    with pytest.raises(TooLarge):
+        await answer(house, request(image=LARGE))
+    house.reader.close()
+
+
+def teach(house: House, resource: Resource, held_s: float) -> None:
+    """Shows the scheduler a claim that was held for so long."""
+    scheduler, claim = house.admission.scheduler, Claim(resource, 1, Kind.FOLLOW_UP, 0.0, 1e9)
+    scheduler.submit(claim, 0.0)
+    scheduler.schedule(0.0)
+    scheduler.release(claim, held_s)
+
+
+async def test_llm_capacity_given_back_for_a_closer_view_does_not_tell_how_long_answers_take():
+    house = House(CLOSER)
+    house.vision.particularize = 0.7
+    await answer(house, request(image=LARGE))
+    teach(house, Resource.LLM, 1e6)  # of which the scheduler takes 2 %: 20,000 s
+    house.vision.close("encode")
+    closer = asyncio.create_task(answer(house, request(image=LARGE, detail="auto", timeout_s=1e6)))
+    await until(lambda: "encode 4" in house.vision.calls)
+    assert house.vision.calls == ["see", "attend", "encode 4"]
+    with pytest.raises(Overloaded, match="did not come in time"):
+        await answer(house, request(image=LARGE, id="vqa_2", timeout_s=10))
+    await cancelled(closer)
+    house.reader.close()
+
+
+async def test_an_encode_tells_how_long_vision_slots_are_held(house):
+    teach(house, Resource.VISION, 1000.0)
+    with pytest.raises(Overloaded, match="did not come in time"):
+        await answer(house, request())
+    await answer(house, request(timeout_s=10_000))
+    await answer(house, request(image=LARGE))  # 1000 s was far too much
+
+
+@pytest.mark.parametrize("detail", ["high", "auto"])
+async def test_both_views_are_decoded_together_if_both_are_needed(house, detail):
+    house.vision.particularize = 0.7
+    decoded = []
+    decode = house.reader.decode
+
+    async def noted(data: bytes, views: tuple[int, ...]) -> Decoded:
+        decoded.append(views)
+        return await decode(data, views)
+
+    house.reader.decode = noted
+    await answer(house, request(image=LARGE, detail=detail))
+    assert decoded == {"high": [(224, 448)], "auto": [(224,), (448,)]}[detail]
 
 
 def test_keys_differ_in_all_that_they_name():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from io import BytesIO
 
@@ -13,12 +13,12 @@ from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission.admission import Admission
-from service.app import redis_tier
+from service.app import http_edge, redis_tier
+from service.core.answer import Delta, Finished, KeptImage
 from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
-from service.core.request import Budget, Sampling
+from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
-from service.edges.http.vqa import Edge
 from service.media.decoder import ImageLimits
 from service.media.reader import ImageReader
 from service.metrics import Metrics
@@ -71,6 +71,11 @@ def png(colour: tuple[int, int, int] = (200, 30, 40), size: tuple[int, int] = (2
     out = BytesIO()
     Pillow.new("RGB", size, colour).save(out, "PNG")
     return out.getvalue()
+
+
+def image_source(image: bytes | str) -> ImageSource:
+    """A file, or the id of an image that was sent before."""
+    return ImageId(image) if isinstance(image, str) else ImageBytes(image)
 
 
 def ids_of(text: str) -> list[int]:
@@ -218,14 +223,14 @@ class FakeProber:
 class House:
     """A whole service but for Triton, which is asked each time: there is no visual cache unless it is asked for."""
 
-    def __init__(self, card: ModelCard = CARD, **knobs: object) -> None:
+    def __init__(self, card: ModelCard = CARD, *, admission: type[Admission] = Admission, **knobs: object) -> None:
         self.settings = Settings(**{"visual_cache_bytes": 0} | knobs)
         self.metrics = Metrics()
         self.vision = FakeVision()
         self.language = FakeLanguage()
         self.reader = ImageReader(ImageLimits(self.settings.max_image_bytes, self.settings.max_image_pixels), threads=1)
         self.readiness = Readiness(card.called, self.metrics)
-        self.admission = Admission(self.settings, Engines(), card.max_positions, self.metrics)
+        self.admission = admission(self.settings, Engines(), card.max_positions, self.metrics)
         self.shared = redis_tier(self.settings, card, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
@@ -238,7 +243,18 @@ class House:
             metrics=self.metrics,
             shared=self.shared,
         )
-        self.edge = Edge(self.pipeline, self.readiness, self.settings, self.metrics)
+        self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics)
+
+    async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
+        """As the pipeline does, with a reservation of its own."""
+        with self.admission.reservation(request.tenant) as reservation:
+            async with aclosing(self.pipeline.answer(request, reservation)) as events:
+                async for event in events:
+                    yield event
+
+    async def keep_image(self, data: bytes) -> KeptImage:
+        with self.admission.reservation("") as reservation:
+            return await self.pipeline.keep_image(data, reservation)
 
     def counted(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0

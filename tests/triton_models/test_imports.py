@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 # One of each library that only the gateway, the builder or the trainer needs.
 NOT_HERE = {"asyncio", "fastapi", "grpc", "onnx", "pydantic", "redis", "structlog", "torch", "tritonclient", "uvicorn"}

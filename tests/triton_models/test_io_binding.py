@@ -26,7 +26,7 @@ from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.installation import Ports
 from service.triton_server.supervision import EmbeddedTriton
-from tests.conftest import free_ports
+from tests.support.servers import free_ports
 from tests.support.tiny_checkpoints import save_blip2_opt
 from triton_models import onnx_model
 from triton_models.session import Array, Graph

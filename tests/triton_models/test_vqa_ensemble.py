@@ -11,7 +11,8 @@ import pytest
 from service.core.errors import InternalError
 from service.prompt import Detokeniser
 from service.triton import TritonClient
-from tests.conftest import SCENES, Gateway
+from tests.support.paths import SCENES
+from tests.support.servers import Gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

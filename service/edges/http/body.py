@@ -51,7 +51,7 @@ def _too_large(size: str, max_bytes: int) -> TooLarge:
 
 
 @dataclass(slots=True)
-class Part:
+class FormPart:
     """One field of a form."""
 
     headers: dict[bytes, bytes] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Part:
         return b"filename" in self.options
 
 
-def parse_form(body: bytes, content_type: str) -> list[Part]:
+def parse_form(body: bytes, content_type: str) -> list[FormPart]:
     """The parts of a multipart/form-data body, in order. Raises InvalidRequest."""
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
@@ -97,7 +97,7 @@ class _FormReader:
     """What python_multipart calls back."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[FormPart] = []
         self.ended = False
         self._header = (bytearray(), bytearray())
         self.callbacks = {
@@ -112,7 +112,7 @@ class _FormReader:
     def _part_begin(self) -> None:
         if len(self.parts) == MAX_PARTS:
             raise InvalidRequest(f"the form has more than {MAX_PARTS} parts")
-        self.parts.append(Part())
+        self.parts.append(FormPart())
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         self.parts[-1].data += data[start:end]

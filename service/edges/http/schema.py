@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import difflib
 import reprlib
 from collections.abc import Sequence
@@ -15,12 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
-from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, naming_image
-from service.core.request import Budget, Detail, Priority, Request, Sampling, Turn
+from service.core.errors import GlimpseError, InvalidRequest
+from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
-from service.edges.http.body import MAX_NAME_CHARS, Part
-from service.pipeline import new_seed
-from service.settings import Settings
+from service.edges.asking import Fields, source_of
+from service.edges.http.body import MAX_NAME_CHARS, FormPart
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
@@ -103,56 +100,27 @@ class Asked(BaseModel):
     stream: bool = Field(False, description="Server-sent events as the answer is written.")
     explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
 
-    def _to_core(
-        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
-    ) -> Request:
-        """Raises InvalidRequest."""
-        question, turns = self.question.strip(), self._turns()
-        if not question:
-            raise InvalidRequest("question is empty: say what you want to know", param="question")
-        told = sum(len(turn.question) + len(turn.answer) for turn in turns)
-        if len(question) + told > limits.max_question_chars:
-            count = f"{len(question) + told:,} characters, the limit is {limits.max_question_chars:,}"
-            if told:
-                raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
-            raise InvalidRequest(f"question has {count}: shorten it", param="question")
-        timeout_s = limits.default_timeout_s if self.timeout_s is None else self.timeout_s
-        if timeout_s > limits.max_timeout_s:
-            raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
+    def _fields(self, image: str | None, images: Sequence[ImageSource | str] | None) -> Fields:
         budget = self.budget or WireBudget()
-        return Request(
-            id=request_id,
-            images=tuple(images),
-            question=question,
-            turns=turns,
-            budget=Budget(
-                budget.vision_tokens or card.vision_tokens_for(self.detail),
-                budget.visual_tokens or card.default_visual_tokens,
-            ),
+        return Fields(
+            parts=(Text(self.question),),
+            image=image,
+            images=None if images is None else tuple(images),
+            turns=tuple(Exchange((Text(turn.question),), turn.answer) for turn in self.turns),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
             detail=self.detail,
-            sampling=Sampling(
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                seed=new_seed() if self.seed is None else self.seed,
-                repetition_penalty=self.repetition_penalty,
-                stop=self.stop,
-                streaming=self.stream or bool(self.stop),  # a stop string is looked for as tokens come
-            ),
-            timeout_s=timeout_s,
+            vision_tokens=budget.vision_tokens,
+            visual_tokens=budget.visual_tokens,
+            timeout_s=self.timeout_s,
             priority=self.priority,
-            trace_id=trace_id,
+            stream=self.stream,
         )
-
-    def _turns(self) -> tuple[Turn, ...]:
-        """Raises InvalidRequest."""
-        turns = tuple(Turn(turn.question.strip(), turn.answer.strip()) for turn in self.turns)
-        for index, turn in enumerate(turns):
-            if not turn.question or not turn.answer:
-                side = "answer" if turn.question else "question"
-                raise InvalidRequest(f"turns.{index}.{side} is empty", param=f"turns.{index}.{side}")
-        return turns
 
 
 class VqaRequest(Asked):
@@ -177,19 +145,8 @@ class VqaRequest(Asked):
         except ValidationError as exc:
             raise invalid_request(exc, cls.model_fields) from exc
 
-    def to_core(self, request_id: str, trace_id: str, card: ModelCard, limits: Settings) -> Request:
-        """Raises InvalidRequest."""
-        if self.images is None:
-            if self.image is None:
-                raise InvalidRequest("the field image is missing", param="image", code="missing_field")
-            return self._to_core([image_in_text(self.image)], request_id, trace_id, card, limits)
-        if self.image is not None:
-            raise InvalidRequest("image and images are both given: leave one out", param="images")
-        images = []
-        for index, text in enumerate(self.images):
-            with naming_image(index, len(self.images)):
-                images.append(image_in_text(text))
-        return self._to_core(images, request_id, trace_id, card, limits)
+    def fields(self) -> Fields:
+        return self._fields(self.image, self.images)
 
 
 class VqaForm(Asked):
@@ -204,17 +161,17 @@ class VqaForm(Asked):
     )
 
     @classmethod
-    def from_parts(cls, parts: Sequence[Part]) -> tuple[Self, list[bytes | str]]:
-        """The fields, and each image's bytes or its id. Raises InvalidRequest."""
+    def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:
+        """The fields, and each image in order. Raises InvalidRequest."""
         fields: dict[str, Any] = {}
-        images: list[bytes | str] = []
+        images: list[ImageSource] = []
         for part in parts:
             name = part.name
             if name in fields and name not in ("image", "stop"):
                 raise InvalidRequest(f"{name} is given twice", param=name)
             if name == "image":
                 fields.setdefault(name, []).append(b"")
-                images.append(bytes(part.data) if part.is_file else image_in_text(_text(part)))
+                images.append(ImageBytes(bytes(part.data)) if part.is_file else source_of(_text(part)))
             elif name == "stop":
                 fields.setdefault(name, []).append(_text(part))
             else:
@@ -225,48 +182,16 @@ class VqaForm(Asked):
         except ValidationError as exc:
             raise invalid_request(exc, cls.model_fields) from exc
 
-    def to_core(
-        self, images: Sequence[bytes | str], request_id: str, trace_id: str, card: ModelCard, limits: Settings
-    ) -> Request:
-        """Raises InvalidRequest."""
-        return self._to_core(images, request_id, trace_id, card, limits)
+    def fields(self, images: Sequence[ImageSource]) -> Fields:
+        """`images` are those that `from_parts` gave."""
+        return self._fields(None, images)
 
 
-def _text(part: Part) -> str:
+def _text(part: FormPart) -> str:
     try:
         return part.data.decode()
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"{part.name} is not UTF-8 text", param=part.name) from exc
-
-
-def image_in_text(text: str) -> bytes | str:
-    """The bytes that base64 or a data: URL hold, or the id as it stands. Raises InvalidRequest."""
-    text = text.strip()
-    if text.startswith("img_"):
-        return text
-    if text[:8].lower().startswith(("https://", "http://")):
-        raise InvalidRequest(
-            "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
-            "(curl -F image=@FILE), or send them once to POST /v1/images",
-            param="image",
-            code="url_not_supported",
-        )
-    encoded = text
-    if text[:5].lower() == "data:":
-        head, comma, encoded = text.partition(",")  # a regular expression would go back over a hostile head
-        if not comma or head[-7:].lower() != ";base64":
-            raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
-    try:
-        return base64.b64decode(encoded, validate=True)
-    except ValueError:
-        pass
-    try:  # wrapped at 76 columns, as the base64 command does
-        return base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise InvalidImage(
-            "image is neither base64, nor a data: URL, nor the id (img_...) of an image sent to POST /v1/images",
-            param="image",
-        ) from exc
 
 
 def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidRequest:

@@ -1,4 +1,4 @@
-"""Builds from end to end on a CPU: the committed checkpoint, tiny ones of both families, wrong ones."""
+"""Complete builds on a CPU: the committed checkpoint, tiny ones of both families, wrong ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_build_killed_again_and_again_ends_in_the_same_repository(tiny: Path, 
         {name: digest for name, digest in digests(where).items() if name != "manifest.json"} for where in (out, built)
     )
     assert again == before
-    # The manifest also tells of parity, which is measured anew: its last digits differ from run to run.
+    # The manifest also holds parity, which each build measures again: its last digits vary between runs.
     manifests = [json.loads((where / "manifest.json").read_text()) for where in (out, built)]
     assert manifests[0]["files"] == manifests[1]["files"]
     assert manifests[0].keys() == manifests[1].keys()
@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another number of queries": (lambda d: edit(d, lambda c: c.update(num_query_tokens=64)), "has 64 queries"),
     "another language model": (
-        lambda d: edit(d, lambda c: c.update(text_config={"model_type": "t5"})), "of type t5; what can be built is OPT",
+        lambda d: edit(d, lambda c: c.update(text_config={"model_type": "t5"})), "of type t5: use one with OPT",
     ),
     "norm after attention": (
         lambda d: edit(d, lambda c: c["text_config"].update(do_layer_norm_before=False)), "OPT-350m",

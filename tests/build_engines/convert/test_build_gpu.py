@@ -1,4 +1,4 @@
-"""The GPU profiles built to their ends: `onnx-gpu` as it is, `tensorrt` with a stand-in for what needs a GPU."""
+"""Complete builds of the GPU profiles. `tensorrt` uses a stand-in for tools that need a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", autouse=True)
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The stand-ins, where a build finds them."""
+    """Install the stand-ins on the path of a build."""
     variables = standin_tools.install(tmp_path_factory.mktemp("bin"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
@@ -85,7 +85,9 @@ def test_a_plan_of_another_tensorrt_is_found_in_its_file(plans: Path, tmp_path: 
     told = {check.name: check.told for check in checked(copy).failed}
     assert told["plan qformer"] == "it was built by TensorRT 10.15.0.7, the manifest says 10.14.1.48"
     (copy / "qformer" / "1" / "model.plan").write_bytes(b"a plan it is not, though as long as one")
-    assert {check.name: check.told for check in checked(copy).failed}["plan qformer"] == "no TensorRT plan"
+    assert {check.name: check.told for check in checked(copy).failed}[
+        "plan qformer"
+    ] == "no TensorRT plan: build it again"
 
 
 @pytest.mark.parametrize("version", ["10.14.1.48", "10.14.1.49"])
@@ -105,7 +107,7 @@ def test_a_plan_is_loaded_where_it_is_served_on_the_tensorrt_that_built_it(
 def test_plans_of_two_tensorrts_make_no_repository(
     checkpoint: Path, plans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the image behind a tag has changed since the first of them."""
+    """As if the image behind a tag had changed after the first plan."""
     out = tmp_path / plans.name
     shutil.copytree(f"{plans}.build", f"{out}.build")
     for step in ("plan-qformer", "repository"):
@@ -120,7 +122,7 @@ def test_plans_of_two_tensorrts_make_no_repository(
 def test_a_build_of_plans_killed_at_every_step_ends_in_the_same_repository(
     tools: dict[str, str], tmp_path: Path
 ) -> None:
-    """Of every kind of step that there is."""
+    """With every kind of step."""
     checkpoint = tmp_path / "vicuna"
     save_instructblip_vicuna(checkpoint)
     untouched, out = tmp_path / "untouched", tmp_path / "engines"

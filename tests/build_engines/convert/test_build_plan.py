@@ -1,4 +1,4 @@
-"""What a build plans to do, before it does anything: steps and their keys, refused options, external command lines."""
+"""What a build plans: steps and their keys, refused options, external command lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROFILES = [("embedded", "fp32"), ("onnx-gpu", "fp32"), ("onnx-gpu", "fp16"), ("
 
 
 def source(language: str = "opt") -> Source:
-    """BLIP-2 OPT-2.7B's or InstructBLIP Vicuna-7B's sizes."""
+    """The sizes of BLIP-2 OPT-2.7B or InstructBLIP Vicuna-7B."""
     opt = language == "opt"
     return Source(
         directory=Path("/checkpoints/blip"),
@@ -96,7 +96,7 @@ def test_a_step_hands_its_change_on_to_all_that_follow() -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"profile": "openvino"}, "there are embedded, onnx-gpu, tensorrt"),
+        ({"profile": "openvino"}, "choose one of embedded, onnx-gpu, tensorrt"),
         ({"profile": "embedded", "precision": "fp16"}, "four times slower"),
         ({"profile": "onnx-gpu", "precision": "fp8"}, "FP8 needs --profile tensorrt"),
         ({"profile": "tensorrt", "precision": "fp32"}, "fp16 or fp8, not fp32"),
@@ -123,7 +123,7 @@ def test_what_a_build_needs_is_compared_with_what_the_machine_has() -> None:
     assert 35e9 < wanted.memory < 40e9
     plenty = 10**12
     inline = estimate.needs(options("embedded"), {"vision_encoder": 303_178_752, "qformer": 1, "llm": 1})
-    assert inline.memory > 8.7e9  # measured of ViT-L's export, beside 1.3 GB of other weights: 9.7 GB
+    assert inline.memory > 8.7e9  # measured for ViT-L's export, with 1.3 GB of other weights: 9.7 GB
     with pytest.raises(Refused, match=r"needs 15\.\d GB of disk at /engines/blip\.build; 1\.0 GB are free"):
         estimate.check(options("embedded"), source(), free_disk=10**9, free_memory=plenty)
     with pytest.raises(Refused, match=r"of memory; 8\.0 GB are free"):
@@ -148,7 +148,7 @@ INPUTS = {"image": (3, 224, 224), "budget": (4,)}
 
 
 def test_polygraphy_reads_the_plans_command_as_it_is_meant() -> None:
-    """By polygraphy's own parser, of the wheel."""
+    """Checked by polygraphy's own parser from the wheel."""
     words = plans.polygraphy("m.onnx", "m.plan", INPUTS, (1, 4, 8))
     assert words[:2] == ("polygraphy", "convert")
     tool, parser = Convert(), argparse.ArgumentParser()
@@ -167,7 +167,7 @@ def test_polygraphy_reads_the_plans_command_as_it_is_meant() -> None:
 
 
 def test_modelopt_reads_the_quantisers_command_as_it_is_meant() -> None:
-    """By modelopt's own parser, of the wheel."""
+    """Checked by modelopt's own parser from the wheel."""
     words = commands.fp8("/env/bin/python", Path("m.onnx"), Path("c.npz"), Path("o.onnx"), ["node_a", "node_b"])
     assert words[:3] == ["/env/bin/python", "-m", "modelopt.onnx.quantization"]
     arguments = modelopt_parser().parse_args(words[3:])
@@ -181,7 +181,7 @@ def test_modelopt_reads_the_quantisers_command_as_it_is_meant() -> None:
 
 
 def modelopt_parser() -> argparse.ArgumentParser:
-    """`get_parser` of the installed wheel by its text: its module would import CUDA libraries."""
+    """Compile `get_parser` from the installed wheel's source: importing it would load CUDA libraries."""
     (path,) = (
         file.locate()
         for file in metadata.files("nvidia-modelopt") or []
@@ -280,7 +280,7 @@ def test_the_tensorrt_of_a_plan_and_of_trtexec_are_told_alike() -> None:
     for wrong in (header[:27], b"ptrt" + header[4:], header[:4] + b"\1" + header[5:]):
         with pytest.raises(ValueError, match="no TensorRT plan"):
             plans.version_of_plan(wrong)
-    with pytest.raises(ValueError, match="did not say"):
+    with pytest.raises(ValueError, match="did not print"):
         plans.version_of_runtime("Killed")
 
 

@@ -1,4 +1,4 @@
-"""Configurations of the GPU profiles, read by Triton's own protocol and held against the gateway's contract."""
+"""Configurations of the GPU profiles, parsed by Triton's protocol and checked against the gateway's contract."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def options(profile: str, precision: str) -> Options:
 
 
 def parsed(asked: Options, card: ModelCard) -> dict[str, model_config_pb2.ModelConfig]:
-    """Of every model that the profile serves."""
+    """Configurations of every model that the profile serves."""
     return {
         model.name: text_format.Parse(configuration(asked, source(card), model), model_config_pb2.ModelConfig())
         for model in served(asked, source(card))
@@ -58,7 +58,7 @@ def parsed(asked: Options, card: ModelCard) -> dict[str, model_config_pb2.ModelC
 
 @pytest.mark.parametrize(("profile", "precision"), PROFILES)
 def test_the_gateways_tensors_are_those_of_the_configurations(card: ModelCard, profile: str, precision: str) -> None:
-    """Every required input is sent, nothing unknown is sent, and what is read exists, of the same type and shape."""
+    """Every required input is sent, no unknown one is sent, and every read output exists with its type and shape."""
     asked = options(profile, precision)
     configs, widths = parsed(asked, card), {"D": card.vision_width, "H": card.hidden_size}
 
@@ -143,7 +143,7 @@ def test_tensorrt_llm_gets_its_own_names_shapes_and_parameters(card: ModelCard) 
     parameters = {name: value.string_value for name, value in config.parameters.items()}
     assert parameters["gpt_model_type"] == "inflight_fused_batching"
     assert parameters["gpt_model_path"] == "/models/llm/1"
-    assert parameters["exclude_input_in_output"] == "true"  # else the prompt comes back as the answer's start
+    assert parameters["exclude_input_in_output"] == "true"  # else the answer would start with the prompt
     assert parameters["enable_kv_cache_reuse"] == "true"
     # The backend reads these three without a default.
     assert {"tokenizer_dir", "guided_decoding_backend", "xgrammar_tokenizer_info_path"} <= parameters.keys()
@@ -219,7 +219,7 @@ def test_the_runner_decodes_in_fp16_what_it_decodes_in_fp32(repository: Path, ca
     ]
     halves, full = (OnnxDecoder(file, max_rows=2) for file in (tmp_path / "model.onnx", path))
     ours, theirs = (each.prefill(prompts, [each.recall(prompt) for prompt in prompts]) for each in (halves, full))
-    for _ in range(70):  # past a block of the pool
+    for _ in range(70):  # beyond a block of the pool
         assert cosine(ours, theirs) > 0.999
         tokens = theirs.argmax(1).astype(np.int64)
         ours, theirs = halves.step(tokens), full.step(tokens)
@@ -227,7 +227,7 @@ def test_the_runner_decodes_in_fp16_what_it_decodes_in_fp32(repository: Path, ca
 
 
 def feed(spec: onnxruntime.NodeArg, card: ModelCard) -> np.ndarray:
-    """Plausible values of the input's type; of what varies, a batch of 2 and lengths of 5."""
+    """Plausible values of the input's type. A varying batch is 2 and a varying length 5."""
     varying = {"batch": 2}
     shape = [varying.get(size, 5) if isinstance(size, str) else size for size in spec.shape]
     generator = np.random.default_rng(len(spec.name))

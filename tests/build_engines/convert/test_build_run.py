@@ -1,4 +1,4 @@
-"""Steps that are killed, changed or tampered with: what is made is whole, and the end is always the same."""
+"""Killed, changed or damaged steps: outputs are whole, and the final result is always the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def steps(setting: int = 1) -> list[Step]:
 
 
 class Log:
-    """What happened, by step; and a death, where one is wished for."""
+    """Records events by step, and kills the process at a chosen one."""
 
     def __init__(self, dies_at: tuple[str, str] = ("", "")) -> None:
         self.told: list[tuple[str, str]] = []
@@ -71,7 +71,7 @@ def test_a_run_killed_anywhere_ends_the_same(tmp_path: Path, phase: str, name: s
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    for step in steps():  # nothing of a step is seen before all of it is there
+    for step in steps():  # a step's folder appears only when it is complete
         folder = work / step.folder
         assert not folder.exists() or digests(folder) == digests(untouched / step.folder)
     log = Log()
@@ -79,7 +79,7 @@ def test_a_run_killed_anywhere_ends_the_same(tmp_path: Path, phase: str, name: s
     assert digests(work) == digests(untouched)
     assert [step for what, step in log.told if what == "begun"][:1] == [
         step.name for step in steps() if (step.name == name and phase != "finished") or step.name > name
-    ][:1]  # what was finished is not made again
+    ][:1]  # finished steps do not run again
 
 
 def test_only_what_a_change_reaches_is_made_again(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_repository_takes_its_place_as_a_whole(tmp_path: Path) -> None:
 def test_a_kill_between_two_names_is_mended(tmp_path: Path) -> None:
     out = tmp_path / "out"
     publish(repository(tmp_path / "a", "a"), out)
-    out.rename(tmp_path / ".out.old")  # as far as a killed `publish` may have come
+    out.rename(tmp_path / ".out.old")  # a killed `publish` can stop here
     repository(tmp_path / ".out.new", "half")
     recover(out)
     assert (out / "card.json").read_text() == "a"

@@ -1,4 +1,7 @@
-"""What `glimpse build` makes of a checkpoint serves in a real Triton, and answers token for token as transformers."""
+"""A repository from `glimpse build` serves in a real Triton.
+
+Its answers equal those of transformers, token for token.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from service.triton import TritonClient
 from service.triton_server.installation import Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
-from tests.conftest import StartGateway, free_ports
+from tests.support.servers import StartGateway, free_ports
 
 TIMEOUT_S = 60.0
 ASKED = list(zip(pictures(), QUESTIONS, strict=True))
@@ -26,7 +29,7 @@ ASKED = list(zip(pictures(), QUESTIONS, strict=True))
 
 @pytest.fixture(scope="module", params=SAVED)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """A tiny random checkpoint, and what the command makes of it."""
+    """A tiny random checkpoint, and its built repository."""
     save, model, processor = SAVED[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint, repository = folder / request.param, folder / "repository"
@@ -37,13 +40,13 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def expected(family: Family) -> list[list[int]]:
-    """Of each question, the tokens that transformers says."""
+    """The tokens of transformers' answer to each question."""
     return of_transformers(family)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def address(family: Family, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """gRPC of a Triton that serves what was built."""
+    """gRPC address of a Triton that serves the built repository."""
     ports = Ports(*free_ports(3))
     url = f"127.0.0.1:{ports.grpc}"
     log_path = tmp_path_factory.mktemp("triton") / "triton.log"
@@ -62,7 +65,7 @@ async def server(address: str) -> AsyncIterator[TritonClient]:
 
 @pytest.fixture(scope="module")
 def service(family: Family, address: str, start_gateway: StartGateway) -> Iterator[str]:
-    """Address of a gateway in front of it."""
+    """Address of a gateway in front of that Triton."""
     settings = {
         "GLIMPSE_MODEL_REPOSITORY": str(family.repository),
         "GLIMPSE_VISION_URL": address,
@@ -110,7 +113,7 @@ async def test_the_gateways_answers_are_those_of_transformers(
 
 
 async def test_the_ensemble_says_what_the_gateway_says(server: TritonClient, service: str) -> None:
-    """With the budget of who asks for none."""
+    """With the default budget."""
     for picture, question in ASKED:
         text = Detokeniser(())
         pieces = server.answer(picture, question, max_tokens=LONGEST, timeout_s=TIMEOUT_S)

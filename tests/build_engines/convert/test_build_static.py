@@ -1,4 +1,4 @@
-"""The graphs of plans in PyTorch: what the runner on a CPU gives, and no input that nothing reads."""
+"""The static graphs in PyTorch equal the CPU's runner, and read every input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vision models' graphs hold to what TensorRT 10 and 11 build, so that the same file becomes an engine.
+"""The vision models' graphs follow the rules of TensorRT 10 and 11.
 
 Sources: onnx-tensorrt's docs/operators.md; TensorRT's DataType reference for UINT8, which only a cast may read.
 """
@@ -21,7 +21,7 @@ def test_the_committed_graph_is_one_that_tensorrt_builds(repository: Path, name:
 
 
 def small(op: str, kinds: Sequence[int], out: int, *, batch: str = "batch", **attributes: object) -> onnx.ModelProto:
-    """One node on inputs [batch, 4] a, b, ..., its shapes inferred."""
+    """One node on inputs [batch, 4] a, b, ..., with inferred shapes."""
     names = "abc"[: len(kinds)]
     inputs = [
         helper.make_tensor_value_info(name, kind, [batch, 4] if kind != TensorProto.INT64 else [1])

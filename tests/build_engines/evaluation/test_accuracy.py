@@ -1,4 +1,4 @@
-"""The measuring of accuracy, and a sample of it: the committed model answers the committed questions."""
+"""How accuracy is measured, and that the committed model answers a sample of the questions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from build_engines.evaluation.accuracy import Outcome, Row, as_markdown, ask_all, rows, summarise, wilson
-from tests.conftest import SCENES, Gateway
+from tests.support.paths import SCENES
+from tests.support.servers import Gateway
 
 
 def outcome(kind: str, answer: str, said: str, tokens: int = 100) -> Outcome:
@@ -17,7 +18,7 @@ def outcome(kind: str, answer: str, said: str, tokens: int = 100) -> Outcome:
     ("right", "of", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)]
 )
 def test_wilson_interval(right, of, low, high):
-    """The last one is Newcombe's example (1998, Statistics in Medicine 17:857)."""
+    """The last case is Newcombe's example (1998, Statistics in Medicine 17:857)."""
     assert wilson(right, of) == pytest.approx((low, high), abs=1e-4)
 
 
@@ -48,7 +49,7 @@ def test_committed_questions_cover_every_type_and_split():
 
 
 def test_the_served_model_answers_the_committed_questions(gateway: Gateway):
-    """Every 12th question, so a broken export or a stale repository shows; the whole table is `glimpse eval`."""
+    """Ask every 12th question, to find a broken export or a stale repository. `glimpse eval` asks all."""
     with httpx.Client(base_url=gateway.url, timeout=60) as client:
         outcomes = list(ask_all(client, SCENES, rows(SCENES)[::12], {}, clients=4))
     right = sum(outcome.right for outcome in outcomes)

@@ -154,7 +154,7 @@ def test_packs_cls_then_each_cells_tokens_then_padding(refinements):
 
 def test_packs_the_closer_view_and_says_which_region_a_token_is_of():
     class Number(CloserView):
-        """Tells the number of the patch around and that of the closer patch."""
+        """Return the numbers of the patch around and of the closer patch."""
 
         def look(self, around: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
             return torch.cat([around[..., :1], detail[..., :1]], dim=2)

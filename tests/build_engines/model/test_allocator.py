@@ -1,4 +1,4 @@
-"""The allocator as a whole: maps in range and with a gradient on any image, budgets held, objects followed."""
+"""The whole allocator: maps in range with gradients on any image, budgets held, objects followed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def allocator(seed: int = 1, spread: float = 1.0) -> RelevanceAllocator:
 
 
 def looked_at(image: Tensor, seed: int = 0, words: int = 5) -> list[Tensor]:
-    """Features of an encoder that says the same of every place of a constant image."""
+    """Features of an encoder that gives the same values everywhere on a constant image."""
     texture, entropy = TEXTURE(image)
     features = torch.nn.functional.avg_pool2d(image, 14).flatten(2).mean(1).unsqueeze(2) * torch.ones(WIDTH)
     features = torch.cat([features.mean(1, keepdim=True), features], dim=1)
@@ -137,7 +137,7 @@ def test_an_untrained_closer_view_is_four_copies_of_each_patch() -> None:
 
 
 def test_parts_that_need_each_other_say_so() -> None:
-    with pytest.raises(ValueError, match="participatory knowing, which is not there"):
+    with pytest.raises(ValueError, match="give participatory too"):
         RelevanceAllocator(None, OpponentProcessing(96))
     plain = RelevanceAllocator(None)
     inputs, budget = looked_at(IMAGES["noise"]), torch.tensor([[64, 256, 32, 128]], dtype=torch.int32)
@@ -149,8 +149,10 @@ def test_parts_that_need_each_other_say_so() -> None:
 
 
 def test_translating_an_object_moves_its_relevance() -> None:
-    """On the trained encoder: the asked object, moved by whole cells beside another that stays, takes the relevance
-    with it."""
+    """With the trained encoder, moving the asked object moves its relevance.
+
+    The object moves by whole cells; another one beside it stays.
+    """
     checkpoint = Checkpoint.load(ROOT / "reference")
     tokenizer = Tokenizer.from_file(str(ROOT / "reference" / "tokenizer.json"))
     words = tokenizer.encode("what colour is the circle?", add_special_tokens=False).ids

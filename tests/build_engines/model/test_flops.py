@@ -45,7 +45,7 @@ def question() -> tuple[Tensor, Tensor]:
 def test_encoder(tiny: Checkpoint) -> None:
     vision = tiny.model.config.vision_config
     found = counted(tiny.vision_encoder(), torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
-    # PyTorch takes the saliency of every layer; the exported graph drops all but the last.
+    # PyTorch computes the saliency of every layer. The exported graph drops all but the last.
     dropped = (vision.num_hidden_layers - 1) * flops.product(1, vision.hidden_size, 257)
     assert flops.encoder(vision) == found - dropped
 
@@ -92,8 +92,11 @@ def test_llm(tiny: Checkpoint) -> None:
 
 
 def test_of_a_real_checkpoints_size_without_its_weights() -> None:
-    """BLIP-2's defaults are ViT-g, its Q-Former and OPT-2.7b's little sister; Li et al. 2023 gives no figure, so the
-    parameters bound it: a matrix of p parameters costs 2 p a token."""
+    """Bound the counts of BLIP-2's default configuration by its parameters.
+
+    The defaults are ViT-g, its Q-Former and a smaller sibling of OPT-2.7b. Li et al. 2023 gives no figure. A matrix of
+    p parameters costs 2 p a token.
+    """
     config = Blip2Config()
     vision = config.vision_config
     parameters = vision.num_hidden_layers * (

@@ -1,4 +1,4 @@
-"""Focus regions: whose peaks they are, that none is empty, and how many the budget pays for."""
+"""Focus regions: each belongs to the nearest peak, none is empty, and the budget sets their number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def regions(relevance: np.ndarray, groups: int = 4) -> np.ndarray:
 
 
 def in_words(relevance: np.ndarray) -> np.ndarray:
-    """The contract once more, step by step."""
+    """Compute the contract again, step by step."""
     left, peaks = relevance[0].copy(), []
     place = np.array(np.unravel_index(np.arange(CELL_COUNT), (CELLS, CELLS))).T
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The soft side of the allocator: its choice is the allocator's, and every tension is reached by a gradient."""
+"""The soft choice equals the allocator's, and every tension gets a gradient."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ def test_a_gradient_reaches_all_that_is_trained(closer: bool, temperature: float
     opened = open_tokens(module.allocation, given[0], module.detail(given[0], detail), choice)
     attended(torch.randn(ROWS, 1, 5, WIDTH) / 5, opened.tokens, opened.gates).square().sum().backward()
     assert (weighed.tensions.grad[0] != 0).all()
-    assert weighed.tensions.grad[2, 0] == 0  # least and most are one: nothing to particularize
+    assert weighed.tensions.grad[2, 0] == 0  # least and most are equal: particularize changes nothing
     trained = [module.participatory, module.balancing, *([module.closer] if closer else [])]
     for part in trained:
         for name, weight in part.named_parameters():
             assert weight.grad is not None, name
             assert bool(weight.grad.isfinite().all()), name
-            # Every way of knowing is weighed by a softmax and read by amax: a bias that shifts all has no say.
+            # A zero gradient means that the choice ignores this weight.
             assert bool((weight.grad != 0).any()), name
 
 
 def test_closing_and_opening_are_seen_by_the_gates_gradient() -> None:
-    """Open: the derivative. Closed: to first order the difference that opening makes."""
+    """An open gate has the derivative; a closed one the first-order change that opening it makes."""
     torch.manual_seed(4)
     logits, values = torch.randn(1, 1, 2, 6), torch.randn(6, 3)
     gates = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 1.0]], requires_grad=True)

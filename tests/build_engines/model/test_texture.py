@@ -1,4 +1,4 @@
-"""The texture array against plain NumPy on images whose answers are known."""
+"""The texture array against plain NumPy on images with known values."""
 
 import numpy as np
 import pytest

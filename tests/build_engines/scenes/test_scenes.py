@@ -1,4 +1,4 @@
-"""The world of scenes: the same every time, unambiguous, balanced, and without the held-out pairs."""
+"""Scenes are reproducible, unambiguous and balanced, and have no held-out pairs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_coverage_says_where_an_object_is() -> None:
 
 
 def test_small_print_is_too_small_for_the_overview_and_legible_in_the_crops() -> None:
-    """Less than a patch of 14 pixels high at 224, and at 448 as high as the least that training shows at 224."""
+    """At 224, characters are less than a patch (14 pixels) high; at 448 at least the smallest training height."""
     rng = np.random.default_rng(12)
     sizes: Counter[int] = Counter()
     for _ in range(200):
@@ -131,7 +131,7 @@ def test_a_question_about_small_print_is_answered_by_what_is_written() -> None:
 
 
 def test_the_closer_view_shows_the_same_scene() -> None:
-    """Twice as wide and high: its overview is the scene at 224 but for noise, and its quarters make it up again."""
+    """The overview at 448 equals the scene at 224 except for noise; the quarters make up the view."""
     things = sample_scene(np.random.default_rng(14), World())
     near, far = (render(things, np.random.default_rng(15), scale) for scale in (2, 1))
     assert near.pixels.shape == (448, 448, 3)
@@ -147,7 +147,7 @@ def test_the_closer_view_shows_the_same_scene() -> None:
 
 
 def test_committed_scenes_are_the_generators() -> None:
-    """The first scene of each split, but for the loss of WebP, and its questions word for word."""
+    """The first scene of each split matches except for WebP losses; its questions match exactly."""
     rows = [json.loads(line) for line in (DIRECTORY / "questions.jsonl").read_text().splitlines()]
     for split in SPLITS:
         scene = next(held_out_scenes(split, 1))

@@ -1,4 +1,4 @@
-"""Training the allocator: gradients reach its parts, arms get equal shares, money is spent where it helps."""
+"""Training the allocator: gradients, equal shares of arms, and spending by need."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PARTS = ("participatory", "weights", "tensions", "balancing", "closer", "qformer
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every stage with tiny sizes."""
+    """Run every stage with tiny sizes."""
     out = tmp_path_factory.mktemp("course") / "tiny"
     assert main(["--out", str(out), "--tiny", "--eager", "--threads", "1"]) == 0
     return out
@@ -71,7 +71,7 @@ def test_the_log_tells_the_gradient_norm_of_every_part(run: Path) -> None:
 
 
 def test_a_killed_stage_goes_on(run: Path, tmp_path: Path) -> None:
-    """Its finished checkpoint marked as unfinished one step earlier is taken up, trained to the end and published."""
+    """Mark the finished checkpoint as unfinished one step earlier, then resume and publish it."""
     out = tmp_path / "killed"
     shutil.copytree(run, out)
     saved = torch.load(out / "allocator.pt", weights_only=False)
@@ -87,7 +87,7 @@ def test_a_killed_stage_goes_on(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closely", [False, True])
 def test_answers_teach_the_scorer_and_the_balancer(looking: Looking, closely: bool) -> None:
-    """Through the discrete choice alone: no mask, no price, no helper."""
+    """Gradients through the discrete choice alone: no mask, no price, no auxiliary loss."""
     looks = looks_of(looking, SMALL_PRINT if closely else World(), 2, closely)
     lesson = Lesson(looking, np.random.default_rng(2), Price(106.0), 0.4)
     asked = lesson.ask(looks, WEIGHTS, 4, closely)
@@ -125,7 +125,7 @@ def test_only_guided_rows_teach_the_allocator(looking: Looking) -> None:
 
 
 def test_what_training_reads_is_what_is_served(looking: Looking) -> None:
-    """Gates over all candidates, shared by an image's questions, give what the packed tokens give."""
+    """Gates over all candidates, shared by an image's questions, equal the packed tokens."""
     looks = looks_of(looking, SMALL_PRINT, 2, True)
     lesson = Lesson(looking, np.random.default_rng(3), Price(106.0), 0.0)
     asked = lesson.ask(looks, WEIGHTS, 3, True)
@@ -168,8 +168,10 @@ def test_a_gain_is_found_in_losses_that_diminish() -> None:
 
 
 def test_particularize_settles_where_tokens_are_worth_their_price() -> None:
-    """Questions of meaning 0 answer much better with more tokens, those of meaning 1 no better; no cell is relevant, so
-    the prior is to spend nothing. All else stays."""
+    """Questions of meaning 0 gain much from more tokens, those of meaning 1 nothing.
+
+    No cell is relevant, so the prior is to spend nothing. All else keeps its value.
+    """
     torch.manual_seed(1)
     number, kinds = 400, torch.arange(400) % 2
     meanings = functional.one_hot(kinds, 4).float() + 0.1 * torch.randn(number, 4)

@@ -1,4 +1,4 @@
-"""Training: every stage runs, a killed run goes on where it was, and the checkpoint is a real one."""
+"""Every training stage runs, a killed run resumes, and transformers loads the checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_no_training_question_names_a_held_out_pair() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every stage with tiny sizes."""
+    """Run every stage with tiny sizes."""
     out = tmp_path_factory.mktemp("run") / "tiny"
     assert main(["--out", str(out), "--tiny", "--eager", "--threads", "1"]) == 0
     return out

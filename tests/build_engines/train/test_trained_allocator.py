@@ -1,4 +1,4 @@
-"""A checkpoint whose allocator is trained in all its parts: on disk, exported, and through the Q-Former's groups."""
+"""A checkpoint with all allocator parts: on disk, exported, and with the Q-Former's groups."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAVED: dict[str, Callable[[Path], None]] = {
 
 
 def trained() -> RelevanceAllocator:
-    """Random weights in every part, so that no map, no weight and no tension is without a say."""
+    """Random weights in every part, so that every map, weight and tension has an effect."""
     torch.manual_seed(7)
     participatory = ParticipatoryKnowing(WORDS, WIDTH)
     nn.init.constant_(participatory.bias, -2.0)
@@ -48,7 +48,7 @@ def trained() -> RelevanceAllocator:
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint of one family, and its allocators' and its Q-Former's graphs."""
+    """A checkpoint of one family, with the graphs of its allocators and its Q-Former."""
 
     checkpoint: Checkpoint
     graphs: dict[str, Graph]
@@ -138,7 +138,7 @@ def test_every_visual_budget_is_the_groups_over_their_regions(exported: Exported
             expected = by_groups(exported, seen, question, row).numpy()
             assert np.abs(found["visual_tokens"][row, :count] - expected).max() < 1e-3
             assert not found["visual_tokens"][row, count:].any()
-            assert len(np.unique(expected[::32], axis=0)) == count // 32  # groups say different things
+            assert len(np.unique(expected[::32], axis=0)) == count // 32  # groups give different tokens
     if name.endswith("448"):
         assert int(seen["levels"].max()) == 2
 
@@ -167,7 +167,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_allocator(trained(), path)
     weights = load_file(path)
     for wrong, told in (
-        (weights | {"other.weight": torch.zeros(1)}, "holds weights of other"),
+        (weights | {"other.weight": torch.zeros(1)}, "holds weights of unknown parts: other"),
         ({name: weight for name, weight in weights.items() if name != "closer.norm.weight"}, "incomplete"),
         ({name: weight for name, weight in weights.items() if name != "closer.out.bias"}, "incomplete"),
         ({name: weight for name, weight in weights.items() if "balancing" in name}, "participatory knowing"),

@@ -1,4 +1,4 @@
-"""`glimpse verify`: on the committed repository, files and served; on repositories that are wrong in one way each."""
+"""`glimpse verify` on the committed repository, files and served, and on damaged ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_reference_repositorys_files_are_right(repository: Path, capsys: pyt
     for name in ("card", "tokenizer", "template", "configurations", "graph vision_encoder", "graph llm"):
         assert f"ok       {name}\n" in told
     assert "fit to serve" in told
-    assert "not run here:" in told  # and nothing that was not looked at is passed over
+    assert "not run here:" in told  # checks that did not run are listed
 
 
 @pytest.mark.asyncio(loop_scope="session")
@@ -63,7 +63,7 @@ async def test_the_reference_repository_serves_what_its_graphs_say(
 
 @pytest.fixture
 def copy(repository: Path, tmp_path: Path) -> Path:
-    """A repository to spoil, with a manifest."""
+    """A repository with a manifest, which a test can damage."""
     target = tmp_path / "copy"
     shutil.copytree(repository, target, ignore=shutil.ignore_patterns("__pycache__", "manifest.json"))
     (target / "manifest.json").write_text(json.dumps({"profile": "embedded", "files": digests(target)}))
@@ -145,7 +145,7 @@ def test_an_engine_is_held_against_the_card(repository: Path, card: ModelCard, t
     }
     (tmp_path / "config.json").write_text(json.dumps(told))
     config = read_configs(repository)["llm"]
-    with pytest.raises(Exception, match=r"rank0\.engine is not there"):
+    with pytest.raises(Exception, match=r"missing: rank0\.engine"):
         check_engine(tmp_path, config, card)
     (tmp_path / "rank0.engine").write_bytes(b"")
     check_engine(tmp_path, config, card)

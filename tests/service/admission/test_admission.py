@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 import pytest
 from structlog.testing import capture_logs
 
+from benchmarks.bench.orders import Fifo
 from service.admission.admission import Admission, Reservation
 from service.admission.fidelity import LEVELS
-from service.admission.scheduler import Claim, Kind, Resource
+from service.admission.quota import Refusal
+from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.card import Engines
-from service.core.errors import Overloaded
+from service.core.errors import DeadlineExceeded, Overloaded
 from service.core.request import Priority
 from service.metrics import Metrics
 from service.settings import Settings
@@ -21,8 +24,8 @@ from tests.support.fakes import CARD, cancelled, turns, until
 IMPATIENT_S = 1e-4  # a target that whoever waits at all is over
 
 
-def admission(metrics: Metrics, **knobs: object) -> Admission:
-    return Admission(Settings(vision_slots=1, **knobs), Engines(), CARD.max_positions, metrics)
+def admission(metrics: Metrics, scheduling: type[Scheduler] = Scheduler, **knobs: object) -> Admission:
+    return Admission(Settings(vision_slots=1, **knobs), Engines(), CARD.max_positions, metrics, scheduling)
 
 
 async def enter(reservation: Reservation) -> Claim:
@@ -94,7 +97,7 @@ async def test_switched_off_nobody_looks_less_closely():
 
 
 async def test_in_one_queue_who_came_first_goes_first_though_it_claims_later():
-    house = admission(Metrics(), scheduling="fifo")
+    house = admission(Metrics(), scheduling=Fifo)
     with house.reservation("") as first, house.reservation("") as second, house.reservation("") as third:
         slot = await enter(first)
         last = asyncio.create_task(enter(third))
@@ -109,7 +112,7 @@ async def test_in_one_queue_who_came_first_goes_first_though_it_claims_later():
 
 async def test_who_leaves_the_window_makes_room_though_it_holds_nothing():
     house = admission(Metrics())
-    house.window.width = 1.0
+    house.limit.width = 1.0
     with house.reservation("") as second:
         with house.reservation("") as first:
             first.give_back(await enter(first))
@@ -135,15 +138,15 @@ async def test_a_claim_that_was_refused_is_no_work():
         with pytest.raises(Overloaded):
             await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
         reservation.give_back(room)
-        house.window.width = 1.0
-        assert not house.window.lets_in("new")
+        house.limit.width = 1.0
+        assert not house.limit.allows("new")
         with reservation.waiting_for_others():
-            assert house.window.lets_in("new")
+            assert house.limit.allows("new")
 
 
 async def test_who_waits_for_others_makes_room_in_the_window_but_for_what_it_claims():
     house = admission(Metrics())
-    house.window.width = 1.0
+    house.limit.width = 1.0
     with house.reservation("") as first:
         slot = await enter(first)
         with first.waiting_for_others():
@@ -154,9 +157,67 @@ async def test_who_waits_for_others_makes_room_in_the_window_but_for_what_it_cla
                 first.give_back(slot)
                 async with asyncio.timeout(5):
                     second.give_back(await waiting)
-            house.window.width = 1.0
-            assert house.window.lets_in("new")
+            house.limit.width = 1.0
+            assert house.limit.allows("new")
             again = await enter(first)  # inside it still is, and works again
-            assert not house.window.lets_in("new")
+            assert not house.limit.allows("new")
             first.give_back(again)
-        assert not house.window.lets_in("new")
+        assert not house.limit.allows("new")
+
+
+async def test_the_longest_request_fits_however_few_may_be_in_flight():
+    settings = Settings(max_requests_in_flight=1, llm_tokens=CARD.max_positions)
+    limits = Admission(settings, Engines(llm_rows=16), CARD.max_positions, Metrics()).quota.limits
+    assert limits.tokens == CARD.max_positions
+
+
+@pytest.mark.parametrize(("wait_s", "told_s"), [(0.0, 1.0), (7.0, 7.0), (1e6, 60.0)])
+async def test_retry_after_lies_between_a_second_and_a_minute(wait_s, told_s):
+    refusal = Refusal("saturated", "full", wait_s)
+    assert admission(Metrics()).refuse(refusal).retry_after_s == told_s
+
+
+async def test_a_request_whose_deadline_passes_in_the_queue_gets_a_504_and_one_that_expires_before_it_a_429():
+    house = admission(Metrics())
+    now = time.monotonic()
+    with house.reservation("") as first, house.reservation("") as second:
+        slot = await enter(first)
+        late = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 0.05)
+        waiting = asyncio.create_task(second.enter(late))
+        await until(lambda: time.monotonic() > now + 0.05)
+        house.schedule(time.monotonic())
+        with pytest.raises(DeadlineExceeded):
+            await waiting
+        slot.granted_at -= 50  # the slot was held for 50 s: work takes as long
+        first.give_back(slot)
+    with house.reservation("") as first, house.reservation("") as second:
+        await enter(first)
+        waiting = asyncio.create_task(second.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 60)))
+        await turns()
+        house.schedule(now + 20)
+        with pytest.raises(Overloaded):
+            await waiting
+
+
+async def test_on_its_way_up_the_log_gives_the_reason_and_on_its_way_down_calm():
+    house = admission(Metrics(), fidelity_target_s=IMPATIENT_S)
+    with house.reservation("") as first, house.reservation("") as second, capture_logs() as lines:
+        slot = await enter(first)
+        waiting = asyncio.create_task(enter(second))
+        await until(lambda: house.fidelity == LEVELS[1])
+        first.give_back(slot)
+        second.give_back(await waiting)
+    with capture_logs() as later:
+        house.schedule(time.monotonic() + 10)
+    assert [line["reason"] for line in (*lines, *later)] == ["waiting", "calm"]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_only_an_answer_tells_how_long_answers_take(answered):
+    house = admission(Metrics())
+    with suppress(ValueError), house.reservation("") as reservation:
+        await enter(reservation)
+        if not answered:
+            raise ValueError
+    assert (house.contention.own_s > 0) == answered
+    assert len(house.contention) == 0

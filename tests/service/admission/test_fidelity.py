@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.admission.fidelity import LEAST_HOLD_S, LEVELS, MOST_HOLD_S, SPARE, STEP_S, Crowd, Fidelity
+from service.admission.contention import Contention
+from service.admission.fidelity import LEAST_HOLD_S, LEVELS, MOST_HOLD_S, STEP_S, TRIAL_S, Fidelity
 from service.core.request import Budget
 
 TARGET_S = 1.0
@@ -98,7 +99,7 @@ class SharedMachine:
 
     def __init__(self, seed: int, allowed_s: float = ALLOWED_S) -> None:
         self.fidelity = Fidelity(TARGET_S, 0.0)
-        self.crowd = Crowd(TARGET_S, 0.0)
+        self.contention = Contention(TARGET_S, 0.0)
         self.allowed_s = allowed_s
         self.run = Run()
         self.random = random.Random(seed)
@@ -107,7 +108,7 @@ class SharedMachine:
 
     def observe(self) -> None:
         before = self.fidelity.level
-        level = self.fidelity.observe(self.now, self.crowd.waiting_since(self.now))
+        level = self.fidelity.observe(self.now, self.contention.waiting_since(self.now))
         if level != before:
             self.run.changes.append((self.now, level))
 
@@ -122,7 +123,7 @@ class SharedMachine:
             if self.now == until:
                 return
             self.jobs.remove(over)
-            self.crowd.leave(over, self.now, answered=in_time)
+            self.contention.end(over, self.now, answered=in_time)
             self.run.ends.append((self.now, in_time))
             self.observe()
         self.now = until
@@ -136,7 +137,7 @@ class SharedMachine:
         """A request of so much work at level 0."""
         job = Job(self.now + self.allowed_s, work_s * SERVICE_S[self.fidelity.level])
         self.jobs.append(job)
-        self.crowd.enter(job, self.now, self.allowed_s)
+        self.contention.start(job, self.now, self.allowed_s)
         self.observe()
 
     def bear(self, load: Callable[[float], float], until: float) -> Run:
@@ -149,7 +150,7 @@ class SharedMachine:
         return self.run
 
 
-class Nobody(Crowd):
+class Nobody(Contention):
     """Waits for others: what a controller sees that watches queues only."""
 
     def waiting_since(self, now: float) -> None:
@@ -236,7 +237,7 @@ def test_where_nobody_waits_for_a_turn_it_settles_at_a_level_where_answers_come_
     assert run.share_at(set(range(needed, len(LEVELS))), 60, 400) > 0.8
     assert sum(at > 100 for at, _ in run.changes) <= 300 / MOST_HOLD_S * 4
     of_queues_only = SharedMachine(seed)
-    of_queues_only.crowd = Nobody(TARGET_S, 0.0)
+    of_queues_only.contention = Nobody(TARGET_S, 0.0)
     without = of_queues_only.bear(step(load), 400)
     assert without.changes == []
     assert without.missed(60) > 5 * run.missed(60) + 0.3
@@ -307,74 +308,6 @@ def test_who_gives_itself_hardly_any_time_takes_no_detail_from_others():
     assert machine.run.changes == []
 
 
-def test_what_is_lost_to_others_counts_once_it_is_what_a_request_can_spare():
-    crowd = Crowd(TARGET_S, 0.0)
-    crowd.enter("first", 0.0, 20.0)
-    crowd.enter("second", 10.0, 20.0)
-    spare_s = SPARE * 20.0 - TARGET_S
-    assert crowd.waiting_since(10.0 + 2 * spare_s) is None
-    assert crowd.waiting_since(20.0 + 2 * spare_s) == pytest.approx(15.0 + 2 * spare_s)  # five of these ten were lost
-    crowd.leave("first", 30.0, answered=False)
-    assert crowd.waiting_since(40.0) is None
-
-
-def test_what_will_be_lost_counts_before_it_is():
-    crowd = Crowd(TARGET_S, 0.0)
-    crowd.enter("alone", 0.0, 20.0)
-    crowd.leave("alone", 2.0, answered=True)
-    for request in range(7):
-        crowd.enter(request, 10.0, 20.0)
-    spare_s = SPARE * 20.0 - TARGET_S
-    assert crowd.waiting_since(10.0) == pytest.approx(10.0 + spare_s - 2.0 * 6)
-    assert crowd.waiting_since(17.0) == pytest.approx(17.0 + spare_s - 2.0 * 6)  # as it was foreseen: 1 s of 7
-    assert crowd.waiting_since(24.0) == pytest.approx(24.0 + spare_s - 2.0 * 6)
-    assert crowd.waiting_since(31.0) == pytest.approx(31.0 + spare_s - 3.0 * 6)  # they take longer
-
-
-def test_one_long_answer_does_not_make_longer_ones_expected_of_others():
-    crowds = [Crowd(TARGET_S, 0.0) for _ in range(2)]
-    for crowd, longest_s in zip(crowds, (1.1, 100.0), strict=True):
-        for answer_s in (1.0, longest_s):
-            crowd.enter("alone", 0.0, 20.0)
-            crowd.leave("alone", answer_s, answered=True)
-        for request in range(20):
-            crowd.enter(request, 200.0, 20.0)
-    assert crowds[0].waiting_since(200.0) == crowds[1].waiting_since(200.0)
-
-
-def test_who_may_wait_for_the_others_never_waits_too_long_for_them():
-    crowd = Crowd(TARGET_S, 0.0)
-    for request in range(3):
-        crowd.enter(request, 0.0, math.inf)
-    assert crowd.waiting_since(1000.0) is None
-
-
-steps = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 5), st.floats(0, 10) | st.none()), max_size=40)
-
-
-@given(steps)
-def test_the_crowds_wait_is_the_longest_of_those_that_each_adds_up_for_itself(steps):
-    crowd, now = Crowd(TARGET_S, 0.0), 0.0
-    lost_s: dict[int, float] = {}  # nobody is answered, so nobody is expected to lose any more
-    came_with_s: dict[int, float] = {}
-    for gap_s, request, allowed_s in steps:
-        now += gap_s
-        for each in lost_s:
-            lost_s[each] += gap_s * (len(lost_s) - 1) / len(lost_s)
-        if allowed_s is None:
-            crowd.leave(request, now, answered=False)
-            lost_s.pop(request, None)
-        elif request not in lost_s:
-            crowd.enter(request, now, allowed_s)
-            lost_s[request], came_with_s[request] = 0.0, allowed_s
-        waits_s = [
-            min(lost_s[each], came_with_s[each]) - max(SPARE * came_with_s[each] - TARGET_S, 0.0) for each in lost_s
-        ]
-        longest_s = max(waits_s, default=0.0) if len(lost_s) > 1 else 0.0
-        since = crowd.waiting_since(now)
-        assert (0.0 if since is None else now - since) == pytest.approx(max(longest_s, 0.0), abs=1e-6)
-
-
 moments = st.lists(
     st.tuples(st.sampled_from([0.0, 0.01, 0.3, 0.99, 1.0, 4.0, 100.0]), st.none() | st.floats(0, 20)),
     max_size=80,
@@ -433,3 +366,51 @@ def test_the_levels_are_what_the_design_says():
 def test_who_asks_for_one_number_gets_it_at_every_level():
     exact = Budget(vision_tokens=(256, 256), visual_tokens=(128, 128))
     assert all(level.cap(exact) == exact for level in LEVELS)
+
+
+def test_a_queue_that_shrinks_fast_enough_takes_no_more_detail():
+    fidelity = Fidelity(TARGET_S, 0.0)
+    for tenth in range(41):  # the same request has waited since 0
+        fidelity.observe(tenth / 10, 0.0)
+    shrinking = []
+    for tenth in range(1, 31):
+        now, wait_s = 4 + tenth / 10, 4 - 0.08 * tenth  # at the target in less than SOON_S
+        shrinking.append(fidelity.observe(now, now - wait_s))
+    assert shrinking[10:] == [shrinking[10]] * 20  # the first second is still judged by how it grew
+    assert 0 < shrinking[-1] < len(LEVELS) - 1
+    for tenth in range(1, 31):  # and no longer
+        now = 7 + tenth / 10
+        fidelity.observe(now, now - 3.0)
+    assert fidelity.level > shrinking[-1]
+
+
+def raised(fidelity: Fidelity, now: float) -> float:
+    """The moment at which the level has gone up by one, since a request waits."""
+    before, came = fidelity.level, now
+    while fidelity.level == before:
+        now += 0.1
+        fidelity.observe(now, came)
+    fidelity.observe(now, None)
+    return now
+
+
+def lowered(fidelity: Fidelity, now: float) -> float:
+    """The moment at which the level has gone down by one, while no request waits."""
+    before = fidelity.level
+    while fidelity.level == before:
+        now += 0.1
+        fidelity.observe(now, None)
+    return now
+
+
+def test_a_failed_trial_makes_the_next_wait_longer_and_a_success_makes_it_as_short_as_at_first():
+    fidelity = Fidelity(TARGET_S, 0.0)
+    up = raised(fidelity, 0.0)
+    trial = lowered(fidelity, up)
+    assert trial - up == pytest.approx(LEAST_HOLD_S, abs=0.2)
+    up = raised(fidelity, trial)  # soon: the trial has failed
+    trial = lowered(fidelity, up)
+    assert trial - up == pytest.approx(4 * LEAST_HOLD_S, abs=0.2)
+    up = raised(fidelity, trial + TRIAL_S)  # late: this one has succeeded
+    trial = lowered(fidelity, up)
+    assert trial - up == pytest.approx(LEAST_HOLD_S, abs=0.2)

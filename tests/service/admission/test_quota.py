@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.admission.drain_rate import Drain
+from service.admission.drain_rate import DrainRate
 from service.admission.quota import Cost, Quota
 
 LIMITS = Cost(nbytes=1000, pixels=100, tokens=50)
@@ -25,7 +25,7 @@ def test_no_limit_is_ever_passed_and_everything_comes_back(steps):
     for cost, tenant in held:
         quota.give_back(cost, tenant, len(steps))
     assert quota.held == Cost()
-    assert quota.tenants == 0
+    assert not quota._tenants
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from("abcdef")), max_size=80))
@@ -67,19 +67,67 @@ def test_who_is_refused_is_told_how_long_the_missing_units_take_to_drain():
 
 
 def test_idle_time_says_nothing_of_how_fast_we_drain():
-    drain = Drain()
+    drain = DrainRate()
     assert drain.seconds_for(10) == 0
-    drain.observe(0.0, 0, pressed=True)
-    drain.observe(1.0, 5, pressed=False)
-    drain.observe(1000.0, 0, pressed=True)
-    drain.observe(1001.0, 5, pressed=True)
+    drain.observe(0.0, 0, wanted=True)
+    drain.observe(1.0, 5, wanted=False)
+    drain.observe(1000.0, 0, wanted=True)
+    drain.observe(1001.0, 5, wanted=True)
     assert drain.seconds_for(10) == pytest.approx(2.0, rel=0.01)
 
 
 def test_the_newest_seconds_count_most():
-    drain = Drain()
+    drain = DrainRate()
     for second in range(100):
-        drain.observe(second, 1, pressed=True)
+        drain.observe(second, 1, wanted=True)
     for second in range(100, 140):
-        drain.observe(second, 10, pressed=True)
+        drain.observe(second, 10, wanted=True)
     assert drain.seconds_for(10) == pytest.approx(1.0, rel=0.05)
+
+
+def drained_at(units_a_second: float, held: int, limit: int = 100, tenant: str = "") -> Quota:
+    """Holds that many tokens after a while at that rate, always more than half full."""
+    quota = Quota(Cost(tokens=limit))
+    quota.reserve(Cost(tokens=held), tenant, 0.0)
+    for step in range(1, 101):
+        now = step / units_a_second
+        quota.give_back(Cost(tokens=1), tenant, now)
+        quota.reserve(Cost(tokens=1), tenant, now)
+    return quota
+
+
+def test_retry_after_is_the_time_for_what_is_missing_not_for_all_that_is_asked():
+    quota = drained_at(10.0, held=90)
+    assert quota.refusal(Cost(tokens=30), "").retry_after_s == pytest.approx(2.0, rel=0.02)  # 20 are missing
+
+
+def test_retry_after_of_a_full_share_is_the_time_until_the_tenant_holds_less():
+    quota = drained_at(10.0, held=70, tenant="a")
+    refusal = quota.refusal(Cost(tokens=25), "a")
+    assert refusal.code == "tenant_share"
+    assert refusal.retry_after_s == pytest.approx((70 + 25 - 3 * 30) / 10, rel=0.02)
+
+
+@pytest.mark.parametrize(("ask", "fits"), [(10, True), (11, False)])
+def test_a_limit_may_be_reached_and_not_passed(ask, fits):
+    quota = Quota(Cost(tokens=100))
+    quota.reserve(Cost(tokens=90), "", 0.0)
+    assert (quota.refusal(Cost(tokens=ask), "") is None) == fits
+
+
+@pytest.mark.parametrize(("ask", "fits"), [(75, True), (76, False)])
+def test_a_tenant_alone_gets_three_quarters(ask, fits):
+    quota, held = Quota(Cost(tokens=100)), 0
+    for _ in range(ask):
+        if quota.reserve(Cost(tokens=1), "a", 0.0) is None:
+            held += 1
+    assert (held == ask) == fits
+
+
+def test_only_a_unit_that_is_more_than_half_held_is_measured():
+    quota = Quota(Cost(tokens=100))
+    for second in range(20):
+        quota.reserve(Cost(tokens=50), "", second)
+        quota.give_back(Cost(tokens=50), "", second + 0.5)
+    quota.reserve(Cost(tokens=100), "", 30.0)
+    assert quota.refusal(Cost(tokens=10), "").retry_after_s == 0.0

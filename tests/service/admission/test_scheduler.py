@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.admission.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Fifo, Kind, Resource, Scheduler
+from benchmarks.bench.orders import Fifo
+from service.admission.concurrency_limit import ConcurrencyLimit
+from service.admission.scheduler import HANDICAP_S, LOW_PRIORITY_S, PATIENCE_S, Claim, Kind, Resource, Scheduler
 from service.core.request import Priority
 
 VISION_SLOTS, LLM_TOKENS = 3, 100
@@ -47,14 +49,14 @@ class House:
         return refusal is None
 
     def schedule(self, now: float) -> list[Claim]:
-        started, expired = self.scheduler.schedule(now)
-        for one in started:
+        granted, expired = self.scheduler.schedule(now)
+        for one in granted:
             self.waiting.remove(one)
             self.running.append(one)
             self.log.append((now, self.numbers[one]))
         for one in expired:
             self.waiting.remove(one)
-        return started
+        return granted
 
     def release(self, one: Claim, now: float, finished: bool = True) -> None:
         (self.running if one in self.running else self.waiting).remove(one)
@@ -371,7 +373,7 @@ def test_in_one_queue_the_order_of_starts_is_the_order_of_arrivals(requests):
             if not left[one.request]:
                 ask(one.request, Resource.LLM, requests[one.request][2], at)
         else:
-            line.scheduler.window.leave(one.request, at, answered=True, missed=False)
+            line.scheduler.limit.end(one.request, at, answered=True, missed=False)
         go_on(at)
 
     for number, (now, (_, images, tokens, *_)) in enumerate(zip(arrived, requests, strict=True)):
@@ -444,3 +446,80 @@ def test_images_that_wait_start_together_as_a_batch_gives_back_its_slots():
 @pytest.mark.parametrize(("images", "kind"), [(0, Kind.FOLLOW_UP), (1, Kind.SINGLE_IMAGE), (5, Kind.MULTI_IMAGE)])
 def test_the_kind_is_by_the_images_that_are_new(images, kind):
     assert Kind.of(images) is kind
+
+
+def one_a_second(seconds: int = 5) -> House:
+    """One vision slot, of which each of ten claims takes a second; tenant a. One runs and the rest wait at the end."""
+    house = House(vision_slots=1)
+    queue = deque(slot(tenant="a") for _ in range(10))
+    for one in queue:
+        house.submit(one, 0.0)
+    for second in range(1, seconds + 1):
+        house.schedule(second - 1.0)
+        house.release(queue.popleft(), float(second))
+    house.schedule(float(seconds))
+    return house
+
+
+def test_the_queue_of_another_tenant_is_no_wait():
+    house = one_a_second()
+    assert house.scheduler.submit(slot(arrived=5.0, deadline=8.0, tenant="a"), 5.0) is not None
+    assert house.scheduler.submit(slot(arrived=5.0, deadline=8.0, tenant="b"), 5.0) is None
+
+
+def test_of_two_tenants_each_waits_for_twice_its_own_claims_at_the_most():
+    house = one_a_second(2)
+    assert house.submit(slot(arrived=2.0, tenant="b"), 2.0)
+    refusal = house.scheduler.submit(slot(arrived=2.0, deadline=3.5, tenant="b"), 2.0)
+    assert refusal.retry_after_s == pytest.approx(2.0, rel=0.01)
+
+
+def test_the_time_that_the_work_takes_must_be_left_after_the_wait():
+    """Four wait, so the fifth starts after 4 s and ends after 5."""
+    assert one_a_second().scheduler.submit(slot(arrived=5.0, deadline=9.9, tenant="a"), 5.0) is not None
+    assert one_a_second().scheduler.submit(slot(arrived=5.0, deadline=10.1, tenant="a"), 5.0) is None
+
+
+def test_the_rate_is_measured_from_when_the_first_claim_waits():
+    house = House(vision_slots=1)
+    house.submit(first := slot(), 0.0)
+    house.schedule(0.0)
+    house.submit(slot(), 1.0)
+    house.submit(slot(), 1.0)
+    house.release(first, 3.0)  # one in 2 s
+    house.schedule(3.0)
+    assert house.scheduler.submit(slot(arrived=3.0, deadline=4.0), 3.0).retry_after_s == pytest.approx(2.0)
+
+
+def narrow_limit() -> ConcurrencyLimit:
+    limit = ConcurrencyLimit(10.0)
+    for number in range(2):
+        limit.contention.start(number, 0.0, 10.0)
+    limit.end(0, 1.0, answered=False, missed=True)
+    assert limit.is_narrow
+    return limit
+
+
+@pytest.mark.parametrize(("priority", "counts"), [(Priority.NORMAL, True), (Priority.LOW, False)])
+def test_a_refusal_of_low_priority_is_no_strain(priority, counts):
+    scheduler = Scheduler(1, 100, limit=narrow_limit())
+    late = slot(arrived=2.0, deadline=12.0, priority=priority, request="late")
+    assert scheduler.submit(late, 2.0) is None
+    _, expired = scheduler.schedule(4.1)  # a fifth of its ten seconds
+    assert expired == [late]
+    assert (scheduler.waiting_since(4.1) is not None) == counts
+
+
+@pytest.mark.parametrize("is_narrow", [True, False])
+def test_a_request_that_would_wait_long_for_a_narrow_limit_is_refused_at_once(is_narrow):
+    """It may wait a fifth of its ten seconds, and three wait that take a second each."""
+    limit = narrow_limit() if is_narrow else ConcurrencyLimit(10.0)
+    scheduler = Scheduler(1, 100, limit=limit)
+    waiting = [slot(arrived=1.0, request=object()) for _ in range(4)]
+    for one in waiting:
+        scheduler.submit(one, 1.0)
+    assert scheduler.schedule(1.0)[0] == waiting[:1]
+    scheduler.release(waiting[0], 2.0)
+    refusal = scheduler.submit(slot(arrived=2.0, deadline=12.0, request="new"), 2.0)
+    assert (refusal is not None) == is_narrow
+    assert limit.refusing_since(2.0) == (2.0 if is_narrow else None)

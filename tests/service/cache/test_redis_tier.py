@@ -21,13 +21,14 @@ from service.cache.records import pack
 from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
 from service.core.answer import Finished
 from service.core.card import ModelCard
-from service.core.request import Budget, Priority, Request, Sampling
+from service.core.request import Budget, ImageBytes, Priority, Request, Sampling, Text
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows
 from service.media.store import Image
-from tests.conftest import RedisServer, StartRedis, eventually, free_ports
 from tests.support.fakes import CARD, CLOSER, House, cancelled, png, turns, until
+from tests.support.servers import RedisServer, StartRedis, eventually, eventually_async, free_ports
 
 SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
+STUCK_S = 60.0  # what does not come about within this time never will
 PATIENT = 5.0  # for tests in which Redis is well: a busy machine must not look like a slow Redis
 
 
@@ -57,8 +58,8 @@ def key(number: int) -> FeatureKey:
 
 async def ask(house: House, number: int, timeout_s: float = 30.0, **more: object) -> str:
     """`hit` or `miss`; the answer is always the same."""
-    request = Request("vqa_1", (image(number),), "what?", Budget(), Sampling(), timeout_s, **more)
-    *_, last = [event async for event in house.pipeline.answer(request)]
+    request = Request("vqa_1", (ImageBytes(image(number)), Text("what?")), Budget(), Sampling(), timeout_s, **more)
+    *_, last = [event async for event in house.answer(request)]
     assert isinstance(last, Finished)
     return last.cache
 
@@ -84,7 +85,7 @@ def errors(house: House, kind: str) -> float:
 
 
 async def kept(house: House, count: int) -> None:
-    await until(lambda: writes(house, "kept") == count)
+    await until(lambda: writes(house, "kept") == count, STUCK_S)
 
 
 async def test_what_one_gateway_encoded_another_finds_bit_for_bit(redis_server):
@@ -215,6 +216,65 @@ async def test_a_cancelled_lookup_leaves_its_connection_in_order(redis_server):
         assert [await ask(house, 2), await ask(house, 1)] == ["miss", "hit"]
 
 
+async def test_a_claim_granted_when_the_record_is_there_by_now_is_given_back_at_once(redis_server):
+    async with gateway(redis_server.url, redis_flight_s=60) as house:
+        await ask(house, 1)
+        await kept(house, 1)
+        record = redis_server.client.get(record_key(key(1)))
+        redis_server.client.delete(record_key(key(1)))
+        redis_server.client.set(flight_key(key(1)), "another")
+        asked = asyncio.create_task(ask(house, 1))
+        await waits(redis_server)
+        with redis_server.client.pipeline(transaction=True) as at_once:
+            at_once.set(record_key(key(1)), record).delete(flight_key(key(1))).execute()
+        assert await asked == "hit"
+        assert lookups(house) == {"miss": 1, "shared": 1}
+        await until(lambda: not redis_server.client.exists(flight_key(key(1))), STUCK_S)
+
+
+async def waits(redis_server: RedisServer) -> None:
+    """Until somebody has tried several times to get a claim."""
+    claims = redis_server.client.info("commandstats")["cmdstat_set"]["calls"]
+    await until(lambda: redis_server.client.info("commandstats")["cmdstat_set"]["calls"] > claims + 3, STUCK_S)
+
+
+async def test_the_claim_of_a_record_that_is_dropped_is_given_back(redis_server):
+    async with gateway(redis_server.url, redis_flight_s=60) as house:
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
+        assert await house.shared.find(key(1000), 0) is None
+        assert redis_server.client.exists(flight_key(key(1000)))
+        for number in range(MOST_UNWRITTEN):
+            house.shared.put(key(number), vision)
+        house.shared.put(key(1000), vision)
+        assert writes(house, "dropped") == 1
+        await until(lambda: not redis_server.client.exists(flight_key(key(1000))), STUCK_S)
+        assert not redis_server.client.exists(record_key(key(1000)))
+
+
+@pytest.mark.parametrize("end", ["put", "give_up", "dropped"])
+async def test_a_claim_that_is_over_is_ours_no_more_and_anothers_is_waited_for(redis_server, end):
+    async with gateway(redis_server.url, redis_flight_s=60) as house:
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
+        assert await house.shared.find(key(1), 0) is None
+        match end:
+            case "put":
+                house.shared.put(key(1), vision)
+            case "give_up":
+                house.shared.give_up(key(1))
+            case "dropped":
+                for number in range(1000, 1000 + MOST_UNWRITTEN):
+                    house.shared.put(key(number), vision)
+                house.shared.put(key(1), vision)
+        await until(lambda: not redis_server.client.exists(flight_key(key(1))), STUCK_S)
+        redis_server.client.delete(record_key(key(1)))
+        redis_server.client.set(flight_key(key(1)), "another")
+        asked = asyncio.create_task(house.shared.find(key(1), 60))
+        await waits(redis_server)
+        redis_server.client.set(record_key(key(1)), pack(key(1), vision))
+        assert await asked is not None
+        assert redis_server.client.get(flight_key(key(1))) == b"another"
+
+
 async def test_a_write_that_has_to_wait_too_long_is_dropped_and_counted(redis_server):
     async with gateway(redis_server.url) as house:
         vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
@@ -248,10 +308,9 @@ async def test_absent_at_start_and_there_later(redis_server):
 
 
 async def test_killed_and_started_again_under_load(redis_server):
-    async with (
-        gateway(redis_server.url, redis_timeout_s=0.05) as one,
-        gateway(redis_server.url, redis_timeout_s=0.05) as other,
-    ):
+    """A Redis that is gone refuses connections at once, so no request waits for `redis_timeout_s`."""
+    async with gateway(redis_server.url) as one, gateway(redis_server.url) as other:
+        houses = (one, other)
         timings: list[float] = []
         stopping = asyncio.Event()
 
@@ -260,23 +319,32 @@ async def test_killed_and_started_again_under_load(redis_server):
             while not stopping.is_set():
                 timings.append((await timed(house, number % 8))[1])
                 number += 1
-                await asyncio.sleep(0.01)  # the load's pace: one question a time, not all that the machine can do
+
+        async def more(result: str) -> None:
+            """Until each gateway has counted 20 more of these lookups."""
+            before = [lookups(house).get(result, 0) for house in houses]
+            await until(
+                lambda: all(lookups(h).get(result, 0) > b + 20 for h, b in zip(houses, before, strict=True)), STUCK_S
+            )
 
         async with asyncio.TaskGroup() as tasks:
             for start in (0, 4):
                 tasks.create_task(load(one, start))
                 tasks.create_task(load(other, start + 2))
-            await until(lambda: lookups(one).get("hit", 0) > 20)
+            await more("hit")
             await asyncio.to_thread(redis_server.kill)
-            await until(lambda: all(house.counted("glimpse_redis_breaker_open") for house in (one, other)))
-            await until(lambda: lookups(one).get("skipped", 0) > 20)
+            await until(lambda: all(house.counted("glimpse_redis_breaker_open") for house in houses), STUCK_S)
+            failed = [lookups(house)["failed"] for house in houses]
+            await more("skipped")
+            for house, before in zip(houses, failed, strict=True):  # two were under way when the breaker opened
+                assert before <= lookups(house)["failed"] <= before + 2
             await asyncio.to_thread(redis_server.start)
-            before = lookups(one).get("hit", 0)
-            await until(lambda: lookups(one).get("hit", 0) > before + 20, 20)
+            await more("hit")
             stopping.set()
-        assert max(timings) < 0.05 + SLACK_S
-        assert one.outcomes().keys() == other.outcomes().keys() == {"ok"}
-        assert errors(one, "unreachable") > 0
+        assert max(timings) < PATIENT
+        for house in houses:
+            assert house.outcomes().keys() == {"ok"}
+            assert errors(house, "unreachable") >= 3  # what opens the breaker
 
 
 async def test_paused(redis_server):
@@ -353,7 +421,43 @@ async def test_full_and_the_least_used_goes(start_redis: StartRedis):
         assert errors(house, "full") == 0
 
 
-@pytest.mark.parametrize("reason", ["magic", "version", "checksum", "key", "shape"])
+async def test_only_evictions_since_the_gateway_began_to_measure_are_counted(start_redis: StartRedis):
+    redis_server = start_redis("--maxmemory", "3mb", "--maxmemory-policy", "allkeys-lru")
+
+    def evict() -> int:
+        """How many there were by now, which is more than before."""
+        before = redis_server.client.info("stats")["evicted_keys"]
+        for number in range(1000):
+            redis_server.client.set(f"{before}-{number}", bytes(20_000))
+        evicted = redis_server.client.info("stats")["evicted_keys"]
+        assert evicted > before
+        return evicted
+
+    async with gateway(redis_server.url) as house:
+
+        async def counted() -> float:
+            await house.shared.measure()
+            return house.counted("glimpse_feature_cache_evictions_total", tier="redis")
+
+        first = evict()
+        assert await counted() == 0
+        more = pytest.approx(evict() - first, abs=20)  # measuring takes memory too
+        assert await counted() == more
+        assert await counted() == more
+        redis_server.kill()
+        assert await counted() == more
+        redis_server.start()  # empty, and it counts from zero again
+
+        async def measured_again() -> bool:
+            assert await counted() == more
+            return house.counted("glimpse_feature_cache_bytes", tier="redis") < 2e6
+
+        await eventually_async(measured_again, STUCK_S, "the new Redis is measured")
+        every = pytest.approx(more.expected + evict(), abs=40)
+        assert await counted() == every
+
+
+@pytest.mark.parametrize("reason", ["magic", "version", "checksum", "key", "shape", "dtype"])
 async def test_a_record_that_does_not_fit_is_deleted_and_made_anew(redis_server, reason):
     async with gateway(redis_server.url) as house:
         await ask(house, 1)
@@ -369,6 +473,7 @@ async def test_a_record_that_does_not_fit_is_deleted_and_made_anew(redis_server,
             "shape": pack(
                 key(1), type(vision)(vision.features[:, :3], vision.saliency, vision.entropy, vision.texture)
             ),
+            "dtype": pack(key(1), replace(vision, features=vision.features.astype(np.float16))),
         }[reason]
         redis_server.client.set(record_key(key(1)), bytes(bad))
         assert await ask(house, 1) == "miss"

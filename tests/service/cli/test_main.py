@@ -24,11 +24,12 @@ from service.cli.terminal import require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
-from service.edges.http.vqa import http_api
+from service.edges.http.application import http_api
 from service.settings import Settings
 from service.triton_server.installation import StartFailed
-from tests.conftest import PROJECT, eventually, free_ports
 from tests.support.fakes import CARD, CLOSER, House, png
+from tests.support.paths import PROJECT
+from tests.support.servers import eventually, free_ports
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from service.triton_server.installation import (
     check_ports,
     check_repository,
 )
-from tests.conftest import free_ports
+from tests.support.servers import free_ports
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from service.triton import TritonClient
 from service.triton_server.installation import Ports, StartFailed
 from service.triton_server.processes import SHARED_MEMORY
 from service.triton_server.supervision import EmbeddedTriton
-from tests.conftest import SCENES, StartGateway, eventually, eventually_async, free_ports
+from tests.support.paths import SCENES
+from tests.support.servers import StartGateway, eventually, eventually_async, free_ports
 
 BACK_WITHIN_S = 10.0
 QUESTION = "what colour is the small circle?"
@@ -261,21 +262,11 @@ class Asking:
                 self.statuses[self.once(http)] += 1
 
 
-@pytest.fixture
-def gateway_ports() -> dict[str, str]:
-    http, grpc, metrics = free_ports(3)
-    return {
-        "GLIMPSE_TRITON_HTTP_PORT": str(http),
-        "GLIMPSE_TRITON_GRPC_PORT": str(grpc),
-        "GLIMPSE_TRITON_METRICS_PORT": str(metrics),
-    }
-
-
 def test_the_service_survives_its_models_and_its_models_do_not_survive_it(
-    start_gateway: StartGateway, gateway_ports: dict[str, str]
+    start_gateway: StartGateway,
 ) -> None:
     """Through HTTP, under load: a killed model is back; and when the gateway is killed, Triton ends by itself."""
-    with start_gateway(gateway_ports) as gateway:
+    with start_gateway({}) as gateway:
         prefix = f"glimpse-{gateway.process.pid}-"
         (server,) = children(gateway.process.pid)
         (victim,) = [pid for pid in processes(server) if "/llm/1/model.py" in arguments(pid)]

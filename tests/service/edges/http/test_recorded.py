@@ -1,8 +1,8 @@
 """Pin the HTTP interface: replay `recorded.json` against a real gateway and compare every response.
 
-`GLIMPSE_RECORD=1 python -m pytest tests/service/edges/http/test_recorded.py` sends the table's requests again and writes
-the responses into the table. `git diff` then shows every change of the interface. To add an exchange, write its `name`
-and `request` into the table and record.
+`GLIMPSE_RECORD=1 python -m pytest FILE`, with this file, sends the table's requests again and writes the responses into
+the table. `git diff` then shows every change of the interface. To add an exchange, write its `name` and `request` into
+the table and record.
 
 A request's body is one of these:
     json     sent as JSON; an image's bytes in it become base64
@@ -30,7 +30,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import PROJECT, SCENES, Gateway
+from tests.support.paths import PROJECT, SCENES
+from tests.support.servers import Gateway
 
 TABLE = Path(__file__).with_name("recorded.json")
 EXCHANGES: list[dict[str, Any]] = json.loads(TABLE.read_text())

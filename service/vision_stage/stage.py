@@ -1,14 +1,10 @@
-"""From images and a question to what the LLM gets of them, on the shortest way there is.
+"""Does what the plan says for every image of a request.
 
-    visual cache       what the image gave for this question before: nothing is left to do
-    feature cache      what the encoder found in it: attend
-    see                a new image: the encoder, and attend in the same call
-    encode             its closer view, four crops in one batch, where the question asks for one: attend again
-
-Every image is looked at by itself, several of one request at the same time: each has its own lookups, flights and
-vision slots, so two requests for the same images in another order cannot lock. Each is a call of one row: on a CPU four
-images in one batch cost the encoder what four calls do (13.9 against 13.2 ms an image with the reference model), and
-calls overlap in the chain's stages; where a batch pays, Triton's dynamic batching makes one of the calls.
+An image runs through the steps by itself, several images of one request at the same time. Each has its own lookups,
+flights and vision slots, so two requests for the same images in another order cannot deadlock. Each model call has one
+row: with the reference model on a CPU, four images in one batch took the encoder 13.9 ms an image, and four calls took
+13.2 ms. Calls of several images also overlap in the chain's stages. Where a batch pays, Triton's dynamic batching
+makes one of the calls.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,7 +26,7 @@ from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
 from service.core.prompt import Question
-from service.core.request import Budget, Priority, Request
+from service.core.request import Budget, ImageId, Priority, Request
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
@@ -47,19 +43,23 @@ from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.prompt import PromptBuilder
 from service.ticket import Ticket
+from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
 
 
 class VisionModel(Protocol):
-    """Image and question to visual tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
+    """Make visual tokens from an image and a question.
+
+    Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only.
+    """
 
     async def see(
         self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
     ) -> tuple[VisionFeatures, Seen]:
-        """`image` uint8 [3, 224, 224]."""
+        """Encode and attend in one call. `image` is uint8 [3, 224, 224]."""
         ...
 
     async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
-        """`images` uint8 [N, 3, 224, 224], in one batch."""
+        """Encode in one batch. `images` is uint8 [N, 3, 224, 224]."""
         ...
 
     async def attend(
@@ -70,30 +70,12 @@ class VisionModel(Protocol):
         timeout_s: float,
         closer: CloserFeatures | None = None,
     ) -> Seen:
-        """What `see` gives, from what the encoder found before, and in the closer view too where there is `closer`."""
+        """Attend to features found before, and to those of the closer view if `closer` is given."""
         ...
 
 
-@dataclass(slots=True)
-class Look:
-    """One image of a request, and what is known of it by now."""
-
-    number: int  # of the images of its request
-    image: Image
-    question: Question
-    detail: Literal["low", "high"] = "low"  # what it is to be looked at with
-    is_reserved: bool = False  # the pixels
-    decoded: Decoded | None = None
-    vision: VisionFeatures | None = None
-    closer: CloserFeatures | None = None
-    seen: Seen | None = None  # at this detail, once it is known
-    low: Seen | None = None  # what was seen before it was to be looked at with detail high
-    is_reduced: bool = False  # whether that was less than the request allows
-    is_denied: bool = False  # a closer view, as others wait
-
-
 class VisionStage:
-    """Made once by the pipeline."""
+    """Look at the images of all requests. Made once by the pipeline."""
 
     def __init__(
         self,
@@ -117,71 +99,74 @@ class VisionStage:
         self.visual = visual
 
     async def look(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> list[Seen]:
-        """What each image gives. The LLM has room when it returns.
+        """Give what was seen in each image. The request holds LLM capacity when this returns.
 
-        Who attends waits for the LLM first: that bounds how many attend at once, and a wait in vain costs nothing. Who
-        then finds that it needs a closer view gives its room back and comes again.
+        LLM capacity is claimed before attending. That bounds how many requests attend at once, and a request that is
+        refused has not attended in vain. If a closer view turns out to be needed, the capacity is given back while
+        that view is encoded. Raises Overloaded.
         """
-        question = self.prompts.question(ticket.request.question)
-        of: dict[str, Look] = {}  # by digest: what comes twice is looked at once
-        for number, image in enumerate(images):
-            of.setdefault(image.digest, Look(number, image, question))
-        looks = of.values()
+        looks = self._looks(images, ticket)
+        pending = list(looks.values())
         while True:
-            unknown = [look for look in looks if look.seen is None and not self._recall(look, ticket)]
-            await together(self._find, unknown, ticket, reservation)
+            for look in pending:
+                self._recall(look, ticket)
+            pending = [look for look in pending if not look.is_done]
+            await together(self._find, pending, ticket, reservation)
             room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, reservation)
-            await together(self._attend, [look for look in unknown if look.seen is None], ticket, reservation)
-            if not [look for look in unknown if self._looks_closer(look, ticket)]:
+            await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
+            for look in pending:  # those that are done too: a closer view may be allowed by now
+                self._decide(look, ticket)
+            pending = [look for look in pending if not look.is_done]
+            if not pending:
                 break
             reservation.give_back(room, finished=False)
         ticket.cache = "miss" if ticket.encoded else "hit"
-        ticket.detail = "high" if any(look.detail == "high" for look in looks) else "low"
-        ticket.reduced = any(look.is_reduced or look.is_denied for look in looks)
-        return [seen for image in images if (seen := of[image.digest].seen) is not None]
+        ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
+        ticket.reduced = any(self._is_reduced(look, ticket.request) for look in looks.values())
+        return [result_of(looks[image.digest]) for image in images]
 
-    def _looks_closer(self, look: Look, ticket: Ticket) -> bool:
-        """Whether it becomes a closer look: one is wanted, and may be had. Then what was seen counts no more."""
-        if look.detail == "high" or look.low is not None or not self._wants_closer(look, ticket.request):
-            return False
-        look.is_denied = not self._may_look_closer(look, ticket)
-        if look.is_denied:
-            return False
-        look.detail, look.low, look.seen = "high", look.seen, None
-        return True
+    def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
+        """By digest: an image that comes twice is looked at once."""
+        question = self.prompts.question(ticket.request.question)
+        looks: dict[str, Look] = {}
+        for number, image in enumerate(images):
+            if image.digest not in looks:
+                looks[image.digest] = look = Look(number, image, question)
+                self._decide(look, ticket)
+        return looks
 
-    def _wants_closer(self, look: Look, request: Request) -> bool:
-        """With "auto" nobody knows more before the image was seen, but of a least that one view cannot reach."""
-        if request.detail == "high" or self._needs_closer(request):
-            return True
-        if request.detail == "low" or look.seen is None or not self.card.closer_view:
-            return False
-        return look.seen.relevance.particularize >= self.card.closer_view_at and look.image.larger_than(IMAGE_SIZE)
+    def _decide(self, look: Look, ticket: Ticket) -> None:
+        look.step = next_step(look, self._situation(look, ticket.request))
 
-    def _may_look_closer(self, look: Look, ticket: Ticket) -> bool:
-        """Unless others wait; what was seen closer before is free."""
-        if self.admission.fidelity.closer_view or self._needs_closer(ticket.request):
-            return True
-        return self.visual.holds(*self._keys(look.image, "high", ticket.request))
+    def _situation(self, look: Look, request: Request) -> Situation:
+        allows_closer = self.admission.fidelity.closer_view
+        return Situation(
+            asks=request.detail,
+            needs_closer=request.budget.vision_tokens[0] > self.card.vision_tokens[1],
+            offers_closer=self.card.closer_view,
+            closer_view_at=self.card.closer_view_at,
+            allows_closer=allows_closer,
+            holds_closer=not allows_closer and self.visual.holds(*self._keys(look.image, "high", request)),
+        )
 
-    def _needs_closer(self, request: Request) -> bool:
-        """Whether it wants more tokens at the least than one view has."""
-        return request.budget.vision_tokens[0] > self.card.vision_tokens[1]
+    def _is_reduced(self, look: Look, request: Request) -> bool:
+        """Whether the request got less for this image than it allows."""
+        return look.step == Done(is_denied=True) or result_of(look).budget != self._asked(look.detail, request)
 
-    def _recall(self, look: Look, ticket: Ticket) -> bool:
-        """Whether it is known what the image gives for the question."""
-        self._looks_closer(look, ticket)
-        look.seen = self.visual.get(*self._keys(look.image, look.detail, ticket.request))
-        look.is_reduced = look.seen is not None and look.seen.budget != self._asked(look.detail, ticket.request)
-        if self._looks_closer(look, ticket):
-            return self._recall(look, ticket)
-        if look.seen is not None:
+    def _recall(self, look: Look, ticket: Ticket) -> None:
+        """Ask the visual cache as long as that is what comes next."""
+        while isinstance(step := look.step, Recall):
+            look.recall(step.detail, self.visual.get(*self._keys(look.image, step.detail, ticket.request)))
+            self._decide(look, ticket)
+        if look.is_done:
             self._remember(look.image, ticket.request)
-        return look.seen is not None
 
     def _keys(self, image: Image, detail: Literal["low", "high"], request: Request) -> list[bytes]:
-        """What may be taken from the visual cache. What was seen before as closely as is asked is free now, where it
-        is no more for the LLM."""
+        """Give the visual cache's keys that may serve, best first.
+
+        A hit with the budget that the request asks for costs nothing now, whatever the fidelity level is. It serves
+        unless it has more visual tokens for the LLM than the level allows.
+        """
         asked = self._asked(detail, request)
         allowed = self.admission.fidelity.cap(asked)
         budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
@@ -195,39 +180,41 @@ class VisionStage:
         self.visual.keep(key, seen)
 
     async def _find(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
-        """The features that the look needs. A new image is seen as it is encoded, where that is all that is needed.
+        """Do all steps up to Attend or Done. Raises Overloaded."""
+        while not isinstance(look.step, Attend | Done):
+            match look.step:
+                case Recall():
+                    self._recall(look, ticket)
+                    continue
+                case See():
+                    await self._find_first(look, ticket, reservation)
+                case Encode(is_optional) | EncodeCloser(is_optional):
+                    find = self._find_first if isinstance(look.step, Encode) else self._find_closer
+                    try:
+                        await find(look, ticket, reservation)
+                    except Overloaded:
+                        if not is_optional:
+                            raise
+                        look.fall_back()
+            self._decide(look, ticket)
 
-        Raises Overloaded where there is no room, but not for a closer view of what was seen already.
-        """
-        if look.vision is None:
-            await self._find_whole(look, ticket, reservation)
-            if self._looks_closer(look, ticket) and self._recall(look, ticket):
-                return
-        if look.detail == "low":
-            return
-        try:
-            await self._find_closer(look, ticket, reservation)
-        except Overloaded:
-            if look.low is None:
-                raise
-            look.detail, look.seen, look.is_denied = "low", look.low, True
-
-    async def _find_whole(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+    async def _find_first(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+        """Find the features of the first view. A new image is seen while it is encoded, if the step is See."""
         key = first_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
-            with ticket.stage("vision"), ticket.stage("lookup"):  # another's encode may have to be waited for
+            with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
                 found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
             look.vision = found.features
             if look.vision is not None:
                 self._remember(look.image, ticket.request)
                 return
             async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as decoded:
-                if look.detail == "high":
-                    (look.vision,) = await self.vision.encode(decoded.pixels[np.newaxis], ticket.left_s)
-                else:
-                    budget = self._budget(look, ticket)
+                if look.step == See():
+                    budget = self._allowed(look, ticket.request)
                     look.vision, seen = await self.vision.see(decoded.pixels, look.question, budget, ticket.left_s)
                     self._keep(look, seen, ticket)
+                else:
+                    (look.vision,) = await self.vision.encode(decoded.pixels[np.newaxis], ticket.left_s)
             found.keep(look.vision)
 
     async def _find_closer(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
@@ -250,28 +237,25 @@ class VisionStage:
 
     async def _attend(self, look: Look, ticket: Ticket, _: Reservation) -> None:
         assert look.vision is not None
-        budget = self._budget(look, ticket)
+        budget = self._allowed(look, ticket.request)
         with ticket.stage("vision"), ticket.stage("attend"):
             seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
         rounded = any(isinstance(view.features, Int8Rows) for view in (look.vision, look.closer) if view is not None)
         self._keep(look, replace(seen, is_rounded=rounded), ticket)
 
     def _asked(self, detail: Literal["low", "high"], request: Request) -> Budget:
-        """What the request asks for, as far as its views have it."""
+        """Give the request's budget, as far as the views of this detail have so many tokens."""
         return request.budget.within(self.card.vision_tokens[1]) if detail == "low" else request.budget
 
-    def _budget(self, look: Look, ticket: Ticket) -> Budget:
-        """What it gets, which the house says now."""
-        asked = self._asked(look.detail, ticket.request)
-        allowed = self.admission.fidelity.cap(asked)
-        look.is_reduced = allowed != asked
-        return allowed
+    def _allowed(self, look: Look, request: Request) -> Budget:
+        """Give the budget at the fidelity level now."""
+        return self.admission.fidelity.cap(self._asked(look.detail, request))
 
     @asynccontextmanager
     async def _encoding(
         self, look: Look, view: int, ticket: Ticket, reservation: Reservation
     ) -> AsyncIterator[Decoded]:
-        """The image decoded for this view, where there is room to encode it."""
+        """Decode the image for this view, while the request holds the vision slots to encode it. Raises Overloaded."""
         images = CROPS if view == CLOSER_SIZE else 1
         if not look.is_reserved:
             reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels))
@@ -287,14 +271,18 @@ class VisionStage:
                 decoded = await self.reader.decode(look.image.data, (IMAGE_SIZE, CLOSER_SIZE) if both else (view,))
             look.decoded = decoded if both else None
         self._remember(look.image, ticket.request)
-        with ticket.stage("vision"), ticket.stage("see"):
-            yield decoded
+        try:
+            with ticket.stage("vision"), ticket.stage("see"):
+                yield decoded
+        except Overloaded:  # by Triton: the look may fall back, and then goes on without the slots
+            reservation.give_back(claim, finished=False)
+            raise
         reservation.give_back(claim)
 
     async def _turn(
         self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation
     ) -> Claim:
-        """What the reservation holds from now on. Raises Overloaded."""
+        """Wait for capacity; the reservation holds it from now on. Raises Overloaded."""
         ticket.kind = kind
         request = ticket.request
         claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, request.tenant, request.priority)
@@ -303,14 +291,26 @@ class VisionStage:
         return claim
 
     def _remember(self, image: Image, request: Request) -> None:
-        """An image that came with its question can be asked about by its id too; asking by id does not prolong it."""
-        if image.id not in request.images:
+        """Store an image that came with its question, so that later questions can name its id.
+
+        A question by id does not extend the image's lifetime.
+        """
+        if ImageId(image.id) not in request.images:
             self.images.put(image, time.time())
 
 
+def result_of(look: Look) -> Seen:
+    """What was seen, once the look is done."""
+    assert look.seen is not None
+    return look.seen
+
+
 def decoding_cost(data: bytes, max_pixels: int) -> Cost:
-    """More pixels than are allowed are refused by the decoder, at no cost. Who does not tell its size pays for the
-    largest."""
+    """Read the cost of decoding from the image's header.
+
+    The decoder refuses an image of more than `max_pixels` before it spends anything. A header without a size costs
+    `max_pixels`.
+    """
     told = header_pixels(data)
     return Cost(pixels=max_pixels if told is None else min(told, max_pixels))
 
@@ -321,8 +321,8 @@ async def together(
     ticket: Ticket,
     reservation: Reservation,
 ) -> None:
-    """The step for every image at once. The first that fails ends the others, and is what is raised."""
-    if len(looks) <= 1:  # no tasks: they cost 0.1 ms
+    """Do a step for all looks at the same time. The first failure cancels the other looks and is raised."""
+    if len(looks) <= 1:  # without tasks, which cost 0.1 ms
         for look in looks:
             await step(look, ticket, reservation)
         return

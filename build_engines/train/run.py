@@ -1,0 +1,70 @@
+"""A whole training run: its stages in their order, the checkpoint at the end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from build_engines.train.allocator_stage import train_allocator
+from build_engines.train.curve import plot
+from build_engines.train.joint_stage import train_joint
+from build_engines.train.language_stage import train_language
+from build_engines.train.publishing import publish
+from build_engines.train.qformer_stage import train_qformer
+from build_engines.train.replicas import run_replicas
+from build_engines.train.stages import Plan, set_threads
+from build_engines.train.vision_stage import train_vision
+
+STAGES: Mapping[str, Callable[..., Any]] = {
+    "language": train_language,
+    "vision": train_vision,
+    "qformer": train_qformer,
+    "joint": train_joint,
+    "allocator": train_allocator,
+}
+ALONE = ("language", "vision")  # need no other stage's weights
+COMPLETE = ("joint", "allocator")  # leave a model that answers
+REPLICAS = 2  # processes of the later stages on a CPU; each adds its own part to the batch, so more is another training
+
+
+def train(plan: Plan, stages: Sequence[str], threads: int) -> None:
+    first = [stage for stage in stages if stage in ALONE]
+    _side_by_side(plan, first, threads)
+    copies = 1 if torch.cuda.is_available() or plan.tiny else min(REPLICAS, threads)
+    for stage in stages:
+        if stage not in ALONE:
+            run_replicas(STAGES[stage], plan, copies)
+    if complete := [stage for stage in stages if stage in COMPLETE]:
+        card = json.loads((publish(plan, complete[-1]) / "model_card.json").read_text())
+        told = {split: rows["adaptive"]["all"] for split, rows in card["accuracy_in_pytorch"].items()}
+        tqdm.write(json.dumps(told, indent=2))
+    plot(plan.out / "log.jsonl", plan.out / "learning_curve.png")
+
+
+def _side_by_side(plan: Plan, stages: list[str], threads: int) -> None:
+    """Stages that need no other's weights share the machine, each with its own process."""
+    each = max(1, threads // max(1, len(stages)))
+    if len(stages) < 2 or threads < 2 or plan.tiny:
+        for stage in stages:
+            set_threads(threads)
+            STAGES[stage](plan)
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_one, args=(stage, plan, each), name=stage) for stage in stages]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failed = [process.name for process in processes if process.exitcode != 0]
+    if failed:
+        raise SystemExit(f"stage {' and '.join(failed)} failed: see above; --resume goes on from the last checkpoint")
+
+
+def _one(stage: str, plan: Plan, threads: int) -> None:
+    set_threads(threads)
+    STAGES[stage](plan)

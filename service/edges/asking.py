@@ -1,0 +1,194 @@
+"""One door from any transport to the core: checked fields become a Request, by the same rules for all of them.
+
+A transport reads its own wire format into `Fields`, which checks types and ranges, and calls `to_request`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from service.core.card import ModelCard
+from service.core.errors import InvalidImage, InvalidRequest, naming_image
+from service.core.request import (
+    Budget,
+    Detail,
+    Exchange,
+    ImageBytes,
+    ImageId,
+    ImageSource,
+    ImageUrl,
+    Part,
+    Priority,
+    Request,
+    Sampling,
+    Text,
+    text_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionLimits:
+    """What one question may ask for."""
+
+    max_question_chars: int  # of the question and its earlier turns together
+    default_timeout_s: float
+    max_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fields:
+    """A question as it came. Types and ranges are checked; None stands for a field that was left out.
+
+    Images stand in their places in `parts` and `turns`, or in front of everything in `image` or `images`. A `str` there
+    is what `source_of` reads.
+    """
+
+    parts: tuple[Part, ...]
+    image: ImageSource | str | None = None
+    images: tuple[ImageSource | str, ...] | None = None
+    turns: tuple[Exchange, ...] = ()
+    max_tokens: int = Sampling().max_tokens
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    detail: Detail = "low"
+    vision_tokens: tuple[int, int] | None = None
+    visual_tokens: tuple[int, int] | None = None
+    timeout_s: float | None = None
+    priority: Priority = Priority.NORMAL
+    stream: bool = False
+
+
+def to_request(
+    fields: Fields, card: ModelCard, limits: QuestionLimits, *, tenant: str = "", trace_id: str = ""
+) -> Request:
+    """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
+    images = _images_in_front(fields)
+    parts, exchanges = _stripped(fields.parts), _exchanges(fields)
+    _require_text(text_of(parts), exchanges, limits.max_question_chars)
+    if exchanges:
+        first, *others = exchanges
+        exchanges = (replace(first, parts=(*images, *first.parts)), *others)
+    else:
+        parts = (*images, *parts)
+    return Request(
+        id=f"vqa_{uuid.uuid4().hex}",
+        parts=parts,
+        exchanges=exchanges,
+        budget=Budget(
+            fields.vision_tokens or card.vision_tokens_for(fields.detail),
+            fields.visual_tokens or card.default_visual_tokens,
+        ),
+        detail=fields.detail,
+        sampling=_sampling(fields),
+        timeout_s=_timeout_s(fields, limits),
+        priority=fields.priority,
+        trace_id=trace_id,
+        tenant=tenant,
+    )
+
+
+def source_of(text: str) -> ImageSource:
+    """What base64, a data: URL, another URL or the id of an image stands for. Raises InvalidRequest."""
+    text = text.strip()
+    if text.startswith("img_"):
+        return ImageId(text)
+    if text[:8].lower().startswith(("https://", "http://")):
+        return ImageUrl(text)
+    encoded = text
+    if text[:5].lower() == "data:":
+        head, comma, encoded = text.partition(",")  # a regular expression would go back over a hostile head
+        if not comma or head[-7:].lower() != ";base64":
+            raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
+    try:
+        return ImageBytes(base64.b64decode(encoded, validate=True))
+    except ValueError:
+        pass
+    try:  # wrapped at 76 columns, as the base64 command does
+        return ImageBytes(base64.b64decode("".join(encoded.split()), validate=True))
+    except (binascii.Error, ValueError) as exc:
+        raise InvalidImage(
+            "image is neither base64, nor a data: URL, nor the id (img_...) of an image sent to POST /v1/images",
+            param="image",
+        ) from exc
+
+
+def new_seed() -> int:
+    """For a request that names none: sampled answers then differ from one to the next."""
+    return secrets.randbits(63)
+
+
+def _images_in_front(fields: Fields) -> tuple[ImageSource, ...]:
+    if fields.image is not None and fields.images is not None:
+        raise InvalidRequest("image and images are both given: leave one out", param="images")
+    if fields.images is not None:
+        return tuple(_sources(fields.images))
+    if fields.image is not None:
+        return tuple(_sources([fields.image]))
+    if all(
+        isinstance(part, Text) for parts in (fields.parts, *(turn.parts for turn in fields.turns)) for part in parts
+    ):
+        raise InvalidRequest("the field image is missing", param="image", code="missing_field")
+    return ()
+
+
+def _sources(images: Iterable[ImageSource | str]) -> list[ImageSource]:
+    given, sources = list(images), []
+    for index, image in enumerate(given):
+        with naming_image(index, len(given)):
+            sources.append(source_of(image) if isinstance(image, str) else image)
+    return sources
+
+
+def _stripped(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Without the white space around each text, and without texts that are nothing else."""
+    stripped = (Text(part.text.strip()) if isinstance(part, Text) else part for part in parts)
+    return tuple(part for part in stripped if part != Text(""))
+
+
+def _exchanges(fields: Fields) -> tuple[Exchange, ...]:
+    exchanges = tuple(Exchange(_stripped(turn.parts), turn.answer.strip()) for turn in fields.turns)
+    for index, exchange in enumerate(exchanges):
+        if not exchange.question or not exchange.answer:
+            side = "answer" if exchange.question else "question"
+            raise InvalidRequest(f"turns.{index}.{side} is empty", param=f"turns.{index}.{side}")
+    return exchanges
+
+
+def _require_text(question: str, exchanges: tuple[Exchange, ...], max_chars: int) -> None:
+    if not question:
+        raise InvalidRequest("question is empty: say what you want to know", param="question")
+    told = sum(len(exchange.question) + len(exchange.answer) for exchange in exchanges)
+    if len(question) + told > max_chars:
+        count = f"{len(question) + told:,} characters, the limit is {max_chars:,}"
+        if told:
+            raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
+        raise InvalidRequest(f"question has {count}: shorten it", param="question")
+
+
+def _timeout_s(fields: Fields, limits: QuestionLimits) -> float:
+    timeout_s = limits.default_timeout_s if fields.timeout_s is None else fields.timeout_s
+    if timeout_s > limits.max_timeout_s:
+        raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
+    return timeout_s
+
+
+def _sampling(fields: Fields) -> Sampling:
+    return Sampling(
+        max_tokens=fields.max_tokens,
+        temperature=fields.temperature,
+        top_k=fields.top_k,
+        top_p=fields.top_p,
+        seed=new_seed() if fields.seed is None else fields.seed,
+        repetition_penalty=fields.repetition_penalty,
+        stop=fields.stop,
+        streaming=fields.stream or bool(fields.stop),  # a stop string is looked for as tokens come
+    )

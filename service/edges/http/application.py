@@ -1,0 +1,28 @@
+"""The HTTP application: every route, and what is done around them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from service.core.errors import GlimpseError
+from service.edges.http import images, operations, vqa
+from service.edges.http.edge import Edge
+from service.edges.http.openapi import Api
+from service.edges.http.respond import RequestScope, respond_to_error, respond_to_no_route
+
+
+def http_api(edge: Edge) -> FastAPI:
+    """It starts nothing: what stands behind the edge is the composition root's."""
+    api = Api(
+        title="Glimpse",
+        version="0.1.0",
+        summary="Answers questions about images, and looks again where the question needs it.",
+    )
+    api.state.edge = edge
+    for routes in (vqa, images, operations):
+        api.include_router(routes.router)
+    api.add_exception_handler(GlimpseError, respond_to_error)
+    api.add_exception_handler(HTTPException, respond_to_no_route)
+    api.add_middleware(RequestScope, count=edge.count)
+    return api

@@ -1,0 +1,50 @@
+"""What people and machines ask of the service itself: its model, its health, its metrics, its front page."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from service.edges.http.edge import edge_of
+from service.edges.http.respond import JsonResponse
+from service.edges.http.schema import Health, Model, ModelList
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The model that answers, what it was trained on, and what budgets it offers."""
+    return JsonResponse(ModelList(data=[Model.of(edge_of(request).pipeline.card)]))
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """200 while the process can answer at all."""
+    return JsonResponse(Health(status="ok"))
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """200 while every model answers a real inference, else 503 and the reasons."""
+    faults = dict(edge_of(request).faults())
+    if not faults:
+        return JsonResponse(Health(status="ok"))
+    return JsonResponse(Health(status="not ready", faults=faults), status_code=503)
+
+
+@router.get("/metrics", include_in_schema=False)
+async def metrics(request: Request) -> Response:
+    text, media_type = edge_of(request).metrics()
+    return Response(text, media_type=media_type)
+
+
+@router.get("/", include_in_schema=False)
+async def root(request: Request) -> Response:
+    return HTMLResponse(
+        "<!doctype html><title>Glimpse</title><h1>Glimpse</h1><p>Answers questions about images. Try</p>"
+        f"<pre>curl -F image=@photo.jpg -F question='what is this?' {request.base_url}v1/vqa</pre>"
+        "<p><a href=docs>API</a> · <a href=openapi.json>OpenAPI</a> · <a href=v1/models>model</a> · "
+        "<a href=health/ready>health</a> · <a href=metrics>metrics</a></p>"
+    )

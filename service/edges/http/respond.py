@@ -1,0 +1,89 @@
+"""From values and errors to responses, and what is done around every request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import cast
+
+import structlog
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.core.errors import GlimpseError, InvalidRequest, Overloaded, internal_error, status_of
+from service.edges.caller import TRACE_ID_KEY, trace_id_in
+from service.edges.http.body import JSON
+from service.edges.http.schema import ErrorBody, WireError
+
+log = structlog.get_logger()
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are counted as one
+
+
+class JsonResponse(Response):
+    """A wire type as JSON; fields without a value are left out, but for an error's `param`."""
+
+    media_type = JSON
+
+    def render(self, content: BaseModel) -> bytes:
+        return content.model_dump_json(exclude_none=not isinstance(content, ErrorBody)).encode()
+
+
+async def respond_to_error(_: Request, error: Exception) -> Response:
+    """The one place where an error gets its status."""
+    assert isinstance(error, GlimpseError)
+    status, _grpc = status_of(error)
+    headers = {"retry-after": f"{max(1, math.ceil(error.retry_after_s))}"} if isinstance(error, Overloaded) else None
+    return JsonResponse(ErrorBody.of(error), status_code=status, headers=headers)
+
+
+async def respond_to_no_route(request: Request, error: Exception) -> Response:
+    """404 and 405, which the router raises."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path[:200]}"
+    message = f"{what} is not allowed" if error.status_code == 405 else f"there is no {what}"
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    body = ErrorBody(error=WireError(message=f"{message}: see /docs", type=InvalidRequest.type, param=None, code=code))
+    return JsonResponse(body, status_code=error.status_code, headers=dict(error.headers or {}))
+
+
+class RequestScope:
+    """Pure ASGI around every request: its id in and out, its count, what it holds until its response has ended, and the
+    500 of a fault that nobody foresaw."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None]) -> None:
+        """`count` takes the method, the route and the status of a request that has ended."""
+        self.app = app
+        self.count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = (value.decode("latin-1") for name, value in scope["headers"] if name == TRACE_ID_KEY.encode())
+        trace_id = scope["glimpse.trace_id"] = trace_id_in(given)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (TRACE_ID_KEY.encode(), trace_id.encode())]
+            await send(message)
+
+        try:
+            with ExitStack() as scope["glimpse.held"]:
+                await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("fault", request_id=trace_id, path=scope["path"])
+            if not status:
+                body = JsonResponse(ErrorBody.of(internal_error(trace_id)), status_code=500)
+                await body(scope, receive, send_with_id)
+        finally:
+            route = cast(str, getattr(scope.get("route"), "path", "none"))
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self.count(method, route, str(status))

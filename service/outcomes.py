@@ -1,0 +1,101 @@
+"""How requests end: each in exactly one outcome, which is one metric and one log line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import structlog
+
+from service.core.errors import GlimpseError, InternalError, internal_error
+from service.core.request import Request
+from service.core.vision import TENSIONS, Seen
+from service.metrics import Metrics
+from service.ticket import Ticket
+
+log = structlog.get_logger()
+
+# Outcomes of questions that ended before their tokens were generated, as nobody would have read them.
+NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
+
+
+class Outcomes:
+    """Made once by the pipeline."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    @contextmanager
+    def of(self, request: Request) -> Iterator[Ticket]:
+        """Names how the request ended, counts it and logs it, once. Unknown errors become InternalError."""
+        now = time.monotonic()
+        ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
+        fault: Exception | None = None
+        try:
+            yield ticket
+        except GlimpseError as error:
+            ticket.outcome, fault = error.code, error
+            raise
+        except Exception as error:
+            ticket.outcome, fault = InternalError.code, error
+            raise internal_error(request.trace_id or request.id) from error
+        finally:
+            self._count(ticket)
+            _log(ticket, fault)
+
+    def answered(self, ticket: Ticket, seen: Sequence[Seen]) -> None:
+        """The request came to its answer, for which this was seen of its images."""
+        ticket.outcome = "ok"
+        for each in seen:
+            self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
+            self.metrics.visual_tokens.observe(len(each.visual_tokens))
+            self.metrics.images_seen.labels(each.detail).inc()
+            self.metrics.relevance_evenness.observe(each.relevance.evenness)
+            for name, tension in zip(TENSIONS, each.relevance.tensions, strict=True):
+                self.metrics.tension.labels(name).observe(tension)
+        if ticket.reduced:
+            self.metrics.reduced_answers.inc()
+
+    def _count(self, ticket: Ticket) -> None:
+        timing_ms = ticket.timing_ms()
+        self.metrics.requests.labels(ticket.outcome).inc()
+        self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
+        self.metrics.generated_tokens.inc(ticket.completion_tokens)
+        if ticket.outcome == "ok":
+            self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3)
+            self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)
+            if ticket.kind is not None:
+                self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
+            for name, stage in ticket.stages.items():
+                self.metrics.stage.labels(name).observe(stage.seconds)
+        elif ticket.tokens and ticket.outcome in NOTHING_MORE_TO_DO:
+            saved = ticket.request.sampling.max_tokens - ticket.completion_tokens
+            self.metrics.tokens_saved.labels(ticket.outcome).inc(saved)
+
+
+def _log(ticket: Ticket, fault: Exception | None) -> None:
+    foreseen = fault is None or isinstance(fault, GlimpseError)
+    (log.info if foreseen else log.error)(
+        "answered" if ticket.outcome == "ok" else "not_answered",
+        outcome=ticket.outcome,
+        request_id=ticket.request.trace_id,
+        id=ticket.request.id,
+        cache=ticket.cache,
+        detail=ticket.detail,
+        reduced=ticket.reduced,
+        completion_tokens=ticket.completion_tokens,
+        **{f"{name}_ms": value for name, value in ticket.timing_ms().items()},
+        **told_of(fault),
+    )
+
+
+def told_of(fault: Exception | None) -> dict[str, object]:
+    """What the log says of it: an error of ours in words, with what was said behind us; any other with its trace."""
+    match fault:
+        case None:
+            return {}
+        case GlimpseError():
+            return {"error": fault.message, "cause": fault.cause} if fault.cause else {"error": fault.message}
+        case _:
+            return {"exc_info": fault}

@@ -1,0 +1,141 @@
+"""Which step comes next for one image of a request. Pure: everything that it depends on is an argument.
+
+    Recall         ask the visual cache what the image gave for this question before
+    See            find the features of the first view; if they are new, encode and attend in the same call
+    Encode         find the features of the first view; if they are new, encode
+    EncodeCloser   find the features of the closer view; if they are new, encode its crops in one batch
+    Attend         make visual tokens from the features and the question
+    Done           the visual tokens are there
+
+Every look begins with detail low. It becomes a closer look, with detail high, as soon as a closer view is both wanted
+and possible. What was seen with detail low is then kept to fall back to. A look that fell back does not
+look closer again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from service.core.prompt import Question
+from service.core.request import Detail
+from service.core.vision import IMAGE_SIZE, CloserFeatures, Seen, VisionFeatures
+from service.media.decoder import Decoded
+from service.media.store import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """`detail` high turns the look into a closer look."""
+
+    detail: Literal["low", "high"]
+
+
+@dataclass(frozen=True, slots=True)
+class See:
+    """With detail low."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """With detail high. If there is no capacity, an optional one falls back to what was seen with detail low."""
+
+    is_optional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeCloser:
+    """As Encode."""
+
+    is_optional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """To all views of this detail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    is_denied: bool = False  # a closer view was wanted and not possible
+
+
+Step = Recall | See | Encode | EncodeCloser | Attend | Done
+
+
+@dataclass(slots=True)
+class Look:
+    """One image of a request, and what is known of it so far."""
+
+    number: int  # its place among the images of the request
+    image: Image
+    question: Question
+    detail: Literal["low", "high"] = "low"
+    is_recalled: bool = False  # the visual cache was asked at this detail
+    vision: VisionFeatures | None = None
+    closer: CloserFeatures | None = None
+    seen: Seen | None = None  # at this detail
+    low: Seen | None = None  # what was seen with detail low, once this is or was a closer look
+    step: Step = Recall("low")
+    is_reserved: bool = False  # its pixels
+    decoded: Decoded | None = None  # both views, until the closer one is encoded
+
+    @property
+    def is_done(self) -> bool:
+        return isinstance(self.step, Done)
+
+    def recall(self, detail: Literal["low", "high"], seen: Seen | None) -> None:
+        """Record what the visual cache holds at this detail."""
+        if detail != self.detail:
+            self.detail, self.low = detail, self.seen
+        self.seen, self.is_recalled = seen, True
+
+    def fall_back(self) -> None:
+        """Record that there is no capacity for a closer look."""
+        self.detail, self.seen = "low", self.low
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the next step depends on besides the look."""
+
+    asks: Detail  # the request
+    needs_closer: bool  # the request's minimum of vision tokens is more than the first view has
+    offers_closer: bool  # the model
+    closer_view_at: float  # with detail auto: the least `particularize` that wants a closer view
+    allows_closer: bool  # the fidelity level now
+    holds_closer: bool  # the visual cache: a hit costs nothing, whatever the fidelity level
+
+
+def next_step(look: Look, situation: Situation) -> Step:
+    """Decide; change nothing.
+
+    The steps of a look end in Done, whatever each of them brings.
+    """
+    is_wanted = look.detail == "low" and wants_closer(look, situation)
+    has_fallen_back = look.detail == "low" and look.low is not None
+    if is_wanted and is_possible(situation) and not has_fallen_back:
+        return Recall("high")
+    if not look.is_recalled:
+        return Recall("low")
+    if look.seen is not None:
+        return Done(is_denied=is_wanted)
+    if look.detail == "low":
+        return See() if look.vision is None else Attend()
+    is_optional = look.low is not None
+    if look.vision is None:
+        return Encode(is_optional)
+    return EncodeCloser(is_optional) if look.closer is None else Attend()
+
+
+def wants_closer(look: Look, situation: Situation) -> bool:
+    """With detail auto, the first view decides, and the image must have more pixels than that view."""
+    if situation.asks == "high" or situation.needs_closer:
+        return True
+    if situation.asks == "low" or not situation.offers_closer or look.seen is None:
+        return False
+    return look.seen.relevance.particularize >= situation.closer_view_at and look.image.larger_than(IMAGE_SIZE)
+
+
+def is_possible(situation: Situation) -> bool:
+    return situation.needs_closer or situation.allows_closer or situation.holds_closer

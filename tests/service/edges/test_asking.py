@@ -1,0 +1,110 @@
+"""The rules that every transport's questions go through."""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+from dataclasses import replace
+
+import pytest
+
+from service.core.errors import InvalidRequest
+from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Sampling, Text
+from service.edges.asking import Fields, QuestionLimits, source_of, to_request
+from tests.support.fakes import CARD, CLOSER
+
+LIMITS = QuestionLimits(max_question_chars=100, default_timeout_s=30, max_timeout_s=120)
+IMAGE = ImageBytes(b"an image")
+QUESTION = Fields(parts=(Text(" what colour? "),), images=(IMAGE,))
+TURN = Exchange((Text(" which shape? "),), " a circle ")
+
+
+def test_a_question_takes_the_defaults_of_the_model_and_the_service():
+    request = to_request(QUESTION, CARD, LIMITS, tenant="acme", trace_id="trace")
+    assert request.parts == (IMAGE, Text("what colour?"))
+    assert request.budget == Budget(CARD.vision_tokens, CARD.default_visual_tokens)
+    assert (request.timeout_s, request.tenant, request.trace_id) == (30, "acme", "trace")
+    assert request.sampling == Sampling(seed=request.sampling.seed, streaming=False)
+    assert request.id.startswith("vqa_")
+    assert to_request(QUESTION, CARD, LIMITS).id != request.id
+    assert to_request(QUESTION, CARD, LIMITS).sampling.seed != request.sampling.seed
+
+
+def test_the_default_budget_depends_on_the_detail():
+    assert to_request(replace(QUESTION, detail="high"), CLOSER, LIMITS).budget.vision_tokens == (64, 400)
+    narrow = replace(QUESTION, detail="high", vision_tokens=(64, 100), visual_tokens=(32, 96))
+    assert to_request(narrow, CLOSER, LIMITS).budget == Budget((64, 100), (32, 96))
+
+
+@pytest.mark.parametrize(("stream", "stop", "streaming"), [(True, (), True), (False, (".",), True), (False, (), False)])
+def test_tokens_are_streamed_for_a_stream_and_for_stop_strings(stream, stop, streaming):
+    assert to_request(replace(QUESTION, stream=stream, stop=stop), CARD, LIMITS).sampling.streaming is streaming
+
+
+def test_images_in_front_stand_in_the_earliest_turn():
+    request = to_request(replace(QUESTION, turns=(TURN, TURN)), CARD, LIMITS)
+    assert request.exchanges == (
+        Exchange((IMAGE, Text("which shape?")), "a circle"),
+        Exchange((Text("which shape?"),), "a circle"),
+    )
+    assert request.parts == (Text("what colour?"),)
+
+
+def test_images_that_have_a_place_keep_it():
+    turn = Exchange((Text("is"), IMAGE, Text(" red?")), "yes")
+    parts = (Text("  "), Text("and "), ImageId("img_1"), Text("?"))
+    request = to_request(Fields(parts=parts, turns=(turn,)), CARD, LIMITS)
+    assert request.exchanges == (Exchange((Text("is"), IMAGE, Text("red?")), "yes"),)
+    assert request.parts == (Text("and"), ImageId("img_1"), Text("?"))
+    assert request.images == (IMAGE, ImageId("img_1"))
+    assert request.question == "and ?"
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        (b64encode(b"file").decode(), ImageBytes(b"file")),
+        (f" {b64encode(b'file').decode()}\n", ImageBytes(b"file")),
+        (f"data:image/png;base64,{b64encode(b'file').decode()}", ImageBytes(b"file")),
+        (" img_0123", ImageId("img_0123")),
+        ("HTTPS://example.com/x.png", ImageUrl("HTTPS://example.com/x.png")),
+    ],
+)
+def test_the_text_of_an_image_is_its_bytes_its_id_or_its_url(text, source):
+    assert source_of(text) == source
+    assert to_request(Fields(parts=(Text("?"),), image=text), CARD, LIMITS).images == (source,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"images": None}, "image", "the field image is missing"),
+        ({"image": "img_1"}, "images", "image and images are both given: leave one out"),
+        ({"images": (IMAGE, "!")}, "images.1", "image 2 of 2: image is neither base64"),
+        ({"images": ("!",)}, "image", "image is neither base64"),
+        ({"parts": (Text(" "), Text("\n"))}, "question", "question is empty: say what you want to know"),
+        ({"parts": (Text("w" * 101),)}, "question", "question has 101 characters, the limit is 100: shorten it"),
+        (
+            {"turns": (Exchange((Text("w" * 90),), "yes"),)},
+            "turns",
+            "question and turns have 105 characters, the limit is 100: leave",
+        ),
+        ({"turns": (TURN, Exchange((IMAGE, Text(" ")), "yes"))}, "turns.1.question", "turns.1.question is empty"),
+        ({"turns": (Exchange((Text("a?"),), " "),)}, "turns.0.answer", "turns.0.answer is empty"),
+        ({"timeout_s": 121.0}, "timeout_s", "timeout_s may be at most 120"),
+    ],
+)
+def test_a_field_that_breaks_a_rule_is_named(changes, param, message):
+    with pytest.raises(InvalidRequest) as caught:
+        to_request(replace(QUESTION, **changes), CARD, LIMITS)
+    assert caught.value.param == param
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("filler", [";", "a", ";a", ";base64"])
+def test_a_data_url_without_an_end_is_refused_at_once(filler):
+    text = "data:" + filler * (2_000_000 // len(filler))
+    begun = time.process_time()
+    with pytest.raises(InvalidRequest, match="without base64"):
+        source_of(text)
+    assert time.process_time() - begun < 0.2

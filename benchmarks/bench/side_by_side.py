@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,7 +188,3 @@ def rounds_of(
     return [
         figure(run["figures"]) for run in report["runs"] if (run["system"], run["workload"]) == (system, case.label)
     ]
-
-
-def lasting(case: Case, seconds: float) -> Case:
-    return replace(case, duration_s=seconds)

@@ -11,7 +11,6 @@ from build_engines.convert.source import Source
 from build_engines.repository import MOST_INLINE_BYTES
 
 FIXED_BYTES = 1_500_000_000  # PyTorch, transformers and the exporter themselves
-BYTES = {"fp32": 4, "fp16": 2, "fp8": 1}  # of one weight
 CALIBRATION_BYTES = 1_000_000  # of one image: pixels, vision tokens and intermediate values
 
 

@@ -92,11 +92,6 @@ def longest(options: Options, source: Source) -> int:
     return min(options.llm.max_tokens, source.max_positions)
 
 
-def cache_bytes_per_token(layers: int, kv_heads: int, head_dim: int, kv_bytes: int) -> int:
-    """Bytes of keys and values together, for one token."""
-    return 2 * layers * kv_heads * head_dim * kv_bytes
-
-
 class WrongEngine(Exception):
     """The built engine differs from the options."""
 

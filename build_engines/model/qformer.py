@@ -37,7 +37,7 @@ class QFormer(nn.Module):
     ) -> Tensor:
         """Run the queries over the vision tokens -> [B, 32, width of the Q-Former].
 
-        bias [B, 1, 1, N] hides tokens. In training, gates [B, N] do so instead (`relaxation.open_tokens`). With owner
+        bias [B, 1, 1, N] hides tokens. In training, gates [B, N] do so instead (`relaxation.gates_of`). With owner
         int64 [B], row i reads the tokens of image owner[i]. The keys and values of an image are then computed once for
         all questions about it.
         """

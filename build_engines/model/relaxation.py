@@ -9,8 +9,8 @@ would be worth (`gates.py`).
     allocator = RelevanceAllocator(participatory, balancing, closer)
     weighed = allocator.weigh(...)
     choice = choose(allocator.allocation, weighed.cells, weighed.tensions, budget, temperature=0.5)
-    opened = open_tokens(allocator.allocation, features, None, choice)
-    seen = QFormer(model).read(opened.tokens, gates=opened.gates)
+    tokens, gates = allocator.allocation.sources(features, None), gates_of(allocator.allocation, choice)
+    seen = QFormer(model).read(tokens, gates=gates)
 """
 
 from __future__ import annotations
@@ -32,13 +32,6 @@ class Choice(NamedTuple):
     refined: Tensor  # [B, 64]: level 1 or 2
     deep: Tensor | None  # [B, 64]: level 2; None without a closer view
     levels: Tensor  # int64 [B, 64]
-
-
-class Opened(NamedTuple):
-    """Every candidate token, in the order of `Allocation.sources`, with its gate."""
-
-    tokens: Tensor  # [B, N, D], N = 321, or 1345 with a closer view
-    gates: Tensor  # [B, N]
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -119,19 +112,9 @@ def _edge(number: Tensor, position: Tensor) -> Tensor:
     return torch.sigmoid((number - position - 0.5) / WIDTH)
 
 
-def open_tokens(allocation: Allocation, features: Tensor, detail: Tensor | None, choice: Choice) -> Opened:
-    """Open every candidate token: features [B, 257, D] and, if any, detail [B, 1024, D].
-
-    detail is the closer view's tokens (`RelevanceAllocator.detail`), or None. Raises ValueError if only one of detail
-    and choice.deep is given.
-    """
-    if (detail is None) != (choice.deep is None):
-        raise ValueError("a closer view's tokens and gates come together: give both, or neither")
-    return Opened(allocation.sources(features, detail), gates_of(allocation, choice))
-
-
 def gates_of(allocation: Allocation, choice: Choice) -> Tensor:
-    """The gates [B, N] alone, for tokens that several choices share."""
+    """The gates [B, N] of every candidate token, in the order of `Allocation.sources`: N is 321, or 1345 if the choice
+    has a closer view."""
     seen = torch.ones_like(choice.refined[:, :1])
     patches = choice.refined if choice.deep is None else choice.refined - choice.deep
     gates = [seen, _by_place(patches, allocation.patch_of), 1 - choice.refined]

@@ -22,7 +22,6 @@ from build_engines.train.architecture import MEAN, STD
 from build_engines.train.stages import Plan, device, faster, mixed, tensor
 
 CLOSER = 2  # times as many pixels a side in the closer view
-QUARTERS = 4
 
 
 @dataclass

@@ -12,7 +12,7 @@ from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.closer import CloserView
 from build_engines.model.gates import gated_softmax
 from build_engines.model.knowing import ParticipatoryKnowing
-from build_engines.model.relaxation import Choice, choose, open_tokens, perturbed, region_gates
+from build_engines.model.relaxation import choose, gates_of, perturbed, region_gates
 
 WIDTH, ROWS = 24, 3
 
@@ -40,22 +40,23 @@ def attended(query: Tensor, tokens: Tensor, gates: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("closer", [False, True])
-def test_open_tokens_say_what_the_packed_ones_say(closer: bool) -> None:
+def test_gated_tokens_say_what_the_packed_ones_say(closer: bool) -> None:
     module, (given, budget, detail) = allocator(), looked_at(closer)
     tokens, mask, _, _, _, levels, _ = module(*given, budget, detail)
     weighed = module.weigh(*given)
     choice = choose(module.allocation, weighed.cells, weighed.tensions, budget, closer=closer)
-    opened = open_tokens(module.allocation, given[0], module.detail(given[0], detail), choice)
+    candidates = module.allocation.sources(given[0], module.detail(given[0], detail))
+    opened = gates_of(module.allocation, choice)
     assert torch.equal(choice.levels, levels.long())
-    assert opened.gates.sum(1).tolist() == (mask > 0).sum(1).tolist()
+    assert opened.sum(1).tolist() == (mask > 0).sum(1).tolist()
     groups = torch.full((ROWS, 1), 4)
     regions = module.focus(weighed.cells, groups)
     _, packed = module.allocation.pack(given[0], levels.long(), regions, detail)
     query = torch.randn(ROWS, 1, 5, WIDTH) / WIDTH
     for group in range(1, 5):
-        gates = opened.gates if group == 1 else region_gates(module.allocation, opened.gates, regions, group - 1)
+        gates = opened if group == 1 else region_gates(module.allocation, opened, regions, group - 1)
         seen = (packed > 0 if group == 1 else packed == group).float()
-        ours, theirs = attended(query, opened.tokens, gates), attended(query, tokens, seen)
+        ours, theirs = attended(query, candidates, gates), attended(query, tokens, seen)
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -71,8 +72,9 @@ def test_a_gradient_reaches_all_that_is_trained(closer: bool, temperature: float
         module.allocation, weighed.cells, weighed.tensions, budget,
         closer=closer, temperature=temperature, generator=noise,
     )  # fmt: skip
-    opened = open_tokens(module.allocation, given[0], module.detail(given[0], detail), choice)
-    attended(torch.randn(ROWS, 1, 5, WIDTH) / 5, opened.tokens, opened.gates).square().sum().backward()
+    candidates = module.allocation.sources(given[0], module.detail(given[0], detail))
+    gates = gates_of(module.allocation, choice)
+    attended(torch.randn(ROWS, 1, 5, WIDTH) / 5, candidates, gates).square().sum().backward()
     assert (weighed.tensions.grad[0] != 0).all()
     assert weighed.tensions.grad[2, 0] == 0  # least and most are equal: particularize changes nothing
     trained = [module.participatory, module.balancing, *([module.closer] if closer else [])]
@@ -115,10 +117,3 @@ def test_noise_keeps_gains_in_their_range_and_is_drawn_from_the_generator() -> N
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
     assert perturbed(gains, 0.0) is gains
-
-
-def test_a_closer_views_tokens_and_gates_come_together() -> None:
-    module, (given, _, _) = allocator(), looked_at(False)
-    levels = torch.zeros(ROWS, CELL_COUNT)
-    with pytest.raises(ValueError, match="come together"):
-        open_tokens(module.allocation, given[0], None, Choice(levels, levels, levels.long()))

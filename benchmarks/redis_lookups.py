@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 import uvloop
 
-from service.cache.features import FeatureKey
+from service.cache.keys import FeatureKey
 from service.cache.records import pack, unpack
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from service.cache.features import AS_INT8
+from service.cache.keys import AS_INT8
 from service.cache.redis_client import Lane, granted, primaries
 
 PATTERN = "glimpse:*:features:{*}"  # of every format version

@@ -15,32 +15,14 @@ import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol
 
+from service.cache.keys import AS_INT8, FeatureKey, Features
 from service.cache.lru import Lru
-from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows, VisionFeatures, dense
+from service.core.vision import Int8Rows, dense
 from service.metrics import Metrics
 
-AS_INT8 = ".int8"  # behind the encoder's fingerprint, of features whose rows are rounded
-Features = TypeVar("Features", VisionFeatures, CloserFeatures)
 Waiting = Callable[[], AbstractContextManager[None]]  # a block that lasts as long as a wait for another's work
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureKey(Generic[Features]):
-    """Equal keys mean equal features. The 224-pixel view gives VisionFeatures, the closer one CloserFeatures."""
-
-    fingerprint: str  # of the vision encoder's weights
-    view: int  # pixels a side that the encoder saw
-    digest: str  # blake3 of the image's bytes
-
-
-def first_view(fingerprint: str, digest: str) -> FeatureKey[VisionFeatures]:
-    return FeatureKey(fingerprint, IMAGE_SIZE, digest)
-
-
-def closer_view(fingerprint: str, digest: str) -> FeatureKey[CloserFeatures]:
-    return FeatureKey(fingerprint, CLOSER_SIZE, digest)
 
 
 class SharedTier(Protocol):

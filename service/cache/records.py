@@ -21,7 +21,7 @@ import numpy.typing as npt
 import orjson
 from blake3 import blake3
 
-from service.cache.features import FeatureKey, Features
+from service.cache.keys import FeatureKey, Features
 from service.core.card import ModelCard
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows, VisionFeatures
 

@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 
 from service.cache.breaker import Breaker
-from service.cache.features import FeatureKey, Features
+from service.cache.keys import FeatureKey, Features
 from service.cache.records import VERSION, RecordError, pack, unpack
 from service.cache.redis_client import Command, Lane, RedisFault, Reply, granted, is_cluster
 from service.core.card import ModelCard

@@ -21,7 +21,8 @@ import numpy as np
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
-from service.cache.features import FeatureCache, FeatureKey, Features, Found, closer_view, first_view
+from service.cache.features import FeatureCache, Found
+from service.cache.keys import FeatureKey, Features, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image

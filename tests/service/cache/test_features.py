@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from service.cache.features import FeatureCache, FeatureKey, SharedTier
+from service.cache.features import FeatureCache, SharedTier
+from service.cache.keys import FeatureKey
 from service.core.errors import Unavailable
 from service.core.vision import Int8Rows, VisionFeatures
 from service.metrics import Metrics

@@ -8,7 +8,7 @@ from blake3 import blake3
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from service.cache.features import FeatureKey
+from service.cache.keys import FeatureKey
 from service.cache.records import START, RecordError, pack, unpack
 from service.core.card import ModelCard
 from service.core.vision import CloserFeatures, Int8Rows, VisionFeatures

@@ -16,7 +16,7 @@ from redis.crc import key_slot
 from structlog.testing import capture_logs
 
 from service.cache import admin as cache_admin
-from service.cache.features import FeatureKey
+from service.cache.keys import FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
 from service.core.answer import Finished

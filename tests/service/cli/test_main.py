@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from service.__main__ import bound
-from service.cache.features import AS_INT8, FeatureKey
+from service.cache.keys import AS_INT8, FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import record_key
 from service.cli.main import app

@@ -16,26 +16,23 @@ import base64
 import http.client
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.bench.models import PROJECT
+from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.scenes import Scenes
-from benchmarks.bench.systems import answers, free_ports
+from benchmarks.bench.systems import gateway
 
 CLIENTS = 8
 HUNDRED = 100
 WARM_UP = 10  # requests of each kind
-START_S = 90.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +63,10 @@ class Gateway:
 
 @contextmanager
 def serving(checkout: Path) -> Iterator[Gateway]:
-    """`python -m service` of that checkout, with this environment's packages. Raises RuntimeError."""
-    port, *triton_ports = free_ports(4)
-    names = ("HTTP", "TRITON_HTTP", "TRITON_GRPC", "TRITON_METRICS")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")} | {
-        f"GLIMPSE_{name}_PORT": str(each) for name, each in zip(names, (port, *triton_ports), strict=True)
-    }
-    environment |= {
-        "GLIMPSE_LOG_LEVEL": "warning",
-        "GLIMPSE_LOG_DIR": str(checkout / "logs"),
-        "GLIMPSE_ELASTIC_FIDELITY": "false",
-    }
-    python = checkout / ".venv" / "bin" / "python"
-    process = subprocess.Popen(
-        [python if python.exists() else sys.executable, "-m", "service"],
-        cwd=checkout, env=environment, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + START_S
-        while not answers(port, "/health/ready"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{checkout} did not become ready within {START_S:g} s")
-            time.sleep(0.1)
-        yield Gateway(port, process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+    """That checkout's gateway and its own model repository. Raises RuntimeError."""
+    settings = {"MODEL_REPOSITORY": str(checkout / "model_repository"), "ELASTIC_FIDELITY": "false"}
+    with TemporaryDirectory() as logs, gateway(REFERENCE, Path(logs), settings, checkout=checkout) as running:
+        yield Gateway(int(running.urls[0].rpartition(":")[2]), running.pids[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,9 +114,16 @@ def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
 
 @contextmanager
 def gateway(
-    model: Model, folder: Path, settings: Mapping[str, str], module: Sequence[str] = ("service",)
+    model: Model,
+    folder: Path,
+    settings: Mapping[str, str],
+    module: Sequence[str] = ("service",),
+    checkout: Path = PROJECT,
 ) -> Iterator[Running]:
-    """`python -m MODULE`, with a Triton of its own unless the settings name one."""
+    """`python -m MODULE` in that checkout, with a Triton of its own unless the settings name one.
+
+    Another checkout runs with its own packages if it has any.
+    """
     http_port, *triton_ports = free_ports(4)
     told = {
         "MODEL_REPOSITORY": str(model.repository),
@@ -131,7 +138,9 @@ def gateway(
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")}
     environment |= {f"GLIMPSE_{name}": value for name, value in told.items()}
-    with process([sys.executable, "-m", *module], folder / "gateway.log", environment) as started:
+    own = checkout / ".venv" / "bin" / "python"
+    python = sys.executable if checkout == PROJECT or not own.exists() else str(own)
+    with process([python, "-m", *module], folder / "gateway.log", environment, checkout) as started:
         wait_until(lambda: answers(http_port, "/health/ready"), started, folder / "gateway.log")
         metrics = f"http://127.0.0.1:{triton_ports[2]}/metrics"
         yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)
@@ -212,12 +221,12 @@ def made(folder: Path) -> Path:
 
 @contextmanager
 def process(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, folder: Path = PROJECT
 ) -> Iterator[subprocess.Popen[bytes]]:
     """In a session of its own; SIGTERM at the end, and after STOP_S SIGKILL to the whole session."""
     with log.open("wb") as output:
         started = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
         )
     try:
         yield started

@@ -1,4 +1,4 @@
-"""Writes Triton's model repository for one checkpoint: a `config.pbtxt` a model, the runners and the weights.
+"""Write Triton's model repository for one checkpoint: a `config.pbtxt` for each model, the runners and the weights.
 
     repository/
     ├── card.json  tokenizer.json  (and qformer_tokenizer.json where the Q-Former has its own)
@@ -37,17 +37,17 @@ class Dimensions:
     hidden_size: int  # H
     float_type: str = "FP32"  # of features, vision tokens, visual tokens and the prompt embedding table
     vision_max_batch: int = 8  # images of one request
-    # Graphs whose runs take more than one core. Of a small one a second core gains little alone (2 ms of 13 of the
+    # Graphs whose runs take more than one core. For a small graph a second core saves little (2 of 13 ms for the
     # reference's encoder) and costs as much under load.
     large: frozenset[str] = frozenset()
     llm_max_rows: int = 32  # requests decoded at once
     llm_max_queue: int = 64  # requests that wait for a row; more are refused
     closer_view: bool = False  # whether cells can be seen at level 2
-    static: bool = False  # whether the Q-Former reads one number of rows, all that there can be: a plan's graph
+    static: bool = False  # whether the Q-Former always reads all rows that there can be: the graph of a plan
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the letters in core.tensors' shapes."""
+        """Sizes of the letters in the shapes of core.tensors."""
         return {
             "D": self.vision_width,
             "H": self.hidden_size,
@@ -227,10 +227,11 @@ def runner(model: Model) -> str:
 
 
 def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, beside: Mapping[str, Path]) -> None:
-    """Writes the whole repository. `graphs` holds `<model>.onnx` for each of `graphs_of`, and its weights where they
-    are in a file of their own; `beside` is what lies beside the models, card and tokenizers, by name.
+    """Write the whole repository.
 
-    Raises FileNotFoundError, before anything is written, that names every missing file.
+    `graphs` is a folder with `<model>.onnx` for each of `graphs_of`, and its file of weights if it has one. `beside`
+    are the files beside the models, card and tokenizers, by name. Raises FileNotFoundError, which names every missing
+    file, before anything is written.
     """
     names, kept = graphs_of(dimensions), {model.name for model in models(dimensions)}
     sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in names)]
@@ -238,7 +239,7 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
     for model in models(replace(dimensions, closer_view=True)):
         if model.name not in kept and (repository / model.name).exists():
-            shutil.rmtree(repository / model.name)  # of a checkpoint before, whose tokens it would choose
+            shutil.rmtree(repository / model.name)  # from an earlier checkpoint
     write_configs(repository, dimensions)
     for name in names:
         version = repository / name / "1"
@@ -251,12 +252,12 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
 
 
 def weights_file(model: str) -> str:
-    """Where a graph of more than 2 GB, the most that protobuf holds, keeps its weights: the graph names the file."""
+    """The file of weights of a graph of more than 2 GB, which is protobuf's limit. The graph names it."""
     return f"{model}.onnx.data"
 
 
 def write_configs(repository: Path, dimensions: Dimensions) -> None:
-    """Everything of the repository that is text and not a checkpoint's own."""
+    """Write every file of the repository that is text and not the checkpoint's."""
     for model in models(dimensions):
         version = repository / model.name / "1"
         version.mkdir(parents=True, exist_ok=True)

@@ -22,13 +22,13 @@ from service.settings import PROJECT, Settings, SettingsError, read_settings
 from service.triton_server.installation import StartFailed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Objects made since the last look for garbage, before the next: a request makes some thousand, and few cycles. With
-# Python's own 700, and all of the modules looked through again and again, it took a tenth of a follow-up's CPU time.
+# New objects before the next garbage collection. A request makes about a thousand objects and few cycles. With Python's
+# default of 700, which looks through all modules again and again, collection took 10 % of a follow-up's CPU time.
 GARBAGE_AFTER = 20_000
 
 
 class Server(uvicorn.Server):
-    """uvicorn that leaves the signals to us: it would raise them again before Triton has stopped."""
+    """uvicorn without its signal handlers: it would raise the signals again before Triton has stopped."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
 
 
 def main(scheduling: type[Scheduler] = Scheduler) -> int:
-    """The exit status: 0 after a stop that was asked for, 1 where the service cannot run, 2 for wrong settings."""
+    """Serve. Exit status: 0 after SIGINT or SIGTERM, 1 if the service cannot run, 2 for wrong settings."""
     try:
         settings = read_settings()
         configure_log(settings)
@@ -54,7 +54,7 @@ def main(scheduling: type[Scheduler] = Scheduler) -> int:
 
 
 async def serve(app: App, listener: socket.socket) -> None:
-    """HTTP answers from the first moment, with 503 until Triton is ready. Raises StartFailed."""
+    """Answer HTTP from the start, with 503 until Triton is ready. Raises StartFailed."""
     config = uvicorn.Config(
         app.api,
         http="httptools",
@@ -87,10 +87,10 @@ async def serve(app: App, listener: socket.socket) -> None:
 
 
 async def run_behind(app: App, listener: socket.socket) -> None:
-    """What the edge stands in front of, until cancelled."""
+    """Run everything behind the edges until cancelled."""
     async with running(app):
         gc.collect()
-        gc.freeze()  # what is there now stays
+        gc.freeze()  # the objects of the start are never collected
         gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
         sys.stdout.write(greeting(app, listener))
         sys.stdout.flush()
@@ -98,13 +98,13 @@ async def run_behind(app: App, listener: socket.socket) -> None:
 
 
 def bound(settings: Settings) -> socket.socket:
-    """The listening address is ours before anything is started. Raises StartFailed where it is not to be had."""
+    """Bind the listening address before anything else is started. Raises StartFailed if that fails."""
     host, port = settings.http_host, settings.http_port
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # only this tells two apart that were bound at the same time
+        listener.listen()  # two processes can bind at the same time; only one can listen
     except OSError as exc:
         listener.close()
         raise StartFailed(
@@ -129,7 +129,7 @@ def greeting(app: App, listener: socket.socket) -> str:
 
 
 def configure_log(settings: Settings) -> None:
-    """One line an event to stderr, ours and the libraries' warnings."""
+    """Log one line an event to stderr: the service's events and the libraries' warnings."""
     level = getattr(logging, settings.log_level.upper())
     renderer: structlog.typing.Processor
     if settings.log_format == "json":

@@ -1,4 +1,4 @@
-"""Whether the service can answer now: every model was really inferred, and the last probe of each went well."""
+"""Whether the service can answer now: the last probe of every model, a real inference, succeeded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ log = structlog.get_logger()
 
 class Prober(Protocol):
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
-        """Really infers that model, unless it answered anybody within `fresh_s`. Raises Unavailable."""
+        """Run an inference, unless the model answered a request within `fresh_s`. Raises Unavailable."""
         ...
 
 
 class Readiness:
-    """What the last probe of each model said."""
+    """The result of the last probe of each model."""
 
     def __init__(self, models: Sequence[str], metrics: Metrics) -> None:
         self.faults: dict[str, str] = dict.fromkeys(models, "not answered yet")
@@ -33,14 +33,14 @@ class Readiness:
         return not any(self.faults.values())
 
     def set(self, model: str, fault: str, cause: str = "") -> None:
-        """An empty fault is a good answer. The cause is for the log."""
+        """Record a probe; an empty fault is a success. The cause goes to the log only."""
         if self.faults[model] != fault:
             (log.warning if fault else log.info)("probe", model=model, fault=fault or "none", cause=cause)
         self.faults[model] = fault
         self._metrics.ready.set(self.ready)
 
     async def probe(self, prober: Prober, card: ModelCard, timeout_s: float, fresh_s: float = 0.0) -> None:
-        """Asks every model once, all at the same time."""
+        """Probe all models once, concurrently."""
 
         async def one(model: str) -> None:
             try:
@@ -55,7 +55,7 @@ class Readiness:
                 probes.create_task(one(model))
 
     async def watch(self, prober: Prober, card: ModelCard, interval_s: float, timeout_s: float) -> None:
-        """Probes what is idle for as long as the service lives, ten times as often while it is not ready."""
+        """Probe idle models until cancelled, ten times as often while the service is not ready."""
         while True:
             await self.probe(prober, card, timeout_s, fresh_s=interval_s / 2)
             await asyncio.sleep(interval_s if self.ready else interval_s / 10)

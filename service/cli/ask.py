@@ -86,7 +86,7 @@ def ask(
 
 
 def require_drawable(target: Path, image: str, questions: list[str]) -> None:
-    """What a picture needs, before anything is asked. Raises AskFailed."""
+    """Check before any request whether a picture can be drawn. Raises AskFailed."""
     require("matplotlib", "serve")
     if target.suffix.lower() != ".png":
         raise AskFailed(f"the picture is a PNG: write --explain {target.with_suffix('.png')}")
@@ -98,7 +98,7 @@ def require_drawable(target: Path, image: str, questions: list[str]) -> None:
 
 def draw(image: bytes, question: str, said: dict[str, Any], target: Path) -> None:
     """Raises AskFailed."""
-    from service.cli import drawing  # noqa: PLC0415  (0.3 s that no other path should wait for)
+    from service.cli import drawing  # noqa: PLC0415  (takes 0.3 s, which nothing else should wait for)
 
     try:
         target.write_bytes(drawing.png(drawing.explain(image, question, said)))

@@ -1,4 +1,4 @@
-"""`glimpse cache`: what Redis holds, deleted, or computed ahead of the first question."""
+"""`glimpse cache`: show or delete the vision features in Redis, or compute them before the first question."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RedisUrl = Annotated[
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
-TRIES = 5  # of one image while the service is too busy
+TRIES = 5  # for one image, if the service answers 429
 
 app = typer.Typer(help="The vision features that gateways share.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -102,7 +102,7 @@ def warm(
 
 
 def encode(client: httpx.Client, path: Path) -> str:
-    """`miss` where the image was encoded, `hit` where it was known, or what is wrong with it."""
+    """`miss` if the image was encoded, `hit` if it was known, or the error message."""
     try:
         data = read_image(str(path))
         for _ in range(TRIES):
@@ -117,7 +117,7 @@ def encode(client: httpx.Client, path: Path) -> str:
 
 
 def in_redis(asked: Coroutine[Any, Any, T]) -> T:
-    """What comes of it; ends the command with one line where Redis fails."""
+    """Run it; end the command with one line if Redis fails."""
     from service.cache.redis_client import RedisFault  # noqa: PLC0415
 
     try:

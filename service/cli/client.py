@@ -17,12 +17,12 @@ TIMEOUT = httpx.Timeout(5.0, read=150.0, write=60.0)
 
 
 class AskFailed(Exception):
-    """What to tell the person at the terminal."""
+    """The message is for the user."""
 
 
 @contextmanager
 def plain_words(url: str) -> Iterator[None]:
-    """Ends the command with one line where the service, or the way to it, fails."""
+    """End the command with one line if the service or the connection fails."""
     try:
         yield
     except AskFailed as exc:
@@ -61,7 +61,7 @@ def answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
-    """The answer's text piece by piece. Raises AskFailed."""
+    """Stream the answer's text. Raises AskFailed."""
     with client.stream("POST", "/v1/vqa", json=body | {"stream": True}) as response:
         if not response.is_success:
             response.read()
@@ -77,7 +77,7 @@ def stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
 
 
 def successful(response: httpx.Response) -> httpx.Response:
-    """Raises AskFailed with what the service says is wrong."""
+    """Raises AskFailed with the service's error message."""
     if not response.is_success:
         raise AskFailed(message_of(response))
     return response

@@ -1,4 +1,4 @@
-"""The command `glimpse`. Asking needs httpx and typer only; what a command needs more it runs as its own program."""
+"""The command `glimpse`. Asking needs httpx and typer only; commands that need more run as programs of their own."""
 
 from __future__ import annotations
 

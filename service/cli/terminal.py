@@ -14,18 +14,18 @@ SET_UP = Path(__file__).resolve().parents[2] / "scripts" / "set_up.py"
 
 
 def become(module: str, arguments: list[str], *, goal: str, needs: str) -> None:
-    """Goes on as `python -m module`: signals and the exit status are that program's own."""
+    """Replace this process by `python -m module`, which gets the signals and sets the exit status."""
     require(needs, goal)
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 def require(module: str, goal: str) -> None:
-    """Ends the command where a library is missing that it needs: one that scripts/set_up.py installs for that goal."""
+    """End the command if a library is missing; `goal` is the argument of scripts/set_up.py that installs it."""
     if importlib.util.find_spec(module) is None:
         fail(f"this needs {module}, which is not installed: run `python3 {SET_UP} {goal}`")
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the command with status 1."""
+    """End the command with status 1."""
     typer.echo(f"glimpse: {message}", err=True)
     raise typer.Exit(1)

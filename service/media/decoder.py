@@ -1,7 +1,7 @@
 """Bytes to pixels.
 
-Bytes come from anyone: the size is checked before a pixel is decoded. Triton's models import this module too, so it
-imports neither settings nor asyncio.
+The bytes come from callers, so their size is checked before a pixel is decoded. Triton's models import this module
+too, so it imports neither settings nor asyncio.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.core.errors import InvalidImage, TooLarge
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
 from service.media.header import header_pixels
 
-# Imported here, as Pillow imports its readers late and then all fifty: the first request would wait 30 ms for them.
+# Imported here because Pillow otherwise imports all fifty readers in the first request, which takes 30 ms.
 READERS = (
     PngImagePlugin.PngImageFile,
     JpegImagePlugin.JpegImageFile,
@@ -27,7 +27,7 @@ READERS = (
 )
 FORMATS = tuple(reader.format for reader in READERS)
 ORIENTATION = 0x0112  # EXIF tag
-TURNS = {  # EXIF orientation -> what brings the picture upright
+TURNS = {  # EXIF orientation -> the turn that brings the picture upright
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
     3: Pillow.Transpose.ROTATE_180,
     4: Pillow.Transpose.FLIP_TOP_BOTTOM,
@@ -38,7 +38,7 @@ TURNS = {  # EXIF orientation -> what brings the picture upright
 }
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
 
-FOREIGN = (  # offset, lower-case magic, name: what people send most that is not an image we read
+FOREIGN = (  # offset, lower-case magic, name: the most frequent files that are not read
     (0, b"<svg", "SVG"),
     (0, b"<?xml", "SVG"),
     (0, b"<!doctype", "an HTML page"),
@@ -53,13 +53,13 @@ FOREIGN = (  # offset, lower-case magic, name: what people send most that is not
     (0, b"bm", "BMP"),
 )
 
-# Pillow's own guard warns at 89 and raises at 179 megapixels. Ours stands in front of it and is lower.
+# Pillow's own limit warns at 89 and raises at 179 megapixels. ImageLimits is checked before it and is lower.
 Pillow.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What one image may measure, before anything is decoded."""
+    """The largest image that is decoded."""
 
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
@@ -86,12 +86,12 @@ class Decoded:
 
 
 def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
-    """Any PNG, JPEG, WebP or GIF (first frame) -> for each view's size uint8 [3, size, size] RGB.
+    """Decode a PNG, JPEG, WebP or GIF (first frame) to uint8 [3, size, size] RGB for each view.
 
-    The whole picture is squashed to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does; one
-    of that size passes through untouched. Transparency lies on white, 16-bit samples keep their upper 8 bits, CMYK is
-    converted without a colour profile, EXIF orientation is applied. A view is the same whatever other views are asked
-    for. Raises InvalidImage, TooLarge.
+    The whole picture is squashed to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
+    picture of that size is not changed. Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK
+    is converted without a colour profile, EXIF orientation is applied. A view does not depend on the other views.
+    Raises InvalidImage, TooLarge.
     """
     if not data:
         raise InvalidImage(
@@ -103,8 +103,8 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
             f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
             param="image",
         )
-    # What a decoder raises on hostile bytes is anything (OSError, SyntaxError, struct.error, ValueError, MemoryError):
-    # all of it says that these bytes are no image.
+    # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError, MemoryError). All
+    # of it means that these bytes are no image.
     try:
         picture = Pillow.open(BytesIO(data), formats=FORMATS)
     except Exception as exc:
@@ -137,12 +137,12 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
 
 
 def _views(picture: Pillow.Image, data: bytes, orientation: int, views: Sequence[int]) -> dict[int, UInt8Array]:
-    """Decodes once, but for a JPEG so large that the views want it at different scales."""
+    """Decode once, or once a view if the JPEG is so large that the views need different scales."""
     whole, colours, found = picture.size, None, {}
     for size in sorted(views):
         if colours is None or colours.size != whole:
             source = picture if colours is None else Pillow.open(BytesIO(data), formats=FORMATS)
-            # A JPEG decodes at 1/2, 1/4 or 1/8 for less: never under twice what we need, or the difference shows.
+            # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
             source.draft(None, (2 * size, 2 * size))
             colours = _in_colour(source)
         found[size] = _squashed(colours, size, orientation)
@@ -163,18 +163,18 @@ def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
 
 
 def _in_colour(picture: Pillow.Image) -> Pillow.Image:
-    """RGB, or RGBA where something is transparent."""
+    """RGB, or RGBA if something is transparent."""
     if picture.mode.startswith("I"):  # 16-bit grey: I;16, I;16B, or I with 16-bit values
         grey = np.asarray(picture).clip(0, 65535) >> 8
         return Pillow.fromarray(grey.astype(np.uint8)).convert("RGB")
-    picture.load()  # a PNG tells of transparency only now, if its tRNS chunk is late
+    picture.load()  # only now is a late tRNS chunk of a PNG read
     if picture.has_transparency_data:
         return picture.convert("RGBA")
     return picture.convert("RGB")
 
 
 def _orientation(picture: Pillow.Image) -> int:
-    """EXIF's 1 to 8; 1 where there is none or it is unreadable, as browsers do."""
+    """EXIF's 1 to 8; 1 if there is none or it cannot be read, as in browsers."""
     if "exif" not in picture.info and picture.format not in ("JPEG", "WEBP"):
         return 1
     try:

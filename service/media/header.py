@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import struct
 
-MAX_JPEG_SEGMENTS = 512  # cameras write some ten
+MAX_JPEG_SEGMENTS = 512  # cameras write about ten
 MAX_GIF_BLOCKS = 512  # before the first frame; encoders write one or two
 GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
 JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0xFFCA, 0xFFCB, 0xFFCD, 0xFFCE, 0xFFCF)
 
 
 def header_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height as the file's first bytes tell them, in microseconds; zeros where they are no image we read,
-    None where they may be one but do not tell its size. EXIF may still turn the picture.
+    """Read width and height from the file's first bytes, before EXIF turns the picture.
 
-    Decoders are not asked: on hostile bytes they take their time even for that. `decode` refuses a picture that turns
-    out to be larger.
+    (0, 0) if the file is no PNG, JPEG, GIF or WebP; None if it may be one but its size cannot be read. Takes
+    microseconds on any bytes; a decoder may take long on hostile ones. `decode` refuses a picture that is larger.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         size = _unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
@@ -31,20 +30,20 @@ def header_size(data: bytes) -> tuple[int, int] | None:
 
 
 def header_pixels(data: bytes) -> int | None:
-    """Width times height, as `header_size` tells them."""
+    """Width times height of `header_size`."""
     size = header_size(data)
     return None if size is None else size[0] * size[1]
 
 
 def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
-    """Zeros where the bytes end before."""
+    """Unpack at an offset; zeros if the bytes end too early."""
     if len(data) < offset + struct.calcsize(layout):
         return (0,) * len(layout[1:])
     return struct.unpack_from(layout, data, offset)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, ...]:
-    """From the frame header, which stands behind at most MAX_JPEG_SEGMENTS others."""
+    """Read the frame header, which follows at most MAX_JPEG_SEGMENTS other segments."""
     offset = 2
     for _ in range(MAX_JPEG_SEGMENTS):
         marker, length = _unpack(">HH", data, offset)
@@ -60,9 +59,9 @@ def _jpeg_size(data: bytes) -> tuple[int, ...]:
 
 
 def _gif_size(data: bytes) -> tuple[int, ...]:
-    """Of what holds both the screen and the first frame, which may be larger than the screen."""
+    """The size that holds both the screen and the first frame, which may be larger than the screen."""
     width, height, flags = _unpack("<HHB", data, 6)
-    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # behind the colours
+    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # after the colour table
     in_extension = False
     for _ in range(MAX_GIF_BLOCKS):
         (block,) = _unpack("<B", data, offset)

@@ -14,7 +14,7 @@ INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) 
 
 
 class ImageReader:
-    """Decodes and hashes off the event loop, in a few threads of its own (Pillow releases the GIL)."""
+    """Decode and hash in a few threads of its own. Pillow releases the GIL."""
 
     def __init__(self, limits: ImageLimits, threads: int) -> None:
         self.limits = limits
@@ -25,7 +25,7 @@ class ImageReader:
         return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views)
 
     async def identify(self, data: bytes) -> Image:
-        """The image with its digest; says nothing of whether it can be decoded."""
+        """Hash the bytes. They may still be no image."""
         if len(data) <= INLINE_HASH_BYTES:
             return Image.of(data)
         return await asyncio.get_running_loop().run_in_executor(self._threads, Image.of, data)

@@ -29,17 +29,16 @@ class Image:
         return f"img_{self.digest[:32]}"
 
     def larger_than(self, size: int) -> bool:
-        """Whether a side has more pixels, or may have: not every file tells."""
+        """Whether a side has more pixels; true if the header does not say."""
         told = header_size(self.data)
         return told is None or max(told) > size
 
 
 class ImageStore:
-    """Images by id, in memory: bounded in bytes, least recently used first to go, gone `ttl_s` after they were sent.
+    """Images by id in memory, bounded in bytes. The least recently used image goes first.
 
-    Each counts IMAGE_ENTRY_BYTES more than its own bytes, so that very many very small ones are bounded too.
-
-    `now` is in seconds since the epoch.
+    An image expires `ttl_s` after it was sent. It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number
+    of tiny images is bounded too. `now` is in seconds since the epoch.
     """
 
     def __init__(self, max_bytes: int, ttl_s: float) -> None:
@@ -52,7 +51,7 @@ class ImageStore:
         return len(self._kept)
 
     def put(self, image: Image, now: float) -> float:
-        """Keeps the image and returns when it expires; sent again, it lives on from now."""
+        """Keep the image; returns when it expires. Sending it again starts its time anew."""
         self._drop(image.id)
         expires_at = now + self.ttl_s
         self._kept[image.id] = image, expires_at
@@ -62,7 +61,7 @@ class ImageStore:
         return expires_at
 
     def get(self, image_id: str, now: float) -> Image:
-        """Raises NotFound for an id that is unknown, expired or pushed out by later images."""
+        """Raises NotFound for an id that is unknown, expired or evicted."""
         image, expires_at = self._kept.get(image_id, (None, 0.0))
         if image is None or expires_at <= now:
             self._drop(image_id)
@@ -76,7 +75,7 @@ class ImageStore:
         return image
 
     def _first_expires_at(self) -> float:
-        """Of the one that nobody asked about for the longest."""
+        """When the least recently used image expires."""
         _, expires_at = next(iter(self._kept.values()))
         return expires_at
 

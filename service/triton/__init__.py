@@ -1,12 +1,12 @@
 """The gateway's side of Triton, and the only package that knows Triton's client.
 
-client       see, attend, generate and probe, in the gateway's own words
-calls        what is in flight on gRPC, and how it ends
-streams      why calls go on to their ends, and how streams get there
-codec        our values as Triton's messages, and back
+client       see, attend, generate and probe, with the gateway's own types
+calls        gRPC calls in flight, and how they end
+streams      why a call is not cancelled, and how a stream is ended instead
+codec        the gateway's values as Triton's messages, and back
 contract     the models that it calls, and their tensors
-errors       gRPC's errors as ours
-engines      what the models take in at once
+errors       gRPC's errors as GlimpseError
+engines      how much the models process at once
 """
 
 from service.triton.client import TritonClient

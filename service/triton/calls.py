@@ -1,6 +1,6 @@
-"""Calls to one or two Tritons: gRPC's channels, what is in flight on them, and how it ends.
+"""Calls to one or two Tritons: gRPC channels, the calls in flight on them, and how they end.
 
-One gRPC channel an address, shared by every request; one decoupled stream a generation.
+Every address has one gRPC channel, which all requests share. Every generation has a decoupled stream of its own.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    # A connection that died without a word (a lost node) is noticed in 30 s.
+    # A connection to a lost node is noticed in 30 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # A restarted Triton is found again within half a second; gRPC's own back-off grows to two minutes.
+    # A restarted Triton is found again within 0.5 s; gRPC's default back-off grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
@@ -38,7 +38,7 @@ _CHANNEL_OPTIONS = (
 
 
 class Calls:
-    """By the models of CALLED. Every method raises GlimpseError only."""
+    """Calls to the models of CALLED. Every method raises GlimpseError only."""
 
     def __init__(self, vision_url: str, llm_url: str) -> None:
         self._vision_url = vision_url
@@ -49,15 +49,15 @@ class Calls:
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in CALLED}
         self._abandoned: set[grpc.aio.Call] = set()
         self._answered: dict[str, float] = {}  # by model of CALLED, the monotonic time of its last good response
-        self._tasks: set[asyncio.Task[Any]] = set()  # of calls that go on to their ends
+        self._tasks: set[asyncio.Task[Any]] = set()  # of calls that nobody waits for any more, until they end
 
     async def connect(self) -> None:
         """Opens the channels; the connections themselves come with the first call."""
         for url in {self._vision_url, self._llm_url} - self._channels.keys():
             self._channels[url] = channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
             self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            # We send one request a stream. Called as what it then is, head, request and end of the request leave
-            # together: as a stream of requests they are three packets and two tasks.
+            # A stream carries one request. As unary_stream its header, request and end leave together; as
+            # stream_stream they would be three packets and two tasks.
             self._streams[url] = channel.unary_stream(
                 "/inference.GRPCInferenceService/ModelStreamInfer",
                 request_serializer=service_pb2.ModelInferRequest.SerializeToString,
@@ -65,7 +65,7 @@ class Calls:
             )
 
     async def close(self) -> None:
-        """Ends what is in flight with Unavailable and closes the channels."""
+        """End the calls in flight with Unavailable and close the channels."""
         for model in CALLED:
             self._abandon_calls(model)
         for task in list(self._tasks):
@@ -83,7 +83,7 @@ class Calls:
         return sum(len(calls) for calls in self._open.values())
 
     async def ready(self, timeout_s: float = 1.0) -> bool:
-        """Whether every server says so; Triton does even when a model's process is dead: see `probe`."""
+        """Whether every server reports ready. Triton does so even if a model's process is dead."""
         try:
             for stub in self._stubs.values():
                 if not (await stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=timeout_s)).ready:
@@ -93,7 +93,7 @@ class Calls:
         return bool(self._stubs)
 
     async def load(self, model: str, timeout_s: float = 60.0) -> None:
-        """Loads a model, and whatever ensembles wait for it."""
+        """Load a model and the ensembles that wait for it."""
         request = service_pb2.RepositoryModelLoadRequest(model_name=model)
         with translated(model):
             await self._stub(model).RepositoryModelLoad(request, timeout=timeout_s)
@@ -104,9 +104,9 @@ class Calls:
             await self._stub(model).RepositoryModelUnload(request, timeout=timeout_s)
 
     def abandon(self, lost: str) -> None:
-        """Ends with Unavailable, at once, every request in flight that needs the model `lost`.
+        """End every request in flight that needs the model `lost`, at once, with Unavailable.
 
-        For who knows that its process died: Triton lets such requests hang, or fails them one a second.
+        Call it if the model's process died: Triton lets such requests hang, or fails one a second.
         """
         for name, model in CALLED.items():
             if lost in model.through:
@@ -119,11 +119,11 @@ class Calls:
             call.cancel()
 
     def answering_since(self, moment: float) -> set[str]:
-        """The models that have answered since, whoever went through them."""
+        """The models that have answered since that moment, in any request."""
         return {step for name, at in self._answered.items() if at > moment for step in CALLED[name].through}
 
     async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
-        """One unary inference; every tensor's rows are first. Left before its end it goes on: see streams."""
+        """Run one unary inference. If its caller leaves, the call still runs to its end: see streams."""
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
         call = self._stub(model).ModelInfer(codec.request(model, tensors), timeout=timeout_s + LINGER_S)
@@ -146,10 +146,13 @@ class Calls:
         stall_timeout_s: float,
         stop: Callable[[], grpc.aio.UnaryStreamCall] | None = None,
     ) -> AsyncGenerator[Any, None]:
-        """One decoupled request on a stream of its own: its ModelInferResponses up to the final one. Left before that,
-        `stop` ends the work on it: in band, as a cancel would take Triton some 33 ms to tell and may kill it."""
+        """Run one decoupled request on a stream of its own and yield its ModelInferResponses.
+
+        If the caller leaves before the final one, `stop` ends the work in band. A cancel would reach the model only
+        after about 33 ms and may kill Triton.
+        """
         deadline = time.monotonic() + timeout_s
-        silence_s = math.inf  # the first response waits for the queue and has the deadline alone
+        silence_s = math.inf  # only the deadline limits the first response, which waits in the queue
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
         stream = Stream(self.stream(model, request))
@@ -181,11 +184,11 @@ class Calls:
                 self._keep(asyncio.create_task(stream.wind_up(stop)))
 
     def stream(self, model: str, request: service_pb2.ModelInferRequest) -> grpc.aio.UnaryStreamCall:
-        """A decoupled request on its way."""
+        """Send a decoupled request."""
         return self._of(self._streams, model)(request)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
-        """From the garbage collector, until it is done; what it fails of is told to whoever still waits for it."""
+        """Hold a reference until the task is done. Its error goes to the callers that still wait for it."""
         self._tasks.add(task)
         task.add_done_callback(self._let_go)
 
@@ -198,7 +201,7 @@ class Calls:
         return self._of(self._stubs, model)
 
     def _of(self, known: Mapping[str, Any], model: str) -> Any:
-        """What is known for the address of the model's server. Raises Unavailable."""
+        """The entry for the address of the model's server. Raises Unavailable."""
         try:
             return known[self._vision_url if model in VISION_MODELS else self._llm_url]
         except KeyError:
@@ -206,7 +209,7 @@ class Calls:
 
     @contextlib.contextmanager
     def _in_flight(self, model: str, call: grpc.aio.Call) -> Iterator[None]:
-        """Translates the call's errors, and lets `abandon` reach it."""
+        """Translate the call's errors, and let `abandon` end it."""
         self._open[model].add(call)
         try:
             with translated(model):

@@ -1,4 +1,4 @@
-"""See, attend and generate on Triton, in the gateway's own words."""
+"""See, attend and generate on Triton, with the gateway's own types."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from service.triton import codec
 from service.triton.calls import Calls
 from service.triton.contract import CALLED
 
-# What `probe` shows the vqa ensemble: 1x1, black.
+# The image of a probe of vqa: 1x1, black.
 _PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
-PROBE_SHARE = 0.02  # a ViT-B costs a CPU 0.5 s a probe, a tenth of its time every 5 s
+PROBE_SHARE = 0.02  # of an idle model's time; a probe of ViT-B takes 0.5 s on a CPU
 
 
 class TritonClient:
@@ -36,7 +36,7 @@ class TritonClient:
     def __init__(self, vision_url: str, llm_url: str) -> None:
         """`host:port` of Triton's gRPC; the two may be equal, and then share one channel."""
         self._calls = Calls(vision_url, llm_url)
-        self._probe_took: dict[str, float] = {}  # seconds, the least: more is waiting
+        self._probe_took: dict[str, float] = {}  # seconds, the shortest: longer ones waited in a queue
 
     async def __aenter__(self) -> TritonClient:
         await self.connect()
@@ -50,7 +50,7 @@ class TritonClient:
         await self._calls.connect()
 
     async def close(self) -> None:
-        """Ends what is in flight with Unavailable and closes the channels."""
+        """End the calls in flight with Unavailable and close the channels."""
         await self._calls.close()
 
     @property
@@ -79,8 +79,7 @@ class TritonClient:
         timeout_s: float,
         closer: CloserFeatures | None = None,
     ) -> Seen:
-        """What `see` gives, from features that an earlier `see` or `encode` found; with level 2 where there are those
-        of a closer view too."""
+        """Attend to features that an earlier `see` or `encode` gave. `closer` allows level 2."""
         tensors: dict[str, npt.NDArray[Any]] = {
             "features": dense(vision.features)[np.newaxis],
             "saliency": vision.saliency[np.newaxis],
@@ -125,9 +124,9 @@ class TritonClient:
     async def answer(
         self, image_bytes: bytes, question: str, *, max_tokens: int, timeout_s: float, stall_timeout_s: float = 5.0
     ) -> AsyncGenerator[bytes, None]:
-        """The greedy answer of the `vqa` ensemble, piece by piece, as a plain Triton client gets it.
+        """Stream the greedy answer of the `vqa` ensemble, as a plain Triton client gets it.
 
-        The gateway itself never asks for it: a cancel does not reach a running step of an ensemble.
+        The gateway does not answer requests with it, because a cancel does not reach a running step of an ensemble.
         """
         tensors: dict[str, npt.NDArray[Any]] = {
             "image_bytes": np.frombuffer(image_bytes, np.uint8)[np.newaxis],
@@ -141,11 +140,11 @@ class TritonClient:
                     yield content
 
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
-        """Really infers one of CALLED with the least work it can do. Raises Unavailable, whatever went wrong.
+        """Run one inference of a model of CALLED with the least work. Raises Unavailable, whatever went wrong.
 
-        One whose every step answered anybody within the last `fresh_s` is not asked; where not 0, that is as long at
-        the least as keeps probes of an idle model under PROBE_SHARE of the time. One that shares steps which answer
-        others while the probe waits is busy, not gone: a probe comes last in its queue.
+        No inference is run if every step of the model answered a request within the last `fresh_s`. If `fresh_s` is not
+        0, it is raised until probes of an idle model take less than PROBE_SHARE of the time. If the probe times out but
+        steps that it shares with other models answered meanwhile, the model is busy and counts as alive.
         """
         begun = time.monotonic()
         steps = set(CALLED[model].through) if model in CALLED else {model}
@@ -158,7 +157,7 @@ class TritonClient:
             took = time.monotonic() - begun
             self._probe_took[model] = min(took, self._probe_took.get(model, took))
         except Overloaded:
-            return  # it lives
+            return  # it is alive
         except Unavailable:
             raise
         except GlimpseError as exc:
@@ -208,16 +207,16 @@ class TritonClient:
                 raise InternalError(f"no probe for the model {model}")
 
     async def ready(self, timeout_s: float = 1.0) -> bool:
-        """Whether every server says so; Triton does even when a model's process is dead: see `probe`."""
+        """Whether every server reports ready. Triton does so even if a model's process is dead: see `probe`."""
         return await self._calls.ready(timeout_s)
 
     async def load(self, model: str, timeout_s: float = 60.0) -> None:
-        """Loads a model, and whatever ensembles wait for it."""
+        """Load a model and the ensembles that wait for it."""
         await self._calls.load(model, timeout_s)
 
     async def unload(self, model: str, timeout_s: float = 60.0) -> None:
         await self._calls.unload(model, timeout_s)
 
     def abandon(self, lost: str) -> None:
-        """Ends with Unavailable, at once, every request in flight that needs the model `lost`."""
+        """End every request in flight that needs the model `lost`, at once, with Unavailable."""
         self._calls.abandon(lost)

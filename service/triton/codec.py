@@ -1,4 +1,4 @@
-"""The service's own values as Triton's messages, and back."""
+"""The gateway's values as Triton's messages, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm
 
 
 def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
-    """Every tensor's rows are first."""
+    """Make a request. The first dimension of every tensor is the batch."""
     inputs, contents = [], []
     for name, array in tensors.items():
         datatype = DATATYPES[array.dtype]
@@ -47,8 +47,10 @@ def asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:
 
 
 def require_consistent(prompt: Prompt) -> None:
-    """Raises InternalError, as it is our mistake, for what TensorRT-LLM's backend would let pass: it drops extra ids of
-    the wrong length and does not look at the table's size, and then two images could share keys and values."""
+    """Check what TensorRT-LLM's backend does not: it drops extra ids of the wrong length and ignores the table's size.
+
+    Two images could then share keys and values. Raises InternalError, because the gateway made the prompt.
+    """
     ids, extra, rows = prompt.input_ids, prompt.extra_ids, len(prompt.visual_tokens)
     if extra.shape != ids.shape:
         raise InternalError(f"{extra.size} extra ids for {ids.size} input ids")
@@ -90,7 +92,7 @@ def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> 
 
 
 def features(arrays: Arrays) -> list[VisionFeatures]:
-    """One a row."""
+    """One value for each row."""
     rows = zip(*(arrays[tensor.name] for tensor in VISION), strict=True)
     return [VisionFeatures(*row) for row in rows]  # its fields are VISION, in order
 
@@ -103,16 +105,16 @@ def seen(arrays: Arrays, budget: Budget) -> Seen:
         levels=arrays["levels"][0].reshape(CELLS, CELLS),
         tensions=arrays["tensions"][0],
     )
-    return Seen(arrays["visual_tokens"][0, :count].copy(), relevance, budget)  # without the rows past the count
+    return Seen(arrays["visual_tokens"][0, :count].copy(), relevance, budget)  # without the rows after the count
 
 
 def tokens(response: Any) -> tuple[int, ...]:
-    """`output_ids` int32 [1, 1, new tokens], all that was asked for; an empty final response has nothing."""
+    """New tokens from `output_ids` int32 [1, 1, n], the only output asked for; none in an empty final response."""
     return tuple(token for content in response.raw_output_contents for token in memoryview(content).cast("i"))
 
 
 def arrays(response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:
-    """What it brought, read-only."""
+    """The outputs by name, read-only."""
     return {
         output.name: np.frombuffer(content, DTYPES[output.datatype]).reshape(tuple(output.shape))
         for output, content in zip(response.outputs, response.raw_output_contents, strict=True)

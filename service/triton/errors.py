@@ -1,4 +1,4 @@
-"""Triton's errors as ours: a status of gRPC, or the text of one."""
+"""Triton's errors as GlimpseError, from a gRPC status or from an error's text."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from service.core.errors import (
     Unavailable,
 )
 
-# Text that Triton puts in an error, whatever its code, and then the codes. What is in neither is ours to mend.
+# By a part of the error's text, whatever its code; then by the code. Anything else is an InternalError.
 ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
     ("Exceeds maximum queue size", Overloaded),
     ("is not healthy", Unavailable),  # "Stub process 'llm_0_0' is not healthy.": the model's process died
-    ("unknown model", Unavailable),  # it is not loaded, or not at the moment
-    ("Server not ready", Unavailable),  # it starts, or it stops
+    ("unknown model", Unavailable),  # not loaded, or not at the moment
+    ("Server not ready", Unavailable),  # starting or stopping
     ("message larger than max", InternalError),
 )
 ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
@@ -44,7 +44,7 @@ MESSAGES: Mapping[type[GlimpseError], str] = {
 
 @contextlib.contextmanager
 def translated(model: str) -> Iterator[None]:
-    """The one place where gRPC's errors become ours."""
+    """Translate gRPC's errors. Nothing else does."""
     try:
         yield
     except grpc.aio.AioRpcError as exc:
@@ -54,14 +54,17 @@ def translated(model: str) -> Iterator[None]:
 
 
 def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseError:
-    """Triton's code and text as our error. A stream carries the text alone, and our LLM's begins with the code: that
-    Triton 2.51 sends it as a status, which a client may ask for (triton_grpc_error), may kill it."""
+    """Translate Triton's code and text.
+
+    A stream carries only the text, so the LLM's text begins with the code. A client could ask for a gRPC status instead
+    (triton_grpc_error), but that may kill Triton 2.51.
+    """
     if code is None and (coded := _CODED.fullmatch(text)) and coded["code"] in grpc.StatusCode.__members__:
         code, text = grpc.StatusCode[coded["code"]], coded["text"]
     by_text = (error for part, error in ERROR_TEXTS if part in text)
     kind = next(by_text, ERROR_CODES.get(code, InternalError) if code else InternalError)
     if kind is InvalidRequest:
-        # Only the LLM checks what a caller may choose (lengths, sampling); a wrong tensor elsewhere is our mistake.
+        # Only the LLM checks a caller's values (lengths, sampling). A wrong tensor elsewhere is a fault of the gateway.
         if model == "llm" and "unexpected" not in text and "expected number of inputs" not in text:
             return InvalidRequest(text.split("] ", 1)[-1] if text.startswith("[request id") else text)
         kind = InternalError

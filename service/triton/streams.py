@@ -1,9 +1,9 @@
-"""Calls to Triton that go on to their end, whoever stops listening meanwhile.
+"""Streams to Triton, which are ended in band and not cancelled.
 
-A cancel, or a deadline that passes, as Triton 2.51 answers can kill it, and every request that it serves with it: a
-segmentation fault in ModelStreamInferHandler::Process, and so in ModelInferHandler's (triton-inference-server/server,
-issues 7368 and 8034). So no call is cancelled whose server may still answer. A unary one just ends; a stream, whose
-work may be long, is ended in band.
+A cancel or a passed deadline while Triton 2.51 answers can kill it with every request that it serves: a segmentation
+fault in ModelStreamInferHandler::Process or ModelInferHandler::Process (triton-inference-server/server, issues 7368 and
+8034). So a call is not cancelled as long as its server may still answer. A unary call runs to its end. The work of a
+stream may be long, so a second message tells the model to stop it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 
-# How long a stream may go on after each of the stops that it is sent; the first may overtake what it is to stop.
+# How long to wait after each stop before the next one; the first may arrive before the request that it stops.
 STOP_PAUSES_S = (0.1, 0.4, 1.5, 8.0)
-LINGER_S = sum(STOP_PAUSES_S)  # past its deadline a call is cancelled all the same: that server does not answer
+LINGER_S = sum(STOP_PAUSES_S)  # after its deadline; then a call is cancelled, as its server does not answer
 
 
 class Stream:
@@ -34,14 +34,14 @@ class Stream:
         return self.reader.done()
 
     async def read(self) -> Any:
-        """The next response, or grpc.aio.EOF. Raises gRPC's errors, CancelledError where the call was cancelled."""
+        """The next response, or grpc.aio.EOF. Raises gRPC's errors, and CancelledError if the call was cancelled."""
         response = await self._unread.get()
         if response is grpc.aio.EOF and self._failure is not None:
             raise self._failure
         return response
 
     async def wind_up(self, stop: Callable[[], grpc.aio.UnaryStreamCall] | None) -> None:
-        """Returns once it is over, for which a call of `stop` asks the server. Raises nothing."""
+        """Ask the server to end it, by calls of `stop`; returns when it is over. Raises nothing."""
         streams = [self]
         for pause_s in STOP_PAUSES_S:
             if stop is not None and not self.is_over:

@@ -1,4 +1,4 @@
-"""Where the bundled Triton is, and everything that can be known to be wrong before it is started."""
+"""Find the bundled Triton, and check before the start all that could make it fail or hang."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 
 class StartFailed(Exception):
-    """Triton cannot start here; the message names what is missing and what mends it."""
+    """Triton cannot start here. The message names the cause and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """All on 127.0.0.1: the embedded Triton is nobody's but ours."""
+    """All on 127.0.0.1: only this gateway uses the embedded Triton."""
 
     http: int = 8000
     grpc: int = 8001
@@ -28,7 +28,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """Where the wheel has what we start, and what the loader needs to find."""
+    """Paths of the nvidia-pytriton wheel, and the libraries that its programs load."""
 
     server: Path
     stub: Path
@@ -38,7 +38,7 @@ class Installation:
 
     @classmethod
     def find(cls) -> Installation:
-        """Raises StartFailed where the wheel is missing or not for this Python."""
+        """Raises StartFailed if the wheel is missing or does not support this Python."""
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
             raise StartFailed(
@@ -69,14 +69,14 @@ class Installation:
         )
 
     def link_backend(self, folder: Path) -> None:
-        """A backends directory of our own, with the stub of this Python; site-packages stays as it is."""
+        """Make a backends directory with the stub of this Python. site-packages is not changed."""
         python = folder / "python"
         python.mkdir(parents=True)
         for file in (self.backend / "libtriton_python.so", self.backend / "triton_python_backend_utils.py", self.stub):
             (python / file.name).symlink_to(file)
 
     def environment(self) -> dict[str, str]:
-        """The stub embeds the first Python on PATH: ours, so that it imports what we import."""
+        """The stub embeds the first Python on PATH. This one comes first, so that models import its packages."""
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": self.library_path,
@@ -88,7 +88,7 @@ class Installation:
 
 
 def check(repository: Path, ports: Ports) -> Installation:
-    """Everything that can be known before the start. Raises StartFailed with what mends it."""
+    """Check everything that can be checked before the start. Raises StartFailed."""
     check_platform(sys.platform, platform.machine(), platform.libc_ver())
     installation = Installation.find()
     check_libraries(installation)
@@ -112,7 +112,10 @@ def check_platform(system: str, machine: str, libc: tuple[str, str]) -> None:
 
 
 def check_libraries(installation: Installation) -> None:
-    """Asks the loader, without running anything: a stub without libpython makes every load hang for ever."""
+    """Ask the loader which libraries are missing, without running a program.
+
+    Without libpython every load of a model would hang forever.
+    """
     for program in (installation.server, installation.stub):
         environment = {**installation.environment(), "LD_TRACE_LOADED_OBJECTS": "1"}
         listing = subprocess.run([program], env=environment, capture_output=True, text=True, check=False, timeout=30)

@@ -40,7 +40,7 @@ def region_bytes(free: int, models: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ModelProcess:
-    """The stub of one instance of a python model, and the shared memory through which Triton talks to it."""
+    """The stub of one instance of a python model, and the shared memory between Triton and it."""
 
     model: str
     pid: int
@@ -61,7 +61,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the last start; None before the first."""
+        """The process of the last start; None before the first."""
         return self._process.pid if self._process else None
 
     @property
@@ -70,7 +70,7 @@ class ServerProcess:
         return self._process.poll() if self._process else None
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> None:
-        """Call it in the thread that lives longest: the death signal is bound to that thread."""
+        """Start in a thread that lives as long as the service: Triton gets SIGTERM when that thread ends."""
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,

@@ -1,13 +1,13 @@
-"""Starts and watches the Triton that the nvidia-pytriton wheel bundles: no Docker, no GPU.
+"""Start and watch the Triton that the nvidia-pytriton wheel bundles: no Docker, no GPU.
 
-Three things that Triton 2.51 does not do are done here: a check before the start (without libpython a load hangs for
-ever), a reload of a model whose process died (Triton keeps saying that it is ready), and an end that leaves no process
-and no shared memory behind, however it comes.
+Three things are done here that Triton 2.51 does not do. `installation` checks everything before the start. A model
+whose process died is loaded again, although Triton still reports it as ready. Whatever ends the server, no process and
+no shared memory is left.
 
-Why processes die under load: one that has not reported for a second (it was stopped, or a crowded machine gave it no
-core) counts as dead to Triton's python backend, which frees the shared memory of its request. When the process goes on
-it writes there, and it or Triton itself ends in a segmentation fault or `lock_exception`. SIGSTOP for 2.5 s under load
-brings it about.
+Why model processes die under load: Triton's python backend counts a process as dead if it has not reported for a
+second, for example because a busy machine gave it no core. It then frees the shared memory of the request. When the
+process continues, it writes there, and it or Triton ends with a segmentation fault or `lock_exception`. SIGSTOP for
+2.5 s under load reproduces this.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ from service.triton_server.installation import Installation, Ports, StartFailed,
 from service.triton_server.processes import SHARED_MEMORY, ModelProcess, ServerProcess, region_bytes
 
 WATCH_INTERVAL_S = 0.2
-RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the service is to answer again within 10 s
-EXIT_TIMEOUT_S = 8  # what Triton takes at most to end requests and models when it is told to stop
+RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the target is to answer again within 10 s
+EXIT_TIMEOUT_S = 8  # for Triton to end its requests and models after SIGTERM
 START_ATTEMPTS = 3
-LOG_BYTES = 10_000_000  # a longer log is put aside at the next start
-RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before each restart in a row, the last one from then on
+LOG_BYTES = 10_000_000  # a longer log is renamed at the next start
+RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before consecutive restarts; the last one repeats
 
 log = structlog.get_logger()
 
 
 class Crashed(StartFailed):
-    """Triton died of a signal while starting. On a crowded machine its python backend sometimes aborts in
-    `boost::interprocess::lock_exception`; the next start goes well."""
+    """A signal ended Triton while it was starting.
+
+    On a busy machine its python backend sometimes aborts in `boost::interprocess::lock_exception`. The next start
+    succeeds.
+    """
 
 
 class Client(Protocol):
-    """What is needed of service.triton.TritonClient."""
+    """The part of service.triton.TritonClient that is used here."""
 
     async def ready(self) -> bool: ...
     async def probe(self, model: str, card: ModelCard, timeout_s: float, fresh_s: float = 0.0) -> None: ...
@@ -56,7 +59,7 @@ class Client(Protocol):
 class EmbeddedTriton:
     """One Triton server and its model processes, from start to stop.
 
-    `async with` returns when every model has really inferred; `supervise` is then to run beside the requests.
+    Entering returns when every model has answered an inference. From then on `supervise` must run beside the requests.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class EmbeddedTriton:
         canary_interval_s: float = 10.0,
         canary_timeout_s: float = 15.0,
     ) -> None:
-        """Two canaries in a row that get no answer in `canary_timeout_s` mean a hang, and a restart of the server."""
+        """Two consecutive canaries without an answer in `canary_timeout_s` count as a hang: the server is restarted."""
         self.repository = repository.resolve()
         self.ports = ports
         self.log_path = log_path
@@ -92,7 +95,7 @@ class EmbeddedTriton:
         self._folder = Path(tempfile.mkdtemp(prefix="glimpse-triton-"))
         try:
             self._installation.link_backend(self._folder)
-            await self._start_at_last()
+            await self._start_despite_crashes()
         except BaseException:
             await self._stop()
             raise
@@ -111,7 +114,7 @@ class EmbeddedTriton:
         return {process.model: process.pid for process in self._models}
 
     async def supervise(self) -> None:
-        """Brings back a model whose process died, the whole server where that does not help. Runs until cancelled."""
+        """Reload a model whose process died; restart the server if that does not help. Runs until cancelled."""
         async with asyncio.TaskGroup() as watch:
             watch.create_task(self._watch_processes())
             watch.create_task(self._watch_answers())
@@ -129,14 +132,14 @@ class EmbeddedTriton:
                 await self._restart()
 
     async def _watch_answers(self) -> None:
-        """The canary: a process can live and answer nothing. Acting is left to `_watch_processes`."""
+        """Probe all models: a process can live without answering. `_watch_processes` acts on the result."""
         failures = 0
         while True:
             await asyncio.sleep(self._canary_interval_s)
             try:
                 await self._probe_all(self._canary_timeout_s, fresh_s=self._canary_interval_s)
             except GlimpseError as exc:
-                failures = failures + 1 if self.ready else 0  # else the other watch is at work already
+                failures = failures + 1 if self.ready else 0  # otherwise the other watch is already at work
                 log.warning("canary failed", error=exc.message, failures=failures)
             else:
                 failures = 0
@@ -155,20 +158,20 @@ class EmbeddedTriton:
             log.warning("reload failed, restarting triton", models=models, error=str(exc))
             await self._restart()
         else:
-            for process in dead:  # Triton would keep it: the dead instance still counts requests in flight
+            for process in dead:  # Triton keeps it, because the dead instance still counts requests in flight
                 process.region.unlink(missing_ok=True)
             self._note_processes()
             log.warning("model is back", models=models, after_s=round(time.monotonic() - started, 2))
 
     async def _reload(self, model: str) -> None:
-        """A plain load of a model that Triton believes to be loaded does nothing: unload it first."""
+        """Unload first: Triton ignores a load of a model that it believes to be loaded."""
         self._client.abandon(model)
         await self._client.unload(model, RELOAD_TIMEOUT_S)
-        self._client.abandon(model)  # what came in between
+        self._client.abandon(model)  # requests that came in between
         await self._client.load(model, RELOAD_TIMEOUT_S)
 
     async def _restart(self) -> None:
-        """Starts the server anew until it stands."""
+        """Restart the server, again and again until a start succeeds."""
         self._hangs = False
         attempt = 0
         started = time.monotonic()
@@ -187,8 +190,8 @@ class EmbeddedTriton:
                 log.warning("triton is back", after_s=round(time.monotonic() - started, 2))
                 return
 
-    async def _start_at_last(self) -> None:
-        """Raises StartFailed; a crash only once it has happened START_ATTEMPTS times."""
+    async def _start_despite_crashes(self) -> None:
+        """Start, again after a crash up to START_ATTEMPTS times. Raises StartFailed."""
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
                 await self._start()
@@ -201,7 +204,7 @@ class EmbeddedTriton:
                 return
 
     async def _start(self) -> None:
-        """Raises StartFailed with Triton's last words."""
+        """Start once. Raises StartFailed with the end of Triton's log."""
         if self._installation is None or self._folder is None:
             raise RuntimeError("enter the context first")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,11 +256,11 @@ class EmbeddedTriton:
         ]
 
     async def _probe_all(self, timeout_s: float, fresh_s: float = 0.0) -> None:
-        for model in (*self._card.called, "vqa"):  # between them they infer every model
+        for model in (*self._card.called, "vqa"):  # together they infer every model
             await self._client.probe(model, self._card, timeout_s, fresh_s)
 
     def _note_processes(self) -> None:
-        """Every model process is up: remember which process is which model's."""
+        """Remember the process of each model, now that all are up."""
         self._models = self._server.models()
         self.ready = True
 
@@ -265,13 +268,13 @@ class EmbeddedTriton:
         with self.log_path.open("rb") as output:
             output.seek(log_start)
             lines = output.read().decode(errors="replace").splitlines()
-        # Tables and what follows a failure say little, and two errors come on every machine without a GPU.
+        # Tables say little, and two errors about CUDA come on every machine without a GPU.
         errors = [line for line in lines if line.startswith(("E", "error:")) and "cuda" not in line.lower()]
         words = "\n  ".join((errors or lines)[-12:])
         return f"see {self.log_path}; its last errors:\n  {words}"
 
     async def _stop(self) -> None:
-        """Triton gets the time it needs to end by itself. No process and no shared memory is left."""
+        """Give Triton the time to end by itself; leave no process and no shared memory."""
         self.ready = False
         try:
             await self._server.stop(EXIT_TIMEOUT_S + 2)

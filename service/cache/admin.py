@@ -1,4 +1,7 @@
-"""What an operator asks of the features in Redis, for `glimpse cache`. Raises RedisFault, and ValueError for a URL."""
+"""Inspect and purge the features in Redis, for `glimpse cache`.
+
+Everything raises RedisFault, and ValueError for a URL that is not the address of a Redis.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from service.cache.keys import AS_INT8
 from service.cache.redis_client import Lane, granted, primaries
 
 PATTERN = "glimpse:*:features:{*}"  # of every format version
-TIMEOUT_S = 5.0  # a command; a person waits
+TIMEOUT_S = 5.0  # for one pipeline; an operator waits for it
 SCAN_COUNT = 500
 
 
@@ -26,13 +29,13 @@ class Kept:
 
 @dataclass(slots=True)
 class Stats:
-    """Of a Redis, or of all nodes of a cluster together."""
+    """Totals of one Redis, or of all nodes of a cluster."""
 
     version: str = ""  # of Redis
-    used_bytes: int = 0  # by all that is in Redis
-    max_bytes: int = 0  # 0: no bound
-    policy: str = ""  # what Redis does at the bound
-    evicted_keys: int = 0  # since it started
+    used_bytes: int = 0  # by everything in Redis
+    max_bytes: int = 0  # 0: no limit
+    policy: str = ""  # what Redis does at the limit
+    evicted_keys: int = 0  # since Redis started
     kept: dict[str, Kept] = field(default_factory=lambda: defaultdict(Kept))  # by encoder fingerprint
 
 
@@ -55,7 +58,7 @@ async def stats(url: str) -> Stats:
 
 
 async def purge(url: str, fingerprint: str | None) -> int:
-    """How many records were deleted: all, or those of one vision encoder."""
+    """Delete all records, or those of one vision encoder. Gives the number of deleted records."""
     deleted = 0
     for node in await primaries(url):
         async with opened(node) as lane:
@@ -70,13 +73,13 @@ def fingerprint_of(key: bytes) -> str:
 
 
 def is_of(key: bytes, fingerprint: str) -> bool:
-    """An encoder's own fingerprint names its rounded features too."""
+    """An encoder's fingerprint matches its int8 features too."""
     found = fingerprint_of(key)
     return fingerprint in (found, found.removesuffix(AS_INT8))
 
 
 async def record_keys(lane: Lane) -> AsyncIterator[list[bytes]]:
-    """Some hundred at a time, without holding Redis up for others; none comes twice."""
+    """Yield some hundred keys at a time, each key once. SCAN does not block Redis for other clients."""
     seen: set[bytes] = set()
     cursor = 0
     while True:

@@ -1,11 +1,10 @@
-"""What the vision encoder found, kept in process memory: least recently used first to go, bounded in bytes. Each view
-of an image is a record of its own.
+"""Vision features in process memory: an LRU cache bounded in bytes. Each view of an image is an entry of its own.
 
-Requests for one new image share one encode: the first one leads, the others wait for what it brings. A leader that
-fails or goes away hands over to one of them, so nobody waits for somebody who has left.
+Concurrent requests for one new image share one encode. The first request leads and the others wait for its features.
+If the leader fails or is cancelled, one of the others takes the lead, so no request waits for one that has left.
 
-Behind the memory there may be a tier that gateways share. Only leaders ask it, so one image is looked up there once
-however many requests there are for it.
+Gateways can share a second tier. Only leaders ask it, so an image is looked up there once, however many requests
+need it.
 """
 
 from __future__ import annotations
@@ -22,28 +21,31 @@ from service.cache.lru import Lru
 from service.core.vision import Int8Rows, dense
 from service.metrics import Metrics
 
-Waiting = Callable[[], AbstractContextManager[None]]  # a block that lasts as long as a wait for another's work
+Waiting = Callable[[], AbstractContextManager[None]]  # entered for as long as another request's work is waited for
 
 
 class SharedTier(Protocol):
-    """Features that other gateways can find. Never raises and never takes longer than it is known to."""
+    """Features that other gateways can find. Never raises; a lookup ends within the tier's own time limit."""
 
     async def find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
-        """What is kept, or what another gateway brings within `patience_s`. None: encode, then `put` or `give_up`."""
+        """Find features, or wait up to `patience_s` for another gateway's encode.
+
+        None: the caller encodes, then calls `put` or `give_up`.
+        """
         ...
 
     def put(self, key: FeatureKey[Features], features: Features) -> None:
-        """Does not wait."""
+        """Keep the features. Does not wait."""
         ...
 
     def give_up(self, key: FeatureKey[Any]) -> None:
-        """The encode that `find` left to us failed, or will never be. Does not wait."""
+        """Report that the encode that `find` asked for failed or was cancelled. Does not wait."""
         ...
 
 
 @dataclass(slots=True)
 class Found(Generic[Features]):
-    """What a lookup brought. Without features the caller leads: it encodes and then calls `keep`."""
+    """Result of a lookup. Without features, the caller leads: it encodes and then calls `keep`."""
 
     features: Features | None
     brought: Features | None = None
@@ -54,24 +56,24 @@ class Found(Generic[Features]):
 
 @dataclass(slots=True)
 class Flight:
-    """One lookup and encode under way. `brought` stays empty where its leader failed."""
+    """One lookup and encode in progress. `brought` stays None if its leader fails."""
 
     landed: asyncio.Event = field(default_factory=asyncio.Event)
-    brought: Any = None  # what the key's view gives
+    brought: Any = None  # VisionFeatures or CloserFeatures
 
 
 class FeatureCache:
     def __init__(
         self, max_bytes: int, metrics: Metrics, shared: SharedTier | None = None, *, as_int8: bool = False
     ) -> None:
-        """`as_int8` keeps the features' rows rounded, under keys of their own."""
+        """`as_int8` keeps the rows of features as int8, under keys of their own."""
         self.as_int8 = as_int8
         self._metrics = metrics
         self._shared = shared
         self._kept: Lru[FeatureKey[Any], Any] = Lru(
             max_bytes, metrics.feature_cache_bytes.labels("memory"), metrics.feature_cache_evictions.labels("memory")
         )
-        self._flights: dict[tuple[FeatureKey[Any], bool], Flight] = {}  # and whether its leader is patient
+        self._flights: dict[tuple[FeatureKey[Any], bool], Flight] = {}  # the bool: whether the leader is patient
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -89,10 +91,10 @@ class FeatureCache:
         patient: bool = False,
         waiting: Waiting = nullcontext,
     ) -> AsyncIterator[Found[Features]]:
-        """Features that are kept or that a flight under way brings; else the caller leads the flight in the block.
+        """Find features, or wait for a flight in progress; otherwise the caller leads a flight in the block.
 
-        Who is `patient` lets others go first, so that only the patient wait for what it brings. Of what is left of the
-        request's `left_s`, at most half goes to waiting for another gateway. Every wait is spent inside `waiting()`.
+        A `patient` leader may be delayed, so only patient callers wait for its flight. At most half of `left_s`, the
+        time that the request has left, is spent waiting for another gateway. Every wait is inside `waiting()`.
         """
         if self.as_int8:
             key = replace(key, fingerprint=key.fingerprint + AS_INT8)
@@ -108,7 +110,7 @@ class FeatureCache:
     async def _known(
         self, key: FeatureKey[Features], left_s: float, patient: bool, waiting: Waiting
     ) -> Features | None:
-        """None: the caller leads the flight, which is under way."""
+        """None: the caller leads the flight, which has begun."""
         now = asyncio.get_running_loop().time
         deadline = now() + left_s
         if (known := await self._kept_or_joined(key, patient, waiting)) is not None:
@@ -119,7 +121,7 @@ class FeatureCache:
         try:
             with waiting():
                 known = await self._shared.find(key, max(deadline - now(), 0.0) / 2)
-        except BaseException:  # cancelled: somebody else leads
+        except BaseException:  # cancelled: another caller takes the lead
             self._encoded(key, patient, None)
             raise
         if known is not None:
@@ -146,7 +148,7 @@ class FeatureCache:
                 return brought
 
     def _encoded(self, key: FeatureKey[Features], patient: bool, brought: Features | None) -> None:
-        """The leader's encode ended, well or not."""
+        """End the leader's encode. `brought` is None if it failed."""
         if self.as_int8 and brought is not None:
             brought = replace(brought, features=Int8Rows.of(dense(brought.features)))
         self._land(key, patient, brought)

@@ -1,4 +1,4 @@
-"""Values by key in process memory, bounded in bytes: the least recently used goes first."""
+"""An LRU cache in process memory, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Lru(Generic[Key, Value]):
         return len(self._kept)
 
     def __contains__(self, key: Key) -> bool:
-        """Whether it is kept; that does not count as use."""
+        """Does not count as use."""
         return key in self._kept
 
     def get(self, key: Key) -> Value | None:
-        """Who is asked for is used."""
+        """Counts as use."""
         if key not in self._kept:
             return None
         self._kept.move_to_end(key)
         return self._kept[key][0]
 
     def keep(self, key: Key, value: Value, nbytes: int) -> None:
-        """What is larger than the whole is not kept."""
+        """Keep the value and evict others. A value larger than the whole cache is not kept."""
         if nbytes > self.max_bytes:
             return
         _, before = self._kept.pop(key, (None, 0))

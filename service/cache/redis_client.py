@@ -1,9 +1,9 @@
-"""The only file that knows Redis's client. Whatever goes wrong there leaves it as RedisFault.
+"""The only file that imports Redis's client. Every error of the client leaves it as RedisFault.
 
-Redis is never needed to answer, so nothing here tries twice: who asks has milliseconds, and goes on without.
+No answer depends on Redis, so nothing here retries: a request has milliseconds for Redis and then goes on without it.
 
 A URL that begins with redis+cluster:// or rediss+cluster:// names any node of a Redis Cluster. redis-py follows moved
-slots; its map of them is read anew after every fault.
+slots, and reads the map of slots again after every fault.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ log = structlog.get_logger()
 
 Kind = Literal["timeout", "unreachable", "denied", "full", "refused", "fault"]
 Command = tuple[str | bytes | int, ...]
-Reply = Any  # bytes, int, True, None, or a dict of INFO's; RedisFault where Redis refused that one command
+Reply = Any  # bytes, int, True, None, or a dict from INFO; RedisFault if Redis refused that one command
 
-CLUSTER = "+cluster"  # the end of a URL's scheme
-MOST_TOGETHER = 4  # asks in one pipeline; 16 records of 180 KB in one take twice the time of four by four
-CONNECT_TIMEOUT_S = 1.0  # for the socket alone; who asks gives up earlier
+CLUSTER = "+cluster"  # ends the scheme of a URL
+MOST_TOGETHER = 4  # callers in one pipeline; 16 records of 180 KB take twice as long in one pipeline as in four
+CONNECT_TIMEOUT_S = 1.0  # for the socket; callers have shorter timeouts
 
-# The first row that fits.
+# The first row that matches counts.
 KINDS: tuple[tuple[type[BaseException], Kind], ...] = (
     (foreign.AuthenticationError, "denied"),
     (foreign.AuthorizationError, "denied"),
@@ -45,7 +45,7 @@ KINDS: tuple[tuple[type[BaseException], Kind], ...] = (
 
 
 class RedisFault(Exception):
-    """`kind` is a metric's label; the message is for people and holds no password."""
+    """`kind` is a metric's label. The message is for the log and holds no password."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class RedisFault(Exception):
 
 def fault_of(error: BaseException) -> RedisFault:
     kind = next((kind for foreigner, kind in KINDS if isinstance(error, foreigner)), None)
-    if kind is None:  # inside the client: no reason to fail a request either, but one to look into
+    if kind is None:  # a bug in the client: it must not fail a request, but needs a look
         log.error("redis_client_fault", exc_info=error)
     return RedisFault(kind or "fault", str(error) or type(error).__name__)
 
@@ -65,13 +65,13 @@ def is_cluster(url: str) -> bool:
 
 
 def connect(url: str) -> Redis | RedisCluster:
-    """Starts nothing; connects when first asked. Raises ValueError for what is no address of a Redis."""
+    """Make a client, which connects at its first command. Raises ValueError for a URL that cannot be used."""
     options: dict[str, Any] = {
         "protocol": 2,
         "driver_info": None,
         "retry": Retry(NoBackoff(), 0),
-        # Lanes keep the time. With a number here redis-py writes under asyncio.wait_for, which before Python 3.12 can
-        # swallow a cancellation: a lane would then outlive its owner.
+        # Lane has its own timeout. With a number here, redis-py writes under asyncio.wait_for, which before Python 3.12
+        # can swallow a cancellation: a lane would then outlive its owner.
         "socket_timeout": None,
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
     }
@@ -84,7 +84,7 @@ def connect(url: str) -> Redis | RedisCluster:
 
 
 async def primaries(url: str) -> list[str]:
-    """The addresses of all that hold keys: the one, or every primary of a cluster. Raises RedisFault."""
+    """Give the URLs of all nodes that hold keys: the one Redis, or each primary of a cluster. Raises RedisFault."""
     if not is_cluster(url):
         return [url]
     client = connect(url)
@@ -105,9 +105,9 @@ async def primaries(url: str) -> list[str]:
 
 
 class Lane:
-    """One connection. What waits while it is busy goes out in one pipeline, in the order it came.
+    """One connection. Commands that arrive while it is busy go out in one pipeline, in order of arrival.
 
-    Only `run` touches the connection: a caller who gives up or is cancelled never leaves half a reply in it.
+    Only `run` uses the connection, so a caller that gives up or is cancelled never leaves half a reply in it.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -116,13 +116,13 @@ class Lane:
         self._waiting: asyncio.Queue[tuple[Sequence[Command], asyncio.Future[list[Reply]]]] = asyncio.Queue()
 
     async def ask(self, *commands: Command) -> list[Reply]:
-        """The replies, in order. Raises RedisFault where the connection fails."""
+        """Send commands and give their replies, in order. Raises RedisFault if the connection fails."""
         answer: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((commands, answer))
         return await answer
 
     async def run(self) -> None:
-        """Answers until cancelled."""
+        """Serve callers until cancelled."""
         try:
             while True:
                 together = [await self._waiting.get()]
@@ -132,7 +132,7 @@ class Lane:
                 if wanted:
                     await self._answer(wanted)
         finally:
-            with suppress(foreign.RedisError, OSError):  # a TLS peer that is paused never says goodbye
+            with suppress(foreign.RedisError, OSError):  # a TLS peer that is paused does not close its side
                 await self._client.aclose()
 
     async def _answer(self, wanted: Sequence[tuple[Sequence[Command], asyncio.Future[list[Reply]]]]) -> None:
@@ -159,12 +159,12 @@ class Lane:
         except Exception as exc:  # every fault of the client's: see fault_of
             await self._forget_slots()
             raise fault_of(exc) from exc
-        if any(isinstance(reply, foreign.ConnectionError) for reply in replies):  # one node's
+        if any(isinstance(reply, foreign.ConnectionError) for reply in replies):  # of one node
             await self._forget_slots()
         return [fault_of(reply) if isinstance(reply, Exception) else reply for reply in replies]
 
     async def _forget_slots(self) -> None:
-        """The next command reads a cluster's map of slots anew: a node may have been replaced."""
+        """Make the next command read a cluster's map of slots again, as a node may have been replaced."""
         if isinstance(self._client, RedisCluster):
             with suppress(foreign.RedisError, OSError):  # TimeoutError too
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -172,7 +172,7 @@ class Lane:
 
 
 def granted(reply: Reply) -> Reply:
-    """The reply. Raises RedisFault where Redis refused the command."""
+    """Give the reply. Raises RedisFault if Redis refused the command."""
     if isinstance(reply, RedisFault):
         raise reply
     return reply

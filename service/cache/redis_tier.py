@@ -1,12 +1,13 @@
-"""Vision features that gateways share: what one has encoded the others find in Redis, and one image is encoded once.
+"""Vision features that gateways share through Redis, so that each image is encoded once for all of them.
 
-Whatever Redis does, it costs a request `timeout_s` at most. Then, and while the breaker is open, the request goes on as
-if there were no Redis. What it waits for another gateway's encode is bounded apart, by `flight_s`. Nothing here raises.
+Whatever Redis does, a request waits at most `timeout_s` for it. After that, and while the breaker is open, the request
+goes on as if there were no Redis. The wait for another gateway's encode has its own limit, `flight_s`. Nothing here
+raises.
 
-The keys of one image share a Redis Cluster slot, as only what stands in braces is hashed:
+The keys of one image share a Redis Cluster slot, because only the text in braces is hashed:
 
     glimpse:1:features:{encoder fingerprint:view:blake3 of the image}    the record, kept for `ttl_s`
-    glimpse:1:flight:{encoder fingerprint:view:blake3 of the image}      the gateway that encodes it, for `flight_s`
+    glimpse:1:flight:{encoder fingerprint:view:blake3 of the image}      who encodes it: a claim, kept for `flight_s`
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from service.metrics import Metrics
 
 log = structlog.get_logger()
 
-LANE_TIMEOUT_S = 1.0  # then a connection counts as lost; requests have gone on long before
-MOST_UNWRITTEN = 64  # records that wait to be written: 370 MB, were all of them the largest encoder's closer views
-MOST_UNRELEASED = 1024  # claims that wait to be given back; any more end by themselves after `flight_s`
-INLINE_PACK_BYTES = 256 * 1024  # above this a record is made in a thread: 1.5 MB take 1 ms
-POLL_S = 0.01  # between two looks for what another gateway encodes
+LANE_TIMEOUT_S = 1.0  # after this a connection counts as lost; requests have gone on before
+MOST_UNWRITTEN = 64  # records that wait to be written: 370 MB if all are closer views of the largest encoder
+MOST_UNRELEASED = 1024  # claims that wait to be released; further claims expire after `flight_s`
+INLINE_PACK_BYTES = 256 * 1024  # a larger record is packed in a thread: 1.5 MB take 1 ms
+POLL_S = 0.01  # between two lookups while another gateway encodes
 GAUGE_INTERVAL_S = 5.0
 
 PREFIX = f"glimpse:{VERSION}"
 TRIAL_KEY = f"{PREFIX}:trial"  # never written
-# A claim that ran out may be another gateway's by now.
+# After a claim has expired, the key may hold another gateway's claim.
 RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
@@ -50,33 +51,33 @@ def flight_key(key: FeatureKey[Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RedisLimits:
-    timeout_s: float  # what Redis may cost one request
-    flight_s: float  # how long one gateway waits for another's encode, and how long a claim to encode lasts
-    ttl_s: float  # how long a record is kept
+    timeout_s: float  # how long one request waits for Redis
+    flight_s: float  # how long a gateway waits for another's encode, and until a claim expires
+    ttl_s: float  # until a record expires
 
 
 class RedisTier:
-    """Usable while `run` runs. Before, and while Redis is away, nothing is found and nothing is kept."""
+    """Usable while `run` runs. Before that, and while Redis is down, nothing is found and nothing is kept."""
 
     def __init__(self, url: str, limits: RedisLimits, card: ModelCard, metrics: Metrics) -> None:
         self.limits = limits
         self.breaker = Breaker()
         self._card = card
-        self._is_cluster = is_cluster(url)  # no node of which can tell of all
+        self._is_cluster = is_cluster(url)  # INFO of one node does not cover the others
         self._metrics = metrics
         self._me = secrets.token_hex(8)
-        self._claimed: set[FeatureKey[Any]] = set()  # by callers who have not put it yet, nor given up
+        self._claimed: set[FeatureKey[Any]] = set()  # by callers that have not called `put` or `give_up` yet
         self._lookups = Lane(url, LANE_TIMEOUT_S)
-        self._writes = Lane(url, LANE_TIMEOUT_S)  # its own: a write never delays a lookup
+        self._writes = Lane(url, LANE_TIMEOUT_S)  # separate, so that a write never delays a lookup
         self._behind: asyncio.Queue[tuple[FeatureKey[Any], Any]] = asyncio.Queue(MOST_UNRELEASED)
         self._opened = asyncio.Event()
         self._opened.set()
-        self._reason = ""  # why Redis is of no use, as last logged
-        self._evicted: int | None = None  # by Redis since it started, as last heard
+        self._reason = ""  # why Redis is not in use, as last logged
+        self._evicted: int | None = None  # keys, since Redis started, as last measured
         metrics.redis_breaker_open.set(1)
 
     async def run(self) -> None:
-        """Owns the connections and all that goes on behind requests, until cancelled."""
+        """Own the connections and all background work, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._lookups.run())
             tasks.create_task(self._writes.run())
@@ -86,9 +87,9 @@ class RedisTier:
                 tasks.create_task(self._gauge())
 
     async def find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
-        """What is kept, or what another gateway brings within `patience_s`.
+        """Find features, or wait up to `patience_s` for another gateway's encode.
 
-        None: the caller encodes, and says `put` or `give_up` when it has.
+        None: the caller encodes, then calls `put` or `give_up`.
         """
         if self.breaker.is_open:
             self._count("skipped")
@@ -122,19 +123,22 @@ class RedisTier:
         return features
 
     async def _claim(self, key: FeatureKey[Features], left_s: float) -> tuple[bool, Features | None]:
-        """Whether it is ours to encode, and the features if they are there by now. Raises RedisFault.
+        """Try to claim the encode, then read the record. Raises RedisFault.
 
-        In this order: who holds a claim writes the record before giving it back. What a patient caller of this gateway
-        has claimed is for another of its callers to encode too: nobody waits here for a patient one.
+        Gives whether this gateway may encode, and the features if they are there by now. The order matters: a gateway
+        writes the record before it releases its claim. A claim of a patient caller of this gateway allows its other
+        callers to encode too, because they do not wait for a patient one.
         """
         claim: Command = ("SET", flight_key(key), self._me, "NX", "PX", round(self.limits.flight_s * 1e3))
         claimed, record = await self._ask(left_s, claim, ("GET", record_key(key)))
-        if isinstance(claimed, RedisFault):  # full, or a replica: it can still be read, and we encode unclaimed
+        if isinstance(
+            claimed, RedisFault
+        ):  # Redis is full or a replica: it can still be read, and we encode without a claim
             self._metrics.redis_errors.labels(claimed.kind).inc()
         return claimed is not None or key in self._claimed, await self._believe(record, key, left_s)
 
     async def _believe(self, record: Reply, key: FeatureKey[Features], left_s: float) -> Features | None:
-        """Deletes what does not fit. Raises RedisFault."""
+        """Unpack the record, and delete one that does not fit. Raises RedisFault."""
         if granted(record) is None:
             return None
         try:
@@ -156,7 +160,7 @@ class RedisTier:
         return replies
 
     def put(self, key: FeatureKey[Features], features: Features) -> None:
-        """Keeps the features for every gateway, later: nobody waits for it."""
+        """Keep the features for every gateway, in the background."""
         self._claimed.discard(key)
         if self.breaker.is_open:
             self._metrics.feature_cache_writes.labels("skipped").inc()
@@ -167,14 +171,14 @@ class RedisTier:
             self._behind.put_nowait((key, features))
 
     def give_up(self, key: FeatureKey[Any]) -> None:
-        """Lets another gateway encode that image, where we said that we would."""
+        """Release our claim, so that another gateway can encode the image."""
         self._claimed.discard(key)
         if not self.breaker.is_open and not self._behind.full():
             self._behind.put_nowait((key, None))
 
     @property
     def unwritten(self) -> int:
-        """Records and claims that wait for their turn."""
+        """Records that wait to be written and claims that wait to be released."""
         return self._behind.qsize()
 
     async def _write_behind(self) -> None:
@@ -194,7 +198,7 @@ class RedisTier:
                 self._failed(fault)
 
     async def _write(self, key: FeatureKey[Features], features: Features, release: Command) -> None:
-        """Raises RedisFault where the connection fails."""
+        """Write the record and release the claim. Raises RedisFault if the connection fails."""
         result = "failed"
         try:
             if features.nbytes > INLINE_PACK_BYTES:
@@ -212,7 +216,7 @@ class RedisTier:
             self._metrics.feature_cache_writes.labels(result).inc()
 
     async def _try_again(self) -> None:
-        """While the breaker is open, does what lookups do, on their connection: no request pays for the trial."""
+        """While the breaker is open, try a lookup on the lookups' connection, so that no request waits for a trial."""
         while True:
             await self._opened.wait()
             await asyncio.sleep(self.breaker.pause_s)
@@ -244,10 +248,10 @@ class RedisTier:
                 await self.measure()
 
     async def measure(self) -> None:
-        """What Redis says of itself: of the whole server, and the same to every gateway."""
+        """Set the gauges from INFO, which covers the whole server and is the same for every gateway."""
         try:
             memory, stats = map(granted, await self._writes.ask(("INFO", "memory"), ("INFO", "stats")))
-        except RedisFault:  # an ACL may forbid it, and lookups tell of the rest
+        except RedisFault:  # an ACL may forbid INFO; lookups report every other fault
             return
         self._metrics.feature_cache_bytes.labels("redis").set(memory["used_memory"])
         evicted, before = stats["evicted_keys"], self._evicted

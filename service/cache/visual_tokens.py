@@ -1,7 +1,7 @@
-"""What images gave for questions, kept in process memory: an exact repeat needs no model but the LLM.
+"""Visual tokens by image and question, in process memory: an exact repeat needs no model but the LLM.
 
-It is kept under what it was really made with, the budget that the house allowed and the detail that was looked at, not
-under what was asked for: so a hit is what the models would give now.
+The key holds the budget and detail that the visual tokens were made with, which can be less than the request asked
+for. So a hit is what the models would give now.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from service.core.request import Budget, Detail
 from service.core.vision import Seen
 from service.metrics import Metrics
 
-ENTRY_BYTES = 2048  # of Python objects, besides the arrays and the key
+ENTRY_BYTES = 2048  # of Python objects, in addition to the arrays and the key
 
 
 def visual_key(card: ModelCard, digest: str, question: str, budget: Budget, detail: Detail) -> bytes:
-    """Names what visual tokens are made from; the question comes last, as it may hold any character."""
+    """Name everything that visual tokens are made from. The question is last, as it can hold any character."""
     tokens = map(str, (*budget.vision_tokens, *budget.visual_tokens))
     return "\0".join([card.visual_fingerprint, digest, detail, *tokens, question]).encode()
 
 
 def embedding_key(card: ModelCard, digest: str, question: str, seen: Seen) -> bytes:
-    """Names these very visual tokens: features that were kept as int8 give others than those the encoder found."""
+    """Name these exact visual tokens. Features kept as int8 give other visual tokens than exact features do."""
     key = visual_key(card, digest, question, seen.budget, seen.detail)
     return b"int8\0" + key if seen.is_rounded else key
 
@@ -36,13 +36,13 @@ class VisualCache:
         return len(self._kept)
 
     def get(self, *keys: bytes) -> Seen | None:
-        """What is kept under the first of them that has something."""
+        """Get the entry of the first key that has one. Counts one hit or one miss."""
         seen = next((seen for key in keys if (seen := self._kept.get(key)) is not None), None)
         (self._misses if seen is None else self._hits).inc()
         return seen
 
     def holds(self, *keys: bytes) -> bool:
-        """Whether `get` would give something. Nothing is counted."""
+        """Tell whether `get` would hit. Counts nothing."""
         return any(key in self._kept for key in keys)
 
     def keep(self, key: bytes, seen: Seen) -> None:

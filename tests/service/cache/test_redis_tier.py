@@ -217,7 +217,7 @@ async def test_a_cancelled_lookup_leaves_its_connection_in_order(redis_server):
 
 
 async def test_a_claim_granted_when_the_record_is_there_by_now_is_given_back_at_once(redis_server):
-    async with gateway(redis_server.url, redis_flight_s=60) as house:
+    async with gateway(redis_server.url, redis_flight_s=600) as house:
         await ask(house, 1)
         await kept(house, 1)
         record = redis_server.client.get(record_key(key(1)))
@@ -239,7 +239,7 @@ async def waits(redis_server: RedisServer) -> None:
 
 
 async def test_the_claim_of_a_record_that_is_dropped_is_given_back(redis_server):
-    async with gateway(redis_server.url, redis_flight_s=60) as house:
+    async with gateway(redis_server.url, redis_flight_s=600) as house:
         vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
         assert await house.shared.find(key(1000), 0) is None
         assert redis_server.client.exists(flight_key(key(1000)))
@@ -253,7 +253,7 @@ async def test_the_claim_of_a_record_that_is_dropped_is_given_back(redis_server)
 
 @pytest.mark.parametrize("end", ["put", "give_up", "dropped"])
 async def test_a_claim_that_is_over_is_ours_no_more_and_anothers_is_waited_for(redis_server, end):
-    async with gateway(redis_server.url, redis_flight_s=60) as house:
+    async with gateway(redis_server.url, redis_flight_s=600) as house:
         vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
         assert await house.shared.find(key(1), 0) is None
         match end:

@@ -20,6 +20,8 @@ from build_engines.scenes.questions import TYPES
 from build_engines.train.evaluation import Answers, Exam
 from build_engines.train.selection import CENTRE, GUIDED, RANDOM
 
+pytestmark = pytest.mark.slow
+
 SCENES = 2
 
 

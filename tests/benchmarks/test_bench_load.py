@@ -77,6 +77,7 @@ def test_the_vqa_ensemble_is_asked_directly(triton: EmbeddedTriton, tmp_path: Pa
     assert found.cpu_s["llm"] >= 0
 
 
+@pytest.mark.slow
 def test_pytorch_answers_a_batch_as_one_by_one():
     script = (
         "from benchmarks.bench.torch_model import TorchModel; from benchmarks.bench.scenes import Scenes;"

@@ -20,6 +20,8 @@ from build_engines.model.checkpoint import Checkpoint
 from tests.support.paths import PROJECT
 from tests.support.tiny_checkpoints import save_blip2_opt
 
+pytestmark = pytest.mark.slow
+
 CPU = Device("cpu")
 
 

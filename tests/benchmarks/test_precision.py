@@ -16,6 +16,8 @@ from service.prompt import PromptBuilder
 from tests.support.paths import SCENES
 from tests.support.tiny_checkpoints import save_blip2_opt
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = 6
 
 

@@ -39,6 +39,8 @@ from triton_models.decoder import OnnxDecoder
 from triton_models.qformer import GroupRunner
 from triton_models.session import Graph
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 24  # tokens of an answer
 FULL = Budget(vision_tokens=(256, 256), visual_tokens=(32, 32))
 QUESTIONS = ["what is red?", "Which colour has the big circle on the left", "a"]

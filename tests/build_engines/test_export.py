@@ -16,6 +16,8 @@ from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import CLOSER_GRAPHS, GRAPHS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-3  # max abs difference in FP32
 

@@ -31,6 +31,8 @@ from tests.support.tiny_checkpoints import save_blip2_opt
 from triton_models import onnx_model
 from triton_models.session import Array, Graph
 
+pytestmark = pytest.mark.slow
+
 VISION = ("vision_encoder", "relevance_allocator", "qformer")
 BUDGET = Budget((64, 160), (32, 32))
 TIMEOUT_S = 60.0

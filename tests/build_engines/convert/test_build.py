@@ -21,6 +21,8 @@ from build_engines.repository import GRAPHS
 from tests.support.killed_builds import kill_at_every_step
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -18,6 +18,8 @@ from tests.support import standin_tools
 from tests.support.killed_builds import kill_at_every_step
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {"opt": save_blip2_opt, "vicuna": save_instructblip_vicuna}
 
 

@@ -23,6 +23,8 @@ from service.triton_server.supervision import EmbeddedTriton
 from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
 from tests.support.servers import StartGateway, free_ports
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 60.0
 ASKED = list(zip(pictures(), QUESTIONS, strict=True))
 

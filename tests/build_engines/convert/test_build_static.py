@@ -10,6 +10,8 @@ from build_engines.export import graphs
 from build_engines.model.checkpoint import Checkpoint
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=[save_blip2_opt, save_instructblip_vicuna], ids=["opt", "vicuna"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:

@@ -19,6 +19,8 @@ from build_engines.model.closer import CloserView
 from build_engines.model.knowing import ParticipatoryKnowing
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
+pytestmark = pytest.mark.slow
+
 SAVED: dict[str, Callable[[Path], None]] = {
     "blip2-opt": save_blip2_opt, "instructblip-vicuna": save_instructblip_vicuna
 }  # fmt: skip

@@ -34,6 +34,8 @@ from build_engines.train.spending import LARGE_BUDGETS, WHOLE_SHARE, Price, draw
 from build_engines.train.stages import Plan
 from build_engines.train.tokens import EOS, new_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("participatory", "weights", "tensions", "balancing", "closer", "qformer")
 
 

@@ -21,6 +21,8 @@ from build_engines.train.packing import Packer
 from build_engines.train.symbols import slots_of
 from build_engines.train.tokens import EOS, PROMPT, new_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def test_no_training_question_names_a_held_out_pair() -> None:
     rng = np.random.default_rng(3)

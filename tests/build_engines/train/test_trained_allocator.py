@@ -28,6 +28,8 @@ from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vic
 from triton_models.qformer import GroupRunner
 from triton_models.session import Graph as Session
 
+pytestmark = pytest.mark.slow
+
 WIDTH, WORDS = 48, 300  # of the tiny checkpoints
 ALLOCATORS = ("relevance_allocator", "relevance_allocator_448")
 SAVED: dict[str, Callable[[Path], None]] = {

@@ -50,6 +50,7 @@ def processes(group: int) -> list[int]:
     return found
 
 
+@pytest.mark.servers
 async def test_a_model_that_cannot_load_ends_the_start_with_its_own_words(
     repository: Path, card: ModelCard, tmp_path: Path
 ) -> None:
@@ -68,6 +69,7 @@ async def test_a_model_that_cannot_load_ends_the_start_with_its_own_words(
     assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
 
 
+@pytest.mark.servers
 async def test_a_server_that_crashes_while_starting_is_started_again(
     repository: Path, card: ModelCard, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ async def test_a_server_that_crashes_while_starting_is_started_again(
             await triton.__aexit__()
 
 
+@pytest.mark.servers
 async def test_a_start_that_takes_too_long_is_given_up(repository: Path, card: ModelCard, tmp_path: Path) -> None:
     ports = Ports(*free_ports(3))
     url = f"127.0.0.1:{ports.grpc}"
@@ -154,6 +157,7 @@ class Load:
         return True
 
 
+@pytest.mark.servers
 async def test_a_killed_process_is_back_within_ten_seconds_and_nobody_hangs(
     repository: Path, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array, tmp_path: Path
 ) -> None:
@@ -199,6 +203,7 @@ def _all_replaced(triton: EmbeddedTriton, dead: list[int]) -> Callable[[], Await
     return replaced
 
 
+@pytest.mark.servers
 async def test_a_hanging_model_is_noticed_and_the_server_restarted(
     repository: Path, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array, tmp_path: Path
 ) -> None:

@@ -1,14 +1,14 @@
-"""What each part of the relevance allocator is worth: the ablations, as one JSON file and one page of plots.
+"""Measure what each part of the relevance allocator contributes, as JSON and plots.
 
-    glimpse ablate                       # the shipped checkpoint; goes on where a killed run stopped
-    glimpse ablate --quick               # a few scenes: does the machinery work?
+    glimpse ablate                       # the shipped checkpoint; resumes a killed run
+    glimpse ablate --quick               # a few scenes, to check that everything runs
     python -m benchmarks.ablate --checkpoint runs/reference/checkpoint --repository build/repository
 
 Arms differ in what ranks the cells (relevance, one way of knowing, random, evenly spread, centre first), in the
-budgets of vision and visual tokens, in a tension switched off, and in the closer view. All answer the same questions
-about the same held-out scenes, in PyTorch, with the weights as they are. Shares have Wilson's 95 % interval, means and
-differences a bootstrap over scenes, paired where arms are compared. Times are those of the exported graphs in ONNX
-Runtime. Finished arms are kept by the weights: delete the folder when the code has changed.
+budgets of vision and visual tokens, in a tension switched off, and in the closer view. All arms answer the same
+questions about the same held-out scenes, in PyTorch, with unchanged weights. Shares have Wilson's 95 % interval. Means
+and differences have a bootstrap interval over scenes, paired if arms are compared. Times are those of the exported
+graphs in ONNX Runtime. Finished arms are stored under the weights' fingerprint: delete the folder after a code change.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ RESULTS = PROJECT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Plan:
-    """scenes: of the training world; what must show is asked about all of them, the other arms about the first half.
-    kept: where finished work is kept. timed: runs of each exported graph."""
+    """The size of a run and its folders.
+
+    Arms that the verdict needs are asked about all `scenes`, other arms about the first half.
+    """
 
     checkpoint: Path = PROJECT / "reference"
     repository: Path = PROJECT / "model_repository"
-    kept: Path = PROJECT / "runs" / "ablation"
-    scenes: int = 1000
+    kept: Path = PROJECT / "runs" / "ablation"  # folder of finished work
+    scenes: int = 1000  # of the training world
     small_print: int = 200
-    timed: int = 200
+    timed: int = 200  # runs of each exported graph
 
     @property
     def command(self) -> str:
@@ -50,7 +52,7 @@ class Plan:
 
 
 class Ablation:
-    """One checkpoint, all arms; each is measured once."""
+    """Measure all arms of one checkpoint, each arm once."""
 
     def __init__(self, plan: Plan) -> None:
         self.checkpoint = Checkpoint.load(plan.checkpoint)
@@ -69,7 +71,7 @@ class Ablation:
         return self.checkpoint.closer is not None
 
     def of(self, named: Named) -> Measured:
-        """Over half of the scenes, or over all where `of_all` was asked before."""
+        """Measure an arm over half of the scenes, or return what `of_all` measured over all."""
         if named.name not in self.measured:
             self._measure(named, self.scenes[named.split].number // (2 if named.split == NEW else 1))
         return self.measured[named.name]
@@ -83,7 +85,10 @@ class Ablation:
         self.measured[named.name] = Measured(named, answers, float(named.arm.closer))
 
     def compact(self) -> Measured:
-        """The adaptive arm, its most lowered where it would spend more than 120 tokens on average."""
+        """Measure the adaptive arm.
+
+        If it would spend more than 120 tokens on average, its upper budget is lowered.
+        """
         adaptive = self.of_all(ADAPTIVE)
         if adaptive.tokens <= MOST_TOKENS:
             return adaptive
@@ -91,7 +96,7 @@ class Ablation:
         return self.of_all(Named(f"adaptive, at most {most}", replace(ADAPTIVE.arm, vision_tokens=(arms.LEAST, most))))
 
     def auto(self, split: str) -> Measured:
-        """The closer view where the card says that `auto` takes it."""
+        """Combine low and high: take the closer view for the questions for which the card's `auto` takes it."""
         named, high = arms.detail(split, AUTO), self.of(arms.detail(split, HIGH))
         low = self.of(arms.detail(split, LOW)).first(len(high.answers.right))
         taken = low.answers.tensions[:, 0] >= float(str(self.checkpoint.card.get("closer_view_at", 1.0)))
@@ -99,7 +104,7 @@ class Ablation:
         return self.measured[named.name]
 
     def comparisons(self) -> tuple[dict[str, Json], list[str]]:
-        """Differences between arms, and the names of those that the page shows."""
+        """Return the differences between arms, and the names of those that the page shows."""
         compact, adaptive = self.compact(), self.of(ADAPTIVE)
         found = {"adaptive less 256 tokens": report.points(compact, self.of_all(arms.fixed(GUIDED, arms.MOST)))}
         found |= self._of_its_size("adaptive", compact)
@@ -123,11 +128,11 @@ class Ablation:
         return found, shown
 
     def asked_of_all_arms(self, split: str) -> int:
-        """Questions: the first of those that any arm was asked."""
+        """Return the number of first questions that every arm was asked."""
         return min((len(each.answers.right) for each in self.measured.values() if each.named.split == split), default=0)
 
     def _of_its_size(self, name: str, ours: Measured) -> dict[str, Json]:
-        """Against as many tokens for every question: guided too, at random, and evenly spread."""
+        """Compare with arms of the same mean size: a fixed guided budget, random and evenly spread."""
         size, closer, split = arms.reachable(ours.tokens), ours.named.arm.closer, ours.named.split
         others = {"a fixed budget": GUIDED, RANDOM: RANDOM, UNIFORM: UNIFORM}
         return {
@@ -139,7 +144,7 @@ class Ablation:
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Of all weights, 16 hex digits."""
+    """Hash all weights to 16 hex digits."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.glob("*.safetensors")):
         digest.update(path.read_bytes())
@@ -185,16 +190,22 @@ def main(given: list[str] | None = None) -> None:
         prog="glimpse ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, default=plan.checkpoint, help="default: reference/")
-    parser.add_argument("--repository", type=Path, default=plan.repository, help="its exported graphs, to be timed")
-    parser.add_argument("--scenes", type=int, default=plan.scenes, help="of the training world (default: %(default)s)")
-    parser.add_argument("--small-print", type=int, default=plan.small_print, help="scenes (default: %(default)s)")
-    parser.add_argument("--timed", type=int, default=plan.timed, help="runs of each graph (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="6 scenes of each split and 5 timed runs")
     parser.add_argument(
-        "--kept", type=Path, default=plan.kept, help="finished arms, to go on from (default: %(default)s)"
+        "--repository", type=Path, default=plan.repository, help="the checkpoint's exported graphs, to time"
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="where ablation.json and .png go (default: %(default)s)"
+        "--scenes", type=int, default=plan.scenes, help="scenes of the training world (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--small-print", type=int, default=plan.small_print, help="scenes with small print (default: %(default)s)"
+    )
+    parser.add_argument("--timed", type=int, default=plan.timed, help="timed runs of each graph (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="use 6 scenes of each split and 5 timed runs")
+    parser.add_argument(
+        "--kept", type=Path, default=plan.kept, help="folder of finished arms, which are reused (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of ablation.json and ablation.png (default: %(default)s)"
     )
     asked = parser.parse_args(given)
     plan = Plan(asked.checkpoint, asked.repository, asked.kept, asked.scenes, asked.small_print, asked.timed)

@@ -1,10 +1,10 @@
-"""Latency and throughput of the whole service on this machine.
+"""Measure latency and throughput of the whole service on this machine.
 
-    python -m benchmarks.latency          # starts a server of its own, measures, stops it
+    python -m benchmarks.latency          # starts its own server, measures, stops it
 
-One client: cold (an image never seen) and follow-up (another question on it), end to end. 1, 8 and 32 clients in
-turn, several rounds: requests and tokens a second, of whole answers and of streamed ones. Also the time to ready and
-the memory of all processes.
+One client measures end-to-end latency: cold (a new image) and follow-up (another question about it). Then 1, 8 and 32
+clients in turn measure requests and tokens per second over several rounds, for whole and for streamed answers. The
+report also has the time to ready and the memory of all processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from PIL import Image
 from build_engines.evaluation.accuracy import SCENES, rows
 
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
-ROUNDS = 5  # of the concurrency measurement, alternating, so that a slow minute of the machine hits all alike
+ROUNDS = 5  # of the concurrency measurement; they alternate, so that a slow minute affects all client counts equally
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Server:
 
 @contextmanager
 def own_server() -> Iterator[Server]:
-    """`glimpse serve` on free ports, stopped at the end. Raises RuntimeError if it is not ready within 60 s."""
+    """Run `glimpse serve` on free ports and stop it at the end. Raises RuntimeError if it is not ready within 60 s."""
     ports = dict(zip(("HTTP", "TRITON_HTTP", "TRITON_GRPC", "TRITON_METRICS"), _free_ports(4), strict=True))
     environment = os.environ | {f"GLIMPSE_{name}_PORT": str(port) for name, port in ports.items()}
     environment["GLIMPSE_LOG_LEVEL"] = "warning"
@@ -80,12 +80,12 @@ def _ready(url: str) -> bool:
 
 
 def memory_mb(pid: int) -> float:
-    """Resident memory of a process and everything below it, in MB; shared pages count in each process."""
+    """Return the resident memory in MB of a process and its descendants; shared pages count in each process."""
     parents: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
     pages, family = 0, [pid]
@@ -97,7 +97,7 @@ def memory_mb(pid: int) -> float:
 
 
 def never_seen(scene: Path, step: int) -> str:
-    """The scene shifted sideways by some pixels, as base64: the same kind of image with other bytes."""
+    """Return the scene shifted sideways by some pixels, as base64: a similar image with other bytes."""
     with Image.open(scene) as image:
         pixels = np.roll(np.asarray(image.convert("RGB")), step % 200 + 1, axis=1)
     encoded = io.BytesIO()
@@ -106,7 +106,7 @@ def never_seen(scene: Path, step: int) -> str:
 
 
 def ask(client: httpx.Client, image: str, question: str, max_tokens: int) -> tuple[dict, float]:
-    """The answer and its end-to-end time in milliseconds. Raises httpx.HTTPError."""
+    """Return the answer and its end-to-end time in milliseconds. Raises httpx.HTTPError."""
     started = time.perf_counter()
     response = client.post("/v1/vqa", json={"image": image, "question": question, "max_tokens": max_tokens})
     response.raise_for_status()
@@ -124,7 +124,7 @@ def percentiles(milliseconds: list[float]) -> dict[str, float]:
 
 
 def one_client(url: str, count: int) -> dict[str, dict[str, float]]:
-    """Cold and follow-up latency of short questions, one request at a time."""
+    """Measure cold and follow-up latency of short questions, one request at a time."""
     asked = [row for row in rows(SCENES) if row.type != "describe"]
     cold, follow_up = [], []
     with httpx.Client(base_url=url, timeout=60) as client:
@@ -142,9 +142,9 @@ def one_client(url: str, count: int) -> dict[str, dict[str, float]]:
 
 
 def many_clients(url: str, clients: int, requests: int, stream: bool = False) -> dict[str, float]:
-    """Long answers (`describe the image.`) on images that were sent before, closed loop. Any error raises.
+    """Measure a closed loop of long answers (`describe the image.`) about images sent before. Any error raises.
 
-    With http.client, one connection a client: the load shares the machine with the service, so it must cost little.
+    Each client has one http.client connection: the load shares the machine with the service, so it must cost little.
     """
     scenes = [SCENES / name for name in sorted({row.image for row in rows(SCENES)})[:32]]
     with httpx.Client(base_url=url, timeout=60) as client:
@@ -155,7 +155,7 @@ def many_clients(url: str, clients: int, requests: int, stream: bool = False) ->
     ]
 
     def describe(first: int) -> int:
-        """Every `clients`-th request, one after the other -> tokens of the answers."""
+        """Send every `clients`-th request, one after the other -> total tokens of the answers."""
         connection, tokens = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60), 0
         for step in range(first, requests, clients):
             connection.request("POST", "/v1/vqa", bodies[step % len(bodies)], {"content-type": "application/json"})
@@ -163,7 +163,7 @@ def many_clients(url: str, clients: int, requests: int, stream: bool = False) ->
             said = response.read()
             if response.status != 200 or b'"error"' in said:
                 raise RuntimeError(f"{response.status}: {said!r}")
-            tokens += int(COMPLETION_TOKENS.search(said)[1])  # of the answer, or of a stream's last event
+            tokens += int(COMPLETION_TOKENS.search(said)[1])  # in the answer, or in a stream's last event
         connection.close()
         return tokens
 

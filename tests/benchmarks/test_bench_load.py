@@ -10,12 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.bench.load import Arrivals, Plan
+from benchmarks.bench.load import WAITED, Arrivals, Plan
 from benchmarks.bench.measuring import measure
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import Running
 from benchmarks.bench.workloads import KNOWN, Workload
+from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.triton_server.supervision import EmbeddedTriton
 from tests.conftest import Gateway, StartGateway
 
@@ -88,3 +89,9 @@ def test_pytorch_answers_a_batch_as_one_by_one():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(Scenes.load(3).questions) == 3
+
+
+def test_a_request_that_expired_in_the_queue_is_recognised_by_its_message():
+    scheduler = Scheduler(vision_slots=1, llm_tokens=100)
+    claim = Claim(Resource.LLM, 10, Kind.FOLLOW_UP, 0.0, 1.0)
+    assert WAITED in scheduler.expired(claim).message

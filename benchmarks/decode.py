@@ -1,10 +1,10 @@
-"""What one decode step costs inside the `llm` model, and how much of it is ours: no Triton, no network.
+"""Measure a decode step of the `llm` model and its part outside ONNX Runtime.
 
     python -m benchmarks.decode [--repository model_repository] [--rows 1 8 32] [--threads 1]
 
-For each batch size: the first token (prefill of one prompt of 45 tokens, 32 of them visual), a decode step, the part
-of the step outside ONNX Runtime, all in milliseconds of CPU, which other processes' load disturbs least; and tokens a
-second by the clock. Medians.
+There is no Triton and no network. For each batch size it prints medians of CPU milliseconds, which other processes'
+load disturbs least: the first token (prefill of one prompt of 45 tokens, 32 of them visual), a decode step, and the
+step's part outside ONNX Runtime. Tokens per second are wall-clock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAYS = {"greedy": Sampling(STEPS), "sampled": Sampling(STEPS, temperature=0.8, t
 
 
 class TimedSession:
-    """Counts the CPU seconds spent in ONNX Runtime."""
+    """Count the CPU seconds spent in ONNX Runtime."""
 
     def __init__(self, session: Any) -> None:
         self.io_binding = session.io_binding
@@ -63,12 +63,15 @@ def prompt(decoder: OnnxDecoder, generator: np.random.Generator) -> Prompt:
 
 
 def measure(decoder: TimedDecoder, rows: int, sampling: Sampling) -> tuple[float, float, float, float]:
-    """CPU seconds of one prefill of one prompt, of one step of `rows` rows, of that step outside ONNX Runtime, and the
-    seconds that the step took."""
+    """Return median seconds of one prefill and of one step of `rows` rows.
+
+    In order: CPU of the prefill of one prompt, CPU of the step, CPU of the step outside ONNX Runtime, and the step's
+    wall-clock time.
+    """
     generator = np.random.default_rng(0)
     prefills, steps, outside, took = [], [], [], []
     for _ in range(ROUNDS):
-        batcher = Batcher(decoder, Limits(max_prefill_tokens=VISUAL + TEXT))  # one prompt a prefill
+        batcher = Batcher(decoder, Limits(max_prefill_tokens=VISUAL + TEXT))  # one prompt per prefill
         for _ in range(rows):
             batcher.submit(Sequence("", prompt(decoder, generator), sampling, end_id=-1))
         while batcher.running or batcher.waiting:
@@ -90,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--threads", type=int, default=1, help="cores of one step")
+    parser.add_argument("--threads", type=int, default=1, help="threads of one step")
     given = parser.parse_args()
     graph = given.repository / "llm" / "1" / "model.onnx"
     print("rows  way      prefill CPU ms  step CPU ms  outside CPU ms  tokens/s")

@@ -1,9 +1,10 @@
-"""What looking less closely saves: milliseconds of each call of the models, by the budget.
+"""Measure what elastic fidelity saves: milliseconds of each model call, by budget.
 
-    python -m benchmarks.fidelity         # starts a Triton of its own on GLIMPSE_MODEL_REPOSITORY
+    python -m benchmarks.fidelity         # starts its own Triton on GLIMPSE_MODEL_REPOSITORY
 
-One call at a time, the budgets in turn, `--rounds` times: medians, and the quickest in brackets, which a busy machine
-disturbs least. `first token` is the LLM's with the visual tokens, a short question and one token of answer.
+There is one call at a time, the budgets in turn, `--rounds` times. It prints medians and, in brackets, the minimum,
+which a busy machine disturbs least. `first token` is an LLM call with the visual tokens, a short question and one token
+of answer.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Call = Callable[[], Awaitable[object]]
 
 @dataclass(frozen=True)
 class Models:
-    """Those of a repository, served."""
+    """A repository's models, served."""
 
     client: TritonClient
     card: ModelCard
@@ -55,7 +56,7 @@ class Models:
 
 @asynccontextmanager
 async def own_models() -> AsyncIterator[Models]:
-    """Served by a Triton of our own while the block runs."""
+    """Serve the models with a separate Triton while the block runs."""
     repository = Path(os.environ.get("GLIMPSE_MODEL_REPOSITORY", PROJECT / "model_repository"))
     card = ModelCard.from_json((repository / "card.json").read_text())
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
@@ -76,8 +77,8 @@ async def own_models() -> AsyncIterator[Models]:
 
 
 async def answer_to(models: Models, question: str, visual_tokens: FloatArray, max_tokens: int) -> str:
-    """Greedily, without its end."""
-    key = os.urandom(16)  # no two prompts share a prefix
+    """Answer greedily -> the text without the end token."""
+    key = os.urandom(16)  # prevents two prompts from sharing a prefix
     ids: list[int] = []
     tokens = models.client.generate(
         models.prompts.compose(question, [(visual_tokens, key)]),
@@ -94,7 +95,10 @@ async def answer_to(models: Models, question: str, visual_tokens: FloatArray, ma
 
 
 async def steadily(call: Callable[[], Awaitable[Result]]) -> Result:
-    """Again where a model does not answer: on a machine that is busy with other things Triton gives processes up."""
+    """Repeat the call if a model does not answer.
+
+    On a machine that is busy with other work, Triton may give up a model's process.
+    """
     for _ in range(TRIES - 1):
         try:
             return await call()
@@ -114,7 +118,7 @@ def exactly(vision_tokens: int, visual_tokens: int) -> Budget:
 
 
 async def calls(models: Models) -> dict[str, Call]:
-    """What is measured, by name."""
+    """Return the calls to measure, by name."""
     client, card = models.client, models.card
     image = np.random.default_rng(0).integers(0, 255, (3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     question = models.prompts.question(QUESTION)

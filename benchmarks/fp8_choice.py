@@ -1,10 +1,10 @@
-"""Which matrix products FP8 may have: what each choice costs in answers, after `python -m benchmarks.precision`.
+"""Measure how each choice of FP8 matrix products changes the answers.
 
     python -m benchmarks.fp8_choice --out benchmarks/results/fp8_choice.json                     # every choice, in turn
     python -m benchmarks.fp8_choice --out benchmarks/results/fp8_choice.json --only everything   # one of them
 
-Quantises the graphs that the benchmark of precisions has exported, with its samples, and asks every committed question.
-The last choice is the one that `glimpse build --precision fp8` makes.
+Run `python -m benchmarks.precision` first: this program quantises its exported graphs with its samples. It asks every
+committed question. The last choice is the one that `glimpse build --precision fp8` makes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from build_engines.evaluation.accuracy import SCENES, Outcome, rows
 from service.core.card import ModelCard
 from service.prompt import PromptBuilder
 
-ATTENTION, ENDS, QUERIES = "attention", "the first and the last layer", "queries, keys and values"  # of `not_fp8`
+ATTENTION, ENDS, QUERIES = "attention", "the first and the last layer", "queries, keys and values"  # as in `not_fp8`
 CHOICES: dict[
     str, tuple[tuple[str, ...], bool]
 ] = {  # what of the encoder is spared, and whether the Q-Former is FP8 too
@@ -42,7 +42,7 @@ CHOICES: dict[
 
 
 def quantise(build: Path, name: str, excluded: Sequence[str], folder: Path) -> Path:
-    """One exported graph by modelopt, the rest in FP16, as the steps `fp8` and `fp16` make it."""
+    """Quantise one exported graph with modelopt, the rest in FP16, as the steps `fp8` and `fp16` do."""
     folder.mkdir(parents=True, exist_ok=True)
     exported, feeds = build / f"export-{name}" / "model.onnx", build / "samples" / f"{name}.npz"
     line = commands.fp8(modelopt_python(), exported, feeds, folder / "fp8.onnx", excluded)
@@ -53,7 +53,7 @@ def quantise(build: Path, name: str, excluded: Sequence[str], folder: Path) -> P
 
 
 def measured(ours: Graphs, fp32: Graphs, said: Sequence[str], expected: Sequence[str], build: Path) -> dict[str, Any]:
-    """Agreement with FP32's answers, accuracy, and the encoder's cosines on the samples of parity."""
+    """Return agreement with FP32's answers, accuracy, and the encoder's cosines on the parity samples."""
     asked = rows(SCENES)
     feeds = {"image": np.load(build / "samples" / "vision_encoder.npz")["image"][:PARITY]}
     seen, wanted = (outputs(each.files["vision_encoder"], feeds) for each in (ours, fp32))
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "reference")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "precision")
     parser.add_argument("--only", choices=list(CHOICES), nargs="+", default=list(CHOICES))
-    parser.add_argument("--out", type=Path, required=True, help="JSON; what it has of other choices stays")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; results of other choices in it are kept")
     given = parser.parse_args()
     made, build = built(given.checkpoint, given.work), Path(f"{given.work / 'tensorrt'}.build")
     card = ModelCard.from_json((build / "card" / "card.json").read_text())

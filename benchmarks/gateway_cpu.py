@@ -1,13 +1,13 @@
-"""CPU seconds of the gateway's process: what a request costs, and what a token of its answer.
+"""Measure the gateway's CPU time per request and per token of its answer.
 
-    python -m benchmarks.gateway_cpu          # starts a server of its own, measures, stops it
+    python -m benchmarks.gateway_cpu          # starts its own server, measures, stops it
     python -m benchmarks.gateway_cpu --model base --requests 24 --rounds 1
 
-The load comes from this process, a closed loop; CPU is read from /proc, so a crowded machine distorts it little.
-Answers of 1 to 24 tokens are fitted by `ms a request + ms a token x tokens`: of follow-ups by image id, streamed and
-whole, and of images never seen, sent as a form and streamed. Decoding these images is part of that; what it costs
-alone is told too, as is what Triton's own process takes beside it, and the gateway where nobody asks anything (it
-watches Triton and its models), which a slow model's requests share.
+The load is a closed loop from this process. CPU time is read from /proc, so other load on the machine distorts it
+little. Answers of 1 to 24 tokens are fitted by `ms a request + ms a token x tokens`, in three ways: follow-ups by image
+id, streamed and whole; and new images, sent as a form and streamed. The time of a new image includes decoding it. The
+report also has the decoding alone, the CPU time of Triton's own process, and the CPU time of an idle gateway, which
+watches Triton and its models. The requests of a slow model include a share of that idle time.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import SYSTEMS, Running, running
 from service.media.decoder import ImageLimits, decode
 
-QUESTION = "describe the image."  # the one whose answer is long enough to be cut where we want
+QUESTION = "describe the image."  # its answer is long enough to be cut at any of LENGTHS
 LENGTHS = (1, 6, 12, 18, 24)  # tokens of an answer
 WAYS = ("follow_up streamed", "follow_up whole", "cold streamed")
 IDLE_S = 20
-CONFIGURED = {"VISUAL_CACHE_BYTES": "0", "LOG_LEVEL": "info"}  # the same question again is no repeat
+CONFIGURED = {
+    "VISUAL_CACHE_BYTES": "0",
+    "LOG_LEVEL": "info",
+}  # so that an equal question is not answered from the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Of one measurement, a request's mean."""
+    """Means per request of one measurement."""
 
     tokens: float
     ms: float  # CPU of the gateway
-    triton_ms: float  # CPU of Triton's own process, its models' not counted
+    triton_ms: float  # CPU of Triton's own process, without its models' processes
 
 
 class Load:
-    """A closed loop of a few clients, each with a connection of its own."""
+    """Run a closed loop of a few clients, each with its own connection."""
 
     def __init__(self, system: Running, clients: int) -> None:
         url = urlsplit(system.urls[0])
@@ -61,13 +64,13 @@ class Load:
         self._ids: list[str] = []
 
     async def send_images(self) -> None:
-        """Those that follow-ups are about, each asked about once."""
+        """Ask once about each image that follow-ups will be about."""
         for number in range(len(self._scenes.files)):
             body, kind = form({"question": QUESTION, "max_tokens": 1}, [self._scenes.jpeg(number)])
             self._ids += (await self._answer(body, kind))["image_ids"]
 
     async def spend(self, way: str, tokens: int, requests: int) -> Spent:
-        """Raises RuntimeError where a request fails."""
+        """Send requests and measure their CPU time. Raises RuntimeError if a request fails."""
         asked = iter(range(requests))
         before, said = self._system.processes(), list[int]()
 
@@ -81,14 +84,14 @@ class Load:
         return Spent(sum(said) / requests, *(cpu_s[role] * 1e3 / requests for role in ("gateway", "triton")))
 
     def _question(self, way: str, tokens: int, number: int) -> tuple[bytes, str]:
-        """Its body and the body's type."""
+        """Return the request's body and content type."""
         fields = {"question": QUESTION, "max_tokens": tokens, "stream": way.endswith("streamed")}
         if way.startswith("cold"):
             return form(fields, [self._scenes.jpeg(next(self._new))])
         return json.dumps(fields | {"image": self._ids[number % len(self._ids)]}).encode(), "application/json"
 
     async def _answer(self, body: bytes, kind: str) -> dict[str, Any]:
-        """All but the text of it."""
+        """Return all fields of the answer but its text. Raises RuntimeError if the request fails."""
         response = await self._http.post("/v1/vqa", body, kind)
         events = [line.removeprefix(b"data: ") for line in response.body.split(b"\n") if line and b"[DONE]" not in line]
         if response.status != 200 or b'"error"' in events[-1]:
@@ -101,7 +104,7 @@ class Load:
 
 
 def fit(found: list[Spent]) -> dict[str, Any]:
-    """Least squares over the lengths."""
+    """Fit the measurements over the answers' lengths by least squares."""
     tokens, ms, triton_ms = (np.array(column) for column in zip(*(astuple(each) for each in found), strict=True))
     a_token, a_request = np.polyfit(tokens, ms, 1)
     return {
@@ -113,7 +116,7 @@ def fit(found: list[Spent]) -> dict[str, Any]:
 
 
 def decoding_ms() -> float:
-    """CPU of decoding one of the cold images."""
+    """Measure the CPU milliseconds of decoding one new image."""
     files = Scenes.load().files
     began = time.process_time()
     for file in files:
@@ -122,14 +125,14 @@ def decoding_ms() -> float:
 
 
 def idle_ms(system: Running) -> float:
-    """CPU of the gateway a second, when nobody asks."""
+    """Measure the idle gateway's CPU milliseconds per second."""
     before = system.processes()
     time.sleep(IDLE_S)
     return cpu_by_role(before, system.processes())["gateway"] * 1e3 / IDLE_S
 
 
 async def measure(system: Running, clients: int, requests: int, rounds: int) -> dict[str, Any]:
-    """Each length in turn, the median of the rounds."""
+    """Measure each length in turn and take the median of the rounds."""
     load = Load(system, clients)
     await load.send_images()
     found: dict[tuple[str, int], list[Spent]] = {(way, length): [] for way in WAYS for length in LENGTHS}
@@ -147,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="reference")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=200, help="of each length and round")
+    parser.add_argument("--requests", type=int, default=200, help="requests of each length and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     told = parser.parse_args()

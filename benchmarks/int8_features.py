@@ -1,9 +1,10 @@
-"""Whether answers stay the same when features are kept as int8: the questions of the committed scenes, asked of both.
+"""Compare answers from full features with answers from int8 features.
 
-    python -m benchmarks.int8_features            # starts a Triton of its own on GLIMPSE_MODEL_REPOSITORY
+    python -m benchmarks.int8_features            # starts its own Triton on GLIMPSE_MODEL_REPOSITORY
 
-Each image is encoded once; each question is answered, greedily, from these features and from what Int8Rows keeps of
-them. Of each split: the share of equal answers, and how many are right from either, with Wilson's 95 % intervals.
+It asks the questions of the committed scenes. Each image is encoded once. Each question is answered greedily from these
+features and from their Int8Rows. For each split it prints the share of equal answers and the share of right answers
+from either, with Wilson's 95 % intervals.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ async def ask(models: Models, row: Row, vision: VisionFeatures) -> str:
 
 
 async def compare(models: Models, questions: list[Row]) -> None:
-    """Those of one split."""
+    """Compare the answers of one split and print the result."""
     count: Counter[str] = Counter()
     for image, about in groupby(questions, key=lambda row: row.image):
         pixels = decode((SCENES / image).read_bytes(), LIMITS).pixels
@@ -52,11 +53,11 @@ async def compare(models: Models, questions: list[Row]) -> None:
         low, high = wilson(count[what], count["all"])
         told.append(f"{name} {count[what] / count['all']:.4f} ({low:.4f} to {high:.4f})")
     print(f"{questions[0].split}, {count['all']} questions: {', '.join(told)}")
-    print(f"  {exact.nbytes:,} bytes an image in full, {kept.nbytes:,} as int8")
+    print(f"  {exact.nbytes:,} bytes per image in full, {kept.nbytes:,} as int8")
 
 
 def cost() -> None:
-    """Of rounding and of coming back, in milliseconds."""
+    """Print the milliseconds of converting to int8 and back."""
     for name, shape in (("ViT-B/14, 224 pixels", (257, 768)), ("its closer view", (1024, 768))):
         full = np.random.default_rng(0).standard_normal(shape, np.float32)
         kept = Int8Rows.of(full)

@@ -1,10 +1,10 @@
-"""Latency and throughput of the whole service on this machine.
+"""Measure latency and throughput of the whole service on this machine.
 
-    python -m benchmarks.latency          # starts a server of its own, measures, stops it
+    python -m benchmarks.latency          # starts its own server, measures, stops it
 
-One client: cold (an image never seen) and follow-up (another question on it), end to end. 1, 8 and 32 clients in
-turn, several rounds: requests and tokens a second, of whole answers and of streamed ones. Also the time to ready and
-the memory of all processes.
+One client measures end-to-end latency: cold (a new image) and follow-up (another question about it). Then 1, 8 and 32
+clients in turn measure requests and tokens per second over several rounds, for whole and for streamed answers. The
+report also has the time to ready and the memory of all processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from build_engines.evaluation.accuracy import SCENES, rows
 
 PREFIX = "GLIMPSE_"
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
-ROUNDS = 5  # of the concurrency measurement, alternating, so that a slow minute of the machine hits all alike
+ROUNDS = 5  # of the concurrency measurement; they alternate, so that a slow minute affects all client counts equally
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Server:
 
 @contextmanager
 def own_server() -> Iterator[Server]:
-    """`glimpse serve` on free ports with the GLIMPSE_ settings of the environment, stopped at the end.
+    """Run `glimpse serve` on free ports with the GLIMPSE_ settings of the environment, and stop it at the end.
 
     Raises RuntimeError if it does not start.
     """
@@ -65,7 +65,7 @@ def own_server() -> Iterator[Server]:
 
 
 def never_seen(scene: Path, step: int) -> str:
-    """The scene shifted sideways by some pixels, as base64: the same kind of image with other bytes."""
+    """Return the scene shifted sideways by some pixels, as base64: a similar image with other bytes."""
     with Image.open(scene) as image:
         pixels = np.roll(np.asarray(image.convert("RGB")), step % 200 + 1, axis=1)
     encoded = io.BytesIO()
@@ -74,7 +74,7 @@ def never_seen(scene: Path, step: int) -> str:
 
 
 def ask(client: httpx.Client, image: str, question: str, max_tokens: int) -> tuple[dict, float]:
-    """The answer and its end-to-end time in milliseconds. Raises httpx.HTTPError."""
+    """Return the answer and its end-to-end time in milliseconds. Raises httpx.HTTPError."""
     started = time.perf_counter()
     response = client.post("/v1/vqa", json={"image": image, "question": question, "max_tokens": max_tokens})
     response.raise_for_status()
@@ -92,7 +92,7 @@ def percentiles(milliseconds: list[float]) -> dict[str, float]:
 
 
 def one_client(url: str, count: int) -> dict[str, dict[str, float]]:
-    """Cold and follow-up latency of short questions, one request at a time."""
+    """Measure cold and follow-up latency of short questions, one request at a time."""
     asked = [row for row in rows(SCENES) if row.type != "describe"]
     cold, follow_up = [], []
     with httpx.Client(base_url=url, timeout=60) as client:
@@ -110,9 +110,9 @@ def one_client(url: str, count: int) -> dict[str, dict[str, float]]:
 
 
 def many_clients(url: str, clients: int, requests: int, stream: bool = False) -> dict[str, float]:
-    """Long answers (`describe the image.`) on images that were sent before, closed loop. Any error raises.
+    """Measure a closed loop of long answers (`describe the image.`) about images sent before. Any error raises.
 
-    With http.client, one connection a client: the load shares the machine with the service, so it must cost little.
+    Each client has one http.client connection: the load shares the machine with the service, so it must cost little.
     """
     scenes = [SCENES / name for name in sorted({row.image for row in rows(SCENES)})[:32]]
     with httpx.Client(base_url=url, timeout=60) as client:
@@ -123,7 +123,7 @@ def many_clients(url: str, clients: int, requests: int, stream: bool = False) ->
     ]
 
     def describe(first: int) -> int:
-        """Every `clients`-th request, one after the other -> tokens of the answers."""
+        """Send every `clients`-th request, one after the other -> total tokens of the answers."""
         connection, tokens = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60), 0
         for step in range(first, requests, clients):
             connection.request("POST", "/v1/vqa", bodies[step % len(bodies)], {"content-type": "application/json"})
@@ -131,7 +131,7 @@ def many_clients(url: str, clients: int, requests: int, stream: bool = False) ->
             said = response.read()
             if response.status != 200 or b'"error"' in said:
                 raise RuntimeError(f"{response.status}: {said!r}")
-            tokens += int(COMPLETION_TOKENS.search(said)[1])  # of the answer, or of a stream's last event
+            tokens += int(COMPLETION_TOKENS.search(said)[1])  # in the answer, or in a stream's last event
         connection.close()
         return tokens
 

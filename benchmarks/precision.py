@@ -1,11 +1,16 @@
-"""What FP16 and FP8 cost in answers: the reference model's graphs on the committed scenes, in ONNX Runtime on the CPU.
+"""Measure how FP16 and FP8 change the reference model's answers, in ONNX Runtime on the CPU.
 
     python -m benchmarks.precision --out benchmarks/results/precision.json
 
-Builds the graphs as `glimpse build` does for a GPU, up to its step `parity`, and asks each precision every committed
-question, and as many about fresh scenes: what may be FP8 was chosen on the committed ones. Three rows: fp32; fp16; fp8,
-where most matrix products of the vision encoder are FP8 E4M3 and everything else is as in fp16, the LLM too, as
-TensorRT-LLM has no FP8 for OPT.
+It builds the graphs as `glimpse build` does for a GPU, up to its step `parity`. It asks each precision every committed
+question, and as many about fresh scenes, because the FP8 products were chosen on the committed ones.
+
+| row | graphs |
+|---|---|
+| fp32, fp16 | all in that precision |
+| fp8 | most matrix products of the vision encoder in FP8 E4M3, all else as in fp16 |
+
+The LLM of fp8 is also FP16, because TensorRT-LLM has no FP8 for OPT.
 """
 
 from __future__ import annotations
@@ -45,16 +50,16 @@ FIRST_FRESH = 400_000  # held-out scenes that nothing else uses
 
 @dataclass(frozen=True)
 class Graphs:
-    """One precision's ONNX files by model, and the step that made each."""
+    """One precision's ONNX files by model."""
 
     files: Mapping[str, Path]
 
 
 def built(checkpoint: Path, work: Path) -> dict[str, Graphs]:
-    """By precision. What a run before has made is made no more."""
+    """Build the graphs by precision and reuse an earlier run's results."""
     run(checkpoint, work / "onnx-gpu", "onnx-gpu", "fp16")
     gpu, plans = steps_of(work / "onnx-gpu"), steps_of(work / "tensorrt")
-    for exported in gpu.glob("export-*"):  # the same whatever the precision
+    for exported in gpu.glob("export-*"):  # equal for all precisions
         if exported.name != "export-llm" and not (plans / exported.name).exists():
             shutil.copytree(exported, plans / exported.name)
     run(checkpoint, work / "tensorrt", "tensorrt", "fp8")
@@ -66,17 +71,17 @@ def built(checkpoint: Path, work: Path) -> dict[str, Graphs]:
     return {
         "fp32": graphs(gpu, "export", "export"),
         "fp16": graphs(gpu, "fp16", "fp16"),
-        "fp8": graphs(plans, "fp16", "fp16"),  # its step fp16 comes after its step fp8
+        "fp8": graphs(plans, "fp16", "fp16"),  # this build's step fp16 follows its step fp8
     }
 
 
 def steps_of(out: Path) -> Path:
-    """Where a build keeps what its steps have made."""
+    """Return the folder with the results of a build's steps."""
     return Path(f"{out}.build")
 
 
 def run(checkpoint: Path, out: Path, profile: str, precision: str) -> None:
-    """Up to parity, which every machine can do."""
+    """Build up to the step parity, which needs no GPU. Raises SystemExit if the build fails."""
     arguments = ["--profile", profile, "--precision", precision, "--out", str(out), "--until", "parity"]
     if build.main([str(checkpoint), *arguments]):
         raise SystemExit(f"{profile} {precision} could not be built")
@@ -85,7 +90,7 @@ def run(checkpoint: Path, out: Path, profile: str, precision: str) -> None:
 def answers(
     graphs: Graphs, card: ModelCard, prompts: PromptBuilder, asked: Sequence[Row], visual: Sequence[Array]
 ) -> list[str]:
-    """One greedy answer a question, of its visual tokens."""
+    """Answer each question greedily from its visual tokens."""
     llm = session(graphs.files["llm"])
     spelled = token_bytes(prompts.tokenizer)
     found = []
@@ -100,7 +105,7 @@ def answers(
 def visual_tokens(
     graphs: Graphs, card: ModelCard, prompts: PromptBuilder, asked: Sequence[Row], scenes: Path
 ) -> Iterator[Array]:
-    """What the LLM reads of each question's image, with the card's default budget."""
+    """Yield the visual tokens of each question's image, with the card's default budget."""
     images = sorted({row.image for row in asked})
     pixels = np.stack([decode((scenes / name).read_bytes(), ImageLimits()).pixels for name in images])
     features = outputs(graphs.files["vision_encoder"], {"image": pixels})
@@ -122,15 +127,17 @@ def visual_tokens(
 
 
 def end_to_end(ours: Sequence[Array], theirs: Sequence[Array]) -> dict[str, float]:
-    """Visual tokens of every question, after encoder, allocator and Q-Former, by cosine: of all together, of the worst
-    question, and the one that 1 % of the questions stay below."""
+    """Compare the visual tokens of all questions by cosine, after encoder, allocator and Q-Former.
+
+    The result has the cosine of all together, that of the worst question, and the first percentile over the questions.
+    """
     near = nearness(np.stack(ours), np.stack(theirs))
     each = [nearness(a[np.newaxis], b[np.newaxis]).cosine for a, b in zip(ours, theirs, strict=True)]
     return near.as_json() | {"first_percentile": float(f"{np.percentile(each, 1):.7g}")}
 
 
 def layers(graphs: Mapping[str, Graphs], name: str, feeds: Mapping[str, Array]) -> dict[str, list[float]]:
-    """By precision, the cosine against FP32 of what each layer of a graph hands on, the whole batch together."""
+    """Return by precision the cosine of each layer's output with FP32's, over the whole batch."""
     names = residuals(graphs["fp32"].files[name])
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "inner.onnx"
@@ -143,13 +150,13 @@ def layers(graphs: Mapping[str, Graphs], name: str, feeds: Mapping[str, Array]) 
 
 
 def by_reason(told: Path) -> dict[str, int]:
-    """How many nodes keep the precision before it, of a step's file that says why each does."""
+    """Count by reason the nodes that keep their previous precision, from a step's file of reasons."""
     reasons = list(json.loads(told.read_text()).values()) if told.exists() else []
     return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
 
 
 def quantised(graph: Path) -> dict[str, int]:
-    """Matrix products by what they multiply: two FP8 tensors, or not."""
+    """Count the matrix products that multiply two FP8 tensors, and the others."""
     model = onnx.load(graph, load_external_data=False)
     from_fp8 = {out for node in model.graph.node if node.op_type == "DequantizeLinear" for out in node.output}
     casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
@@ -161,7 +168,7 @@ def quantised(graph: Path) -> dict[str, int]:
 def table(
     graphs: Mapping[str, Graphs], card: ModelCard, prompts: PromptBuilder, scenes: Path, limit: int | None
 ) -> Any:
-    """By precision: agreement with FP32's answers, accuracy, nearness of each layer and of the visual tokens."""
+    """Return by precision: agreement with FP32's answers, accuracy, nearness of each layer and of visual tokens."""
     asked = rows(scenes)[:limit]
     visual = {name: list(visual_tokens(each, card, prompts, asked, scenes)) for name, each in graphs.items()}
     said = {name: answers(each, card, prompts, asked, visual[name]) for name, each in graphs.items()}
@@ -196,7 +203,7 @@ def table(
 
 
 def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
-    """Which bar holds."""
+    """Return for each bar whether it is met."""
     told = {}
     for precision, bars in BARS.items():
         told[f"{precision} agreement >= {bars['agreement']}"] = found[precision]["agreement"] >= bars["agreement"]
@@ -207,7 +214,7 @@ def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def scenes_of(which: str, work: Path, numbers: Mapping[str, int] = held_out.COMMITTED) -> Path:
-    """The committed scenes, by which it was chosen what may be FP8, or as many others, which nothing was chosen by."""
+    """Return the committed scenes, on which the FP8 products were chosen, or as many fresh ones."""
     if which == "committed":
         return SCENES
     if not (work / which / "questions.jsonl").exists():
@@ -218,10 +225,10 @@ def scenes_of(which: str, work: Path, numbers: Mapping[str, int] = held_out.COMM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "reference")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "precision", help="where the builds are kept")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "precision", help="folder that keeps the builds")
     parser.add_argument("--scenes", nargs="+", choices=["committed", "fresh"], default=["committed", "fresh"])
-    parser.add_argument("--limit", type=int, help="only the first questions")
-    parser.add_argument("--out", type=Path, help="JSON; what it has of other scenes of the same graphs stays")
+    parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions")
+    parser.add_argument("--out", type=Path, help="JSON file; results of other scenes with the same graphs are kept")
     given = parser.parse_args()
     graphs = built(given.checkpoint, given.work)
     plans, gpu = steps_of(given.work / "tensorrt"), steps_of(given.work / "onnx-gpu")

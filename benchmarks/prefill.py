@@ -1,8 +1,9 @@
-"""What the first token costs, what prefix reuse saves of it, and what a burst of prompts does to answers under way.
+"""Measure the first token, prefix reuse, and how a burst of prompts delays running answers.
 
     python -m benchmarks.prefill [--repository model_repository] [--max-prefill-tokens 46 160 512]
 
-Inside the `llm` model, no Triton, no network. Milliseconds of CPU, which other processes' load disturbs least; medians.
+It runs the `llm` model without Triton and network. It prints medians of CPU milliseconds, which other processes' load
+disturbs least.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from triton_models.decoder import OnnxDecoder
 
 ROUNDS = 5
 TURN = 16  # tokens of an answer and the next question
-RUNNING, JOINING, ANSWER = 4, 16, 16  # answers under way, prompts that come at once, tokens of each of those
+RUNNING, JOINING, ANSWER = 4, 16, 16  # running answers, prompts that arrive at once, tokens of each of their answers
 
 
 def named(decoder: OnnxDecoder, generator: np.random.Generator) -> Prompt:
-    """A prompt whose visual tokens have extra ids of their own."""
+    """Make a prompt whose visual tokens have their own extra ids."""
     nameless = prompt(decoder, generator)
     extra = nameless.extra_ids.copy()
     extra[:VISUAL] = generator.integers(1, 1 << 60, VISUAL)
@@ -62,7 +63,7 @@ def reuse(graph: Path) -> None:
 
 
 def burst(graph: Path, max_prefill_tokens: int) -> tuple[list[float], list[float]]:
-    """CPU milliseconds between two tokens of an answer under way, and to the first token of each that joins."""
+    """Return CPU milliseconds between two tokens of a running answer, and to the first token of each joining prompt."""
     decoder = OnnxDecoder(graph, max_rows=RUNNING + JOINING)
     generator = np.random.default_rng(0)
     batcher = Batcher(decoder, Limits(max_prefill_tokens=max_prefill_tokens))
@@ -94,7 +95,7 @@ def main() -> None:
     graph = given.repository / "llm" / "1" / "model.onnx"
     reuse(graph)
     print(f"\n{JOINING} prompts join {RUNNING} answers, CPU ms")
-    print("most tokens a prefill  between tokens: median  most  first token: median  last")
+    print("   max prefill tokens  between tokens: median   max  first token: median  last")
     for most in given.max_prefill_tokens:
         between, firsts = burst(graph, most)
         figures = [statistics.median(between), max(between), statistics.median(firsts), max(firsts)]

@@ -1,12 +1,13 @@
-"""The real sizes, with random weights: does everything export, how large is it, and what does it cost?
+"""Export models of real size with random weights and count their size and operations.
 
     python -m benchmarks.real_scale --out benchmarks/results/real_scale.json     # every component, one after another
     python -m benchmarks.real_scale --only vit-g qformer                          # some of them
 
-Each component is built from its published configuration, exported to ONNX in FP32 (weights beside the graph where they
-are more than 2 GB), checked whole and against what TensorRT builds, and counted, in a process of its own whose peak of
-memory is the component's. Counted: parameters, floating-point operations (`build_engines.model.flops`), the most bytes
-that one node of the graph reads and writes for one image in FP16, and bytes of keys and values a token.
+Each component is built from its published configuration and exported to ONNX in FP32. Weights of more than 2 GB are
+stored beside the graph. The whole graph is checked, also against TensorRT's rules. Each component has its own process,
+whose peak memory is the component's. Counted are parameters, floating-point operations (`build_engines.model.flops`),
+the most bytes that one node of the graph reads and writes for one image in FP16, and the bytes of keys and values per
+token.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ VIT_L = VIT_G | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_lay
 OPT_27B = {"model_type": "opt", "hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32,
            "num_attention_heads": 32, "vocab_size": 50304, "max_position_embeddings": 2048,
            "word_embed_proj_dim": 2560}  # fmt: skip
-SMALL_VIT = VIT_G | {"num_hidden_layers": 1}  # of ViT-g's width: what the Q-Former reads
+SMALL_VIT = VIT_G | {"num_hidden_layers": 1}  # has ViT-g's width, which the Q-Former reads
 SMALL_OPT = OPT_27B | {"num_hidden_layers": 1}
-COMPONENTS = {  # what is large, and which graph of it is exported
+COMPONENTS = {  # the sizes, and the graph that is exported
     "vit-g": ({"vision_config": VIT_G, "text_config": SMALL_OPT}, "vision_encoder"),
     "vit-l": ({"vision_config": VIT_L, "text_config": SMALL_OPT}, "vision_encoder"),
     "allocator": ({"vision_config": SMALL_VIT, "text_config": SMALL_OPT}, "relevance_allocator"),
@@ -46,11 +47,11 @@ COMPONENTS = {  # what is large, and which graph of it is exported
     "opt-2.7b": ({"vision_config": SMALL_VIT, "text_config": OPT_27B}, "llm"),
 }
 VISION_TOKENS = 257
-PROMPT_TOKENS = 32 + 16  # visual ones and a short question
+PROMPT_TOKENS = 32 + 16  # visual tokens and a short question
 
 
 def measure(name: str, scratch: str, told: Any) -> None:
-    """One component, in a process of its own."""
+    """Measure one component; run in its own process."""
     told.send(component(name, Path(scratch)))
 
 
@@ -62,7 +63,7 @@ def component(name: str, scratch: Path) -> dict[str, Any]:
     from build_engines.export import export_graph, graphs  # noqa: PLC0415
 
     sizes, wanted = COMPONENTS[name]
-    config = Blip2Config(**sizes, num_query_tokens=32)  # its Q-Former's defaults are the published ones
+    config = Blip2Config(**sizes, num_query_tokens=32)  # the Q-Former's defaults are the published ones
     checkpoint = random_checkpoint(config)
     graph = next(graph for graph in graphs(checkpoint) if graph.name == wanted)
     own = {id(p): p.numel() for p in graph.module.parameters()}
@@ -88,7 +89,7 @@ def component(name: str, scratch: Path) -> dict[str, Any]:
 
 
 def random_checkpoint(config: Any, device: str = "cpu", *, half: bool = False) -> Any:
-    """A BLIP-2 of these sizes, which never was on the CPU where the device is another; in FP32, or FP16."""
+    """Make a BLIP-2 of these sizes directly on the device, in FP32 or FP16."""
     import torch  # noqa: PLC0415
     from transformers import Blip2ForConditionalGeneration  # noqa: PLC0415
 
@@ -125,7 +126,7 @@ def kv_bytes(text: Any) -> int:
 
 
 def largest_node(model: Any) -> int:
-    """Bytes of activations that one node reads and writes, at most: batch 1, FP16 for floats."""
+    """Return the most bytes of activations that one node reads and writes, for batch 1 and FP16 floats."""
     from onnx import TensorProto  # noqa: PLC0415
 
     graph = model.graph
@@ -145,7 +146,7 @@ def largest_node(model: Any) -> int:
         width = {TensorProto.FLOAT: 2, TensorProto.INT64: 8, TensorProto.INT32: 4}.get(tensor.elem_type, 1)
         sizes[value.name] = width * math.prod(dims)
     fixed = {constant.name for constant in graph.initializer}
-    for node in graph.node:  # weights that are turned around are no activations
+    for node in graph.node:  # transposed weights are not activations
         if fixed.issuperset(node.input):
             fixed.update(node.output)
     return max(sum(sizes.get(name, 0) for name in {*node.input, *node.output} - fixed) for node in graph.node)
@@ -167,7 +168,7 @@ def main() -> None:
         try:
             kept[name] = ours.recv()
         except EOFError:
-            raise SystemExit(f"{name} ended without a result: was there too little memory?") from None
+            raise SystemExit(f"{name} ended without a result: check that there is enough memory") from None
         finally:
             process.join()
             shutil.rmtree(scratch)

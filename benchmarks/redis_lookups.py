@@ -1,9 +1,9 @@
-"""What Redis adds to a request: a lookup that hits and one that misses, by the size of the record.
+"""Measure the time that Redis adds to a request, for hits and misses, by record size.
 
-    python -m benchmarks.redis_lookups          # starts a redis-server of its own; needs one on PATH
+    python -m benchmarks.redis_lookups          # starts its own redis-server; needs one on PATH
 
-Times are those a request waits, with the gateway's own code on uvloop. A miss is two round trips: the record, and the
-claim to encode it. In the busy rows, 16 requests for different images ask at the same time.
+Times are those that a request waits, with the gateway's own code on uvloop. A miss takes two round trips: the record,
+and the claim to encode it. In the busy rows, 16 requests ask for different images at the same time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from service.core.vision import VisionFeatures
 from service.metrics import Metrics
 from service.settings import PROJECT
 
-WIDTHS = {"reference": None, "ViT-B/14": 768, "ViT-g/14": 1408}  # None: of the served model
+WIDTHS = {"reference": None, "ViT-B/14": 768, "ViT-g/14": 1408}  # None: the served model's width
 LOOKUPS = 1_000
 BUSY = 16
 
@@ -90,7 +90,7 @@ async def lookup(tier: RedisTier, number: int, hits: bool) -> float:
     found = await tier.find(key(number), math.inf if hits else 0.0)
     seconds = time.perf_counter() - begun
     if (found is not None) != hits:
-        raise RuntimeError("the lookup did not find what it should")
+        raise RuntimeError(f"the lookup should have been a {'hit' if hits else 'miss'}")
     return seconds
 
 

@@ -1,15 +1,19 @@
-"""How long requests wait over a synthetic day, by what decides who enters: the real scheduler under a clock of our own.
+"""Simulate the waits of a synthetic day under several scheduling policies.
 
     python -m benchmarks.simulate     # a million requests under each policy -> benchmarks/results/scheduling.{json,png}
 
-Arrivals are Poisson, their rate a day's sine with 40 bursts of 1 to 3 minutes at twice the rate. 60 % are follow-ups,
-35 % bring one new image, 5 % bring four. Images take vision slots for ENCODE_S, every answer takes tokens of the LLM
-until its last one; on average 48 % of the slots and 41 % of the tokens are wanted, at midday 84 % and 72 %, in a
-burst up to twice that. An answer is worth something for TIMEOUT_S.
+It runs the real scheduler with a simulated clock. Arrivals are Poisson; the rate is a sine over the day with 40 bursts
+of 1 to 3 minutes at twice the rate. 60 % are follow-ups, 35 % have one new image, 5 % have four. Images hold vision
+slots for ENCODE_S, and every answer holds LLM tokens until its last token. The demand is 48 % of the slots and 41 % of
+the tokens on average, 84 % and 72 % at midday, and up to twice that in a burst. An answer has value for TIMEOUT_S.
 
-The policies: `glimpse` is service/admission/scheduler.py as it is served. `text first` and `vision first` are the same
-with absolute priority instead of ageing. `fifo` is its one queue in order of arrival, whose head blocks those behind
-it. All drop at once who can no longer be answered in time.
+| policy | meaning |
+|---|---|
+| `glimpse` | service/admission/scheduler.py as served |
+| `text first`, `vision first` | the same with absolute priority instead of ageing |
+| `fifo` | one queue in order of arrival, whose head blocks the others |
+
+All policies drop a request as soon as it can no longer be answered in time.
 """
 
 from __future__ import annotations
@@ -40,26 +44,26 @@ ENCODE_S = 0.60
 FIRST_TOKEN_S, TOKEN_S = 0.10, 0.022
 TIMEOUT_S = 10.0
 KINDS = tuple(Kind)
-NEW_IMAGES = (0, 1, 4)  # of each kind
+NEW_IMAGES = (0, 1, 4)  # by kind
 SHARES = (0.60, 0.35, 0.05)
-NEVER_S = 1e6  # a handicap that no age makes up for
+NEVER_S = 1e6  # a handicap that no waiting time makes up for
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Day:
-    """One row a request, in order of arrival."""
+    """One row per request, in order of arrival."""
 
     arrived: list[float]  # seconds of the day
-    kind: list[int]  # place in KINDS
+    kind: list[int]  # index in KINDS
     tokens: list[int]
-    llm_s: list[float]  # from its turn in the LLM to its last token
+    llm_s: list[float]  # from the grant of its LLM tokens to the last token of the answer
 
 
 @dataclass(frozen=True)
 class Waits:
-    """One row a request: seconds in queues, NaN where its answer was not complete within TIMEOUT_S."""
+    """One row per request: seconds in queues, or NaN if its answer was not complete within TIMEOUT_S."""
 
     seconds: Floats
     cpu_s: float  # of the simulation
@@ -74,7 +78,7 @@ def synthetic_day(requests: int, seed: int) -> Day:
     passed = np.concatenate([[0], np.cumsum(rate)]) / rate.sum()
     arrived = np.interp(np.sort(random.random(requests)), passed, np.append(minutes, DAY_S))
     written = np.minimum(random.geometric(1 / 20, requests), 256)
-    asked = np.where(random.random(requests) < 0.1, 512, 64)  # max_tokens: few say how much they want
+    asked = np.where(random.random(requests) < 0.1, 512, 64)  # max_tokens: few requests set it
     tokens = np.maximum(32 + random.integers(8, 40, requests) + asked, LLM_TOKENS // LLM_ROWS)
     kind = random.choice(len(KINDS), requests, p=SHARES)
     llm_s = FIRST_TOKEN_S + TOKEN_S * np.minimum(written, asked)
@@ -84,7 +88,7 @@ def synthetic_day(requests: int, seed: int) -> Day:
 def scheduled(day: Day, scheduler: Scheduler) -> Waits:
     begun = time.process_time()
     waits: list[float] = [0.0] * len(day.arrived)
-    owners: dict[Claim, tuple[int, float]] = {}  # request, since when it waits
+    owners: dict[Claim, tuple[int, float]] = {}  # request, start of its wait
     ends: list[tuple[float, int, Claim]] = []  # heap
 
     def submit(number: int, resource: Resource, now: float) -> None:
@@ -159,7 +163,7 @@ def summary(day: Day, waits: Waits) -> dict[str, object]:
 
 
 def plot(day: Day, every: Mapping[str, Waits], path: Path) -> None:
-    """Above: p95 of each half hour's waits. Below: the share of requests that waits longer."""
+    """Plot p95 of each half hour's waits (above) and the share of requests that wait longer (below)."""
     kinds, hours = np.array(day.kind), np.array(day.arrived) / 3600
     figure, axes = plt.subplots(2, len(KINDS), figsize=(15, 8), sharey="row", layout="constrained")
     for i, kind in enumerate(KINDS):
@@ -180,7 +184,7 @@ def plot(day: Day, every: Mapping[str, Waits], path: Path) -> None:
     axes[1, 0].set_ylim(1e-4, 1.5)
     axes[1, 2].legend()
     figure.suptitle(
-        f"{len(day.arrived):,} requests of one day; who has no answer after {TIMEOUT_S:g} s counts as those"
+        f"{len(day.arrived):,} requests of one day; a request without an answer counts as a wait of {TIMEOUT_S:g} s"
     )
     figure.savefig(path, dpi=110)
 

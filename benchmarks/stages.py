@@ -1,13 +1,14 @@
-"""What each model of the served chain costs, from Triton's own statistics, against a running `glimpse serve`.
+"""Measure each served model's compute time from Triton's statistics.
 
     python -m benchmarks.stages [--clients 4] [--detail high] [--graphs model_repository] [--out FILE]
 
-Asks about images that were never seen, each client one question at a time, in rounds, and reads Triton's statistics
-around each round: the time a model computes, without its queue and the transport, over the requests that it served (of
-the decoupled `llm` only what taking a request in costs). Medians over the rounds with their 95 % intervals. The
-allocator should take at most a tenth of the encoder's time. `--graphs` names the repository that is served: what one
-row of each vision model's graph takes alone, again and again on one thread of this process after the load, is told too
-(`graph_ms`). The rest of a model's time is what serving it costs.
+It needs a running `glimpse serve`. It asks about new images in rounds, one question at a time per client, and reads
+Triton's statistics around each round. A model's time is its compute time per request, without queue and transport; for
+the decoupled `llm` it is only the time of accepting a request. The report has medians over the rounds with 95 %
+intervals. The allocator should take at most a tenth of the encoder's time.
+
+`--graphs` names the served repository. The report then also has `graph_ms`: the time of one row in each vision model's
+graph alone, repeated on one thread of this process after the load. The rest of a model's time is the cost of serving.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from service.core.card import ModelCard
 from triton_models.session import open_session
 
 ENCODER, ALLOCATOR = "vision_encoder", "relevance_allocator"
-USUAL = Work(vision_tokens=100, text_tokens=13)  # of a question of the reference model
-GRAPHS = (ENCODER, ALLOCATOR, "qformer")  # what a new image runs before the LLM
-MOST_SHARE = 0.1  # of the encoder's time, for the allocator
+USUAL = Work(vision_tokens=100, text_tokens=13)  # a typical question of the reference model
+GRAPHS = (ENCODER, ALLOCATOR, "qformer")  # models that a new image needs before the LLM
+MOST_SHARE = 0.1  # largest allowed allocator time, as a share of the encoder's
 
 Counters = Mapping[str, tuple[int, float]]  # by model: requests, milliseconds computed
 
 
 def counters(triton: httpx.Client) -> Counters:
-    """Since Triton started; an ensemble's is what its steps took. Raises httpx.HTTPError."""
+    """Read the counters since Triton started; an ensemble's are those of its steps. Raises httpx.HTTPError."""
     told = triton.get("/v2/models/stats").raise_for_status().json()["model_stats"]
     read = {}
     for model in told:
@@ -51,8 +52,11 @@ def counters(triton: httpx.Client) -> Counters:
 
 
 def between(before: Counters, after: Counters, least: int) -> Counters:
-    """What was served in between, by the models that served at least so many requests: the gateway's probes, which
-    infer every model every few seconds, do not make a stage."""
+    """Return the requests and milliseconds between two readings.
+
+    Models with fewer than `least` requests are left out: those requests are the gateway's probes, which infer every
+    model every few seconds.
+    """
     spent = {}
     for name, (requests, milliseconds) in after.items():
         earlier, earlier_ms = before.get(name, (0, 0.0))
@@ -62,7 +66,7 @@ def between(before: Counters, after: Counters, least: int) -> Counters:
 
 
 def never_seen(scene: Path) -> str:
-    """The scene as base64, in bytes that no cache knows: 16 random ones stand in its metadata, which decoders skip."""
+    """Return the scene as base64 with new bytes: 16 random bytes are in its metadata, which decoders skip."""
     encoded = io.BytesIO()
     with Image.open(scene) as image:
         image.convert("RGB").save(encoded, "WEBP", quality=90, xmp=os.urandom(16))
@@ -70,19 +74,21 @@ def never_seen(scene: Path) -> str:
 
 
 def ask(gateway: httpx.Client, image: str, question: str, detail: str) -> None:
-    """Raises httpx.HTTPError, and RuntimeError where a cache knew the image."""
+    """Ask one question. Raises httpx.HTTPError, and RuntimeError if a cache had the image."""
     body = {"image": image, "question": question, "max_tokens": 8, "detail": detail}
     said = gateway.post("/v1/vqa", json=body).raise_for_status().json()
     if said["vision"]["cache"] != "miss":
-        raise RuntimeError(f"the image was known already: {said['vision']}")
+        raise RuntimeError(f"a cache had the image already: {said['vision']}")
 
 
 def summary(spent: list[Counters]) -> dict[str, object]:
-    """Each model's milliseconds a request, and the allocator's share of the encoder's time. Raises ValueError where the
-    rounds were not alike."""
+    """Return each model's milliseconds per request, and the allocator's time as a share of the encoder's.
+
+    Raises ValueError if the rounds used different models.
+    """
     models = sorted(set().union(*spent))
     if not all(set(models) == set(each) for each in spent):
-        raise ValueError("other models served in some rounds: is somebody else asking this server?")
+        raise ValueError("the rounds used different models: check that nobody else uses this server")
     a_request = {name: median([each[name][1] / each[name][0] for each in spent]).as_json(3) for name in models}
     allocators = [name for name in models if name.startswith(ALLOCATOR)]
     share = median([sum(each[name][1] for name in allocators) / each[ENCODER][1] for each in spent])
@@ -95,7 +101,7 @@ def summary(spent: list[Counters]) -> dict[str, object]:
 
 
 def measure(url: str, triton_url: str, clients: int, rounds: int, requests: int, detail: str) -> dict[str, object]:
-    """Raises httpx.HTTPError."""
+    """Run all rounds -> the report. Raises httpx.HTTPError."""
     asked = [row for row in rows(SCENES, "new") if row.type != NOT_IN_TOTAL]
     spent: list[Counters] = []
     with (
@@ -115,7 +121,7 @@ def measure(url: str, triton_url: str, clients: int, rounds: int, requests: int,
 
 
 def graph_ms(repository: Path) -> dict[str, float]:
-    """What one row takes in each vision model's graph alone, on one thread: medians of a second, in milliseconds."""
+    """Return each vision model's graph time for one row on one thread: medians of a second of runs, in ms."""
     card = ModelCard.from_json((repository / "card.json").read_text())
     took = {}
     for name in GRAPHS:
@@ -128,13 +134,15 @@ def graph_ms(repository: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8080", help="of the gateway (default: %(default)s)")
-    parser.add_argument("--triton", default="http://127.0.0.1:8000", help="its HTTP port (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=1, help="asking at once (default: %(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:8080", help="the gateway's URL (default: %(default)s)")
+    parser.add_argument("--triton", default="http://127.0.0.1:8000", help="Triton's HTTP URL (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=1, help="concurrent clients (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=25, help="in each round (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=25, help="requests per round (default: %(default)s)")
     parser.add_argument("--detail", choices=("low", "high"), default="low")
-    parser.add_argument("--graphs", type=Path, metavar="REPOSITORY", help="time its vision models' graphs alone too")
+    parser.add_argument(
+        "--graphs", type=Path, metavar="REPOSITORY", help="also time the vision models' graphs of this repository alone"
+    )
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     result = measure(

@@ -1,4 +1,4 @@
-"""Every metric of the gateway, declared here and nowhere else. Base units, and `_total` on counters."""
+"""Declare every metric of the gateway, in base units; counters end in `_total`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
-# With what people promise as bounds: 0.2, 0.5, 1 and 2 s.
+# Bucket bounds include the usual objectives 0.2, 0.5, 1 and 2 s.
 SECONDS = (
     0.001,
     0.0025,
@@ -35,101 +35,129 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
-    """One gateway's metrics, in a registry of their own."""
+    """Hold one gateway's metrics in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.requests = self._counter("requests", "Questions by how they ended: ok, or an error's code.", "outcome")
+        self.requests = self._counter("requests", "Questions that ended, by outcome: ok or an error code.", "outcome")
         self.http_requests = self._counter(
-            "http_requests", "HTTP requests by route and status.", "method", "route", "status"
+            "http_requests", "HTTP requests, by method, route and status code.", "method", "route", "status"
         )
-        self.in_flight = self._gauge("requests_in_flight", "Questions admitted and not ended.")
+        self.in_flight = self._gauge("requests_in_flight", "Questions that are admitted and have not ended.")
         self.refusals = self._counter(
             "refusals",
-            "No room, by reason: saturated, tenant_share, deadline, shutting_down. The request is turned away; if only "
-            "its closer view found none, it is answered without.",
+            "Refusals for lack of capacity, by reason: saturated, tenant_share, deadline, shutting_down. A refused "
+            "request gets no answer; if only its closer view was refused, it is answered without that view.",
             "reason",
         )
-        self.requests_waiting = self._gauge("requests_waiting", "Waiting for a vision slot or for the LLM.", "kind")
-        self.requests_running = self._gauge("requests_running", "Holding vision slots or tokens of the LLM.", "kind")
+        self.requests_waiting = self._gauge(
+            "requests_waiting", "Requests that wait for a vision slot or for the LLM.", "kind"
+        )
+        self.requests_running = self._gauge(
+            "requests_running", "Requests that hold vision slots or LLM tokens.", "kind"
+        )
         self.resource_used = self._gauge(
-            "resource_used", "Held of what may run at once: images in the vision stage, tokens of the LLM.", "resource"
+            "resource_used", "Amount granted: images in the vision stage, tokens in the LLM.", "resource"
         )
-        self.admitted_cost = self._gauge("admitted_cost", "Reserved by all requests that are in, by unit.", "unit")
-        self.request_window = self._gauge(
-            "request_window",
-            "Worked on at once, at most: less than there is room for where deadlines are missed.",
+        self.admitted_cost = self._gauge("admitted_cost", "Quota reserved by all admitted requests, by unit.", "unit")
+        self.concurrency_limit = self._gauge(
+            "concurrency_limit",
+            "Most requests in service at once. It falls below the capacity if requests miss their deadlines.",
         )
-        self.fidelity_level = self._gauge("fidelity_level", "0: as closely as asked; up to 4, the least closely.")
-        self.fidelity_changes = self._counter("fidelity_changes", "Changes of the level of fidelity.")
-        self.reduced_answers = self._counter("reduced_answers", "Answers that looked less closely than was asked.")
-        self.request_queue_time = self._seconds("request_queue_time_seconds", "Waiting of answered questions.", "kind")
+        self.fidelity_level = self._gauge(
+            "fidelity_level", "Level of elastic fidelity: 0 looks as closely as requested, 4 least closely."
+        )
+        self.fidelity_changes = self._counter("fidelity_changes", "Changes of the level of elastic fidelity.")
+        self.reduced_answers = self._counter("reduced_answers", "Answers that looked less closely than requested.")
+        self.request_queue_time = self._seconds(
+            "request_queue_time_seconds", "Seconds that an answered question waited for grants.", "kind"
+        )
         self.tokens_saved = self._counter(
             "tokens_saved",
-            "At most so many were not generated: left to max_tokens of questions that were cancelled or expired.",
+            "Most tokens that cancelled or expired questions can have saved: max_tokens minus generated tokens.",
             "reason",
         )
         self.e2e_request_latency = self._seconds(
-            "e2e_request_latency_seconds", "From arrival to the end of the answer; answered questions only."
+            "e2e_request_latency_seconds", "Seconds from arrival to the end of the answer, answered questions only."
         )
-        self.time_to_first_token = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
-        self.inter_token_latency = self._seconds("inter_token_latency_seconds", "Between two tokens of an answer.")
+        self.time_to_first_token = self._seconds(
+            "time_to_first_token_seconds", "Seconds from arrival to the first token."
+        )
+        self.inter_token_latency = self._seconds(
+            "inter_token_latency_seconds", "Seconds between two tokens of an answer."
+        )
         self.stage = self._seconds(
             "stage_seconds",
-            "Stages of an answered question: queue; load, of it decode_image; vision, of it lookup, see (or encode), "
-            "attend; prefill and decode, or generate where the answer comes whole.",
+            "Seconds in each stage of an answered question: queue; load (includes decode_image); vision (includes "
+            "lookup, see or encode, attend); prefill and decode, or generate if the answer is not streamed.",
             "stage",
         )
         self.prompt_tokens = self._counter(
-            "prompt_tokens", "Text tokens that the LLM was given, however the question ended."
+            "prompt_tokens", "Text tokens sent to the LLM, for questions of any outcome."
         )
         self.generated_tokens = self._counter(
-            "generated_tokens", "Tokens that came from the LLM, however the question ended."
+            "generated_tokens", "Tokens received from the LLM, for questions of any outcome."
         )
-        self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept of one image for one question.")
-        self.visual_tokens = self._tokens("visual_tokens", "Visual tokens handed to the LLM of one image.")
+        self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept per image and question.")
+        self.visual_tokens = self._tokens("visual_tokens", "Visual tokens sent to the LLM per image and question.")
         self.images_seen = self._counter(
-            "images_seen", "Images that answers are about, by detail: low, or high with a closer view.", "detail"
+            "images_seen", "Images in answered questions, by detail: low, or high with a closer view.", "detail"
         )
         self.relevance_evenness = self._histogram(
-            "relevance_entropy_ratio", "Entropy of one image's relevance map over that of an even one.", EVENNESS
+            "relevance_entropy_ratio",
+            "Entropy of an image's relevance map divided by that of a uniform map, 0 to 1.",
+            EVENNESS,
         )
         self.tension = self._histogram(
-            "tension_ratio", "The allocator's tensions: particularize, explore, diversify.", SHARES, "tension"
+            "tension_ratio",
+            "The relevance allocator's tensions, 0 to 1: particularize, explore, diversify.",
+            SHARES,
+            "tension",
         )
-        # Tiers: memory (this process's), and redis, which only what memory does not hold is asked of.
+        # Tiers: memory is this process's; redis is asked only for what memory does not hold.
         self.feature_cache_lookups = self._counter(
             "feature_cache_lookups",
-            "Lookups: hit, miss, shared (waited for another's encode); of Redis also failed, skipped (breaker open).",
+            "Feature lookups, by tier and result: hit, miss, shared (waited for another request's encode); in Redis "
+            "also failed, skipped (breaker open).",
             "tier",
             "result",
         )
         self.feature_cache_evictions = self._counter(
-            "feature_cache_evictions", "Images pushed out; of Redis any key, and the same to every gateway.", "tier"
+            "feature_cache_evictions",
+            "Images evicted from the feature cache. For Redis: keys of any kind, the same number in every gateway.",
+            "tier",
         )
         self.feature_cache_bytes = self._gauge(
-            "feature_cache_bytes", "Memory of the features; of Redis all that it uses.", "tier"
+            "feature_cache_bytes", "Bytes of cached features. For Redis: all memory that it uses.", "tier"
         )
         self.feature_cache_writes = self._counter(
             "feature_cache_writes",
-            "Records for Redis: kept, failed, dropped (too many waited), skipped (breaker open).",
+            "Feature records for Redis, by result: kept, failed, dropped (too many waited), skipped (breaker open).",
             "result",
         )
         self.visual_cache_lookups = self._counter(
-            "visual_cache_lookups", "Lookups of what an image gave for a question: hit, miss.", "result"
+            "visual_cache_lookups", "Lookups of visual tokens by image and question: hit, miss.", "result"
         )
-        self.visual_cache_evictions = self._counter("visual_cache_evictions", "What was pushed out of that cache.")
-        self.visual_cache_bytes = self._gauge("visual_cache_bytes", "Memory of what images gave for questions.")
-        self.redis_lookup = self._seconds("redis_lookup_seconds", "In Redis's part of a lookup, waits included.")
+        self.visual_cache_evictions = self._counter(
+            "visual_cache_evictions", "Entries evicted from the cache of visual tokens."
+        )
+        self.visual_cache_bytes = self._gauge("visual_cache_bytes", "Bytes of cached visual tokens.")
+        self.redis_lookup = self._seconds(
+            "redis_lookup_seconds", "Seconds that a feature lookup spent on Redis, waits included."
+        )
         self.redis_errors = self._counter(
-            "redis_errors", "Faults: timeout, unreachable, denied, full, refused, fault (of the client).", "kind"
+            "redis_errors",
+            "Redis errors, by kind: timeout, unreachable, denied, full, refused, fault (of the client).",
+            "kind",
         )
         self.redis_bad_records = self._counter(
-            "redis_bad_records", "Records that did not fit and were deleted, by what did not.", "reason"
+            "redis_bad_records", "Invalid records in Redis that were deleted, by what was wrong.", "reason"
         )
-        self.redis_breaker_open = self._gauge("redis_breaker_open", "1 while Redis is left alone, or was not reached.")
-        self.ready = self._gauge("ready", "1 while every model answers its probe.")
+        self.redis_breaker_open = self._gauge(
+            "redis_breaker_open", "1 while the breaker keeps requests from Redis or Redis was not reached, else 0."
+        )
+        self.ready = self._gauge("ready", "1 while every model answers its probe, else 0.")
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(f"glimpse_{name}", documentation, labels, registry=self.registry)

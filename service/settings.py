@@ -1,4 +1,7 @@
-"""Every knob of the service, each with its unit in its name, read once at start from GLIMPSE_ variables."""
+"""Read all settings of the service once at start, from GLIMPSE_ variables.
+
+Each setting has its unit in its name.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,26 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
 MIB = 1024 * 1024
-IMAGE_ENTRY_BYTES = 1024  # what an image that is kept by its id takes besides its own bytes
+IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
 
 
 class SettingsError(ValueError):
-    """The environment does not make a valid configuration; the message says which variable and why."""
+    """The environment is not a valid configuration; the message names the variable and the reason."""
 
 
 class Settings(BaseSettings):
-    """One frozen value. `GLIMPSE_HTTP_PORT=9000` sets `http_port`."""
+    """Hold all settings, frozen. `GLIMPSE_HTTP_PORT=9000` sets `http_port`."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    # Where the gateway listens. Nothing is authenticated yet, so the default is this machine only.
+    # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
-    stop_grace_s: float = Field(10.0, ge=0)  # what requests in flight get to finish after SIGTERM
+    stop_grace_s: float = Field(10.0, ge=0)  # time for requests in flight to finish after SIGTERM
 
-    # Triton: the one we start (embedded), or two addresses of running ones, host:port of gRPC, which may be equal.
+    # Triton: either the gateway starts one (embedded), or these are the gRPC addresses host:port of running ones. The
+    # two addresses may be equal.
     vision_url: str | None = None
     llm_url: str | None = None
     triton_http_port: int = Field(8000, ge=1, le=65535)
@@ -39,10 +43,10 @@ class Settings(BaseSettings):
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
     triton_start_timeout_s: float = Field(60.0, gt=0)
     model_repository: Path = PROJECT / "model_repository"
-    probe_interval_s: float = Field(5.0, gt=0)  # how often every model is really inferred
+    probe_interval_s: float = Field(5.0, gt=0)  # time between two real inferences that probe a model
     probe_timeout_s: float = Field(5.0, gt=0)
 
-    # What a request may bring and ask for.
+    # Limits of one request.
     max_image_bytes: int = Field(20_000_000, gt=0)
     max_image_pixels: int = Field(50_000_000, gt=0)
     max_question_chars: int = Field(2_000, gt=0)
@@ -52,40 +56,39 @@ class Settings(BaseSettings):
     stall_timeout_s: float = Field(15.0, gt=0)  # between two tokens, before the LLM counts as dead
     decode_threads: int = Field(2, gt=0)
 
-    # What may be in the house at once, waiting or running; what comes on top is refused with 429.
-    max_requests_in_flight: int = Field(
-        128, gt=0
-    )  # one with more than a row's share of the LLM's tokens counts as more
-    max_bytes_in_flight: int = Field(256 * MIB, gt=0)  # of bodies; one takes up to 4 times its size while it is parsed
-    max_pixels_in_flight: int = Field(1_000_000_000, gt=0)  # of images that have to be decoded
+    # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
+    # A request with more than one row's share of the LLM's tokens counts as more than one.
+    max_requests_in_flight: int = Field(128, gt=0)
+    # Request bodies. A body takes up to 4 times its size while it is parsed.
+    max_bytes_in_flight: int = Field(256 * MIB, gt=0)
+    max_pixels_in_flight: int = Field(1_000_000_000, gt=0)  # pixels of images that have to be decoded
 
-    # Of that, what runs at once. None: what the model repository's configurations say.
+    # What may run at once. None: take the value from the model repository's configurations.
     vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
-    llm_tokens: int | None = Field(None, gt=0)  # visual, prompt and max_tokens of all that the LLM answers
+    llm_tokens: int | None = Field(None, gt=0)  # visual tokens, prompt tokens and max_tokens of all LLM requests
 
-    # Elastic fidelity: while requests wait longer than the target, or lose too much of their time to those that are
-    # worked on beside them, they look less closely.
+    # Elastic fidelity: requests look less closely if they wait longer than the target, or if contention with other
+    # requests costs them too much time.
     elastic_fidelity: bool = True
-    fidelity_target_s: float = Field(1.0, gt=0)  # of the longest wait for a turn
+    fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait for a grant
 
-    # What is kept in the process's memory. Tenants share the caches: a key names the image's content, not who sent it,
-    # so that equal images are encoded once. Who sends an image can tell by the answer's `cache` and its time whether
-    # anybody sent the same bytes before. Where tenants must not know that of each other, give each a gateway (and a
-    # Redis) of its own.
+    # Caches in the process's memory. Tenants share them: a key names the image's content and not its sender, so equal
+    # images are encoded once. A sender can tell by the answer's `cache` and its time whether anybody sent the same
+    # bytes before. If tenants must not learn that about each other, give each its own gateway (and Redis).
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
-    # int8: a quarter of FP32's bytes here and in Redis; a follow-up is then answered from rounded features.
+    # int8: a quarter of FP32's bytes here and in Redis. Follow-ups are then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"
-    visual_cache_bytes: int = Field(64 * MIB, ge=0)  # what images gave for questions
+    visual_cache_bytes: int = Field(64 * MIB, ge=0)  # visual tokens of pairs of image and question
     image_store_bytes: int = Field(256 * MIB, gt=0)
-    image_ttl_s: float = Field(3600.0, gt=0)  # how long an image can be asked about by its id
+    image_ttl_s: float = Field(3600.0, gt=0)  # how long an image's id is valid
 
-    # Redis, where gateways share vision features; without an address each keeps its own only.
-    # redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or rediss+cluster:// for
-    # any node of a Redis Cluster
+    # Redis: gateways share vision features through it. Without an address each gateway keeps only its own.
+    # Addresses: redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or
+    # rediss+cluster:// for any node of a Redis Cluster.
     redis_url: SecretStr | None = None
-    redis_timeout_s: float = Field(0.05, gt=0)  # what Redis may cost one request, whatever it does
-    redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another one's encode of the same image
-    redis_ttl_s: float = Field(86_400.0, gt=0)  # how long features are kept there
+    redis_timeout_s: float = Field(0.05, gt=0)  # upper limit of the time that Redis may cost one request
+    redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
+    redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
     log_dir: Path = Path("logs")  # Triton's own log
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -106,7 +109,7 @@ class Settings(BaseSettings):
         if (self.vision_url is None) != (self.llm_url is None):
             raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
         if self.default_timeout_s > self.max_timeout_s:
-            raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S")
+            raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S: lower it or raise the maximum")
         if self.image_store_bytes < self.max_image_bytes + IMAGE_ENTRY_BYTES:
             raise ValueError("GLIMPSE_IMAGE_STORE_BYTES must hold at least one image of GLIMPSE_MAX_IMAGE_BYTES")
         if self.max_bytes_in_flight < self.max_body_bytes:
@@ -117,17 +120,20 @@ class Settings(BaseSettings):
 
     @property
     def embedded(self) -> bool:
-        """Whether we start Triton ourselves."""
+        """Whether the gateway starts Triton itself."""
         return self.vision_url is None
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest image as base64 in JSON, and room for the other fields."""
+        """Size of the largest image as base64 in JSON, plus room for the other fields."""
         return self.max_image_bytes * 4 // 3 + MIB
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from the environment. Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable."""
+    """Read settings from the environment.
+
+    Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable.
+    """
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(environ):
         if name.upper().startswith(PREFIX) and name.upper() not in known:

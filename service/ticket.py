@@ -1,4 +1,4 @@
-"""A request, and what is known of it on its way."""
+"""Track the state and the times of one request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from service.core.request import Request
 
 @dataclass(slots=True)
 class Stage:
-    """How long a request was in one stage: once where several of its images are in it together."""
+    """Measure how long a request was in one stage.
+
+    The time counts once if several of the request's images are in the stage together.
+    """
 
     seconds: float = 0.0
     inside: int = 0
@@ -36,22 +39,22 @@ class Stage:
 
 @dataclass(slots=True)
 class Ticket:
-    """What is known of one request on its way. Times are seconds of the monotonic clock."""
+    """The state of one request. Times are seconds of the monotonic clock."""
 
     request: Request
     arrived: float
     deadline: float
-    outcome: str = "cancelled"  # until something else is known
-    tokens: int = 0  # of the LLM, at the most; 0 until it is admitted
-    kind: Kind | None = None  # once an image was looked up
-    encoded: int = 0  # images, a closer view counted as its crops
-    cache: Literal["hit", "miss"] = "miss"  # until every image was looked up
-    detail: Literal["low", "high"] = "low"  # high once a closer view was looked at
-    reduced: bool = False  # once it got less than it could have used
+    outcome: str = "cancelled"  # until another outcome is known
+    tokens: int = 0  # upper limit of its LLM tokens; 0 until it is admitted
+    kind: Kind | None = None  # known once an image was looked up
+    encoded: int = 0  # encoded images; a closer view counts as its crops
+    cache: Literal["hit", "miss"] = "miss"  # final once every image was looked up
+    detail: Literal["low", "high"] = "low"  # high once a closer view was used
+    reduced: bool = False  # True once elastic fidelity gave it less than it could have used
     stages: defaultdict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))
     first_token: float | None = None
     last_token: float | None = None
-    prompt_tokens: int = 0  # once there is a prompt
+    prompt_tokens: int = 0  # 0 until there is a prompt
     completion_tokens: int = 0
     finish_reason: Literal["stop", "length"] = "length"
 
@@ -64,14 +67,20 @@ class Ticket:
 
     @property
     def writing(self) -> str:
-        """The stage of the LLM's work; of an answer that comes whole nobody knows when it began to write."""
+        """Name the LLM's current stage.
+
+        An answer that is not streamed has one stage, generate, because its first token's time is unknown.
+        """
         if not self.request.sampling.streaming:
             return "generate"
         return "prefill" if self.first_token is None else "decode"
 
     @asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:
-        """Raises DeadlineExceeded where the block outlives the request's deadline. No `yield` of events inside."""
+        """Raise DeadlineExceeded if the block outlives the request's deadline.
+
+        Do not yield events inside the block.
+        """
         try:
             async with asyncio.timeout(self.left_s):
                 yield
@@ -80,8 +89,8 @@ class Ticket:
 
     def too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"no complete answer within timeout_s={self.request.timeout_s:g}: raise it, or ask again when the service "
-            "is less busy",
+            f"There was no complete answer within timeout_s={self.request.timeout_s:g}. Raise it, or retry when the "
+            "service is less busy.",
             param="timeout_s",
         )
 

@@ -1,7 +1,8 @@
-"""In-flight batching: a request joins at the next iteration and leaves when it is done.
+"""Batch in flight: a request joins at the next iteration and leaves when done.
 
-Pure of Triton and of ONNX: sequences in, events out. One thread calls `iterate`; any thread may submit and stop. Every
-accepted sequence ends in exactly one event with `finished` set, or in what `drain` returns.
+This module depends on neither Triton nor ONNX: it takes sequences and returns events. One thread calls `iterate`; any
+thread may call `submit` and `stop`. Every accepted sequence ends in exactly one event with `finished` set, or in the
+list that `drain` returns.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ NO_PAST: FloatArray = np.zeros((1, 1, 0, 1), np.float32)
 
 
 class Decoder(Protocol):
-    """Rows of cache that grow by a token a step. Rows are compact: 0 .. rows-1."""
+    """The LLM over a KV cache whose rows grow by one token per step.
+
+    Rows are compact: 0 .. rows-1.
+    """
 
     vocab_size: int
     max_rows: int
@@ -35,49 +39,56 @@ class Decoder(Protocol):
     def rows(self) -> int: ...
 
     def recall(self, prompt: Prompt) -> FloatArray:
-        """What is known of the prompt's first tokens, fewer than all: [parts, heads, n, head_dim], n may be 0."""
+        """Return the cached past of the prompt's first n tokens: [parts, heads, n, head_dim].
+
+        n may be 0 and is less than the prompt's length.
+        """
 
     def read(self, prompt: Prompt, past: FloatArray, tokens: int) -> FloatArray:
-        """From what is known of the prompt to what is to be known of its first `tokens` tokens, without a row."""
+        """Extend `past` to the prompt's first `tokens` tokens, without adding a row."""
 
     def prefill(self, prompts: SequenceOf[Prompt], pasts: SequenceOf[FloatArray]) -> FloatArray:
-        """Append one row a prompt, of which its past is known -> logits [len(prompts), V]. On error no row is added."""
+        """Append one row per prompt, each with its known past -> logits [len(prompts), V].
+
+        On error no row is added.
+        """
 
     def step(self, tokens: npt.NDArray[np.int64]) -> FloatArray:
-        """Append tokens [rows] -> logits [rows, V]."""
+        """Append one token to each row: tokens [rows] -> logits [rows, V]."""
 
     def drop(self, row: int) -> None:
-        """Forget a row; the last row takes its place."""
+        """Remove a row; the last row takes its place."""
 
     def scrub(self, row: int) -> None:
-        """Make sure that nothing of the row is left for the next one in its place."""
+        """Overwrite the row's cache so that the next row in its place cannot read it."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way through the batch."""
+    """The state of one request in the batcher."""
 
     request_id: str
     prompt: Prompt
     sampling: Sampling
     end_id: int
-    owner: Any = None  # the caller's own: carried, never read
-    cancelled: bool = False  # set by any thread; the sequence ends at the next iteration
+    owner: Any = None  # the caller's object: the batcher carries it and never reads it
+    cancelled: bool = False  # any thread may set it; the sequence ends at the next iteration
     generated: int = 0
-    log_prob: float = 0.0  # of all tokens so far
-    submitted_at: int = 0  # the batcher's iteration
-    past: FloatArray = field(default_factory=lambda: NO_PAST)  # what the decoder knows of the prompt
+    log_prob: float = 0.0  # sum over all tokens so far
+    submitted_at: int = 0  # the batcher's iteration number at `submit`
+    past: FloatArray = field(default_factory=lambda: NO_PAST)  # keys and values of the prompt's first tokens
 
     @property
     def unread(self) -> int:
-        """Tokens of the prompt that the decoder has yet to read."""
+        """Number of prompt tokens that still need a prefill."""
         return int(self.prompt.input_ids.size - self.past.shape[2])
 
 
 class Event(NamedTuple):
-    """One token of one sequence, or its end without one: cancelled when `error` is None, else failed.
+    """One token of one sequence, or the sequence's end without a token.
 
-    It says all there is to tell: when it is told, the sequence may be a token further.
+    An end without a token is a cancellation if `error` is None, otherwise a failure. The event carries all values that
+    its receiver needs: the sequence may have generated another token by the time the event is sent.
     """
 
     sequence: Sequence
@@ -85,26 +96,26 @@ class Event(NamedTuple):
     log_prob: float
     finished: bool
     error: str | None = None
-    generated: int = 0  # tokens up to this one
-    total_log_prob: float = 0.0  # of them all
+    generated: int = 0  # tokens so far, this one included
+    total_log_prob: float = 0.0  # sum over those tokens
 
 
 class QueueFull(Exception):
-    """No room for another sequence now."""
+    """The batcher's queue is full."""
 
 
 class Closed(Exception):
-    """The batcher takes no more sequences."""
+    """The batcher accepts no more sequences."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds the work in one iteration and the sequences that wait for one."""
+    """Limits on the queue and on the work of one iteration."""
 
     max_queue: int = 64  # sequences waiting for a row
-    max_prefill_tokens: int = 160  # rows x longest rest of a prompt in one prefill: running rows wait for no more
+    max_prefill_tokens: int = 160  # rows x longest unread prompt in one prefill; bounds how long running rows wait
     max_prefill_padding: float = 0.25  # share of a prefill that may be padding
-    cancel_check_tokens: int = 4  # a caller is asked every so many tokens whether it still listens
+    cancel_check_tokens: int = 4  # tokens between two checks whether the caller has gone
 
 
 def _nobody(_: Sequence) -> bool:
@@ -112,10 +123,11 @@ def _nobody(_: Sequence) -> bool:
 
 
 class Batcher:
-    """The queue, the running rows and the loop's body.
+    """Hold the queue and the running rows, and run one iteration at a time.
 
-    `is_abandoned` tells whether a sequence's caller has gone. It may be slow (0.1 ms in Triton), so it is asked every
-    `cancel_check_tokens` tokens, after they were handed out, and before the prefill of a sequence that had to wait.
+    `is_abandoned` returns whether a sequence's caller has gone. It may be slow (0.1 ms in Triton). It is therefore
+    called every `cancel_check_tokens` tokens, after they were handed out, and before the prefill of a sequence that
+    had to wait.
     """
 
     def __init__(self, decoder: Decoder, limits: Limits, is_abandoned: Callable[[Sequence], bool] = _nobody) -> None:
@@ -124,17 +136,17 @@ class Batcher:
         self._is_abandoned = is_abandoned
         self._sampler = Sampler(decoder.max_rows, decoder.vocab_size)
         self._waiting: deque[Sequence] = deque()
-        self._joining: list[Sequence] = []  # in the prefill of this iteration
+        self._joining: list[Sequence] = []  # in this iteration's prefill
         self._running: list[Sequence] = []  # running[i] owns the decoder's row i
-        self._tokens = np.zeros(decoder.max_rows, np.int64)  # what each row says next to the decoder
+        self._tokens = np.zeros(decoder.max_rows, np.int64)  # each row's next input token
         self._left = np.zeros(decoder.max_rows, np.int64)  # tokens each row may still generate
         self._end_ids = np.zeros(decoder.max_rows, np.int64)
-        self._to_ask: list[Sequence] = []  # whether their callers still listen
-        self.iterations = 0  # runs of the decoder, and turns without one
+        self._to_ask: list[Sequence] = []  # due for a check whether their callers have gone
+        self.iterations = 0  # calls of `iterate`, with or without a run of the decoder
         self.tokens = 0
-        self.prefix_hits = 0  # prompts whose beginning was known
-        self.prefix_tokens = 0  # of those, the tokens that were not read again
-        self._prefilled = False  # the last iteration was a prefill: now it is the running rows' turn
+        self.prefix_hits = 0  # prompts whose first tokens were in the prefix cache
+        self.prefix_tokens = 0  # tokens of those prompts that needed no prefill
+        self._prefilled = False  # the last iteration was a prefill, so the running rows go next
         self._closed = False
         self._work = threading.Condition()
 
@@ -158,7 +170,7 @@ class Batcher:
             self._work.notify()
 
     def stop(self, request_id: str) -> int:
-        """End the sequences with that id at the next iteration -> how many there were."""
+        """Cancel the sequences with that id at the next iteration -> their number."""
         with self._work:
             everyone = (*self._waiting, *self._joining, *self._running)
             stopped = [each for each in everyone if each.request_id == request_id]
@@ -167,28 +179,29 @@ class Batcher:
         return len(stopped)
 
     def wait(self) -> bool:
-        """Block until there is work -> True, or the batcher is closed -> False."""
+        """Block until there is work (True) or the batcher is closed (False)."""
         with self._work:
             self._work.wait_for(lambda: self._closed or self._running or self._waiting)
             return not self._closed
 
     def close(self) -> None:
-        """Take no more sequences and wake the loop."""
+        """Refuse further sequences and wake the loop."""
         with self._work:
             self._closed = True
             self._work.notify_all()
 
     def drain(self) -> list[Sequence]:
-        """After the loop has ended: the sequences that got no end."""
+        """Remove and return the unfinished sequences. Call it after the loop has ended."""
         left = [*self._running, *self._waiting]
         self._running.clear()
         self._waiting.clear()
         return left
 
     def iterate(self) -> list[Event]:
-        """One run of the decoder, a prefill or a step; they alternate while both have work.
+        """Run the decoder once, for a prefill or a step -> events.
 
-        Never raises: whatever goes wrong outside the decoder fails every sequence that had a part in it.
+        Prefills and steps alternate while both have work. It never raises: an error outside the decoder fails every
+        sequence that took part in the iteration.
         """
         with self._work:
             everyone = [*self._running, *self._waiting]
@@ -215,12 +228,15 @@ class Batcher:
         return events
 
     def _reset(self, everyone: list[Sequence], error: Exception) -> list[Event]:
-        """Empty the rows -> a failed event for everyone who waits no more: the iteration's own events are lost."""
+        """Empty the rows -> a failed event for each sequence that is no longer in the queue.
+
+        The iteration's own events are lost.
+        """
         while self._decoder.rows:
             self._decoder.scrub(self._decoder.rows - 1)
             self._decoder.drop(self._decoder.rows - 1)
         with self._work:
-            # Who was submitted meanwhile and admitted at once is in the batch, but not in `everyone`.
+            # A sequence submitted during the iteration and admitted at once is in the batch, but not in `everyone`.
             had_a_part = dict.fromkeys((*everyone, *self._joining, *self._running))
             failed = [each for each in had_a_part if each not in self._waiting]
             self._running.clear()
@@ -230,9 +246,9 @@ class Batcher:
         return [Event(each, None, 0.0, True, f"the batch failed: {error}") for each in failed]
 
     def _reap(self) -> list[Event]:
-        """Take the cancelled sequences out of the rows and the queue."""
+        """Remove cancelled sequences from the rows and the queue."""
         for sequence in self._to_ask:
-            if self._is_abandoned(sequence):  # never the other way: `stop` may set it meanwhile
+            if self._is_abandoned(sequence):  # never reset it to False: `stop` may set it at the same time
                 sequence.cancelled = True
         self._to_ask.clear()
         with self._work:
@@ -246,9 +262,10 @@ class Batcher:
         return [Event(each, None, 0.0, True) for each in gone]
 
     def _admit(self) -> list[Sequence]:
-        """The head of the queue and those behind it that fit beside it in one prefill.
+        """Take the head of the queue and the sequences behind it that fit into the same prefill.
 
-        The rest of a longer prompt than a prefill takes comes alone."""
+        A prompt that is longer than one prefill is taken alone.
+        """
         with self._work:
             room = self._decoder.max_rows - len(self._running)
             limits = self._limits
@@ -276,7 +293,7 @@ class Batcher:
             return group
 
     def _read_on(self, sequence: Sequence) -> list[Event]:
-        """A part of a long prompt; it stays the head of the queue."""
+        """Read one part of a long prompt; the sequence stays at the head of the queue."""
         tokens = sequence.past.shape[2] + self._limits.max_prefill_tokens
         try:
             sequence.past = self._decoder.read(sequence.prompt, sequence.past, tokens)
@@ -296,7 +313,7 @@ class Batcher:
             return [Event(group[0], None, 0.0, True, f"prefill failed: {error}")]
         first = len(self._running)
         for row, sequence in enumerate(group, first):
-            sequence.past = NO_PAST  # its row has it now
+            sequence.past = NO_PAST  # the sequence's row holds it now
             self._sampler.append(sequence.sampling, sequence.prompt.input_ids)
             self._left[row] = sequence.sampling.max_tokens
             self._end_ids[row] = sequence.end_id
@@ -318,7 +335,7 @@ class Batcher:
         return self._draw(logits, 0)
 
     def _draw(self, logits: npt.NDArray[np.float32], first: int) -> list[Event]:
-        """The next token of rows first, first+1, ...; those that are done leave."""
+        """Draw the next token of rows first, first+1, ... and drop the finished rows."""
         rows = slice(first, len(self._running))
         tokens, log_probs = self._sampler.draw(logits, first)
         self._tokens[rows] = tokens
@@ -344,7 +361,7 @@ class Batcher:
         return events
 
     def _drop(self, row: int) -> None:
-        """Row `row` leaves; the last row takes its place everywhere."""
+        """Remove row `row`; the last row takes its place in all arrays."""
         last = len(self._running) - 1
         self._decoder.drop(row)
         self._sampler.drop(row)

@@ -1,4 +1,7 @@
-"""The `compose` step of `vqa`: visual tokens and the prompt's text to the LLM's inputs, now that the count is known."""
+"""Build the LLM's inputs from visual tokens and prompt ids: the `compose` step of `vqa`.
+
+It runs after the Q-Former, because only then is the number of visual tokens known.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from triton_models.unary import answer
 
 
 class TritonPythonModel:
-    """Reads the repository's card.json. What the client leaves out takes the defaults of `Sampling`."""
+    """Read the repository's card.json; absent sampling inputs take the defaults of `Sampling`."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         self._card = Parameters(args).card()
@@ -26,7 +29,7 @@ class TritonPythonModel:
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if inputs["visual_count"].size != 1:
-            raise InvalidRequest("one image and one question a request", param="question")
+            raise InvalidRequest("vqa takes one image and one question: send one request for each", param="question")
         count = int(inputs["visual_count"].item())
         visual = inputs["visual_tokens"][:, :count]
         text_ids = inputs["prompt_ids"][0]

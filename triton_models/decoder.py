@@ -1,7 +1,6 @@
-"""The LLM as one ONNX graph over the pool of keys and values.
+"""Run the LLM, one ONNX graph, over the KV cache pool.
 
-B rows, T input columns, P columns of past, N rows of a prompt embedding table, V the vocabulary's size, H the hidden
-size.
+B: rows. T: input columns. P: columns of past. N: rows of a prompt embedding table. V: vocabulary size. H: hidden size.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from triton_models.session import TYPES, Array, open_session
 
 
 class OnnxDecoder:
-    """Rows that join with a prompt, grow by a token a step and leave.
+    """Run the LLM over rows that join with a prompt, grow by one token per step and leave.
 
-    What is known of a prompt's first tokens, its past, is [parts, heads, n, head_dim] in the graph's float: a part is
-    the keys or the values of one layer. A step is bound to fixed places in memory, once for each number of rows: it
-    reads the pool where it lies and writes its logits and new columns where the last one did.
+    The past of a prompt is the keys and values of its first n tokens: [parts, heads, n, head_dim] in the graph's float
+    type. A part is the keys or the values of one layer. A step's inputs and outputs are bound to fixed memory, once for
+    each number of rows. The step reads the pool in place and overwrites the last step's logits and new columns.
     """
 
     def __init__(
@@ -51,13 +50,13 @@ class OnnxDecoder:
         self.prefixes = PrefixCache(prefix_cache_bytes, self.vocab_size)
         self._pool = KvPool(len(parts), heads, head_dim, max_rows, self._float)
         self._no_past = np.zeros((len(parts), heads, 0, head_dim), self._float)
-        self._masked = np.zeros((max_rows, heads, 1, head_dim), self._float)  # what a graph reads in its place
+        self._masked = np.zeros((max_rows, heads, 1, head_dim), self._float)  # the graph's input if there is no past
         self._ids = np.zeros((max_rows, 1), np.int64)
         self._ones = np.ones(max_rows, np.int64)
         self._no_table = np.zeros((max_rows, 1, self.hidden_size), self._float)
         self._logits = np.zeros((max_rows, self.vocab_size), np.float32)
         self._new = np.zeros((len(parts), max_rows, heads, 1, head_dim), self._float)
-        self._bindings: dict[int, onnxruntime.IOBinding] = {}  # of a step, by rows
+        self._bindings: dict[int, onnxruntime.IOBinding] = {}  # a step's, by number of rows
         self._bound: FloatArray = self._pool.arrays
 
     @property
@@ -66,25 +65,32 @@ class OnnxDecoder:
 
     @property
     def columns(self) -> int:
-        """Columns of cache that every row has room for."""
+        """Columns of cache allocated for every row."""
         return self._pool.columns
 
     def recall(self, prompt: Prompt) -> FloatArray:
-        """The past of the prompt's first tokens, fewer than all, from a prompt before it; none is 0 columns."""
+        """Return the past of the prompt's first n tokens from the prefix cache.
+
+        n is less than the prompt's length, and 0 if the cache has no usable prefix.
+        """
         known = self.prefixes.recall(prompt)
         return self._no_past if known is None else known
 
     def read(self, prompt: Prompt, past: FloatArray, tokens: int) -> FloatArray:
-        """The past of the prompt's first `tokens` tokens, more than those of `past`. No row is added."""
+        """Extend `past` to the prompt's first `tokens` tokens, without adding a row.
+
+        `tokens` must exceed the columns of `past`.
+        """
         start = past.shape[2]
         part = replace(prompt, input_ids=prompt.input_ids[:tokens])
         _, *new = self._read([part], [start], past[:, np.newaxis] if start else None)
         return np.concatenate([past, np.concatenate(new)], axis=2)
 
     def prefill(self, prompts: Sequence[Prompt], pasts: Sequence[FloatArray]) -> FloatArray:
-        """Append one row a prompt -> logits [len(prompts), V] after its last token. On error no row is added.
+        """Append one row per prompt -> logits [len(prompts), V] after its last token.
 
-        Every past is shorter than its prompt."""
+        Every past is shorter than its prompt. On error no row is added.
+        """
         starts = [past.shape[2] for past in pasts]
         totals = [prompt.input_ids.size for prompt in prompts]
         rows = self._pool.place(pasts, max(totals))
@@ -97,7 +103,10 @@ class OnnxDecoder:
         return logits
 
     def step(self, tokens: Int64Array) -> FloatArray:
-        """Append tokens [rows] (text ids) to their rows -> logits [rows, V], valid until the next step."""
+        """Append one text token to each row: tokens [rows] -> logits [rows, V].
+
+        The logits are valid until the next step.
+        """
         rows = self.rows
         self._pool.make_room()
         self._ids[:rows, 0] = tokens
@@ -106,17 +115,18 @@ class OnnxDecoder:
         return self._logits[:rows]
 
     def drop(self, row: int) -> None:
-        """Forget a row; the last row takes its place."""
+        """Remove a row; the last row takes its place."""
         self._pool.drop(row)
 
     def scrub(self, row: int) -> None:
-        """Leave nothing of a row that is not finite for the one that comes to live there."""
+        """Overwrite a row that is not finite, so that the next row in its place reads no NaN."""
         self._pool.scrub(row)
 
     def _read(self, prompts: Sequence[Prompt], starts: Sequence[int], past: FloatArray | None) -> list[FloatArray]:
-        """What the graph says of the prompts from their starts on: logits [B, V], parts [B, heads, T, head_dim].
+        """Run the graph on the prompts from `starts` on -> logits [B, V], parts [B, heads, T, head_dim].
 
-        `past` is [parts, B, heads, P, head_dim], of which `starts` columns are valid; None where all of those are 0."""
+        `past` is [parts, B, heads, P, head_dim] with `starts` valid columns, or None if all `starts` are 0.
+        """
         rest = [prompt.input_ids[start:] for prompt, start in zip(prompts, starts, strict=True)]
         rows, lengths = len(rest), [ids.size for ids in rest]
         ids = np.zeros((rows, max(lengths)), np.int64)
@@ -145,7 +155,10 @@ class OnnxDecoder:
         return self._bindings[rows]
 
     def _bind(self, rows: int) -> onnxruntime.IOBinding:
-        """Prefixes of arrays that stay where they are: the binding knows their addresses only."""
+        """Bind the first `rows` rows of fixed arrays.
+
+        The binding holds addresses only, so the arrays must not be reallocated.
+        """
         inputs: dict[str, Array] = {
             "input_ids": self._ids,
             "prompt_embedding_table": self._no_table,

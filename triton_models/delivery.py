@@ -1,4 +1,4 @@
-"""Handing out events beside the batcher's loop."""
+"""Send events to callers outside the batcher's loop."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from queue import SimpleQueue
 
 from triton_models.batcher import Event
 
-THREADS = 2  # 8 callers: 2500 tokens/s from the loop itself, 2800 with one thread, 3300 with two, not more with four
+# With 8 callers: 2500 tokens/s when the loop itself sends, 2800 with one thread, 3300 with two, no more with four.
+THREADS = 2
 
 
 class Delivery:
-    """Tells callers of their events on a few threads.
+    """Send events to callers on a few threads.
 
-    A send takes 0.2 ms, most of it waiting until Triton has taken it. The waits overlap with each other and with the
-    next iteration, but not with the one after: a sequence's events stay in order, and nobody runs ahead of a slow
-    server.
+    A send takes 0.2 ms, mostly waiting until Triton has taken it. The waits overlap with each other and with the next
+    iteration, but not with the one after it. This keeps a sequence's events in order, and the batcher cannot run ahead
+    of a slow server.
     """
 
     def __init__(self, say: Callable[[Event], None]) -> None:
         """`say` must not raise."""
         self._say = say
         self._shares: list[SimpleQueue[list[Event] | None]] = [SimpleQueue() for _ in range(THREADS)]
-        self._told = threading.Semaphore(0)  # one release a share
-        self._telling = 0  # shares handed out and not known to be told
+        self._told = threading.Semaphore(0)  # released once per delivered share
+        self._telling = 0  # shares handed out and not yet known to be delivered
         self._threads = [
             threading.Thread(target=self._tell, args=(share,), name="llm-delivery", daemon=True)
             for share in self._shares
@@ -33,7 +34,7 @@ class Delivery:
             thread.start()
 
     def hand_out(self, events: list[Event]) -> None:
-        """Returns once the events before these are told, and these are on their way."""
+        """Wait until the previous events are sent, then start sending these."""
         self._wait()
         for first, share in enumerate(self._shares):
             if first < len(events):
@@ -41,7 +42,7 @@ class Delivery:
                 self._telling += 1
 
     def close(self) -> None:
-        """Returns once everything is told."""
+        """Wait until everything is sent, then end the threads."""
         self._wait()
         for share in self._shares:
             share.put(None)

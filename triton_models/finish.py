@@ -1,4 +1,7 @@
-"""The `finish` step of `vqa`: each response's token ids to their raw bytes. A character may be split over responses."""
+"""Turn each response's token ids into raw bytes: the `finish` step of `vqa`.
+
+A character may be split over two responses.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from triton_models.unary import answer
 
 
 class TritonPythonModel:
-    """Reads the repository's card.json and tokenizer.json. The end id and special tokens have no bytes."""
+    """Read the repository's card.json and tokenizer.json. The end id and special tokens have no bytes."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
@@ -22,7 +25,8 @@ class TritonPythonModel:
         self._bytes[parameters.card().end_id] = b""
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return [response for request in requests for response in answer([request], self._infer)]  # of any length
+        # One at a time: their lengths differ.
+        return [response for request in requests for response in answer([request], self._infer)]
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """output_ids [1, 1 beam, new tokens] -> answer uint8 [1, bytes]."""

@@ -1,4 +1,4 @@
-"""What the batcher does, in Triton's own metrics."""
+"""Report the batcher's work through Triton's own metrics."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import triton_python_backend_utils as pb_utils
 from triton_models.batcher import Batcher
 from triton_models.prefix_cache import PrefixCache
 
-PERIOD_S = 1.0  # every change told is a message to Triton's process: not once a token
+PERIOD_S = 1.0  # each update is a message to Triton's process, which is too expensive per token
 
 
 @dataclass(slots=True)
 class Gauge:
-    """One series: what Triton was told last, and where to read what is so now."""
+    """One metric series: the last value sent to Triton and how to read the current one."""
 
     tell: Callable[[float], None]
     read: Callable[[], int]
-    counts: bool  # a counter is told the difference
+    counts: bool  # a counter: send the difference
     told: int = 0
 
     def update(self) -> None:
@@ -32,19 +32,19 @@ class Gauge:
 
 
 class Gauges:
-    """Batch, queue, work done and what the prefix cache saved, once a second.
+    """Update the LLM's metrics once a second: batch, queue, work done, prefix cache.
 
-    Tokens over iterations is the mean batch size.
+    Tokens divided by iterations is the mean batch size.
     """
 
     def __init__(self, batcher: Batcher, prefixes: PrefixCache) -> None:
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
         sequences = _family("glimpse_llm_sequences", "Sequences in the running batch and in the queue", gauge)
         tokens = _family("glimpse_llm_tokens_total", "Tokens generated", counter)
-        iterations = _family("glimpse_llm_iterations_total", "Runs of the decoder: a prefill or a step each", counter)
-        hits = _family("glimpse_llm_prefix_hits_total", "Prompts whose first tokens were not read again", counter)
-        reused = _family("glimpse_llm_prefix_tokens_total", "Prompt tokens that were not read again", counter)
-        kept = _family("glimpse_llm_prefix_bytes", "Keys and values of recent prompts, kept for reuse", gauge)
+        iterations = _family("glimpse_llm_iterations_total", "Decoder runs: each a prefill or a step", counter)
+        hits = _family("glimpse_llm_prefix_hits_total", "Prompts whose first tokens were in the prefix cache", counter)
+        reused = _family("glimpse_llm_prefix_tokens_total", "Prompt tokens that the prefix cache saved", counter)
+        kept = _family("glimpse_llm_prefix_bytes", "Bytes of keys and values in the prefix cache", gauge)
         self._families: tuple[Any, ...] = (
             sequences,
             tokens,
@@ -52,7 +52,7 @@ class Gauges:
             hits,
             reused,
             kept,
-        )  # Triton wants a family to outlive its metrics
+        )  # Triton requires a family to outlive its metrics
         self._gauges: tuple[Gauge, ...] = (
             Gauge(sequences.Metric(labels={"state": "running"}).set, lambda: batcher.running, counts=False),
             Gauge(sequences.Metric(labels={"state": "waiting"}).set, lambda: batcher.waiting, counts=False),
@@ -67,8 +67,10 @@ class Gauges:
         self._thread.start()
 
     def close(self) -> None:
-        """Tells the last figures and lets go of the metrics: once the interpreter ends they would have nobody to tell
-        of their end, and the process would die of a segmentation fault."""
+        """Send the last values and release the metrics.
+
+        A metric that outlived the interpreter would crash the process with a segmentation fault when it is deleted.
+        """
         self._ended.set()
         self._thread.join()
         self._update()

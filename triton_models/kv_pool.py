@@ -1,4 +1,4 @@
-"""The keys and values of every running row, in the shape in which the decoder's graph reads them."""
+"""Store the KV cache of every running row in the shape that the decoder's graph reads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BLOCK = 64  # columns by which the pool grows and shrinks
 
 
 class KvPool:
-    """Rows of cache, compact at the front of `arrays` [parts, max_rows, heads, S, head_dim], in the graph's float.
+    """Hold the rows' KV cache in `arrays` [parts, max_rows, heads, S, head_dim], in the graph's float type.
 
-    A part is the keys or the values of one layer: its first `rows` rows are contiguous, so the graph reads them without
-    a copy. S grows and shrinks with the longest row. Columns past a row's length hold stale but finite numbers: the
-    graph masks them, and a weight of 0 times a NaN would be NaN.
+    A part is the keys or the values of one layer. The used rows are the first `rows`; they are contiguous, so the graph
+    reads them without a copy. S grows and shrinks with the longest row. Columns past a row's length hold stale but
+    finite numbers: the graph masks them, and a weight of 0 times a NaN would be NaN.
     """
 
     def __init__(
@@ -33,13 +33,14 @@ class KvPool:
 
     @property
     def columns(self) -> int:
-        """S: columns that every row has room for."""
+        """Return S, the columns allocated for every row."""
         return int(self.arrays.shape[3])
 
     def place(self, pasts: Sequence[FloatArray], columns: int) -> FloatArray:
-        """Rows to come -> [parts, n, heads, S, head_dim], each with its past [parts, heads, p, head_dim] at the front.
+        """Prepare n new rows with room for `columns` columns -> a view [parts, n, heads, S, head_dim].
 
-        There is room for `columns` of them. Raises MemoryError, and then holds what it held."""
+        Each row begins with its past [parts, heads, p, head_dim]. Raises MemoryError and leaves the pool unchanged.
+        """
         self._fit(columns)
         rows = self.arrays[:, self.rows : self.rows + len(pasts)]
         for row, past in enumerate(pasts):
@@ -47,7 +48,10 @@ class KvPool:
         return rows
 
     def append(self, new: Sequence[FloatArray], starts: Sequence[int], lengths: Sequence[int]) -> None:
-        """The rows that were placed join: `lengths` columns of parts [n, heads, T, head_dim] after `starts` of past."""
+        """Add the placed rows to the running ones.
+
+        Row i takes `lengths[i]` columns of each part [n, heads, T, head_dim], after its `starts[i]` columns of past.
+        """
         rows = self.arrays[:, self.rows : self.rows + len(starts)]
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             for part, columns in zip(rows, new, strict=True):
@@ -56,21 +60,21 @@ class KvPool:
         self.rows += len(starts)
 
     def make_room(self) -> None:
-        """For one more column in every row."""
+        """Allocate one more column in every row."""
         self._fit(self._longest() + 1)
 
     def extend(self, new: FloatArray) -> None:
-        """One more column a row, of [parts, rows, heads, 1, head_dim], where `make_room` made it."""
+        """Write one more column per row, [parts, rows, heads, 1, head_dim]. Call `make_room` first."""
         lengths = self.lengths[: self.rows]
         self._columns_first[self._row_index[: self.rows], lengths] = new[:, :, :, 0].swapaxes(0, 1)
         lengths += 1
 
     def row(self, row: int) -> FloatArray:
-        """[parts, heads, length, head_dim], a view."""
+        """Return the row's valid columns [parts, heads, length, head_dim], a view."""
         return self.arrays[:, row, :, : self.lengths[row]]
 
     def drop(self, row: int) -> None:
-        """Forget a row; the last row takes its place."""
+        """Remove a row; the last row takes its place."""
         last = self.rows - 1
         if row != last:
             length = self.lengths[last]
@@ -82,7 +86,7 @@ class KvPool:
             self._move(longest)
 
     def scrub(self, row: int) -> None:
-        """Overwrite a row that is not finite: stale NaNs would reach the row that comes to live there."""
+        """Overwrite a row that is not finite: stale NaNs would reach the next row in its place."""
         self.arrays[:, row] = 0
 
     def _longest(self) -> int:
@@ -93,7 +97,7 @@ class KvPool:
             self._move(columns)
 
     def _move(self, columns: int) -> None:
-        """To as many blocks of columns as hold these."""
+        """Reallocate to the fewest blocks that hold `columns` columns."""
         old = self.arrays
         self._allocate(-(-max(columns, 1) // BLOCK) * BLOCK)
         kept = min(self.columns, old.shape[3])

@@ -1,4 +1,4 @@
-"""The `llm` model: Triton's requests to sequences of the batcher, and its events to one response a token."""
+"""Serve the `llm` model: requests become sequences, events become responses."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from triton_models.gauges import Gauges
 from triton_models.parameters import Parameters
 from triton_models.tensors import read, write
 
-# By gRPC's names, which are what a client knows.
+# By gRPC's names, which clients know.
 TRITON_CODES = {"INTERNAL": "INTERNAL", "INVALID_ARGUMENT": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE"}
 
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """Who waits for a sequence's tokens, and which of the outputs it asked for."""
+    """The receiver of a sequence's tokens and the outputs that it requested."""
 
     sender: Any
     outputs: tuple[str, ...]
-    streaming: bool = True  # one response a token; else one for all of them, at the end
-    untold: list[Event] = field(default_factory=list)
+    streaming: bool = True  # True: one response per token; False: one response at the end
+    untold: list[Event] = field(default_factory=list)  # not sent yet
 
     def say(self, event: Event) -> None:
-        """The flag that ends the stream rides on the last response."""
+        """Send or collect one event; the last response carries the flag that ends the stream."""
         if event.error is not None:
             self.fail(event.error, "INTERNAL")
         elif event.token is None:
@@ -60,7 +60,10 @@ class Caller:
         self.sender.send(pb_utils.InferenceResponse([write(name, values[name]) for name in self.outputs]), flags)
 
     def fail(self, message: str, code: str) -> None:
-        """A stream carries the text alone, so it begins with the code: one of TRITON_CODES."""
+        """End the stream with an error; `code` is one of TRITON_CODES.
+
+        A stream transports only an error's text, so the text begins with the code.
+        """
         error = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, TRITON_CODES[code]))
         self.sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -70,16 +73,16 @@ class Caller:
     def is_gone(self) -> bool:
         try:
             return bool(self.sender.is_cancelled())
-        except Exception:  # Triton no longer knows the request
+        except Exception:  # Triton has already forgotten the request
             return True
 
 
 class TritonPythonModel:
-    """`execute` queues and returns; one thread runs the batcher's loop, others answer."""
+    """Queue requests in `execute`; one thread runs the batcher's loop, others send responses."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        os.nice(parameters.nice)  # of this thread, and of those that it starts from here on
+        os.nice(parameters.nice)  # applies to this thread and to those that it starts from here on
         decoder = OnnxDecoder(
             parameters.graph,
             max_rows=parameters.integer("max_rows", 32),
@@ -112,20 +115,20 @@ class TritonPythonModel:
                 caller.fail(str(error), "UNAVAILABLE")
 
     def finalize(self) -> None:
-        """Stop the loop after its iteration; whoever still waits gets an error."""
+        """Stop the loop after its current iteration; unfinished sequences get an error."""
         self._batcher.close()
         self._loop.join()
         self._delivery.close()
         self._gauges.close()
         for sequence in self._batcher.drain():
-            with contextlib.suppress(Exception):  # a caller that cannot be told any more
+            with contextlib.suppress(Exception):  # the caller may be gone
                 sequence.owner.fail("the model is being unloaded", "UNAVAILABLE")
 
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}
         if "stop" in inputs and inputs["stop"].any():
             if not request.request_id():  # it would end every request without an id
-                raise InvalidRequest("stop needs the id of the request that it ends", param="stop")
+                raise InvalidRequest("stop needs the id of the request to end: set the request id", param="stop")
             self._batcher.stop(request.request_id())
             caller.end()
         else:
@@ -140,13 +143,16 @@ class TritonPythonModel:
     def _say(self, event: Event) -> None:
         try:
             event.sequence.owner.say(event)
-        except Exception as error:  # a caller that cannot be told ends its own sequence only
-            pb_utils.Logger.log_warn(f"llm: request {event.sequence.request_id!r} cannot be answered: {error}")
+        except Exception as error:  # a failed send ends this sequence only
+            pb_utils.Logger.log_warn(f"llm: sending to request {event.sequence.request_id!r} failed: {error}")
             event.sequence.cancelled = True
 
 
 class RequestReader:
-    """Input tensors (batch dimension 1 first) to a Sequence. Raises InvalidRequest: the text goes to the client."""
+    """Turn input tensors (first dimension: batch of 1) into a Sequence.
+
+    Raises InvalidRequest, whose text goes to the client.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, max_positions: int) -> None:
         self._vocab_size = vocab_size
@@ -155,23 +161,26 @@ class RequestReader:
 
     def read(self, request_id: str, inputs: Mapping[str, Any]) -> Sequence:
         if "input_ids" not in inputs or inputs["input_ids"].shape[0] != 1:
-            raise InvalidRequest("llm takes one sequence a request: input_ids [1, T]", param="input_ids")
+            raise InvalidRequest("llm takes one sequence a request: send input_ids as [1, T]", param="input_ids")
         sampling = self._sampling(inputs)
         prompt = self._prompt(inputs)
         positions = prompt.input_ids.size + sampling.max_tokens
         if positions > self._max_positions:
             raise InvalidRequest(
-                f"the prompt's {prompt.input_ids.size} tokens and request_output_len {sampling.max_tokens} make "
-                f"{positions} positions: the model has {self._max_positions}",
+                f"{prompt.input_ids.size} prompt tokens + request_output_len {sampling.max_tokens} = {positions} "
+                f"positions, but the model has {self._max_positions}: lower request_output_len or shorten the prompt",
                 param="request_output_len",
             )
         return Sequence(request_id, prompt, sampling, _scalar(inputs, "end_id", -1))
 
     def _prompt(self, inputs: Mapping[str, Any]) -> Prompt:
-        ids = np.array(inputs["input_ids"][0], np.int32)  # copies: Triton's memory ends with execute()
+        ids = np.array(inputs["input_ids"][0], np.int32)  # a copy: Triton's memory is valid until execute() returns
         length = _scalar(inputs, "input_lengths", ids.size)
         if not 0 < length <= ids.size:
-            raise InvalidRequest(f"input_lengths is {length}, input_ids has {ids.size}", param="input_lengths")
+            raise InvalidRequest(
+                f"input_lengths is {length}, but input_ids has {ids.size} ids: send 1 to {ids.size}",
+                param="input_lengths",
+            )
         ids = ids[:length]
         table = np.zeros((0, self._hidden_size), np.float32)
         if "prompt_embedding_table" in inputs:
@@ -179,16 +188,18 @@ class RequestReader:
         rows = _scalar(inputs, "prompt_vocab_size", len(table))
         if rows != len(table) or table.shape[1:] != (self._hidden_size,):
             raise InvalidRequest(
-                f"prompt_embedding_table is {list(table.shape)}, with prompt_vocab_size {rows} it must be "
+                f"prompt_embedding_table is {list(table.shape)}, but prompt_vocab_size {rows} requires "
                 f"[{rows}, {self._hidden_size}]",
                 param="prompt_embedding_table",
             )
         if not np.isfinite(table).all():
-            raise InvalidRequest("prompt_embedding_table is not finite", param="prompt_embedding_table")
+            raise InvalidRequest(
+                "prompt_embedding_table is not finite: send no NaN or infinity", param="prompt_embedding_table"
+            )
         if ids.min() < 0 or ids.max() >= self._vocab_size + rows:
             raise InvalidRequest(
-                f"input_ids must be 0 to {self._vocab_size + rows - 1}: the vocabulary has {self._vocab_size}, then "
-                f"come {rows} rows of prompt_embedding_table",
+                f"input_ids must be 0 to {self._vocab_size + rows - 1}: {self._vocab_size} ids of the vocabulary, then "
+                f"{rows} rows of prompt_embedding_table",
                 param="input_ids",
             )
         extra_ids = np.zeros(ids.size, np.uint64)
@@ -196,7 +207,7 @@ class RequestReader:
             extra_ids = np.array(inputs["prompt_table_extra_ids"][0], np.uint64)[:length]
         if extra_ids.size != ids.size:
             raise InvalidRequest(
-                f"prompt_table_extra_ids has {extra_ids.size} ids for {ids.size} input tokens",
+                f"prompt_table_extra_ids has {extra_ids.size} ids for {ids.size} input tokens: send one for each",
                 param="prompt_table_extra_ids",
             )
         return Prompt(ids, table, extra_ids)
@@ -225,7 +236,10 @@ class RequestReader:
 
 
 def _scalar(inputs: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The one number of an input [1, 1] as a Python number. Raises InvalidRequest when there are more."""
+    """Return the one number of an input [1, 1] as a Python number.
+
+    Raises InvalidRequest if the input has any other size.
+    """
     if name not in inputs:
         return default
     if inputs[name].size != 1:

@@ -1,8 +1,8 @@
-"""Any ONNX graph whose inputs and outputs are named as the model's in Triton, rows first.
+"""Serve any ONNX graph whose inputs and outputs have the names of Triton's model, rows first.
 
 Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1), `nice` (default 0), `provider`
-(default cpu), `io_binding` (default no): tensors stay on the device that computes them, where Triton's
-`FORCE_CPU_ONLY_INPUT_TENSORS` is `no` too.
+(default cpu), `io_binding` (default no). With `io_binding` yes, tensors stay on the device that computes them, if
+Triton's `FORCE_CPU_ONLY_INPUT_TENSORS` is also `no`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from triton_models.unary import answer, answer_bound
 
 
 class TritonPythonModel:
-    """One session, one run for all rows of all requests that Triton hands over at once; bound, one a request."""
+    """Run one session once for all rows of a batch of requests.
+
+    With io_binding it runs once per request.
+    """
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        os.nice(parameters.nice)  # of this thread, which runs the model, and of those that it starts from here on
+        os.nice(parameters.nice)  # applies to this thread, which runs the model, and to those that it starts later
         self._outputs = parameters.outputs
         self._bound = parameters.yes("io_binding")
         provider = parameters.text("provider", "cpu")

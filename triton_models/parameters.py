@@ -1,4 +1,4 @@
-"""What Triton tells a model at its start."""
+"""Read the arguments that Triton passes to a model at its start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Parameters:
         self.repository = self.folder.parent
         config = json.loads(args["model_config"])
         self._values = {key: each["string_value"] for key, each in config.get("parameters", {}).items()}
-        self.device_id = int(args.get("model_instance_device_id", "0"))  # of the GPU, for an instance of KIND_GPU
+        self.device_id = int(args.get("model_instance_device_id", "0"))  # GPU number of a KIND_GPU instance
         self.max_batch_size = int(config.get("max_batch_size", 0))
         self._instances = sum(group.get("count", 1) for group in config.get("instance_group", [])) or 1
         self.inputs = [each["name"] for each in config["input"]]
@@ -29,14 +29,20 @@ class Parameters:
         return str(self._values.get(key, default))
 
     def integer(self, key: str, default: int, least: int = 1) -> int:
-        """Raises ValueError, which fails the load, when the parameter is no number or less than `least`."""
+        """Return an integer parameter.
+
+        Raises ValueError, which fails the load, if it is not a number or is less than `least`.
+        """
         value = int(self.text(key, str(default)))
         if value < least:
             raise ValueError(f"parameter {key} of {self.folder.name} must be at least {least}, not {value}")
         return value
 
     def yes(self, key: str) -> bool:
-        """`no` where it is not said. Raises ValueError, which fails the load, for any other word than those two."""
+        """Return whether a yes/no parameter is yes; it is no if absent.
+
+        Raises ValueError, which fails the load, for any other word.
+        """
         value = self.text(key, "no")
         if value not in ("yes", "no"):
             raise ValueError(f"parameter {key} of {self.folder.name} must be yes or no, not {value}")
@@ -44,12 +50,15 @@ class Parameters:
 
     @property
     def intra_op_threads(self) -> int:
-        """Of one run, 1 where the configuration says nothing; its 0 is every core, divided among the instances."""
+        """Threads of one run, 1 by default.
+
+        A configured 0 means all cores divided by the number of instances.
+        """
         return self.integer("intra_op_threads", 1, least=0) or max(1, len(os.sched_getaffinity(0)) // self._instances)
 
     @property
     def nice(self) -> int:
-        """By how much its threads leave the cores to others, 0 where the configuration says nothing."""
+        """Niceness of the model's threads, 0 by default: a higher value yields the cores to other processes."""
         return self.integer("nice", 0, least=0)
 
     @property
@@ -58,5 +67,5 @@ class Parameters:
         return self.version / self.text("graph", "model.onnx")
 
     def card(self) -> ModelCard:
-        """The repository's card. Raises OSError or ValueError, which fails the load."""
+        """Read the repository's card. Raises OSError or ValueError, which fails the load."""
         return ModelCard.from_json((self.repository / "card.json").read_text())

@@ -1,7 +1,7 @@
-"""Keys and values of recent prompts, for prompts that begin with the same tokens.
+"""Keep keys and values of recent prompts for prompts that begin with the same tokens.
 
-A token is its id and its extra id, as TensorRT-LLM compares them: equal extra ids, which only visual tokens have, mean
-equal embeddings. A prompt with a visual token without one is never shared.
+Tokens are compared by id and extra id, as in TensorRT-LLM. Only visual tokens have extra ids; equal extra ids mean
+equal embeddings. A prompt that has a visual token without an extra id is never shared.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from service.core.prompt import Prompt
 
 FloatArray = npt.NDArray[np.floating]
 
-TOKEN_BYTES = 16  # of a key: id and extra id
-LEAST_TOKENS = 16  # that two prompts must have in common: fewer are read as fast as they are copied
+TOKEN_BYTES = 16  # bytes per token in a key: id and extra id
+LEAST_TOKENS = 16  # shortest prefix worth sharing: reading fewer tokens is as fast as copying them
 
 
 class PrefixCache:
-    """The least recently used prompt goes first where `max_bytes` are full; 0 keeps none. One thread's own."""
+    """Cache up to `max_bytes` of prompts and evict the least recently used; 0 keeps none.
+
+    It is not thread-safe: one thread owns it.
+    """
 
     def __init__(self, max_bytes: int, vocab_size: int) -> None:
         self.nbytes = 0
@@ -33,9 +36,10 @@ class PrefixCache:
         return len(self._kept)
 
     def recall(self, prompt: Prompt) -> FloatArray | None:
-        """[parts, heads, n, head_dim] of the prompt's first n tokens: as many as are known, but never all of them.
+        """Return [parts, heads, n, head_dim] of the longest cached prefix, or None.
 
-        It is a view, and holds what the cache may have dropped since."""
+        n is less than the prompt's length. The result is a view and stays valid if the cache drops the prompt.
+        """
         key = self._key(prompt)
         best, most = b"", 0
         for other in self._by_start.get(_start(key), ()):
@@ -49,7 +53,10 @@ class PrefixCache:
         return self._kept[best][:, :, :most]
 
     def keep(self, prompt: Prompt, kv: FloatArray) -> None:
-        """A copy of [parts, heads, T, head_dim], unless a prompt that begins with this one is there."""
+        """Store a copy of `kv` [parts, heads, T, head_dim].
+
+        Nothing is stored if the cache has a prompt that begins with this one.
+        """
         key = self._key(prompt)
         nbytes = kv.nbytes + len(key)
         if len(key) <= LEAST_TOKENS * TOKEN_BYTES or nbytes > self._max_bytes:
@@ -75,7 +82,7 @@ class PrefixCache:
             del self._by_start[_start(key)]
 
     def _key(self, prompt: Prompt) -> bytes:
-        """TOKEN_BYTES a token; none for a prompt that is not to be shared."""
+        """Return TOKEN_BYTES per token, or b"" for a prompt that must not be shared."""
         if not self._max_bytes or ((prompt.input_ids >= self._vocab_size) & (prompt.extra_ids == 0)).any():
             return b""
         return np.stack([prompt.input_ids.astype(np.uint64), prompt.extra_ids], axis=1).tobytes()
@@ -86,7 +93,7 @@ def _start(key: bytes) -> bytes:
 
 
 def _tokens_in_common(key: bytes, other: bytes) -> int:
-    """At their beginning."""
+    """Count the equal tokens at the beginning of two keys."""
     most = min(len(key), len(other))
-    differ = np.frombuffer(key[:most], np.uint64) != np.frombuffer(other[:most], np.uint64)
+    differ = np.frombuffer(key[:most], np.uint64) != np.frombuffer(other[:most], np.uint64)  # two words per token
     return int(differ.argmax()) // 2 if differ.any() else most // TOKEN_BYTES

@@ -1,4 +1,4 @@
-"""The `prepare` step of `vqa`: image bytes and a question's text to what the models read."""
+"""Turn image bytes and question text into model inputs: the `prepare` step of `vqa`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from triton_models.unary import answer
 
 
 class TritonPythonModel:
-    """Reads the repository's card.json and the tokenizers that it names."""
+    """Read the repository's card.json and the tokenizers that it names."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
@@ -31,7 +31,7 @@ class TritonPythonModel:
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if len(inputs["image_bytes"]) != 1 or len(inputs["question"]) != 1:
-            raise InvalidRequest("one image and one question a request", param="question")
+            raise InvalidRequest("vqa takes one image and one question: send one request for each", param="question")
         text = _text(inputs["question"].tobytes())
         question = self._prompts.question(text)
         return {
@@ -47,7 +47,7 @@ def _text(question: bytes) -> str:
     try:
         text = question.decode()
     except UnicodeDecodeError as exc:
-        raise InvalidRequest("the question is not UTF-8", param="question") from exc
+        raise InvalidRequest("the question is not UTF-8: encode the text as UTF-8", param="question") from exc
     if not text.strip():
-        raise InvalidRequest("the question is empty", param="question")
+        raise InvalidRequest("the question is empty: say what you want to know", param="question")
     return text

@@ -1,6 +1,6 @@
-"""The `qformer` model: the same 32 queries once for every group a request uses, so that a small budget costs less.
+"""Serve the `qformer` model: run the same 32 queries once for each group that a request uses.
 
-B images, N vision tokens, D vision width, H the LLM's hidden size.
+A small budget therefore costs less. B: images. N: vision tokens. D: vision width. H: the LLM's hidden size.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from triton_models.unary import answer
 
 
 class GroupRunner:
-    """The Q-Former's graph [B, N, D] -> [B, 32, H], run over groups.
+    """Run the Q-Former's graph [B, N, D] -> [B, 32, H] over query groups.
 
-    Group 1 reads all tokens whose mask is above 0, group g > 1 only those whose mask is g. Padding is cut off before
-    the graph sees it, and the focus groups' tokens are gathered: each of the two runs is as long as its longest list.
+    Group 1 reads all tokens whose mask is above 0; group g > 1 reads only those whose mask is g. Padding is cut off
+    before the run, and the focus groups' tokens are gathered. Each of the two runs is as long as its longest list.
     """
 
     def __init__(self, graph: Path, intra_op_threads: int = 1) -> None:
@@ -36,10 +36,10 @@ class GroupRunner:
         self._reads_question = "question_ids" in self._graph.inputs  # InstructBLIP's does
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The model's inputs by name, rows first -> visual_tokens [B, 128, H], visual_count int32 [B, 1]."""
+        """Run the model's inputs by name, rows first -> visual_tokens [B, 128, H], visual_count int32 [B, 1]."""
         mask, groups = inputs["vision_mask"], inputs["query_groups"][:, 0]
         if mask.shape[1] != inputs["vision_tokens"].shape[1]:
-            raise InvalidRequest("vision_mask must have an entry for each of vision_tokens", param="vision_mask")
+            raise InvalidRequest("vision_mask must have one entry per vision token", param="vision_mask")
         if groups.min() < 1 or groups.max() > self.groups:
             raise InvalidRequest(f"query_groups must be 1 to {self.groups}", param="query_groups")
         visual = np.zeros((len(mask), self.groups, self.queries, self.hidden_size), self._float)
@@ -54,12 +54,15 @@ class GroupRunner:
     def _query(
         self, inputs: Mapping[str, Array], images: npt.NDArray[np.intp], visible: npt.NDArray[np.bool_]
     ) -> Array:
-        """One run: row i reads the visible [n, N] vision tokens of image images[i] -> [n, 32, H]."""
+        """Run the graph once: row i reads the `visible` [n, N] vision tokens of image images[i] -> [n, 32, H]."""
         counts = np.count_nonzero(visible, axis=1)
         if not counts.all():
-            raise InvalidRequest("a query group has no vision token to read", param="vision_mask")
+            raise InvalidRequest(
+                "vision_mask leaves a query group without a vision token: mark at least one per group",
+                param="vision_mask",
+            )
         longest = int(counts.max())
-        if visible[:, :longest].sum() == counts.sum():  # all in front already
+        if visible[:, :longest].sum() == counts.sum():  # the visible tokens already come first
             tokens, attend = inputs["vision_tokens"][images, :longest], visible[:, :longest]
         else:
             front = np.argsort(~visible, axis=1, kind="stable")[:, :longest]
@@ -72,8 +75,10 @@ class GroupRunner:
 
 
 class TritonPythonModel:
-    """On the CPU: a GPU's Q-Former is a graph that has the groups inside. Parameters in config.pbtxt: `graph` (default
-    model.onnx), `intra_op_threads` (default 1)."""
+    """Run the Q-Former on the CPU; a GPU's Q-Former is one graph that contains the groups.
+
+    Parameters in config.pbtxt: `graph` (default model.onnx), `intra_op_threads` (default 1).
+    """
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)

@@ -1,7 +1,7 @@
-"""Drawing the next token of many rows at once; every row's draw depends on that row alone.
+"""Draw the next token of many rows at once; a row's draw depends on that row alone.
 
-The random number of a row's n-th token is a hash of its seed and n, not the state of a generator, so the same seed
-draws the same tokens whoever shares the batch. Filters apply in the order of Hugging Face's `generate`: repetition
+The random number of a row's n-th token is a hash of its seed and n, not the state of a generator. The same seed
+therefore draws the same tokens in any batch. Filters apply in the order of Hugging Face's `generate`: repetition
 penalty, temperature, top-k, top-p.
 """
 
@@ -17,7 +17,7 @@ Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
-SHORTLISTS = (64, 1024)  # of a larger vocabulary, how many of the likeliest a filtered draw tries before it sorts all
+SHORTLISTS = (64, 1024)  # a filtered draw tries this many of the likeliest tokens before it sorts a large vocabulary
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -25,7 +25,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 class Sampler:
-    """The sampling state of up to `max_rows` rows, kept compact at the front as the decoder keeps its cache."""
+    """Hold the sampling state of up to `max_rows` rows, compact at the front like the KV cache."""
 
     def __init__(self, max_rows: int, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -36,10 +36,10 @@ class Sampler:
         self._seed = np.zeros(max_rows, np.uint64)
         self._drawn = np.zeros(max_rows, np.uint64)
         self._penalty = np.ones(max_rows)
-        self._seen = np.zeros((max_rows, vocab_size), bool)  # kept for rows with a penalty only
+        self._seen = np.zeros((max_rows, vocab_size), bool)  # valid only for rows with a penalty
 
     def append(self, sampling: Sampling, input_ids: npt.NDArray[np.integer]) -> None:
-        """A new last row; ids of `input_ids` from the vocabulary count as seen for the repetition penalty."""
+        """Add a last row; vocabulary ids in `input_ids` count as seen for the repetition penalty."""
         row = self.rows
         self._temperature[row] = sampling.temperature
         self._top_k[row] = sampling.top_k if 0 < sampling.top_k < self.vocab_size else self.vocab_size
@@ -53,7 +53,7 @@ class Sampler:
         self.rows += 1
 
     def drop(self, row: int) -> None:
-        """The last row takes the place of `row`."""
+        """Remove a row; the last row takes its place."""
         last = self.rows - 1
         if row != last:
             state = (self._temperature, self._top_k, self._top_p, self._seed, self._drawn, self._penalty, self._seen)
@@ -62,10 +62,10 @@ class Sampler:
         self.rows = last
 
     def draw(self, logits: FloatArray, first: int = 0) -> tuple[Int64Array, Float64Array]:
-        """logits [n, V] of rows first, first+1, ... -> token ids [n] and log probabilities [n].
+        """Draw from logits [n, V] of rows first, first+1, ... -> token ids [n], log probabilities [n].
 
-        The log probability is the model's own, before penalty, temperature and filters; NaN where the logits are not
-        finite.
+        The log probability is the model's own, before penalty, temperature and filters. It is NaN if the row's logits
+        are not finite.
         """
         rows = slice(first, first + len(logits))
         index = np.arange(len(logits))
@@ -88,16 +88,19 @@ class Sampler:
 
 
 def penalise(scores: FloatArray, seen: npt.NDArray[np.bool_], penalty: Float64Array) -> FloatArray:
-    """Scores [n, V] of seen tokens divided by the row's penalty where positive, multiplied where negative (CTRL)."""
+    """Apply the repetition penalty (CTRL) to the scores [n, V] of seen tokens.
+
+    A positive score is divided by the row's penalty, a negative one multiplied by it.
+    """
     factor = penalty[:, np.newaxis]
     return np.where(seen, np.where(scores > 0, scores / factor, scores * factor), scores)
 
 
 def choose(scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array) -> Int64Array:
-    """One token id a row, drawn from softmax(scores [n, V]) cut to its likeliest.
+    """Draw one token id per row from softmax(scores [n, V]) cut to its likeliest tokens.
 
-    Of those, `top_k` [n] at most stay, then the fewest that reach the mass `top_p` [n]. `uniforms` [n] in [0, 1) picks
-    among what is left by inverting the cumulative distribution. Which way a row goes depends on that row alone.
+    At most `top_k` [n] tokens stay, then the fewest of them that reach the mass `top_p` [n]. `uniforms` [n] in [0, 1)
+    picks among the rest by inverting the cumulative distribution. The code path of a row depends on that row alone.
     """
     vocab_size = scores.shape[1]
     tokens = np.empty(len(scores), np.int64)
@@ -124,7 +127,7 @@ def _where(rows: npt.NDArray[np.bool_]) -> list[int]:
 
 
 def _choose_from_all(scores: FloatArray, uniforms: Float64Array) -> Int64Array:
-    """Without a filter nothing needs an order."""
+    """Draw one token id per row [n] from all tokens; without a filter there is no need to sort."""
     reached = np.cumsum(_mass(scores, scores.max(axis=1, keepdims=True)), axis=1)
     below = np.count_nonzero(reached <= uniforms[:, np.newaxis] * reached[:, -1:], axis=1)
     return np.asarray(np.minimum(below, scores.shape[1] - 1), np.int64)
@@ -133,7 +136,7 @@ def _choose_from_all(scores: FloatArray, uniforms: Float64Array) -> Int64Array:
 def _choose_from_shortlist(
     size: int, scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-    """Token ids [n] drawn from the `size` likeliest, and where those are enough to draw from."""
+    """Draw from the `size` likeliest tokens -> token ids [n], and whether they were enough [n]."""
     first = scores.shape[1] - size
     listed = np.argpartition(scores, first, axis=1)[:, first:]
     order = np.argsort(-np.take_along_axis(scores, listed, axis=1), axis=1, kind="stable")
@@ -143,13 +146,13 @@ def _choose_from_shortlist(
     total = _mass(scores, ranked[:, :1]).sum(axis=1)
     short = top_k <= size
     settled = short | ((top_k >= scores.shape[1]) & (mass.sum(axis=1) >= top_p * total))
-    share = np.where(short, top_p, top_p * total / mass.sum(axis=1))  # of the shortlist's mass
+    share = np.where(short, top_p, top_p * total / mass.sum(axis=1))  # top_p as a share of the shortlist's mass
     rank = _choose_rank(mass, top_k, share, uniforms)
     return listed[np.arange(len(scores)), rank], settled
 
 
 def _choose_rank(mass: Float64Array, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array) -> Int64Array:
-    """mass [n, m], largest first -> the place [n] of the token drawn."""
+    """Draw from mass [n, m], largest first -> the index [n] of the drawn token."""
     mass = np.where(np.arange(mass.shape[1]) < top_k[:, np.newaxis], mass, 0)
     reached = np.cumsum(mass, axis=1)
     kept = np.count_nonzero((reached - mass < top_p[:, np.newaxis] * reached[:, -1:]) & (mass > 0), axis=1)
@@ -158,13 +161,13 @@ def _choose_rank(mass: Float64Array, top_k: Int64Array, top_p: Float64Array, uni
 
 
 def _mass(scores: FloatArray, highest: FloatArray) -> Float64Array:
-    """exp(scores - highest) in float64; NaN where scores are not finite."""
+    """Compute exp(scores - highest) in float64; NaN if scores are not finite."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.exp(scores - highest, dtype=np.float64))
 
 
 def uniform(seed: UInt64Array, drawn: UInt64Array) -> Float64Array:
-    """Numbers in [0, 1) from seeds [n] and counters [n]: SplitMix64's output function, seeded by itself."""
+    """Hash seeds [n] and counters [n] to numbers in [0, 1): SplitMix64's output function, seeded by itself."""
     bits = _mix(_mix(seed + _WEYL) + (drawn + np.uint64(1)) * _WEYL)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -176,7 +179,7 @@ def _mix(x: UInt64Array) -> UInt64Array:
 
 
 def log_probs(logits: FloatArray, tokens: Int64Array, rows: Int64Array) -> Float64Array:
-    """log softmax of logits [n, V] at tokens [n]; NaN for a row that is not finite."""
+    """Compute the log softmax of logits [n, V] at tokens [n]; NaN for a row that is not finite."""
     highest = logits.max(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
         shifted = logits - highest

@@ -1,4 +1,4 @@
-"""Unary models: Triton's list of requests to one run over their rows, and back to one response a request."""
+"""Answer unary models: one run over the rows of all requests, one response per request."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from service.core.errors import GlimpseError, status_of
 from triton_models.tensors import Array, borrow, lend, read, write
 
 Infer = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs and outputs by name, rows first
-InferBound = Callable[[Mapping[str, OrtValue]], Mapping[str, OrtValue]]  # likewise, on whatever device
+InferBound = Callable[[Mapping[str, OrtValue]], Mapping[str, OrtValue]]  # the same, on any device
 
 
 def answer(requests: Sequence[Any], infer: Infer) -> list[Any]:
-    """One run over all rows. A run that fails is repeated request by request, so that only the faulty ones fail."""
+    """Run all rows at once.
+
+    A failed run is repeated request by request, so that only the faulty requests fail.
+    """
     if len(requests) == 1:
         return [_answer_one(requests[0], infer, read, write)]
     each = [_inputs(request, read) for request in requests]
     try:
         together = {name: np.concatenate([inputs[name] for inputs in each]) for name in each[0]}
         outputs = infer(together)
-    except Exception:  # other lengths or a faulty request among them: alone, each gets its own answer or error
+    except Exception:  # different lengths or a faulty request: run each alone for its own answer or error
         return [_answer_one(request, infer, read, write) for request in requests]
     ends = np.cumsum([len(next(iter(inputs.values()))) for inputs in each]).tolist()
     return [
@@ -34,7 +37,7 @@ def answer(requests: Sequence[Any], infer: Infer) -> list[Any]:
 
 
 def answer_bound(requests: Sequence[Any], infer: InferBound) -> list[Any]:
-    """One run a request, on tensors where they lie and with outputs where they come to lie."""
+    """Run once per request, with inputs and outputs in place on their device."""
     return [_answer_one(request, infer, borrow, lend) for request in requests]
 
 

@@ -1,1 +1,1 @@
-"""What each part of the relevance allocator is worth, measured on scenes that nothing was trained on."""
+"""Measure each part of the relevance allocator on scenes that nothing was trained on."""

@@ -1,4 +1,4 @@
-"""What is compared: each arm is one way of spending vision and visual tokens on the same questions."""
+"""Define the arms: each is one way of spending vision and visual tokens on the same questions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ ADAPTIVE = Named("adaptive")
 
 
 def fixed(policy: str, tokens: int, closer: bool = False, split: str = NEW) -> Named:
-    """`tokens` for every question, at the places that the policy ranks first. With 64 tokens, or 256 of the 224-pixel
-    view, all cells are seen alike: these are guided's, which all policies share."""
+    """Spend `tokens` on every question, at the cells that the policy ranks first.
+
+    With 64 tokens, or with 256 tokens of the 224-pixel view, all cells get the same level of detail. All policies
+    therefore share guided's arm.
+    """
     if tokens == LEAST or (tokens == MOST and not closer):
         policy = GUIDED
     name = f"{policy}, {tokens} tokens{', closer view' if closer else ''}{f', {split}' if split != NEW else ''}"
@@ -37,7 +40,7 @@ def fixed(policy: str, tokens: int, closer: bool = False, split: str = NEW) -> N
 
 
 def curves(closer: bool) -> list[Named]:
-    """Every policy at every budget, and with the closer view where there is one."""
+    """List every policy at every budget, and with the closer view if there is one."""
     arms = [fixed(policy, tokens) for tokens in BUDGETS for policy in POLICIES]
     if closer:
         arms += [fixed(policy, CLOSER_MOST, True) for policy in POLICIES]
@@ -46,19 +49,25 @@ def curves(closer: bool) -> list[Named]:
 
 
 def visual() -> list[Named]:
-    """Other numbers of visual tokens than 32, over adaptive vision tokens. Nothing was trained to do with 16."""
+    """List other numbers of visual tokens than 32, with adaptive vision tokens.
+
+    Nothing was trained for 16 visual tokens.
+    """
     arms = [Named("16 visual tokens", replace(ADAPTIVE.arm, queries=16))]
     arms += [Named(f"{n} visual tokens", replace(ADAPTIVE.arm, visual_tokens=(n, n))) for n in (64, 96, 128)]
     return [*arms, Named("32 to 128 visual tokens", replace(ADAPTIVE.arm, visual_tokens=(32, 128)))]
 
 
 def without_tensions() -> list[Named]:
-    """Explore and diversify switched off. (Particularize off is a fixed budget of the adaptive arm's mean.)"""
+    """Switch off explore and diversify, one at a time.
+
+    Particularize switched off equals a fixed budget of the adaptive arm's mean.
+    """
     return [Named(f"without {name}", replace(ADAPTIVE.arm, tensions={name: 0.0})) for name in ("explore", "diversify")]
 
 
 def detail(split: str, level: str) -> Named:
-    """Adaptive, as a request with that `detail` is answered; `auto` follows from the other two."""
+    """Name the adaptive arm of a request's `detail`; `auto` is computed from the other two."""
     if (split, level) == (NEW, LOW):
         return ADAPTIVE
     closer = level != LOW
@@ -66,5 +75,5 @@ def detail(split: str, level: str) -> Named:
 
 
 def reachable(mean_tokens: float) -> int:
-    """The fixed budget next to this mean: whole cells of 3 tokens each."""
+    """Return the fixed budget nearest to this mean, in whole cells of 3 tokens each."""
     return LEAST + 3 * round((mean_tokens - LEAST) / 3)

@@ -1,4 +1,4 @@
-"""What looking costs: milliseconds of the exported graphs and counted operations, by stage and by arm."""
+"""Compute cost by stage and by arm: graph time in ms and counted operations."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ STAGES = "stages.json"
 
 
 def of(checkpoint: Checkpoint, repository: Path, runs: int) -> Json:
-    """By measure, model and what it reads. Raises ValueError where the repository is of another checkpoint."""
+    """Return the costs by measure, model and input.
+
+    Raises ValueError if the repository was exported from another checkpoint.
+    """
     card = ModelCard.from_json((repository / "card.json").read_text())
     if card.visual_fingerprint != checkpoint.visual_fingerprint():
-        raise ValueError(f"{repository} was exported from other weights than {checkpoint.directory}: `make repository`")
+        raise ValueError(
+            f"{repository} was exported from other weights than {checkpoint.directory}: run `make repository`"
+        )
     budgets, groups = [*BUDGETS, CLOSER_MOST], range(1, 5)
     times = latencies(repository, budgets, groups, runs)
     return {
@@ -42,7 +47,7 @@ def of(checkpoint: Checkpoint, repository: Path, runs: int) -> Json:
 def operations(
     checkpoint: Checkpoint, vision_tokens: Sequence[int], groups: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """Floating-point operations in 10**9, counted, of the same pieces of work as `latencies` times."""
+    """Count the floating-point operations (10**9) of the work that `latencies` times."""
     config = checkpoint.model.config
     vision, width = config.vision_config, config.vision_config.hidden_size
     parts = {"participatory": checkpoint.participatory is not None, "balancing": checkpoint.balancing is not None}
@@ -62,7 +67,10 @@ def operations(
 
 
 def of_arm(cost: Json, measured: Measured) -> Json:
-    """One question about one new image, at the arm's mean tokens; `auto` at its share of closer views."""
+    """Compute the cost of one question about one new image, at the arm's mean tokens.
+
+    `auto` pays for its share of closer views.
+    """
     return {name: _of_arm(cost[name], measured) for name in ("latency_ms", "gflops")}
 
 
@@ -84,13 +92,16 @@ def _of_arm(stages: Json, measured: Measured) -> dict[str, float]:
 
 
 def _at(rows: Json, what: str, tokens: float) -> float:
-    """Between the numbers of tokens that were measured, linearly."""
+    """Interpolate linearly between the measured numbers of tokens."""
     points = {int(name.split()[0]): row["value"] for name, row in rows.items() if name.endswith(what)}
     return float(np.interp(tokens, list(points), list(points.values())))
 
 
 def shares(cost: Json, results: Path) -> dict[str, float | None]:
-    """The allocator's time over the encoder's: of the exported graphs, and as served where `benchmarks.stages` told."""
+    """Return the allocator's time divided by the encoder's.
+
+    One value is for the exported graphs, the other for the served models, if `benchmarks.stages` measured it.
+    """
     times = cost["latency_ms"]
     told = results / STAGES
     return {

@@ -1,8 +1,7 @@
-"""Held-out scenes as the encoder sees them, and what was answered: both kept on disk in parts, so that a killed run
-goes on, and a larger one asks only what is new.
+"""Store held-out scenes' features and answers on disk in parts.
 
-The scenes go on where the committed scenes' generator ends, with seeds used nowhere else, at 448 pixels and through
-WebP, as an upload would come.
+A killed run resumes, and a larger run asks only what is new. The scenes continue the committed scenes' generator with
+seeds used nowhere else. They have 448 pixels and are encoded as WebP, like an upload.
 """
 
 from __future__ import annotations
@@ -21,20 +20,19 @@ from benchmarks.ablation.arms import Named
 from build_engines.train.evaluation import Answers, Asked, Chain, Exam, answer, held_out_exam
 from build_engines.train.looks import Looks
 
-FIRST = 10_000  # of the generator's scenes; the committed ones are the first few hundred
-PART = 50  # scenes of one file
+FIRST = 10_000  # first scene of the generator used here; the committed ones are the first few hundred
+PART = 50  # scenes per file
 COLUMNS = tuple(each.name for each in fields(Answers) if each.name != "exam")
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """The first `number` scenes of a split. looks: the folder of what one encoder saw; answers: of what one checkpoint
-    answered."""
+    """The first `number` scenes of a split."""
 
     split: str
     number: int
-    looks: Path
-    answers: Path
+    looks: Path  # folder of one encoder's features
+    answers: Path  # folder of one checkpoint's answers
 
     def encode(self, chain: Chain) -> None:
         self.looks.mkdir(parents=True, exist_ok=True)
@@ -46,7 +44,7 @@ class Scenes:
                 os.replace(_partial(path), path)
 
     def asked(self) -> Exam:
-        """Everything that is asked, without the features."""
+        """Return all questions, without the features."""
         exams = [self._exam(name) for name, _, _ in self._parts()]
         nothing = torch.empty(0)
         scenes = [things for exam in exams for things in exam.looks.scenes]
@@ -55,7 +53,7 @@ class Scenes:
         return Exam(Looks(nothing, nothing, None, scenes, coverage), asked)
 
     def answer(self, chain: Chain, named: Named, exam: Exam, scenes: int) -> Answers:
-        """What the arm answers to the exam that `asked` gave, up to the part with so many scenes."""
+        """Answer the exam from `asked` with one arm, for the parts that begin before scene `scenes`."""
         folder = self.answers / named.name.replace(", ", "-").replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
         found = []
@@ -72,18 +70,20 @@ class Scenes:
         return Answers(Exam(exam.looks, exam.asked[: len(columns["right"])]), **columns)
 
     def _parts(self) -> Iterator[tuple[str, int, int]]:
-        """Name, first scene, and number of scenes of each."""
+        """Yield each part's name, first scene and number of scenes."""
         for first in range(0, self.number, PART):
             number = min(PART, self.number - first)
             yield f"{self.split}_{first:05d}_{number}", first, number
 
     def _exam(self, name: str) -> Exam:
-        exam: Exam = torch.load(self.looks / f"{name}.pt", weights_only=False, mmap=True)  # our own file
+        exam: Exam = torch.load(
+            self.looks / f"{name}.pt", weights_only=False, mmap=True
+        )  # trusted: written by this program
         return exam
 
 
 def either(low: Answers, high: Answers, taken: npt.NDArray[np.bool_]) -> Answers:
-    """Question by question: high's where taken [n], else low's."""
+    """Combine answers question by question: high's if taken [n], else low's."""
 
     def chosen(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         return np.where(taken.reshape(-1, *[1] * (ours.ndim - 1)), theirs, ours)

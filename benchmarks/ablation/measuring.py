@@ -18,7 +18,7 @@ from build_engines.train.selection import GUIDED, RANDOM, UNIFORM
 
 
 class Ablation:
-    """One checkpoint, all arms; each is measured once."""
+    """Measure all arms of one checkpoint, each arm once."""
 
     def __init__(self, plan: Plan) -> None:
         self.checkpoint = Checkpoint.load(plan.checkpoint)
@@ -37,7 +37,7 @@ class Ablation:
         return self.checkpoint.closer is not None
 
     def of(self, named: Named) -> Measured:
-        """Over half of the scenes, or over all where `of_all` was asked before."""
+        """Measure an arm over half of the scenes, or return what `of_all` measured over all."""
         if named.name not in self.measured:
             self._measure(named, self.scenes[named.split].number // (2 if named.split == NEW else 1))
         return self.measured[named.name]
@@ -51,7 +51,10 @@ class Ablation:
         self.measured[named.name] = Measured(named, answers, float(named.arm.closer))
 
     def compact(self) -> Measured:
-        """The adaptive arm, its most lowered where it would spend more than 120 tokens on average."""
+        """Measure the adaptive arm.
+
+        If it would spend more than 120 tokens on average, its upper budget is lowered.
+        """
         adaptive = self.of_all(ADAPTIVE)
         if adaptive.tokens <= MOST_TOKENS:
             return adaptive
@@ -59,7 +62,7 @@ class Ablation:
         return self.of_all(Named(f"adaptive, at most {most}", replace(ADAPTIVE.arm, vision_tokens=(arms.LEAST, most))))
 
     def auto(self, split: str) -> Measured:
-        """The closer view where the card says that `auto` takes it."""
+        """Combine low and high: take the closer view for the questions for which the card's `auto` takes it."""
         named, high = arms.detail(split, AUTO), self.of(arms.detail(split, HIGH))
         low = self.of(arms.detail(split, LOW)).first(len(high.answers.right))
         taken = low.answers.tensions[:, 0] >= float(str(self.checkpoint.card.get("closer_view_at", 1.0)))
@@ -67,7 +70,7 @@ class Ablation:
         return self.measured[named.name]
 
     def comparisons(self) -> tuple[dict[str, Json], list[str]]:
-        """Differences between arms, and the names of those that the page shows."""
+        """Return the differences between arms, and the names of those that the page shows."""
         compact, adaptive = self.compact(), self.of(ADAPTIVE)
         found = {"adaptive less 256 tokens": report.points(compact, self.of_all(arms.fixed(GUIDED, arms.MOST)))}
         found |= self._of_its_size("adaptive", compact)
@@ -91,11 +94,11 @@ class Ablation:
         return found, shown
 
     def asked_of_all_arms(self, split: str) -> int:
-        """Questions: the first of those that any arm was asked."""
+        """Return the number of first questions that every arm was asked."""
         return min((len(each.answers.right) for each in self.measured.values() if each.named.split == split), default=0)
 
     def _of_its_size(self, name: str, ours: Measured) -> dict[str, Json]:
-        """Against as many tokens for every question: guided too, at random, and evenly spread."""
+        """Compare with arms of the same mean size: a fixed guided budget, random and evenly spread."""
         size, closer, split = arms.reachable(ours.tokens), ours.named.arm.closer, ours.named.split
         others = {"a fixed budget": GUIDED, RANDOM: RANDOM, UNIFORM: UNIFORM}
         return {
@@ -107,7 +110,7 @@ class Ablation:
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Of all weights, 16 hex digits."""
+    """Hash all weights to 16 hex digits."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.glob("*.safetensors")):
         digest.update(path.read_bytes())

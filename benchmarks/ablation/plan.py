@@ -11,15 +11,17 @@ RESULTS = PROJECT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Plan:
-    """scenes: of the training world; what must show is asked about all of them, the other arms about the first half.
-    kept: where finished work is kept. timed: runs of each exported graph."""
+    """The size of a run and its folders.
+
+    Arms that the verdict needs are asked about all `scenes`, other arms about the first half.
+    """
 
     checkpoint: Path = PROJECT / "reference"
     repository: Path = PROJECT / "model_repository"
-    kept: Path = PROJECT / "runs" / "ablation"
-    scenes: int = 1000
+    kept: Path = PROJECT / "runs" / "ablation"  # folder of finished work
+    scenes: int = 1000  # of the training world
     small_print: int = 200
-    timed: int = 200
+    timed: int = 200  # runs of each exported graph
 
     @property
     def command(self) -> str:

@@ -1,4 +1,7 @@
-"""One page of plots of an ablation's JSON. Colours are Okabe and Ito's (2008), and every line has its own marker."""
+"""Plot an ablation's JSON on one page.
+
+Colours are Okabe and Ito's (2008), and every line has its own marker.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +54,10 @@ TITLES = {ALL: "all questions", WITHOUT_READ: "all but reading", READ: "reading"
 
 
 def page(told: Json, path: Path) -> None:
-    """Writes a PNG of about 1900 by 2000 pixels."""
+    """Write a PNG of about 1900 by 2000 pixels."""
     figure = Figure(figsize=(19, 20), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subfigures(4, 1)  # each with a layout of its own
+    rows = figure.subfigures(4, 1)  # each has its own layout
     kinds = (WITHOUT_READ, READ, *(kind for kind in TYPES if kind != READ))
     above, below = rows[0].subplots(1, 4), rows[1].subplots(1, 4)
     for axes, kind in zip([*above, *below], kinds, strict=True):
@@ -82,7 +85,7 @@ def page(told: Json, path: Path) -> None:
 
 
 def _bars(rows: list[Json]) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n] and their reach down and up [2, n], in percent."""
+    """Return values [n] and interval lengths down and up [2, n], in percent."""
     value, low, high = (np.array([100 * row[name] for row in rows]) for name in ("value", "low", "high"))
     return value, np.abs(np.stack([value - low, high - value]))
 
@@ -106,9 +109,9 @@ def _by_vision_tokens(axes: Axes, told: Json, kind: str) -> None:
         colour, marker, line = LOOKS[policy]
         value, reach = _bars([row["accuracy"][kind] for row in rows])
         tokens = np.array([row["mean_vision_tokens"]["value"] for row in rows])
-        if policy != GUIDED:  # whose they are where all cells are seen alike
+        if policy != GUIDED:  # shared points belong to guided: draw their bars once
             reach[:, np.isin([row["policy"] for row in rows], GUIDED)] = np.nan
-        shift = (place - 3) * 1.2  # so that bars do not hide each other
+        shift = (place - 3) * 1.2  # keeps bars from hiding each other
         axes.errorbar(
             tokens + shift, value, reach, color=colour, marker=marker, ls=line, ms=5, lw=1.3, elinewidth=0.8,
             label=NAMES[policy], zorder=3 if policy == GUIDED else 2,
@@ -139,7 +142,7 @@ def _by_visual_tokens(axes: Axes, told: Json) -> None:
 
 
 def _differences(axes: Axes, told: Json) -> None:
-    """What each part gains, in points: one dot and bar a comparison, for all questions and for reading."""
+    """Plot each part's gain in points: one dot and bar per comparison, for all questions and for reading."""
     shown = {name: row for name, row in told["comparisons"].items() if name in told["shown"]}
     for place, row in enumerate(reversed(shown.values())):
         for kind, colour, marker, shift in ((ALL, "#0072B2", "o", 0.14), (READ, "#D55E00", "s", -0.14)):
@@ -151,7 +154,7 @@ def _differences(axes: Axes, told: Json) -> None:
                     capsize=2, label=TITLES[kind] if place == 0 else None,
                 )  # fmt: skip
     axes.axvline(0, color=INK, lw=0.8)
-    axes.set_xscale("symlog", linthresh=1.0, linscale=1.5)  # half a point and sixty points, both to be read
+    axes.set_xscale("symlog", linthresh=1.0, linscale=1.5)  # keeps both half a point and sixty points readable
     ticks = [-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30, 80]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.minorticks_off()
@@ -179,7 +182,7 @@ def _closer(axes: Axes, told: Json) -> None:
 
 
 def _small_print(axes: Axes, told: Json) -> None:
-    """Reading small print with the closer view: where it matters which cells are seen most closely."""
+    """Plot reading of small print with the closer view, which depends on the cells seen most closely."""
     arms = told["arms"]
     lines = [(policy, [fixed(policy, tokens, True, SMALL).name for tokens in CLOSER_BUDGETS]) for policy in POLICIES]
     for place, (policy, names) in enumerate(lines):

@@ -1,4 +1,4 @@
-"""From answers to figures: accuracy of every arm, differences between arms, what questions spend, and the verdict."""
+"""Turn answers into figures: accuracy, differences between arms, tokens spent, verdict."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from build_engines.train.evaluation import Answers, Exam
 from build_engines.train.selection import RANDOM, TENSIONS, UNIFORM, WAYS
 
 ALL, READ, WITHOUT_READ = "all", "read", "without_read"
-MOST_TOKENS, GAP, MOST_SHARE, LEAST_HITS = 120, 0.5, 0.1, 0.85  # what must show
+MOST_TOKENS, GAP, MOST_SHARE, LEAST_HITS = 120, 0.5, 0.1, 0.85  # the verdict's bars
 Mask = npt.NDArray[np.bool_]
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """closer: the share of questions for which the closer view was encoded."""
+    """An arm with its answers."""
 
     named: Named
     answers: Answers
-    closer: float
+    closer: float  # share of questions for which the closer view was encoded
 
     @property
     def scene(self) -> npt.NDArray[np.int64]:
@@ -41,27 +41,27 @@ class Measured:
         return float(self.answers.vision_tokens.mean())
 
     def first(self, number: int) -> Measured:
-        """Of the first so many questions."""
+        """Return the same for the first `number` questions."""
         exam = Exam(self.answers.exam.looks, self.answers.exam.asked[:number])
         columns = {column: getattr(self.answers, column)[:number] for column in COLUMNS}
         return replace(self, answers=Answers(exam, **columns))
 
     def of(self, kind: str, size: str | None = None) -> Mask:
-        """kind: a type, `all` or `without_read`; size: of the one object asked about."""
+        """Select questions by kind (a type, `all` or `without_read`) and by size of the one object asked about."""
         kinds = {ALL: set(TYPES), WITHOUT_READ: set(TYPES) - {READ}}.get(kind, {kind})
         right_kind = np.isin(self.answers.types, list(kinds))
         return right_kind if size is None else right_kind & (self.sizes == size)
 
     @property
     def sizes(self) -> npt.NDArray[np.str_]:
-        """Of the one object that each question asks about; empty where it asks about several."""
+        """Size of the one object that each question asks about; empty if it asks about several."""
         exam = self.answers.exam
         asked = [exam.things(index) for index in range(len(exam.asked))]
         return np.array([SIZE_NAMES[things[0].size] if len(things) == 1 else "" for things in asked])
 
 
 def accuracies(measured: Measured) -> Json:
-    """By type, for all, and for all but reading, with the number of questions."""
+    """Return accuracy by type, for all, and for all but reading, with the number of questions."""
     kinds = {}
     for kind in (ALL, WITHOUT_READ, *TYPES):
         some = measured.of(kind)
@@ -72,7 +72,10 @@ def accuracies(measured: Measured) -> Json:
 
 
 def arm_row(measured: Measured, common: int) -> Json:
-    """An arm's own figures: over the first questions, which all arms were asked, and over all if it was asked more."""
+    """Return an arm's figures over the first `common` questions, which all arms were asked.
+
+    An arm that was asked more questions also has its accuracy over all of them.
+    """
     first = measured.first(common)
     tokens = mean(first.answers.vision_tokens, first.scene)
     return {
@@ -87,8 +90,10 @@ def arm_row(measured: Measured, common: int) -> Json:
 
 
 def points(ours: Measured, theirs: Measured) -> Json:
-    """Accuracy of the one less that of the other, in percentage points, by kind of question; over the questions that
-    both were asked, where one was asked only the first of them."""
+    """Subtract the accuracy of `theirs` from that of `ours`, in percentage points, by kind of question.
+
+    Only questions that both arms were asked count.
+    """
     number = min(len(ours.answers.right), len(theirs.answers.right))
     found: Json = {"ours": ours.named.name, "theirs": theirs.named.name, "n": number}
     gained = 100.0 * ours.answers.right[:number] - 100.0 * theirs.answers.right[:number]
@@ -100,7 +105,7 @@ def points(ours: Measured, theirs: Measured) -> Json:
 
 
 def spending(adaptive: Measured) -> Json:
-    """Mean vision tokens by type of question and by size of the asked object, and the differences that should be."""
+    """Return mean vision tokens by type of question and size of the asked object, and the expected differences."""
     tokens, scene, sizes = adaptive.answers.vision_tokens, adaptive.scene, adaptive.sizes
 
     def of(some: Mask) -> Json | None:
@@ -126,7 +131,7 @@ def spending(adaptive: Measured) -> Json:
 
 
 def balance(adaptive: Measured) -> Json:
-    """Mean weights of the ways of knowing and mean tensions, by type."""
+    """Return mean weights of the ways of knowing and mean tensions, by type."""
     values = np.concatenate([adaptive.answers.weights, adaptive.answers.tensions], axis=1)
     found: Json = {}
     for kind in (ALL, *TYPES):
@@ -139,7 +144,10 @@ def balance(adaptive: Measured) -> Json:
 
 
 def peak_on_asked(adaptive: Measured) -> Json | None:
-    """Reading questions whose most relevant cell lies on the asked object, and how many a random cell would hit."""
+    """Return the share of reading questions whose most relevant cell lies on the asked object.
+
+    It includes the share that a random cell would hit.
+    """
     some = np.flatnonzero(adaptive.of(READ))
     figure = share(adaptive.answers.on_asked[some])
     if figure is None:
@@ -151,7 +159,7 @@ def peak_on_asked(adaptive: Measured) -> Json | None:
 
 
 def _cells_shown(coverage: npt.NDArray[np.float32]) -> int:
-    """Cells of [16, 16] of which a patch shows the object, as `on_asked` counts them."""
+    """Count cells of a coverage map [16, 16] with a patch that shows the object, as `on_asked` does."""
     return int((coverage.reshape(8, 2, 8, 2).max((1, 3)) > 0.15).sum())
 
 
@@ -162,8 +170,10 @@ def verdict(
     peak: Json | None,
     shares: Mapping[str, float | None],
 ) -> Json:
-    """Each thing that must show: whether it does, and by how much. A difference shows where its interval excludes 0;
-    None where it was not measured."""
+    """State for each expected result whether it holds, and by how much.
+
+    A difference holds if its interval excludes 0. A result is None if it was not measured.
+    """
     against_all = comparisons["adaptive less 256 tokens"][ALL]
     lines: Json = {
         f"at most {MOST_TOKENS} vision tokens on average are within {GAP} points of 256": {

@@ -1,4 +1,4 @@
-"""How long the exported graphs take in ONNX Runtime on one thread: each model by what it reads."""
+"""Time the exported graphs in ONNX Runtime on one thread, each model by its input."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from triton_models.session import Array, Graph
 
 SEEN = tuple(tensor.name for tensor in MODELS["vision_encoder"].outputs)
 CHOSEN = tuple(tensor.name for tensor in MODELS["relevance_allocator"].outputs)
-PROMPT = 13  # tokens of a question in its prompt
-BASE, REGION = 120, 36  # vision tokens of the base group and of a focus region, where groups are told apart
+PROMPT = 13  # text tokens of a question's prompt
+BASE, REGION = 120, 36  # vision tokens of the base group and of each focus region, if there are several groups
 WARM_UP = 5
 
 Medians = dict[str, Figure]  # milliseconds
 
 
 def latencies(repository: Path, vision_tokens: Sequence[int], groups: Sequence[int], runs: int) -> dict[str, Medians]:
-    """Medians over `runs` of one image with one question, the stages in turn so that a slow minute hits all alike."""
+    """Return medians over `runs` of one image with one question.
+
+    The stages run in turn, so that a slow minute of the machine affects all of them equally.
+    """
     card = ModelCard.from_json((repository / "card.json").read_text())
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (1, 3, 224, 224), dtype=np.uint8)
@@ -73,8 +76,10 @@ def graph_of(repository: Path, model: str) -> Path:
 def _reading(
     reader: Graph, card: ModelCard, asked: Mapping[str, Array], tokens: int, groups: int
 ) -> Callable[[], object]:
-    """The base group over that many vision tokens and CLS, then the focus groups in one batch, as the `qformer` model
-    runs them."""
+    """Prepare the runs of the `qformer` model.
+
+    The base group reads `tokens` vision tokens and CLS; then the focus groups run in one batch.
+    """
 
     def inputs(rows: int, length: int) -> dict[str, Array]:
         tokens = np.random.default_rng(length).normal(size=(rows, length, card.vision_width)).astype(np.float32)
@@ -86,7 +91,7 @@ def _reading(
 
 
 def _prefill(llm: Graph, visual_tokens: int) -> Callable[[], object]:
-    """The LLM's first step: the visual tokens and a prompt."""
+    """Prepare the LLM's prefill of the visual tokens and a prompt."""
     length = visual_tokens + PROMPT
     inputs: dict[str, Array] = {
         "input_ids": np.full((1, length), 7, np.int64),
@@ -96,7 +101,7 @@ def _prefill(llm: Graph, visual_tokens: int) -> Callable[[], object]:
         "past_lengths": np.zeros(1, np.int64),
         "input_lengths": np.full(1, length, np.int64),
     }
-    for name in llm.inputs.keys() - inputs.keys():  # each layer's past, of which there is none
+    for name in llm.inputs.keys() - inputs.keys():  # each layer's past, which is empty
         _, heads, _, width = llm.inputs[name]
         inputs[name] = np.zeros((1, int(heads), 0, int(width)), np.float32)
     return lambda: llm.run(inputs, ["logits"])

@@ -1,11 +1,11 @@
-"""Systems under load, side by side in one run: `glimpse bench`.
+"""Measure systems under load, side by side in one run: `glimpse bench`.
 
-    glimpse bench --scenario versus --model base              # a named measurement and whether it keeps its promises
+    glimpse bench --scenario versus --model base              # a named measurement and its verdicts
     glimpse bench --systems naive,glimpse --workloads mixed:0.5,cold --clients 16 --seconds 30 --rounds 3
     glimpse bench --systems glimpse,glimpse-no-cache --workloads repeat --rate 20
 
 Workloads: cold, follow_up, mixed[:SHARE of follow-ups], multi_image[:IMAGES], repeat[:ZIPF exponent], same. Writes
-OUT.json and OUT.png. One system at a time has the machine; it, and the load generator beside it, must be all that runs.
+OUT.json and OUT.png. One system runs at a time; nothing else but it and the load generator may run on the machine.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.bench.workloads import Workload
 
 
 def workload_of(said: str) -> Workload:
-    """`mixed:0.75`, `multi_image:2`, `repeat:1.1`, or a name alone. Raises argparse.ArgumentTypeError."""
+    """Parse `mixed:0.75`, `multi_image:2`, `repeat:1.1`, or a name alone. Raises argparse.ArgumentTypeError."""
     shape, _, number = said.partition(":")
     knob = {"mixed": ("share", float), "multi_image": ("images", int), "repeat": ("zipf", float)}.get(shape)
     if shape not in Workload.SHAPES or (number and knob is None):
-        raise argparse.ArgumentTypeError(f"{said!r} is none of {', '.join(Workload.SHAPES)}")
+        raise argparse.ArgumentTypeError(f"{said!r} is not a workload: choose one of {', '.join(Workload.SHAPES)}")
     try:
         return Workload(shape, **({knob[0]: knob[1](number)} if number and knob else {}))
     except ValueError as exc:
@@ -40,35 +40,37 @@ def names(said: str, known: object) -> tuple[str, ...]:
     found = tuple(said.split(","))
     unknown = [name for name in found if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: the known ones are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is unknown: choose from {', '.join(known)}")
     return found
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("glimpse bench", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    made.add_argument("--scenario", choices=SCENARIOS, help="a named measurement; the options below it has itself")
+    made.add_argument(
+        "--scenario", choices=SCENARIOS, help="a named measurement with its own systems, workloads and arrivals"
+    )
     made.add_argument("--model", choices=MODELS, default="reference")
-    made.add_argument("--seconds", type=float, default=30.0, help="of each measurement [30]")
-    made.add_argument("--rounds", type=int, default=3, help="of all systems in turn [3]")
-    made.add_argument("--out", type=Path, help="report without its suffix [build/bench/NAME]")
+    made.add_argument("--seconds", type=float, default=30.0, help="duration of each measurement [30]")
+    made.add_argument("--rounds", type=int, default=3, help="rounds over all systems in turn [3]")
+    made.add_argument("--out", type=Path, help="path of the report without suffix [build/bench/NAME]")
     made.add_argument("--systems", type=lambda said: names(said, SYSTEMS), default=("naive", "glimpse"),
-                      help=f"of {', '.join(SYSTEMS)}")  # fmt: skip
+                      help=f"comma-separated, from {', '.join(SYSTEMS)}")  # fmt: skip
     made.add_argument("--workloads", type=lambda said: tuple(map(workload_of, said.split(","))),
                       default=(Workload("mixed"),))  # fmt: skip
     when = made.add_mutually_exclusive_group()
-    when.add_argument("--clients", type=int, default=16, help="closed loop [16]")
+    when.add_argument("--clients", type=int, default=16, help="clients of a closed loop [16]")
     when.add_argument("--rate", type=float, help="Poisson arrivals, requests/s")
     when.add_argument(
-        "--burst", nargs=2, type=float, metavar=("SIZE", "EVERY_S"), help="so many at once, again and again"
+        "--burst", nargs=2, type=float, metavar=("SIZE", "EVERY_S"), help="SIZE requests at once, every EVERY_S s"
     )
     return made
 
 
 def main() -> int:
-    """0 where every promise is kept, 1 where one is not."""
+    """Return 0 if every promise is met, else 1."""
     told = parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the system that runs is stopped first
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the running system first
     if told.scenario:
         report = SCENARIOS[told.scenario](told.model, told.seconds, told.rounds)
     else:

@@ -1,10 +1,10 @@
-"""The bare engine limit: the ONNX graphs in a loop, in one process on all cores, nothing around them.
+"""Measure the bare engine limit: the ONNX graphs alone, in one process on all cores.
 
     python -m benchmarks.bench.engine REPOSITORY MAX_TOKENS '{"follow_up": [VISION_TOKENS, TEXT_TOKENS], ...}'
 
-prints JSON. Each graph is run at every batch size, once with all cores a run and once with one core for each of as many
-runs at a time; the best rate counts. A request's time is the sum over the graphs it needs, on inputs as long as those
-of the workload's answers were on average: what no server in front can beat for the same work.
+It prints JSON. Each graph runs at every batch size in two ways: one run on all cores, and parallel runs on one core
+each. The best rate counts. A request's time is the sum over its graphs, on inputs as long as the workload's average.
+No server can be faster for the same work.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ import onnxruntime
 from service.core.card import ModelCard
 from triton_models.session import open_session
 
-BATCHES = (1, 2, 4, 8, 16)  # 16 clients bring no more
+BATCHES = (1, 2, 4, 8, 16)  # 16 clients never fill a larger batch
 MOST_IMAGES = 8  # in one run of the encoder
 MEASURED_S, LEAST_RUNS = 1.0, 3
-VISUAL_TOKENS = 32  # of a request of the benchmark
+VISUAL_TOKENS = 32  # per request of the benchmark
 STAGES = {
     "vision_encoder": "vision_encoder",
     "relevance_allocator": "relevance_allocator",
     "qformer": "qformer",
     "prefill": "llm",
     "step": "llm",
-}  # each is a graph, run in one way
+}  # each stage is one way to run a graph
 Feeds = Mapping[str, npt.NDArray[Any]]
 
 
 class Work(NamedTuple):
-    """What one request reads, but for its visual tokens."""
+    """What one request reads, besides its visual tokens."""
 
     vision_tokens: int  # without CLS
     text_tokens: int
 
 
 def limit(repository: Path, max_tokens: int, cores: int, works: Mapping[str, Work]) -> dict[str, Any]:
-    """By workload, `cold` or `follow_up`: requests/s, and what each graph takes of a request, at its best."""
+    """Return requests/s by workload (`cold`, `follow_up`), and each graph's best time per request."""
     card = ModelCard.from_json((repository / "card.json").read_text())
     stages: dict[str, dict[str, Any]] = {workload: {} for workload in works}
     for stage, graph in STAGES.items():
@@ -81,7 +81,7 @@ def limit(repository: Path, max_tokens: int, cores: int, works: Mapping[str, Wor
 def fastest(
     session: onnxruntime.InferenceSession, feed: Feeds, batch: int, threads: int, at_once: int
 ) -> dict[str, Any]:
-    """The median of runs, `at_once` of them at a time."""
+    """Return the median of runs, with `at_once` of them in parallel."""
     run: Callable[[int], Any] = lambda _: session.run(None, dict(feed))  # noqa: E731
     took: list[float] = []
     with ThreadPoolExecutor(at_once) as pool:
@@ -96,7 +96,7 @@ def fastest(
 
 
 def feeds(stage: str, batch: int, session: onnxruntime.InferenceSession, card: ModelCard, work: Work) -> Feeds:
-    """Inputs of the work's size, by the graph's own shapes: what is not said here is noise of its type."""
+    """Make inputs of the work's size from the graph's own shapes; inputs not listed here are noise of their type."""
     random = np.random.default_rng(0)
     read = 1 + work.vision_tokens
     sizes = {"batch": batch, "vision_tokens": read}

@@ -1,8 +1,9 @@
-"""`litserve`: LitServe with batching on the same checkpoint.
+"""Serve the same checkpoint with LitServe and its batching: the system `litserve`.
 
     python -m benchmarks.bench.litserve_server CHECKPOINT PORT
 
-One worker, PyTorch with its own number of threads, one a core; batches of up to MAX_BATCH that wait 10 ms to fill.
+One worker; PyTorch with its default number of threads, one per core; batches of up to MAX_BATCH that wait 10 ms to
+fill.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BATCH_TIMEOUT_S = 0.01
 
 
 class Vqa(litserve.LitAPI):
-    """A batch is answered as a whole; its longest answer sets the time of all."""
+    """Answer a batch as a whole; its longest answer sets the time of all."""
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__(max_batch_size=MAX_BATCH, batch_timeout=BATCH_TIMEOUT_S)

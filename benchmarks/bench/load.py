@@ -1,9 +1,9 @@
-"""The load generator, a process of its own: `python -m benchmarks.bench.load` reads a Plan as JSON from standard input
-and writes what became of every request as JSON to the plan's `out`.
+"""Generate load in a separate process: `python -m benchmarks.bench.load`.
 
-Times are seconds since the load began. Open loop: a request is sent at its time whatever became of those before it, and
-its latency counts from then. Closed loop: so many clients, each asks again when it is answered; nobody asks after
-`duration_s`, and everybody who asked is waited for.
+It reads a Plan as JSON from standard input and writes every request's Result as JSON to the plan's `out`. Times are
+seconds since the load began. Open loop: a request is sent at its scheduled time, whether or not earlier ones have
+ended, and its latency counts from that time. Closed loop: each client asks again when it gets an answer. No request is
+sent after `duration_s`, and all sent requests are waited for.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from benchmarks.bench.workloads import KNOWN, Ask, Workload, asks, bursts, poiss
 from service.core.errors import GlimpseError
 from service.triton import TritonClient
 
-EXPIRED = "expired"  # not refused at the door: it waited for its turn, and was dropped when that came too late
-WARM_PAUSES_S = (1.0, 3.0, 10.0)  # after a warm-up request that failed; the last one gives up
+EXPIRED = "expired"  # outcome of a request that was admitted, waited in the queue and was dropped there
+WAITED = "waited in the queue"  # in Glimpse's message to such a request, and in no other refusal
+WARM_PAUSES_S = (1.0, 3.0, 10.0)  # pauses after failed attempts of a warm-up request
 
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """When requests come: exactly one of the three."""
+    """When requests arrive: set exactly one of the three."""
 
     clients: int | None = None  # closed loop
     rate: float | None = None  # Poisson, requests/s
-    burst: tuple[int, float] | None = None  # so many at once, every so many seconds
+    burst: tuple[int, float] | None = None  # requests at once, seconds between bursts
 
     @property
     def label(self) -> str:
@@ -54,7 +55,7 @@ class Arrivals:
         return f"{size} at once every {every_s:g} s"
 
     def times(self, seed: int) -> Iterator[float]:
-        """Of the open loops."""
+        """Return the arrival times of an open loop. Raises ValueError for a closed loop."""
         if self.rate:
             return poisson(self.rate, seed)
         if self.burst:
@@ -64,22 +65,22 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that the load generator is told."""
+    """The load generator's input."""
 
-    system: str  # how it is spoken to: a name in ASKERS
-    urls: list[str]  # requests go round these
+    system: str  # the system's interface: glimpse, triton, naive or litserve
+    urls: list[str]  # requests use these in turn
     workload: Workload
     arrivals: Arrivals
     duration_s: float
     max_tokens: int
     out: str
-    requests: int | None = None  # at the most
+    requests: int | None = None  # upper limit
     seed: int = 0
     first_new: int = KNOWN
-    warm: bool = True  # known images are asked about first, which is not measured
-    warm_repeats: int = 0  # requests of the workload itself that are asked first
+    warm: bool = True  # ask about the known images before the measurement
+    warm_repeats: int = 0  # requests of the workload itself before the measurement
     timeout_s: float = 120.0
-    visual_tokens: tuple[int, int] | None = None  # the budget that questions ask for; Glimpse only
+    visual_tokens: tuple[int, int] | None = None  # the questions' budget; Glimpse only
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -100,31 +101,31 @@ class Plan:
 
 @dataclass(slots=True)
 class Result:
-    """What became of one request. Seconds since the load began."""
+    """The outcome of one request. Times are seconds since the load began."""
 
     follow_up: bool
-    at: float  # when it was to be sent
+    at: float  # scheduled sending time
     sent: float = 0.0
-    first: float | None = None  # token
+    first: float | None = None  # time of the first token
     end: float = 0.0
-    gaps: list[float] = field(default_factory=list)  # seconds between tokens that came apart
+    gaps: list[float] = field(default_factory=list)  # seconds between tokens that arrived separately
     tokens: int = 0
     outcome: str = "ok"  # else the error's code, or `cancelled`
     cache: str | None = None
     text_tokens: int = 0  # of the prompt
     vision_tokens: int = 0
     visual_tokens: int = 0
-    reduced: bool = False  # looked less closely than asked
+    reduced: bool = False  # looked less closely than requested
 
 
 class Asker(Protocol):
-    """One way to ask. Fills in the result; raises AskFailed, Aborted."""
+    """One system's interface. Fills in the result; raises AskFailed, Aborted."""
 
     async def ask(self, ask: Ask, result: Result) -> None: ...
 
 
 class AskFailed(Exception):
-    """The system said no, with a code."""
+    """The system refused the request; the message is its error code."""
 
 
 class Clock:
@@ -137,7 +138,7 @@ class Clock:
 
 @dataclass(slots=True)
 class Heard:
-    """The pieces of one answer as they came."""
+    """Record the arrival times of one answer's tokens."""
 
     clock: Clock
     result: Result
@@ -153,7 +154,7 @@ class Heard:
 
 
 class GlimpseAsker:
-    """Streams. A follow-up names its image by the id that came with an earlier answer."""
+    """Ask Glimpse and stream the answer; a follow-up names its image by the id from an earlier answer."""
 
     def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[HttpClient]) -> None:
         self._plan, self._clock, self._scenes = plan, clock, scenes
@@ -188,7 +189,7 @@ class GlimpseAsker:
         result.vision_tokens = end["vision"]["vision_tokens"]
         result.visual_tokens = end["vision"]["visual_tokens"]
         result.reduced = end["vision"].get("reduced", False)
-        if result.first is None:  # an answer without text
+        if result.first is None:  # the answer has no text
             result.first = self._clock.now()
         for number, name in zip(ask.images, end["image_ids"], strict=True):
             if number < KNOWN:
@@ -196,10 +197,10 @@ class GlimpseAsker:
 
     @staticmethod
     def _end_of(response: Response) -> dict[str, Any]:
-        """The last event, which has all but the text. Raises AskFailed."""
+        """Return the last event, which has all fields but the text. Raises AskFailed."""
         if response.status != 200:
             error = json.loads(response.body)["error"]
-            raise AskFailed(EXPIRED if "did not come" in error["message"] else error["code"])
+            raise AskFailed(EXPIRED if WAITED in error["message"] else error["code"])
         events = [line[6:] for line in response.body.split(b"\n") if line.startswith(b"data: {")]
         end: dict[str, Any] = json.loads(events[-1])
         if "error" in end:
@@ -208,7 +209,10 @@ class GlimpseAsker:
 
 
 class PlainAsker:
-    """One JSON answer at the end. `naive` takes a form, LitServe JSON with base64: what their documentation shows."""
+    """Ask a server that sends one JSON answer at the end.
+
+    `naive` takes a form and LitServe takes JSON with base64, as in their documentation.
+    """
 
     def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[HttpClient]) -> None:
         self._plan, self._clock, self._scenes = plan, clock, scenes
@@ -232,7 +236,7 @@ class PlainAsker:
 
 
 class TritonAsker:
-    """The `vqa` ensemble over gRPC, as NVIDIA's own layout is asked; it always streams."""
+    """Ask the `vqa` ensemble over gRPC, as in NVIDIA's own layout; it always streams."""
 
     def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[TritonClient]) -> None:
         self._plan, self._clock, self._scenes = plan, clock, scenes
@@ -258,7 +262,7 @@ class TritonAsker:
 
 
 def form(fields: dict[str, Any], images: list[bytes]) -> tuple[bytes, str]:
-    """A multipart/form-data body and its content type."""
+    """Return a multipart/form-data body and its content type."""
     boundary = b"glimpse-bench-7f3a"
     parts = [
         b'--%b\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n'
@@ -289,7 +293,7 @@ async def asker_of(plan: Plan, clock: Clock) -> AsyncIterator[Asker]:
 
 
 class Load:
-    """One measurement."""
+    """Run one measurement."""
 
     def __init__(self, plan: Plan, asker: Asker, clock: Clock) -> None:
         self.plan = plan
@@ -299,7 +303,7 @@ class Load:
         self._asks = asks(plan.workload, plan.seed, plan.first_new)
 
     async def warm(self) -> None:
-        """What happens before the measurement. Raises RuntimeError where a request fails."""
+        """Send the requests before the measurement. Raises RuntimeError if one keeps failing."""
         first = [Ask((number,), number, follow_up=False) for number in range(KNOWN if self.plan.warm else 2)]
         first += itertools.islice(self._asks, self.plan.warm_repeats)
         gate = asyncio.Semaphore(4)
@@ -330,7 +334,7 @@ class Load:
                 if ask is None:
                     return
                 if (await self._one(ask, self._clock.now())).outcome not in ("ok", "cancelled"):
-                    await asyncio.sleep(random.uniform(0.05, 0.2))  # who is refused does not ask again at once
+                    await asyncio.sleep(random.uniform(0.05, 0.2))  # a refused client waits before it asks again
 
         await asyncio.gather(*(client() for _ in range(clients)))
 
@@ -363,7 +367,7 @@ async def measure(plan: Plan) -> dict[str, Any]:
     async with asker_of(plan, clock) as asker:
         load = Load(plan, asker, clock)
         await load.warm()
-        sys.stdout.write("begin\n")  # the parent reads the systems' CPU seconds now ...
+        sys.stdout.write("begin\n")  # the parent reads the system's CPU seconds now
         sys.stdout.flush()
         sys.stdin.readline()
         clock.began = time.perf_counter()
@@ -379,7 +383,7 @@ def main() -> None:
     plan = Plan.from_json(sys.stdin.readline())
     found = uvloop.run(measure(plan))
     Path(plan.out).write_text(json.dumps(found))
-    sys.stdout.write("end\n")  # ... and now
+    sys.stdout.write("end\n")  # the parent reads the CPU seconds again
     sys.stdout.flush()
 
 

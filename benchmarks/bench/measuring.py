@@ -1,4 +1,4 @@
-"""One measurement: the load generator against one running system, its processes watched meanwhile."""
+"""Run the load generator against one running system and sample its processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a system held at one moment."""
+    """Resources that a system held at one moment."""
 
     at_s: float
     memory_mb: dict[str, float]  # by role
@@ -33,18 +33,18 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Everything that one run of the load generator found."""
+    """The results of one run of the load generator."""
 
     plan: Plan
     elapsed_s: float
-    load_cpu_s: float  # of the load generator itself
-    cpu_s: dict[str, float]  # of the system, by role
+    load_cpu_s: float  # the load generator's own
+    cpu_s: dict[str, float]  # the system's, by role
     samples: list[Sample]
     results: list[dict[str, Any]]
 
 
 class Watch:
-    """Samples a system's processes beside the load."""
+    """Sample a system's processes during the load."""
 
     def __init__(self, system: Running) -> None:
         self.samples: list[Sample] = []
@@ -87,7 +87,7 @@ def _sum(processes: list[Process], what: str) -> dict[str, int]:
 
 
 def measure(system: Running, plan: Plan) -> Measurement:
-    """Runs the load to its end. Raises RuntimeError where the load generator fails."""
+    """Run the load to its end. Raises RuntimeError if the load generator fails."""
     out = system.folder / "load.json"
     plan = replace(plan, system=system.asked_as, urls=list(system.urls), out=str(out))
     log = Path(system.folder / "load.log")

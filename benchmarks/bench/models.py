@@ -1,10 +1,10 @@
-"""The models that are measured: `reference`, as shipped, and `base`, with the proportions of real ones.
+"""Provide the measured models: `reference`, as shipped, and `base`, with realistic sizes.
 
 `base` is a BLIP-2 of random weights: ViT-B/14 (768 wide, 12 layers, 224 pixels), Q-Former 768 x 12 with 32 queries,
 OPT-125M. It is built once into build/bench (1.8 GB), as a Hugging Face checkpoint and, by build_engines.export, as a
 Triton repository. It never ends an answer: every answer has `max_tokens` tokens, in every system.
 
-    python -m benchmarks.bench.models       # builds `base` where it is missing, which takes minutes
+    python -m benchmarks.bench.models       # builds `base` if it is missing, which takes minutes
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent.parent
 BUILD = PROJECT / "build" / "bench"
 VOCABULARY = 50_272  # OPT's
-MERGES = 2_000  # of the tokenizer; the rest of the vocabulary is never read, only said
+MERGES = 2_000  # vocabulary that the tokenizer trains; the other ids only occur in answers
 SEED = 7
 
 
@@ -33,8 +33,8 @@ class Model:
     title: str  # for reports
     checkpoint: Path
     repository: Path
-    max_tokens: int  # of an answer
-    slo_s: float  # within which an answer counts as good
+    max_tokens: int  # per answer
+    slo_s: float  # an answer within this time counts as good
 
 
 REFERENCE = Model(
@@ -53,9 +53,9 @@ MODELS = {model.name: model for model in (REFERENCE, BASE)}
 
 
 def ready(name: str) -> Model:
-    """The model, built first where it is missing. Needs PyTorch for that only.
+    """Return the model; build it first if it is missing, which needs PyTorch.
 
-    In a process of its own: nothing of PyTorch stays in the benchmark's memory. Raises KeyError, CalledProcessError.
+    The build runs in a separate process, so PyTorch does not stay in memory. Raises KeyError, CalledProcessError.
     """
     model = MODELS[name]
     if model is BASE and not (MADE_BY.exists() and MADE_BY.read_text() == exporter()):
@@ -64,7 +64,7 @@ def ready(name: str) -> Model:
 
 
 def exporter() -> str:
-    """Names the code that a repository is made by: another one makes it anew."""
+    """Return a fingerprint of the exporting code; if it changes, the repository is rebuilt."""
     sources = sorted([*(PROJECT / "build_engines").glob("*.py"), *(PROJECT / "build_engines" / "model").glob("*.py")])
     digest = hashlib.sha256()
     for source in sources:
@@ -73,7 +73,7 @@ def exporter() -> str:
 
 
 def build_base() -> None:
-    """A half-made one is never found: the folders get their names at the end."""
+    """Build `base`; its folders get their final names at the end, so an incomplete one is never used."""
     from build_engines.export import export  # noqa: PLC0415  (PyTorch, in the building process only)
 
     checkpoint, repository = (path.with_suffix(".part") for path in (BASE.checkpoint, BASE.repository))
@@ -89,7 +89,7 @@ def build_base() -> None:
 
 
 def save_base(directory: Path) -> None:
-    """Weights in FP32, as both PyTorch and ONNX Runtime compute on CPUs."""
+    """Save the checkpoint in FP32, the type in which PyTorch and ONNX Runtime compute on CPUs."""
     import torch  # noqa: PLC0415
     from transformers import Blip2Config, Blip2ForConditionalGeneration, GenerationConfig  # noqa: PLC0415
 
@@ -106,7 +106,7 @@ def save_base(directory: Path) -> None:
     torch.manual_seed(SEED)
     model = Blip2ForConditionalGeneration(config)
     initialise(model)
-    # No end token at all: transformers' generate stops at max_new_tokens, and so does the card's end id below.
+    # Without an end token transformers' generate stops at max_new_tokens. The card's end id of -1 does the same below.
     model.generation_config = GenerationConfig(bos_token_id=0, pad_token_id=1)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
@@ -123,7 +123,10 @@ def save_base(directory: Path) -> None:
 
 
 def initialise(model: object) -> None:
-    """Weights of variance 1 / fan-in, norms near 1: transformers starts BLIP-2's vision with 1e-10, a dead one."""
+    """Draw weights of variance 1 / fan-in and norms near 1.
+
+    transformers initialises BLIP-2's vision model with 1e-10, which outputs nothing.
+    """
     import torch  # noqa: PLC0415
 
     with torch.no_grad():
@@ -138,7 +141,10 @@ def initialise(model: object) -> None:
 
 
 def tokenizer() -> object:
-    """Byte-level BPE that reads a question in about as many tokens as OPT's, and can say all of its ids."""
+    """Make a byte-level BPE tokenizer that splits a question into about as many tokens as OPT's.
+
+    It can decode all ids of OPT's vocabulary.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
@@ -170,7 +176,7 @@ def tokenizer() -> object:
 
 
 def questions() -> Iterator[str]:
-    """What is asked about the committed scenes, as the prompt has it."""
+    """Yield the prompts of the committed scenes' questions."""
     from build_engines.evaluation.accuracy import SCENES, rows  # noqa: PLC0415
 
     for row in rows(SCENES):

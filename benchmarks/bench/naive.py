@@ -1,8 +1,9 @@
-"""`naive`: FastAPI and transformers' `generate`, as one writes it first.
+"""Serve with FastAPI and transformers' `generate` in the simplest way: the system `naive`.
 
     python -m benchmarks.bench.naive CHECKPOINT PORT
 
-A plain `def` route, which FastAPI runs in its pool of 40 threads; PyTorch with its own number of threads, one a core.
+The route is a plain `def`, which FastAPI runs in its pool of 40 threads. PyTorch has its default number of threads,
+one per core.
 """
 
 from __future__ import annotations

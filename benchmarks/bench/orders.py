@@ -1,4 +1,4 @@
-"""Other ways to schedule, to compare with: `python -m benchmarks.bench.orders fifo|unlimited` serves with one."""
+"""Serve with another scheduler for comparison: `python -m benchmarks.bench.orders fifo|unlimited`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from service.admission.scheduler import HANDICAP_S, Claim, Kind, Resource, Sched
 
 
 class Fifo(Scheduler):
-    """The request at the head of the queue blocks all behind it if it does not fit. A request in service that claims
-    more blocks only those that want the same resource.
+    """Grant in order of arrival.
 
-    Nothing else counts but deadlines and the concurrency limit: no kind, no tenant, no priority, no age.
+    The request at the head of the queue blocks all others if it does not fit. A request in service that claims more
+    blocks only requests for the same resource. Only deadlines and the concurrency limit count besides: no kind, no
+    tenant, no priority, no age.
     """
 
     def _handicap(self, _: Claim) -> float:
@@ -40,7 +41,7 @@ class Fifo(Scheduler):
 
 
 class Unlimited(Scheduler):
-    """As many requests in service as there is room for, whatever becomes of them."""
+    """Schedule without a concurrency limit: capacity alone bounds the requests in service."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""CPU seconds and memory of a system, by process. Linux's /proc.
+"""Read a system's CPU seconds and memory by process from Linux's /proc.
 
-A process is named by what it does: `gateway`, `triton`, `llm`, `vision_encoder`, ... of Glimpse, `server` and
-`worker` of the others.
+A process is named by its role: `gateway`, `triton`, `llm`, `vision_encoder`, ... in Glimpse, `server` and `worker` in
+other systems.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Process:
 
 
 def family(pid: int) -> list[Process]:
-    """A process and all below it; those that end meanwhile are left out."""
+    """Return a process and its descendants, without those that end during the call."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         if fields := _fields(int(stat.parent.name)):
@@ -47,7 +47,7 @@ def family(pid: int) -> list[Process]:
 
 
 def shared_regions(pid: int) -> set[str]:
-    """The files under /dev/shm that a process has mapped."""
+    """Return the files under /dev/shm that a process has mapped."""
     try:
         maps = Path(f"/proc/{pid}/maps").read_text()
     except OSError:
@@ -56,7 +56,7 @@ def shared_regions(pid: int) -> set[str]:
 
 
 def cpu_by_role(before: list[Process], after: list[Process]) -> dict[str, float]:
-    """Seconds spent in between; a process that is new counts from its start."""
+    """Return CPU seconds spent between two moments; a new process counts from its start."""
     then = {process.pid: process.cpu_s for process in before}
     spent: Counter[str] = Counter()
     for process in after:
@@ -65,7 +65,7 @@ def cpu_by_role(before: list[Process], after: list[Process]) -> dict[str, float]
 
 
 def memory_by_role(processes: list[Process]) -> dict[str, float]:
-    """Resident megabytes; shared pages count in each."""
+    """Return resident memory in MB; shared pages count in each process."""
     held: Counter[str] = Counter()
     for process in processes:
         held[process.role] += process.rss_bytes / 1e6
@@ -73,7 +73,10 @@ def memory_by_role(processes: list[Process]) -> dict[str, float]:
 
 
 def _fields(pid: int) -> list[str]:
-    """Of /proc/PID/stat from the state on: state 0, parent 1, utime 11, stime 12, threads 17, rss 21."""
+    """Return the fields of /proc/PID/stat from the state on.
+
+    Indices: state 0, parent 1, utime 11, stime 12, threads 17, rss 21.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

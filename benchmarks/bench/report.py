@@ -1,4 +1,4 @@
-"""What a run found, as JSON and as one picture."""
+"""Write a run's report as JSON and as one picture."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ COLOURS = {"naive": "#9aa5b1", "litserve": "#c28f5c", "triton": "#7a8fc9", "glim
            "glimpse-no-reuse": "#d1b13c", "fifo": "#7a8fc9", "glimpse-door": "#14675a",
            "fifo-door": "#46578c"}  # fmt: skip
 LATENCIES = ("first_token_ms", "inter_token_ms", "end_to_end_ms")
-LEGEND_COLUMNS = 4  # more are wider than a picture of three workloads
+LEGEND_COLUMNS = 4  # more columns are wider than a picture of three workloads
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """`path`.json, and a picture of the same name beside it."""
+    """Write `path`.json and a picture of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     if report.get("marks"):
@@ -27,7 +27,7 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a workload and system: medians over the rounds, and the rounds' requests/s."""
+    """Return one row per workload and system: medians over the rounds, and each round's requests/s."""
     rows = []
     for workload, system in dict.fromkeys((run["workload"], run["system"]) for run in runs):
         rounds = [run["figures"] for run in runs if (run["workload"], run["system"]) == (workload, system)]
@@ -46,7 +46,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """For the terminal."""
+    """Format the report for the terminal."""
     lines = [
         f"{'workload':30} {'system':22} {'req/s':>8} {'first p50':>10} {'e2e p50':>9} {'e2e p95':>9} {'CPU ms':>8}"
     ]
@@ -58,7 +58,7 @@ def text(report: Mapping[str, Any]) -> str:
         )
     for workload, roles in report.get("profile", {}).items():
         parts = (f"{role} {ms['spent_ms']:.1f} ({ms['bare_ms']:.1f})" for role, ms in roles.items())
-        lines.append(f"core ms an answer of glimpse, {workload} (bare engines): {', '.join(parts)}")
+        lines.append(f"core ms per answer of glimpse, {workload} (bare engines): {', '.join(parts)}")
     for verdict in report.get("verdict", []):
         met = "met    " if verdict["met"] else "NOT met"
         lines.append(
@@ -68,7 +68,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def draw(path: Path, report: Mapping[str, Any]) -> None:
-    """Throughput, latency and CPU of each system under each workload: the rounds' median, and their range."""
+    """Draw throughput, latency and CPU of each system and workload: median and range of the rounds."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
@@ -78,13 +78,13 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
     workloads = list(dict.fromkeys(run["workload"] for run in runs))
     systems = list(dict.fromkeys(run["system"] for run in runs))
     panels = [
-        ("answers a second\n(more is better)", lambda figures: figures["requests_per_s"]),
+        ("answers per second\n(more is better)", lambda figures: figures["requests_per_s"]),
         ("first token, median, ms\n(less is better)", lambda figures: (figures["first_token_ms"] or {}).get("p50")),
         ("whole answer, p95, ms\n(less is better)", lambda figures: (figures["end_to_end_ms"] or {}).get("p95")),
-        ("CPU time an answer, ms\n(less is better)", lambda figures: figures["cpu_ms_a_request"]["all"]),
+        ("CPU time per answer, ms\n(less is better)", lambda figures: figures["cpu_ms_a_request"]["all"]),
     ]
-    if any(len(run["figures"]["outcomes"]) > 1 for run in runs):  # who was refused has no part in the others
-        panels.insert(1, ("answers in time a second\n(more is better)", lambda figures: figures["goodput_per_s"]))
+    if any(len(run["figures"]["outcomes"]) > 1 for run in runs):  # the other panels leave refused requests out
+        panels.insert(1, ("answers in time per second\n(more is better)", lambda figures: figures["goodput_per_s"]))
     width = max(7.0, 1.2 * len(workloads) * max(1.5, 0.45 * len(systems)))
     figure, axes = plt.subplots(len(panels), 1, figsize=(width, 2.3 * len(panels) + 0.8), layout="constrained")
     bar = 0.8 / len(systems)
@@ -106,10 +106,10 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
                     span = [[height - min(found)], [max(found) - height]]
                     axis.errorbar(at, height, yerr=span, color="#222222", linewidth=1, capsize=2)
                 said = f"{height:,.0f}" if height >= 100 else f"{height:.3g}"
-                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # a limit's line may cross it
+                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # the limit's line may cross the text
                 axis.annotate(said, (at, max(found)), ha="center", va="bottom", fontsize=7, bbox=behind)
         for place, workload in enumerate(workloads):
-            if (most := limit_of(report, workload)) is not None and title.startswith("answers a"):
+            if (most := limit_of(report, workload)) is not None and title.startswith("answers per"):
                 axis.hlines(most, place - 0.45, place + 0.45, colors="#222222", linestyles="dashed", linewidth=1)
                 axis.annotate("bare engines", (place - 0.45, most), ha="left", va="bottom", fontsize=7)
                 top = max(top, most)
@@ -131,7 +131,7 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def draw_soak(path: Path, report: Mapping[str, Any]) -> None:
-    """What every process holds, and how many answers there were, slice by slice."""
+    """Draw each process's memory and the answers per second, slice by slice."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
@@ -149,7 +149,7 @@ def draw_soak(path: Path, report: Mapping[str, Any]) -> None:
         own = [(at, run["figures"]) for at, run in zip(minutes, runs, strict=True) if run["workload"] == workload]
         answers.plot([at for at, _ in own], [figures["requests_per_s"] for _, figures in own], "o-", markersize=3,
                      label=spoken(workload).replace("\n", " "))  # fmt: skip
-    answers.set_ylabel("answers a second")
+    answers.set_ylabel("answers per second")
     answers.set_xlabel("minutes")
     answers.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     for axis in (memory, answers):
@@ -162,7 +162,7 @@ def draw_soak(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def spoken(workload: str) -> str:
-    """A workload's label in words, on two lines."""
+    """Write a workload's label in words, on two lines."""
     shape, _, arrivals = workload.partition(", ")
     words = {
         "mixed_50_50": "half new images,\nhalf follow-ups",
@@ -176,6 +176,6 @@ def spoken(workload: str) -> str:
 
 
 def limit_of(report: Mapping[str, Any], workload: str) -> float | None:
-    """The bare engine limit of a workload, where it was measured."""
+    """Return the bare engine limit of a workload, or None if it was not measured."""
     limits = (report.get("engine") or {}).get("requests_per_s", {})
     return limits.get(workload.partition(",")[0])

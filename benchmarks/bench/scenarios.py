@@ -1,11 +1,11 @@
-"""Named measurements, each with what it promises and whether that was found.
+"""Run named measurements and compare the results with their promises.
 
 versus      glimpse against naive, litserve and triton; the bare engine limit
-repeat      the first question about an image against those after it; images that come again, against triton
+repeat      the first question about an image against later ones; repeated images against triton
 request_mix 4 new images and 12 follow-ups against 16 new images; follow-ups against one queue in order of arrival
 one_encode  50 requests for one new image at once, through one gateway and through two that share a Redis
-overload    three times what the service can bear, with elastic fidelity and without
-soak        every workload at once, with clients that hang up
+overload    three times the service's capacity, with elastic fidelity and without
+soak        every workload in turn, with clients that hang up
 parts       glimpse with each of its parts switched off
 """
 
@@ -34,15 +34,15 @@ from service.core.card import ModelCard
 
 CLIENTS = 16
 BURST = 50  # requests for one new image at once
-WARM_UP_IMAGES = 2  # that a load asks about first where it needs no known ones
+WARM_UP_IMAGES = 2  # images of the warm-up if a workload needs no known ones
 OVERLOAD_S = 60.0
-STEADY = 5  # times as long as another measurement is the one whose p95 counts
-SLICE_S = 30.0  # of one workload in the soak
-SOAK_CLIENTS = 8  # leaks are looked for, not speed: the machine may have other work
-EARLY = 0.25  # of the soak: until then memory may grow
+STEADY = 5  # the open loop's duration, in durations of another measurement: its p95 needs more requests
+SLICE_S = 30.0  # duration of one workload in the soak
+SOAK_CLIENTS = 8  # the soak looks for leaks, not speed, so the machine may have other work
+EARLY = 0.25  # first share of the soak, in which memory may grow
 SETTLE_S = 15.0
 CACHES = ("FEATURE_CACHE_BYTES", "VISUAL_CACHE_BYTES", "IMAGE_STORE_BYTES")
-THREADS_OF_A_POOL = 8  # that may start later
+THREADS_OF_A_POOL = 8  # threads that a pool may start late
 HELD = r"^(glimpse_(?:admitted_cost|requests_waiting|requests_running|resource_used|requests_in_flight)\S*) (\S+)$"
 Figures = dict[str, Any]
 
@@ -60,7 +60,7 @@ def percentile(what: str, which: str) -> Callable[[Figures], float]:
 
 
 class Promises:
-    """Compares systems in a report and collects verdicts."""
+    """Compare systems in a report and collect verdicts."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         self.verdicts: list[Verdict] = []
@@ -76,7 +76,7 @@ class Promises:
         at_least: bool = True,
         system: str = "glimpse",
     ) -> None:
-        """`system`'s figure as a multiple of `other`'s."""
+        """Judge `system`'s figure as a multiple of `other`'s."""
         ours, theirs = (rounds_of(self._report, name, case, figure) for name in (system, other))
         rounds = min(len(ours), len(theirs))
         if rounds:
@@ -87,7 +87,7 @@ class Promises:
 
     def between(self, one: Case, other: Case, wanted: float, figure: Callable[[Figures], float], what: str,
                 at_least: bool) -> None:  # fmt: skip
-        """Glimpse's figure in one case as a multiple of its figure in the other."""
+        """Judge Glimpse's figure in one case as a multiple of its figure in the other."""
         ours, theirs = (rounds_of(self._report, "glimpse", case, figure) for case in (one, other))
         if ours and theirs:
             found = ratio(ours, theirs)
@@ -97,7 +97,7 @@ class Promises:
             )
 
     def pooled_p95(self, system: str, other: str, case: Case, wanted: float, kind: str) -> None:
-        """First tokens of one kind of request, all rounds together."""
+        """Judge the first-token p95 of one kind of request, over all rounds together."""
         ours, theirs = (
             rounds_of(self._report, name, case, lambda figures: figures["every_first_token_ms"][kind])
             for name in (system, other)
@@ -155,7 +155,10 @@ def versus_base(seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def repeat(model: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """One client, whose image was there before and comes with all its bytes; and many, once most images were there."""
+    """Measure repeated images.
+
+    One client sends an image again with all its bytes. Then many clients ask after most images were sent before.
+    """
     cases = [Case(Workload(shape), Arrivals(clients=1), seconds, only=("glimpse",), warm_repeats=1) for shape in
              ("same", "cold")]  # fmt: skip
     many = Case(Workload("repeat"), Arrivals(clients=CLIENTS), seconds, warm_repeats=100)
@@ -207,13 +210,13 @@ def parts(model: str, seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def request_mix(model: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """First the capacity; then the open loop at 80 % of it: the scheduler against one queue in order of arrival.
+    """Measure the capacity, then an open loop at 80 % of it: the scheduler against one queue in order of arrival.
 
-    Both without elastic fidelity, which would follow the queues: who waited longer would look less closely, and
-    what is compared would be the work, not its order. As Glimpse is configured the encoder has more slots than it
-    fills, and nobody waits for one under this load; so both are compared at the door too. The open loop lasts
-    STEADY times `seconds`, and p95 is of all rounds pooled: of 12 s and 2 rounds about 160 follow-ups, 8 of them
-    slower than it.
+    Both run without elastic fidelity. It would reduce the work of requests that waited longer, so the comparison would
+    measure the work and not its order. By default the encoder has more slots than it fills, and under this load no
+    request waits for a slot. Both are therefore also compared with two vision slots. The open loop lasts STEADY times
+    `seconds`, and p95 is taken over all rounds together. With 12 s and 2 rounds, about 160 follow-ups count, 8 of them
+    slower than p95.
     """
     many = Arrivals(clients=CLIENTS)
     full, new = (
@@ -239,7 +242,7 @@ def request_mix(model: str, seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def one_encode(model: str, _seconds: float, rounds: int) -> dict[str, Any]:
-    """Counts what Triton's encoder really inferred. The probes are put off: they infer it too."""
+    """Count the images that Triton's encoder inferred. Probes are postponed, because they use the encoder too."""
     measured_model = ready(model)
     case = Case(Workload("same"), Arrivals(burst=(BURST, 3600.0)), 1.0)
     encodes: dict[str, list[int]] = {"one gateway": [], "two gateways and a Redis": []}
@@ -270,14 +273,14 @@ def encoder_images(up: Running) -> int:
 
 
 def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """Capacity by a closed loop; then Poisson arrivals at 0.8 and at 3 times that."""
+    """Measure the capacity in a closed loop, then Poisson arrivals at 0.8 times and 3 times that rate."""
     ours = ("glimpse", "glimpse-no-fidelity")
     mixed = Workload("mixed")
     most = card_visual_tokens(model)
     closed = Case(mixed, Arrivals(clients=2 * CLIENTS), seconds, visual_tokens=most)
     first = compare(Comparison(model, ours, (closed,), rounds, engine=False))
     capacity = statistics.median(rounds_of(first, "glimpse-no-fidelity", closed, rate))
-    patient_s = ready(model).slo_s  # an answer that comes later is worth nothing to a client
+    patient_s = ready(model).slo_s  # a later answer has no value for a client
     bearable = Case(mixed, Arrivals(rate=0.8 * capacity), seconds, visual_tokens=most, timeout_s=patient_s)
     strained = replace(bearable, arrivals=Arrivals(rate=3 * capacity), duration_s=max(seconds, OVERLOAD_S))
     beside = (*ours, "glimpse-no-limit")
@@ -305,9 +308,10 @@ def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
-    """Every workload in turn, again and again, a fifth of the clients hanging up; then nothing may be left.
+    """Run every workload in turn for a long time while a fifth of the clients hang up; then look for leaks.
 
-    The caches are small, so that they are full within the first minutes: what grows later is a leak."""
+    The caches are small, so they are full within the first minutes. Memory that grows later is a leak.
+    """
     measured_model = ready(model)
     shapes = ("mixed", "cold", "repeat", "follow_up")
     slices = max(len(shapes), round(seconds / SLICE_S))
@@ -341,7 +345,7 @@ def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What a service holds that has nothing to do."""
+    """Resources that an idle service holds."""
 
     memory_mb: dict[str, float]
     threads: dict[str, int]
@@ -351,7 +355,7 @@ class Mark:
 
 
 def settled(up: Running) -> Mark:
-    """Once nothing is in flight any more, SETTLE_S at the most."""
+    """Take a Mark once nothing is in flight, or after SETTLE_S."""
     deadline = time.monotonic() + SETTLE_S
     while any((held := reservations(up)).values()) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -365,7 +369,7 @@ def reservations(up: Running) -> dict[str, float]:
 
 
 def grown(marks: list[dict[str, Any]], what: str, role: str) -> Verdict:
-    """The last third's median over the first third's: one mark is noise."""
+    """Judge growth by the medians of the last and the first third: a single mark is noise."""
     series = [mark[what].get(role, 0.0) for mark in marks]
     third = max(1, len(series) // 3)
     growth = statistics.median(series[-third:]) / max(statistics.median(series[:third]), 1.0) - 1
@@ -382,7 +386,7 @@ def report(title: str, model: str, promises: list[Verdict]) -> dict[str, Any]:
 
 
 def card_visual_tokens(model: str) -> tuple[int, int]:
-    """The widest budget that the model offers."""
+    """Return the widest budget that the model offers."""
     card = ModelCard.from_json((ready(model).repository / "card.json").read_text())
     return card.visual_tokens
 

@@ -1,4 +1,4 @@
-"""The images and questions of the load: the committed scenes as JPEG, each as many different images as are wanted."""
+"""Provide the load's images and questions: any number of different JPEG files per committed scene."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, rows
 
 JPEG_QUALITY = 90
-START = b"\xff\xd8"  # of every JPEG
+START = b"\xff\xd8"  # every JPEG begins with it
 COMMENT = b"\xff\xfe"
 
 
@@ -20,11 +20,11 @@ class Scenes:
     """Image n shows scene n modulo their number."""
 
     files: list[bytes]
-    questions: list[list[str]]  # of each scene, with short answers
+    questions: list[list[str]]  # by scene, those with short answers
 
     @classmethod
     def load(cls, count: int = 64) -> Self:
-        """The first scenes of the committed ones."""
+        """Load the first `count` committed scenes."""
         asked: dict[str, list[str]] = {}
         for row in rows(SCENES):
             if row.type != NOT_IN_TOTAL:
@@ -33,13 +33,19 @@ class Scenes:
         return cls([_jpeg(name) for name in names], [asked[name] for name in names])
 
     def jpeg(self, number: int) -> bytes:
-        """Equal numbers are equal bytes, others differ: the number stands in a comment, which decoders skip."""
+        """Return the bytes of image `number`.
+
+        Different numbers have different bytes: the number is in a JPEG comment, which decoders skip.
+        """
         file = self.files[number % len(self.files)]
         comment = str(number).encode()
         return START + COMMENT + (len(comment) + 2).to_bytes(2) + comment + file[len(START) :]
 
     def question(self, image: int, number: int) -> str:
-        """One that fits the image. No two numbers ask the same, so that no answer can come from an exact repeat."""
+        """Return a question that fits the image.
+
+        Different numbers give different questions, so no answer can come from an exact repeat.
+        """
         fitting = self.questions[image % len(self.questions)]
         return f"{fitting[number % len(fitting)]} ({number})"
 

@@ -1,4 +1,7 @@
-"""Systems side by side in one run: rounds A B C A B C ..., each system alone on the machine while it is measured."""
+"""Compare systems in one run, in rounds A B C A B C ...
+
+Each system is alone on the machine while it is measured.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ from benchmarks.bench.systems import SYSTEMS, running
 from benchmarks.bench.workloads import KNOWN, Workload
 
 Figure = TypeVar("Figure")
-NEW_IMAGES = 100_000  # between one measurement's new images and the next one's
-IMAGES_BY_ID = ("follow_up", "mixed")  # what asks about known images
-LIMITED = ("follow_up", "cold")  # whose graphs' time is known
+NEW_IMAGES = 100_000  # distance between the image numbers of two measurements
+IMAGES_BY_ID = ("follow_up", "mixed")  # workloads that ask about known images
+LIMITED = ("follow_up", "cold")  # workloads with a bare engine limit
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One workload as it is put to the systems."""
+    """One workload with its arrivals and limits."""
 
     workload: Workload
     arrivals: Arrivals
@@ -39,7 +42,7 @@ class Case:
     only: tuple[str, ...] = ()  # systems; empty: all
     warm_repeats: int = 0
     visual_tokens: tuple[int, int] | None = None
-    timeout_s: float = 120.0  # for how long a client waits
+    timeout_s: float = 120.0  # how long a client waits
 
     @property
     def label(self) -> str:
@@ -53,7 +56,7 @@ class Comparison:
     cases: tuple[Case, ...]
     rounds: int
     engine: bool = True  # measure the bare limit too
-    every_first_token: bool = False  # report each one's, not only percentiles: rounds can then be pooled
+    every_first_token: bool = False  # also report each request's first token time, so that rounds can be pooled
 
 
 def say(what: str) -> None:
@@ -62,7 +65,7 @@ def say(what: str) -> None:
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
-    """The report. A system that fails once is left out from then on, and named."""
+    """Measure all rounds -> the report. A system that fails once is named in it and left out from then on."""
     model = ready(comparison.model)
     runs: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
@@ -96,7 +99,7 @@ def turns(comparison: Comparison) -> Iterator[tuple[int, str]]:
 
 
 def turn(name: str, model: Model, comparison: Comparison, number: int) -> list[dict[str, Any]]:
-    """One system's turn: started, every case measured, stopped."""
+    """Start one system, measure every case, stop it."""
     system, cases = SYSTEMS[name], comparison.cases
     found = []
     started = time.monotonic()
@@ -118,7 +121,7 @@ def turn(name: str, model: Model, comparison: Comparison, number: int) -> list[d
 
 
 def plan(case: Case, model: Model, number: int) -> Plan:
-    """The same questions to every system in the same round."""
+    """Plan a load; every system gets the same questions in the same round."""
     return Plan(
         system="",
         urls=[],
@@ -137,7 +140,7 @@ def plan(case: Case, model: Model, number: int) -> Plan:
 
 
 def engine_limit(model: Model, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the workloads that one graph after the other makes up, for what their answers read on average."""
+    """Measure the bare engine limit of the LIMITED workloads, on inputs of their answers' average size."""
     works: dict[str, list[int]] = {}
     for shape in LIMITED:
         figures = [run["figures"] for run in runs if run["system"] == "glimpse" and run["shape"] == shape]
@@ -153,7 +156,7 @@ def engine_limit(model: Model, runs: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def profiles(comparison: Comparison, runs: Sequence[dict[str, Any]], engine: dict[str, Any]) -> dict[str, Any]:
-    """Of what keeps all cores busy: one client leaves them idle."""
+    """Profile the cases with several clients; one client leaves cores idle."""
     found = {}
     for case in comparison.cases:
         rounds = [run["figures"] for run in runs if (run["system"], run["workload"]) == ("glimpse", case.label)]
@@ -163,7 +166,7 @@ def profiles(comparison: Comparison, runs: Sequence[dict[str, Any]], engine: dic
 
 
 def answer_tokens(model: Model) -> int:
-    """Tokens that the LLM runs for: `reference` says a word and its end, `base` all that it may."""
+    """Return the LLM's tokens per answer: `reference` writes a word and the end, `base` uses all of max_tokens."""
     return 2 if model.name == "reference" else model.max_tokens
 
 
@@ -184,7 +187,7 @@ def machine() -> dict[str, Any]:
 def rounds_of(
     report: dict[str, Any], system: str, case: Case, figure: Callable[[dict[str, Any]], Figure]
 ) -> list[Figure]:
-    """One figure of every round, in order."""
+    """Return one figure of every round, in order."""
     return [
         figure(run["figures"]) for run in report["runs"] if (run["system"], run["workload"]) == (system, case.label)
     ]

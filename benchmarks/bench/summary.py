@@ -1,4 +1,4 @@
-"""One measurement in figures, and several rounds of it against each other. Pure."""
+"""Summarise one measurement in figures and compare rounds. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import numpy as np
 from benchmarks.bench.measuring import Measurement
 
 Result = dict[str, Any]
-LEAST_MS = 0.05  # of an answer, to be told
+LEAST_MS = 0.05  # a profile leaves out processes that take less per answer
 REFUSALS = frozenset({"saturated", "tenant_share", "deadline", "shutting_down", "overloaded"})
 
 
 def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
-    """Milliseconds of answered requests; goodput counts those answered within `slo_s` of when they were sent."""
+    """Compute the figures of one measurement.
+
+    Latencies are milliseconds of answered requests. Goodput counts answers within `slo_s` of their scheduled sending
+    time.
+    """
     ok = [result for result in measured.results if result["outcome"] == "ok"]
     refused = [result for result in measured.results if result["outcome"] in REFUSALS]
     span_s = max((result["end"] for result in measured.results), default=measured.elapsed_s)
@@ -54,7 +58,7 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
 
 
 def first_tokens(results: Iterable[Result]) -> dict[str, list[float]]:
-    """Milliseconds of every answered request, in order, by kind."""
+    """Return the first token time in ms of every answered request, in order, by kind."""
     ok = [result for result in results if result["outcome"] == "ok"]
     return {
         kind: [round((result["first"] - result["at"]) * 1e3, 1) for result in ok if result["follow_up"] is follow_up]
@@ -63,7 +67,7 @@ def first_tokens(results: Iterable[Result]) -> dict[str, list[float]]:
 
 
 def latencies(seconds: Iterable[float]) -> dict[str, float] | None:
-    """None where there are none."""
+    """Return percentiles in ms, or None if there are no values."""
     found = np.fromiter(seconds, float) * 1e3
     if not found.size:
         return None
@@ -87,7 +91,7 @@ def _most(samples: Iterable[dict[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Ratio of medians over the rounds; `low` and `high` are the least and the most of the rounds' own ratios."""
+    """Ratio of medians over the rounds; `low` and `high` are the extremes of the rounds' own ratios."""
 
     value: float
     low: float
@@ -95,14 +99,17 @@ class Ratio:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Of figures that were measured in turn: the rounds belong together."""
+    """Compare figures measured in turn; the rounds are paired."""
     each = [one / other for one, other in zip(ours, theirs, strict=True)]
     value = statistics.median(ours) / statistics.median(theirs)
     return Ratio(round(value, 3), round(min(each), 3), round(max(each), 3))
 
 
 def pooled_ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], percentile: float) -> Ratio:
-    """Of a percentile over all rounds' values together: that of one short round hangs on its few slowest."""
+    """Compare a percentile over all rounds' values together.
+
+    In one short round, the percentile depends on a few slow requests.
+    """
     each = [np.percentile(one, percentile) / np.percentile(other, percentile)
             for one, other in zip(ours, theirs, strict=True)]  # fmt: skip
     value = np.percentile(np.concatenate(ours), percentile) / np.percentile(np.concatenate(theirs), percentile)
@@ -110,8 +117,10 @@ def pooled_ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[floa
 
 
 def profile(rounds: Sequence[dict[str, Any]], engine: dict[str, Any], workload: str) -> dict[str, dict[str, float]]:
-    """Where the cores' time goes of one answer under a load that leaves none idle: milliseconds by process, beside what
-    its graphs take of it at the bare engine limit. `idle` is what nobody had."""
+    """Split the cores' time per answer under full load: milliseconds by process.
+
+    Beside each process is the time that its graphs take at the bare engine limit. `idle` is unused core time.
+    """
     cores, stages = engine["cores"], engine["stages"][workload]
     bare: Counter[str] = Counter()
     for stage, found in stages.items():

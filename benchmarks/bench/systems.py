@@ -1,4 +1,4 @@
-"""How each system is started and stopped. One at a time has the machine."""
+"""Start and stop each measured system. Only one runs at a time."""
 
 from __future__ import annotations
 
@@ -25,75 +25,75 @@ STOP_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is measured."""
+    """A system to measure."""
 
-    asked_as: str  # a kind of load.ASKERS
-    how: str  # its setting, in the report
+    asked_as: str  # its interface: glimpse, triton, naive or litserve
+    how: str  # its description in the report
     settings: Mapping[str, str] = field(default_factory=dict)  # GLIMPSE_ settings
-    # By model, those of its config.pbtxt in place of the repository's.
+    # By model: parameters that replace those in the repository's config.pbtxt.
     parameters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     module: tuple[str, ...] = ("service",)  # what `python -m` runs as the gateway, and its arguments
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A system that answers."""
+    """A running system."""
 
     asked_as: str
     urls: tuple[str, ...]
-    pids: tuple[int, ...]  # everything that it runs is below these
-    folder: Path  # its logs
+    pids: tuple[int, ...]  # roots of its process trees
+    folder: Path  # for its logs
     triton_metrics: str = ""  # URL
 
     def processes(self) -> list[Process]:
         return [process for pid in self.pids for process in family(pid)]
 
     def shared_memory(self) -> int:
-        """Regions of shared memory that its processes have mapped."""
+        """Count the regions of shared memory that its processes have mapped."""
         return len({region for process in self.processes() for region in shared_regions(process.pid)})
 
 
-AT_THE_DOOR = "two vision slots, and the encoder as nice as the LLM"
+AT_THE_DOOR = "two vision slots, and the encoder's niceness equals the LLM's"
 
 SYSTEMS: Mapping[str, System] = {
     "naive": System(
-        "naive", "FastAPI's thread pool, transformers generate, PyTorch's threads: one a core for each request"
+        "naive", "FastAPI's thread pool, transformers generate, PyTorch's threads: one per core for each request"
     ),
-    "litserve": System("litserve", "one worker, batches of up to 16 that wait 10 ms, PyTorch's threads: one a core"),
+    "litserve": System("litserve", "one worker, batches of up to 16 that wait 10 ms, PyTorch's threads: one per core"),
     "triton": System("triton", "the vqa ensemble over gRPC, same repository as glimpse, no gateway, no cache"),
-    "glimpse": System("glimpse", "as configured"),
-    "glimpse-no-cache": System("glimpse", "features are never kept", {"FEATURE_CACHE_BYTES": "0"}),
+    "glimpse": System("glimpse", "default settings"),
+    "glimpse-no-cache": System("glimpse", "no feature cache", {"FEATURE_CACHE_BYTES": "0"}),
     "glimpse-no-scheduler": System(
-        "glimpse", "everything enters Triton at once", {"VISION_SLOTS": "1000", "LLM_TOKENS": "10000000"}
+        "glimpse", "all requests enter Triton at once", {"VISION_SLOTS": "1000", "LLM_TOKENS": "10000000"}
     ),
-    "glimpse-no-fidelity": System("glimpse", "looks as closely under strain", {"ELASTIC_FIDELITY": "false"}),
+    "glimpse-no-fidelity": System("glimpse", "no elastic fidelity", {"ELASTIC_FIDELITY": "false"}),
     "glimpse-no-limit": System("glimpse", "no concurrency limit", {}, module=("benchmarks.bench.orders", "unlimited")),
     "fifo": System(
         "glimpse",
-        "glimpse with one queue in order of arrival, whose head blocks those behind it; looks as closely under strain",
+        "glimpse with one queue in order of arrival, whose head blocks the others; no elastic fidelity",
         {"ELASTIC_FIDELITY": "false"},
         module=("benchmarks.bench.orders", "fifo"),
     ),
     "glimpse-door": System(
         "glimpse",
-        f"the queue is at the door: {AT_THE_DOOR}; looks as closely under strain",
+        f"requests queue in the gateway: {AT_THE_DOOR}; no elastic fidelity",
         {"VISION_SLOTS": "2", "ELASTIC_FIDELITY": "false"},
         {"vision_encoder": {"nice": "5"}},
     ),
     "fifo-door": System(
         "glimpse",
-        f"one queue in order of arrival, and as glimpse-door: {AT_THE_DOOR}",
+        f"one queue in order of arrival, otherwise as glimpse-door: {AT_THE_DOOR}",
         {"VISION_SLOTS": "2", "ELASTIC_FIDELITY": "false"},
         {"vision_encoder": {"nice": "5"}},
         module=("benchmarks.bench.orders", "fifo"),
     ),
-    "glimpse-no-reuse": System("glimpse", "every prompt is read whole", {}, {"llm": {"prefix_cache_bytes": "0"}}),
+    "glimpse-no-reuse": System("glimpse", "no prefix reuse", {}, {"llm": {"prefix_cache_bytes": "0"}}),
 }
 
 
 @contextmanager
 def running(system: System, model: Model, folder: Path) -> Iterator[Running]:
-    """Ready when it yields, ended when the block ends. Raises RuntimeError where it does not start."""
+    """Start a system, yield it when it is ready, stop it at the end. Raises RuntimeError if it does not start."""
     folder.mkdir(parents=True, exist_ok=True)
     match system.asked_as:
         case "glimpse":
@@ -120,7 +120,7 @@ def gateway(
     module: Sequence[str] = ("service",),
     checkout: Path = PROJECT,
 ) -> Iterator[Running]:
-    """`python -m MODULE` in that checkout, with a Triton of its own unless the settings name one.
+    """Run `python -m MODULE` in that checkout, which starts its own Triton unless the settings name one.
 
     Another checkout runs with its own packages if it has any.
     """
@@ -147,7 +147,10 @@ def gateway(
 
 
 def with_parameters(repository: Path, folder: Path, parameters: Mapping[str, Mapping[str, str]]) -> Path:
-    """A repository of links to the given one, but for these parameters of its models. Raises ValueError."""
+    """Make a repository of links to the given one and replace these parameters of its models.
+
+    Raises ValueError if a model does not have the parameter.
+    """
     own = folder / "repository"
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
@@ -195,7 +198,7 @@ def python_server(name: str, module: str, model: Model, folder: Path) -> Iterato
 
 @contextmanager
 def two_gateways(model: Model, folder: Path, settings: Mapping[str, str]) -> Iterator[Running]:
-    """Two gateways before one Triton, with a Redis that they share. Needs redis-server."""
+    """Start two gateways that share one Triton and one Redis. Needs redis-server."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         (redis_port,) = free_ports(1)
@@ -223,7 +226,10 @@ def made(folder: Path) -> Path:
 def process(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, folder: Path = PROJECT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """In a session of its own; SIGTERM at the end, and after STOP_S SIGKILL to the whole session."""
+    """Run a command in its own session.
+
+    At the end it gets SIGTERM. After STOP_S it gets SIGKILL. Descendants that remain in its session are killed.
+    """
     with log.open("wb") as output:
         started = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
@@ -238,13 +244,13 @@ def process(
         except subprocess.TimeoutExpired:
             started.kill()
             started.wait()
-        for pid in below:  # LitServe leaves its workers
+        for pid in below:  # LitServe leaves its workers running
             if _session(pid) in below:
                 os.kill(pid, signal.SIGKILL)
 
 
 def _session(pid: int) -> int:
-    """0 where there is no such process any more."""
+    """Return the session of a process, or 0 if the process has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
     except OSError:
@@ -252,11 +258,11 @@ def _session(pid: int) -> int:
 
 
 def wait_until(condition: Callable[[], bool], started: subprocess.Popen[bytes], log: Path) -> None:
-    """Raises RuntimeError with the log's end."""
+    """Wait until the condition holds. Raises RuntimeError with the log's end if the process does not start."""
     deadline = time.monotonic() + START_S
     while not condition():
         if started.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"it did not start, see {log}:\n{log.read_text(errors='replace')[-2000:]}")
+            raise RuntimeError(f"the system did not start, see {log}:\n{log.read_text(errors='replace')[-2000:]}")
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""What the two PyTorch systems run: a BLIP-2 checkpoint as transformers answers with it."""
+"""Answer with a BLIP-2 checkpoint in transformers, for the two PyTorch systems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from build_engines.model.checkpoint import PROMPTS
 
 
 class TorchModel:
-    """Greedy answers of a whole checkpoint in FP32 on the CPU."""
+    """Answer greedily with a whole checkpoint in FP32 on the CPU."""
 
     def __init__(
         self, model: Blip2ForConditionalGeneration, tokenizer: AutoTokenizer, images: BlipImageProcessor
@@ -31,7 +31,10 @@ class TorchModel:
 
     @torch.inference_mode()
     def answer(self, images: Sequence[bytes], questions: Sequence[str], max_tokens: int) -> list[tuple[str, int]]:
-        """One batch -> each answer's text and its tokens. Prompts are padded on the left, as `generate` wants it."""
+        """Answer one batch -> each answer's text and number of tokens.
+
+        Prompts are padded on the left, as `generate` requires.
+        """
         opened = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
         prompt = PROMPTS[Blip2ForConditionalGeneration]
         rows = [self._image_ids + self._tokenizer(prompt.format(question=question)).input_ids for question in questions]
@@ -48,6 +51,6 @@ class TorchModel:
         return [(self._tokenizer.decode(ids, skip_special_tokens=True), len(ids)) for ids in answers]
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        """Without the end token and the padding behind it."""
+        """Cut off the end token and the padding after it."""
         end = self._model.generation_config.eos_token_id
         return ids[: ids.index(end)] if end in ids else ids

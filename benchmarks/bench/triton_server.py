@@ -1,5 +1,8 @@
-"""The bundled Triton alone, as `triton` is measured: `python -m benchmarks.bench.triton_server REPOSITORY LOG HTTP GRPC
-METRICS`, the last three ports. Says `ready` once every model has inferred; SIGTERM stops it.
+"""Serve with the bundled Triton alone: the system `triton`.
+
+    python -m benchmarks.bench.triton_server REPOSITORY LOG HTTP GRPC METRICS
+
+The last three arguments are ports. It prints `ready` once every model has inferred; SIGTERM stops it.
 """
 
 from __future__ import annotations

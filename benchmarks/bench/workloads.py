@@ -1,13 +1,14 @@
-"""What is asked, and when. Pure: no clock, no I/O, the same seed gives the same requests.
+"""Generate the benchmark's requests and arrival times.
 
-An image is a number: equal numbers are equal bytes. Numbers below KNOWN were asked about before the measurement began.
+The functions are pure: no clock, no I/O, and the same seed gives the same requests. An image is a number; equal numbers
+are equal bytes. Images below KNOWN are asked about before the measurement begins.
 
-    cold          every question brings an image never seen
-    follow_up     every question is about a known image, by its id where the system has ids
+    cold          every question has a new image
+    follow_up     every question is about a known image, by its id if the system has ids
     mixed         a share of follow-ups, the rest cold
-    multi_image   every question brings several images never seen
-    repeat        every question brings its image's bytes, drawn from IMAGES by Zipf's law
-    same          every question brings the bytes of one image, at first never seen
+    multi_image   every question has several new images
+    repeat        every question has its image's bytes, drawn from IMAGES by Zipf's law
+    same          every question has the bytes of the same image, which is new at first
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 KNOWN = 16  # images that follow-ups are about
-IMAGES = 200  # of `repeat`
+IMAGES = 200  # images in `repeat`
 Shape = Literal["cold", "follow_up", "mixed", "multi_image", "repeat", "same"]
 
 
@@ -28,20 +29,20 @@ class Ask:
     """One question."""
 
     images: tuple[int, ...]
-    question: int  # which one; the asker takes it modulo what it has
+    question: int  # question number; the asker takes it modulo its number of questions
     follow_up: bool  # the image may be named by its id
     cancel_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked. Its name in reports is `label`."""
+    """The kind of requests. Its name in reports is `label`."""
 
     SHAPES: ClassVar = get_args(Shape)
 
     shape: Shape
-    share: float = 0.5  # of follow-ups in `mixed`
-    images: int = 4  # of one question in `multi_image`
+    share: float = 0.5  # share of follow-ups in `mixed`
+    images: int = 4  # images per question in `multi_image`
     zipf: float = 1.1  # exponent of `repeat`
     cancels: float = 0.0  # share of requests whose client hangs up
     cancel_within_s: float = 1.0
@@ -53,10 +54,10 @@ class Workload:
 
 
 def asks(workload: Workload, seed: int, first_new: int) -> Iterator[Ask]:
-    """Without end. New images are numbered from `first_new`, which is KNOWN at the least.
+    """Generate requests without end. New images are numbered from `first_new`, at least KNOWN.
 
-    The share of `mixed` is kept at every moment, not only on average: two systems that answer differently many
-    requests in the same time were asked the same mixture.
+    `mixed` keeps its share at every moment, not only on average. Two systems that answer different numbers of requests
+    in the same time therefore get the same mixture.
     """
     if first_new < KNOWN:
         raise ValueError(f"new images are numbered from {KNOWN}, not {first_new}: those below are known")
@@ -90,13 +91,13 @@ def asks(workload: Workload, seed: int, first_new: int) -> Iterator[Ask]:
 
 
 def zipf(images: int, exponent: float) -> np.ndarray:
-    """[images], the chance of each rank: 1 / rank^exponent, normed."""
+    """Return the probability of each rank [images]: 1 / rank^exponent, normalised."""
     weights = 1.0 / np.arange(1, images + 1) ** exponent
     return weights / weights.sum()
 
 
 def poisson(rate: float, seed: int) -> Iterator[float]:
-    """Arrival times in seconds of a Poisson process of `rate` requests/s, without end."""
+    """Yield arrival times in seconds of a Poisson process of `rate` requests/s, without end."""
     rng = np.random.default_rng(seed)
     at_s = 0.0
     while True:
@@ -105,7 +106,7 @@ def poisson(rate: float, seed: int) -> Iterator[float]:
 
 
 def bursts(size: int, every_s: float) -> Iterator[float]:
-    """`size` requests at once, every `every_s` seconds, without end."""
+    """Yield arrival times of `size` requests at once, every `every_s` seconds, without end."""
     number = 0
     while True:
         yield from [number * every_s] * size

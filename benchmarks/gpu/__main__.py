@@ -1,20 +1,21 @@
-"""What a GPU does with this project, in one command; never run on one so far.
+"""Measure this project's models on a GPU in one command; not yet run on a GPU.
 
     python -m benchmarks.gpu --out benchmarks/results/gpu.json                      # everything, on the first GPU
     python -m benchmarks.gpu --device cpu --model reference --gemm 1024 --out cpu.json  # the same, small, on a CPU
 
-Three parts, each of which `--only` names:
+There are three parts, which `--only` selects:
 
-- `encoder`: the vision encoder of `--model` by batch: ONNX Runtime in FP32 and FP16, PyTorch in FP16 and with FP8
-  products. Milliseconds, images a second, how near the features are to FP32's on the CPU, and MFU: the counted
-  operations as a share of the most that the device multiplies, measured here with large square matrices;
+- `encoder`: the vision encoder of `--model` by batch size: ONNX Runtime in FP32 and FP16, PyTorch in FP16 and with FP8
+  products. It reports milliseconds, images/s, nearness of the features to FP32's on the CPU, and MFU. MFU is the
+  counted operations as a share of the device's peak, which is measured here with large square matrices;
 - `chain`: the reference model as `--profile onnx-gpu` builds and serves it: `glimpse verify` against FP32 on the CPU;
 - `large`: encoder, allocator, Q-Former and language model of `--model` end to end in FP16, in PyTorch with this
   project's modules: first token, time between tokens, memory.
 
-`--model real` is ViT-g/14, the Q-Former and OPT-2.7B with random weights: 16 GB of memory, 8 GB of disk and 12 GB of
-the GPU's, by count; else a directory with a checkpoint. A GPU wants PyTorch and ONNX Runtime for CUDA: docs/engines.md.
-On a CPU FP16 and FP8 are emulated, by either library in its own way: there only FP32's MFU says anything.
+`--model real` is ViT-g/14, the Q-Former and OPT-2.7B with random weights. By calculation it needs 16 GB of memory, 8 GB
+of disk and 12 GB of GPU memory. Any other `--model` is a checkpoint's directory. A GPU needs PyTorch and ONNX Runtime
+for CUDA: docs/engines.md. A CPU emulates FP16 and FP8, differently in each library, so only FP32's MFU is meaningful
+there.
 """
 
 from __future__ import annotations
@@ -41,20 +42,22 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    found.add_argument("--model", default=REAL, help=f"of encoder and large: a checkpoint's directory [{REAL}]")
+    found.add_argument(
+        "--model", default=REAL, help=f"model of encoder and large: {REAL} or a checkpoint's directory [{REAL}]"
+    )
     found.add_argument("--reference", type=Path, default=ROOT / "reference", help="checkpoint of chain")
     found.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     found.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    found.add_argument("--gemm", type=int, default=8192, help="side of the matrices that the peak is measured with")
-    found.add_argument("--tokens", type=int, default=64, help="of each answer of large")
+    found.add_argument("--gemm", type=int, default=8192, help="side of the matrices that measure the peak")
+    found.add_argument("--tokens", type=int, default=64, help="tokens of each answer of large")
     found.add_argument("--repeats", type=int, default=20)
-    found.add_argument("--work", type=Path, help="where graphs and builds are kept [a folder that goes]")
-    found.add_argument("--out", type=Path, help="JSON; what it has of other parts of the same device stays")
+    found.add_argument("--work", type=Path, help="folder that keeps graphs and builds [a temporary folder]")
+    found.add_argument("--out", type=Path, help="JSON file; results of other parts on the same device are kept")
     return found
 
 
 def measured(given: argparse.Namespace, device: Device, work: Path) -> dict[str, Callable[[], Any]]:
-    """Each part by name, not yet run."""
+    """Return each part by name, not yet run."""
     return {
         "encoder": lambda: encoder.times(
             device,

@@ -1,4 +1,4 @@
-"""The whole chain as it is built for a GPU and served by a real Triton, checked and timed by `glimpse verify`."""
+"""Build the whole chain for a GPU, serve it with Triton, and check it with `glimpse verify`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from build_engines.verify import __main__ as verify
 
 
 def verified(device: Device, checkpoint: Path, work: Path) -> dict[str, Any]:
-    """The report of `glimpse verify`: parity with FP32 on the CPU, latency by batch, first token, tokens a second."""
+    """Return the report of `glimpse verify`.
+
+    It has parity with FP32 on the CPU, latency by batch size, first token and tokens per second.
+    """
     served, fp32, report = work / "onnx-gpu", work / "embedded", work / "verify.json"
     for out, profile in ((fp32, "embedded"), (served, "onnx-gpu")):
         if build.main([str(checkpoint), "--profile", profile, "--out", str(out)]):
@@ -27,7 +30,7 @@ def verified(device: Device, checkpoint: Path, work: Path) -> dict[str, Any]:
 
 
 def on_cpu(repository: Path, copy: Path) -> Path:
-    """A copy of an `onnx-gpu` repository whose configurations say CPU where they said GPU; else it is the same."""
+    """Copy an `onnx-gpu` repository and change only GPU to CPU in its configurations."""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(repository, copy, ignore=shutil.ignore_patterns(NAME))
     for path in copy.glob("*/config.pbtxt"):

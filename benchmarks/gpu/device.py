@@ -1,4 +1,4 @@
-"""The device that is measured: a GPU, or this CPU, which runs the same code."""
+"""Wrap the measured device: a GPU, or this CPU, which runs the same code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WARM_UPS = 3
 
 @dataclass(frozen=True)
 class Device:
-    """`kind` is PyTorch's name of it and ONNX Runtime's provider: `cuda`, always the first GPU, or `cpu`."""
+    """A device; `kind` is its name in PyTorch and ONNX Runtime: `cuda` (the first GPU) or `cpu`."""
 
     kind: str
 
     @classmethod
     def of(cls, kind: str) -> Self:
-        """Raises SystemExit where there is none."""
+        """Return the device. Raises SystemExit if there is no GPU."""
         if kind == "cuda" and not torch.cuda.is_available():
             raise SystemExit(f"PyTorch {torch.__version__} finds no GPU: --device cpu runs the same here, small")
         return cls(kind)
@@ -38,7 +38,7 @@ class Device:
         return None
 
     def about(self) -> dict[str, Any]:
-        """Its name, and the versions of what runs on it."""
+        """Return the device's name and the versions of the libraries."""
         versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
         if self.kind == "cpu":
             return {"name": _cpu_name(), "threads": torch.get_num_threads(), **versions}
@@ -52,7 +52,7 @@ class Device:
         }
 
     def wait(self) -> None:
-        """Until all that was asked of it is done."""
+        """Wait until the device has finished all work."""
         if self.kind == "cuda":
             torch.cuda.synchronize()
 
@@ -62,13 +62,16 @@ class Device:
             torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
-        """Most memory at once: PyTorch's of the GPU since `forget_peak`; on a CPU, of this process since its start."""
+        """Return the peak memory in bytes.
+
+        On a GPU it is PyTorch's since `forget_peak`; on a CPU it is this process's since its start.
+        """
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Of one run, until the device has done it."""
+        """Measure the seconds of one run, until the device has finished it."""
         self.wait()
         started = time.perf_counter()
         run()
@@ -76,7 +79,7 @@ class Device:
         return time.perf_counter() - started
 
     def median_s(self, run: Callable[[], object], repeats: int) -> float:
-        """Of some runs, after the first ones, which choose kernels and memory."""
+        """Return the median seconds of `repeats` runs, after warm-ups, which choose kernels and memory."""
         for _ in range(WARM_UPS):
             run()
         return statistics.median(self.seconds(run) for _ in range(repeats))

@@ -1,4 +1,7 @@
-"""The vision encoder alone, by batch: ONNX Runtime in FP32 and FP16, PyTorch in FP16 and with FP8 matrix products."""
+"""Time the vision encoder alone by batch size, in ONNX Runtime and PyTorch.
+
+ONNX Runtime runs it in FP32 and FP16, PyTorch in FP16 and with FP8 matrix products.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,23 @@ from build_engines.convert.samples import samples
 from build_engines.model.vision import VisionEncoder
 from triton_models.session import Array, Graph
 
-COMPARED = 2  # images; the first of them every way must see as FP32 on the CPU does
+COMPARED = 2  # images that are compared with FP32 on the CPU
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the encoder: images uint8 [B, 3, 224, 224] once on the device -> what runs them there."""
+    """One way to run the encoder."""
 
-    precision: str  # whose peak is its own
-    on_device: Callable[[Array], Callable[[], Any]]
-    features: Callable[[Any], Array]  # of what a run gives, on the host
+    precision: str  # selects the peak for MFU
+    on_device: Callable[[Array], Callable[[], Any]]  # copies images uint8 [B, 3, 224, 224] to the device -> a run
+    features: Callable[[Any], Array]  # a run's result -> features on the host
     more: Mapping[str, float]
 
 
 def times(
     device: Device, graphs: EncoderGraphs, peaks: Mapping[str, Any], batches: Sequence[int], repeats: int
 ) -> dict[str, Any]:
-    """By way and batch: milliseconds, images a second and MFU; by way the nearness of its features to FP32's."""
+    """Return milliseconds, images/s and MFU by way and batch size, and each way's nearness to FP32's features."""
     images = np.stack([pixels for pixels, _ in samples(None, max(*batches, COMPARED))])
     (expected,) = Graph(graphs.files["fp32"], 0).run({"image": images[:COMPARED]}, ["features"])
     found: dict[str, Any] = {"gflops_per_image": round(graphs.gflops, 3), "peak_tflops": dict(peaks), "ways": {}}
@@ -67,7 +70,7 @@ def timed(device: Device, way: Way, images: Array, gflops: float, peak_tflops: f
 
 
 def ways(device: Device, graphs: EncoderGraphs) -> dict[str, Any]:
-    """Each is opened on its own, so that the device holds one of them at a time."""
+    """Return the ways, each to be opened separately, so that the device holds one at a time."""
     found = {f"onnxruntime {precision}": onnx_way(device, graphs, precision) for precision in ("fp32", "fp16")}
     found["pytorch fp16"] = torch_way(device, graphs.module, fp8=False)
     if not device.why_no_fp8:
@@ -89,7 +92,10 @@ def onnx_way(device: Device, graphs: EncoderGraphs, precision: str) -> Iterator[
 
 @contextmanager
 def torch_way(device: Device, encoder: VisionEncoder, *, fp8: bool) -> Iterator[Way]:
-    """As FP16 graphs have it: norms, softmax and texture in FP32. Changes the encoder, FP8 for good."""
+    """Run the encoder like FP16 graphs, with norms, softmax and texture in FP32.
+
+    It changes the encoder; FP8 cannot be undone.
+    """
     half(encoder).to(device.kind)
     more = {"share_of_weights_in_fp8": round(in_fp8(encoder), 4)} if fp8 else {}
 
@@ -103,7 +109,7 @@ def torch_way(device: Device, encoder: VisionEncoder, *, fp8: bool) -> Iterator[
 
 
 def half(encoder: VisionEncoder) -> VisionEncoder:
-    """All but the texture's constants and the pixels' mean and spread."""
+    """Convert to FP16 all but the texture's constants and the pixels' mean and standard deviation."""
     for part in (encoder.embeddings, encoder.layers, encoder.post_layernorm):
         part.half()
     return encoder

@@ -1,7 +1,7 @@
-"""FP8 matrix products in PyTorch: the vision encoder as `glimpse build --precision fp8` has it, without TensorRT.
+"""Multiply in FP8 in PyTorch: the encoder of `glimpse build --precision fp8`, without TensorRT.
 
-`torch._scaled_mm` is cuBLASLt's FP8 product: E4M3 factors with one scale each, sums in FP32, FP16 out. It wants the
-second factor column by column and its sides in multiples of 16.
+`torch._scaled_mm` is cuBLASLt's FP8 product: E4M3 factors with one scale each, sums in FP32, FP16 out. It requires the
+second factor in column-major order and its sides in multiples of 16.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ GREATEST = torch.finfo(E4M3).max
 
 
 def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """a [M, K] and b [N, K] in E4M3 -> FP16 a_scale * b_scale * a @ b.T + bias [M, N]."""
+    """Multiply a [M, K] and b [N, K] in E4M3 -> FP16 a_scale * b_scale * a @ b.T + bias [M, N]."""
     return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=torch.float16,
                             use_fast_accum=True)  # fmt: skip
 
 
 def scale_of(values: Tensor) -> Tensor:
-    """FP32, so that the largest of the values becomes the largest of E4M3."""
+    """Return the scale in FP32 that maps the largest absolute value to E4M3's largest."""
     return (values.abs().amax().float() / GREATEST).clamp(min=1e-12)
 
 
@@ -31,8 +31,10 @@ def quantise(values: Tensor, scale: Tensor) -> Tensor:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose factors are E4M3. Its input's range is that of the first input, as `max` calibration
-    takes it; FP16 out."""
+    """A linear layer with E4M3 factors and FP16 output.
+
+    The first input sets the range of all inputs, as in `max` calibration.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -51,9 +53,10 @@ class Fp8Linear(nn.Module):
 
 
 def in_fp8(encoder: VisionEncoder) -> float:
-    """Changes the encoder in place, on its device: projection, up and down of every layer but the first and the last.
+    """Change the encoder in place to FP8 -> the share of the layers' operations with weights that are FP8.
 
-    -> the share of the layers' operations with weights that are FP8 then."""
+    It changes the projection and both MLP products of every layer but the first and the last.
+    """
     layers, done, all_of = list(encoder.layers), 0, 0
     for number, layer in enumerate(layers):
         all_of += sum(each.weight.numel() for each in layer.modules() if isinstance(each, nn.Linear))

@@ -1,4 +1,4 @@
-"""Image and question to answer in FP16, in PyTorch with this project's own modules, one thing after another."""
+"""Answer questions in FP16 in PyTorch with this project's modules, one stage after another."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from build_engines.convert.samples import samples
 from build_engines.model.checkpoint import Checkpoint
 
 ROWS = (1, 8)  # sequences decoded together
-QUESTION_TOKENS = 16  # of the prompt, beside 32 visual ones
+QUESTION_TOKENS = 16  # text tokens of the prompt, besides 32 visual tokens
 BUDGET = (64, 256, 32, 32)
 
 
 class Chain:
-    """Encoder, Q-Former and language model in FP16 with norms and softmax in FP32, by autocast; the allocator in FP32,
-    as it decides by comparing."""
+    """Run encoder, allocator, Q-Former and language model.
+
+    All but the allocator run in FP16 by autocast, with norms and softmax in FP32. The allocator runs in FP32, because
+    its decisions compare numbers.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: Device) -> None:
         self.device = device
@@ -43,7 +46,10 @@ class Chain:
         return torch.as_tensor(np.asarray(values)).to(self.device.kind)
 
     def see(self, images: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        """uint8 [B, 3, 224, 224] and int32 [B, 32] twice -> visual tokens FP16 [B, 32, H]."""
+        """Turn images uint8 [B, 3, 224, 224] and question ids and mask int32 [B, 32] into visual tokens [B, 32, H].
+
+        The visual tokens are FP16.
+        """
         budget = self.tensor(np.array([BUDGET] * len(images), np.int32))
         vision = self.encoder(images)
         with torch.autocast(self.device.kind, enabled=False):
@@ -53,13 +59,13 @@ class Chain:
         return self.qformer(vision_tokens.half(), (vision_mask > 0).int(), *question)
 
     def answer(self, visual: Tensor, text_ids: Tensor, tokens: int) -> Answer:
-        """Greedy: visual tokens [B, 32, H] and the prompt's text int64 [B, T] -> int64 [B, tokens] on the host."""
+        """Answer greedily: visual tokens [B, 32, H] and text ids int64 [B, T] -> int64 [B, tokens] on the host."""
         rows, shown = visual.shape[:2]
         numbers = torch.arange(self.vocab_size, self.vocab_size + shown, device=self.device.kind).expand(rows, -1)
         ids = torch.cat([numbers, text_ids], dim=1)
         length, heads, head_dim = ids.shape[1], *self.cached
         room = torch.zeros(self.parts, rows, heads, length + tokens, head_dim, dtype=visual.dtype, device=visual.device)
-        past, said, seconds = room[:, :, :, :1], [], []  # one column, which past_lengths of 0 hide
+        past, said, seconds = room[:, :, :, :1], [], []  # one column, which past_lengths of 0 masks
         for known in (0, *range(length, length + tokens - 1)):
             step = _Step(ids, visual, known, past)
             seconds.append(self.device.seconds(lambda step=step: said.append(self._next(step, room))))
@@ -67,7 +73,7 @@ class Chain:
         return Answer(np.stack(said, axis=1), seconds)
 
     def _next(self, step: _Step, room: Tensor) -> np.ndarray:
-        """The likeliest token of each row, on the host; what the step adds to the past goes into its place."""
+        """Return the likeliest token of each row, on the host, and store the step's keys and values in `room`."""
         rows, new = step.ids.shape
         lengths = torch.full((rows,), step.known, device=self.device.kind)
         logits, *parts = self.decoder(step.ids, step.visual, lengths, torch.full_like(lengths, new), *step.past)
@@ -88,7 +94,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class Answer:
-    """int [B, n] tokens, and the seconds that each column took: the first one reads the prompt."""
+    """Tokens int [B, n] and the seconds of each column; the first one includes the prefill."""
 
     tokens: np.ndarray
     seconds: Sequence[float]
@@ -96,7 +102,7 @@ class Answer:
 
 @torch.inference_mode()
 def times(device: Device, checkpoint: Checkpoint, tokens: int, repeats: int) -> dict[str, Any]:
-    """By rows: milliseconds to the first token and between tokens, tokens a second; and the most memory at once."""
+    """Return first token ms, ms between tokens and tokens/s by rows, and the peak memory."""
     device.forget_peak()
     chain = Chain(checkpoint, device)
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The models that are measured: the real sizes with random weights, or a checkpoint."""
+"""Provide the measured models: real sizes with random weights, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENCODER = "vision_encoder"
 
 @dataclass(frozen=True)
 class EncoderGraphs:
-    """One encoder in PyTorch, FP32 on the CPU, and as ONNX files by precision. `gflops` are one image's."""
+    """One encoder in PyTorch (FP32, on the CPU) and as ONNX files by precision. `gflops` is per image."""
 
     module: VisionEncoder
     files: dict[str, Path]
@@ -32,19 +32,22 @@ class EncoderGraphs:
 
 
 def model_of(name: str, device: Device) -> Checkpoint:
-    """In FP32 on the CPU from a directory; `real` on the device, in FP16, as FP32 would be twice the memory."""
+    """Load a checkpoint in FP32 on the CPU, or make `real` in FP16 on the device.
+
+    FP32 would need twice the memory.
+    """
     if name != REAL:
         return Checkpoint.load(Path(name))
     return random_checkpoint(config({"vision_config": VIT_G, "text_config": OPT_27B}), device.kind, half=True)
 
 
 def config(sizes: dict[str, Any]) -> Blip2Config:
-    """Its Q-Former's defaults are the published ones."""
+    """Make a configuration of these sizes; the Q-Former's defaults are the published ones."""
     return Blip2Config(**sizes, num_query_tokens=32)
 
 
 def graphs_of_encoder(name: str, work: Path) -> EncoderGraphs:
-    """Exported into `work`, where they are not there yet."""
+    """Export the encoder into `work` unless the files are already there."""
     checkpoint = (
         random_checkpoint(config({"vision_config": VIT_G, "text_config": SMALL_OPT}))
         if name == REAL

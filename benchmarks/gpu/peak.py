@@ -1,4 +1,4 @@
-"""The most that a device multiplies: two square matrices, by precision. What MFU is a share of."""
+"""Measure a device's peak with two square matrices, by precision; MFU is a share of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from benchmarks.gpu.fp8 import E4M3, product
 
 
 def peaks(device: Device, side: int, repeats: int) -> dict[str, Any]:
-    """TFLOP/s by precision, 2 side**3 operations a product; why not, where a precision is not there."""
+    """Return TFLOP/s by precision, at 2 side**3 operations per product.
+
+    If the device lacks a precision, the reason is under `not_run`.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, Any] = {"side": side}
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):

@@ -62,7 +62,7 @@ class Admission:
             metrics.resource_used.labels(resource).set_function(partial(scheduler.used, resource))
         for unit in Cost._fields:
             metrics.admitted_cost.labels(unit).set_function(partial(quota.holds, unit))
-        metrics.request_window.set_function(lambda: limit.width)
+        metrics.concurrency_limit.set_function(lambda: limit.width)
         metrics.fidelity_level.set_function(lambda: LEVELS.index(self.fidelity))
 
     @property

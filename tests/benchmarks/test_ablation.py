@@ -1,4 +1,4 @@
-"""The ablations: their intervals, their arms, and all of it once on the shipped weights over a few scenes."""
+"""Test the ablations' intervals and arms, and run all once on the shipped weights over a few scenes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_share_has_wilsons_interval():
 
 
 def test_questions_of_one_scene_count_as_one_draw():
-    """Ten questions a scene that stand and fall together tell as much as one: scenes are drawn, not questions."""
+    """Ten fully correlated questions per scene count as one: the bootstrap draws scenes, not questions."""
     generator = np.random.default_rng(1)
     each = (generator.random(200) < 0.5).astype(float)
     alone = intervals.mean(each, np.arange(200))
@@ -119,7 +119,7 @@ def test_differences_are_those_of_the_arms(told):
 
 
 def accuracy(arm: Json, asked: int) -> float:
-    """Over so many questions."""
+    """Return the arm's accuracy over `asked` questions."""
     found = [arm["accuracy"], arm["accuracy_over_all_scenes"]]
     return next(each["all"]["value"] for each in found if each and each["all"]["n"] == asked)
 

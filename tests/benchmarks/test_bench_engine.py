@@ -1,4 +1,4 @@
-"""The bare engine limit runs the graphs on inputs as long as those that requests had."""
+"""Test that the bare engine limit uses inputs as long as the requests' own."""
 
 from __future__ import annotations
 

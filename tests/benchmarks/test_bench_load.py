@@ -1,4 +1,4 @@
-"""The load generator against a real gateway: what it counts is what happened."""
+"""Run the load generator against a real gateway and check its counts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.bench.load import Arrivals, Plan
+from benchmarks.bench.load import WAITED, Arrivals, Plan
 from benchmarks.bench.measuring import measure
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import Running
 from benchmarks.bench.workloads import KNOWN, Workload
+from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.servers import Gateway, StartGateway
 
@@ -48,7 +49,7 @@ def test_an_open_loop_sends_at_its_times(running: Running):
     found = measure(running, plan(Workload("cold"), Arrivals(rate=50.0), first_new=KNOWN + 2000))
     sent = sorted(result["at"] for result in found.results)
     assert len(sent) == 12
-    assert all(result["sent"] >= result["at"] - 0.005 for result in found.results)  # timers are that coarse
+    assert all(result["sent"] >= result["at"] - 0.005 for result in found.results)  # a timer may fire up to 5 ms early
 
 
 def test_clients_that_hang_up_are_told_apart(running: Running, gateway: Gateway):
@@ -89,3 +90,9 @@ def test_pytorch_answers_a_batch_as_one_by_one():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(Scenes.load(3).questions) == 3
+
+
+def test_a_request_that_expired_in_the_queue_is_recognised_by_its_message():
+    scheduler = Scheduler(vision_slots=1, llm_tokens=100)
+    claim = Claim(Resource.LLM, 10, Kind.FOLLOW_UP, 0.0, 1.0)
+    assert WAITED in scheduler.expired(claim).message

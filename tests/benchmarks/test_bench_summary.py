@@ -1,4 +1,4 @@
-"""Figures, ratios, verdicts and the picture of a benchmark, from made-up results."""
+"""Test a benchmark's figures, ratios, verdicts and picture on made-up results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst
 
 
 def result(at: float, end: float, outcome: str = "ok", **known: object) -> dict:
-    """0.1 s to the first token."""
+    """Make a result with 0.1 s to the first token."""
     defaults = {"follow_up": False, "gaps": [0.01], "tokens": 2, "cache": "miss", "visual_tokens": 32, "reduced": False,
                 "text_tokens": 13, "vision_tokens": 100}  # fmt: skip
     return defaults | {"at": at, "sent": at, "first": at + 0.1, "end": end, "outcome": outcome} | known
@@ -41,14 +41,14 @@ def test_summary_counts_what_was_answered():
         slo_s=1.0,
     )
     assert figures["outcomes"] == {"ok": 2, "saturated": 1, "cancelled": 1}
-    assert figures["requests_per_s"] == 1.0  # two in the two seconds until the last one ended
-    assert figures["goodput_per_s"] == 0.5  # one of them in time
+    assert figures["requests_per_s"] == 1.0  # two answers in the two seconds until the last one ended
+    assert figures["goodput_per_s"] == 0.5  # one of the two in time
     assert figures["tokens_per_s"] == 2.0
     assert figures["first_token_ms"] == {"n": 2, "p50": 100.0, "p95": 100.0, "p99": 100.0, "max": 100.0}
     assert figures["first_token_ms_follow_up"]["n"] == 1
     assert figures["refusal_ms"]["p50"] == pytest.approx(10.0)
     assert figures["cache_hits"] == figures["reduced"] == 0.5
-    assert (figures["vision_tokens"], figures["text_tokens"]) == (82, 13)  # of those answered
+    assert (figures["vision_tokens"], figures["text_tokens"]) == (82, 13)  # means of answered requests
     assert figures["cpu_ms_a_request"] == {"gateway": 150.0, "llm": 300.0, "all": 450.0}
     assert figures["memory_mb"] == {"gateway": 103, "llm": 50, "all": 153}
     assert figures["memory_growth"] == pytest.approx(0.02)

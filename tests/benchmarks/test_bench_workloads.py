@@ -1,4 +1,4 @@
-"""What the benchmark asks, and when."""
+"""Test the benchmark's requests and arrival times."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_repeat_follows_zipf():
     drawn = [ask.images[0] - KNOWN for ask in first(20_000, Workload("repeat", zipf=1.1))]
     share = np.bincount(drawn, minlength=200) / len(drawn)
     assert share[:5] == pytest.approx(zipf(200, 1.1)[:5], abs=0.01)
-    assert not any(ask.follow_up for ask in first(10, Workload("repeat")))  # the bytes come with every question
+    assert not any(ask.follow_up for ask in first(10, Workload("repeat")))  # every question has the image's bytes
 
 
 def test_a_share_of_clients_hangs_up():
@@ -68,7 +68,9 @@ def test_poisson_arrivals_have_their_rate_and_spread():
     times = list(itertools.islice(poisson(20.0, seed=3), 20_000))
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert statistics.mean(gaps) == pytest.approx(0.05, rel=0.03)
-    assert statistics.stdev(gaps) == pytest.approx(0.05, rel=0.05)  # an exponential's are equal
+    assert statistics.stdev(gaps) == pytest.approx(
+        0.05, rel=0.05
+    )  # an exponential's mean and standard deviation are equal
 
 
 def test_bursts_come_at_once():

@@ -1,4 +1,4 @@
-"""The GPU's benchmark, run for real on this CPU with a tiny model: only the device differs."""
+"""Run the GPU benchmark on this CPU with a tiny model: only the device differs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the whole command writes."""
+    """Run the whole command and return its report."""
     out = tmp_path_factory.mktemp("told") / "gpu.json"
     small = ["--batches", "1", "3", "--gemm", "256", "--tokens", "4", "--repeats", "2"]
     models = ["--device", "cpu", "--model", str(tiny), "--reference", str(tiny)]
@@ -57,7 +57,7 @@ def test_the_encoder_is_timed_every_way_against_a_measured_peak(told: dict[str, 
 
 
 def test_the_chain_is_served_and_compared_with_fp32(told: dict[str, Any]) -> None:
-    """Random weights leave near ties between tokens, so that one answer of eight may be another in FP16."""
+    """One answer of eight may differ in FP16, because random weights leave tokens almost tied."""
     failed = {check["name"] for check in told["chain"]["checks"] if check["state"] == "failed"}
     assert failed <= {"answers are those of FP32"}
     measured = told["chain"]["measured"]

@@ -1,4 +1,4 @@
-"""The measuring of what FP16 and FP8 cost, on a tiny checkpoint and the first questions."""
+"""Test the benchmark of FP16 and FP8 on a tiny checkpoint and the first questions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUESTIONS = 6
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a build of `onnx-gpu` in FP16 leaves, up to its parity."""
+    """Build `onnx-gpu` in FP16 up to the step parity."""
     folder = tmp_path_factory.mktemp("precision")
     save_blip2_opt(folder / "opt")
     wanted = ["--profile", "onnx-gpu", "--precision", "fp16", "--until", "parity", "--out", str(folder / "gpu")]
@@ -32,7 +32,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_table_says_what_each_precision_answers_and_how_near_its_visual_tokens_are(steps: Path) -> None:
-    """FP16 stands for FP8 too, whose quantiser is no part of this environment."""
+    """FP16 also stands for FP8, whose quantiser is not installed here."""
 
     def graphs(step: str) -> Graphs:
         return Graphs({name: steps / f"{step}-{name}" / "model.onnx" for name in (*VISION, "llm")})

@@ -1,4 +1,4 @@
-"""What each served model costs, from Triton's statistics: the arithmetic, and once on the real chain."""
+"""Test the arithmetic of the stages benchmark, and run it once on the real chain."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_allocators_share_is_of_the_same_rounds():
 
 
 def test_a_stranger_at_the_server_is_noticed():
-    with pytest.raises(ValueError, match="somebody else"):
+    with pytest.raises(ValueError, match="nobody else"):
         summary([{"vision_encoder": (1, 10.0), "relevance_allocator": (1, 1.0)}, {"vision_encoder": (1, 10.0)}])
 
 

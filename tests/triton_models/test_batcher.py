@@ -1,4 +1,4 @@
-"""The in-flight batching loop over a decoder whose arithmetic can be done by hand."""
+"""Test the in-flight batching loop on a decoder whose arithmetic can be done by hand."""
 
 import threading
 from collections.abc import Sequence as SequenceOf
@@ -17,7 +17,7 @@ NO_END = -1
 
 
 class HistoryDecoder:
-    """Its logits are a hash of the row's whole history, so a mixed-up row shows in the next token."""
+    """A decoder whose logits hash the row's whole history, so a mixed-up row changes the next token."""
 
     vocab_size = VOCABULARY
 
@@ -25,7 +25,7 @@ class HistoryDecoder:
         self.max_rows = max_rows
         self.history: list[list[int]] = []
         self.calls: list[tuple[str, int]] = []  # ("prefill" or "step", rows), ("read", tokens)
-        self.known: list[int] = []  # tokens that a prompt may begin with and need not be read again
+        self.known: list[int] = []  # first tokens of a prompt that need no prefill
         self.scrubbed: list[list[int]] = []
         self.fails: set[int] = set()  # a prompt or a batch with one of these tokens raises
         self.poison: set[int] = set()  # a row with one of these tokens gets NaN
@@ -93,7 +93,7 @@ def run(batcher: Batcher, most: int = 1000) -> list[Event]:
     while batcher.running or batcher.waiting:
         events += batcher.iterate()
         most -= 1
-        assert most, "the batcher does not come to an end"
+        assert most, "the batcher does not end"
     return events
 
 
@@ -158,7 +158,7 @@ wishes = st.builds(
 
 
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9)
-arrivals = st.tuples(st.integers(0, 3), st.tuples(prompts, wishes))  # iterations before it, and who comes
+arrivals = st.tuples(st.integers(0, 3), st.tuples(prompts, wishes))  # iterations before the arrival, and the request
 
 
 @settings(deadline=None)
@@ -302,7 +302,7 @@ def test_stop_ends_running_and_waiting_sequences_of_that_id_only():
 
 
 def test_a_stop_while_the_caller_is_asked_is_not_lost():
-    """Asking takes a while, and another thread may stop the sequence meanwhile."""
+    """Another thread may stop the sequence during the slow check."""
 
     def still_there(asked: Sequence) -> bool:
         batcher.stop(asked.request_id)
@@ -321,7 +321,7 @@ def test_whoever_joins_while_the_batch_fails_is_told_too():
             return super()._reap()
 
     decoder = HistoryDecoder()
-    decoder.vocab_size = 3  # the sampler trips over logits of another width
+    decoder.vocab_size = 3  # the sampler fails on logits of another width
     batcher = LateBatcher(decoder, Limits())
     early, late = sequence(1, name="early", repetition_penalty=2.0), sequence(2, name="late")
     batcher.submit(early)
@@ -420,7 +420,7 @@ def test_a_fault_outside_the_decoder_fails_who_had_a_part_in_it_and_the_loop_goe
     for each in (*running, waiting):
         batcher.submit(each)
     batcher.iterate()
-    sound, decoder.step = decoder.step, lambda tokens: np.zeros((1, 3), np.float32)  # not a row a sequence
+    sound, decoder.step = decoder.step, lambda tokens: np.zeros((1, 3), np.float32)  # fewer rows than sequences
     failed = batcher.iterate()
     assert [event.sequence for event in failed] == running
     assert all(event.finished and "the batch failed" in event.error for event in failed)

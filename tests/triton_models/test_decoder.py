@@ -1,4 +1,4 @@
-"""The KV pool on the committed decoder graph: whatever rows come and go, each reads as if it were alone."""
+"""Test the KV pool on the committed decoder graph: each row reads as if it were alone."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from triton_models.kv_pool import BLOCK
 
 GRAPH = Path(__file__).parents[2] / "model_repository" / "llm" / "1" / "model.onnx"
 DEFAULT = Limits()
-TOLERANCE = 1e-4  # of logits: float32 sums in another order
+TOLERANCE = 1e-4  # on logits: float32 sums are taken in another order
 
 
 @pytest.fixture
@@ -23,7 +23,10 @@ def decoder() -> OnnxDecoder:
 
 
 def prompt(decoder: OnnxDecoder, seed: int, text: int, visual: int = 32, image: int | None = None) -> Prompt:
-    """Text drawn from `seed`, after the visual tokens of `image`, which have extra ids; else of `seed`, without."""
+    """Make a prompt: visual tokens, then text drawn from `seed`.
+
+    The visual tokens are drawn from `image` and have extra ids, or else from `seed` and have none.
+    """
     generator = np.random.default_rng(seed)
     ids = [decoder.vocab_size + np.arange(visual), generator.integers(0, decoder.vocab_size, text)]
     extra = np.zeros(visual + text, np.uint64)
@@ -35,14 +38,14 @@ def prompt(decoder: OnnxDecoder, seed: int, text: int, visual: int = 32, image: 
 
 
 def from_scratch(decoder: OnnxDecoder, start: Prompt, tokens: list[int]) -> np.ndarray:
-    """Logits [V] after the prompt and the tokens, in one prefill without any cache."""
+    """Return the logits [V] after the prompt and the tokens, from one prefill without any cache."""
     ids = np.concatenate([start.input_ids, np.array(tokens, np.int32)])
     scratch = OnnxDecoder(GRAPH, max_rows=1)
     return join(scratch, Prompt(ids, start.visual_tokens, np.zeros(ids.size, np.uint64)))[0]
 
 
 def join(decoder: OnnxDecoder, *prompts: Prompt) -> np.ndarray:
-    """As the batcher does: with what the decoder knows of them."""
+    """Prefill as the batcher does, with the pasts that the decoder recalls."""
     return decoder.prefill(prompts, [decoder.recall(each) for each in prompts])
 
 
@@ -136,7 +139,7 @@ def test_a_prompt_that_the_graph_refuses_adds_no_row(decoder):
 def generate(
     decoder: OnnxDecoder, wishes: list[tuple[Prompt, Sampling]], stagger: int, limits: Limits = DEFAULT
 ) -> list[list[int]]:
-    """The tokens of each; `stagger` iterations pass between two arrivals."""
+    """Return each request's tokens; `stagger` iterations pass between two arrivals."""
     return generated(Batcher(decoder, limits), wishes, stagger)
 
 
@@ -173,11 +176,11 @@ def test_a_poisoned_request_fails_alone_and_its_row_is_clean_for_the_next(decode
     found = generate(decoder, [fine[0], (poisoned, Sampling(10)), fine[1], fine[2]], 1)
     assert found[1] == [None]
     assert [found[0], *found[2:]] == expected
-    assert generate(decoder, fine, 0) == expected  # in the rows where the poison was
+    assert generate(decoder, fine, 0) == expected  # in the rows that held the poison
 
 
 def continued(start: Prompt, tokens: list[int]) -> Prompt:
-    """The prompt with an answer and more behind it."""
+    """Return the prompt continued by an answer and more text."""
     ids = np.concatenate([start.input_ids, np.array(tokens, np.int32)])
     return Prompt(ids, start.visual_tokens, np.concatenate([start.extra_ids, np.zeros(len(tokens), np.uint64)]))
 
@@ -188,7 +191,7 @@ PREFILLS = {"whole": DEFAULT, "in parts": Limits(max_prefill_tokens=10)}
 
 @pytest.fixture(scope="module")
 def akin() -> list[tuple[Prompt, Sampling]]:
-    """Repeats, other samples, earlier turns, other images of the same ids and nameless ones."""
+    """Make repeats, other samples, earlier turns, other images of the same ids, and images without extra ids."""
     decoder = OnnxDecoder(GRAPH, max_rows=1)
     first, other = prompt(decoder, 1, 9, image=1), prompt(decoder, 1, 9, image=2)
     nameless, text = prompt(decoder, 1, 9), prompt(decoder, 4, 30, visual=0)
@@ -199,7 +202,7 @@ def akin() -> list[tuple[Prompt, Sampling]]:
 
 @pytest.fixture(scope="module")
 def alone(akin: list[tuple[Prompt, Sampling]]) -> list[list[int]]:
-    """What is said to each without company and without reuse."""
+    """Return each request's tokens when it runs alone and without reuse."""
     return [generate(OnnxDecoder(GRAPH, max_rows=1), [wish], 0)[0] for wish in akin]
 
 
@@ -213,7 +216,7 @@ def test_what_is_reused_and_how_prompts_are_read_changes_no_answer(akin, alone, 
     assert decoder.prefixes.nbytes <= kept_bytes
     if kept_bytes == 0:
         assert batcher.prefix_hits == 0
-    elif stagger == 60 and kept_bytes > 1e6:  # each comes after the one before
+    elif stagger == 60 and kept_bytes > 1e6:  # each arrives after the previous one has ended
         assert (batcher.prefix_hits, batcher.prefix_tokens) == (7, 40 + 41 + 44 + 30 + 40 + 41 + 40)
 
 

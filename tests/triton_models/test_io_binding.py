@@ -1,4 +1,7 @@
-"""Tensors that stay on the device that computes them. Here that is the CPU: only its name differs on a GPU."""
+"""Test tensors that stay on the device that computes them.
+
+Here the device is the CPU; on a GPU only its name differs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ SCENES = 3
 
 @pytest.fixture(scope="module")
 def half(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference's encoder and allocator in FP16."""
+    """Make the reference's encoder and allocator in FP16."""
     folder = tmp_path_factory.mktemp("half")
     for name in VISION[:2]:
         (folder / name / "1").mkdir(parents=True)
@@ -58,7 +61,7 @@ def question(card: ModelCard) -> dict[str, Array]:
 def test_bound_outputs_are_those_of_a_plain_run_from_model_to_model(
     half: Path, card: ModelCard, pixels: UInt8Array
 ) -> None:
-    """In FP16, and what one model gives goes into the next without the host's arrays between them."""
+    """FP16 outputs of one model go into the next without arrays on the host."""
     encoder, allocator = (Graph(half / name / "1" / "model.onnx") for name in VISION[:2])
     image, asked = {"image": pixels[None]}, question(card)
     seen = dict(zip(encoder.outputs, encoder.run(image, list(encoder.outputs)), strict=True))
@@ -87,7 +90,7 @@ def test_what_was_given_out_is_not_overwritten_by_the_next_run(half: Path, pixel
 
 
 def test_the_runner_binds_where_it_is_told_to(half: Path, pixels: UInt8Array) -> None:
-    """Request by request; one that does not fit fails alone."""
+    """Requests run one by one, and a faulty one fails alone."""
     names = ["features", "saliency", "entropy", "texture"]
     answers = []
     for told in ({}, {"io_binding": "yes"}):
@@ -116,7 +119,7 @@ def test_a_word_that_is_neither_yes_nor_no_fails_the_load(half: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An `onnx-gpu` repository of a tiny checkpoint, whose configurations say CPU where they said GPU."""
+    """Make an `onnx-gpu` repository of a tiny checkpoint and replace GPU by CPU in its configurations."""
     folder = tmp_path_factory.mktemp("bound")
     save_blip2_opt(folder / "opt")
     assert build.main([str(folder / "opt"), "--profile", "onnx-gpu", "--out", str(folder / "gpu")]) == 0
@@ -145,7 +148,7 @@ async def served(bound: Path, tmp_path_factory: pytest.TempPathFactory) -> Async
 
 
 def computed(repository: Path, given: list[Sample], prompts: PromptBuilder) -> dict[str, Array]:
-    """What the graphs themselves give for these images and questions."""
+    """Compute the graphs' own outputs for these images and questions."""
     asked = [prompts.question(text) for _, text in given]
     found: dict[str, Array] = {
         "image": np.stack([pixels for pixels, _ in given]),

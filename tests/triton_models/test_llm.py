@@ -1,4 +1,7 @@
-"""The `llm` model as Triton calls it, on the committed decoder graph: requests in, one response a token out."""
+"""Test the `llm` model as Triton calls it, on the committed decoder graph.
+
+Requests go in; one response per token comes out.
+"""
 
 import shutil
 from pathlib import Path
@@ -47,7 +50,7 @@ def request(request_id="", *, seed=0, text=6, visual=32, max_tokens=8, outputs=(
 
 
 def responses(asked: InferenceRequest):
-    """All responses up to the final flag."""
+    """Return all responses up to the final flag."""
     while True:
         response, final = asked.sender.next()
         yield response
@@ -160,7 +163,7 @@ def test_a_repeat_says_the_same_and_the_saving_is_told():
     model = start(prefix_cache_bytes=str(1 << 24))
     extra_ids = np.array([[*range(1, 33), *[0] * 6]], np.uint64)
     said = []
-    for seed, named in ((1, 1), (1, 1), (2, 2), (1, 1), (1, 0)):  # with other visual tokens come other extra ids
+    for seed, named in ((1, 1), (1, 1), (2, 2), (1, 1), (1, 0)):  # other visual tokens have other extra ids
         asked = request(seed=seed, prompt_table_extra_ids=extra_ids * np.uint64(named))
         model.execute([asked])
         said.append(tokens(asked))
@@ -201,7 +204,7 @@ def test_unloading_ends_every_request_with_an_error():
 
 
 WRONG = {
-    "positions": ({"max_tokens": 1000}, f"positions: the model has {CARD.max_positions}"),
+    "positions": ({"max_tokens": 1000}, f"positions, but the model has {CARD.max_positions}"),
     "no token": ({"max_tokens": 0}, "request_output_len must be at least 1"),
     "temperature": ({"temperature": np.array([[-1]], np.float32)}, "temperature must be 0"),
     "not a number": ({"temperature": np.array([[np.nan]], np.float32)}, "temperature must be 0"),

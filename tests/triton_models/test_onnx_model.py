@@ -1,4 +1,4 @@
-"""The generic ONNX runner and the Q-Former's group runner, as Triton calls them."""
+"""Test the generic ONNX runner and the Q-Former's group runner as Triton calls them."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_nice_model_leaves_the_cores_to_others(adder, tmp_path):
     found = []
 
     def start() -> None:
-        own = threading.get_native_id()  # Linux counts the niceness of each thread by itself
+        own = threading.get_native_id()  # on Linux each thread has its own niceness
         before = os.getpriority(os.PRIO_PROCESS, own)
         model = onnx_model.TritonPythonModel()
         names = {"inputs": ["a", "b"], "outputs": ["total", "larger"]}
@@ -89,13 +89,13 @@ def test_a_faulty_request_fails_alone(adder):
 
 def test_a_graph_that_does_not_fit_the_configuration_fails_the_load(adder, tmp_path):
     model = onnx_model.TritonPythonModel()
-    with pytest.raises(ValueError, match=r"\['a', 'c'\].*its graph has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"\['a', 'c'\].*the graph has \['a', 'b'\]"):
         model.initialize(start_arguments(tmp_path, inputs=["a", "c"], outputs=["total"]))
 
 
-@pytest.mark.parametrize(("provider", "told"), [("cuda", "CUDAExecutionProvider"), ("openvino", "there are cpu, cuda")])
+@pytest.mark.parametrize(("provider", "told"), [("cuda", "CUDAExecutionProvider"), ("openvino", "choose cpu or cuda")])
 def test_a_provider_that_is_not_there_fails_the_load(adder, tmp_path, provider, told):
-    """ONNX Runtime itself would compute on the CPU and say nothing."""
+    """ONNX Runtime itself would silently compute on the CPU."""
     parameters = {"provider": provider}
     arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters=parameters)
     with pytest.raises(ValueError, match=told):
@@ -128,7 +128,7 @@ def test_a_negative_parameter_fails_the_load(adder, tmp_path):
 
 @pytest.fixture
 def runner(tmp_path):
-    """A Q-Former whose 32 visual tokens are all the sum of the vision tokens it sees."""
+    """Make a Q-Former whose 32 visual tokens all equal the sum of the vision tokens that it reads."""
     shape = helper.make_tensor("shape", TensorProto.INT64, [3], [1, QUERIES, 1])
     axes = helper.make_tensor("axes", TensorProto.INT64, [1], [2])
     rows = helper.make_tensor("rows", TensorProto.INT64, [1], [1])
@@ -152,13 +152,13 @@ def runner(tmp_path):
 
 
 def vision(*masks: list[int], groups: list[int]) -> dict[str, np.ndarray]:
-    """Token i of every image is [2**i] * D, so that a sum tells who was seen."""
+    """Make inputs whose token i is [2**i] * D, so that a sum tells which tokens were read."""
     tokens = np.zeros((len(masks), 401, WIDTH), np.float32)
     mask = np.zeros((len(masks), 401), np.int32)
     for row, image in enumerate(masks):
         mask[row, : len(image)] = image
         tokens[row, : len(image)] = 2.0 ** np.arange(len(image))[:, np.newaxis]
-    tokens[mask == 0] = 1e6  # padding must never be seen
+    tokens[mask == 0] = 1e6  # padding must never be read
     return {"vision_tokens": tokens, "vision_mask": mask, "query_groups": np.array(groups, np.int32)[:, np.newaxis]}
 
 
@@ -172,13 +172,13 @@ def test_the_first_group_sees_all_and_focus_groups_only_their_own(runner):
 
 
 def test_a_focus_group_without_tokens_is_refused(runner):
-    with pytest.raises(InvalidRequest, match="no vision token"):
+    with pytest.raises(InvalidRequest, match="without a vision token"):
         runner.run(vision([1, 1, 3], groups=[2]))
 
 
 def test_a_mask_of_another_length_is_refused(runner):
     inputs = vision([1, 1, 2], groups=[2])
-    with pytest.raises(InvalidRequest, match="an entry for each"):
+    with pytest.raises(InvalidRequest, match="one entry per"):
         runner.run(inputs | {"vision_mask": inputs["vision_mask"][:, :257]})
 
 

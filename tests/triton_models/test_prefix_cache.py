@@ -1,4 +1,4 @@
-"""Keys and values of recent prompts: found by ids and extra ids, bounded in bytes, the oldest use goes first."""
+"""Test the prefix cache: lookup by ids and extra ids, a bound in bytes, LRU eviction."""
 
 import numpy as np
 import pytest
@@ -10,18 +10,18 @@ from service.prompt import visual_token_ids
 from triton_models.prefix_cache import LEAST_TOKENS, TOKEN_BYTES, PrefixCache
 
 V = 100  # the vocabulary
-COLUMN_BYTES = 2 * 3 * 4 * 4  # of two parts, three heads, four numbers a head
+COLUMN_BYTES = 2 * 3 * 4 * 4  # two parts, three heads, four float32 numbers per head
 
 
 def prompt(*text: int, key: bytes | None = b"image", visual: int = 32) -> Prompt:
-    """Visual tokens, with extra ids unless `key` is None, and text."""
+    """Make a prompt of visual tokens, with extra ids unless `key` is None, and text."""
     extra = np.zeros(visual, np.uint64) if key is None else visual_token_ids(key, visual)
     ids = np.concatenate([np.arange(V, V + visual), np.array(text, np.int64)]).astype(np.int32)
     return Prompt(ids, np.zeros((visual, 8), np.float32), np.concatenate([extra, np.zeros(len(text), np.uint64)]))
 
 
 def kv(of: Prompt) -> np.ndarray:
-    """[2, 3, T, 4], every column of which says which tokens came before it."""
+    """Make keys and values [2, 3, T, 4] whose columns encode the tokens before them."""
     history = [
         hash((of.input_ids[:n].tobytes(), of.extra_ids[:n].tobytes())) % 2**20 for n in range(1, len(of.input_ids) + 1)
     ]
@@ -36,7 +36,7 @@ def cache_of(*prompts: Prompt, max_bytes: int = 1 << 20) -> PrefixCache:
 
 
 def known(cache: PrefixCache, asked: Prompt) -> int:
-    """Tokens that are recalled, after a look at whether they are the asked prompt's own."""
+    """Return the number of recalled tokens, after checking that they are the prompt's own."""
     found = cache.recall(asked)
     if found is None:
         return 0
@@ -59,7 +59,7 @@ def test_what_two_prompts_have_in_common_is_known():
 
 
 def test_the_same_ids_of_another_image_are_not_known():
-    """Visual ids are the same numbers for every image; what they stand for is in the extra ids."""
+    """Visual ids are equal for every image; only extra ids tell images apart."""
     cache = cache_of(prompt(1, 2, 3))
     assert known(cache, prompt(1, 2, 3, key=b"another")) == 0
     assert known(cache, prompt(1, 2, 3, key=b"image")) == 34

@@ -1,4 +1,4 @@
-"""Draws: which tokens can come, that a seed repeats them, and that neighbours never matter."""
+"""Test draws: which tokens are possible, equal seeds repeat, and other rows never matter."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ samplings = st.builds(
 
 
 def draw_alone(sampling: Sampling, steps: np.ndarray, prompt: np.ndarray = NO_IDS) -> list[int]:
-    """One token a row of `steps` [n, V]."""
+    """Draw one token per row of `steps` [n, V]."""
     sampler = Sampler(1, steps.shape[1])
     sampler.append(sampling, prompt)
     return [int(sampler.draw(logits[np.newaxis])[0][0]) for logits in steps]
@@ -120,7 +120,7 @@ def test_a_row_draws_the_same_alone_and_in_any_company(wishes, seed, data):
     sampler = Sampler(len(wishes), VOCABULARY)
     for wish, prompt in zip(wishes, prompts, strict=True):
         sampler.append(wish, prompt)
-    rows = list(range(len(wishes)))  # rows[i] is who lives in the sampler's row i
+    rows = list(range(len(wishes)))  # rows[i] is the request in the sampler's row i
     for n, step in enumerate(steps):
         tokens, _ = sampler.draw(step[rows])
         assert tokens.tolist() == [alone[row][n] for row in rows]

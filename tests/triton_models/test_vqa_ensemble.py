@@ -1,4 +1,4 @@
-"""The `vqa` ensemble, the whole chain inside Triton, says what the gateway says."""
+"""Test that the `vqa` ensemble, the whole chain inside Triton, answers like the gateway."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ async def test_its_streamed_answer_is_the_gateways(
 
 @pytest.mark.parametrize(("image", "question"), [(b"not an image", "what is this?"), (b"", "what is this?")])
 async def test_what_it_cannot_read_ends_with_an_error(client: TritonClient, image: bytes, question: str) -> None:
-    """A plain client reads Triton's INVALID_ARGUMENT; ours never asks with such bytes, so to it this is a fault."""
+    """A plain client gets Triton's INVALID_ARGUMENT.
+
+    Glimpse's own client never sends such bytes, so it treats this as a fault.
+    """
     with pytest.raises(InternalError):
         async for _ in client.answer(image, question, max_tokens=2, timeout_s=10):
             pass

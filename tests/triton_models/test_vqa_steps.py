@@ -1,4 +1,7 @@
-"""The small steps of the `vqa` ensemble as Triton calls them, with the committed card and tokenizer."""
+"""Test the small steps of the `vqa` ensemble as Triton calls them.
+
+They use the committed card and tokenizer.
+"""
 
 import gc
 import threading
@@ -133,7 +136,7 @@ def spoken(*ids: int) -> bytes:
 def test_finish_gives_bytes_whose_concatenation_is_the_text():
     text = " rôuge 圆"
     ids = TOKENIZER.encode(text, add_special_tokens=False).ids
-    assert len(ids) > len(text)  # characters are split over tokens
+    assert len(ids) > len(text)  # some characters take several tokens
     assert b"".join(spoken(each) for each in ids).decode() == text
     assert spoken(*ids).decode() == text
 
@@ -174,7 +177,7 @@ def test_events_are_told_in_order_and_no_call_runs_ahead_of_the_one_before():
     later = threading.Thread(target=delivery.hand_out, args=(events(100),))
     later.start()
     later.join(0.05)
-    assert later.is_alive()  # held until the first call's events are told
+    assert later.is_alive()  # blocked until the first call's events are sent
     assert 100 not in told
     gate.set()
     later.join(10)

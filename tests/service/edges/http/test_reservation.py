@@ -103,7 +103,7 @@ async def require_one_reservation(caller: Caller, sent: Sent, status: int) -> No
     assert admission.opened == 1
     assert holds(caller) == Cost()
     assert not any(map(admission.scheduler.used, Resource))
-    assert admission.window.inside == 0
+    assert len(admission.contention) == 0
     assert caller.house.language.open == 0
     assert caller.house.counted("glimpse_requests_in_flight") == 0
 

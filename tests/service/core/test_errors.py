@@ -37,7 +37,7 @@ def test_a_kind_without_a_row_takes_its_parents():
 
 
 def test_the_root_has_no_status_as_nobody_raises_it():
-    with pytest.raises(LookupError, match="^GlimpseError has no status$"):
+    with pytest.raises(LookupError, match=r"^GlimpseError has no status$"):
         status_of(GlimpseError("why"))
 
 

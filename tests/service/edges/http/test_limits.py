@@ -118,7 +118,9 @@ async def test_question_and_turns_share_one_limit_after_their_blanks_are_cut(cal
     assert (await caller.ask(question=f"  {'w' * (CHARS - told)}  ", turns=turns, max_tokens=8)).status_code == 200
     param, message = refusal(await caller.ask(question="w" * (CHARS - told + 1), turns=turns))
     assert param == "turns"
-    assert message == f"question and turns have {CHARS + 1} characters, the limit is {CHARS}: leave the earliest turns out"
+    assert (
+        message == f"question and turns have {CHARS + 1} characters, the limit is {CHARS}: leave the earliest turns out"
+    )
     assert (await caller.ask(question="w" * CHARS, turns=[])).status_code == 200
 
 

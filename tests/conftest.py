@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import redis
+from hypothesis import HealthCheck, settings
 
 from service.core.card import ModelCard
 from service.core.vision import IMAGE_SIZE, UInt8Array
@@ -31,6 +32,16 @@ from service.triton_server.supervision import EmbeddedTriton, Ports
 
 PROJECT = Path(__file__).parent.parent
 SCENES = PROJECT / "build_engines" / "evaluation" / "scenes"
+
+# For `make mutants`: the same few examples each time, and no failure but the mutant's own.
+settings.register_profile(
+    "mutants",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def test_what_is_no_card_says_what_is_missing_or_unknown(change, said):
 
 @pytest.mark.parametrize("text", ["[]", "1", "null"])
 def test_json_that_is_no_object_is_no_card(text):
-    with pytest.raises(ValueError, match="^not a model card: "):
+    with pytest.raises(ValueError, match=r"^not a model card: "):
         ModelCard.from_json(text)
 
 

@@ -8,7 +8,7 @@ SOURCES := service triton_models build_engines benchmarks tests scripts
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
-.PHONY: help serve test quick check format eval bench bench-versus train repository clean
+.PHONY: help serve test quick check format eval bench bench-versus train repository mutants clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,8 +47,12 @@ train: ready-to-build ## train the reference model from nothing into runs/refere
 repository: ready-to-build ## export reference/ into model_repository/
 	$(BIN)/python -m build_engines.export reference --out model_repository
 
+mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (half an hour; ONLY="triton_models.sampling*")
+	$(BIN)/mutmut run $(ONLY)
+	$(BIN)/mutmut results
+
 clean: ## remove the environment and what was built; training runs stay
-	rm -rf .venv build logs *.egg-info
+	rm -rf .venv build logs mutants *.egg-info
 
 .PHONY: ready-to-serve ready-to-build ready-to-bench ready-to-develop
 ready-to-serve ready-to-build ready-to-bench ready-to-develop:

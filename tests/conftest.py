@@ -58,6 +58,15 @@ def bound_hypothesis() -> None:
     quick = [phase for phase in every if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)]
     hypothesis.settings.register_profile("bounded", deadline=None, derandomize=in_ci, phases=quick, print_blob=True)
     hypothesis.settings.register_profile("shrink", deadline=None)
+    # For `make mutants`: the same few examples each time, and no failure but the mutant's own.
+    hypothesis.settings.register_profile(
+        "mutants",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        max_examples=30,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
     hypothesis.settings.load_profile("bounded")
 
 

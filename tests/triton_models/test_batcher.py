@@ -462,3 +462,225 @@ def test_the_loop_sleeps_until_there_is_work():
     thread.join(10)
     assert not thread.is_alive()
     assert tokens_of(seen, one) == alone(4)
+
+
+def test_every_token_tells_how_many_there_are_and_how_likely_they_are_together():
+    decoder = HistoryDecoder()
+    batcher = Batcher(decoder, Limits())
+    one, other = sequence(7, 8, max_tokens=4), sequence(9, max_tokens=2)
+    batcher.submit(one)
+    batcher.submit(other)
+    events = run(batcher)
+    for asked, count in ((one, 4), (other, 2)):
+        told = [event for event in events if event.sequence is asked]
+        assert [event.generated for event in told] == list(range(1, count + 1))
+        sums = np.cumsum([event.log_prob for event in told])
+        assert [event.total_log_prob for event in told] == pytest.approx(sums)
+        assert all(event.error is None for event in told)
+        assert (asked.generated, asked.log_prob) == (count, pytest.approx(sums[-1]))
+    assert batcher.tokens == 6
+    assert batcher.iterations == len(decoder.calls) == 4
+
+
+def test_an_iteration_without_work_is_counted_and_runs_nothing():
+    decoder = HistoryDecoder()
+    batcher = Batcher(decoder, Limits())
+    assert batcher.iterate() == []
+    assert (batcher.iterations, batcher.tokens, decoder.calls) == (1, 0, [])
+
+
+@pytest.mark.parametrize("where", ["read", "prefill", "step"])
+def test_a_failure_of_the_decoder_is_told_with_where_it_was(where):
+    decoder = HistoryDecoder()
+    batcher = Batcher(decoder, Limits(max_prefill_tokens=4))
+    one = sequence(*range(9 if where == "read" else 3))
+    batcher.submit(one)
+    if where == "step":
+        batcher.iterate()
+    decoder.fails = set(range(VOCABULARY))
+    said = "decode step" if where == "step" else "prefill"
+    assert batcher.iterate() == [Event(one, None, 0.0, True, f"{said} failed: out of memory")]
+    assert (batcher.running, batcher.waiting, decoder.rows) == (0, 0, 0)
+
+
+def test_other_ends_without_a_token_are_told_alike():
+    decoder = HistoryDecoder()
+    decoder.poison = {48}
+    batcher = Batcher(decoder, Limits())
+    poisoned = sequence(48, 2)
+    batcher.submit(poisoned)
+    assert batcher.iterate() == [Event(poisoned, None, 0.0, True, "the model's logits are not finite")]
+    waiting = sequence(3, name="a")
+    batcher.submit(waiting)
+    batcher.stop("a")
+    assert batcher.iterate() == [Event(waiting, None, 0.0, True)]
+    decoder.step = lambda tokens: np.zeros((1, 3), np.float32)  # a token of the vocabulary's end would be beyond it
+    running = [sequence(1), sequence(2)]
+    for each in running:
+        batcher.submit(each)
+    batcher.iterate()
+    failed = batcher.iterate()
+    assert [(event.sequence, *event[1:4]) for event in failed] == [(each, None, 0.0, True) for each in running]
+    assert all(event.error.startswith("the batch failed: ") for event in failed)
+
+
+def test_after_a_fault_outside_the_decoder_nothing_of_the_batch_is_left():
+    decoder = HistoryDecoder(max_rows=2)
+    asked: list[Sequence] = []
+    batcher = Batcher(decoder, Limits(cancel_check_tokens=1), lambda each: asked.append(each) or False)
+    gone = [sequence(1, temperature=1.0, seed=5, name="gone"), sequence(2, name="gone")]
+    for each in gone:
+        batcher.submit(each)
+    batcher.iterate()
+    sound, decoder.step = decoder.step, lambda tokens: np.zeros((1, 3), np.float32)
+    batcher.iterate()
+    assert len(decoder.scrubbed) == 2
+    assert batcher.stop("gone") == 0
+    assert batcher.running == 0
+    decoder.step = sound
+    asked.clear()
+    after = [sequence(3), sequence(4, temperature=1.0, seed=6)]
+    for each in after:
+        batcher.submit(each)
+    events = run(batcher)
+    assert tokens_of(events, after[0]) == alone(3)
+    assert tokens_of(events, after[1]) == alone(4, temperature=1.0, seed=6)
+    assert not set(asked) & set(gone)
+
+
+def test_the_refusals_say_why():
+    batcher = Batcher(HistoryDecoder(), Limits(max_queue=1))
+    batcher.submit(sequence())
+    with pytest.raises(QueueFull, match=r"^Exceeds maximum queue size 1$"):
+        batcher.submit(sequence())
+    batcher.close()
+    with pytest.raises(Closed, match=r"^the model is being unloaded$"):
+        batcher.submit(sequence())
+
+
+@pytest.mark.parametrize(("late", "asked"), [(False, 0), (True, 1)])
+def test_only_a_sequence_that_had_to_wait_is_asked_before_its_prefill(late, asked):
+    """Asking is slow: who is admitted at the next iteration has just been heard of."""
+    times: list[Sequence] = []
+    batcher = Batcher(HistoryDecoder(max_rows=1), Limits(), lambda each: times.append(each) or False)
+    first, second = sequence(1, max_tokens=2 if late else 1), sequence(2, max_tokens=1)
+    batcher.submit(first)
+    if late:
+        batcher.submit(second)  # it waits for two iterations
+        run(batcher)
+    else:
+        run(batcher)
+        batcher.submit(second)
+        run(batcher)
+    assert times == [second] * asked
+
+
+def test_a_sequence_that_is_over_is_not_asked_for():
+    times: list[Sequence] = []
+    batcher = Batcher(HistoryDecoder(), Limits(cancel_check_tokens=2), lambda each: times.append(each) or False)
+    batcher.submit(sequence(1, max_tokens=4))
+    run(batcher)
+    assert len(times) == 1  # after 2 tokens; after 4 it has ended
+
+
+def test_a_caller_that_has_gone_ends_its_running_sequence_at_the_next_question():
+    gone: list[Sequence] = []
+    batcher = Batcher(HistoryDecoder(), Limits(cancel_check_tokens=2), lambda each: each in gone)
+    one, other = sequence(1, max_tokens=30), sequence(2, max_tokens=9)
+    for each in (one, other):
+        batcher.submit(each)
+    events = batcher.iterate()
+    gone.append(one)
+    events += run(batcher)
+    assert len(tokens_of(events, one)) == 2
+    assert tokens_of(events, other) == alone(2, max_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "together"),
+    [((8, 4), 2), ((8, 3), 1), ((8, 8, 8, 4), 4), ((8, 8, 8, 8), 4), ((8, 8, 8, 8, 8), 4), ((9, 9, 9, 9), 3),
+     ((4, 8), 2), ((3, 8), 1), ((10, 10, 11), 3), ((10, 11, 11, 10), 3)],
+)  # fmt: skip
+def test_a_prefill_fills_its_tokens_and_its_padding_up_to_the_limit(lengths, together):
+    """32 or 33 cells at most, a quarter of them padding: rows times the longest."""
+    decoder = HistoryDecoder(max_rows=8)
+    batcher = Batcher(decoder, Limits(max_prefill_tokens=33 if 11 in lengths else 32, max_prefill_padding=0.25))
+    for length in lengths:
+        batcher.submit(sequence(*range(length)))
+    batcher.iterate()
+    assert decoder.calls == [("prefill", together)]
+
+
+def test_a_prompt_as_long_as_a_prefill_takes_is_read_at_once_and_one_longer_is_not():
+    for length, calls in ((4, [("prefill", 1)]), (5, [("read", 4)])):
+        decoder = HistoryDecoder()
+        batcher = Batcher(decoder, Limits(max_prefill_tokens=4))
+        batcher.submit(sequence(*range(length)))
+        batcher.iterate()
+        assert decoder.calls == calls
+
+
+def test_running_rows_leave_room_for_the_others_only():
+    decoder = HistoryDecoder(max_rows=3)
+    batcher = Batcher(decoder, Limits())
+    for first in range(2):
+        batcher.submit(sequence(first, max_tokens=9))
+    batcher.iterate()
+    for first in range(3):
+        batcher.submit(sequence(10 + first, max_tokens=2))
+    batcher.iterate()
+    batcher.iterate()
+    assert decoder.calls == [("prefill", 2), ("step", 2), ("prefill", 1)]
+    assert (batcher.running, batcher.waiting) == (3, 2)
+
+
+@pytest.mark.parametrize("call", ["read", "prefill"])
+def test_a_stop_during_the_prefill_itself_is_not_lost(call):
+    """Then the sequence is neither in the queue nor among the rows."""
+    stopped: list[int] = []
+
+    class Stopping(HistoryDecoder):
+        def read(self, prompt: Prompt, past: np.ndarray, tokens: int) -> np.ndarray:
+            stopped.append(batcher.stop("a"))
+            return super().read(prompt, past, tokens)
+
+        def prefill(self, prompts: SequenceOf[Prompt], pasts: SequenceOf[np.ndarray]) -> np.ndarray:
+            stopped.append(batcher.stop("a"))
+            return super().prefill(prompts, pasts)
+
+    batcher = Batcher(Stopping(), Limits(max_prefill_tokens=4))
+    one = sequence(*range(9 if call == "read" else 3), name="a", max_tokens=50)
+    batcher.submit(one)
+    events = batcher.iterate()
+    assert stopped == [1]
+    assert batcher.stop("a") == 1  # in one place only
+    events += batcher.iterate()
+    assert events[-1] == Event(one, None, 0.0, True)
+    assert len(tokens_of(events, one)) == (call == "prefill")
+    assert (batcher.running, batcher.waiting, batcher.stop("a")) == (0, 0, 0)
+
+
+def test_a_prefix_that_is_known_is_counted_by_its_tokens_and_none_is_not():
+    decoder = HistoryDecoder(max_rows=1)
+    decoder.known = [1, 2]
+    batcher = Batcher(decoder, Limits())
+    for prompt in ((1, 2, 3), (5, 6, 7), (1, 2, 4)):
+        batcher.submit(sequence(*prompt))
+    events = run(batcher)
+    assert (batcher.prefix_hits, batcher.prefix_tokens) == (2, 4)
+    assert {event.sequence.past.shape[2] for event in events} == {0}  # its row has it
+
+
+def test_work_is_waited_for_in_the_queue_and_in_the_rows():
+    batcher = Batcher(HistoryDecoder(), Limits())
+    batcher.submit(sequence(1, max_tokens=3))
+    assert batcher.wait() is True  # in the queue
+    batcher.iterate()
+    assert (batcher.waiting, batcher.running) == (0, 1)
+    assert batcher.wait() is True  # in a row
+    batcher.close()
+    assert batcher.wait() is False
+
+
+def test_without_a_word_64_wait_and_a_prefill_takes_160_tokens():
+    assert Limits() == Limits(64, 160, 0.25, 4)

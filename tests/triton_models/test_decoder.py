@@ -168,10 +168,12 @@ def test_the_same_prompt_alone_and_in_a_full_mixed_batch_says_the_same(decoder, 
     assert [len(tokens) for tokens in alone] == [wish[1].max_tokens for wish in wishes]
 
 
-def test_a_poisoned_request_fails_alone_and_its_row_is_clean_for_the_next(decoder):
+@pytest.mark.parametrize("text", [5, 25], ids=["as long", "longer"])
+def test_a_poisoned_request_fails_alone_and_its_row_is_clean_for_the_next(decoder, text):
+    """Where it is longer than the next one, nothing but scrubbing overwrites what is behind the next one's end."""
     fine = [(prompt(decoder, seed, 5), Sampling(10)) for seed in range(3)]
     expected = [generate(decoder, [each], 0)[0] for each in fine]
-    start = prompt(decoder, 9, 5)
+    start = prompt(decoder, 9, text)
     poisoned = Prompt(start.input_ids, np.full_like(start.visual_tokens, np.nan), start.extra_ids)
     found = generate(decoder, [fine[0], (poisoned, Sampling(10)), fine[1], fine[2]], 1)
     assert found[1] == [None]

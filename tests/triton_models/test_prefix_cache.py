@@ -148,3 +148,68 @@ def test_nothing_wrong_is_ever_recalled_and_the_bytes_are_those_it_holds(prompts
     held = sum(len(key) + array.nbytes for key, array in cache._kept.items())
     assert cache.nbytes == held
     assert sorted(key for akin in cache._by_start.values() for key in akin) == sorted(cache._kept)
+    assert all(cache._by_start.values())
+
+
+def test_nothing_stays_of_prompts_that_are_gone():
+    """A start whose prompts all left would be a leak: every new image brings one."""
+    cache = PrefixCache(34 * (COLUMN_BYTES + TOKEN_BYTES), V)
+    for number in range(50):
+        cache.keep(prompt(1, 2, key=b"%d" % number), kv(prompt(1, 2)))
+    assert len(cache) == len(cache._by_start) == 1
+
+
+def test_a_start_stays_known_while_one_of_its_prompts_does():
+    first, second, other = prompt(1, 2), prompt(3, 4), prompt(1, 2, key=b"other")
+    cache = cache_of(first, second, max_bytes=2 * 34 * (COLUMN_BYTES + TOKEN_BYTES))
+    cache.keep(other, kv(other))
+    assert (known(cache, first), known(cache, second)) == (32, 33)
+
+
+@pytest.mark.parametrize("tokens", [LEAST_TOKENS, LEAST_TOKENS + 1])
+def test_the_fewest_tokens_that_are_worth_a_copy(tokens):
+    """A prompt of LEAST_TOKENS is not kept, as its last token must be read again; of one token more it is."""
+    text = prompt(*range(tokens), visual=0)
+    cache = cache_of(text)
+    assert len(cache) == tokens - LEAST_TOKENS
+    assert known(cache, text) == (LEAST_TOKENS if tokens > LEAST_TOKENS else 0)
+
+
+def test_the_longest_of_several_beginnings_is_recalled_and_counts_as_used():
+    short, long, other = prompt(1, 9, 9, 9), prompt(1, 2, 3, 9), prompt(7, 7, 7, 7, key=b"other")
+    cache = cache_of(long, short, max_bytes=2 * 36 * (COLUMN_BYTES + TOKEN_BYTES))
+    assert known(cache, prompt(1, 2, 3, 4)) == 35
+    cache.keep(other, kv(other))
+    assert (known(cache, long), known(cache, short), known(cache, other)) == (35, 33, 35)
+
+
+def test_a_prompt_that_is_kept_again_counts_as_used():
+    first, second, third = (prompt(1, 2, key=name) for name in (b"1", b"2", b"3"))
+    cache = cache_of(first, second, first, max_bytes=2 * 34 * (COLUMN_BYTES + TOKEN_BYTES))
+    assert len(cache) == 2
+    cache.keep(third, kv(third))
+    assert (known(cache, first), known(cache, second), known(cache, third)) == (33, 0, 33)
+
+
+def test_every_shorter_prompt_that_one_continues_makes_room_for_it():
+    cache = cache_of(prompt(1, 5), prompt(1, 2), prompt(1, 2, 3))
+    assert len(cache) == 2
+    cache.keep(prompt(1, 2, 3, 4), kv(prompt(1, 2, 3, 4)))
+    assert len(cache) == 2
+    assert cache.nbytes == (34 + 36) * (COLUMN_BYTES + TOKEN_BYTES)
+
+
+def test_the_last_id_of_the_vocabulary_is_text_and_the_next_a_visual_token():
+    text = prompt(*[V - 1] * 20, visual=0)
+    assert known(cache_of(text), text) == 19
+    nameless = prompt(*[V] * 20, visual=0)
+    assert len(cache_of(nameless)) == 0
+
+
+def test_what_is_kept_is_a_copy():
+    first = prompt(1, 2)
+    given = kv(first).copy()
+    cache = PrefixCache(1 << 20, V)
+    cache.keep(first, given)
+    given[:] = 0
+    assert known(cache, first) == 33

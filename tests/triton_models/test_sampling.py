@@ -175,3 +175,128 @@ def test_logits_that_are_not_finite_show_in_the_log_probability(broken):
         sampler.append(Sampling(temperature=1.0, seed=seed), NO_IDS)
     _, found = sampler.draw(logits)
     assert np.isfinite(found).tolist() == [True, False]
+
+
+WEYL, WORD = 0x9E3779B97F4A7C15, 2**64
+
+
+def splitmix64(state: int) -> int:
+    """The output after `state`, in Python's own integers. Source: Vigna's splitmix64.c."""
+    z = (state + WEYL) % WORD
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % WORD
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % WORD
+    return z ^ z >> 31
+
+
+def test_the_reference_draws_the_published_numbers():
+    states = [(1234567 + n * WEYL) % WORD for n in range(3)]
+    assert [splitmix64(state) for state in states] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1234567, 2**63, 2**64 - 1])
+def test_a_seeds_numbers_are_those_of_splitmix64_started_at_the_seeds_own_output(seed):
+    """Pinned, as answers are repeated by seed: another generator would change every sampled answer."""
+    start = splitmix64(seed)
+    expected = [(splitmix64((start + n * WEYL) % WORD) >> 11) * 2.0**-53 for n in range(5)]
+    assert uniform(np.full(5, seed, np.uint64), np.arange(5, dtype=np.uint64)).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(repetition_penalty=1.7), Sampling(temperature=0.3, seed=4), Sampling(temperature=1, top_k=2, top_p=0.5)],
+    ids=["penalty", "temperature", "filters"],
+)
+def test_the_log_probability_told_is_the_models_own_before_penalty_temperature_and_filters(sampling):
+    steps = np.random.default_rng(5).normal(scale=2, size=(6, 1, VOCABULARY)).astype(np.float32)
+    own = steps - np.log(np.exp(steps.astype(np.float64)).sum(axis=2, keepdims=True))
+    sampler = Sampler(1, VOCABULARY)
+    sampler.append(sampling, np.arange(VOCABULARY))
+    for step, expected in zip(steps, own, strict=True):
+        before = step.copy()
+        (token,), (found,) = sampler.draw(step)
+        assert found == pytest.approx(expected[0, token], abs=1e-5)
+        assert np.array_equal(step, before)  # the decoder's logits stay as they are
+
+
+def test_log_probabilities_hold_for_scores_of_any_height():
+    logits = np.array([[1000.0, 999.0, -1000.0], [-2000.0, -2001.0, -4000.0]], np.float32)
+    found = log_probs(logits, np.array([1, 0]), np.arange(2))
+    assert found.dtype == np.float64
+    assert found == pytest.approx([-1 - np.log1p(np.exp(-1)), -np.log1p(np.exp(-1))], abs=1e-5)
+
+
+def test_top_k_of_zero_or_the_whole_vocabulary_is_no_filter():
+    """Both take the way that sorts nothing, so they draw the same tokens."""
+    logits = np.random.default_rng(6).normal(size=(40, VOCABULARY)).astype(np.float32)
+    free = draw_alone(Sampling(temperature=1, seed=3), logits)
+    for top_k in (VOCABULARY, VOCABULARY + 1, -1):
+        assert draw_alone(Sampling(temperature=1, seed=3, top_k=top_k), logits) == free
+    assert len(set(free)) > 5
+
+
+@pytest.mark.parametrize(("uniforms", "token"), [(0.0, 0), (0.4999, 0), (0.5, 1), (0.7499, 1), (0.75, 2), (0.9999, 2)])
+@pytest.mark.parametrize("top_k", [3, 4], ids=["sorted", "in the vocabulary's order"])
+def test_a_number_falls_to_the_token_whose_share_holds_it(uniforms, token, top_k):
+    """Shares of a half and two quarters; a number on an edge belongs to the next one."""
+    scores = np.log(np.array([[0.5, 0.25, 0.25, 1e-300]]))
+    drawn = choose(scores, np.array([top_k]), np.array([1.0]), np.array([uniforms]))
+    assert drawn.tolist() == [token]
+
+
+def test_tokens_without_mass_are_never_drawn():
+    scores = np.array([[-np.inf, 0.0, -np.inf, 0.0]])
+    for top_k in (3, 4):
+        drawn = {
+            int(choose(scores, np.array([top_k]), np.array([1.0]), np.array([u]))[0]) for u in (0, 0.3, 0.6, 0.999)
+        }
+        assert drawn == {1, 3}
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.01, 1), (0.5, 1), (0.51, 2), (0.79, 2), (0.81, 3), (1.0, 4)])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
+    scores = np.log(np.array([[0.1, 0.5, 0.1, 0.3]]))
+    drawn = {int(choose(scores, np.array([4]), np.array([top_p]), np.array([n / 100]))[0]) for n in range(100)}
+    assert drawn == set([1, 3, 0, 2][:kept])
+
+
+def test_top_p_is_a_share_of_what_top_k_leaves():
+    """After top-k of 2, the shares are 5/8 and 3/8: 0.6 of that is reached by the first alone."""
+    scores = np.log(np.array([[0.1, 0.5, 0.1, 0.3]]))
+    for top_p, kept in ((0.6, {1}), (0.7, {1, 3})):
+        drawn = {int(choose(scores, np.array([2]), np.array([top_p]), np.array([n / 50]))[0]) for n in range(50)}
+        assert drawn == kept
+
+
+@pytest.mark.parametrize("size", SHORTLISTS)
+def test_a_shortlist_is_enough_up_to_its_own_length(size):
+    """top_k of its length, and the next one that must look further, both reach their last token."""
+    vocabulary = 4 * SHORTLISTS[-1]
+    scores = np.linspace(0, -1e-3, vocabulary)[np.newaxis]
+    for top_k in (size - 1, size, size + 1):
+        last = choose(scores, np.array([top_k]), np.array([1.0]), np.array([1 - 1e-9]))
+        assert last.tolist() == [top_k - 1]
+
+
+def test_a_row_that_leaves_takes_what_it_saw_with_it():
+    """A new row in its place has seen its own prompt only, and draws from its own start."""
+    logits = np.array([[3.0, 2.9, 2.8, -1.0]], np.float32)
+    sampler = Sampler(1, 4)
+    sampler.append(Sampling(repetition_penalty=1.5), np.array([0, 1]))
+    assert sampler.draw(logits)[0].tolist() == [2]
+    sampler.drop(0)
+    assert sampler.rows == 0
+    sampler.append(Sampling(repetition_penalty=1.5), np.array([0]))
+    assert sampler.draw(logits)[0].tolist() == [1]
+
+
+def test_only_the_rows_drawn_are_counted_on():
+    steps = np.random.default_rng(8).normal(size=(3, VOCABULARY)).astype(np.float32)
+    sampler = Sampler(2, VOCABULARY)
+    for seed in (5, 6):
+        sampler.append(Sampling(temperature=1, seed=seed, repetition_penalty=1.2), NO_IDS)
+    drawn = [int(sampler.draw(step[np.newaxis], first=1)[0][0]) for step in steps]
+    assert drawn == draw_alone(Sampling(temperature=1, seed=6, repetition_penalty=1.2), steps)
+    assert (
+        int(sampler.draw(np.repeat(steps[:1], 2, 0))[0][0])
+        == draw_alone(Sampling(temperature=1, seed=5, repetition_penalty=1.2), steps[:1])[0]
+    )

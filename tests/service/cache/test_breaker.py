@@ -29,7 +29,7 @@ def test_only_failures_in_a_row_open_it():
         for _ in range(FAILURES_TO_OPEN - 1):
             breaker.failed(1.0)
         breaker.succeeded()
-    assert not breaker.is_open
+    assert breaker.is_open is False
     open_again(breaker, 2.0)
 
 
@@ -57,3 +57,11 @@ def test_after_a_steady_time_an_opening_counts_as_the_first():
         breaker.close(now)
     open_again(breaker, 3.0 + STEADY_S)
     assert breaker.pause_s == LEAST_PAUSE_S
+
+
+def test_a_moment_before_the_steady_time_is_over_it_is_not():
+    breaker = closed()
+    open_again(breaker, 1.0)
+    breaker.close(1.0)
+    open_again(breaker, 0.999 + STEADY_S)
+    assert breaker.pause_s == 2 * LEAST_PAUSE_S

@@ -49,3 +49,31 @@ def test_the_bytes_are_those_of_what_is_kept_and_never_over_the_bound(steps):
         assert kept.nbytes == sum(sizes[name] for name in "abcdef" if kept.get(name) is not None) <= 60
         assert kept.get(name) == nbytes
         assert counted(metrics, "bytes") == kept.nbytes
+
+
+def test_what_fills_all_is_kept_and_a_byte_more_pushes_the_oldest_out():
+    kept, metrics = lru(30)
+    kept.keep("a", 1, 30)
+    assert kept.get("a") == 1
+    kept.keep("b", 2, 1)
+    assert (kept.get("a"), kept.get("b"), len(kept)) == (None, 2, 1)
+    assert (counted(metrics, "bytes"), counted(metrics, "evictions_total")) == (1, 1)
+
+
+def test_a_look_whether_something_is_there_is_no_use():
+    kept, _ = lru(20)
+    kept.keep("a", 1, 10)
+    kept.keep("b", 2, 10)
+    assert "a" in kept
+    assert "c" not in kept
+    kept.keep("c", 3, 10)
+    assert [name in kept for name in "abc"] == [False, True, True]
+
+
+def test_what_is_kept_again_is_used():
+    kept, _ = lru(20)
+    kept.keep("a", 1, 10)
+    kept.keep("b", 2, 10)
+    kept.keep("a", 4, 10)
+    kept.keep("c", 3, 10)
+    assert [kept.get(name) for name in "abc"] == [4, None, 3]

@@ -1,0 +1,62 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from service.core.card import ModelCard
+from tests.support.fakes import CARD, CLOSER
+
+
+def test_a_card_comes_back_from_its_json_with_its_budgets_as_pairs():
+    assert ModelCard.from_json(json.dumps(asdict(CLOSER))) == CLOSER
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"name": None}, "'name'"), ({"zzz": 1}, "'zzz'"), ({"vision_tokens": 5}, "not iterable")],
+)
+def test_what_is_no_card_says_what_is_missing_or_unknown(change, said):
+    fields = asdict(CARD) | change
+    text = json.dumps({name: value for name, value in fields.items() if value is not None})
+    with pytest.raises(ValueError, match=f"^not a model card: .*{said}"):
+        ModelCard.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null"])
+def test_json_that_is_no_object_is_no_card(text):
+    with pytest.raises(ValueError, match=r"^not a model card: "):
+        ModelCard.from_json(text)
+
+
+def test_features_have_a_row_a_patch_and_one_for_cls_in_the_first_view_only():
+    assert replace(CARD, vision_width=7).feature_shapes == {
+        224: {"features": (257, 7), "saliency": (256,), "entropy": (256,), "texture": (13, 16, 16)},
+        448: {"features": (1024, 7)},
+    }
+
+
+def test_saliency_and_entropy_are_float32_whatever_the_features_are():
+    half = replace(CARD, float_type="FP16")
+    found = {name: half.type_of(name) for name in half.feature_shapes[224]}
+    assert found == {"features": "FP16", "saliency": "FP32", "entropy": "FP32", "texture": "FP16"}
+    assert CARD.type_of("features") == "FP32"
+
+
+def test_the_closer_view_is_called_where_there_is_one():
+    assert CARD.called == ("see", "attend", "llm")
+    assert CLOSER.called == ("see", "attend", "attend_448", "llm")
+
+
+@pytest.mark.parametrize(
+    ("card", "detail", "vision_tokens"),
+    [
+        (CARD, "low", (64, 256)),
+        (CARD, "high", (64, 256)),
+        (CARD, "auto", (64, 256)),
+        (CLOSER, "low", (64, 256)),
+        (CLOSER, "high", (64, 400)),
+        (CLOSER, "auto", (64, 400)),
+    ],
+)
+def test_a_budget_can_ask_for_more_where_the_closer_view_may_be_looked_at(card, detail, vision_tokens):
+    assert card.vision_tokens_for(detail) == vision_tokens

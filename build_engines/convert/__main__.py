@@ -31,6 +31,7 @@ from build_engines.convert.options import (
 from build_engines.convert.plan import Step, plan, told
 from build_engines.convert.run import is_done, publish, recover, run
 from build_engines.convert.source import Source, file_digest
+from service.core import tensors
 
 
 class Bar:
@@ -119,12 +120,15 @@ def check_out(out: Path) -> None:
         raise Refused(f"{out} is no model repository and not empty: choose another --out")
 
 
-def code_digest() -> str:
-    """Digest of this project's files that the steps' outputs depend on."""
+def code_files() -> list[Path]:
+    """This project's files that the steps' outputs depend on."""
     package = Path(__file__).parents[1]
-    own = sorted(path for folder in ("build", "model") for path in (package / folder).glob("*.py"))
-    files = [*own, package / "export.py", package / "repository.py"]
-    return "-".join(file_digest(path)[:8] for path in files)
+    own = sorted(path for folder in ("convert", "model") for path in (package / folder).glob("*.py"))
+    return [*own, package / "export.py", package / "repository.py", Path(tensors.__file__)]
+
+
+def code_digest() -> str:
+    return "-".join(file_digest(path)[:8] for path in code_files())
 
 
 def root_of(source: Source) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from build_engines.convert.__main__ import code_files
 from build_engines.convert.plan import Step, keyed
 from build_engines.convert.run import digests, is_done, publish, recover, run
 
@@ -147,3 +148,9 @@ def test_a_kill_between_two_names_is_mended(tmp_path: Path) -> None:
     assert (out / "card.json").read_text() == "a"
     publish(tmp_path / "a", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]
+
+
+def test_a_change_of_what_the_outputs_depend_on_builds_them_again():
+    names = {f"{path.parent.name}/{path.name}" for path in code_files()}
+    assert names >= {"convert/steps.py", "model/allocator.py", "build_engines/repository.py", "core/tensors.py"}
+    assert all(path.is_file() for path in code_files())

@@ -701,7 +701,7 @@ async def test_bodies_are_reserved_by_their_length_before_they_are_read(house_of
     await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_960_000)
     refused = await caller.http.post("/v1/images", content=bytes(50_000))
     assert fault(refused, 429)["code"] == "saturated"
-    assert "1,960,000 of 2,000,000 nbytes" in refused.json()["error"]["message"]
+    assert "request bytes (1,960,000 of 2,000,000" in refused.json()["error"]["message"]
     assert int(refused.headers["retry-after"]) >= 1
     assert caller.house.counted("glimpse_refusals_total", reason="saturated") == 1
     arrived.set()

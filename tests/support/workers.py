@@ -1,7 +1,7 @@
 """What each worker of pytest-xdist runs: one of them every test that starts servers, the others the rest by file.
 
-One Triton serves the session that way, and no test with a deadline runs beside another server's load. xdist's own
-`--dist loadgroup` would do: but 3.8 groups nothing under pytest 9.2, where a test's id cannot be changed.
+One Triton serves the session that way, and no test with a deadline runs beside another server's load. `--dist
+loadgroup` of xdist 3.8 cannot do it: it writes the group into a test's id, which pytest 9.2 takes no notice of.
 """
 
 from __future__ import annotations
@@ -46,5 +46,7 @@ class Workers:
 
 
 def tell_servers(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.workerinput["workerid"] == FIRST:  # type: ignore[attr-defined]
-        Path(config.workerinput["servers"]).write_text("\n".join(item.nodeid for item in items))  # type: ignore[attr-defined]
+    """These start servers. All workers collect the same tests: one of them tells."""
+    told = config.workerinput  # type: ignore[attr-defined]
+    if told["workerid"] == FIRST:
+        Path(told["servers"]).write_text("\n".join(item.nodeid for item in items))

@@ -119,8 +119,8 @@ class PromptBuilder:
     def compose_request(self, request: Request, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
         """Compose a request's prompt.
 
-        `images` has one entry for each of the request's images, in order: its visual tokens [N, H], and a key that
-        names their origin (image, question, budget, models).
+        `images` has one entry for each of the request's images, in order: visual tokens [N, H] and a key. The key names
+        everything that decides them (image, question, budget, models).
         """
         return self._composed(_pieces(self.card.prompt_template, request), images)
 

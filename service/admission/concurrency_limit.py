@@ -12,8 +12,8 @@ Jain 1989):
   - An answer widens a limit of n by 1/n, so n answers widen it by one.
 
 A paused request (it waits for another request's result) does not count, so that the other one can start. While the
-limit is narrow, a request waits for its first grant at most PATIENCE of its whole time (after Nichols and Jacobson
-2012, "Controlling queue delay"). After a longer wait it would start with too little time left, and miss its deadline.
+limit is narrow, a request's first grant must come within PATIENCE of its whole time (after Nichols and Jacobson 2012,
+"Controlling queue delay"). After a longer wait it would start with too little time left, and miss its deadline.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Measure contention: the time that requests in service lose to each other. Pure: `now` is an argument.
 
-A request is in service from its first grant until it ends. If n requests are in service, each has 1/n of the machine
-and loses (n - 1) / n of its time to the others (processor sharing: Kleinrock 1967).
+A request is in service from its first grant until it ends. If n requests are in service, each has 1/n of the machine.
+It loses (n - 1) / n of its time to the others (processor sharing: Kleinrock 1967).
 
-Lost time counts as a wait, like time in a queue. It is the time lost so far, plus the time that the request will lose
-until it has had as much of the machine as an answer takes. If the deadline is far, a request can bear some of it: SPARE
-of its whole time, less the target, does not count.
+Lost time counts as a wait, like time in a queue. It is the time lost so far, plus the time that the request is going to
+lose. The second part assumes that an answer needs `own_s` of the whole machine. If the deadline is far, a request can
+bear some of it: SPARE of its whole time, less the target, does not count.
 
 So contention shows load, not slowness. A request alone in service loses nothing, however long its answer takes. A
 request whose whole time is less than the target never waits too long.

@@ -4,9 +4,9 @@ The controller watches the longest wait at each moment: in a queue, or by conten
 excess over the target. A wait of twice the target for STEP_S raises the level by one, unless the queue already shrinks
 fast enough. A wait below CALM of the target for some seconds lowers it by one.
 
-Each lowering is a trial, because the queue's length at another level is unknown. If the level has to rise again within
-TRIAL_S, the next trial of that level or a lower one waits four times as long, but at most MOST_HOLD_S. If the load is
-too much for one level and not for the next, the controller therefore stays at the higher one, with short trials.
+Each lowering is a trial, because the queue's length at another level is unknown. A trial fails if the level has to rise
+again within TRIAL_S. The next trial of that level or a lower one then waits four times as long, at most MOST_HOLD_S. If
+the load is too much for one level but not for the next, the controller stays at the higher one, with short trials.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ no deadlock. These rules choose the next claim:
   - The tenant that holds least of the resource goes first.
   - Inside a tenant, the smallest rank goes first. A claim's rank is its arrival plus its handicap. The handicap is its
     kind's HANDICAP_S and, for low priority, LOW_PRIORITY_S more. So the cheaper kind goes first, but an old claim keeps
-    its place: a claim overtakes another only if it arrived less than the difference of their handicaps later.
+    its place. A claim overtakes another only if it arrived less than the difference of their handicaps later.
   - A claim passes others that do not fit. But after one of those has waited its handicap and PATIENCE_S, it is out of
     patience, and nothing behind it starts.
 

@@ -55,7 +55,7 @@ class RedisFault(Exception):
 
 def fault_of(error: BaseException) -> RedisFault:
     kind = next((kind for foreigner, kind in KINDS if isinstance(error, foreigner)), None)
-    if kind is None:  # a bug in the client: it must not fail a request, but somebody should see it in the log
+    if kind is None:  # a bug in the client: it must not fail a request, so it is only logged
         log.error("redis_client_fault", exc_info=error)
     return RedisFault(kind or "fault", str(error) or type(error).__name__)
 

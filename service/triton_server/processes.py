@@ -23,7 +23,7 @@ LEAST_REGION_BYTES = 1 << 20
 REGIONS_SHARE = 0.25  # of the free shared memory: a region takes all of its bytes at once
 
 # Runs in the child before tritonserver takes its place: when the process that started it dies, even by SIGKILL, the
-# kernel tells Triton to stop. The last check covers a death before the first line.
+# kernel tells Triton to stop. The last line covers the case that the parent died before the first line ran.
 GUARD = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"

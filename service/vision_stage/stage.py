@@ -326,7 +326,7 @@ async def together(
     ticket: Ticket,
     reservation: Reservation,
 ) -> None:
-    """Do a step for all looks at the same time. The first failure cancels the other looks and is raised."""
+    """Do a step for all looks at the same time. The first failure cancels the other looks, and is raised."""
     if len(looks) <= 1:  # without tasks, which cost 0.1 ms
         for look in looks:
             await step(look, ticket, reservation)

@@ -1,4 +1,4 @@
-"""Give the routes the gateway behind them, and read from a request who its caller is."""
+"""Give the routes the gateway behind them, and read the caller's name and id from a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m service` and `glimpse serve`: serves until Ctrl-C or SIGTERM."""
+"""Serve until Ctrl-C or SIGTERM, for `python -m service` and `glimpse serve`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from service.triton_server.installation import StartFailed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # New objects before the next garbage collection. A request makes about a thousand objects and few cycles. With Python's
-# default of 700, which looks through all modules again and again, collection took 10 % of a follow-up's CPU time.
+# default of 700, the collector often scanned the objects of all modules: 10 % of a follow-up's CPU time.
 GARBAGE_AFTER = 20_000
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: it would raise the signals again before Triton has stopped."""
+    """Run uvicorn without its signal handlers: they would raise the signals again before Triton has stopped."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -108,7 +108,7 @@ def bound(settings: Settings) -> socket.socket:
     except OSError as exc:
         listener.close()
         raise StartFailed(
-            f"cannot listen on {host}:{port} ({exc.strerror}): stop what listens there "
+            f"cannot listen on {host}:{port} ({exc.strerror}): stop the program that listens there "
             f"(`ss -ltnp 'sport = :{port}'` shows it), or set GLIMPSE_HTTP_PORT or GLIMPSE_HTTP_HOST"
         ) from exc
     return listener

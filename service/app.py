@@ -1,4 +1,4 @@
-"""The composition root: makes every part from Settings once, and owns the tasks that live as long as the service."""
+"""Make every part from Settings once (the composition root), and own the tasks that live as long as the service."""
 
 from __future__ import annotations
 
@@ -45,19 +45,20 @@ class App:
 
 
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
-    """Reads the model repository's card and tokenizers; starts nothing. Raises SettingsError."""
+    """Read the model repository's card and tokenizers and make all parts; start nothing. Raises SettingsError."""
     try:
         card = ModelCard.from_json((settings.model_repository / "card.json").read_text())
         prompts = PromptBuilder.load(card, settings.model_repository)
         engines = read_engines(settings.model_repository)
     except Exception as exc:  # tokenizers raises plain Exception
         raise SettingsError(
-            f"no model repository that can be read in {settings.model_repository} ({exc}): "
+            f"{settings.model_repository} is not a model repository that can be read ({exc}): "
             "point GLIMPSE_MODEL_REPOSITORY at one, or make it with `make repository`"
         ) from exc
     if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
         raise SettingsError(
-            f"GLIMPSE_LLM_TOKENS must hold at least one request of {card.name}, {card.max_positions} tokens"
+            f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
+            f"raise it to at least {card.max_positions}"
         )
     embedded_url = f"127.0.0.1:{settings.triton_grpc_port}"
     metrics = Metrics()
@@ -82,7 +83,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
 
 
 def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
-    """All that HTTP sees of the gateway."""
+    """Give the HTTP edge the parts of the gateway that it uses."""
     return Edge(
         pipeline=pipeline,
         questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
@@ -94,7 +95,7 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
 
 
 def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:
-    """Starts nothing. Raises SettingsError."""
+    """Make the Redis tier, or None without a URL; start nothing. Raises SettingsError."""
     if settings.redis_url is None:
         return None
     limits = RedisLimits(settings.redis_timeout_s, settings.redis_flight_s, settings.redis_ttl_s)
@@ -106,9 +107,9 @@ def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTi
 
 @asynccontextmanager
 async def running(app: App) -> AsyncIterator[None]:
-    """Triton is started (embedded) or only addressed (external), and watched while the block runs.
+    """Start the embedded Triton, or connect to an external one, and watch it while the block runs.
 
-    Raises StartFailed. A watcher that fails cancels the block: a service that nobody watches is not left standing.
+    Raises StartFailed. A watcher that fails cancels the block, so the service never runs without its watchers.
     """
     settings = app.settings
     async with AsyncExitStack() as parts:

@@ -115,7 +115,7 @@ class Metrics:
             SHARES,
             "tension",
         )
-        # Tiers: memory is this process's; redis is asked only for what memory does not hold.
+        # Tiers: `memory` is this process's memory. `redis` is asked only if memory does not have the features.
         self.feature_cache_lookups = self._counter(
             "feature_cache_lookups",
             "Feature lookups, by tier and result: hit, miss, shared (waited for another request's encode); in Redis "

@@ -1,4 +1,4 @@
-"""How requests end: each in exactly one outcome, which is one metric and one log line."""
+"""End each request in exactly one outcome: one metric and one log line."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from service.ticket import Ticket
 
 log = structlog.get_logger()
 
-# Outcomes of questions that ended before their tokens were generated, as nobody would have read them.
+# With these outcomes the LLM stopped early: the caller would not have read the remaining tokens.
 NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
 
 
 class Outcomes:
-    """Made once by the pipeline."""
+    """Count and log the outcomes of all requests. Made once by the pipeline."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
 
     @contextmanager
     def of(self, request: Request) -> Iterator[Ticket]:
-        """Names how the request ended, counts it and logs it, once. Unknown errors become InternalError."""
+        """Open the request's ticket, and count and log its outcome when the block ends.
+
+        An unknown error becomes InternalError.
+        """
         now = time.monotonic()
         ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
         fault: Exception | None = None
@@ -45,7 +48,7 @@ class Outcomes:
             _log(ticket, fault)
 
     def answered(self, ticket: Ticket, seen: Sequence[Seen]) -> None:
-        """The request came to its answer, for which this was seen of its images."""
+        """Record that the request was answered, from these visual tokens of its images."""
         ticket.outcome = "ok"
         for each in seen:
             self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
@@ -91,7 +94,7 @@ def _log(ticket: Ticket, fault: Exception | None) -> None:
 
 
 def told_of(fault: Exception | None) -> dict[str, object]:
-    """What the log says of it: an error of ours in words, with what was said behind us; any other with its trace."""
+    """Return the log's fields for a fault: message and cause of a GlimpseError, the traceback of any other error."""
     match fault:
         case None:
             return {}

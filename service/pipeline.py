@@ -1,4 +1,4 @@
-"""The path of one request: admit, load, look, generate. It knows no transport and no Triton."""
+"""Run one request: admit, load, look, generate. This module knows no transport and no Triton."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from service.settings import Settings
 from service.ticket import Ticket
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
 
-__all__ = ["LanguageModel", "Pipeline", "Reservation"]  # a transport sees these, and nothing behind them
+__all__ = ["LanguageModel", "Pipeline", "Reservation"]  # the only names that a transport imports
 
 
 class LanguageModel(Protocol):
-    """Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
+    """Generate an answer's tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
 
     def generate(
         self,
@@ -49,12 +49,12 @@ class LanguageModel(Protocol):
         timeout_s: float,
         stall_timeout_s: float,
     ) -> AsyncGenerator[tuple[int, ...], None]:
-        """Token ids as they come, `end_id` included where it was generated. Closing the generator cancels."""
+        """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels."""
         ...
 
 
 class Pipeline:
-    """Everything that is needed to answer; made once by the composition root."""
+    """Hold everything that is needed to answer. Made once by the composition root."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Pipeline:
         self._spelled = token_bytes(prompts.tokenizer)
 
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
-        """Admit, load, look, generate. Raises GlimpseError only."""
+        """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
         with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
             async with ticket.in_time():
                 images = await self.load(ticket)
@@ -108,7 +108,7 @@ class Pipeline:
             yield self.finish(ticket, images, seen)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
-        """Takes an image that questions can name by its id.
+        """Check and keep an image, so that questions can name it by its id.
 
         Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded.
         """
@@ -126,10 +126,10 @@ class Pipeline:
 
     @contextmanager
     def reservation(self, tenant: str) -> Iterator[Reservation]:
-        """All that one request of a transport holds, from before its body is read until its response has ended.
+        """Open the reservation of one request. It lasts from before the body is read until the response has ended.
 
-        `answer` and `keep_image` go on with it, and give back what they took when they end. Raises Overloaded if there
-        is no room for one more request.
+        `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
+        no room for one more request.
         """
         with self.admission.reservation(tenant) as reservation:
             reservation.require_room(Cost(tokens=self.admission.row_tokens))
@@ -137,8 +137,10 @@ class Pipeline:
 
     @contextmanager
     def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[None]:
-        """Refuses what cannot be answered before any work is done, and reserves what it will cost; that is given back
-        at the end. Raises InvalidRequest, Overloaded."""
+        """Check the request before any work is done, and reserve its LLM tokens for the block.
+
+        Raises InvalidRequest, Overloaded.
+        """
         with reservation.work():
             tokens = max(self.check(ticket.request), self.admission.row_tokens)
             reservation.reserve(Cost(tokens=tokens))
@@ -150,7 +152,7 @@ class Pipeline:
                 self.metrics.in_flight.dec()
 
     def check(self, request: Request) -> int:
-        """The request's tokens in the LLM, at the most. Raises InvalidRequest where the model cannot do it."""
+        """Return the most LLM tokens that the request can use. Raises InvalidRequest if the model cannot answer it."""
         budget, card = request.budget, self.card
         if request.detail == "high" and not card.closer_view:
             raise InvalidRequest(
@@ -159,13 +161,13 @@ class Pipeline:
                 code="detail_not_supported",
             )
         offered = card.vision_tokens_for(request.detail)
-        who = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
-        require_range("budget.vision_tokens", budget.vision_tokens, offered, who)
+        model = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
+        require_range("budget.vision_tokens", budget.vision_tokens, offered, model)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
         return self.prompts.require_room(request)
 
     async def load(self, ticket: Ticket) -> list[Image]:
-        """The images' bytes and digests; they are not decoded here, as a known image needs no pixels."""
+        """Return the images' bytes and digests. It decodes nothing, because a known image needs no pixels."""
         images, sources = [], ticket.request.images
         with ticket.stage("load"):
             for index, source in enumerate(sources):
@@ -174,7 +176,7 @@ class Pipeline:
         return images
 
     async def load_one(self, source: ImageSource) -> Image:
-        """Raises NotFound for an unknown id, InvalidRequest for a URL."""
+        """Return the bytes and digest of one image. Raises NotFound for an unknown id, InvalidRequest for a URL."""
         match source:
             case ImageBytes(data):
                 return await self.reader.identify(data)
@@ -196,7 +198,7 @@ class Pipeline:
         return self.prompts.compose_request(request, visual)
 
     async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
-        """The answer's text as it becomes certain. Leaving early cancels the LLM's stream."""
+        """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         detokeniser = Detokeniser(self._spelled, sampling.stop)
         tokens = self.language.generate(
@@ -219,7 +221,7 @@ class Pipeline:
             yield text
 
     async def _next_tokens(self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket) -> list[int] | None:
-        """The next ids without the end's, or None at the end of the stream."""
+        """Return the next ids without the end id, or None at the end of the stream."""
         with ticket.stage(ticket.writing):
             async with ticket.in_time():
                 ids = await anext(tokens, None)
@@ -258,7 +260,7 @@ class Pipeline:
 def require_range(
     name: str, asked: tuple[int, int], offered: tuple[int, int], model: str, multiple_of: int = 1
 ) -> None:
-    """Raises InvalidRequest unless least <= most, both inside what is offered."""
+    """Raise InvalidRequest unless least <= most and both are in the offered range."""
     least, most = asked
     if least > most:
         raise InvalidRequest(f"{name} is [least, most], and {least} is more than {most}: swap them", param=name)

@@ -1,4 +1,4 @@
-"""Text to ids and back: what the allocator and the LLM read of a question, and the answer's text as tokens come."""
+"""Turn a question into ids for the allocator and the LLM, and the answer's tokens into text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LLM_TOKENIZER = "tokenizer.json"
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizers` file; special tokens spelled out in a question are read as plain text."""
+    """Load a `tokenizers` file. It reads the name of a special token in a question as plain text."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
@@ -36,38 +36,39 @@ Piece = str | None  # of a prompt: text, or the place of the next image
 
 
 class PromptBuilder:
-    """BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question.
+    """Build BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question.
 
-    Earlier questions stand before it in the same template, each with its answer: "Question: a Answer: b Question: c
+    Earlier questions come first, in the same template, each with its answer: "Question: a Answer: b Question: c
     Answer:". The allocator and the Q-Former read the last question only.
 
-    Visual tokens stand where their image stands:
-      - An image before all text of its question stands before the template: `<image> Question: a Answer:`. At the
-        start of the prompt this is also before BOS.
-      - Any other image stands inside the template, at the end of the text before it. Texts are joined by spaces as if
-        the image were not there, and each piece of text between images is tokenised by itself:
-        `Question: a <image> b Answer:` is the text "Question: a", the visual tokens, and the text " b Answer:".
+    An image's visual tokens take the image's place in the prompt:
+      - If the image comes before all text of its question, they come before the template: `<image> Question: a
+        Answer:`. At the start of the prompt they also come before BOS.
+      - Otherwise they come inside the template, directly after the text before the image. Spaces join the texts as if
+        there were no image between them. Each text between images is tokenised separately:
+        `Question: a <image> b Answer:` becomes the text "Question: a", the visual tokens, and the text " b Answer:".
     """
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer, qformer_tokenizer: Tokenizer | None = None) -> None:
-        """`qformer_tokenizer` where the Q-Former reads the question in ids of its own."""
+        """Pass `qformer_tokenizer` if the Q-Former reads the question in its own ids."""
         self.card = card
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
         if qformer_tokenizer is not None:
-            qformer_tokenizer.enable_truncation(QUESTION_TOKENS)  # of the words; [CLS] and [SEP] stay
+            qformer_tokenizer.enable_truncation(QUESTION_TOKENS)  # cuts the words, and keeps [CLS] and [SEP]
 
     @classmethod
     def load(cls, card: ModelCard, repository: Path) -> Self:
-        """From the files that the card names. Raises Exception, as `tokenizers` does, for what cannot be read."""
+        """Load the files that the card names. Raises Exception, as `tokenizers` does, if a file cannot be read."""
         own = None if card.question_tokenizer == LLM_TOKENIZER else load_tokenizer(repository / card.question_tokenizer)
         return cls(card, load_tokenizer(repository / LLM_TOKENIZER), own)
 
     def question(self, text: str) -> Question:
-        """What the allocator, and InstructBLIP's Q-Former, read: longer ones are cut, for them only.
+        """Return the question for the allocator and InstructBLIP's Q-Former. It is cut to QUESTION_TOKENS.
 
-        The bare question in the LLM's ids, without BOS; or the whole prompt's text in the Q-Former's, with its special
-        tokens, as InstructBlipProcessor does. Padding is id 0, which every vocabulary has and the mask hides.
+        The ids are the bare question's in the LLM's vocabulary, without BOS. If the Q-Former has its own tokenizer,
+        they are the whole prompt's in its vocabulary, with its special tokens, as InstructBlipProcessor does. Padding
+        is id 0: every vocabulary has it, and the mask hides it.
         """
         if self.qformer_tokenizer is None:
             ids = self._encode(text)[:QUESTION_TOKENS]
@@ -80,7 +81,7 @@ class PromptBuilder:
         )
 
     def text_ids(self, question: str) -> list[int]:
-        """BOS and the template with the question."""
+        """Return the ids of BOS and of the template with the question."""
         return [self.card.bos_id, *self._encode(self._prompt(question))]
 
     def require_room(self, request: Request) -> int:
@@ -112,12 +113,15 @@ class PromptBuilder:
         return total
 
     def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
-        """Images, then one question. `images` are as for `compose_request`."""
+        """Compose the prompt of some images and then one question. `images` are as for `compose_request`."""
         return self._composed([*[None] * len(images), self._prompt(question)], images)
 
     def compose_request(self, request: Request, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
-        """`images`: for each of the request's images, in order, its visual tokens [N, H] and a key that names what
-        they were made from (image, question, budget, models)."""
+        """Compose a request's prompt.
+
+        `images` has one entry for each of the request's images, in order: visual tokens [N, H] and a key. The key names
+        everything that decides them (image, question, budget, models).
+        """
         return self._composed(_pieces(self.card.prompt_template, request), images)
 
     def _composed(self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
@@ -138,7 +142,7 @@ class PromptBuilder:
         return Prompt(np.concatenate(input_ids), visual_tokens, np.concatenate(extra_ids))
 
     def _layout(self, pieces: Iterable[Piece]) -> Iterator[list[int] | None]:
-        """The ids of each text, with BOS before the first; None at the place of an image."""
+        """Yield the ids of each text, with BOS before the first, and None at the place of an image."""
         start = [self.card.bos_id]
         for piece in pieces:
             if piece is None:
@@ -156,7 +160,7 @@ class PromptBuilder:
 
 
 def _pieces(template: str, request: Request) -> list[Piece]:
-    """The whole conversation in order. Texts that no image separates are one piece."""
+    """Return the whole conversation in order. Texts without an image between them are one piece."""
     pieces: list[Piece] = []
 
     def add(*following: Piece) -> None:
@@ -173,7 +177,7 @@ def _pieces(template: str, request: Request) -> list[Piece]:
 
 
 def _question_pieces(template: str, parts: Sequence[Part], space: str) -> Iterator[Piece]:
-    """One question in its template, behind `space`, with its images in place."""
+    """Yield one question in its template, after `space`, with its images in place."""
     head, _, tail = template.partition("{question}")
     inside = list(dropwhile(lambda part: not isinstance(part, Text), parts))
     yield from [None] * (len(parts) - len(inside))
@@ -184,15 +188,19 @@ def _question_pieces(template: str, parts: Sequence[Part], space: str) -> Iterat
 
 
 def visual_token_ids(key: bytes, count: int) -> npt.NDArray[np.uint64]:
-    """[count] ids >= 1, one a visual token: equal ids mean equal embeddings, so an LLM server may share their KV."""
+    """Return [count] ids >= 1, one a visual token.
+
+    Equal ids mean equal embeddings, so an LLM server may share their keys and values.
+    """
     ids = np.frombuffer(blake3(key).digest(length=8 * count), np.uint64)
     return np.maximum(ids, np.uint64(1))
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes that each id stands for; none for special tokens. Raises ValueError for an unknown kind of tokenizer.
+    """Return the bytes of each id; none for special tokens.
 
-    Knows byte-level BPE (GPT-2, OPT) and SentencePiece with byte fallback (Llama, Vicuna).
+    It knows byte-level BPE (GPT-2, OPT) and SentencePiece with byte fallback (Llama, Vicuna). Raises ValueError for
+    another kind of tokenizer.
     """
     description = json.loads(tokenizer.to_str())
     kinds = {str(step["type"]) for step in _steps(description["decoder"])}
@@ -221,7 +229,7 @@ def _steps(decoder: dict[str, object] | None) -> Iterable[dict[str, object]]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's: printable bytes stand for themselves, the others for code points from 256 on."""
+    """Return GPT-2's alphabet: a printable byte is its own character, the others get code points from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -241,11 +249,11 @@ def _spell_sentencepiece(token: str) -> bytes:
 
 
 class Detokeniser:
-    """One answer's tokens to text, as they come.
+    """Turn one answer's tokens into text, as they come.
 
     Text is emitted once it is certain: whole characters only, and nothing that could be the start of a stop string.
-    White space before the answer is dropped. The first stop string to be complete ends the answer, which keeps
-    nothing of it. However the tokens are split over calls, the concatenation is the same.
+    White space before the answer is dropped. The first complete stop string ends the answer and is not part of it. The
+    text is the same, however the tokens are split over calls.
     """
 
     def __init__(self, spelled: Sequence[bytes], stop: Sequence[str] = ()) -> None:
@@ -257,7 +265,7 @@ class Detokeniser:
         self._started = False
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these tokens make certain; empty once a stop string came."""
+        """Return the text that these tokens make certain; "" after a stop string."""
         return self.push_bytes(b"".join(self._spelled[i] if 0 <= i < len(self._spelled) else b"" for i in ids))
 
     def push_bytes(self, data: bytes) -> str:
@@ -276,17 +284,17 @@ class Detokeniser:
         return text[: len(text) - kept]
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come. Bytes of an unfinished character are dropped."""
+        """Return the text held back so far; call it after the last token. It drops an unfinished character's bytes."""
         rest, self._held = self._held, ""
         return rest
 
     def _stop_in(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first; of two that end together, the longer."""
+        """Return the start of the stop string that ends first, or None; of two that end together, the longer one's."""
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         return min(found)[1] if found else None
 
     def _possible_stop(self, text: str) -> int:
-        """How many characters at the end could be the start of a stop string."""
+        """Count the characters at the end that could be the start of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):

@@ -1,4 +1,4 @@
-"""Whether the service can answer now: the last probe of every model, a real inference, succeeded."""
+"""Tell whether the service can answer now: the last probe of every model, a real inference, succeeded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Prober(Protocol):
 
 
 class Readiness:
-    """The result of the last probe of each model."""
+    """Hold the result of the last probe of each model."""
 
     def __init__(self, models: Sequence[str], metrics: Metrics) -> None:
         self.faults: dict[str, str] = dict.fromkeys(models, "not answered yet")

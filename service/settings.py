@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive
     default_timeout_s: float = Field(30.0, gt=0)
     max_timeout_s: float = Field(120.0, gt=0)
-    stall_timeout_s: float = Field(15.0, gt=0)  # between two tokens, before the LLM counts as dead
+    stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
     decode_threads: int = Field(2, gt=0)
 
     # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
@@ -73,10 +73,10 @@ class Settings(BaseSettings):
     fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait for a grant
 
     # Caches in the process's memory. Tenants share them: a key names the image's content and not its sender, so equal
-    # images are encoded once. A sender can tell by the answer's `cache` and its time whether anybody sent the same
-    # bytes before. If tenants must not learn that about each other, give each its own gateway (and Redis).
+    # images are encoded once. A sender can see from the answer's `cache` and its time whether another sender sent the
+    # same bytes before. If tenants must not learn that about each other, give each its own gateway (and Redis).
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
-    # int8: a quarter of FP32's bytes here and in Redis. Follow-ups are then answered from rounded features.
+    # int8: about a third of FP32's bytes here and in Redis. Follow-ups are then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"
     visual_cache_bytes: int = Field(64 * MIB, ge=0)  # visual tokens of pairs of image and question
     image_store_bytes: int = Field(256 * MIB, gt=0)

@@ -50,7 +50,7 @@ class Ticket:
     encoded: int = 0  # encoded images; a closer view counts as its crops
     cache: Literal["hit", "miss"] = "miss"  # final once every image was looked up
     detail: Literal["low", "high"] = "low"  # high once a closer view was used
-    reduced: bool = False  # True once elastic fidelity gave it less than it could have used
+    reduced: bool = False  # True once an image got less than the request allows, because of load
     stages: defaultdict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))
     first_token: float | None = None
     last_token: float | None = None
@@ -89,8 +89,8 @@ class Ticket:
 
     def too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"There was no complete answer within timeout_s={self.request.timeout_s:g}. Raise it, or retry when the "
-            "service is less busy.",
+            f"There was no complete answer within timeout_s={self.request.timeout_s:g}. Raise timeout_s, or retry when "
+            "the service is less busy.",
             param="timeout_s",
         )
 

@@ -23,7 +23,7 @@ from triton_models.gauges import Gauges
 from triton_models.parameters import Parameters
 from triton_models.tensors import read, write
 
-# By gRPC's names, which clients know.
+# Triton's error codes by gRPC's names, which clients know.
 TRITON_CODES = {"INTERNAL": "INTERNAL", "INVALID_ARGUMENT": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE"}
 
 
@@ -231,7 +231,8 @@ class RequestReader:
             ("repetition_penalty", 0 < sampling.repetition_penalty < np.inf, "above 0"),
         ):
             if not holds:
-                raise InvalidRequest(f"{name} must be {rule}", param=name)
+                value = inputs[name].item() if name in inputs else "missing"
+                raise InvalidRequest(f"{name} is {value}: it must be {rule}", param=name)
         return sampling
 
 

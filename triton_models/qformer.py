@@ -39,9 +39,16 @@ class GroupRunner:
         """Run the model's inputs by name, rows first -> visual_tokens [B, 128, H], visual_count int32 [B, 1]."""
         mask, groups = inputs["vision_mask"], inputs["query_groups"][:, 0]
         if mask.shape[1] != inputs["vision_tokens"].shape[1]:
-            raise InvalidRequest("vision_mask must have one entry per vision token", param="vision_mask")
+            raise InvalidRequest(
+                f"vision_mask has {mask.shape[1]} entries for {inputs['vision_tokens'].shape[1]} vision_tokens: "
+                "send one for each",
+                param="vision_mask",
+            )
         if groups.min() < 1 or groups.max() > self.groups:
-            raise InvalidRequest(f"query_groups must be 1 to {self.groups}", param="query_groups")
+            raise InvalidRequest(
+                f"query_groups has values from {groups.min()} to {groups.max()}: send 1 to {self.groups}",
+                param="query_groups",
+            )
         visual = np.zeros((len(mask), self.groups, self.queries, self.hidden_size), self._float)
         everyone = np.arange(len(mask))
         visual[everyone, 0] = self._query(inputs, everyone, mask > 0)

@@ -17,7 +17,7 @@ Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
-SHORTLISTS = (64, 1024)  # a filtered draw tries this many of the likeliest tokens before it sorts a large vocabulary
+SHORTLISTS = (64, 1024)  # a filtered draw tries these numbers of most likely tokens before it sorts a large vocabulary
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -97,7 +97,7 @@ def penalise(scores: FloatArray, seen: npt.NDArray[np.bool_], penalty: Float64Ar
 
 
 def choose(scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array) -> Int64Array:
-    """Draw one token id per row from softmax(scores [n, V]) cut to its likeliest tokens.
+    """Draw one token id per row from softmax(scores [n, V]), cut to its most likely tokens.
 
     At most `top_k` [n] tokens stay, then the fewest of them that reach the mass `top_p` [n]. `uniforms` [n] in [0, 1)
     picks among the rest by inverting the cumulative distribution. The code path of a row depends on that row alone.
@@ -136,7 +136,7 @@ def _choose_from_all(scores: FloatArray, uniforms: Float64Array) -> Int64Array:
 def _choose_from_shortlist(
     size: int, scores: FloatArray, top_k: Int64Array, top_p: Float64Array, uniforms: Float64Array
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-    """Draw from the `size` likeliest tokens -> token ids [n], and whether they were enough [n]."""
+    """Draw from the `size` most likely tokens -> token ids [n], and whether they were enough [n]."""
     first = scores.shape[1] - size
     listed = np.argpartition(scores, first, axis=1)[:, first:]
     order = np.argsort(-np.take_along_axis(scores, listed, axis=1), axis=1, kind="stable")

@@ -1,6 +1,6 @@
-"""The asyncio side of admission: requests wait here for what the pure modules decide.
+"""Let requests wait for the decisions of the pure modules: the asyncio side of admission.
 
-A `Reservation` is all that one request holds. When it ends, for whatever reason, everything is given back at once.
+A `Reservation` is all that one request holds. When it ends, for whatever reason, it gives everything back at once.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from service.settings import Settings
 log = structlog.get_logger()
 
 MAX_RETRY_AFTER_S = 60.0
-ENCODER_FILLS = 3  # vision slots for each image in encode: one is decoded and one attended to meanwhile
+ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
 
 class Admission:
-    """What all requests hold and wait for. Used from one event loop."""
+    """Own the quota, the queues and the reservations of all requests. Used from one event loop."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Admission:
         self.limit = limit = ConcurrencyLimit(vision_slots + engines.llm_rows, self.contention)
         self.scheduler = scheduler = scheduling(vision_slots, llm_tokens, limit=limit)
         self.controller = Fidelity(settings.fidelity_target_s if settings.elastic_fidelity else math.inf, now)
-        self._strain = "calm"  # which wait was the longest last time: "waiting" in a queue, or "late" by contention
+        self._strain = "calm"  # kind of the last longest wait: "waiting" in a queue, or "late" by contention
         self._metrics = metrics
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
         for kind in Kind:
@@ -67,18 +67,18 @@ class Admission:
 
     @property
     def fidelity(self) -> Level:
-        """How closely a request may look now."""
+        """Return the level in force: the most tokens that a request may get now."""
         return LEVELS[self._observe(time.monotonic())]
 
     @contextmanager
     def reservation(self, tenant: str) -> Iterator[Reservation]:
-        """Holds nothing yet."""
+        """Open a reservation, which holds nothing yet. When the block ends, it gives everything back."""
         reservation = Reservation(self, tenant)
         with reservation.work():
             yield reservation
 
     def stop(self) -> None:
-        """Requests that hold something may finish; refuse all others from now on."""
+        """Refuse new requests from now on. Requests that hold something may finish."""
         self.quota.closed = True
 
     def refuse(self, refusal: Refusal) -> Overloaded:
@@ -87,7 +87,10 @@ class Admission:
         return Overloaded(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
 
     async def grant(self, claim: Claim) -> None:
-        """Return when the claim is granted. Raises Overloaded if that would be too late, DeadlineExceeded if it is."""
+        """Wait until the claim is granted.
+
+        Raises Overloaded if the grant would come too late, DeadlineExceeded if the deadline has passed.
+        """
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
             raise self.refuse(refusal)
@@ -98,14 +101,14 @@ class Admission:
         if claim.granted_at is None:
             if time.monotonic() >= claim.deadline:
                 raise DeadlineExceeded(
-                    "The request waited in the queue for all of timeout_s. Raise it, or retry when the service is "
-                    "less busy.",
+                    "The request waited in the queue for all of timeout_s. Raise timeout_s, or retry when the service "
+                    "is less busy.",
                     param="timeout_s",
                 )
             raise self.refuse(self.scheduler.expired(claim))
 
     def release(self, claims: Sequence[Claim], now: float, *, finished: bool) -> None:
-        """Wakes nobody: `schedule` does, once everything is given back that goes together."""
+        """End the claims. This wakes no waiting request: call `schedule` after all related claims are released."""
         for claim in claims:
             self._grants.pop(claim, None)
             self.scheduler.release(claim, now, finished=finished)
@@ -120,7 +123,7 @@ class Admission:
         self._observe(now)
 
     def _observe(self, now: float) -> int:
-        """The level of fidelity from now on."""
+        """Update the level of fidelity from the longest wait -> the level from now on."""
         before = self.controller.level
         since = {"waiting": self.scheduler.waiting_since(now), "late": self.contention.waiting_since(now)}
         waits = {strain: began for strain, began in since.items() if began is not None}
@@ -140,26 +143,26 @@ class Admission:
 
 
 class Reservation:
-    """All that one request holds: its cost of the quota, and its claims on the scheduler's resources."""
+    """Hold everything of one request: its cost in the quota, and its claims on the scheduler's resources."""
 
     def __init__(self, admission: Admission, tenant: str) -> None:
         self.tenant = tenant
         self._admission = admission
         self._arrived = time.monotonic()
         self._cost = Cost()
-        self._inside = False  # let in before a stop, it may finish after it
+        self._inside = False  # True once admitted: it may finish after `stop`
         self._claims: list[Claim] = []
-        self._waits = 0  # for what other requests compute
+        self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
 
     def require_room(self, cost: Cost) -> None:
-        """Reserves nothing. Raises Overloaded if the cost could not be reserved now."""
+        """Check that the cost could be reserved now, but reserve nothing. Raises Overloaded."""
         if (refusal := self._admission.quota.refusal(cost, self.tenant)) is not None:
             raise self._admission.refuse(refusal)
         self._inside = True
 
     def reserve(self, cost: Cost) -> None:
-        """Hold this too until the `work` around it ends. Raises Overloaded."""
+        """Reserve this cost too, until the `work` around it ends. Raises Overloaded."""
         now = time.monotonic()
         if (refusal := self._admission.quota.reserve(cost, self.tenant, now, inside=self._inside)) is not None:
             raise self._admission.refuse(refusal)
@@ -167,12 +170,12 @@ class Reservation:
         self._inside = True
 
     def reserve_bytes(self, nbytes: int) -> None:
-        """`reserve` some bytes of a request's body."""
+        """Reserve some bytes of a request's body. Raises Overloaded."""
         self.reserve(Cost(nbytes=nbytes))
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """At its end, give back what was reserved and claimed in the block. Keep what was reserved before."""
+        """When the block ends, give back all claims and the cost reserved inside it. Keep the cost from before."""
         before = self._cost
         try:
             yield
@@ -182,8 +185,10 @@ class Reservation:
         self._end(answered=True, keep=before)
 
     async def enter(self, claim: Claim) -> None:
-        """Wait for the grant, and hold it until it is given back or the `work` around it ends. Raises Overloaded,
-        DeadlineExceeded."""
+        """Wait for the grant, and hold it until `give_back` or until the `work` around it ends.
+
+        Raises Overloaded, DeadlineExceeded.
+        """
         claim.request, claim.request_arrived, self._deadline = self, self._arrived, claim.deadline
         self._claims.append(claim)
         self._pause_or_resume()
@@ -195,7 +200,7 @@ class Reservation:
             raise
 
     def give_back(self, claim: Claim, *, finished: bool = True) -> None:
-        """Its work is done; `finished=False` if it is to be claimed again."""
+        """End a granted claim. Pass `finished=False` if its work was not done to the end."""
         self._claims.remove(claim)
         self._pause_or_resume()
         now = time.monotonic()
@@ -204,7 +209,7 @@ class Reservation:
 
     @contextmanager
     def waiting_for_others(self) -> Iterator[None]:
-        """The block waits for what another request computes."""
+        """Mark the block as a wait for another request's result."""
         self._waits += 1
         if self._pause_or_resume():
             self._admission.schedule(time.monotonic())
@@ -215,8 +220,10 @@ class Reservation:
             self._pause_or_resume()
 
     def _pause_or_resume(self) -> bool:
-        """A request that claims nothing and waits for others does not count as working. Returns whether that makes
-        room for another one."""
+        """Count the request as paused if it has no claim and waits for others, else as working.
+
+        Returns whether the change makes room for another request.
+        """
         contention = self._admission.contention
         if self._waits and not self._claims:
             return contention.pause(self)
@@ -224,7 +231,7 @@ class Reservation:
         return False
 
     def _end(self, *, answered: bool, keep: Cost) -> None:
-        """Give back all but `keep`. `answered` is false if the request did not come to its answer."""
+        """Give back everything except `keep`. `answered` is false if the request did not get its answer."""
         now, admission = time.monotonic(), self._admission
         admission.release(self._claims, now, finished=answered)
         admission.limit.end(self, now, answered=answered, missed=now >= self._deadline)

@@ -1,17 +1,19 @@
-"""An AIMD concurrency limit on the requests in service, learned from missed deadlines. Pure: `now` is an argument.
+"""Limit the requests in service: an AIMD concurrency limit, learned from missed deadlines.
 
-Memory is not time. If every request that fits in memory is worked on at once, each may be so slow that all end too
-late; then everything spent on them is lost. The limit starts as wide as there is room, and follows additive increase,
-multiplicative decrease (Chiu and Jain 1989):
+Pure: `now` is an argument.
 
-  - A miss narrows it to DECREASE times the requests being worked on: a request missed its deadline although it was in
-    service at least as long as an answer takes by itself. Requests that were in service together narrow it only once.
-    A request that gave itself less time than an answer takes says nothing about load.
-  - Each answer widens it by its inverse, so by one for every full set of answers.
+Memory is not time. If all requests that fit in memory run at once, each may be so slow that all end too late. Then all
+work on them is lost. The limit starts at its widest and follows additive increase, multiplicative decrease (Chiu and
+Jain 1989):
 
-A paused request (it waits for what another one computes) leaves its room to that one, which may be outside. While the
-limit is narrow, a request waits for its first grant no longer than PATIENCE of the time it came with (after Nichols and
-Jacobson 2012, "Controlling queue delay"): later it would start with too little time left, and miss.
+  - A miss narrows the limit to DECREASE times the working requests. A miss is a request that passed its deadline,
+    although it was in service at least as long as an answer takes alone. (A shorter timeout says nothing about load.)
+    Requests that were in service at the same time narrow the limit only once.
+  - An answer widens a limit of n by 1/n, so n answers widen it by one.
+
+A paused request (it waits for another request's result) does not count, so that the other one can start. While the
+limit is narrow, a request's first grant must come within PATIENCE of its whole time (after Nichols and Jacobson 2012,
+"Controlling queue delay"). After a longer wait it would start with too little time left, and miss its deadline.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ ONE_QUEUE_S = 2.0  # refusals at most this far apart count as one queue
 
 
 class ConcurrencyLimit:
-    """How many requests may be in service at once."""
+    """Decide how many requests may be in service at once."""
 
     def __init__(self, widest: float = math.inf, contention: Contention | None = None) -> None:
-        """`widest`: how many there is room for; infinity means no limit."""
+        """`widest`: the most requests that have room; infinity means no limit."""
         self.widest = widest
         self.width = widest
         self.contention = Contention(math.inf) if contention is None else contention
@@ -41,13 +43,15 @@ class ConcurrencyLimit:
         return self.width < self.widest
 
     def allows(self, request: object) -> bool:
-        """True for a request in service, for one that would be alone, and while there is room."""
+        """Return whether the request may start: it is in service already, it would be alone, or there is room."""
         working = self.contention.working
         return not working or request in self.contention or working < self.width
 
     def end(self, request: object, now: float, *, answered: bool, missed: bool) -> None:
-        """A request ended: with an answer, past its deadline (`missed`), or neither. Does nothing for a request that
-        was never in service."""
+        """Record that a request ended: with an answer, past its deadline (`missed`), or neither.
+
+        It does nothing for a request that was never in service.
+        """
         since, working = self.contention.since(request), self.contention.working
         served_s = self.contention.end(request, now, answered=answered)
         if since is None or served_s is None:
@@ -59,11 +63,11 @@ class ConcurrencyLimit:
             self._narrowed_at = now
 
     def latest_start(self, arrived: float, deadline: float) -> float:
-        """Until when a request that is not in service may wait for its first grant."""
+        """Return the latest time at which a request that is not in service may get its first grant."""
         return arrived + PATIENCE * (deadline - arrived) if self.is_narrow else deadline
 
     def refused(self, arrived: float, now: float) -> None:
-        """A request was refused because it would wait too long. Counts only while the limit is narrow."""
+        """Record a refusal because of too long a wait. It counts only while the limit is narrow."""
         if not self.is_narrow:
             return
         if now - self._refused_at > ONE_QUEUE_S:
@@ -71,6 +75,8 @@ class ConcurrencyLimit:
         self._refused_at = now
 
     def refusing_since(self, now: float) -> float | None:
-        """Arrival of the first of the requests refused one after the other until now: in a queue it would still wait.
-        None if none was refused lately."""
+        """Return the arrival of the first request of the current series of refusals; None if there is no such series.
+
+        A series has gaps of at most ONE_QUEUE_S. If its first request had stayed in the queue, it would still wait.
+        """
         return self._refusing_since if now - self._refused_at <= ONE_QUEUE_S else None

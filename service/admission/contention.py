@@ -1,20 +1,22 @@
-"""The requests in service, and what they lose to each other. Pure: `now` is an argument.
+"""Measure contention: the time that requests in service lose to each other. Pure: `now` is an argument.
 
-A request is in service from its first grant until it ends. Of n requests in service each has an n-th of the machine
-and loses (n - 1) / n of its time to the others (processor sharing: Kleinrock 1967). What it has lost so far, and will
-lose until it has had as much of the machine as answers take, is a wait like that in a queue. A request can bear some of
-it while its deadline is far: SPARE of the time it came with, less the target, does not count.
+A request is in service from its first grant until it ends. If n requests are in service, each has 1/n of the machine.
+It loses (n - 1) / n of its time to the others (processor sharing: Kleinrock 1967).
 
-This tells load from slowness. A request in service alone loses nothing, however long its answer takes. A request that
-came with less time than the target never waits too long.
+Lost time counts as a wait, like time in a queue. It is the time lost so far, plus the time that the request is going to
+lose. The second part assumes that an answer needs `own_s` of the whole machine. If the deadline is far, a request can
+bear some of it: SPARE of its whole time, less the target, does not count.
+
+So contention shows load, not slowness. A request alone in service loses nothing, however long its answer takes. A
+request whose whole time is less than the target never waits too long.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SPARE = 0.5  # of a request's time may go to others
-MEDIAN_STEP = 1.1  # one answer moves the median of answers' own time by this factor
+SPARE = 0.5  # share of a request's time that may go to others
+MEDIAN_STEP = 1.1  # factor by which one answer moves the median of answers' own time
 
 
 @dataclass(slots=True)
@@ -22,23 +24,22 @@ class _InService:
     """One request's share of the machine."""
 
     since: float
-    lost_before_s: float  # what a request in service from the beginning had lost when this one started
+    lost_before_s: float  # `Contention._lost_s` when this request started
     allowed_s: float
     is_paused: bool = False
 
 
 class Contention:
-    """The one register of the requests in service, each named by any hashable object.
+    """Register the requests in service. Any hashable object stands for a request.
 
-    `own_s` is the one estimate of how long an answer takes with the machine to itself: the median of late, 0.0 while
-    nothing was answered.
+    `own_s` estimates how long an answer takes alone on the machine: the median of recent answers, 0.0 before the first.
     """
 
     def __init__(self, target_s: float, now: float = 0.0) -> None:
         self.own_s = 0.0
         self._target_s = target_s
         self._now = now
-        self._lost_s = 0.0  # by a request in service from the beginning
+        self._lost_s = 0.0  # time that a request in service since the start would have lost
         self._in_service: dict[object, _InService] = {}
         self._paused = 0
 
@@ -50,17 +51,19 @@ class Contention:
 
     @property
     def working(self) -> int:
-        """Requests in service that do not wait for what another one computes."""
+        """Count the requests in service that do not wait for another request's result."""
         return len(self._in_service) - self._paused
 
     def start(self, request: object, now: float, allowed_s: float) -> None:
-        """`allowed_s`: from its arrival to its deadline; infinite if it may wait for others. Does nothing the second
-        time."""
+        """Register a request; a second call does nothing.
+
+        `allowed_s` is the time from its arrival to its deadline, or infinity if it may wait for others.
+        """
         self._pass_time(now)
         self._in_service.setdefault(request, _InService(now, self._lost_s, allowed_s))
 
     def pause(self, request: object) -> bool:
-        """It waits for what another one computes. Returns whether that was news."""
+        """Record that the request waits for another request's result. Returns whether it was working until now."""
         share = self._in_service.get(request)
         if share is None or share.is_paused:
             return False
@@ -69,14 +72,14 @@ class Contention:
         return True
 
     def resume(self, request: object) -> None:
-        """Ends a pause; does nothing without one."""
+        """End the request's pause, if it is paused."""
         share = self._in_service.get(request)
         if share is not None and share.is_paused:
             share.is_paused = False
             self._paused -= 1
 
     def end(self, request: object, now: float, *, answered: bool) -> float | None:
-        """Returns how many seconds it was in service; None if it never was."""
+        """Remove a request -> the seconds that it was in service; None if it never was."""
         self._pass_time(now)
         self.resume(request)
         share = self._in_service.pop(request, None)
@@ -92,13 +95,15 @@ class Contention:
         return served_s
 
     def since(self, request: object) -> float | None:
-        """When it was first granted something; None if it never was."""
+        """Return the time of the request's first grant; None if it is not in service."""
         share = self._in_service.get(request)
         return None if share is None else share.since
 
     def waiting_since(self, now: float) -> float | None:
-        """Equivalent arrival time of the most delayed request: in a queue it would have waited since then. None if
-        no request is delayed more than it can bear."""
+        """Return the arrival that would give the most delayed request the same wait in a queue.
+
+        None if no request is delayed more than it can bear.
+        """
         self._pass_time(now)
         wait_s = max((self._wait_s(share) for share in self._in_service.values()), default=0.0)
         return now - wait_s if wait_s > 0 and len(self._in_service) > 1 else None

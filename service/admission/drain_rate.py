@@ -1,15 +1,15 @@
-"""How fast units come free, measured while requests waited for them. Gives Retry-After and queue time estimates."""
+"""Measure how fast units come free while requests wait for them, for Retry-After and estimates of queue time."""
 
 from __future__ import annotations
 
 import math
 
 WINDOW_S = 10.0  # older observations count for less than 1/e
-LEAST_S = 0.25  # of measuring, before the rate is believed
+LEAST_S = 0.25  # shortest measurement that counts
 
 
 class DrainRate:
-    """Units given back per second while somebody waited for them. Idle time says nothing about speed.
+    """Measure the units given back per second while a request waits for them. Idle time says nothing about speed.
 
     `now` is in seconds, of any clock that does not go back.
     """
@@ -20,7 +20,7 @@ class DrainRate:
         self._wanted_since: float | None = None
 
     def observe(self, now: float, units: float, *, wanted: bool) -> None:
-        """`units` came free; `wanted` says whether anything waits from now on."""
+        """Record that `units` came free. `wanted` says whether a request waits from now on."""
         if self._wanted_since is not None:
             elapsed = now - self._wanted_since
             fading = math.exp(-elapsed / WINDOW_S)
@@ -29,7 +29,7 @@ class DrainRate:
         self._wanted_since = now if wanted else None
 
     def seconds_for(self, units: float) -> float:
-        """Until so many units have come free; 0 while nothing is known."""
+        """Estimate the seconds until this number of units has come free; 0 if nothing is known."""
         if self._seconds < LEAST_S or not self._units:
             return 0.0
         return units * self._seconds / self._units

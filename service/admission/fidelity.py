@@ -1,14 +1,12 @@
-"""How closely requests may look under load: less closely, before any request is refused or answered too late. Pure:
-`now` is an argument.
+"""Set how closely requests look under load, so that fewer are refused or late. Pure: `now` is an argument.
 
-The controller watches the longest wait at each moment: in a queue, or by contention (`contention.py`). What it is over
-the target adds up: twice the target for STEP_S is one level up, unless the queue is already shrinking fast enough. Less
-than CALM of the target for a while is one level down.
+The controller watches the longest wait at each moment: in a queue, or by contention (`contention.py`). It sums the
+excess over the target. A wait of twice the target for STEP_S raises the level by one, unless the queue already shrinks
+fast enough. A wait below CALM of the target for some seconds lowers it by one.
 
-The way down is a trial, as nobody knows how long the queue would be at a level that is not in force. If a trial has to
-be taken back within TRIAL_S, the next trial of that level or a lower one waits four times as long, MOST_HOLD_S at most.
-So under a load between what two levels can bear the controller settles at the higher one, with a short trial now and
-then.
+Each lowering is a trial, because the queue's length at another level is unknown. A trial fails if the level has to rise
+again within TRIAL_S. The next trial of that level or a lower one then waits four times as long, at most MOST_HOLD_S. If
+the load is too much for one level but not for the next, the controller stays at the higher one, with short trials.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ from service.core.request import Budget
 
 STEP_S = 1.0  # least time between two changes of level
 CALM = 0.25
-SOON_S = 5.0  # a queue that reaches the target within this time at its pace is shrinking fast enough
+SOON_S = 5.0  # a queue shrinks fast enough if, at its present rate, it reaches the target within this time
 LEAST_HOLD_S, MOST_HOLD_S = 5.0, 40.0
-TRIAL_S = 60.0  # a trial that lasted as long has succeeded
+TRIAL_S = 60.0  # a trial that lasts this long has succeeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ LEVELS = (
 
 
 class Fidelity:
-    """The level in force, an index of LEVELS. Times are seconds of any clock that does not go back.
+    """Hold the level in force, an index of LEVELS. Times are seconds of any clock that does not go back.
 
     A target of infinity keeps level 0.
     """
@@ -122,7 +120,10 @@ class Fidelity:
         self._change(self.level + 1, now)
 
     def _judge(self, failed: bool) -> None:
-        """A load that this level cannot bear, no lower level can. A load that it can bear, all higher ones can."""
+        """Set the hold times after a trial.
+
+        If this level cannot bear the load, no lower level can. If it can, all higher levels can.
+        """
         if failed:
             longer_s = min(4 * self._hold_s[self.level], MOST_HOLD_S)
             self._hold_s[: self.level + 1] = [longer_s] * (self.level + 1)

@@ -1,6 +1,6 @@
-"""What all requests together may hold in memory, reserved before any of it is spent. Pure: `now` is an argument.
+"""Limit the memory that all requests hold together, and reserve it before it is used. Pure: `now` is an argument.
 
-Cost is counted, not requests: one large photo can take more memory than a thousand questions.
+The quota counts cost, not requests: one large photo can take more memory than a thousand questions.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Literal, NamedTuple
 
 from service.admission.drain_rate import DrainRate
 
-# A tenant may hold at most this many times what is left free: alone 3/4 of all, each of three tenants 3/10.
+# A tenant may hold at most this many times what is left free. So one tenant gets 3/4 of all, and each of three 3/10.
 TENANT_SHARE = 3
 UNITS = {"nbytes": "request bytes", "pixels": "image pixels to decode", "tokens": "LLM tokens"}
 
 
 class Cost(NamedTuple):
-    """What a request takes, by its headers and metadata."""
+    """Say what a request takes, according to its headers and metadata."""
 
     nbytes: int = 0  # of its body
     pixels: int = 0  # of images that must be decoded
@@ -31,7 +31,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why there is no room, and the estimated time until there is."""
+    """Say why there is no room, and estimate the time until there is."""
 
     code: Literal["saturated", "tenant_share", "deadline", "shutting_down"]
     message: str
@@ -39,7 +39,7 @@ class Refusal:
 
 
 class Quota:
-    """Reservations against limits. The sum of what is held never passes a limit.
+    """Hold reservations against limits. Their sum never exceeds a limit.
 
     A tenant that gives its name holds at most TENANT_SHARE times what is free, so that there is always room for the
     next tenant. Requests without a tenant may hold everything.
@@ -53,11 +53,14 @@ class Quota:
         self._drains = [DrainRate() for _ in limits]
 
     def holds(self, unit: str) -> int:
-        """`unit` is a field of Cost."""
+        """Return the reserved amount of one unit, a field of Cost."""
         return int(getattr(self.held, unit))
 
     def refusal(self, cost: Cost, tenant: str, *, inside: bool = False) -> Refusal | None:
-        """Why this cost has no room now; None if it has. A request that is `inside` already may finish after a stop."""
+        """Return why this cost has no room now, or None if it has.
+
+        A request that was admitted before (`inside`) may finish after a stop.
+        """
         if self.closed and not inside:
             return Refusal("shutting_down", "This server is stopping. Retry: another one answers.", 1.0)
         holds = self._tenants.get(tenant, Cost())
@@ -79,7 +82,7 @@ class Quota:
         return None
 
     def reserve(self, cost: Cost, tenant: str, now: float, *, inside: bool = False) -> Refusal | None:
-        """Reserve all of the cost, or nothing: then say why."""
+        """Reserve the whole cost -> None; or reserve nothing and return the refusal."""
         refusal = self.refusal(cost, tenant, inside=inside)
         if refusal is None and any(cost):
             self._tenants[tenant] = self._tenants.get(tenant, Cost()).plus(cost)
@@ -88,7 +91,7 @@ class Quota:
         return refusal
 
     def give_back(self, cost: Cost, tenant: str, now: float) -> None:
-        """Return what was reserved, whole or in parts."""
+        """Give back a reservation, whole or in parts."""
         if not any(cost):
             return
         self.held = self.held.minus(cost)
@@ -100,6 +103,6 @@ class Quota:
         self._observe(cost, now)
 
     def _observe(self, given_back: Cost, now: float) -> None:
-        """A unit of which more than half is held counts as wanted."""
+        """Update the drain rates. A unit counts as wanted if more than half of it is held."""
         for drain, units, held, limit in zip(self._drains, given_back, self.held, self.limits, strict=True):
             drain.observe(now, units, wanted=2 * held > limit)

@@ -1,24 +1,24 @@
-"""Which waiting request is granted a resource next. Pure: no asyncio, `now` is an argument.
+"""Decide which waiting claim is granted next. Pure: no asyncio, `now` is an argument.
 
 A request claims one resource at a time: vision slots while its images are decoded and encoded, then tokens of the LLM
 until it ends. It holds neither while it waits for the other. So a follow-up never waits behind an encode, and there is
-no deadlock. A resource is granted
+no deadlock. These rules choose the next claim:
 
-  - to the tenant that holds the least of it,
-  - there to the claim of the smallest rank: its arrival plus its handicap, which is its kind's HANDICAP_S and for low
-    priority LOW_PRIORITY_S more. The cheaper kind goes first, and age makes up for it: a claim overtakes only those
-    that arrived less than their handicap earlier,
-  - past claims that do not fit, until one of these has waited its handicap and PATIENCE_S: then nothing behind it
-    starts.
+  - The tenant that holds least of the resource goes first.
+  - Inside a tenant, the smallest rank goes first. A claim's rank is its arrival plus its handicap. The handicap is its
+    kind's HANDICAP_S and, for low priority, LOW_PRIORITY_S more. So the cheaper kind goes first, but an old claim keeps
+    its place. A claim overtakes another only if it arrived less than the difference of their handicaps later.
+  - A claim passes others that do not fit. But after one of those has waited its handicap and PATIENCE_S, it is out of
+    patience, and nothing behind it starts.
 
-So a claim that fits waits only behind one that is out of patience. And no claim starves. Let S be the longest time that
-a claim is held, P its handicap plus PATIENCE_S, and n the number of claims that start before it and arrived before it
-was P old. It waits at most P + PATIENCE_S + 2 S (n + 1): from then on one of them starts every 2 S, S until their
-tenants hold nothing, S until nobody does.
+So a claim that fits waits only behind one that is out of patience, and no claim starves. Its wait has a bound. Let S be
+the longest time that a claim is held, and P the claim's handicap plus PATIENCE_S. Let n be the number of claims that
+start before it and arrived before it was P old. It waits at most P + PATIENCE_S + 2 S (n + 1). The reason: after
+P + PATIENCE_S, one of these claims starts every 2 S. After S their tenants hold nothing, after 2 S no tenant does.
 
-A claim expires, and nothing is spent on it, once the least work it needs would end past its deadline. A request's first
-claim also waits for the concurrency limit (`concurrency_limit.py`), so that no more requests start than can end in
-time.
+A claim expires, before work is spent on it, if its shortest possible work would end after its deadline. A request's
+first claim also waits for the concurrency limit (`concurrency_limit.py`), so that no more requests start than can end
+in time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from service.admission.quota import Refusal
 from service.core.request import Priority
 
 PATIENCE_S = 2.0
-FORGIVENESS = 0.02  # how far one slower claim lifts the least time that claims are held
+FORGIVENESS = 0.02  # share of the difference by which a slower claim raises `least_s`
 
 
 class Resource(StrEnum):
@@ -45,7 +45,7 @@ class Resource(StrEnum):
 
 
 class Kind(StrEnum):
-    """Requests by what they cost."""
+    """Group requests by their cost."""
 
     FOLLOW_UP = "follow_up"  # the features are known
     SINGLE_IMAGE = "single_image"
@@ -62,16 +62,16 @@ LOW_PRIORITY_S = 10.0
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """One request's claim on some of one resource: waiting, then granted, then over."""
+    """Claim an amount of one resource for a request: waiting, then granted, then over."""
 
     resource: Resource
     amount: int  # images, or tokens
     kind: Kind
-    arrived: float  # of the claim: waiting for one resource earns no rank in the next queue
+    arrived: float  # of the claim, not of the request: a wait for one resource gives no rank in the next queue
     deadline: float
     tenant: str = ""
     priority: Priority = Priority.NORMAL
-    request: object | None = None  # whose it is, for the concurrency limit; None: the limit does not apply
+    request: object | None = None  # its request, for the concurrency limit; None: the limit does not apply
     request_arrived: float = 0.0
     handicap_s: float = 0.0  # set by `submit`
     granted_at: float | None = None
@@ -79,7 +79,7 @@ class Claim:
 
     @property
     def allowed_s(self) -> float:
-        """What the request may lose to others in all; low priority may lose any time."""
+        """Return how much time the request may lose to others; infinity for low priority."""
         return math.inf if self.priority is Priority.LOW else self.deadline - self.arrived
 
 
@@ -88,7 +88,7 @@ Standing = tuple[float, int, Claim]  # rank, number, claim: numbers differ, so c
 
 @dataclass(slots=True)
 class _Pool:
-    """One resource, and the claims that wait for it."""
+    """Hold one resource and the claims that wait for it."""
 
     limit: int
     free: int = field(init=False)
@@ -97,9 +97,9 @@ class _Pool:
     standing: dict[Claim, Standing] = field(default_factory=dict)
     waiting: dict[float, int] = field(default_factory=dict)  # amounts, by handicap
     running: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))  # claims
-    deadlines: list[tuple[float, int, Claim]] = field(default_factory=list)  # heap; claims that left stay a while
+    deadlines: list[tuple[float, int, Claim]] = field(default_factory=list)  # heap; may hold claims that have left
     least_amount: float = math.inf  # no waiting claim is smaller
-    least_s: float = 0.0  # about the shortest time that a claim was held of late
+    least_s: float = 0.0  # about the shortest time for which a recent claim was held
     drain: DrainRate = field(default_factory=DrainRate)
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class _Pool:
         return late
 
     def next(self, now: float, limit: ConcurrencyLimit) -> Claim | None:
-        """The claim to grant, or None if none fits or one that is out of patience does not fit."""
+        """Return the claim to grant. None if no claim fits, or if one that is out of patience does not fit."""
         if self.least_amount > self.free:
             return None
         least = math.inf
@@ -177,7 +177,7 @@ class _Pool:
         return None
 
     def _by_tenant(self) -> Iterable[list[Standing]]:
-        """The queue of the tenant that holds the least comes first; of equal ones, that of the smallest rank."""
+        """Order the queues: first the tenant that holds the least; among equals, the one with the smallest rank."""
         if len(self.queues) == 1:
             return self.queues.values()
         return [self.queues[name] for name in sorted(self.queues, key=self._tenant_order)]
@@ -187,7 +187,7 @@ class _Pool:
         return self.held.get(tenant, 0), rank, number
 
     def wait_s(self, claim: Claim) -> float:
-        """Estimated queue time of this claim; rather too little than too much."""
+        """Estimate the queue time of this claim; the estimate is low rather than high."""
         if not self.standing:
             return 0.0
         ahead = sum(amount for handicap_s, amount in self.waiting.items() if handicap_s <= claim.handicap_s)
@@ -199,7 +199,7 @@ class _Pool:
 
 
 class Scheduler:
-    """Two resources, and the claims on them."""
+    """Grant two resources, vision slots and LLM tokens, to claims."""
 
     def __init__(
         self,
@@ -221,8 +221,10 @@ class Scheduler:
         return sum(claim.kind is kind for pool in self._pools.values() for claim in pool.standing)
 
     def waiting_since(self, now: float) -> float | None:
-        """Arrival of the claim of normal priority that waits longest, those refused for too long a wait included.
-        None if there is none."""
+        """Return the arrival of the claim of normal priority that waits longest; None if there is none.
+
+        Claims that were refused because of too long a wait count too.
+        """
         waiting = (claim for pool in self._pools.values() for claim in pool.standing)
         arrived = [claim.arrived for claim in waiting if claim.priority is Priority.NORMAL]
         if (refusing_since := self.limit.refusing_since(now)) is not None:
@@ -237,10 +239,11 @@ class Scheduler:
         """Queue the claim until `schedule` grants it; refuse it if it would wait past its deadline."""
         pool = self._pools[claim.resource]
         if claim.amount > pool.limit:
-            raise ValueError(f"{claim.amount} of {claim.resource} is more than all there is, {pool.limit}")
+            raise ValueError(f"the claim on {claim.resource} is {claim.amount}, more than its limit of {pool.limit}")
         claim.handicap_s = self._handicap(claim)
         in_service = claim.request in self.limit.contention
-        if pool.standing and not (in_service and self.limit.is_narrow):  # then the claims ahead do not start before it
+        # A narrow limit holds back the claims ahead of a request in service, so it does not wait for them.
+        if pool.standing and not (in_service and self.limit.is_narrow):
             wait_s = pool.wait_s(claim)
             latest = claim.deadline - self._needed_s(claim.resource)
             if not in_service:
@@ -258,8 +261,7 @@ class Scheduler:
         return None
 
     def schedule(self, now: float) -> tuple[list[Claim], list[Claim]]:
-        """Grant what can be granted. Returns the granted claims, and those that expired: they can no longer end in
-        time."""
+        """Grant the claims that can start -> the granted claims, and the expired ones, which cannot end in time."""
         wanted = [resource for resource, pool in self._pools.items() if pool.standing]
         granted, expired = [], [claim for resource in wanted for claim in self._expire(resource, now)]
         for claim in self._grants(now):
@@ -275,14 +277,14 @@ class Scheduler:
         return granted, expired
 
     def expired(self, claim: Claim) -> Refusal:
-        """What to tell the owner of a claim that `schedule` let expire."""
+        """Return the refusal for a claim that `schedule` reported as expired."""
         text = "The request waited in the queue until too little of timeout_s was left. Raise timeout_s or retry later."
         return Refusal("deadline", text, self._pools[claim.resource].wait_s(claim))
 
     def release(self, claim: Claim, now: float, *, finished: bool = True) -> None:
-        """The claim is over: it waits no more and holds nothing. A second release does nothing.
+        """End a claim: it stops waiting, or gives its amount back. A second release does nothing.
 
-        Pass `finished=False` if its work was not done to the end: that says nothing about how long work takes.
+        Pass `finished=False` if its work was not done to the end. Its time then does not count for `least_s`.
         """
         if claim.over:
             return
@@ -307,13 +309,13 @@ class Scheduler:
         return claim.arrived + claim.handicap_s
 
     def _grants(self, now: float) -> Iterator[Claim]:
-        """The claims to grant, one after the other: each was granted when the next is asked for."""
+        """Yield the claims to grant, one at a time. The caller must grant each one before it asks for the next."""
         for pool in self._pools.values():
             while (claim := pool.next(now, self.limit)) is not None:
                 yield claim
 
     def _expire(self, resource: Resource, now: float) -> list[Claim]:
-        """Remove the claims that wait for it in vain."""
+        """Remove and return the waiting claims that can no longer be granted in time."""
         pool, needed_s = self._pools[resource], self._needed_s(resource)
         expired = pool.expire(now, needed_s)
         if self.limit.is_narrow:
@@ -328,6 +330,6 @@ class Scheduler:
                 self.limit.refused(claim.arrived, now)
 
     def _needed_s(self, resource: Resource) -> float:
-        """The least time from its grant to its end: the LLM comes after the vision stage."""
+        """Estimate the shortest time from a grant to the request's end. After the vision stage comes the LLM."""
         needed_s = self._pools[Resource.LLM].least_s
         return needed_s + self._pools[Resource.VISION].least_s if resource is Resource.VISION else needed_s

@@ -58,7 +58,7 @@ async def stats(url: str) -> Stats:
 
 
 async def purge(url: str, fingerprint: str | None) -> int:
-    """Delete all records, or those of one vision encoder. Gives the number of deleted records."""
+    """Delete all records, or those of one vision encoder. Returns the number of deleted records."""
     deleted = 0
     for node in await primaries(url):
         async with opened(node) as lane:

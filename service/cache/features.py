@@ -21,11 +21,11 @@ from service.cache.lru import Lru
 from service.core.vision import Int8Rows, dense
 from service.metrics import Metrics
 
-Waiting = Callable[[], AbstractContextManager[None]]  # entered for as long as another request's work is waited for
+Waiting = Callable[[], AbstractContextManager[None]]  # entered while the caller waits for another request's work
 
 
 class SharedTier(Protocol):
-    """Features that other gateways can find. Never raises; a lookup ends within the tier's own time limit."""
+    """Share features with other gateways. Never raises; a lookup ends within the tier's own time limit."""
 
     async def find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
         """Find features, or wait up to `patience_s` for another gateway's encode.

@@ -1,4 +1,4 @@
-"""What a vision feature is kept under, in memory and in Redis."""
+"""Define the key of vision features, in memory and in Redis."""
 
 from __future__ import annotations
 

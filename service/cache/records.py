@@ -5,7 +5,7 @@
     the arrays in C order, little-endian, in the order of the fields of VisionFeatures or, for a closer view,
     CloserFeatures; int8 features are followed by their scales
 
-A record is used only if all of it fits the key and the model card. What was packed comes back bit for bit.
+A record is used only if all of it fits the key and the model card. Unpacked features equal the packed ones bit for bit.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pack(key: FeatureKey[Features], features: Features) -> bytes:
 
 
 def unpack(record: bytes, key: FeatureKey[Features], card: ModelCard) -> Features:
-    """Give read-only arrays over the memory of the record. Raises RecordError if anything does not fit."""
+    """Return read-only arrays over the memory of the record. Raises RecordError if anything does not fit."""
     if len(record) < START.size or record[: len(MAGIC)] != MAGIC:
         raise RecordError("magic")
     _, version, header_bytes, checksum = START.unpack_from(record)
@@ -88,7 +88,7 @@ def unpack(record: bytes, key: FeatureKey[Features], card: ModelCard) -> Feature
 
 
 def _require_key(header: Mapping[str, Any], key: FeatureKey[Features]) -> None:
-    """Raises RecordError."""
+    """Raise RecordError unless the header has this key."""
     if FeatureKey(header["fingerprint"], header["view"], header["digest"]) != key:
         raise RecordError("key")
 
@@ -104,7 +104,7 @@ def _parts(key: FeatureKey[Features], features: Features) -> Iterator[tuple[str,
 
 
 def _require_arrays(told: list[Array], view: int, card: ModelCard) -> None:
-    """Raises RecordError unless the arrays are those that the model card says."""
+    """Raise RecordError unless the arrays have the names, shapes and dtypes of the model card."""
     floats = [(name, FLOATS[card.type_of(name)], shape) for name, shape in card.feature_shapes[view].items()]
     (_, dtype, rows), *others = floats  # features come first in both views
     rounded = [("features", INT8, rows), (SCALES, dtype, rows[:1]), *others]
@@ -116,7 +116,7 @@ def _require_arrays(told: list[Array], view: int, card: ModelCard) -> None:
 
 
 def _arrays(record: bytes, at: int, told: list[Array]) -> dict[str, Any]:
-    """Give the arrays from byte `at` on. Raises RecordError or ValueError unless they end where the record does."""
+    """Return the arrays from byte `at` on. Raises RecordError or ValueError unless they fill the record exactly."""
     found = {}
     for name, dtype, shape in told:
         found[name] = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)

@@ -1,4 +1,4 @@
-"""The only file that imports Redis's client. Every error of the client leaves it as RedisFault.
+"""Talk to Redis: the only file that imports Redis's client. Every error of the client leaves it as RedisFault.
 
 No answer depends on Redis, so nothing here retries: a request has milliseconds for Redis and then goes on without it.
 
@@ -55,7 +55,7 @@ class RedisFault(Exception):
 
 def fault_of(error: BaseException) -> RedisFault:
     kind = next((kind for foreigner, kind in KINDS if isinstance(error, foreigner)), None)
-    if kind is None:  # a bug in the client: it must not fail a request, but needs a look
+    if kind is None:  # a bug in the client: it must not fail a request, so it is only logged
         log.error("redis_client_fault", exc_info=error)
     return RedisFault(kind or "fault", str(error) or type(error).__name__)
 
@@ -84,7 +84,7 @@ def connect(url: str) -> Redis | RedisCluster:
 
 
 async def primaries(url: str) -> list[str]:
-    """Give the URLs of all nodes that hold keys: the one Redis, or each primary of a cluster. Raises RedisFault."""
+    """Return the URLs of all nodes that hold keys: the one Redis, or each primary of a cluster. Raises RedisFault."""
     if not is_cluster(url):
         return [url]
     client = connect(url)
@@ -116,7 +116,7 @@ class Lane:
         self._waiting: asyncio.Queue[tuple[Sequence[Command], asyncio.Future[list[Reply]]]] = asyncio.Queue()
 
     async def ask(self, *commands: Command) -> list[Reply]:
-        """Send commands and give their replies, in order. Raises RedisFault if the connection fails."""
+        """Send commands and return their replies, in order. Raises RedisFault if the connection fails."""
         answer: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((commands, answer))
         return await answer
@@ -149,7 +149,7 @@ class Lane:
                 answer.set_result(own)
 
     async def _pipeline(self, commands: Sequence[Command]) -> list[Reply]:
-        """Raises RedisFault."""
+        """Send commands in one pipeline -> their replies. Raises RedisFault."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 pipeline = self._client.pipeline(transaction=False)
@@ -172,7 +172,7 @@ class Lane:
 
 
 def granted(reply: Reply) -> Reply:
-    """Give the reply. Raises RedisFault if Redis refused the command."""
+    """Return the reply. Raises RedisFault if Redis refused the command."""
     if isinstance(reply, RedisFault):
         raise reply
     return reply

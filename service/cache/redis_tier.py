@@ -1,4 +1,4 @@
-"""Vision features that gateways share through Redis, so that each image is encoded once for all of them.
+"""Share vision features between gateways through Redis, so that each image is encoded once for all of them.
 
 Whatever Redis does, a request waits at most `timeout_s` for it. After that, and while the breaker is open, the request
 goes on as if there were no Redis. The wait for another gateway's encode has its own limit, `flight_s`. Nothing here
@@ -7,7 +7,7 @@ raises.
 The keys of one image share a Redis Cluster slot, because only the text in braces is hashed:
 
     glimpse:1:features:{encoder fingerprint:view:blake3 of the image}    the record, kept for `ttl_s`
-    glimpse:1:flight:{encoder fingerprint:view:blake3 of the image}      who encodes it: a claim, kept for `flight_s`
+    glimpse:1:flight:{encoder fingerprint:view:blake3 of the image}      the encoding gateway's claim, for `flight_s`
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from service.metrics import Metrics
 
 log = structlog.get_logger()
 
-LANE_TIMEOUT_S = 1.0  # after this a connection counts as lost; requests have gone on before
+LANE_TIMEOUT_S = 1.0  # after this a connection counts as lost; requests stop waiting earlier (`timeout_s`)
 MOST_UNWRITTEN = 64  # records that wait to be written: 370 MB if all are closer views of the largest encoder
 MOST_UNRELEASED = 1024  # claims that wait to be released; further claims expire after `flight_s`
 INLINE_PACK_BYTES = 256 * 1024  # a larger record is packed in a thread: 1.5 MB take 1 ms
@@ -103,7 +103,7 @@ class RedisTier:
                 return None
 
     async def _find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
-        """Raises RedisFault."""
+        """Find features as `find` does. Raises RedisFault."""
         now = asyncio.get_running_loop().time
         deadline = now() + self.limits.timeout_s
         (record,) = await self._ask(deadline - now(), ("GET", record_key(key)))
@@ -125,9 +125,9 @@ class RedisTier:
     async def _claim(self, key: FeatureKey[Features], left_s: float) -> tuple[bool, Features | None]:
         """Try to claim the encode, then read the record. Raises RedisFault.
 
-        Gives whether this gateway may encode, and the features if they are there by now. The order matters: a gateway
-        writes the record before it releases its claim. A claim of a patient caller of this gateway allows its other
-        callers to encode too, because they do not wait for a patient one.
+        Returns whether this gateway may encode, and the features if they are there by now. The order matters: a gateway
+        writes the record before it releases its claim. If a patient caller of this gateway has the claim, its other
+        callers may encode too, because they do not wait for a patient one.
         """
         claim: Command = ("SET", flight_key(key), self._me, "NX", "PX", round(self.limits.flight_s * 1e3))
         claimed, record = await self._ask(left_s, claim, ("GET", record_key(key)))
@@ -150,7 +150,7 @@ class RedisTier:
             return None
 
     async def _ask(self, left_s: float, *commands: Command) -> list[Reply]:
-        """Raises RedisFault."""
+        """Send commands to Redis -> their replies. Raises RedisFault."""
         try:
             async with asyncio.timeout(left_s):
                 replies = await self._lookups.ask(*commands)

@@ -1,7 +1,7 @@
-"""Visual tokens by image and question, in process memory: an exact repeat needs no model but the LLM.
+"""Keep visual tokens by image and question in process memory: an exact repeat needs only the LLM.
 
-The key holds the budget and detail that the visual tokens were made with, which can be less than the request asked
-for. So a hit is what the models would give now.
+The key holds the budget and detail that the visual tokens were made with. They can be less than the request asked for.
+So a hit equals the result that the models would give now.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ ENTRY_BYTES = 2048  # of Python objects, in addition to the arrays and the key
 
 
 def visual_key(card: ModelCard, digest: str, question: str, budget: Budget, detail: Detail) -> bytes:
-    """Name everything that visual tokens are made from. The question is last, as it can hold any character."""
+    """Make a key of everything that decides visual tokens. The question is last, as it can hold any character."""
     tokens = map(str, (*budget.vision_tokens, *budget.visual_tokens))
     return "\0".join([card.visual_fingerprint, digest, detail, *tokens, question]).encode()
 
 
 def embedding_key(card: ModelCard, digest: str, question: str, seen: Seen) -> bytes:
-    """Name these exact visual tokens. Features kept as int8 give other visual tokens than exact features do."""
+    """Make a key of these exact visual tokens. Features kept as int8 give different visual tokens."""
     key = visual_key(card, digest, question, seen.budget, seen.detail)
     return b"int8\0" + key if seen.is_rounded else key
 

@@ -1,4 +1,4 @@
-"""`glimpse ask`."""
+"""Ask a running service about an image: `glimpse ask`."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ def ask(
     url: Url = URL,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token each time.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the tokens with this much probability.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token each time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw only from this number of most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw only from the most likely tokens whose probabilities reach this sum.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this; may be given again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
     vision_tokens: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How closely to look.")
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Vision tokens that the Q-Former reads.")
     ] = None,
     visual_tokens: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="How much of it the LLM reads: 32 to 128.")
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Visual tokens that the LLM reads: 32 to 128.")
     ] = None,
     detail: Annotated[
-        Detail | None, typer.Option(help="high adds a closer view of the image; auto does where the question needs it.")
+        Detail | None, typer.Option(help="high adds a closer view of the image; auto adds it if the question needs it.")
     ] = None,
     explain: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw where it looked, and why; one question only.")
+        Path | None, typer.Option(metavar="FILE.png", help="Draw where the model looked, and why; one question only.")
     ] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
 ) -> None:
-    """Ask a running service about an image; the answer is printed as it is written.
+    """Ask a running service about an image, and print the answer as it comes.
 
     With several questions the image is sent once, and its features are computed once.
 
@@ -89,16 +91,16 @@ def require_drawable(target: Path, image: str, questions: list[str]) -> None:
     """Check before any request whether a picture can be drawn. Raises AskFailed."""
     require("matplotlib", "serve")
     if target.suffix.lower() != ".png":
-        raise AskFailed(f"the picture is a PNG: write --explain {target.with_suffix('.png')}")
+        raise AskFailed(f"{target} is not a .png file: write --explain {target.with_suffix('.png')}")
     if len(questions) > 1:
-        raise AskFailed("--explain draws one question: ask the others by themselves")
+        raise AskFailed(f"--explain draws one question, not {len(questions)}: ask each one separately")
     if image.startswith("img_"):
         raise AskFailed("--explain draws over the image: name its file, not its id")
 
 
 def draw(image: bytes, question: str, said: dict[str, Any], target: Path) -> None:
-    """Raises AskFailed."""
-    from service.cli import drawing  # noqa: PLC0415  (takes 0.3 s, which nothing else should wait for)
+    """Draw where the model looked into a file. Raises AskFailed."""
+    from service.cli import drawing  # noqa: PLC0415  (takes 0.3 s, so only this command imports it)
 
     try:
         target.write_bytes(drawing.png(drawing.explain(image, question, said)))

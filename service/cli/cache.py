@@ -25,12 +25,12 @@ RedisUrl = Annotated[
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
 TRIES = 5  # for one image, if the service answers 429
 
-app = typer.Typer(help="The vision features that gateways share.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Manage the vision features that gateways share.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()
 def stats(redis_url: RedisUrl) -> None:
-    """What Redis holds, by vision encoder.
+    """Show the features in Redis, by vision encoder.
 
     \b
       glimpse cache stats --redis-url redis://127.0.0.1:6379
@@ -51,14 +51,14 @@ def stats(redis_url: RedisUrl) -> None:
 def purge(
     redis_url: RedisUrl,
     fingerprint: Annotated[
-        str | None, typer.Option(help="Only what this vision encoder found; GET /v1/models and `stats` tell it.")
+        str | None, typer.Option(help="Only this vision encoder's features; `stats` and GET /v1/models show its name.")
     ] = None,
 ) -> None:
-    """Delete vision features from Redis. What running gateways hold in their own memory stays there.
+    """Delete vision features from Redis. Running gateways keep the features in their own memory.
 
     \b
       glimpse cache purge
-      glimpse cache purge --fingerprint 3f9a...     # a model that is served no more
+      glimpse cache purge --fingerprint 3f9a...     # a model that is no longer served
     """
     require("redis", "serve")
     from service.cache import admin as cache_admin  # noqa: PLC0415
@@ -68,14 +68,14 @@ def purge(
 
 @app.command()
 def warm(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Its images, and those in the folders below it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images; subfolders are included.")],
     url: Url = URL,
     clients: Annotated[int, typer.Option(help="Images sent at the same time.")] = 2,
 ) -> None:
-    """Have a running service encode a folder's images, so that the first question about each finds it done.
+    """Send a folder's images to a running service, which encodes them before the first real question.
 
-    Each image is sent with a short question and a one-token answer, as only a question makes the service encode. With
-    Redis every gateway finds the features; without, only the one that was asked.
+    Each image is sent with a short question and a one-token answer, because only a question makes the service encode.
+    With Redis, all gateways find the features; without it, only the gateway that got the image.
 
     \b
       glimpse cache warm photos/
@@ -102,7 +102,7 @@ def warm(
 
 
 def encode(client: httpx.Client, path: Path) -> str:
-    """`miss` if the image was encoded, `hit` if it was known, or the error message."""
+    """Send one image -> `miss` if it was encoded, `hit` if it was known, or the error message."""
     try:
         data = read_image(str(path))
         for _ in range(TRIES):
@@ -117,7 +117,7 @@ def encode(client: httpx.Client, path: Path) -> str:
 
 
 def in_redis(asked: Coroutine[Any, Any, T]) -> T:
-    """Run it; end the command with one line if Redis fails."""
+    """Run a coroutine; end the command with one line if Redis fails."""
     from service.cache.redis_client import RedisFault  # noqa: PLC0415
 
     try:

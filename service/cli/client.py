@@ -1,4 +1,4 @@
-"""Calls to a running service, and its errors in one line."""
+"""Call a running service, and show its errors in one line."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def plain_words(url: str) -> Iterator[None]:
     except AskFailed as exc:
         fail(str(exc))
     except httpx.ConnectError:
-        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or say --url")
+        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or set --url")
     except httpx.TimeoutException:
-        fail(f"{url} did not answer in time")
+        fail(f"{url} did not answer in time: try again, or check the service's log")
     except httpx.TransportError as exc:
-        fail(f"the connection to {url} broke: {exc}")
+        fail(f"the connection to {url} broke ({exc}): try again")
     except (json.JSONDecodeError, UnicodeDecodeError):
-        fail(f"{url} answered, but not with JSON, which is not how Glimpse answers: is it another service?")
+        fail(f"{url} did not answer with JSON: check that --url names a Glimpse service")
     except httpx.HTTPStatusError as exc:
         fail(f"{url} answered {exc.response.status_code}: {message_of(exc.response)}")
 
 
 def read_image(source: str) -> bytes:
-    """Raises AskFailed."""
+    """Read an image file, or standard input for "-". Raises AskFailed."""
     if source == "-":
         return sys.stdin.buffer.read()
     try:
@@ -50,12 +50,12 @@ def read_image(source: str) -> bytes:
 
 
 def upload(client: httpx.Client, data: bytes) -> str:
-    """The image's id. Raises AskFailed."""
+    """Send an image -> its id. Raises AskFailed."""
     return str(successful(client.post("/v1/images", content=data)).json()["id"])
 
 
 def answer(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
-    """Raises AskFailed."""
+    """Ask a question -> the whole answer. Raises AskFailed."""
     said: dict[str, Any] = successful(client.post("/v1/vqa", json=body)).json()
     return said
 
@@ -77,7 +77,7 @@ def stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
 
 
 def successful(response: httpx.Response) -> httpx.Response:
-    """Raises AskFailed with the service's error message."""
+    """Return the response. Raises AskFailed with the service's message if it is an error."""
     if not response.is_success:
         raise AskFailed(message_of(response))
     return response
@@ -88,5 +88,6 @@ def message_of(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return (
-            f"{response.url} answered {response.status_code}, which is not how Glimpse answers: is it another service?"
+            f"{response.url} answered {response.status_code} without a Glimpse error: "
+            "check that --url names a Glimpse service"
         )

@@ -1,4 +1,4 @@
-"""Where the service looked for one question, and why, as one picture.
+"""Draw where the model looked for one question, and why, as one picture.
 
 Needs matplotlib, which brings NumPy and Pillow. Its figures are used without pyplot: no window and no global state.
 """
@@ -48,9 +48,9 @@ WAYS = {
 
 
 def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
-    """The image, relevance over it, the three ways of knowing, and the level of detail, side by side; tensions below.
+    """Draw the image, its relevance, the three maps and the levels of detail side by side, with the tensions below.
 
-    `answer` is what `POST /v1/vqa` says with `explain`. Raises OSError for bytes that are no image.
+    `answer` is the answer of `POST /v1/vqa` with `explain`. Raises OSError if the bytes are not an image.
     """
     looked = answer["relevance"][0]
     picture = _as_seen(image)
@@ -67,14 +67,14 @@ def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """A file of 1920 by 732 pixels."""
+    """Encode the figure as a PNG of 1920 by 732 pixels."""
     out = BytesIO()
     figure.savefig(out, format="png", dpi=DPI)
     return out.getvalue()
 
 
 def _as_seen(image: bytes) -> Array:
-    """uint8 RGB, upright and squashed to a square, as the service looks at it, but sharper."""
+    """Return uint8 RGB, upright and resized to a square, as the model sees it, but with more pixels."""
     with Pillow.open(BytesIO(image)) as file:
         upright = ImageOps.exif_transpose(file).convert("RGBA")
     side = (IMAGE_SIDE, IMAGE_SIDE)
@@ -84,7 +84,7 @@ def _as_seen(image: bytes) -> Array:
 
 
 def tensions_in_words(tensions: Mapping[str, float]) -> str:
-    """Each tension, and which of its two sides is the stronger."""
+    """Name each tension and its stronger side."""
     sides = []
     for name, value in tensions.items():
         stronger = "balanced" if value == 0.5 else f"{name if value > 0.5 else OPPOSITES[name]} is stronger"
@@ -93,7 +93,7 @@ def tensions_in_words(tensions: Mapping[str, float]) -> str:
 
 
 def _axes(figure: Figure, left: float, base: float, width: float, height: float) -> Axes:
-    """Measures in inches."""
+    """Add empty axes; all lengths are in inches."""
     axes = figure.add_axes((left / WIDTH, base / HEIGHT, width / WIDTH, height / HEIGHT))
     axes.set_xticks([])
     axes.set_yticks([])
@@ -108,7 +108,7 @@ def _panel(figure: Figure, place: str, title: str) -> Axes:
 
 
 def _title(figure: Figure, question: str, answer: str) -> None:
-    """The question, and the answer below it, each on one line."""
+    """Write the question and, below it, the answer, each on one line."""
     for text, top, weight in ((question, 0.972, "bold"), (answer, 0.915, "normal")):
         printable = "".join(letter if letter.isprintable() else " " for letter in text)
         line = textwrap.shorten(printable, 120, placeholder=" …")
@@ -116,7 +116,7 @@ def _title(figure: Figure, question: str, answer: str) -> None:
 
 
 def _relevance(axes: Axes, picture: Array, relevance: Any) -> AxesImage:
-    """Over the picture in grey, so that the colours mean relevance only."""
+    """Draw relevance over the grey picture, so that colours mean relevance only."""
     grey = np.asarray(Pillow.fromarray(picture).convert("L"))
     axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
     return axes.imshow(
@@ -132,7 +132,7 @@ def _colour_bar(figure: Figure, relevance: AxesImage) -> None:
 
 
 def _ways(figure: Figure, scores: Mapping[str, Any]) -> None:
-    """One below the other, in the colours of the bar."""
+    """Draw the three maps one below the other, in the colours of the bar."""
     step = (SIDE - SMALL) / (len(WAYS) - 1)
     for row, (way, meaning) in enumerate(WAYS.items()):
         axes = _axes(figure, LEFT_OF["ways"], BASE + SIDE - SMALL - row * step, SMALL, SMALL)
@@ -142,8 +142,11 @@ def _ways(figure: Figure, scores: Mapping[str, Any]) -> None:
 
 
 def _levels(axes: Axes, picture: Array, levels: Array) -> None:
-    """Cells seen as one token are veiled; those seen closely are clear, and cut into their tokens. A thick line runs
-    around those of the closer view."""
+    """Draw the level of each cell.
+
+    Cells with one token are pale. Cells seen closely are clear, with lines around their tokens. Cells of the closer
+    view have a thick border.
+    """
     side = IMAGE_SIDE / len(levels)
     axes.imshow(picture)
     veil = np.ones((*levels.shape, 4))
@@ -162,7 +165,7 @@ def _levels(axes: Axes, picture: Array, levels: Array) -> None:
 
 
 def _cuts(row: int, column: int, level: int, side: float) -> list[list[tuple[float, float]]]:
-    """The lines around a cell's tokens: one token at level 0, 2x2 at level 1, 4x4 at level 2."""
+    """Return the lines around a cell's tokens: one token at level 0, 2x2 at level 1, 4x4 at level 2."""
     top, left = row * side, column * side
     steps = np.linspace(0, side, 2**level + 1)
     across = [[(left, top + step), (left + side, top + step)] for step in steps]

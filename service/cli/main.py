@@ -1,4 +1,7 @@
-"""The command `glimpse`. Asking needs httpx and typer only; commands that need more run as programs of their own."""
+"""Define the command `glimpse`.
+
+Asking needs only httpx and typer. Commands that need more replace this process by another program.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8080].")] = None,
 ) -> None:
-    """Serve until Ctrl-C: starts Triton with the models of model_repository/ and the gateway in front of it.
+    """Serve until Ctrl-C: start Triton with the models of model_repository/, and the gateway in front of it.
 
     \b
-    Every other knob is a GLIMPSE_ variable (service/settings.py lists them), such as
+    All other settings are GLIMPSE_ variables (service/settings.py lists them), such as
       GLIMPSE_LOG_FORMAT=json glimpse serve --port 9000
       GLIMPSE_VISION_URL=triton:8001 GLIMPSE_LLM_URL=triton:8001 glimpse serve     # a Triton that runs elsewhere
     """
@@ -54,10 +57,10 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
     vision_tokens: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="The budget of every question.")
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Every question's budget of vision tokens.")
     ] = None,
     visual_tokens: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="The same of what the LLM reads.")
+        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Every question's budget of visual tokens.")
     ] = None,
     detail: Annotated[Detail | None, typer.Option(help="The detail of every question.")] = None,
     clients: Annotated[int, typer.Option(help="Questions asked at the same time.")] = 4,
@@ -67,8 +70,8 @@ def evaluate(
 
     \b
       glimpse eval
-      glimpse eval --vision-tokens 64 112      # how well it answers when it may look less closely
-      glimpse eval --detail auto               # or may look closer where the question needs it
+      glimpse eval --vision-tokens 64 112      # how well it answers if it looks less closely
+      glimpse eval --detail auto               # or if it may look closer
     """
     from build_engines.evaluation import accuracy  # noqa: PLC0415
 
@@ -86,7 +89,7 @@ def evaluate(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def train(context: typer.Context) -> None:
-    """Train the reference model from nothing: `glimpse train --help` tells its options. Needs PyTorch."""
+    """Train the reference model from nothing: `glimpse train --help` lists the options. Needs PyTorch."""
     become("build_engines.train", context.args, goal="build", needs="torch")
 
 
@@ -98,19 +101,19 @@ def build(context: typer.Context) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Measure the service under load, beside other systems: `glimpse bench --help` tells its options."""
+    """Measure the service and other systems under load: `glimpse bench --help` lists the options."""
     become("benchmarks.bench", context.args, goal="bench", needs="litserve")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def verify(context: typer.Context) -> None:
-    """Check a repository's files, and what it does where it is served: `glimpse verify --help` tells more."""
+    """Check a repository's files and, if it is served, its answers: `glimpse verify --help` lists the options."""
     become("build_engines.verify", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def ablate(context: typer.Context) -> None:
-    """Measure what each part of the relevance allocator is worth: `glimpse ablate --help` tells its options."""
+    """Measure what each part of the relevance allocator is worth: `glimpse ablate --help` lists the options."""
     become("benchmarks.ablate", context.args, goal="build", needs="torch")
 
 

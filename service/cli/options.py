@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Define the options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 URL = "http://127.0.0.1:8080"
 
-Url = Annotated[str, typer.Option(help="Where the service answers.")]
+Url = Annotated[str, typer.Option(help="Address of the service.")]
 
 Detail = Literal["low", "high", "auto"]
 

@@ -1,4 +1,4 @@
-"""How a command ends in the terminal: with one line about what is wrong, or as another program."""
+"""End a command: with one line that says what is wrong, or as another program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pipeline gives back."""
+"""Define the pipeline's results."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from service.core.vision import Relevance
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Some more of the answer's text, never empty."""
+    """The next piece of the answer's text, never empty."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All that is known once the answer's text is complete."""
+    """Everything about an answer except its text, known when the text is complete."""
 
     finish_reason: Literal["stop", "length"]
     image_ids: tuple[str, ...]
-    cache: Literal["hit", "miss"]  # a miss where anything had to be encoded
-    detail: Literal["low", "high"]  # high where a closer view was looked at
-    reduced: bool  # looked less closely than the request allows, as others waited
+    cache: Literal["hit", "miss"]  # miss if anything had to be encoded
+    detail: Literal["low", "high"]  # high if a closer view was used
+    reduced: bool  # looked less closely than the request allows, because of load
     prompt_tokens: int
     completion_tokens: int
     visual_tokens: int

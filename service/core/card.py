@@ -1,4 +1,4 @@
-"""What a model repository says of itself."""
+"""Describe a model repository's models: the model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs o
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """How much the models take in at once, by their configurations."""
+    """How much the models process at once, according to their configurations."""
 
     encoder_images: int = 1  # the vision encoder's batch, times its instances
     llm_rows: int = 16  # requests that the LLM decodes at once
@@ -24,11 +24,11 @@ class Engines:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a model repository says of itself (`card.json` beside the models)."""
+    """The description of a model repository's models (`card.json` beside them)."""
 
     name: str
     fingerprint: str  # of the vision encoder's weights: keys the feature cache
-    visual_fingerprint: str  # of all weights up to the visual tokens: keys the LLM's reuse of their KV
+    visual_fingerprint: str  # of all weights up to the visual tokens: keys the LLM's reuse of their keys and values
     vocab_size: int  # V: visual ids start here
     hidden_size: int  # H
     vision_width: int  # D
@@ -38,20 +38,20 @@ class ModelCard:
     max_positions: int  # visual + text + generated tokens of one request
     prompt_template: str  # with {question}
     allocator_trained: bool
-    vision_tokens: tuple[int, int]  # what budgets can ask for
-    visual_tokens: tuple[int, int]
-    default_visual_tokens: tuple[int, int] = (32, 32)  # what a budget that does not say gets
-    closer_view: bool = False  # whether `attend_448` is there: cells at level 2
-    closer_view_at: float = 1.0  # detail "auto" looks closer where `particularize` reaches this
-    # The file beside the card whose ids `question_ids` are. Where it is not the LLM's, it is the Q-Former's own
-    # (InstructBLIP's), which reads the LLM's whole prompt between its special tokens, not the bare question.
+    vision_tokens: tuple[int, int]  # least and most that a budget can ask for
+    visual_tokens: tuple[int, int]  # the same
+    default_visual_tokens: tuple[int, int] = (32, 32)  # for a request whose budget has no visual_tokens
+    closer_view: bool = False  # whether the repository has `attend_448`, so that cells can be at level 2
+    closer_view_at: float = 1.0  # detail "auto" looks closer if `particularize` reaches this
+    # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, it is the Q-Former's own
+    # (InstructBLIP). The Q-Former then reads the LLM's whole prompt between its special tokens, not the bare question.
     question_tokenizer: str = "tokenizer.json"
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 
     @property
     def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
-        """By the view's size in pixels, what the vision encoder finds: VisionFeatures' and CloserFeatures' fields."""
+        """Give the shapes of the encoder's output by view size in pixels: fields of VisionFeatures, CloserFeatures."""
         sizes = self.sizes
         return {
             IMAGE_SIZE: {tensor.name: tensor.shape(sizes) for tensor in VISION},
@@ -60,30 +60,30 @@ class ModelCard:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the letters in the tensors that the gateway sends and reads."""
+        """Give the sizes of the letters in the dimensions of the tensors that the gateway sends and reads."""
         return {"D": self.vision_width, "H": self.hidden_size}
 
     def sized(self, tensor: Tensor) -> Tensor:
-        """One of the tensors that the gateway sends and reads, as these models have it."""
+        """Give a tensor that the gateway sends or reads the type and the sizes of these models."""
         return tensor.sized(self.float_type, self.sizes)
 
     def type_of(self, feature: str) -> str:
-        """Triton's type of one of `feature_shapes`' arrays."""
+        """Return Triton's type of one array in `feature_shapes`."""
         return next(self.sized(tensor).datatype for tensor in VISION if tensor.name == feature)
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The models that questions call; `see` and `attend` run every model of the 224-pixel view."""
+        """List the models that questions call. `see` and `attend` run every model of the 224-pixel view."""
         return ("see", "attend", *(["attend_448"] if self.closer_view else []), "llm")
 
     def vision_tokens_for(self, detail: Detail) -> tuple[int, int]:
-        """What budgets can ask for at this detail."""
+        """Return the least and the most vision tokens that a budget can ask for at this detail."""
         least, most = self.vision_tokens
         return (least, MAX_VISION_TOKENS) if self.closer_view and detail != "low" else (least, most)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The text of a card.json. Raises ValueError for text that is no card: what is missing, what is unknown."""
+        """Read the text of a card.json. Raises ValueError, which names the missing or unknown field."""
         try:
             fields = json.loads(text)
             budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS}

@@ -1,7 +1,7 @@
-"""Every way a request can fail, and nothing else.
+"""Define every way in which a request can fail, and nothing else.
 
 GlimpseError
-├── InvalidRequest        the caller can mend it: wrong field, wrong type, wrong value
+├── InvalidRequest        the caller can correct it: wrong field, wrong type, wrong value
 │   └── InvalidImage      the bytes are not an image that can be decoded
 ├── NotFound              unknown or expired image id, unknown model
 ├── SlowBody              the body did not arrive in time
@@ -10,7 +10,7 @@ GlimpseError
 ├── DeadlineExceeded      the request's own timeout or the server's
 ├── Cancelled             the caller went away
 ├── Unavailable           Triton or a model in it does not answer
-└── InternalError         a fault of ours; the text says nothing of the inside
+└── InternalError         a fault of the service; the text gives no internal details
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from contextlib import contextmanager
 
 
 class GlimpseError(Exception):
-    """`param` names the request's field at fault, `code` is stable for programs, the message is for people.
+    """A failed request. `param` names the field at fault, `code` is stable for programs, the message is for people.
 
-    `cause` is what somebody behind us said of it, in their words: for the log, never for the caller.
+    `cause` is the original text of Triton or another component: for the log, never for the caller.
     """
 
     code = "error"
@@ -38,7 +38,7 @@ class GlimpseError(Exception):
 
 @contextmanager
 def naming_image(index: int, of: int) -> Iterator[None]:
-    """Says of an error of `image` which one of several it is."""
+    """Add to an error about `image` which one of several images it is."""
     try:
         yield
     except GlimpseError as error:
@@ -103,7 +103,7 @@ class InternalError(GlimpseError):
 
 
 def internal_error(request_id: str) -> InternalError:
-    return InternalError(f"a fault of ours; the log tells of it under request id {request_id}")
+    return InternalError(f"internal error: ask the operator to look up request id {request_id} in the log")
 
 
 # HTTP status and gRPC status name of each error; a subclass without a row takes its parent's.
@@ -121,7 +121,7 @@ STATUS: dict[type[GlimpseError], tuple[int, str]] = {
 
 
 def status_of(error: GlimpseError) -> tuple[int, str]:
-    """The row of STATUS nearest to the error's class."""
+    """Return the row of STATUS of the error's class, or of its nearest parent."""
     for kind in type(error).__mro__:
         if kind in STATUS:
             return STATUS[kind]

@@ -1,4 +1,4 @@
-"""Text as the models read it."""
+"""Define text as the models read it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Question:
     """A question as the allocator reads it, cut or padded to QUESTION_TOKENS."""
 
     ids: Int32Array  # [32]
-    mask: Int32Array  # [32], 1 where a token stands
+    mask: Int32Array  # [32], 1 for a token, 0 for padding
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the LLM reads: visual ids (V, V+1, ...) and text ids in one row, and the rows the visual ids stand for."""
+    """The LLM's input: visual ids (V, V+1, ...) and text ids in one row, and the embeddings of the visual ids."""
 
     input_ids: Int32Array  # [T]
     visual_tokens: FloatArray  # [N, H]

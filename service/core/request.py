@@ -1,4 +1,4 @@
-"""What a caller asks, as any edge brings it."""
+"""Define a caller's request, in the same form for every edge."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or 
 class Budget:
     """The least and the most tokens a request allows, both ends included."""
 
-    vision_tokens: tuple[int, int] = (64, 256)  # what the Q-Former reads, CLS not counted
-    visual_tokens: tuple[int, int] = (32, 32)  # what the LLM reads, a multiple of 32
+    vision_tokens: tuple[int, int] = (64, 256)  # read by the Q-Former; CLS does not count
+    visual_tokens: tuple[int, int] = (32, 32)  # read by the LLM; multiples of 32
 
     def to_array(self) -> npt.NDArray[np.int32]:
-        """int32 [4]: least and most vision tokens, least and most visual tokens."""
+        """Return int32 [4]: least and most vision tokens, least and most visual tokens."""
         return np.array([*self.vision_tokens, *self.visual_tokens], np.int32)
 
     def within(self, vision_tokens: int) -> Budget:
-        """With at most so many vision tokens."""
+        """Return the budget with at most this number of vision tokens."""
         least, most = self.vision_tokens
         if most <= vision_tokens:
             return self
@@ -35,7 +35,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the answer is drawn, and told. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
+    """How the answer's tokens are drawn and returned.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off.
+    """
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -44,12 +47,12 @@ class Sampling:
     seed: int = 0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    streaming: bool = True  # tokens as they come; else all together at the end, which costs a fraction of the work
+    streaming: bool = True  # tokens as they come; else all at the end, which takes a fraction of the CPU time
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the caller wrote, without white space around it."""
+    """A text from the caller, without white space around it."""
 
     text: str
 
@@ -80,7 +83,7 @@ Part = Text | ImageSource
 
 
 def text_of(parts: Iterable[Part]) -> str:
-    """The texts without the images between them, joined by spaces."""
+    """Join the texts with spaces, without the images between them."""
     return " ".join(part.text for part in parts if isinstance(part, Text))
 
 
@@ -97,7 +100,7 @@ class Exchange:
 
 
 class Priority(StrEnum):
-    """Among the requests of one tenant."""
+    """The priority among the requests of one tenant."""
 
     NORMAL = "normal"
     LOW = "low"  # may wait for the others
@@ -105,7 +108,7 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question about one image or several, as any edge brings it. `parts` have at least one text."""
+    """One question about one or more images, in the same form for every edge. `parts` have at least one text."""
 
     id: str  # unique: Triton cancels by it
     parts: tuple[Part, ...]  # the question: text, and images in their places
@@ -113,18 +116,18 @@ class Request:
     sampling: Sampling
     timeout_s: float
     detail: Detail = "low"
-    exchanges: tuple[Exchange, ...] = ()  # what was asked and answered before, oldest first
+    exchanges: tuple[Exchange, ...] = ()  # earlier questions and answers, oldest first
     trace_id: str = ""  # the caller's own id of the request
-    tenant: str = ""  # tenants share the service fairly; empty is one of its own
+    tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
 
     @property
     def question(self) -> str:
-        """What the allocator reads: the text of the last question."""
+        """Return the text of the last question, which the allocator reads."""
         return text_of(self.parts)
 
     @property
     def images(self) -> tuple[ImageSource, ...]:
-        """Every image in the order of the prompt, those of earlier questions first."""
+        """Return every image in the order of the prompt: those of earlier questions come first."""
         parts = chain(*(exchange.parts for exchange in self.exchanges), self.parts)
         return tuple(part for part in parts if not isinstance(part, Text))

@@ -1,7 +1,7 @@
-"""The tensor contract: every model of a repository, what it takes and gives, and what an ensemble is made of.
+"""Define the tensor contract: every model of a repository, its inputs and outputs, and the steps of an ensemble.
 
-The only list of tensor names, types and shapes. `service.triton` sends and reads by it, `build_engines.repository`
-writes every `config.pbtxt` from it, and the tests compare it with the exported graphs.
+This is the only list of tensor names, types and shapes. `service.triton` sends and reads tensors by it, and
+`build_engines.repository` writes every `config.pbtxt` from it. The tests compare it with the exported graphs.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Tensor:
     optional: bool = False
 
     def sized(self, float_type: str, sizes: Mapping[str, int]) -> Tensor:
-        """With the type and the sizes of one checkpoint."""
+        """Return the tensor with the type and the sizes of one checkpoint."""
         datatype = float_type if self.datatype == FLOAT else self.datatype
         return replace(self, datatype=datatype, dims=self.shape(sizes))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Raises KeyError for a letter without a size."""
+        """Return the dimensions as numbers. Raises KeyError for a letter without a size."""
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.dims)
 
 
@@ -92,11 +92,11 @@ class Model:
 
     @property
     def through(self) -> tuple[str, ...]:
-        """The models that must live for it to answer."""
+        """List the models that must run so that this one can answer."""
         return tuple(step.model for step in self.steps) or (self.name,)
 
     def floats(self) -> set[str]:
-        """The names of its tensors in the checkpoint's float."""
+        """Return the names of its tensors in the checkpoint's float type."""
         return {tensor.name for tensor in (*self.inputs, *self.outputs) if tensor.datatype == FLOAT}
 
 
@@ -105,12 +105,12 @@ def _same(tensors: Iterable[Tensor]) -> dict[str, str]:
 
 
 def _step(model: Model, outputs: Iterable[Tensor] | None = None) -> Step:
-    """The model's own names; all of its outputs, or the given ones."""
+    """Make a step with the model's own tensor names, for all of its outputs or the given ones."""
     return Step(model.name, _same(model.inputs), _same(model.outputs if outputs is None else outputs))
 
 
 def _chosen(rows: str | int) -> tuple[Tensor, ...]:
-    """What an allocator gives to the Q-Former: as many rows as it can ever choose, so that no more are copied."""
+    """Make an allocator's outputs for the Q-Former. They have only as many rows as it can choose, to copy little."""
     return (
         Tensor("vision_tokens", FLOAT, (rows, "D"), "row 0 is CLS; real tokens come first"),
         Tensor("vision_mask", "INT32", (rows,), "0 is padding, g >= 1 the group that reads the token"),
@@ -204,7 +204,7 @@ _compose = Model(
     (*_LLM_PROMPT, *(replace(tensor, optional=False) for tensor in _LLM_SAMPLING)),
 )
 _finish = Model("finish", (_OUTPUT_IDS,), (_ANSWER,))
-# The ensemble's own inputs are called temperature and seed too, so what `compose` hands on needs other names.
+# The ensemble has inputs temperature and seed of its own, so the outputs of `compose` need other names.
 _TO_LLM = _same(_compose.outputs) | {"temperature": "llm_temperature", "seed": "llm_seed"}
 
 MODELS: Mapping[str, Model] = {
@@ -221,7 +221,7 @@ MODELS: Mapping[str, Model] = {
             steps=(_step(_vision_encoder), _step(_relevance_allocator), _step(_qformer)),
         ),
         Model("attend", _relevance_allocator.inputs, _SEEN, steps=(_step(_relevance_allocator), _step(_qformer))),
-        # These two only if the checkpoint has a closer view.
+        # A repository has these two only if its checkpoint has a closer view.
         _relevance_allocator_448,
         Model(
             "attend_448",
@@ -239,7 +239,7 @@ MODELS: Mapping[str, Model] = {
             steps=(
                 _step(_prepare),
                 _step(_vision_encoder),
-                # Triton refuses an ensemble's tensor that no step reads: here nobody reads the relevance map.
+                # Triton refuses an ensemble's tensor that no step reads, and no step here reads the relevance map.
                 _step(_relevance_allocator, _chosen("K")),
                 _step(_qformer),
                 Step("compose", _same(_compose.inputs), _TO_LLM),

@@ -1,8 +1,4 @@
-"""What the models make of an image, as arrays.
-
-`P` is the 16x16 grid of patches, `D` the vision width, `H` the
-LLM's hidden size.
-"""
+"""Define the models' results for an image, as arrays. `D` is the vision width, `H` the LLM's hidden size."""
 
 from __future__ import annotations
 
@@ -19,13 +15,13 @@ FloatArray = npt.NDArray[np.floating]
 Int32Array = npt.NDArray[np.int32]
 UInt8Array = npt.NDArray[np.uint8]
 
-IMAGE_SIZE = 224  # pixels, both sides, of what the vision encoder sees
+IMAGE_SIZE = 224  # pixels, both sides, of the vision encoder's input
 CLOSER_SIZE = 448  # pixels, both sides, of the closer view, which the encoder sees as CROPS crops
 CROPS = 4  # top left, top right, bottom left, bottom right
 GRID = 16  # patches a side
 TEXTURE_CHANNELS = 13
 CELLS = 8  # cells a side; a cell is 2x2 patches
-QUESTION_TOKENS = 32  # what the allocator reads of the question
+QUESTION_TOKENS = 32  # tokens of the question that the allocator reads
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
 TENSIONS = ("particularize", "explore", "diversify")
 TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail
@@ -34,14 +30,17 @@ MAX_VISION_TOKENS = 400  # of one image, with the closer view
 
 @dataclass(frozen=True, slots=True)
 class Int8Rows:
-    """Floats [N, D] in about a quarter of the bytes: a row's largest magnitude is 127 of its scale."""
+    """Floats [N, D] in about a quarter of the bytes. A row's scale is its largest magnitude divided by 127."""
 
     values: npt.NDArray[np.int8]  # [N, D]
     scales: FloatArray  # [N], of the floats' dtype
 
     @classmethod
     def of(cls, rows: FloatArray) -> Self:
-        """A row with an infinity or a NaN comes back as NaNs, one below 1e-30 as zeros."""
+        """Round rows to int8.
+
+        `dense` gives NaNs for a row with an infinity or a NaN, and zeros for a row whose values are below 1e-30.
+        """
         largest = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float32)
         whole = np.isfinite(largest)
         if not whole.all():
@@ -55,7 +54,7 @@ class Int8Rows:
         return self.values.nbytes + self.scales.nbytes
 
     def dense(self) -> FloatArray:
-        """[N, D], each within half a scale of what it was."""
+        """Return the floats [N, D]. Each differs from the original by at most half a scale."""
         return self.values * self.scales[:, np.newaxis]
 
 
@@ -65,7 +64,7 @@ def dense(rows: FloatArray | Int8Rows) -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
-    """What the vision encoder found in one image; what the feature cache keeps, exactly as it came or as int8."""
+    """The vision encoder's output for one image. The feature cache keeps it exactly, or as int8."""
 
     features: FloatArray | Int8Rows  # [257, D], CLS first, then the patches row by row
     saliency: FloatArray  # [256], CLS-to-patch attention of the last layer
@@ -79,13 +78,13 @@ class VisionFeatures:
 
 @dataclass(frozen=True, slots=True)
 class CloserFeatures:
-    """What the vision encoder found in the closer view of one image."""
+    """The vision encoder's output for the closer view of one image."""
 
     features: FloatArray | Int8Rows  # [1024, D], the patches of the 32x32 grid row by row, without the crops' CLS
 
     @classmethod
     def joined(cls, crops: Sequence[VisionFeatures]) -> Self:
-        """From the CROPS crops, each [257, D]."""
+        """Join the outputs of the CROPS crops, each [257, D]."""
         rows, side = 2, GRID
         patches = np.stack([dense(crop.features)[1:] for crop in crops]).reshape(rows, rows, side, side, -1)
         return cls(patches.transpose(0, 2, 1, 3, 4).reshape(CROPS * side * side, -1))
@@ -97,7 +96,7 @@ class CloserFeatures:
 
 @dataclass(frozen=True, slots=True)
 class Relevance:
-    """Where the image was looked at closely for one question, and why."""
+    """The places in an image where the model looked closely for one question, and why."""
 
     map: FloatArray  # [16, 16] in [0, 1]
     scores: FloatArray  # [3, 16, 16] in [0, 1]: propositional, perspectival, participatory
@@ -106,7 +105,7 @@ class Relevance:
 
     @property
     def evenness(self) -> float:
-        """The map's entropy over that of an even one: 1 where everything is as relevant as everything else."""
+        """Return the map's entropy divided by that of an even map: 1 if all patches are equally relevant."""
         shares = self.map[self.map > 0].astype(np.float64)
         shares /= shares.sum()
         return float(-(shares * np.log(shares)).sum() / np.log(self.map.size)) if shares.size else 1.0
@@ -117,22 +116,22 @@ class Relevance:
 
     @property
     def particularize(self) -> float:
-        """In [0, 1]: how much of the budget the question asks for."""
+        """Return the share of the budget that the question needs, in [0, 1]."""
         return float(self.tensions[0])
 
     @property
     def vision_tokens(self) -> int:
-        """How many vision tokens the levels cost, CLS not counted."""
+        """Count the vision tokens at these levels, without CLS."""
         return int(np.asarray(TOKENS_AT_LEVEL)[self.levels].sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One image as the LLM gets it for one question."""
+    """The LLM's view of one image for one question."""
 
     visual_tokens: FloatArray  # [count, H]
     relevance: Relevance
-    budget: Budget  # what it was allowed
+    budget: Budget  # the budget that was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
     is_rounded: bool = False  # made from features that were kept as int8
 

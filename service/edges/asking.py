@@ -1,6 +1,6 @@
-"""One door from any transport to the core: checked fields become a Request, by the same rules for all of them.
+"""Turn the checked fields of any transport into a Request, by the same rules for all transports.
 
-A transport reads its own wire format into `Fields`, which checks types and ranges, and calls `to_request`.
+A transport checks types and ranges of its own wire format, makes `Fields` of it, and calls `to_request`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from service.core.request import (
 
 @dataclass(frozen=True, slots=True)
 class QuestionLimits:
-    """What one question may ask for."""
+    """Limit what one question may ask for."""
 
     max_question_chars: int  # of the question and its earlier turns together
     default_timeout_s: float
@@ -42,10 +42,10 @@ class QuestionLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """A question as it came. Types and ranges are checked; None stands for a field that was left out.
+    """Hold a question as it was sent. Types and ranges are checked; None stands for a field that was left out.
 
-    Images stand in their places in `parts` and `turns`, or in front of everything in `image` or `images`. A `str` there
-    is what `source_of` reads.
+    Images are in their places in `parts` and `turns`, or in `image` or `images`, which come before everything else. A
+    `str` in `image` or `images` is an argument for `source_of`.
     """
 
     parts: tuple[Part, ...]
@@ -97,7 +97,7 @@ def to_request(
 
 
 def source_of(text: str) -> ImageSource:
-    """What base64, a data: URL, another URL or the id of an image stands for. Raises InvalidRequest."""
+    """Read an image given as base64, a data: URL, another URL or an image id. Raises InvalidRequest."""
     text = text.strip()
     if text.startswith("img_"):
         return ImageId(text)
@@ -105,7 +105,7 @@ def source_of(text: str) -> ImageSource:
         return ImageUrl(text)
     encoded = text
     if text[:5].lower() == "data:":
-        head, comma, encoded = text.partition(",")  # a regular expression would go back over a hostile head
+        head, comma, encoded = text.partition(",")  # a regular expression would backtrack over a hostile head
         if not comma or head[-7:].lower() != ";base64":
             raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
     try:
@@ -116,13 +116,13 @@ def source_of(text: str) -> ImageSource:
         return ImageBytes(base64.b64decode("".join(encoded.split()), validate=True))
     except (binascii.Error, ValueError) as exc:
         raise InvalidImage(
-            "image is neither base64, nor a data: URL, nor the id (img_...) of an image sent to POST /v1/images",
+            "image is neither base64, nor a data: URL, nor an image id (img_...): send one of these",
             param="image",
         ) from exc
 
 
 def new_seed() -> int:
-    """For a request that names none: sampled answers then differ from one to the next."""
+    """Make a seed for a request without one, so that its sampled answers differ from each other."""
     return secrets.randbits(63)
 
 
@@ -149,7 +149,7 @@ def _sources(images: Iterable[ImageSource | str]) -> list[ImageSource]:
 
 
 def _stripped(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Without the white space around each text, and without texts that are nothing else."""
+    """Strip the white space around each text, and drop texts that are only white space."""
     stripped = (Text(part.text.strip()) if isinstance(part, Text) else part for part in parts)
     return tuple(part for part in stripped if part != Text(""))
 
@@ -159,7 +159,9 @@ def _exchanges(fields: Fields) -> tuple[Exchange, ...]:
     for index, exchange in enumerate(exchanges):
         if not exchange.question or not exchange.answer:
             side = "answer" if exchange.question else "question"
-            raise InvalidRequest(f"turns.{index}.{side} is empty", param=f"turns.{index}.{side}")
+            raise InvalidRequest(
+                f"turns.{index}.{side} is empty: fill it in, or leave this turn out", param=f"turns.{index}.{side}"
+            )
     return exchanges
 
 
@@ -177,7 +179,9 @@ def _require_text(question: str, exchanges: tuple[Exchange, ...], max_chars: int
 def _timeout_s(fields: Fields, limits: QuestionLimits) -> float:
     timeout_s = limits.default_timeout_s if fields.timeout_s is None else fields.timeout_s
     if timeout_s > limits.max_timeout_s:
-        raise InvalidRequest(f"timeout_s may be at most {limits.max_timeout_s:g}", param="timeout_s")
+        raise InvalidRequest(
+            f"timeout_s is {timeout_s:g}, the limit is {limits.max_timeout_s:g}: lower it", param="timeout_s"
+        )
     return timeout_s
 
 
@@ -190,5 +194,5 @@ def _sampling(fields: Fields) -> Sampling:
         seed=new_seed() if fields.seed is None else fields.seed,
         repetition_penalty=fields.repetition_penalty,
         stop=fields.stop,
-        streaming=fields.stream or bool(fields.stop),  # a stop string is looked for as tokens come
+        streaming=fields.stream or bool(fields.stop),  # stop strings are searched for as tokens come
     )

@@ -1,4 +1,4 @@
-"""What every transport finds out about its caller: its tenant, the id of its request, and whether it still waits."""
+"""Find out about the caller of any transport: its tenant, its request's id, and whether it is still there."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ TRACE_ID_KEY = "x-request-id"
 
 TENANT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TRACE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-READING_S = 1.0  # beyond the deadline, for a caller that reads its answer slowly
+READING_S = 1.0  # time after the deadline for a caller that reads its answer slowly
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The sender of one request."""
+    """Name the sender of one request."""
 
-    tenant: str  # empty is one of its own
+    tenant: str  # callers without a name have the empty name: one tenant
     trace_id: str
 
 
 def tenant_in(word: str) -> str:
-    """The tenant that the caller names; empty for none. Raises InvalidRequest."""
+    """Check and return the tenant's name; it is empty if the caller gives none. Raises InvalidRequest."""
     if word and not TENANT.fullmatch(word):
         raise InvalidRequest(
-            "x-tenant-id may hold 1 to 64 letters, digits and . _ : -", param=TENANT_KEY, code="invalid_tenant"
+            "x-tenant-id is too long or has other characters: send 1 to 64 letters, digits and . _ : -",
+            param=TENANT_KEY,
+            code="invalid_tenant",
         )
     return word
 
 
 def trace_id_in(words: Iterable[str]) -> str:
-    """The caller's own id of its request: the first that is a plain word, else a new one."""
+    """Return the caller's own id of its request: the first well-formed one, else a new one."""
     return next(filter(TRACE_ID.fullmatch, words), "") or uuid.uuid4().hex
 
 
@@ -47,7 +49,7 @@ def trace_id_in(words: Iterable[str]) -> str:
 async def present(gone: Callable[[], Coroutine[Any, Any, None]], timeout_s: float) -> AsyncIterator[None]:
     """Cancel the block when `gone` returns, or when it outlives the request's timeout. Raises Cancelled.
 
-    The pipeline keeps the request's deadline itself. The timeout here is for a caller that does not take what is sent.
+    The pipeline enforces the request's deadline itself. The timeout here is for a caller that does not read its answer.
     """
     try:
         async with asyncio.timeout(timeout_s + READING_S) as presence:

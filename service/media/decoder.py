@@ -1,4 +1,4 @@
-"""Bytes to pixels.
+"""Decode an image's bytes to pixels.
 
 The bytes come from callers, so their size is checked before a pixel is decoded. Triton's models import this module
 too, so it imports neither settings nor asyncio.
@@ -38,7 +38,7 @@ TURNS = {  # EXIF orientation -> the turn that brings the picture upright
 }
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
 
-FOREIGN = (  # offset, lower-case magic, name: the most frequent files that are not read
+FOREIGN = (  # offset, lower-case magic, name: the most frequent formats that are not supported
     (0, b"<svg", "SVG"),
     (0, b"<?xml", "SVG"),
     (0, b"<!doctype", "an HTML page"),
@@ -67,7 +67,7 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An image as the vision encoder sees it."""
+    """An image in the form that the vision encoder reads."""
 
     views: Mapping[int, UInt8Array]  # by their size in pixels: [3, size, size] RGB
     width: int  # of the whole picture, upright
@@ -88,7 +88,7 @@ class Decoded:
 def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
     """Decode a PNG, JPEG, WebP or GIF (first frame) to uint8 [3, size, size] RGB for each view.
 
-    The whole picture is squashed to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
+    The whole picture is resized to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
     picture of that size is not changed. Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK
     is converted without a colour profile, EXIF orientation is applied. A view does not depend on the other views.
     Raises InvalidImage, TooLarge.
@@ -99,7 +99,7 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
         )
     if len(data) > limits.max_bytes:
         raise TooLarge(
-            f"the image has {len(data):,} bytes, the limit is {limits.max_bytes:,}: send it smaller "
+            f"the image has {len(data):,} bytes, the limit is {limits.max_bytes:,}: send a smaller one "
             f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
             param="image",
         )
@@ -109,20 +109,20 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
         picture = Pillow.open(BytesIO(data), formats=FORMATS)
     except Exception as exc:
         raise InvalidImage(
-            f"not an image that can be read: {_looks_like(data)}; send PNG, JPEG, WebP or GIF", param="image"
+            f"the image cannot be read, {_looks_like(data)}: send PNG, JPEG, WebP or GIF", param="image"
         ) from exc
     with picture:
         width, height = picture.size
         if width * height > limits.max_pixels:
             raise TooLarge(
                 f"the image has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels), the limit is "
-                f"{limits.max_pixels / 1e6:.1f}: send it smaller (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
+                f"{limits.max_pixels / 1e6:.1f}: send a smaller one (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
                 param="image",
             )
         told = header_pixels(data)
         if told is not None and width * height > told:
             raise InvalidImage(
-                f"the {picture.format} tells two sizes, {told:,} pixels first and then {width}x{height}: save it anew",
+                f"the {picture.format} declares two sizes, {told:,} pixels and {width}x{height}: save the image again",
                 param="image",
             )
         try:
@@ -137,7 +137,7 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
 
 
 def _views(picture: Pillow.Image, data: bytes, orientation: int, views: Sequence[int]) -> dict[int, UInt8Array]:
-    """Decode once, or once a view if the JPEG is so large that the views need different scales."""
+    """Decode once, or once for each view if the JPEG is so large that the views need different scales."""
     whole, colours, found = picture.size, None, {}
     for size in sorted(views):
         if colours is None or colours.size != whole:
@@ -150,31 +150,31 @@ def _views(picture: Pillow.Image, data: bytes, orientation: int, views: Sequence
 
 
 def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
-    """[3, size, size] RGB, upright."""
+    """Resize to [3, size, size] RGB, upright."""
     side = (size, size)
     if colours.size != side:
         colours = colours.resize(side, Pillow.Resampling.BICUBIC)
-    if colours.mode == "RGBA":  # after the resize: Pillow weighs colours by alpha, and this is the small one
+    if colours.mode == "RGBA":  # after the resize, which weighs colours by alpha: the picture is smaller now
         white = Pillow.new("RGBA", side, (255, 255, 255, 255))
         colours = Pillow.alpha_composite(white, colours).convert("RGB")
-    if orientation in TURNS:  # a turn commutes with a squash to a square
+    if orientation in TURNS:  # a turn commutes with the resize to a square
         colours = colours.transpose(TURNS[orientation])
     return np.ascontiguousarray(np.asarray(colours).transpose(2, 0, 1))
 
 
 def _in_colour(picture: Pillow.Image) -> Pillow.Image:
-    """RGB, or RGBA if something is transparent."""
+    """Convert to RGB, or to RGBA if something is transparent."""
     if picture.mode.startswith("I"):  # 16-bit grey: I;16, I;16B, or I with 16-bit values
         grey = np.asarray(picture).clip(0, 65535) >> 8
         return Pillow.fromarray(grey.astype(np.uint8)).convert("RGB")
-    picture.load()  # only now is a late tRNS chunk of a PNG read
+    picture.load()  # reads also a late tRNS chunk of a PNG
     if picture.has_transparency_data:
         return picture.convert("RGBA")
     return picture.convert("RGB")
 
 
 def _orientation(picture: Pillow.Image) -> int:
-    """EXIF's 1 to 8; 1 if there is none or it cannot be read, as in browsers."""
+    """Read EXIF's orientation, 1 to 8. It is 1 if there is none or it cannot be read, as in browsers."""
     if "exif" not in picture.info and picture.format not in ("JPEG", "WEBP"):
         return 1
     try:

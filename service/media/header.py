@@ -1,4 +1,4 @@
-"""What an image file's first bytes say of its size. Nothing is decoded, so hostile bytes cost microseconds."""
+"""Read an image's size from the file's first bytes. Nothing is decoded, so hostile bytes cost microseconds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0
 def header_size(data: bytes) -> tuple[int, int] | None:
     """Read width and height from the file's first bytes, before EXIF turns the picture.
 
-    (0, 0) if the file is no PNG, JPEG, GIF or WebP; None if it may be one but its size cannot be read. Takes
-    microseconds on any bytes; a decoder may take long on hostile ones. `decode` refuses a picture that is larger.
+    (0, 0) if the file is not PNG, JPEG, GIF or WebP; None if it may be one but its size cannot be read. `decode`
+    refuses a picture that is larger.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         size = _unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
@@ -30,7 +30,7 @@ def header_size(data: bytes) -> tuple[int, int] | None:
 
 
 def header_pixels(data: bytes) -> int | None:
-    """Width times height of `header_size`."""
+    """Return width times height of `header_size`."""
     size = header_size(data)
     return None if size is None else size[0] * size[1]
 
@@ -59,7 +59,7 @@ def _jpeg_size(data: bytes) -> tuple[int, ...]:
 
 
 def _gif_size(data: bytes) -> tuple[int, ...]:
-    """The size that holds both the screen and the first frame, which may be larger than the screen."""
+    """Return a size that holds both the screen and the first frame, which may be larger than the screen."""
     width, height, flags = _unpack("<HHB", data, 6)
     offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # after the colour table
     in_extension = False

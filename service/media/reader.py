@@ -1,4 +1,4 @@
-"""Decoding and hashing off the event loop."""
+"""Decode and hash images off the event loop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ImageReader:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
-        """Raises InvalidImage, TooLarge."""
+        """Decode in a thread. Raises InvalidImage, TooLarge."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views)
 
     async def identify(self, data: bytes) -> Image:
-        """Hash the bytes. They may still be no image."""
+        """Hash the bytes. It does not check that they are an image."""
         if len(data) <= INLINE_HASH_BYTES:
             return Image.of(data)
         return await asyncio.get_running_loop().run_in_executor(self._threads, Image.of, data)

@@ -1,4 +1,4 @@
-"""Images as they were sent, kept by id to be asked about often."""
+"""Keep images as they were sent, so that later questions can name their ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Image:
 
 
 class ImageStore:
-    """Images by id in memory, bounded in bytes. The least recently used image goes first.
+    """Keep images by id in memory, bounded in bytes. The least recently used image is evicted first.
 
     An image expires `ttl_s` after it was sent. It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number
     of tiny images is bounded too. `now` is in seconds since the epoch.
@@ -51,7 +51,7 @@ class ImageStore:
         return len(self._kept)
 
     def put(self, image: Image, now: float) -> float:
-        """Keep the image; returns when it expires. Sending it again starts its time anew."""
+        """Keep the image -> the time when it expires. Sending it again starts its time again."""
         self._drop(image.id)
         expires_at = now + self.ttl_s
         self._kept[image.id] = image, expires_at
@@ -61,13 +61,13 @@ class ImageStore:
         return expires_at
 
     def get(self, image_id: str, now: float) -> Image:
-        """Raises NotFound for an id that is unknown, expired or evicted."""
+        """Return an image. Raises NotFound for an id that is unknown, expired or evicted."""
         image, expires_at = self._kept.get(image_id, (None, 0.0))
         if image is None or expires_at <= now:
             self._drop(image_id)
             raise NotFound(
-                f"no image {image_id[:64]!r} here: it was never sent, or its time is over ({self.ttl_s:.0f} s); "
-                "send it again with POST /v1/images",
+                f"image {image_id[:64]!r} is not in memory: it was not sent to this server, expired after "
+                f"{self.ttl_s:.0f} s, or was evicted; send it again with POST /v1/images",
                 param="image",
                 code="image_not_found",
             )
@@ -75,7 +75,7 @@ class ImageStore:
         return image
 
     def _first_expires_at(self) -> float:
-        """When the least recently used image expires."""
+        """Return when the least recently used image expires."""
         _, expires_at = next(iter(self._kept.values()))
         return expires_at
 

@@ -1,6 +1,6 @@
-"""Calls to one or two Tritons: gRPC channels, the calls in flight on them, and how they end.
+"""Make calls to one or two Tritons: own the gRPC channels and the calls in flight on them.
 
-Every address has one gRPC channel, which all requests share. Every generation has a decoupled stream of its own.
+Every address has one gRPC channel, which all requests share. Every generation has its own decoupled stream.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHANNEL_OPTIONS = (
     # A connection to a lost node is noticed in 30 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # A restarted Triton is found again within 0.5 s; gRPC's default back-off grows to two minutes.
+    # The client reconnects to a restarted Triton within 0.5 s; gRPC's default back-off grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
@@ -38,7 +38,7 @@ _CHANNEL_OPTIONS = (
 
 
 class Calls:
-    """Calls to the models of CALLED. Every method raises GlimpseError only."""
+    """Call the models of CALLED. Every method raises GlimpseError only."""
 
     def __init__(self, vision_url: str, llm_url: str) -> None:
         self._vision_url = vision_url
@@ -49,14 +49,14 @@ class Calls:
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in CALLED}
         self._abandoned: set[grpc.aio.Call] = set()
         self._answered: dict[str, float] = {}  # by model of CALLED, the monotonic time of its last good response
-        self._tasks: set[asyncio.Task[Any]] = set()  # of calls that nobody waits for any more, until they end
+        self._tasks: set[asyncio.Task[Any]] = set()  # tasks of running calls, even if their callers have left
 
     async def connect(self) -> None:
-        """Opens the channels; the connections themselves come with the first call."""
+        """Open the channels. The first call opens the connections."""
         for url in {self._vision_url, self._llm_url} - self._channels.keys():
             self._channels[url] = channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
             self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            # A stream carries one request. As unary_stream its header, request and end leave together; as
+            # A stream carries one request. With unary_stream its header, request and end leave in one packet; with
             # stream_stream they would be three packets and two tasks.
             self._streams[url] = channel.unary_stream(
                 "/inference.GRPCInferenceService/ModelStreamInfer",
@@ -83,7 +83,7 @@ class Calls:
         return sum(len(calls) for calls in self._open.values())
 
     async def ready(self, timeout_s: float = 1.0) -> bool:
-        """Whether every server reports ready. Triton does so even if a model's process is dead."""
+        """Return whether every server reports ready. Triton reports so even if a model's process is dead."""
         try:
             for stub in self._stubs.values():
                 if not (await stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=timeout_s)).ready:
@@ -119,7 +119,7 @@ class Calls:
             call.cancel()
 
     def answering_since(self, moment: float) -> set[str]:
-        """The models that have answered since that moment, in any request."""
+        """Return the models that have answered any request since that moment."""
         return {step for name, at in self._answered.items() if at > moment for step in CALLED[name].through}
 
     async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
@@ -168,7 +168,7 @@ class Calls:
                     except TimeoutError as exc:
                         if left_s <= silence_s:
                             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no final response") from exc
-                        text = f"the model {model} fell silent for {stall_timeout_s:g} s: try again"
+                        text = f"the model {model} sent no token for {stall_timeout_s:g} s: try again"
                         raise Unavailable(text) from exc
                     silence_s = stall_timeout_s
                     if response is grpc.aio.EOF:
@@ -201,11 +201,11 @@ class Calls:
         return self._of(self._stubs, model)
 
     def _of(self, known: Mapping[str, Any], model: str) -> Any:
-        """The entry for the address of the model's server. Raises Unavailable."""
+        """Return the entry for the address of the model's server. Raises Unavailable."""
         try:
             return known[self._vision_url if model in VISION_MODELS else self._llm_url]
         except KeyError:
-            raise Unavailable("not connected to Triton") from None
+            raise Unavailable("the gateway is not connected to Triton: try again in a few seconds") from None
 
     @contextlib.contextmanager
     def _in_flight(self, model: str, call: grpc.aio.Call) -> Iterator[None]:

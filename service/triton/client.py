@@ -34,9 +34,9 @@ class TritonClient:
     """See, attend and generate on one or two Tritons. Every method raises GlimpseError only."""
 
     def __init__(self, vision_url: str, llm_url: str) -> None:
-        """`host:port` of Triton's gRPC; the two may be equal, and then share one channel."""
+        """The addresses are `host:port` of Triton's gRPC. If they are equal, they share one channel."""
         self._calls = Calls(vision_url, llm_url)
-        self._probe_took: dict[str, float] = {}  # seconds, the shortest: longer ones waited in a queue
+        self._probe_took: dict[str, float] = {}  # shortest time of a probe, s: longer ones waited in a queue
 
     async def __aenter__(self) -> TritonClient:
         await self.connect()
@@ -46,7 +46,7 @@ class TritonClient:
         await self.close()
 
     async def connect(self) -> None:
-        """Opens the channels; the connections themselves come with the first call."""
+        """Open the channels. The first call opens the connections."""
         await self._calls.connect()
 
     async def close(self) -> None:
@@ -61,14 +61,14 @@ class TritonClient:
     async def see(
         self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
     ) -> tuple[VisionFeatures, Seen]:
-        """`image` is RGB [3, 224, 224]."""
+        """Encode and attend in one call. `image` is RGB [3, 224, 224]."""
         arrays = await self._calls.infer(
             "see", {"image": image[np.newaxis], **codec.asked(question, budget)}, timeout_s
         )
         return codec.features(arrays)[0], codec.seen(arrays, budget)
 
     async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
-        """`images` is RGB [N, 3, 224, 224]: one batch, and no question."""
+        """Encode one batch, without a question. `images` is RGB [N, 3, 224, 224]."""
         return codec.features(await self._calls.infer("vision_encoder", {"image": images}, timeout_s))
 
     async def attend(
@@ -103,10 +103,10 @@ class TritonClient:
         timeout_s: float,
         stall_timeout_s: float,
     ) -> AsyncGenerator[tuple[int, ...], None]:
-        """Token ids as they come, `end_id` included if generated.
+        """Yield token ids as they come, `end_id` included if it was generated.
 
-        Closing the generator stops the sequence; the stream then ends by itself. Raises Unavailable when no token
-        follows the last one within `stall_timeout_s`.
+        Closing the generator stops the sequence; the model then ends the stream. Raises Unavailable if no token follows
+        the last one within `stall_timeout_s`.
         """
         codec.require_consistent(prompt)
         inputs = codec.llm_inputs(prompt, sampling, end_id, pad_id)
@@ -142,9 +142,9 @@ class TritonClient:
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
         """Run one inference of a model of CALLED with the least work. Raises Unavailable, whatever went wrong.
 
-        No inference is run if every step of the model answered a request within the last `fresh_s`. If `fresh_s` is not
-        0, it is raised until probes of an idle model take less than PROBE_SHARE of the time. If the probe times out but
-        steps that it shares with other models answered meanwhile, the model is busy and counts as alive.
+        No inference is run if every step of the model answered a request within the last `fresh_s` seconds. A `fresh_s`
+        above 0 is raised, if necessary, so that probes of an idle model take less than PROBE_SHARE of the time. If the
+        probe times out, but the steps that the model shares with others answered meanwhile, it is busy, not dead.
         """
         begun = time.monotonic()
         steps = set(CALLED[model].through) if model in CALLED else {model}
@@ -207,7 +207,7 @@ class TritonClient:
                 raise InternalError(f"no probe for the model {model}")
 
     async def ready(self, timeout_s: float = 1.0) -> bool:
-        """Whether every server reports ready. Triton does so even if a model's process is dead: see `probe`."""
+        """Return whether every server reports ready. Triton does so even if a model's process is dead: see `probe`."""
         return await self._calls.ready(timeout_s)
 
     async def load(self, model: str, timeout_s: float = 60.0) -> None:

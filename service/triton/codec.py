@@ -1,4 +1,4 @@
-"""The gateway's values as Triton's messages, and back."""
+"""Turn the gateway's values into Triton's messages, and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
         model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_OUTPUTS[model]
     )
     if CALLED[model].decoupled:
-        # Without it an empty last response is swallowed, and the end with it.
+        # Without this parameter Triton drops an empty last response, and with it the end of the stream.
         request.parameters["triton_enable_empty_final_response"].bool_param = True
     return request
 
@@ -69,7 +69,7 @@ def require_consistent(prompt: Prompt) -> None:
 
 
 def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> dict[str, npt.NDArray[Any]]:
-    """The LLM's inputs. Sampling inputs that are neutral are left out, so that a greedy request is small."""
+    """Make the LLM's inputs. Sampling inputs without an effect are left out, so that a greedy request is small."""
     numbers: dict[str, float] = {
         "input_lengths": prompt.input_ids.size,
         "request_output_len": sampling.max_tokens,
@@ -92,7 +92,7 @@ def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> 
 
 
 def features(arrays: Arrays) -> list[VisionFeatures]:
-    """One value for each row."""
+    """Read the encoder's outputs -> one value for each row."""
     rows = zip(*(arrays[tensor.name] for tensor in VISION), strict=True)
     return [VisionFeatures(*row) for row in rows]  # its fields are VISION, in order
 
@@ -109,12 +109,12 @@ def seen(arrays: Arrays, budget: Budget) -> Seen:
 
 
 def tokens(response: Any) -> tuple[int, ...]:
-    """New tokens from `output_ids` int32 [1, 1, n], the only output asked for; none in an empty final response."""
+    """Read new tokens from `output_ids` int32 [1, 1, n], the only requested output; an empty response has none."""
     return tuple(token for content in response.raw_output_contents for token in memoryview(content).cast("i"))
 
 
 def arrays(response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:
-    """The outputs by name, read-only."""
+    """Return the outputs by name, read-only."""
     return {
         output.name: np.frombuffer(content, DTYPES[output.datatype]).reshape(tuple(output.shape))
         for output, content in zip(response.outputs, response.raw_output_contents, strict=True)

@@ -1,4 +1,4 @@
-"""What the gateway calls: which models of a repository, and which of their outputs it asks for."""
+"""List the models that the gateway calls, and the outputs that it requests."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ CALLED: Mapping[str, Model] = {
 }
 
 _ENSEMBLES = ("see", "attend", "attend_448")
-# The models at the address of the vision models.
+# The models that run at the vision address (GLIMPSE_VISION_URL).
 VISION_MODELS = frozenset({*_ENSEMBLES, *(step for name in _ENSEMBLES for step in CALLED[name].through)})

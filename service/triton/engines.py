@@ -1,4 +1,4 @@
-"""How much the models of a repository process at once, read from their configurations."""
+"""Read from the models' configurations how much they process at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.core.card import Engines
 
 
 def read_engines(repository: Path) -> Engines:
-    """Read the repository's configurations. Raises OSError, ValueError for a missing or an invalid one."""
+    """Read the repository's configurations. Raises OSError for a missing one, ValueError for an invalid one."""
     encoder, llm = (_configuration(repository / model / "config.pbtxt") for model in ("vision_encoder", "llm"))
     batch = encoder.max_batch_size if encoder.HasField("dynamic_batching") else 1
     instances = sum(group.count or 1 for group in encoder.instance_group)

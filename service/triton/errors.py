@@ -1,4 +1,4 @@
-"""Triton's errors as GlimpseError, from a gRPC status or from an error's text."""
+"""Translate Triton's errors to GlimpseError, from a gRPC status or from an error's text."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from service.core.errors import (
     Unavailable,
 )
 
-# By a part of the error's text, whatever its code; then by the code. Anything else is an InternalError.
+# The text decides first, whatever the code is; then the code. Any other error is an InternalError.
 ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
     ("Exceeds maximum queue size", Overloaded),
     ("is not healthy", Unavailable),  # "Stub process 'llm_0_0' is not healthy.": the model's process died
-    ("unknown model", Unavailable),  # not loaded, or not at the moment
+    ("unknown model", Unavailable),  # not loaded now
     ("Server not ready", Unavailable),  # starting or stopping
     ("message larger than max", InternalError),
 )
@@ -37,14 +37,14 @@ _CODED = re.compile(r"(?:\[request id: [^]]*\] )?(?P<code>[A-Z_]+): (?P<text>.*)
 MESSAGES: Mapping[type[GlimpseError], str] = {
     Unavailable: "the model {model} does not answer: try again in a few seconds",
     Overloaded: "the model {model} has no room for another request: try again",
-    DeadlineExceeded: "the model {model} did not finish in time",
+    DeadlineExceeded: "the model {model} did not finish in time: raise timeout_s or try again",
     InternalError: "the model {model} failed",
 }
 
 
 @contextlib.contextmanager
 def translated(model: str) -> Iterator[None]:
-    """Translate gRPC's errors. Nothing else does."""
+    """Translate gRPC's errors. This is the only place that does."""
     try:
         yield
     except grpc.aio.AioRpcError as exc:

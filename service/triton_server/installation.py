@@ -1,4 +1,4 @@
-"""Find the bundled Triton, and check before the start all that could make it fail or hang."""
+"""Find the bundled Triton, and check before its start everything that could make it fail or hang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StartFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """All on 127.0.0.1: only this gateway uses the embedded Triton."""
+    """Hold the embedded Triton's ports, all on 127.0.0.1: only this gateway uses it."""
 
     http: int = 8000
     grpc: int = 8001
@@ -28,7 +28,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """Paths of the nvidia-pytriton wheel, and the libraries that its programs load."""
+    """Hold the paths of the nvidia-pytriton wheel, and the libraries that its programs load."""
 
     server: Path
     stub: Path
@@ -38,7 +38,7 @@ class Installation:
 
     @classmethod
     def find(cls) -> Installation:
-        """Raises StartFailed if the wheel is missing or does not support this Python."""
+        """Find the wheel. Raises StartFailed if it is missing or does not support this Python."""
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
             raise StartFailed(
@@ -57,8 +57,9 @@ class Installation:
             str(bundled),
             os.environ.get("LD_LIBRARY_PATH"),
         )
-        # The wheel's stub for 3.13 links a libpython of the wheel's, and its RPATH wins. On another build of 3.13 every
-        # model fails with "PyCapsule_Import could not import module datetime". The stub uses what is loaded first.
+        # The wheel's stub for 3.13 links the wheel's own libpython through its RPATH. With another build of 3.13 every
+        # model then fails with "PyCapsule_Import could not import module datetime". So this Python's library is loaded
+        # first, and the stub uses it.
         bundles_libpython = any(bundled.glob(f"libpython{sys.version_info.major}-*.{sys.version_info.minor}.so*"))
         return cls(
             server=root / "bin" / "tritonserver",
@@ -76,7 +77,7 @@ class Installation:
             (python / file.name).symlink_to(file)
 
     def environment(self) -> dict[str, str]:
-        """The stub embeds the first Python on PATH. This one comes first, so that models import its packages."""
+        """Make Triton's environment. The stub embeds the first Python on PATH, so this one comes first there."""
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": self.library_path,
@@ -129,7 +130,7 @@ def check_libraries(installation: Installation) -> None:
                 "(or use a Python built with --enable-shared)"
             )
         if missing:
-            raise StartFailed(f"{program.name} needs libraries that were not found: {', '.join(missing)}")
+            raise StartFailed(f"{program.name} does not find its libraries {', '.join(missing)}: install them")
 
 
 def check_repository(repository: Path) -> None:
@@ -151,6 +152,6 @@ def check_ports(ports: Ports) -> None:
                 listener.bind(("127.0.0.1", port))
             except OSError as exc:
                 raise StartFailed(
-                    f"port {port} is taken: stop what listens there (`ss -ltnp 'sport = :{port}'` shows it) "
+                    f"port {port} is taken: stop the program that uses it (`ss -ltnp 'sport = :{port}'` shows it) "
                     f"or set GLIMPSE_TRITON_{name}_PORT"
                 ) from exc

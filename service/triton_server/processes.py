@@ -1,4 +1,4 @@
-"""The processes of one Triton: its own, its models', and the shared memory between them."""
+"""Start, find and end the processes of one Triton and its models, and free the shared memory between them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 SHARED_MEMORY = Path("/dev/shm")
-# Each model process has a region of shared memory. Triton's own 1 MiB grows with the requests in flight, and a process
-# that writes while its region grows can write past the end: two processes died of it in a 40-minute soak test.
+# Each model process has a region of shared memory. Triton's default of 1 MiB grows with the requests in flight. A
+# process that writes while its region grows can write past the end: this killed two processes in a 40-minute soak test.
 REGION_BYTES = 32 << 20
 LEAST_REGION_BYTES = 1 << 20
 REGIONS_SHARE = 0.25  # of the free shared memory: a region takes all of its bytes at once
 
 # Runs in the child before tritonserver takes its place: when the process that started it dies, even by SIGKILL, the
-# kernel tells Triton to stop. The last check covers a death before the first line.
+# kernel tells Triton to stop. The last line covers the case that the parent died before the first line ran.
 GUARD = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
@@ -33,7 +33,7 @@ DEAD = ("Z", "X")  # of /proc/PID/stat; Triton never collects its dead model pro
 
 
 def region_bytes(free: int, models: int) -> int:
-    """Size of each model process's region, given the free shared memory. Docker gives a container 64 MiB."""
+    """Choose the size of each model's region from the free shared memory. Docker gives a container 64 MiB."""
     pages = int(REGIONS_SHARE * free) // models // mmap.PAGESIZE
     return min(max(pages * mmap.PAGESIZE, LEAST_REGION_BYTES), REGION_BYTES)
 
@@ -53,7 +53,7 @@ class ModelProcess:
 
 
 class ServerProcess:
-    """tritonserver and its model processes: one process group, one prefix of regions in shared memory."""
+    """Run tritonserver and its model processes: one process group, one prefix of regions in shared memory."""
 
     def __init__(self, shared_memory_prefix: str) -> None:
         self.shared_memory_prefix = shared_memory_prefix
@@ -61,12 +61,12 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The process of the last start; None before the first."""
+        """Return the process id of the last start; None before the first."""
         return self._process.pid if self._process else None
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs; negative after a signal."""
+        """Return the exit status: None while Triton runs, negative after a signal."""
         return self._process.poll() if self._process else None
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> None:
@@ -81,7 +81,7 @@ class ServerProcess:
         )
 
     def models(self) -> list[ModelProcess]:
-        """The living model processes."""
+        """List the living model processes."""
         found = []
         for pid in self._group():
             program, *arguments = _arguments(pid)
@@ -111,7 +111,7 @@ class ServerProcess:
             region.unlink(missing_ok=True)
 
     def _group(self) -> Iterator[int]:
-        """The living processes of the server's group."""
+        """Yield the living processes of the server's group."""
         for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
             status = _status(pid)
             if self._process and status and status.group == self._process.pid and status.state not in DEAD:
@@ -125,7 +125,7 @@ class _Status:
 
 
 def _status(pid: int) -> _Status | None:
-    """From /proc/PID/stat; None if there is no such process."""
+    """Read /proc/PID/stat; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

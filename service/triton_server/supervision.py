@@ -1,12 +1,12 @@
 """Start and watch the Triton that the nvidia-pytriton wheel bundles: no Docker, no GPU.
 
-Three things are done here that Triton 2.51 does not do. `installation` checks everything before the start. A model
-whose process died is loaded again, although Triton still reports it as ready. Whatever ends the server, no process and
-no shared memory is left.
+This package does three things that Triton 2.51 does not do. `installation` checks everything before the start. If a
+model's process dies, the model is loaded again, although Triton still reports it as ready. After the server ends, for
+whatever reason, no process and no shared memory is left.
 
 Why model processes die under load: Triton's python backend counts a process as dead if it has not reported for a
-second, for example because a busy machine gave it no core. It then frees the shared memory of the request. When the
-process continues, it writes there, and it or Triton ends with a segmentation fault or `lock_exception`. SIGSTOP for
+second, for example because a busy machine gave it no core. It then frees the request's shared memory. When the process
+continues, it writes to that memory, and it or Triton ends with a segmentation fault or `lock_exception`. SIGSTOP for
 2.5 s under load reproduces this.
 """
 
@@ -57,9 +57,9 @@ class Client(Protocol):
 
 
 class EmbeddedTriton:
-    """One Triton server and its model processes, from start to stop.
+    """Run one Triton server and its model processes, from start to stop.
 
-    Entering returns when every model has answered an inference. From then on `supervise` must run beside the requests.
+    Entering the context waits until every model has answered an inference. From then on `supervise` must run.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class EmbeddedTriton:
 
     @property
     def model_pids(self) -> Mapping[str, int]:
-        """A process of each python model."""
+        """Return one process id of each python model."""
         return {process.model: process.pid for process in self._models}
 
     async def supervise(self) -> None:
@@ -274,7 +274,7 @@ class EmbeddedTriton:
         return f"see {self.log_path}; its last errors:\n  {words}"
 
     async def _stop(self) -> None:
-        """Give Triton the time to end by itself; leave no process and no shared memory."""
+        """Give Triton time to end by itself, then kill it. Leave no process and no shared memory."""
         self.ready = False
         try:
             await self._server.stop(EXIT_TIMEOUT_S + 2)

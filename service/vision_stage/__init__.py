@@ -1,6 +1,6 @@
-"""From images and a question to what the LLM reads of them, with as few model calls as possible.
+"""Turn images and a question into visual tokens for the LLM, with as few model calls as possible.
 
-stage      does one step after the other for every image of a request, and takes turns with other requests
+stage      does the steps for every image of a request, and waits for vision slots and LLM tokens
 plan       decides which step comes next for one image; pure
 """
 

@@ -1,15 +1,15 @@
-"""Which step comes next for one image of a request. Pure: everything that it depends on is an argument.
+"""Decide which step comes next for one image of a request. Pure: everything that it depends on is an argument.
 
-    Recall         ask the visual cache what the image gave for this question before
+    Recall         ask the visual cache for this image's visual tokens for this question
     See            find the features of the first view; if they are new, encode and attend in the same call
     Encode         find the features of the first view; if they are new, encode
     EncodeCloser   find the features of the closer view; if they are new, encode its crops in one batch
     Attend         make visual tokens from the features and the question
-    Done           the visual tokens are there
+    Done           the visual tokens are complete
 
 Every look begins with detail low. It becomes a closer look, with detail high, as soon as a closer view is both wanted
-and possible. What was seen with detail low is then kept to fall back to. A look that fell back does not
-look closer again.
+and possible. The result with detail low is kept, and the look falls back to it if there is no capacity. After a
+fallback, the look does not look closer again.
 """
 
 from __future__ import annotations
@@ -26,38 +26,41 @@ from service.media.store import Image
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """`detail` high turns the look into a closer look."""
+    """Ask the visual cache. With `detail` high, the look becomes a closer look."""
 
     detail: Literal["low", "high"]
 
 
 @dataclass(frozen=True, slots=True)
 class See:
-    """With detail low."""
+    """Find or encode the first view, with detail low, and attend in the same call if it is encoded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """With detail high. If there is no capacity, an optional one falls back to what was seen with detail low."""
+    """Find or encode the first view, with detail high.
+
+    Without capacity, an optional step falls back to the result with detail low.
+    """
 
     is_optional: bool
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeCloser:
-    """As Encode."""
+    """Find or encode the closer view. `is_optional` is as for Encode."""
 
     is_optional: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """To all views of this detail."""
+    """Attend to all views of this detail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    is_denied: bool = False  # a closer view was wanted and not possible
+    is_denied: bool = False  # a closer view was wanted but not possible
 
 
 Step = Recall | See | Encode | EncodeCloser | Attend | Done
@@ -65,7 +68,7 @@ Step = Recall | See | Encode | EncodeCloser | Attend | Done
 
 @dataclass(slots=True)
 class Look:
-    """One image of a request, and what is known of it so far."""
+    """Hold one image of a request and its results so far."""
 
     number: int  # its place among the images of the request
     image: Image
@@ -75,9 +78,9 @@ class Look:
     vision: VisionFeatures | None = None
     closer: CloserFeatures | None = None
     seen: Seen | None = None  # at this detail
-    low: Seen | None = None  # what was seen with detail low, once this is or was a closer look
+    low: Seen | None = None  # the result with detail low, if this is or was a closer look
     step: Step = Recall("low")
-    is_reserved: bool = False  # its pixels
+    is_reserved: bool = False  # its pixels are reserved
     decoded: Decoded | None = None  # both views, until the closer one is encoded
 
     @property
@@ -97,10 +100,10 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What the next step depends on besides the look."""
+    """Hold the facts, besides the look, that decide the next step."""
 
     asks: Detail  # the request
-    needs_closer: bool  # the request's minimum of vision tokens is more than the first view has
+    needs_closer: bool  # the request's least vision tokens are more than the first view has
     offers_closer: bool  # the model
     closer_view_at: float  # with detail auto: the least `particularize` that wants a closer view
     allows_closer: bool  # the fidelity level now
@@ -108,10 +111,7 @@ class Situation:
 
 
 def next_step(look: Look, situation: Situation) -> Step:
-    """Decide; change nothing.
-
-    The steps of a look end in Done, whatever each of them brings.
-    """
+    """Decide the next step; change nothing. Whatever each step brings, the steps of a look end in Done."""
     is_wanted = look.detail == "low" and wants_closer(look, situation)
     has_fallen_back = look.detail == "low" and look.low is not None
     if is_wanted and is_possible(situation) and not has_fallen_back:
@@ -129,7 +129,10 @@ def next_step(look: Look, situation: Situation) -> Step:
 
 
 def wants_closer(look: Look, situation: Situation) -> bool:
-    """With detail auto, the first view decides, and the image must have more pixels than that view."""
+    """Return whether the look wants a closer view.
+
+    With detail auto, the first view's result decides, and the image must have more pixels than that view.
+    """
     if situation.asks == "high" or situation.needs_closer:
         return True
     if situation.asks == "low" or not situation.offers_closer or look.seen is None:

@@ -1,10 +1,11 @@
-"""Does what the plan says for every image of a request.
+"""Do the plan's steps for every image of a request.
 
-An image runs through the steps by itself, several images of one request at the same time. Each has its own lookups,
-flights and vision slots, so two requests for the same images in another order cannot deadlock. Each model call has one
-row: with the reference model on a CPU, four images in one batch took the encoder 13.9 ms an image, and four calls took
-13.2 ms. Calls of several images also overlap in the chain's stages. Where a batch pays, Triton's dynamic batching
-makes one of the calls.
+Each image goes through the steps independently, several images of one request at the same time. Each has its own
+lookups, flights and vision slots, so two requests for the same images in another order cannot deadlock.
+
+Each model call is about one image. With the reference model on a CPU, the encoder took 13.9 ms an image for a batch of
+four, and 13.2 ms for four calls. Calls for several images also overlap in the chain's stages. If a batch is faster,
+Triton's dynamic batching joins the calls.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ class VisionStage:
         self.visual = visual
 
     async def look(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> list[Seen]:
-        """Give what was seen in each image. The request holds LLM capacity when this returns.
+        """Return the visual tokens of each image. The request then holds its LLM tokens.
 
-        LLM capacity is claimed before attending. That bounds how many requests attend at once, and a request that is
-        refused has not attended in vain. If a closer view turns out to be needed, the capacity is given back while
-        that view is encoded. Raises Overloaded.
+        LLM tokens are claimed before attending. This bounds how many requests attend at once, and a refused request
+        has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
+        encoded. Raises Overloaded.
         """
         looks = self._looks(images, ticket)
         pending = list(looks.values())
@@ -115,7 +116,7 @@ class VisionStage:
             await together(self._find, pending, ticket, reservation)
             room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, reservation)
             await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
-            for look in pending:  # those that are done too: a closer view may be allowed by now
+            for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
             if not pending:
@@ -127,7 +128,7 @@ class VisionStage:
         return [result_of(looks[image.digest]) for image in images]
 
     def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
-        """By digest: an image that comes twice is looked at once."""
+        """Make one look for each different image, by digest: an image that is given twice is looked at once."""
         question = self.prompts.question(ticket.request.question)
         looks: dict[str, Look] = {}
         for number, image in enumerate(images):
@@ -151,11 +152,11 @@ class VisionStage:
         )
 
     def _is_reduced(self, look: Look, request: Request) -> bool:
-        """Whether the request got less for this image than it allows."""
+        """Return whether the request got less for this image than it allows."""
         return look.step == Done(is_denied=True) or result_of(look).budget != self._asked(look.detail, request)
 
     def _recall(self, look: Look, ticket: Ticket) -> None:
-        """Ask the visual cache as long as that is what comes next."""
+        """Ask the visual cache for as long as the next step is Recall."""
         while isinstance(step := look.step, Recall):
             look.recall(step.detail, self.visual.get(*self._keys(look.image, step.detail, ticket.request)))
             self._decide(look, ticket)
@@ -163,10 +164,10 @@ class VisionStage:
             self._remember(look.image, ticket.request)
 
     def _keys(self, image: Image, detail: Literal["low", "high"], request: Request) -> list[bytes]:
-        """Give the visual cache's keys that may serve, best first.
+        """Return the visual cache's keys that can answer the request, best first.
 
-        A hit with the budget that the request asks for costs nothing now, whatever the fidelity level is. It serves
-        unless it has more visual tokens for the LLM than the level allows.
+        A hit with the request's own budget costs no vision work, so it is used at any fidelity level. The exception is
+        a budget with more visual tokens for the LLM than the level allows.
         """
         asked = self._asked(detail, request)
         allowed = self.admission.fidelity.cap(asked)
@@ -200,7 +201,7 @@ class VisionStage:
             self._decide(look, ticket)
 
     async def _find_first(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
-        """Find the features of the first view. A new image is seen while it is encoded, if the step is See."""
+        """Find or encode the features of the first view. If the step is See, a new image is attended to as well."""
         key = first_view(self.card.fingerprint, look.image.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
@@ -245,7 +246,7 @@ class VisionStage:
         self._keep(look, replace(seen, is_rounded=rounded), ticket)
 
     def _asked(self, detail: Literal["low", "high"], request: Request) -> Budget:
-        """Give the request's budget, as far as the views of this detail have so many tokens."""
+        """Return the request's budget, limited to the tokens that the views of this detail have."""
         return request.budget.within(self.card.vision_tokens[1]) if detail == "low" else request.budget
 
     def _allowed(self, look: Look, request: Request) -> Budget:
@@ -256,7 +257,10 @@ class VisionStage:
     async def _encoding(
         self, look: Look, view: int, ticket: Ticket, reservation: Reservation
     ) -> AsyncIterator[Decoded]:
-        """Decode the image for this view, while the request holds the vision slots to encode it. Raises Overloaded."""
+        """Wait for vision slots, then decode the image for this view. Hold the slots for the block.
+
+        Raises Overloaded.
+        """
         images = CROPS if view == CLOSER_SIZE else 1
         if not look.is_reserved:
             reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels))
@@ -275,7 +279,7 @@ class VisionStage:
         try:
             with ticket.stage("vision"), ticket.stage("see"):
                 yield decoded
-        except Overloaded:  # by Triton: the look may fall back, and then goes on without the slots
+        except Overloaded:  # from Triton: the look may fall back and go on without the slots
             reservation.give_back(claim, finished=False)
             raise
         reservation.give_back(claim)
@@ -301,7 +305,7 @@ class VisionStage:
 
 
 def result_of(look: Look) -> Seen:
-    """What was seen, once the look is done."""
+    """Return the result of a look that is done."""
     assert look.seen is not None
     return look.seen
 
@@ -322,7 +326,7 @@ async def together(
     ticket: Ticket,
     reservation: Reservation,
 ) -> None:
-    """Do a step for all looks at the same time. The first failure cancels the other looks and is raised."""
+    """Do a step for all looks at the same time. The first failure cancels the other looks, and is raised."""
     if len(looks) <= 1:  # without tasks, which cost 0.1 ms
         for look in looks:
             await step(look, ticket, reservation)

@@ -205,12 +205,12 @@ def test_unloading_ends_every_request_with_an_error():
 
 WRONG = {
     "positions": ({"max_tokens": 1000}, f"positions, but the model has {CARD.max_positions}"),
-    "no token": ({"max_tokens": 0}, "request_output_len must be at least 1"),
-    "temperature": ({"temperature": np.array([[-1]], np.float32)}, "temperature must be 0"),
-    "not a number": ({"temperature": np.array([[np.nan]], np.float32)}, "temperature must be 0"),
-    "top k": ({"runtime_top_k": np.array([[-1]], np.int32)}, "runtime_top_k must be 0"),
-    "top p": ({"runtime_top_p": np.array([[1.5]], np.float32)}, "runtime_top_p must be above 0"),
-    "penalty": ({"repetition_penalty": np.array([[0]], np.float32)}, "repetition_penalty must be above 0"),
+    "no token": ({"max_tokens": 0}, "request_output_len is 0: it must be at least 1"),
+    "temperature": ({"temperature": np.array([[-1]], np.float32)}, "it must be 0 (greedy) or more"),
+    "not a number": ({"temperature": np.array([[np.nan]], np.float32)}, "it must be 0 (greedy) or more"),
+    "top k": ({"runtime_top_k": np.array([[-1]], np.int32)}, "runtime_top_k is -1: it must be 0"),
+    "top p": ({"runtime_top_p": np.array([[1.5]], np.float32)}, "runtime_top_p is 1.5: it must be above 0"),
+    "penalty": ({"repetition_penalty": np.array([[0]], np.float32)}, "repetition_penalty is 0.0: it must be above 0"),
     "two numbers": ({"temperature": np.array([[1, 2]], np.float32)}, "temperature must be one number"),
     "length": ({"input_lengths": np.array([[99]], np.int32)}, "input_lengths is 99"),
     "rows": ({"prompt_vocab_size": np.array([[31]], np.int32)}, "prompt_embedding_table is [32, "),

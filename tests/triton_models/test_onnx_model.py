@@ -178,7 +178,7 @@ def test_a_focus_group_without_tokens_is_refused(runner):
 
 def test_a_mask_of_another_length_is_refused(runner):
     inputs = vision([1, 1, 2], groups=[2])
-    with pytest.raises(InvalidRequest, match="one entry per"):
+    with pytest.raises(InvalidRequest, match="vision_mask has 257 entries"):
         runner.run(inputs | {"vision_mask": inputs["vision_mask"][:, :257]})
 
 

@@ -1,4 +1,4 @@
-"""The HTTP application: every route, and what is done around them."""
+"""Make the HTTP application: every route, the error handlers and the middleware."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from service.edges.http.respond import RequestScope, respond_to_error, respond_t
 
 
 def http_api(edge: Edge) -> FastAPI:
-    """It starts nothing: what stands behind the edge is the composition root's."""
+    """Make the application, but start nothing: the composition root starts the parts behind the edge."""
     api = Api(
         title="Glimpse",
         version="0.1.0",
-        summary="Answers questions about images, and looks again where the question needs it.",
+        summary="Answers questions about images, and looks more closely at the parts that a question needs.",
     )
     api.state.edge = edge
     for routes in (vqa, images, operations):

@@ -1,4 +1,4 @@
-"""The bytes of an HTTP request's body: bounded while they arrive, and taken apart where they are a form."""
+"""Read the body of an HTTP request with a limit on its bytes and time, and parse it if it is a form."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from service.core.errors import Cancelled, InvalidRequest, SlowBody, TooLarge
 JSON = "application/json"
 FORM = "multipart/form-data"
 MAX_PARTS = 64
-MAX_NAME_CHARS = 100  # of a field's name, where it is told
+MAX_NAME_CHARS = 100  # of a field's name in an error
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float, reserve: Callable[[int], None]) -> bytes:
-    """The whole body. Raises SlowBody, TooLarge and what `reserve` raises for so many bytes more, before a byte
-    is read where the body declares its length."""
+    """Read the whole body, and reserve its bytes with `reserve`.
+
+    If the body declares its length, all bytes are reserved before one is read, else each chunk as it arrives. Raises
+    SlowBody, TooLarge, Cancelled, and the errors of `reserve`.
+    """
     length = request.headers.get("content-length", "")
     declared = int(length) if length.isdecimal() else 0
     if declared > max_bytes:
@@ -52,7 +55,7 @@ def _too_large(size: str, max_bytes: int) -> TooLarge:
 
 @dataclass(slots=True)
 class FormPart:
-    """One field of a form."""
+    """Hold one field of a form."""
 
     headers: dict[bytes, bytes] = field(default_factory=dict)
     data: bytearray = field(default_factory=bytearray)
@@ -71,7 +74,7 @@ class FormPart:
 
 
 def parse_form(body: bytes, content_type: str) -> list[FormPart]:
-    """The parts of a multipart/form-data body, in order. Raises InvalidRequest."""
+    """Return the parts of a multipart/form-data body, in order. Raises InvalidRequest."""
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
         raise _bad_form("its content-type names no boundary")
@@ -89,12 +92,12 @@ def parse_form(body: bytes, content_type: str) -> list[FormPart]:
 
 def _bad_form(why: str) -> InvalidRequest:
     return InvalidRequest(
-        f"the body is no multipart/form-data ({why}): let your client build the form", code="invalid_form"
+        f"the body is not valid multipart/form-data ({why}): let your client build the form", code="invalid_form"
     )
 
 
 class _FormReader:
-    """What python_multipart calls back."""
+    """Collect the parts of a form from python_multipart's callbacks."""
 
     def __init__(self) -> None:
         self.parts: list[FormPart] = []
@@ -111,7 +114,7 @@ class _FormReader:
 
     def _part_begin(self) -> None:
         if len(self.parts) == MAX_PARTS:
-            raise InvalidRequest(f"the form has more than {MAX_PARTS} parts")
+            raise InvalidRequest(f"the form has more than {MAX_PARTS} parts: send fewer images, or each one by its id")
         self.parts.append(FormPart())
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:

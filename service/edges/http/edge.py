@@ -1,4 +1,4 @@
-"""What the routes stand on: the gateway behind them, and what a request tells about its caller."""
+"""Give the routes the gateway behind them, and read the caller's name and id from a request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.pipeline import Pipeline, Reservation
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """What a request's body may hold, and how long it may take to arrive."""
+    """Limit the size of a request's body, and the time that it may take to arrive."""
 
     max_body_bytes: int  # of a question
     max_image_bytes: int
@@ -27,13 +27,13 @@ class BodyLimits:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """All that HTTP sees of the gateway; made once by the composition root."""
+    """Hold the parts of the gateway that HTTP uses. Made once by the composition root."""
 
     pipeline: Pipeline
     questions: QuestionLimits
     bodies: BodyLimits
-    faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty when the service is ready
-    metrics: Callable[[], tuple[bytes, str]]  # what Prometheus reads, and its media type
+    faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
+    metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
 
 
@@ -42,7 +42,7 @@ def edge_of(request: Request) -> Edge:
 
 
 def caller_of(request: Request) -> Caller:
-    """Raises InvalidRequest."""
+    """Read the caller from the request's headers. Raises InvalidRequest."""
     return Caller(tenant_in(request.headers.get(TENANT_KEY, "")), cast(str, request.scope["glimpse.trace_id"]))
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/images: take an image once, so that questions can name it by its id."""
+"""Serve POST /v1/images: take an image once, so that questions can name it by its id."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ router = APIRouter()
 
 @router.post("/v1/images")
 async def keep_image(request: Request) -> Response:
-    """Takes an image once, to be asked about by its id until it expires. The body is the file, or a form with it."""
+    """Take an image once, so that questions can name its id until it expires. The body is the file, or a form."""
     edge = edge_of(request)
     reservation = reserved(request, caller_of(request).tenant)
     content_type = request.headers.get("content-type", "")
@@ -32,11 +32,11 @@ async def keep_image(request: Request) -> Response:
 
 
 def image_of(body: bytes, content_type: str) -> bytes:
-    """The one file of a form. Raises InvalidRequest."""
+    """Return the one file of a form. Raises InvalidRequest."""
     parts = parse_form(body, content_type)
     if [part.name for part in parts] != ["image"]:
         names = ", ".join(part.name for part in parts) or "none"
         raise InvalidRequest(
-            f"the form must have the one field image, it has {names}: curl -F image=@FILE", param="image"
+            f"the form must have the one field image, it has {names}: use curl -F image=@FILE", param="image"
         )
     return bytes(parts[0].data)

@@ -1,4 +1,4 @@
-"""What /openapi.json says of routes that read their bodies themselves."""
+"""Describe the routes in /openapi.json. FastAPI cannot, because they read their bodies themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from service.edges.http.schema import (
 
 
 class Api(FastAPI):
-    """FastAPI whose routes read their bodies themselves, so their schemas are said here."""
+    """Extend FastAPI with the schemas of bodies that the routes read themselves."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -66,12 +66,12 @@ EXAMPLES = {
         "value": {"images": [EXAMPLE_IMAGE, EXAMPLE_IMAGE], "question": "which of them is red?"},
     },
     "turns": {
-        "summary": "With what was said before",
+        "summary": "With an earlier turn",
         "value": EXAMPLE_QUESTION
         | {"question": "and how large is it?", "turns": [{"question": "what colour is the circle?", "answer": "red"}]},
     },
     "all": {
-        "summary": "Every knob",
+        "summary": "With most fields",
         "value": EXAMPLE_QUESTION
         | {"max_tokens": 64, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
         | {"stop": ["."], "budget": {"vision_tokens": [64, 128]}, "detail": "auto", "timeout_s": 10}
@@ -89,7 +89,7 @@ EVENTS = {
 TENANT = {
     "name": "x-tenant-id",
     "in": "header",
-    "description": "Who asks: tenants that give a name share the service fairly and leave room for each other.",
+    "description": "The tenant's name. Tenants with a name share the service fairly and leave room for each other.",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
 }
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [

@@ -1,4 +1,4 @@
-"""What people and machines ask of the service itself: its model, its health, its metrics, its front page."""
+"""Serve the routes about the service itself: its model, health, metrics and front page."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    """The model that answers, what it was trained on, and what budgets it offers."""
+    """Describe the served model: its training and the budgets that it offers."""
     return JsonResponse(ModelList(data=[Model.of(edge_of(request).pipeline.card)]))
 
 
 @router.get("/health/live")
 async def live() -> Response:
-    """200 while the process can answer at all."""
+    """Answer 200 while the process runs."""
     return JsonResponse(Health(status="ok"))
 
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """200 while every model answers a real inference, else 503 and the reasons."""
+    """Answer 200 while every model answers a real inference, else 503 and the reasons."""
     faults = dict(edge_of(request).faults())
     if not faults:
         return JsonResponse(Health(status="ok"))

@@ -1,4 +1,4 @@
-"""From values and errors to responses, and what is done around every request."""
+"""Turn values and errors into responses, and wrap every request (id, count, reservation)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others
 
 
 class JsonResponse(Response):
-    """A wire type as JSON; fields without a value are left out, but for an error's `param`."""
+    """Send a wire type as JSON. Fields without a value are left out, except an error's `param`."""
 
     media_type = JSON
 
@@ -34,7 +34,7 @@ class JsonResponse(Response):
 
 
 async def respond_to_error(_: Request, error: Exception) -> Response:
-    """The one place where an error gets its status."""
+    """Answer with a GlimpseError. This is the only place where an error gets its status."""
     assert isinstance(error, GlimpseError)
     status, _grpc = status_of(error)
     headers = {"retry-after": f"{max(1, math.ceil(error.retry_after_s))}"} if isinstance(error, Overloaded) else None
@@ -42,7 +42,7 @@ async def respond_to_error(_: Request, error: Exception) -> Response:
 
 
 async def respond_to_no_route(request: Request, error: Exception) -> Response:
-    """404 and 405, which the router raises."""
+    """Answer 404 or 405, which the router raises."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path[:200]}"
     message = f"{what} is not allowed" if error.status_code == 405 else f"there is no {what}"
@@ -52,8 +52,11 @@ async def respond_to_no_route(request: Request, error: Exception) -> Response:
 
 
 class RequestScope:
-    """Pure ASGI around every request: its id in and out, its count, what it holds until its response has ended, and the
-    500 of a fault that nobody foresaw."""
+    """Wrap every request, in pure ASGI.
+
+    It reads and returns the request's id, counts the request, and ends its reservation after its response. It answers
+    an unexpected exception with 500.
+    """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None]) -> None:
         """`count` takes the method, the route and the status of a request that has ended."""

@@ -1,4 +1,4 @@
-"""The wire types of HTTP: what a body may hold and what an answer holds. They die at this edge."""
+"""Define the wire types of HTTP: the fields of a body and of an answer. Nothing below this edge uses them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
@@ -22,7 +30,7 @@ from service.edges.http.body import MAX_NAME_CHARS, FormPart
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
 MAX_TURNS = 64
-MAX_FAULTS = 100  # of a body, before they are only counted
+MAX_FAULTS = 100  # if a body has more, an error gives only their number
 
 
 def _stops(value: object) -> object:
@@ -34,14 +42,20 @@ def _stops(value: object) -> object:
     return tuple(stops)
 
 
-def _from_json_text(value: object) -> object:
-    """A form has text only."""
+JSON_EXAMPLES = {
+    "budget": '{"vision_tokens": [64, 128]}',
+    "turns": '[{"question": "is there a ring?", "answer": "yes"}]',
+}
+
+
+def _from_json_text(value: object, info: ValidationInfo) -> object:
+    """Parse a form's field, which is text; pass on any other value."""
     if not isinstance(value, str):
         return value
     try:
         return orjson.loads(value)
     except orjson.JSONDecodeError as exc:
-        raise ValueError('must be JSON text, such as {"vision_tokens": [64, 128]}') from exc
+        raise ValueError(f"must be JSON text, such as {JSON_EXAMPLES[info.field_name or '']}") from exc
 
 
 Tokens = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -57,29 +71,33 @@ class WireTurn(BaseModel):
 
 
 class WireBudget(BaseModel):
-    """The least and the most tokens that each image may cost; what is left out is the model's default."""
+    """The least and the most tokens for each image. A part that is left out is the model's default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="Budget")
 
-    vision_tokens: tuple[Tokens, Tokens] | None = Field(None, description="What the Q-Former reads of the image.")
-    visual_tokens: tuple[Tokens, Tokens] | None = Field(None, description="What the LLM reads; multiples of 32.")
+    vision_tokens: tuple[Tokens, Tokens] | None = Field(None, description="Tokens that the Q-Former reads.")
+    visual_tokens: tuple[Tokens, Tokens] | None = Field(None, description="Tokens that the LLM reads; multiples of 32.")
 
 
 class Asked(BaseModel):
-    """What JSON and a form have in common."""
+    """Hold the fields that JSON and a form have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    question: str = Field(description="What you want to know.", examples=["what colour is the circle?"])
+    question: str = Field(description="The question about the image.", examples=["what colour is the circle?"])
     turns: tuple[WireTurn, ...] = Field(
-        (), max_length=MAX_TURNS, description="What was asked about the same images before, and answered; oldest first."
+        (), max_length=MAX_TURNS, description="Earlier questions about the same images, with answers; oldest first."
     )
     max_tokens: int = Field(
         Sampling().max_tokens, ge=1, le=1_000_000, description="The answer ends here at the latest."
     )
-    temperature: float = Field(0.0, ge=0, le=5, description="0 takes the likeliest token each time.")
-    top_k: int = Field(0, ge=0, le=1_000_000, description="Draw from this many tokens; 0 switches the filter off.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens with this much probability.")
+    temperature: float = Field(0.0, ge=0, le=5, description="0 takes the most likely token each time.")
+    top_k: int = Field(
+        0, ge=0, le=1_000_000, description="Draw only from this number of most likely tokens; 0: no filter."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Draw only from the fewest most likely tokens whose probabilities reach this sum."
+    )
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="The same seed draws the same answer.")
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1, repeated tokens become less likely.")
     stop: Annotated[
@@ -89,16 +107,16 @@ class Asked(BaseModel):
     ] = Field((), description="The answer ends before any of these strings.")
     detail: Detail = Field(
         "low",
-        description="`high` adds a closer view of 448x448 pixels; `auto` does so where the question needs it, the "
-        "image has the pixels and the service has room.",
+        description="`high` adds a closer view of 448x448 pixels. `auto` adds it if the question needs it, the image "
+        "has the pixels and the service has room.",
     )
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
     timeout_s: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
     priority: Priority = Field(
         Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
     )
-    stream: bool = Field(False, description="Server-sent events as the answer is written.")
-    explain: bool = Field(False, description="Tell where the image was looked at closely, and why.")
+    stream: bool = Field(False, description="Send the answer as server-sent events.")
+    explain: bool = Field(False, description="Add `relevance`: where the model looked, and why.")
 
     def _fields(self, image: str | None, images: Sequence[ImageSource | str] | None) -> Fields:
         budget = self.budget or WireBudget()
@@ -134,12 +152,12 @@ class VqaRequest(Asked):
         examples=["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b"],
     )
     images: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Several, each as `image`, in its place; the model reads them in this order."
+        None, min_length=1, description="Several images in place of `image`; the model reads them in this order."
     )
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
-        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        """Read a JSON body. Types are not converted: "16" is not a number. Raises InvalidRequest."""
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as exc:
@@ -152,7 +170,7 @@ class VqaRequest(Asked):
 class VqaForm(Asked):
     """A question about one image or several, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
 
-    image: list[bytes] = Field(description="The file, or what JSON's `image` may hold; it may repeat.")
+    image: list[bytes] = Field(description="The file, or the same text as JSON's `image`. The field may repeat.")
     turns: Annotated[tuple[WireTurn, ...], BeforeValidator(_from_json_text)] = Field(
         (), max_length=MAX_TURNS, description="JSON text, as in JSON's `turns`."
     )
@@ -162,13 +180,13 @@ class VqaForm(Asked):
 
     @classmethod
     def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:
-        """The fields, and each image in order. Raises InvalidRequest."""
+        """Read a form -> its fields, and its images in order. Raises InvalidRequest."""
         fields: dict[str, Any] = {}
         images: list[ImageSource] = []
         for part in parts:
             name = part.name
             if name in fields and name not in ("image", "stop"):
-                raise InvalidRequest(f"{name} is given twice", param=name)
+                raise InvalidRequest(f"{name} is given twice: send it once", param=name)
             if name == "image":
                 fields.setdefault(name, []).append(b"")
                 images.append(ImageBytes(bytes(part.data)) if part.is_file else source_of(_text(part)))
@@ -183,7 +201,7 @@ class VqaForm(Asked):
             raise invalid_request(exc, cls.model_fields) from exc
 
     def fields(self, images: Sequence[ImageSource]) -> Fields:
-        """`images` are those that `from_parts` gave."""
+        """Return the checked fields. `images` are those that `from_parts` returned."""
         return self._fields(None, images)
 
 
@@ -191,15 +209,17 @@ def _text(part: FormPart) -> str:
     try:
         return part.data.decode()
     except UnicodeDecodeError as exc:
-        raise InvalidRequest(f"{part.name} is not UTF-8 text", param=part.name) from exc
+        raise InvalidRequest(
+            f"{part.name} is not UTF-8 text: send text, or send a file as image (curl -F image=@FILE)", param=part.name
+        ) from exc
 
 
 def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidRequest:
-    """The first fault of a body in words; how many more there are is said too. What is told of the body is short."""
+    """Describe a body's first fault, and count the others. The message quotes only a short piece of the body."""
     count = exc.error_count()
     if count > MAX_FAULTS:
         return InvalidRequest(f"the body has {count:,} faults; the fields are {', '.join(known)}")
-    fault = exc.errors(include_url=False, include_context=False)[0]
+    fault = exc.errors(include_url=False)[0]
     param = ".".join(str(step) for step in fault["loc"])[:MAX_NAME_CHARS]
     more = f" (and {count - 1} more)" if count > 1 else ""
     match fault["type"]:
@@ -214,8 +234,13 @@ def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidReque
             return InvalidRequest(f"the field {param} is missing{more}", param=param, code="missing_field")
         case "model_type" | "model_attributes_type":
             return InvalidRequest(f"{param or 'the body'} must be a JSON object", param=param or None)
-    reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    given = reprlib.repr(fault["input"])  # repr itself has no bound, and fails on what is nested deeply
+        case "too_short":
+            reason = f"must have {fault['ctx']['min_length']} or more items"
+        case "too_long":
+            reason = f"must have {fault['ctx']['max_length']} or fewer items"
+        case _:
+            reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = reprlib.repr(fault["input"])  # repr itself has no bound, and fails on deeply nested values
     shown = given if len(given) <= 60 else f"{given[:57]}..."
     return InvalidRequest(f"{param} {reason}; it is {shown}{more}", param=param)
 
@@ -227,20 +252,20 @@ class Usage(BaseModel):
 
 
 class Vision(BaseModel):
-    """Of several images together."""
+    """How the images were seen, all of them together."""
 
-    cache: Literal["hit", "miss"] = Field(description="hit where nothing had to be encoded.")
-    vision_tokens: int = Field(description="What was kept of the image for this question.")
-    visual_tokens: int = Field(description="What the LLM read of it.")
-    detail: Literal["low", "high"] = Field(description="high where a closer view was looked at.")
-    reduced: bool = Field(description="Looked less closely than was asked, as others waited.")
+    cache: Literal["hit", "miss"] = Field(description="hit if nothing had to be encoded.")
+    vision_tokens: int = Field(description="Vision tokens that the allocator kept.")
+    visual_tokens: int = Field(description="Visual tokens that the LLM read.")
+    detail: Literal["low", "high"] = Field(description="high if a closer view was used.")
+    reduced: bool = Field(description="Looked less closely than the request allows, because of load.")
 
 
 class TimingMs(BaseModel):
     queue: float
     load: float
     vision: float
-    first_token: float = Field(description="When the first text was there: without `stream` all of it at once.")
+    first_token: float = Field(description="Until the first text. Without `stream` all text is there at once.")
     total: float
 
 
@@ -283,11 +308,11 @@ def _rounded(values: FloatArray) -> Any:
 
 
 class VqaEnd(BaseModel):
-    """All of an answer but its text: the last event of a stream."""
+    """An answer without its text: the last event of a stream before [DONE]."""
 
     id: str
     model: str
-    answer: str | None = Field(None, description="Left out: the deltas were the answer.")
+    answer: str | None = Field(None, description="Left out, because the deltas are the answer.")
     finish_reason: Literal["stop", "length"]
     image_ids: list[str]
     usage: Usage
@@ -355,8 +380,8 @@ class ErrorBody(BaseModel):
 
 
 class CloserView(BaseModel):
-    vision_tokens: tuple[int, int] = Field(description="What a request's budget may ask for with it.")
-    auto_at: float = Field(description="Detail `auto` looks closer where `particularize` reaches this.")
+    vision_tokens: tuple[int, int] = Field(description="The budgets that are allowed with a closer view.")
+    auto_at: float = Field(description="Detail `auto` looks closer if `particularize` reaches this.")
 
     @classmethod
     def of(cls, card: ModelCard) -> Self | None:
@@ -370,11 +395,11 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     owned_by: str = "glimpse"
     fingerprint: str = Field(description="Of the vision encoder's weights.")
-    allocator_trained: bool = Field(description="Whether relevance knows of the question.")
-    max_positions: int = Field(description="Visual, prompt and answer tokens together.")
-    budget: WireBudget = Field(description="What a request's budget may ask for.")
-    default_visual_tokens: tuple[int, int] = Field(description="Of a budget that does not say.")
-    closer_view: CloserView | None = Field(None, description="Left out where detail is always low.")
+    allocator_trained: bool = Field(description="Whether relevance depends on the question.")
+    max_positions: int = Field(description="Most visual, prompt and answer tokens together.")
+    budget: WireBudget = Field(description="The budgets that are allowed.")
+    default_visual_tokens: tuple[int, int] = Field(description="Used if a request has no budget of visual tokens.")
+    closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     metadata: dict[str, Any]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""POST /v1/vqa: read a question, call the pipeline, send its answer whole or as events."""
+"""Serve POST /v1/vqa: read a question, call the pipeline, send its answer whole or as events."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.pipeline import Reservation
 
-INLINE_PARSE_BYTES = 256 * 1024  # above this a body is taken apart in a thread: base64 of 20 MB blocks for 50 ms
+INLINE_PARSE_BYTES = 256 * 1024  # a longer body is parsed in a thread: base64 of 20 MB blocks for 50 ms
 
 router = APIRouter()
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A question in the core's words, what it holds, and how the caller wants to hear of it."""
+    """Hold a question as a core Request, its reservation, and the form in which the caller wants the answer."""
 
     request: core_request.Request
     reservation: Reservation
@@ -40,10 +40,10 @@ class Ask:
 
 @router.post("/v1/vqa")
 async def ask(request: Request) -> Response:
-    """Answers a question about an image or several.
+    """Answer a question about one or more images.
 
     With `stream` the answer comes as server-sent events: `{"id", "delta"}` for each piece of text, then one event with
-    everything but the text, then `[DONE]`. An error after the first event is an event `{"error": {...}}`.
+    all fields except the text, then `[DONE]`. An error after the first event is an event `{"error": {...}}`.
     """
     edge = edge_of(request)
     asked = await read_question(request, edge)
@@ -54,7 +54,7 @@ async def ask(request: Request) -> Response:
 
 
 async def read_question(request: Request, edge: Edge) -> Ask:
-    """Raises InvalidRequest, TooLarge, SlowBody, Overloaded, Cancelled."""
+    """Reserve, read and parse a question. Raises InvalidRequest, TooLarge, SlowBody, Overloaded, Cancelled."""
     caller = caller_of(request)
     reservation = reserved(request, caller.tenant)
     body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies.timeout_s, reservation.reserve_bytes)
@@ -69,7 +69,7 @@ async def read_question(request: Request, edge: Edge) -> Ask:
 def parse_question(
     body: bytes, content_type: str, caller: Caller, edge: Edge
 ) -> tuple[VqaRequest | VqaForm, core_request.Request]:
-    """Raises InvalidRequest."""
+    """Parse a body by its content type -> the wire type and the core Request. Raises InvalidRequest."""
     parsed: VqaRequest | VqaForm
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
@@ -80,7 +80,7 @@ def parse_question(
             fields = parsed.fields(images)
         case other:
             raise InvalidRequest(
-                f"content-type {other[:80]!r} is not read here: send {JSON} (curl -H 'content-type: {JSON}' -d ...) or "
+                f"content-type {other[:80]!r} is not supported: send {JSON} (curl -H 'content-type: {JSON}' -d ...) or "
                 f"{FORM} (curl -F image=@FILE -F question=...)",
                 code="unsupported_content_type",
             )
@@ -89,7 +89,7 @@ def parse_question(
 
 
 async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:
-    """Raises GlimpseError only."""
+    """Collect the whole answer. Raises GlimpseError only."""
     texts: list[str] = []
     async with aclosing(edge.pipeline.answer(asked.request, asked.reservation)) as events:
         async for event in events:
@@ -101,10 +101,9 @@ async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:
 
 
 class EventStream(Response):
-    """An answer as server-sent events: deltas, then all but the text, then [DONE].
+    """Send an answer as server-sent events: deltas, then all fields except the text, then [DONE].
 
-    Nothing is sent before the first event is there, so that an early error still has a status of its own; a later one
-    is an event.
+    Nothing is sent before the first event, so that an early error still has its own status. A later error is an event.
     """
 
     def __init__(self, ask: Ask, edge: Edge) -> None:
@@ -118,12 +117,12 @@ class EventStream(Response):
             async with present(receive, self.ask.request.timeout_s):
                 await self.send_events(send)
         except Cancelled:
-            # Once it has started there is nobody to tell: to send more would wait for a reader who does not read.
+            # After the start no error can be sent: the caller has gone, or it does not read.
             if not self.started:
                 raise
 
     async def send_events(self, send: Send) -> None:
-        """Raises GlimpseError before the first event is there, and only then."""
+        """Send all events. Raises GlimpseError before the first event, and only then."""
         try:
             async with aclosing(self.edge.pipeline.answer(self.ask.request, self.ask.reservation)) as events:
                 async for event in events:

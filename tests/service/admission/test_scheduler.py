@@ -427,7 +427,7 @@ def test_in_one_queue_deadlines_hold():
 
 
 def test_more_than_there_is_can_never_be_claimed():
-    with pytest.raises(ValueError, match="4 of vision is more than all there is, 3"):
+    with pytest.raises(ValueError, match="the claim on vision is 4, more than its limit of 3"):
         Scheduler(VISION_SLOTS, LLM_TOKENS).submit(claim(amount=4, resource=Resource.VISION), 0.0)
 
 

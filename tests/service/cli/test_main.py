@@ -99,7 +99,7 @@ def test_explain_with_json_prints_the_numbers_that_are_drawn(server, image, tmp_
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["-", "a?", "--explain", "looked.svg"], "the picture is a PNG: write --explain looked.png"),
+        (["-", "a?", "--explain", "looked.svg"], "looked.svg is not a .png file: write --explain looked.png"),
         (["-", "a?", "b?", "--explain", "looked.png"], "--explain draws one question"),
         (["img_0", "a?", "--explain", "looked.png"], "name its file, not its id"),
     ],
@@ -191,7 +191,7 @@ def test_another_service_that_is_content_is_told_in_a_line(command):
         pages.shutdown()
         thread.join()
     assert status == 1
-    assert "is it another service?" in error.splitlines()[-1]
+    assert "check that --url names a Glimpse service" in error.splitlines()[-1]
 
 
 def test_a_port_that_two_bind_at_once_is_told_to_the_second():

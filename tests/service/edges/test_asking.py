@@ -91,7 +91,7 @@ def test_the_text_of_an_image_is_its_bytes_its_id_or_its_url(text, source):
         ),
         ({"turns": (TURN, Exchange((IMAGE, Text(" ")), "yes"))}, "turns.1.question", "turns.1.question is empty"),
         ({"turns": (Exchange((Text("a?"),), " "),)}, "turns.0.answer", "turns.0.answer is empty"),
-        ({"timeout_s": 121.0}, "timeout_s", "timeout_s may be at most 120"),
+        ({"timeout_s": 121.0}, "timeout_s", "timeout_s is 121, the limit is 120: lower it"),
     ],
 )
 def test_a_field_that_breaks_a_rule_is_named(changes, param, message):

@@ -64,10 +64,10 @@ SMALL_IHDR = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
     ],
 )
 def test_a_header_cannot_tell_less_than_is_decoded(data, told):
-    """The whole size, or None for the most that is allowed; what tells two sizes is not decoded."""
+    """The whole size, or None for the most that is allowed; a file that declares two sizes is not decoded."""
     assert header_pixels(data) == told
     if told == 1:
-        with pytest.raises(InvalidImage, match="tells two sizes, 1 pixels first and then 1500x1000"):
+        with pytest.raises(InvalidImage, match="declares two sizes, 1 pixels and 1500x1000"):
             decode(data, LIMITS)
     else:
         assert decode(data, LIMITS).width == 1500

@@ -31,7 +31,7 @@ def test_the_store_forgets_when_the_time_is_over_and_a_second_upload_renews_it()
     assert store.put(image, now=0) == 100
     assert store.put(image, now=50) == 150
     assert store.get(image.id, now=149) is image
-    with pytest.raises(NotFound, match="its time is over"):
+    with pytest.raises(NotFound, match="is not in memory"):
         store.get(image.id, now=150)
     assert (len(store), store.nbytes) == (0, 0)
 

@@ -45,7 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Workers(Path(folder.name)))
     config.addinivalue_line("markers", "needs(program): one of DEBIAN_PACKAGE that the test runs for real")
     config.addinivalue_line("markers", "servers: starts a real server; set here for those that use SERVERS")
-    config.addinivalue_line("markers", "slow: exports, builds or trains a model")
+    config.addinivalue_line(
+        "markers", "slow: builds or trains a model, or takes more than two seconds for another reason"
+    )
 
 
 def bound_hypothesis() -> None:

@@ -42,6 +42,7 @@ def test_no_two_images_are_the_same_bytes_and_all_show_the_scene():
     assert np.array_equal(shown[0], shown[1])
 
 
+@pytest.mark.slow
 def test_each_graph_is_timed_alone():
     assert all(took > 0 for took in graph_ms(PROJECT / "model_repository").values())
 

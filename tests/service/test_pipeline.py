@@ -811,6 +811,7 @@ async def test_in_a_narrow_window_nobody_waits_for_an_encode_that_it_keeps_outsi
     assert nothing_is_held(house)
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -288,6 +288,7 @@ def test_any_split_of_any_bytes_gives_the_same_text(data, cuts):
     assert spoken(pieces(data, cuts)) == spoken([data])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=500)
 @given(
     st.text("ab\né", max_size=30),

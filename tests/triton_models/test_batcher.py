@@ -161,6 +161,7 @@ prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9)
 arrivals = st.tuples(st.integers(0, 3), st.tuples(prompts, wishes))  # iterations before the arrival, and the request
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(arrivals, min_size=1, max_size=14))
 def test_company_never_changes_an_answer_and_each_sequence_ends_once(arrivals):

@@ -88,6 +88,7 @@ def test_a_large_vocabulary_is_drawn_from_as_if_it_were_sorted(top_k, top_p, spr
         assert tokens.tolist() == np.searchsorted(np.cumsum(expected), uniforms).tolist()
 
 
+@pytest.mark.slow
 def test_a_low_temperature_sharpens_and_a_high_one_flattens():
     logits = np.repeat(np.array([[2.0, 1.0, 0.0, 0.0]], np.float32), 4000, 0)
 

@@ -12,6 +12,7 @@ costs = st.builds(Cost, st.integers(0, 400), st.integers(0, 40), st.integers(0, 
 tenants = st.sampled_from(["", "a", "b", "c"])
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(costs, tenants, st.booleans()), max_size=60))
 def test_no_limit_is_ever_passed_and_everything_comes_back(steps):
     quota, held = Quota(LIMITS), []

@@ -120,6 +120,7 @@ def play(events: list[tuple[float, str, object]]) -> House:
     return house
 
 
+@pytest.mark.slow
 @given(a_day())
 @settings(max_examples=150, deadline=None)
 def test_resources_are_never_passed_and_never_left_idle(events):
@@ -153,6 +154,7 @@ arrivals = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(arrivals, st.integers(0, 19), st.integers(1, 20), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_nobody_starves_and_the_bound_of_the_docstring_holds(arrivals, watched, small, tenants):

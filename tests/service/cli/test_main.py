@@ -291,12 +291,14 @@ def glimpse(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_serve_refuses_wrong_settings_with_status_2():
     done = glimpse("serve", GLIMPSE_HTTP_PROT="1")
     assert done.returncode == 2
     assert "did you mean GLIMPSE_HTTP_PORT" in done.stderr
 
 
+@pytest.mark.slow
 def test_serve_tells_that_its_port_is_taken(server, repository):
     port = server.url.rpartition(":")[2]
     done = glimpse("serve", "--port", port, GLIMPSE_MODEL_REPOSITORY=str(repository))
@@ -305,6 +307,7 @@ def test_serve_tells_that_its_port_is_taken(server, repository):
     assert "set GLIMPSE_HTTP_PORT" in done.stderr
 
 
+@pytest.mark.slow
 def test_serve_tells_where_a_model_repository_is_missing(tmp_path):
     done = glimpse("serve", GLIMPSE_MODEL_REPOSITORY=str(tmp_path))
     assert done.returncode == 2
@@ -319,24 +322,28 @@ def test_a_library_that_is_not_there_is_told_with_the_command_that_installs_it(c
     assert f"python3 {PROJECT / 'scripts' / 'set_up.py'} build" in told
 
 
+@pytest.mark.slow
 def test_train_passes_its_arguments_on():
     done = glimpse("train", "--help")
     assert done.returncode == 0
     assert "--resume" in done.stdout
 
 
+@pytest.mark.slow
 def test_ablate_passes_its_arguments_on():
     done = glimpse("ablate", "--help")
     assert done.returncode == 0
     assert "--small-print" in done.stdout
 
 
+@pytest.mark.slow
 def test_build_passes_its_arguments_on():
     done = glimpse("build", "--help")
     assert done.returncode == 0
     assert "--dry-run" in done.stdout
 
 
+@pytest.mark.slow
 def test_bench_passes_its_arguments_on():
     done = glimpse("bench", "--help")
     assert done.returncode == 0

@@ -156,15 +156,15 @@ def test_one_pixel_is_an_image():
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"hello", "start with 68 65 6c 6c 6f; send PNG, JPEG, WebP or GIF"),
+        (b"hello", "start with 68 65 6c 6c 6f: send PNG, JPEG, WebP or GIF"),
         (b"<!DOCTYPE html><html>", "looks like an HTML page"),
         (b'  <svg xmlns="">', "looks like SVG"),
         (b"%PDF-1.7", "looks like PDF"),
         (b"\0\0\0\x18ftypheic....", "looks like HEIC"),
         (encoded(picture(), "TIFF"), "looks like TIFF"),
         (encoded(picture(), "BMP"), "looks like BMP"),
-        (b"\x89PNG\r\n\x1a\n", "not an image"),
-        (b"\xff\xd8\xff\xe0", "not an image"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be read"),
+        (b"\xff\xd8\xff\xe0", "cannot be read"),
     ],
 )
 def test_what_is_no_image_says_what_to_send(data, message):

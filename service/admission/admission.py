@@ -233,8 +233,10 @@ class Reservation:
     def _end(self, *, answered: bool, keep: Cost) -> None:
         """Give back everything except `keep`. `answered` is false if the request did not get its answer."""
         now, admission = time.monotonic(), self._admission
-        admission.release(self._claims, now, finished=answered)
-        admission.limit.end(self, now, answered=answered, missed=now >= self._deadline)
         admission.quota.give_back(self._cost.minus(keep), self.tenant, now)
-        self._claims, self._cost = [], keep
-        admission.schedule(now)
+        self._cost = keep
+        if self._claims or self in admission.contention:
+            admission.release(self._claims, now, finished=answered)
+            admission.limit.end(self, now, answered=answered, missed=now >= self._deadline)
+            self._claims = []
+            admission.schedule(now)

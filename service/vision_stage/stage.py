@@ -141,14 +141,18 @@ class VisionStage:
         look.step = next_step(look, self._situation(look, ticket.request))
 
     def _situation(self, look: Look, request: Request) -> Situation:
-        allows_closer = self.admission.fidelity.closer_view
+        needs_closer = request.budget.vision_tokens[0] > self.card.vision_tokens[1]
+        may_want_closer = needs_closer or request.detail != "low"  # else the answers below cost time and matter not
+        allows_closer = may_want_closer and self.admission.fidelity.closer_view
         return Situation(
             asks=request.detail,
-            needs_closer=request.budget.vision_tokens[0] > self.card.vision_tokens[1],
+            needs_closer=needs_closer,
             offers_closer=self.card.closer_view,
             closer_view_at=self.card.closer_view_at,
             allows_closer=allows_closer,
-            holds_closer=not allows_closer and self.visual.holds(*self._keys(look.image, "high", request)),
+            holds_closer=may_want_closer
+            and not allows_closer
+            and self.visual.holds(*self._keys(look.image, "high", request)),
         )
 
     def _is_reduced(self, look: Look, request: Request) -> bool:

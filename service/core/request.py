@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -120,14 +119,10 @@ class Request:
     trace_id: str = ""  # the caller's own id of the request
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
+    question: str = field(init=False)  # text of the last question; the allocator reads this
+    images: tuple[ImageSource, ...] = field(init=False)  # in the order of the prompt, those of earlier questions first
 
-    @property
-    def question(self) -> str:
-        """Return the text of the last question, which the allocator reads."""
-        return text_of(self.parts)
-
-    @property
-    def images(self) -> tuple[ImageSource, ...]:
-        """Return every image in the order of the prompt: those of earlier questions come first."""
-        parts = chain(*(exchange.parts for exchange in self.exchanges), self.parts)
-        return tuple(part for part in parts if not isinstance(part, Text))
+    def __post_init__(self) -> None:
+        parts = [part for exchange in self.exchanges for part in exchange.parts] + [*self.parts]
+        object.__setattr__(self, "question", text_of(self.parts))
+        object.__setattr__(self, "images", tuple(part for part in parts if not isinstance(part, Text)))

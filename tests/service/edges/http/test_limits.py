@@ -61,7 +61,7 @@ LAST_TAKEN = {
 }
 FIRST_REFUSED = {
     "question": ("w" * (CHARS + 1), f"{CHARS + 1} characters, the limit is {CHARS}: shorten it"),
-    "timeout_s": (TIMEOUT_S + 0.001, f"at most {TIMEOUT_S}"),
+    "timeout_s": (TIMEOUT_S + 0.001, f"the limit is {TIMEOUT_S}"),
     "max_tokens": (0, "greater than or equal to 1"),
     "temperature": (5.001, "less than or equal to 5"),
     "top_k": (1_000_001, "less than or equal to 1000000"),

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import redis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from service.core.card import ModelCard
 from service.core.vision import IMAGE_SIZE, UInt8Array
@@ -40,6 +40,7 @@ settings.register_profile(
     deadline=None,
     database=None,
     max_examples=30,
+    phases=[Phase.explicit, Phase.generate],  # a smaller example of a planted fault is of no use
     suppress_health_check=[HealthCheck.too_slow],
 )
 

@@ -321,3 +321,12 @@ def test_a_large_vocabulary_is_drawn_from_by_each_row_alone():
         if top_p[n] < 1:
             mass = mass[np.cumsum(mass) - mass < top_p[n] * mass.sum()]
         assert together[n] == order[np.searchsorted(np.cumsum(mass), uniforms[n] * mass.sum(), side="right")]
+
+
+def test_the_mass_that_a_shortlist_must_reach_is_its_own_rows():
+    """Two peaked rows: the mass of both together would keep a token too many of each."""
+    size = 4 * SHORTLISTS[-1]
+    scores = np.full((2, size), -50.0)
+    scores[:, :3] = np.log([0.35, 0.33, 0.32])
+    tokens = choose(scores, np.full(2, size), np.full(2, 0.34), np.array([0.99, 0.5]))
+    assert tokens.tolist() == [0, 0]

@@ -26,7 +26,7 @@ from service.prompt import PromptBuilder
 from service.readiness import Readiness
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 
 
@@ -36,6 +36,7 @@ class App:
 
     settings: Settings
     card: ModelCard
+    access: Access  # of the embedded Triton
     client: TritonClient
     admission: Admission
     reader: ImageReader
@@ -59,9 +60,12 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         raise SettingsError(
             f"GLIMPSE_LLM_TOKENS must hold at least one request of {card.name}, {card.max_positions} tokens"
         )
-    embedded_url = f"127.0.0.1:{settings.triton_grpc_port}"
+    access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics = Metrics()
-    client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
+    if settings.vision_url and settings.llm_url:
+        client = TritonClient(settings.vision_url, settings.llm_url)
+    else:
+        client = TritonClient(access.url, access.url, access.metadata)
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
     readiness = Readiness(card.called, metrics)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
@@ -78,7 +82,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
     )
     api = http_api(http_edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, client, admission, reader, shared, readiness, api)
+    return App(settings, card, access, client, admission, reader, shared, readiness, api)
 
 
 def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
@@ -137,6 +141,6 @@ def embedded_triton(app: App) -> EmbeddedTriton:
         client=app.client,
         card=app.card,
         log_path=settings.log_dir / "triton.log",
-        ports=Ports(settings.triton_http_port, settings.triton_grpc_port, settings.triton_metrics_port),
+        access=app.access,
         start_timeout_s=settings.triton_start_timeout_s,
     )

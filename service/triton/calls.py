@@ -27,6 +27,7 @@ _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),  # a proxy of the environment is for the web, and knows no address of this machine
     # A connection to a lost node is noticed in 30 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -36,12 +37,16 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 
+Metadata = tuple[tuple[str, str], ...]
+
 
 class Calls:
     """Calls to the models of CALLED. Every method raises GlimpseError only."""
 
-    def __init__(self, vision_url: str, llm_url: str) -> None:
+    def __init__(self, vision_url: str, llm_url: str, metadata: Metadata = ()) -> None:
+        """`metadata` goes with the calls that change the server: see Access."""
         self._vision_url = vision_url
+        self._metadata = metadata
         self._llm_url = llm_url
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._stubs: dict[str, service_pb2_grpc.GRPCInferenceServiceStub] = {}
@@ -96,12 +101,12 @@ class Calls:
         """Load a model and the ensembles that wait for it."""
         request = service_pb2.RepositoryModelLoadRequest(model_name=model)
         with translated(model):
-            await self._stub(model).RepositoryModelLoad(request, timeout=timeout_s)
+            await self._stub(model).RepositoryModelLoad(request, timeout=timeout_s, metadata=self._metadata)
 
     async def unload(self, model: str, timeout_s: float = 60.0) -> None:
         request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
         with translated(model):
-            await self._stub(model).RepositoryModelUnload(request, timeout=timeout_s)
+            await self._stub(model).RepositoryModelUnload(request, timeout=timeout_s, metadata=self._metadata)
 
     def abandon(self, lost: str) -> None:
         """End every request in flight that needs the model `lost`, at once, with Unavailable.

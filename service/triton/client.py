@@ -21,7 +21,7 @@ from service.core.request import Budget, Sampling
 from service.core.tensors import DTYPES
 from service.core.vision import IMAGE_SIZE, QUESTION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures, dense
 from service.triton import codec
-from service.triton.calls import Calls
+from service.triton.calls import Calls, Metadata
 from service.triton.contract import CALLED
 
 # The image of a probe of vqa: 1x1, black.
@@ -33,9 +33,10 @@ PROBE_SHARE = 0.02  # of an idle model's time; a probe of ViT-B takes 0.5 s on a
 class TritonClient:
     """See, attend and generate on one or two Tritons. Every method raises GlimpseError only."""
 
-    def __init__(self, vision_url: str, llm_url: str) -> None:
-        """`host:port` of Triton's gRPC; the two may be equal, and then share one channel."""
-        self._calls = Calls(vision_url, llm_url)
+    def __init__(self, vision_url: str, llm_url: str, metadata: Metadata = ()) -> None:
+        """`host:port` of Triton's gRPC, or `unix:` and the path of a socket. The two may be equal, and then share one
+        channel. `metadata` goes with each `load` and `unload`."""
+        self._calls = Calls(vision_url, llm_url, metadata)
         self._probe_took: dict[str, float] = {}  # seconds, the shortest: longer ones waited in a queue
 
     async def __aenter__(self) -> TritonClient:

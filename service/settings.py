@@ -38,7 +38,10 @@ class Settings(BaseSettings):
     # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
-    stop_grace_s: float = Field(10.0, ge=0)  # time for requests in flight to finish after SIGTERM
+    # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
+    # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
+    stop_notice_s: float = Field(1.0, ge=0)
+    stop_grace_s: float = Field(10.0, ge=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
     # unix:/path of a socket. The two addresses may be equal.

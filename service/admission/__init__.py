@@ -6,7 +6,7 @@
 The checks, in the order a request meets them:
 
 1. **Quota** (`quota.py`): bytes, pixels and tokens are reserved before any work, against limits for the process and a
-   share for each tenant. No room: 429 `saturated` or `tenant_share`; a stopping process: 429 `shutting_down`.
+   share for each tenant. No room: 429 `saturated` or `tenant_share`; a stopping process: 503 `shutting_down`.
 2. **Queue time** (`scheduler.py`): a claim on vision slots or LLM tokens whose estimated queue time
    (`drain_rate.py`) leaves too little of its `timeout_s` is refused: 429 `deadline`.
 3. **Concurrency limit** (`concurrency_limit.py`): a request's first claim waits until one more request may be in

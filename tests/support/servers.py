@@ -113,6 +113,7 @@ def started_gateway(folder: Path, settings: Mapping[str, str]) -> Iterator[Gatew
         **{name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")},
         **{f"GLIMPSE_{name}": str(port) for name, port in ports.items()},
         "GLIMPSE_LOG_DIR": str(folder),
+        "GLIMPSE_STOP_NOTICE_S": "0",  # nothing balances load here
         **settings,
     }
     log_path = folder / "gateway.log"

@@ -67,7 +67,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     else:
         client = TritonClient(access.url, access.url, access.metadata)
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
-    readiness = Readiness(card.called, metrics)
+    readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
     pipeline = Pipeline(
@@ -91,7 +91,7 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         pipeline=pipeline,
         questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
         bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
-        faults=lambda: {model: fault for model, fault in readiness.faults.items() if fault},
+        faults=lambda: readiness.faults,
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
     )

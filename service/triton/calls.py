@@ -36,6 +36,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 )
+SILENCE_S = 5.0  # without an answer of any request: the model does not answer
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -54,6 +55,7 @@ class Calls:
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in CALLED}
         self._abandoned: set[grpc.aio.Call] = set()
         self._answered: dict[str, float] = {}  # by model of CALLED, the monotonic time of its last good response
+        self._failed: dict[str, float] = {}  # likewise, when a request last found that it does not answer
         self._tasks: set[asyncio.Task[Any]] = set()  # of calls that nobody waits for any more, until they end
 
     async def connect(self) -> None:
@@ -115,7 +117,7 @@ class Calls:
         """
         for name, model in CALLED.items():
             if lost in model.through:
-                self._answered.pop(name, None)
+                self._note_failure(name)
                 self._abandon_calls(name)
 
     def _abandon_calls(self, model: str) -> None:
@@ -127,10 +129,27 @@ class Calls:
         """The models that have answered since that moment, in any request."""
         return {step for name, at in self._answered.items() if at > moment for step in CALLED[name].through}
 
+    def failing(self) -> set[str]:
+        """The models of CALLED that did not answer a request, and have answered none since."""
+        return {name for name, at in self._failed.items() if not self._has_answered(name, at)}
+
+    def _has_answered(self, model: str, since: float) -> bool:
+        return set(CALLED[model].through) <= self.answering_since(since)
+
+    def _note_failure(self, model: str) -> None:
+        self._answered.pop(model, None)
+        self._failed[model] = time.monotonic()
+
+    def _note_silence(self, model: str, begun: float) -> None:
+        """A request's deadline passed. A short deadline tells nothing of the model, nor does a busy model's."""
+        if time.monotonic() - begun >= SILENCE_S and not self._has_answered(model, begun):
+            self._note_failure(model)
+
     async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
         """Run one unary inference. If its caller leaves, the call still runs to its end: see streams."""
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
+        begun = time.monotonic()
         call = self._stub(model).ModelInfer(codec.request(model, tensors), timeout=timeout_s + LINGER_S)
         task = asyncio.create_task(_response(call))
         self._keep(task)
@@ -139,6 +158,7 @@ class Calls:
                 async with asyncio.timeout(timeout_s):
                     response = await asyncio.shield(task)
             except TimeoutError as exc:
+                self._note_silence(model, begun)
                 raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no response") from exc
         self._answered[model] = time.monotonic()
         return codec.arrays(response)
@@ -156,7 +176,8 @@ class Calls:
         If the caller leaves before the final one, `stop` ends the work in band. A cancel would reach the model only
         after about 33 ms and may kill Triton.
         """
-        deadline = time.monotonic() + timeout_s
+        begun = time.monotonic()
+        deadline = begun + timeout_s
         silence_s = math.inf  # only the deadline limits the first response, which waits in the queue
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
@@ -172,6 +193,7 @@ class Calls:
                             response = await stream.read()
                     except TimeoutError as exc:
                         if left_s <= silence_s:
+                            self._note_silence(model, begun)
                             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no final response") from exc
                         text = f"the model {model} fell silent for {stall_timeout_s:g} s: try again"
                         raise Unavailable(text) from exc
@@ -220,7 +242,7 @@ class Calls:
             with translated(model):
                 yield
         except Unavailable:
-            self._answered.pop(model, None)
+            self._note_failure(model)
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()

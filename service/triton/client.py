@@ -151,7 +151,7 @@ class TritonClient:
         steps = set(CALLED[model].through) if model in CALLED else {model}
         if fresh_s:
             fresh_s = max(fresh_s, self._probe_took.get(model, 0.0) / PROBE_SHARE)
-        if steps <= self._calls.answering_since(begun - fresh_s):
+        if model not in self._calls.failing() and steps <= self._calls.answering_since(begun - fresh_s):
             return
         try:
             await self._probe(model, card, timeout_s)
@@ -206,6 +206,10 @@ class TritonClient:
                         pass
             case _:
                 raise InternalError(f"no probe for the model {model}")
+
+    def failing(self, model: str) -> bool:
+        """Whether requests lately found that the model, or one that it needs, does not answer."""
+        return any(set(CALLED[name].through) <= set(CALLED[model].through) for name in self._calls.failing())
 
     async def ready(self, timeout_s: float = 1.0) -> bool:
         """Whether every server reports ready. Triton does so even if a model's process is dead: see `probe`."""

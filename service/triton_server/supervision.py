@@ -319,9 +319,10 @@ class EmbeddedTriton:
             await self._client.probe(model, self._card, timeout_s, fresh_s)
 
     def _note_processes(self) -> None:
-        """Remember the process of each model, now that all are up."""
+        """Remember the process of each model and close its memory to other users, now that all are up."""
         self.ready = True
         try:
+            self._server.close_regions()
             self._models = self._server.models()
         except OSError as exc:
             log.warning("cannot list the model processes, trying again", error=str(exc))

@@ -69,8 +69,11 @@ async def serve(app: App, listener: socket.socket) -> None:
     server = Server(config)
 
     def stop(number: int) -> None:
+        """Be not ready first, then refuse new questions, and close the listener when load balancers know."""
+        notice_s = app.settings.stop_notice_s if number == signal.SIGTERM and app.readiness.ready else 0.0
+        app.readiness.stop()
         app.admission.stop()
-        server.handle_exit(number, None)
+        asyncio.get_running_loop().call_later(notice_s, server.handle_exit, number, None)
 
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)

@@ -26,7 +26,7 @@ from service.prompt import PromptBuilder
 from service.readiness import Readiness
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 
 
@@ -36,6 +36,7 @@ class App:
 
     settings: Settings
     card: ModelCard
+    access: Access  # of the embedded Triton
     client: TritonClient
     admission: Admission
     reader: ImageReader
@@ -60,11 +61,14 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
             f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
             f"raise it to at least {card.max_positions}"
         )
-    embedded_url = f"127.0.0.1:{settings.triton_grpc_port}"
+    access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics = Metrics()
-    client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
+    if settings.vision_url and settings.llm_url:
+        client = TritonClient(settings.vision_url, settings.llm_url)
+    else:
+        client = TritonClient(access.url, access.url, access.metadata)
     reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
-    readiness = Readiness(card.called, metrics)
+    readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
     pipeline = Pipeline(
@@ -79,7 +83,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
     )
     api = http_api(http_edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, client, admission, reader, shared, readiness, api)
+    return App(settings, card, access, client, admission, reader, shared, readiness, api)
 
 
 def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
@@ -88,7 +92,7 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         pipeline=pipeline,
         questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
         bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
-        faults=lambda: {model: fault for model, fault in readiness.faults.items() if fault},
+        faults=lambda: readiness.faults,
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
     )
@@ -138,6 +142,6 @@ def embedded_triton(app: App) -> EmbeddedTriton:
         client=app.client,
         card=app.card,
         log_path=settings.log_dir / "triton.log",
-        ports=Ports(settings.triton_http_port, settings.triton_grpc_port, settings.triton_metrics_port),
+        access=app.access,
         start_timeout_s=settings.triton_start_timeout_s,
     )

@@ -19,6 +19,12 @@ MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
 
+# Settings that are gone, and what became of them.
+REMOVED = {
+    "GLIMPSE_TRITON_HTTP_PORT": "the embedded Triton has no HTTP port any more. Plain KServe clients use gRPC: set "
+    "GLIMPSE_TRITON_GRPC_PORT"
+}
+
 
 class SettingsError(ValueError):
     """The environment is not a valid configuration; the message names the variable and the reason."""
@@ -32,14 +38,16 @@ class Settings(BaseSettings):
     # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
-    stop_grace_s: float = Field(10.0, ge=0)  # time for requests in flight to finish after SIGTERM
+    # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
+    # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
+    stop_notice_s: float = Field(1.0, ge=0)
+    stop_grace_s: float = Field(10.0, ge=0)
 
-    # Triton: either the gateway starts one (embedded), or these are the gRPC addresses host:port of running ones. The
-    # two addresses may be equal.
+    # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
+    # unix:/path of a socket. The two addresses may be equal.
     vision_url: str | None = None
     llm_url: str | None = None
-    triton_http_port: int = Field(8000, ge=1, le=65535)
-    triton_grpc_port: int = Field(8001, ge=1, le=65535)
+    triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
     triton_start_timeout_s: float = Field(60.0, gt=0)
     model_repository: Path = PROJECT / "model_repository"
@@ -136,14 +144,16 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+        if name.upper() in REMOVED and environ[name]:
+            raise SettingsError(f"{name} is no longer a setting: unset it. Note: {REMOVED[name.upper()]}")
+        if name.upper().startswith(PREFIX) and name.upper() not in {*known, *REMOVED}:
             near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the known ones are {', '.join(known)}"
             raise SettingsError(f"{name} is not a setting: {hint}")
     values: dict[str, Any] = {
         name.upper().removeprefix(PREFIX).lower(): value
         for name, value in environ.items()
-        if name.upper().startswith(PREFIX) and value
+        if name.upper().startswith(PREFIX) and name.upper() not in REMOVED and value
     }
     try:
         return Settings(**values)

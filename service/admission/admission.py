@@ -20,7 +20,7 @@ from service.admission.fidelity import LEVELS, Fidelity, Level
 from service.admission.quota import Cost, Quota, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.card import Engines
-from service.core.errors import DeadlineExceeded, Overloaded
+from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -84,7 +84,8 @@ class Admission:
     def refuse(self, refusal: Refusal) -> Overloaded:
         self._metrics.refusals.labels(refusal.code).inc()
         retry_after_s = min(max(refusal.retry_after_s, 1.0), MAX_RETRY_AFTER_S)
-        return Overloaded(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
+        kind = ShuttingDown if refusal.code == ShuttingDown.code else Overloaded
+        return kind(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
 
     async def grant(self, claim: Claim) -> None:
         """Wait until the claim is granted.

@@ -7,6 +7,7 @@ GlimpseError
 ├── SlowBody              the body did not arrive in time
 ├── TooLarge              over a limit on bytes or pixels
 ├── Overloaded            no room now; `retry_after_s` says when
+│   └── ShuttingDown      this process is stopping; another one answers
 ├── DeadlineExceeded      the request's own timeout or the server's
 ├── Cancelled             the caller went away
 ├── Unavailable           Triton or a model in it does not answer
@@ -82,6 +83,10 @@ class Overloaded(GlimpseError):
         self.retry_after_s = retry_after_s
 
 
+class ShuttingDown(Overloaded):
+    code = "shutting_down"
+
+
 class DeadlineExceeded(GlimpseError):
     code = "deadline_exceeded"
     type = "timeout_error"
@@ -113,6 +118,7 @@ STATUS: dict[type[GlimpseError], tuple[int, str]] = {
     SlowBody: (408, "DEADLINE_EXCEEDED"),
     TooLarge: (413, "INVALID_ARGUMENT"),
     Overloaded: (429, "RESOURCE_EXHAUSTED"),
+    ShuttingDown: (503, "UNAVAILABLE"),  # load balancers send a 503 to another server, and not a 429
     Cancelled: (499, "CANCELLED"),
     InternalError: (500, "INTERNAL"),
     Unavailable: (503, "UNAVAILABLE"),

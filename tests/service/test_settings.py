@@ -7,7 +7,7 @@ from service.settings import Settings, SettingsError, read_settings
 def test_defaults_serve_an_embedded_triton():
     settings = read_settings({})
     assert settings.embedded
-    assert (settings.http_port, settings.triton_grpc_port) == (8080, 8001)
+    assert (settings.http_port, settings.triton_grpc_port) == (8080, None)
     assert settings.model_repository.name == "model_repository"
 
 
@@ -22,6 +22,9 @@ def test_an_empty_variable_is_as_good_as_none():
 
 
 def test_a_mistyped_variable_names_near_matches():
+    with pytest.raises(SettingsError, match=r"GLIMPSE_TRITON_HTTP_PORT is no longer a setting: unset it.*no HTTP port"):
+        read_settings({"GLIMPSE_TRITON_HTTP_PORT": "8000"})
+    assert read_settings({"GLIMPSE_TRITON_HTTP_PORT": ""}).triton_grpc_port is None
     with pytest.raises(SettingsError, match="GLIMPSE_HTTP_PROT is not a setting: did you mean GLIMPSE_HTTP_PORT"):
         read_settings({"GLIMPSE_HTTP_PROT": "9000"})
 

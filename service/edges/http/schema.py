@@ -423,4 +423,4 @@ class ModelList(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok", "not ready"]
-    faults: dict[str, str] = Field(default_factory=dict, description="By model, why it does not answer.")
+    faults: dict[str, str] = Field(default_factory=dict, description="By model or `gateway`, why it does not answer.")

@@ -315,7 +315,7 @@ async def test_the_llm_soon_works_no_more_for_a_closed_stream(asker: Asker, trit
 
     async def llm(http: httpx.AsyncClient) -> tuple[int, bool]:
         """Tokens generated since the start, and whether nothing runs."""
-        text = (await http.get(f"http://127.0.0.1:{triton.ports.metrics}/metrics")).text
+        text = (await http.get(f"http://127.0.0.1:{triton.access.ports.metrics}/metrics")).text
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("glimpse_llm_"))
         running = next(value for name, value in values.items() if 'state="running"' in name)
         return int(float(values["glimpse_llm_tokens_total"])), float(running) == 0

@@ -210,7 +210,7 @@ async def test_a_request_whose_body_was_let_in_before_a_stop_may_end(caller, pat
     await require_one_reservation(caller, sent, 200)
     late = Sent(caller, path, body)
     await late.end()
-    assert late.status == 429
+    assert late.status == 503
     assert b"shutting_down" in late.sent[-1]
 
 

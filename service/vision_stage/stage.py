@@ -299,7 +299,7 @@ class VisionStage:
         A question by id does not extend the image's lifetime.
         """
         if ImageId(image.id) not in request.images:
-            self.images.put(image, time.time())
+            self.images.put(image, time.monotonic(), request.tenant)
 
 
 def result_of(look: Look) -> Seen:

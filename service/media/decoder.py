@@ -78,6 +78,32 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
     is converted without a colour profile, EXIF orientation is applied. A view does not depend on the other views.
     Raises InvalidImage, TooLarge.
     """
+    require_bytes(data, limits)
+    structure = structure_of(data)
+    if structure is None:
+        raise InvalidImage(f"{found_in(data)}; send PNG, JPEG, WebP or GIF", param="image")
+    require_size(structure.width, structure.height, limits)
+    # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError). All of it means
+    # that these bytes are no image.
+    try:
+        pixels = _views(structure, views)
+    except MemoryError as exc:
+        raise TooLarge(
+            f"decoding the {structure.format} takes too much memory: send it smaller, or save it anew "
+            f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
+            param="image",
+        ) from exc
+    except Exception as exc:
+        raise InvalidImage(
+            f"the {structure.format} is damaged or cut short ({len(data):,} bytes arrived): send the whole file",
+            param="image",
+        ) from exc
+    width, height = structure.width, structure.height
+    return Decoded(pixels, *((height, width) if structure.orientation in SIDEWAYS else (width, height)))
+
+
+def require_bytes(data: bytes, limits: ImageLimits) -> None:
+    """Raises InvalidImage for no bytes, TooLarge for too many."""
     if not data:
         raise InvalidImage(
             "the image is empty (0 bytes): check that the file was read before it was sent", param="image"
@@ -88,21 +114,6 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
             f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
             param="image",
         )
-    structure = structure_of(data)
-    if structure is None:
-        raise InvalidImage(f"{found_in(data)}; send PNG, JPEG, WebP or GIF", param="image")
-    require_size(structure.width, structure.height, limits)
-    # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError, MemoryError). All
-    # of it means that these bytes are no image.
-    try:
-        pixels = _views(structure, views)
-    except Exception as exc:
-        raise InvalidImage(
-            f"the {structure.format} is damaged or cut short ({len(data):,} bytes arrived): send the whole file",
-            param="image",
-        ) from exc
-    width, height = structure.width, structure.height
-    return Decoded(pixels, *((height, width) if structure.orientation in SIDEWAYS else (width, height)))
 
 
 def require_size(width: int, height: int, limits: ImageLimits) -> None:

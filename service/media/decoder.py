@@ -168,6 +168,5 @@ def _in_colour(picture: Pillow.Image) -> Pillow.Image:
         grey = np.asarray(picture).clip(0, 65535) >> 8
         return Pillow.fromarray(grey.astype(np.uint8)).convert("RGB")
     picture.load()  # only now is a late tRNS chunk of a PNG read
-    if picture.has_transparency_data:
-        return picture.convert("RGBA")
-    return picture.convert("RGB")
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)  # a conversion to its own mode copies

@@ -44,8 +44,9 @@ WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 WEBP_METADATA_FLAGS = 0x2C  # of VP8X: a profile, EXIF, XMP
 # In the entropy-coded data after a scan's header, 0xFF is followed by 0 or by D0 to D7 unless it begins a marker.
 JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+JPEG_SCANNED = re.compile(rb"\xff(?:[\x01-\xcf\xd8-\xfe]|\xff{16})")  # a marker, or fill bytes that no encoder writes
 JPEG_BARE = (0x01, *range(0x02, 0xC0), 0xD8)  # markers without a length
-JPEG_END, JPEG_SCAN, JPEG_EXIF, JPEG_COMMENT = 0xD9, 0xDA, 0xE1, 0xFE
+JPEG_END, JPEG_SCAN, JPEG_EXIF, JPEG_COMMENT, JPEG_FILL = 0xD9, 0xDA, 0xE1, 0xFE, 0xFF
 JPEG_METADATA = range(0xE0, 0xF0)
 JPEG_COLOURS = {0xE0: b"JFIF", 0xEE: b"Adobe"}  # the only metadata that says how to decode
 
@@ -187,7 +188,7 @@ def _jpeg(data: bytes) -> Structure:
     offset, first_scan, last = 2, 0, len(data)
     for _ in range(MAX_JPEG_SEGMENTS):
         until = len(data) if first_scan else min(len(data), offset + MAX_FILL_BYTES + 2)
-        marked = JPEG_MARKER.search(data, offset, until)
+        marked = (JPEG_SCANNED if first_scan else JPEG_MARKER).search(data, offset, until)
         if marked is None and until < len(data):
             raise _too_much("JPEG", f"more than {MAX_FILL_BYTES:,} fill bytes before its first scan")
         if marked is None:
@@ -195,6 +196,8 @@ def _jpeg(data: bytes) -> Structure:
         start, marker = marked.start(), data[marked.start() + 1]
         parts.fill += 0 if first_scan else start - offset
         offset = start + 2
+        if marker == JPEG_FILL:
+            raise _too_much("JPEG", "more than 16 fill bytes inside a scan")
         if marker == JPEG_END:
             last = offset
             break

@@ -70,6 +70,7 @@ BOMBS = {
     "20 empty scans of a large picture": lambda: scans(7000, 7000, 20),
     "fill bytes": lambda: jpeg(b"\xff" * MEGABYTES),
     "fill bytes in short runs": lambda: jpeg((b"\xff" * 1000 + b"\xe5\0\2") * 20),
+    "fill bytes inside a scan": lambda: jpeg()[:-2] + b"\xff" * MEGABYTES + b"\xff\xd9",
     "long comments": lambda: jpeg((b"\xff\xfe\xff\xff" + bytes(65533)) * 290),
     "short comments": lambda: jpeg(b"\xff\xfe\0\2" * (MEGABYTES // 4)),
     "segments between scans": lambda: jpeg(progressive=True).replace(b"\xff\xda", b"\xff\xe5\0\2" * 5000 + b"\xff\xda"),

@@ -19,7 +19,7 @@ from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
 from service.edges.http.edge import BodyLimits, Edge
 from service.media.decoder import ImageLimits
-from service.media.reader import ImageReader
+from service.media.reader import WorkerReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
@@ -39,7 +39,7 @@ class App:
     access: Access  # of the embedded Triton
     client: TritonClient
     admission: Admission
-    reader: ImageReader
+    reader: WorkerReader
     shared: RedisTier | None
     readiness: Readiness
     api: FastAPI
@@ -67,7 +67,8 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         client = TritonClient(settings.vision_url, settings.llm_url)
     else:
         client = TritonClient(access.url, access.url, access.metadata)
-    reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
+    image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
     readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
@@ -118,6 +119,7 @@ async def running(app: App) -> AsyncIterator[None]:
     settings = app.settings
     async with AsyncExitStack() as parts:
         parts.callback(app.reader.close)
+        app.reader.start()
         await parts.enter_async_context(app.client)
         triton: EmbeddedTriton | None = None
         if settings.embedded:

@@ -17,7 +17,7 @@ from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
-from service.edges.http.edge import BodyLimits, Edge
+from service.edges.http.edge import BodyLimits, ConnectionLimits, Edge
 from service.media.decoder import ImageLimits
 from service.media.reader import ImageReader
 from service.metrics import Metrics
@@ -87,6 +87,7 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         pipeline=pipeline,
         questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
         bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
+        connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
         faults=lambda: {model: fault for model, fault in readiness.faults.items() if fault},
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),

@@ -34,6 +34,11 @@ class Settings(BaseSettings):
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
     stop_grace_s: float = Field(10.0, ge=0)  # time for requests in flight to finish after SIGTERM
 
+    # Connections in all and from one address (a proxy in front has one address). Beyond them idle ones are closed, and
+    # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
+    max_connections: int = Field(4096, gt=0)
+    max_connections_per_address: int = Field(3072, gt=0)
+
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses host:port of running ones. The
     # two addresses may be equal.
     vision_url: str | None = None

@@ -17,7 +17,8 @@ from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
-from service.edges.http.edge import BodyLimits, ConnectionLimits, Edge
+from service.edges.http.body import BodyLimits
+from service.edges.http.edge import ConnectionLimits, Edge
 from service.media.decoder import ImageLimits
 from service.media.reader import ImageReader
 from service.metrics import Metrics

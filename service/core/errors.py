@@ -2,7 +2,8 @@
 
 GlimpseError
 ├── InvalidRequest        the caller can mend it: wrong field, wrong type, wrong value
-│   └── InvalidImage      the bytes are not an image that can be decoded
+│   ├── InvalidImage      the bytes are not an image that can be decoded
+│   └── UnsupportedEncoding  the body is packed in a way that is not unpacked here
 ├── NotFound              unknown or expired image id, unknown model
 ├── SlowBody              the body did not arrive in time
 ├── TooLarge              over a limit on bytes or pixels
@@ -58,6 +59,10 @@ class InvalidImage(InvalidRequest):
     code = "invalid_image"
 
 
+class UnsupportedEncoding(InvalidRequest):
+    code = "unsupported_encoding"
+
+
 class NotFound(GlimpseError):
     code = "not_found"
     type = "invalid_request_error"
@@ -109,6 +114,7 @@ def internal_error(request_id: str) -> InternalError:
 # HTTP status and gRPC status name of each error; a subclass without a row takes its parent's.
 STATUS: dict[type[GlimpseError], tuple[int, str]] = {
     InvalidRequest: (400, "INVALID_ARGUMENT"),
+    UnsupportedEncoding: (415, "INVALID_ARGUMENT"),
     NotFound: (404, "NOT_FOUND"),
     SlowBody: (408, "DEADLINE_EXCEEDED"),
     TooLarge: (413, "INVALID_ARGUMENT"),

@@ -13,16 +13,8 @@ from starlette.types import Receive
 from service.edges import caller
 from service.edges.asking import QuestionLimits
 from service.edges.caller import TENANT_KEY, Caller, tenant_in
+from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
-
-
-@dataclass(frozen=True, slots=True)
-class BodyLimits:
-    """What a request's body may hold, and how long it may take to arrive."""
-
-    max_body_bytes: int  # of a question
-    max_image_bytes: int
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.core.errors import GlimpseError, InvalidRequest, Overloaded, internal_error, status_of
+from service.core.errors import (
+    GlimpseError,
+    InvalidRequest,
+    Overloaded,
+    SlowBody,
+    UnsupportedEncoding,
+    internal_error,
+    status_of,
+)
 from service.edges.caller import TRACE_ID_KEY, trace_id_in
 from service.edges.http.body import JSON
 from service.edges.http.schema import ErrorBody, WireError
@@ -37,7 +45,13 @@ async def respond_to_error(_: Request, error: Exception) -> Response:
     """The one place where an error gets its status."""
     assert isinstance(error, GlimpseError)
     status, _grpc = status_of(error)
-    headers = {"retry-after": f"{max(1, math.ceil(error.retry_after_s))}"} if isinstance(error, Overloaded) else None
+    headers: dict[str, str] = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = f"{max(1, math.ceil(error.retry_after_s))}"
+    if isinstance(error, SlowBody):
+        headers["connection"] = "close"  # the rest of the body is not awaited
+    if isinstance(error, UnsupportedEncoding):
+        headers["accept-encoding"] = "gzip"
     return JsonResponse(ErrorBody.of(error), status_code=status, headers=headers)
 
 

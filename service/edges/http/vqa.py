@@ -17,7 +17,7 @@ from service.core.answer import Delta, Finished
 from service.core.errors import Cancelled, GlimpseError, InvalidRequest
 from service.edges.asking import to_request
 from service.edges.caller import Caller
-from service.edges.http.body import FORM, JSON, parse_form, read_body
+from service.edges.http.body import BOM, FORM, JSON, parse_form, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
@@ -54,10 +54,10 @@ async def ask(request: Request) -> Response:
 
 
 async def read_question(request: Request, edge: Edge) -> Ask:
-    """Raises InvalidRequest, TooLarge, SlowBody, Overloaded, Cancelled."""
+    """Raises InvalidRequest, UnsupportedEncoding, TooLarge, SlowBody, Overloaded, Cancelled."""
     caller = caller_of(request)
     reservation = reserved(request, caller.tenant)
-    body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies.timeout_s, reservation.reserve_bytes)
+    body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
     content_type = request.headers.get("content-type", JSON)
     if len(body) > INLINE_PARSE_BYTES:
         parsed, asked = await asyncio.to_thread(parse_question, body, content_type, caller, edge)
@@ -73,7 +73,7 @@ def parse_question(
     parsed: VqaRequest | VqaForm
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
-            parsed = VqaRequest.from_json(body)
+            parsed = VqaRequest.from_json(body.removeprefix(BOM))
             fields = parsed.fields()
         case "multipart/form-data":
             parsed, images = VqaForm.from_parts(parse_form(body, content_type))

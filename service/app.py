@@ -19,6 +19,7 @@ from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
 from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
+from service.edges.http.hosts import allowed_hosts
 from service.media.decoder import ImageLimits
 from service.media.reader import ImageReader
 from service.metrics import Metrics
@@ -89,6 +90,7 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
         bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
         connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
+        hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: {model: fault for model, fault in readiness.faults.items() if fault},
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),

@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
+    # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
+    # request with another name in its Host header gets 421.
+    allowed_hosts: str = ""
     stop_grace_s: float = Field(10.0, ge=0)  # time for requests in flight to finish after SIGTERM
 
     # Connections in all and from one address (a proxy in front has one address). Beyond them idle ones are closed, and

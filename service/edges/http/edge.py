@@ -45,6 +45,7 @@ class Edge:
     questions: QuestionLimits
     bodies: BodyLimits
     connections: ConnectionLimits
+    hosts: frozenset[str] | None  # names that a Host header may hold; None for any
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty when the service is ready
     metrics: Callable[[], tuple[bytes, str]]  # what Prometheus reads, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status

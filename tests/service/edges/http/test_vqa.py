@@ -24,7 +24,7 @@ class Caller:
     def __init__(self, house: House) -> None:
         self.house = house
         self.app = http_api(house.edge)
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://glimpse")
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://localhost")
 
     async def ask(self, **changes: object) -> httpx.Response:
         return await self.http.post("/v1/vqa", json=ASKED | changes)
@@ -550,7 +550,7 @@ async def test_metrics_count_questions_and_http_requests(caller):
 async def test_the_root_points_to_the_rest(caller):
     page = await caller.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    assert "http://glimpse/v1/vqa" in page.text
+    assert "http://localhost/v1/vqa" in page.text
 
 
 async def test_openapi_describes_every_route_with_examples_that_are_valid(caller):

@@ -8,7 +8,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from service.edges.http.vqa import http_api
+from service.edges.http.application import http_api
 from tests.support.fakes import CLOSER, House, png
 
 IMAGE = base64.b64encode(png()).decode()

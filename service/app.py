@@ -20,6 +20,7 @@ from service.edges.http.application import http_api
 from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
+from service.edges.loop_lag import watch_loop
 from service.media.decoder import ImageLimits
 from service.media.reader import ImageReader
 from service.metrics import Metrics
@@ -43,6 +44,7 @@ class App:
     reader: ImageReader
     shared: RedisTier | None
     readiness: Readiness
+    metrics: Metrics
     api: FastAPI
 
 
@@ -80,7 +82,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
     )
     api = http_api(http_edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, client, admission, reader, shared, readiness, api)
+    return App(settings, card, client, admission, reader, shared, readiness, metrics, api)
 
 
 def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
@@ -124,7 +126,7 @@ async def running(app: App) -> AsyncIterator[None]:
             await app.readiness.probe(app.client, app.card, settings.probe_timeout_s)
         async with asyncio.TaskGroup() as tasks:
             watch = app.readiness.watch(app.client, app.card, settings.probe_interval_s, settings.probe_timeout_s)
-            watchers = [tasks.create_task(watch)]
+            watchers = [tasks.create_task(watch), tasks.create_task(watch_loop(app.metrics.event_loop_lag.observe))]
             if triton is not None:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:

@@ -18,6 +18,8 @@ import uvloop
 
 from service.admission.scheduler import Scheduler
 from service.app import App, build, running
+from service.edges.http.edge import Edge
+from service.edges.http.protocol import limited_protocol
 from service.settings import PROJECT, Settings, SettingsError, read_settings
 from service.triton_server.installation import StartFailed
 
@@ -55,15 +57,16 @@ def main(scheduling: type[Scheduler] = Scheduler) -> int:
 
 async def serve(app: App, listener: socket.socket) -> None:
     """Answer HTTP from the start, with 503 until Triton is ready. Raises StartFailed."""
+    edge: Edge = app.api.state.edge
     config = uvicorn.Config(
         app.api,
-        http="httptools",
+        http=limited_protocol(edge),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=75,  # seconds: longer than a load balancer in front keeps its idle connections
+        timeout_keep_alive=round(edge.connections.idle_timeout_s),
         timeout_graceful_shutdown=round(app.settings.stop_grace_s),
     )
     server = Server(config)

@@ -17,7 +17,10 @@ from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
-from service.edges.http.edge import BodyLimits, Edge
+from service.edges.http.body import BodyLimits
+from service.edges.http.edge import ConnectionLimits, Edge
+from service.edges.http.hosts import allowed_hosts
+from service.edges.loop_lag import watch_loop
 from service.media.decoder import ImageLimits
 from service.media.reader import WorkerReader
 from service.metrics import Metrics
@@ -42,6 +45,7 @@ class App:
     reader: WorkerReader
     shared: RedisTier | None
     readiness: Readiness
+    metrics: Metrics
     api: FastAPI
 
 
@@ -84,7 +88,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
     )
     api = http_api(http_edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, access, client, admission, reader, shared, readiness, api)
+    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, api)
 
 
 def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
@@ -93,6 +97,8 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         pipeline=pipeline,
         questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
         bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
+        connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
+        hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
@@ -127,7 +133,7 @@ async def running(app: App) -> AsyncIterator[None]:
             await app.readiness.probe(app.client, app.card, settings.probe_timeout_s)
         async with asyncio.TaskGroup() as tasks:
             watch = app.readiness.watch(app.client, app.card, settings.probe_interval_s, settings.probe_timeout_s)
-            watchers = [tasks.create_task(watch)]
+            watchers = [tasks.create_task(watch), tasks.create_task(watch_loop(app.metrics.event_loop_lag.observe))]
             if triton is not None:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:

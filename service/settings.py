@@ -38,10 +38,18 @@ class Settings(BaseSettings):
     # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
+    # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
+    # request with another name in its Host header gets 421.
+    allowed_hosts: str = ""
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
     stop_grace_s: float = Field(10.0, ge=0)
+
+    # Connections in all and from one address (a proxy in front has one address). Beyond them idle ones are closed, and
+    # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
+    max_connections: int = Field(4096, gt=0)
+    max_connections_per_address: int = Field(3072, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
     # unix:/path of a socket. The two addresses may be equal.
@@ -68,7 +76,8 @@ class Settings(BaseSettings):
     # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
     # A request with more than one row's share of the LLM's tokens counts as more than one.
     max_requests_in_flight: int = Field(128, gt=0)
-    # Request bodies. A body takes up to 4 times its size while it is parsed.
+    # Request bodies. A body takes up to 4 times its size while it is parsed. Bodies of more than 64 KiB leave a quarter
+    # to smaller ones.
     max_bytes_in_flight: int = Field(256 * MIB, gt=0)
     max_pixels_in_flight: int = Field(1_000_000_000, gt=0)  # pixels of images that have to be decoded
 
@@ -121,8 +130,10 @@ class Settings(BaseSettings):
             raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S: lower it or raise the maximum")
         if self.image_store_bytes < self.max_image_bytes + IMAGE_ENTRY_BYTES:
             raise ValueError("GLIMPSE_IMAGE_STORE_BYTES must hold at least one image of GLIMPSE_MAX_IMAGE_BYTES")
-        if self.max_bytes_in_flight < self.max_body_bytes:
-            raise ValueError(f"GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body, {self.max_body_bytes:,} bytes")
+        if self.max_upload_bytes_in_flight < self.max_body_bytes:
+            raise ValueError(
+                f"3/4 of GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body, {self.max_body_bytes:,} bytes"
+            )
         if self.max_pixels_in_flight < self.max_image_pixels:
             raise ValueError("GLIMPSE_MAX_PIXELS_IN_FLIGHT must hold at least one image of GLIMPSE_MAX_IMAGE_PIXELS")
         return self
@@ -131,6 +142,11 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the gateway starts Triton itself."""
         return self.vision_url is None
+
+    @property
+    def max_upload_bytes_in_flight(self) -> int:
+        """What bodies of more than 64 KiB may hold together, and with them everything else."""
+        return self.max_bytes_in_flight * 3 // 4
 
     @property
     def max_body_bytes(self) -> int:

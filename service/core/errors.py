@@ -2,7 +2,8 @@
 
 GlimpseError
 ├── InvalidRequest        the caller can correct it: wrong field, wrong type, wrong value
-│   └── InvalidImage      the bytes are not an image that can be decoded
+│   ├── InvalidImage      the bytes are not an image that can be decoded
+│   └── UnsupportedEncoding  the body is compressed in a way that the service does not decompress
 ├── NotFound              unknown or expired image id, unknown model
 ├── SlowBody              the body did not arrive in time
 ├── TooLarge              over a limit on bytes or pixels
@@ -57,6 +58,10 @@ class InvalidRequest(GlimpseError):
 
 class InvalidImage(InvalidRequest):
     code = "invalid_image"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    code = "unsupported_encoding"
 
 
 class NotFound(GlimpseError):
@@ -114,6 +119,7 @@ def internal_error(request_id: str) -> InternalError:
 # HTTP status and gRPC status name of each error; a subclass without a row takes its parent's.
 STATUS: dict[type[GlimpseError], tuple[int, str]] = {
     InvalidRequest: (400, "INVALID_ARGUMENT"),
+    UnsupportedEncoding: (415, "INVALID_ARGUMENT"),
     NotFound: (404, "NOT_FOUND"),
     SlowBody: (408, "DEADLINE_EXCEEDED"),
     TooLarge: (413, "INVALID_ARGUMENT"),

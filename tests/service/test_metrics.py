@@ -72,7 +72,7 @@ async def house() -> AsyncIterator[House]:
 
 
 def caller(house: House) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://glimpse")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://localhost")
 
 
 async def test_what_is_named_is_declared_under_our_prefix():

@@ -44,6 +44,7 @@ def test_a_variable_like_no_other_lists_the_known_ones():
         ({"GLIMPSE_REDIS_URL": "127.0.0.1:6379"}, "GLIMPSE_REDIS_URL: must start with redis://"),
         ({"GLIMPSE_IMAGE_STORE_BYTES": "20000000"}, "must hold at least one image"),
         ({"GLIMPSE_MAX_BYTES_IN_FLIGHT": "10"}, "must hold at least one body"),
+        ({"GLIMPSE_MAX_BYTES_IN_FLIGHT": "30000000"}, "3/4 of GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body"),
         ({"GLIMPSE_MAX_PIXELS_IN_FLIGHT": "10"}, "must hold at least one image"),
         ({"GLIMPSE_VISION_SLOTS": "0"}, "GLIMPSE_VISION_SLOTS: .*greater than 0"),
     ],

@@ -20,7 +20,7 @@ class Caller:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://glimpse")
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://localhost")
 
     async def ask(self, **changes: object) -> httpx.Response:
         return await self.http.post("/v1/vqa", json={"image": IMAGE, "question": "what colour?"} | changes)

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from service.admission.quota import Cost
 from service.core.errors import Overloaded, Unavailable
 from service.edges.http.application import http_api
-from tests.support.fakes import CARD, CLOSER, FakeProber, House, png, until
+from tests.support.fakes import CARD, CLOSER, FakeProber, House, cancelled, png, turns, until
 
 IMAGE = base64.b64encode(png()).decode()
 ASKED = {"image": IMAGE, "question": "what colour?"}
@@ -24,7 +24,7 @@ class Caller:
     def __init__(self, house: House) -> None:
         self.house = house
         self.app = http_api(house.edge)
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://glimpse")
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://localhost")
 
     async def ask(self, **changes: object) -> httpx.Response:
         return await self.http.post("/v1/vqa", json=ASKED | changes)
@@ -556,7 +556,7 @@ async def test_metrics_count_questions_and_http_requests(caller):
 async def test_the_root_points_to_the_rest(caller):
     page = await caller.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    assert "http://glimpse/v1/vqa" in page.text
+    assert "http://localhost/v1/vqa" in page.text
 
 
 async def test_openapi_describes_every_route_with_examples_that_are_valid(caller):
@@ -692,30 +692,8 @@ async def test_a_caller_who_hangs_up_in_the_queue_leaves_it(stream):
     await caller.close()
 
 
-async def test_bodies_are_reserved_by_their_length_before_they_are_read(house_of_two_bodies):
-    caller, tasks = house_of_two_bodies, []
-    arrived = asyncio.Event()
-
-    async def slowly() -> AsyncIterator[bytes]:
-        yield b"{"
-        await arrived.wait()
-        yield b"}" * 79_999
-
-    for _ in range(2):
-        body = caller.http.post("/v1/images", content=slowly(), headers={"content-length": "80000"})
-        tasks.append(asyncio.create_task(body))
-    await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_960_000)
-    refused = await caller.http.post("/v1/images", content=bytes(50_000))
-    assert fault(refused, 429)["code"] == "saturated"
-    assert "request bytes (1,960,000 of 2,000,000" in refused.json()["error"]["message"]
-    assert int(refused.headers["retry-after"]) >= 1
-    assert caller.house.counted("glimpse_refusals_total", reason="saturated") == 1
-    arrived.set()
-    assert [response.status_code for response in await asyncio.gather(*tasks)] == [400, 400]
-    assert caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_800_000
-
-
-async def test_a_body_of_unknown_length_is_reserved_as_it_comes(house_of_two_bodies):
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_is_reserved_as_it_comes(house_of_two_bodies, declared):
     caller = house_of_two_bodies
     more = asyncio.Event()
 
@@ -723,19 +701,65 @@ async def test_a_body_of_unknown_length_is_reserved_as_it_comes(house_of_two_bod
         for _ in range(9):
             yield bytes(10_000)
         await more.wait()
+        yield bytes(10_000)
 
-    tasks = [asyncio.create_task(caller.http.post("/v1/images", content=slowly())) for _ in range(2)]
-    await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_980_000)
-    assert fault(await caller.http.post("/v1/images", content=bytes(50_000)), 429)["code"] == "saturated"
+    headers = {"content-length": "100000"} if declared else {}
+    send = [caller.http.post("/v1/images", content=slowly(), headers=headers) for _ in range(2)]
+    tasks = [asyncio.create_task(each) for each in send]
+    await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_480_000)
+    refused = await caller.http.post("/v1/images", content=bytes(70_000))
+    assert fault(refused, 429)["code"] == "saturated"
+    assert "1,480,000 of 1,500,000 are in use" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    assert caller.house.counted("glimpse_refusals_total", reason="saturated") == 1
     more.set()
-    await asyncio.gather(*tasks)
-    assert caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_800_000
+    assert [response.status_code for response in await asyncio.gather(*tasks)] == [400, 400]
+    assert caller.house.counted("glimpse_admitted_cost", unit="nbytes") == 1_300_000
+
+
+async def test_what_is_announced_and_does_not_come_takes_no_room(house_of_two_bodies):
+    caller, never = house_of_two_bodies, asyncio.Event()
+
+    async def nothing() -> AsyncIterator[bytes]:
+        yield b""
+        await never.wait()
+
+    announced = {"content-length": "100000"}
+    send = [caller.http.post("/v1/images", content=nothing(), headers=announced) for _ in range(50)]
+    tasks = [asyncio.create_task(each) for each in send]
+    await turns()
+    response = await caller.http.post("/v1/images", content=png() + bytes(90_000))
+    assert response.status_code == 200
+    for task in tasks:
+        await cancelled(task)
+
+
+async def test_large_bodies_leave_room_for_small_ones(house_of_two_bodies):
+    caller = house_of_two_bodies
+    caller.house.admission.quota.reserve(Cost(nbytes=250_000), "", 0.0)
+    for size in (64 * 1024 + 1, 100_000):
+        assert fault(await caller.http.post("/v1/images", content=bytes(size)), 429)["code"] == "saturated"
+    assert (await caller.ask()).status_code == 200
+    assert (await caller.http.post("/v1/images", content=png() + bytes(60_000))).status_code == 200
+
+
+async def test_a_large_body_that_does_not_fit_is_refused_before_it_is_read(house_of_two_bodies):
+    house_of_two_bodies.house.admission.quota.reserve(Cost(nbytes=150_000), "", 0.0)
+
+    async def nothing() -> AsyncIterator[bytes]:
+        pytest.fail("the body was read")
+        yield b""
+
+    announced = {"content-length": "100000"}
+    response = await house_of_two_bodies.http.post("/v1/images", content=nothing(), headers=announced)
+    assert fault(response, 429)["code"] == "saturated"
 
 
 @pytest_asyncio.fixture
 async def house_of_two_bodies() -> AsyncIterator[Caller]:
+    """A large body may come until 1,500,000 bytes are held."""
     caller = Caller(House(max_image_bytes=100_000, max_bytes_in_flight=2_000_000))
-    caller.house.admission.quota.reserve(Cost(nbytes=1_800_000), "", 0.0)
+    caller.house.admission.quota.reserve(Cost(nbytes=1_300_000), "", 0.0)
     yield caller
     await caller.close()
 

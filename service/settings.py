@@ -15,6 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
+OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
@@ -134,6 +135,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
     Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable.
     """
+    environ = {name: value for name, value in environ.items() if name.upper() not in OF_THE_COMMAND}
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(environ):
         if name.upper().startswith(PREFIX) and name.upper() not in known:

@@ -26,6 +26,10 @@ def test_a_mistyped_variable_names_near_matches():
         read_settings({"GLIMPSE_HTTP_PROT": "9000"})
 
 
+def test_what_the_command_reads_is_left_alone():
+    assert read_settings({"GLIMPSE_URL": "http://elsewhere", "GLIMPSE_DEBUG": "1"}) == read_settings({})
+
+
 def test_a_variable_like_no_other_lists_the_known_ones():
     with pytest.raises(SettingsError, match=r"the known ones are .*GLIMPSE_FEATURE_CACHE_BYTES"):
         read_settings({"GLIMPSE_ZZZZZZZZ": "1"})

@@ -14,11 +14,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import Cancelled, GlimpseError, InvalidRequest
+from service.core.errors import Cancelled, GlimpseError
 from service.edges.asking import to_request
 from service.edges.caller import Caller
-from service.edges.http.body import FORM, JSON, parse_form, read_body
+from service.edges.http.body import JSON, parse_form, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
+from service.edges.http.faults import no_question
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.pipeline import Reservation
@@ -79,11 +80,7 @@ def parse_question(
             parsed, images = VqaForm.from_parts(parse_form(body, content_type))
             fields = parsed.fields(images)
         case other:
-            raise InvalidRequest(
-                f"content-type {other[:80]!r} is not read here: send {JSON} (curl -H 'content-type: {JSON}' -d ...) or "
-                f"{FORM} (curl -F image=@FILE -F question=...)",
-                code="unsupported_content_type",
-            )
+            raise no_question(body, other)
     asked = to_request(fields, edge.pipeline.card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
     return parsed, asked
 

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
@@ -84,6 +93,16 @@ def _from_json_text(example: str) -> Callable[[object], object]:
     return parsed
 
 
+NOT_BLANK = r"\S"  # said in the schema, and checked by the core
+ImageText = Annotated[str, Field(json_schema_extra={"pattern": NOT_BLANK})]
+FILES_SCHEMA = {"type": "array", "items": {"type": "string", "format": "binary", "minLength": 1}, "minItems": 1}
+
+
+def _given(name: str, kind: str) -> dict[str, Any]:
+    """The schema of an object that has this field, and not as null."""
+    return {"required": [name], "properties": {name: {"type": kind}}}
+
+
 Tokens = Annotated[int, Field(ge=0, le=1_000_000)]
 Flag = Annotated[bool, _or(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
 Temperature = Annotated[
@@ -98,8 +117,8 @@ class WireTurn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="Turn")
 
-    question: str
-    answer: str
+    question: str = Field(json_schema_extra={"pattern": NOT_BLANK})
+    answer: str = Field(json_schema_extra={"pattern": NOT_BLANK})
 
 
 class WireBudget(BaseModel):
@@ -116,7 +135,11 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    question: str = Field(description="What you want to know.", examples=["what colour is the circle?"])
+    question: str = Field(
+        description="What you want to know.",
+        examples=["what character is on the pink square?"],
+        json_schema_extra={"pattern": NOT_BLANK},
+    )
     turns: Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None = Field(
         (), description="What was asked about the same images before, and answered; oldest first."
     )
@@ -168,15 +191,15 @@ class Asked(BaseModel):
 class VqaRequest(Asked):
     """A question about one image or several, as JSON."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["image"]}, {"required": ["images"]}]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_given("image", "string"), _given("images", "array")]})
 
-    image: str | None = Field(
+    image: ImageText | None = Field(
         None,
         description="Base64, a `data:` URL, or the id `img_...` of an image sent to `POST /v1/images`.",
         examples=["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b"],
     )
-    images: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Several, each as `image`, in its place; the model reads them in this order."
+    images: Annotated[tuple[ImageText, ...], Field(min_length=1)] | None = Field(
+        None, description="Several, each as `image`, in its place; the model reads them in this order."
     )
 
     @classmethod
@@ -197,8 +220,8 @@ class VqaForm(Asked):
 
     model_config = ConfigDict(json_schema_extra={"required": ["question", "image"]})
 
-    image: list[bytes] = Field(
-        [], min_length=1, description="The file, or what JSON's `image` may hold; it may repeat."
+    image: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA)] = Field(
+        default_factory=list, description="The file, or what JSON's `image` may hold; it may repeat."
     )
     turns: Annotated[
         Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None,
@@ -364,6 +387,34 @@ class VqaEnd(BaseModel):
         }
 
 
+class WireError(BaseModel):
+    model_config = ConfigDict(title="Error")
+
+    message: str = Field(description="What is wrong and what to do.")
+    type: str
+    param: str | None = Field(description="The field at fault.")
+    code: str = Field(description="Stable, for programs.")
+
+
+class ErrorBody(BaseModel):
+    error: WireError
+
+    @classmethod
+    def of(cls, error: GlimpseError) -> Self:
+        return cls(error=WireError(message=error.message, type=error.type, param=error.param, code=error.code))
+
+
+class VqaDelta(BaseModel):
+    """The next piece of the answer's text."""
+
+    id: str
+    delta: str
+
+
+class VqaEvent(RootModel[VqaDelta | VqaEnd | ErrorBody]):
+    """One event of a stream: deltas, then the end; or an error in place of what was still to come."""
+
+
 class VqaAnswer(VqaEnd):
     answer: str = Field(description="The whole answer.")
 
@@ -380,23 +431,6 @@ class UploadedImage(BaseModel):
         return cls(
             id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, expires_at=round(kept.expires_at, 3)
         )
-
-
-class WireError(BaseModel):
-    model_config = ConfigDict(title="Error")
-
-    message: str = Field(description="What is wrong and what to do.")
-    type: str
-    param: str | None = Field(description="The field at fault.")
-    code: str = Field(description="Stable, for programs.")
-
-
-class ErrorBody(BaseModel):
-    error: WireError
-
-    @classmethod
-    def of(cls, error: GlimpseError) -> Self:
-        return cls(error=WireError(message=error.message, type=error.type, param=error.param, code=error.code))
 
 
 class CloserView(BaseModel):

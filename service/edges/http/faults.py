@@ -68,6 +68,8 @@ def invalid_request(
             return InvalidRequest(f"the field {param} is missing{more}", param=param, code="missing_field")
         case "model_type" | "model_attributes_type":
             return InvalidRequest(f"{param or 'the body'} must be a JSON object{more}", param=param or None)
+    if fault["type"] == "missing":  # of a list whose length is fixed
+        param = param.rpartition(".")[0]
     return InvalidRequest(f"{_reason(fault, param)}; it is {shown(fault['input'])}{more}", param=param)
 
 
@@ -124,8 +126,8 @@ def _reason(fault: ErrorDetails, param: str) -> str:
     match fault["type"]:
         case "tuple_type" | "list_type":
             return f"{param} must be {LISTS.get(str(fault['loc'][-1]), 'a list')}"
-        case "missing":  # of a list whose length is fixed
-            return f"{param.rpartition('.')[0]} must be {LISTS.get(str(fault['loc'][-2]), 'a longer list')}"
+        case "missing":
+            return f"{param} must be {LISTS.get(str(fault['loc'][-2]), 'a longer list')}"
         case "too_long" if fault["loc"][-1] in ("vision_tokens", "visual_tokens"):
             return f"{param} must be {LISTS[str(fault['loc'][-1])]}"
         case "too_short":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +17,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
+OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
+HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
@@ -112,6 +116,41 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
 
+    @field_validator("vision_url", "llm_url")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        """gRPC takes other words too, and then never answers."""
+        if address is None or address.startswith("unix:"):
+            return address
+        host, colon, port = address.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        wrong = "://" in address or not colon or not HOST.fullmatch(bare) or (":" in bare and bare == host)
+        if wrong or not port.isdecimal() or not 1 <= int(port) <= 65535:
+            raise ValueError(
+                f"{address!r} is no gRPC address: write HOST:PORT without http://, such as triton:8001 or [::1]:8001 "
+                "(Triton's gRPC port, not its HTTP port)"
+            )
+        return address
+
+    @field_validator("http_host")
+    @classmethod
+    def _is_host(cls, host: str) -> str:
+        """An address or a name of this machine, without a port; [::1] stands for ::1."""
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if "://" in bare or not HOST.fullmatch(bare) or bare.count(":") == 1:
+            raise ValueError(
+                f"{host!r} is no host: write an address of this machine without a port, such as 127.0.0.1, 0.0.0.0 or "
+                "::1; GLIMPSE_HTTP_PORT sets the port"
+            )
+        try:
+            found = socket.getaddrinfo(bare, None, type=socket.SOCK_STREAM)
+        except OSError as exc:
+            raise ValueError(
+                f"{host!r} is not known ({exc.strerror}): write an address of this machine, such as 127.0.0.1, 0.0.0.0 "
+                "or ::1"
+            ) from exc
+        return bare if ":" in bare or any(family == socket.AF_INET for family, *_ in found) else str(found[0][4][0])
+
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
@@ -121,6 +160,22 @@ class Settings(BaseSettings):
                 "must start with redis://, rediss:// (TLS), redis+cluster://, rediss+cluster:// or unix://"
             )
         return url
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if not self.embedded:
+            return self
+        names: dict[int, str] = {}
+        for name in filter(lambda name: name.endswith("_port"), type(self).model_fields):
+            port = getattr(self, name)
+            if port is None:
+                continue
+            if port in names:
+                raise ValueError(
+                    f"{names[port]} and {PREFIX}{name.upper()} are both {port}: give one of them another port"
+                )
+            names[port] = PREFIX + name.upper()
+        return self
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -159,6 +214,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
     Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable.
     """
+    environ = {name: value for name, value in environ.items() if name.upper() not in OF_THE_COMMAND}
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(environ):
         if name.upper() in REMOVED and environ[name]:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -29,6 +31,10 @@ def test_a_mistyped_variable_names_near_matches():
         read_settings({"GLIMPSE_HTTP_PROT": "9000"})
 
 
+def test_what_the_command_reads_is_left_alone():
+    assert read_settings({"GLIMPSE_URL": "http://elsewhere", "GLIMPSE_DEBUG": "1"}) == read_settings({})
+
+
 def test_a_variable_like_no_other_lists_the_known_ones():
     with pytest.raises(SettingsError, match=r"the known ones are .*GLIMPSE_FEATURE_CACHE_BYTES"):
         read_settings({"GLIMPSE_ZZZZZZZZ": "1"})
@@ -52,6 +58,68 @@ def test_a_variable_like_no_other_lists_the_known_ones():
 def test_a_wrong_value_is_named(environ, message):
     with pytest.raises(SettingsError, match=message):
         read_settings(environ)
+
+
+@pytest.mark.parametrize("name", ["GLIMPSE_VISION_URL", "GLIMPSE_LLM_URL"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://triton:8001", "grpc://triton:8001", "triton", "triton:", ":8001", "triton:http", "triton:0"),
+        *("triton:70000", "::1:8001", "[::1]", "triton:8001/", "tri ton:8001", "[::1:8001"),
+    ],
+)
+def test_an_address_that_is_none_is_told_what_to_write(name, address):
+    environ = {"GLIMPSE_VISION_URL": "triton:8001", "GLIMPSE_LLM_URL": "triton:8001", name: address}
+    with pytest.raises(SettingsError, match=f"{name}: '{re.escape(address)}' is no gRPC address: write HOST:PORT"):
+        read_settings(environ)
+
+
+@pytest.mark.parametrize(
+    "address", ["triton:8001", "127.0.0.1:1", "unix:/run/triton.sock", "[::1]:8001", "a-b.example.com:65535"]
+)
+def test_an_address_is_a_host_and_a_port(address):
+    settings = read_settings({"GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address})
+    assert (settings.vision_url, settings.llm_url) == (address, address)
+
+
+@pytest.mark.parametrize(
+    ("host", "meant"), [("[::1]", "::1"), ("::", "::"), ("0.0.0.0", "0.0.0.0"), ("localhost", "localhost")]
+)
+def test_a_host_may_stand_in_brackets(host, meant):
+    assert read_settings({"GLIMPSE_HTTP_HOST": host}).http_host == meant
+
+
+@pytest.mark.parametrize("host", ["http://127.0.0.1", "127.0.0.1:8080", "no such host", "[::1", "0.0.0.0/0"])
+def test_a_host_that_is_none_is_told(host):
+    with pytest.raises(SettingsError, match=f"GLIMPSE_HTTP_HOST: '{re.escape(host)}' is no host"):
+        read_settings({"GLIMPSE_HTTP_HOST": host})
+
+
+def test_a_host_that_nobody_knows_is_told():
+    with pytest.raises(SettingsError, match=r"GLIMPSE_HTTP_HOST: 'nowhere\.invalid' is not known"):
+        read_settings({"GLIMPSE_HTTP_HOST": "nowhere.invalid"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        ({"GLIMPSE_HTTP_PORT": "8002"}, "GLIMPSE_HTTP_PORT and GLIMPSE_TRITON_METRICS_PORT are both 8002"),
+        ({"GLIMPSE_TRITON_METRICS_PORT": "8080"}, "GLIMPSE_HTTP_PORT and GLIMPSE_TRITON_METRICS_PORT are both 8080"),
+        ({"GLIMPSE_HTTP_PORT": "9", "GLIMPSE_TRITON_GRPC_PORT": "9"}, "and GLIMPSE_TRITON_GRPC_PORT are both 9"),
+        (
+            {"GLIMPSE_TRITON_METRICS_PORT": "9", "GLIMPSE_TRITON_GRPC_PORT": "9"},
+            "GLIMPSE_TRITON_METRICS_PORT are both 9",
+        ),
+    ],
+)
+def test_two_ports_that_are_one_are_named(environ, names):
+    with pytest.raises(SettingsError, match=names):
+        read_settings(environ)
+
+
+def test_ports_of_no_embedded_triton_do_not_matter():
+    environ = {"GLIMPSE_VISION_URL": "triton:8001", "GLIMPSE_LLM_URL": "triton:8001", "GLIMPSE_HTTP_PORT": "8002"}
+    assert read_settings(environ).http_port == 8002
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster", "rediss+cluster"])

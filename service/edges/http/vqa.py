@@ -14,11 +14,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import Cancelled, GlimpseError, InvalidRequest, TooLarge
+from service.core.errors import Cancelled, GlimpseError, TooLarge
 from service.edges.asking import to_request
 from service.edges.caller import Caller
-from service.edges.http.body import BOM, FORM, JSON, FormPart, parse_form, read_body
+from service.edges.http.body import BOM, JSON, FormPart, parse_form, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
+from service.edges.http.faults import no_question
 from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, require_small
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
@@ -87,11 +88,7 @@ def parse_question(
             parsed, images = VqaForm.from_parts(parts)
             fields = parsed.fields(images)
         case other:
-            raise InvalidRequest(
-                f"content-type {other[:80]!r} is not supported: send {JSON} (curl -H 'content-type: {JSON}' -d ...) or "
-                f"{FORM} (curl -F image=@FILE -F question=...)",
-                code="unsupported_content_type",
-            )
+            raise no_question(body, other)
     asked = to_request(fields, edge.pipeline.card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
     return parsed, asked
 

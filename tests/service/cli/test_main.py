@@ -31,6 +31,8 @@ from tests.support.fakes import CARD, CLOSER, House, png
 from tests.support.paths import PROJECT
 from tests.support.servers import eventually, free_ports
 
+UNKNOWN = "img_" + 32 * "0"
+
 
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
@@ -101,7 +103,7 @@ def test_explain_with_json_prints_the_numbers_that_are_drawn(server, image, tmp_
     [
         (["-", "a?", "--explain", "looked.svg"], "looked.svg is not a .png file: write --explain looked.png"),
         (["-", "a?", "b?", "--explain", "looked.png"], "--explain draws one question"),
-        (["img_0", "a?", "--explain", "looked.png"], "name its file, not its id"),
+        ([UNKNOWN, "a?", "--explain", "looked.png"], "name its file, not its id"),
     ],
 )
 def test_explain_says_what_it_cannot_draw_before_it_asks(server, arguments, told):
@@ -170,7 +172,7 @@ def test_without_a_server_it_says_how_to_start_one(command):
     assert f"nothing answers at http://127.0.0.1:{port}: start the service with `make serve`" in error
 
 
-@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["ask", "img_1", "a?"], ["eval"]])
+@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["ask", UNKNOWN, "a?"], ["eval"]])
 def test_another_service_that_is_content_is_told_in_a_line(command):
     class Page(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

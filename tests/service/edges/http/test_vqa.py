@@ -264,7 +264,7 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
         ({"max_tokens": 160}, 400, "max_tokens", "context_length_exceeded", "lower max_tokens to"),
         ({"max_tokens": True}, 400, "max_tokens", "invalid_request", "valid integer"),
         ({"temperature": -1}, 400, "temperature", "invalid_request", "greater than or equal to 0"),
-        ({"top_p": 0}, 400, "top_p", "invalid_request", "greater than 0"),
+        ({"top_p": 0}, 400, "top_p", "invalid_request", "greater than or equal to 0.000001"),
         ({"seed": -1}, 400, "seed", "invalid_request", "greater than or equal to 0"),
         ({"stop": [""]}, 400, "stop", "invalid_request", "1 to 64 characters"),
         ({"stop": 7}, 400, "stop", "invalid_request", "a string or a list of strings"),
@@ -369,7 +369,7 @@ async def test_a_wrong_form_is_told_as_json_is(caller, fields, message):
     ("body", "message"),
     [
         ({"q" * 90_000: 1}, "the fields are"),
-        ({"budget": {"b" * 90_000: 1}}, "the fields are"),
+        ({"budget": {"b" * 90_000: 1}}, "the fields of budget are"),
         ({f"field{number}": 1 for number in range(9_000)}, "the body has 9,000 faults; the fields are"),
         ({"question": ["x" * 90_000]}, "valid string"),
     ],

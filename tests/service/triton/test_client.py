@@ -610,3 +610,19 @@ async def test_an_unloaded_model_is_unavailable_until_it_is_loaded(
         return True
 
     await eventually_async(back, 10, "see is back")
+
+
+async def test_a_model_that_requests_find_dead_fails_until_one_is_answered(card: ModelCard) -> None:
+    """`see` has no server here; `attend` shares steps with it and is not blamed."""
+    async with served(OnlyAttends(card.hidden_size)) as client:
+        await client.probe("attend", card)
+        assert not client.failing("see")
+        with pytest.raises(Unavailable):
+            await client.probe("see", card)
+        assert client.failing("see")
+        assert not client.failing("attend")
+        client.abandon("qformer")
+        assert client.failing("attend")
+        await client.probe("attend", card, fresh_s=60)
+        assert not client.failing("attend")
+        assert client.failing("see")

@@ -58,12 +58,12 @@ def gateway(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
                 region.unlink()
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
 def regions(folder: Path) -> list[Path]:
     return list(SHARED_MEMORY.glob(f"{folder.name}-*"))
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 async def test_what_a_killed_gateway_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ async def test_other_folders_stay(tmp_path: Path) -> None:
     open_to_all = tmp_path / Access.choose().folder.name
     open_to_all.mkdir()
     open_to_all.chmod(0o777)  # not of our making
-    before = names_in(tmp_path)
+    before = names(tmp_path)
     await clean_up([tmp_path], Proc())
-    assert names_in(tmp_path) == before
+    assert names(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.schema import ErrorBody, WireError
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 
 MAX_DISCARDED_BYTES = 1024 * 1024  # of a client that goes on sending after it was refused
 OTHER_FILES = 256  # besides connections: Triton's channels, Redis, logs, libraries
+ERROR_TYPES = {408: SlowBody.type, 429: Overloaded.type, 503: Unavailable.type}
 Count = Callable[[str, str, str], None]  # of one HTTP request: its method, route and status
 
 
@@ -109,13 +111,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._discarded_bytes = 0
         self._end_at: float | None = None  # the connection ends then, whatever the client does
         self._unsent, self._unsent_since = 0, 0.0
+        self._checked = 0.0
 
     # The connection's life.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport)
         now = self.loop.time()
-        self._head_since = self._unsent_since = now
+        self._head_since = self._unsent_since = self._checked = now
         self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
         has_room, spare = self.open_connections.enter(self, self.client[0] if self.client else "")
         if spare is not None:
@@ -135,6 +138,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def _check(self) -> None:
         """End what has taken too long. One timer a connection costs less than one a request."""
         now = self.loop.time()
+        stalled_s = now - self._checked - self.limits.check_interval_s
+        if stalled_s > self.limits.check_interval_s:  # the loop was late, not the client
+            self._unsent_since += stalled_s
+            self._head_since = None if self._head_since is None else self._head_since + stalled_s
+        self._checked = now
         self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent < self._unsent:
@@ -296,7 +304,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-        error = WireError(message=message, type="invalid_request_error", param=None, code=code)
+        error = WireError(message=message, type=ERROR_TYPES.get(status, InvalidRequest.type), param=None, code=code)
         body = ErrorBody(error=error).model_dump_json().encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)

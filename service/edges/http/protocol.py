@@ -111,14 +111,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self._discarded_bytes = 0
         self._end_at: float | None = None  # the connection ends then, whatever the client does
         self._unsent, self._unsent_since = 0, 0.0
-        self._checked = 0.0
 
     # The connection's life.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport)
         now = self.loop.time()
-        self._head_since = self._unsent_since = self._checked = now
+        self._head_since = self._unsent_since = now
         self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
         has_room, spare = self.open_connections.enter(self, self.client[0] if self.client else "")
         if spare is not None:
@@ -138,11 +137,6 @@ class LimitedProtocol(HttpToolsProtocol):
     def _check(self) -> None:
         """End what has taken too long. One timer a connection costs less than one a request."""
         now = self.loop.time()
-        stalled_s = now - self._checked - self.limits.check_interval_s
-        if stalled_s > self.limits.check_interval_s:  # the loop was late, not the client
-            self._unsent_since += stalled_s
-            self._head_since = None if self._head_since is None else self._head_since + stalled_s
-        self._checked = now
         self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent < self._unsent:

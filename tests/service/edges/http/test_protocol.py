@@ -217,7 +217,7 @@ def test_a_head_has_a_time_limit_however_often_a_byte_comes(service, start, more
 
 
 def test_a_stall_of_the_loop_is_not_the_clients(service):
-    """Its head was whole before the time was over; the loop reads it after that."""
+    """uvloop reads before it looks at its timers, so a head that came during the stall is whole."""
     with service.connect() as client:
         client.sendall(b"GET /health/live HTTP/1.1\r\n")
         eventually(lambda: any(each._begun for each in set(service.server.server_state.connections)), 5, "begun")

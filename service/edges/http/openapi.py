@@ -158,7 +158,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                     "content": {JSON: _schema("VqaAnswer"), "text/event-stream": EVENTS},
                 }
             }
-            | _errors(400, 404, 408, 413, 429, 500, 503, 504),
+            | _errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
     (
@@ -181,7 +181,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                 },
             },
             "responses": {"200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}}}
-            | _errors(400, 408, 413, 429, 500, 504),
+            | _errors(400, 408, 413, 415, 429, 500, 504),
         },
     ),
     (

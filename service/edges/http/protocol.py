@@ -17,6 +17,7 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.schema import ErrorBody, WireError
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 
 MAX_DISCARDED_BYTES = 1024 * 1024  # of a client that goes on sending after it was refused
 OTHER_FILES = 256  # besides connections: Triton's channels, Redis, logs, libraries
+ERROR_TYPES = {408: SlowBody.type, 429: Overloaded.type, 503: Unavailable.type}
 Count = Callable[[str, str, str], None]  # of one HTTP request: its method, route and status
 
 
@@ -296,7 +298,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-        error = WireError(message=message, type="invalid_request_error", param=None, code=code)
+        error = WireError(message=message, type=ERROR_TYPES.get(status, InvalidRequest.type), param=None, code=code)
         body = ErrorBody(error=error).model_dump_json().encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)

@@ -216,6 +216,19 @@ def test_a_head_has_a_time_limit_however_often_a_byte_comes(service, start, more
     assert refusal(b"HTTP/1.1 " + received.rpartition(b"HTTP/1.1 ")[2]) == (408, "slow_head")
 
 
+def test_a_stall_of_the_loop_is_not_the_clients(service):
+    """uvloop reads before it looks at its timers, so a head that came during the stall is whole."""
+    with service.connect() as client:
+        client.sendall(b"GET /health/live HTTP/1.1\r\n")
+        eventually(lambda: any(each._begun for each in set(service.server.server_state.connections)), 5, "begun")
+        (loop,) = {each.loop for each in set(service.server.server_state.connections)}
+        blocked = threading.Event()
+        loop.call_soon_threadsafe(lambda: (blocked.set(), time.sleep(1)))
+        blocked.wait(5)
+        client.sendall(b"host: localhost\r\n\r\n")
+        assert read_response(client)[0] == 200
+
+
 def test_a_connection_that_sends_nothing_is_closed(service):
     assert service.exchange() == b""
 

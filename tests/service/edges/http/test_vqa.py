@@ -369,9 +369,10 @@ async def test_a_wrong_form_is_told_as_json_is(caller, fields, message):
     ("body", "message"),
     [
         ({"q" * 90_000: 1}, "the fields are"),
-        ({"budget": {"b" * 90_000: 1}}, "the fields of budget are"),
-        ({f"field{number}": 1 for number in range(9_000)}, "the body has 9,000 faults; the fields are"),
-        ({"question": ["x" * 90_000]}, "valid string"),
+        ({"budget": {"b" * 80_000: 1}}, "the fields of budget are"),
+        ({f"field{number}": 1 for number in range(1_000)}, "the body has 1,000 faults; the fields are"),
+        ({f"field{number}": 1 for number in range(9_000)}, "there is no field 'field"),
+        ({"question": ["x" * 80_000]}, "valid string"),
     ],
 )
 async def test_what_a_body_is_refused_with_is_short(caller, body, message):
@@ -396,9 +397,13 @@ async def test_the_name_of_a_forms_field_is_told_in_short(caller):
 async def test_json_nested_deeply_is_a_mistake_like_others(caller, depth, field):
     nested = field.replace("{}", "[" * depth + "]" * depth)
     form = {"image": png(), "question": (None, "x"), "budget": (None, nested)}
-    fault(await caller.http.post("/v1/vqa", files=form), 400)
+    status = 413 if depth == 100_000 else 400  # too large to be looked into
+    fault(await caller.http.post("/v1/vqa", files=form), status)
     for name in ("budget", "question", "stop", "zzz"):
-        fault(await caller.post(f'{{"question": "x", "image": "", "{name}": {nested}}}'.encode()), 400)
+        fault(
+            await caller.post(f'{{"question": "x", "image": "", "{name}": {nested}}}'.encode()),
+            400 if name == "zzz" else status,
+        )
 
 
 async def test_a_field_given_twice_is_refused(caller):

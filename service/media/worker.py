@@ -22,6 +22,8 @@ from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
 from service.media.decoder import ImageLimits, decode
 
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+KEPT_BYTES = 64 * 1024 * 1024
 PACKET_BYTES = 65_536
 VIEWS = (IMAGE_SIZE, CLOSER_SIZE)
 PIXEL_BYTES = -(-sum(3 * size * size for size in VIEWS) // mmap.PAGESIZE) * mmap.PAGESIZE  # the image lies behind them
@@ -51,6 +53,7 @@ def main(limits: WorkerLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = address_space_bytes() + limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    keep_freed_memory()
     control = socket.socket(fileno=limits.control)
     with control, mmap.mmap(limits.memory, limits.shared_bytes) as memory:
         control.send(b"ready")
@@ -75,6 +78,14 @@ def answered(request: Mapping[str, list[int]], memory: mmap.mmap, limits: ImageL
         memory[offset : offset + pixels.nbytes] = pixels.tobytes()
         offset += pixels.nbytes
     return {"size": [decoded.width, decoded.height]}
+
+
+def keep_freed_memory() -> None:
+    """Take large blocks from the heap and keep them: fresh pages cost about 4 ms for an image of 4 MB."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def end_with(parent: int) -> None:

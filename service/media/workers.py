@@ -27,12 +27,14 @@ from service.media.worker import PACKET_BYTES, PIXEL_BYTES, WorkerLimits
 
 log = structlog.get_logger()
 
+START_S = 30.0  # for a process to start; it takes about 0.3
 WALL_S = 20.0  # for one image; a worker that is stopped or starved passes it
 MEMORY_BYTES = 256 * 1024 * 1024  # for one image, and PIXEL_MEMORY_BYTES more for each pixel that is allowed
 PIXEL_MEMORY_BYTES = 32  # a WebP takes 20: two canvases of 4, and 4 each for its own, Pillow's and one to resize
 CHUNK_BYTES = 1024 * 1024  # copied at once, so that the event loop is not held up
 ATTEMPTS = 2  # a worker may be ended from outside; an image that ends two is at fault
 ERRORS: dict[str, type[GlimpseError]] = {error.__name__: error for error in (InvalidImage, TooLarge)}
+NO_START = "the image decoder does not start: ask again later"
 SENT_SMALLER = f"send it smaller, or save it anew (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)"
 
 
@@ -68,6 +70,7 @@ class Worker:
         self._socket = ours
         self.is_started = False
         self.is_alive = True
+        self.settled = asyncio.Event()  # it has started, or has ended before
         self._ended = ended
         self._reply: asyncio.Future[bytes] | None = None
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
@@ -94,8 +97,6 @@ class Worker:
             return None
         finally:
             self._reply = None
-            if len(data) > CHUNK_BYTES and self.is_alive:  # else it would hold as much as the largest image so far
-                self._memory.madvise(mmap.MADV_REMOVE, PIXEL_BYTES, -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE)
         return self._decoded(json.loads(packet), views) if packet else None
 
     def _decoded(self, reply: dict[str, object], views: Sequence[int]) -> Decoded:
@@ -129,6 +130,7 @@ class Worker:
 
     def _hang_up(self) -> None:
         self.is_alive = False
+        self.settled.set()
         asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close()
 
@@ -141,6 +143,7 @@ class Worker:
             packet = b""
         if packet == b"ready":
             self.is_started = True
+            self.settled.set()
             return
         if not packet:
             self._hang_up()
@@ -224,6 +227,12 @@ class DecodingWorkers:
     async def _attempt(self, worker: Worker, data: bytes, views: Sequence[int]) -> Decoded | None:
         """None if the worker was ended and not by the image's own fault. Raises InvalidImage, TooLarge, Unavailable."""
         try:
+            async with asyncio.timeout(START_S):
+                await worker.settled.wait()
+        except TimeoutError as exc:
+            worker.end()
+            raise Unavailable(NO_START) from exc
+        try:
             async with asyncio.timeout(self.wall_s):
                 decoded = await worker.decode(data, views)
         except TimeoutError as exc:
@@ -236,7 +245,7 @@ class DecodingWorkers:
         if status == -signal.SIGPROF:
             raise TooLarge(f"decoding takes more than {self.cpu_s:g} s of CPU time: {SENT_SMALLER}", param="image")
         if not worker.is_started:
-            raise Unavailable("the image decoder does not start: ask again later")
+            raise Unavailable(NO_START)
         return None
 
     def _worker(self, place: int) -> Worker:

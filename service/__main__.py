@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import signal
@@ -113,6 +114,15 @@ def bound(settings: Settings) -> socket.socket:
         listener.listen()  # two processes can bind at the same time; only one can listen
     except OSError as exc:
         listener.close()
+        if exc.errno == errno.EADDRNOTAVAIL:
+            raise StartFailed(
+                f"GLIMPSE_HTTP_HOST {host} is no address of this machine: `ip -brief address` shows its own, and "
+                "0.0.0.0 stands for all"
+            ) from exc
+        if exc.errno == errno.EACCES:
+            raise StartFailed(
+                f"this user may not listen on GLIMPSE_HTTP_PORT {port} ({exc.strerror}): choose one above 1023"
+            ) from exc
         raise StartFailed(
             f"cannot listen on {host}:{port} ({exc.strerror}): stop the program that listens there "
             f"(`ss -ltnp 'sport = :{port}'` shows it), or set GLIMPSE_HTTP_PORT or GLIMPSE_HTTP_HOST"

@@ -101,6 +101,7 @@ EXAMPLES = {
         "yes",
         question="is the pink square below the blue square?",
         turns=[{"question": "is there a pink square?", "answer": "yes"}],
+        max_tokens=8,
     ),
     "all": _example(
         "Every knob",

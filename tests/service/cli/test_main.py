@@ -203,6 +203,12 @@ def test_a_port_that_two_bind_at_once_is_told_to_the_second():
         bound(settings)
 
 
+@pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "192.0.2.1"])
+def test_a_host_that_is_another_machine_is_told(host):
+    with pytest.raises(StartFailed, match=f"GLIMPSE_HTTP_HOST {host} is no address of this machine"):
+        bound(Settings(http_host=host))
+
+
 def test_warm_has_every_image_encoded_once(server, tmp_path):
     (tmp_path / "below").mkdir()
     for number, name in enumerate(["a.png", "below/b.PNG", "below/c.png"]):

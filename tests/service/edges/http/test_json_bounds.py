@@ -69,7 +69,7 @@ def test_what_is_not_an_image_is_refused_quickly_and_without_memory(name):
     took_s = time.thread_time() - started
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert took_s < 0.1  # under tracemalloc; 5 ms without
+    assert took_s < 0.5  # under tracemalloc; 5 ms without
     assert peak < len(hostile) // 10 + 500_000
 
 

@@ -28,7 +28,7 @@ OUTSIDE = re.compile(r"(?:https?:)?//(?!glimpse[/\"'])[\w.-]+")
 async def caller() -> AsyncIterator[httpx.AsyncClient]:
     house = House()
     transport = httpx.ASGITransport(http_api(house.edge))
-    async with httpx.AsyncClient(transport=transport, base_url="http://glimpse") as caller:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as caller:
         yield caller
     house.reader.close()
 
@@ -50,8 +50,8 @@ async def test_the_docs_need_nothing_but_this_service(caller):
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/v1/models", "/openapi.json"])
 async def test_no_page_names_an_outside_host(caller, path):
-    found = OUTSIDE.findall((await caller.get(path)).text)
-    assert found == []
+    found = set(OUTSIDE.findall((await caller.get(path)).text))
+    assert found <= {"http://localhost"}  # what the caller asked
 
 
 async def test_the_style_fetches_nothing(caller):

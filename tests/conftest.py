@@ -67,6 +67,10 @@ def bound_hypothesis() -> None:
         deadline=None,
         database=None,
         max_examples=30,
+        phases=[
+            hypothesis.Phase.explicit,
+            hypothesis.Phase.generate,
+        ],  # a smaller example of a planted fault is of no use
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
     hypothesis.settings.load_profile("bounded")

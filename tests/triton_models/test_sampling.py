@@ -301,3 +301,33 @@ def test_only_the_rows_drawn_are_counted_on():
         int(sampler.draw(np.repeat(steps[:1], 2, 0))[0][0])
         == draw_alone(Sampling(temperature=1, seed=5, repetition_penalty=1.2), steps[:1])[0]
     )
+
+
+def test_a_large_vocabulary_is_drawn_from_by_each_row_alone():
+    """Rows of other scores, filters and numbers, some settled by a shortlist and some by a whole sort."""
+    size, rows = 2 * SHORTLISTS[-1] + 7, 24
+    generator = np.random.default_rng(11)
+    scores = generator.normal(size=(rows, size)) * np.linspace(0.05, 6, rows)[:, np.newaxis]
+    top_k = generator.choice([1, 5, SHORTLISTS[0], SHORTLISTS[0] + 1, size - 1, size], rows)
+    top_p = generator.choice([0.2, 0.9, 0.999, 1.0], rows)
+    uniforms = generator.random(rows)
+    together = choose(scores, top_k, top_p, uniforms)
+    alone = [choose(scores[n : n + 1], top_k[n : n + 1], top_p[n : n + 1], uniforms[n : n + 1])[0] for n in range(rows)]
+    assert together.tolist() == alone
+    for n in range(rows):
+        order = np.argsort(-scores[n])[: top_k[n]]
+        if top_k[n] == size and top_p[n] == 1:
+            order = np.arange(size)
+        mass = np.exp(scores[n][order] - scores[n].max())
+        if top_p[n] < 1:
+            mass = mass[np.cumsum(mass) - mass < top_p[n] * mass.sum()]
+        assert together[n] == order[np.searchsorted(np.cumsum(mass), uniforms[n] * mass.sum(), side="right")]
+
+
+def test_the_mass_that_a_shortlist_must_reach_is_its_own_rows():
+    """Two peaked rows: the mass of both together would keep a token too many of each."""
+    size = 4 * SHORTLISTS[-1]
+    scores = np.full((2, size), -50.0)
+    scores[:, :3] = np.log([0.35, 0.33, 0.32])
+    tokens = choose(scores, np.full(2, size), np.full(2, 0.34), np.array([0.99, 0.5]))
+    assert tokens.tolist() == [0, 0]

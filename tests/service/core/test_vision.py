@@ -56,6 +56,15 @@ def test_int8_takes_about_a_quarter_of_the_bytes():
     assert dense(rows) is rows
 
 
+def test_rows_are_dense_whether_they_were_kept_as_int8_or_not():
+    rows = np.random.default_rng(0).normal(size=(257, 4)).astype(np.float32)
+    kept = Int8Rows.of(rows)
+    assert (dense(kept) == kept.dense()).all()
+    empty = np.zeros(0, np.float32)
+    crops = [VisionFeatures(kept, empty, empty, empty)] * 4
+    assert (CloserFeatures.joined(crops).features[:16] == kept.dense()[1:17]).all()
+
+
 def test_int8_rows_are_127_steps_of_the_largest_magnitude():
     kept = Int8Rows.of(np.array([[2.54, -1.27, 0.0, 0.02], [-5.08, 0.02, 0.04, 2.54]], np.float32))
     assert kept.values.tolist() == [[127, -64, 0, 1], [-127, 0, 1, 64]]  # to the nearest even step

@@ -248,9 +248,9 @@ async def test_absent_at_start_and_there_later(redis_server):
 
 
 async def test_killed_and_started_again_under_load(redis_server):
-    async with (
-        gateway(redis_server.url, redis_timeout_s=0.05) as one,
-        gateway(redis_server.url, redis_timeout_s=0.05) as other,
+    async with (  # 0.2 s: on a crowded machine, a Redis that is well needs more than 50 ms under this load
+        gateway(redis_server.url, redis_timeout_s=0.2) as one,
+        gateway(redis_server.url, redis_timeout_s=0.2) as other,
     ):
         timings: list[float] = []
         stopping = asyncio.Event()
@@ -274,7 +274,7 @@ async def test_killed_and_started_again_under_load(redis_server):
             before = lookups(one).get("hit", 0)
             await until(lambda: lookups(one).get("hit", 0) > before + 20, 20)
             stopping.set()
-        assert max(timings) < 0.05 + SLACK_S
+        assert max(timings) < 0.2 + SLACK_S
         assert one.outcomes().keys() == other.outcomes().keys() == {"ok"}
         assert errors(one, "unreachable") > 0
 

@@ -275,7 +275,7 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-async def until(condition: object, timeout_s: float = 5.0) -> None:
+async def until(condition: object, timeout_s: float = 20.0) -> None:
     """Waits for what another thread brings about; the condition is asked at every turn of the loop."""
     assert callable(condition)
     async with asyncio.timeout(timeout_s):

@@ -80,7 +80,7 @@ async def test_other_images_do_not_wait():
     asker = Asker()
     waiting = asyncio.create_task(asker.ask("a"))
     await turn()
-    async with asyncio.timeout(1), asker.cache.find(key("b")) as found:
+    async with asyncio.timeout(5), asker.cache.find(key("b")) as found:
         assert found.features is None
     asker.release.set()
     await waiting
@@ -88,7 +88,7 @@ async def test_other_images_do_not_wait():
 
 async def test_only_the_patient_wait_for_the_patient():
     asker = Asker()
-    async with asker.cache.find(key("a"), patient=True) as patient, asyncio.timeout(1):
+    async with asker.cache.find(key("a"), patient=True) as patient, asyncio.timeout(5):
         assert patient.features is None
         second = asyncio.create_task(asker.ask("a", patient=True))
         await turn()
@@ -111,7 +111,7 @@ async def test_a_cancelled_leader_hands_over_and_nobody_hangs():
     await turn()
     assert asker.encodes == 2  # one of the others leads now
     asker.release.set()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(5):
         await asyncio.gather(*others)
     assert asker.encodes == 2
     assert leader.cancelled()
@@ -240,7 +240,7 @@ async def test_the_flight_has_landed_while_the_caller_works_with_shared_features
     shared.gate.set()
     shared.there[key("a")] = features()
     asker = Asker(shared=shared)
-    async with asker.cache.find(key("a")) as found, asyncio.timeout(1):
+    async with asker.cache.find(key("a")) as found, asyncio.timeout(5):
         assert await asker.ask("a") is found.features
 
 

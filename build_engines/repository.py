@@ -146,7 +146,7 @@ def models(dimensions: Dimensions) -> list[Model]:
                     "prefix_cache_bytes", str(64 << 20), "of recent prompts' keys and values, for reuse; 0 is off"
                 ),
                 cores(dimensions, "llm", "step"),
-                nice("5", "who waits for cores decodes more rows at once, which costs less a row"),
+                nice("5", "while it waits for cores it decodes more rows at once, at less cost a row"),
             ),
         ),
         of("see", "An image and a question to visual tokens, and the features for the gateway's cache."),

@@ -134,7 +134,7 @@ QUESTION = (
 )
 _BUDGET = Tensor("budget", "INT32", (4,), "least and most vision tokens, least and most visual tokens")
 _RELEVANCE = (
-    Tensor("relevance", "FP32", (PATCHES,), "in [0, 1], where the question makes us look"),
+    Tensor("relevance", "FP32", (PATCHES,), "in [0, 1], how relevant each patch is to the question"),
     Tensor("scores", "FP32", (3, PATCHES), "propositional, perspectival, participatory"),
     Tensor("levels", "INT32", (CELLS * CELLS,), "level of detail of each of the 8x8 cells"),
     Tensor("tensions", "FP32", (len(TENSIONS),), ", ".join(TENSIONS)),

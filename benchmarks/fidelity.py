@@ -32,7 +32,7 @@ from service.core.vision import CROPS, IMAGE_SIZE, CloserFeatures, FloatArray
 from service.prompt import PromptBuilder
 from service.settings import PROJECT
 from service.triton import TritonClient
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 
 VISION_TOKENS = (64, 96, 112, 128, 192, 256)
@@ -59,16 +59,13 @@ async def own_models() -> AsyncIterator[Models]:
     """Serve the models with a separate Triton while the block runs."""
     repository = Path(os.environ.get("GLIMPSE_MODEL_REPOSITORY", PROJECT / "model_repository"))
     card = ModelCard.from_json((repository / "card.json").read_text())
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    ports = Ports(*(listener.getsockname()[1] for listener in listeners))
-    for listener in listeners:
-        listener.close()
-    url = f"127.0.0.1:{ports.grpc}"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        access = Access.choose(Ports(metrics=listener.getsockname()[1]))
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "triton.log"
         async with (
-            TritonClient(url, url) as client,
-            EmbeddedTriton(repository, client=client, card=card, log_path=log_path, ports=ports) as triton,
+            TritonClient(access.url, access.url) as client,
+            EmbeddedTriton(repository, client=client, card=card, log_path=log_path, access=access) as triton,
             asyncio.TaskGroup() as tasks,
         ):
             watch = tasks.create_task(triton.supervise())

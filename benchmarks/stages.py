@@ -1,9 +1,9 @@
-"""Measure each served model's compute time from Triton's statistics.
+"""Measure each served model's compute time from Triton's metrics.
 
     python -m benchmarks.stages [--clients 4] [--detail high] [--graphs model_repository] [--out FILE]
 
 It needs a running `glimpse serve`. It asks about new images in rounds, one question at a time per client, and reads
-Triton's statistics around each round. A model's time is its compute time per request, without queue and transport; for
+Triton's metrics around each round. A model's time is its compute time per request, without queue and transport; for
 the decoupled `llm` it is only the time of accepting a request. The report has medians over the rounds with 95 %
 intervals. The allocator should take at most a tenth of the encoder's time.
 
@@ -18,6 +18,7 @@ import base64
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -41,14 +42,13 @@ Counters = Mapping[str, tuple[int, float]]  # by model: requests, milliseconds c
 
 
 def counters(triton: httpx.Client) -> Counters:
-    """Read the counters since Triton started; an ensemble's are those of its steps. Raises httpx.HTTPError."""
-    told = triton.get("/v2/models/stats").raise_for_status().json()["model_stats"]
-    read = {}
-    for model in told:
-        stats = model["inference_stats"]
-        if int(stats["compute_infer"]["count"]) > 0:
-            read[model["name"]] = int(stats["success"]["count"]), int(stats["compute_infer"]["ns"]) / 1e6
-    return read
+    """Read the counters since Triton started, of models that compute themselves. Raises httpx.HTTPError."""
+    told = triton.get("/metrics").raise_for_status().text
+    answered, computed_us = (
+        {model: float(value) for model, value in re.findall(rf'^{name}{{model="(\w+)".*}} (\S+)$', told, re.MULTILINE)}
+        for name in ("nv_inference_request_success", "nv_inference_compute_infer_duration_us")
+    )
+    return {model: (int(answered[model]), us / 1e3) for model, us in computed_us.items() if us > 0}
 
 
 def between(before: Counters, after: Counters, least: int) -> Counters:
@@ -135,7 +135,9 @@ def graph_ms(repository: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the gateway's URL (default: %(default)s)")
-    parser.add_argument("--triton", default="http://127.0.0.1:8000", help="Triton's HTTP URL (default: %(default)s)")
+    parser.add_argument(
+        "--triton", default="http://127.0.0.1:8002", help="URL of Triton's metrics (default: %(default)s)"
+    )
     parser.add_argument("--clients", type=int, default=1, help="concurrent clients (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--requests", type=int, default=25, help="requests per round (default: %(default)s)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import signal
@@ -18,6 +19,8 @@ import uvloop
 
 from service.admission.scheduler import Scheduler
 from service.app import App, build, running
+from service.edges.http.edge import Edge
+from service.edges.http.protocol import limited_protocol
 from service.settings import PROJECT, Settings, SettingsError, read_settings
 from service.triton_server.installation import StartFailed
 
@@ -55,22 +58,26 @@ def main(scheduling: type[Scheduler] = Scheduler) -> int:
 
 async def serve(app: App, listener: socket.socket) -> None:
     """Answer HTTP from the start, with 503 until Triton is ready. Raises StartFailed."""
+    edge: Edge = app.api.state.edge
     config = uvicorn.Config(
         app.api,
-        http="httptools",
+        http=limited_protocol(edge),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=75,  # seconds: longer than a load balancer in front keeps its idle connections
+        timeout_keep_alive=round(edge.connections.idle_timeout_s),
         timeout_graceful_shutdown=round(app.settings.stop_grace_s),
     )
     server = Server(config)
 
     def stop(number: int) -> None:
+        """Be not ready first, then refuse new questions, and close the listener when load balancers know."""
+        notice_s = app.settings.stop_notice_s if number == signal.SIGTERM and app.readiness.ready else 0.0
+        app.readiness.stop()
         app.admission.stop()
-        server.handle_exit(number, None)
+        asyncio.get_running_loop().call_later(notice_s, server.handle_exit, number, None)
 
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
@@ -107,6 +114,15 @@ def bound(settings: Settings) -> socket.socket:
         listener.listen()  # two processes can bind at the same time; only one can listen
     except OSError as exc:
         listener.close()
+        if exc.errno == errno.EADDRNOTAVAIL:
+            raise StartFailed(
+                f"GLIMPSE_HTTP_HOST {host} is no address of this machine: `ip -brief address` shows its own, and "
+                "0.0.0.0 stands for all"
+            ) from exc
+        if exc.errno == errno.EACCES:
+            raise StartFailed(
+                f"this user may not listen on GLIMPSE_HTTP_PORT {port} ({exc.strerror}): choose one above 1023"
+            ) from exc
         raise StartFailed(
             f"cannot listen on {host}:{port} ({exc.strerror}): stop the program that listens there "
             f"(`ss -ltnp 'sport = :{port}'` shows it), or set GLIMPSE_HTTP_PORT or GLIMPSE_HTTP_HOST"

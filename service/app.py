@@ -17,16 +17,19 @@ from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
-from service.edges.http.edge import BodyLimits, Edge
+from service.edges.http.body import BodyLimits
+from service.edges.http.edge import ConnectionLimits, Edge
+from service.edges.http.hosts import allowed_hosts
+from service.edges.loop_lag import watch_loop
 from service.media.decoder import ImageLimits
-from service.media.reader import ImageReader
+from service.media.reader import WorkerReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
 from service.readiness import Readiness
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 
 
@@ -36,11 +39,13 @@ class App:
 
     settings: Settings
     card: ModelCard
+    access: Access  # of the embedded Triton
     client: TritonClient
     admission: Admission
-    reader: ImageReader
+    reader: WorkerReader
     shared: RedisTier | None
     readiness: Readiness
+    metrics: Metrics
     api: FastAPI
 
 
@@ -60,11 +65,15 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
             f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
             f"raise it to at least {card.max_positions}"
         )
-    embedded_url = f"127.0.0.1:{settings.triton_grpc_port}"
+    access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics = Metrics()
-    client = TritonClient(settings.vision_url or embedded_url, settings.llm_url or embedded_url)
-    reader = ImageReader(ImageLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
-    readiness = Readiness(card.called, metrics)
+    if settings.vision_url and settings.llm_url:
+        client = TritonClient(settings.vision_url, settings.llm_url)
+    else:
+        client = TritonClient(access.url, access.url, access.metadata)
+    image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
+    readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
     pipeline = Pipeline(
@@ -79,7 +88,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
     )
     api = http_api(http_edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, client, admission, reader, shared, readiness, api)
+    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, api)
 
 
 def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
@@ -88,7 +97,9 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         pipeline=pipeline,
         questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
         bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
-        faults=lambda: {model: fault for model, fault in readiness.faults.items() if fault},
+        connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
+        hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
+        faults=lambda: readiness.faults,
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
     )
@@ -114,6 +125,7 @@ async def running(app: App) -> AsyncIterator[None]:
     settings = app.settings
     async with AsyncExitStack() as parts:
         parts.callback(app.reader.close)
+        app.reader.start()
         await parts.enter_async_context(app.client)
         triton: EmbeddedTriton | None = None
         if settings.embedded:
@@ -121,7 +133,7 @@ async def running(app: App) -> AsyncIterator[None]:
             await app.readiness.probe(app.client, app.card, settings.probe_timeout_s)
         async with asyncio.TaskGroup() as tasks:
             watch = app.readiness.watch(app.client, app.card, settings.probe_interval_s, settings.probe_timeout_s)
-            watchers = [tasks.create_task(watch)]
+            watchers = [tasks.create_task(watch), tasks.create_task(watch_loop(app.metrics.event_loop_lag.observe))]
             if triton is not None:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:
@@ -138,6 +150,6 @@ def embedded_triton(app: App) -> EmbeddedTriton:
         client=app.client,
         card=app.card,
         log_path=settings.log_dir / "triton.log",
-        ports=Ports(settings.triton_http_port, settings.triton_grpc_port, settings.triton_metrics_port),
+        access=app.access,
         start_timeout_s=settings.triton_start_timeout_s,
     )

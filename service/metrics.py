@@ -157,7 +157,12 @@ class Metrics:
         self.redis_breaker_open = self._gauge(
             "redis_breaker_open", "1 while the breaker keeps requests from Redis or Redis was not reached, else 0."
         )
-        self.ready = self._gauge("ready", "1 while every model answers its probe, else 0.")
+        self.event_loop_lag = self._seconds(
+            "event_loop_lag_seconds",
+            "Seconds by which the gateway's event loop was late, measured ten times a second. Above 0.1, one request "
+            "holds up all others.",
+        )
+        self.ready = self._gauge("ready", "1 while every model answers its probe and real requests, else 0.")
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(f"glimpse_{name}", documentation, labels, registry=self.registry)

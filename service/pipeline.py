@@ -10,6 +10,7 @@ from typing import Protocol
 
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
+from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.visual_tokens import VisualCache, embedding_key
 from service.core.answer import Delta, Finished, KeptImage
@@ -108,21 +109,24 @@ class Pipeline:
             yield self.finish(ticket, images, seen)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
-        """Check and keep an image, so that questions can name it by its id.
+        """Check and keep an image, so that questions can name it by its id. It waits for a vision slot, as a question's
+        image does.
 
         Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded.
         """
-        timeout_s = self.settings.default_timeout_s
+        timeout_s, now = self.settings.default_timeout_s, time.monotonic()
+        claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
         try:
             with reservation.work():
                 reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
                 async with asyncio.timeout(timeout_s):
+                    await reservation.enter(claim)
                     decoded = await self.reader.decode(data)
                     image = await self.reader.identify(data)
         except TimeoutError as exc:
             raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
-        expires_at = self.images.put(image, time.time())
-        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
+        self.images.put(image, time.monotonic(), reservation.tenant)
+        return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
 
     @contextmanager
     def reservation(self, tenant: str) -> Iterator[Reservation]:
@@ -181,7 +185,7 @@ class Pipeline:
             case ImageBytes(data):
                 return await self.reader.identify(data)
             case ImageId(image_id):
-                return self.images.get(image_id, time.time())
+                return self.images.get(image_id, time.monotonic())
             case ImageUrl():
                 raise InvalidRequest(
                     "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "

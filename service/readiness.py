@@ -1,9 +1,9 @@
-"""Tell whether the service can answer now: the last probe of every model, a real inference, succeeded."""
+"""Whether the service can answer now: the last probe of every model succeeded, and so do real requests."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -14,6 +14,9 @@ from service.metrics import Metrics
 
 log = structlog.get_logger()
 
+GATEWAY = "gateway"  # beside the models' names
+LOOKS = 10  # at what real requests find, between two probes
+
 
 class Prober(Protocol):
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
@@ -21,23 +24,41 @@ class Prober(Protocol):
         ...
 
 
-class Readiness:
-    """Hold the result of the last probe of each model."""
+def none_fails(_: str) -> bool:
+    return False
 
-    def __init__(self, models: Sequence[str], metrics: Metrics) -> None:
-        self.faults: dict[str, str] = dict.fromkeys(models, "not answered yet")
-        self._metrics = metrics
+
+class Readiness:
+    """The result of the last probe of each model, and what real requests have found since."""
+
+    def __init__(self, models: Sequence[str], metrics: Metrics, failing: Callable[[str], bool] = none_fails) -> None:
+        """`failing` says of a model whether requests find that it does not answer."""
+        self._probed: dict[str, str] = dict.fromkeys(models, "not answered yet")
+        self._failing = failing
+        self._stopping = False
+        metrics.ready.set_function(lambda: self.ready)
+
+    @property
+    def faults(self) -> Mapping[str, str]:
+        """By model, why it does not answer; empty if the service is ready."""
+        faults = {model: fault or self._seen(model) for model, fault in self._probed.items()}
+        if self._stopping:
+            faults[GATEWAY] = "this server is stopping"
+        return {name: fault for name, fault in faults.items() if fault}
 
     @property
     def ready(self) -> bool:
-        return not any(self.faults.values())
+        return not self.faults
+
+    def stop(self) -> None:
+        """Be not ready from now on."""
+        self._stopping = True
 
     def set(self, model: str, fault: str, cause: str = "") -> None:
         """Record a probe; an empty fault is a success. The cause goes to the log only."""
-        if self.faults[model] != fault:
+        if self._probed[model] != fault:
             (log.warning if fault else log.info)("probe", model=model, fault=fault or "none", cause=cause)
-        self.faults[model] = fault
-        self._metrics.ready.set(self.ready)
+        self._probed[model] = fault
 
     async def probe(self, prober: Prober, card: ModelCard, timeout_s: float, fresh_s: float = 0.0) -> None:
         """Probe all models once, concurrently."""
@@ -51,11 +72,17 @@ class Readiness:
                 self.set(model, "")
 
         async with asyncio.TaskGroup() as probes:
-            for model in self.faults:
+            for model in self._probed:
                 probes.create_task(one(model))
 
     async def watch(self, prober: Prober, card: ModelCard, interval_s: float, timeout_s: float) -> None:
         """Probe idle models until cancelled, ten times as often while the service is not ready."""
         while True:
             await self.probe(prober, card, timeout_s, fresh_s=interval_s / 2)
-            await asyncio.sleep(interval_s if self.ready else interval_s / 10)
+            for _ in range(LOOKS):
+                await asyncio.sleep(interval_s / LOOKS)
+                if not self.ready:
+                    break
+
+    def _seen(self, model: str) -> str:
+        return f"requests to the model {model} fail" if self._failing(model) else ""

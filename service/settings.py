@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,9 +17,17 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
+OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
+HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
+
+# Settings that are gone, and what became of them.
+REMOVED = {
+    "GLIMPSE_TRITON_HTTP_PORT": "the embedded Triton has no HTTP port any more. Plain KServe clients use gRPC: set "
+    "GLIMPSE_TRITON_GRPC_PORT"
+}
 
 
 class SettingsError(ValueError):
@@ -32,14 +42,24 @@ class Settings(BaseSettings):
     # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
-    stop_grace_s: float = Field(10.0, ge=0)  # time for requests in flight to finish after SIGTERM
+    # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
+    # request with another name in its Host header gets 421.
+    allowed_hosts: str = ""
+    # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
+    # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
+    stop_notice_s: float = Field(1.0, ge=0)
+    stop_grace_s: float = Field(10.0, ge=0)
 
-    # Triton: either the gateway starts one (embedded), or these are the gRPC addresses host:port of running ones. The
-    # two addresses may be equal.
+    # Connections in all and from one address (a proxy in front has one address). Beyond them idle ones are closed, and
+    # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
+    max_connections: int = Field(4096, gt=0)
+    max_connections_per_address: int = Field(3072, gt=0)
+
+    # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
+    # unix:/path of a socket. The two addresses may be equal.
     vision_url: str | None = None
     llm_url: str | None = None
-    triton_http_port: int = Field(8000, ge=1, le=65535)
-    triton_grpc_port: int = Field(8001, ge=1, le=65535)
+    triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
     triton_start_timeout_s: float = Field(60.0, gt=0)
     model_repository: Path = PROJECT / "model_repository"
@@ -54,12 +74,14 @@ class Settings(BaseSettings):
     default_timeout_s: float = Field(30.0, gt=0)
     max_timeout_s: float = Field(120.0, gt=0)
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
-    decode_threads: int = Field(2, gt=0)
+    decode_workers: int = Field(2, gt=0)  # processes that decode images
+    decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode one image; beyond it, 413
 
     # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
     # A request with more than one row's share of the LLM's tokens counts as more than one.
     max_requests_in_flight: int = Field(128, gt=0)
-    # Request bodies. A body takes up to 4 times its size while it is parsed.
+    # Request bodies. A body takes up to 4 times its size while it is parsed. Bodies of more than 64 KiB leave a quarter
+    # to smaller ones.
     max_bytes_in_flight: int = Field(256 * MIB, gt=0)
     max_pixels_in_flight: int = Field(1_000_000_000, gt=0)  # pixels of images that have to be decoded
 
@@ -94,6 +116,41 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
 
+    @field_validator("vision_url", "llm_url")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        """gRPC takes other words too, and then never answers."""
+        if address is None or address.startswith("unix:"):
+            return address
+        host, colon, port = address.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        wrong = "://" in address or not colon or not HOST.fullmatch(bare) or (":" in bare and bare == host)
+        if wrong or not port.isdecimal() or not 1 <= int(port) <= 65535:
+            raise ValueError(
+                f"{address!r} is no gRPC address: write HOST:PORT without http://, such as triton:8001 or [::1]:8001 "
+                "(Triton's gRPC port, not its HTTP port)"
+            )
+        return address
+
+    @field_validator("http_host")
+    @classmethod
+    def _is_host(cls, host: str) -> str:
+        """An address or a name of this machine, without a port; [::1] stands for ::1."""
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if "://" in bare or not HOST.fullmatch(bare) or bare.count(":") == 1:
+            raise ValueError(
+                f"{host!r} is no host: write an address of this machine without a port, such as 127.0.0.1, 0.0.0.0 or "
+                "::1; GLIMPSE_HTTP_PORT sets the port"
+            )
+        try:
+            found = socket.getaddrinfo(bare, None, type=socket.SOCK_STREAM)
+        except OSError as exc:
+            raise ValueError(
+                f"{host!r} is not known ({exc.strerror}): write an address of this machine, such as 127.0.0.1, 0.0.0.0 "
+                "or ::1"
+            ) from exc
+        return bare if ":" in bare or any(family == socket.AF_INET for family, *_ in found) else str(found[0][4][0])
+
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
@@ -105,6 +162,22 @@ class Settings(BaseSettings):
         return url
 
     @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if not self.embedded:
+            return self
+        names: dict[int, str] = {}
+        for name in filter(lambda name: name.endswith("_port"), type(self).model_fields):
+            port = getattr(self, name)
+            if port is None:
+                continue
+            if port in names:
+                raise ValueError(
+                    f"{names[port]} and {PREFIX}{name.upper()} are both {port}: give one of them another port"
+                )
+            names[port] = PREFIX + name.upper()
+        return self
+
+    @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if (self.vision_url is None) != (self.llm_url is None):
             raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
@@ -112,8 +185,10 @@ class Settings(BaseSettings):
             raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S: lower it or raise the maximum")
         if self.image_store_bytes < self.max_image_bytes + IMAGE_ENTRY_BYTES:
             raise ValueError("GLIMPSE_IMAGE_STORE_BYTES must hold at least one image of GLIMPSE_MAX_IMAGE_BYTES")
-        if self.max_bytes_in_flight < self.max_body_bytes:
-            raise ValueError(f"GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body, {self.max_body_bytes:,} bytes")
+        if self.max_upload_bytes_in_flight < self.max_body_bytes:
+            raise ValueError(
+                f"3/4 of GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body, {self.max_body_bytes:,} bytes"
+            )
         if self.max_pixels_in_flight < self.max_image_pixels:
             raise ValueError("GLIMPSE_MAX_PIXELS_IN_FLIGHT must hold at least one image of GLIMPSE_MAX_IMAGE_PIXELS")
         return self
@@ -122,6 +197,11 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the gateway starts Triton itself."""
         return self.vision_url is None
+
+    @property
+    def max_upload_bytes_in_flight(self) -> int:
+        """What bodies of more than 64 KiB may hold together, and with them everything else."""
+        return self.max_bytes_in_flight * 3 // 4
 
     @property
     def max_body_bytes(self) -> int:
@@ -134,16 +214,19 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
     Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable.
     """
+    environ = {name: value for name, value in environ.items() if name.upper() not in OF_THE_COMMAND}
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+        if name.upper() in REMOVED and environ[name]:
+            raise SettingsError(f"{name} is no longer a setting: unset it. Note: {REMOVED[name.upper()]}")
+        if name.upper().startswith(PREFIX) and name.upper() not in {*known, *REMOVED}:
             near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the known ones are {', '.join(known)}"
             raise SettingsError(f"{name} is not a setting: {hint}")
     values: dict[str, Any] = {
         name.upper().removeprefix(PREFIX).lower(): value
         for name, value in environ.items()
-        if name.upper().startswith(PREFIX) and value
+        if name.upper().startswith(PREFIX) and name.upper() not in REMOVED and value
     }
     try:
         return Settings(**values)

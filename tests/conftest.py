@@ -22,13 +22,13 @@ from service.core.card import ModelCard
 from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.paths import PROJECT
 from tests.support.servers import Gateway, RedisServer, StartGateway, StartRedis, free_ports, started_gateway
 from tests.support.workers import Workers, tell_servers
 
-DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus"}
+DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus", "curl": "curl"}
 # Fixtures that start a real server, or start one that a test asks for.
 SERVERS = {"triton", "start_gateway", "starting", "start_redis"}
 LEFT_OUT = "left out"
@@ -154,11 +154,11 @@ async def triton(
     repository: Path, card: ModelCard, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[EmbeddedTriton]:
     """The session's Triton; whoever breaks one starts their own."""
-    ports = Ports(*free_ports(3))
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
     log_path = tmp_path_factory.mktemp("triton") / "triton.log"
     async with (
-        TritonClient(f"127.0.0.1:{ports.grpc}", f"127.0.0.1:{ports.grpc}") as client,
-        EmbeddedTriton(repository, client=client, card=card, log_path=log_path, ports=ports) as triton,
+        TritonClient(access.url, access.url) as client,
+        EmbeddedTriton(repository, client=client, card=card, log_path=log_path, access=access) as triton,
     ):
         yield triton
 
@@ -166,7 +166,7 @@ async def triton(
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def client(triton: EmbeddedTriton) -> AsyncIterator[TritonClient]:
     """For tests in the session's event loop: `pytestmark = pytest.mark.asyncio(loop_scope="session")`."""
-    url = f"127.0.0.1:{triton.ports.grpc}"
+    url = triton.access.url
     async with TritonClient(url, url) as client:
         yield client
 
@@ -199,7 +199,7 @@ def starting(repository: Path, tmp_path: Path) -> Iterator[Gateway]:
 @pytest.fixture(scope="session")
 def gateway(start_gateway: StartGateway, triton: EmbeddedTriton) -> Iterator[Gateway]:
     """A gateway in front of the session's Triton."""
-    url = f"127.0.0.1:{triton.ports.grpc}"
+    url = triton.access.url
     with start_gateway({"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url}) as gateway:
         yield gateway
 

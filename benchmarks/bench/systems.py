@@ -124,13 +124,15 @@ def gateway(
 
     Another checkout runs with its own packages if it has any.
     """
-    http_port, *triton_ports = free_ports(4)
+    http_port, metrics_port, *others = free_ports(4)
+    # A checkout from before the embedded Triton's socket has to be told ports for HTTP and gRPC.
+    has_ports = "triton_http_port" in (checkout / "service" / "settings.py").read_text()
+    old = dict(zip(("TRITON_HTTP_PORT", "TRITON_GRPC_PORT"), map(str, others), strict=True)) if has_ports else {}
     told = {
         "MODEL_REPOSITORY": str(model.repository),
         "HTTP_PORT": str(http_port),
-        **dict(
-            zip(("TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT"), map(str, triton_ports), strict=True)
-        ),
+        "TRITON_METRICS_PORT": str(metrics_port),
+        **old,
         "TRITON_START_TIMEOUT_S": str(START_S),
         "LOG_DIR": str(folder),
         "LOG_LEVEL": "warning",
@@ -142,7 +144,7 @@ def gateway(
     python = sys.executable if checkout == PROJECT or not own.exists() else str(own)
     with process([python, "-m", *module], folder / "gateway.log", environment, checkout) as started:
         wait_until(lambda: answers(http_port, "/health/ready"), started, folder / "gateway.log")
-        metrics = f"http://127.0.0.1:{triton_ports[2]}/metrics"
+        metrics = f"http://127.0.0.1:{metrics_port}/metrics"
         yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)
 
 
@@ -172,7 +174,7 @@ def with_parameters(repository: Path, folder: Path, parameters: Mapping[str, Map
 
 @contextmanager
 def triton(model: Model, folder: Path) -> Iterator[Running]:
-    ports = free_ports(3)
+    ports = free_ports(2)
     log = folder / "triton_server.log"
     command = [
         sys.executable,
@@ -183,8 +185,8 @@ def triton(model: Model, folder: Path) -> Iterator[Running]:
     ]
     with process([*command, *map(str, ports)], log) as started:
         wait_until(lambda: "ready" in log.read_text(), started, log)
-        metrics = f"http://127.0.0.1:{ports[2]}/metrics"
-        yield Running("triton", (f"127.0.0.1:{ports[1]}",), (started.pid,), folder, metrics)
+        metrics = f"http://127.0.0.1:{ports[1]}/metrics"
+        yield Running("triton", (f"127.0.0.1:{ports[0]}",), (started.pid,), folder, metrics)
 
 
 @contextmanager

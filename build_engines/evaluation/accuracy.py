@@ -123,7 +123,7 @@ def as_markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def evaluate(
-    url: str,
+    client: httpx.Client,
     scenes: Path = SCENES,
     split: str | None = None,
     budget: Mapping[str, tuple[int, int]] | None = None,
@@ -137,9 +137,8 @@ def evaluate(
     """
     asked = {"budget": budget, "detail": detail}
     fields = {name: value for name, value in asked.items() if value}
-    with httpx.Client(base_url=url, timeout=60.0) as client:
-        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        table = summarise(ask_all(client, scenes, rows(scenes, split), fields, clients))
+    model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+    table = summarise(ask_all(client, scenes, rows(scenes, split), fields, clients))
     print(as_markdown(table))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--images", type=Path, help="folder of images to ask about [rendered scenes]")
     found.add_argument("--scenes", type=int, default=8, help="number of images")
     found.add_argument("--repeats", type=int, default=20, help="repetitions of each timing")
-    found.add_argument("--first-port", type=int, default=18000, help="first of six ports that --serve uses")
+    found.add_argument("--first-port", type=int, default=18000, help="first of four ports that --serve uses")
     return found
 
 
@@ -52,7 +52,8 @@ async def look(given: argparse.Namespace, report: Report) -> None:
     from build_engines.verify.files import built_with, check_files  # noqa: PLC0415  (ONNX and PyTorch: not for --help)
     from build_engines.verify.live import Served, check_served  # noqa: PLC0415
     from build_engines.verify.serve import CannotServe, Images, check_loads, serving  # noqa: PLC0415
-    from service.triton_server.installation import Ports, StartFailed  # noqa: PLC0415
+    from service.triton_server.access import Ports  # noqa: PLC0415
+    from service.triton_server.installation import StartFailed  # noqa: PLC0415
 
     card = check_files(given.repository, report)
     if card is None or report.failed:
@@ -71,7 +72,7 @@ async def look(given: argparse.Namespace, report: Report) -> None:
             check_loads(given.repository, images, built_with(given.repository)["tensorrt"], report)
         if report.failed:
             return
-        ports = tuple(Ports(first, first + 1, first + 2) for first in (given.first_port, given.first_port + 3))
+        ports = tuple(Ports(first, first + 1) for first in (given.first_port, given.first_port + 2))
         with tempfile.TemporaryDirectory() as folder:
             try:
                 log = Path(folder) / "triton.log"

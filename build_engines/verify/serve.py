@@ -18,7 +18,7 @@ from build_engines.verify.files import Wrong
 from build_engines.verify.report import Report
 from service.core.card import ModelCard
 from service.triton import TritonClient
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 
 READY_S = 600
@@ -90,15 +90,16 @@ async def serving(
     They are the vision server's, the LLM server's and the metrics URL. Raises CannotServe, or StartFailed for the
     bundled Triton.
     """
-    vision, llm = (f"127.0.0.1:{each.grpc}" for each in ports)
     metrics = f"http://127.0.0.1:{ports[0].metrics}/metrics"
     if images is None:
+        access = Access.choose(Ports(metrics=ports[0].metrics))
         async with (
-            TritonClient(vision, vision) as client,
-            EmbeddedTriton(repository, client=client, card=card, log_path=log, ports=ports[0]),
+            TritonClient(access.url, access.url) as client,
+            EmbeddedTriton(repository, client=client, card=card, log_path=log, access=access),
         ):
-            yield vision, vision, metrics
+            yield access.url, access.url, metrics
         return
+    vision, llm = (f"127.0.0.1:{each.grpc}" for each in ports)
     if shutil.which("docker") is None:
         raise CannotServe("plans need docker, which is missing: install it, or use --vision-url of a running server")
     with running(containers(repository, card, images, ports), log) as started:

@@ -7,10 +7,10 @@ All modules except `admission` are pure: `now` is an argument.
 
 A request meets these checks, in this order:
 
-1. **Quota** (`quota.py`): bytes, pixels and tokens are reserved before any work. The process has limits, and each
-   tenant has a share. Without room: 429 `saturated` or `tenant_share`; in a stopping process: 429 `shutting_down`.
-2. **Queue time** (`scheduler.py`, `drain_rate.py`): a claim on vision slots or LLM tokens is refused if its estimated
-   queue time leaves too little of its `timeout_s`: 429 `deadline`.
+1. **Quota** (`quota.py`): bytes, pixels and tokens are reserved before any work, against limits for the process and a
+   share for each tenant. No room: 429 `saturated` or `tenant_share`; a stopping process: 503 `shutting_down`.
+2. **Queue time** (`scheduler.py`): a claim on vision slots or LLM tokens whose estimated queue time
+   (`drain_rate.py`) leaves too little of its `timeout_s` is refused: 429 `deadline`.
 3. **Concurrency limit** (`concurrency_limit.py`): a request's first claim waits until one more request may be in
    service. Missed deadlines narrow the limit, answers widen it (AIMD).
 4. **Fairness between tenants, then order** (`scheduler.py`): the tenant that holds the least goes first. Inside a

@@ -17,16 +17,18 @@ import structlog
 from service.admission.concurrency_limit import ConcurrencyLimit
 from service.admission.contention import Contention
 from service.admission.fidelity import LEVELS, Fidelity, Level
-from service.admission.quota import Cost, Quota, Refusal
+from service.admission.quota import NOTHING, Cost, Quota, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.card import Engines
-from service.core.errors import DeadlineExceeded, Overloaded
+from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from service.metrics import Metrics
 from service.settings import Settings
 
 log = structlog.get_logger()
 
 MAX_RETRY_AFTER_S = 60.0
+# Questions by an image's id are smaller than this. Uploads leave them a quarter of the request bytes.
+SMALL_BODY_BYTES = 64 * 1024
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
 
@@ -47,6 +49,7 @@ class Admission:
         self.row_tokens = llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
         self.quota = quota = Quota(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
+        self.kept_for_small_bodies = Cost(nbytes=settings.max_bytes_in_flight - settings.max_upload_bytes_in_flight)
         now = time.monotonic()
         self.contention = Contention(settings.fidelity_target_s, now)
         self.limit = limit = ConcurrencyLimit(vision_slots + engines.llm_rows, self.contention)
@@ -84,7 +87,8 @@ class Admission:
     def refuse(self, refusal: Refusal) -> Overloaded:
         self._metrics.refusals.labels(refusal.code).inc()
         retry_after_s = min(max(refusal.retry_after_s, 1.0), MAX_RETRY_AFTER_S)
-        return Overloaded(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
+        kind = ShuttingDown if refusal.code == ShuttingDown.code else Overloaded
+        return kind(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
 
     async def grant(self, claim: Claim) -> None:
         """Wait until the claim is granted.
@@ -155,23 +159,33 @@ class Reservation:
         self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
 
-    def require_room(self, cost: Cost) -> None:
+    def require_room(self, cost: Cost, *, keep_free: Cost = NOTHING) -> None:
         """Check that the cost could be reserved now, but reserve nothing. Raises Overloaded."""
-        if (refusal := self._admission.quota.refusal(cost, self.tenant)) is not None:
+        quota = self._admission.quota
+        if (refusal := quota.refusal(cost, self.tenant, inside=self._inside, keep_free=keep_free)) is not None:
             raise self._admission.refuse(refusal)
         self._inside = True
 
-    def reserve(self, cost: Cost) -> None:
+    def reserve(self, cost: Cost, *, keep_free: Cost = NOTHING) -> None:
         """Reserve this cost too, until the `work` around it ends. Raises Overloaded."""
-        now = time.monotonic()
-        if (refusal := self._admission.quota.reserve(cost, self.tenant, now, inside=self._inside)) is not None:
+        now, quota = time.monotonic(), self._admission.quota
+        refusal = quota.reserve(cost, self.tenant, now, inside=self._inside, keep_free=keep_free)
+        if refusal is not None:
             raise self._admission.refuse(refusal)
         self._cost = self._cost.plus(cost)
         self._inside = True
 
+    def require_bytes(self, nbytes: int) -> None:
+        """`require_room` for a body of this size."""
+        self.require_room(Cost(nbytes=nbytes), keep_free=self._kept_free(nbytes))
+
     def reserve_bytes(self, nbytes: int) -> None:
-        """Reserve some bytes of a request's body. Raises Overloaded."""
-        self.reserve(Cost(nbytes=nbytes))
+        """Reserve more bytes of a request's body. Raises Overloaded."""
+        self.reserve(Cost(nbytes=nbytes), keep_free=self._kept_free(self._cost.nbytes + nbytes))
+
+    def _kept_free(self, nbytes: int) -> Cost:
+        """Return what a body of this size must leave to small ones."""
+        return NOTHING if nbytes <= SMALL_BODY_BYTES else self._admission.kept_for_small_bodies
 
     @contextmanager
     def work(self) -> Iterator[None]:

@@ -29,6 +29,9 @@ class Cost(NamedTuple):
         return Cost(self.nbytes - other.nbytes, self.pixels - other.pixels, self.tokens - other.tokens)
 
 
+NOTHING = Cost()
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Say why there is no room, and estimate the time until there is."""
@@ -56,22 +59,23 @@ class Quota:
         """Return the reserved amount of one unit, a field of Cost."""
         return int(getattr(self.held, unit))
 
-    def refusal(self, cost: Cost, tenant: str, *, inside: bool = False) -> Refusal | None:
+    def refusal(self, cost: Cost, tenant: str, *, inside: bool = False, keep_free: Cost = NOTHING) -> Refusal | None:
         """Return why this cost has no room now, or None if it has.
 
-        A request that was admitted before (`inside`) may finish after a stop.
+        A request that was admitted before (`inside`) may finish after a stop. `keep_free` must be left of the limits.
         """
         if self.closed and not inside:
             return Refusal("shutting_down", "This server is stopping. Retry: another one answers.", 1.0)
         holds = self._tenants.get(tenant, Cost())
-        for name, drain, ask, held, own, limit in zip(
-            Cost._fields, self._drains, cost, self.held, holds, self.limits, strict=True
+        for name, drain, ask, held, own, limit, kept in zip(
+            Cost._fields, self._drains, cost, self.held, holds, self.limits, keep_free, strict=True
         ):
             if not ask:
                 continue
-            if held + ask > limit:
-                wait_s = drain.seconds_for(held + ask - limit)
-                text = f"The server is at its limit of {UNITS[name]} ({held:,} of {limit:,} are in use). Retry later."
+            most = limit - kept
+            if held + ask > most:
+                wait_s = drain.seconds_for(held + ask - most)
+                text = f"The server is at its limit of {UNITS[name]} ({held:,} of {most:,} are in use). Retry later."
                 return Refusal("saturated", text, wait_s)
             if tenant and own + ask > TENANT_SHARE * (limit - held):
                 wait_s = drain.seconds_for(own + ask - TENANT_SHARE * (limit - held))
@@ -81,9 +85,11 @@ class Quota:
                 return Refusal("tenant_share", text, wait_s)
         return None
 
-    def reserve(self, cost: Cost, tenant: str, now: float, *, inside: bool = False) -> Refusal | None:
+    def reserve(
+        self, cost: Cost, tenant: str, now: float, *, inside: bool = False, keep_free: Cost = NOTHING
+    ) -> Refusal | None:
         """Reserve the whole cost -> None; or reserve nothing and return the refusal."""
-        refusal = self.refusal(cost, tenant, inside=inside)
+        refusal = self.refusal(cost, tenant, inside=inside, keep_free=keep_free)
         if refusal is None and any(cost):
             self._tenants[tenant] = self._tenants.get(tenant, Cost()).plus(cost)
             self.held = self.held.plus(cost)

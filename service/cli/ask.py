@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 
-from service.cli.client import TIMEOUT, AskFailed, answer, plain_words, read_image, stream, upload
-from service.cli.options import URL, Detail, Url, budget
+from service.cli.client import AskFailed, answer, connected, plain_words, read_image, stream, upload
+from service.cli.options import Detail, Url, budget, url_of
 from service.cli.terminal import require
+
+IMAGE_ID = re.compile(r"img_[0-9a-f]{32}")
 
 
 def ask(
@@ -19,7 +22,7 @@ def ask(
         str, typer.Argument(metavar="IMAGE", help="A file, - for standard input, or the id img_... of one sent before.")
     ],
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="One or more questions about it.")],
-    url: Url = URL,
+    url: Url = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token each time.")] = None,
@@ -51,8 +54,8 @@ def ask(
       glimpse ask photo.jpg "what colour is the small circle?"
       glimpse ask photo.jpg "how many circles are there?" "is there a red square?"
       glimpse ask photo.jpg "what does the label say?" --detail high
-      glimpse ask photo.jpg "what is this?" --explain looked.png
-      glimpse ask photo.jpg "what is this?" --explain looked.png --json | jq .relevance     # the numbers drawn
+      glimpse ask photo.jpg "is there a red square?" --explain looked.png
+      glimpse ask photo.jpg "is there a red square?" --explain looked.png --json | jq .relevance     # the numbers drawn
     """
     fields: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -67,10 +70,12 @@ def ask(
         "timeout_s": timeout_s,
     }
     asked = {name: value for name, value in fields.items() if value is not None}
-    with plain_words(url), httpx.Client(base_url=url, timeout=TIMEOUT) as client:
+    address = url_of(url)
+    with plain_words(address), connected(address) as client:
+        require_sendable(asked, questions)
         if explain:
             require_drawable(explain, image, questions)
-        data = None if image.startswith("img_") else read_image(image)
+        data = None if is_id(image) else read_image(image)
         image_id = image if data is None else upload(client, data)
         for question in questions:
             body = asked | {"image": image_id, "question": question}
@@ -87,6 +92,22 @@ def ask(
             typer.echo()
 
 
+def is_id(image: str) -> bool:
+    """Whether it names an image that the service has: a file of that name comes first."""
+    return IMAGE_ID.fullmatch(image) is not None and not Path(image).exists()
+
+
+def require_sendable(fields: dict[str, Any], questions: list[str]) -> None:
+    """Check what JSON cannot carry. Raises AskFailed."""
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise AskFailed(f"--{name.replace('_', '-')} is {value}: give a finite number")
+    for name, texts in (("the question", questions), ("--stop", fields.get("stop", []))):
+        for text in texts:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # Python's words for bytes that it cannot read
+                raise AskFailed(f"{name} is not UTF-8 text: {text!a}")
+
+
 def require_drawable(target: Path, image: str, questions: list[str]) -> None:
     """Check before any request whether a picture can be drawn. Raises AskFailed."""
     require("matplotlib", "serve")
@@ -94,7 +115,7 @@ def require_drawable(target: Path, image: str, questions: list[str]) -> None:
         raise AskFailed(f"{target} is not a .png file: write --explain {target.with_suffix('.png')}")
     if len(questions) > 1:
         raise AskFailed(f"--explain draws one question, not {len(questions)}: ask each one separately")
-    if image.startswith("img_"):
+    if is_id(image):
         raise AskFailed("--explain draws over the image: name its file, not its id")
 
 

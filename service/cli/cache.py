@@ -12,8 +12,8 @@ from typing import Annotated, Any, TypeVar
 import httpx
 import typer
 
-from service.cli.client import TIMEOUT, AskFailed, plain_words, read_image, successful
-from service.cli.options import URL, Url
+from service.cli.client import AskFailed, connected, plain_words, read_image, successful
+from service.cli.options import Url, url_of
 from service.cli.terminal import fail, require
 
 T = TypeVar("T")
@@ -69,8 +69,8 @@ def purge(
 @app.command()
 def warm(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with images; subfolders are included.")],
-    url: Url = URL,
-    clients: Annotated[int, typer.Option(help="Images sent at the same time.")] = 2,
+    url: Url = None,
+    clients: Annotated[int, typer.Option(min=1, help="Images sent at the same time.")] = 2,
 ) -> None:
     """Send a folder's images to a running service, which encodes them before the first real question.
 
@@ -83,10 +83,11 @@ def warm(
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         fail(f"no images in {folder}: it looks for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    address = url_of(url)
     begun, counts = time.monotonic(), {"miss": 0, "hit": 0, "refused": 0}
     with (
-        plain_words(url),
-        httpx.Client(base_url=url, timeout=TIMEOUT) as client,
+        plain_words(address),
+        connected(address) as client,
         ThreadPoolExecutor(clients) as sending,
     ):
         for path, result in zip(paths, sending.map(lambda path: encode(client, path), paths), strict=True):
@@ -106,7 +107,7 @@ def encode(client: httpx.Client, path: Path) -> str:
     try:
         data = read_image(str(path))
         for _ in range(TRIES):
-            form = {"question": "what is this?", "max_tokens": "1"}
+            form = {"question": "how many circles are there?", "max_tokens": "1"}
             response = client.post("/v1/vqa", files={"image": data}, data=form)
             if response.status_code != 429:
                 break

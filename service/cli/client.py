@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +17,8 @@ import httpx
 from service.cli.terminal import fail
 
 TIMEOUT = httpx.Timeout(5.0, read=150.0, write=60.0)
+# What httpx takes from the environment, in lower or upper case.
+SURROUNDINGS = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
 
 
 class AskFailed(Exception):
@@ -27,11 +32,13 @@ def plain_words(url: str) -> Iterator[None]:
         yield
     except AskFailed as exc:
         fail(str(exc))
-    except httpx.ConnectError:
+    except httpx.ConnectError as exc:
+        if "certificate" in str(exc).lower() or "[Errno -" in str(exc):  # an unknown host has a negative number
+            fail(f"cannot connect to {url}: {exc}")
         fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or set --url")
     except httpx.TimeoutException:
         fail(f"{url} did not answer in time: try again, or check the service's log")
-    except httpx.TransportError as exc:
+    except httpx.RequestError as exc:
         fail(f"the connection to {url} broke ({exc}): try again")
     except (json.JSONDecodeError, UnicodeDecodeError):
         fail(f"{url} did not answer with JSON: check that --url names a Glimpse service")
@@ -39,9 +46,58 @@ def plain_words(url: str) -> Iterator[None]:
         fail(f"{url} answered {exc.response.status_code}: {message_of(exc.response)}")
 
 
+def connected(url: str) -> httpx.Client:
+    """A client of the service at `url`. A proxy is never asked for this machine. Raises AskFailed."""
+    address = checked(url)
+    # A transport of our own keeps httpx from reading the proxies. Without TLS it needs no certificates either.
+    transport = httpx.HTTPTransport(verify=address.scheme == "https") if is_loopback(address.host) else None
+    try:
+        return httpx.Client(base_url=address, timeout=TIMEOUT, transport=transport)
+    except Exception as exc:  # ImportError for SOCKS, OSError for certificates, ValueError for addresses of proxies
+        names = [name for name in os.environ if name.lower() in SURROUNDINGS and os.environ[name]]
+        raise AskFailed(
+            f"cannot connect with {' and '.join(names)} of the environment ({first_line(exc)}): correct or unset it"
+        ) from exc
+
+
+def checked(url: str) -> httpx.URL:
+    """Raises AskFailed."""
+    mend = "write it as http://HOST:PORT"
+    try:
+        address = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError) as exc:
+        raise AskFailed(f"the service's address {url!r} is no URL ({first_line(exc)}): {mend}") from exc
+    if address.scheme not in ("http", "https") or not address.host:
+        raise AskFailed(f"the service's address {url!r} is no HTTP URL: {mend}")
+    if address.port is not None and not 1 <= address.port <= 65535:
+        raise AskFailed(f"the service's address {url!r} has no port that can be: {mend}, with PORT from 1 to 65535")
+    return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this machine itself is meant, by its name or in any way to write its addresses."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host)).is_loopback  # 127.1 too
+    except OSError:
+        pass
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return (address.ipv4_mapped or address).is_loopback
+
+
+def first_line(exc: Exception) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
+
+
 def read_image(source: str) -> bytes:
     """Read an image file, or standard input for "-". Raises AskFailed."""
     if source == "-":
+        if sys.stdin is None:
+            raise AskFailed("standard input is closed: name the image's file, or pipe it in")
         return sys.stdin.buffer.read()
     try:
         return Path(source).read_bytes()

@@ -5,6 +5,7 @@ Needs matplotlib, which brings NumPy and Pillow. Its figures are used without py
 
 from __future__ import annotations
 
+import errno
 import textwrap
 from collections.abc import Mapping
 from io import BytesIO
@@ -18,7 +19,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image as Pillow
-from PIL import ImageOps
+
+from service.core.errors import GlimpseError
+from service.media.decoder import ImageLimits, decode
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +40,7 @@ LEFT_OF = {
 }
 
 IMAGE_SIDE = 528  # pixels of a panel
+MAX_PIXELS = 1_000_000_000
 COLOURS = "viridis"  # rises evenly in lightness, so colour-blind eyes and grey printers read it too
 INK, PALE = "#1a1a1a", "#5f5f5f"
 OPPOSITES = {"particularize": "compress", "explore": "exploit", "diversify": "focus"}
@@ -74,13 +78,12 @@ def png(figure: Figure) -> bytes:
 
 
 def _as_seen(image: bytes) -> Array:
-    """Return uint8 RGB, upright and resized to a square, as the model sees it, but with more pixels."""
-    with Pillow.open(BytesIO(image)) as file:
-        upright = ImageOps.exif_transpose(file).convert("RGBA")
-    side = (IMAGE_SIDE, IMAGE_SIDE)
-    white = Pillow.new("RGBA", side, "white")
-    whole = Pillow.alpha_composite(white, upright.resize(side, Pillow.Resampling.LANCZOS))
-    return np.asarray(whole.convert("RGB"))
+    """uint8 RGB, upright and squashed to a square by the service's own decoder, but sharper than its view."""
+    limits = ImageLimits(len(image), MAX_PIXELS)  # the service has taken it, whatever its limits are
+    try:
+        return decode(image, limits, (IMAGE_SIDE,)).views[IMAGE_SIDE].transpose(1, 2, 0)
+    except GlimpseError as exc:
+        raise OSError(errno.EINVAL, exc.message) from exc
 
 
 def tensions_in_words(tensions: Mapping[str, float]) -> str:

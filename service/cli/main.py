@@ -6,6 +6,8 @@ Asking needs only httpx and typer. Commands that need more replace this process 
 from __future__ import annotations
 
 import os
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +15,12 @@ import typer
 
 from service.cli import cache
 from service.cli.ask import ask
-from service.cli.client import plain_words
-from service.cli.options import URL, Detail, Url, budget
-from service.cli.terminal import become
+from service.cli.client import connected, plain_words
+from service.cli.options import Detail, Url, budget, url_of
+from service.cli.terminal import become, run
 
 app = typer.Typer(
     name="glimpse",
-    help="Ask questions about images: serve the models, ask them, measure them, train and build them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -27,6 +28,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(cache.app, name="cache")
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"glimpse {version('glimpse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def glimpse(
+    _: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Ask questions about images: serve the models, ask them, measure them, train and build them."""
 
 
 @app.command()
@@ -51,7 +67,7 @@ app.command()(ask)
 
 @app.command("eval")
 def evaluate(
-    url: Url = URL,
+    url: Url = None,
     scenes: Annotated[
         Path | None, typer.Option(help="Folder with questions.jsonl [default: the committed ones].")
     ] = None,
@@ -63,7 +79,7 @@ def evaluate(
         tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Every question's budget of visual tokens.")
     ] = None,
     detail: Annotated[Detail | None, typer.Option(help="The detail of every question.")] = None,
-    clients: Annotated[int, typer.Option(help="Questions asked at the same time.")] = 4,
+    clients: Annotated[int, typer.Option(min=1, help="Questions asked at the same time.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Write the table as JSON here too.")] = None,
 ) -> None:
     """Measure the accuracy of a running service on held-out scenes, by question type, with 95 % intervals.
@@ -75,9 +91,10 @@ def evaluate(
     """
     from build_engines.evaluation import accuracy  # noqa: PLC0415
 
-    with plain_words(url):
+    address = url_of(url)
+    with plain_words(address), connected(address) as client:
         accuracy.evaluate(
-            url,
+            client,
             scenes or accuracy.SCENES,
             split=split,
             budget=budget(vision_tokens, visual_tokens),
@@ -118,4 +135,4 @@ def ablate(context: typer.Context) -> None:
 
 
 def main() -> None:
-    app()
+    sys.exit(run(app))

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 import typer
 
-URL = "http://127.0.0.1:8080"
-
-Url = Annotated[str, typer.Option(help="Address of the service.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        envvar="GLIMPSE_URL",
+        help="Where the service answers [default: http://127.0.0.1:8080, or the address that GLIMPSE_HTTP_HOST and "
+        "GLIMPSE_HTTP_PORT say].",
+    ),
+]
 
 Detail = Literal["low", "high", "auto"]
+
+
+def url_of(given: str | None) -> str:
+    """The given address, else the one that `glimpse serve` listens on with the same environment."""
+    if given:
+        return given
+    host = os.environ.get("GLIMPSE_HTTP_HOST") or "127.0.0.1"
+    if host in ("0.0.0.0", "::"):  # every address of the machine, this one too
+        host = "127.0.0.1"
+    port = os.environ.get("GLIMPSE_HTTP_PORT") or "8080"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def budget(

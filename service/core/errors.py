@@ -2,11 +2,13 @@
 
 GlimpseError
 ├── InvalidRequest        the caller can correct it: wrong field, wrong type, wrong value
-│   └── InvalidImage      the bytes are not an image that can be decoded
+│   ├── InvalidImage      the bytes are not an image that can be decoded
+│   └── UnsupportedEncoding  the body is compressed in a way that the service does not decompress
 ├── NotFound              unknown or expired image id, unknown model
 ├── SlowBody              the body did not arrive in time
 ├── TooLarge              over a limit on bytes or pixels
 ├── Overloaded            no room now; `retry_after_s` says when
+│   └── ShuttingDown      this process is stopping; another one answers
 ├── DeadlineExceeded      the request's own timeout or the server's
 ├── Cancelled             the caller went away
 ├── Unavailable           Triton or a model in it does not answer
@@ -58,6 +60,10 @@ class InvalidImage(InvalidRequest):
     code = "invalid_image"
 
 
+class UnsupportedEncoding(InvalidRequest):
+    code = "unsupported_encoding"
+
+
 class NotFound(GlimpseError):
     code = "not_found"
     type = "invalid_request_error"
@@ -80,6 +86,10 @@ class Overloaded(GlimpseError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None, cause: str = "") -> None:
         super().__init__(message, code=code, cause=cause)
         self.retry_after_s = retry_after_s
+
+
+class ShuttingDown(Overloaded):
+    code = "shutting_down"
 
 
 class DeadlineExceeded(GlimpseError):
@@ -109,10 +119,12 @@ def internal_error(request_id: str) -> InternalError:
 # HTTP status and gRPC status name of each error; a subclass without a row takes its parent's.
 STATUS: dict[type[GlimpseError], tuple[int, str]] = {
     InvalidRequest: (400, "INVALID_ARGUMENT"),
+    UnsupportedEncoding: (415, "INVALID_ARGUMENT"),
     NotFound: (404, "NOT_FOUND"),
     SlowBody: (408, "DEADLINE_EXCEEDED"),
     TooLarge: (413, "INVALID_ARGUMENT"),
     Overloaded: (429, "RESOURCE_EXHAUSTED"),
+    ShuttingDown: (503, "UNAVAILABLE"),  # load balancers send a 503 to another server, and not a 429
     Cancelled: (499, "CANCELLED"),
     InternalError: (500, "INTERNAL"),
     Unavailable: (503, "UNAVAILABLE"),

@@ -16,7 +16,8 @@ from PIL import Image as Pillow
 
 from service.core.errors import InvalidImage, TooLarge
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
-from service.media.header import header_pixels
+from service.media.foreign import found_in
+from service.media.structure import Structure, structure_of
 
 # Imported here because Pillow otherwise imports all fifty readers in the first request, which takes 30 ms.
 READERS = (
@@ -25,8 +26,6 @@ READERS = (
     WebPImagePlugin.WebPImageFile,
     GifImagePlugin.GifImageFile,
 )
-FORMATS = tuple(reader.format for reader in READERS)
-ORIENTATION = 0x0112  # EXIF tag
 TURNS = {  # EXIF orientation -> the turn that brings the picture upright
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
     3: Pillow.Transpose.ROTATE_180,
@@ -38,21 +37,6 @@ TURNS = {  # EXIF orientation -> the turn that brings the picture upright
 }
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
 
-FOREIGN = (  # offset, lower-case magic, name: the most frequent formats that are not supported
-    (0, b"<svg", "SVG"),
-    (0, b"<?xml", "SVG"),
-    (0, b"<!doctype", "an HTML page"),
-    (0, b"<html", "an HTML page"),
-    (0, b"%pdf", "PDF"),
-    (4, b"ftypheic", "HEIC"),
-    (4, b"ftypheix", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftypavif", "AVIF"),
-    (0, b"ii*\0", "TIFF"),
-    (0, b"mm\0*", "TIFF"),
-    (0, b"bm", "BMP"),
-)
-
 # Pillow's own limit warns at 89 and raises at 179 megapixels. ImageLimits is checked before it and is lower.
 Pillow.MAX_IMAGE_PIXELS = None
 
@@ -63,6 +47,7 @@ class ImageLimits:
 
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
+    max_side: int = 65_535  # JPEG's own limit. Resizing takes memory by the side: 32 bytes a pixel of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +78,32 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
     is converted without a colour profile, EXIF orientation is applied. A view does not depend on the other views.
     Raises InvalidImage, TooLarge.
     """
+    require_bytes(data, limits)
+    structure = structure_of(data)
+    if structure is None:
+        raise InvalidImage(f"{found_in(data)}; send PNG, JPEG, WebP or GIF", param="image")
+    require_size(structure.width, structure.height, limits)
+    # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError). All of it means
+    # that these bytes are no image.
+    try:
+        pixels = _views(structure, views)
+    except MemoryError as exc:
+        raise TooLarge(
+            f"decoding the {structure.format} takes too much memory: send it smaller, or save it anew "
+            f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
+            param="image",
+        ) from exc
+    except Exception as exc:
+        raise InvalidImage(
+            f"the {structure.format} is damaged or cut short ({len(data):,} bytes arrived): send the whole file",
+            param="image",
+        ) from exc
+    width, height = structure.width, structure.height
+    return Decoded(pixels, *((height, width) if structure.orientation in SIDEWAYS else (width, height)))
+
+
+def require_bytes(data: bytes, limits: ImageLimits) -> None:
+    """Raises InvalidImage for no bytes, TooLarge for too many."""
     if not data:
         raise InvalidImage(
             "the image is empty (0 bytes): check that the file was read before it was sent", param="image"
@@ -103,49 +114,38 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
             f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
             param="image",
         )
-    # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError, MemoryError). All
-    # of it means that these bytes are no image.
-    try:
-        picture = Pillow.open(BytesIO(data), formats=FORMATS)
-    except Exception as exc:
-        raise InvalidImage(
-            f"the image cannot be read, {_looks_like(data)}: send PNG, JPEG, WebP or GIF", param="image"
-        ) from exc
-    with picture:
-        width, height = picture.size
-        if width * height > limits.max_pixels:
-            raise TooLarge(
-                f"the image has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels), the limit is "
-                f"{limits.max_pixels / 1e6:.1f}: send a smaller one (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
-                param="image",
-            )
-        told = header_pixels(data)
-        if told is not None and width * height > told:
-            raise InvalidImage(
-                f"the {picture.format} declares two sizes, {told:,} pixels and {width}x{height}: save the image again",
-                param="image",
-            )
-        try:
-            orientation = _orientation(picture)
-            pixels = _views(picture, data, orientation, views)
-        except Exception as exc:
-            raise InvalidImage(
-                f"the {picture.format} is damaged or cut short ({len(data):,} bytes arrived): send the whole file",
-                param="image",
-            ) from exc
-    return Decoded(pixels, *((height, width) if orientation in SIDEWAYS else (width, height)))
 
 
-def _views(picture: Pillow.Image, data: bytes, orientation: int, views: Sequence[int]) -> dict[int, UInt8Array]:
-    """Decode once, or once for each view if the JPEG is so large that the views need different scales."""
-    whole, colours, found = picture.size, None, {}
+def require_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Raises TooLarge."""
+    if max(width, height) > limits.max_side:
+        raise TooLarge(
+            f"the image has {width}x{height} pixels, the limit of a side is {limits.max_side:,}: cut it, or send it "
+            f"smaller (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
+            param="image",
+        )
+    if width * height > limits.max_pixels:
+        raise TooLarge(
+            f"the image has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels), the limit is "
+            f"{limits.max_pixels / 1e6:.1f}: send it smaller (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
+            param="image",
+        )
+
+
+def _views(structure: Structure, views: Sequence[int]) -> dict[int, UInt8Array]:
+    """Decode once, or once a view if the JPEG is so large that the views need different scales."""
+    if structure.is_short:
+        raise ValueError("bytes are missing")
+    whole, colours, found = (structure.width, structure.height), None, {}
     for size in sorted(views):
         if colours is None or colours.size != whole:
-            source = picture if colours is None else Pillow.open(BytesIO(data), formats=FORMATS)
-            # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
-            source.draft(None, (2 * size, 2 * size))
-            colours = _in_colour(source)
-        found[size] = _squashed(colours, size, orientation)
+            with Pillow.open(BytesIO(structure.data), formats=(structure.format,)) as picture:
+                if picture.size != whole:
+                    raise ValueError(f"two sizes: {whole} and {picture.size}")
+                # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
+                picture.draft(None, (2 * size, 2 * size))
+                colours = _in_colour(picture)
+        found[size] = _squashed(colours, size, structure.orientation)
     return found
 
 
@@ -167,25 +167,6 @@ def _in_colour(picture: Pillow.Image) -> Pillow.Image:
     if picture.mode.startswith("I"):  # 16-bit grey: I;16, I;16B, or I with 16-bit values
         grey = np.asarray(picture).clip(0, 65535) >> 8
         return Pillow.fromarray(grey.astype(np.uint8)).convert("RGB")
-    picture.load()  # reads also a late tRNS chunk of a PNG
-    if picture.has_transparency_data:
-        return picture.convert("RGBA")
-    return picture.convert("RGB")
-
-
-def _orientation(picture: Pillow.Image) -> int:
-    """Read EXIF's orientation, 1 to 8. It is 1 if there is none or it cannot be read, as in browsers."""
-    if "exif" not in picture.info and picture.format not in ("JPEG", "WEBP"):
-        return 1
-    try:
-        return int(picture.getexif().get(ORIENTATION, 1))
-    except Exception:  # broken EXIF beside good pixels
-        return 1
-
-
-def _looks_like(data: bytes) -> str:
-    start = data[:256].lstrip().lower()
-    for offset, magic, name in FOREIGN:
-        if start[offset:].startswith(magic):
-            return f"it looks like {name}"
-    return f"its {len(data):,} bytes start with {data[:8].hex(' ')}"
+    picture.load()  # only now is a late tRNS chunk of a PNG read
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)  # a conversion to its own mode copies

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
-MAX_JPEG_SEGMENTS = 512  # cameras write about ten
-MAX_GIF_BLOCKS = 512  # before the first frame; encoders write one or two
+MAX_JPEG_SEGMENTS = 1024  # cameras write about ten; a profile or XMP of 8 MB takes 123
+MAX_GIF_BLOCKS = 4096  # before the first frame; XMP of 100 KB takes about 1,500
 GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
 JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0xFFCA, 0xFFCB, 0xFFCD, 0xFFCE, 0xFFCF)
 
@@ -17,7 +17,7 @@ def header_size(data: bytes) -> tuple[int, int] | None:
     refuses a picture that is larger.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        size = _unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
+        size = unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
     elif data.startswith(b"\xff\xd8"):
         size = _jpeg_size(data)
     elif data.startswith((b"GIF87a", b"GIF89a")):
@@ -29,13 +29,7 @@ def header_size(data: bytes) -> tuple[int, int] | None:
     return (size[0], size[1]) if size[0] * size[1] else None
 
 
-def header_pixels(data: bytes) -> int | None:
-    """Return width times height of `header_size`."""
-    size = header_size(data)
-    return None if size is None else size[0] * size[1]
-
-
-def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
+def unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
     """Unpack at an offset; zeros if the bytes end too early."""
     if len(data) < offset + struct.calcsize(layout):
         return (0,) * len(layout[1:])
@@ -46,9 +40,9 @@ def _jpeg_size(data: bytes) -> tuple[int, ...]:
     """Read the frame header, which follows at most MAX_JPEG_SEGMENTS other segments."""
     offset = 2
     for _ in range(MAX_JPEG_SEGMENTS):
-        marker, length = _unpack(">HH", data, offset)
+        marker, length = unpack(">HH", data, offset)
         if marker in JPEG_FRAMES:
-            return _unpack(">HH", data, offset + 5)
+            return unpack(">HH", data, offset + 5)
         if marker == 0xFFFF:  # fill bytes
             offset += 1
         elif marker < 0xFF01 or length < 2:
@@ -58,13 +52,19 @@ def _jpeg_size(data: bytes) -> tuple[int, ...]:
     return 0, 0
 
 
+def gif_blocks_start(data: bytes) -> int:
+    """Where a GIF's blocks begin: after its header and its colour table."""
+    (flags,) = unpack("<B", data, 10)
+    return 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+
+
 def _gif_size(data: bytes) -> tuple[int, ...]:
-    """Return a size that holds both the screen and the first frame, which may be larger than the screen."""
-    width, height, flags = _unpack("<HHB", data, 6)
-    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # after the colour table
+    """The size that holds both the screen and the first frame, which may be larger than the screen."""
+    width, height = unpack("<HH", data, 6)
+    offset = gif_blocks_start(data)
     in_extension = False
     for _ in range(MAX_GIF_BLOCKS):
-        (block,) = _unpack("<B", data, offset)
+        (block,) = unpack("<B", data, offset)
         if in_extension:  # this is a length, and 0 ends it
             in_extension = block > 0
             offset += 1 + block
@@ -72,7 +72,7 @@ def _gif_size(data: bytes) -> tuple[int, ...]:
             in_extension = True
             offset += 2
         elif block == GIF_FRAME:
-            left, top, frame_width, frame_height = _unpack("<HHHH", data, offset + 1)
+            left, top, frame_width, frame_height = unpack("<HHHH", data, offset + 1)
             return max(width, left + frame_width), max(height, top + frame_height)
         else:
             break
@@ -82,12 +82,12 @@ def _gif_size(data: bytes) -> tuple[int, ...]:
 def _webp_size(data: bytes) -> tuple[int, ...]:
     match data[12:16]:
         case b"VP8 ":
-            width, height = _unpack("<HH", data, 26)
+            width, height = unpack("<HH", data, 26)
             return width & 0x3FFF, height & 0x3FFF
         case b"VP8L":
-            bits, _ = _unpack("<IB", data, 21)
+            bits, _ = unpack("<IB", data, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         case b"VP8X":
-            low, high, low_height, high_height = _unpack("<HBHB", data, 24)
+            low, high, low_height, high_height = unpack("<HBHB", data, 24)
             return (low | high << 16) + 1, (low_height | high_height << 16) + 1
     return 0, 0

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from service.core.vision import IMAGE_SIZE
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.media.store import Image
+from service.media.workers import DecodingWorkers
 
 INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) is cheaper than a thread
 
 
 class ImageReader:
-    """Decode and hash in a few threads of its own. Pillow releases the GIL."""
+    """Decode and hash in a few threads of its own. Pillow releases the GIL. Nothing stops a thread that decodes."""
 
     def __init__(self, limits: ImageLimits, threads: int) -> None:
         self.limits = limits
@@ -32,3 +33,23 @@ class ImageReader:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class WorkerReader(ImageReader):
+    """Decode in processes, which are ended when an image costs too much or the service stops; hash in threads."""
+
+    def __init__(self, limits: ImageLimits, workers: int, cpu_s: float) -> None:
+        super().__init__(limits, threads=1)
+        self.workers = DecodingWorkers(limits, workers, cpu_s)
+
+    def start(self) -> None:
+        """Start the processes on the running event loop. The first image does so too."""
+        self.workers.start()
+
+    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
+        """Raises InvalidImage, TooLarge, Unavailable."""
+        return await self.workers.decode(data, views)
+
+    def close(self) -> None:
+        super().close()
+        self.workers.close()

@@ -34,52 +34,82 @@ class Image:
         return told is None or max(told) > size
 
 
-class ImageStore:
-    """Keep images by id in memory, bounded in bytes. The least recently used image is evicted first.
+@dataclass(slots=True)
+class _Kept:
+    image: Image
+    expires_at: dict[str, float]  # by tenant
 
-    An image expires `ttl_s` after it was sent. It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number
-    of tiny images is bounded too. `now` is in seconds since the epoch.
+    @property
+    def nbytes(self) -> int:
+        return len(self.image.data) + IMAGE_ENTRY_BYTES
+
+
+class ImageStore:
+    """Images by id in memory, bounded in bytes. The tenant with the most bytes loses its least recently used image.
+
+    So one tenant's images never push out those of a tenant that holds less. An image that several tenants sent counts
+    for each of them, and stays while one of them keeps it. It expires for a tenant `ttl_s` after that tenant sent it.
+    It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number of tiny images is bounded too. `now` is in
+    seconds of the monotonic clock, which nobody sets.
     """
 
     def __init__(self, max_bytes: int, ttl_s: float) -> None:
         self.max_bytes = max_bytes
         self.ttl_s = ttl_s
         self.nbytes = 0
-        self._kept: OrderedDict[str, tuple[Image, float]] = OrderedDict()
+        self._kept: dict[str, _Kept] = {}
+        self._used: dict[
+            str, OrderedDict[str, None]
+        ] = {}  # ids by tenant, the least recently used first; none is empty
+        self._held: dict[str, int] = {}  # bytes by tenant
+        self._sent: OrderedDict[tuple[str, str], float] = OrderedDict()  # when (tenant, id) expires, the first first
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, image: Image, now: float) -> float:
-        """Keep the image -> the time when it expires. Sending it again starts its time again."""
-        self._drop(image.id)
-        expires_at = now + self.ttl_s
-        self._kept[image.id] = image, expires_at
-        self.nbytes += len(image.data) + IMAGE_ENTRY_BYTES
-        while self.nbytes > self.max_bytes or self._first_expires_at() <= now:
-            self._drop(next(iter(self._kept)))
-        return expires_at
+    def put(self, image: Image, now: float, tenant: str = "") -> None:
+        """Keep the image. Sending it again starts its time anew."""
+        self._drop(tenant, image.id)
+        kept = self._kept.setdefault(image.id, _Kept(image, {}))
+        kept.expires_at[tenant] = self._sent[tenant, image.id] = now + self.ttl_s
+        self._used.setdefault(tenant, OrderedDict())[image.id] = None
+        self._count(tenant, kept.nbytes)
+        while (first := next(iter(self._sent))) and self._sent[first] <= now:
+            self._drop(*first)
+        while self.nbytes > self.max_bytes:
+            most = max(self._held, key=self._held.__getitem__)
+            self._drop(most, next(iter(self._used[most])))
 
     def get(self, image_id: str, now: float) -> Image:
-        """Return an image. Raises NotFound for an id that is unknown, expired or evicted."""
-        image, expires_at = self._kept.get(image_id, (None, 0.0))
-        if image is None or expires_at <= now:
-            self._drop(image_id)
+        """Raises NotFound for an id that is unknown, expired or evicted."""
+        kept = self._kept.get(image_id)
+        if kept is not None:
+            for tenant, expires_at in list(kept.expires_at.items()):
+                if expires_at <= now:
+                    self._drop(tenant, image_id)
+                else:
+                    self._used[tenant].move_to_end(image_id)
+        if kept is None or not kept.expires_at:
             raise NotFound(
                 f"image {image_id[:64]!r} is not in memory: it was not sent to this server, expired after "
                 f"{self.ttl_s:.0f} s, or was evicted; send it again with POST /v1/images",
                 param="image",
                 code="image_not_found",
             )
-        self._kept.move_to_end(image_id)
-        return image
+        return kept.image
 
-    def _first_expires_at(self) -> float:
-        """Return when the least recently used image expires."""
-        _, expires_at = next(iter(self._kept.values()))
-        return expires_at
+    def _drop(self, tenant: str, image_id: str) -> None:
+        """The tenant keeps it no more."""
+        if self._sent.pop((tenant, image_id), None) is None:
+            return
+        kept = self._kept[image_id]
+        del kept.expires_at[tenant], self._used[tenant][image_id]
+        self._count(tenant, -kept.nbytes)
+        if not kept.expires_at:
+            del self._kept[image_id]
+        if not self._used[tenant]:
+            del self._used[tenant], self._held[tenant]
 
-    def _drop(self, image_id: str) -> None:
-        image, _ = self._kept.pop(image_id, (None, 0.0))
-        if image is not None:
-            self.nbytes -= len(image.data) + IMAGE_ENTRY_BYTES
+    def _count(self, tenant: str, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self._held[tenant] = self._held.get(tenant, 0) + nbytes

@@ -27,6 +27,7 @@ _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),  # a proxy of the environment is for the web, and knows no address of this machine
     # A connection to a lost node is noticed in 30 s.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -35,13 +36,18 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 )
+SILENCE_S = 5.0  # without an answer of any request: the model does not answer
+
+Metadata = tuple[tuple[str, str], ...]
 
 
 class Calls:
     """Call the models of CALLED. Every method raises GlimpseError only."""
 
-    def __init__(self, vision_url: str, llm_url: str) -> None:
+    def __init__(self, vision_url: str, llm_url: str, metadata: Metadata = ()) -> None:
+        """`metadata` goes with the calls that change the server: see Access."""
         self._vision_url = vision_url
+        self._metadata = metadata
         self._llm_url = llm_url
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._stubs: dict[str, service_pb2_grpc.GRPCInferenceServiceStub] = {}
@@ -49,7 +55,8 @@ class Calls:
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in CALLED}
         self._abandoned: set[grpc.aio.Call] = set()
         self._answered: dict[str, float] = {}  # by model of CALLED, the monotonic time of its last good response
-        self._tasks: set[asyncio.Task[Any]] = set()  # tasks of running calls, even if their callers have left
+        self._failed: dict[str, float] = {}  # likewise, when a request last found that it does not answer
+        self._tasks: set[asyncio.Task[Any]] = set()  # of calls that nobody waits for any more, until they end
 
     async def connect(self) -> None:
         """Open the channels. The first call opens the connections."""
@@ -96,12 +103,12 @@ class Calls:
         """Load a model and the ensembles that wait for it."""
         request = service_pb2.RepositoryModelLoadRequest(model_name=model)
         with translated(model):
-            await self._stub(model).RepositoryModelLoad(request, timeout=timeout_s)
+            await self._stub(model).RepositoryModelLoad(request, timeout=timeout_s, metadata=self._metadata)
 
     async def unload(self, model: str, timeout_s: float = 60.0) -> None:
         request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
         with translated(model):
-            await self._stub(model).RepositoryModelUnload(request, timeout=timeout_s)
+            await self._stub(model).RepositoryModelUnload(request, timeout=timeout_s, metadata=self._metadata)
 
     def abandon(self, lost: str) -> None:
         """End every request in flight that needs the model `lost`, at once, with Unavailable.
@@ -110,7 +117,7 @@ class Calls:
         """
         for name, model in CALLED.items():
             if lost in model.through:
-                self._answered.pop(name, None)
+                self._note_failure(name)
                 self._abandon_calls(name)
 
     def _abandon_calls(self, model: str) -> None:
@@ -122,10 +129,27 @@ class Calls:
         """Return the models that have answered any request since that moment."""
         return {step for name, at in self._answered.items() if at > moment for step in CALLED[name].through}
 
+    def failing(self) -> set[str]:
+        """The models of CALLED that did not answer a request, and have answered none since."""
+        return {name for name, at in self._failed.items() if not self._has_answered(name, at)}
+
+    def _has_answered(self, model: str, since: float) -> bool:
+        return set(CALLED[model].through) <= self.answering_since(since)
+
+    def _note_failure(self, model: str) -> None:
+        self._answered.pop(model, None)
+        self._failed[model] = time.monotonic()
+
+    def _note_silence(self, model: str, begun: float) -> None:
+        """A request's deadline passed. A short deadline tells nothing of the model, nor does a busy model's."""
+        if time.monotonic() - begun >= SILENCE_S and not self._has_answered(model, begun):
+            self._note_failure(model)
+
     async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
         """Run one unary inference. If its caller leaves, the call still runs to its end: see streams."""
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
+        begun = time.monotonic()
         call = self._stub(model).ModelInfer(codec.request(model, tensors), timeout=timeout_s + LINGER_S)
         task = asyncio.create_task(_response(call))
         self._keep(task)
@@ -134,6 +158,7 @@ class Calls:
                 async with asyncio.timeout(timeout_s):
                     response = await asyncio.shield(task)
             except TimeoutError as exc:
+                self._note_silence(model, begun)
                 raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no response") from exc
         self._answered[model] = time.monotonic()
         return codec.arrays(response)
@@ -151,7 +176,8 @@ class Calls:
         If the caller leaves before the final one, `stop` ends the work in band. A cancel would reach the model only
         after about 33 ms and may kill Triton.
         """
-        deadline = time.monotonic() + timeout_s
+        begun = time.monotonic()
+        deadline = begun + timeout_s
         silence_s = math.inf  # only the deadline limits the first response, which waits in the queue
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
@@ -167,6 +193,7 @@ class Calls:
                             response = await stream.read()
                     except TimeoutError as exc:
                         if left_s <= silence_s:
+                            self._note_silence(model, begun)
                             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no final response") from exc
                         text = f"the model {model} sent no token for {stall_timeout_s:g} s: try again"
                         raise Unavailable(text) from exc
@@ -215,7 +242,7 @@ class Calls:
             with translated(model):
                 yield
         except Unavailable:
-            self._answered.pop(model, None)
+            self._note_failure(model)
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()

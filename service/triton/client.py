@@ -21,7 +21,7 @@ from service.core.request import Budget, Sampling
 from service.core.tensors import DTYPES
 from service.core.vision import IMAGE_SIZE, QUESTION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures, dense
 from service.triton import codec
-from service.triton.calls import Calls
+from service.triton.calls import Calls, Metadata
 from service.triton.contract import CALLED
 
 # The image of a probe of vqa: 1x1, black.
@@ -33,10 +33,11 @@ PROBE_SHARE = 0.02  # of an idle model's time; a probe of ViT-B takes 0.5 s on a
 class TritonClient:
     """See, attend and generate on one or two Tritons. Every method raises GlimpseError only."""
 
-    def __init__(self, vision_url: str, llm_url: str) -> None:
-        """The addresses are `host:port` of Triton's gRPC. If they are equal, they share one channel."""
-        self._calls = Calls(vision_url, llm_url)
-        self._probe_took: dict[str, float] = {}  # shortest time of a probe, s: longer ones waited in a queue
+    def __init__(self, vision_url: str, llm_url: str, metadata: Metadata = ()) -> None:
+        """`host:port` of Triton's gRPC, or `unix:` and the path of a socket. The two may be equal, and then share one
+        channel. `metadata` goes with each `load` and `unload`."""
+        self._calls = Calls(vision_url, llm_url, metadata)
+        self._probe_took: dict[str, float] = {}  # seconds, the shortest: longer ones waited in a queue
 
     async def __aenter__(self) -> TritonClient:
         await self.connect()
@@ -150,7 +151,7 @@ class TritonClient:
         steps = set(CALLED[model].through) if model in CALLED else {model}
         if fresh_s:
             fresh_s = max(fresh_s, self._probe_took.get(model, 0.0) / PROBE_SHARE)
-        if steps <= self._calls.answering_since(begun - fresh_s):
+        if model not in self._calls.failing() and steps <= self._calls.answering_since(begun - fresh_s):
             return
         try:
             await self._probe(model, card, timeout_s)
@@ -205,6 +206,10 @@ class TritonClient:
                         pass
             case _:
                 raise InternalError(f"no probe for the model {model}")
+
+    def failing(self, model: str) -> bool:
+        """Whether requests lately found that the model, or one that it needs, does not answer."""
+        return any(set(CALLED[name].through) <= set(CALLED[model].through) for name in self._calls.failing())
 
     async def ready(self, timeout_s: float = 1.0) -> bool:
         """Return whether every server reports ready. Triton does so even if a model's process is dead: see `probe`."""

@@ -12,18 +12,11 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.triton_server.access import Ports
+
 
 class StartFailed(Exception):
     """Triton cannot start here. The message names the cause and the remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """Hold the embedded Triton's ports, all on 127.0.0.1: only this gateway uses it."""
-
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +138,9 @@ def check_repository(repository: Path) -> None:
 
 
 def check_ports(ports: Ports) -> None:
-    for name, port in (("HTTP", ports.http), ("GRPC", ports.grpc), ("METRICS", ports.metrics)):
+    for name, port in (("GRPC", ports.grpc), ("METRICS", ports.metrics)):
+        if port is None:
+            continue
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 SHARED_MEMORY = Path("/dev/shm")
 # Each model process has a region of shared memory. Triton's default of 1 MiB grows with the requests in flight. A
@@ -30,6 +29,7 @@ GUARD = (
 )
 
 DEAD = ("Z", "X")  # of /proc/PID/stat; Triton never collects its dead model processes
+GONE = (FileNotFoundError, ProcessLookupError)  # what tells of a death; any other OSError tells nothing
 
 
 def region_bytes(free: int, models: int) -> int:
@@ -46,17 +46,53 @@ class ModelProcess:
     pid: int
     region: Path
 
-    @property
-    def is_alive(self) -> bool:
-        status = _status(self.pid)
-        return status is not None and status.state not in DEAD
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Of a living process."""
+
+    group: int
+
+
+class Proc:
+    """What /proc tells of this user's processes."""
+
+    def pids(self) -> list[int]:
+        """Raises OSError if it cannot be asked."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(*GONE):
+                    if entry.stat().st_uid == os.geteuid():
+                        found.append(int(entry.name))
+        return found
+
+    def read(self, pid: int, name: str) -> str:
+        """Raises OSError: one of GONE if there is no such process, another if it cannot be asked."""
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+
+    def status(self, pid: int) -> Status | None:
+        """None if there is no such process, or if it has ended and waits to be collected. Raises OSError if it cannot
+        be asked."""
+        try:
+            state, _parent, group, *_ = self.read(pid, "stat").rpartition(")")[2].split()
+        except GONE:
+            return None
+        return None if state in DEAD else Status(int(group))
+
+
+def free_regions(prefix: str) -> None:
+    """Raises OSError."""
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
 
 
 class ServerProcess:
     """Run tritonserver and its model processes: one process group, one prefix of regions in shared memory."""
 
-    def __init__(self, shared_memory_prefix: str) -> None:
+    def __init__(self, shared_memory_prefix: str, proc: Proc) -> None:
         self.shared_memory_prefix = shared_memory_prefix
+        self._proc = proc
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -69,8 +105,11 @@ class ServerProcess:
         """Return the exit status: None while Triton runs, negative after a signal."""
         return self._process.poll() if self._process else None
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> None:
-        """Start in a thread that lives as long as the service: Triton gets SIGTERM when that thread ends."""
+    def start(self, command: Sequence[str], environment: Mapping[str, str], output: int) -> None:
+        """Start in a thread that lives as long as the service: Triton gets SIGTERM when that thread ends.
+
+        `output` is a file descriptor. Raises OSError if no process can be made.
+        """
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
@@ -78,17 +117,29 @@ class ServerProcess:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            umask=0o077,  # of its socket, its shared memory and its temporary files
         )
 
     def models(self) -> list[ModelProcess]:
-        """List the living model processes."""
+        """The living model processes. Raises OSError if they cannot be asked for."""
         found = []
         for pid in self._group():
-            program, *arguments = _arguments(pid)
+            program, *arguments = self._arguments(pid)
             if program.endswith("triton_python_backend_stub"):  # its arguments: MODEL/1/model.py, the region, ...
                 script, region, *_ = arguments
                 found.append(ModelProcess(Path(script).parent.parent.name, pid, SHARED_MEMORY / region))
         return found
+
+    def close_regions(self) -> None:
+        """Take the shared memory from other users: Triton sets its mode itself, to 0644, whatever the umask. Raises
+        OSError."""
+        for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
+            region.chmod(0o600)
+
+    def has_lost(self, model: ModelProcess) -> bool:
+        """Whether the model's process has ended. Raises OSError if that cannot be asked, which is no sign of death."""
+        status = self._proc.status(model.pid)
+        return status is None or self._process is None or status.group != self._process.pid
 
     async def stop(self, timeout_s: float) -> None:
         """Send SIGTERM, wait up to `timeout_s`, then kill what is left."""
@@ -102,39 +153,26 @@ class ServerProcess:
             self.kill()
 
     def kill(self) -> None:
-        """Kill what is left of the server and its models, and free their shared memory."""
+        """Kill what is left of the server and its models, and free their shared memory.
+
+        Regions that cannot be removed now are left to the next call, or to the next start.
+        """
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
-            region.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            free_regions(self.shared_memory_prefix)
 
     def _group(self) -> Iterator[int]:
-        """Yield the living processes of the server's group."""
-        for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
-            status = _status(pid)
-            if self._process and status and status.group == self._process.pid and status.state not in DEAD:
+        """The living processes of the server's group. Raises OSError if they cannot be asked for."""
+        for pid in self._proc.pids():
+            status = self._proc.status(pid)
+            if self._process and status and status.group == self._process.pid:
                 yield pid
 
-
-@dataclass(frozen=True, slots=True)
-class _Status:
-    state: str
-    group: int
-
-
-def _status(pid: int) -> _Status | None:
-    """Read /proc/PID/stat; None if there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return _Status(state=fields[0], group=int(fields[2]))
-
-
-def _arguments(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return [""]
+    def _arguments(self, pid: int) -> list[str]:
+        try:
+            return self._proc.read(pid, "cmdline").split("\0")
+        except GONE:
+            return [""]

@@ -8,16 +8,20 @@ Why model processes die under load: Triton's python backend counts a process as 
 second, for example because a busy machine gave it no core. It then frees the request's shared memory. When the process
 continues, it writes to that memory, and it or Triton ends with a segmentation fault or `lock_exception`. SIGSTOP for
 2.5 s under load reproduces this.
+
+Only an exit code or a process that is not there is a death. A question that the system could not answer (no file
+descriptor left, no memory) says nothing of Triton, and neither does a time in which this process's own loop stood
+still. No error of the supervisor's own ends it: it is logged once, and the watch goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -25,14 +29,16 @@ import structlog
 
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
-from service.triton_server.installation import Installation, Ports, StartFailed, check
-from service.triton_server.processes import SHARED_MEMORY, ModelProcess, ServerProcess, region_bytes
+from service.triton_server.access import Access, parents
+from service.triton_server.installation import Installation, StartFailed, check
+from service.triton_server.leftovers import claim, clean_up
+from service.triton_server.processes import SHARED_MEMORY, ModelProcess, Proc, ServerProcess, region_bytes
+from service.triton_server.triton_log import TritonLog
 
 WATCH_INTERVAL_S = 0.2
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the target is to answer again within 10 s
 EXIT_TIMEOUT_S = 8  # for Triton to end its requests and models after SIGTERM
 START_ATTEMPTS = 3
-LOG_BYTES = 10_000_000  # a longer log is renamed at the next start
 RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before consecutive restarts; the last one repeats
 
 log = structlog.get_logger()
@@ -69,33 +75,44 @@ class EmbeddedTriton:
         client: Client,
         card: ModelCard,
         log_path: Path,
-        ports: Ports,
+        access: Access,
         start_timeout_s: float = 60.0,
         canary_interval_s: float = 10.0,
         canary_timeout_s: float = 15.0,
+        proc: Proc | None = None,
     ) -> None:
         """Two consecutive canaries without an answer in `canary_timeout_s` count as a hang: the server is restarted."""
         self.repository = repository.resolve()
-        self.ports = ports
-        self.log_path = log_path
+        self.access = access
         self.ready = False  # False while the server or a model is being brought back
+        self._log = TritonLog(log_path)
         self._client = client
         self._card = card
         self._start_timeout_s = start_timeout_s
         self._canary_interval_s = canary_interval_s
         self._canary_timeout_s = canary_timeout_s
         self._hangs = False
-        self._server = ServerProcess(shared_memory_prefix=f"glimpse-{os.getpid()}-{ports.grpc}-")
-        self._folder: Path | None = None
+        self._proc = proc or Proc()
+        self._server = ServerProcess(access.region_prefix, self._proc)
+        self._claim: int | None = None  # of the folder, while this is entered
         self._installation: Installation | None = None
+        self._names: list[str] = []  # of the repository's models
         self._models: list[ModelProcess] = []
+        self._noted = True  # False if the model processes could not be asked for: they will be
+        self._stalls = Stalls()
+        self._complaints: dict[str, str] = {}  # the last error of each watch
 
     async def __aenter__(self) -> EmbeddedTriton:
-        self._installation = check(self.repository, self.ports)
-        self._folder = Path(tempfile.mkdtemp(prefix="glimpse-triton-"))
+        await clean_up(parents(), self._proc)
+        self._installation = check(self.repository, self.access.ports)
+        self._names = [path.parent.name for path in self.repository.glob("*/config.pbtxt")]
+        self._claim = claim(self.access.folder)
         try:
-            self._installation.link_backend(self._folder)
+            self._installation.link_backend(self.access.folder)
             await self._start_despite_crashes()
+        except OSError as exc:
+            await self._stop()
+            raise StartFailed(f"nothing can be written in {self.access.folder.parent} ({exc.strerror})") from exc
         except BaseException:
             await self._stop()
             raise
@@ -116,39 +133,82 @@ class EmbeddedTriton:
     async def supervise(self) -> None:
         """Reload a model whose process died; restart the server if that does not help. Runs until cancelled."""
         async with asyncio.TaskGroup() as watch:
+            watch.create_task(self._stalls.watch())
             watch.create_task(self._watch_processes())
             watch.create_task(self._watch_answers())
 
     async def _watch_processes(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._server.exit_status is not None:
-                log.error("triton died", status=self._server.exit_status)
-                await self._restart()
-            elif dead := [process for process in self._models if not process.is_alive]:
-                await self._bring_back(dead)
-            elif self._hangs:
-                log.error("triton hangs")
-                await self._restart()
+            with self._surviving("processes"):
+                if self._server.exit_status is not None:
+                    self._lose(self._names)
+                    log.error("triton died", status=self._server.exit_status)
+                    await self._restart()
+                elif dead := self._dead():
+                    await self._bring_back(dead)
+                elif self._hangs:
+                    log.error("triton hangs")
+                    await self._restart()
+                elif not self._noted:
+                    self._note_processes()
 
     async def _watch_answers(self) -> None:
         """Probe all models: a process can live without answering. `_watch_processes` acts on the result."""
         failures = 0
         while True:
             await asyncio.sleep(self._canary_interval_s)
+            with self._surviving("answers"):
+                failures = await self._canary(failures)
+                self._hangs = failures >= 2
+
+    async def _canary(self, failures: int) -> int:
+        """Probe all models -> the consecutive failures so far."""
+        started, stalled_s = time.monotonic(), self._stalls.total_s
+        try:
+            await self._probe_all(self._canary_timeout_s, fresh_s=self._canary_interval_s)
+        except GlimpseError as exc:
+            took_s = time.monotonic() - started
+            await self._stalls.noticed()
+            stalled_s = self._stalls.total_s - stalled_s
+            if stalled_s and took_s - stalled_s < self._canary_timeout_s / 2:
+                log.warning("canary failed while this process stood still", stalled_s=round(stalled_s, 2))
+                return failures
+            failures = failures + 1 if self.ready else 0  # otherwise the other watch is already at work
+            log.warning("canary failed", error=exc.message, failures=failures)
+            return failures
+        return 0
+
+    @contextlib.contextmanager
+    def _surviving(self, watch: str) -> Iterator[None]:
+        """An error of the watch's own is logged once, however often it comes, and ends nothing."""
+        try:
+            yield
+        except Exception as exc:
+            if self._complaints.get(watch) != repr(exc):
+                log.exception("supervision failed and goes on", watch=watch)
+            self._complaints[watch] = repr(exc)
+        else:
+            self._complaints.pop(watch, None)
+
+    def _dead(self) -> list[ModelProcess]:
+        """The model processes that have ended. One that cannot be asked about is taken for alive."""
+        dead, unknown = [], ""
+        for process in self._models:
             try:
-                await self._probe_all(self._canary_timeout_s, fresh_s=self._canary_interval_s)
-            except GlimpseError as exc:
-                failures = failures + 1 if self.ready else 0  # otherwise the other watch is already at work
-                log.warning("canary failed", error=exc.message, failures=failures)
-            else:
-                failures = 0
-            self._hangs = failures >= 2
+                if self._server.has_lost(process):
+                    dead.append(process)
+            except OSError as exc:
+                unknown = str(exc)
+        if unknown and unknown != self._complaints.get("status"):
+            log.warning("cannot ask about model processes, trying again", error=unknown)
+        self._complaints["status"] = unknown
+        return dead
 
     async def _bring_back(self, dead: list[ModelProcess]) -> None:
         started = time.monotonic()
-        self.ready = False
         models = sorted({process.model for process in dead})
+        self._lose(models)
         log.error("model process died", models=models)
         try:
             async with asyncio.timeout(RELOAD_TIMEOUT_S):
@@ -159,13 +219,19 @@ class EmbeddedTriton:
             await self._restart()
         else:
             for process in dead:  # Triton keeps it, because the dead instance still counts requests in flight
-                process.region.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    process.region.unlink(missing_ok=True)
             self._note_processes()
             log.warning("model is back", models=models, after_s=round(time.monotonic() - started, 2))
 
+    def _lose(self, models: Iterable[str]) -> None:
+        """End the requests that need these models; from now on the service is not ready."""
+        self.ready = False
+        for model in models:
+            self._client.abandon(model)
+
     async def _reload(self, model: str) -> None:
         """Unload first: Triton ignores a load of a model that it believes to be loaded."""
-        self._client.abandon(model)
         await self._client.unload(model, RELOAD_TIMEOUT_S)
         self._client.abandon(model)  # requests that came in between
         await self._client.load(model, RELOAD_TIMEOUT_S)
@@ -176,9 +242,7 @@ class EmbeddedTriton:
         attempt = 0
         started = time.monotonic()
         while True:
-            self.ready = False
-            for model in self.model_pids:
-                self._client.abandon(model)
+            self._lose(self._names)
             self._kill()
             await asyncio.sleep(RESTART_PAUSE_S[min(attempt, len(RESTART_PAUSE_S) - 1)])
             attempt += 1
@@ -186,6 +250,8 @@ class EmbeddedTriton:
                 await self._start()
             except StartFailed as exc:
                 log.warning("triton did not restart", attempt=attempt, error=str(exc))
+            except Exception:  # of our own: a server that is half started must not stay
+                log.exception("triton did not restart", attempt=attempt)
             else:
                 log.warning("triton is back", after_s=round(time.monotonic() - started, 2))
                 return
@@ -205,51 +271,44 @@ class EmbeddedTriton:
 
     async def _start(self) -> None:
         """Start once. Raises StartFailed with the end of Triton's log."""
-        if self._installation is None or self._folder is None:
+        if self._installation is None:
             raise RuntimeError("enter the context first")
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES:
-            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
-        with self.log_path.open("ab") as output:
-            log_start = output.tell()
-            # In the loop's own thread, which lives as long as the service; a fork takes a millisecond.
-            self._server.start(self._command(), self._installation.environment(), output)
+        try:
+            with self._log.opened() as output:
+                # In the loop's own thread, which lives as long as the service; a fork takes a millisecond.
+                self._server.start(self._command(), self._installation.environment(), output)
+        except OSError as exc:
+            raise StartFailed(f"Triton cannot be started ({exc})") from exc
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 while not await self._client.ready():
                     if (status := self._server.exit_status) is not None:
                         kind = Crashed if status < 0 else StartFailed
-                        raise kind(f"Triton ended while starting, {self._last_words(log_start)}")
+                        raise kind(f"Triton ended while starting, {self._log.last_words()}")
                     await asyncio.sleep(0.05)
                 await self._probe_all(self._start_timeout_s)
         except TimeoutError as exc:
             raise StartFailed(
-                f"Triton was not ready within {self._start_timeout_s:g} s, {self._last_words(log_start)}"
+                f"Triton was not ready within {self._start_timeout_s:g} s, {self._log.last_words()}"
             ) from exc
         except GlimpseError as exc:
-            raise StartFailed(f"{exc.message}, {self._last_words(log_start)}") from exc
+            raise StartFailed(f"{exc.message}, {self._log.last_words()}") from exc
         self._note_processes()
 
     def _command(self) -> list[str]:
         if self._installation is None:
             raise RuntimeError("enter the context first")
-        models = len(list(self.repository.glob("*/config.pbtxt")))
-        region = region_bytes(shutil.disk_usage(SHARED_MEMORY).free, models)
+        region = region_bytes(shutil.disk_usage(SHARED_MEMORY).free, len(self._names))
         return [
             str(self._installation.server),
             f"--model-repository={self.repository}",
-            f"--backend-directory={self._folder}",
+            f"--backend-directory={self.access.folder}",
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
             "--load-model=*",
             f"--backend-config=python,shm-region-prefix-name={self._server.shared_memory_prefix}",
             f"--backend-config=python,shm-default-byte-size={region}",
-            "--http-address=127.0.0.1",
-            f"--http-port={self.ports.http}",
-            "--grpc-address=127.0.0.1",
-            f"--grpc-port={self.ports.grpc}",
-            "--metrics-address=127.0.0.1",
-            f"--metrics-port={self.ports.metrics}",
+            *self.access.options(),
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
@@ -260,18 +319,16 @@ class EmbeddedTriton:
             await self._client.probe(model, self._card, timeout_s, fresh_s)
 
     def _note_processes(self) -> None:
-        """Remember the process of each model, now that all are up."""
-        self._models = self._server.models()
+        """Remember the process of each model and close its memory to other users, now that all are up."""
         self.ready = True
-
-    def _last_words(self, log_start: int) -> str:
-        with self.log_path.open("rb") as output:
-            output.seek(log_start)
-            lines = output.read().decode(errors="replace").splitlines()
-        # Tables say little, and two errors about CUDA come on every machine without a GPU.
-        errors = [line for line in lines if line.startswith(("E", "error:")) and "cuda" not in line.lower()]
-        words = "\n  ".join((errors or lines)[-12:])
-        return f"see {self.log_path}; its last errors:\n  {words}"
+        try:
+            self._server.close_regions()
+            self._models = self._server.models()
+        except OSError as exc:
+            log.warning("cannot list the model processes, trying again", error=str(exc))
+            self._noted = False
+        else:
+            self._noted = True
 
     async def _stop(self) -> None:
         """Give Triton time to end by itself, then kill it. Leave no process and no shared memory."""
@@ -280,9 +337,31 @@ class EmbeddedTriton:
             await self._server.stop(EXIT_TIMEOUT_S + 2)
         finally:
             self._models = []
-            if self._folder:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._claim is not None:
+                shutil.rmtree(self.access.folder, ignore_errors=True)
+                os.close(self._claim)
+                self._claim = None
 
     def _kill(self) -> None:
         self._server.kill()
         self._models = []
+
+
+class Stalls:
+    """How long this process's event loop has stood still, in all."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+
+    async def watch(self) -> None:
+        """Measure until cancelled."""
+        while True:
+            slept = time.monotonic()
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            late_s = time.monotonic() - slept - WATCH_INTERVAL_S
+            if late_s > WATCH_INTERVAL_S:
+                self.total_s += late_s
+
+    async def noticed(self) -> None:
+        """Return when a stall that has just ended is in `total_s`."""
+        await asyncio.sleep(WATCH_INTERVAL_S / 10)

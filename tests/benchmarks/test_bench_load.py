@@ -60,7 +60,7 @@ def test_clients_that_hang_up_are_told_apart(running: Running, gateway: Gateway)
 
 
 def test_refusals_carry_their_reason(start_gateway: StartGateway, triton: EmbeddedTriton, tmp_path: Path):
-    url = f"127.0.0.1:{triton.ports.grpc}"
+    url = triton.access.url
     with start_gateway(
         {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_MAX_REQUESTS_IN_FLIGHT": "4"}
     ) as small:
@@ -72,7 +72,7 @@ def test_refusals_carry_their_reason(start_gateway: StartGateway, triton: Embedd
 
 
 def test_the_vqa_ensemble_is_asked_directly(triton: EmbeddedTriton, tmp_path: Path):
-    up = Running("triton", (f"127.0.0.1:{triton.ports.grpc}",), (triton.pid,), tmp_path)
+    up = Running("triton", (triton.access.url,), (triton.pid,), tmp_path)
     found = measure(up, plan(Workload("cold"), Arrivals(clients=2), requests=4))
     assert Counter(result["outcome"] for result in found.results) == {"ok": 4}
     assert found.cpu_s["llm"] >= 0

@@ -48,7 +48,7 @@ def test_each_graph_is_timed_alone():
 
 
 def test_the_served_chain_tells_what_each_model_costs(gateway: Gateway, triton: EmbeddedTriton):
-    triton_url = f"http://127.0.0.1:{triton.ports.http}"
+    triton_url = f"http://127.0.0.1:{triton.access.ports.metrics}"
     told = measure(gateway.url, triton_url, clients=1, rounds=2, requests=2, detail="low")
     assert {"vision_encoder", "relevance_allocator", "qformer", "llm"} <= set(told["compute_ms"])
     assert all(figure["value"] > 0 for figure in told["compute_ms"].values())

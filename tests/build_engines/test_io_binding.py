@@ -27,7 +27,7 @@ from service.core.request import Budget
 from service.core.vision import UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.servers import free_ports
 from tests.support.tiny_checkpoints import save_blip2_opt
@@ -136,13 +136,12 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def served(bound: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TritonClient]:
-    ports = Ports(*free_ports(3))
-    url = f"127.0.0.1:{ports.grpc}"
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
     log_path = tmp_path_factory.mktemp("triton") / "triton.log"
     card = ModelCard.from_json((bound / "card.json").read_text())
     async with (
-        TritonClient(url, url) as client,
-        EmbeddedTriton(bound, client=client, card=card, log_path=log_path, ports=ports),
+        TritonClient(access.url, access.url) as client,
+        EmbeddedTriton(bound, client=client, card=card, log_path=log_path, access=access),
     ):
         yield client
 

@@ -144,7 +144,7 @@ async def test_one_new_image_for_many_callers_is_encoded_once(http, gateway):
 
 
 async def test_two_gateways_that_share_a_redis_encode_a_new_image_once(start_gateway, triton, redis_server):
-    url = f"127.0.0.1:{triton.ports.grpc}"
+    url = triton.access.url
     # A second for Redis: this machine runs everything at once, and a miss would hide what is tested.
     settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_REDIS_URL": redis_server.url}
     settings |= {"GLIMPSE_REDIS_TIMEOUT_S": "1", "GLIMPSE_REDIS_FLIGHT_S": "10"}
@@ -263,7 +263,7 @@ async def test_a_full_house_of_new_and_known_images_streamed_and_not_all_get_ans
 
 
 async def test_in_a_crowd_requests_look_less_closely_but_who_will_not(start_gateway, triton, scenes, card):
-    url = f"127.0.0.1:{triton.ports.grpc}"
+    url = triton.access.url
     settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_ELASTIC_FIDELITY": "true"}
     settings |= {"GLIMPSE_FIDELITY_TARGET_S": "0.0001", "GLIMPSE_VISION_SLOTS": "1", "GLIMPSE_STALL_TIMEOUT_S": "30"}
     least, most = card.vision_tokens

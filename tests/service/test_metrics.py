@@ -72,7 +72,7 @@ async def house() -> AsyncIterator[House]:
 
 
 def caller(house: House) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://glimpse")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://localhost")
 
 
 async def test_what_is_named_is_declared_under_our_prefix():
@@ -102,7 +102,9 @@ async def test_promtool_finds_nothing_wrong_before_and_after_questions(house):
 async def test_promtool_finds_nothing_wrong_with_what_a_gateway_and_the_llm_tell(gateway: Gateway, triton):
     async with httpx.AsyncClient() as http:
         assert wrong_with((await http.get(f"{gateway.url}/metrics")).text) == ""
-        lines = (await http.get(f"http://127.0.0.1:{triton.ports.metrics}/metrics")).text.splitlines(keepends=True)
+        lines = (await http.get(f"http://127.0.0.1:{triton.access.ports.metrics}/metrics")).text.splitlines(
+            keepends=True
+        )
     of_the_llm = "".join(line for line in lines if "glimpse_llm_" in line)
     assert of_the_llm.count("# HELP") == 6
     assert wrong_with(of_the_llm) == ""

@@ -1,6 +1,6 @@
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import groupby
@@ -24,6 +24,8 @@ from service.core.errors import (
     Unavailable,
 )
 from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Priority, Request, Sampling, Text
+from service.media.decoder import Decoded, ImageLimits
+from service.media.reader import ImageReader
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, image_source, png, turns, until
 
 
@@ -549,6 +551,80 @@ async def test_an_image_that_was_kept_needs_no_bytes_again(house):
     assert (kept.width, kept.height) == (300, 200)
     text, end = await answer(house, request(image=kept.id))
     assert (text, end.cache, end.image_ids) == ("red", "miss", (kept.id,))
+
+
+async def test_the_life_of_an_image_goes_by_a_clock_that_nobody_sets(house):
+    begun = time.time()
+    kept = await house.keep_image(png())
+    _, asked = await answer(house, request(image=png((9, 9, 9))))
+    assert begun + house.settings.image_ttl_s <= kept.expires_at <= time.time() + house.settings.image_ttl_s
+    for image_id in (kept.id, asked.image_ids[0]):
+        assert house.pipeline.images.get(image_id, time.monotonic()).id == image_id
+        with pytest.raises(NotFound):
+            house.pipeline.images.get(image_id, time.monotonic() + house.settings.image_ttl_s + 1)
+
+
+async def test_uploads_of_one_tenant_do_not_push_out_the_images_of_another():
+    house = House(image_store_bytes=30_000, max_image_bytes=10_000)
+    with house.pipeline.reservation("a") as reservation:
+        kept = await house.pipeline.keep_image(png(), reservation)
+    for shade in range(40):
+        with house.pipeline.reservation("b") as reservation:
+            await house.pipeline.keep_image(png((shade, 0, 0)), reservation)
+    assert len(house.pipeline.images) < 40
+    assert (await answer(house, request(image=kept.id)))[0] == "red"
+
+
+class GatedReader(ImageReader):
+    """Decodes one image each time the gate is opened, and tells what it was asked to decode."""
+
+    def __init__(self, limits: ImageLimits) -> None:
+        super().__init__(limits, 1)
+        self.gate = asyncio.Semaphore(0)
+        self.asked: list[bytes] = []
+
+    async def decode(self, data: bytes, views: Sequence[int] = (224,)) -> Decoded:
+        self.asked.append(data)
+        await self.gate.acquire()
+        return await super().decode(data, views)
+
+
+async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_share_them():
+    house = House(vision_slots=2)
+    house.reader.close()
+    reader = GatedReader(house.reader.limits)
+    house.reader = house.pipeline.reader = house.pipeline.vision_stage.reader = reader
+
+    async def keep(shade: int) -> None:
+        with house.pipeline.reservation("flood") as reservation:
+            await house.pipeline.keep_image(png((shade, 0, 0)), reservation)
+
+    flood = [asyncio.create_task(keep(shade)) for shade in range(20)]
+    await turns()
+    assert len(reader.asked) == house.counted("glimpse_resource_used", resource="vision") == 2
+    other = asyncio.create_task(answer(house, request(image=png((0, 99, 0)), tenant="other")))
+    await turns()
+    reader.gate.release()
+    await until(lambda: len(reader.asked) == 3)
+    assert reader.asked[2] == png((0, 99, 0))
+    for _ in range(20):
+        reader.gate.release()
+    await asyncio.gather(*flood, other)
+    assert nothing_is_held(house)
+    reader.close()
+
+
+async def test_an_upload_that_would_wait_too_long_is_refused_or_expires_and_holds_nothing():
+    house = House(vision_slots=1, default_timeout_s=0.05)
+    house.vision.close("see")
+    first = asked_of(house, 0)
+    await until(lambda: house.vision.calls)
+    with pytest.raises((Overloaded, DeadlineExceeded)):
+        await house.keep_image(png((1, 1, 1)))
+    assert house.counted("glimpse_requests_waiting", kind="single_image") == 0
+    house.vision.gate.set()
+    await first
+    assert nothing_is_held(house)
 
 
 async def test_a_bad_image_is_not_kept(house):

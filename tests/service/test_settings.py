@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -7,7 +9,7 @@ from service.settings import Settings, SettingsError, read_settings
 def test_defaults_serve_an_embedded_triton():
     settings = read_settings({})
     assert settings.embedded
-    assert (settings.http_port, settings.triton_grpc_port) == (8080, 8001)
+    assert (settings.http_port, settings.triton_grpc_port) == (8080, None)
     assert settings.model_repository.name == "model_repository"
 
 
@@ -22,8 +24,15 @@ def test_an_empty_variable_is_as_good_as_none():
 
 
 def test_a_mistyped_variable_names_near_matches():
+    with pytest.raises(SettingsError, match=r"GLIMPSE_TRITON_HTTP_PORT is no longer a setting: unset it.*no HTTP port"):
+        read_settings({"GLIMPSE_TRITON_HTTP_PORT": "8000"})
+    assert read_settings({"GLIMPSE_TRITON_HTTP_PORT": ""}).triton_grpc_port is None
     with pytest.raises(SettingsError, match="GLIMPSE_HTTP_PROT is not a setting: did you mean GLIMPSE_HTTP_PORT"):
         read_settings({"GLIMPSE_HTTP_PROT": "9000"})
+
+
+def test_what_the_command_reads_is_left_alone():
+    assert read_settings({"GLIMPSE_URL": "http://elsewhere", "GLIMPSE_DEBUG": "1"}) == read_settings({})
 
 
 def test_a_variable_like_no_other_lists_the_known_ones():
@@ -41,6 +50,7 @@ def test_a_variable_like_no_other_lists_the_known_ones():
         ({"GLIMPSE_REDIS_URL": "127.0.0.1:6379"}, "GLIMPSE_REDIS_URL: must start with redis://"),
         ({"GLIMPSE_IMAGE_STORE_BYTES": "20000000"}, "must hold at least one image"),
         ({"GLIMPSE_MAX_BYTES_IN_FLIGHT": "10"}, "must hold at least one body"),
+        ({"GLIMPSE_MAX_BYTES_IN_FLIGHT": "30000000"}, "3/4 of GLIMPSE_MAX_BYTES_IN_FLIGHT must hold at least one body"),
         ({"GLIMPSE_MAX_PIXELS_IN_FLIGHT": "10"}, "must hold at least one image"),
         ({"GLIMPSE_VISION_SLOTS": "0"}, "GLIMPSE_VISION_SLOTS: .*greater than 0"),
     ],
@@ -48,6 +58,68 @@ def test_a_variable_like_no_other_lists_the_known_ones():
 def test_a_wrong_value_is_named(environ, message):
     with pytest.raises(SettingsError, match=message):
         read_settings(environ)
+
+
+@pytest.mark.parametrize("name", ["GLIMPSE_VISION_URL", "GLIMPSE_LLM_URL"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://triton:8001", "grpc://triton:8001", "triton", "triton:", ":8001", "triton:http", "triton:0"),
+        *("triton:70000", "::1:8001", "[::1]", "triton:8001/", "tri ton:8001", "[::1:8001"),
+    ],
+)
+def test_an_address_that_is_none_is_told_what_to_write(name, address):
+    environ = {"GLIMPSE_VISION_URL": "triton:8001", "GLIMPSE_LLM_URL": "triton:8001", name: address}
+    with pytest.raises(SettingsError, match=f"{name}: '{re.escape(address)}' is no gRPC address: write HOST:PORT"):
+        read_settings(environ)
+
+
+@pytest.mark.parametrize(
+    "address", ["triton:8001", "127.0.0.1:1", "unix:/run/triton.sock", "[::1]:8001", "a-b.example.com:65535"]
+)
+def test_an_address_is_a_host_and_a_port(address):
+    settings = read_settings({"GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address})
+    assert (settings.vision_url, settings.llm_url) == (address, address)
+
+
+@pytest.mark.parametrize(
+    ("host", "meant"), [("[::1]", "::1"), ("::", "::"), ("0.0.0.0", "0.0.0.0"), ("localhost", "localhost")]
+)
+def test_a_host_may_stand_in_brackets(host, meant):
+    assert read_settings({"GLIMPSE_HTTP_HOST": host}).http_host == meant
+
+
+@pytest.mark.parametrize("host", ["http://127.0.0.1", "127.0.0.1:8080", "no such host", "[::1", "0.0.0.0/0"])
+def test_a_host_that_is_none_is_told(host):
+    with pytest.raises(SettingsError, match=f"GLIMPSE_HTTP_HOST: '{re.escape(host)}' is no host"):
+        read_settings({"GLIMPSE_HTTP_HOST": host})
+
+
+def test_a_host_that_nobody_knows_is_told():
+    with pytest.raises(SettingsError, match=r"GLIMPSE_HTTP_HOST: 'nowhere\.invalid' is not known"):
+        read_settings({"GLIMPSE_HTTP_HOST": "nowhere.invalid"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        ({"GLIMPSE_HTTP_PORT": "8002"}, "GLIMPSE_HTTP_PORT and GLIMPSE_TRITON_METRICS_PORT are both 8002"),
+        ({"GLIMPSE_TRITON_METRICS_PORT": "8080"}, "GLIMPSE_HTTP_PORT and GLIMPSE_TRITON_METRICS_PORT are both 8080"),
+        ({"GLIMPSE_HTTP_PORT": "9", "GLIMPSE_TRITON_GRPC_PORT": "9"}, "and GLIMPSE_TRITON_GRPC_PORT are both 9"),
+        (
+            {"GLIMPSE_TRITON_METRICS_PORT": "9", "GLIMPSE_TRITON_GRPC_PORT": "9"},
+            "GLIMPSE_TRITON_METRICS_PORT are both 9",
+        ),
+    ],
+)
+def test_two_ports_that_are_one_are_named(environ, names):
+    with pytest.raises(SettingsError, match=names):
+        read_settings(environ)
+
+
+def test_ports_of_no_embedded_triton_do_not_matter():
+    environ = {"GLIMPSE_VISION_URL": "triton:8001", "GLIMPSE_LLM_URL": "triton:8001", "GLIMPSE_HTTP_PORT": "8002"}
+    assert read_settings(environ).http_port == 8002
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster", "rediss+cluster"])

@@ -18,6 +18,7 @@ from service.media.decoder import Decoded
 from service.media.store import Image
 from service.vision_stage import decoding_cost
 from tests.service.test_pipeline import answer, request, shades
+from tests.support import bombs
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, png, until
 
 LARGE = png(size=(300, 200))
@@ -295,6 +296,10 @@ async def test_features_that_are_found_reserve_no_pixels(house):
         (LARGE, PIXELS - 1, PIXELS - 1),  # the decoder refuses it: it must not cost more than any image may
         (b"\xff\xd8 a JPEG that does not tell its size", 1000, 1000),
         (b"no image", 1000, 0),
+        (bombs.png(5000, 1), 100_000, 8 * 5000),  # resizing takes memory by the longer side
+        (bombs.png(2, 5000), 100_000, 8 * 5000),
+        (bombs.png(5000, 9), 100_000, 9 * 5000),
+        (bombs.png(50_000, 1), 100_000, 100_000),
     ],
 )
 def test_an_image_costs_its_pixels_and_no_more_than_the_most_that_are_decoded(data, most, pixels):

@@ -107,12 +107,13 @@ StartGateway = Callable[[Mapping[str, str]], AbstractContextManager[Gateway]]
 @contextmanager
 def started_gateway(folder: Path, settings: Mapping[str, str]) -> Iterator[Gateway]:
     """`python -m service` from its first moment, on free ports. At the end it is told to stop, and must."""
-    names = ("HTTP_PORT", "TRITON_HTTP_PORT", "TRITON_GRPC_PORT", "TRITON_METRICS_PORT")
-    ports = dict(zip(names, free_ports(4), strict=True))
+    names = ("HTTP_PORT", "TRITON_METRICS_PORT")
+    ports = dict(zip(names, free_ports(2), strict=True))
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")},
         **{f"GLIMPSE_{name}": str(port) for name, port in ports.items()},
         "GLIMPSE_LOG_DIR": str(folder),
+        "GLIMPSE_STOP_NOTICE_S": "0",  # nothing balances load here
         **settings,
     }
     log_path = folder / "gateway.log"

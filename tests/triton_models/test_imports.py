@@ -11,7 +11,14 @@ from tests.support.paths import PROJECT
 
 # One of each library that only the gateway, the builder or the trainer needs.
 NOT_HERE = {"asyncio", "fastapi", "grpc", "onnx", "pydantic", "redis", "structlog", "torch", "tritonclient", "uvicorn"}
-OURS = ("service.core", "service.media.decoder", "service.media.header", "service.prompt")
+OURS = (
+    "service.core",
+    "service.media.decoder",
+    "service.media.foreign",
+    "service.media.header",
+    "service.media.structure",
+    "service.prompt",
+)
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, triton_models

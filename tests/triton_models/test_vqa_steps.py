@@ -64,7 +64,7 @@ def test_prepare_reads_image_and_question_as_the_gateway_does():
     [
         (picture(), b"  ", "the question is empty"),
         (picture(), b"\xff", "not UTF-8"),
-        (b"GIF89a", b"what?", "image"),
+        (b"GIF89a", b"what?", "GIF is damaged"),
         (b"", b"what?", "0 bytes"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -11,38 +10,64 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from service.core.errors import Cancelled, InvalidRequest, SlowBody, TooLarge
+from service.edges.http.encoding import encoding_of
+from service.pipeline import Reservation
 
 JSON = "application/json"
 FORM = "multipart/form-data"
+BOM = b"\xef\xbb\xbf"  # of UTF-8, which some editors write
 MAX_PARTS = 64
 MAX_NAME_CHARS = 100  # of a field's name in an error
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float, reserve: Callable[[int], None]) -> bytes:
-    """Read the whole body, and reserve its bytes with `reserve`.
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """What a request's body may hold, and how long it may take to arrive."""
 
-    If the body declares its length, all bytes are reserved before one is read, else each chunk as it arrives. Raises
-    SlowBody, TooLarge, Cancelled, and the errors of `reserve`.
+    max_body_bytes: int  # of a question
+    max_image_bytes: int
+    timeout_s: float
+    grace_s: float = 10.0  # for the first bytes
+    min_bytes_per_s: int = 1024  # after the grace, on average
+
+    def patience_s(self, came: int) -> float:
+        """How long after its start a body may last if so many bytes have come."""
+        return min(self.timeout_s, self.grace_s + came / self.min_bytes_per_s)
+
+
+async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reservation: Reservation) -> bytes:
+    """The whole body, unpacked. Reserves what has come, not what is announced.
+
+    Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, Cancelled.
     """
     length = request.headers.get("content-length", "")
     declared = int(length) if length.isdecimal() else 0
+    encoding = encoding_of(request.headers.get("content-encoding", ""))
     if declared > max_bytes:
         raise _too_large(f"has {declared:,} bytes", max_bytes)
-    reserve(declared)
-    chunks, read = [], 0
+    reservation.require_bytes(declared)
+    loop = asyncio.get_running_loop()
+    started, chunks, came, held = loop.time(), [], 0, 0
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(limits.patience_s(0)) as patience:
             async for chunk in request.stream():
-                read += len(chunk)
-                if read > max_bytes:
-                    raise _too_large("is too large", max_bytes)
-                if read > declared:
-                    reserve(min(len(chunk), read - declared))
-                chunks.append(chunk)
+                came += len(chunk)
+                for piece in encoding.unpack(chunk):
+                    held += len(piece)
+                    if max(came, held) > max_bytes:
+                        raise _too_large("is too large", max_bytes)
+                    reservation.reserve_bytes(len(piece))
+                    chunks.append(piece)
+                    if piece is not chunk:
+                        await asyncio.sleep(0)  # unpacking takes time: let others run
+                if came != declared:
+                    patience.reschedule(started + limits.patience_s(came))
     except TimeoutError as exc:
-        raise SlowBody(f"only {read:,} bytes of the body came within {timeout_s:g} s: send it again") from exc
+        waited_s = loop.time() - started
+        raise SlowBody(f"only {came:,} bytes of the body came within {waited_s:.2g} s: send it again") from exc
     except ClientDisconnect as exc:
         raise Cancelled("the caller went away while sending") from exc
+    encoding.end()
     return b"".join(chunks)
 
 

@@ -13,16 +13,28 @@ from starlette.types import Receive
 from service.edges import caller
 from service.edges.asking import QuestionLimits
 from service.edges.caller import TENANT_KEY, Caller, tenant_in
+from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
 
 
 @dataclass(frozen=True, slots=True)
-class BodyLimits:
-    """Limit the size of a request's body, and the time that it may take to arrive."""
+class ConnectionLimits:
+    """What one connection may cost, and how many there may be."""
 
-    max_body_bytes: int  # of a question
-    max_image_bytes: int
-    timeout_s: float
+    max_connections: int = 4096
+    max_connections_per_address: int = 3072
+    max_head_bytes: int = 32 * 1024  # of a request line and its headers
+    max_headers: int = 100
+    max_url_bytes: int = 8 * 1024
+    max_queued_requests: int = 16  # pipelined: sent before the response to an earlier request has ended
+    head_timeout_s: float = 10.0  # from a head's first byte, or from the connection's start
+    idle_timeout_s: float = 75.0  # longer than a load balancer in front keeps its idle connections
+    write_timeout_s: float = 30.0  # for a client to read anything of what waits for it
+    linger_s: float = 5.0  # for a client to read a refusal while it still sends
+
+    @property
+    def check_interval_s(self) -> float:
+        return min(1.0, self.head_timeout_s / 4, self.write_timeout_s / 4, self.linger_s / 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,8 @@ class Edge:
     pipeline: Pipeline
     questions: QuestionLimits
     bodies: BodyLimits
+    connections: ConnectionLimits
+    hosts: frozenset[str] | None  # names that a Host header may hold; None for any
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status

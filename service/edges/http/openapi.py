@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,30 +10,44 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from service.core.errors import STATUS
+from service.edges.http import docs
 from service.edges.http.body import FORM, JSON
+from service.edges.http.docs import STATIC
 from service.edges.http.schema import (
     ErrorBody,
     Health,
     ModelList,
     UploadedImage,
     VqaAnswer,
-    VqaEnd,
+    VqaEvent,
     VqaForm,
     VqaRequest,
 )
 
 
 class Api(FastAPI):
-    """Extend FastAPI with the schemas of bodies that the routes read themselves."""
+    """FastAPI whose routes read their bodies themselves, so their schemas are said here.
+
+    `state.edge` has the limits that its settings give.
+    """
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__(docs_url=None, redoc_url=None, **said)
+        self.include_router(docs.router)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             spec = get_openapi(title=self.title, version=self.version, summary=self.summary, routes=self.routes)
-            described = (VqaRequest, VqaForm, VqaAnswer, VqaEnd, UploadedImage, ModelList, Health, ErrorBody)
+            described = (VqaRequest, VqaForm, VqaAnswer, VqaEvent, UploadedImage, ModelList, Health, ErrorBody)
             _, schemas = models_json_schema(
                 [(model, "validation") for model in described], ref_template="#/components/schemas/{model}"
             )
             spec["components"] = {"schemas": schemas["$defs"]}
+            limits = self.state.edge.questions
+            for name in ("VqaRequest", "VqaForm"):
+                fields = schemas["$defs"][name]["properties"]
+                fields["question"]["maxLength"] = limits.max_question_chars
+                fields["timeout_s"]["anyOf"][0]["maximum"] = limits.max_timeout_s
             for path, method, operation in OPERATIONS:
                 spec["paths"][path][method] |= operation
             self.openapi_schema = spec
@@ -50,47 +65,83 @@ def _errors(*statuses: int) -> dict[str, Any]:
     }
 
 
-EXAMPLE_IMAGE = (  # 1x1 PNG
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+def _image(name: str) -> str:
+    return base64.b64encode((STATIC / name).read_bytes()).decode()
+
+
+def _example(summary: str, answer: str, /, **changes: Any) -> dict[str, Any]:
+    """A question that can be sent as it stands."""
+    asked = {"image": SCENE, "question": "what character is on the pink square?"} | changes
+    return {
+        "summary": summary,
+        "description": f"The reference model answers: {answer}",
+        "value": {name: value for name, value in asked.items() if value is not None},
+    }
+
+
+SCENE, OTHER_SCENE = _image("scene.webp"), _image("other_scene.webp")
+SCENE_ID = "img_eb967efbea8c4ffe51df3338351868d5"  # of the first example's image, which is kept when that is sent
+DESCRIPTION = (
+    "a large blue ring, a large pink square with 8, a large cyan triangle with 5 and a medium blue square with x"
 )
-EXAMPLE_QUESTION = {"image": EXAMPLE_IMAGE, "question": "what colour is the circle?"}
 EXAMPLES = {
-    "short": {"summary": "A question", "value": EXAMPLE_QUESTION},
-    "stream": {"summary": "Streamed, at most 8 tokens", "value": EXAMPLE_QUESTION | {"stream": True, "max_tokens": 8}},
-    "by id": {
-        "summary": "About an image that was sent before",
-        "value": {"image": "img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b", "question": "how many circles are there?"},
-    },
-    "several images": {
-        "summary": "About several images",
-        "value": {"images": [EXAMPLE_IMAGE, EXAMPLE_IMAGE], "question": "which of them is red?"},
-    },
-    "turns": {
-        "summary": "With an earlier turn",
-        "value": EXAMPLE_QUESTION
-        | {"question": "and how large is it?", "turns": [{"question": "what colour is the circle?", "answer": "red"}]},
-    },
-    "all": {
-        "summary": "With most fields",
-        "value": EXAMPLE_QUESTION
-        | {"max_tokens": 64, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1}
-        | {"stop": ["."], "budget": {"vision_tokens": [64, 128]}, "detail": "auto", "timeout_s": 10}
-        | {"explain": True},
-    },
+    "short": _example("A question", "8"),
+    "stream": _example("Streamed", DESCRIPTION, question="describe the image.", stream=True),
+    "by id": _example(
+        "About an image that was sent before: send another example first",
+        "cyan",
+        image=SCENE_ID,
+        question="what color is the triangle?",
+    ),
+    "several images": _example(
+        "About several images", "yes", image=None, images=[SCENE, OTHER_SCENE], question="is there a blue square?"
+    ),
+    "turns": _example(
+        "With what was said before",
+        "yes",
+        question="is the pink square below the blue square?",
+        turns=[{"question": "is there a pink square?", "answer": "yes"}],
+        max_tokens=8,
+    ),
+    "all": _example(
+        "Every knob",
+        "8",
+        max_tokens=64,
+        temperature=0.7,
+        top_k=40,
+        top_p=0.9,
+        seed=7,
+        repetition_penalty=1.1,
+        stop=["."],
+        budget={"vision_tokens": [64, 128]},
+        detail="auto",
+        timeout_s=10,
+        priority="low",
+        explain=True,
+    ),
 }
 EVENTS = {
-    "schema": {"type": "string"},
+    "schema": {
+        "type": "string",
+        "description": "Server-sent events: `data: ` and a VqaEvent as JSON for each, then `data: [DONE]`.",
+        "contentMediaType": "text/event-stream",
+        "contentSchema": {"$ref": "#/components/schemas/VqaEvent"},
+    },
     "example": (
         'data: {"id":"vqa_1","delta":"red"}\n\n'
-        'data: {"id":"vqa_1","finish_reason":"stop", ... as in JSON, without the text}\n\n'
+        'data: {"id":"vqa_1","model":"glimpse-reference","finish_reason":"stop","image_ids":["img_1"],'
+        '"usage":{"prompt_tokens":13,"completion_tokens":1,"image_tokens":32},'
+        '"vision":{"cache":"miss","vision_tokens":136,"visual_tokens":32,"detail":"low","reduced":false},'
+        '"timing_ms":{"queue":0.1,"load":1.6,"vision":24.9,"first_token":35.2,"total":35.6}}\n\n'
         "data: [DONE]\n\n"
     ),
 }
+FILE = {"type": "string", "format": "binary", "minLength": 1}
 TENANT = {
     "name": "x-tenant-id",
     "in": "header",
     "description": "The tenant's name. Tenants with a name share the service fairly and leave room for each other.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]+$", "minLength": 1, "maxLength": 64},
 }
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
@@ -108,7 +159,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                     "content": {JSON: _schema("VqaAnswer"), "text/event-stream": EVENTS},
                 }
             }
-            | _errors(400, 404, 408, 413, 429, 500, 503, 504),
+            | _errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
     (
@@ -119,11 +170,11 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
             "requestBody": {
                 "required": True,
                 "content": {
-                    "image/*": {"schema": {"type": "string", "format": "binary"}},
+                    "image/*": {"schema": FILE},
                     FORM: {
                         "schema": {
                             "type": "object",
-                            "properties": {"image": {"type": "string", "format": "binary"}},
+                            "properties": {"image": FILE},
                             "required": ["image"],
                             "additionalProperties": False,
                         }
@@ -131,7 +182,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                 },
             },
             "responses": {"200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}}}
-            | _errors(400, 408, 413, 429, 500, 504),
+            | _errors(400, 408, 413, 415, 429, 500, 504),
         },
     ),
     (

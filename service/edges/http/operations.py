@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -44,7 +46,8 @@ async def metrics(request: Request) -> Response:
 async def root(request: Request) -> Response:
     return HTMLResponse(
         "<!doctype html><title>Glimpse</title><h1>Glimpse</h1><p>Answers questions about images. Try</p>"
-        f"<pre>curl -F image=@photo.jpg -F question='what is this?' {request.base_url}v1/vqa</pre>"
+        "<pre>curl -F image=@photo.jpg -F question='how many objects are there?' "
+        f"{html.escape(str(request.base_url))}v1/vqa</pre>"
         "<p><a href=docs>API</a> · <a href=openapi.json>OpenAPI</a> · <a href=v1/models>model</a> · "
         "<a href=health/ready>health</a> · <a href=metrics>metrics</a></p>"
     )

@@ -14,9 +14,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.core.errors import GlimpseError, InvalidRequest, Overloaded, internal_error, status_of
+from service.core.errors import (
+    GlimpseError,
+    InvalidRequest,
+    Overloaded,
+    SlowBody,
+    UnsupportedEncoding,
+    internal_error,
+    status_of,
+)
 from service.edges.caller import TRACE_ID_KEY, trace_id_in
 from service.edges.http.body import JSON
+from service.edges.http.hosts import name_in
 from service.edges.http.schema import ErrorBody, WireError
 
 log = structlog.get_logger()
@@ -37,7 +46,13 @@ async def respond_to_error(_: Request, error: Exception) -> Response:
     """Answer with a GlimpseError. This is the only place where an error gets its status."""
     assert isinstance(error, GlimpseError)
     status, _grpc = status_of(error)
-    headers = {"retry-after": f"{max(1, math.ceil(error.retry_after_s))}"} if isinstance(error, Overloaded) else None
+    headers: dict[str, str] = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = f"{max(1, math.ceil(error.retry_after_s))}"
+    if isinstance(error, SlowBody):
+        headers["connection"] = "close"  # the rest of the body is not awaited
+    if isinstance(error, UnsupportedEncoding):
+        headers["accept-encoding"] = "gzip"
     return JsonResponse(ErrorBody.of(error), status_code=status, headers=headers)
 
 
@@ -48,25 +63,39 @@ async def respond_to_no_route(request: Request, error: Exception) -> Response:
     message = f"{what} is not allowed" if error.status_code == 405 else f"there is no {what}"
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     body = ErrorBody(error=WireError(message=f"{message}: see /docs", type=InvalidRequest.type, param=None, code=code))
-    return JsonResponse(body, status_code=error.status_code, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
+    return JsonResponse(body, status_code=error.status_code, headers=headers)
+
+
+def refuse_host(host: str) -> Response:
+    """421 for a name that is none of this service's."""
+    message = f"{host[:100]!r} is no name of this service: ask localhost, or add the name to GLIMPSE_ALLOWED_HOSTS"
+    body = ErrorBody(error=WireError(message=message, type=InvalidRequest.type, param="host", code="unknown_host"))
+    return JsonResponse(body, status_code=421)
 
 
 class RequestScope:
     """Wrap every request, in pure ASGI.
 
-    It reads and returns the request's id, counts the request, and ends its reservation after its response. It answers
-    an unexpected exception with 500.
+    It checks the Host, reads and returns the request's id, counts the request, and ends its reservation after its
+    response. It answers HEAD as GET without the body, and an unexpected exception with 500.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None]) -> None:
-        """`count` takes the method, the route and the status of a request that has ended."""
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None], hosts: frozenset[str] | None) -> None:
+        """`count` takes the method, the route and the status of a request that has ended. `hosts`: None for any."""
         self.app = app
         self.count = count
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server reads its own copy
         given = (value.decode("latin-1") for name, value in scope["headers"] if name == TRACE_ID_KEY.encode())
         trace_id = scope["glimpse.trace_id"] = trace_id_in(given)
         status = 0
@@ -76,11 +105,14 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (TRACE_ID_KEY.encode(), trace_id.encode())]
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             with ExitStack() as scope["glimpse.held"]:
-                await self.app(scope, receive, send_with_id)
+                app = self.app if (unknown := self.unknown_host(scope)) is None else refuse_host(unknown)
+                await app(scope, receive, send_with_id)
         except Exception:
             log.exception("fault", request_id=trace_id, path=scope["path"])
             if not status:
@@ -88,5 +120,11 @@ class RequestScope:
                 await body(scope, receive, send_with_id)
         finally:
             route = cast(str, getattr(scope.get("route"), "path", "none"))
-            method = scope["method"] if scope["method"] in METHODS else "other"
-            self.count(method, route, str(status))
+            self.count(method if method in METHODS else "other", route, str(status))
+
+    def unknown_host(self, scope: Scope) -> str | None:
+        """A Host header that names another service."""
+        if self.hosts is None:
+            return None
+        hosts = (value.decode("latin-1") for name, value in scope["headers"] if name == b"host")
+        return next((host for host in hosts if host and name_in(host) not in self.hosts), None)

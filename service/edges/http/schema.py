@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import orjson
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    RootModel,
     ValidationError,
-    ValidationInfo,
     WithJsonSchema,
 )
 
@@ -25,15 +24,53 @@ from service.core.errors import GlimpseError, InvalidRequest
 from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
 from service.edges.asking import Fields, source_of
-from service.edges.http.body import MAX_NAME_CHARS, FormPart
+from service.edges.http.body import FormPart
+from service.edges.http.faults import invalid_request, require_text
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
 MAX_TURNS = 64
-MAX_FAULTS = 100  # if a body has more, an error gives only their number
+
+# Least values of what divides or bounds float32 numbers behind this edge, all far above float32's smallest normal
+# number (1.2e-38). Scores of tokens are below 1,000, so that nothing that they are divided by makes them infinite.
+LEAST_TEMPERATURE = 0.01  # vLLM's bound: below it softmax is all or nothing in half precision
+LEAST_TOP_P = 1e-6  # float32 tells probabilities near 1 apart to 6e-8
+LEAST_PENALTY = 0.01  # a hundredfold score; 10 is the most
+LEAST_TIMEOUT_S = 1e-6  # Triton counts microseconds
+
+
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+        {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+            "maxItems": MAX_STOPS,
+        },
+        {"type": "null"},
+    ]
+}
+# Of a question, those that the core takes as they are.
+PLAIN_FIELDS = (
+    *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail"),
+    *("timeout_s", "priority", "stream"),
+)
+
+
+def _or(default: object) -> BeforeValidator:
+    """null stands for a field that was left out."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise ValueError(f"must be 0, which is greedy, or at least {LEAST_TEMPERATURE}")
+    return value + 0.0  # 0 for -0
 
 
 def _stops(value: object) -> object:
+    if value is None:
+        return ()
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError('must be a string or a list of strings, such as ["."]')
@@ -42,23 +79,37 @@ def _stops(value: object) -> object:
     return tuple(stops)
 
 
-JSON_EXAMPLES = {
-    "budget": '{"vision_tokens": [64, 128]}',
-    "turns": '[{"question": "is there a ring?", "answer": "yes"}]',
-}
+def _from_json_text(example: str) -> Callable[[object], object]:
+    """A form has text only."""
+
+    def parsed(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError as exc:
+            raise ValueError(f"must be JSON text, such as {example}") from exc
+
+    return parsed
 
 
-def _from_json_text(value: object, info: ValidationInfo) -> object:
-    """Parse a form's field, which is text; pass on any other value."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as exc:
-        raise ValueError(f"must be JSON text, such as {JSON_EXAMPLES[info.field_name or '']}") from exc
+NOT_BLANK = r"\S"  # said in the schema, and checked by the core
+ImageText = Annotated[str, Field(json_schema_extra={"pattern": NOT_BLANK})]
+FILES_SCHEMA = {"type": "array", "items": {"type": "string", "format": "binary", "minLength": 1}, "minItems": 1}
+
+
+def _given(name: str, kind: str) -> dict[str, Any]:
+    """The schema of an object that has this field, and not as null."""
+    return {"required": [name], "properties": {name: {"type": kind}}}
 
 
 Tokens = Annotated[int, Field(ge=0, le=1_000_000)]
+Flag = Annotated[bool, _or(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
+Temperature = Annotated[
+    float,
+    Field(ge=0, le=5, json_schema_extra={"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}),
+    AfterValidator(_temperature),
+]
 
 
 class WireTurn(BaseModel):
@@ -66,8 +117,8 @@ class WireTurn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="Turn")
 
-    question: str
-    answer: str
+    question: str = Field(json_schema_extra={"pattern": NOT_BLANK})
+    answer: str = Field(json_schema_extra={"pattern": NOT_BLANK})
 
 
 class WireBudget(BaseModel):
@@ -84,84 +135,81 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    question: str = Field(description="The question about the image.", examples=["what colour is the circle?"])
-    turns: tuple[WireTurn, ...] = Field(
-        (), max_length=MAX_TURNS, description="Earlier questions about the same images, with answers; oldest first."
+    question: str = Field(
+        description="What you want to know.",
+        examples=["what character is on the pink square?"],
+        json_schema_extra={"pattern": NOT_BLANK},
     )
-    max_tokens: int = Field(
-        Sampling().max_tokens, ge=1, le=1_000_000, description="The answer ends here at the latest."
+    turns: Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None = Field(
+        (), description="What was asked about the same images before, and answered; oldest first."
     )
-    temperature: float = Field(0.0, ge=0, le=5, description="0 takes the most likely token each time.")
-    top_k: int = Field(
-        0, ge=0, le=1_000_000, description="Draw only from this number of most likely tokens; 0: no filter."
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        Sampling().max_tokens, description="The answer ends here at the latest."
     )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Draw only from the fewest most likely tokens whose probabilities reach this sum."
+    temperature: Temperature | None = Field(0.0, description="0 takes the likeliest token each time.")
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        0, description="Draw from this many tokens; 0 switches the filter off."
+    )
+    top_p: Annotated[float, Field(ge=LEAST_TOP_P, le=1)] | None = Field(
+        1.0, description="Draw from the likeliest tokens with this much probability."
     )
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="The same seed draws the same answer.")
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1, repeated tokens become less likely.")
-    stop: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_stops),
-        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "default": []}),
-    ] = Field((), description="The answer ends before any of these strings.")
-    detail: Detail = Field(
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = Field(
+        1.0, description="Above 1, repeated tokens become less likely."
+    )
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOP_SCHEMA)] = Field(
+        (), description="The answer ends before any of these strings."
+    )
+    detail: Detail | None = Field(
         "low",
         description="`high` adds a closer view of 448x448 pixels. `auto` adds it if the question needs it, the image "
         "has the pixels and the service has room.",
     )
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
-    timeout_s: float | None = Field(None, gt=0, description="Seconds until the request is given up.")
-    priority: Priority = Field(
+    timeout_s: float | None = Field(None, ge=LEAST_TIMEOUT_S, description="Seconds until the request is given up.")
+    priority: Priority | None = Field(
         Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
     )
-    stream: bool = Field(False, description="Send the answer as server-sent events.")
-    explain: bool = Field(False, description="Add `relevance`: where the model looked, and why.")
+    stream: Flag = Field(False, description="Server-sent events as the answer is written.")
+    explain: Flag = Field(False, description="Tell where the image was looked at closely, and why.")
 
     def _fields(self, image: str | None, images: Sequence[ImageSource | str] | None) -> Fields:
+        """null stands for a field that was left out."""
         budget = self.budget or WireBudget()
+        given = {name: value for name in PLAIN_FIELDS if (value := getattr(self, name)) is not None}
         return Fields(
             parts=(Text(self.question),),
             image=image,
             images=None if images is None else tuple(images),
-            turns=tuple(Exchange((Text(turn.question),), turn.answer) for turn in self.turns),
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            repetition_penalty=self.repetition_penalty,
-            stop=self.stop,
-            detail=self.detail,
+            turns=tuple(Exchange((Text(turn.question),), turn.answer) for turn in self.turns or ()),
             vision_tokens=budget.vision_tokens,
             visual_tokens=budget.visual_tokens,
-            timeout_s=self.timeout_s,
-            priority=self.priority,
-            stream=self.stream,
+            **given,
         )
 
 
 class VqaRequest(Asked):
     """A question about one image or several, as JSON."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["image"]}, {"required": ["images"]}]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_given("image", "string"), _given("images", "array")]})
 
-    image: str | None = Field(
+    image: ImageText | None = Field(
         None,
         description="Base64, a `data:` URL, or the id `img_...` of an image sent to `POST /v1/images`.",
         examples=["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b"],
     )
-    images: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Several images in place of `image`; the model reads them in this order."
+    images: Annotated[tuple[ImageText, ...], Field(min_length=1)] | None = Field(
+        None, description="Several, each as `image`, in its place; the model reads them in this order."
     )
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
-        """Read a JSON body. Types are not converted: "16" is not a number. Raises InvalidRequest."""
+        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        require_text(body)
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as exc:
-            raise invalid_request(exc, cls.model_fields) from exc
+            raise invalid_request(exc, cls.model_fields, NESTED) from exc
 
     def fields(self) -> Fields:
         return self._fields(self.image, self.images)
@@ -170,11 +218,16 @@ class VqaRequest(Asked):
 class VqaForm(Asked):
     """A question about one image or several, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
 
-    image: list[bytes] = Field(description="The file, or the same text as JSON's `image`. The field may repeat.")
-    turns: Annotated[tuple[WireTurn, ...], BeforeValidator(_from_json_text)] = Field(
-        (), max_length=MAX_TURNS, description="JSON text, as in JSON's `turns`."
+    model_config = ConfigDict(json_schema_extra={"required": ["question", "image"]})
+
+    image: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA)] = Field(
+        default_factory=list, description="The file, or what JSON's `image` may hold; it may repeat."
     )
-    budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text)] = Field(
+    turns: Annotated[
+        Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None,
+        BeforeValidator(_from_json_text('[{"question": "which shape?", "answer": "a circle"}]')),
+    ] = Field((), description="JSON text, as in JSON's `turns`.")
+    budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text('{"vision_tokens": [64, 128]}'))] = Field(
         None, description="JSON text, as in JSON's `budget`."
     )
 
@@ -185,64 +238,54 @@ class VqaForm(Asked):
         images: list[ImageSource] = []
         for part in parts:
             name = part.name
-            if name in fields and name not in ("image", "stop"):
-                raise InvalidRequest(f"{name} is given twice: send it once", param=name)
-            if name == "image":
-                fields.setdefault(name, []).append(b"")
-                images.append(ImageBytes(bytes(part.data)) if part.is_file else source_of(_text(part)))
+            if name not in cls.model_fields:
+                fields[name] = None  # refused below by its name, whatever it holds
+            elif name == "image":
+                if _is_file(part):
+                    images.append(ImageBytes(bytes(part.data)))
+                elif (text := _text(part)).strip() != "null":
+                    images.append(source_of(text))
             elif name == "stop":
                 fields.setdefault(name, []).append(_text(part))
+            elif name in fields:
+                raise InvalidRequest(f"{name} is given twice", param=name)
             else:
                 fields[name] = _text(part)
-        nothing = [name for name in ("seed", "budget", "timeout_s") if fields.get(name) == "null"]
+        given = {name: value for name, value in fields.items() if name == "question" or value not in NOTHING}
         try:
-            return cls.model_validate({name: fields[name] for name in fields.keys() - nothing}), images
+            return cls.model_validate(given), images
         except ValidationError as exc:
-            raise invalid_request(exc, cls.model_fields) from exc
+            raise invalid_request(exc, cls.model_fields, NESTED) from exc
 
     def fields(self, images: Sequence[ImageSource]) -> Fields:
-        """Return the checked fields. `images` are those that `from_parts` returned."""
-        return self._fields(None, images)
+        """`images` are those that `from_parts` gave."""
+        return self._fields(None, images or None)
+
+
+NESTED = {"turns": WireTurn.model_fields, "budget": WireBudget.model_fields}
+NOTHING = ("null", ["null"])  # a form's words for a field that is left out
+
+
+def _is_file(part: FormPart) -> bool:
+    """Whether a form's image is a file: by its name, by its type, or as it is no text."""
+    content_type = part.headers.get(b"content-type", b"").lower()
+    return part.is_file or content_type.startswith((b"image/", b"application/octet-stream")) or not _is_utf8(part.data)
+
+
+def _is_utf8(data: bytearray) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _text(part: FormPart) -> str:
     try:
         return part.data.decode()
     except UnicodeDecodeError as exc:
-        raise InvalidRequest(
-            f"{part.name} is not UTF-8 text: send text, or send a file as image (curl -F image=@FILE)", param=part.name
-        ) from exc
-
-
-def invalid_request(exc: ValidationError, known: dict[str, Any]) -> InvalidRequest:
-    """Describe a body's first fault, and count the others. The message quotes only a short piece of the body."""
-    count = exc.error_count()
-    if count > MAX_FAULTS:
-        return InvalidRequest(f"the body has {count:,} faults; the fields are {', '.join(known)}")
-    fault = exc.errors(include_url=False)[0]
-    param = ".".join(str(step) for step in fault["loc"])[:MAX_NAME_CHARS]
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    match fault["type"]:
-        case "json_invalid":
-            reason = fault["msg"].removeprefix("Invalid JSON: ")
-            return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
-        case "extra_forbidden":
-            near = difflib.get_close_matches(param, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
-            return InvalidRequest(f"there is no field {param!r}: {mend}{more}", param=param, code="unknown_field")
-        case "missing":
-            return InvalidRequest(f"the field {param} is missing{more}", param=param, code="missing_field")
-        case "model_type" | "model_attributes_type":
-            return InvalidRequest(f"{param or 'the body'} must be a JSON object", param=param or None)
-        case "too_short":
-            reason = f"must have {fault['ctx']['min_length']} or more items"
-        case "too_long":
-            reason = f"must have {fault['ctx']['max_length']} or fewer items"
-        case _:
-            reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    given = reprlib.repr(fault["input"])  # repr itself has no bound, and fails on deeply nested values
-    shown = given if len(given) <= 60 else f"{given[:57]}..."
-    return InvalidRequest(f"{param} {reason}; it is {shown}{more}", param=param)
+        mend = "send the file in the field image" if part.is_file else "encode it as UTF-8"
+        raise InvalidRequest(f"{part.name} is not UTF-8 text: {mend}", param=part.name) from exc
 
 
 class Usage(BaseModel):
@@ -344,6 +387,34 @@ class VqaEnd(BaseModel):
         }
 
 
+class WireError(BaseModel):
+    model_config = ConfigDict(title="Error")
+
+    message: str = Field(description="What is wrong and what to do.")
+    type: str
+    param: str | None = Field(description="The field at fault.")
+    code: str = Field(description="Stable, for programs.")
+
+
+class ErrorBody(BaseModel):
+    error: WireError
+
+    @classmethod
+    def of(cls, error: GlimpseError) -> Self:
+        return cls(error=WireError(message=error.message, type=error.type, param=error.param, code=error.code))
+
+
+class VqaDelta(BaseModel):
+    """The next piece of the answer's text."""
+
+    id: str
+    delta: str
+
+
+class VqaEvent(RootModel[VqaDelta | VqaEnd | ErrorBody]):
+    """One event of a stream: deltas, then the end; or an error in place of what was still to come."""
+
+
 class VqaAnswer(VqaEnd):
     answer: str = Field(description="The whole answer.")
 
@@ -360,23 +431,6 @@ class UploadedImage(BaseModel):
         return cls(
             id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, expires_at=round(kept.expires_at, 3)
         )
-
-
-class WireError(BaseModel):
-    model_config = ConfigDict(title="Error")
-
-    message: str = Field(description="What is wrong and what to do.")
-    type: str
-    param: str | None = Field(description="The field at fault.")
-    code: str = Field(description="Stable, for programs.")
-
-
-class ErrorBody(BaseModel):
-    error: WireError
-
-    @classmethod
-    def of(cls, error: GlimpseError) -> Self:
-        return cls(error=WireError(message=error.message, type=error.type, param=error.param, code=error.code))
 
 
 class CloserView(BaseModel):
@@ -423,4 +477,4 @@ class ModelList(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok", "not ready"]
-    faults: dict[str, str] = Field(default_factory=dict, description="By model, why it does not answer.")
+    faults: dict[str, str] = Field(default_factory=dict, description="By model or `gateway`, why it does not answer.")

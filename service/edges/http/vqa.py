@@ -14,11 +14,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import Cancelled, GlimpseError, InvalidRequest
+from service.core.errors import Cancelled, GlimpseError, TooLarge
 from service.edges.asking import to_request
 from service.edges.caller import Caller
-from service.edges.http.body import FORM, JSON, parse_form, read_body
+from service.edges.http.body import BOM, JSON, FormPart, parse_form, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
+from service.edges.http.faults import no_question
+from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, require_small
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.pipeline import Reservation
@@ -54,10 +56,13 @@ async def ask(request: Request) -> Response:
 
 
 async def read_question(request: Request, edge: Edge) -> Ask:
-    """Reserve, read and parse a question. Raises InvalidRequest, TooLarge, SlowBody, Overloaded, Cancelled."""
+    """Reserve, read and parse a question.
+
+    Raises InvalidRequest, UnsupportedEncoding, TooLarge, SlowBody, Overloaded, Cancelled.
+    """
     caller = caller_of(request)
     reservation = reserved(request, caller.tenant)
-    body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies.timeout_s, reservation.reserve_bytes)
+    body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
     content_type = request.headers.get("content-type", JSON)
     if len(body) > INLINE_PARSE_BYTES:
         parsed, asked = await asyncio.to_thread(parse_question, body, content_type, caller, edge)
@@ -69,23 +74,32 @@ async def read_question(request: Request, edge: Edge) -> Ask:
 def parse_question(
     body: bytes, content_type: str, caller: Caller, edge: Edge
 ) -> tuple[VqaRequest | VqaForm, core_request.Request]:
-    """Parse a body by its content type -> the wire type and the core Request. Raises InvalidRequest."""
+    """Parse a body by its content type -> the wire type and the core Request. Raises InvalidRequest, TooLarge."""
     parsed: VqaRequest | VqaForm
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
+            body = body.removeprefix(BOM)
+            require_small(body, edge.questions.max_question_chars, VqaRequest.model_fields)
             parsed = VqaRequest.from_json(body)
             fields = parsed.fields()
         case "multipart/form-data":
-            parsed, images = VqaForm.from_parts(parse_form(body, content_type))
+            parts = parse_form(body, content_type)
+            require_small_parts(parts, edge.questions.max_question_chars)
+            parsed, images = VqaForm.from_parts(parts)
             fields = parsed.fields(images)
         case other:
-            raise InvalidRequest(
-                f"content-type {other[:80]!r} is not supported: send {JSON} (curl -H 'content-type: {JSON}' -d ...) or "
-                f"{FORM} (curl -F image=@FILE -F question=...)",
-                code="unsupported_content_type",
-            )
+            raise no_question(body, other)
     asked = to_request(fields, edge.pipeline.card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
     return parsed, asked
+
+
+def require_small_parts(parts: list[FormPart], max_question_chars: int) -> None:
+    """All but the images. Raises TooLarge."""
+    for part in parts:
+        if part.name in ("turns", "budget"):
+            require_small(part.data, max_question_chars)
+        elif part.name != "image" and len(part.data) > MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars:
+            raise TooLarge(f"{part.name} has {len(part.data):,} bytes: shorten it", param=part.name)
 
 
 async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:

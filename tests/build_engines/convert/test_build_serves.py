@@ -18,7 +18,7 @@ from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.triton import TritonClient
-from service.triton_server.installation import Ports
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
 from tests.support.servers import StartGateway, free_ports
@@ -49,14 +49,13 @@ def expected(family: Family) -> list[list[int]]:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def address(family: Family, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """gRPC address of a Triton that serves the built repository."""
-    ports = Ports(*free_ports(3))
-    url = f"127.0.0.1:{ports.grpc}"
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
     log_path = tmp_path_factory.mktemp("triton") / "triton.log"
     async with (
-        TritonClient(url, url) as client,
-        EmbeddedTriton(family.repository, client=client, card=family.card, log_path=log_path, ports=ports),
+        TritonClient(access.url, access.url) as client,
+        EmbeddedTriton(family.repository, client=client, card=family.card, log_path=log_path, access=access),
     ):
-        yield url
+        yield access.url
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

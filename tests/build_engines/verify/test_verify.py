@@ -19,7 +19,7 @@ from build_engines.verify.live import Served, check_served, gpu_memory
 from build_engines.verify.report import Report
 from build_engines.verify.serve import Images, containers
 from service.core.card import ModelCard
-from service.triton_server.installation import Ports
+from service.triton_server.access import Ports
 from service.triton_server.supervision import EmbeddedTriton
 
 ROOT = Path(__file__).parents[3]
@@ -42,8 +42,8 @@ def test_the_reference_repositorys_files_are_right(repository: Path, capsys: pyt
 async def test_the_reference_repository_serves_what_its_graphs_say(
     repository: Path, card: ModelCard, triton: EmbeddedTriton, tmp_path: Path
 ) -> None:
-    url = f"127.0.0.1:{triton.ports.grpc}"
-    metrics = f"http://127.0.0.1:{triton.ports.metrics}/metrics"
+    url = triton.access.url
+    metrics = f"http://127.0.0.1:{triton.access.ports.metrics}/metrics"
     report = Report()
     await check_served(repository, card, Served(url, url, metrics, repository, None, scenes=4, repeats=2), report)
     assert report.failed == []
@@ -156,7 +156,7 @@ def test_an_engine_is_held_against_the_card(repository: Path, card: ModelCard, t
 
 
 def test_plans_are_served_by_two_containers(card: ModelCard, tmp_path: Path) -> None:
-    ports = (Ports(1, 2, 3), Ports(4, 5, 6))
+    ports = (Ports(2, 3), Ports(5, 6))
     vision, llm = containers(tmp_path, card, Images("vision:tag", "llm:tag", "/repository"), ports)
     for line, image, loads, port in ((vision, "vision:tag", ["see", "attend"], 2), (llm, "llm:tag", ["llm"], 5)):
         assert line[:5] == ["docker", "run", "--rm", "--gpus", "all"]

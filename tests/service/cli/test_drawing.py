@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image as Pillow
 
 from service.cli.drawing import COLOURS, IMAGE_SIDE, WAYS, explain, png
+from service.media.decoder import ImageLimits, decode
 from tests.support.fakes import png as image_file
 
 QUESTION = "which character is on the $red$ square?"
@@ -105,6 +106,30 @@ def test_the_picture_is_upright_square_and_without_transparency() -> None:
     assert seen[-5, 264].tolist() == [255, 255, 255]
 
 
+def test_exif_behind_the_pixels_turns_the_picture_as_it_turns_the_services() -> None:
+    image = Pillow.new("RGB", (60, 30), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 30, 30))
+    exif = Pillow.Exif()
+    exif[0x0112] = 6
+    out = BytesIO()
+    image.save(out, "PNG", exif=exif)
+    early = out.getvalue()
+    start = early.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(early[start : start + 4], "big")
+    late = early[:start] + early[end:-12] + early[start:end] + early[-12:]
+    drawn = layer(panels(explain(late, QUESTION, answer()))["image"], 0)
+    served = decode(late, ImageLimits()).pixels.transpose(1, 2, 0)
+    assert drawn[5, 264].tolist() == served[2, 112].tolist() == [255, 0, 0]
+    assert drawn[-5, 264].tolist() == served[-2, 112].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("light", [0, 77, 200, 255])
+def test_sixteen_bit_grey_is_drawn_as_grey(light: int) -> None:
+    out = BytesIO()
+    Pillow.fromarray(np.full((40, 40), light << 8, np.uint16)).save(out, "PNG")
+    assert (layer(panels(explain(out.getvalue(), QUESTION, answer()))["image"], 0) == light).all()
+
+
 def test_what_is_no_image_is_not_drawn() -> None:
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(OSError, match="not an image that can be read"):
         explain(b"no image", QUESTION, answer())

@@ -31,6 +31,8 @@ from tests.support.fakes import CARD, CLOSER, House, png
 from tests.support.paths import PROJECT
 from tests.support.servers import eventually, free_ports
 
+UNKNOWN = "img_" + 32 * "0"
+
 
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
@@ -101,7 +103,7 @@ def test_explain_with_json_prints_the_numbers_that_are_drawn(server, image, tmp_
     [
         (["-", "a?", "--explain", "looked.svg"], "looked.svg is not a .png file: write --explain looked.png"),
         (["-", "a?", "b?", "--explain", "looked.png"], "--explain draws one question"),
-        (["img_0", "a?", "--explain", "looked.png"], "name its file, not its id"),
+        ([UNKNOWN, "a?", "--explain", "looked.png"], "name its file, not its id"),
     ],
 )
 def test_explain_says_what_it_cannot_draw_before_it_asks(server, arguments, told):
@@ -170,7 +172,7 @@ def test_without_a_server_it_says_how_to_start_one(command):
     assert f"nothing answers at http://127.0.0.1:{port}: start the service with `make serve`" in error
 
 
-@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["ask", "img_1", "a?"], ["eval"]])
+@pytest.mark.parametrize("command", [["ask", "-", "a?"], ["ask", UNKNOWN, "a?"], ["eval"]])
 def test_another_service_that_is_content_is_told_in_a_line(command):
     class Page(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -199,6 +201,12 @@ def test_a_port_that_two_bind_at_once_is_told_to_the_second():
     settings = Settings(http_port=port)
     with bound(settings), pytest.raises(StartFailed, match=f"cannot listen on 127.0.0.1:{port}"):
         bound(settings)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "192.0.2.1"])
+def test_a_host_that_is_another_machine_is_told(host):
+    with pytest.raises(StartFailed, match=f"GLIMPSE_HTTP_HOST {host} is no address of this machine"):
+        bound(Settings(http_host=host))
 
 
 def test_warm_has_every_image_encoded_once(server, tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
-from base64 import b64encode
+from base64 import b64encode, encodebytes, urlsafe_b64encode
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
-from service.core.errors import InvalidRequest
+from service.core.errors import InvalidImage, InvalidRequest
 from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Sampling, Text
 from service.edges.asking import Fields, QuestionLimits, source_of, to_request
 from tests.support.fakes import CARD, CLOSER
@@ -16,6 +18,7 @@ from tests.support.fakes import CARD, CLOSER
 LIMITS = QuestionLimits(max_question_chars=100, default_timeout_s=30, max_timeout_s=120)
 IMAGE = ImageBytes(b"an image")
 QUESTION = Fields(parts=(Text(" what colour? "),), images=(IMAGE,))
+BYTES = bytes(range(255, 0, -1))  # the last two letters of the alphabets are in them
 TURN = Exchange((Text(" which shape? "),), " a circle ")
 
 
@@ -66,6 +69,12 @@ def test_images_that_have_a_place_keep_it():
         (b64encode(b"file").decode(), ImageBytes(b"file")),
         (f" {b64encode(b'file').decode()}\n", ImageBytes(b"file")),
         (f"data:image/png;base64,{b64encode(b'file').decode()}", ImageBytes(b"file")),
+        (b64encode(b"\xfb\xff\xfe").decode().rstrip("="), ImageBytes(b"\xfb\xff\xfe")),
+        *((urlsafe_b64encode(BYTES[:size]).decode(), ImageBytes(BYTES[:size])) for size in range(4)),
+        *((urlsafe_b64encode(BYTES[:size]).decode().rstrip("="), ImageBytes(BYTES[:size])) for size in range(4)),
+        *((encodebytes(BYTES[:size]).decode(), ImageBytes(BYTES[:size])) for size in (76, 77, 78)),
+        (f"data:image/png;base64,{urlsafe_b64encode(BYTES[:1]).decode().rstrip('=')}", ImageBytes(BYTES[:1])),
+        ("+_-/", ImageBytes(b"\xfb\xff\xbf")),
         (" img_0123", ImageId("img_0123")),
         ("HTTPS://example.com/x.png", ImageUrl("HTTPS://example.com/x.png")),
     ],
@@ -99,6 +108,31 @@ def test_a_field_that_breaks_a_rule_is_named(changes, param, message):
         to_request(replace(QUESTION, **changes), CARD, LIMITS)
     assert caught.value.param == param
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("aGVsbG8!", "its character 8 is '!'"),
+        ("  aG.VsbG8=", "its character 5 is '.'"),
+        ("data:image/png;base64,aGVs*G8=", "its character 27 is '*'"),
+        ("aGV=sbG8=", "its character 4 is '='"),
+        ("aG\nVs\nbé8=", "its character 8 is 'é'"),
+        ("/home/me/x.jpg", "its character 11 is '.'"),
+        ("aGVsb", "5 characters are one too many or end too early"),
+    ],
+)
+def test_the_character_that_is_not_base64_is_named(text, told):
+    with pytest.raises(InvalidImage, match=re.escape(told)):
+        source_of(text)
+
+
+@pytest.mark.parametrize("junk", ["=", "= ", " ", "aaa=", "é"])
+def test_what_is_no_base64_is_refused_at_once(junk):
+    begun = time.process_time()
+    with suppress(InvalidImage):
+        source_of("a" + junk * (2_000_000 // len(junk)) + "!")
+    assert time.process_time() - begun < 0.5
 
 
 @pytest.mark.parametrize("filler", [";", "a", ";a", ";base64"])

@@ -1,5 +1,6 @@
 import contextlib
 import zlib
+from base64 import b64encode
 from io import BytesIO
 
 import numpy as np
@@ -156,20 +157,43 @@ def test_one_pixel_is_an_image():
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"hello", "start with 68 65 6c 6c 6f: send PNG, JPEG, WebP or GIF"),
+        (b"hello", "looks like plain text; send PNG, JPEG, WebP or GIF"),
+        ("Grüße, " * 300, "looks like plain text"),
+        (b"\x80\x81\x82", "its 3 bytes are of no format that is known here; send PNG"),
         (b"<!DOCTYPE html><html>", "looks like an HTML page"),
-        (b'  <svg xmlns="">', "looks like SVG"),
-        (b"%PDF-1.7", "looks like PDF"),
-        (b"\0\0\0\x18ftypheic....", "looks like HEIC"),
-        (encoded(picture(), "TIFF"), "looks like TIFF"),
-        (encoded(picture(), "BMP"), "looks like BMP"),
-        (b"\x89PNG\r\n\x1a\n", "cannot be read"),
-        (b"\xff\xd8\xff\xe0", "cannot be read"),
+        (b'  <svg xmlns="">', "looks like an SVG drawing"),
+        (b'<?xml version="1.0"?><!-- Generator: --><svg xmlns="">', "looks like an SVG drawing"),
+        (b'<?xml version="1.0"?><rss>', "looks like an XML file"),
+        (b"%PDF-1.7", "looks like a PDF document"),
+        (b"\0\0\0\x18ftypheic....", "looks like a HEIC image"),
+        (b"\0\0\0\x20ftypmif1....", "looks like a HEIF image"),
+        (b"\0\0\0\x20ftypavif....", "looks like an AVIF image"),
+        (b"\0\0\0\x20ftypisom....", "looks like an MP4 video"),
+        (b"\0\0\0\x14ftypqt  ....", "looks like a QuickTime video"),
+        (b"\x1a\x45\xdf\xa3....webm", "looks like a WebM or Matroska video"),
+        (b"RIFF\0\0\1\0AVI LIST", "looks like an AVI video"),
+        (b"RIFF\0\0\1\0WAVEfmt ", "looks like a WAV sound"),
+        (encoded(picture(), "TIFF"), "looks like a TIFF"),
+        (encoded(picture(), "BMP"), "looks like a BMP image"),
+        (encoded(picture(), "ICO"), r"looks like an icon \(ICO\)"),
+        (encoded(picture(), "PPM"), "looks like a Netpbm image"),
+        (b"\xff\x0a\xfa\x7f", "looks like a JPEG XL image"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "looks like a JPEG XL image"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "looks like a JPEG 2000 image"),
+        (b"PK\x03\x04....", "looks like a ZIP archive"),
+        (b'{"image": ', "looks like JSON"),
+        (b64encode(encoded(picture(4, 4))), "looks like an image in base64: decode it first"),
+        (b"https://example.org/a.png", "looks like the address of a file"),
+        (encoded(picture(4, 4)).replace(b"\r", b"").replace(b"\n", b""), "changed as text on the way"),
+        (encoded(picture(4, 4), "JPEG").decode("latin-1").encode(), "changed as text on the way"),
+        (encoded(picture(4, 4), "JPEG").decode(errors="replace").encode(), "changed as text on the way"),
+        (b"\x89PNG\r\n\x1a\n", "damaged or cut short"),
+        (b"\xff\xd8\xff\xe0", "damaged or cut short"),
     ],
 )
 def test_what_is_no_image_says_what_to_send(data, message):
     with pytest.raises(InvalidImage, match=message):
-        decode(data, LIMITS)
+        decode(data.encode() if isinstance(data, str) else data, LIMITS)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])

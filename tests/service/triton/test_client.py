@@ -315,7 +315,7 @@ async def test_the_llm_soon_works_no_more_for_a_closed_stream(asker: Asker, trit
 
     async def llm(http: httpx.AsyncClient) -> tuple[int, bool]:
         """Tokens generated since the start, and whether nothing runs."""
-        text = (await http.get(f"http://127.0.0.1:{triton.ports.metrics}/metrics")).text
+        text = (await http.get(f"http://127.0.0.1:{triton.access.ports.metrics}/metrics")).text
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("glimpse_llm_"))
         running = next(value for name, value in values.items() if 'state="running"' in name)
         return int(float(values["glimpse_llm_tokens_total"])), float(running) == 0
@@ -610,3 +610,19 @@ async def test_an_unloaded_model_is_unavailable_until_it_is_loaded(
         return True
 
     await eventually_async(back, 10, "see is back")
+
+
+async def test_a_model_that_requests_find_dead_fails_until_one_is_answered(card: ModelCard) -> None:
+    """`see` has no server here; `attend` shares steps with it and is not blamed."""
+    async with served(OnlyAttends(card.hidden_size)) as client:
+        await client.probe("attend", card)
+        assert not client.failing("see")
+        with pytest.raises(Unavailable):
+            await client.probe("see", card)
+        assert client.failing("see")
+        assert not client.failing("attend")
+        client.abandon("qformer")
+        assert client.failing("attend")
+        await client.probe("attend", card, fresh_s=60)
+        assert not client.failing("attend")
+        assert client.failing("see")

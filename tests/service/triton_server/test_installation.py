@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from service.triton_server.access import Ports
 from service.triton_server.installation import (
     Installation,
-    Ports,
     StartFailed,
     check_libraries,
     check_platform,
@@ -73,13 +73,13 @@ def test_a_missing_library_of_this_python_is_named_though_the_wheel_bundles_one(
 
 
 def test_a_taken_port_is_named_with_its_setting() -> None:
-    http, grpc, metrics = free_ports(3)
-    check_ports(Ports(http, grpc, metrics))
+    grpc, metrics = free_ports(2)
+    check_ports(Ports(grpc, metrics))
     with (
         socket.create_server(("127.0.0.1", grpc)),
         pytest.raises(StartFailed, match=f"{grpc} .*GLIMPSE_TRITON_GRPC_PORT"),
     ):
-        check_ports(Ports(http, grpc, metrics))
+        check_ports(Ports(grpc, metrics))
 
 
 def test_a_folder_without_models_is_named(tmp_path: Path, repository: Path) -> None:

@@ -2,10 +2,72 @@
 
 from __future__ import annotations
 
-from service.triton_server.processes import region_bytes
+import errno
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from service.triton_server.processes import ModelProcess, Proc, ServerProcess, region_bytes
+from tests.support.servers import eventually
 
 
 def test_regions_take_a_quarter_of_the_shared_memory_at_most() -> None:
     assert region_bytes(free=8 << 30, models=12) == 32 << 20
     assert region_bytes(free=512 << 20, models=16) == 8 << 20
     assert region_bytes(free=16 << 20, models=12) == 1 << 20  # Triton's own, which grows
+
+
+class Failing(Proc):
+    """Cannot be asked, for this reason."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def read(self, pid: int, name: str) -> str:
+        raise OSError(self.code, os.strerror(self.code))
+
+
+class Telling(Proc):
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def read(self, pid: int, name: str) -> str:
+        return self.text
+
+
+def lost(proc: Proc) -> bool:
+    """Whether a process of a running server counts as dead, as this reader tells of it."""
+    server = ServerProcess("glimpse-test-none-", proc)
+    server.start(["/bin/sleep", "60"], dict(os.environ), subprocess.DEVNULL)
+    assert server.pid is not None
+    try:
+        return server.has_lost(ModelProcess("llm", server.pid, Path("/dev/shm/none")))
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.EIO, errno.EINTR])
+def test_a_question_that_could_not_be_asked_is_no_death(code: int) -> None:
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        lost(Failing(code))
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ESRCH])
+def test_a_process_that_is_not_there_is_dead(code: int) -> None:
+    assert lost(Failing(code))
+
+
+def test_a_process_is_alive_until_it_ends_or_its_number_is_anothers() -> None:
+    assert not lost(Proc())
+    assert lost(Telling("1 (a) b) Z 1 1 1"))
+    assert lost(Telling("1 (triton_python_b) S 1 1 1"))  # of another group
+
+
+def test_what_a_server_makes_is_for_its_user_alone(tmp_path: Path) -> None:
+    server = ServerProcess("glimpse-test-none-", Proc())
+    server.start(["/bin/mkdir", str(tmp_path / "made")], dict(os.environ), subprocess.DEVNULL)
+    eventually(lambda: server.exit_status == 0, 10, "made")
+    assert (tmp_path / "made").stat().st_mode & 0o077 == 0

@@ -25,7 +25,8 @@ from service.core.request import Budget, Sampling
 from service.core.vision import UInt8Array
 from service.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.installation import Ports, StartFailed
+from service.triton_server.access import Access, Ports
+from service.triton_server.installation import StartFailed
 from service.triton_server.processes import SHARED_MEMORY
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.paths import SCENES
@@ -59,24 +60,22 @@ async def test_a_model_that_cannot_load_ends_the_start_with_its_own_words(
         shutil.copytree(repository / name, broken / name, ignore=shutil.ignore_patterns("*.onnx"))
     shutil.copy(repository / "card.json", broken)
     (broken / "llm" / "1" / "model.py").write_text("raise RuntimeError('no weights here')\n")
-    ports = Ports(*free_ports(3))
-    url = f"127.0.0.1:{ports.grpc}"
-    async with TritonClient(url, url) as client:
-        triton = EmbeddedTriton(broken, client=client, card=card, log_path=tmp_path / "log", ports=ports)
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    async with TritonClient(access.url, access.url) as client:
+        triton = EmbeddedTriton(broken, client=client, card=card, log_path=tmp_path / "log", access=access)
         with pytest.raises(StartFailed, match="no weights here"):
             async with triton:
                 pass
-    assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+    assert not regions(access.region_prefix)
 
 
 @pytest.mark.servers
 async def test_a_server_that_crashes_while_starting_is_started_again(
     repository: Path, card: ModelCard, tmp_path: Path
 ) -> None:
-    ports = Ports(*free_ports(3))
-    url = f"127.0.0.1:{ports.grpc}"
-    async with TritonClient(url, url) as client:
-        triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "triton.log", ports=ports)
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    async with TritonClient(access.url, access.url) as client:
+        triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "triton.log", access=access)
         entering = asyncio.create_task(triton.__aenter__())
         try:
             await eventually_async(lambda: asyncio.sleep(0, triton.pid), 20, "a process")
@@ -93,11 +92,10 @@ async def test_a_server_that_crashes_while_starting_is_started_again(
 
 @pytest.mark.servers
 async def test_a_start_that_takes_too_long_is_given_up(repository: Path, card: ModelCard, tmp_path: Path) -> None:
-    ports = Ports(*free_ports(3))
-    url = f"127.0.0.1:{ports.grpc}"
-    async with TritonClient(url, url) as client:
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    async with TritonClient(access.url, access.url) as client:
         triton = EmbeddedTriton(
-            repository, client=client, card=card, log_path=tmp_path / "log", ports=ports, start_timeout_s=0.05
+            repository, client=client, card=card, log_path=tmp_path / "log", access=access, start_timeout_s=0.05
         )
         with pytest.raises(StartFailed, match=r"not ready within 0\.05 s"):
             async with triton:
@@ -105,7 +103,7 @@ async def test_a_start_that_takes_too_long_is_given_up(repository: Path, card: M
     group = triton.pid
     assert group is not None
     eventually(lambda: not processes(group), 5, "who was told to die is dead")
-    assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+    assert not regions(access.region_prefix)
 
 
 class Load:
@@ -162,10 +160,9 @@ async def test_a_killed_process_is_back_within_ten_seconds_and_nobody_hangs(
     repository: Path, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array, tmp_path: Path
 ) -> None:
     """kill -9, under load: the LLM's process, the vision encoder's, two at once, and at last the server itself."""
-    ports = Ports(*free_ports(3))
-    url = f"127.0.0.1:{ports.grpc}"
-    async with TritonClient(url, url) as client:
-        triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "triton.log", ports=ports)
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    async with TritonClient(access.url, access.url) as client:
+        triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "triton.log", access=access)
         begun = time.monotonic()
         async with triton:
             # A start takes 3 s on a quiet machine. One so crowded that it takes longer is given as much more.
@@ -192,11 +189,11 @@ async def test_a_killed_process_is_back_within_ten_seconds_and_nobody_hangs(
             assert load.outcomes["look"] > 0
             assert load.outcomes["speak"] > 0
             second_group = triton.pid
-            assert regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+            assert regions(access.region_prefix)
     assert not triton.ready
     for old in (group, second_group):
         eventually(lambda old=old: not processes(old), 2, "no process left")
-    assert not regions(f"glimpse-{os.getpid()}-{ports.grpc}-")
+    assert not regions(access.region_prefix)
 
 
 def _all_replaced(triton: EmbeddedTriton, dead: list[int]) -> Callable[[], Awaitable[bool]]:
@@ -210,15 +207,14 @@ def _all_replaced(triton: EmbeddedTriton, dead: list[int]) -> Callable[[], Await
 async def test_a_hanging_model_is_noticed_and_the_server_restarted(
     repository: Path, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array, tmp_path: Path
 ) -> None:
-    ports = Ports(*free_ports(3))
-    url = f"127.0.0.1:{ports.grpc}"
-    async with TritonClient(url, url) as client:
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    async with TritonClient(access.url, access.url) as client:
         triton = EmbeddedTriton(
             repository,
             client=client,
             card=card,
             log_path=tmp_path / "triton.log",
-            ports=ports,
+            access=access,
             canary_interval_s=0.1,
             canary_timeout_s=1.0,
         )

@@ -20,7 +20,7 @@ class Caller:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://glimpse")
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://localhost")
 
     async def ask(self, **changes: object) -> httpx.Response:
         return await self.http.post("/v1/vqa", json={"image": IMAGE, "question": "what colour?"} | changes)
@@ -85,8 +85,8 @@ async def test_the_first_value_beyond_a_limit_is_refused(caller, field, value, s
     assert said in message
 
 
-LEAST_TAKEN = {"timeout_s": 0.9, "temperature": 0, "top_k": 0, "top_p": 0.001, "seed": 0, "repetition_penalty": 0.001}
-TOO_LITTLE = {"timeout_s": 0, "temperature": -0.001, "top_k": -1, "top_p": 0, "seed": -1, "repetition_penalty": 0}
+LEAST_TAKEN = {"timeout_s": 0.9, "temperature": 0, "top_k": 0, "top_p": 1e-6, "seed": 0, "repetition_penalty": 0.01}
+TOO_LITTLE = {"timeout_s": 0, "temperature": 0.009, "top_k": -1, "top_p": 9e-7, "seed": -1, "repetition_penalty": 0.009}
 
 
 @pytest.mark.parametrize("field", LEAST_TAKEN)
@@ -129,9 +129,9 @@ async def test_64_turns_are_taken_and_65_are_not():
     turn = {"question": "a", "answer": "b"}
     # 64 turns are longer than the tiny model's context: what is said of them then is another refusal.
     assert "context" in (await caller.ask(turns=[turn] * 64)).json()["error"]["code"]
-    assert "64 or fewer items" in refusal(await caller.ask(turns=[turn] * 65))[1]
+    assert "at most 64 items" in refusal(await caller.ask(turns=[turn] * 65))[1]
     form = await caller.fill_in(turns=json.dumps([turn] * 65))
-    assert "64 or fewer items" in refusal(form)[1]
+    assert "at most 64 items" in refusal(form)[1]
     await caller.close()
 
 
@@ -143,11 +143,15 @@ async def test_null_in_a_form_is_a_field_left_out(caller, field):
     assert (await caller.ask(**{field: None})).status_code == 200
 
 
-@pytest.mark.parametrize("field", ["question", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty"])
-async def test_null_is_no_value_of_other_fields(caller, field):
-    if field != "question":  # a form's question may say null
-        assert refusal(await caller.fill_in(**{field: "null"}))[0] == field
-    assert refusal(await caller.ask(**{field: None}))[0] == field
+async def test_null_is_no_question(caller):
+    """A form's question may say null."""
+    assert refusal(await caller.ask(question=None))[0] == "question"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "temperature", "top_k", "top_p", "repetition_penalty"])
+async def test_null_leaves_any_other_field_out(caller, field):
+    for response in (await caller.ask(**{field: None}), await caller.fill_in(**{field: "null"})):
+        assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize("as_form", [True, False])

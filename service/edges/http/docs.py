@@ -1,0 +1,60 @@
+"""GET /docs: the API to read and to try, from files of the package, so that it needs no internet."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+STATIC = Path(__file__).parent / "static"  # README.md in it names source and licence
+
+# Relative addresses, so that it works behind a path too. Swagger UI asks swagger.io to check what is not on localhost;
+# "none" stops that.
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Glimpse: API</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui">This page needs JavaScript. The same is in <a href="openapi.json">openapi.json</a>.</div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script>
+SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: "none"})
+</script>
+</body>
+</html>
+"""
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/docs")
+async def docs() -> Response:
+    return HTMLResponse(PAGE)
+
+
+@router.get("/docs/swagger-ui-bundle.js")
+async def script(request: Request) -> Response:
+    return packed("swagger-ui-bundle.js.gz", "text/javascript", request)
+
+
+@router.get("/docs/swagger-ui.css")
+async def style(request: Request) -> Response:
+    return packed("swagger-ui.css.gz", "text/css", request)
+
+
+def packed(name: str, media_type: str, request: Request) -> Response:
+    """The file as it is kept, with gzip; unpacked for a caller that does not take that."""
+    content, headers = (STATIC / name).read_bytes(), {"cache-control": "max-age=86400", "vary": "accept-encoding"}
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        headers["content-encoding"] = "gzip"
+    else:
+        content = gzip.decompress(content)
+    return Response(content, media_type=media_type, headers=headers)

@@ -1,0 +1,317 @@
+"""What a connection may cost before the application sees a request: bytes, counts, time, and how many there are.
+
+uvicorn and httptools read HTTP, but bound neither a head nor the time for it, nor pipelined requests, nor writes to a
+client that does not read. A refusal here has the same body as any other error, and closes the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import resource
+from collections.abc import Callable
+from typing import Any, cast
+
+import httptools
+import structlog
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable
+from service.edges.http.connections import Connections
+from service.edges.http.edge import ConnectionLimits, Edge
+from service.edges.http.schema import ErrorBody, WireError
+
+log = structlog.get_logger()
+
+MAX_DISCARDED_BYTES = 1024 * 1024  # of a client that goes on sending after it was refused
+OTHER_FILES = 256  # besides connections: Triton's channels, Redis, logs, libraries
+ERROR_TYPES = {408: SlowBody.type, 429: Overloaded.type, 503: Unavailable.type}
+Count = Callable[[str, str, str], None]  # of one HTTP request: its method, route and status
+
+
+def limited_protocol(edge: Edge) -> type[asyncio.Protocol]:
+    """What uvicorn calls for each connection."""
+    limits = edge.connections
+    most = most_connections(limits.max_connections)
+    connections: Connections[LimitedProtocol] = Connections(most, min(most, limits.max_connections_per_address))
+    made = functools.partial(LimitedProtocol, limits=limits, open_connections=connections, count=edge.count)
+    return cast(type[asyncio.Protocol], made)
+
+
+def most_connections(wanted: int) -> int:
+    """Raise the process's limit of open files as far as `wanted` connections need, and say how many it allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    most = max(1, soft - OTHER_FILES, soft // 2)
+    log.warning(
+        "few_open_files",
+        open_files=soft,
+        max_connections=most,
+        mend=f"for {wanted} connections raise the limit of open files to {needed} (ulimit -n, LimitNOFILE=)",
+    )
+    return most
+
+
+class _Refused(Exception):
+    """The request breaks a limit; raised inside the parser's callbacks."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+
+class _Flow(FlowControl):
+    """Does not read while it is held, whoever wants to."""
+
+    held = False
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
+
+    def hold(self, held: bool) -> None:
+        self.held = held
+        if held:
+            self.pause_reading()
+        else:
+            self.resume_reading()
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 on one connection, within the limits. An Upgrade is ignored: nothing here offers one."""
+
+    def __init__(
+        self,
+        *args: Any,
+        limits: ConnectionLimits,
+        open_connections: Connections[LimitedProtocol],
+        count: Count,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.limits = limits
+        self.open_connections = open_connections
+        self.count = count
+        self._check_timer: asyncio.TimerHandle | None = None
+        # A head is everything up to the blank line, with any empty lines before it.
+        self._head_bytes = 0  # at least so many of the head that is not whole yet
+        self._head_since: float | None = None
+        self._heads = 0  # that were whole
+        self._begun = False  # a head has, and is not whole
+        self._in_body = False  # a head was whole, its message is not
+        self._fields = self._field_bytes = 0  # headers and trailers of the message
+        self._bodiless_bytes = 0  # that came since the last bytes of the body
+        self._deaf = False  # what comes is discarded
+        self._discarded_bytes = 0
+        self._end_at: float | None = None  # the connection ends then, whatever the client does
+        self._unsent, self._unsent_since = 0, 0.0
+
+    # The connection's life.
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _Flow(transport)
+        now = self.loop.time()
+        self._head_since = self._unsent_since = now
+        self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
+        has_room, spare = self.open_connections.enter(self, self.client[0] if self.client else "")
+        if spare is not None:
+            spare.transport.abort()
+        if not has_room:
+            self._refuse(503, "too_many_connections", "The server has too many connections. Retry later.")
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open_connections.leave(self)
+        if self._check_timer is not None:
+            self._check_timer.cancel()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._deaf = True
+
+    def _check(self) -> None:
+        """End what has taken too long. One timer a connection costs less than one a request."""
+        now = self.loop.time()
+        self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent or unsent < self._unsent:
+            self._unsent_since = now
+        self._unsent = unsent
+        if self._head_since is not None and self.flow.read_paused:
+            self._head_since = now  # nothing is read of it, so the client is not slow
+        if now - self._unsent_since > self.limits.write_timeout_s or (self._end_at is not None and now > self._end_at):
+            self.transport.abort()
+        elif self._head_since is not None and not self._deaf and now - self._head_since > self.limits.head_timeout_s:
+            if self._head_bytes or self._begun:
+                limit_s = self.limits.head_timeout_s
+                self._refuse(
+                    408, "slow_head", f"The request's headers did not come within {limit_s:g} s. Send it again."
+                )
+            else:
+                self.transport.close()
+
+    # What comes.
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._deaf:
+            self._discarded_bytes += len(data)
+            if self._discarded_bytes > MAX_DISCARDED_BYTES:
+                self.transport.abort()
+            return
+        try:
+            if self._in_body:
+                self._feed_body(data)
+            else:
+                self._feed_head(data)
+        except _Refused as refused:
+            self._refuse(refused.status, refused.code, refused.message)
+            return
+        if self._in_body:
+            self._head_since, self._head_bytes = None, 0
+        elif self._begun and self._head_since is None:
+            self._head_since = self.loop.time()
+
+    def _feed_head(self, data: bytes) -> None:
+        """A head that does not end is never read beyond its limit. Raises _Refused."""
+        if not self._head_bytes:
+            self._head_since = self.loop.time()
+        heads, room = self._heads, self.limits.max_head_bytes - self._head_bytes
+        self._feed(data[:room] if len(data) > room else data)
+        if self._heads == heads:
+            self._head_bytes += len(data)
+            if len(data) > room:
+                raise _head_too_large(self.limits)
+            return
+        self._head_bytes, self._head_since = 0, None
+        if len(data) > room:
+            self._feed(data[room:])
+
+    def _feed_body(self, data: bytes) -> None:
+        """What goes on between chunks without any body, as trailers do, has the limit of a head. Raises _Refused."""
+        self._bodiless_bytes += len(data)
+        self._feed(data)
+        if self._in_body and self._bodiless_bytes > self.limits.max_head_bytes:
+            raise _head_too_large(self.limits)
+
+    def _feed(self, data: bytes) -> None:
+        """Raises _Refused."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self.parser.get_method() == b"CONNECT":
+                raise _Refused(405, "method_not_allowed", "CONNECT is not allowed: this is no proxy.") from upgrade
+            head = self._head_without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does, for pipelining
+            self._feed(head + data[upgrade.args[0] :])
+        except httptools.HttpParserCallbackError as exc:
+            cause = exc.__context__
+            if isinstance(cause, _Refused):
+                raise cause from exc
+            raise _not_http() from exc
+        except httptools.HttpParserError as exc:
+            raise _not_http() from exc
+
+    def _head_without_upgrade(self) -> bytes:
+        """The head that the parser has just read, for a new parser: after an Upgrade it would read no body."""
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    # What the parser calls. `cycle` is uvicorn's word for a request and its response; it has the latest one.
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= self.limits.max_queued_requests:
+            raise _Refused(429, "too_many_requests", "The connection has too many requests at once. Wait for answers.")
+        super().on_message_begin()
+        self._begun = True
+        self._fields = self._field_bytes = self._bodiless_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > self.limits.max_url_bytes:
+            limit = self.limits.max_url_bytes
+            raise _Refused(
+                414, "url_too_long", f"The URL is longer than {limit:,} bytes. Put what you send into the body."
+            )
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += 1
+        self._field_bytes += len(name) + len(value) + 4
+        if self._fields > self.limits.max_headers:
+            limit = self.limits.max_headers
+            raise _Refused(431, "too_many_headers", f"The request has more than {limit} headers. Send fewer.")
+        if self._field_bytes > self.limits.max_head_bytes:
+            raise _head_too_large(self.limits)
+        if not self._in_body:  # a trailer is no header
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._heads += 1
+        self._begun = False
+        self._in_body = True
+        self.open_connections.work(self)
+        super().on_headers_complete()
+        if self.pipeline:
+            self.flow.hold(True)  # type: ignore[attr-defined]
+
+    def on_body(self, body: bytes) -> None:
+        self._bodiless_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._in_body = False
+        self._end_at = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self._in_body and not self.pipeline:  # refused before its body had come
+            self._end_at = self.loop.time() + self.limits.linger_s
+        if len(self.pipeline) <= 1 and not self._deaf:
+            self.flow.hold(False)  # type: ignore[attr-defined]
+        if not self.pipeline:
+            self.open_connections.rest(self)
+        super().on_response_complete()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answer, as far as the responses before it allow, and read no more."""
+        if self._deaf or self.transport.is_closing():
+            return
+        self._deaf = True
+        self.count("other", "none", str(status))
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if not self._in_body:  # the requests before this one are answered
+                cycle.keep_alive = False
+                self.flow.hold(True)  # type: ignore[attr-defined]
+                return
+            if self.pipeline or cycle.response_started:
+                self.transport.abort()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        error = WireError(message=message, type=ERROR_TYPES.get(status, InvalidRequest.type), param=None, code=code)
+        body = ErrorBody(error=error).model_dump_json().encode()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()  # closing at once would reset what the client still sends, and lose the answer
+        self._end_at = self.loop.time() + self.limits.linger_s
+
+
+def _head_too_large(limits: ConnectionLimits) -> _Refused:
+    return _Refused(
+        431, "head_too_large", f"The request's headers are larger than {limits.max_head_bytes:,} bytes. Send fewer."
+    )
+
+
+def _not_http() -> _Refused:
+    return _Refused(400, "invalid_http", "This is no HTTP/1.1 request that can be read. Check the client.")

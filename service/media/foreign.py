@@ -1,0 +1,76 @@
+"""What files are that are not read, so that a message can name them."""
+
+from __future__ import annotations
+
+import re
+
+# The file's beginning behind white space, in any case -> its name. The first that matches.
+BEGINNINGS = (
+    (rb"<svg\b|(<\?xml|<!--|<!doctype svg).*<svg\b", "an SVG drawing"),
+    (rb"<!doctype html|<html\b|<head\b|<body\b", "an HTML page"),
+    (rb"<\?xml", "an XML file"),
+    (rb"%pdf-", "a PDF document"),
+    (rb"%!ps", "a PostScript file"),
+    (rb"....ftyp(hei|hev)", "a HEIC image"),
+    (rb"....ftyp(mif1|msf1)", "a HEIF image"),
+    (rb"....ftypavi[fs]", "an AVIF image"),
+    (rb"....ftyp(qt|mqt)", "a QuickTime video"),
+    (rb"....ftyp", "an MP4 video"),
+    (rb"....moov|....mdat", "a QuickTime video"),
+    (rb"\x1a\x45\xdf\xa3", "a WebM or Matroska video"),
+    (rb"riff....avi ", "an AVI video"),
+    (rb"riff....wave", "a WAV sound"),
+    (rb"ii[*+]\0|mm\0[*+]|iiu\0", "a TIFF or a camera's raw image"),
+    (rb"bm.{4}(\0\0\0\0|\Z)", "a BMP image"),
+    (rb"\x00\x00\x01\x00", "an icon (ICO)"),
+    (rb"\x00\x00\x02\x00", "a cursor (CUR)"),
+    (rb"icns", "an icon (ICNS)"),
+    (rb"\xff\x0a|....jxl \r\n\x87\n", "a JPEG XL image"),
+    (rb"....jp  \r\n\x87\n|\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (rb"8bps", "a Photoshop document"),
+    (rb"p[1-7]\s", "a Netpbm image"),
+    (rb"qoif", "a QOI image"),
+    (rb"dds ", "a DDS texture"),
+    (rb"pk\x03\x04", "a ZIP archive"),
+    (rb"\x1f\x8b", "a gzip archive"),
+    (rb"\x28\xb5\x2f\xfd", "a zstd archive"),
+    (rb"data:", "a data: URL, which only JSON may hold"),
+    (rb"https?://", "the address of a file, which is not fetched"),
+    (rb"--[^\r\n]+\r\ncontent-disposition:", "a form without its content-type multipart/form-data"),
+    (rb"[{\[]\s*[\"{\[\]}]", "JSON"),
+    (rb"ivborw0kggo|/9j/|r0lgodd?|uklgr", "an image in base64: decode it first"),
+)
+NAMES = tuple((re.compile(beginning, re.DOTALL | re.IGNORECASE), name) for beginning, name in BEGINNINGS)
+# `curl -d` and other text modes remove the line breaks of a file, or make two bytes of each byte over 127.
+MANGLED = (
+    b"\x89PNG",
+    "\x89PNG".encode(),
+    "\xff\xd8".encode(),
+    b"\xef\xbf\xbdPNG",
+    b"\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd",
+)
+READ_BYTES = 1024
+
+
+def found_in(data: bytes) -> str:
+    """Say in words what the bytes are, which are no image that is read."""
+    if data.startswith(MANGLED):
+        return "an image whose bytes were changed as text on the way (curl sends files with --data-binary or -F)"
+    start = data[:READ_BYTES].removeprefix(b"\xef\xbb\xbf")
+    start = start.lstrip() or start
+    for beginning, name in NAMES:
+        if beginning.match(start):
+            return f"not an image that can be read: it looks like {name}"
+    if _is_text(data[:READ_BYTES]):
+        return "not an image that can be read: it looks like plain text"
+    return f"not an image that can be read: its {len(data):,} bytes are of no format that is known here"
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        words = start.decode()
+    except UnicodeDecodeError as exc:
+        if len(start) < READ_BYTES or exc.start < READ_BYTES - 3:  # else a letter is cut at the end
+            return False
+        words = start[: exc.start].decode()
+    return all(letter.isprintable() or letter.isspace() for letter in words)

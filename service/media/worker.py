@@ -1,0 +1,105 @@
+"""A process that decodes images for the gateway, and that may be killed at any moment.
+
+`python -m service.media.worker LIMITS`. The gateway's socket and the shared memory are file descriptors that LIMITS
+names. A request is one packet of JSON on the socket, its image is in the memory; the pixels go back the same way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.core.errors import GlimpseError
+from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
+from service.media.decoder import ImageLimits, decode
+
+PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+KEPT_BYTES = 64 * 1024 * 1024
+PACKET_BYTES = 65_536
+VIEWS = (IMAGE_SIZE, CLOSER_SIZE)
+PIXEL_BYTES = -(-sum(3 * size * size for size in VIEWS) // mmap.PAGESIZE) * mmap.PAGESIZE  # the image lies behind them
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """What one image may cost, and where the gateway is."""
+
+    image: ImageLimits
+    cpu_s: float
+    memory_bytes: int  # beyond what the idle process takes
+    parent: int  # process id
+    control: int  # file descriptor of the socket
+    memory: int  # file descriptor of the shared memory
+
+    @property
+    def shared_bytes(self) -> int:
+        return PIXEL_BYTES + self.image.max_bytes
+
+
+def main(limits: WorkerLimits) -> None:
+    """Answer requests until the gateway closes the socket."""
+    end_with(limits.parent)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for the gateway, which ends this process
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    most = address_space_bytes() + limits.memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    keep_freed_memory()
+    control = socket.socket(fileno=limits.control)
+    with control, mmap.mmap(limits.memory, limits.shared_bytes) as memory:
+        control.send(b"ready")
+        while packet := control.recv(PACKET_BYTES):
+            # The default action of the timer's signal ends the process, whatever the decoder is doing.
+            signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
+            reply = answered(json.loads(packet), memory, limits.image)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            control.send(json.dumps(reply).encode())
+
+
+def answered(request: Mapping[str, list[int]], memory: mmap.mmap, limits: ImageLimits) -> dict[str, object]:
+    """Decode the image in the memory and leave its views there, one behind the other."""
+    (nbytes,), views = request["nbytes"], request["views"]
+    try:
+        decoded = decode(memory[PIXEL_BYTES : PIXEL_BYTES + nbytes], limits, views)
+    except GlimpseError as error:
+        return {"error": type(error).__name__, "message": error.message}
+    offset = 0
+    for size in views:
+        pixels = decoded.views[size]
+        memory[offset : offset + pixels.nbytes] = pixels.tobytes()
+        offset += pixels.nbytes
+    return {"size": [decoded.width, decoded.height]}
+
+
+def keep_freed_memory() -> None:
+    """Take large blocks from the heap and keep them: fresh pages cost about 4 ms for an image of 4 MB."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def end_with(parent: int) -> None:
+    """The kernel ends this process when the gateway ends, however that happens."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        sys.exit(0)
+
+
+def address_space_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        return int(pages.read().split()[0]) * mmap.PAGESIZE
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    main(WorkerLimits(ImageLimits(**told.pop("image")), **told))

@@ -1,0 +1,266 @@
+"""Processes that decode. A decoder runs bytes from callers, so each image has a limit of CPU time, memory and time.
+
+A worker that passes a limit ends, and another takes its place. Image and pixels go through shared memory that has no
+name, so nothing is left of it when the gateway ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import structlog
+
+from service.core.errors import GlimpseError, InvalidImage, TooLarge, Unavailable
+from service.core.vision import IMAGE_SIZE, UInt8Array
+from service.media.decoder import Decoded, ImageLimits, require_bytes
+from service.media.worker import PACKET_BYTES, PIXEL_BYTES, WorkerLimits
+
+log = structlog.get_logger()
+
+START_S = 30.0  # for a process to start; it takes about 0.3
+WALL_S = 20.0  # for one image; a worker that is stopped or starved passes it
+MEMORY_BYTES = 256 * 1024 * 1024  # for one image, and PIXEL_MEMORY_BYTES more for each pixel that is allowed
+PIXEL_MEMORY_BYTES = 32  # a WebP takes 20: two canvases of 4, and 4 each for its own, Pillow's and one to resize
+CHUNK_BYTES = 1024 * 1024  # copied at once, so that the event loop is not held up
+ATTEMPTS = 2  # a worker may be ended from outside; an image that ends two is at fault
+ERRORS: dict[str, type[GlimpseError]] = {error.__name__: error for error in (InvalidImage, TooLarge)}
+NO_START = "the image decoder does not start: ask again later"
+SENT_SMALLER = f"send it smaller, or save it anew (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)"
+
+
+class Worker:
+    """One process, its end of the socket and the shared memory. Made and used on the event loop's thread.
+
+    The kernel ends the process with the thread that made it.
+    """
+
+    def __init__(self, limits: ImageLimits, cpu_s: float, memory_bytes: int, ended: Callable[[], None]) -> None:
+        """`ended` is called when the process has ended by itself."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        memory = os.memfd_create("glimpse-decode", os.MFD_CLOEXEC)
+        told = WorkerLimits(limits, cpu_s, memory_bytes, os.getpid(), theirs.fileno(), memory)
+        try:
+            os.ftruncate(memory, told.shared_bytes)
+            self._memory = mmap.mmap(memory, told.shared_bytes)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "service.media.worker", json.dumps(asdict(told))],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), memory),
+                # One thread for NumPy's algebra, which nobody uses: each takes address space.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(memory)
+        ours.setblocking(False)
+        self._socket = ours
+        self.is_started = False
+        self.is_alive = True
+        self.settled = asyncio.Event()  # it has started, or has ended before
+        self._ended = ended
+        self._reply: asyncio.Future[bytes] | None = None
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def decode(self, data: bytes, views: Sequence[int]) -> Decoded | None:
+        """None if the process ended meanwhile. Raises InvalidImage, TooLarge."""
+        view = memoryview(data)
+        for start in range(0, len(data), CHUNK_BYTES):
+            chunk = view[start : start + CHUNK_BYTES]
+            self._memory[PIXEL_BYTES + start : PIXEL_BYTES + start + len(chunk)] = chunk
+            if start + CHUNK_BYTES < len(data):
+                await asyncio.sleep(0)
+        if not self.is_alive:
+            return None
+        self._reply = asyncio.get_running_loop().create_future()
+        try:
+            self._socket.send(json.dumps({"nbytes": [len(data)], "views": list(views)}).encode())
+            packet = await self._reply
+        except OSError:
+            return None
+        finally:
+            self._reply = None
+        return self._decoded(json.loads(packet), views) if packet else None
+
+    def _decoded(self, reply: dict[str, object], views: Sequence[int]) -> Decoded:
+        match reply:
+            case {"size": [int(width), int(height)]}:
+                return Decoded(self._views(views), width, height)
+            case {"error": str(name), "message": str(message)}:
+                raise ERRORS[name](message, param="image")
+        raise ValueError("a decoder's reply is neither a size nor an error")
+
+    def _views(self, views: Sequence[int]) -> dict[int, UInt8Array]:
+        found: dict[int, UInt8Array] = {}
+        offset = 0
+        for size in views:
+            pixels = np.frombuffer(self._memory, np.uint8, 3 * size * size, offset)
+            found[size] = pixels.reshape(3, size, size).copy()
+            offset += pixels.nbytes
+        return found
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> int:
+        """Release all it holds; returns the exit status, which is minus the signal that ended it."""
+        if self.is_alive:
+            self._hang_up()
+        self._process.kill()
+        status = self._process.wait()
+        self._memory.close()
+        return status
+
+    def _hang_up(self) -> None:
+        self.is_alive = False
+        self.settled.set()
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+
+    def _receive(self) -> None:
+        try:
+            packet = self._socket.recv(PACKET_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if packet == b"ready":
+            self.is_started = True
+            self.settled.set()
+            return
+        if not packet:
+            self._hang_up()
+        if self._reply is not None and not self._reply.done():
+            self._reply.set_result(packet)
+        if not packet:
+            self._ended()
+
+
+class DecodingWorkers:
+    """A few workers, each of which decodes one image at a time. Used from one event loop."""
+
+    def __init__(
+        self,
+        limits: ImageLimits,
+        count: int,
+        cpu_s: float,
+        wall_s: float = WALL_S,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """The last three are for one image. `memory_bytes` is beyond what an idle worker takes."""
+        self.limits = limits
+        self.count = count
+        self.cpu_s = cpu_s
+        self.wall_s = wall_s
+        self.memory_bytes = (
+            MEMORY_BYTES + PIXEL_MEMORY_BYTES * limits.max_pixels if memory_bytes is None else memory_bytes
+        )
+        self._workers: list[Worker] = []
+        self._free: asyncio.Queue[int] = asyncio.Queue()  # places in `_workers`
+        self._busy: set[int] = set()
+        self._jobs: set[asyncio.Task[Decoded]] = set()
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers]
+
+    def start(self) -> None:
+        while len(self._workers) < self.count:
+            place = len(self._workers)
+            self._workers.append(self._worker(place))
+            self._free.put_nowait(place)
+
+    async def decode(self, data: bytes, views: Sequence[int]) -> Decoded:
+        """A caller that leaves meanwhile leaves its worker to finish. Raises InvalidImage, TooLarge, Unavailable."""
+        require_bytes(data, self.limits)
+        self.start()
+        place = await self._free.get()
+        job = asyncio.create_task(self._decode(place, data, sorted(views)))
+        self._jobs.add(job)
+        job.add_done_callback(self._forget)
+        return await asyncio.shield(job)
+
+    def close(self) -> None:
+        """End all workers at once, whatever they are doing."""
+        workers, self._workers = self._workers, []
+        for job in self._jobs:
+            job.cancel()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.end()
+        self._free = asyncio.Queue()
+
+    async def _decode(self, place: int, data: bytes, views: Sequence[int]) -> Decoded:
+        self._busy.add(place)
+        try:
+            for _ in range(ATTEMPTS):
+                if not self._workers[place].is_alive:
+                    self._replace(place)
+                if (decoded := await self._attempt(self._workers[place], data, views)) is not None:
+                    return decoded
+            raise InvalidImage("the image ends its decoder: save it anew with an image editor", param="image")
+        finally:
+            self._busy.discard(place)
+            if self._workers:  # not closed meanwhile
+                if not self._workers[place].is_alive:
+                    self._replace(place)
+                self._free.put_nowait(place)
+
+    async def _attempt(self, worker: Worker, data: bytes, views: Sequence[int]) -> Decoded | None:
+        """None if the worker was ended and not by the image's own fault. Raises InvalidImage, TooLarge, Unavailable."""
+        try:
+            async with asyncio.timeout(START_S):
+                await worker.settled.wait()
+        except TimeoutError as exc:
+            worker.end()
+            raise Unavailable(NO_START) from exc
+        try:
+            async with asyncio.timeout(self.wall_s):
+                decoded = await worker.decode(data, views)
+        except TimeoutError as exc:
+            log.warning("decoder_ended", reason="time", pid=worker.pid, status=worker.end())
+            raise TooLarge(f"decoding takes more than {self.wall_s:g} s: {SENT_SMALLER}", param="image") from exc
+        if decoded is not None:
+            return decoded
+        status = worker.end()
+        log.warning("decoder_ended", reason="signal" if status < 0 else "exit", pid=worker.pid, status=status)
+        if status == -signal.SIGPROF:
+            raise TooLarge(f"decoding takes more than {self.cpu_s:g} s of CPU time: {SENT_SMALLER}", param="image")
+        if not worker.is_started:
+            raise Unavailable(NO_START)
+        return None
+
+    def _worker(self, place: int) -> Worker:
+        return Worker(self.limits, self.cpu_s, self.memory_bytes, lambda: self._revive(place))
+
+    def _replace(self, place: int) -> None:
+        self._workers[place].end()
+        self._workers[place] = self._worker(place)
+
+    def _revive(self, place: int) -> None:
+        """An idle worker was ended from outside; one that never started would end again."""
+        if self._workers and place not in self._busy and self._workers[place].is_started:
+            self._replace(place)
+
+    def _forget(self, job: asyncio.Task[Decoded]) -> None:
+        self._jobs.discard(job)
+        if not job.cancelled():
+            job.exception()  # the caller has it, unless it left

@@ -1,0 +1,39 @@
+"""The limit of open files is raised as far as connections need, and told if it is too low."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+from service.edges.http.protocol import most_connections
+most = most_connections({wanted})
+print(most, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted", "most", "files", "told"),
+    [
+        (1024, 8192, 4096, 4096, 4352, False),
+        (8192, 8192, 4096, 4096, 8192, False),
+        (1024, 1024, 4096, 768, 1024, True),
+        (256, 2000, 4096, 1744, 2000, True),
+        (300, 300, 4096, 150, 300, True),
+        (1024, 4352, 4096, 4096, 4352, False),
+        (1024, 4351, 4096, 4095, 4351, True),
+    ],
+)
+def test_as_many_connections_as_there_can_be_files(soft, hard, wanted, most, files, told):
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        pytest.fail(f"this test needs a hard limit of {hard} open files (ulimit -Hn)")
+    program = PROGRAM.format(soft=soft, hard=hard, wanted=wanted)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    *log, result = done.stdout.splitlines()
+    assert result == f"{most} {files}"
+    assert ("few_open_files" in "".join(log)) is told

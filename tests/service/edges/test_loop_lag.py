@@ -1,0 +1,34 @@
+"""The event loop's lag is measured and exported."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx
+
+from service.edges.http.application import http_api
+from service.edges.loop_lag import watch_loop
+from tests.support.fakes import House, cancelled, until
+
+
+async def test_what_blocks_the_loop_is_seen():
+    lags: list[float] = []
+    watching = asyncio.create_task(watch_loop(lags.append, interval_s=0.01))
+    await until(lambda: len(lags) >= 3)
+    lags.clear()
+    time.sleep(0.2)  # noqa: ASYNC251 - the fault that is looked for
+    await until(lambda: lags)
+    assert 0.1 < max(lags) < 5
+    await cancelled(watching)
+
+
+async def test_the_lag_is_a_metric():
+    house = House()
+    watching = asyncio.create_task(watch_loop(house.metrics.event_loop_lag.observe, interval_s=0.001))
+    await until(lambda: house.counted("glimpse_event_loop_lag_seconds_count") >= 3)
+    await cancelled(watching)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge))) as client:
+        text = (await client.get("http://localhost/metrics")).text
+    assert "# TYPE glimpse_event_loop_lag_seconds histogram" in text
+    house.reader.close()

@@ -1,0 +1,244 @@
+"""Decoding happens in processes that an image can end, and the service never with them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.core.errors import InvalidImage, TooLarge, Unavailable
+from service.media.decoder import ImageLimits, decode
+from service.media.workers import DecodingWorkers
+from tests.support import bombs
+from tests.support.fakes import until
+from tests.support.paths import PROJECT
+from tests.support.pictures import LIMITS, encoded, picture
+
+LARGE = bombs.png(6000, 6000, depth=8, colours=6)
+SMALL = encoded(picture(300, 200), "JPEG")
+SERVED = ImageLimits()
+
+
+@asynccontextmanager
+async def workers(
+    limits: ImageLimits = LIMITS,
+    count: int = 1,
+    cpu_s: float = 20,
+    wall_s: float = 60,
+    memory_bytes: int | None = None,
+) -> AsyncIterator[DecodingWorkers]:
+    found = DecodingWorkers(limits, count, cpu_s, wall_s, memory_bytes)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture
+async def one() -> AsyncIterator[DecodingWorkers]:
+    async with workers() as found:
+        yield found
+
+
+def is_running(pid: int) -> bool:
+    """A process that ended and was not waited for is not running."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def cpu_s(pid: int) -> float:
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def shared_memories() -> int:
+    """How many of the workers' memories this process has."""
+    return sum("glimpse-decode" in link for link in map(read_link, Path("/proc/self/fd").iterdir())) + Path(
+        "/proc/self/maps"
+    ).read_text().count("glimpse-decode")
+
+
+@pytest.mark.parametrize("views", [(224,), (448,), (224, 448), (448, 224)])
+async def test_a_worker_sees_what_the_decoder_sees(one, views):
+    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        data = encoded(picture(500, 300), kind)
+        found, expected = await one.decode(data, views), decode(data, LIMITS, views)
+        assert (found.width, found.height) == (500, 300)
+        assert list(found.views) == list(expected.views)
+        for size in views:
+            assert np.array_equal(found.views[size], expected.views[size])
+            assert found.views[size].flags.owndata
+
+
+async def test_pixels_stay_when_the_next_image_comes(one):
+    first = await one.decode(SMALL, (224,))
+    kept = first.pixels.copy()
+    await one.decode(encoded(picture(30, 20)), (224,))
+    assert np.array_equal(first.pixels, kept)
+
+
+async def test_an_image_of_several_megabytes_goes_through_whole(one):
+    rng = np.random.default_rng(1)
+    data = encoded(bombs.Pillow.fromarray(rng.integers(0, 255, (800, 800, 3), np.uint8)))
+    assert len(data) > 1_900_000
+    assert np.array_equal((await one.decode(data, (224,))).pixels, decode(data, LIMITS).pixels)
+    assert np.array_equal((await one.decode(data, (448,))).views[448], decode(data, LIMITS, (448,)).views[448])
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", SMALL[:500], bytes(2_000_001), encoded(picture(4001, 1000))])
+async def test_a_worker_refuses_what_the_decoder_refuses_and_goes_on(one, data):
+    with pytest.raises((InvalidImage, TooLarge)) as expected:
+        decode(data, LIMITS)
+    one.start()
+    before = one.pids
+    with pytest.raises(type(expected.value)) as caught:
+        await one.decode(data, (224,))
+    assert (caught.value.message, caught.value.param) == (expected.value.message, "image")
+    assert (await one.decode(SMALL, (224,))).width == 300
+    assert one.pids == before
+
+
+async def test_an_image_that_takes_too_much_cpu_time_is_refused_and_another_worker_goes_on():
+    async with workers(SERVED, cpu_s=0.1) as found:
+        found.start()
+        (before,) = found.pids
+        with pytest.raises(TooLarge, match=r"more than 0\.1 s of CPU time: send it smaller"):
+            await found.decode(LARGE, (224,))
+        assert not is_running(before)
+        assert (await found.decode(SMALL, (224,))).width == 300
+
+
+async def test_cpu_time_is_counted_for_each_image_by_itself():
+    async with workers(SERVED, cpu_s=1.0) as found:
+        image = bombs.png(2000, 2000, depth=8, colours=6)
+        for _ in range(12):
+            await found.decode(image, (224,))
+        assert cpu_s(*found.pids) > 1.0
+
+
+async def test_a_worker_that_stands_still_is_ended_and_its_image_refused():
+    async with workers(wall_s=0.5) as found:
+        await found.decode(SMALL, (224,))
+        (before,) = found.pids
+        os.kill(before, signal.SIGSTOP)
+        with pytest.raises(TooLarge, match=r"more than 0\.5 s"):
+            await found.decode(SMALL, (224,))
+        assert not is_running(before)
+
+
+async def test_an_image_that_takes_too_much_memory_is_refused():
+    async with workers(SERVED, memory_bytes=150_000_000) as found:
+        with pytest.raises(TooLarge, match="too much memory: send it smaller"):
+            await found.decode(bombs.png(7000, 7000, depth=8, colours=6), (224,))
+        assert (await found.decode(SMALL, (224,))).width == 300
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+async def test_an_idle_worker_that_is_ended_is_replaced_at_once_and_nobody_notices(one, number):
+    await one.decode(SMALL, (224,))
+    (before,) = one.pids
+    os.kill(before, number)
+    await until(lambda: one.pids != [before])
+    assert not is_running(before)
+    assert (await one.decode(SMALL, (224,))).width == 300
+
+
+async def test_an_image_whose_worker_is_ended_from_outside_is_decoded_by_another(one):
+    await one.decode(SMALL, (224,))
+    (before,) = one.pids
+    os.kill(before, signal.SIGSTOP)
+    job = asyncio.create_task(one.decode(SMALL, (224,)))
+    await asyncio.sleep(0)
+    os.kill(before, signal.SIGKILL)
+    assert (await job).width == 300
+
+
+async def test_a_caller_that_leaves_does_not_end_the_worker(one):
+    await one.decode(SMALL, (224,))
+    before = one.pids
+    job = asyncio.create_task(one.decode(SMALL, (224,)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    job.cancel()
+    with suppress(asyncio.CancelledError):
+        await job
+    assert (await one.decode(encoded(picture(40, 30)), (224,))).width == 40
+    assert one.pids == before
+
+
+async def test_many_images_share_few_workers():
+    async with workers(count=2) as found:
+        images = [encoded(picture(10 + number, 9)) for number in range(20)]
+        decoded = await asyncio.gather(*(found.decode(image, (224,)) for image in images))
+        assert [each.width for each in decoded] == list(range(10, 30))
+        assert len(found.pids) == 2
+
+
+async def test_a_decoder_that_does_not_start_is_a_fault_of_the_service():
+    async with workers(memory_bytes=0) as found:
+        with pytest.raises(Unavailable, match="does not start"):
+            await found.decode(SMALL, (224,))
+
+
+async def test_closing_ends_workers_that_decode_and_leaves_nothing():
+    async with workers(SERVED, count=2) as found:
+        found.start()
+        pids = found.pids
+        jobs = [asyncio.create_task(found.decode(LARGE, (224,))) for _ in range(5)]
+        await until(lambda: all(worker.is_started for worker in found._workers))
+        assert shared_memories() > 0
+        found.close()
+        assert not any(map(is_running, pids))
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+    assert shared_memories() == 0
+
+
+def read_link(path: Path) -> str:
+    with suppress(FileNotFoundError):
+        return os.readlink(path)
+    return ""
+
+
+GATEWAY = """
+import asyncio, sys
+from service.media.decoder import ImageLimits
+from service.media.workers import DecodingWorkers
+from tests.support import bombs
+
+async def main():
+    workers = DecodingWorkers(ImageLimits(), 2, 60.0)
+    workers.start()
+    image = bombs.png(6000, 6000, depth=8, colours=6)
+    jobs = [asyncio.create_task(workers.decode(image, (224,))) for _ in range(40)]
+    await jobs[0]
+    print(*workers.pids, flush=True)
+    await asyncio.gather(*jobs)
+
+asyncio.run(main())
+"""
+
+
+async def test_no_worker_outlives_a_gateway_that_is_killed():
+    gateway = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", GATEWAY, cwd=PROJECT, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert gateway.stdout is not None
+        pids = list(map(int, (await gateway.stdout.readline()).split()))
+        assert len(pids) == 2
+        assert all(map(is_running, pids))
+    finally:
+        gateway.kill()
+        await gateway.wait()
+    await until(lambda: not any(map(is_running, pids)))

@@ -1,0 +1,88 @@
+"""What a running service says of itself while its parts die, hang, or cannot be asked about."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from service.triton_server.supervision import EmbeddedTriton
+from tests.service.triton_server.test_supervision import Asking, arguments, children, processes
+from tests.support.servers import START_S, Gateway, StartGateway, eventually
+
+
+def triton_of(gateway: Gateway) -> int:
+    (server,) = (pid for pid in children(gateway.process.pid) if "tritonserver" in arguments(pid))
+    return server
+
+
+@contextmanager
+def few_descriptors(pid: int) -> Iterator[None]:
+    """A process that has no file descriptor left."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    held = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (held // 2, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+def test_the_service_outlives_what_its_system_refuses_and_tells_deaths_at_once(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").write_text("a file in the place of the folder")
+    with start_gateway({"GLIMPSE_LOG_DIR": str(tmp_path / "logs")}) as gateway:
+        assert gateway.log().count("triton's log cannot be written") == 1
+        server = triton_of(gateway)
+        with few_descriptors(gateway.process.pid):
+            eventually(lambda: "cannot ask about model processes" in gateway.log(), 10, "questions failed")
+        eventually(lambda: gateway.status("/health/ready") == 200, 10, "ready again")
+        assert triton_of(gateway) == server
+        assert "died" not in gateway.log()
+
+        os.kill(server, signal.SIGKILL)
+        eventually(lambda: "triton died" in gateway.log(), 5, "the death is known")
+        assert gateway.status("/health/ready") == 503
+        eventually(lambda: gateway.status("/health/ready") == 200, START_S, "ready again")
+        assert triton_of(gateway) != server
+
+        with Asking(gateway.url, clients=2) as asking:
+            eventually(lambda: asking.statuses[200] >= 2, 20, "answers")
+            (llm,) = (pid for pid in processes(triton_of(gateway)) if "/llm/1/model.py" in arguments(pid))
+            os.kill(llm, signal.SIGSTOP)
+            eventually(lambda: asking.statuses[503], 20, "requests fail")
+            eventually(lambda: gateway.status("/health/ready") == 503, 2, "ready tells it")
+            os.kill(llm, signal.SIGCONT)
+            eventually(lambda: gateway.status("/health/ready") == 200, START_S, "ready again")
+        assert "Traceback" not in gateway.log()
+
+
+def test_a_service_that_stops_says_so_before_it_closes(start_gateway: StartGateway, triton: EmbeddedTriton) -> None:
+    url = triton.access.url
+    settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_STOP_NOTICE_S": "3"}
+    with start_gateway(settings) as gateway:
+        asking = Asking(gateway.url, clients=0)
+        body = asking.body | {"max_tokens": 200, "stream": True}
+        with httpx.stream("POST", f"{gateway.url}/v1/vqa", json=body, timeout=20) as running:
+            pieces = running.iter_text()
+            assert next(pieces)
+            rest: list[str] = []
+            reading = threading.Thread(target=lambda: rest.extend(pieces))
+            reading.start()
+            gateway.process.send_signal(signal.SIGTERM)
+            eventually(lambda: gateway.status("/health/ready") == 503, 2, "not ready")
+            assert gateway.status("/health/live") == 200
+            refused = httpx.post(f"{gateway.url}/v1/vqa", json=asking.body, timeout=20)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "shutting_down"
+            assert "retry-after" in refused.headers
+            reading.join()
+            assert "[DONE]" in "".join(rest)
+        assert gateway.process.wait(timeout=20) == 0

@@ -1,0 +1,110 @@
+"""The supervisor takes nothing for a death that is none, and survives its own errors; without a Triton."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from structlog.testing import capture_logs
+
+from service.core.card import ModelCard
+from service.core.errors import Unavailable
+from service.triton_server.access import Access
+from service.triton_server.supervision import EmbeddedTriton
+from tests.support.fakes import CARD, until
+
+TIMEOUT_S = 0.5
+
+
+class Probed:
+    """A client whose probes end as a test says."""
+
+    def __init__(self, probe: Callable[[int], Awaitable[None]]) -> None:
+        self.probes = 0
+        self._probe = probe
+
+    async def ready(self) -> bool:
+        return True
+
+    async def probe(self, model: str, card: ModelCard, timeout_s: float, fresh_s: float = 0.0) -> None:
+        self.probes += 1
+        await self._probe(self.probes)
+
+    async def load(self, model: str, timeout_s: float) -> None: ...
+    async def unload(self, model: str, timeout_s: float) -> None: ...
+    def abandon(self, lost: str) -> None: ...
+
+
+@asynccontextmanager
+async def supervised(client: Probed, folder: Path) -> AsyncIterator[EmbeddedTriton]:
+    triton = EmbeddedTriton(
+        folder,
+        client=client,
+        card=CARD,
+        log_path=folder / "triton.log",
+        access=Access.choose(),
+        canary_interval_s=0.01,
+        canary_timeout_s=TIMEOUT_S,
+    )
+    triton.ready = True
+    supervisor = asyncio.create_task(triton.supervise())
+    try:
+        yield triton
+        assert not supervisor.done()
+    finally:
+        supervisor.cancel()
+        with suppress(asyncio.CancelledError):
+            await supervisor
+
+
+async def silent(_: int) -> None:
+    await asyncio.sleep(TIMEOUT_S)
+    raise Unavailable("no answer")
+
+
+async def refused(_: int) -> None:
+    raise Unavailable("no connection")
+
+
+def standing_still(share: float) -> Callable[[int], Awaitable[None]]:
+    """A probe without an answer, during which this process's loop stands still for a share of the time."""
+
+    async def probe(_: int) -> None:
+        end = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < end - (1 - share) * TIMEOUT_S:  # as a parser does that keeps the interpreter
+            pass
+        await asyncio.sleep((1 - share) * TIMEOUT_S)
+        raise Unavailable("no answer")
+
+    return probe
+
+
+async def test_a_time_in_which_the_loop_stood_still_is_no_evidence(tmp_path: Path) -> None:
+    client = Probed(standing_still(1.0))
+    async with supervised(client, tmp_path) as triton:
+        with capture_logs() as lines:
+            await until(lambda: client.probes >= 5, 10)
+        assert triton.ready
+        assert any("stood still" in line["event"] for line in lines)
+
+
+async def test_silence_and_refusals_are_evidence(tmp_path: Path) -> None:
+    for probe in (silent, refused):
+        async with supervised(Probed(probe), tmp_path) as triton:
+            await until(lambda triton=triton: not triton.ready, 10)
+
+
+async def test_an_error_of_the_supervisors_own_is_told_once_and_ends_nothing(tmp_path: Path) -> None:
+    async def broken(number: int) -> None:
+        if number < 20:
+            raise OSError(24, "Too many open files")
+
+    client = Probed(broken)
+    with capture_logs() as lines:
+        async with supervised(client, tmp_path) as triton:
+            await until(lambda: client.probes > 30)
+            assert triton.ready
+    assert [line["event"] for line in lines].count("supervision failed and goes on") == 1

@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(program): one of DEBIAN_PACKAGE that the test runs for real")
     config.addinivalue_line("markers", "servers: starts a real server; set here for those that use SERVERS")
     config.addinivalue_line(
-        "markers", "slow: builds or trains a model, or takes more than two seconds for another reason"
+        "markers", "slow: builds or trains a model, starts many processes, or takes more than two seconds"
     )
 
 

@@ -17,6 +17,8 @@ from service.cli.ask import is_id, require_sendable
 from service.cli.client import AskFailed, connected, is_loopback
 from service.cli.options import url_of
 
+pytestmark = pytest.mark.slow  # together: almost every test starts a command of its own
+
 CODE = "from service.cli.main import main; main()"
 COMMANDS = [["ask", "-", "a?"], ["eval"], ["cache", "warm", "."]]
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
@@ -105,6 +107,8 @@ def test_the_proxy_of_this_machine_need_not_even_be_one(talker, monkeypatch, var
     ],
 )
 def test_surroundings_that_do_not_work_are_named(monkeypatch, environment):
+    for inherited in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(inherited, raising=False)
     ((name, value),) = environment.items()
     monkeypatch.setenv(name, value)
     with pytest.raises(AskFailed, match=f"cannot connect with .*{name} of the environment"):

@@ -132,7 +132,7 @@ def test_what_is_no_base64_is_refused_at_once(junk):
     begun = time.process_time()
     with suppress(InvalidImage):
         source_of("a" + junk * (2_000_000 // len(junk)) + "!")
-    assert time.process_time() - begun < 0.5
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize("filler", [";", "a", ";a", ";base64"])
@@ -141,4 +141,4 @@ def test_a_data_url_without_an_end_is_refused_at_once(filler):
     begun = time.process_time()
     with pytest.raises(InvalidRequest, match="without base64"):
         source_of(text)
-    assert time.process_time() - begun < 0.2
+    assert time.process_time() - begun < 1

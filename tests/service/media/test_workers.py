@@ -21,6 +21,8 @@ from tests.support.fakes import until
 from tests.support.paths import PROJECT
 from tests.support.pictures import LIMITS, encoded, picture
 
+pytestmark = pytest.mark.slow  # together: every test starts processes
+
 LARGE = bombs.png(6000, 6000, depth=8, colours=6)
 SMALL = encoded(picture(300, 200), "JPEG")
 SERVED = ImageLimits()

@@ -83,7 +83,7 @@ async def test_broken_gzip_is_refused(caller, body, said):
     assert said in error["message"]
 
 
-@pytest.mark.parametrize("size", [LIMIT + 1, 1_000_000_000])
+@pytest.mark.parametrize("size", [LIMIT + 1, 100_000_000])
 async def test_gzip_becomes_no_more_than_a_body_may_be(caller, size):
     """A gigabyte of zeros is a megabyte of gzip: it ends at the limit, not at its end."""
     packer = zlib.compressobj(wbits=31)

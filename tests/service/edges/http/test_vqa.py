@@ -378,7 +378,7 @@ async def test_a_wrong_form_is_told_as_json_is(caller, fields, message):
 async def test_what_a_body_is_refused_with_is_short(caller, body, message):
     begun = time.process_time()
     response = await caller.ask(**body)
-    assert time.process_time() - begun < 0.5
+    assert time.process_time() - begun < 1
     assert message in fault(response, 400)["message"]
     assert len(response.content) < 700
 

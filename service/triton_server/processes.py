@@ -131,10 +131,13 @@ class ServerProcess:
         return found
 
     def close_regions(self) -> None:
-        """Take the shared memory from other users: Triton sets its mode itself, to 0644, whatever the umask. Raises
-        OSError."""
+        """Take the shared memory from other users: Triton sets its mode itself, to 0644, whatever the umask.
+
+        Raises OSError.
+        """
         for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
-            region.chmod(0o600)
+            with contextlib.suppress(FileNotFoundError):  # Triton has just removed it
+                region.chmod(0o600)
 
     def has_lost(self, model: ModelProcess) -> bool:
         """Whether the model's process has ended. Raises OSError if that cannot be asked, which is no sign of death."""

@@ -140,6 +140,8 @@ class EmbeddedTriton:
     async def _watch_processes(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            with self._surviving("regions"):
+                self._server.close_regions()  # Triton starts a model's process again by itself, with a new region
             with self._surviving("processes"):
                 if self._server.exit_status is not None:
                     self._lose(self._names)
@@ -285,6 +287,7 @@ class EmbeddedTriton:
                     if (status := self._server.exit_status) is not None:
                         kind = Crashed if status < 0 else StartFailed
                         raise kind(f"Triton ended while starting, {self._log.last_words()}")
+                    self._server.close_regions()
                     await asyncio.sleep(0.05)
                 await self._probe_all(self._start_timeout_s)
         except TimeoutError as exc:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -20,7 +22,7 @@ from service.triton_server import access as access_module
 from service.triton_server.access import SOCKET_BYTES, Access, Ports
 from service.triton_server.processes import SHARED_MEMORY
 from service.triton_server.supervision import EmbeddedTriton
-from tests.support.servers import free_ports
+from tests.support.servers import eventually_async, free_ports
 
 LISTENING = "0A"  # of /proc/net/tcp
 
@@ -77,9 +79,25 @@ async def test_triton_listens_for_this_user_alone_and_for_readers_of_its_metrics
     assert stat.S_ISSOCK(mode(path))
     assert stat.S_IMODE(mode(triton.access.folder)) == 0o700
     assert not mode(path) & 0o077
-    regions = list(SHARED_MEMORY.glob(f"{triton.access.region_prefix}*"))
-    assert regions
-    assert not any(mode(region) & 0o077 for region in regions)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_no_region_stays_open_to_other_users_whenever_triton_makes_it(triton: EmbeddedTriton) -> None:
+    later = SHARED_MEMORY / f"{triton.access.region_prefix}later"
+    later.touch(0o644)
+
+    async def closed() -> bool:
+        return not any(mode(region) & 0o077 for region in SHARED_MEMORY.glob(f"{triton.access.region_prefix}*"))
+
+    watch = asyncio.create_task(triton.supervise())
+    try:
+        assert len(list(SHARED_MEMORY.glob(f"{triton.access.region_prefix}*"))) > len(triton.model_pids)
+        await eventually_async(closed, 10, "every region is closed")
+    finally:
+        later.unlink()
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
 
 
 @pytest.mark.asyncio(loop_scope="session")

@@ -272,7 +272,7 @@ def test_the_service_survives_its_models_and_its_models_do_not_survive_it(
     """Through HTTP, under load: a killed model is back; and when the gateway is killed, Triton ends by itself."""
     with start_gateway({}) as gateway:
         prefix = f"glimpse-{gateway.process.pid}-"
-        (server,) = children(gateway.process.pid)
+        (server,) = [pid for pid in children(gateway.process.pid) if "--model-repository" in arguments(pid)]
         (victim,) = [pid for pid in processes(server) if "/llm/1/model.py" in arguments(pid)]
         whole = len(regions(prefix))
         with Asking(gateway.url, clients=4) as asking:
@@ -288,6 +288,7 @@ def test_the_service_survives_its_models_and_its_models_do_not_survive_it(
         eventually(lambda: len(regions(prefix)) == whole, BACK_WITHIN_S, "the model was brought back")
         os.kill(gateway.process.pid, signal.SIGKILL)
         eventually(lambda: not processes(server), 15, "Triton ended with its gateway")
+    with start_gateway({}):  # a Triton that is ended while it loads a model leaves regions to the next start
         assert not regions(prefix)
 
 

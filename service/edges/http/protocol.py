@@ -83,6 +83,37 @@ class _Flow(FlowControl):
             self.resume_reading()
 
 
+class _Transport:
+    """A connection's transport as uvicorn uses it, except that its end does not lose the last response.
+
+    The kernel resets a connection that is closed while something that came is not read. The client then loses what it
+    has not read either.
+    """
+
+    def __init__(self, inner: asyncio.Transport, linger: Callable[[], bool]) -> None:
+        """`linger` says whether the client may still be sending; then the connection is ended later."""
+        self.inner = inner
+        self._linger = linger
+        self._is_ending = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def write(self, data: bytes) -> None:
+        self.inner.write(data)
+
+    def is_closing(self) -> bool:
+        return self._is_ending or self.inner.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or not self._linger():
+            self.inner.close()
+            return
+        self._is_ending = True
+        if self.inner.can_write_eof():
+            self.inner.write_eof()
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """HTTP/1.1 on one connection, within the limits. An Upgrade is ignored: nothing here offers one."""
 
@@ -114,8 +145,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # The connection's life.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.flow = _Flow(transport)
+        ending = cast(asyncio.Transport, _Transport(transport, self._linger))
+        super().connection_made(ending)
+        self.flow = _Flow(ending)
         now = self.loop.time()
         self._head_since = self._unsent_since = now
         self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
@@ -302,9 +334,16 @@ class LimitedProtocol(HttpToolsProtocol):
         body = ErrorBody(error=error).model_dump_json().encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()  # closing at once would reset what the client still sends, and lose the answer
+        self.transport.close()
+
+    def _linger(self) -> bool:
+        """Whether the client may still be sending. If so, discard it for a while; a client that reads ends it first."""
+        if not self._in_body and not self._deaf:
+            return False
+        self._deaf = True
         self._end_at = self.loop.time() + self.limits.linger_s
+        self.flow.hold(False)  # type: ignore[attr-defined]
+        return True
 
 
 def _head_too_large(limits: ConnectionLimits) -> _Refused:

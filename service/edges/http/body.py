@@ -38,7 +38,7 @@ class BodyLimits:
 async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reservation: Reservation) -> bytes:
     """The whole body, unpacked. Reserves what has come, not what is announced.
 
-    Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, Cancelled.
+    Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, ShuttingDown, Cancelled.
     """
     length = request.headers.get("content-length", "")
     declared = int(length) if length.isdecimal() else 0
@@ -49,7 +49,7 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
     loop = asyncio.get_running_loop()
     started, chunks, came, held = loop.time(), [], 0, 0
     try:
-        async with asyncio.timeout(limits.patience_s(0)) as patience:
+        async with reservation.until_end(), asyncio.timeout(limits.patience_s(0)) as patience:
             async for chunk in request.stream():
                 came += len(chunk)
                 for piece in encoding.unpack(chunk):

@@ -67,12 +67,15 @@ def reserved(request: Request, tenant: str) -> Reservation:
 
 
 @asynccontextmanager
-async def present(receive: Receive, timeout_s: float) -> AsyncIterator[None]:
-    """Cancel the block when the caller goes away. Raises Cancelled."""
+async def present(receive: Receive, timeout_s: float, reservation: Reservation) -> AsyncIterator[None]:
+    """Cancel the block when the caller goes away, or when the service ends its requests.
+
+    Raises Cancelled, DeadlineExceeded, ShuttingDown.
+    """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    async with caller.present(gone, timeout_s):
+    async with reservation.until_end(), caller.present(gone, timeout_s):
         yield

@@ -27,7 +27,7 @@ async def keep_image(request: Request) -> Response:
     max_bytes = edge.bodies.max_image_bytes + (FORM_BYTES if is_form else 0)
     body = await read_body(request, max_bytes, edge.bodies, reservation)
     image = image_of(body, content_type) if is_form else body
-    async with present(request.receive, edge.questions.default_timeout_s):
+    async with present(request.receive, edge.questions.default_timeout_s, reservation):
         return JsonResponse(UploadedImage.of(await edge.pipeline.keep_image(image, reservation)))
 
 

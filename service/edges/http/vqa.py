@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 import orjson
@@ -25,7 +25,10 @@ from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.pipeline import Reservation
 
+TELLING_S = 5.0  # for a caller to take the event that says why its stream ends
 INLINE_PARSE_BYTES = 256 * 1024  # a longer body is parsed in a thread: base64 of 20 MB blocks for 50 ms
+
+DONE: Message = {"type": "http.response.body", "body": b"data: [DONE]\n\n"}
 
 router = APIRouter()
 
@@ -51,7 +54,7 @@ async def ask(request: Request) -> Response:
     asked = await read_question(request, edge)
     if asked.stream:
         return EventStream(asked, edge)
-    async with present(request.receive, asked.request.timeout_s):
+    async with present(request.receive, asked.request.timeout_s, asked.reservation):
         return JsonResponse(await whole_answer(asked, edge))
 
 
@@ -128,27 +131,30 @@ class EventStream(Response):
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with present(receive, self.ask.request.timeout_s):
+            async with present(receive, self.ask.request.timeout_s, self.ask.reservation):
                 await self.send_events(send)
-        except Cancelled:
-            # After the start no error can be sent: the caller has gone, or it does not read.
-            if not self.started:
-                raise
-
-    async def send_events(self, send: Send) -> None:
-        """Send all events. Raises GlimpseError before the first event, and only then."""
-        try:
-            async with aclosing(self.edge.pipeline.answer(self.ask.request, self.ask.reservation)) as events:
-                async for event in events:
-                    if not self.started:
-                        await send(self.start())
-                        self.started = True
-                    await send(self.chunk(event))
         except GlimpseError as error:
             if not self.started:
                 raise
-            await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            if not isinstance(error, Cancelled):  # else nobody is there
+                await self.send_error(error, send)
+
+    async def send_events(self, send: Send) -> None:
+        """Send all events. Raises GlimpseError."""
+        async with aclosing(self.edge.pipeline.answer(self.ask.request, self.ask.reservation)) as events:
+            async for event in events:
+                if not self.started:
+                    await send(self.start())
+                    self.started = True
+                await send(self.chunk(event))
+        await send(DONE)
+
+    async def send_error(self, error: GlimpseError, send: Send) -> None:
+        """Send the last events. A caller that does not read them is not waited for."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TELLING_S):
+                await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
+                await send(DONE)
 
     def start(self) -> Message:
         headers = [

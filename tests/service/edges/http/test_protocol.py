@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -397,43 +394,3 @@ def test_an_upgrade_with_a_chunked_body(service):
     head = b"POST /v1/vqa HTTP/1.1\r\nhost: localhost\r\nupgrade: h2c\r\nconnection: upgrade, close\r\n"
     received = service.exchange(head + b"transfer-encoding: chunked\r\n\r\n" + chunked)
     assert received.startswith(b"HTTP/1.1 200 ")
-
-
-@pytest.mark.needs("curl")
-@pytest.mark.parametrize("options", [["--http2"], [], ["--http1.0"], ["-H", "expect: 100-continue"]])
-def test_curl(service, options, tmp_path):
-    (tmp_path / "question.json").write_bytes(QUESTION)
-    url = "http://{}:{}/v1/vqa".format(*service.address)
-    command = ["curl", "-sS", "--noproxy", "*", *options, "-H", "content-type: application/json"]
-    command += ["--data-binary", f"@{tmp_path}/question.json", url]
-    answer = subprocess.run(command, capture_output=True, check=True, timeout=30)
-    assert json.loads(answer.stdout)["answer"] == "red"
-
-
-JAVA = """
-import java.net.URI;
-import java.net.http.*;
-import java.nio.file.*;
-class Ask {
-    public static void main(String[] args) throws Exception {
-        var body = HttpRequest.BodyPublishers.ofFile(Path.of(args[1]));
-        var request = HttpRequest.newBuilder(URI.create(args[0])).header("content-type", "application/json")
-            .POST(body).build();
-        var client = HttpClient.newHttpClient();
-        for (int i = 0; i < 2; i++)
-            System.out.println(client.send(request, HttpResponse.BodyHandlers.ofString()).body());
-    }
-}
-"""
-
-
-# Not one of the programs that a test run must have: a JDK is 200 MB. The tests above send what it sends.
-@pytest.mark.skipif(shutil.which("javac") is None, reason="no JDK (Debian, Ubuntu: default-jdk-headless)")
-def test_java_with_its_default_client(service, tmp_path: Path):
-    """It offers h2c with its first request."""
-    (tmp_path / "Ask.java").write_text(JAVA)
-    (tmp_path / "question.json").write_bytes(QUESTION)
-    url = "http://{}:{}/v1/vqa".format(*service.address)
-    command = ["java", str(tmp_path / "Ask.java"), url, str(tmp_path / "question.json")]
-    answers = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout.splitlines()
-    assert [json.loads(answer)["answer"] for answer in answers] == ["red", "red"]

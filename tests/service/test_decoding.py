@@ -20,7 +20,7 @@ from tests.support.servers import STOP_S, Gateway, StartGateway, eventually
 @pytest.fixture
 def stopping(start_gateway: StartGateway, triton) -> Iterator[Gateway]:
     """A gateway that is stopped within the test."""
-    url = f"127.0.0.1:{triton.ports.grpc}"
+    url = triton.access.url
     settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_STOP_GRACE_S": "1"}
     with start_gateway(settings) as gateway:
         yield gateway

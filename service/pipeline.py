@@ -128,6 +128,10 @@ class Pipeline:
         self.images.put(image, time.monotonic(), reservation.tenant)
         return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
 
+    def require_turns(self, open_requests: int, lag_s: float) -> None:
+        """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
+        self.admission.require_turns(open_requests, lag_s)
+
     @contextmanager
     def reservation(self, tenant: str) -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.

@@ -49,6 +49,7 @@ class Edge:
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
+    lag_s: Callable[[], float]  # how late the event loop is
 
 
 def edge_of(request: Request) -> Edge:

@@ -44,6 +44,8 @@ def packages_for_tests():
         needed["prometheus"] = "the tests check metrics with its promtool"
     if shutil.which("curl") is None:
         needed["curl"] = "the tests ask the service with it"
+    if shutil.which("node") is None:
+        needed["nodejs"] = "the tests ask the service with its fetch"
     return needed
 
 

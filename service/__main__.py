@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import logging
+import math
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # New objects before the next garbage collection. A request makes about a thousand objects and few cycles. With Python's
 # default of 700, the collector often scanned the objects of all modules: 10 % of a follow-up's CPU time.
 GARBAGE_AFTER = 20_000
+TELLING_S = 1.0  # for callers to read that their requests are ended, after the grace
 
 
 class Server(uvicorn.Server):
@@ -36,6 +38,12 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def cut_connections(self) -> None:
+        """Close what is left, whether or not the other side reads."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 def main(scheduling: type[Scheduler] = Scheduler) -> int:
@@ -68,16 +76,21 @@ async def serve(app: App, listener: socket.socket) -> None:
         access_log=False,
         server_header=False,
         timeout_keep_alive=round(edge.connections.idle_timeout_s),
-        timeout_graceful_shutdown=round(app.settings.stop_grace_s),
+        timeout_graceful_shutdown=math.ceil(app.settings.stop_grace_s + 2 * TELLING_S),
     )
     server = Server(config)
 
     def stop(number: int) -> None:
-        """Be not ready first, then refuse new questions, and close the listener when load balancers know."""
+        """Be not ready first, then refuse new questions, and close the listener when load balancers know. Tell the
+        requests that still run after the grace, and cut what then is left."""
+        later = asyncio.get_running_loop().call_later
         notice_s = app.settings.stop_notice_s if number == signal.SIGTERM and app.readiness.ready else 0.0
         app.readiness.stop()
         app.admission.stop()
-        asyncio.get_running_loop().call_later(notice_s, server.handle_exit, number, None)
+        grace_s = notice_s + app.settings.stop_grace_s
+        later(notice_s, server.handle_exit, number, None)
+        later(grace_s, app.admission.end)
+        later(grace_s + TELLING_S, server.cut_connections)
 
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)

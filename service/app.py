@@ -20,7 +20,7 @@ from service.edges.http.application import http_api
 from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
-from service.edges.loop_lag import watch_loop
+from service.edges.loop_lag import LoopLag
 from service.media.decoder import ImageLimits
 from service.media.reader import WorkerReader
 from service.metrics import Metrics
@@ -46,6 +46,7 @@ class App:
     shared: RedisTier | None
     readiness: Readiness
     metrics: Metrics
+    lag: LoopLag
     api: FastAPI
 
 
@@ -87,11 +88,14 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         metrics=metrics,
         shared=shared,
     )
-    api = http_api(http_edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, api)
+    lag = LoopLag(metrics.event_loop_lag.observe)
+    api = http_api(http_edge(pipeline, readiness, settings, metrics, lag))
+    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, api)
 
 
-def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
+def http_edge(
+    pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics, lag: LoopLag | None = None
+) -> Edge:
     """Give the HTTP edge the parts of the gateway that it uses."""
     return Edge(
         pipeline=pipeline,
@@ -102,6 +106,7 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         faults=lambda: readiness.faults,
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
+        lag_s=lambda: lag.seconds if lag else 0.0,
     )
 
 
@@ -133,7 +138,7 @@ async def running(app: App) -> AsyncIterator[None]:
             await app.readiness.probe(app.client, app.card, settings.probe_timeout_s)
         async with asyncio.TaskGroup() as tasks:
             watch = app.readiness.watch(app.client, app.card, settings.probe_interval_s, settings.probe_timeout_s)
-            watchers = [tasks.create_task(watch), tasks.create_task(watch_loop(app.metrics.event_loop_lag.observe))]
+            watchers = [tasks.create_task(watch), tasks.create_task(app.lag.watch())]
             if triton is not None:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from service.core.errors import GlimpseError, InternalError, internal_error
+from service.core.errors import Cancelled, DeadlineExceeded, GlimpseError, InternalError, internal_error
 from service.core.request import Request
 from service.core.vision import TENSIONS, Seen
 from service.metrics import Metrics
@@ -44,6 +44,8 @@ class Outcomes:
             ticket.outcome, fault = InternalError.code, error
             raise internal_error(request.trace_id or request.id) from error
         finally:
+            if ticket.outcome == Cancelled.code and ticket.left_s <= 0:
+                ticket.outcome = DeadlineExceeded.code  # the edge's timeout came first: the loop stood still
             self._count(ticket)
             _log(ticket, fault)
 

@@ -98,12 +98,12 @@ class Pipeline:
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
         with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
-            async with ticket.in_time():
+            async with ticket.in_time(reservation):
                 images = await self.load(ticket)
                 seen = await self.vision_stage.look(images, ticket, reservation)
             prompt = self.compose(request, images, seen)
             ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
-            async with aclosing(self.generate(prompt, ticket)) as texts:
+            async with aclosing(self.generate(prompt, ticket, reservation)) as texts:
                 async for text in texts:
                     yield Delta(text)
             yield self.finish(ticket, images, seen)
@@ -127,6 +127,10 @@ class Pipeline:
             raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
         self.images.put(image, time.monotonic(), reservation.tenant)
         return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
+
+    def require_turns(self, open_requests: int, lag_s: float) -> None:
+        """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
+        self.admission.require_turns(open_requests, lag_s)
 
     @contextmanager
     def reservation(self, tenant: str) -> Iterator[Reservation]:
@@ -201,7 +205,7 @@ class Pipeline:
         ]
         return self.prompts.compose_request(request, visual)
 
-    async def generate(self, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[str, None]:
+    async def generate(self, prompt: Prompt, ticket: Ticket, reservation: Reservation) -> AsyncGenerator[str, None]:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         detokeniser = Detokeniser(self._spelled, sampling.stop)
@@ -215,7 +219,7 @@ class Pipeline:
             stall_timeout_s=self.settings.stall_timeout_s,
         )
         async with aclosing(tokens):
-            while (ids := await self._next_tokens(tokens, ticket)) is not None:
+            while (ids := await self._next_tokens(tokens, ticket, reservation)) is not None:
                 if text := detokeniser.push(ids):
                     yield text
                 if detokeniser.stopped:
@@ -224,10 +228,12 @@ class Pipeline:
         if text := detokeniser.finish():
             yield text
 
-    async def _next_tokens(self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket) -> list[int] | None:
+    async def _next_tokens(
+        self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket, reservation: Reservation
+    ) -> list[int] | None:
         """Return the next ids without the end id, or None at the end of the stream."""
         with ticket.stage(ticket.writing):
-            async with ticket.in_time():
+            async with ticket.in_time(reservation):
                 ids = await anext(tokens, None)
         now = time.monotonic()
         if ids is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -10,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
 from service.core.request import Request
@@ -76,13 +76,13 @@ class Ticket:
         return "prefill" if self.first_token is None else "decode"
 
     @asynccontextmanager
-    async def in_time(self) -> AsyncIterator[None]:
-        """Raise DeadlineExceeded if the block outlives the request's deadline.
+    async def in_time(self, reservation: Reservation) -> AsyncIterator[None]:
+        """Raise DeadlineExceeded if the block outlives the request's deadline, ShuttingDown if it outlives the service.
 
         Do not yield events inside the block.
         """
         try:
-            async with asyncio.timeout(self.left_s):
+            async with reservation.until_end(self.left_s):
                 yield
         except TimeoutError as exc:
             raise self.too_late() from exc

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 
 import structlog
 
@@ -29,6 +30,8 @@ log = structlog.get_logger()
 MAX_RETRY_AFTER_S = 60.0
 # Questions by an image's id are smaller than this. Uploads leave them a quarter of the request bytes.
 SMALL_BODY_BYTES = 64 * 1024
+MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
+UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
 
@@ -58,6 +61,8 @@ class Admission:
         self._strain = "calm"  # kind of the last longest wait: "waiting" in a queue, or "late" by contention
         self._metrics = metrics
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
+        self._open: set[Reservation] = set()
+        self.ended = False
         for kind in Kind:
             metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
             metrics.requests_running.labels(kind).set_function(partial(scheduler.running, kind))
@@ -77,12 +82,33 @@ class Admission:
     def reservation(self, tenant: str) -> Iterator[Reservation]:
         """Open a reservation, which holds nothing yet. When the block ends, it gives everything back."""
         reservation = Reservation(self, tenant)
-        with reservation.work():
-            yield reservation
+        self._open.add(reservation)
+        try:
+            with reservation.work():
+                yield reservation
+        finally:
+            self._open.discard(reservation)
+
+    def require_turns(self, open_requests: int, lag_s: float) -> None:
+        """Check that the event loop keeps up with the requests that came. Raises Overloaded.
+
+        A refusal after the body was read and parsed takes as much of the loop as an answer. If many callers are refused
+        and ask again, that alone would take all of it, and neither answers nor refusals would be in time.
+        """
+        if lag_s > MAX_LAG_S and open_requests > UNHURRIED and not self.quota.closed:
+            text = f"The server has {open_requests} open requests and cannot take more now. Retry later."
+            raise self.refuse(Refusal("saturated", text, 1.0))
 
     def stop(self) -> None:
         """Refuse new requests from now on. Requests that hold something may finish."""
         self.quota.closed = True
+
+    def end(self) -> None:
+        """End the requests that still run, wherever they wait: see `Reservation.until_end`."""
+        self.stop()
+        self.ended = True
+        for reservation in self._open:
+            reservation.end()
 
     def refuse(self, refusal: Refusal) -> Overloaded:
         self._metrics.refusals.labels(refusal.code).inc()
@@ -158,6 +184,17 @@ class Reservation:
         self._claims: list[Claim] = []
         self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
+        self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
+
+    def until_end(self, timeout_s: float | None = None) -> UntilEnd:
+        """Leave the block when the service ends its requests. Of nested blocks only the innermost is left, so that the
+        others can tell the caller. Raises ShuttingDown, or TimeoutError after `timeout_s`.
+        """
+        return UntilEnd(self._admission, self._ends, timeout_s)
+
+    def end(self) -> None:
+        if self._ends:
+            self._ends[-1].reschedule(asyncio.get_running_loop().time())
 
     def require_room(self, cost: Cost, *, keep_free: Cost = NOTHING) -> None:
         """Check that the cost could be reserved now, but reserve nothing. Raises Overloaded."""
@@ -254,3 +291,27 @@ class Reservation:
             admission.limit.end(self, now, answered=answered, missed=now >= self._deadline)
             self._claims = []
             admission.schedule(now)
+
+
+class UntilEnd:
+    """The block of `Reservation.until_end`. No generator, because each token of an answer enters one."""
+
+    def __init__(self, admission: Admission, ends: list[asyncio.Timeout], timeout_s: float | None) -> None:
+        self._admission = admission
+        self._ends = ends
+        self._timeout = asyncio.timeout(0 if admission.ended else timeout_s)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._ends.append(self._timeout)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ends.remove(self._timeout)
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError as exc:
+            if not self._admission.ended:
+                raise
+            raise ShuttingDown("This server stopped before the request was done. Retry: another one answers.") from exc

@@ -13,7 +13,9 @@ The keys of one image share a Redis Cluster slot, because only the text in brace
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ import structlog
 from service.cache.breaker import Breaker
 from service.cache.keys import FeatureKey, Features
 from service.cache.records import VERSION, RecordError, pack, unpack
-from service.cache.redis_client import Command, Lane, RedisFault, Reply, granted, is_cluster
+from service.cache.redis_client import Command, Kind, Lane, RedisFault, Reply, granted, is_cluster
 from service.core.card import ModelCard
 from service.metrics import Metrics
 
@@ -34,6 +36,12 @@ MOST_UNRELEASED = 1024  # claims that wait to be released; further claims expire
 INLINE_PACK_BYTES = 256 * 1024  # a larger record is packed in a thread: 1.5 MB take 1 ms
 POLL_S = 0.01  # between two lookups while another gateway encodes
 GAUGE_INTERVAL_S = 5.0
+COMPLAINT_INTERVAL_S = 60.0  # between two log lines about the same fault
+MENDS: Mapping[Kind, str] = {
+    "full": "give Redis the policy allkeys-lru (maxmemory-policy), or more memory (maxmemory)",
+    "denied": "give the user of GLIMPSE_REDIS_URL the commands GET, SET, UNLINK and EVAL on keys glimpse:*",
+    "refused": "name a Redis that takes writes in GLIMPSE_REDIS_URL",
+}
 
 PREFIX = f"glimpse:{VERSION}"
 TRIAL_KEY = f"{PREFIX}:trial"  # never written
@@ -73,6 +81,7 @@ class RedisTier:
         self._opened = asyncio.Event()
         self._opened.set()
         self._reason = ""  # why Redis is not in use, as last logged
+        self._told_at: dict[tuple[str, str], float] = {}  # when a fault was last logged, by event and kind
         self._evicted: int | None = None  # keys, since Redis started, as last measured
         metrics.redis_breaker_open.set(1)
 
@@ -134,7 +143,7 @@ class RedisTier:
         if isinstance(
             claimed, RedisFault
         ):  # Redis is full or a replica: it can still be read, and we encode without a claim
-            self._metrics.redis_errors.labels(claimed.kind).inc()
+            self._refused(claimed)
         return claimed is not None or key in self._claimed, await self._believe(record, key, left_s)
 
     async def _believe(self, record: Reply, key: FeatureKey[Features], left_s: float) -> Features | None:
@@ -142,7 +151,8 @@ class RedisTier:
         if granted(record) is None:
             return None
         try:
-            return unpack(record, key, self._card)
+            # No Redis sends anything but bytes here. Other programs that speak its protocol may.
+            return unpack(record if isinstance(record, bytes) else b"", key, self._card)
         except RecordError as error:
             self._metrics.redis_bad_records.labels(error.reason).inc()
             log.warning("redis_bad_record", reason=error.reason, key=record_key(key))
@@ -166,6 +176,12 @@ class RedisTier:
             self._metrics.feature_cache_writes.labels("skipped").inc()
         elif self.unwritten >= MOST_UNWRITTEN:
             self._metrics.feature_cache_writes.labels("dropped").inc()
+            self._tell(
+                "redis_writes_dropped",
+                "slow",
+                reason=f"{MOST_UNWRITTEN} records wait to be written",
+                mend="give Redis a faster machine or network, or each Redis fewer gateways",
+            )
             self.give_up(key)
         else:
             self._behind.put_nowait((key, features))
@@ -209,7 +225,7 @@ class RedisTier:
                 ("SET", record_key(key), record, "PX", round(self.limits.ttl_s * 1e3)), release
             )
             if isinstance(kept, RedisFault):
-                self._metrics.redis_errors.labels(kept.kind).inc()
+                self._refused(kept)
             else:
                 result = "kept"
         finally:
@@ -231,6 +247,19 @@ class RedisTier:
                 self._reason = ""
                 log.info("redis_in_use")
 
+    def _refused(self, fault: RedisFault) -> None:
+        """Count a write that Redis refused. The connection is in order, so lookups go on."""
+        self._metrics.redis_errors.labels(fault.kind).inc()
+        mend = MENDS.get(fault.kind, "see the log of Redis")
+        self._tell("redis_refuses_writes", fault.kind, reason=fault.message, mend=mend)
+
+    def _tell(self, event: str, kind: str, **fields: str) -> None:
+        """Log a fault that can come with every request: at most one line in COMPLAINT_INTERVAL_S."""
+        now = asyncio.get_running_loop().time()
+        if now - self._told_at.get((event, kind), -math.inf) >= COMPLAINT_INTERVAL_S:
+            self._told_at[event, kind] = now
+            log.warning(event, kind=kind, **fields)
+
     def _failed(self, fault: RedisFault) -> None:
         self._metrics.redis_errors.labels(fault.kind).inc()
         self.breaker.failed(asyncio.get_running_loop().time())
@@ -240,6 +269,8 @@ class RedisTier:
             if self._reason != fault.kind:
                 self._reason = fault.kind
                 log.warning("redis_not_in_use", kind=fault.kind, reason=fault.message)
+        else:
+            self._tell("redis_fault", fault.kind, reason=fault.message)
 
     async def _gauge(self) -> None:
         while True:
@@ -253,11 +284,18 @@ class RedisTier:
             memory, stats = map(granted, await self._writes.ask(("INFO", "memory"), ("INFO", "stats")))
         except RedisFault:  # an ACL may forbid INFO; lookups report every other fault
             return
-        self._metrics.feature_cache_bytes.labels("redis").set(memory["used_memory"])
-        evicted, before = stats["evicted_keys"], self._evicted
-        if before is not None:
+        used, evicted, before = _number(memory, "used_memory"), _number(stats, "evicted_keys"), self._evicted
+        if used is not None:
+            self._metrics.feature_cache_bytes.labels("redis").set(used)
+        if evicted is not None and before is not None:
             self._metrics.feature_cache_evictions.labels("redis").inc(max(0, evicted - before))
         self._evicted = evicted
 
     def _count(self, result: str) -> None:
         self._metrics.feature_cache_lookups.labels("redis", result).inc()
+
+
+def _number(told: object, name: str) -> int | None:
+    """One field of INFO; None if this server does not tell it, as some that speak Redis's protocol do not."""
+    found = told.get(name) if isinstance(told, dict) else None
+    return found if isinstance(found, int) else None

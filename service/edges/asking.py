@@ -5,23 +5,18 @@ A transport checks types and ranges of its own wire format, makes `Fields` of it
 
 from __future__ import annotations
 
-import base64
-import re
 import secrets
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from service.core.card import ModelCard
-from service.core.errors import InvalidImage, InvalidRequest, naming_image
+from service.core.errors import InvalidRequest, naming_image
 from service.core.request import (
     Budget,
     Detail,
     Exchange,
-    ImageBytes,
-    ImageId,
     ImageSource,
-    ImageUrl,
     Part,
     Priority,
     Request,
@@ -29,9 +24,7 @@ from service.core.request import (
     Text,
     text_of,
 )
-
-NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/_=\s-]")
-STANDARD = str.maketrans("-_", "+/")  # from the alphabet of URLs
+from service.edges.image_text import source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,45 +89,6 @@ def to_request(
         priority=fields.priority,
         trace_id=trace_id,
         tenant=tenant,
-    )
-
-
-def source_of(text: str) -> ImageSource:
-    """Read an image given as base64, a data: URL, another URL or an image id. Raises InvalidRequest."""
-    given, text = text, text.strip()
-    if text.startswith("img_"):
-        return ImageId(text)
-    if text[:8].lower().startswith(("https://", "http://")):
-        return ImageUrl(text)
-    encoded = text
-    if text[:5].lower() == "data:":
-        head, comma, encoded = text.partition(",")  # a regular expression would backtrack over a hostile head
-        if not comma or head[-7:].lower() != ";base64":
-            raise InvalidRequest("image is a data: URL without base64: send data:image/png;base64,...", param="image")
-    try:
-        return ImageBytes(base64.b64decode(encoded, validate=True))
-    except ValueError:
-        return ImageBytes(_decoded(encoded, len(given) - len(given.lstrip()) + len(text) - len(encoded)))
-
-
-def _decoded(encoded: str, before: int) -> bytes:
-    """Base64 as callers write it: in both alphabets, wrapped at 76 columns, with or without padding.
-
-    Raises InvalidImage, which names the first wrong character; so many characters stand `before` it.
-    """
-    wrong = NOT_BASE64.search(encoded)
-    padding = encoded.find("=", 0, len(encoded.rstrip("= \t\r\n")))  # it stands at the end only
-    found = min((at for at in (wrong.start() if wrong else -1, padding) if at >= 0), default=None)
-    if found is not None:
-        place = f"its character {before + found + 1:,} is {encoded[found]!r}"
-    else:
-        digits = "".join(encoded.split()).rstrip("=").translate(STANDARD)
-        if len(digits) % 4 != 1:
-            return base64.b64decode(digits + "=" * (-len(digits) % 4))
-        place = f"{len(digits):,} characters are one too many or end too early"
-    raise InvalidImage(
-        f"image is neither base64, nor a data: URL, nor an image id (img_...): as base64, {place}",
-        param="image",
     )
 
 

@@ -6,11 +6,11 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from service.core.errors import Cancelled, InvalidRequest
+from service.core.errors import Cancelled, DeadlineExceeded, InvalidRequest
 
 # Names of HTTP headers and of gRPC metadata.
 TENANT_KEY = "x-tenant-id"
@@ -47,22 +47,34 @@ def trace_id_in(words: Iterable[str]) -> str:
 
 @asynccontextmanager
 async def present(gone: Callable[[], Coroutine[Any, Any, None]], timeout_s: float) -> AsyncIterator[None]:
-    """Cancel the block when `gone` returns, or when it outlives the request's timeout. Raises Cancelled.
+    """Cancel the block when `gone` returns, or when it outlives the request's timeout.
 
-    The pipeline enforces the request's deadline itself. The timeout here is for a caller that does not read its answer.
+    The pipeline enforces the request's deadline itself. The timeout here is for a caller that does not read its answer,
+    and for a loop that stood still past the deadline. Raises Cancelled if the caller is gone, else DeadlineExceeded.
     """
+    is_gone = False
+
+    async def watch(presence: asyncio.Timeout) -> None:
+        nonlocal is_gone
+        await gone()
+        is_gone = True
+        if not presence.expired():
+            presence.reschedule(asyncio.get_running_loop().time())
+
     try:
         async with asyncio.timeout(timeout_s + READING_S) as presence:
-            watching = asyncio.create_task(_end(presence, gone))
+            watching = asyncio.create_task(watch(presence))
             try:
                 yield
             finally:
                 watching.cancel()
     except TimeoutError as exc:
-        raise Cancelled("the caller went away") from exc
-
-
-async def _end(presence: asyncio.Timeout, gone: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    await gone()
-    with suppress(RuntimeError):  # the block ended meanwhile
-        presence.reschedule(asyncio.get_running_loop().time())
+        if not presence.expired():
+            raise
+        if is_gone:
+            raise Cancelled("the caller went away") from exc
+        raise DeadlineExceeded(
+            f"There was no complete answer within timeout_s={timeout_s:g}. Raise timeout_s, or retry when the service "
+            "is less busy.",
+            param="timeout_s",
+        ) from exc

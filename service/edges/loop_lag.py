@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
-INTERVAL_S = 0.1
+INTERVAL_S = 0.01
+REPORT_S = 0.1  # between two figures for the metric, each the worst since the last
 
 
-async def watch_loop(observe: Callable[[float], None], interval_s: float = INTERVAL_S) -> None:
-    """Observe, each interval, by how many seconds the loop woke this task too late. Runs until cancelled."""
-    loop = asyncio.get_running_loop()
-    while True:
-        due = loop.time() + interval_s
-        await asyncio.sleep(interval_s)
-        observe(max(0.0, loop.time() - due))
+class LoopLag:
+    """Measure it while `watch` runs."""
+
+    def __init__(self, observe: Callable[[float], None], interval_s: float = INTERVAL_S) -> None:
+        self._observe = observe
+        self._interval_s = interval_s
+        self._due = float("inf")
+        self._last = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The last measurement, or the one that is going on if it is worse already; 0 before `watch` runs."""
+        return max(self._last, time.monotonic() - self._due)
+
+    async def watch(self) -> None:
+        """Run until cancelled."""
+        reported, worst = time.monotonic(), 0.0
+        try:
+            while True:
+                self._due = time.monotonic() + self._interval_s
+                await asyncio.sleep(self._interval_s)
+                now = time.monotonic()
+                self._last = max(0.0, now - self._due)
+                worst = max(worst, self._last)
+                if now - reported >= REPORT_S or self._last >= REPORT_S:
+                    self._observe(worst)
+                    reported, worst = now, 0.0
+        finally:
+            self._due, self._last = float("inf"), 0.0

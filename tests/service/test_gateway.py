@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from io import BytesIO
 
@@ -162,6 +165,24 @@ async def test_two_gateways_that_share_a_redis_encode_a_new_image_once(start_gat
             assert len({each["answer"] for each in said}) == 1  # whoever found it in Redis says the same
             metrics = (await first.get("/metrics")).text + (await second.get("/metrics")).text
             assert metrics.count('glimpse_feature_cache_lookups_total{result="shared",tier="redis"} 1.0') == 1
+
+
+def test_proxies_of_the_environment_come_between_nothing(start_gateway, triton, redis_server):
+    """Neither between the gateway and its Triton or Redis, nor between the command and the gateway."""
+    names = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+    proxies = {each: "http://127.0.0.1:1" for name in names for each in (name, name.upper())}
+    proxies |= {"no_proxy": "", "NO_PROXY": ""}
+    url = triton.access.url
+    settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_REDIS_URL": redis_server.url}
+    with start_gateway(settings | proxies) as gateway:
+        code = "from service.cli.main import main; main()"
+        command = [sys.executable, "-c", code, "ask", "-", QUESTIONS[1], "--json", "--url", gateway.url]
+        environment = {**os.environ, **proxies}
+        done = subprocess.run(
+            command, input=a_new_image(7), env=environment, capture_output=True, check=False, timeout=60
+        )
+        assert json.loads(done.stdout)["answer"], done.stderr
+        eventually(lambda: redis_server.client.keys("glimpse:*:features:*"), 10, "features in Redis")
 
 
 async def lookups(http: httpx.AsyncClient) -> dict[str, float]:

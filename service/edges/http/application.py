@@ -24,5 +24,5 @@ def http_api(edge: Edge) -> FastAPI:
         api.include_router(routes.router)
     api.add_exception_handler(GlimpseError, respond_to_error)
     api.add_exception_handler(HTTPException, respond_to_no_route)
-    api.add_middleware(RequestScope, count=edge.count, hosts=edge.hosts)
+    api.add_middleware(RequestScope, edge=edge)
     return api

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.core.errors import Cancelled, InvalidRequest, SlowBody, TooLarge
 from service.edges.http.encoding import encoding_of
+from service.edges.slices import SLICE_BYTES, Pieces
 from service.pipeline import Reservation
 
 JSON = "application/json"
@@ -35,10 +37,10 @@ class BodyLimits:
         return min(self.timeout_s, self.grace_s + came / self.min_bytes_per_s)
 
 
-async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reservation: Reservation) -> bytes:
-    """The whole body, unpacked. Reserves what has come, not what is announced.
+async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reservation: Reservation) -> list[bytes]:
+    """The whole body, unpacked, in the pieces in which it came. Reserves what has come, not what is announced.
 
-    Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, Cancelled.
+    Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, ShuttingDown, Cancelled.
     """
     length = request.headers.get("content-length", "")
     declared = int(length) if length.isdecimal() else 0
@@ -47,9 +49,10 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
         raise _too_large(f"has {declared:,} bytes", max_bytes)
     reservation.require_bytes(declared)
     loop = asyncio.get_running_loop()
-    started, chunks, came, held = loop.time(), [], 0, 0
+    pieces = Pieces()
+    started, came, held = loop.time(), 0, 0
     try:
-        async with asyncio.timeout(limits.patience_s(0)) as patience:
+        async with reservation.until_end(), asyncio.timeout(limits.patience_s(0)) as patience:
             async for chunk in request.stream():
                 came += len(chunk)
                 for piece in encoding.unpack(chunk):
@@ -57,7 +60,7 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
                     if max(came, held) > max_bytes:
                         raise _too_large("is too large", max_bytes)
                     reservation.reserve_bytes(len(piece))
-                    chunks.append(piece)
+                    pieces.add(piece)
                     if piece is not chunk:
                         await asyncio.sleep(0)  # unpacking takes time: let others run
                 if came != declared:
@@ -68,7 +71,7 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
     except ClientDisconnect as exc:
         raise Cancelled("the caller went away while sending") from exc
     encoding.end()
-    return b"".join(chunks)
+    return pieces.all()
 
 
 def _too_large(size: str, max_bytes: int) -> TooLarge:
@@ -83,7 +86,12 @@ class FormPart:
     """Hold one field of a form."""
 
     headers: dict[bytes, bytes] = field(default_factory=dict)
-    data: bytearray = field(default_factory=bytearray)
+    content: Pieces = field(default_factory=Pieces)
+
+    @property
+    def data(self) -> bytes:
+        """All of it; for what is small. `joined(content.all())` is for files."""
+        return b"".join(self.content.all())
 
     @property
     def options(self) -> dict[bytes, bytes]:
@@ -98,15 +106,19 @@ class FormPart:
         return b"filename" in self.options
 
 
-def parse_form(body: bytes, content_type: str) -> list[FormPart]:
-    """Return the parts of a multipart/form-data body, in order. Raises InvalidRequest."""
+async def parse_form(body: Sequence[bytes], content_type: str) -> list[FormPart]:
+    """Return the parts of a multipart/form-data body, which comes in pieces. Raises InvalidRequest."""
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
         raise _bad_form("its content-type names no boundary")
     reader = _FormReader()
     try:
         parser = MultipartParser(boundary, reader.callbacks)  # type: ignore[arg-type]
-        parser.write(body)
+        for piece in body:
+            for start in range(0, len(piece), SLICE_BYTES):
+                parser.write(piece[start : start + SLICE_BYTES])
+                if len(piece) >= SLICE_BYTES:
+                    await asyncio.sleep(0)
         parser.finalize()
     except FormParserError as exc:
         raise _bad_form(str(exc)) from exc
@@ -143,7 +155,7 @@ class _FormReader:
         self.parts.append(FormPart())
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
-        self.parts[-1].data += data[start:end]
+        self.parts[-1].content.add(data[start:end])
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._header[0].extend(data[start:end])

@@ -49,6 +49,7 @@ class Edge:
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
+    lag_s: Callable[[], float]  # how late the event loop is
 
 
 def edge_of(request: Request) -> Edge:
@@ -67,12 +68,15 @@ def reserved(request: Request, tenant: str) -> Reservation:
 
 
 @asynccontextmanager
-async def present(receive: Receive, timeout_s: float) -> AsyncIterator[None]:
-    """Cancel the block when the caller goes away. Raises Cancelled."""
+async def present(receive: Receive, timeout_s: float, reservation: Reservation) -> AsyncIterator[None]:
+    """Cancel the block when the caller goes away, or when the service ends its requests.
+
+    Raises Cancelled, DeadlineExceeded, ShuttingDown.
+    """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    async with caller.present(gone, timeout_s):
+    async with reservation.until_end(), caller.present(gone, timeout_s):
         yield

@@ -62,8 +62,7 @@ def invalid_request(
             reason = fault["msg"].removeprefix("Invalid JSON: ")
             return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
         case "extra_forbidden":
-            mend = _meant(fault["loc"], known, nested)
-            return InvalidRequest(f"there is no field {param!r}: {mend}{more}", param=param, code="unknown_field")
+            return unknown_field(param, known if len(fault["loc"]) == 1 else nested[str(fault["loc"][0])], more)
         case "missing" if isinstance(fault["loc"][-1], str):
             return InvalidRequest(f"the field {param} is missing{more}", param=param, code="missing_field")
         case "model_type" | "model_attributes_type":
@@ -71,6 +70,16 @@ def invalid_request(
     if fault["type"] == "missing":  # of a list whose length is fixed
         param = param.rpartition(".")[0]
     return InvalidRequest(f"{_reason(fault, param)}; it is {shown(fault['input'])}{more}", param=param)
+
+
+def unknown_field(param: str, fields: Collection[str], more: str = "") -> InvalidRequest:
+    """A field that does not exist, and what the caller may have meant. `param` has the steps to it, with dots."""
+    above, _, last = param.rpartition(".")
+    synonym = SYNONYMS.get(last.lower(), "")
+    near = [synonym] if synonym in fields else difflib.get_close_matches(last, fields, n=1)
+    of = f" of {above.partition('.')[0]}" if above else ""
+    mend = f"did you mean {near[0]}?" if near else f"the fields{of} are {', '.join(fields)}"
+    return InvalidRequest(f"there is no field {param!r}: {mend}{more}", param=param, code="unknown_field")
 
 
 def no_question(body: bytes, content_type: str) -> InvalidRequest:
@@ -107,17 +116,6 @@ def _sent_bare(kind: str) -> InvalidRequest:
         "-F question=...), or the file alone to POST /v1/images (curl --data-binary @FILE)",
         code="unsupported_content_type",
     )
-
-
-def _meant(where: tuple[int | str, ...], known: Collection[str], nested: Mapping[str, Collection[str]]) -> str:
-    """What the caller may have meant by a field that does not exist."""
-    *above, last = where
-    fields = nested[str(above[0])] if above else known
-    synonym = SYNONYMS.get(str(last).lower(), "")
-    near = [synonym] if synonym in fields else difflib.get_close_matches(str(last), fields, n=1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"the fields{f' of {above[0]}' if above else ''} are {', '.join(fields)}"
 
 
 def _reason(fault: ErrorDetails, param: str) -> str:

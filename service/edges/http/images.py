@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,6 +13,7 @@ from service.edges.http.body import FORM, parse_form, read_body
 from service.edges.http.edge import caller_of, edge_of, present, reserved
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import UploadedImage
+from service.edges.slices import joined
 
 FORM_BYTES = 64 * 1024  # room for a form's own text
 
@@ -26,17 +29,17 @@ async def keep_image(request: Request) -> Response:
     is_form = content_type.lower().startswith(FORM)
     max_bytes = edge.bodies.max_image_bytes + (FORM_BYTES if is_form else 0)
     body = await read_body(request, max_bytes, edge.bodies, reservation)
-    image = image_of(body, content_type) if is_form else body
-    async with present(request.receive, edge.questions.default_timeout_s):
+    image = await joined(await image_of(body, content_type) if is_form else body)
+    async with present(request.receive, edge.questions.default_timeout_s, reservation):
         return JsonResponse(UploadedImage.of(await edge.pipeline.keep_image(image, reservation)))
 
 
-def image_of(body: bytes, content_type: str) -> bytes:
-    """Return the one file of a form. Raises InvalidRequest."""
-    parts = parse_form(body, content_type)
+async def image_of(body: Sequence[bytes], content_type: str) -> Sequence[bytes]:
+    """Return the one file of a form, in pieces. Raises InvalidRequest."""
+    parts = await parse_form(body, content_type)
     if [part.name for part in parts] != ["image"]:
         names = ", ".join(part.name for part in parts) or "none"
         raise InvalidRequest(
             f"the form must have the one field image, it has {names}: use curl -F image=@FILE", param="image"
         )
-    return bytes(parts[0].data)
+    return parts[0].content.all()

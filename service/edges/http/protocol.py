@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import resource
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,9 +18,10 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable
+from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable, status_of
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
+from service.edges.http.respond import OPEN_REQUESTS
 from service.edges.http.schema import ErrorBody, WireError
 
 log = structlog.get_logger()
@@ -35,7 +37,17 @@ def limited_protocol(edge: Edge) -> type[asyncio.Protocol]:
     limits = edge.connections
     most = most_connections(limits.max_connections)
     connections: Connections[LimitedProtocol] = Connections(most, min(most, limits.max_connections_per_address))
-    made = functools.partial(LimitedProtocol, limits=limits, open_connections=connections, count=edge.count)
+
+    def overload(open_requests: int) -> Overloaded | None:
+        try:
+            edge.pipeline.require_turns(open_requests, edge.lag_s())
+        except Overloaded as error:
+            return error
+        return None
+
+    made = functools.partial(
+        LimitedProtocol, limits=limits, open_connections=connections, count=edge.count, overload=overload
+    )
     return cast(type[asyncio.Protocol], made)
 
 
@@ -123,12 +135,14 @@ class LimitedProtocol(HttpToolsProtocol):
         limits: ConnectionLimits,
         open_connections: Connections[LimitedProtocol],
         count: Count,
+        overload: Callable[[int], Overloaded | None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.limits = limits
         self.open_connections = open_connections
         self.count = count
+        self.overload = overload
         self._check_timer: asyncio.TimerHandle | None = None
         # A head is everything up to the blank line, with any empty lines before it.
         self._head_bytes = 0  # at least so many of the head that is not whole yet
@@ -142,6 +156,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._discarded_bytes = 0
         self._end_at: float | None = None  # the connection ends then, whatever the client does
         self._unsent, self._unsent_since = 0, 0.0
+        self._is_answered = False  # the request that is being read, at once
 
     # The connection's life.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -289,20 +304,35 @@ class LimitedProtocol(HttpToolsProtocol):
         self._begun = False
         self._in_body = True
         self.open_connections.work(self)
+        if (refusal := self._refusal()) is not None:
+            self._answer_at_once(refusal)
+            return
         super().on_headers_complete()
+        cast(dict[str, Any], self.scope)[OPEN_REQUESTS] = len(self.tasks)
         if self.pipeline:
             self.flow.hold(True)  # type: ignore[attr-defined]
 
     def on_body(self, body: bytes) -> None:
         self._bodiless_bytes = 0
-        super().on_body(body)
+        if not self._is_answered:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
         self._in_body = False
         self._end_at = None
-        super().on_message_complete()
+        if not self._is_answered:
+            super().on_message_complete()
+            return
+        self._is_answered = False
+        self.open_connections.rest(self)
+        if self.parser.should_keep_alive():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        else:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         if self._in_body and not self.pipeline:  # refused before its body had come
@@ -312,6 +342,29 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.pipeline:
             self.open_connections.rest(self)
         super().on_response_complete()
+
+    def _refusal(self) -> Overloaded | None:
+        """Why the request is not even begun."""
+        if not self.url.startswith(b"/v1/") or self.parser.get_method() != b"POST":
+            return None
+        if self.cycle is not None and not self.cycle.response_complete:
+            return None  # its turn comes after the responses before it
+        return self.overload(len(self.tasks))
+
+    def _answer_at_once(self, error: Overloaded) -> None:
+        """Without the application, which takes ten times as long. The connection stays; what the client still sends of
+        its request is discarded."""
+        self._is_answered = True
+        self._end_at = self.loop.time() + self.limits.linger_s
+        status, _grpc = status_of(error)
+        self.count("POST", "none", str(status))
+        body = ErrorBody.of(error).model_dump_json().encode()
+        lines = [name + b": " + value for name, value in self.server_state.default_headers]
+        lines += [b"content-type: application/json", b"content-length: %d" % len(body)]
+        lines += [b"retry-after: %d" % max(1, math.ceil(error.retry_after_s))]
+        if not self.parser.should_keep_alive():
+            lines.append(b"connection: close")
+        self.transport.write(STATUS_LINE[status] + b"\r\n".join([*lines, b"", body]))
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer, as far as the responses before it allow, and read no more."""

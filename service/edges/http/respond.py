@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import cast
 
@@ -25,11 +24,13 @@ from service.core.errors import (
 )
 from service.edges.caller import TRACE_ID_KEY, trace_id_in
 from service.edges.http.body import JSON
+from service.edges.http.edge import Edge
 from service.edges.http.hosts import name_in
 from service.edges.http.schema import ErrorBody, WireError
 
 log = structlog.get_logger()
 
+OPEN_REQUESTS = "glimpse.open_requests"  # in the scope: how many the server has, also those that have not begun
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are counted as one
 
 
@@ -45,6 +46,10 @@ class JsonResponse(Response):
 async def respond_to_error(_: Request, error: Exception) -> Response:
     """Answer with a GlimpseError. This is the only place where an error gets its status."""
     assert isinstance(error, GlimpseError)
+    return response_to(error)
+
+
+def response_to(error: GlimpseError) -> Response:
     status, _grpc = status_of(error)
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
@@ -79,15 +84,15 @@ def refuse_host(host: str) -> Response:
 class RequestScope:
     """Wrap every request, in pure ASGI.
 
-    It checks the Host, reads and returns the request's id, counts the request, and ends its reservation after its
-    response. It answers HEAD as GET without the body, and an unexpected exception with 500.
+    It checks the Host, refuses questions while the event loop cannot keep up, reads and returns the request's id,
+    counts the request, and ends its reservation after its response. It answers HEAD as GET without the body, and an
+    unexpected exception with 500.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, str, str], None], hosts: frozenset[str] | None) -> None:
-        """`count` takes the method, the route and the status of a request that has ended. `hosts`: None for any."""
+    def __init__(self, app: ASGIApp, edge: Edge) -> None:
         self.app = app
-        self.count = count
-        self.hosts = hosts
+        self.edge = edge
+        self.hosts = edge.hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,8 +116,7 @@ class RequestScope:
 
         try:
             with ExitStack() as scope["glimpse.held"]:
-                app = self.app if (unknown := self.unknown_host(scope)) is None else refuse_host(unknown)
-                await app(scope, receive, send_with_id)
+                await self.app_for(scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("fault", request_id=trace_id, path=scope["path"])
             if not status:
@@ -120,7 +124,18 @@ class RequestScope:
                 await body(scope, receive, send_with_id)
         finally:
             route = cast(str, getattr(scope.get("route"), "path", "none"))
-            self.count(method if method in METHODS else "other", route, str(status))
+            self.edge.count(method if method in METHODS else "other", route, str(status))
+
+    def app_for(self, scope: Scope) -> ASGIApp:
+        """The application, or the answer of a request that it need not see."""
+        if (unknown := self.unknown_host(scope)) is not None:
+            return refuse_host(unknown)
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            try:
+                self.edge.pipeline.require_turns(scope.get(OPEN_REQUESTS, 0), self.edge.lag_s())
+            except Overloaded as error:
+                return response_to(error)
+        return self.app
 
     def unknown_host(self, scope: Scope) -> str | None:
         """A Host header that names another service."""

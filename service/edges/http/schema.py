@@ -23,9 +23,11 @@ from service.core.card import ModelCard
 from service.core.errors import GlimpseError, InvalidRequest
 from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
-from service.edges.asking import Fields, source_of
+from service.edges.asking import Fields
 from service.edges.http.body import FormPart
-from service.edges.http.faults import invalid_request, require_text
+from service.edges.http.faults import invalid_request
+from service.edges.image_text import read_image
+from service.edges.slices import SLICE_BYTES, joined
 
 MAX_STOPS = 8
 MAX_STOP_CHARS = 64
@@ -205,7 +207,6 @@ class VqaRequest(Asked):
     @classmethod
     def from_json(cls, body: bytes) -> Self:
         """Types are not converted: "16" is no number. Raises InvalidRequest."""
-        require_text(body)
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as exc:
@@ -232,7 +233,7 @@ class VqaForm(Asked):
     )
 
     @classmethod
-    def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:
+    async def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:
         """Read a form -> its fields, and its images in order. Raises InvalidRequest."""
         fields: dict[str, Any] = {}
         images: list[ImageSource] = []
@@ -242,9 +243,9 @@ class VqaForm(Asked):
                 fields[name] = None  # refused below by its name, whatever it holds
             elif name == "image":
                 if _is_file(part):
-                    images.append(ImageBytes(bytes(part.data)))
-                elif (text := _text(part)).strip() != "null":
-                    images.append(source_of(text))
+                    images.append(ImageBytes(await joined(part.content.all())))
+                elif (text := await joined(part.content.all()))[:64].strip() != b"null":
+                    images.append(await read_image(text))
             elif name == "stop":
                 fields.setdefault(name, []).append(_text(part))
             elif name in fields:
@@ -269,14 +270,16 @@ NOTHING = ("null", ["null"])  # a form's words for a field that is left out
 def _is_file(part: FormPart) -> bool:
     """Whether a form's image is a file: by its name, by its type, or as it is no text."""
     content_type = part.headers.get(b"content-type", b"").lower()
-    return part.is_file or content_type.startswith((b"image/", b"application/octet-stream")) or not _is_utf8(part.data)
+    return part.is_file or content_type.startswith((b"image/", b"application/octet-stream")) or not _is_utf8(part)
 
 
-def _is_utf8(data: bytearray) -> bool:
+def _is_utf8(part: FormPart) -> bool:
+    """By its first slice, whose last character may be cut."""
+    first = next(iter(part.content.all()), b"")[:SLICE_BYTES]
     try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
+        first.decode()
+    except UnicodeDecodeError as exc:
+        return len(first) < part.content.nbytes and exc.start >= len(first) - 3
     return True
 
 

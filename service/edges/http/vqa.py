@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 
 import orjson
 from fastapi import APIRouter
@@ -14,18 +15,22 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import Cancelled, GlimpseError, TooLarge
-from service.edges.asking import to_request
-from service.edges.caller import Caller
+from service.core.errors import Cancelled, GlimpseError, TooLarge, naming_image
+from service.core.request import ImageSource
+from service.edges.asking import Fields, to_request
 from service.edges.http.body import BOM, JSON, FormPart, parse_form, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
-from service.edges.http.faults import no_question
-from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, require_small
+from service.edges.http.faults import no_question, require_text
+from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, split
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
+from service.edges.image_text import read_image
+from service.edges.slices import joined
 from service.pipeline import Reservation
 
-INLINE_PARSE_BYTES = 256 * 1024  # a longer body is parsed in a thread: base64 of 20 MB blocks for 50 ms
+TELLING_S = 5.0  # for a caller to take the event that says why its stream ends
+
+DONE: Message = {"type": "http.response.body", "body": b"data: [DONE]\n\n"}
 
 router = APIRouter()
 
@@ -51,7 +56,7 @@ async def ask(request: Request) -> Response:
     asked = await read_question(request, edge)
     if asked.stream:
         return EventStream(asked, edge)
-    async with present(request.receive, asked.request.timeout_s):
+    async with present(request.receive, asked.request.timeout_s, asked.reservation):
         return JsonResponse(await whole_answer(asked, edge))
 
 
@@ -63,43 +68,56 @@ async def read_question(request: Request, edge: Edge) -> Ask:
     caller = caller_of(request)
     reservation = reserved(request, caller.tenant)
     body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
-    content_type = request.headers.get("content-type", JSON)
-    if len(body) > INLINE_PARSE_BYTES:
-        parsed, asked = await asyncio.to_thread(parse_question, body, content_type, caller, edge)
-    else:
-        parsed, asked = parse_question(body, content_type, caller, edge)
+    parsed, fields = await parse_question(body, request.headers.get("content-type", JSON), edge)
+    asked = to_request(fields, edge.pipeline.card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
     return Ask(asked, reservation, parsed.stream, parsed.explain)
 
 
-def parse_question(
-    body: bytes, content_type: str, caller: Caller, edge: Edge
-) -> tuple[VqaRequest | VqaForm, core_request.Request]:
-    """Parse a body by its content type -> the wire type and the core Request. Raises InvalidRequest, TooLarge."""
-    parsed: VqaRequest | VqaForm
+async def parse_question(body: Sequence[bytes], content_type: str, edge: Edge) -> tuple[VqaRequest | VqaForm, Fields]:
+    """Parse a body by its content type, in slices if it is large. Raises InvalidRequest, TooLarge."""
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
-            body = body.removeprefix(BOM)
-            require_small(body, edge.questions.max_question_chars, VqaRequest.model_fields)
-            parsed = VqaRequest.from_json(body)
-            fields = parsed.fields()
+            return await parse_json(await joined(body), edge.questions.max_question_chars)
         case "multipart/form-data":
-            parts = parse_form(body, content_type)
-            require_small_parts(parts, edge.questions.max_question_chars)
-            parsed, images = VqaForm.from_parts(parts)
-            fields = parsed.fields(images)
+            parts = await parse_form(body, content_type)
+            await require_small_parts(parts, edge.questions.max_question_chars)
+            form, images = await VqaForm.from_parts(parts)
+            return form, form.fields(images)
         case other:
-            raise no_question(body, other)
-    asked = to_request(fields, edge.pipeline.card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
-    return parsed, asked
+            raise no_question(body[0] if body else b"", other)
 
 
-def require_small_parts(parts: list[FormPart], max_question_chars: int) -> None:
+async def parse_json(body: bytes, max_question_chars: int) -> tuple[VqaRequest, Fields]:
+    """Raises InvalidRequest, TooLarge."""
+    if body.startswith(BOM):
+        body = body[len(BOM) :]
+    require_text(body)
+    question = await split(body, max_question_chars, VqaRequest.model_fields)
+    parsed = VqaRequest.from_json(question.rest)
+    fields = parsed.fields()
+    if not question.images:
+        return parsed, fields
+
+    async def found(image: ImageSource | str, index: int, of: int) -> ImageSource | str:
+        if not isinstance(image, str) or image not in question.images:
+            return image
+        with naming_image(index, of):
+            return await read_image(body, *question.images[image], escaped=True)
+
+    if fields.image is not None:
+        return parsed, replace(fields, image=await found(fields.image, 0, 1))
+    given = fields.images or ()
+    images = [await found(image, index, len(given)) for index, image in enumerate(given)]
+    return parsed, replace(fields, images=tuple(images))
+
+
+async def require_small_parts(parts: list[FormPart], max_question_chars: int) -> None:
     """All but the images. Raises TooLarge."""
     for part in parts:
         if part.name in ("turns", "budget"):
-            require_small(part.data, max_question_chars)
-        elif part.name != "image" and len(part.data) > MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars:
-            raise TooLarge(f"{part.name} has {len(part.data):,} bytes: shorten it", param=part.name)
+            await split(part.data, max_question_chars)
+        elif part.name != "image" and part.content.nbytes > MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars:
+            raise TooLarge(f"{part.name} has {part.content.nbytes:,} bytes: shorten it", param=part.name)
 
 
 async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:
@@ -128,27 +146,30 @@ class EventStream(Response):
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with present(receive, self.ask.request.timeout_s):
+            async with present(receive, self.ask.request.timeout_s, self.ask.reservation):
                 await self.send_events(send)
-        except Cancelled:
-            # After the start no error can be sent: the caller has gone, or it does not read.
-            if not self.started:
-                raise
-
-    async def send_events(self, send: Send) -> None:
-        """Send all events. Raises GlimpseError before the first event, and only then."""
-        try:
-            async with aclosing(self.edge.pipeline.answer(self.ask.request, self.ask.reservation)) as events:
-                async for event in events:
-                    if not self.started:
-                        await send(self.start())
-                        self.started = True
-                    await send(self.chunk(event))
         except GlimpseError as error:
             if not self.started:
                 raise
-            await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            if not isinstance(error, Cancelled):  # else nobody is there
+                await self.send_error(error, send)
+
+    async def send_events(self, send: Send) -> None:
+        """Send all events. Raises GlimpseError."""
+        async with aclosing(self.edge.pipeline.answer(self.ask.request, self.ask.reservation)) as events:
+            async for event in events:
+                if not self.started:
+                    await send(self.start())
+                    self.started = True
+                await send(self.chunk(event))
+        await send(DONE)
+
+    async def send_error(self, error: GlimpseError, send: Send) -> None:
+        """Send the last events. A caller that does not read them is not waited for."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TELLING_S):
+                await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
+                await send(DONE)
 
     def start(self) -> Message:
         headers = [

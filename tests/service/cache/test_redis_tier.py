@@ -6,7 +6,7 @@ Whatever that is: every request is answered, none waits much longer than GLIMPSE
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import cache
 
@@ -405,6 +405,82 @@ async def test_full_and_nothing_may_go(start_redis: StartRedis):
         await ask(house, 1)
         await kept(house, 2)
         assert await ask(house, 1) == "hit"
+
+
+async def test_a_redis_that_refuses_writes_is_told_in_one_line_with_its_mend(start_redis: StartRedis):
+    redis_server = start_redis("--maxmemory", "1", "--maxmemory-policy", "noeviction")
+    with capture_logs() as lines:
+        async with gateway(redis_server.url) as house:
+            for number in range(10):
+                assert await ask(house, number) == "miss"
+            await until(lambda: writes(house, "failed") == 10)
+    (line,) = [line for line in lines if line["event"] == "redis_refuses_writes"]
+    assert (line["log_level"], line["kind"]) == ("warning", "full")
+    assert "maxmemory" in line["reason"]
+    assert "allkeys-lru" in line["mend"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "kind", "mend"),
+    [("+@all -set", "denied", "SET"), ("+@all -set -eval", "denied", "EVAL")],
+)
+async def test_a_user_that_may_not_write_is_told_with_the_commands_to_allow(redis_server, rules, kind, mend):
+    redis_server.client.execute_command("ACL", "SETUSER", "reader", "on", ">secret", "~*", *rules.split())
+    url = redis_server.url.replace("//", "//reader:secret@")
+    with capture_logs() as lines:
+        async with gateway(url) as house:
+            for number in range(3):
+                assert await ask(house, number) == "miss"
+            await until(lambda: writes(house, "failed") == 3)
+    told = [line for line in lines if line["event"] == "redis_refuses_writes"]
+    assert [(line["kind"], mend in line["mend"]) for line in told] == [(kind, True)]
+
+
+async def test_a_fault_that_opens_no_breaker_is_told_in_one_line(redis_server):
+    """The first of three in a row, and then a lookup that succeeds, over and over."""
+    with capture_logs() as lines:
+        async with gateway(redis_server.url, redis_timeout_s=0.02) as house:
+            for number in range(4):
+                redis_server.pause()
+                assert await ask(house, number) == "miss"
+                redis_server.resume()
+                await until(lambda: house.shared.unwritten == 0)
+                house.shared.breaker.succeeded()
+    assert not [line for line in lines if line["event"] == "redis_not_in_use"]
+    (line,) = [line for line in lines if line["event"] == "redis_fault"]
+    assert line["kind"] == "timeout"
+
+
+class OddRedis:
+    """Speaks Redis's protocol and is none: each reply is `replies`' for the command, else OK."""
+
+    def __init__(self, replies: dict[bytes, bytes]) -> None:
+        self.replies = replies
+        self.asked: list[bytes] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                words = []
+                for _ in range(int((await reader.readuntil(b"\r\n"))[1:])):
+                    size = int((await reader.readuntil(b"\r\n"))[1:])
+                    words.append((await reader.readexactly(size + 2))[:-2])
+                self.asked.append(words[0])
+                writer.write(self.replies.get(words[0], b"+OK\r\n"))
+                await writer.drain()
+        writer.close()
+
+
+@pytest.mark.parametrize("reply", [b":1\r\n", b"*0\r\n", b"*1\r\n:1\r\n", b"+OK\r\n"])
+async def test_a_reply_that_no_redis_gives_is_a_miss(reply):
+    odd = OddRedis({b"GET": reply, b"INFO": b"$0\r\n\r\n"})
+    async with await asyncio.start_server(odd.serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with gateway(f"redis://127.0.0.1:{port}/0", redis_flight_s=0.1) as house:
+            assert await ask(house, 1) == "miss"
+            assert house.counted("glimpse_redis_bad_records_total", reason="magic") >= 1
+            await house.shared.measure()  # no figure is known, and nothing ends
+            assert b"INFO" in odd.asked
 
 
 async def test_full_and_the_least_used_goes(start_redis: StartRedis):

@@ -12,7 +12,8 @@ import pytest
 
 from service.core.errors import InvalidImage, InvalidRequest
 from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Sampling, Text
-from service.edges.asking import Fields, QuestionLimits, source_of, to_request
+from service.edges.asking import Fields, QuestionLimits, to_request
+from service.edges.image_text import source_of
 from tests.support.fakes import CARD, CLOSER
 
 LIMITS = QuestionLimits(max_question_chars=100, default_timeout_s=30, max_timeout_s=120)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.core.errors import Cancelled, InvalidRequest
+from service.core.errors import Cancelled, DeadlineExceeded, InvalidRequest
 from service.edges.caller import READING_S, present, tenant_in, trace_id_in
 
 
@@ -41,10 +41,16 @@ async def test_a_block_ends_when_its_caller_is_gone():
             await asyncio.Event().wait()
 
 
-async def test_a_block_ends_when_its_caller_does_not_take_the_answer():
-    with pytest.raises(Cancelled):
+async def test_a_block_that_lasts_too_long_is_no_caller_that_has_gone():
+    with pytest.raises(DeadlineExceeded, match="timeout_s=-1"):
         async with present(asyncio.Event().wait, -READING_S):
             await asyncio.Event().wait()
+
+
+async def test_a_timeout_of_the_blocks_own_stays_what_it_is():
+    with pytest.raises(TimeoutError, match="of its own"):
+        async with present(asyncio.Event().wait, 60):
+            raise TimeoutError("of its own")
 
 
 async def test_a_block_that_ends_before_its_caller_leaves_nothing_behind():

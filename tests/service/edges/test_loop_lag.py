@@ -8,24 +8,28 @@ import time
 import httpx
 
 from service.edges.http.application import http_api
-from service.edges.loop_lag import watch_loop
+from service.edges.loop_lag import LoopLag
 from tests.support.fakes import House, cancelled, until
 
 
 async def test_what_blocks_the_loop_is_seen():
     lags: list[float] = []
-    watching = asyncio.create_task(watch_loop(lags.append, interval_s=0.01))
+    lag = LoopLag(lags.append)
+    assert lag.seconds == 0
+    watching = asyncio.create_task(lag.watch())
     await until(lambda: len(lags) >= 3)
     lags.clear()
     time.sleep(0.2)  # noqa: ASYNC251 - the fault that is looked for
+    assert 0.1 < lag.seconds < 5  # known while it lasts
     await until(lambda: lags)
     assert 0.1 < max(lags) < 5
     await cancelled(watching)
+    assert lag.seconds == 0
 
 
 async def test_the_lag_is_a_metric():
     house = House()
-    watching = asyncio.create_task(watch_loop(house.metrics.event_loop_lag.observe, interval_s=0.001))
+    watching = asyncio.create_task(LoopLag(house.metrics.event_loop_lag.observe).watch())
     await until(lambda: house.counted("glimpse_event_loop_lag_seconds_count") >= 3)
     await cancelled(watching)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge))) as client:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import uvicorn
 import uvloop
 
 from service.__main__ import Server
+from service.admission.admission import MAX_LAG_S, UNHURRIED
 from service.edges.http.application import http_api
 from service.edges.http.edge import ConnectionLimits
 from service.edges.http.protocol import limited_protocol
@@ -35,7 +33,8 @@ class Served:
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self.house = House(CLOSER)
-        self.edge = replace(self.house.edge, connections=limits)
+        self.lag_s = 0.0  # what the event loop is told to be late
+        self.edge = replace(self.house.edge, connections=limits, lag_s=lambda: self.lag_s)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         config = uvicorn.Config(
@@ -373,6 +372,70 @@ def test_one_address_leaves_room_for_others():
         service.house.language.gate.set()
 
 
+# More than the event loop can do.
+@pytest.fixture
+def crowded() -> Iterator[Served]:
+    """As many questions are open as are let in however late the loop is, and it is late."""
+    with served() as service, ExitStack() as stack:
+        service.house.language.gate.clear()
+        for _ in range(UNHURRIED + 1):
+            stack.enter_context(service.connect()).sendall(post(QUESTION))
+        eventually(lambda: len(service.server.server_state.tasks) == UNHURRIED + 1, 10, "all questions are open")
+        service.lag_s = 2 * MAX_LAG_S
+        yield service
+        service.house.language.gate.set()
+
+
+@pytest.mark.parametrize("path", [b"/v1/vqa", b"/v1/images"])
+def test_while_the_loop_does_not_keep_up_questions_are_refused_before_they_are_read(crowded, path):
+    with crowded.connect() as client:
+        for _ in range(3):  # the connection stays
+            client.sendall(post(QUESTION, path=path))
+            status, body = read_response(client)
+            assert (status, json.loads(body)["error"]["code"]) == (429, "saturated")
+        client.sendall(LIVE)  # health is told meanwhile
+        assert read_response(client)[0] == 200
+        crowded.lag_s = 0.0
+        client.sendall(post(b"{}"))
+        assert read_response(client)[0] == 400
+    assert crowded.house.counted("glimpse_refusals_total", reason="saturated") == 3
+
+
+def test_the_body_of_a_refused_question_is_discarded(crowded):
+    with crowded.connect() as client:
+        head, _, rest = post(b"x" * 300_000).partition(b"\r\n\r\n")
+        client.sendall(head + b"\r\n\r\n" + rest[:1000])
+        assert read_response(client)[0] == 429
+        client.sendall(rest[1000:])
+        client.sendall(LIVE)
+        assert read_response(client)[0] == 200
+
+
+def test_a_refused_question_that_goes_on_for_ever_is_cut(crowded):
+    with crowded.connect() as client:
+        client.sendall(post(b"x" * 1000)[:-1])
+        assert b" 429 " in read_all(client)
+
+
+@pytest.mark.parametrize("last", [b"connection: close", None])
+def test_a_connection_that_is_to_close_after_a_refusal_closes(crowded, last):
+    request = post(QUESTION, *([last] if last else []))
+    request = request if last else request.replace(b"HTTP/1.1", b"HTTP/1.0")
+    received = crowded.exchange(request)
+    assert b" 429 " in received
+    assert b"retry-after: 1" in received
+    assert b"connection: close" in received
+
+
+def test_few_questions_are_let_in_however_late_the_loop_is(service):
+    """It may be another program's fault."""
+    service.lag_s = 10.0
+    with service.connect() as client:
+        client.sendall(post(QUESTION))
+        assert read_response(client)[0] == 200
+    service.lag_s = 0.0
+
+
 # Upgrades.
 UPGRADE = (b"connection: Upgrade, HTTP2-Settings", b"http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA")
 
@@ -405,43 +468,3 @@ def test_an_upgrade_with_a_chunked_body(service):
     head = b"POST /v1/vqa HTTP/1.1\r\nhost: localhost\r\nupgrade: h2c\r\nconnection: upgrade, close\r\n"
     received = service.exchange(head + b"transfer-encoding: chunked\r\n\r\n" + chunked)
     assert received.startswith(b"HTTP/1.1 200 ")
-
-
-@pytest.mark.needs("curl")
-@pytest.mark.parametrize("options", [["--http2"], [], ["--http1.0"], ["-H", "expect: 100-continue"]])
-def test_curl(service, options, tmp_path):
-    (tmp_path / "question.json").write_bytes(QUESTION)
-    url = "http://{}:{}/v1/vqa".format(*service.address)
-    command = ["curl", "-sS", "--noproxy", "*", *options, "-H", "content-type: application/json"]
-    command += ["--data-binary", f"@{tmp_path}/question.json", url]
-    answer = subprocess.run(command, capture_output=True, check=True, timeout=30)
-    assert json.loads(answer.stdout)["answer"] == "red"
-
-
-JAVA = """
-import java.net.URI;
-import java.net.http.*;
-import java.nio.file.*;
-class Ask {
-    public static void main(String[] args) throws Exception {
-        var body = HttpRequest.BodyPublishers.ofFile(Path.of(args[1]));
-        var request = HttpRequest.newBuilder(URI.create(args[0])).header("content-type", "application/json")
-            .POST(body).build();
-        var client = HttpClient.newHttpClient();
-        for (int i = 0; i < 2; i++)
-            System.out.println(client.send(request, HttpResponse.BodyHandlers.ofString()).body());
-    }
-}
-"""
-
-
-# Not one of the programs that a test run must have: a JDK is 200 MB. The tests above send what it sends.
-@pytest.mark.skipif(shutil.which("javac") is None, reason="no JDK (Debian, Ubuntu: default-jdk-headless)")
-def test_java_with_its_default_client(service, tmp_path: Path):
-    """It offers h2c with its first request."""
-    (tmp_path / "Ask.java").write_text(JAVA)
-    (tmp_path / "question.json").write_bytes(QUESTION)
-    url = "http://{}:{}/v1/vqa".format(*service.address)
-    command = ["java", str(tmp_path / "Ask.java"), url, str(tmp_path / "question.json")]
-    answers = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout.splitlines()
-    assert [json.loads(answer)["answer"] for answer in answers] == ["red", "red"]

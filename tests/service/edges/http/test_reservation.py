@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,8 +15,10 @@ from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Resource
 from service.core.errors import Unavailable
+from service.edges.caller import READING_S
+from service.edges.http import vqa
 from tests.service.edges.http.test_vqa import ASKED, Caller, SlowReader
-from tests.support.fakes import House, png, until
+from tests.support.fakes import House, png, turns, until
 
 BESIDE = Cost(nbytes=1000, pixels=2000, tokens=10)  # of another request, which goes on
 
@@ -186,6 +189,66 @@ async def test_a_caller_that_leaves_while_its_image_is_decoded(caller):
     await until(lambda: holds(caller) == Cost(len(png()), 224 * 224))
     sent.gone.set()
     await require_one_reservation(caller, sent, 499)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("started", [True, False])
+async def test_a_loop_that_stands_still_is_no_caller_that_has_gone(caller, stream, started):
+    """The deadline, and the edge's timeout behind it, pass in the same turn of the loop."""
+    caller.house.language.say(" red red red")
+    caller.house.language.wait_at = 1 if started else 0
+    caller.house.language.gate.clear()
+    sent = Sent(caller, "/v1/vqa", question(stream=stream, timeout_s=0.05))
+    await until(lambda: caller.house.language.open and (sent.sent or not (stream and started)))
+    time.sleep(READING_S + 0.2)  # noqa: ASYNC251 - the stall
+    await require_one_reservation(caller, sent, 200 if stream and started else 504)
+    assert b'"deadline_exceeded"' in b"".join(sent.sent)
+    assert (b"[DONE]" in sent.sent[-1]) == (stream and started)
+    assert caller.house.outcomes() == {"deadline_exceeded": 1}
+
+
+async def test_the_end_of_the_service_is_told_to_each_request_that_still_runs(caller):
+    caller.house.language.say(" red red red")
+    caller.house.language.wait_at = 1
+    caller.house.language.gate.clear()
+    writing = [Sent(caller, "/v1/vqa", question(stream=True)) for _ in range(3)]
+    whole = Sent(caller, "/v1/vqa", question())
+    await until(lambda: caller.house.language.open == 4 and all(sent.sent for sent in writing))
+    caller.house.vision.gate.clear()
+    looking = Sent(caller, "/v1/vqa", question(stream=True, question="which shape?"))
+    reading = Sent(caller, "/v1/images", png()[:100], rest=png()[100:])
+    await until(lambda: caller.house.vision.calls[1:] and caller.house.admission.opened == 6)
+    await turns()
+    caller.house.admission.end()
+    for sent in (*writing, whole, looking, reading):
+        await sent.end()
+        assert b'"shutting_down"' in b"".join(sent.sent)
+    assert [sent.status for sent in (*writing, whole, looking, reading)] == [200, 200, 200, 503, 503, 503]
+    assert all(b"[DONE]" in sent.sent[-1] for sent in writing)
+    assert holds(caller) == Cost()
+    assert caller.house.outcomes() == {"shutting_down": 5}
+
+
+async def test_what_begins_to_wait_after_the_end_is_told_too(caller):
+    caller.house.vision.gate.clear()
+    sent = Sent(caller, "/v1/vqa", question()[:50], rest=question()[50:])
+    await until(lambda: holds(caller).nbytes == 50)
+    caller.house.admission.ended = True
+    sent.more.set()
+    await require_one_reservation(caller, sent, 503)
+
+
+async def test_a_caller_that_does_not_read_why_its_stream_ends_is_not_waited_for(caller, monkeypatch):
+    monkeypatch.setattr(vqa, "TELLING_S", 0.05)
+    caller.house.language.say(" red red red")
+    caller.house.language.wait_at = 1
+    caller.house.language.gate.clear()
+    sent = Sent(caller, "/v1/vqa", question(stream=True))
+    sent.stuck = lambda data: b"error" in data
+    await until(lambda: sent.sent)
+    caller.house.admission.end()
+    await require_one_reservation(caller, sent, 200)
+    assert b"[DONE]" not in b"".join(sent.sent)
 
 
 async def test_a_caller_that_does_not_read_the_end_holds_its_body_only(caller):

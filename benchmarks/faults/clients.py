@@ -21,6 +21,7 @@ MAX_TOKENS = 24
 PAUSE_S = (0.1, 0.3)  # of a client, between an answer and its next request
 ID_AGE_S = 1800.0  # ids are sent again after half of their life
 NEW_SHARE, STREAM_SHARE, CROSS_SHARE = 0.4, 0.5, 0.5
+RECENT = 4  # images of one gateway that wait to be sent to the other
 
 Kind = Literal["new", "follow_up"]
 OK, CONNECTION, HUNG, FORGOTTEN = "ok", "connection", "hung", "image_not_found"
@@ -74,6 +75,7 @@ class Images:
         self._new = count(len(scenes.files))
         self._rng = rng
         self._seen: dict[str, list[int]] = {"a": [], "b": []}  # by the other gateway only
+        self._shared: set[int] = set()  # offered to the other gateway already
 
     def next_for(self, gateway: str) -> int:
         """Return the number of an image that this gateway has not seen."""
@@ -83,9 +85,12 @@ class Images:
 
     def answered(self, gateway: str, number: int) -> None:
         """Record that this gateway has encoded the image, and offer it to the other."""
+        if number in self._shared:
+            return
+        self._shared.add(number)
         other = self._seen["b" if gateway == "a" else "a"]
         other.append(number)
-        del other[:-4]
+        del other[:-RECENT]
 
 
 class Asker:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import struct
 from enum import Enum
 
 PIECE_BYTES = 65_536
@@ -46,19 +48,19 @@ class Proxy:
 
     def reset(self) -> int:
         """Cut every connection, both sides, without a goodbye -> how many sides."""
-        cut = len(self._writers)
-        for writer in list(self._writers):
-            writer.transport.abort()
-        return cut
+        cut = list(self._writers)
+        for writer in cut:
+            reset(writer)
+        return len(cut)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.way is Way.REFUSES:
-            writer.transport.abort()
+            reset(writer)
             return
         try:
             server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
         except OSError:
-            writer.transport.abort()
+            reset(writer)
             return
         sides = {writer, server_writer}
         self._writers |= sides
@@ -71,7 +73,7 @@ class Proxy:
         finally:
             self._writers -= sides
             for side in sides:
-                side.transport.abort()
+                reset(side)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, from_server: bool) -> None:
         """Pass bytes on until one side closes. Raises OSError."""
@@ -82,3 +84,11 @@ class Proxy:
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close the connection with a TCP reset."""
+    sock = writer.get_extra_info("socket")
+    if sock is not None and not writer.transport.is_closing():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

@@ -92,7 +92,7 @@ async def decoder_killed(world: World, rng: random.Random) -> AsyncIterator[Harm
 @asynccontextmanager
 async def redis_killed(world: World, _: random.Random) -> AsyncIterator[Harm]:
     await world.redis.kill()
-    yield Harm("Redis")
+    yield Harm("Redis", of_redis=True)
     world.redis.start()
 
 
@@ -140,7 +140,7 @@ async def decoder_stopped(world: World, rng: random.Random) -> AsyncIterator[Har
 @asynccontextmanager
 async def redis_stopped(world: World, _: random.Random) -> AsyncIterator[Harm]:
     world.redis.signal(signal.SIGSTOP)
-    yield Harm("Redis")
+    yield Harm("Redis", of_redis=True)
     world.redis.signal(signal.SIGCONT)
 
 
@@ -167,7 +167,7 @@ async def redis_full(world: World, _: random.Random) -> AsyncIterator[Harm]:
     async with redis.Redis(port=world.redis_port) as client:
         await client.config_set("maxmemory-policy", "noeviction")
         await client.config_set("maxmemory", "1mb")
-        yield Harm("Redis")
+        yield Harm("Redis", of_redis=True)
         await client.config_set("maxmemory", "0")
 
 
@@ -175,7 +175,7 @@ async def redis_full(world: World, _: random.Random) -> AsyncIterator[Harm]:
 @asynccontextmanager
 async def redis_garbage(world: World, _: random.Random) -> AsyncIterator[Harm]:
     world.redis_proxy.become(Way.GARBAGE)
-    yield Harm("Redis")
+    yield Harm("Redis", of_redis=True)
     world.redis_proxy.become(Way.PASSES)
 
 
@@ -197,7 +197,7 @@ async def records_replaced(world: World, rng: random.Random) -> AsyncIterator[Ha
             await client.flushdb()
 
     replacing = asyncio.create_task(replace())
-    yield Harm("records in Redis")
+    yield Harm("records in Redis", of_redis=True)
     stopped.set()
     await replacing
 
@@ -212,7 +212,7 @@ def damaged(record: bytes, other: bytes, rng: random.Random) -> bytes:
 @fault("Redis connections reset", MOMENT)
 @asynccontextmanager
 async def redis_reset(world: World, _: random.Random) -> AsyncIterator[Harm]:
-    yield Harm(f"{world.redis_proxy.reset()} sides")
+    yield Harm(f"{world.redis_proxy.reset()} sides", of_redis=True)
 
 
 # What lies between a gateway and its Triton.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.clients import FORGOTTEN, OK
-from benchmarks.faults.invariants import RECOVER_S, RESTART_S, Episode, Records, Violation
+from benchmarks.faults.invariants import READY_S, RECOVER_S, RESTART_S, Episode, Records, Violation
 
 SLICE_S = 5.0  # of the timeline
 COLOURS = {"a": "#1b998b", "b": "#7a8fc9"}
@@ -39,7 +39,8 @@ def report(run: Run, records: Records, violations: Sequence[Violation]) -> dict[
         "count": len(records.episodes),
         "asked_for": run.count,
         "left_out": dict(run.left_out),
-        "limits_s": {"recovery": RECOVER_S, "recovery with a start": RESTART_S},
+        "limits_s": {"ready": READY_S, "recovery": RECOVER_S, "recovery with a start": RESTART_S},
+        "limits_times": records.patience,
         "duration_s": round(records.ended - run.began, 1),
         "requests": len(records.entries),
         "outcomes": dict(outcomes.most_common()),

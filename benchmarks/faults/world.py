@@ -31,7 +31,7 @@ from benchmarks.faults import isolation
 from benchmarks.faults.proxy import Proxy
 from benchmarks.ports import free_ports, is_free
 
-START_S = 60.0
+START_S = 240.0
 STOP_S = 30.0  # a gateway's notice and grace, and the end of its Triton
 SHARED_MEMORY_BYTES = 512 << 20
 LOG_DISK_BYTES = 8 << 20

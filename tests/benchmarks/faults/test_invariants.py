@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.faults.clients import Entry, Question
-from benchmarks.faults.invariants import DOWN, LOST, STOPPING, Episode, Harm, Probe, Records, check
+from benchmarks.faults.invariants import DOWN, LOST, STOPPING, Episode, Harm, Probe, Records, check, patience_of
 
 QUESTION = Question(0, "what colour is the circle?", "low")
 CLOSE = Question(0, "what colour is the circle?", "high")
@@ -165,3 +165,13 @@ def test_nothing_is_left() -> None:
     found = records()
     found.leftovers = ["process 7: tritonserver"]
     assert broken(found) == {"nothing left"}
+
+
+def test_a_busy_machine_is_given_more_time() -> None:
+    assert patience_of(3.0) == 1.0
+    assert patience_of(24.0) == 3.0
+    fault = episode(Harm("llm", A), recovered=17.0)
+    found = records(episodes=(fault,))
+    assert broken(found) == {"recovers"}
+    found.patience = 3.0
+    assert broken(found) == set()

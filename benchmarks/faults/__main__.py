@@ -3,8 +3,9 @@
     python -m benchmarks.faults --seed 1 --count 200
     python -m benchmarks.faults --seed 1 --count 20 --kinds "model killed,Triton killed"
 
-Writes OUT.json and OUT.png. Exits with 1 if an invariant does not hold. Needs redis-server, and for the full disks and
-the full shared memory `unshare` and the right to use it: without it these faults are left out, and the report says so.
+Writes OUT.json, OUT.png and the logs of all parts. Exits with 1 if an invariant does not hold. Needs redis-server. The
+full disks and the full shared memory need `unshare` and the right to use it. Without it these faults are left out, and
+the report says so.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-async def run(seed: int, faults: list[Drawn]) -> tuple[Records, float]:
+async def run(seed: int, faults: list[Drawn], logs: Path) -> tuple[Records, float]:
     """Return the records, and when the load began."""
     async with World(random.Random(f"{seed}:world")) as world:
         campaign = Campaign(seed, world)
-        return await campaign.run(faults), campaign.began
+        try:
+            return await campaign.run(faults), campaign.began
+        finally:
+            world.keep_logs(logs)
 
 
 def main() -> int:
@@ -65,14 +69,15 @@ def main() -> int:
     chosen = [(name, CATALOGUE[name]) for name in told.kinds]
     left_out = {} if isolation.is_inside() else {name: NO_NAMESPACES for name, kind in chosen if kind.needs_isolation}
     faults = draw(told.seed, told.count, [each for each in chosen if each[0] not in left_out])
+    out = told.out or BUILD / f"faults_{told.seed}"
+    logs = out.with_name(f"{out.name}_logs")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        records, began = runner.run(run(told.seed, faults))
+        records, began = runner.run(run(told.seed, faults, logs))
     violations = check(records)
     head = machine() | {"command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]), "nice": os.nice(0)}
     found = report(Run(told.seed, told.count, head, left_out, began), records, violations)
-    out = told.out or BUILD / f"faults_{told.seed}"
     write(out, found)
-    sys.stdout.write(f"{text(found)}\n\n{out}.json and .png\n")
+    sys.stdout.write(f"{text(found)}\n\n{out}.json and .png, logs in {logs}\n")
     return 1 if violations else 0
 
 

@@ -70,6 +70,7 @@ class Campaign:
         self._ledger = Ledger()
         self._probes: list[Probe] = []
         self._episodes: list[Episode] = []
+        self._checks: list[Entry] = []
         self._checkers = {name: Asker(name, gateway.port, self._scenes) for name, gateway in world.gateways.items()}
         self._fresh = iter(range(10_000_000, 20_000_000))  # images of checks, which no client sends
         self._patience = 1.0
@@ -112,6 +113,7 @@ class Campaign:
             self._undisturbed,
             leftovers,
             time.monotonic(),
+            self._checks,
             self._patience,
         )
 
@@ -187,6 +189,7 @@ class Campaign:
             entry = await checker.ask(Entry(gateway.name, kind, question, False, time.monotonic()), image)
             if entry.outcome != OK or entry.answer != self._undisturbed[question]:
                 return False
+            self._checks.append(entry)
         return True
 
     async def _is_ready(self, gateway: Gateway) -> bool:

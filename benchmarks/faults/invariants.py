@@ -112,6 +112,7 @@ class Records:
     undisturbed: Mapping[Question, str]
     leftovers: list[str]
     ended: float
+    checks: list[Entry] = field(default_factory=list)  # of the campaign's own, answered while it waits for recoveries
     patience: float = 1.0  # factor of every limit: a busy machine is given as much more time as its start took
 
     @property
@@ -170,7 +171,8 @@ def ready_is_true(records: Records) -> Iterator[Violation]:
     """Ready may not say yes between two failures with no answer in between, the first of which is READY_S old."""
     for gateway in records.starts:
         for kind in ("new", "follow_up"):
-            own = [entry for entry in records.entries if (entry.gateway, entry.kind) == (gateway, kind)]
+            asked = (*records.entries, *records.checks)
+            own = [entry for entry in asked if (entry.gateway, entry.kind) == (gateway, kind)]
             yes = [probe for probe in records.probes if probe.gateway == gateway and probe.status == 200]
             failing: float | None = None
             for entry in sorted(own, key=lambda entry: entry.ended):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.clients import FORGOTTEN, OK
+from benchmarks.faults.clients import FORGOTTEN, OK, Entry
 from benchmarks.faults.invariants import READY_S, RECOVER_S, RESTART_S, Episode, Records, Violation
 
+MOST_TOLD = 40  # violations in the terminal; the report has all
 SLICE_S = 5.0  # of the timeline
 COLOURS = {"a": "#1b998b", "b": "#7a8fc9"}
 FAILED = "#e0567a"
@@ -111,7 +112,17 @@ def _touched(records: Records, episode: Episode) -> int:
 
 
 def _failed(records: Records, episode: Episode) -> int:
-    return sum(episode.overlaps(entry) and entry.outcome not in (OK, FORGOTTEN) for entry in records.entries)
+    """Count the requests that failed by this fault: it explains them, or no fault does and it was the latest."""
+    failed = [entry for entry in records.entries if entry.outcome not in (OK, FORGOTTEN) and episode.overlaps(entry)]
+    return sum(
+        episode.may_fail(entry)
+        or (not any(each.may_fail(entry) for each in records.episodes) and _latest(records, entry) is episode)
+        for entry in failed
+    )
+
+
+def _latest(records: Records, entry: Entry) -> Episode:
+    return max((each for each in records.episodes if each.begun <= entry.ended), key=lambda each: each.begun)
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
@@ -135,7 +146,7 @@ def text(found: Mapping[str, Any]) -> str:
     lines.append(f"{found['requests']} requests in {found['duration_s']:g} s: {found['outcomes']}")
     lines += [
         f"VIOLATED at {each['at']:.1f} s, fault {each['fault']}: {each['invariant']}: {each['what']}"
-        for each in found["violations"]
+        for each in found["violations"][:MOST_TOLD]
     ]
     lines.append("every invariant holds" if not found["violations"] else f"{len(found['violations'])} violations")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ from benchmarks.ports import free_ports, is_free
 START_S = 240.0
 STOP_S = 30.0  # a gateway's notice and grace, and the end of its Triton
 SHARED_MEMORY_BYTES = 512 << 20
-LOG_DISK_BYTES = 8 << 20
+LOG_DISK_BYTES = 64 << 20
 PIPE_BYTES = 4096
 READ_BYTES = 1 << 16
 MODELS = ("vision_encoder", "relevance_allocator", "relevance_allocator_448", "qformer", "llm", "prepare", "compose",
@@ -237,6 +237,13 @@ class World:
         await self.triton_proxy.close()
         if not self.leftovers():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def keep_logs(self, folder: Path) -> None:
+        """Copy the logs of all parts to a folder, and drop what an earlier run left there."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for log in (*self.folder.glob("*.log"), *self.log_disk.glob("*.log")):
+            shutil.copy(log, folder)
 
     async def stop(self) -> list[str]:
         """Stop every part as an operator would -> what is left over."""

@@ -123,6 +123,9 @@ def test_ready_says_no_two_seconds_after_requests_began_to_fail() -> None:
         assert broken(records(*failing, episodes=(fault,), probes=probes)) == wanted
     between = entry(11.5, 13.5)  # an answer: the failures are two stories
     assert broken(records(*failing, between, episodes=(fault,), probes=(probe(14.0),))) == set()
+    found = records(*failing, episodes=(fault,), probes=(probe(14.0),))
+    found.checks = [between]
+    assert broken(found) == set()
 
 
 def test_ready_stays_while_no_part_is_down() -> None:

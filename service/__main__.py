@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from typing import TextIO, cast
 
 import orjson
 import structlog
@@ -22,6 +23,7 @@ from service.admission.scheduler import Scheduler
 from service.app import App, build, running
 from service.edges.http.edge import Edge
 from service.edges.http.protocol import limited_protocol
+from service.output import Output, Stream
 from service.settings import PROJECT, Settings, SettingsError, read_settings
 from service.triton_server.installation import StartFailed
 
@@ -48,23 +50,32 @@ class Server(uvicorn.Server):
 
 def main(scheduling: type[Scheduler] = Scheduler) -> int:
     """Serve. Exit status: 0 after SIGINT or SIGTERM, 1 if the service cannot run, 2 for wrong settings."""
+    output = Output()
     try:
         settings = read_settings()
-        configure_log(settings)
+        configure_log(settings, stream_to(output, sys.stderr))
         app = build(settings, scheduling)
         with bound(settings) as listener:
-            uvloop.run(serve(app, listener))
+            uvloop.run(serve(app, listener, stream_to(output, sys.stdout)))
     except SettingsError as exc:
         sys.stderr.write(f"glimpse: {exc}\n")
         return 2
     except StartFailed as exc:
         sys.stderr.write(f"glimpse: {exc}\n")
         return 1
-    sys.stdout.write("Glimpse has stopped.\n")
+    finally:
+        output.close()
+    stream_to(output, sys.stdout).write("Glimpse has stopped.\n")
+    output.close()
     return 0
 
 
-async def serve(app: App, listener: socket.socket) -> None:
+def stream_to(output: Output, stream: TextIO | None) -> Stream:
+    """Write to the same file as one of Python's streams, which is None if the process was started without it."""
+    return Stream(output, stream.fileno() if stream else None)
+
+
+async def serve(app: App, listener: socket.socket, out: Stream) -> None:
     """Answer HTTP from the start, with 503 until Triton is ready. Raises StartFailed."""
     edge: Edge = app.api.state.edge
     config = uvicorn.Config(
@@ -96,7 +107,7 @@ async def serve(app: App, listener: socket.socket) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         async with asyncio.TaskGroup() as tasks:
-            behind = tasks.create_task(run_behind(app, listener))
+            behind = tasks.create_task(run_behind(app, listener, out))
             await server.serve(sockets=[listener])
             behind.cancel()
     except ExceptionGroup as group:
@@ -106,14 +117,13 @@ async def serve(app: App, listener: socket.socket) -> None:
         raise
 
 
-async def run_behind(app: App, listener: socket.socket) -> None:
+async def run_behind(app: App, listener: socket.socket, out: Stream) -> None:
     """Run everything behind the edges until cancelled."""
     async with running(app):
         gc.collect()
         gc.freeze()  # the objects of the start are never collected
         gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
-        sys.stdout.write(greeting(app, listener))
-        sys.stdout.flush()
+        out.write(greeting(app, listener))
         await asyncio.Event().wait()
 
 
@@ -157,8 +167,8 @@ def greeting(app: App, listener: socket.socket) -> str:
     )
 
 
-def configure_log(settings: Settings) -> None:
-    """Log one line an event to stderr: the service's events and the libraries' warnings."""
+def configure_log(settings: Settings, stream: Stream) -> None:
+    """Log one line an event: the service's events and the libraries' warnings."""
     level = getattr(logging, settings.log_level.upper())
     renderer: structlog.typing.Processor
     if settings.log_format == "json":
@@ -173,10 +183,11 @@ def configure_log(settings: Settings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(level=logging.WARNING, format="level=%(levelname)s logger=%(name)s event=%(message)r")
+    form = "level=%(levelname)s logger=%(name)s event=%(message)r"
+    logging.basicConfig(level=logging.WARNING, format=form, stream=stream)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from service.metrics import Metrics
 log = structlog.get_logger()
 
 GATEWAY = "gateway"  # beside the models' names
+BROKEN = "its probe failed: see the gateway's log"
 LOOKS = 10  # at what real requests find, between two probes
 
 
@@ -68,6 +69,10 @@ class Readiness:
                 await prober.probe(model, card, timeout_s, fresh_s)
             except GlimpseError as error:
                 self.set(model, error.message, error.cause)
+            except Exception as error:  # a fault of our own must not end the watch, and with it the service
+                if self._probed[model] != BROKEN:
+                    log.exception("a probe failed and the watch goes on", model=model)
+                self.set(model, BROKEN, repr(error))
             else:
                 self.set(model, "")
 

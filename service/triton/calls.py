@@ -20,7 +20,7 @@ from service.core.errors import InternalError, Unavailable
 from service.core.tensors import Arrays
 from service.triton import codec
 from service.triton.contract import CALLED, VISION_MODELS
-from service.triton.errors import MESSAGES, translate, translated
+from service.triton.errors import MESSAGES, translate, translated, unhealthy_model
 from service.triton.streams import LINGER_S, Stream
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -56,6 +56,7 @@ class Calls:
         self._abandoned: set[grpc.aio.Call] = set()
         self._answered: dict[str, float] = {}  # by model of CALLED, the monotonic time of its last good response
         self._failed: dict[str, float] = {}  # likewise, when a request last found that it does not answer
+        self._unhealthy: set[str] = set()  # models whose process did not report to Triton, since the last question
         self._tasks: set[asyncio.Task[Any]] = set()  # of calls that nobody waits for any more, until they end
 
     async def connect(self) -> None:
@@ -133,6 +134,11 @@ class Calls:
         """The models of CALLED that did not answer a request, and have answered none since."""
         return {name for name, at in self._failed.items() if not self._has_answered(name, at)}
 
+    def unhealthy(self) -> set[str]:
+        """Return the models whose process did not report to Triton, by requests since the last call of this."""
+        found, self._unhealthy = self._unhealthy, set()
+        return found
+
     def _has_answered(self, model: str, since: float) -> bool:
         return set(CALLED[model].through) <= self.answering_since(since)
 
@@ -160,8 +166,13 @@ class Calls:
             except TimeoutError as exc:
                 self._note_silence(model, begun)
                 raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no response") from exc
+        try:
+            found = codec.outputs(model, response)
+        except ValueError as exc:
+            self._note_failure(model)
+            raise Unavailable(MESSAGES[Unavailable].format(model=model), cause=str(exc)) from exc
         self._answered[model] = time.monotonic()
-        return codec.arrays(response)
+        return found
 
     async def responses(
         self,
@@ -241,8 +252,10 @@ class Calls:
         try:
             with translated(model):
                 yield
-        except Unavailable:
+        except Unavailable as error:
             self._note_failure(model)
+            if (unhealthy := unhealthy_model(error.cause)) is not None:
+                self._unhealthy.add(unhealthy)
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()

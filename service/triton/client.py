@@ -225,3 +225,7 @@ class TritonClient:
     def abandon(self, lost: str) -> None:
         """End every request in flight that needs the model `lost`, at once, with Unavailable."""
         self._calls.abandon(lost)
+
+    def unhealthy(self) -> set[str]:
+        """Return the models whose process did not report to Triton, by requests since the last call of this."""
+        return self._calls.unhealthy()

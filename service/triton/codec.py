@@ -113,6 +113,21 @@ def tokens(response: Any) -> tuple[int, ...]:
     return tuple(token for content in response.raw_output_contents for token in memoryview(content).cast("i"))
 
 
+def outputs(model: str, response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:
+    """Return the outputs of a model of CALLED by name, read-only.
+
+    Raises ValueError if one is missing or does not fit its shape. If the process of a step ends, Triton 2.51 sometimes
+    answers without outputs and without an error.
+    """
+    try:
+        found = arrays(response)
+    except LookupError as exc:
+        raise ValueError(f"a response of an unknown data type: {exc}") from exc
+    if missing := [tensor.name for tensor in CALLED[model].outputs if tensor.name not in found]:
+        raise ValueError(f"a response without {', '.join(missing)}")
+    return found
+
+
 def arrays(response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:
     """Return the outputs by name, read-only."""
     return {

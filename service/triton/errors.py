@@ -33,6 +33,7 @@ ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
     grpc.StatusCode.CANCELLED: Unavailable,  # by the server: our own cancels raise CancelledError
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
 }
+_UNHEALTHY = re.compile(r"Stub process '(?P<model>.+)_\d+_\d+' is not healthy")
 _CODED = re.compile(r"(?:\[request id: [^]]*\] )?(?P<code>[A-Z_]+): (?P<text>.*)", re.DOTALL)
 MESSAGES: Mapping[type[GlimpseError], str] = {
     Unavailable: "the model {model} does not answer: try again in a few seconds",
@@ -40,6 +41,12 @@ MESSAGES: Mapping[type[GlimpseError], str] = {
     DeadlineExceeded: "the model {model} did not finish in time: raise timeout_s or try again",
     InternalError: "the model {model} failed",
 }
+
+
+def unhealthy_model(cause: str) -> str | None:
+    """Return the model whose process does not report, if Triton's text says so of one."""
+    found = _UNHEALTHY.search(cause)
+    return found["model"] if found else None
 
 
 @contextlib.contextmanager

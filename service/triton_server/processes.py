@@ -144,6 +144,12 @@ class ServerProcess:
         status = self._proc.status(model.pid)
         return status is None or self._process is None or status.group != self._process.pid
 
+    def end_model(self, model: ModelProcess) -> None:
+        """Kill the model's process, if it lives. Raises OSError if that cannot be asked."""
+        if not self.has_lost(model):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(model.pid, signal.SIGKILL)
+
     async def stop(self, timeout_s: float) -> None:
         """Send SIGTERM, wait up to `timeout_s`, then kill what is left."""
         try:

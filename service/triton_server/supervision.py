@@ -6,8 +6,9 @@ whatever reason, no process and no shared memory is left.
 
 Why model processes die under load: Triton's python backend counts a process as dead if it has not reported for a
 second, for example because a busy machine gave it no core. It then frees the request's shared memory. When the process
-continues, it writes to that memory, and it or Triton ends with a segmentation fault or `lock_exception`. SIGSTOP for
-2.5 s under load reproduces this.
+continues, it writes to that memory, and it or Triton ends with a segmentation fault or `lock_exception`, at once or
+seconds later. SIGSTOP for 2.5 s under load reproduces this. So a process that Triton counts as dead is killed before it
+can continue.
 
 Only an exit code or a process that is not there is a death. A question that the system could not answer (no file
 descriptor left, no memory) says nothing of Triton, and neither does a time in which this process's own loop stood
@@ -60,6 +61,7 @@ class Client(Protocol):
     async def load(self, model: str, timeout_s: float) -> None: ...
     async def unload(self, model: str, timeout_s: float) -> None: ...
     def abandon(self, lost: str) -> None: ...
+    def unhealthy(self) -> set[str]: ...
 
 
 class EmbeddedTriton:
@@ -149,6 +151,8 @@ class EmbeddedTriton:
                     await self._restart()
                 elif dead := self._dead():
                     await self._bring_back(dead)
+                elif unhealthy := self._client.unhealthy():
+                    self._end(unhealthy)
                 elif self._hangs:
                     log.error("triton hangs")
                     await self._restart()
@@ -206,6 +210,16 @@ class EmbeddedTriton:
             log.warning("cannot ask about model processes, trying again", error=unknown)
         self._complaints["status"] = unknown
         return dead
+
+    def _end(self, unhealthy: Iterable[str]) -> None:
+        """End the processes that Triton counts as dead, before they continue and write to memory that it has freed.
+
+        Raises OSError if they cannot be asked about. The next look finds them dead.
+        """
+        for process in self._models:
+            if process.model in unhealthy:
+                log.error("model process does not report", model=process.model, pid=process.pid)
+                self._server.end_model(process)
 
     async def _bring_back(self, dead: list[ModelProcess]) -> None:
         started = time.monotonic()
@@ -324,6 +338,7 @@ class EmbeddedTriton:
     def _note_processes(self) -> None:
         """Remember the process of each model and close its memory to other users, now that all are up."""
         self.ready = True
+        self._client.unhealthy()  # said of processes that are gone
         try:
             self._server.close_regions()
             self._models = self._server.models()

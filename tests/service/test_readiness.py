@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 from contextlib import suppress
 
+from structlog.testing import capture_logs
+
 from service.core.card import ModelCard
 from service.core.errors import Unavailable
 from service.metrics import Metrics
@@ -68,6 +70,29 @@ async def test_a_model_that_requests_find_dead_is_probed_soon() -> None:
     begun = asyncio.get_running_loop().time()
     await until(lambda: prober.probes["llm"] > 1)
     assert asyncio.get_running_loop().time() - begun < 1.0
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
+
+
+async def test_a_probe_with_a_fault_of_its_own_ends_no_watch() -> None:
+    class Broken(FakeProber):
+        def __init__(self) -> None:
+            super().__init__()
+            self.probes = 0
+
+        async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
+            self.probes += 1
+            if self.probes < 4:
+                raise KeyError("visual_count")
+
+    prober, readiness = Broken(), Readiness(["llm"], Metrics())
+    with capture_logs() as lines:
+        watching = asyncio.create_task(readiness.watch(prober, CARD, interval_s=0.1, timeout_s=1))
+        await until(lambda: prober.probes == 2)
+        assert set(readiness.faults) == {"llm"}
+        await until(lambda: readiness.ready)
+    assert [line["event"] for line in lines].count("a probe failed and the watch goes on") == 1
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching

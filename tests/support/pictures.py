@@ -1,27 +1,10 @@
-"""Pictures for the tests of media."""
+"""Pictures for the tests of media, and limits that they fit."""
 
 from __future__ import annotations
 
-from io import BytesIO
-
-import numpy as np
-from PIL import Image as Pillow
-
+from benchmarks.pictures import encoded, picture
 from service.media.decoder import ImageLimits
 
 LIMITS = ImageLimits(max_bytes=2_000_000, max_pixels=4_000_000)
-RNG = np.random.default_rng(0)
 
-
-def picture(width: int = 224, height: int = 224) -> Pillow.Image:
-    """Smooth colours, brighter to the right, so that a turned picture is another one."""
-    noise = RNG.integers(0, 255, (8, 8, 3), np.uint8)
-    smooth = Pillow.fromarray(noise).resize((width, height), Pillow.Resampling.BICUBIC)
-    ramp = np.linspace(0, 1, width)[None, :, None]
-    return Pillow.fromarray((np.asarray(smooth) * ramp).astype(np.uint8))
-
-
-def encoded(image: Pillow.Image, kind: str = "PNG", **options) -> bytes:
-    out = BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
+__all__ = ["LIMITS", "encoded", "picture"]

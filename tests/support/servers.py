@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import itertools
 import os
 import signal
 import socket
@@ -19,36 +18,10 @@ from pathlib import Path
 import pytest
 import redis
 
+from benchmarks.ports import free_ports
+
 START_S = 60.0
 STOP_S = 20.0
-
-
-def own_ports() -> Iterator[int]:
-    """Every port of this process's share, round and round from a place that depends on the process.
-
-    Below 32768, where Linux begins to give ports to outgoing connections: nobody takes a port between its choice and
-    the start of its server. pytest-xdist's workers have shares of their own.
-    """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    size = 20_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    first, begin = 12_000 + worker * size, os.getpid() * 41
-    return (first + place % size for place in itertools.count(begin))
-
-
-PORTS = own_ports()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, each given once."""
-    return list(itertools.islice(filter(is_free, PORTS), count))
-
-
-def is_free(port: int) -> bool:
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
-        return False
-    return True
 
 
 def eventually(condition: Callable[[], object], timeout_s: float, what: str) -> None:

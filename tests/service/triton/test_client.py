@@ -478,6 +478,20 @@ class OnlyAttends(service_pb2_grpc.GRPCInferenceServiceServicer):
         return response
 
 
+class Hollow(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton whose responses lack outputs, or hold bytes that do not fit their shape."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    async def ModelInfer(self, request, context):
+        response = service_pb2.ModelInferResponse(model_name=request.model_name)
+        if self.kind != "empty":
+            response.outputs.add(name="visual_count", datatype="INT32", shape=[1, 1])
+            response.raw_output_contents.append(bytes(4 if self.kind == "one output" else 3))
+        return response
+
+
 @asynccontextmanager
 async def served(servicer: service_pb2_grpc.GRPCInferenceServiceServicer) -> AsyncIterator[TritonClient]:
     server = grpc.aio.server()
@@ -489,6 +503,19 @@ async def served(servicer: service_pb2_grpc.GRPCInferenceServiceServicer) -> Asy
             yield client
     finally:
         await server.stop(None)
+
+
+@pytest.mark.parametrize("kind", ["empty", "one output", "too few bytes"])
+async def test_a_response_without_its_outputs_is_a_model_that_does_not_answer(
+    kind: str, card: ModelCard, prompts: PromptBuilder, pixels: UInt8Array
+) -> None:
+    """As Triton 2.51 sends when a step's process ends meanwhile."""
+    async with served(Hollow(kind)) as client:
+        with pytest.raises(Unavailable, match="does not answer"):
+            await look(client, prompts, pixels, Budget())
+        assert client.failing("see")
+        with pytest.raises(Unavailable):
+            await client.probe("attend", card)
 
 
 async def test_who_stops_listening_cancels_no_call(asker: Asker, prompts: PromptBuilder, pixels: UInt8Array) -> None:
@@ -539,6 +566,8 @@ async def test_a_stream_that_goes_wrong_ends_typed(then: str, error: type[Glimps
         with pytest.raises(error):
             await anext(tokens)
         assert client.in_flight == 0
+        assert client.unhealthy() == ({"llm"} if then == "text" else set())
+        assert client.unhealthy() == set()
 
 
 async def test_every_status_code_is_mapped() -> None:

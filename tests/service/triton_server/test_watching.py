@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +15,7 @@ from structlog.testing import capture_logs
 from service.core.card import ModelCard
 from service.core.errors import Unavailable
 from service.triton_server.access import Access
+from service.triton_server.processes import ModelProcess
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.fakes import CARD, until
 
@@ -36,6 +39,9 @@ class Probed:
     async def load(self, model: str, timeout_s: float) -> None: ...
     async def unload(self, model: str, timeout_s: float) -> None: ...
     def abandon(self, lost: str) -> None: ...
+
+    def unhealthy(self) -> set[str]:
+        return set()
 
 
 @asynccontextmanager
@@ -108,3 +114,28 @@ async def test_an_error_of_the_supervisors_own_is_told_once_and_ends_nothing(tmp
             await until(lambda: client.probes > 30)
             assert triton.ready
     assert [line["event"] for line in lines].count("supervision failed and goes on") == 1
+
+
+class Reporting(Probed):
+    """A client whose requests find once that a model's process does not report."""
+
+    def __init__(self, *models: str) -> None:
+        super().__init__(lambda _: asyncio.sleep(0))
+        self.told = [set(models)]
+
+    def unhealthy(self) -> set[str]:
+        return self.told.pop() if self.told else set()
+
+
+async def test_a_process_that_does_not_report_is_killed_before_it_can_continue(tmp_path: Path) -> None:
+    stopped = subprocess.Popen(["sleep", "100"], start_new_session=True)  # noqa: ASYNC220
+    try:
+        stopped.send_signal(signal.SIGSTOP)
+        async with supervised(Reporting("llm", "unknown"), tmp_path) as triton:
+            triton._server._process = stopped  # the group's leader, in place of tritonserver
+            triton._models = [ModelProcess("llm", stopped.pid, tmp_path / "llm")]
+            await until(lambda: stopped.poll() is not None, 5)
+        assert stopped.returncode == -signal.SIGKILL
+    finally:
+        stopped.kill()
+        stopped.wait()

@@ -7,7 +7,7 @@ import zlib
 
 from PIL import Image as Pillow
 
-from tests.support.pictures import encoded, picture
+from benchmarks.pictures import encoded, picture
 
 MEGABYTES = 19_000_000
 

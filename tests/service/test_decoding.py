@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.bombs import BOMBS
+from benchmarks.fuzz.bombs import BOMBS
 from tests.support.pictures import encoded, picture
 from tests.support.servers import STOP_S, Gateway, StartGateway, eventually
 

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from benchmarks.fuzz import bombs
+from benchmarks.fuzz.bombs import BOMBS, webp_chunk
+from benchmarks.fuzz.pictures import png_chunk
 from service.core.errors import InvalidImage, TooLarge
 from service.media.decoder import ImageLimits, decode
 from service.media.structure import exif_orientation, structure_of
-from tests.support import bombs
-from tests.support.bombs import BOMBS, png_chunk, webp_chunk
 from tests.support.pictures import encoded, picture
 
 SERVED = ImageLimits()

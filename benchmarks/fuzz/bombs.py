@@ -7,13 +7,13 @@ import zlib
 
 from PIL import Image as Pillow
 
-from tests.support.pictures import encoded, picture
+from benchmarks.fuzz.pictures import encoded, noise, png_chunk
 
 MEGABYTES = 19_000_000
 
 
-def png_chunk(name: bytes, content: bytes = b"") -> bytes:
-    return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+def picture() -> Pillow.Image:
+    return Pillow.fromarray(noise(64, 64))
 
 
 def png(width: int, height: int, *, before: bytes = b"", after: bytes = b"", depth: int = 1, colours: int = 0) -> bytes:
@@ -32,7 +32,7 @@ def png(width: int, height: int, *, before: bytes = b"", after: bytes = b"", dep
 
 def jpeg(segments: bytes = b"", **options: object) -> bytes:
     """A JPEG with segments before its own."""
-    data = encoded(picture(64, 64), "JPEG", **options)
+    data = encoded(picture(), "JPEG", **options)
     return data[:2] + segments + data[2:]
 
 
@@ -47,14 +47,14 @@ def scans(width: int, height: int, count: int) -> bytes:
 
 def gif(blocks: bytes) -> bytes:
     """A GIF with extension blocks before its one frame."""
-    data = encoded(picture(64, 64), "GIF")
+    data = encoded(picture(), "GIF")
     start = 13 + (3 << (data[10] & 7) + 1)
     return data[:start] + blocks + data[start:]
 
 
 def webp(chunks: bytes, *, before: bool = False) -> bytes:
     """A WebP with chunks after its pixels, or before them."""
-    data = encoded(picture(64, 64), "WEBP", exif=b"Exif\0\0MM\0*")
+    data = encoded(picture(), "WEBP", exif=b"Exif\0\0MM\0*")
     body = data[12:30] + chunks + data[30:] if before else data[12:] + chunks
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
 

@@ -149,16 +149,16 @@ def joined(random: Random, parts: Sequence[Part]) -> bytes:
 
 def encoded(random: Random, body: bytes) -> tuple[bytes, str]:
     """The body under a content-encoding, honest or not."""
-    packed = gzip.compress(body, 1)
+    packed = gzip.compress(body, 1, mtime=0)
     return random.choice((
         lambda: (packed, "gzip"), lambda: (packed, "x-gzip"), lambda: (packed, "GZIP"), lambda: (packed, "identity"),
         lambda: (body, "gzip"), lambda: (packed[: random.randrange(len(packed))], "gzip"), lambda: (packed + b"x",
         "gzip"),
         lambda: (packed * 2, "gzip"), lambda: (texts.flip_bits(random, packed), "gzip"),
-        lambda: (gzip.compress(packed), "gzip"),
-        lambda: (gzip.compress(packed), "gzip, gzip"), lambda: (zlib.compress(body), "deflate"), lambda: (body, "br"),
+        lambda: (gzip.compress(packed, mtime=0), "gzip"),
+        lambda: (gzip.compress(packed, mtime=0), "gzip, gzip"), lambda: (zlib.compress(body), "deflate"), lambda: (body, "br"),
         lambda: (zlib.compress(body), "gzip"), lambda: (b"", "gzip"), lambda: (body, "zstd"), lambda: (body, "\xff"),
-        lambda: (gzip.compress(body + b" " * random.choice((10**6, 30 * 10**6)), 1), "gzip"),  # much of little
+        lambda: (gzip.compress(body + b" " * random.choice((10**6, 30 * 10**6)), 1, mtime=0), "gzip"),  # much of little
     ))()  # fmt: skip
 
 

@@ -140,8 +140,9 @@ FILE = {"type": "string", "format": "binary", "minLength": 1}
 TENANT = {
     "name": "x-tenant-id",
     "in": "header",
-    "description": "The tenant's name. Tenants with a name share the service fairly and leave room for each other.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]+$", "minLength": 1, "maxLength": 64},
+    "description": "The tenant's name. Tenants with a name share the service fairly and leave room for each other. "
+    "An empty name is none.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]*$", "maxLength": 64},
 }
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (

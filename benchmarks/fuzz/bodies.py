@@ -156,7 +156,8 @@ def encoded(random: Random, body: bytes) -> tuple[bytes, str]:
         "gzip"),
         lambda: (packed * 2, "gzip"), lambda: (texts.flip_bits(random, packed), "gzip"),
         lambda: (gzip.compress(packed, mtime=0), "gzip"),
-        lambda: (gzip.compress(packed, mtime=0), "gzip, gzip"), lambda: (zlib.compress(body), "deflate"), lambda: (body, "br"),
+        lambda: (gzip.compress(packed, mtime=0), "gzip, gzip"), lambda: (zlib.compress(body), "deflate"),
+        lambda: (body, "br"),
         lambda: (zlib.compress(body), "gzip"), lambda: (b"", "gzip"), lambda: (body, "zstd"), lambda: (body, "\xff"),
         lambda: (gzip.compress(body + b" " * random.choice((10**6, 30 * 10**6)), 1, mtime=0), "gzip"),  # much of little
     ))()  # fmt: skip

@@ -50,6 +50,7 @@ NAMES = (
 UNKNOWN = ("", "Image", "image ", "imge", "file", "prompt", "__proto__", "$ref", "\0", "é", "a" * 5000, "image_url")
 
 Mutation = Callable[[Random, Any], Any]
+encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def written(value: Any) -> bytes:
@@ -63,7 +64,7 @@ def written(value: Any) -> bytes:
             return written(Pairs(value.items()))
         case list() | tuple():
             return b"[" + b",".join(map(written, value)) + b"]"
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return encode(value).encode("utf-8", "surrogatepass")
 
 
 def copied(value: Any) -> Any:
@@ -143,7 +144,7 @@ def rename(random: Random, document: Any) -> Any:
 def add_unknown(random: Random, document: Any) -> Any:
     if isinstance(document, Pairs):
         name = random.choice(UNKNOWN)
-        for number in range(min(random.choice((1, 2, 100, 20_000)), MAX_REPEATED_BYTES // (len(name) + 1))):
+        for number in range(min(random.choice((1, 2, 100, 5000)), MAX_REPEATED_BYTES // (len(name) + 1))):
             document.append((name + str(number), odd_value(random) if number < 3 else 0))
     return document
 

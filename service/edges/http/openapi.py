@@ -121,11 +121,22 @@ EXAMPLES = {
     ),
 }
 EVENTS = {
-    "schema": {
-        "type": "string",
-        "description": "Server-sent events: `data: ` and a VqaEvent as JSON for each, then `data: [DONE]`.",
-        "contentMediaType": "text/event-stream",
-        "contentSchema": {"$ref": "#/components/schemas/VqaEvent"},
+    "itemSchema": {  # what each event is: OpenAPI 3.2 has it, and FastAPI writes it into 3.1 too
+        "type": "object",
+        "description": "Each event's data is a VqaEvent as JSON; the last one's is `[DONE]`.",
+        "properties": {
+            "data": {
+                "type": "string",
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {
+                        "contentMediaType": JSON,
+                        "contentSchema": {"$ref": "#/components/schemas/VqaEvent"},
+                    },
+                ],
+            }
+        },
+        "required": ["data"],
     },
     "example": (
         'data: {"id":"vqa_1","delta":"red"}\n\n'
@@ -135,6 +146,14 @@ EVENTS = {
         '"timing_ms":{"queue":0.1,"load":1.6,"vision":24.9,"first_token":35.2,"total":35.6}}\n\n'
         "data: [DONE]\n\n"
     ),
+}
+# What an answer leads to: a question about the image that was sent.
+LINKS = {
+    "ask": {
+        "operationId": "ask_v1_vqa_post",
+        "requestBody": {"image": "$response.body#/id", "question": "how many objects are there?"},
+        "description": "Ask about the image by its id.",
+    }
 }
 FILE = {"type": "string", "format": "binary", "minLength": 1}
 TENANT = {
@@ -182,8 +201,10 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                     },
                 },
             },
-            "responses": {"200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}}}
-            | _errors(400, 408, 413, 415, 429, 500, 504),
+            "responses": {
+                "200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}, "links": LINKS},
+            }
+            | _errors(400, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
     (

@@ -27,40 +27,59 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvloop
-from PIL import Image
 
 from benchmarks.bench.http_client import HttpClient
+from benchmarks.bench.load import form
 from benchmarks.bench.models import PROJECT, REFERENCE
-from benchmarks.bench.systems import gateway
+from benchmarks.bench.systems import System, running
 from benchmarks.fuzz import bodies, cost, decoders, images, schema
 from benchmarks.fuzz.campaign import Campaign, Make, Target, report_of, run
-from benchmarks.fuzz.pictures import encoded, files, noise
+from benchmarks.fuzz.pictures import files
 from benchmarks.fuzz.sending import Mutant, request, send
 
 FOLDER = PROJECT / "build" / "fuzz"
-# Caches so small that they are full before memory is compared. A body that never comes ends soon.
+# Caches so small that they are full before memory is compared: the image store must hold one image, and mutants are
+# smaller than this one. A body that never comes ends soon.
 SETTINGS = {
-    "IMAGE_STORE_BYTES": str(24 * 1024 * 1024),
-    "FEATURE_CACHE_BYTES": str(16 * 1024 * 1024),
-    "VISUAL_CACHE_BYTES": str(4 * 1024 * 1024),
+    "MAX_IMAGE_BYTES": "2000000",
+    "IMAGE_STORE_BYTES": "2100000",
+    "FEATURE_CACHE_BYTES": str(4 * 1024 * 1024),
+    "VISUAL_CACHE_BYTES": str(1024 * 1024),
     "BODY_TIMEOUT_S": "2",
 }
+PARAMETERS = {"llm": {"prefix_cache_bytes": str(1024 * 1024)}}
+WARM_QUESTIONS = 1000  # before the mutants, as few of those reach Triton
 
 
 @contextmanager
 def target() -> Iterator[Target]:
     """A gateway with its own Triton. Raises RuntimeError if it does not start."""
-    with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), SETTINGS) as running:
-        url = urlsplit(running.urls[0])
-        yield Target(url.hostname or "", url.port or 80, running.pids[0], Path(folder) / "gateway.log")
+    system = System("glimpse", "small caches", SETTINGS, PARAMETERS)
+    with TemporaryDirectory() as folder, running(system, REFERENCE, Path(folder)) as started:
+        url = urlsplit(started.urls[0])
+        yield Target(url.hostname or "", url.port or 80, started.pids[0], Path(folder) / "gateway.log")
 
 
-async def warm_up(to: Target) -> list[str]:
-    """Fill the image store and the buffers of both decoding processes. Returns ids of small images."""
+async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
+    """Ask questions about new images, so that every process has its buffers and every cache is full.
+
+    Returns ids of images, which stay known while questions name them. Raises RuntimeError if a question is not answered.
+    """
     client, ids = HttpClient(to.host, to.port), []
-    large = encoded(Image.fromarray(noise(3000, 2000)), "PNG", compress_level=0)
-    for number in range(4):
-        await client.send(request("/v1/images", large + bytes(number), "image/png"))
+    pictures = [data for name, data in files().items() if not name.startswith("other")]
+    numbers = iter(range(questions))
+
+    async def ask() -> None:
+        for number in numbers:
+            fields = {"question": f"how many objects are there? ({number})", "stream": number % 2 == 0, "max_tokens": 4}
+            picture = pictures[number % len(pictures)] + number.to_bytes(4, "big")  # other bytes, the same pixels
+            response = await client.post("/v1/vqa", *form(fields, [picture]))
+            if response.status != 200:
+                raise RuntimeError(f"a question before the campaign got {response.status}: {response.body[:500]!r}")
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(connections):
+            tasks.create_task(ask())
     for name in ("PNG colours", "JPEG baseline", "WEBP lossy"):
         response = await client.send(request("/v1/images", files()[name], "image/png"))
         ids.append(str(json.loads(response.body)["id"]))
@@ -70,17 +89,18 @@ async def warm_up(to: Target) -> list[str]:
 
 async def mutants(kind: str, seed: int, count: int, connections: int) -> dict[str, Any]:
     with target() as to:
-        ids = await warm_up(to)
+        ids = await warm_up(to, WARM_QUESTIONS, connections)
         make: Make = images.mutant if kind == "images" else partial(bodies.mutant, image_ids=ids)
         campaign = Campaign(seed, FOLDER)
         wrong = await run(make, count, to, campaign, connections)
-        return {"settings": SETTINGS, "connections": connections} | report_of(campaign, count, wrong, to)
+        settings = {"settings": SETTINGS, "parameters": PARAMETERS, "questions_before": WARM_QUESTIONS}
+        return settings | {"connections": connections} | report_of(campaign, count, wrong, to)
 
 
 async def replay(mutant: Mutant) -> dict[str, Any]:
     """Send one request again, to a gateway of its own."""
     with target() as to:
-        await warm_up(to)
+        await warm_up(to, 0, 1)
         client = HttpClient(to.host, to.port)
         outcome = await send(mutant, client)
         client.close()

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -88,6 +89,7 @@ async def run(make: Make, count: int, target: Target, campaign: Campaign, connec
             campaign.keep(number, mutant, outcome)
             if (done := next(ended)) % SAMPLE_EVERY == 0:
                 campaign.memory.append((done, memory_of(target.processes())))
+                sys.stderr.write(f"\r{done:,} of {count:,}, {len(campaign.faults)} faults ")
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(connections):

@@ -116,8 +116,8 @@ def _given(name: str, kind: str) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"type": kind}}}
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Tokens = Annotated[Whole, Field(ge=0, le=1_000_000)]
+WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
+Tokens = Annotated[int, Field(ge=0, le=1_000_000), WHOLE]
 Flag = Annotated[bool, _or(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
 Temperature = Annotated[
     float,
@@ -157,17 +157,17 @@ class Asked(BaseModel):
     turns: Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None = Field(
         (), description="What was asked about the same images before, and answered; oldest first."
     )
-    max_tokens: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000), WHOLE] | None = Field(
         Sampling().max_tokens, description="The answer ends here at the latest."
     )
     temperature: Temperature | None = Field(0.0, description="0 takes the likeliest token each time.")
-    top_k: Annotated[Whole, Field(ge=0, le=1_000_000)] | None = Field(
+    top_k: Annotated[int, Field(ge=0, le=1_000_000), WHOLE] | None = Field(
         0, description="Draw from this many tokens; 0 switches the filter off."
     )
     top_p: Annotated[float, Field(ge=LEAST_TOP_P, le=1)] | None = Field(
         1.0, description="Draw from the likeliest tokens with this much probability."
     )
-    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] | None = Field(
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1), WHOLE] | None = Field(
         None, description="The same seed draws the same answer."
     )
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = Field(

@@ -144,6 +144,15 @@ async def test_what_is_refused_is_not_valid_by_the_schema(spec):
         assert timeout_s["anyOf"][0] == {"type": "number", "minimum": 1e-6, "maximum": 120.0}
 
 
+@pytest.mark.parametrize(
+    ("field", "least", "most"), [("max_tokens", 1, 1_000_000), ("top_k", 0, 1_000_000), ("seed", 0, 2**63 - 1)]
+)
+async def test_the_bounds_of_integers_are_in_the_schema(spec, field, least, most):
+    for name in ("VqaRequest", "VqaForm"):
+        number, _ = spec["components"]["schemas"][name]["properties"][field]["anyOf"]
+        assert number == {"type": "integer", "minimum": least, "maximum": most}
+
+
 async def test_an_image_that_was_sent_links_to_the_question_about_it(spec):
     (link,) = spec["paths"]["/v1/images"]["post"]["responses"]["200"]["links"].values()
     assert link["operationId"] == spec["paths"]["/v1/vqa"]["post"]["operationId"]

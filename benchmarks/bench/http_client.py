@@ -29,7 +29,7 @@ class HttpClient:
     """Send requests, with one connection for each concurrent request."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._host, self._port = host, port
+        self.host, self.port = host, port
         self._idle: list[_Connection] = []
 
     async def post(
@@ -37,13 +37,17 @@ class HttpClient:
     ) -> Response:
         """Send a POST request -> its response. Raises OSError, Aborted."""
         head = (
-            f"POST {path} HTTP/1.1\r\nhost: {self._host}:{self._port}\r\ncontent-type: {content_type}\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\ncontent-type: {content_type}\r\n"
             f"content-length: {len(body)}\r\n\r\n"
         )
+        return await self.send(head.encode() + body, piece, abort_after_s)
+
+    async def send(self, request: bytes, piece: Piece | None = None, abort_after_s: float | None = None) -> Response:
+        """Send bytes as they are and wait for one response. Raises OSError, Aborted."""
         connection = await self._connection()
         try:
             async with asyncio.timeout(abort_after_s):
-                response = await connection.exchange(head.encode() + body, piece)
+                response = await connection.exchange(request, piece)
         except TimeoutError as exc:
             if abort_after_s is None:
                 raise
@@ -61,7 +65,7 @@ class HttpClient:
             if connection.reusable:
                 return connection
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(_Connection, self._host, self._port)
+        _, connection = await loop.create_connection(_Connection, self.host, self.port)
         return connection
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from benchmarks.bench.http_client import Aborted, HttpClient
-from benchmarks.faults.bombs import BOMBS
+from benchmarks.bombs import BOMBS
 
 HALF_HEADS = 200
 ENDLESS_HEADS = 20

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.faults.bombs import BOMBS
+from benchmarks.bombs import BOMBS
 from tests.support.pictures import encoded, picture
 from tests.support.servers import STOP_S, Gateway, StartGateway, eventually
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks import bombs
 from service.admission.fidelity import LEVELS
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
@@ -18,7 +19,6 @@ from service.media.decoder import Decoded
 from service.media.store import Image
 from service.vision_stage import decoding_cost
 from tests.service.test_pipeline import answer, request, shades
-from tests.support import bombs
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, png, until
 
 LARGE = png(size=(300, 200))

@@ -121,11 +121,22 @@ EXAMPLES = {
     ),
 }
 EVENTS = {
-    "schema": {
-        "type": "string",
-        "description": "Server-sent events: `data: ` and a VqaEvent as JSON for each, then `data: [DONE]`.",
-        "contentMediaType": "text/event-stream",
-        "contentSchema": {"$ref": "#/components/schemas/VqaEvent"},
+    "itemSchema": {  # what each event is: OpenAPI 3.2 has it, and FastAPI writes it into 3.1 too
+        "type": "object",
+        "description": "Each event's data is a VqaEvent as JSON; the last one's is `[DONE]`.",
+        "properties": {
+            "data": {
+                "type": "string",
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {
+                        "contentMediaType": JSON,
+                        "contentSchema": {"$ref": "#/components/schemas/VqaEvent"},
+                    },
+                ],
+            }
+        },
+        "required": ["data"],
     },
     "example": (
         'data: {"id":"vqa_1","delta":"red"}\n\n'
@@ -136,12 +147,21 @@ EVENTS = {
         "data: [DONE]\n\n"
     ),
 }
+# What an answer leads to: a question about the image that was sent.
+LINKS = {
+    "ask": {
+        "operationId": "ask_v1_vqa_post",
+        "requestBody": {"image": "$response.body#/id", "question": "how many objects are there?"},
+        "description": "Ask about the image by its id.",
+    }
+}
 FILE = {"type": "string", "format": "binary", "minLength": 1}
 TENANT = {
     "name": "x-tenant-id",
     "in": "header",
-    "description": "The tenant's name. Tenants with a name share the service fairly and leave room for each other.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]+$", "minLength": 1, "maxLength": 64},
+    "description": "The tenant's name. Tenants with a name share the service fairly and leave room for each other. "
+    "An empty name is none.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]*$", "maxLength": 64},
 }
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
@@ -181,8 +201,10 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                     },
                 },
             },
-            "responses": {"200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}}}
-            | _errors(400, 408, 413, 415, 429, 500, 504),
+            "responses": {
+                "200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}, "links": LINKS},
+            }
+            | _errors(400, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
     (

@@ -64,6 +64,19 @@ def _or(default: object) -> BeforeValidator:
     return BeforeValidator(lambda value: default if value is None else value)
 
 
+def _whole(value: object) -> object:
+    """16.0 is an integer in JSON Schema, and in JSON that knows one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _flag(value: object) -> object:
+    """A form's words for a flag, in any case: some clients write True."""
+    found = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+    if found is None:
+        raise ValueError("must be true or false")
+    return found
+
+
 def _temperature(value: float) -> float:
     if 0 < value < LEAST_TEMPERATURE:
         raise ValueError(f"must be 0, which is greedy, or at least {LEAST_TEMPERATURE}")
@@ -105,7 +118,8 @@ def _given(name: str, kind: str) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"type": kind}}}
 
 
-Tokens = Annotated[int, Field(ge=0, le=1_000_000)]
+WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
+Tokens = Annotated[int, Field(ge=0, le=1_000_000), WHOLE]
 Flag = Annotated[bool, _or(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
 Temperature = Annotated[
     float,
@@ -145,17 +159,19 @@ class Asked(BaseModel):
     turns: Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None = Field(
         (), description="What was asked about the same images before, and answered; oldest first."
     )
-    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000), WHOLE] | None = Field(
         Sampling().max_tokens, description="The answer ends here at the latest."
     )
     temperature: Temperature | None = Field(0.0, description="0 takes the likeliest token each time.")
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+    top_k: Annotated[int, Field(ge=0, le=1_000_000), WHOLE] | None = Field(
         0, description="Draw from this many tokens; 0 switches the filter off."
     )
     top_p: Annotated[float, Field(ge=LEAST_TOP_P, le=1)] | None = Field(
         1.0, description="Draw from the likeliest tokens with this much probability."
     )
-    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="The same seed draws the same answer.")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1), WHOLE] | None = Field(
+        None, description="The same seed draws the same answer."
+    )
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = Field(
         1.0, description="Above 1, repeated tokens become less likely."
     )
@@ -230,6 +246,10 @@ class VqaForm(Asked):
     ] = Field((), description="JSON text, as in JSON's `turns`.")
     budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text('{"vision_tokens": [64, 128]}'))] = Field(
         None, description="JSON text, as in JSON's `budget`."
+    )
+    stream: Annotated[Flag, BeforeValidator(_flag)] = Field(False, description=Asked.model_fields["stream"].description)
+    explain: Annotated[Flag, BeforeValidator(_flag)] = Field(
+        False, description=Asked.model_fields["explain"].description
     )
 
     @classmethod

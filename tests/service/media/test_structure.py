@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from benchmarks.faults import bombs
-from benchmarks.faults.bombs import BOMBS, png_chunk, webp_chunk
+from benchmarks import bombs
+from benchmarks.bombs import BOMBS, png_chunk, webp_chunk
 from service.core.errors import InvalidImage, TooLarge
 from service.media.decoder import ImageLimits, decode
 from service.media.structure import exif_orientation, structure_of

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge, Unavailable
 from service.media.decoder import ImageLimits, decode
 from service.media.workers import DecodingWorkers
-from tests.support import bombs
 from tests.support.fakes import until
 from tests.support.paths import PROJECT
 from tests.support.pictures import LIMITS, encoded, picture
@@ -216,7 +216,7 @@ GATEWAY = """
 import asyncio, sys
 from service.media.decoder import ImageLimits
 from service.media.workers import DecodingWorkers
-from tests.support import bombs
+from benchmarks import bombs
 
 async def main():
     workers = DecodingWorkers(ImageLimits(), 2, 60.0)

@@ -230,3 +230,25 @@ def test_a_file_in_place_of_json_or_a_form_is_named(body, kind):
             f"the body is {kind}, where JSON or a form is expected: send image and question"
         )
         assert "curl -F image=@FILE -F question=..." in error.message
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "top_k", "seed"])
+def test_a_number_without_a_fraction_is_an_integer_however_it_is_written(name):
+    """As JSON Schema says, and as clients write whose numbers are all floating-point numbers."""
+    taken = getattr(asked(**{name: 16.0}), name)
+    assert (taken, type(taken)) == (16, int)
+    assert "integer" in said_of((), {name: 16.5})
+    assert said_of((), {name: 1e300})
+    assert asked(budget={"vision_tokens": [64.0, 128]}).vision_tokens == (64, 128)
+
+
+@pytest.mark.parametrize(("word", "flag"), [("true", True), ("True", True), ("false", False), ("FALSE", False)])
+def test_a_forms_flag_is_true_or_false(word, flag):
+    assert form(stream=word).stream is flag
+
+
+@pytest.mark.parametrize("name", ["stream", "explain"])
+@pytest.mark.parametrize("word", ["0", "1", "yes", "on", "t", ""])
+def test_another_word_is_no_flag(name, word):
+    said = refused(*(part(field, value.encode()) for field, value in (ASKED | {name: word}).items()))
+    assert said == f"{name} must be true or false; it is {word!r}"

@@ -119,7 +119,9 @@ def events_in(text: str) -> list[dict[str, Any]]:
 
 async def test_a_stream_has_a_schema(spec):
     events = spec["paths"]["/v1/vqa"]["post"]["responses"]["200"]["content"]["text/event-stream"]
-    assert events["schema"]["contentSchema"] == {"$ref": "#/components/schemas/VqaEvent"}
+    done, event = events["itemSchema"]["properties"]["data"]["anyOf"]
+    assert done == {"const": "[DONE]"}
+    assert event["contentSchema"] == {"$ref": "#/components/schemas/VqaEvent"}
     kinds = {each["$ref"].rpartition("/")[2] for each in spec["components"]["schemas"]["VqaEvent"]["anyOf"]}
     assert kinds == {"VqaDelta", "VqaEnd", "ErrorBody"}
 
@@ -129,7 +131,7 @@ async def test_what_is_refused_is_not_valid_by_the_schema(spec):
     vqa, images = (spec["paths"][path]["post"] for path in ("/v1/vqa", "/v1/images"))
     for operation in (vqa, images):
         (tenant,) = operation["parameters"]
-        assert (tenant["schema"]["minLength"], tenant["schema"]["maxLength"]) == (1, 64)
+        assert tenant["schema"] == {"type": "string", "pattern": "^[A-Za-z0-9._:-]*$", "maxLength": 64}
     for content in images["requestBody"]["content"].values():
         file = content["schema"].get("properties", {}).get("image", content["schema"])
         assert (file["format"], file["minLength"]) == ("binary", 1)
@@ -140,6 +142,21 @@ async def test_what_is_refused_is_not_valid_by_the_schema(spec):
         question, timeout_s = (schemas[name]["properties"][field] for field in ("question", "timeout_s"))
         assert (question["pattern"], question["maxLength"]) == (r"\S", 2_000)
         assert timeout_s["anyOf"][0] == {"type": "number", "minimum": 1e-6, "maximum": 120.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "least", "most"), [("max_tokens", 1, 1_000_000), ("top_k", 0, 1_000_000), ("seed", 0, 2**63 - 1)]
+)
+async def test_the_bounds_of_integers_are_in_the_schema(spec, field, least, most):
+    for name in ("VqaRequest", "VqaForm"):
+        number, _ = spec["components"]["schemas"][name]["properties"][field]["anyOf"]
+        assert number == {"type": "integer", "minimum": least, "maximum": most}
+
+
+async def test_an_image_that_was_sent_links_to_the_question_about_it(spec):
+    (link,) = spec["paths"]["/v1/images"]["post"]["responses"]["200"]["links"].values()
+    assert link["operationId"] == spec["paths"]["/v1/vqa"]["post"]["operationId"]
+    assert set(link["requestBody"]) == {"image", "question"}
 
 
 async def test_every_optional_field_may_be_null_by_the_schema(spec):

@@ -1,0 +1,1 @@
+"""Mutated images and bodies, sent to a real gateway: python -m benchmarks.fuzz."""

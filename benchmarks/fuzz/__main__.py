@@ -1,0 +1,146 @@
+"""Send mutated images or bodies to a gateway of its own, and report what it may not do.
+
+    python -m benchmarks.fuzz images --count 50000 --seed 1 --out benchmarks/results/fuzz_images.json
+    python -m benchmarks.fuzz bodies --count 20000 --seed 1 --out benchmarks/results/fuzz_bodies.json
+    python -m benchmarks.fuzz decoders --count 50000   # the images without HTTP: decoding workers alone
+    python -m benchmarks.fuzz cost                     # CPU seconds of the costliest images of 20 MB
+    python -m benchmarks.fuzz schema --examples 300    # schemathesis against the service's OpenAPI
+    python -m benchmarks.fuzz --replay build/fuzz/1_4711.http
+
+No answer may be a 5xx, take over 5 s or break the shape of errors; no process may die but a decoder at its limit of CPU
+time; memory may grow by 2 % after the first 1,000 requests. A refusal for overload is tried again. A request that fails
+is kept in build/fuzz with its seed and number. Exit status 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvloop
+
+from benchmarks.bench.http_client import HttpClient
+from benchmarks.bench.load import form
+from benchmarks.bench.models import PROJECT, REFERENCE
+from benchmarks.bench.systems import System, running
+from benchmarks.fuzz import bodies, cost, decoders, images, schema
+from benchmarks.fuzz.campaign import Campaign, Make, Target, report_of, run
+from benchmarks.fuzz.pictures import files
+from benchmarks.fuzz.sending import Mutant, request, send
+
+FOLDER = PROJECT / "build" / "fuzz"
+# Caches so small that they are full before memory is compared: the image store must hold one image, and mutants are
+# smaller than this one. A body that never comes ends soon.
+SETTINGS = {
+    "MAX_IMAGE_BYTES": "2000000",
+    "IMAGE_STORE_BYTES": "2100000",
+    "FEATURE_CACHE_BYTES": str(4 * 1024 * 1024),
+    "VISUAL_CACHE_BYTES": str(1024 * 1024),
+    "BODY_TIMEOUT_S": "2",
+}
+PARAMETERS = {"llm": {"prefix_cache_bytes": str(1024 * 1024)}}
+WARM_QUESTIONS = 1000  # before the mutants, as few of those reach Triton
+
+
+@contextmanager
+def target() -> Iterator[Target]:
+    """A gateway with its own Triton. Raises RuntimeError if it does not start."""
+    system = System("glimpse", "small caches", SETTINGS, PARAMETERS)
+    with TemporaryDirectory() as folder, running(system, REFERENCE, Path(folder)) as started:
+        url = urlsplit(started.urls[0])
+        yield Target(url.hostname or "", url.port or 80, started.pids[0], Path(folder) / "gateway.log")
+
+
+async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
+    """Ask questions about new images, so that every process has its buffers and every cache is full.
+
+    Returns ids of images, which stay known while questions name them. Raises RuntimeError if one is not answered.
+    """
+    client, ids = HttpClient(to.host, to.port), []
+    pictures = [data for name, data in files().items() if not name.startswith("other")]
+    numbers = iter(range(questions))
+
+    async def ask() -> None:
+        for number in numbers:
+            fields = {"question": f"how many objects are there? ({number})", "stream": number % 2 == 0, "max_tokens": 4}
+            picture = pictures[number % len(pictures)] + number.to_bytes(4, "big")  # other bytes, the same pixels
+            response = await client.post("/v1/vqa", *form(fields, [picture]))
+            if response.status != 200:
+                raise RuntimeError(f"a question before the campaign got {response.status}: {response.body[:500]!r}")
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(connections):
+            tasks.create_task(ask())
+    for name in ("PNG colours", "JPEG baseline", "WEBP lossy"):
+        response = await client.send(request("/v1/images", files()[name], "image/png"))
+        ids.append(str(json.loads(response.body)["id"]))
+    client.close()
+    return ids
+
+
+async def mutants(kind: str, seed: int, count: int, connections: int) -> dict[str, Any]:
+    with target() as to:
+        ids = await warm_up(to, WARM_QUESTIONS, connections)
+        make: Make = images.mutant if kind == "images" else partial(bodies.mutant, image_ids=ids)
+        campaign = Campaign(seed, FOLDER)
+        wrong = await run(make, count, to, campaign, connections)
+        settings = {"settings": SETTINGS, "parameters": PARAMETERS, "questions_before": WARM_QUESTIONS}
+        return settings | {"connections": connections} | report_of(campaign, count, wrong, to)
+
+
+async def replay(mutant: Mutant) -> dict[str, Any]:
+    """Send one request again, to a gateway of its own."""
+    with target() as to:
+        await warm_up(to, 0, 1)
+        client = HttpClient(to.host, to.port)
+        outcome = await send(mutant, client)
+        client.close()
+        said = outcome.response.body[:2000].decode(errors="replace") if outcome.response else ""
+        log = to.log.read_text(errors="replace")[-4000:]
+    faults = [outcome.fault] if outcome.fault else []
+    return {"word": outcome.word, "seconds": round(outcome.seconds, 2), "faults": faults, "said": said, "log": log}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", nargs="?", choices=("images", "bodies", "decoders", "cost", "schema"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=1000, help="mutants [1000]")
+    parser.add_argument("--connections", type=int, default=8, help="kept open, each with one request at a time [8]")
+    parser.add_argument("--examples", type=int, default=300, help="of schema: examples an operation [300]")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")
+    parser.add_argument("--out", type=Path, help="write the report here as JSON")
+    told = parser.parse_args()
+    if told.replay:
+        kept = json.loads(told.replay.with_suffix(".json").read_text())
+        report = uvloop.run(replay(Mutant(told.replay.read_bytes(), tuple(kept["done"]), kept["is_whole"])))
+    elif told.kind in ("images", "bodies"):
+        report = uvloop.run(mutants(told.kind, told.seed, told.count, told.connections))
+    elif told.kind == "decoders":
+        report = asyncio.run(decoders.run(told.seed, told.count, FOLDER))
+    elif told.kind == "cost":
+        report = asyncio.run(cost.measure())
+    elif told.kind == "schema":
+        with target() as to:
+            report = schema.run(f"http://{to.host}:{to.port}", told.examples, told.seed, FOLDER)
+    else:
+        parser.error("name what to send, or --replay FILE")
+    text = json.dumps(report, indent=2) + "\n"
+    if told.out:
+        told.out.parent.mkdir(parents=True, exist_ok=True)
+        told.out.write_text(text)
+    sys.stdout.write(text)
+    return 1 if report.get("faults") or report.get("wrong") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""schemathesis against a running service: examples from its OpenAPI, every check, operations alone and in sequences."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench.models import PROJECT
+
+HOOKS = "benchmarks.fuzz.schema_hooks"
+
+
+def program() -> str:
+    """Raises RuntimeError if it is not installed."""
+    beside = Path(sys.executable).parent / "schemathesis"
+    found = str(beside) if beside.exists() else shutil.which("schemathesis")
+    if found is None:
+        raise RuntimeError("schemathesis is not installed: python3 scripts/set_up.py develop")
+    return found
+
+
+def run(url: str, examples: int, seed: int, folder: Path) -> dict[str, Any]:
+    """A report; `folder` gets what schemathesis says. Raises RuntimeError if it is not installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = folder / "schema.json"
+    found.unlink(missing_ok=True)
+    command = [
+        program(),
+        "run",
+        f"{url}/openapi.json",
+        "--checks",
+        "all",
+        "--phases",
+        "examples,coverage,fuzzing,stateful",
+    ]
+    command += ["--max-examples", str(examples), "--seed", str(seed), "--generation-database", "none", "--no-color"]
+    command += ["--continue-on-failure", "--report", "json", "--report-json-path", str(found)]
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": HOOKS, "PYTHONPATH": str(PROJECT)}
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    (folder / "schema.log").write_text(ran.stdout + ran.stderr)
+    said = json.loads(found.read_text()) if found.exists() else {}
+    wrong = [] if ran.returncode == 0 else [ran.stdout[-4000:] + ran.stderr[-2000:]]
+    return {"examples": examples, "seed": seed, "exit_status": ran.returncode, "said": said, "wrong": wrong}

@@ -1,0 +1,77 @@
+"""Hooks of schemathesis: what a valid question needs and JSON Schema cannot say.
+
+A file of random bytes is no image, an id must be of an image that was sent, a budget must be ordered and within the
+model's, and question, turns and `max_tokens` share the model's positions. So a case that counts as valid gets a real
+image, a short text and a budget that the model offers; its other fields stay as they were drawn. Invalid cases are sent
+as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+import schemathesis
+from schemathesis.transport.serialization import Binary
+
+from benchmarks.bench.models import PROJECT
+
+SCENE = (PROJECT / "service" / "edges" / "http" / "static" / "scene.webp").read_bytes()
+ENCODED = base64.b64encode(SCENE).decode()
+SENT_ID = re.compile("img_[0-9a-f]{32}")  # a link leads from an image that was sent to a question about it
+MAX_TOKENS = 16
+MAX_CHARS = 40  # of a text; every character may be several tokens
+BUDGET = {"vision_tokens": [64, 128], "visual_tokens": [32, 64]}
+
+
+class File(Binary):
+    """Binary, which is an empty text for whoever validates it, and so too short."""
+
+    def __new__(cls, data: bytes) -> File:
+        return str.__new__(cls, data.decode("latin-1"))
+
+
+def shortened(text: Any) -> Any:
+    """Without what may be left of nothing but white space."""
+    return text.strip()[:MAX_CHARS].strip() if isinstance(text, str) else text
+
+
+def with_image(asked: dict[str, Any]) -> dict[str, Any]:
+    """A question that can be answered, from one that its schema allows."""
+    changed = dict(asked)
+    for name, fitting in (("max_tokens", MAX_TOKENS), ("timeout_s", 30)):
+        if changed.get(name) is not None:
+            changed[name] = fitting
+    if changed.get("budget") is not None:
+        changed["budget"] = {name: BUDGET[name] for name, given in changed["budget"].items() if given is not None}
+    if changed.get("turns"):
+        turns = [{name: shortened(text) for name, text in turn.items()} for turn in changed["turns"][:2]]
+        changed["turns"] = turns
+    changed["question"] = shortened(changed["question"])
+    if isinstance(changed.get("image"), str) and not SENT_ID.fullmatch(changed["image"]):
+        changed["image"] = ENCODED
+    if changed.get("images") is not None:
+        changed["images"] = [ENCODED] * min(2, len(changed["images"]))
+    return changed
+
+
+def images_of_form(image: Any) -> list[Any]:
+    """As files, or the id that a link gave."""
+    if isinstance(image, str) and SENT_ID.fullmatch(image):
+        return [image]
+    return [File(SCENE)] * (min(2, len(image)) if isinstance(image, list) else 1)
+
+
+@schemathesis.hook
+def before_call(_: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+    if case.meta is None or not case.meta.generation.mode.is_positive:
+        return
+    is_form = case.media_type == "multipart/form-data"
+    if case.operation.path == "/v1/images":
+        case.body = {"image": File(SCENE)} if is_form else File(SCENE)
+    elif case.operation.path == "/v1/vqa" and isinstance(case.body, dict):
+        changed = with_image(case.body)
+        if is_form:
+            changed["image"] = images_of_form(case.body["image"])
+        case.body = changed

@@ -1,0 +1,73 @@
+"""Hostile callers do what their names say, and a small siege leaves honest clients alone."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from benchmarks.siege import attackers
+from benchmarks.siege.attackers import Attack, kinds
+from tests.support.servers import Gateway
+
+NOBODY = dict.fromkeys(("idle", "half_heads", "endless_heads", "deaf", "announcers", "scan_bombs", "narrow_images"), 0)
+
+
+def said_by(name: str, lines: int) -> bytes:
+    _, say, _ = kinds(Attack("localhost", 80, 1.0))[name]
+    spoken = say()
+    return b"".join(line for line, _ in zip((line for _, line in spoken), range(lines), strict=False))
+
+
+def test_the_attack_is_the_one_that_is_stated():
+    attack = Attack("localhost", 80, 60.0)
+    assert {name: count for name, (count, _, _) in kinds(attack).items()} == {
+        "idle": 10_000,
+        "half_heads": 3_000,
+        "endless_heads": 100,
+        "deaf": 50,
+        "announcers": 10,
+        "scan_bombs": 2,
+        "narrow_images": 2,
+    }
+    assert attack.connections == 13_164
+
+
+def test_heads_do_not_end():
+    assert b"\r\n\r\n" not in said_by("half_heads", 9)
+    for _ in range(10):
+        assert b"\r\n\r\n" not in said_by("endless_heads", 100)
+        assert len(said_by("endless_heads", 100)) > 2000
+
+
+def test_what_is_announced_does_not_come():
+    head, body = said_by("announcers", 9).split(b"\r\n\r\n")
+    assert b"content-length: 20000000" in head
+    assert body == b""
+
+
+@pytest.mark.parametrize("name", ["idle", "deaf"])
+def test_others_send_whole_requests(name):
+    assert said_by(name, 9).endswith(b"\r\n\r\n")
+
+
+async def test_a_small_siege_leaves_honest_clients_alone(gateway: Gateway):
+    url = urlsplit(gateway.url)
+    few = {"idle": 60, "half_heads": 20, "endless_heads": 4, "deaf": 2, "announcers": 2, "scan_bombs": 1}
+    attack = Attack(url.hostname or "", url.port or 80, 3.0, **(NOBODY | few | {"narrow_images": 1}))
+    statuses = []
+
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=10) as honest:
+        besieging = asyncio.create_task(attackers.run(attack))
+        while not besieging.done():
+            statuses.append((await honest.get("/health/ready")).status_code)
+        said = await besieging
+        assert (await honest.get("/health/live")).status_code == 200
+    assert set(statuses) == {200}
+    tallies = said["kinds"]
+    assert tallies["idle"]["answers"] == {"200": 60}
+    assert tallies["idle"]["most_open"] == 60
+    assert set(tallies["scan_bombs"]["answers"]) == {"400"}
+    assert set(tallies["narrow_images"]["answers"]) == {"413"}

@@ -16,6 +16,8 @@ from service.edges.http.body import FORM, JSON, MAX_NAME_CHARS
 
 MAX_FAULTS = 100  # of a body, before they are only counted
 MAX_SHOWN_CHARS = 60
+UNNAMED = ""  # the tag of a union's branch
+UNSUPPORTED = "unsupported_parameter"  # the type of a fault, and its code
 
 # What callers of other services write.
 SYNONYMS = dict.fromkeys(("file", "files", "photo", "picture", "pic", "img", "upload", "image_url"), "image")
@@ -47,7 +49,8 @@ def invalid_request(
 ) -> InvalidRequest:
     """The first fault of a body in words; how many more there are is said too. What is told of the body is short.
 
-    `nested` has the fields of the objects inside, by the field that holds them.
+    `nested` has the fields of the objects inside, by the field that holds them. A branch of a union whose tag is empty
+    is left out of a field's place.
     """
     count = exc.error_count()
     if count > MAX_FAULTS:
@@ -55,7 +58,7 @@ def invalid_request(
     faults = exc.errors(include_url=False)
     # A field that does not exist may be why another is missing.
     fault = next((each for each in faults if each["type"] == "extra_forbidden"), faults[0])
-    param = ".".join(str(step) for step in fault["loc"])[:MAX_NAME_CHARS]
+    param = ".".join(str(step) for step in fault["loc"] if step != UNNAMED)[:MAX_NAME_CHARS]
     more = f" (and {count - 1} more)" if count > 1 else ""
     match fault["type"]:
         case "json_invalid":
@@ -70,7 +73,8 @@ def invalid_request(
             return InvalidRequest(f"{param or 'the body'} must be a JSON object{more}", param=param or None)
     if fault["type"] == "missing":  # of a list whose length is fixed
         param = param.rpartition(".")[0]
-    return InvalidRequest(f"{_reason(fault, param)}; it is {shown(fault['input'])}{more}", param=param)
+    code = UNSUPPORTED if fault["type"] == UNSUPPORTED else None
+    return InvalidRequest(f"{_reason(fault, param)}; it is {shown(fault['input'])}{more}", param=param, code=code)
 
 
 def no_question(body: bytes, content_type: str) -> InvalidRequest:
@@ -112,12 +116,13 @@ def _sent_bare(kind: str) -> InvalidRequest:
 def _meant(where: tuple[int | str, ...], known: Collection[str], nested: Mapping[str, Collection[str]]) -> str:
     """What the caller may have meant by a field that does not exist."""
     *above, last = where
-    fields = nested[str(above[0])] if above else known
+    holder = next((step for step in reversed(above) if isinstance(step, str) and step != UNNAMED), "")
+    fields = nested[holder] if holder else known
     synonym = SYNONYMS.get(str(last).lower(), "")
     near = [synonym] if synonym in fields else difflib.get_close_matches(str(last), fields, n=1)
     if near:
         return f"did you mean {near[0]}?"
-    return f"the fields{f' of {above[0]}' if above else ''} are {', '.join(fields)}"
+    return f"the fields{f' of {holder}' if holder else ''} are {', '.join(fields)}"
 
 
 def _reason(fault: ErrorDetails, param: str) -> str:

@@ -6,7 +6,7 @@ Only images are large. Everything else in a question is small, and there are few
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from service.core.errors import GlimpseError, InvalidRequest, TooLarge
 
@@ -16,25 +16,41 @@ MAX_VALUES = 2000  # strings, lists, objects and commas
 BYTES_PER_CHAR = 12  # of a character that is written as two escapes of UTF-16
 NAME_BYTES = 100
 
+# Whether a string is an image: its depth in lists and objects, the field of the outermost object, its own field.
+IsImage = Callable[[int, bytes, bytes], bool]
 
-def require_small(body: bytes | bytearray, max_question_chars: int, known: Iterable[str] = ()) -> None:
-    """All but the strings `image` and `images` of the outermost object. What is no JSON may pass: its parser says so.
+
+def is_image_of_vqa(depth: int, field: bytes, _: bytes) -> bool:
+    """`image`, and what is in the list `images`."""
+    return (depth, field) in ((1, b"image"), (2, b"images"))
+
+
+def require_small(
+    body: bytes | bytearray,
+    max_question_chars: int,
+    known: Iterable[str] = (),
+    is_image: IsImage = is_image_of_vqa,
+) -> None:
+    """All but the strings that are images. What is no JSON may pass: its parser says so.
 
     Raises TooLarge, or InvalidRequest for a field that is not `known`.
     """
     if len(body) <= TRUSTED_BYTES:
         return
-    _Scan(body, MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars, MAX_VALUES + max_question_chars).run(known)
+    limits = MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars, MAX_VALUES + max_question_chars
+    _Scan(body, *limits, is_image).run(known)
 
 
 class _Scan:
     """Goes from quote to quote, so that its time depends on the count of values, and hardly on their length."""
 
-    def __init__(self, body: bytes | bytearray, max_text_bytes: int, max_values: int) -> None:
+    def __init__(self, body: bytes | bytearray, max_text_bytes: int, max_values: int, is_image: IsImage) -> None:
         self.body = body
+        self.is_image = is_image
         self.max_text_bytes, self.max_values = max_text_bytes, max_values
         self.text_bytes = self.values = self.depth = 0
         self.field = b""  # of the outermost object
+        self.name = b""  # of the innermost field
 
     def run(self, known: Iterable[str]) -> None:
         place = 0
@@ -46,10 +62,12 @@ class _Scan:
             end = self.end_of_string(start)
             if end < 0:
                 break
-            is_name = self.depth == 1 and not between.endswith(b":")
+            is_name = not between.endswith(b":")  # or an item of a list
             if is_name:
-                self.field = bytes(self.body[start + 1 : min(end, start + 1 + NAME_BYTES)])
-            if is_name or not self.is_image():
+                self.name = bytes(self.body[start + 1 : min(end, start + 1 + NAME_BYTES)])
+                if self.depth == 1:
+                    self.field = self.name
+            if (is_name and self.depth == 1) or not self.is_image(self.depth, self.field, self.name):
                 self.text_bytes += end - start
             place = end + 1
         if self.is_too_large():
@@ -80,9 +98,6 @@ class _Scan:
                 return -1
             start = end
         return end
-
-    def is_image(self) -> bool:
-        return (self.depth, self.field) in ((1, b"image"), (2, b"images"))
 
     def fault(self, known: Iterable[str]) -> GlimpseError:
         field, names = self.field.decode(errors="replace"), list(known)

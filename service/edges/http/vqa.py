@@ -39,11 +39,11 @@ async def ask(request: Request) -> Response:
 
     (parsed, question), reservation = await read_question(request, parse)
     asked = Asked(question, reservation)
-    ending = Ending(question.id, edge.pipeline.card.name, bool(parsed.explain))
+    writer = VqaWriter(question.id, edge.pipeline.card.name, bool(parsed.explain))
     if parsed.stream:
-        return EventStream(asked, edge, ending.events)
+        return EventStream(asked, edge, writer.events)
     async with present(request.receive, question.timeout_s):
-        return JsonResponse(ending.answer(*await whole_answer(asked, edge)))
+        return JsonResponse(writer.answer(*await whole_answer(asked, edge)))
 
 
 def parse_question(
@@ -77,7 +77,7 @@ def require_small_parts(parts: list[FormPart], max_question_chars: int) -> None:
             raise TooLarge(f"{part.name} has {len(part.data):,} bytes: shorten it", param=part.name)
 
 
-class Ending:
+class VqaWriter:
     """Write an answer in the wire types of this route."""
 
     def __init__(self, request_id: str, model: str, explain: bool) -> None:

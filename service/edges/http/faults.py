@@ -139,7 +139,7 @@ def _reason(fault: ErrorDetails, param: str) -> str:
             return f"{param} must hold {_items('at least', context['min_length'])}"
         case "too_long":
             return f"{param} may hold {_items('at most', context['max_length'])}"
-    return f"{param} {fault['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
+    return f"{param} {fault['msg'].removeprefix('Value error, ').removeprefix('Input ').removeprefix('String ')}"
 
 
 def _items(bound: str, count: int) -> str:

@@ -20,7 +20,7 @@ async def models(request: Request) -> Response:
     return JsonResponse(ModelList(data=[served_model(request)]))
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model}")
 async def model(request: Request) -> Response:
     """Describe the served model, by its name."""
     require_model(request.path_params["model"], edge_of(request).pipeline.card)

@@ -134,9 +134,7 @@ class ChatRequest(Unsupported):
 
     model: str = Field(description="The served model's name: see `GET /v1/models`.")
     messages: Annotated[tuple[ChatMessage, ...], Field(max_length=MAX_MESSAGES, json_schema_extra={"minItems": 1})] = (
-        Field(
-            description="System messages first, then the user's and the assistant's in turn. The last one is the user's."
-        )
+        Field(description="System messages first, then the user's and the assistant's in turn; the user's is last.")
     )
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         None, description=f"The answer ends here at the latest. Left out: {Sampling().max_tokens}."

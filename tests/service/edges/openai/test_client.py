@@ -315,9 +315,9 @@ def test_an_answer_that_takes_too_long_is_the_clients_timeout(service):
 def test_a_service_that_is_not_there_is_a_connection_error():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.APIConnectionError):
-            client.models.list()
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    with client, pytest.raises(openai.APIConnectionError):
+        client.models.list()
 
 
 def test_a_request_can_be_told_by_its_id(service):

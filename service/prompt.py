@@ -45,6 +45,7 @@ class PromptBuilder:
     An image's visual tokens take the image's place in the prompt:
       - If the image comes before all text of its question, they come before the template: `<image> Question: a
         Answer:`. At the start of the prompt they also come before BOS.
+      - Otherwise, if the card is not `interleaved`, they come there too, in the images' order.
       - Otherwise they come inside the template, directly after the text before the image. Spaces join the texts as if
         there were no image between them. Each text between images is tokenised separately:
         `Question: a <image> b Answer:` becomes the text "Question: a", the visual tokens, and the text " b Answer:".
@@ -171,18 +172,19 @@ def _pieces(card: ModelCard, request: Request) -> list[Piece]:
             else:
                 pieces.append(piece)
 
-    template = card.prompt_template
     before = card.system_template.replace("{system}", request.system) if request.system else ""
     for exchange in request.exchanges:
-        add(*_question_pieces(template, exchange.parts, before), f" {exchange.answer}")
+        add(*_question_pieces(card, exchange.parts, before), f" {exchange.answer}")
         before = " "
-    add(*_question_pieces(template, request.parts, before))
+    add(*_question_pieces(card, request.parts, before))
     return pieces
 
 
-def _question_pieces(template: str, parts: Sequence[Part], before: str) -> Iterator[Piece]:
+def _question_pieces(card: ModelCard, parts: Sequence[Part], before: str) -> Iterator[Piece]:
     """Yield one question in its template, after the text `before`, with its images in place."""
-    head, _, tail = template.partition("{question}")
+    head, _, tail = card.prompt_template.partition("{question}")
+    if not card.interleaved:
+        parts = sorted(parts, key=lambda part: isinstance(part, Text))
     inside = list(dropwhile(lambda part: not isinstance(part, Text), parts))
     yield from [None] * (len(parts) - len(inside))
     yield before + head

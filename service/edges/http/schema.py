@@ -467,6 +467,8 @@ class Model(BaseModel):
     budget: WireBudget = Field(description="The budgets that are allowed.")
     default_visual_tokens: tuple[int, int] = Field(description="Used if a request has no budget of visual tokens.")
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
+    interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
+    system_messages: bool = Field(description="Whether the model takes a system message.")
     metadata: dict[str, Any]
 
     @classmethod
@@ -480,6 +482,8 @@ class Model(BaseModel):
             budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),
             default_visual_tokens=card.default_visual_tokens,
             closer_view=CloserView.of(card),
+            interleaved=card.interleaved,
+            system_messages=bool(card.system_template),
             metadata=dict(card.metadata),
         )
 

@@ -135,7 +135,7 @@ async def test_the_async_client_streams(async_client, chat):
 
 
 def test_the_clients_own_helper_reads_the_stream(client, chat):
-    asked = chat | {"messages": [user(text(LONG_ANSWER), image(data_url(SHAPES)))]}
+    asked = chat | {"max_tokens": 64, "messages": [user(text(LONG_ANSWER), image(data_url(SHAPES)))]}
     whole = client.chat.completions.create(**asked)
     with client.chat.completions.stream(**asked) as stream:
         kinds = {event.type for event in stream}
@@ -174,10 +174,24 @@ def test_a_conversation_goes_on_with_the_clients_own_message(client, chat):
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
-def test_a_system_message_is_part_of_the_prompt(client, chat):
-    plain = client.chat.completions.create(**chat, messages=[ASKED])
-    told = client.chat.completions.create(**chat, messages=[system("look closely."), ASKED])
-    assert told.usage.prompt_tokens > plain.usage.prompt_tokens
+@pytest.mark.parametrize("question", [QUESTION, "what color is the triangle?", "how many objects are there?"])
+def test_the_image_may_stand_before_or_behind_the_text(client, chat, card, question):
+    """Most callers send the text first. An LLM that has not learnt to read that gets the image first all the same."""
+    if card.interleaved:
+        pytest.skip(f"{card.name} reads images inside the text")
+    parts = [text(question), image(data_url(SHAPES))]
+    behind, before = (client.chat.completions.create(**chat, messages=[user(*each)]) for each in (parts, parts[::-1]))
+    assert behind.choices[0].message.content == before.choices[0].message.content
+    assert behind.usage.prompt_tokens == before.usage.prompt_tokens
+
+
+def test_a_system_message_is_refused_by_a_model_that_has_learnt_none(client, chat, card):
+    if card.system_template:
+        pytest.skip(f"{card.name} takes system messages")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**chat, messages=[system("look closely."), ASKED])
+    assert caught.value.param == "messages.0.content"
+    assert "has no place for a system message" in caught.value.message
 
 
 def test_our_own_fields_go_in_extra_body(client, chat, card):
@@ -318,6 +332,14 @@ def test_a_service_that_is_not_there_is_a_connection_error():
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     with client, pytest.raises(openai.APIConnectionError):
         client.models.list()
+
+
+def test_a_system_message_is_part_of_the_prompt(service):
+    with of(service) as client:
+        plain = ask(client)
+        question = user(text("what colour?"), image(f"data:image/png;base64,{b64encode(png()).decode()}"))
+        told = ask(client, messages=[system("look closely."), question])
+    assert told.usage.prompt_tokens > plain.usage.prompt_tokens
 
 
 def test_a_request_can_be_told_by_its_id(service):

@@ -239,6 +239,8 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         vision_tokens=(CELL_COUNT, PATCH_COUNT),
         visual_tokens=offered,
         default_visual_tokens=unasked,
+        interleaved=bool(told.pop("interleaved", False)),
+        system_template=str(told.pop("system_template", "")),
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",

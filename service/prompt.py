@@ -39,11 +39,13 @@ class PromptBuilder:
     """Build BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question.
 
     Earlier questions come first, in the same template, each with its answer: "Question: a Answer: b Question: c
-    Answer:". The allocator and the Q-Former read the last question only.
+    Answer:". A system message, in the card's `system_template`, stands directly before the first question's template.
+    The allocator and the Q-Former read the last question only.
 
     An image's visual tokens take the image's place in the prompt:
       - If the image comes before all text of its question, they come before the template: `<image> Question: a
         Answer:`. At the start of the prompt they also come before BOS.
+      - Otherwise, if the card is not `interleaved`, they come there too, in the images' order.
       - Otherwise they come inside the template, directly after the text before the image. Spaces join the texts as if
         there were no image between them. Each text between images is tokenised separately:
         `Question: a <image> b Answer:` becomes the text "Question: a", the visual tokens, and the text " b Answer:".
@@ -91,7 +93,7 @@ class PromptBuilder:
         """
         images, max_tokens = len(request.images), request.sampling.max_tokens
         visual = images * request.budget.visual_tokens[1]
-        prompt = sum(len(ids) for ids in self._layout(_pieces(self.card.prompt_template, request)) if ids is not None)
+        prompt = sum(len(ids) for ids in self._layout(_pieces(self.card, request)) if ids is not None)
         total = visual + prompt + max_tokens
         if total > self.card.max_positions:
             room = self.card.max_positions - visual - prompt
@@ -122,7 +124,7 @@ class PromptBuilder:
         `images` has one entry for each of the request's images, in order: visual tokens [N, H] and a key. The key names
         everything that decides them (image, question, budget, models).
         """
-        return self._composed(_pieces(self.card.prompt_template, request), images)
+        return self._composed(_pieces(self.card, request), images)
 
     def _composed(self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
         visual_tokens = images[0][0] if len(images) == 1 else np.concatenate([tokens for tokens, _ in images])
@@ -159,7 +161,7 @@ class PromptBuilder:
         return ids
 
 
-def _pieces(template: str, request: Request) -> list[Piece]:
+def _pieces(card: ModelCard, request: Request) -> list[Piece]:
     """Return the whole conversation in order. Texts without an image between them are one piece."""
     pieces: list[Piece] = []
 
@@ -170,18 +172,22 @@ def _pieces(template: str, request: Request) -> list[Piece]:
             else:
                 pieces.append(piece)
 
+    before = card.system_template.replace("{system}", request.system) if request.system else ""
     for exchange in request.exchanges:
-        add(*_question_pieces(template, exchange.parts, " " if pieces else ""), f" {exchange.answer}")
-    add(*_question_pieces(template, request.parts, " " if pieces else ""))
+        add(*_question_pieces(card, exchange.parts, before), f" {exchange.answer}")
+        before = " "
+    add(*_question_pieces(card, request.parts, before))
     return pieces
 
 
-def _question_pieces(template: str, parts: Sequence[Part], space: str) -> Iterator[Piece]:
-    """Yield one question in its template, after `space`, with its images in place."""
-    head, _, tail = template.partition("{question}")
+def _question_pieces(card: ModelCard, parts: Sequence[Part], before: str) -> Iterator[Piece]:
+    """Yield one question in its template, after the text `before`, with its images in place."""
+    head, _, tail = card.prompt_template.partition("{question}")
+    if not card.interleaved:
+        parts = sorted(parts, key=lambda part: isinstance(part, Text))
     inside = list(dropwhile(lambda part: not isinstance(part, Text), parts))
     yield from [None] * (len(parts) - len(inside))
-    yield space + head
+    yield before + head
     for place, part in enumerate(inside):
         yield (" " if place else "") + part.text if isinstance(part, Text) else None
     yield tail

@@ -88,6 +88,8 @@ def check_template(repository: Path, card: ModelCard) -> None:
     """Check that a question makes a prompt, and that the most visual tokens leave room for an answer."""
     if card.prompt_template.count("{question}") != 1:
         raise Wrong(f"prompt_template {card.prompt_template!r} must contain {{question}} once: correct the card")
+    if card.system_template and card.system_template.count("{system}") != 1:
+        raise Wrong(f"system_template {card.system_template!r} must contain {{system}} once, or be empty: correct it")
     prompts = PromptBuilder.load(card, repository)
     for text in QUESTIONS:
         question = prompts.question(text)

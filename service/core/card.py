@@ -41,6 +41,10 @@ class ModelCard:
     vision_tokens: tuple[int, int]  # least and most that a budget can ask for
     visual_tokens: tuple[int, int]  # the same
     default_visual_tokens: tuple[int, int] = (32, 32)  # for a request whose budget has no visual_tokens
+    # Whether the LLM has learnt to read images inside a question's text. If not, they come before that text, wherever
+    # the caller put them: BLIP-2's and InstructBLIP's LLMs know no other place.
+    interleaved: bool = False
+    system_template: str = ""  # before the first question's template, with {system}; empty if the LLM has learnt none
     closer_view: bool = False  # whether the repository has `attend_448`, so that cells can be at level 2
     closer_view_at: float = 1.0  # detail "auto" looks closer if `particularize` reaches this
     # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, it is the Q-Former's own

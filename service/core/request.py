@@ -116,6 +116,7 @@ class Request:
     timeout_s: float
     detail: Detail = "low"
     exchanges: tuple[Exchange, ...] = ()  # earlier questions and answers, oldest first
+    system: str = ""  # what the model is told before the first question
     trace_id: str = ""  # the caller's own id of the request
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL

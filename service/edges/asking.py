@@ -48,6 +48,7 @@ class Fields:
     image: ImageSource | str | None = None
     images: tuple[ImageSource | str, ...] | None = None
     turns: tuple[Exchange, ...] = ()
+    system: str = ""
     max_tokens: int = Sampling().max_tokens
     temperature: float = 0.0
     top_k: int = 0
@@ -68,8 +69,8 @@ def to_request(
 ) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     images = _images_in_front(fields)
-    parts, exchanges = _stripped(fields.parts), _exchanges(fields)
-    _require_text(text_of(parts), exchanges, limits.max_question_chars)
+    parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), _system(fields, card)
+    _require_text(text_of(parts), exchanges, system, limits.max_question_chars)
     if exchanges:
         first, *others = exchanges
         exchanges = (replace(first, parts=(*images, *first.parts)), *others)
@@ -79,6 +80,7 @@ def to_request(
         id=f"vqa_{uuid.uuid4().hex}",
         parts=parts,
         exchanges=exchanges,
+        system=system,
         budget=Budget(
             fields.vision_tokens or card.vision_tokens_for(fields.detail),
             fields.visual_tokens or card.default_visual_tokens,
@@ -136,12 +138,22 @@ def _exchanges(fields: Fields) -> tuple[Exchange, ...]:
     return exchanges
 
 
-def _require_text(question: str, exchanges: tuple[Exchange, ...], max_chars: int) -> None:
+def _system(fields: Fields, card: ModelCard) -> str:
+    system = fields.system.strip()
+    if system and not card.system_template:
+        raise InvalidRequest(f"{card.name} has no place for a system message: put it into the question", param="system")
+    return system
+
+
+def _require_text(question: str, exchanges: tuple[Exchange, ...], system: str, max_chars: int) -> None:
     if not question:
         raise InvalidRequest("question is empty: say what you want to know", param="question")
     told = sum(len(exchange.question) + len(exchange.answer) for exchange in exchanges)
-    if len(question) + told > max_chars:
-        count = f"{len(question) + told:,} characters, the limit is {max_chars:,}"
+    chars = len(system) + len(question) + told
+    if chars > max_chars:
+        count = f"{chars:,} characters, the limit is {max_chars:,}"
+        if len(system) > max(len(question), told):
+            raise InvalidRequest(f"system, question and turns have {count}: shorten system", param="system")
         if told:
             raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
         raise InvalidRequest(f"question has {count}: shorten it", param="question")

@@ -158,6 +158,52 @@ def test_an_image_inside_a_question_stands_at_the_end_of_the_text_before_it(aske
     assert not prompt.extra_ids[prompt.input_ids < CARD.vocab_size].any()
 
 
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (request(Text("is"), IMAGE, Text("like this?")), "[0]<s>Question: is like this? Answer:"),
+        (request(IMAGE, Text("is"), IMAGE, Text("like it?")), "[0][1]<s>Question: is like it? Answer:"),
+        (
+            request(Text("or"), IMAGE, Text("?"), exchanges=(Exchange((Text("is"), IMAGE, Text("red?")), "yes"),)),
+            "[0]<s>Question: is red? Answer: yes[1] Question: or ? Answer:",
+        ),
+    ],
+)
+def test_an_llm_that_knows_images_at_the_front_only_gets_them_there(asked, text):
+    prompts = PromptBuilder(replace(CARD, interleaved=False), TOKENIZER)
+    prompt = prompts.compose_request(asked, one_row_each(asked))
+    assert shown(prompt) == text
+    assert prompt.visual_tokens[:, 0].tolist() == list(range(len(asked.images)))
+    assert prompts.require_room(asked) == len(prompt.input_ids) + 31 * len(asked.images) + 16
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (request(IMAGE, Text("red?")), "[0]<s>be brief Question: red? Answer:"),
+        (request(Text("is"), IMAGE, Text("red?")), "<s>be brief Question: is[0] red? Answer:"),
+        (
+            request(Text("sure?"), exchanges=(Exchange((IMAGE, Text("red?")), "yes"),)),
+            "[0]<s>be brief Question: red? Answer: yes Question: sure? Answer:",
+        ),
+    ],
+)
+def test_a_system_message_stands_before_the_first_question(asked, text):
+    told = replace(asked, system="be brief")
+    prompt = PROMPTS.compose_request(told, one_row_each(asked))
+    assert shown(prompt) == text
+    assert PROMPTS.require_room(told) == len(prompt.input_ids) + 31 + 16
+    assert told.question == asked.question
+
+
+def test_a_system_message_has_the_cards_template():
+    asked = replace(request(IMAGE, Text("red?")), system="be {question} {system}")
+    prompts = PromptBuilder(replace(CARD, system_template="<<{system}>>"), TOKENIZER)
+    assert shown(prompts.compose_request(asked, one_row_each(asked))) == (
+        "[0]<s><<be {question} {system}>>Question: red? Answer:"
+    )
+
+
 def test_what_stands_around_an_image_is_read_as_it_would_be_without_it():
     asked = request(Text("is"), IMAGE, Text("red?"))
     ids = PROMPTS.compose_request(asked, one_row_each(asked)).input_ids

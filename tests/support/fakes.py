@@ -60,6 +60,8 @@ CARD = ModelCard(
     allocator_trained=True,
     vision_tokens=(64, 256),
     visual_tokens=(32, 32),
+    interleaved=True,
+    system_template="{system} ",
 )
 
 

@@ -6,21 +6,23 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from service.core.errors import GlimpseError
-from service.edges.http import images, operations, vqa
+from service.edges.http import images, openapi, operations, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
 from service.edges.http.respond import RequestScope, respond_to_error, respond_to_no_route
+from service.edges.openai import chat, described, files, models
 
 
 def http_api(edge: Edge) -> FastAPI:
     """Make the application, but start nothing: the composition root starts the parts behind the edge."""
     api = Api(
+        (openapi.DESCRIPTION, described.DESCRIPTION),
         title="Glimpse",
         version="0.1.0",
         summary="Answers questions about images, and looks more closely at the parts that a question needs.",
     )
     api.state.edge = edge
-    for routes in (vqa, images, operations):
+    for routes in (vqa, images, chat, files, models, operations):
         api.include_router(routes.router)
     api.add_exception_handler(GlimpseError, respond_to_error)
     api.add_exception_handler(HTTPException, respond_to_no_route)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from starlette.requests import Request
@@ -50,6 +51,7 @@ class Edge:
     metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
+    started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
 def edge_of(request: Request) -> Edge:

@@ -16,6 +16,8 @@ from service.edges.http.body import FORM, JSON, MAX_NAME_CHARS
 
 MAX_FAULTS = 100  # of a body, before they are only counted
 MAX_SHOWN_CHARS = 60
+UNNAMED = ""  # the tag of a union's branch
+UNSUPPORTED = "unsupported_parameter"  # the type of a fault, and its code
 
 # What callers of other services write.
 SYNONYMS = dict.fromkeys(("file", "files", "photo", "picture", "pic", "img", "upload", "image_url"), "image")
@@ -47,7 +49,8 @@ def invalid_request(
 ) -> InvalidRequest:
     """The first fault of a body in words; how many more there are is said too. What is told of the body is short.
 
-    `nested` has the fields of the objects inside, by the field that holds them.
+    `nested` has the fields of the objects inside, by the field that holds them. A branch of a union whose tag is empty
+    is left out of a field's place.
     """
     count = exc.error_count()
     if count > MAX_FAULTS:
@@ -55,29 +58,34 @@ def invalid_request(
     faults = exc.errors(include_url=False)
     # A field that does not exist may be why another is missing.
     fault = next((each for each in faults if each["type"] == "extra_forbidden"), faults[0])
-    param = ".".join(str(step) for step in fault["loc"])[:MAX_NAME_CHARS]
+    param = ".".join(str(step) for step in fault["loc"] if step != UNNAMED)[:MAX_NAME_CHARS]
     more = f" (and {count - 1} more)" if count > 1 else ""
     match fault["type"]:
         case "json_invalid":
             reason = fault["msg"].removeprefix("Invalid JSON: ")
             return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
         case "extra_forbidden":
-            return unknown_field(param, known if len(fault["loc"]) == 1 else nested[str(fault["loc"][0])], more)
+            holder = next((step for step in reversed(fault["loc"][:-1]) if isinstance(step, str) and step), "")
+            return unknown_field(param, nested[holder] if holder else known, holder, more)
         case "missing" if isinstance(fault["loc"][-1], str):
             return InvalidRequest(f"the field {param} is missing{more}", param=param, code="missing_field")
         case "model_type" | "model_attributes_type":
             return InvalidRequest(f"{param or 'the body'} must be a JSON object{more}", param=param or None)
     if fault["type"] == "missing":  # of a list whose length is fixed
         param = param.rpartition(".")[0]
-    return InvalidRequest(f"{_reason(fault, param)}; it is {shown(fault['input'])}{more}", param=param)
+    code = UNSUPPORTED if fault["type"] == UNSUPPORTED else None
+    return InvalidRequest(f"{_reason(fault, param)}; it is {shown(fault['input'])}{more}", param=param, code=code)
 
 
-def unknown_field(param: str, fields: Collection[str], more: str = "") -> InvalidRequest:
-    """A field that does not exist, and what the caller may have meant. `param` has the steps to it, with dots."""
-    above, _, last = param.rpartition(".")
+def unknown_field(param: str, fields: Collection[str], holder: str = "", more: str = "") -> InvalidRequest:
+    """A field that does not exist, and what the caller may have meant.
+
+    `param` has the steps to it, with dots; `holder` is the field whose object holds it, empty for the body.
+    """
+    last = param.rpartition(".")[2]
     synonym = SYNONYMS.get(last.lower(), "")
     near = [synonym] if synonym in fields else difflib.get_close_matches(last, fields, n=1)
-    of = f" of {above.partition('.')[0]}" if above else ""
+    of = f" of {holder}" if holder else ""
     mend = f"did you mean {near[0]}?" if near else f"the fields{of} are {', '.join(fields)}"
     return InvalidRequest(f"there is no field {param!r}: {mend}{more}", param=param, code="unknown_field")
 
@@ -132,7 +140,7 @@ def _reason(fault: ErrorDetails, param: str) -> str:
             return f"{param} must hold {_items('at least', context['min_length'])}"
         case "too_long":
             return f"{param} may hold {_items('at most', context['max_length'])}"
-    return f"{param} {fault['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
+    return f"{param} {fault['msg'].removeprefix('Value error, ').removeprefix('Input ').removeprefix('String ')}"
 
 
 def _items(bound: str, count: int) -> str:

@@ -8,12 +8,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.core.answer import KeptImage
 from service.core.errors import InvalidRequest
 from service.edges.http.body import FORM, parse_form, read_body
 from service.edges.http.edge import caller_of, edge_of, present, reserved
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import UploadedImage
 from service.edges.slices import joined
+from service.pipeline import Reservation
 
 FORM_BYTES = 64 * 1024  # room for a form's own text
 
@@ -23,15 +25,31 @@ router = APIRouter()
 @router.post("/v1/images")
 async def keep_image(request: Request) -> Response:
     """Take an image once, so that questions can name its id until it expires. The body is the file, or a form."""
+    body, reservation = await read_upload(request)
+    image = await image_of(body, request.headers["content-type"]) if is_form(request) else body
+    return JsonResponse(UploadedImage.of(await kept(image, request, reservation)))
+
+
+async def read_upload(request: Request) -> tuple[Sequence[bytes], Reservation]:
+    """Reserve and read a body that holds one image, in pieces. Raises what `read_body` does."""
     edge = edge_of(request)
     reservation = reserved(request, caller_of(request).tenant)
-    content_type = request.headers.get("content-type", "")
-    is_form = content_type.lower().startswith(FORM)
-    max_bytes = edge.bodies.max_image_bytes + (FORM_BYTES if is_form else 0)
-    body = await read_body(request, max_bytes, edge.bodies, reservation)
-    image = await joined(await image_of(body, content_type) if is_form else body)
+    max_bytes = edge.bodies.max_image_bytes + (FORM_BYTES if is_form(request) else 0)
+    return await read_body(request, max_bytes, edge.bodies, reservation), reservation
+
+
+def is_form(request: Request) -> bool:
+    return request.headers.get("content-type", "").lower().startswith(FORM)
+
+
+async def kept(image: Sequence[bytes], request: Request, reservation: Reservation) -> KeptImage:
+    """Check and keep an image, which comes in pieces, while the caller is there.
+
+    Raises what `Pipeline.keep_image` and `present` do.
+    """
+    edge, data = edge_of(request), await joined(image)
     async with present(request.receive, edge.questions.default_timeout_s, reservation):
-        return JsonResponse(UploadedImage.of(await edge.pipeline.keep_image(image, reservation)))
+        return await edge.pipeline.keep_image(data, reservation)
 
 
 async def image_of(body: Sequence[bytes], content_type: str) -> Sequence[bytes]:

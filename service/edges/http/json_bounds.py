@@ -7,11 +7,13 @@ reads the rest.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from service.core.errors import GlimpseError, TooLarge
+from service.core.request import ImageSource
 from service.edges.http.faults import unknown_field
+from service.edges.image_text import read_image, source_of
 
 TRUSTED_BYTES = 2048  # what is no larger cannot hold much
 MAX_TEXT_BYTES = 64 * 1024  # besides images
@@ -23,36 +25,54 @@ SCAN_BYTES = 1024 * 1024  # searched for a quote in 0.1 to 0.3 ms
 VALUE_COST_BYTES = 8 * 1024  # what a value costs beside its bytes
 MAX_BACKSLASHES = 16 * 1024  # in a row; the longest question can have a quarter of them
 
+# Whether a string is an image: its depth in lists and objects, the field of the outermost object, its own field.
+IsImage = Callable[[int, bytes, bytes], bool]
+
 
 @dataclass(slots=True)
 class Question:
     """A body without its large images."""
 
+    body: bytes
     rest: bytes  # JSON, with a name in place of each of them
     images: dict[str, tuple[int, int]] = field(default_factory=dict)  # by name: where it stands, between its quotes
 
+    async def read(self, text: str) -> ImageSource:
+        """Read an image that stands in `rest`, by its name or as it is. Raises InvalidRequest."""
+        if text not in self.images:
+            return source_of(text)
+        return await read_image(self.body, *self.images[text], escaped=True)
 
-async def split(body: bytes, max_question_chars: int, known: Iterable[str] = ()) -> Question:
-    """Cut the strings `image` and `images` of the outermost object out of a large body. What is no JSON may pass: its
-    parser says so.
+
+def is_image_of_vqa(depth: int, field: bytes, _: bytes) -> bool:
+    """`image`, and what is in the list `images`."""
+    return (depth, field) in ((1, b"image"), (2, b"images"))
+
+
+async def split(
+    body: bytes, max_question_chars: int, known: Iterable[str] = (), is_image: IsImage = is_image_of_vqa
+) -> Question:
+    """Cut the strings that are images out of a large body. What is no JSON may pass: its parser says so.
 
     Raises TooLarge, and InvalidRequest at the first field that is not `known`.
     """
     if len(body) <= TRUSTED_BYTES:
-        return Question(body)
+        return Question(body, body)
     max_text_bytes = MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars
-    return await _Scan(body, max_text_bytes, MAX_VALUES + max_question_chars, list(known)).run()
+    return await _Scan(body, max_text_bytes, MAX_VALUES + max_question_chars, list(known), is_image).run()
 
 
 class _Scan:
     """Goes from quote to quote, so that its time depends on the count of values, and hardly on their length."""
 
-    def __init__(self, body: bytes, max_text_bytes: int, max_values: int, known: list[str]) -> None:
+    def __init__(self, body: bytes, max_text_bytes: int, max_values: int, known: list[str], is_image: IsImage) -> None:
         self.body = body
         self.known = known
+        self.is_image = is_image
         self.max_text_bytes, self.max_values = max_text_bytes, max_values
         self.text_bytes = self.values = self.depth = 0
         self.field = b""  # of the outermost object
+        self.inner = b""  # the innermost field, or the last item of a list
         self.unspent = SCAN_BYTES  # until the next turn of the loop
         self.is_object = body[:NAME_BYTES].lstrip().startswith(b"{")
         self.images: dict[str, tuple[int, int]] = {}
@@ -67,16 +87,18 @@ class _Scan:
             end = await self.end_of_string(start)
             if end < 0:
                 break
+            if not between.endswith(b":"):
+                self.inner = self.body[start + 1 : min(end, start + 1 + NAME_BYTES)]
             if self.depth == 1 and self.is_object and between.endswith((b"{", b",")):
                 self.name(start + 1, end)
-            elif self.is_image():
+            elif self.is_image(self.depth, self.field, self.inner):
                 self.image(start + 1, end)
             else:
                 self.text_bytes += end - start
             place = end + 1
         if self.is_too_large():
             raise self.fault()
-        return Question(self.rest(), self.images)
+        return Question(self.body, self.rest(), self.images)
 
     async def find_quote(self, place: int) -> int:
         """The next one, or -1."""
@@ -141,9 +163,6 @@ class _Scan:
                 return -1
             start = end
         return end
-
-    def is_image(self) -> bool:
-        return (self.depth, self.field) in ((1, b"image"), (2, b"images"))
 
     def fault(self) -> GlimpseError:
         field = self.field.decode(errors="replace") or None

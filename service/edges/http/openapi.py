@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.core.errors import STATUS
@@ -16,7 +19,6 @@ from service.edges.http.docs import STATIC
 from service.edges.http.schema import (
     ErrorBody,
     Health,
-    ModelList,
     UploadedImage,
     VqaAnswer,
     VqaEvent,
@@ -25,43 +27,53 @@ from service.edges.http.schema import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What an edge's routes take and give."""
+
+    models: Sequence[type[BaseModel]]  # whose schemas the operations name
+    operations: Sequence[tuple[str, str, dict[str, Any]]]  # path, method, what the document says of it
+
+
 class Api(FastAPI):
-    """FastAPI whose routes read their bodies themselves, so their schemas are said here.
+    """FastAPI whose routes read their bodies themselves, so their schemas are said in `descriptions`.
 
     `state.edge` has the limits that its settings give.
     """
 
-    def __init__(self, **said: Any) -> None:
+    def __init__(self, descriptions: Sequence[Description], **said: Any) -> None:
         super().__init__(docs_url=None, redoc_url=None, **said)
+        self.descriptions = descriptions
         self.include_router(docs.router)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             spec = get_openapi(title=self.title, version=self.version, summary=self.summary, routes=self.routes)
-            described = (VqaRequest, VqaForm, VqaAnswer, VqaEvent, UploadedImage, ModelList, Health, ErrorBody)
-            _, schemas = models_json_schema(
-                [(model, "validation") for model in described], ref_template="#/components/schemas/{model}"
-            )
+            described = [(model, "validation") for each in self.descriptions for model in each.models]
+            _, schemas = models_json_schema(described, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
             spec["components"] = {"schemas": schemas["$defs"]}
             limits = self.state.edge.questions
-            for name in ("VqaRequest", "VqaForm"):
-                fields = schemas["$defs"][name]["properties"]
-                fields["question"]["maxLength"] = limits.max_question_chars
-                fields["timeout_s"]["anyOf"][0]["maximum"] = limits.max_timeout_s
-            for path, method, operation in OPERATIONS:
-                spec["paths"][path][method] |= operation
+            for schema in schemas["$defs"].values():
+                fields = schema.get("properties", {})
+                if "question" in fields and "timeout_s" in fields:
+                    fields["question"]["maxLength"] = limits.max_question_chars
+                if "timeout_s" in fields:
+                    fields["timeout_s"]["anyOf"][0]["maximum"] = limits.max_timeout_s
+            for each in self.descriptions:
+                for path, method, operation in each.operations:
+                    spec["paths"][path][method] |= operation
             self.openapi_schema = spec
         return self.openapi_schema
 
 
-def _schema(name: str) -> dict[str, Any]:
+def schema_of(name: str) -> dict[str, Any]:
     return {"schema": {"$ref": f"#/components/schemas/{name}"}}
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
+def errors(*statuses: int) -> dict[str, Any]:
     meaning = {status: kind.__name__ for kind, (status, _) in STATUS.items()}
     return {
-        str(status): {"description": meaning[status], "content": {JSON: _schema("ErrorBody")}} for status in statuses
+        str(status): {"description": meaning[status], "content": {JSON: schema_of("ErrorBody")}} for status in statuses
     }
 
 
@@ -81,12 +93,12 @@ def _example(summary: str, answer: str, /, **changes: Any) -> dict[str, Any]:
 
 SCENE, OTHER_SCENE = _image("scene.webp"), _image("other_scene.webp")
 SCENE_ID = "img_eb967efbea8c4ffe51df3338351868d5"  # of the first example's image, which is kept when that is sent
-DESCRIPTION = (
+LONG_ANSWER = (
     "a large blue ring, a large pink square with 8, a large cyan triangle with 5 and a medium blue square with x"
 )
 EXAMPLES = {
     "short": _example("A question", "8"),
-    "stream": _example("Streamed", DESCRIPTION, question="describe the image.", stream=True),
+    "stream": _example("Streamed", LONG_ANSWER, question="describe the image.", stream=True),
     "by id": _example(
         "About an image that was sent before: send another example first",
         "cyan",
@@ -171,15 +183,15 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
             "parameters": [TENANT],
             "requestBody": {
                 "required": True,
-                "content": {JSON: _schema("VqaRequest") | {"examples": EXAMPLES}, FORM: _schema("VqaForm")},
+                "content": {JSON: schema_of("VqaRequest") | {"examples": EXAMPLES}, FORM: schema_of("VqaForm")},
             },
             "responses": {
                 "200": {
                     "description": "The answer",
-                    "content": {JSON: _schema("VqaAnswer"), "text/event-stream": EVENTS},
+                    "content": {JSON: schema_of("VqaAnswer"), "text/event-stream": EVENTS},
                 }
             }
-            | _errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
+            | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
     (
@@ -202,25 +214,22 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                 },
             },
             "responses": {
-                "200": {"description": "Kept", "content": {JSON: _schema("UploadedImage")}, "links": LINKS},
+                "200": {"description": "Kept", "content": {JSON: schema_of("UploadedImage")}, "links": LINKS},
             }
-            | _errors(400, 408, 413, 415, 429, 500, 503, 504),
+            | errors(400, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
-    (
-        "/v1/models",
-        "get",
-        {"responses": {"200": {"description": "The model", "content": {JSON: _schema("ModelList")}}}},
-    ),
-    ("/health/live", "get", {"responses": {"200": {"description": "Alive", "content": {JSON: _schema("Health")}}}}),
+    ("/health/live", "get", {"responses": {"200": {"description": "Alive", "content": {JSON: schema_of("Health")}}}}),
     (
         "/health/ready",
         "get",
         {
             "responses": {
-                "200": {"description": "Ready", "content": {JSON: _schema("Health")}},
-                "503": {"description": "Not ready, and why", "content": {JSON: _schema("Health")}},
+                "200": {"description": "Ready", "content": {JSON: schema_of("Health")}},
+                "503": {"description": "Not ready, and why", "content": {JSON: schema_of("Health")}},
             }
         },
     ),
 ]
+
+DESCRIPTION = Description((VqaRequest, VqaForm, VqaAnswer, VqaEvent, UploadedImage, Health, ErrorBody), OPERATIONS)

@@ -1,4 +1,4 @@
-"""Serve the routes about the service itself: its model, health, metrics and front page."""
+"""Serve the routes about the service itself: health, metrics and front page."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ from starlette.responses import HTMLResponse, Response
 
 from service.edges.http.edge import edge_of
 from service.edges.http.respond import JsonResponse
-from service.edges.http.schema import Health, Model, ModelList
+from service.edges.http.schema import Health
 
 router = APIRouter()
-
-
-@router.get("/v1/models")
-async def models(request: Request) -> Response:
-    """Describe the served model: its training and the budgets that it offers."""
-    return JsonResponse(ModelList(data=[Model.of(edge_of(request).pipeline.card)]))
 
 
 @router.get("/health/live")

@@ -26,7 +26,7 @@ from service.edges.caller import TRACE_ID_KEY, trace_id_in
 from service.edges.http.body import JSON
 from service.edges.http.edge import Edge
 from service.edges.http.hosts import name_in
-from service.edges.http.schema import ErrorBody, WireError
+from service.edges.http.schema import ErrorBody, WireError, WithNulls
 
 log = structlog.get_logger()
 
@@ -35,12 +35,12 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others
 
 
 class JsonResponse(Response):
-    """Send a wire type as JSON. Fields without a value are left out, except an error's `param`."""
+    """Send a wire type as JSON. Fields without a value are left out, except of a WithNulls."""
 
     media_type = JSON
 
     def render(self, content: BaseModel) -> bytes:
-        return content.model_dump_json(exclude_none=not isinstance(content, ErrorBody)).encode()
+        return content.model_dump_json(exclude_none=not isinstance(content, WithNulls)).encode()
 
 
 async def respond_to_error(_: Request, error: Exception) -> Response:

@@ -41,17 +41,11 @@ LEAST_PENALTY = 0.01  # a hundredfold score; 10 is the most
 LEAST_TIMEOUT_S = 1e-6  # Triton counts microseconds
 
 
-STOP_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
-        {
-            "type": "array",
-            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
-            "maxItems": MAX_STOPS,
-        },
-        {"type": "null"},
-    ]
-}
+def stop_schema(most: int) -> WithJsonSchema:
+    stop = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+    return WithJsonSchema({"anyOf": [stop, {"type": "array", "items": stop, "maxItems": most}, {"type": "null"}]})
+
+
 # Of a question, those that the core takes as they are.
 PLAIN_FIELDS = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail"),
@@ -59,7 +53,7 @@ PLAIN_FIELDS = (
 )
 
 
-def _or(default: object) -> BeforeValidator:
+def or_default(default: object) -> BeforeValidator:
     """null stands for a field that was left out."""
     return BeforeValidator(lambda value: default if value is None else value)
 
@@ -77,21 +71,27 @@ def _flag(value: object) -> object:
     return found
 
 
-def _temperature(value: float) -> float:
+def greedy_or_drawn(value: float) -> float:
+    """Check a temperature, whose bounds are checked already. Raises ValueError."""
     if 0 < value < LEAST_TEMPERATURE:
         raise ValueError(f"must be 0, which is greedy, or at least {LEAST_TEMPERATURE}")
     return value + 0.0  # 0 for -0
 
 
-def _stops(value: object) -> object:
-    if value is None:
-        return ()
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError('must be a string or a list of strings, such as ["."]')
-    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise ValueError(f"may hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
-    return tuple(stops)
+def stops(most: int) -> BeforeValidator:
+    """Take a string, a list of at most so many, or null, as a tuple."""
+
+    def checked(value: object) -> object:
+        if value is None:
+            return ()
+        stops = [value] if isinstance(value, str) else value
+        if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+            raise ValueError('must be a string or a list of strings, such as ["."]')
+        if len(stops) > most or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise ValueError(f"may hold at most {most} strings of 1 to {MAX_STOP_CHARS} characters")
+        return tuple(stops)
+
+    return BeforeValidator(checked)
 
 
 def _from_json_text(example: str) -> Callable[[object], object]:
@@ -119,12 +119,13 @@ def _given(name: str, kind: str) -> dict[str, Any]:
 
 
 WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
+GREEDY_OR_DRAWN: dict[str, Any] = {"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}
 Tokens = Annotated[int, Field(ge=0, le=1_000_000), WHOLE]
-Flag = Annotated[bool, _or(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
+Flag = Annotated[bool, or_default(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
 Temperature = Annotated[
     float,
-    Field(ge=0, le=5, json_schema_extra={"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}),
-    AfterValidator(_temperature),
+    Field(ge=0, le=5, json_schema_extra=GREEDY_OR_DRAWN),
+    AfterValidator(greedy_or_drawn),
 ]
 
 
@@ -175,7 +176,7 @@ class Asked(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = Field(
         1.0, description="Above 1, repeated tokens become less likely."
     )
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(STOP_SCHEMA)] = Field(
+    stop: Annotated[tuple[str, ...], stops(MAX_STOPS), stop_schema(MAX_STOPS)] = Field(
         (), description="The answer ends before any of these strings."
     )
     detail: Detail | None = Field(
@@ -392,22 +393,29 @@ class VqaEnd(BaseModel):
             "id": request_id,
             "model": model,
             "finish_reason": end.finish_reason,
-            "image_ids": end.image_ids,
             "usage": Usage(
                 prompt_tokens=end.prompt_tokens,
                 completion_tokens=end.completion_tokens,
                 image_tokens=end.visual_tokens,
             ),
-            "vision": Vision(
-                cache=end.cache,
-                vision_tokens=end.vision_tokens,
-                visual_tokens=end.visual_tokens,
-                detail=end.detail,
-                reduced=end.reduced,
-            ),
-            "timing_ms": TimingMs(**end.timing_ms),
-            "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,
+            **seen_fields(end, explain),
         }
+
+
+def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
+    """Tell how the images were seen and what took how long: the fields that no other service has."""
+    return {
+        "image_ids": end.image_ids,
+        "vision": Vision(
+            cache=end.cache,
+            vision_tokens=end.vision_tokens,
+            visual_tokens=end.visual_tokens,
+            detail=end.detail,
+            reduced=end.reduced,
+        ),
+        "timing_ms": TimingMs(**end.timing_ms),
+        "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,
+    }
 
 
 class WireError(BaseModel):
@@ -419,7 +427,11 @@ class WireError(BaseModel):
     code: str = Field(description="Stable, for programs.")
 
 
-class ErrorBody(BaseModel):
+class WithNulls(BaseModel):
+    """Fields without a value are sent as null."""
+
+
+class ErrorBody(WithNulls):
     error: WireError
 
     @classmethod
@@ -470,6 +482,7 @@ class CloserView(BaseModel):
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
+    created: int = Field(description="Since when this gateway serves it, in seconds since the epoch.")
     owned_by: str = "glimpse"
     fingerprint: str = Field(description="Of the vision encoder's weights.")
     allocator_trained: bool = Field(description="Whether relevance depends on the question.")
@@ -477,18 +490,23 @@ class Model(BaseModel):
     budget: WireBudget = Field(description="The budgets that are allowed.")
     default_visual_tokens: tuple[int, int] = Field(description="Used if a request has no budget of visual tokens.")
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
+    interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
+    system_messages: bool = Field(description="Whether the model takes a system message.")
     metadata: dict[str, Any]
 
     @classmethod
-    def of(cls, card: ModelCard) -> Self:
+    def of(cls, card: ModelCard, created: int) -> Self:
         return cls(
             id=card.name,
+            created=created,
             fingerprint=card.fingerprint,
             allocator_trained=card.allocator_trained,
             max_positions=card.max_positions,
             budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),
             default_visual_tokens=card.default_visual_tokens,
             closer_view=CloserView.of(card),
+            interleaved=card.interleaved,
+            system_messages=bool(card.system_template),
             metadata=dict(card.metadata),
         )
 

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
 
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import Cancelled, GlimpseError, TooLarge, naming_image
+from service.core.errors import TooLarge, naming_image
 from service.core.request import ImageSource
 from service.edges.asking import Fields, to_request
-from service.edges.http.body import BOM, JSON, FormPart, parse_form, read_body
-from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
+from service.edges.caller import Caller
+from service.edges.http.answering import Asked, EventStream, media_type_of, read_question, whole_answer
+from service.edges.http.body import BOM, FormPart, parse_form
+from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.faults import no_question, require_text
 from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, split
 from service.edges.http.respond import JsonResponse
-from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
-from service.edges.image_text import read_image
+from service.edges.http.schema import VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.edges.slices import joined
-from service.pipeline import Reservation
-
-TELLING_S = 5.0  # for a caller to take the event that says why its stream ends
-
-DONE: Message = {"type": "http.response.body", "body": b"data: [DONE]\n\n"}
 
 router = APIRouter()
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Hold a question as a core Request, its reservation, and the form in which the caller wants the answer."""
-
-    request: core_request.Request
-    reservation: Reservation
-    stream: bool
-    explain: bool
 
 
 @router.post("/v1/vqa")
@@ -53,29 +36,26 @@ async def ask(request: Request) -> Response:
     all fields except the text, then `[DONE]`. An error after the first event is an event `{"error": {...}}`.
     """
     edge = edge_of(request)
-    asked = await read_question(request, edge)
-    if asked.stream:
-        return EventStream(asked, edge)
-    async with present(request.receive, asked.request.timeout_s, asked.reservation):
-        return JsonResponse(await whole_answer(asked, edge))
 
+    async def parse(
+        body: Sequence[bytes], content_type: str, caller: Caller
+    ) -> tuple[VqaRequest | VqaForm, core_request.Request]:
+        parsed, fields = await parse_question(body, content_type, edge)
+        card = edge.pipeline.card
+        return parsed, to_request(fields, card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
 
-async def read_question(request: Request, edge: Edge) -> Ask:
-    """Reserve, read and parse a question.
-
-    Raises InvalidRequest, UnsupportedEncoding, TooLarge, SlowBody, Overloaded, Cancelled.
-    """
-    caller = caller_of(request)
-    reservation = reserved(request, caller.tenant)
-    body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
-    parsed, fields = await parse_question(body, request.headers.get("content-type", JSON), edge)
-    asked = to_request(fields, edge.pipeline.card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
-    return Ask(asked, reservation, parsed.stream, parsed.explain)
+    (parsed, question), reservation = await read_question(request, parse)
+    asked = Asked(question, reservation)
+    writer = VqaWriter(question.id, edge.pipeline.card.name, bool(parsed.explain))
+    if parsed.stream:
+        return EventStream(asked, edge, writer.events)
+    async with present(request.receive, question.timeout_s, reservation):
+        return JsonResponse(writer.answer(*await whole_answer(asked, edge)))
 
 
 async def parse_question(body: Sequence[bytes], content_type: str, edge: Edge) -> tuple[VqaRequest | VqaForm, Fields]:
     """Parse a body by its content type, in slices if it is large. Raises InvalidRequest, TooLarge."""
-    match content_type.partition(";")[0].strip().lower():
+    match media_type_of(content_type):
         case "application/json":
             return await parse_json(await joined(body), edge.questions.max_question_chars)
         case "multipart/form-data":
@@ -102,7 +82,7 @@ async def parse_json(body: bytes, max_question_chars: int) -> tuple[VqaRequest, 
         if not isinstance(image, str) or image not in question.images:
             return image
         with naming_image(index, of):
-            return await read_image(body, *question.images[image], escaped=True)
+            return await question.read(image)
 
     if fields.image is not None:
         return parsed, replace(fields, image=await found(fields.image, 0, 1))
@@ -120,71 +100,21 @@ async def require_small_parts(parts: list[FormPart], max_question_chars: int) ->
             raise TooLarge(f"{part.name} has {part.content.nbytes:,} bytes: shorten it", param=part.name)
 
 
-async def whole_answer(asked: Ask, edge: Edge) -> VqaAnswer:
-    """Collect the whole answer. Raises GlimpseError only."""
-    texts: list[str] = []
-    async with aclosing(edge.pipeline.answer(asked.request, asked.reservation)) as events:
-        async for event in events:
-            if isinstance(event, Delta):
-                texts.append(event.text)
-            else:
-                fields = VqaEnd.fields_of(asked.request.id, edge.pipeline.card.name, event, asked.explain)
-    return VqaAnswer(answer="".join(texts), **fields)
+class VqaWriter:
+    """Write an answer in the wire types of this route."""
 
+    def __init__(self, request_id: str, model: str, explain: bool) -> None:
+        self.request_id = request_id
+        self.model = model
+        self.explain = explain
 
-class EventStream(Response):
-    """Send an answer as server-sent events: deltas, then all fields except the text, then [DONE].
+    def answer(self, text: str, end: Finished) -> VqaAnswer:
+        return VqaAnswer(answer=text, **VqaEnd.fields_of(self.request_id, self.model, end, self.explain))
 
-    Nothing is sent before the first event, so that an early error still has its own status. A later error is an event.
-    """
-
-    def __init__(self, ask: Ask, edge: Edge) -> None:
-        super().__init__()
-        self.ask = ask
-        self.edge = edge
-        self.started = False
-
-    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with present(receive, self.ask.request.timeout_s, self.ask.reservation):
-                await self.send_events(send)
-        except GlimpseError as error:
-            if not self.started:
-                raise
-            if not isinstance(error, Cancelled):  # else nobody is there
-                await self.send_error(error, send)
-
-    async def send_events(self, send: Send) -> None:
-        """Send all events. Raises GlimpseError."""
-        async with aclosing(self.edge.pipeline.answer(self.ask.request, self.ask.reservation)) as events:
-            async for event in events:
-                if not self.started:
-                    await send(self.start())
-                    self.started = True
-                await send(self.chunk(event))
-        await send(DONE)
-
-    async def send_error(self, error: GlimpseError, send: Send) -> None:
-        """Send the last events. A caller that does not read them is not waited for."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(TELLING_S):
-                await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
-                await send(DONE)
-
-    def start(self) -> Message:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),  # nginx would hold the events back
-        ]
-        return {"type": "http.response.start", "status": 200, "headers": headers}
-
-    def chunk(self, event: Delta | Finished) -> Message:
+    def events(self, event: Delta | Finished) -> Iterator[bytes]:
+        """Yield an event's JSON: a delta, or all fields except the text."""
         if isinstance(event, Delta):
-            return self.data(orjson.dumps({"id": self.ask.request.id, "delta": event.text}))
-        model = self.edge.pipeline.card.name
-        end = VqaEnd(**VqaEnd.fields_of(self.ask.request.id, model, event, self.ask.explain))
-        return self.data(end.model_dump_json(exclude_none=True).encode())
-
-    def data(self, json: bytes) -> Message:
-        return {"type": "http.response.body", "body": b"data: " + json + b"\n\n", "more_body": True}
+            yield orjson.dumps({"id": self.request_id, "delta": event.text})
+        else:
+            end = VqaEnd(**VqaEnd.fields_of(self.request_id, self.model, event, self.explain))
+            yield end.model_dump_json(exclude_none=True).encode()

@@ -100,6 +100,9 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "an end that is no token": (lambda d: edit(d / "card.json", '"end_id": 2', '"end_id": 999'), "tokenizer", "end_id"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer", "tokenizer.json|No such file"),
     "a template without a question": (lambda d: edit(d / "card.json", "{question}", ""), "template", "question"),
+    "a template without its message": (
+        lambda d: edit(d / "card.json", '"system_template": ""', '"system_template": "x"'), "template", "{system}",
+    ),
     "no room": (
         lambda d: edit(d / "card.json", '"max_positions": 320', '"max_positions": 40'), "template", "leave no room",
     ),

@@ -64,6 +64,17 @@ def test_images_that_have_a_place_keep_it():
     assert request.question == "and ?"
 
 
+def test_a_system_message_needs_a_place_in_the_prompt():
+    told = replace(QUESTION, system=" be brief ")
+    assert to_request(told, CARD, LIMITS).system == "be brief"
+    with pytest.raises(
+        InvalidRequest, match="tiny has no place for a system message: put it into the question"
+    ) as caught:
+        to_request(told, replace(CARD, system_template=""), LIMITS)
+    assert caught.value.param == "system"
+    assert to_request(replace(QUESTION, system=" "), replace(CARD, system_template=""), LIMITS).system == ""
+
+
 @pytest.mark.parametrize(
     ("text", "source"),
     [
@@ -101,6 +112,7 @@ def test_the_text_of_an_image_is_its_bytes_its_id_or_its_url(text, source):
         ),
         ({"turns": (TURN, Exchange((IMAGE, Text(" ")), "yes"))}, "turns.1.question", "turns.1.question is empty"),
         ({"turns": (Exchange((Text("a?"),), " "),)}, "turns.0.answer", "turns.0.answer is empty"),
+        ({"system": "s" * 90}, "system", "system, question and turns have 102 characters, the limit is 100: shorten"),
         ({"timeout_s": 121.0}, "timeout_s", "timeout_s is 121, the limit is 120: lower it"),
     ],
 )

@@ -16,7 +16,7 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Resource
 from service.core.errors import Unavailable
 from service.edges.caller import READING_S
-from service.edges.http import vqa
+from service.edges.http import answering
 from tests.service.edges.http.test_vqa import ASKED, Caller, SlowReader
 from tests.support.fakes import House, png, turns, until
 
@@ -239,7 +239,7 @@ async def test_what_begins_to_wait_after_the_end_is_told_too(caller):
 
 
 async def test_a_caller_that_does_not_read_why_its_stream_ends_is_not_waited_for(caller, monkeypatch):
-    monkeypatch.setattr(vqa, "TELLING_S", 0.05)
+    monkeypatch.setattr(answering, "TELLING_S", 0.05)
     caller.house.language.say(" red red red")
     caller.house.language.wait_at = 1
     caller.house.language.gate.clear()

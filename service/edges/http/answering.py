@@ -1,0 +1,123 @@
+"""Share between the routes that answer a question: read it, and send its answer whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from service.core import request as core_request
+from service.core.answer import Delta, Finished
+from service.core.errors import Cancelled, GlimpseError
+from service.edges.caller import Caller
+from service.edges.http.body import JSON, read_body
+from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
+from service.edges.http.schema import ErrorBody
+from service.pipeline import Reservation
+
+TELLING_S = 5.0  # for a caller to take the event that says why its stream ends
+
+DONE: Message = {"type": "http.response.body", "body": b"data: [DONE]\n\n"}
+
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Hold a question as a core Request, its reservation, and what gives errors the caller's names of fields."""
+
+    request: core_request.Request
+    reservation: Reservation
+    naming: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+async def read_question(
+    request: Request, parse: Callable[[Sequence[bytes], str, Caller], Awaitable[Parsed]]
+) -> tuple[Parsed, Reservation]:
+    """Reserve, read and parse a question. `parse` takes the body in pieces, its content type and the caller.
+
+    Raises what `parse` does, UnsupportedEncoding, TooLarge, SlowBody, Overloaded, Cancelled.
+    """
+    edge, caller = edge_of(request), caller_of(request)
+    reservation = reserved(request, caller.tenant)
+    body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
+    return await parse(body, request.headers.get("content-type", JSON), caller), reservation
+
+
+def media_type_of(content_type: str) -> str:
+    """Return a content-type header's media type, without its parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+async def whole_answer(asked: Asked, edge: Edge) -> tuple[str, Finished]:
+    """Collect the whole answer: its text and its end. Raises GlimpseError only."""
+    texts: list[str] = []
+    with asked.naming():
+        async with aclosing(edge.pipeline.answer(asked.request, asked.reservation)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    texts.append(event.text)
+                else:
+                    end = event
+    return "".join(texts), end
+
+
+class EventStream(Response):
+    """Send an answer as server-sent events, then [DONE].
+
+    Nothing is sent before the first event, so that an early error still has its own status. A later error is an event.
+    """
+
+    def __init__(self, asked: Asked, edge: Edge, written: Callable[[Delta | Finished], Iterable[bytes]]) -> None:
+        """`written` gives the events' JSON for each piece of the answer."""
+        super().__init__()
+        self.asked = asked
+        self.edge = edge
+        self.written = written
+        self.started = False
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with present(receive, self.asked.request.timeout_s, self.asked.reservation):
+                await self.send_events(send)
+        except GlimpseError as error:
+            if not self.started:
+                raise
+            if not isinstance(error, Cancelled):  # else nobody is there
+                await self.send_error(error, send)
+
+    async def send_events(self, send: Send) -> None:
+        """Send all events. Raises GlimpseError."""
+        with self.asked.naming():
+            async with aclosing(self.edge.pipeline.answer(self.asked.request, self.asked.reservation)) as events:
+                async for event in events:
+                    if not self.started:
+                        await send(self.start())
+                        self.started = True
+                    await send(self.data(*self.written(event)))
+        await send(DONE)
+
+    async def send_error(self, error: GlimpseError, send: Send) -> None:
+        """Send the last events. A caller that does not read them is not waited for."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TELLING_S):
+                await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
+                await send(DONE)
+
+    def start(self) -> Message:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),  # nginx would hold the events back
+        ]
+        return {"type": "http.response.start", "status": 200, "headers": headers}
+
+    def data(self, *events: bytes) -> Message:
+        body = b"".join(b"data: " + json + b"\n\n" for json in events)
+        return {"type": "http.response.body", "body": body, "more_body": True}

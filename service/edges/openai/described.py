@@ -1,0 +1,116 @@
+"""Describe this edge's routes in /openapi.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.edges.http.body import FORM, JSON
+from service.edges.http.openapi import FILE, SCENE, SCENE_ID, TENANT, Description, errors, schema_of
+from service.edges.http.schema import Model, ModelList
+from service.edges.openai.schema import ChatCompletion, ChatEvent, ChatRequest, KeptFile
+
+MODEL = "glimpse-reference"
+
+
+def _example(summary: str, answer: str, messages: list[dict[str, Any]], /, **fields: Any) -> dict[str, Any]:
+    """A chat that can be sent as it stands."""
+    return {
+        "summary": summary,
+        "description": f"The reference model answers: {answer}",
+        "value": {"model": MODEL, "messages": messages, **fields},
+    }
+
+
+def _user(*parts: str) -> dict[str, Any]:
+    """A message of text and images, which are `data:` URLs or ids."""
+    content = [
+        {"type": "image_url", "image_url": {"url": part}}
+        if part.startswith(("data:", "img_"))
+        else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+IMAGE = f"data:image/webp;base64,{SCENE}"
+EXAMPLES = {
+    "short": _example("A question", "8", [_user("what character is on the pink square?", IMAGE)]),
+    "turns": _example(
+        "With an earlier turn, about its image: send another example first",
+        "yes",
+        [
+            _user("is there a pink square?", SCENE_ID),
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "is the pink square below the blue square?"},
+        ],
+        max_completion_tokens=8,
+    ),
+    "stream": _example(
+        "Streamed, with usage",
+        "cyan",
+        [_user("what color is the triangle?", IMAGE)],
+        stream=True,
+        stream_options={"include_usage": True},
+    ),
+}
+EVENTS = {
+    "schema": {
+        "type": "string",
+        "description": "Server-sent events: `data: ` and a ChatEvent as JSON for each, then `data: [DONE]`.",
+        "contentMediaType": "text/event-stream",
+        "contentSchema": {"$ref": "#/components/schemas/ChatEvent"},
+    },
+}
+OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        "/v1/chat/completions",
+        "post",
+        {
+            "parameters": [TENANT],
+            "requestBody": {
+                "required": True,
+                "content": {JSON: schema_of("ChatRequest") | {"examples": EXAMPLES}},
+            },
+            "responses": {
+                "200": {
+                    "description": "The answer",
+                    "content": {JSON: schema_of("ChatCompletion"), "text/event-stream": EVENTS},
+                }
+            }
+            | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
+        },
+    ),
+    (
+        "/v1/files",
+        "post",
+        {
+            "parameters": [TENANT],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    FORM: {
+                        "schema": {
+                            "type": "object",
+                            "properties": {"file": FILE, "purpose": {"const": "vision"}},
+                            "required": ["file", "purpose"],
+                            "additionalProperties": False,
+                        }
+                    },
+                },
+            },
+            "responses": {"200": {"description": "Kept", "content": {JSON: schema_of("KeptFile")}}}
+            | errors(400, 408, 413, 415, 429, 500, 504),
+        },
+    ),
+    (
+        "/v1/models",
+        "get",
+        {"responses": {"200": {"description": "The model", "content": {JSON: schema_of("ModelList")}}}},
+    ),
+    (
+        "/v1/models/{model}",
+        "get",
+        {"responses": {"200": {"description": "The model", "content": {JSON: schema_of("Model")}}} | errors(404)},
+    ),
+]
+DESCRIPTION = Description((ChatRequest, ChatCompletion, ChatEvent, KeptFile, Model, ModelList), OPERATIONS)

@@ -1,0 +1,72 @@
+"""Serve POST /v1/files: take an image once, for clients of OpenAI's API. Another name of POST /v1/images."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.core.errors import InvalidRequest
+from service.edges.http.body import FormPart, parse_form
+from service.edges.http.faults import UNSUPPORTED
+from service.edges.http.images import is_form, kept, read_upload
+from service.edges.http.respond import JsonResponse
+from service.edges.openai.messages import naming
+from service.edges.openai.schema import KeptFile
+
+PURPOSE = b"vision"
+
+router = APIRouter()
+
+
+@router.post("/v1/files")
+async def keep_file(request: Request) -> Response:
+    """Take an image once, so that messages can name its id until it expires. The form has `file` and `purpose`."""
+    with naming({"image": "file"}):
+        body, reservation = await read_upload(request)
+        if not is_form(request):
+            raise InvalidRequest(
+                "the body is no form: send the fields file and purpose as multipart/form-data",
+                code="unsupported_content_type",
+            )
+        file = file_of(await parse_form(body, request.headers["content-type"]))
+        image = await kept(file.content.all(), request, reservation)
+    return JsonResponse(
+        KeptFile(
+            id=image.id,
+            bytes=image.nbytes,
+            created_at=int(time.time()),
+            expires_at=int(image.expires_at),
+            filename=file.options.get(b"filename", b"").decode(errors="replace"),
+            width=image.width,
+            height=image.height,
+        )
+    )
+
+
+def file_of(parts: list[FormPart]) -> FormPart:
+    """Return the form's file, whose purpose must be vision. Raises InvalidRequest."""
+    fields: dict[str, FormPart] = {}
+    for part in parts:
+        name = part.name
+        if name.startswith("expires_after"):
+            raise InvalidRequest(
+                "expires_after is not supported: leave it out, expires_at in the answer says how long the file is kept",
+                param="expires_after",
+                code=UNSUPPORTED,
+            )
+        if name not in ("file", "purpose"):
+            raise InvalidRequest(
+                f"there is no field {name!r}: the fields are file, purpose", param=name, code="unknown_field"
+            )
+        if name in fields:
+            raise InvalidRequest(f"{name} is given twice: send it once", param=name)
+        fields[name] = part
+    for name in ("file", "purpose"):
+        if name not in fields:
+            raise InvalidRequest(f"the field {name} is missing", param=name, code="missing_field")
+    if fields["purpose"].data != PURPOSE:
+        raise InvalidRequest("purpose is not supported: send vision", param="purpose", code=UNSUPPORTED)
+    return fields["file"]

@@ -1,0 +1,138 @@
+"""One table of questions for every transport: each must give the same answer, or the same kind of error.
+
+A transport is an `Ask`: it turns a Case into its own words, and what comes back into an Outcome. `test_cases.py` runs
+the table over all transports against one gateway. To join it, add an `Ask` to TRANSPORTS there.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from service.core.errors import (
+    STATUS,
+    DeadlineExceeded,
+    GlimpseError,
+    InvalidImage,
+    InvalidRequest,
+    NotFound,
+)
+from tests.support.fakes import png
+from tests.support.paths import SCENES
+
+# Committed scenes, and the same ones with bytes of this table's own behind them, which no decoder reads.
+SCENE, OTHER = ((SCENES / f"new_{number:03}.webp").read_bytes() + b"cases" for number in (3, 7))
+LARGE = (SCENES / "small_print_004.webp").read_bytes() + b"cases"
+UNKNOWN = "img_00000000000000000000000000000000"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A question, in the words of POST /v1/vqa. Images come before everything else, in the earliest turn."""
+
+    name: str
+    question: str = "which shape is the large blue object?"
+    images: tuple[bytes | str, ...] = (SCENE,)  # files, ids or addresses
+    turns: tuple[tuple[str, str], ...] = ()  # earlier questions and answers
+    fields: Mapping[str, object] = field(default_factory=dict)  # the others
+    error: type[GlimpseError] | None = None
+    code: str = ""  # of the error
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a transport gave: an answer, or an error."""
+
+    answer: str = ""
+    finish_reason: str = ""
+    image_ids: tuple[str, ...] = ()
+    text_tokens: int = 0  # of the prompt
+    visual_tokens: int = 0
+    completion_tokens: int = 0
+    vision_tokens: int = 0
+    detail: str = ""
+    relevance: object = None
+    status: int = 200  # of HTTP: the row of STATUS
+    code: str = ""
+
+
+Ask = Callable[[Case], Awaitable[Outcome]]
+
+
+def in_base64(image: bytes | str) -> str:
+    return image if isinstance(image, str) else base64.b64encode(image).decode()
+
+
+def status_of(case: Case) -> int:
+    """The HTTP status that the table of errors gives."""
+    if case.error is None:
+        return 200
+    return next(STATUS[kind][0] for kind in case.error.__mro__ if kind in STATUS)
+
+
+def refused(name: str, error: type[GlimpseError], code: str | None = None, **asked: object) -> Case:
+    return Case(name=name, error=error, code=code or error.code, **asked)  # type: ignore[arg-type]
+
+
+def with_fields(name: str, /, **fields: object) -> Case:
+    return Case(name=name, fields=MappingProxyType(fields))
+
+
+CASES = [
+    Case(name="plain"),
+    Case(name="a count", question="how many objects are there?"),
+    Case(name="a description", question="describe the image."),
+    Case(name="white space around", question="  how many objects are there?\n"),
+    Case(name="other letters", question="¿qué es esto? 这是什么"),
+    Case(name="another format", images=(png(),), question="what color is it?"),
+    Case(name="two images", images=(SCENE, OTHER), question="is there a blue square?"),
+    Case(name="the same image twice", images=(SCENE, SCENE)),
+    Case(name="a turn", turns=(("is there a pink square?", "yes"),), question="is it below the blue square?"),
+    Case(
+        name="turns about two images",
+        images=(SCENE, OTHER),
+        turns=(("is there a pink square?", "yes"), ("is there a star?", "no")),
+        question="how many objects are there?",
+    ),
+    with_fields("one token", max_tokens=1),
+    with_fields("many tokens", max_tokens=100),
+    with_fields("drawn", temperature=2.0, seed=5),
+    with_fields("drawn from few", temperature=1.5, seed=6, top_k=3),
+    with_fields("drawn from the likeliest", temperature=1.5, seed=7, top_p=0.5),
+    with_fields("repetition made unlikely", repetition_penalty=2.0),
+    with_fields("a stop string", stop=["q", "i"]),
+    with_fields("least vision tokens", budget={"vision_tokens": [64, 64]}),
+    with_fields("most vision tokens", budget={"vision_tokens": [256, 256]}),
+    with_fields("more visual tokens", budget={"visual_tokens": [64, 64]}),
+    with_fields("low priority, long timeout", priority="low", timeout_s=100),
+    with_fields("explained", explain=True),
+    with_fields("detail low", detail="low"),
+    Case(name="detail high", images=(LARGE,), fields={"detail": "high"}),
+    Case(name="detail auto", images=(LARGE,), fields={"detail": "auto"}, question="what character is on the square?"),
+    # Errors.
+    refused("no image", InvalidRequest, "missing_field", images=()),
+    refused("no question", InvalidRequest, question=" "),
+    refused("a question that is too long", InvalidRequest, question="w" * 2_001),
+    refused("an empty turn", InvalidRequest, turns=((" ", "yes"),)),
+    refused("a turn without an answer", InvalidRequest, turns=(("is it red?", ""),)),
+    refused("an unknown image", NotFound, "image_not_found", images=(UNKNOWN,)),
+    refused("an address", InvalidRequest, "url_not_supported", images=("https://example.com/x.png",)),
+    refused("no image file", InvalidImage, images=(b"hello",)),
+    refused("half an image", InvalidImage, images=(SCENE[:1_000],)),
+    refused("not base64", InvalidImage, images=("!",)),
+    refused("the second of two is no image", InvalidImage, images=(SCENE, b"hello")),
+    refused("too many images", InvalidRequest, "context_length_exceeded", images=(SCENE,) * 12),
+    refused("too many tokens", InvalidRequest, "context_length_exceeded", fields={"max_tokens": 100_000}),
+    refused("no tokens", InvalidRequest, fields={"max_tokens": 0}),
+    refused("a budget out of range", InvalidRequest, fields={"budget": {"vision_tokens": [1, 2]}}),
+    refused("a budget upside down", InvalidRequest, fields={"budget": {"vision_tokens": [128, 64]}}),
+    refused("a budget between multiples", InvalidRequest, fields={"budget": {"visual_tokens": [40, 40]}}),
+    refused("a temperature too small", InvalidRequest, fields={"temperature": 0.001}),
+    refused("a timeout that is too long", InvalidRequest, fields={"timeout_s": 1_000}),
+    refused("a timeout that is over", DeadlineExceeded, fields={"timeout_s": 1e-6}),
+    refused("an unknown detail", InvalidRequest, fields={"detail": "medium"}),
+    refused("an unknown priority", InvalidRequest, fields={"priority": "high"}),
+    refused("an unknown field", InvalidRequest, "unknown_field", fields={"colour": "red"}),
+]

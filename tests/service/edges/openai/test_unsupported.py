@@ -1,0 +1,133 @@
+"""Every parameter of OpenAI's chat API is supported, or refused by its name. None is ignored."""
+
+from __future__ import annotations
+
+from typing import get_type_hints
+
+import pytest
+from openai.types.chat import completion_create_params as params
+
+from service.core.errors import InvalidRequest
+from service.edges.openai.messages import fields_of
+from service.edges.openai.schema import SUPPORTED, ChatRequest
+from service.edges.openai.unsupported import Unsupported
+from tests.service.edges.openai.test_messages import ASKED, assistant, read, request, text, user
+
+TOOL = {"type": "function", "function": {"name": "look"}}
+# A value of each parameter that asks for something.
+ASKING = {
+    "audio": {"voice": "alloy", "format": "wav"},
+    "frequency_penalty": 0.5,
+    "function_call": {"name": "look"},
+    "functions": [{"name": "look"}],
+    "logit_bias": {"50256": -100},
+    "metadata": {"a": "b"},
+    "modalities": ["text", "audio"],
+    "moderation": {"model": "m"},
+    "n": 2,
+    "parallel_tool_calls": 1,
+    "prediction": {"type": "content", "content": "x"},
+    "presence_penalty": -0.5,
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "explicit"},
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "high",
+    "service_tier": "flex",
+    "store": True,
+    "tool_choice": "required",
+    "tools": [TOOL],
+    "verbosity": "high",
+    "web_search_options": {},
+}
+NEUTRAL = {
+    "frequency_penalty": [0, 0.0],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "metadata": [{}],
+    "modalities": [["text"]],
+    "n": [1],
+    "parallel_tool_calls": [True, False],
+    "presence_penalty": [0, -0.0],
+    "reasoning_effort": ["none"],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "verbosity": ["medium"],
+}
+
+
+def test_every_parameter_of_the_client_is_known():
+    theirs = {*get_type_hints(params.CompletionCreateParamsNonStreaming), "stream"}
+    assert theirs <= set(ChatRequest.model_fields)
+    assert set(ASKING) == set(Unsupported.model_fields) == set(ChatRequest.model_fields) - set(SUPPORTED)
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_is_not_supported_is_refused_by_its_name(name):
+    with pytest.raises(InvalidRequest) as caught:
+        read(ASKED, **{name: ASKING[name]})
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+    assert caught.value.message.startswith(f"{name} is not supported: ")
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_value_that_asks_for_nothing_is_taken(name):
+    for value in (None, *NEUTRAL.get(name, [])):
+        assert request(ASKED, **{name: value}).question == "which shape?"
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 1.0), ("store", 0), ("frequency_penalty", False)])
+def test_a_value_of_another_type_is_not_neutral(name, value):
+    with pytest.raises(InvalidRequest, match=f"^{name} is not supported"):
+        read(ASKED, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([ASKED | {"name": "me"}], "messages.0.name"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages.0.role"),
+        ([{"role": "function", "content": "x", "name": "f"}], "messages.0.role"),
+        ([ASKED, assistant("a") | {"tool_calls": [TOOL]}, ASKED], "messages.1.tool_calls"),
+        ([ASKED, assistant("a") | {"function_call": {"name": "f"}}, ASKED], "messages.1.function_call"),
+        ([ASKED, assistant("a") | {"refusal": "no"}, ASKED], "messages.1.refusal"),
+        ([ASKED, assistant("a") | {"audio": {"id": "a"}}, ASKED], "messages.1.audio"),
+        ([ASKED, assistant([{"type": "refusal", "refusal": "no"}]), ASKED], "messages.1.content.0.type"),
+        ([user({"type": "input_audio", "input_audio": {"data": ""}})], "messages.0.content.0.type"),
+        ([user({"type": "file", "file": {"file_id": "img_1"}})], "messages.0.content.0.type"),
+        (
+            [user(text("?") | {"prompt_cache_breakpoint": {"mode": "explicit"}})],
+            "messages.0.content.0.prompt_cache_breakpoint",
+        ),
+    ],
+)
+def test_a_part_of_a_message_that_is_not_supported_is_named(messages, param):
+    with pytest.raises(InvalidRequest) as caught:
+        read(*messages)
+    assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
+
+
+def test_an_answer_can_be_sent_back_as_it_came():
+    answer = assistant("a circle") | {"refusal": None, "annotations": [], "tool_calls": None, "function_call": None}
+    assert request(ASKED, answer, user(text("sure?"))).exchanges[0].answer == "a circle"
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_other_forms_of_answers_are_refused_by_name(kind):
+    form = {"type": kind} | ({"json_schema": {"name": "s", "schema": {}}} if kind == "json_schema" else {})
+    with pytest.raises(
+        InvalidRequest, match=r"^response_format is not supported: answers have no other form yet"
+    ) as caught:
+        read(ASKED, response_format=form)
+    assert (caught.value.param, caught.value.code) == ("response_format", "unsupported_parameter")
+    assert read(ASKED, response_format={"type": "text"})
+
+
+def test_options_of_a_stream_that_are_not_supported_are_named():
+    with pytest.raises(InvalidRequest) as caught:
+        read(ASKED, stream=True, stream_options={"include_obfuscation": True})
+    assert (caught.value.param, caught.value.code) == ("stream_options.include_obfuscation", "unsupported_parameter")
+    chat = read(ASKED, stream=True, stream_options={"include_usage": True, "include_obfuscation": False})
+    assert fields_of(chat)[0].stream

@@ -1,0 +1,136 @@
+"""The table of cases over every transport, against one gateway: the same answer, the same kind of error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from service.core.card import ModelCard
+from tests.service.edges.cases import CASES, Case, Outcome, in_base64, status_of
+from tests.service.edges.openai.test_messages import assistant, image, text, user
+from tests.support.paths import PROJECT
+from tests.support.servers import Gateway
+
+
+class Vqa:
+    """POST /v1/vqa."""
+
+    def __init__(self, gateway: Gateway, card: ModelCard, *, stream: bool) -> None:
+        self.http = httpx.AsyncClient(base_url=gateway.url, timeout=60, trust_env=False)
+        self.stream = stream
+
+    async def ask(self, case: Case) -> Outcome:
+        body: dict[str, Any] = {"question": case.question, "stream": self.stream} | dict(case.fields)
+        if case.images:
+            body["images"] = [in_base64(each) for each in case.images]
+        if case.turns:
+            body["turns"] = [{"question": question, "answer": answer} for question, answer in case.turns]
+        response = await self.http.post("/v1/vqa", json=body)
+        said = response.json() if not response.headers["content-type"].startswith("text/event") else {}
+        if "error" in said:
+            return Outcome(status=response.status_code, code=said["error"]["code"])
+        answer = said.get("answer", "")
+        if self.stream:
+            *deltas, said = [json.loads(each[6:]) for each in response.text.split("\n\n")[:-2]]
+            answer = "".join(each["delta"] for each in deltas)
+        return Outcome(
+            answer,
+            said["finish_reason"],
+            tuple(said["image_ids"]),
+            said["usage"]["prompt_tokens"],
+            said["usage"]["image_tokens"],
+            said["usage"]["completion_tokens"],
+            said["vision"]["vision_tokens"],
+            said["vision"]["detail"],
+            said.get("relevance"),
+        )
+
+    async def close(self) -> None:
+        await self.http.aclose()
+
+
+class OpenAiChat:
+    """POST /v1/chat/completions, by the openai package's client."""
+
+    def __init__(self, gateway: Gateway, card: ModelCard, *, stream: bool) -> None:
+        self.client = AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.model = card.name
+        self.stream = stream
+
+    async def ask(self, case: Case) -> Outcome:
+        fields = dict(case.fields)
+        fields |= fields.pop("budget", {})
+        detail = fields.pop("detail", None)
+        shown = [image(in_base64(each), **({"detail": detail} if detail else {})) for each in case.images]
+        messages = []
+        for question, answer in case.turns:
+            messages += [user(*shown, text(question)), assistant(answer)]
+            shown = []
+        messages.append(user(*shown, text(case.question)))
+        asked: dict[str, Any] = {"model": self.model, "messages": messages, "extra_body": fields}
+        try:
+            return await (self._streamed(asked) if self.stream else self._whole(asked))
+        except openai.APIStatusError as error:
+            return Outcome(status=error.status_code, code=error.code or "")
+
+    async def _whole(self, asked: dict[str, Any]) -> Outcome:
+        said = await self.client.chat.completions.create(**asked)
+        (choice,) = said.choices
+        return self._outcome(choice.message.content or "", choice.finish_reason, said.usage, said)
+
+    async def _streamed(self, asked: dict[str, Any]) -> Outcome:
+        stream = await self.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        *chunks, last, usage = [chunk async for chunk in stream]
+        answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        return self._outcome(answer, last.choices[0].finish_reason, usage.usage, last)
+
+    def _outcome(self, answer: str, finish_reason: str, usage: Any, ours: Any) -> Outcome:
+        details = usage.prompt_tokens_details
+        assert usage.prompt_tokens == details.text_tokens + details.image_tokens
+        return Outcome(
+            answer,
+            finish_reason,
+            tuple(ours.image_ids),
+            details.text_tokens,
+            details.image_tokens,
+            usage.completion_tokens,
+            ours.vision["vision_tokens"],
+            ours.vision["detail"],
+            getattr(ours, "relevance", None),
+        )
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+TRANSPORTS = {"vqa": Vqa, "chat": OpenAiChat}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def committed(repository: Path) -> None:
+    if repository != PROJECT / "model_repository":
+        pytest.skip("the budgets of the table are those of the committed models")
+
+
+def test_every_case_has_a_name_of_its_own():
+    assert len({case.name for case in CASES}) == len(CASES) >= 45
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_every_transport_says_the_same(case: Case, gateway: Gateway, card: ModelCard) -> None:
+    outcomes = {}
+    for name, transport in TRANSPORTS.items():
+        for stream in (False, True):
+            asker = transport(gateway, card, stream=stream)
+            outcomes[name, stream] = await asker.ask(case)
+            await asker.close()
+    first = outcomes["vqa", False]
+    assert {key: outcome for key, outcome in outcomes.items() if outcome != first} == {}, first
+    assert (first.status, first.code) == (status_of(case), case.code)
+    assert bool(first.answer) is (case.error is None)

@@ -13,7 +13,7 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.visual_tokens import VisualCache, embedding_key
-from service.core.answer import Delta, Finished, KeptImage
+from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.errors import (
     DeadlineExceeded,
@@ -49,8 +49,12 @@ class LanguageModel(Protocol):
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
+        log_probs: list[float] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
-        """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels."""
+        """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels.
+
+        If `sampling` asks for log probabilities, each token's is appended to `log_probs` before the token is yielded.
+        """
         ...
 
 
@@ -103,9 +107,9 @@ class Pipeline:
                 seen = await self.vision_stage.look(images, ticket, reservation)
             prompt = self.compose(request, images, seen)
             ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
-            async with aclosing(self.generate(prompt, ticket, reservation)) as texts:
-                async for text in texts:
-                    yield Delta(text)
+            async with aclosing(self.generate(prompt, ticket, reservation)) as deltas:
+                async for delta in deltas:
+                    yield delta
             yield self.finish(ticket, images, seen)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
@@ -205,10 +209,12 @@ class Pipeline:
         ]
         return self.prompts.compose_request(request, visual)
 
-    async def generate(self, prompt: Prompt, ticket: Ticket, reservation: Reservation) -> AsyncGenerator[str, None]:
+    async def generate(self, prompt: Prompt, ticket: Ticket, reservation: Reservation) -> AsyncGenerator[Delta, None]:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         detokeniser = Detokeniser(self._spelled, sampling.stop)
+        told: list[float] | None = [] if sampling.log_probs else None
+        untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
         tokens = self.language.generate(
             prompt,
             sampling,
@@ -217,16 +223,29 @@ class Pipeline:
             request_id=ticket.request.id,
             timeout_s=ticket.left_s,
             stall_timeout_s=self.settings.stall_timeout_s,
+            log_probs=told,
         )
         async with aclosing(tokens):
             while (ids := await self._next_tokens(tokens, ticket, reservation)) is not None:
+                if told is not None:
+                    untold += self._token_log_probs(ids, told)
                 if text := detokeniser.push(ids):
-                    yield text
+                    yield Delta(text, tuple(untold))
+                    untold.clear()
                 if detokeniser.stopped:
                     ticket.finish_reason = "stop"
                     return
         if text := detokeniser.finish():
-            yield text
+            yield Delta(text, tuple(untold))
+
+    def _token_log_probs(self, ids: Sequence[int], told: list[float]) -> list[TokenLogProb]:
+        """Take the tokens' log probabilities out of `told`. An end id, which `ids` leaves out, stands last there."""
+        tokens = [
+            TokenLogProb(self._spelled[token] if token < len(self._spelled) else b"", log_prob)
+            for token, log_prob in zip(ids, told, strict=False)
+        ]
+        told.clear()
+        return tokens
 
     async def _next_tokens(
         self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket, reservation: Reservation

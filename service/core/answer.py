@@ -9,10 +9,26 @@ from service.core.vision import Relevance
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogProb:
+    """A token of the answer: its bytes, which may be part of a character, and its log probability.
+
+    The probability is the model's own, before penalty, temperature and filters.
+    """
+
+    spelled: bytes
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """The next piece of the answer's text, never empty."""
+    """The next piece of the answer's text, never empty.
+
+    If the request asks for them, `log_probs` has the tokens that made the piece certain. The tokens of a stop string
+    are in none.
+    """
 
     text: str
+    log_probs: tuple[TokenLogProb, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

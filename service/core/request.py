@@ -47,6 +47,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     streaming: bool = True  # tokens as they come; else all at the end, which takes a fraction of the CPU time
+    log_probs: bool = False  # with each token's log probability
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,7 @@ _LLM_SAMPLING = (
     Tensor("seed", "UINT64", (1,), "the same seed draws the same answer", optional=True),
     Tensor("repetition_penalty", "FP32", (1,), "1 is off", optional=True),
 )
+_LLM_LOG_PROBS = Tensor("return_log_probs", "BOOL", (1,), "TensorRT-LLM gives them only if true", optional=True)
 _LLM_STOP = Tensor("stop", "BOOL", (1,), "true ends the request with the same id", optional=True)
 _OUTPUT_IDS = Tensor("output_ids", "INT32", (-1, -1), "[1 beam, new tokens]")
 _TEXTS = (
@@ -188,7 +189,7 @@ _relevance_allocator_448 = Model(
 _qformer = Model("qformer", (*_chosen("R"), *QUESTION), _VISUAL)
 _llm = Model(
     "llm",
-    (*_LLM_PROMPT, *_LLM_SAMPLING, _LLM_STOP),
+    (*_LLM_PROMPT, *_LLM_SAMPLING, _LLM_LOG_PROBS, _LLM_STOP),
     (
         _OUTPUT_IDS,
         Tensor("sequence_length", "INT32", (-1,), "of each beam, so far"),

@@ -62,6 +62,7 @@ class Fields:
     timeout_s: float | None = None
     priority: Priority = Priority.NORMAL
     stream: bool = False
+    log_probs: bool = False
 
 
 def to_request(
@@ -178,4 +179,5 @@ def _sampling(fields: Fields) -> Sampling:
         repetition_penalty=fields.repetition_penalty,
         stop=fields.stop,
         streaming=fields.stream or bool(fields.stop),  # stop strings are searched for as tokens come
+        log_probs=fields.log_probs,
     )

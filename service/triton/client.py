@@ -103,9 +103,11 @@ class TritonClient:
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
+        log_probs: list[float] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated.
 
+        If `sampling` asks for log probabilities, each token's is appended to `log_probs` before the token is yielded.
         Closing the generator stops the sequence; the model then ends the stream. Raises Unavailable if no token follows
         the last one within `stall_timeout_s`.
         """
@@ -119,7 +121,12 @@ class TritonClient:
         responses = self._calls.responses("llm", request, timeout_s, stall_timeout_s, stop)
         async with contextlib.aclosing(responses):
             async for response in responses:
-                if tokens := codec.tokens(response):
+                if log_probs is None:
+                    tokens = codec.tokens(response)
+                else:
+                    tokens, told = codec.tokens_with_log_probs(response)
+                    log_probs += told
+                if tokens:
                     yield tokens
 
     async def answer(

@@ -19,18 +19,23 @@ _OUTPUTS = {
     name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]
     for name, model in CALLED.items()
 }
+_IDS_ONLY = _OUTPUTS["llm"][:1]
 _LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm"].inputs}
 
 
 def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
-    """Make a request. The first dimension of every tensor is the batch."""
+    """Make a request. The first dimension of every tensor is the batch.
+
+    The LLM gives log probabilities only if `return_log_probs` is among the tensors.
+    """
     inputs, contents = [], []
     for name, array in tensors.items():
         datatype = DATATYPES[array.dtype]
         inputs.append(service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=array.shape))
         contents.append(array.tobytes())
+    outputs = _IDS_ONLY if model == "llm" and "return_log_probs" not in tensors else _OUTPUTS[model]
     request = service_pb2.ModelInferRequest(
-        model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_OUTPUTS[model]
+        model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=outputs
     )
     if CALLED[model].decoupled:
         # Without this parameter Triton drops an empty last response, and with it the end of the stream.
@@ -81,6 +86,8 @@ def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> 
     }
     if sampling.temperature > 0:
         numbers |= {"runtime_top_k": sampling.top_k, "runtime_top_p": sampling.top_p, "seed": sampling.seed}
+    if sampling.log_probs:
+        numbers["return_log_probs"] = True
     if sampling.repetition_penalty != 1.0:
         numbers["repetition_penalty"] = sampling.repetition_penalty
     return {
@@ -126,6 +133,14 @@ def outputs(model: str, response: service_pb2.ModelInferResponse) -> dict[str, n
     if missing := [tensor.name for tensor in CALLED[model].outputs if tensor.name not in found]:
         raise ValueError(f"a response without {', '.join(missing)}")
     return found
+
+
+def tokens_with_log_probs(response: Any) -> tuple[tuple[int, ...], list[float]]:
+    """Read new tokens and their log probabilities, `output_log_probs` float32 [1, 1, n]."""
+    told = arrays(response)
+    if not told:
+        return (), []
+    return tuple(told["output_ids"].ravel().tolist()), told["output_log_probs"].ravel().tolist()
 
 
 def arrays(response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:

@@ -17,7 +17,7 @@ CALLED: Mapping[str, Model] = {
     "attend": MODELS["attend"],
     "vision_encoder": MODELS["vision_encoder"],  # the four crops of a closer view in one request, as a batch
     "attend_448": MODELS["attend_448"],  # only if the model card has a closer view
-    "llm": _read(MODELS["llm"], "output_ids"),
+    "llm": _read(MODELS["llm"], "output_ids", "output_log_probs"),  # the second one if a request asks for it
     "vqa": MODELS["vqa"],
 }
 

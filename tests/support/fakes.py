@@ -185,7 +185,9 @@ class FakeLanguage:
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
+        log_probs: list[float] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
+        """Token number n has the log probability -n / 2."""
         self.prompts.append(prompt)
         self.sampling.append(sampling)
         self.request_ids.append(request_id)
@@ -196,6 +198,8 @@ class FakeLanguage:
                     await self.gate.wait()
                     if self.fault is not None:
                         raise self.fault
+                if log_probs is not None:
+                    log_probs.append(-place / 2)
                 yield (token,)
         finally:
             self.open -= 1

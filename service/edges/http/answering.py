@@ -55,17 +55,18 @@ def media_type_of(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-async def whole_answer(asked: Asked, edge: Edge) -> tuple[str, Finished]:
-    """Collect the whole answer: its text and its end. Raises GlimpseError only."""
-    texts: list[str] = []
+async def whole_answer(asked: Asked, edge: Edge) -> tuple[Delta, Finished]:
+    """Collect the whole answer: its text, which may be empty, and its end. Raises GlimpseError only."""
+    deltas: list[Delta] = []
     with asked.naming():
         async with aclosing(edge.pipeline.answer(asked.request, asked.reservation)) as events:
             async for event in events:
                 if isinstance(event, Delta):
-                    texts.append(event.text)
+                    deltas.append(event)
                 else:
                     end = event
-    return "".join(texts), end
+    text = "".join(delta.text for delta in deltas)
+    return Delta(text, tuple(token for delta in deltas for token in delta.log_probs)), end
 
 
 class EventStream(Response):

@@ -108,8 +108,8 @@ class VqaWriter:
         self.model = model
         self.explain = explain
 
-    def answer(self, text: str, end: Finished) -> VqaAnswer:
-        return VqaAnswer(answer=text, **VqaEnd.fields_of(self.request_id, self.model, end, self.explain))
+    def answer(self, said: Delta, end: Finished) -> VqaAnswer:
+        return VqaAnswer(answer=said.text, **VqaEnd.fields_of(self.request_id, self.model, end, self.explain))
 
     def events(self, event: Delta | Finished) -> Iterator[bytes]:
         """Yield an event's JSON: a delta, or all fields except the text."""

@@ -27,7 +27,15 @@ from service.edges.http.json_bounds import Question, split
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import seen_fields
 from service.edges.openai.messages import Names, fields_of, naming, places_of_images
-from service.edges.openai.schema import AnswerMessage, ChatCompletion, ChatRequest, ChatUsage, Choice, SeenFields
+from service.edges.openai.schema import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatRequest,
+    ChatUsage,
+    Choice,
+    ChoiceLogprobs,
+    SeenFields,
+)
 from service.edges.slices import joined
 
 router = APIRouter()
@@ -117,10 +125,11 @@ class ChatWriter:
         self.options = chat.sent.stream_options
         self.has_begun = False
 
-    def completion(self, text: str, end: Finished) -> ChatCompletion:
+    def completion(self, said: Delta, end: Finished) -> ChatCompletion:
+        message, logprobs = AnswerMessage(content=said.text), ChoiceLogprobs.of(said) if self.sent.logprobs else None
         return ChatCompletion(
             **self.head,
-            choices=(Choice(message=AnswerMessage(content=text), finish_reason=end.finish_reason),),
+            choices=(Choice(message=message, logprobs=logprobs, finish_reason=end.finish_reason),),
             usage=ChatUsage.of(end),
             **seen_fields(end, bool(self.sent.explain)),
         )
@@ -131,7 +140,8 @@ class ChatWriter:
             self.has_begun = True
             yield self._chunk([_choice({"role": "assistant", "content": "", "refusal": None})])
         if isinstance(event, Delta):
-            yield self._chunk([_choice({"content": event.text})])
+            logprobs = ChoiceLogprobs.of(event).model_dump() if self.sent.logprobs else None
+            yield self._chunk([_choice({"content": event.text}, logprobs=logprobs)])
             return
         seen = seen_fields(event, bool(self.sent.explain))
         yield self._chunk([_choice({}, event.finish_reason)], **SeenFields(**seen).model_dump())
@@ -147,5 +157,7 @@ class ChatWriter:
         return orjson.dumps(self.head | {"object": "chat.completion.chunk", "choices": choices} | usage | fields)
 
 
-def _choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _choice(
+    delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -49,6 +49,7 @@ def fields_of(chat: ChatRequest, images: Mapping[str, ImageSource] = MappingProx
     if talk.details:
         place, given["detail"] = talk.details[0]
         names["detail"] = place
+    given["log_probs"] = bool(chat.logprobs)
     system = " ".join(talk.system)
     return Fields(parts=tuple(talk.asked), turns=tuple(talk.turns), system=system, **given), names
 

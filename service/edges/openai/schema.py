@@ -15,7 +15,8 @@ from pydantic import (
     ValidationError,
 )
 
-from service.core.answer import Finished
+from service.core import answer
+from service.core.answer import Finished, TokenLogProb
 from service.core.request import Detail, Priority, Sampling
 from service.edges.http.faults import UNNAMED, invalid_request
 from service.edges.http.schema import (
@@ -38,6 +39,7 @@ from service.edges.http.schema import (
 from service.edges.openai.unsupported import Only, Refused, Unsupported, unsupported
 
 MAX_STOPS = 4
+LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity, which JSON does not have
 MAX_MESSAGES = 256
 
 
@@ -157,8 +159,8 @@ class ChatRequest(Unsupported):
     )
     stream: Flag = Field(False, description="Server-sent events as the answer is written.")
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[object, Only(False)] = None
-    top_logprobs: Annotated[object, Only(0)] = None
+    logprobs: Flag = Field(False, description="Tell each token's log probability.")
+    top_logprobs: Annotated[object, Only(0, mend="send 0 for the chosen token's own")] = None
     response_format: Annotated[ResponseFormat | None, AfterValidator(_text_only)] = None
     user: str | None = Field(None, max_length=512, description="Your name of the end user. It has no effect.")
     safety_identifier: str | None = Field(None, max_length=512, description="As `user`.")
@@ -236,6 +238,29 @@ class ChatUsage(BaseModel):
         )
 
 
+class TokenLogprob(BaseModel):
+    """A token of the answer, and the model's own log probability of it."""
+
+    token: str = Field(description="Its text; bytes that are part of a character are shown as \ufffd.")
+    logprob: float
+    bytes: list[int]
+    top_logprobs: tuple[()] = ()
+
+    @classmethod
+    def of(cls, told: TokenLogProb) -> Self:
+        token = told.spelled.decode(errors="replace")
+        return cls(token=token, logprob=max(told.log_prob, LEAST_LOGPROB), bytes=list(told.spelled))
+
+
+class ChoiceLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+    @classmethod
+    def of(cls, said: answer.Delta) -> Self:
+        return cls(content=[TokenLogprob.of(each) for each in said.log_probs])
+
+
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
@@ -245,7 +270,7 @@ class AnswerMessage(BaseModel):
 class Choice(BaseModel):
     index: Literal[0] = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = Field(None, description="With `logprobs` only.")
     finish_reason: Literal["stop", "length"]
 
 
@@ -284,7 +309,7 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: Literal[0] = 0
     delta: Delta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = Field(None, description="With `logprobs` only.")
     finish_reason: Literal["stop", "length"] | None = None
 
 

@@ -58,7 +58,15 @@ class Asker:
         """The longest answer that fits behind `prompt()`."""
         return self.card.max_positions - self.prompt().input_ids.size
 
-    def generate(self, prompt: Prompt, sampling: Sampling, *, timeout_s: float = 20, stall_timeout_s: float = 5):
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        timeout_s: float = 20,
+        stall_timeout_s: float = 5,
+        log_probs: list[float] | None = None,
+    ):
         return self.client.generate(
             prompt,
             sampling,
@@ -67,6 +75,7 @@ class Asker:
             request_id=f"test-{time.monotonic_ns()}",
             timeout_s=timeout_s,
             stall_timeout_s=stall_timeout_s,
+            log_probs=log_probs,
         )
 
     async def tokens(self, prompt: Prompt, sampling: Sampling) -> list[int]:
@@ -150,6 +159,20 @@ async def test_generate_streams_as_many_tokens_as_asked(asker: Asker) -> None:
     pieces = [tokens async for tokens in asker.generate(asker.prompt(), Sampling(max_tokens=7))]
     assert [len(tokens) for tokens in pieces] == [1] * 7
     assert all(0 <= token < asker.card.vocab_size for (token,) in pieces)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_each_token_comes_with_its_log_probability_if_asked(asker: Asker, streaming: bool) -> None:
+    sampling = Sampling(max_tokens=7, streaming=streaming)
+    told: list[float] = []
+    lengths, tokens = [], []
+    asked = replace(sampling, log_probs=True)
+    async for piece in asker.generate(asker.prompt(), asked, log_probs=told):
+        tokens += piece
+        lengths.append((len(tokens), len(told)))
+    assert lengths == ([(n, n) for n in range(1, 8)] if streaming else [(7, 7)])
+    assert all(-50 < each <= 0 for each in told)
+    assert tokens == await asker.tokens(asker.prompt(), sampling)
 
 
 async def test_greedy_and_seeded_answers_repeat(asker: Asker) -> None:

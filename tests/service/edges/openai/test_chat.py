@@ -150,6 +150,49 @@ async def test_the_usage_has_a_chunk_of_its_own_on_request(caller):
     assert [each["usage"] for each in others] == [None] * 3
 
 
+def spoken(logprobs: dict[str, Any] | None) -> list[tuple[str, float, list[int]]]:
+    assert logprobs is not None
+    assert logprobs["refusal"] is None
+    assert [each["top_logprobs"] for each in logprobs["content"]] == [[]] * len(logprobs["content"])
+    return [(each["token"], each["logprob"], each["bytes"]) for each in logprobs["content"]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "text", "tokens"),
+    [
+        (" red red", [], "red red", [" red", " red"]),
+        (" red. red", ["."], "red", [" red"]),
+        ("é", [], "é", ["\ufffd", "\ufffd"]),
+        ("red re", ["red!"], "red re", ["red", " ", "re"]),
+        ("", [], "", []),
+    ],
+)
+async def test_each_token_has_its_log_probability_on_request(caller, answer, stop, text, tokens):
+    caller.house.language.say(answer)
+    (choice,) = (await ask(caller, logprobs=True, top_logprobs=0, stop=stop)).json()["choices"]
+    assert choice["message"]["content"] == text
+    told = spoken(choice["logprobs"])
+    assert [token for token, _, _ in told] == tokens
+    assert [logprob for _, logprob, _ in told] == [-place / 2 for place in range(len(told))]
+    assert bytes(each for *_, spelled in told for each in spelled).decode().strip() == text
+    assert caller.house.language.sampling[-1].log_probs
+    streamed = [each["choices"][0] for each in await chunks(caller, logprobs=True, stop=stop)]
+    pieces = [each for each in streamed if each["delta"].get("content")]
+    assert [one for each in pieces for one in spoken(each["logprobs"])] == told
+    assert all(each["logprobs"] is None for each in streamed if each not in pieces)
+
+
+async def test_log_probabilities_are_asked_for_only_on_request(caller):
+    (choice,) = (await ask(caller, logprobs=False)).json()["choices"]
+    assert choice["logprobs"] is None
+    assert not caller.house.language.sampling[-1].log_probs
+
+
+async def test_alternatives_of_a_token_are_refused_by_name(caller):
+    error = fault(await ask(caller, logprobs=True, top_logprobs=2), 400)
+    assert (error["param"], error["code"]) == ("top_logprobs", "unsupported_parameter")
+
+
 async def test_an_error_after_the_first_chunk_is_an_event(caller):
     caller.house.language.say(" red red red")
     caller.house.language.wait_at = 2

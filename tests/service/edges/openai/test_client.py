@@ -144,6 +144,23 @@ def test_the_clients_own_helper_reads_the_stream(client, chat):
     assert final.choices[0].message.content == whole.choices[0].message.content
 
 
+def test_each_token_has_its_log_probability(client, chat):
+    asked = chat | {"messages": [user(text(LONG_ANSWER), image(data_url(SHAPES)))], "logprobs": True}
+    (whole,) = client.chat.completions.create(**asked).choices
+    told = whole.logprobs.content
+    assert b"".join(bytes(each.bytes) for each in told).decode().strip() == whole.message.content
+    assert all(-20 < each.logprob <= 0 for each in told)
+    streamed = [
+        each
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        if (logprobs := chunk.choices[0].logprobs) is not None
+        for each in logprobs.content
+    ]
+    assert [each.token for each in streamed] == [each.token for each in told]
+    assert [each.logprob for each in streamed] == pytest.approx([each.logprob for each in told], abs=1e-3)
+    assert client.chat.completions.create(**asked | {"logprobs": False}).choices[0].logprobs is None
+
+
 def test_a_file_is_asked_about_by_its_id(client, chat):
     with SHAPES.open("rb") as scene:
         file = client.files.create(file=scene, purpose="vision")

@@ -16,6 +16,7 @@ from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
+from service.edges.grpc.edge import GrpcEdge
 from service.edges.http.application import http_api
 from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
@@ -47,6 +48,7 @@ class App:
     readiness: Readiness
     metrics: Metrics
     api: FastAPI
+    rpc: GrpcEdge
 
 
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
@@ -88,7 +90,8 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
     )
     api = http_api(http_edge(pipeline, readiness, settings, metrics))
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, api)
+    rpc = grpc_edge(pipeline, readiness, settings, metrics)
+    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, api, rpc)
 
 
 def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> Edge:
@@ -102,6 +105,18 @@ def http_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         faults=lambda: readiness.faults,
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
+    )
+
+
+def grpc_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> GrpcEdge:
+    """Give the gRPC edge the parts of the gateway that it uses."""
+    return GrpcEdge(
+        pipeline=pipeline,
+        questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
+        bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
+        max_connections=settings.max_connections,
+        faults=lambda: readiness.faults,
+        count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
     )
 
 

@@ -129,19 +129,20 @@ class Calls:
         metadata = context.invocation_metadata() or ()
         trace_id = trace_id_in(str(value) for key, value in metadata if key == TRACE_ID_KEY)
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
-        status = "CANCELLED"
         try:
             tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
             async with self._present() as presence:
                 with self.edge.pipeline.reservation(tenant) as reservation:
                     yield Call(context, Caller(tenant, trace_id), reservation, presence, self.edge)
-            status = "OK"
+        except asyncio.CancelledError:  # by gRPC, for a caller that has gone
+            self.edge.count(method, status_of(Cancelled(""))[1])
+            raise
         except Exception as exc:
             error = self._told(exc, method, trace_id)
-            status = status_of(error)[1]
+            self.edge.count(method, status_of(error)[1])
             await abort(context, error, trace_id)
-        finally:
-            self.edge.count(method, status)
+        else:
+            self.edge.count(method, "OK")
 
     async def finished(self, timeout_s: float) -> None:
         """Wait until no call is open, but no longer than this."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import grpc  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+
+from service.edges.grpc.edge import GrpcEdge
 
 LOOK_INTERVAL_S = 0.2  # at the readiness, while somebody watches
 
@@ -19,9 +21,8 @@ SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Answer for the server as a whole (the empty name) and for the named services."""
 
-    def __init__(self, faults: Callable[[], Mapping[str, str]], services: tuple[str, ...]) -> None:
-        """`faults`: by model, why it does not answer; empty if the service is ready."""
-        self._faults = faults
+    def __init__(self, edge: GrpcEdge, services: tuple[str, ...]) -> None:
+        self._edge = edge
         self._services = ("", *services)
         self._stopped = asyncio.Event()
 
@@ -33,6 +34,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
         status = self._status(request.service)
+        self._edge.count("Check", "NOT_FOUND" if status == SERVICE_UNKNOWN else "OK")
         if status == SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service: reflection lists the services")
         return health_pb2.HealthCheckResponse(status=status)
@@ -55,4 +57,4 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def _status(self, service: str) -> int:
         if service not in self._services:
             return int(SERVICE_UNKNOWN)
-        return int(NOT_SERVING if self._faults() else SERVING)
+        return int(NOT_SERVING if self._edge.faults() else SERVING)

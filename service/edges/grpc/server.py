@@ -93,7 +93,7 @@ class GrpcServer:
 
     def __init__(self, edge: GrpcEdge) -> None:
         self.calls = Calls(edge)
-        self.health = Health(edge.faults, (SERVICE,))
+        self.health = Health(edge, (SERVICE,))
         self.server = grpc.aio.server(options=edge.options(), maximum_concurrent_rpcs=MAX_CALLS)
         handlers = VisualQuestionAnswering(edge, self.calls).handlers()
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

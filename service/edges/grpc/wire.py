@@ -17,9 +17,9 @@ KNOWN = frozenset(field.number for field in pb.AnswerRequest.DESCRIPTOR.fields)
 
 
 def require_few_fields(data: bytes) -> None:
-    """Check the encoded fields of an AnswerRequest. What is malformed is left to the parser.
+    """Check the encoded fields of an AnswerRequest. What is cut off is left to the parser.
 
-    Raises TooLarge, and InvalidRequest for a field that this version does not know.
+    Raises TooLarge, and InvalidRequest for a field that this version does not know or that no proto3 message has.
     """
     count = 0
     for number, start, end in fields_in(data, 0, len(data)):
@@ -42,7 +42,7 @@ def _one_more(count: int) -> int:
 
 
 def fields_in(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the number of each encoded field, and where its content begins and ends. Ends early if it is malformed."""
+    """Yield the number of each encoded field, and where its content begins and ends. Raises InvalidRequest."""
     while at < end:
         key, at = varint(data, at)
         match key & 7:
@@ -55,8 +55,11 @@ def fields_in(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
                 at = start + size
             case 5:
                 start, at = at, at + 4
-            case _:
-                return
+            case _:  # a group, which a parser skips: proto3 has none
+                raise InvalidRequest(
+                    "the message is not a glimpse.v1.AnswerRequest: generate your client from this server's proto",
+                    code="invalid_message",
+                )
         yield key >> 3, start, min(at, end)
 
 

@@ -8,7 +8,7 @@ SOURCES := service triton_models build_engines benchmarks tests scripts
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
-.PHONY: help serve test quick check format eval bench bench-versus train repository mutants clean
+.PHONY: help serve test quick check format eval bench bench-versus train repository proto mutants clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ train: ready-to-build ## train the reference model from nothing into runs/refere
 
 repository: ready-to-build ## export reference/ into model_repository/
 	$(BIN)/python -m build_engines.export reference --out model_repository
+
+proto: ready-to-develop ## write the gRPC stubs in service/edges/grpc/stubs from the proto
+	$(BIN)/python scripts/write_stubs.py
 
 mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (half an hour; ONLY="triton_models.sampling*")
 	$(BIN)/mutmut run $(ONLY)

@@ -21,6 +21,7 @@ import uvloop
 
 from service.admission.scheduler import Scheduler
 from service.app import App, build, running
+from service.edges.grpc.server import GrpcServer
 from service.edges.http.edge import Edge
 from service.edges.http.protocol import limited_protocol
 from service.output import Output, Stream
@@ -55,7 +56,7 @@ def main(scheduling: type[Scheduler] = Scheduler) -> int:
         settings = read_settings()
         configure_log(settings, stream_to(output, sys.stderr))
         app = build(settings, scheduling)
-        with bound(settings) as listener:
+        with bound(settings.http_host, settings.http_port, "GLIMPSE_HTTP_PORT") as listener:
             uvloop.run(serve(app, listener, stream_to(output, sys.stdout)))
     except SettingsError as exc:
         sys.stderr.write(f"glimpse: {exc}\n")
@@ -76,7 +77,7 @@ def stream_to(output: Output, stream: TextIO | None) -> Stream:
 
 
 async def serve(app: App, listener: socket.socket, out: Stream) -> None:
-    """Answer HTTP from the start, with 503 until Triton is ready. Raises StartFailed."""
+    """Answer HTTP and gRPC from the start, with 503 and UNAVAILABLE until Triton is ready. Raises StartFailed."""
     edge: Edge = app.api.state.edge
     config = uvicorn.Config(
         app.api,
@@ -89,26 +90,36 @@ async def serve(app: App, listener: socket.socket, out: Stream) -> None:
         timeout_keep_alive=round(edge.connections.idle_timeout_s),
         timeout_graceful_shutdown=math.ceil(app.settings.stop_grace_s + 2 * TELLING_S),
     )
-    server = Server(config)
+    server, rpc, stopped = Server(config), GrpcServer(app.rpc), asyncio.Event()
+    rpc_port = listen_for_calls(rpc, listener.getsockname()[0], app.settings.grpc_port)
 
     def stop(number: int) -> None:
-        """Be not ready first, then refuse new questions, and close the listener when load balancers know. Tell the
+        """Be not ready first, then refuse new questions, and close the listeners when load balancers know. Tell the
         requests that still run after the grace, and cut what then is left."""
         later = asyncio.get_running_loop().call_later
         notice_s = app.settings.stop_notice_s if number == signal.SIGTERM and app.readiness.ready else 0.0
         app.readiness.stop()
         app.admission.stop()
         grace_s = notice_s + app.settings.stop_grace_s
-        later(notice_s, server.handle_exit, number, None)
+        later(notice_s, close, number)
         later(grace_s, app.admission.end)
         later(grace_s + TELLING_S, server.cut_connections)
+
+    def close(number: int) -> None:
+        server.handle_exit(number, None)
+        stopped.set()
 
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         async with asyncio.TaskGroup() as tasks:
-            behind = tasks.create_task(run_behind(app, listener, out))
+            behind = tasks.create_task(run_behind(app, listener, rpc_port, out))
+            calls = tasks.create_task(rpc.run(stopped, app.settings.stop_grace_s))
             await server.serve(sockets=[listener])
+            stopped.set()
+            if server.force_exit:
+                calls.cancel()
+            await asyncio.wait([calls])
             behind.cancel()
     except ExceptionGroup as group:
         for failure in group.exceptions:
@@ -117,19 +128,21 @@ async def serve(app: App, listener: socket.socket, out: Stream) -> None:
         raise
 
 
-async def run_behind(app: App, listener: socket.socket, out: Stream) -> None:
+async def run_behind(app: App, listener: socket.socket, rpc_port: int, out: Stream) -> None:
     """Run everything behind the edges until cancelled."""
     async with running(app):
         gc.collect()
         gc.freeze()  # the objects of the start are never collected
         gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
-        out.write(greeting(app, listener))
+        out.write(greeting(app, listener, rpc_port))
         await asyncio.Event().wait()
 
 
-def bound(settings: Settings) -> socket.socket:
-    """Bind the listening address before anything else is started. Raises StartFailed if that fails."""
-    host, port = settings.http_host, settings.http_port
+def bound(host: str, port: int, setting: str) -> socket.socket:
+    """Bind a listening address before anything else is started. Raises StartFailed if that fails.
+
+    `setting` is the one that chooses the port.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -144,25 +157,38 @@ def bound(settings: Settings) -> socket.socket:
             ) from exc
         if exc.errno == errno.EACCES:
             raise StartFailed(
-                f"this user may not listen on GLIMPSE_HTTP_PORT {port} ({exc.strerror}): choose one above 1023"
+                f"this user may not listen on {setting} {port} ({exc.strerror}): choose one above 1023"
             ) from exc
         raise StartFailed(
             f"cannot listen on {host}:{port} ({exc.strerror}): stop the program that listens there "
-            f"(`ss -ltnp 'sport = :{port}'` shows it), or set GLIMPSE_HTTP_PORT or GLIMPSE_HTTP_HOST"
+            f"(`ss -ltnp 'sport = :{port}'` shows it), or set {setting} or GLIMPSE_HTTP_HOST"
         ) from exc
     return listener
 
 
-def greeting(app: App, listener: socket.socket) -> str:
+def listen_for_calls(rpc: GrpcServer, host: str, port: int) -> int:
+    """Bind gRPC's address, and return the port. Raises StartFailed if that fails."""
+    bound(host, port, "GLIMPSE_GRPC_PORT").close()  # gRPC does not say why it cannot listen
+    try:
+        return rpc.listen(host, port)
+    except OSError as exc:
+        raise StartFailed(f"{exc}: set GLIMPSE_GRPC_PORT to another port") from exc
+
+
+def greeting(app: App, listener: socket.socket, rpc_port: int) -> str:
     host, port = listener.getsockname()[:2]
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{reachable}:{port}"
     if not app.settings.embedded:
-        return f"Glimpse listens on {url}; {url}/health/ready says when the Triton servers answer.\n"
+        return (
+            f"Glimpse listens on {url} (gRPC on port {rpc_port}); {url}/health/ready says when the Triton servers "
+            "answer.\n"
+        )
     scene = PROJECT / "benchmarks" / "scenes" / "new_003.webp"
     file = scene.relative_to(PROJECT) if scene.exists() else "photo.jpg"
     return (
-        f"Glimpse is ready on {url} (model {app.card.name}); Ctrl-C stops it. Try, in another shell:\n"
+        f"Glimpse is ready on {url} (model {app.card.name}; gRPC on port {rpc_port}); Ctrl-C stops it. Try, in another "
+        "shell:\n"
         f"  curl -F image=@{file} -F question='what character is on the pink square?' {url}/v1/vqa\n"
     )
 

@@ -16,6 +16,7 @@ from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
+from service.edges.grpc.edge import GrpcEdge
 from service.edges.http.application import http_api
 from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
@@ -48,6 +49,7 @@ class App:
     metrics: Metrics
     lag: LoopLag
     api: FastAPI
+    rpc: GrpcEdge
 
 
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
@@ -90,7 +92,8 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag))
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, api)
+    rpc = grpc_edge(pipeline, readiness, settings, metrics)
+    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, api, rpc)
 
 
 def http_edge(
@@ -107,6 +110,18 @@ def http_edge(
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+    )
+
+
+def grpc_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> GrpcEdge:
+    """Give the gRPC edge the parts of the gateway that it uses."""
+    return GrpcEdge(
+        pipeline=pipeline,
+        questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
+        bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
+        max_connections=settings.max_connections,
+        faults=lambda: readiness.faults,
+        count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
     )
 
 

@@ -44,6 +44,7 @@ class Metrics:
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by method, route and status code.", "method", "route", "status"
         )
+        self.grpc_requests = self._counter("grpc_requests", "gRPC calls, by method and status.", "method", "status")
         self.in_flight = self._gauge("requests_in_flight", "Questions that are admitted and have not ended.")
         self.refusals = self._counter(
             "refusals",

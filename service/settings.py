@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
+    grpc_port: int = Field(8081, ge=0, le=65535)  # on the same host; 0: any free port
     # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
     # request with another name in its Host header gets 421.
     allowed_hosts: str = ""
@@ -168,7 +169,7 @@ class Settings(BaseSettings):
         names: dict[int, str] = {}
         for name in filter(lambda name: name.endswith("_port"), type(self).model_fields):
             port = getattr(self, name)
-            if port is None:
+            if not port:  # None, or any free one
                 continue
             if port in names:
                 raise ValueError(

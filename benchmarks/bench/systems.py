@@ -124,10 +124,13 @@ def gateway(
 
     Another checkout runs with its own packages if it has any.
     """
-    http_port, metrics_port, *others = free_ports(4)
+    http_port, metrics_port, grpc_port, *others = free_ports(5)
     # A checkout from before the embedded Triton's socket has to be told ports for HTTP and gRPC.
-    has_ports = "triton_http_port" in (checkout / "service" / "settings.py").read_text()
+    declared = (checkout / "service" / "settings.py").read_text()
+    has_ports = "triton_http_port" in declared
     old = dict(zip(("TRITON_HTTP_PORT", "TRITON_GRPC_PORT"), map(str, others), strict=True)) if has_ports else {}
+    if " grpc_port:" in declared:
+        old["GRPC_PORT"] = str(grpc_port)
     told = {
         "MODEL_REPOSITORY": str(model.repository),
         "HTTP_PORT": str(http_port),

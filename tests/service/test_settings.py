@@ -9,7 +9,7 @@ from service.settings import Settings, SettingsError, read_settings
 def test_defaults_serve_an_embedded_triton():
     settings = read_settings({})
     assert settings.embedded
-    assert (settings.http_port, settings.triton_grpc_port) == (8080, None)
+    assert (settings.http_port, settings.grpc_port, settings.triton_grpc_port) == (8080, 8081, None)
     assert settings.model_repository.name == "model_repository"
 
 
@@ -106,6 +106,7 @@ def test_a_host_that_nobody_knows_is_told():
         ({"GLIMPSE_HTTP_PORT": "8002"}, "GLIMPSE_HTTP_PORT and GLIMPSE_TRITON_METRICS_PORT are both 8002"),
         ({"GLIMPSE_TRITON_METRICS_PORT": "8080"}, "GLIMPSE_HTTP_PORT and GLIMPSE_TRITON_METRICS_PORT are both 8080"),
         ({"GLIMPSE_HTTP_PORT": "9", "GLIMPSE_TRITON_GRPC_PORT": "9"}, "and GLIMPSE_TRITON_GRPC_PORT are both 9"),
+        ({"GLIMPSE_HTTP_PORT": "8081"}, "GLIMPSE_HTTP_PORT and GLIMPSE_GRPC_PORT are both 8081"),
         (
             {"GLIMPSE_TRITON_METRICS_PORT": "9", "GLIMPSE_TRITON_GRPC_PORT": "9"},
             "GLIMPSE_TRITON_METRICS_PORT are both 9",
@@ -115,6 +116,11 @@ def test_a_host_that_nobody_knows_is_told():
 def test_two_ports_that_are_one_are_named(environ, names):
     with pytest.raises(SettingsError, match=names):
         read_settings(environ)
+
+
+def test_any_free_port_is_no_port_of_another():
+    settings = read_settings({"GLIMPSE_HTTP_PORT": "0", "GLIMPSE_GRPC_PORT": "0"})
+    assert (settings.http_port, settings.grpc_port) == (0, 0)
 
 
 def test_ports_of_no_embedded_triton_do_not_matter():

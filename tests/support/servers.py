@@ -46,6 +46,7 @@ class Gateway:
     """A `python -m service`."""
 
     url: str
+    rpc: str  # gRPC's host and port
     process: subprocess.Popen[bytes]
     log_path: Path
 
@@ -80,8 +81,8 @@ StartGateway = Callable[[Mapping[str, str]], AbstractContextManager[Gateway]]
 @contextmanager
 def started_gateway(folder: Path, settings: Mapping[str, str]) -> Iterator[Gateway]:
     """`python -m service` from its first moment, on free ports. At the end it is told to stop, and must."""
-    names = ("HTTP_PORT", "TRITON_METRICS_PORT")
-    ports = dict(zip(names, free_ports(2), strict=True))
+    names = ("HTTP_PORT", "GRPC_PORT", "TRITON_METRICS_PORT")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("GLIMPSE_")},
         **{f"GLIMPSE_{name}": str(port) for name, port in ports.items()},
@@ -95,7 +96,8 @@ def started_gateway(folder: Path, settings: Mapping[str, str]) -> Iterator[Gatew
             [sys.executable, "-m", "service"], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
     try:
-        yield Gateway(f"http://127.0.0.1:{ports['HTTP_PORT']}", process, log_path)
+        url, rpc = f"http://127.0.0.1:{ports['HTTP_PORT']}", f"127.0.0.1:{ports['GRPC_PORT']}"
+        yield Gateway(url, rpc, process, log_path)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

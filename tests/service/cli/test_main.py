@@ -25,7 +25,6 @@ from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
 from service.edges.http.application import http_api
-from service.settings import Settings
 from service.triton_server.installation import StartFailed
 from tests.support.fakes import CARD, CLOSER, House, png
 from tests.support.paths import PROJECT
@@ -198,15 +197,15 @@ def test_another_service_that_is_content_is_told_in_a_line(command):
 
 def test_a_port_that_two_bind_at_once_is_told_to_the_second():
     (port,) = free_ports(1)
-    settings = Settings(http_port=port)
-    with bound(settings), pytest.raises(StartFailed, match=f"cannot listen on 127.0.0.1:{port}"):
-        bound(settings)
+    where = ("127.0.0.1", port, "GLIMPSE_GRPC_PORT")
+    with bound(*where), pytest.raises(StartFailed, match=rf"cannot listen on 127\.0\.0\.1:{port} .*GLIMPSE_GRPC_PORT"):
+        bound(*where)
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "192.0.2.1"])
 def test_a_host_that_is_another_machine_is_told(host):
     with pytest.raises(StartFailed, match=f"GLIMPSE_HTTP_HOST {host} is no address of this machine"):
-        bound(Settings(http_host=host))
+        bound(host, 0, "GLIMPSE_HTTP_PORT")
 
 
 def test_warm_has_every_image_encoded_once(server, tmp_path):

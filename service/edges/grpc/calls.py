@@ -1,0 +1,185 @@
+"""Wrap every call: its caller, its one reservation, its status, its count, and its end when the server stops."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import grpc  # type: ignore[import-untyped]
+import structlog
+
+from service.core.errors import (
+    Cancelled,
+    GlimpseError,
+    InvalidRequest,
+    Overloaded,
+    ShuttingDown,
+    SlowBody,
+    TooLarge,
+    internal_error,
+    status_of,
+)
+from service.edges.caller import READING_S, TENANT_KEY, TRACE_ID_KEY, Caller, tenant_in, trace_id_in
+from service.edges.grpc.edge import GrpcEdge
+from service.edges.grpc.messages import chunk_in
+from service.edges.grpc.status import abort
+from service.edges.http.schema import LEAST_TIMEOUT_S
+from service.pipeline import Reservation
+
+log = structlog.get_logger()
+
+# A question ends so long before its call's deadline that its caller still gets our error with its details.
+ANSWERING_S = 0.02
+ANSWERING_SHARE = 0.1  # at most this share of a short deadline
+PROMPT_S = 0.5  # a message that is not whole after this time counts as one of the largest
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Hold one call in work."""
+
+    context: grpc.aio.ServicerContext
+    caller: Caller
+    reservation: Reservation
+    presence: asyncio.Timeout
+    edge: GrpcEdge
+
+    def timeout_s(self) -> float | None:
+        """Return the time that the caller's deadline leaves for the work, as far as the service allows; None without a
+        deadline."""
+        left_s: float | None = self.context.time_remaining()
+        if left_s is None:
+            return None
+        work_s = left_s - min(ANSWERING_S, ANSWERING_SHARE * left_s)
+        return max(LEAST_TIMEOUT_S, min(work_s, self.edge.questions.max_timeout_s))
+
+    def allow(self, timeout_s: float) -> None:
+        """Give up the call if its caller does not read its answer, so long after now and the request's timeout."""
+        self.presence.reschedule(asyncio.get_running_loop().time() + timeout_s + READING_S)
+
+    async def message(self) -> bytes:
+        """Read the one message of the call. Raises SlowBody, InvalidRequest, Overloaded."""
+        data = await self._read(self.edge.bodies.timeout_s, 0)
+        if data is None:  # one over the limit comes here too, but gRPC has answered it
+            raise InvalidRequest("the call has no message: send one")
+        self.reservation.reserve_bytes(len(data))
+        return data
+
+    async def image(self) -> bytes:
+        """Read an image in chunks. Raises SlowBody, TooLarge, InvalidRequest, Overloaded."""
+        limits, loop = self.edge.bodies, asyncio.get_running_loop()
+        started, chunks, came = loop.time(), [], 0
+        while (data := await self._read(started + limits.patience_s(came) - loop.time(), came)) is not None:
+            chunk = chunk_in(data)
+            came += len(chunk)
+            if came > limits.max_image_bytes:
+                raise TooLarge(
+                    f"the image is too large, the limit is {limits.max_image_bytes:,} bytes: send a smaller one",
+                    param="image",
+                )
+            self.reservation.reserve_bytes(len(chunk))
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def _read(self, timeout_s: float, came: int) -> bytes | None:
+        """Return the next message's bytes, or None at the end.
+
+        gRPC collects a message and tells its size when it is whole. So one that takes long reserves what the largest
+        needs meanwhile. Raises SlowBody, Overloaded.
+        """
+        refusals: list[Overloaded] = []
+
+        def reserve_most() -> None:
+            try:
+                self.reservation.reserve_bytes(self.edge.bodies.max_body_bytes)
+            except Overloaded as refusal:
+                refusals.append(refusal)
+                patience.reschedule(loop.time())
+
+        loop = asyncio.get_running_loop()
+        with self.reservation.work():
+            timer = loop.call_later(PROMPT_S, reserve_most)
+            try:
+                async with asyncio.timeout(timeout_s) as patience:
+                    data = await self.context.read()
+            except TimeoutError as exc:
+                if refusals:
+                    raise refusals[0] from exc
+                raise SlowBody(f"only {came:,} bytes of the call came in time: send it again") from exc
+            finally:
+                timer.cancel()
+        return None if data is grpc.aio.EOF else data
+
+
+class Calls:
+    """Hold the calls in work."""
+
+    def __init__(self, edge: GrpcEdge) -> None:
+        self.edge = edge
+        self._open: set[asyncio.Timeout] = set()
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        self._ending = False
+
+    @asynccontextmanager
+    async def scope(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[Call]:
+        """Open a call's one reservation. Answer errors of the block with their status, and count the call."""
+        metadata = context.invocation_metadata() or ()
+        trace_id = trace_id_in(str(value) for key, value in metadata if key == TRACE_ID_KEY)
+        context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
+        try:
+            tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
+            async with self._present() as presence:
+                with self.edge.pipeline.reservation(tenant) as reservation:
+                    yield Call(context, Caller(tenant, trace_id), reservation, presence, self.edge)
+        except asyncio.CancelledError:  # by gRPC, for a caller that has gone
+            self.edge.count(method, status_of(Cancelled(""))[1])
+            raise
+        except Exception as exc:
+            error = self._told(exc, method, trace_id)
+            self.edge.count(method, status_of(error)[1])
+            await abort(context, error, trace_id)
+        else:
+            self.edge.count(method, "OK")
+
+    async def finished(self, timeout_s: float) -> None:
+        """Wait until no call is open, but no longer than this."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._none_open.wait()
+
+    def end(self) -> None:
+        """End the open calls, and tell their callers that the server stops."""
+        self._ending = True
+        for presence in self._open:
+            presence.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def _present(self) -> AsyncIterator[asyncio.Timeout]:
+        """Raises ShuttingDown if `end` ends the block, Cancelled if the caller does not read its answer."""
+        try:
+            async with asyncio.timeout(None) as presence:
+                self._open.add(presence)
+                self._none_open.clear()
+                try:
+                    yield presence
+                finally:
+                    self._open.discard(presence)
+                    if not self._open:
+                        self._none_open.set()
+        except TimeoutError as exc:
+            if not presence.expired():
+                raise
+            if self._ending:
+                raise ShuttingDown(
+                    "This server stopped before its answer was complete. Retry: another one answers."
+                ) from exc
+            raise Cancelled("the caller went away") from exc
+
+    def _told(self, exc: Exception, method: str, trace_id: str) -> GlimpseError:
+        if isinstance(exc, GlimpseError):
+            return exc
+        log.error("fault", request_id=trace_id, method=method, exc_info=exc)
+        return internal_error(trace_id)

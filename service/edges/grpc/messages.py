@@ -1,0 +1,160 @@
+"""Turn messages into the core's types and back. Nothing below this edge uses a message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from google.protobuf.message import DecodeError
+from pydantic import ValidationError
+
+from service.core.answer import Delta, Finished, KeptImage
+from service.core.errors import InvalidRequest
+from service.core.request import Exchange, ImageBytes, ImageId, ImageUrl, Part, Text
+from service.core.vision import Relevance
+from service.edges.asking import Fields
+from service.edges.grpc.stubs import vqa_pb2 as pb
+from service.edges.grpc.wire import require_few_fields
+from service.edges.http.faults import invalid_request
+from service.edges.http.schema import MAX_TURNS, NESTED, Asked
+
+MAX_PARTS = 64  # of one question, as of a form
+OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
+DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
+PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
+FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+CACHES = {"hit": pb.CACHE_HIT, "miss": pb.CACHE_MISS}
+SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
+
+
+class MessageFields(Asked):
+    """Hold the fields that a message and JSON have in common. The same rules check them."""
+
+    def fields(self, parts: tuple[Part, ...], turns: tuple[Exchange, ...]) -> Fields:
+        return replace(self._fields(None, None), parts=parts, turns=turns)
+
+
+def question_in(data: bytes) -> pb.AnswerRequest:
+    """Parse an encoded AnswerRequest. Raises InvalidRequest, TooLarge."""
+    require_few_fields(data)
+    message = pb.AnswerRequest()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as exc:
+        raise InvalidRequest(
+            "the message is not a glimpse.v1.AnswerRequest: generate your client from this server's proto",
+            code="invalid_message",
+        ) from exc
+    return message
+
+
+def chunk_in(data: bytes) -> bytes:
+    """Parse an encoded PutImageRequest -> its bytes. Raises InvalidRequest."""
+    message = pb.PutImageRequest()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as exc:
+        raise InvalidRequest(
+            "the message is not a glimpse.v1.PutImageRequest: generate your client from this server's proto",
+            code="invalid_message",
+        ) from exc
+    return message.data
+
+
+def fields_of(message: pb.AnswerRequest, *, stream: bool, timeout_s: float | None) -> Fields:
+    """Check types and ranges of a question. Raises InvalidRequest."""
+    if len(message.turns) > MAX_TURNS:
+        raise InvalidRequest(f"turns may hold at most {MAX_TURNS} items", param="turns")
+    given: dict[str, object] = {name: getattr(message, name) for name in OPTIONAL if message.HasField(name)}
+    if message.detail:
+        given["detail"] = DETAILS.get(message.detail, message.detail)
+    if message.priority:
+        given["priority"] = PRIORITIES.get(message.priority, message.priority)
+    if message.HasField("budget"):
+        given["budget"] = budget_of(message.budget)
+    try:
+        checked = MessageFields.model_validate({"question": "", "stop": tuple(message.stop), **given})
+    except ValidationError as exc:
+        raise invalid_request(exc, MessageFields.model_fields, NESTED) from exc
+    parts = parts_of(message.parts, "parts")
+    turns = tuple(
+        Exchange(parts_of(turn.parts, f"turns.{index}.parts"), turn.answer) for index, turn in enumerate(message.turns)
+    )
+    return replace(checked.fields(parts, turns), stream=stream, timeout_s=timeout_s)
+
+
+def budget_of(budget: pb.Budget) -> dict[str, tuple[int, int]]:
+    ranges = {name: getattr(budget, name) for name in ("vision_tokens", "visual_tokens") if budget.HasField(name)}
+    return {name: (each.least, each.most) for name, each in ranges.items()}
+
+
+def parts_of(parts: Sequence[pb.Part], where: str) -> tuple[Part, ...]:
+    """Return texts and images in their places. Raises InvalidRequest."""
+    if len(parts) > MAX_PARTS:
+        raise InvalidRequest(f"{where} may hold at most {MAX_PARTS} items", param=where)
+    return tuple(part_of(part, f"{where}.{index}") for index, part in enumerate(parts))
+
+
+def part_of(part: pb.Part, where: str) -> Part:
+    match part.WhichOneof("part"):
+        case "text":
+            return Text(part.text)
+        case "image":
+            return ImageBytes(part.image)
+        case "image_id":
+            return ImageId(part.image_id.strip())
+        case "image_url":
+            return ImageUrl(part.image_url.strip())
+    raise InvalidRequest(f"{where} is empty: set its text, image, image_id or image_url", param=where)
+
+
+def answer_message(
+    request_id: str, model: str, texts: Iterable[str], end: Finished, explain: bool
+) -> pb.AnswerResponse:
+    """Write an answer; without `texts`, the end of a stream."""
+    return pb.AnswerResponse(
+        id=request_id,
+        model=model,
+        answer="".join(texts),
+        finish_reason=FINISH_REASONS[end.finish_reason],
+        image_ids=end.image_ids,
+        usage=pb.Usage(
+            prompt_tokens=end.prompt_tokens,
+            completion_tokens=end.completion_tokens,
+            image_tokens=end.visual_tokens,
+        ),
+        vision=pb.Vision(
+            cache=CACHES[end.cache],
+            vision_tokens=end.vision_tokens,
+            visual_tokens=end.visual_tokens,
+            detail=SEEN_DETAILS[end.detail],
+            reduced=end.reduced,
+        ),
+        timing_ms=pb.TimingMs(**end.timing_ms),
+        relevance=[relevance_message(each) for each in end.relevance] if explain else [],
+    )
+
+
+def event_message(request_id: str, model: str, event: Delta | Finished, explain: bool) -> pb.AnswerEvent:
+    if isinstance(event, Delta):
+        return pb.AnswerEvent(delta=event.text)
+    return pb.AnswerEvent(end=answer_message(request_id, model, (), event, explain))
+
+
+def relevance_message(relevance: Relevance) -> pb.Relevance:
+    propositional, perspectival, participatory = (score.ravel().tolist() for score in relevance.scores)
+    particularize, explore, diversify = relevance.tensions.tolist()
+    return pb.Relevance(
+        map=relevance.map.ravel().tolist(),
+        propositional=propositional,
+        perspectival=perspectival,
+        participatory=participatory,
+        levels=relevance.levels.ravel().tolist(),
+        tensions=pb.Tensions(particularize=particularize, explore=explore, diversify=diversify),
+    )
+
+
+def kept_message(kept: KeptImage) -> pb.PutImageResponse:
+    message = pb.PutImageResponse(id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height)
+    message.expires_at.FromMilliseconds(round(kept.expires_at * 1e3))
+    return message

@@ -1,0 +1,128 @@
+"""Answer the calls of glimpse.v1.VisualQuestionAnswering, and run the server that carries them."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from service.core.answer import Delta
+from service.core.request import Request
+from service.edges.asking import to_request
+from service.edges.grpc.calls import Call, Calls
+from service.edges.grpc.edge import MAX_CALLS, GrpcEdge
+from service.edges.grpc.health import Health
+from service.edges.grpc.messages import answer_message, event_message, fields_of, kept_message, question_in
+from service.edges.grpc.stubs import vqa_pb2 as pb
+
+SERVICE = pb.DESCRIPTOR.services_by_name["VisualQuestionAnswering"].full_name
+TELLING_S = 1.0  # for callers to be told that the server ended their calls
+
+
+class VisualQuestionAnswering:
+    """Answer the service's calls. A handler reads its own message, so that its cost is reserved before it is parsed."""
+
+    def __init__(self, edge: GrpcEdge, calls: Calls) -> None:
+        self.edge = edge
+        self.calls = calls
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """Return the handlers by the names of their methods.
+
+        To a client, a call with one message is the same whether the server takes it for one message or for a stream.
+        """
+        encode = pb.AnswerResponse.SerializeToString
+        return {
+            "Answer": grpc.stream_unary_rpc_method_handler(self.answer, None, encode),
+            "StreamAnswer": grpc.stream_stream_rpc_method_handler(
+                self.stream_answer, None, pb.AnswerEvent.SerializeToString
+            ),
+            "PutImage": grpc.stream_unary_rpc_method_handler(
+                self.put_image, None, pb.PutImageResponse.SerializeToString
+            ),
+        }
+
+    async def answer(self, _: object, context: grpc.aio.ServicerContext) -> pb.AnswerResponse:
+        async with self.calls.scope(context, "Answer") as call:
+            request, explain = await self.read_question(call, stream=False)
+            texts: list[str] = []
+            async with aclosing(self.edge.pipeline.answer(request, call.reservation)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        texts.append(event.text)
+                    else:
+                        end = event
+            return answer_message(request.id, self.model, texts, end, explain)
+
+    async def stream_answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        async with self.calls.scope(context, "StreamAnswer") as call:
+            request, explain = await self.read_question(call, stream=True)
+            async with aclosing(self.edge.pipeline.answer(request, call.reservation)) as events:
+                async for event in events:
+                    await context.write(event_message(request.id, self.model, event, explain))
+
+    async def put_image(self, _: object, context: grpc.aio.ServicerContext) -> pb.PutImageResponse:
+        async with self.calls.scope(context, "PutImage") as call:
+            image = await call.image()
+            call.allow(self.edge.questions.default_timeout_s)
+            return kept_message(await self.edge.pipeline.keep_image(image, call.reservation))
+
+    async def read_question(self, call: Call, *, stream: bool) -> tuple[Request, bool]:
+        """Reserve, read and parse a question -> it, and whether to explain the answer.
+
+        Raises InvalidRequest, TooLarge, SlowBody, Overloaded.
+        """
+        message = question_in(await call.message())
+        fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
+        card, caller = self.edge.pipeline.card, call.caller
+        request = to_request(fields, card, self.edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
+        call.allow(request.timeout_s)
+        return request, message.explain
+
+    @property
+    def model(self) -> str:
+        return self.edge.pipeline.card.name
+
+
+class GrpcServer:
+    """Run the services in the current event loop."""
+
+    def __init__(self, edge: GrpcEdge) -> None:
+        self.calls = Calls(edge)
+        self.health = Health(edge, (SERVICE,))
+        self.server = grpc.aio.server(options=edge.options(), maximum_concurrent_rpcs=MAX_CALLS)
+        handlers = VisualQuestionAnswering(edge, self.calls).handlers()
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self.server)
+
+    def listen(self, host: str, port: int) -> int:
+        """Bind an address of this machine -> the port, which is chosen for 0. Raises OSError."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            return int(self.server.add_insecure_port(address))
+        except RuntimeError as exc:  # gRPC says nothing more about it
+            raise OSError(f"gRPC cannot listen on {address}") from exc
+
+    async def run(self, stopped: asyncio.Event, grace_s: float) -> None:
+        """Serve until `stopped` is set, then stop gracefully; at once if cancelled."""
+        await self.server.start()
+        try:
+            await stopped.wait()
+            await self._drain(grace_s)
+        finally:
+            await self.server.stop(None)
+
+    async def _drain(self, grace_s: float) -> None:
+        """Refuse new calls and let those in work finish within the grace. Tell the callers of the others."""
+        self.health.stop()
+        refusing = asyncio.create_task(self.server.stop(grace_s + TELLING_S))
+        await self.calls.finished(grace_s)
+        self.calls.end()
+        await self.calls.finished(TELLING_S)
+        await self.server.stop(None)
+        await refusing

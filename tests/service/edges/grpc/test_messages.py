@@ -1,0 +1,157 @@
+"""A message becomes Fields, by HTTP's rules."""
+
+import numpy as np
+import pytest
+
+from service.core.answer import Delta, Finished, KeptImage
+from service.core.errors import InvalidRequest
+from service.core.request import Exchange, ImageBytes, ImageId, ImageUrl, Priority, Text
+from service.core.vision import Relevance
+from service.edges.asking import Fields
+from service.edges.grpc.messages import (
+    MAX_PARTS,
+    answer_message,
+    chunk_in,
+    event_message,
+    fields_of,
+    kept_message,
+    question_in,
+)
+from service.edges.grpc.stubs import vqa_pb2 as pb
+from service.edges.http.schema import MAX_TURNS
+from tests.support.calls import question
+
+
+def fields(message: pb.AnswerRequest, *, stream: bool = False, timeout_s: float | None = None) -> Fields:
+    """As a caller's message comes in."""
+    return fields_of(question_in(message.SerializeToString()), stream=stream, timeout_s=timeout_s)
+
+
+def refused(message: pb.AnswerRequest) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        fields(message)
+    return caught.value
+
+
+def test_fields_that_are_left_out_have_the_defaults_of_every_transport():
+    assert fields(question("what colour?")) == Fields(parts=(Text("what colour?"),))
+
+
+def test_every_field_is_taken():
+    asked = fields(
+        question(
+            "?",
+            max_tokens=3,
+            temperature=0.5,
+            top_k=4,
+            top_p=0.5,
+            seed=0,
+            repetition_penalty=1.5,
+            stop=[".", "!"],
+            detail=pb.DETAIL_HIGH,
+            priority=pb.PRIORITY_LOW,
+            budget=pb.Budget(vision_tokens=pb.Range(least=64, most=100), visual_tokens=pb.Range(least=32, most=64)),
+            explain=True,
+        ),
+        stream=True,
+        timeout_s=3.0,
+    )
+    assert asked == Fields(
+        parts=(Text("?"),),
+        max_tokens=3,
+        temperature=0.5,
+        top_k=4,
+        top_p=0.5,
+        seed=0,
+        repetition_penalty=1.5,
+        stop=(".", "!"),
+        detail="high",
+        vision_tokens=(64, 100),
+        visual_tokens=(32, 64),
+        timeout_s=3.0,
+        priority=Priority.LOW,
+        stream=True,
+    )
+
+
+def test_texts_and_images_keep_their_places_in_questions_and_turns():
+    turn = pb.Turn(parts=[pb.Part(image=b"one"), pb.Part(text="which shape?")], answer="a circle")
+    url = pb.Part(image_url="https://x/y.png")
+    asked = fields(pb.AnswerRequest(parts=[pb.Part(text="and"), pb.Part(image_id=" img_1 "), url], turns=[turn]))
+    assert asked.parts == (Text("and"), ImageId("img_1"), ImageUrl("https://x/y.png"))
+    assert asked.turns == (Exchange((ImageBytes(b"one"), Text("which shape?")), "a circle"),)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 0.001}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": float("inf")}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["."] * 9}, "stop"),
+        ({"detail": 9}, "detail"),
+        ({"priority": 9}, "priority"),
+        ({"budget": pb.Budget(vision_tokens=pb.Range(least=-1, most=5))}, "budget.vision_tokens.0"),
+        ({"turns": [pb.Turn(answer="x")] * (MAX_TURNS + 1)}, "turns"),
+        ({"turns": [pb.Turn(parts=[pb.Part()], answer="x")]}, "turns.0.parts.0"),
+        ({"parts": [pb.Part(text="?"), pb.Part()]}, "parts.1"),
+        ({"parts": [pb.Part(text="?")] * (MAX_PARTS + 1)}, "parts"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_field(given, param):
+    error = refused(pb.AnswerRequest(**{"parts": [pb.Part(text="?")]} | given))
+    assert error.param == param
+    assert param.split(".", maxsplit=1)[0] in error.message
+
+
+def test_bytes_that_are_no_message_are_the_callers_mistake():
+    for parse in (question_in, chunk_in):
+        with pytest.raises(InvalidRequest, match=r"is not a glimpse\.v1\.") as caught:
+            parse(b"\x0a\xff")
+        assert caught.value.code == "invalid_message"
+    with pytest.raises(InvalidRequest, match=r"is not a glimpse\.v1\."):
+        question_in(b"\x0a\x04\x0a\x02\xff\xff")  # a text that is not UTF-8
+
+
+def test_an_answer_tells_everything_that_is_known():
+    relevance = Relevance(
+        np.arange(256, dtype=np.float32).reshape(16, 16) / 255,
+        np.stack([np.full((16, 16), value, np.float32) for value in (0.25, 0.5, 0.75)]),
+        np.diag([2] * 8).astype(np.int32),
+        np.array([0.1, 0.2, 0.3], np.float32),
+    )
+    timing = {"queue": 0.1, "load": 0.2, "vision": 0.3, "first_token": 0.4, "total": 0.5}
+    end = Finished("length", ("img_1",), "hit", "high", True, 12, 3, 64, (relevance,), timing)
+    told = answer_message("vqa_1", "tiny", ("a ", "ring"), end, explain=True)
+    assert (told.id, told.model, told.answer, list(told.image_ids)) == ("vqa_1", "tiny", "a ring", ["img_1"])
+    assert told.finish_reason == pb.FINISH_REASON_LENGTH
+    assert told.usage == pb.Usage(prompt_tokens=12, completion_tokens=3, image_tokens=64)
+    assert told.vision == pb.Vision(
+        cache=pb.CACHE_HIT, vision_tokens=184, visual_tokens=64, detail=pb.DETAIL_HIGH, reduced=True
+    )
+    assert told.timing_ms == pb.TimingMs(**timing)
+    (where,) = told.relevance
+    assert np.array_equal(np.array(where.map, np.float32).reshape(16, 16), relevance.map)
+    assert np.array_equal(np.array(where.levels).reshape(8, 8), relevance.levels)
+    assert (where.propositional[7], where.perspectival[7], where.participatory[7]) == (0.25, 0.5, 0.75)
+    assert np.allclose(
+        [where.tensions.particularize, where.tensions.explore, where.tensions.diversify], [0.1, 0.2, 0.3]
+    )
+
+    assert event_message("vqa_1", "tiny", Delta("a "), explain=True) == pb.AnswerEvent(delta="a ")
+    last = event_message("vqa_1", "tiny", end, explain=False).end
+    assert (last.answer, len(last.relevance), last.usage) == ("", 0, told.usage)
+
+
+def test_a_kept_image_has_its_id_size_and_end():
+    told = kept_message(KeptImage("img_1", 5, 3, 4, 1795885200.25))
+    assert (told.id, told.bytes, told.width, told.height) == ("img_1", 5, 3, 4)
+    assert told.expires_at.ToMilliseconds() == 1795885200250

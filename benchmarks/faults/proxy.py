@@ -81,6 +81,8 @@ class Proxy:
             await self._passing.wait()
             if from_server and self.way is Way.GARBAGE:
                 data = self._rng.randbytes(len(data))
+            if writer.transport.is_closing():  # it was reset meanwhile
+                raise ConnectionResetError
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def target() -> Iterator[Target]:
 async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
     """Ask questions about new images, so that every process has its buffers and every cache is full.
 
-    Returns ids of images, which stay known while questions name them. Raises RuntimeError if a question is not answered.
+    Returns ids of images, which stay known while questions name them. Raises RuntimeError if one is not answered.
     """
     client, ids = HttpClient(to.host, to.port), []
     pictures = [data for name, data in files().items() if not name.startswith("other")]
@@ -120,6 +121,7 @@ def main() -> int:
     parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the gateway first
     if told.replay:
         kept = json.loads(told.replay.with_suffix(".json").read_text())
         report = uvloop.run(replay(Mutant(told.replay.read_bytes(), tuple(kept["done"]), kept["is_whole"])))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.core.errors import InvalidRequest
-from service.edges.http.body import FORM, parse_form, read_body
+from service.edges.http.body import FORM, INLINE_PARSE_BYTES, parse_form, read_body
 from service.edges.http.edge import caller_of, edge_of, present, reserved
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import UploadedImage
@@ -26,7 +28,10 @@ async def keep_image(request: Request) -> Response:
     is_form = content_type.lower().startswith(FORM)
     max_bytes = edge.bodies.max_image_bytes + (FORM_BYTES if is_form else 0)
     body = await read_body(request, max_bytes, edge.bodies, reservation)
-    image = image_of(body, content_type) if is_form else body
+    if is_form and len(body) > INLINE_PARSE_BYTES:
+        image = await asyncio.to_thread(image_of, body, content_type)
+    else:
+        image = image_of(body, content_type) if is_form else body
     async with present(request.receive, edge.questions.default_timeout_s):
         return JsonResponse(UploadedImage.of(await edge.pipeline.keep_image(image, reservation)))
 

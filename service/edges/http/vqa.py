@@ -17,15 +17,13 @@ from service.core.answer import Delta, Finished
 from service.core.errors import Cancelled, GlimpseError, TooLarge
 from service.edges.asking import to_request
 from service.edges.caller import Caller
-from service.edges.http.body import BOM, JSON, FormPart, parse_form, read_body
+from service.edges.http.body import BOM, INLINE_PARSE_BYTES, JSON, FormPart, parse_form, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
 from service.edges.http.faults import no_question
 from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, require_small
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.pipeline import Reservation
-
-INLINE_PARSE_BYTES = 256 * 1024  # a longer body is parsed in a thread: base64 of 20 MB blocks for 50 ms
 
 router = APIRouter()
 

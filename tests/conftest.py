@@ -28,7 +28,14 @@ from tests.support.paths import PROJECT
 from tests.support.servers import Gateway, RedisServer, StartGateway, StartRedis, free_ports, started_gateway
 from tests.support.workers import Workers, tell_servers
 
-DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus", "curl": "curl", "node": "nodejs"}
+DEBIAN = "Debian, Ubuntu: sudo apt-get install"
+INSTALLED_BY = {
+    "redis-server": f"{DEBIAN} redis-server",
+    "promtool": f"{DEBIAN} prometheus",
+    "curl": f"{DEBIAN} curl",
+    "node": f"{DEBIAN} nodejs",
+    "schemathesis": "python3 scripts/set_up.py develop",
+}
 # Fixtures that start a real server, or start one that a test asks for.
 SERVERS = {"triton", "start_gateway", "starting", "start_redis"}
 LEFT_OUT = "left out"
@@ -43,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
         config.pluginmanager.register(Workers(Path(folder.name)))
-    config.addinivalue_line("markers", "needs(program): one of DEBIAN_PACKAGE that the test runs for real")
+    config.addinivalue_line("markers", "needs(program): one of INSTALLED_BY that the test runs for real")
     config.addinivalue_line("markers", "servers: starts a real server; set here for those that use SERVERS")
     config.addinivalue_line(
         "markers", "slow: builds or trains a model, starts many processes, or takes more than two seconds"
@@ -104,7 +111,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         (program,) = mark.args
         if shutil.which(program) is None:
-            said = f"{program} is not installed (Debian, Ubuntu: sudo apt-get install {DEBIAN_PACKAGE[program]})"
+            said = f"{program} is not installed ({INSTALLED_BY[program]})"
             if "CI" in os.environ:
                 pytest.fail(said, pytrace=False)
             item.user_properties.append((LEFT_OUT, said))  # a worker's report carries it to the summary

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,7 @@ def main() -> int:
     parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the gateway first
     if told.replay:
         kept = json.loads(told.replay.with_suffix(".json").read_text())
         report = uvloop.run(replay(Mutant(told.replay.read_bytes(), tuple(kept["done"]), kept["is_whole"])))

@@ -119,9 +119,9 @@ def grown(samples: list[tuple[int, dict[str, int]]]) -> list[str]:
     ]
 
 
-def growth_of(samples: list[tuple[int, dict[str, int]]]) -> dict[str, float]:
-    """By role, the share by which memory has grown since the first SETTLED requests; empty for a short campaign."""
-    later = [held for done, held in samples if done > SETTLED]
+def growth_of(samples: list[tuple[int, dict[str, int]]], since: int = SETTLED) -> dict[str, float]:
+    """By role, the share by which memory has grown since so many requests; empty for a short campaign."""
+    later = [held for done, held in samples if done > since]
     if len(later) < 8:
         return {}
     first, last = later[:4], later[-4:]
@@ -165,7 +165,8 @@ def report_of(campaign: Campaign, count: int, wrong: list[str], target: Target) 
         "retried_for_overload": campaign.overloads,
         "slowest_answer_s": round(campaign.slowest_s, 2),
         "decoders_ended": dict(ends),
-        "memory_growth": {role: round(growth, 4) for role, growth in growth_of(campaign.memory).items()},
+        f"memory_growth_since_{SETTLED}": _rounded(growth_of(campaign.memory)),
+        "memory_growth_of_the_second_half": _rounded(growth_of(campaign.memory, count // 2)),
         "memory_mb": [
             [done, {role: round(held / 1e6, 1) for role, held in by_role.items()}]
             for done, by_role in campaign.memory[:: max(1, len(campaign.memory) // 20)]
@@ -174,3 +175,7 @@ def report_of(campaign: Campaign, count: int, wrong: list[str], target: Target) 
         "faults": campaign.faults,
         "wrong": wrong,
     }
+
+
+def _rounded(growth: dict[str, float]) -> dict[str, float]:
+    return {role: round(share, 4) for role, share in growth.items()}

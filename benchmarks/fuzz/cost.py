@@ -6,6 +6,7 @@ The candidates are files that are slow to decode and pass every check, and the k
 from __future__ import annotations
 
 import resource
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from struct import pack
@@ -145,6 +146,7 @@ async def measure() -> dict[str, Any]:
     for name, make in {**SLOW, **BOMBS}.items():
         data = make()
         seconds, word = await one(data)
+        sys.stderr.write(f"{seconds:6.2f} s  {name}: {word}\n")
         found.append({"image": name, "bytes": len(data), "cpu_s": round(seconds, 2), "outcome": word})
     found.sort(key=lambda each: -float(str(each["cpu_s"])))
     return {

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.bench.models import PROJECT
 
 HOOKS = "benchmarks.fuzz.schema_hooks"
+PHASES = "examples,coverage,fuzzing,stateful"
 
 
 def program() -> str:
@@ -25,24 +26,26 @@ def program() -> str:
 
 
 def run(url: str, examples: int, seed: int, folder: Path) -> dict[str, Any]:
-    """A report; `folder` gets what schemathesis says. Raises RuntimeError if it is not installed."""
+    """A report; what schemathesis says is in `folder`/schema.log too. Raises RuntimeError if it is not installed."""
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / "schema.json"
     found.unlink(missing_ok=True)
-    command = [
-        program(),
-        "run",
-        f"{url}/openapi.json",
-        "--checks",
-        "all",
-        "--phases",
-        "examples,coverage,fuzzing,stateful",
-    ]
+    command = [program(), "run", f"{url}/openapi.json", "--checks", "all", "--phases", PHASES, "--continue-on-failure"]
     command += ["--max-examples", str(examples), "--seed", str(seed), "--generation-database", "none", "--no-color"]
-    command += ["--continue-on-failure", "--report", "json", "--report-json-path", str(found)]
+    command += ["--report", "json", "--report-json-path", str(found)]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": HOOKS, "PYTHONPATH": str(PROJECT)}
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     (folder / "schema.log").write_text(ran.stdout + ran.stderr)
     said = json.loads(found.read_text()) if found.exists() else {}
-    wrong = [] if ran.returncode == 0 else [ran.stdout[-4000:] + ran.stderr[-2000:]]
-    return {"examples": examples, "seed": seed, "exit_status": ran.returncode, "said": said, "wrong": wrong}
+    return {
+        "schemathesis": said.get("schemathesis_version"),
+        "examples": examples,
+        "seed": seed,
+        "seconds": round(said.get("running_time", 0.0), 1),
+        "operations": said.get("operations", {}).get("tested"),
+        "phases": {name: phase["status"] for name, phase in said.get("phases", {}).items()},
+        "cases": said.get("test_cases", {}).get("generated"),
+        "answers_to_valid_cases": said.get("valid_rates"),
+        "failures": said.get("failures"),
+        "wrong": [] if ran.returncode == 0 else [ran.stdout[-4000:] + ran.stderr[-2000:]],
+    }

@@ -122,7 +122,8 @@ async def send_patiently(mutant: Mutant, client: HttpClient, tries: int = 8) -> 
         outcome = await send(mutant, client)
         if outcome.response is not None and is_overload(outcome.response):
             if overloads == tries:
-                return replace(outcome, fault="always overloaded"), overloads
+                waits_too_long = outcome.word == "429 deadline" and b"timeout_s" in mutant.request
+                return replace(outcome, fault="" if waits_too_long else "always overloaded"), overloads
             overloads += 1
             await asyncio.sleep(min(0.1 * 2**overloads, 5.0))
         elif outcome.fault == "no answer in time" and not slow:

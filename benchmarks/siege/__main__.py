@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def main() -> int:
     parser.add_argument("--max-connections", type=int, help="the gateway's setting, if not its default")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the gateway first
     full = {
         name: value for name, value in asdict(Attack("", 0, 0)).items() if name not in ("host", "port", "duration_s")
     }

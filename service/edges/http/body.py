@@ -19,6 +19,8 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 BOM = b"\xef\xbb\xbf"  # of UTF-8, which some editors write
 MAX_PARTS = 64
+MAX_BOUNDARIES = 2 * MAX_PARTS  # in a form's body, with those that only look like one
+MAX_PADDING = 64  # blanks after a boundary
 MAX_NAME_CHARS = 100  # of a field's name in an error
 
 
@@ -111,12 +113,14 @@ async def parse_form(body: Sequence[bytes], content_type: str) -> list[FormPart]
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
         raise _bad_form("its content-type names no boundary")
-    reader = _FormReader()
+    reader, boundaries = _FormReader(), _Boundaries(boundary)
     try:
         parser = MultipartParser(boundary, reader.callbacks)  # type: ignore[arg-type]
         for piece in body:
             for start in range(0, len(piece), SLICE_BYTES):
-                parser.write(piece[start : start + SLICE_BYTES])
+                part = piece[start : start + SLICE_BYTES]
+                boundaries.take(part)
+                parser.write(part)
                 if len(piece) >= SLICE_BYTES:
                     await asyncio.sleep(0)
         parser.finalize()
@@ -125,6 +129,36 @@ async def parse_form(body: Sequence[bytes], content_type: str) -> list[FormPart]
     if not reader.ended:
         raise _bad_form("it ends before its last boundary")
     return reader.parts
+
+
+class _Boundaries:
+    """Count the boundaries of a form, and what looks like one.
+
+    The parser takes other bytes at once, but goes byte by byte over these and over blanks after them.
+    """
+
+    def __init__(self, boundary: bytes) -> None:
+        self._boundary = b"\r\n--" + boundary
+        self._count = 0
+        self._rest = b""  # may hold the beginning of one
+
+    def take(self, piece: bytes) -> None:
+        """Raises InvalidRequest."""
+        window, place = self._rest + piece, 0
+        end = max(0, len(window) - MAX_PADDING - 1)  # what begins later may go on in the next piece
+        while (found := window.find(self._boundary, place, end)) >= 0:
+            place = found + len(self._boundary)
+            self._count += 1
+            if self._count == MAX_BOUNDARIES:
+                raise _too_many_parts()
+            padding = window[place : place + MAX_PADDING + 1]
+            if len(padding) > MAX_PADDING and not padding.strip(b" \t"):
+                raise _bad_form(f"it has more than {MAX_PADDING} blanks after a boundary")
+        self._rest = window[max(place, end - len(self._boundary) + 1, 0) :]
+
+
+def _too_many_parts() -> InvalidRequest:
+    return InvalidRequest(f"the form has more than {MAX_PARTS} parts: send fewer images, or each one by its id")
 
 
 def _bad_form(why: str) -> InvalidRequest:
@@ -151,7 +185,7 @@ class _FormReader:
 
     def _part_begin(self) -> None:
         if len(self.parts) == MAX_PARTS:
-            raise InvalidRequest(f"the form has more than {MAX_PARTS} parts: send fewer images, or each one by its id")
+            raise _too_many_parts()
         self.parts.append(FormPart())
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import os
+import time
 import zlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,7 +15,9 @@ import pytest
 import pytest_asyncio
 
 from service.admission.quota import Cost
+from service.core.errors import InvalidRequest
 from service.edges.http.application import http_api
+from service.edges.http.body import parse_form
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
 from tests.support.fakes import House, png
 
@@ -160,3 +163,35 @@ async def test_a_body_at_the_least_rate_may_go_on():
 
     assert (await caller.http.post("/v1/images", content=slowly())).status_code == 200
     await caller.close()
+
+
+BOUNDARY = "glimpse"
+PART = b'content-disposition: form-data; name="question"\r\n\r\nwhat?'
+
+
+def form_of(*parts: bytes, after: bytes = b"\r\n") -> bytes:
+    return b"--glimpse\r\n" + (b"\r\n--glimpse" + after).join(parts) + b"\r\n--glimpse--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (form_of(PART, PART, after=b" " * 20_000_000 + b"\r\n"), "more than 64 blanks after a boundary"),
+        (form_of(PART)[:-4] + b"\t" * 20_000_000, "more than 64 blanks after a boundary"),
+        (form_of(PART + b"\r\n--glimpsex" * 2_000_000), "more than 64 parts"),
+        (form_of(PART + b"\r\n--glimpse-x" * 2_000_000), "more than 64 parts"),
+        (form_of(PART + b"\r\n--glimpse\rx" * 2_000_000), "more than 64 parts"),
+        (form_of(*[PART] * 65), "more than 64 parts"),
+    ],
+    ids=["padding", "padding without end", "longer", "almost the last", "almost a boundary", "parts"],
+)
+def test_a_form_costs_little_whatever_stands_where_a_boundary_may(body, said):
+    started = time.process_time()
+    with pytest.raises(InvalidRequest, match=said):
+        parse_form(body, f"multipart/form-data; boundary={BOUNDARY}")
+    assert time.process_time() - started < 0.3
+
+
+def test_a_boundary_may_have_some_padding():
+    parts = parse_form(form_of(*[PART] * 64, after=b" \t" * 32 + b"\r\n"), f"multipart/form-data; boundary={BOUNDARY}")
+    assert [bytes(part.data) for part in parts] == [b"what?"] * 64

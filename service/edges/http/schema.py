@@ -63,9 +63,12 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+FLAG_WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
 def _flag(value: object) -> object:
     """A form's words for a flag, in any case: some clients write True."""
-    found = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+    found = FLAG_WORDS.get(value.lower()) if isinstance(value, str) else value
     if found is None:
         raise ValueError("must be true or false")
     return found
@@ -121,6 +124,12 @@ def _given(name: str, kind: str) -> dict[str, Any]:
 WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
 GREEDY_OR_DRAWN: dict[str, Any] = {"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}
 Tokens = Annotated[int, Field(ge=0, le=1_000_000), WHOLE]
+FormFlag = Annotated[
+    bool,
+    or_default(False),
+    BeforeValidator(_flag),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": [*FLAG_WORDS, "True", "False"]}, {"type": "null"}]}),
+]
 Flag = Annotated[bool, or_default(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
 Temperature = Annotated[
     float,
@@ -248,10 +257,8 @@ class VqaForm(Asked):
     budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text('{"vision_tokens": [64, 128]}'))] = Field(
         None, description="JSON text, as in JSON's `budget`."
     )
-    stream: Annotated[Flag, BeforeValidator(_flag)] = Field(False, description=Asked.model_fields["stream"].description)
-    explain: Annotated[Flag, BeforeValidator(_flag)] = Field(
-        False, description=Asked.model_fields["explain"].description
-    )
+    stream: FormFlag = Field(False, description=Asked.model_fields["stream"].description)
+    explain: FormFlag = Field(False, description=Asked.model_fields["explain"].description)
 
     @classmethod
     async def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:

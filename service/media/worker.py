@@ -20,10 +20,14 @@ from dataclasses import dataclass
 from service.core.errors import GlimpseError
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
 from service.media.decoder import ImageLimits, decode
+from service.media.header import header_size
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
-KEPT_BYTES = 64 * 1024 * 1024
+HEAP_BLOCK_BYTES = 32 * 1024 * 1024  # larger ones are mapped; glibc takes no more
+KEPT_BYTES = 512 * 1024 * 1024
+IDLE_S = 2.0  # then freed memory goes back to the system
+PIXELS_FOR_CPU_S = 25_000_000  # so many pixels have the CPU time of a small image once more
 PACKET_BYTES = 65_536
 VIEWS = (IMAGE_SIZE, CLOSER_SIZE)
 PIXEL_BYTES = -(-sum(3 * size * size for size in VIEWS) // mmap.PAGESIZE) * mmap.PAGESIZE  # the image lies behind them
@@ -34,7 +38,7 @@ class WorkerLimits:
     """What one image may cost, and where the gateway is."""
 
     image: ImageLimits
-    cpu_s: float
+    cpu_s: float  # of a small image: see `allowed_cpu_s`
     memory_bytes: int  # beyond what the idle process takes
     parent: int  # process id
     control: int  # file descriptor of the socket
@@ -57,20 +61,41 @@ def main(limits: WorkerLimits) -> None:
     control = socket.socket(fileno=limits.control)
     with control, mmap.mmap(limits.memory, limits.shared_bytes) as memory:
         control.send(b"ready")
-        while packet := control.recv(PACKET_BYTES):
-            # The default action of the timer's signal ends the process, whatever the decoder is doing.
-            signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-            reply = answered(json.loads(packet), memory, limits.image)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+        while packet := next_packet(control):
+            reply = answered(json.loads(packet), memory, limits)
             control.send(json.dumps(reply).encode())
 
 
-def answered(request: Mapping[str, list[int]], memory: mmap.mmap, limits: ImageLimits) -> dict[str, object]:
+def next_packet(control: socket.socket) -> bytes:
+    """Empty if the gateway has closed the socket."""
+    control.settimeout(IDLE_S)
+    try:
+        return control.recv(PACKET_BYTES)
+    except TimeoutError:
+        give_memory_back()
+    control.settimeout(None)
+    return control.recv(PACKET_BYTES)
+
+
+def allowed_cpu_s(data: bytes, cpu_s: float, max_pixels: int) -> float:
+    """The CPU time for one image. It grows with the pixels that its header tells, which a decoder holds it to: a large
+    honest picture takes seconds on a slow machine. No more than for the largest picture that is allowed.
+    """
+    width, height = header_size(data) or (0, 0)
+    return cpu_s * (1 + min(width * height, max_pixels) / PIXELS_FOR_CPU_S)
+
+
+def answered(request: Mapping[str, list[int]], memory: mmap.mmap, limits: WorkerLimits) -> dict[str, object]:
     """Decode the image in the memory and leave its views there, one behind the other."""
     (nbytes,), views = request["nbytes"], request["views"]
+    data = memory[PIXEL_BYTES : PIXEL_BYTES + nbytes]
     try:
-        decoded = decode(memory[PIXEL_BYTES : PIXEL_BYTES + nbytes], limits, views)
+        # The default action of the timer's signal ends the process, whatever the decoder is doing.
+        signal.setitimer(signal.ITIMER_PROF, allowed_cpu_s(data, limits.cpu_s, limits.image.max_pixels))
+        decoded = decode(data, limits.image, views)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     except GlimpseError as error:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         return {"error": type(error).__name__, "message": error.message}
     offset = 0
     for size in views:
@@ -81,11 +106,17 @@ def answered(request: Mapping[str, list[int]], memory: mmap.mmap, limits: ImageL
 
 
 def keep_freed_memory() -> None:
-    """Take large blocks from the heap and keep them: fresh pages cost about 4 ms for an image of 4 MB."""
+    """Take large blocks from the heap and keep them: fresh pages cost about a tenth of a large image's time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+        libc.mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def give_memory_back() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def end_with(parent: int) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge, Unavailable
 from service.media.decoder import ImageLimits, decode
+from service.media.worker import allowed_cpu_s
 from service.media.workers import DecodingWorkers
 from tests.support.fakes import until
 from tests.support.paths import PROJECT
@@ -60,6 +62,14 @@ def is_running(pid: int) -> bool:
 def cpu_s(pid: int) -> float:
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def minor_faults(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
+def resident_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def shared_memories() -> int:
@@ -110,13 +120,45 @@ async def test_a_worker_refuses_what_the_decoder_refuses_and_goes_on(one, data):
 
 
 async def test_an_image_that_takes_too_much_cpu_time_is_refused_and_another_worker_goes_on():
-    async with workers(SERVED, cpu_s=0.1) as found:
+    async with workers(SERVED, cpu_s=0.05) as found:
         found.start()
         (before,) = found.pids
-        with pytest.raises(TooLarge, match=r"more than 0\.1 s of CPU time: send it smaller"):
+        with pytest.raises(TooLarge, match=r"more than 0\.12 s of CPU time: send it smaller"):
             await found.decode(LARGE, (224,))
         assert not is_running(before)
         assert (await found.decode(SMALL, (224,))).width == 300
+
+
+@pytest.mark.parametrize(
+    ("data", "allowed"),
+    [(SMALL, 2.0), (bombs.png(5000, 5000), 4.0), (bombs.png(7000, 7000), 5.92), (b"no image", 2.0),
+     (bombs.png(1, 1)[:16] + b"\xff" * 8 + bytes(20), 6.0), (b"\x89PNG\r\n\x1a\n", 2.0)],
+)  # fmt: skip
+def test_cpu_time_grows_with_the_pixels_and_is_bounded(data, allowed):
+    assert allowed_cpu_s(data, 2.0, SERVED.max_pixels) == pytest.approx(allowed, abs=0.01)
+
+
+async def test_a_large_honest_image_has_the_cpu_time_that_it_takes():
+    """Where an image of few pixels that takes as much would be refused."""
+    data = bombs.png(7000, 7000, depth=8)
+    began = time.thread_time()
+    decode(data, SERVED)
+    took_s = time.thread_time() - began
+    async with workers(SERVED, cpu_s=0.7 * took_s) as found:
+        assert (await found.decode(data, (224,))).width == 7000
+
+
+async def test_a_busy_worker_keeps_its_memory_and_an_idle_one_gives_it_back():
+    data = bombs.png(5000, 4000, depth=8, colours=2)
+    async with workers(SERVED) as found:
+        await found.decode(data, (224,))
+        (pid,) = found.pids
+        before = minor_faults(pid)
+        for _ in range(3):
+            await found.decode(data, (224,))
+        assert minor_faults(pid) - before < 1000  # 20,000 an image if all its pages are fresh
+        held = resident_mb(pid)
+        await until(lambda: resident_mb(pid) < held - 30)
 
 
 async def test_cpu_time_is_counted_for_each_image_by_itself():

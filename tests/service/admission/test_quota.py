@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.admission.drain_rate import DrainRate
-from service.admission.quota import Cost, Quota
+from service.admission.quota import UNITS, Cost, Quota, Refusal
 
 LIMITS = Cost(nbytes=1000, pixels=100, tokens=50)
 costs = st.builds(Cost, st.integers(0, 400), st.integers(0, 40), st.integers(0, 20))
@@ -53,8 +53,11 @@ def test_a_closed_house_takes_nobody_and_lets_everybody_out():
     quota = Quota(LIMITS)
     quota.reserve(Cost(tokens=5), "", 0.0)
     quota.closed = True
-    assert quota.refusal(Cost(), "").code == "shutting_down"
-    quota.give_back(Cost(tokens=5), "", 1.0)
+    stopping = Refusal("shutting_down", "This server is stopping. Retry: another one answers.", 1.0)
+    assert quota.refusal(Cost(), "") == stopping
+    assert quota.reserve(Cost(tokens=1), "", 0.5) == stopping
+    assert quota.reserve(Cost(tokens=1), "", 0.5, inside=True) is None
+    quota.give_back(Cost(tokens=6), "", 1.0)
     assert quota.held == Cost()
 
 
@@ -132,3 +135,32 @@ def test_only_a_unit_that_is_more_than_half_held_is_measured():
         quota.give_back(Cost(tokens=50), "", second + 0.5)
     quota.reserve(Cost(tokens=100), "", 30.0)
     assert quota.refusal(Cost(tokens=10), "").retry_after_s == 0.0
+
+
+def test_a_refusal_says_what_is_in_use_and_what_was_kept_free_counts_as_used():
+    quota = Quota(Cost(nbytes=100_000, pixels=100, tokens=5_000))
+    assert quota.reserve(Cost(tokens=3_000), "", 0.0) is None
+    assert quota.refusal(Cost(tokens=1_500), "", keep_free=Cost(tokens=500)) is None
+    for refusal in (
+        quota.refusal(Cost(tokens=1_501), "", keep_free=Cost(tokens=500)),
+        quota.reserve(Cost(tokens=1_501), "", 0.0, keep_free=Cost(tokens=500)),
+    ):
+        assert refusal is not None
+        assert refusal.code == "saturated"
+        assert (
+            refusal.message
+            == f"The server is at its limit of {UNITS['tokens']} (3,000 of 4,500 are in use). Retry later."
+        )
+    assert quota.held == Cost(tokens=3_000)
+
+
+def test_a_tenant_may_hold_its_whole_share_and_not_one_more():
+    """Three times what is free: 810 of 4,000 are."""
+    quota = Quota(Cost(tokens=4_000))
+    assert quota.reserve(Cost(tokens=800), "", 0.0) is None
+    assert quota.reserve(Cost(tokens=2_390), "a", 0.0) is None
+    assert quota.refusal(Cost(tokens=40), "a") is None
+    refusal = quota.refusal(Cost(tokens=41), "a")
+    assert refusal is not None
+    assert refusal.code == "tenant_share"
+    assert refusal.message == f"Tenant a is at its share of {UNITS['tokens']} (2,390 of 4,000 are in use). Retry later."

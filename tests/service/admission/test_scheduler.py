@@ -290,6 +290,22 @@ def test_a_claim_that_cannot_end_in_time_is_dropped_before_it_starts():
     assert house.waiting == []
 
 
+def test_who_waited_past_its_deadline_is_refused_by_name():
+    house = House()
+    house.submit(first := claim(amount=LLM_TOKENS), 0.0)
+    house.schedule(0.0)
+    house.submit(late := claim(deadline=2.0), 0.0)
+    _, expired = house.scheduler.schedule(3.0)
+    assert expired == [late]
+    refusal = house.scheduler.expired(late)
+    assert refusal.code == "deadline"
+    assert refusal.message == (
+        "The request waited in the queue until too little of timeout_s was left. Raise timeout_s or retry later."
+    )
+    assert late.over
+    assert not first.over
+
+
 def test_who_would_wait_past_its_deadline_is_refused_with_the_wait():
     house = House(vision_slots=1)
     queue = deque(slot(arrived=0.0) for _ in range(10))

@@ -17,6 +17,7 @@ import random
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -154,12 +155,14 @@ class Heard:
 
 
 class GlimpseAsker:
-    """Ask Glimpse and stream the answer; a follow-up names its image by the id from an earlier answer."""
+    """Ask Glimpse and stream the answer; a follow-up names its image by the id from an earlier answer.
+
+    Gateways are asked in turn. If one is dead, the next one is asked, as a load balancer does.
+    """
 
     def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[HttpClient]) -> None:
         self._plan, self._clock, self._scenes = plan, clock, scenes
-        self._clients = itertools.cycle(clients)
-        self._ids: dict[int, str] = {}
+        self._gateways = deque((client, dict[int, str]()) for client in clients)  # each knows other ids
 
     async def ask(self, ask: Ask, result: Result) -> None:
         fields: dict[str, Any] = {
@@ -170,7 +173,23 @@ class GlimpseAsker:
         }
         if self._plan.visual_tokens:
             fields["budget"] = {"visual_tokens": list(self._plan.visual_tokens)}
-        known = self._ids.get(ask.images[0]) if ask.follow_up else None
+        self._gateways.rotate(-1)
+        *others, last = self._gateways
+        for client, ids in others:
+            try:
+                await self._answer(client, ids, ask, fields, result)
+            except OSError:
+                if result.first is not None:
+                    raise
+            else:
+                return
+        await self._answer(*last, ask, fields, result)
+
+    async def _answer(
+        self, client: HttpClient, ids: dict[int, str], ask: Ask, fields: dict[str, Any], result: Result
+    ) -> None:
+        """Raises AskFailed, Aborted, OSError."""
+        known = ids.get(ask.images[0]) if ask.follow_up else None
         if known:
             body, kind = json.dumps(fields | {"image": known}).encode(), "application/json"
         else:
@@ -181,7 +200,7 @@ class GlimpseAsker:
             if b'"delta"' in data:
                 heard.token()
 
-        response = await next(self._clients).post("/v1/vqa", body, kind, piece, ask.cancel_after_s)
+        response = await client.post("/v1/vqa", body, kind, piece, ask.cancel_after_s)
         end = self._end_of(response)
         result.tokens = end["usage"]["completion_tokens"]
         result.text_tokens = end["usage"]["prompt_tokens"]
@@ -193,7 +212,7 @@ class GlimpseAsker:
             result.first = self._clock.now()
         for number, name in zip(ask.images, end["image_ids"], strict=True):
             if number < KNOWN:
-                self._ids[number] = name
+                ids[number] = name
 
     @staticmethod
     def _end_of(response: Response) -> dict[str, Any]:

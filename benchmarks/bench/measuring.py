@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def _sum(processes: list[Process], what: str) -> dict[str, int]:
     return found
 
 
-def measure(system: Running, plan: Plan) -> Measurement:
-    """Run the load to its end. Raises RuntimeError if the load generator fails."""
+def measure(system: Running, plan: Plan, began: Callable[[], None] | None = None) -> Measurement:
+    """Run the load to its end; `began` is called when it begins. Raises RuntimeError if the load generator fails."""
     out = system.folder / "load.json"
     plan = replace(plan, system=system.asked_as, urls=list(system.urls), out=str(out))
     log = Path(system.folder / "load.log")
@@ -106,6 +107,8 @@ def measure(system: Running, plan: Plan) -> Measurement:
             with Watch(system) as watch:
                 before = system.processes()
                 _tell(load, "go")
+                if began is not None:
+                    began()
                 _expect(load, "end", log)
                 after = system.processes()
         finally:

@@ -5,6 +5,7 @@ repeat      the first question about an image against later ones; repeated image
 request_mix 4 new images and 12 follow-ups against 16 new images; follow-ups against one queue in order of arrival
 one_encode  50 requests for one new image at once, through one gateway and through two that share a Redis
 overload    three times the service's capacity, with elastic fidelity and without
+deaths      three times the capacity while a gateway and a Triton are killed
 soak        every workload in turn, with clients that hang up
 parts       glimpse with each of its parts switched off
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.bench.deaths import deaths
 from benchmarks.bench.load import Arrivals
 from benchmarks.bench.measuring import measure, sample
 from benchmarks.bench.models import BUILD, ready
@@ -397,6 +399,7 @@ SCENARIOS: dict[str, Callable[[str, float, int], dict[str, Any]]] = {
     "request_mix": request_mix,
     "one_encode": one_encode,
     "overload": overload,
+    "deaths": deaths,
     "soak": soak,
     "parts": parts,
 }

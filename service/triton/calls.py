@@ -33,7 +33,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     # The client reconnects to a restarted Triton within 0.5 s; gRPC's default back-off grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # no back-off, but the time for one attempt: a busy Triton greets late
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 SILENCE_S = 5.0  # without an answer of any request: the model does not answer

@@ -18,7 +18,7 @@ from benchmarks.bench.systems import Running
 from benchmarks.bench.workloads import KNOWN, Workload
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.triton_server.supervision import EmbeddedTriton
-from tests.support.servers import Gateway, StartGateway
+from tests.support.servers import Gateway, StartGateway, free_ports
 
 IN_TIME_S = 60.0  # the tests share their cores
 
@@ -43,6 +43,18 @@ def test_a_closed_loop_asks_again_when_it_is_answered(running: Running):
         assert result["tokens"] >= 1
     assert found.cpu_s["gateway"] > 0
     assert found.samples[0].memory_mb["gateway"] > 20
+
+
+def test_a_dead_gateway_is_passed_over(gateway: Gateway, tmp_path: Path):
+    """Ids are asked only where they are known."""
+    dead = f"http://127.0.0.1:{free_ports(1)[0]}"
+    up = Running("glimpse", (dead, gateway.url), (gateway.process.pid,), tmp_path)
+    begun: list[bool] = []
+    found = measure(
+        up, plan(Workload("mixed"), Arrivals(clients=2), first_new=KNOWN + 5000), lambda: begun.append(True)
+    )
+    assert Counter(result["outcome"] for result in found.results) == {"ok": 12}
+    assert begun == [True]
 
 
 def test_an_open_loop_sends_at_its_times(running: Running):

@@ -7,6 +7,7 @@ import json
 import pytest
 from PIL import Image
 
+from benchmarks.bench.deaths import good_per_s, refusals_s
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, Sample
 from benchmarks.bench.report import table, text, write
@@ -81,6 +82,17 @@ def test_nobody_answered_is_no_latency():
     figures = summary(measured(result(0.0, 0.1, "saturated", first=None)), slo_s=1.0)
     assert figures["requests_per_s"] == 0
     assert figures["first_token_ms"] is None
+
+
+def test_time_in_which_nobody_can_answer_does_not_count():
+    results = [result(at, at + 0.5) for at in (0.0, 1.0, 6.0, 7.5)]
+    results += [result(2.0, 2.01, "unavailable"), result(2.5, 6.0), result(7.0, 7.1, "deadline")]
+    assert good_per_s(results, [], 1.0) == pytest.approx(4 / 8)
+    assert good_per_s(results, [(2.0, 6.0)], 1.0) == pytest.approx(4 / 4)
+    assert good_per_s(results, [(6.0, 9.0)], 1.0) == pytest.approx(4 / 6)  # the load ended at 8
+    assert good_per_s([], [], 1.0) == 0.0
+    late = measured(*results, result(3.0, 4.0, "saturated"))
+    assert refusals_s(late, [(2.0, 6.0)]) == [pytest.approx(0.1)]
 
 
 def test_a_ratio_is_of_medians_with_the_rounds_spread():

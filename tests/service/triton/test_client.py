@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -678,3 +679,37 @@ async def test_a_model_that_requests_find_dead_fails_until_one_is_answered(card:
         await client.probe("attend", card, fresh_s=60)
         assert not client.failing("attend")
         assert client.failing("see")
+
+
+async def delayed(port: int, delay_s: float) -> asyncio.Server:
+    """In front of a port: what the server says first comes that much later."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wait_s: float) -> None:
+        with suppress(ConnectionError):
+            await asyncio.sleep(wait_s)
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, back, 0.0), pump(there, writer, delay_s))
+
+    return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+
+async def test_a_triton_that_greets_late_is_waited_for():
+    """As a busy machine's does. An attempt that is given up too early never succeeds."""
+    answer = grpc.unary_unary_rpc_method_handler(lambda *_: b"\x08\x01")  # ready: true
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ServerReady": answer})]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    async with await delayed(port, 1.0) as proxy:
+        url = f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+        async with TritonClient(url, url) as late:
+            assert await late.ready(timeout_s=4.0)
+    server.stop(0)

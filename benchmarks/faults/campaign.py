@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks.bench.scenes import Scenes
 from benchmarks.faults.catalogue import CATALOGUE, Kind
-from benchmarks.faults.clients import OK, Asker, Client, Entry, Images, Ledger, Question, pool_of
+from benchmarks.faults.clients import OK, TIMEOUT_S, Asker, Client, Entry, Images, Ledger, Question, pool_of
 from benchmarks.faults.invariants import SETTLE_S, Episode, Probe, Records, patience_of
 from benchmarks.faults.world import START_S, Gateway, World
 
@@ -22,6 +22,7 @@ PROBE_S = 0.2  # between two questions whether a gateway is ready
 PROBE_TIMEOUT_S = 1.5
 LOOK_S = 0.1  # between two looks whether all is well again
 GIVE_UP_S = 60.0  # without a recovery: everything is started again
+MOST_TIMEOUT_S = 30.0  # of a request on a busy machine
 CALM_S = 3.0  # of load before the first fault and after the last
 HELD = re.compile(
     r"^(glimpse_(?:admitted_cost|requests_waiting|requests_running|resource_used|requests_in_flight)\S*) (\S+)$", re.M
@@ -88,6 +89,8 @@ class Campaign:
             for name, gateway in self._world.gateways.items()
             for _ in range(CLIENTS)
         ]
+        for asker in (*askers, *self._checkers.values()):
+            asker.timeout_s = min(TIMEOUT_S * self._patience, MOST_TIMEOUT_S)
         async with asyncio.TaskGroup() as tasks:
             probing = [tasks.create_task(self._probe(gateway)) for gateway in self._world.gateways.values()]
             for asker in askers:

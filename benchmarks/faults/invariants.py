@@ -168,25 +168,37 @@ def same_answers(records: Records) -> Iterator[Violation]:
 
 
 def ready_is_true(records: Records) -> Iterator[Violation]:
-    """Ready may not say yes between two failures with no answer in between, the first of which is READY_S old."""
+    """Ready may not still say yes READY_S after requests of a kind began to fail, none of which was answered since.
+
+    If it said no meanwhile, it counts from the first failure after that: the part may have died again.
+    """
     for gateway in records.starts:
+        probes = [probe for probe in records.probes if probe.gateway == gateway]
         for kind in ("new", "follow_up"):
             asked = (*records.entries, *records.checks)
             own = [entry for entry in asked if (entry.gateway, entry.kind) == (gateway, kind)]
-            yes = [probe for probe in records.probes if probe.gateway == gateway and probe.status == 200]
-            failing: float | None = None
+            failed: list[Entry] = []  # since the last answer
             for entry in sorted(own, key=lambda entry: entry.ended):
-                if entry.outcome in SILENT:
-                    failing = failing if entry.outcome != OK else None
-                elif failing is None:
-                    failing = entry.ended
-                else:
-                    lies = (probe for probe in yes if failing + records.ready_s < probe.sent < probe.ended < entry.sent)
-                    if lie := next(lies, None):
-                        after_s = lie.sent - failing
-                        yield _of(records, entry, "ready is true",
-                                  f"ready said 200 {after_s:.1f} s after {kind} requests began to fail")  # fmt: skip
-                        failing = None
+                if entry.outcome == OK:
+                    failed = []
+                elif entry.outcome not in SILENT:
+                    failed.append(entry)
+                    if (after_s := _lie(failed, probes, records.ready_s)) is not None:
+                        what = f"ready said 200 {after_s:.1f} s after {kind} requests began to fail"
+                        yield _of(records, entry, "ready is true", what)
+                        failed = []
+
+
+def _lie(failed: Sequence[Entry], probes: Sequence[Probe], ready_s: float) -> float | None:
+    """Return how long after a failure ready still said yes, although the last request failed too, or None."""
+    began = failed[0].ended
+    between = [probe for probe in probes if began < probe.sent and probe.ended < failed[-1].sent]
+    for probe in between:
+        if probe.status != 200:
+            began = next((entry.ended for entry in failed if entry.ended > probe.ended), float("inf"))
+        elif probe.sent - began > ready_s:
+            return probe.sent - began
+    return None
 
 
 def no_false_alarm(records: Records) -> Iterator[Violation]:

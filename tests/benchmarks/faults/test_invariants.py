@@ -123,6 +123,10 @@ def test_ready_says_no_two_seconds_after_requests_began_to_fail() -> None:
         assert broken(records(*failing, episodes=(fault,), probes=probes)) == wanted
     between = entry(11.5, 13.5)  # an answer: the failures are two stories
     assert broken(records(*failing, between, episodes=(fault,), probes=(probe(14.0),))) == set()
+    again = (*failing, entry(16.0, 16.1, "unavailable"), entry(19.0, 19.1, "unavailable"))
+    said_no = probe(14.0, 503)  # and then the part was back, and died again
+    assert broken(records(*again, episodes=(fault,), probes=(said_no, probe(14.5), probe(15.5)))) == set()
+    assert broken(records(*again, episodes=(fault,), probes=(said_no, probe(14.5), probe(18.0)))) == {"ready is true"}
     found = records(*failing, episodes=(fault,), probes=(probe(14.0),))
     found.checks = [between]
     assert broken(found) == set()

@@ -20,9 +20,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
+import grpc
+
 from benchmarks.bench.models import REFERENCE
-from benchmarks.bench.systems import gateway
+from benchmarks.bench.systems import Running, gateway
 from build_engines.evaluation.accuracy import SCENES, rows
+from service.edges.grpc.stubs import vqa_pb2 as pb
+from service.edges.grpc.stubs.vqa_pb2_grpc import VisualQuestionAnsweringStub
 
 MAX_TOKENS = 8
 WARM_UP = 30  # questions before the measured ones
@@ -48,8 +52,8 @@ class Http:
         return said
 
 
-def vqa(url: str) -> Ask:
-    connection = Http(url)
+def vqa(running: Running) -> Ask:
+    connection = Http(running.urls[0])
 
     def ask(image: str, question: str) -> str:
         body = {"image": image, "question": question, "max_tokens": MAX_TOKENS}
@@ -58,8 +62,8 @@ def vqa(url: str) -> Ask:
     return ask
 
 
-def chat(url: str) -> Ask:
-    connection = Http(url)
+def chat(running: Running) -> Ask:
+    connection = Http(running.urls[0])
 
     def ask(image: str, question: str) -> str:
         content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": image}}]
@@ -70,13 +74,23 @@ def chat(url: str) -> Ask:
     return ask
 
 
+def rpc(running: Running) -> Ask:
+    stub = VisualQuestionAnsweringStub(grpc.insecure_channel(running.rpc))
+
+    def ask(image: str, question: str) -> str:
+        parts = [pb.Part(image_id=image), pb.Part(text=question)]
+        return str(stub.Answer(pb.AnswerRequest(parts=parts, max_tokens=MAX_TOKENS), timeout=60).answer)
+
+    return ask
+
+
 # Each way's name, and what opens its connection. The first one is what the others are compared with.
-WAYS: dict[str, Callable[[str], Ask]] = {"vqa": vqa, "vqa again": vqa, "chat": chat}
+WAYS: dict[str, Callable[[Running], Ask]] = {"vqa": vqa, "vqa again": vqa, "chat": chat, "grpc": rpc}
 
 
-def questions(url: str, count: int) -> Iterator[Question]:
+def questions(running: Running, count: int) -> Iterator[Question]:
     """Send each image once, and yield short questions about it by its id."""
-    connection = Http(url)
+    connection = Http(running.urls[0])
     asked = [row for row in rows(SCENES) if row.type != "describe"]
     ids: dict[str, str] = {}
     for step in range(count):
@@ -84,16 +98,16 @@ def questions(url: str, count: int) -> Iterator[Question]:
         if row.image not in ids:
             file = (SCENES / row.image).read_bytes()
             ids[row.image] = json.loads(connection.post("/v1/images", file, "image/webp"))["id"]
-            vqa(url)(ids[row.image], "how many objects are there?")  # so that every way finds its features
+            vqa(running)(ids[row.image], "how many objects are there?")  # so that every way finds its features
         yield ids[row.image], row.question
 
 
-def measure(url: str, count: int) -> dict[str, dict[str, float]]:
+def measure(running: Running, count: int) -> dict[str, dict[str, float]]:
     """Ask every question over every way -> milliseconds by way. Raises RuntimeError if answers differ."""
-    ways = {name: connect(url) for name, connect in WAYS.items()}
+    ways = {name: connect(running) for name, connect in WAYS.items()}
     took_ms: dict[str, list[float]] = {name: [] for name in ways}
     order, shuffled = list(ways), random.Random(0)
-    for step, (image, question) in enumerate(questions(url, count + WARM_UP)):
+    for step, (image, question) in enumerate(questions(running, count + WARM_UP)):
         shuffled.shuffle(order)
         answers = {}
         for name in order:
@@ -124,7 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), {"VISUAL_CACHE_BYTES": "0"}) as running:
-        result = measure(running.urls[0], arguments.questions)
+        result = measure(running, arguments.questions)
     text = json.dumps(result, indent=2) + "\n"
     print(text, end="")
     if arguments.out:

@@ -92,7 +92,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag))
-    rpc = grpc_edge(pipeline, readiness, settings, metrics)
+    rpc = grpc_edge(pipeline, readiness, settings, metrics, lag)
     return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, api, rpc)
 
 
@@ -114,7 +114,9 @@ def http_edge(
     )
 
 
-def grpc_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics) -> GrpcEdge:
+def grpc_edge(
+    pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics, lag: LoopLag | None = None
+) -> GrpcEdge:
     """Give the gRPC edge the parts of the gateway that it uses."""
     return GrpcEdge(
         pipeline=pipeline,
@@ -123,6 +125,7 @@ def grpc_edge(pipeline: Pipeline, readiness: Readiness, settings: Settings, metr
         max_connections=settings.max_connections,
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
+        lag_s=lambda: lag.seconds if lag else 0.0,
     )
 
 

@@ -44,6 +44,7 @@ class Running:
     pids: tuple[int, ...]  # roots of its process trees
     folder: Path  # for its logs
     triton_metrics: str = ""  # URL
+    rpc: str = ""  # host and port of the gateway's gRPC
 
     def processes(self) -> list[Process]:
         return [process for pid in self.pids for process in family(pid)]
@@ -148,7 +149,8 @@ def gateway(
     with process([python, "-m", *module], folder / "gateway.log", environment, checkout) as started:
         wait_until(lambda: answers(http_port, "/health/ready"), started, folder / "gateway.log")
         metrics = f"http://127.0.0.1:{metrics_port}/metrics"
-        yield Running("glimpse", (f"http://127.0.0.1:{http_port}",), (started.pid,), folder, metrics)
+        urls, rpc = (f"http://127.0.0.1:{http_port}",), f"127.0.0.1:{grpc_port}"
+        yield Running("glimpse", urls, (started.pid,), folder, metrics, rpc)
 
 
 def with_parameters(repository: Path, folder: Path, parameters: Mapping[str, Mapping[str, str]]) -> Path:

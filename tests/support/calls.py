@@ -18,7 +18,8 @@ from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.stubs.vqa_pb2_grpc import VisualQuestionAnsweringStub
 from tests.support.fakes import House, png
 
-UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+ChannelOptions = tuple[tuple[str, int], ...]
+UNLIMITED: ChannelOptions = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 DETAILS = (
     error_details_pb2.ErrorInfo,
     error_details_pb2.RequestInfo,
@@ -28,13 +29,16 @@ DETAILS = (
 
 
 def question(*parts: bytes | str, **fields: Any) -> pb.AnswerRequest:
-    """A question of these parts: bytes are a file, a text that begins with img_ is an id."""
+    """A question of these parts: see `part_of`."""
     return pb.AnswerRequest(parts=[part_of(part) for part in parts or (png(), "what colour?")], **fields)
 
 
 def part_of(part: bytes | str) -> pb.Part:
+    """Bytes are a file, a text that begins with img_ is an id, one that begins with https:// is an address."""
     if isinstance(part, bytes):
         return pb.Part(image=part)
+    if part.startswith("https://"):
+        return pb.Part(image_url=part)
     return pb.Part(image_id=part) if part.startswith("img_") else pb.Part(text=part)
 
 
@@ -112,11 +116,11 @@ class Service:
 
 
 @asynccontextmanager
-async def served(house: House, grace_s: float = 5.0) -> AsyncIterator[Service]:
+async def served(house: House, *, grace_s: float = 5.0, options: ChannelOptions = ()) -> AsyncIterator[Service]:
     server, stopped = GrpcServer(house.rpc), asyncio.Event()
     port = server.listen("127.0.0.1", 0)
     run = asyncio.create_task(server.run(stopped, grace_s))
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=UNLIMITED) as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=UNLIMITED + options) as channel:
         yield Service(house, channel, stopped, run)
     stopped.set()
     await run

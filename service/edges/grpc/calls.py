@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 import grpc  # type: ignore[import-untyped]
@@ -15,13 +15,12 @@ from service.core.errors import (
     GlimpseError,
     InvalidRequest,
     Overloaded,
-    ShuttingDown,
     SlowBody,
     TooLarge,
     internal_error,
     status_of,
 )
-from service.edges.caller import READING_S, TENANT_KEY, TRACE_ID_KEY, Caller, tenant_in, trace_id_in
+from service.edges.caller import TENANT_KEY, TRACE_ID_KEY, Caller, present, tenant_in, trace_id_in
 from service.edges.grpc.edge import GrpcEdge
 from service.edges.grpc.messages import chunk_in
 from service.edges.grpc.status import abort
@@ -36,6 +35,10 @@ ANSWERING_SHARE = 0.1  # at most this share of a short deadline
 PROMPT_S = 0.5  # a message that is not whole after this time counts as one of the largest
 
 
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Hold one call in work."""
@@ -43,7 +46,6 @@ class Call:
     context: grpc.aio.ServicerContext
     caller: Caller
     reservation: Reservation
-    presence: asyncio.Timeout
     edge: GrpcEdge
 
     def timeout_s(self) -> float | None:
@@ -55,9 +57,12 @@ class Call:
         work_s = left_s - min(ANSWERING_S, ANSWERING_SHARE * left_s)
         return max(LEAST_TIMEOUT_S, min(work_s, self.edge.questions.max_timeout_s))
 
-    def allow(self, timeout_s: float) -> None:
-        """Give up the call if its caller does not read its answer, so long after now and the request's timeout."""
-        self.presence.reschedule(asyncio.get_running_loop().time() + timeout_s + READING_S)
+    def present(self, timeout_s: float) -> AbstractAsyncContextManager[None]:
+        """Give up the block if its caller does not read its answer. Raises DeadlineExceeded.
+
+        gRPC itself cancels the call of a caller that has gone.
+        """
+        return present(never, timeout_s)
 
     async def message(self) -> bytes:
         """Read the one message of the call. Raises SlowBody, InvalidRequest, Overloaded."""
@@ -118,10 +123,9 @@ class Calls:
 
     def __init__(self, edge: GrpcEdge) -> None:
         self.edge = edge
-        self._open: set[asyncio.Timeout] = set()
+        self._open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()
-        self._ending = False
 
     @asynccontextmanager
     async def scope(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[Call]:
@@ -130,10 +134,12 @@ class Calls:
         trace_id = trace_id_in(str(value) for key, value in metadata if key == TRACE_ID_KEY)
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
-            tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
-            async with self._present() as presence:
+            with self._counted():
+                self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
+                tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
                 with self.edge.pipeline.reservation(tenant) as reservation:
-                    yield Call(context, Caller(tenant, trace_id), reservation, presence, self.edge)
+                    async with reservation.until_end():
+                        yield Call(context, Caller(tenant, trace_id), reservation, self.edge)
         except asyncio.CancelledError:  # by gRPC, for a caller that has gone
             self.edge.count(method, status_of(Cancelled(""))[1])
             raise
@@ -150,33 +156,16 @@ class Calls:
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
 
-    def end(self) -> None:
-        """End the open calls, and tell their callers that the server stops."""
-        self._ending = True
-        for presence in self._open:
-            presence.reschedule(asyncio.get_running_loop().time())
-
-    @asynccontextmanager
-    async def _present(self) -> AsyncIterator[asyncio.Timeout]:
-        """Raises ShuttingDown if `end` ends the block, Cancelled if the caller does not read its answer."""
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._open += 1
+        self._none_open.clear()
         try:
-            async with asyncio.timeout(None) as presence:
-                self._open.add(presence)
-                self._none_open.clear()
-                try:
-                    yield presence
-                finally:
-                    self._open.discard(presence)
-                    if not self._open:
-                        self._none_open.set()
-        except TimeoutError as exc:
-            if not presence.expired():
-                raise
-            if self._ending:
-                raise ShuttingDown(
-                    "This server stopped before its answer was complete. Retry: another one answers."
-                ) from exc
-            raise Cancelled("the caller went away") from exc
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._none_open.set()
 
     def _told(self, exc: Exception, method: str, trace_id: str) -> GlimpseError:
         if isinstance(exc, GlimpseError):

@@ -28,6 +28,7 @@ class GrpcEdge:
     max_connections: int
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     count: Callable[[str, str], None]  # one call: its method and the name of its status
+    lag_s: Callable[[], float]  # how late the event loop is
 
     def options(self) -> list[tuple[str, int]]:
         """Return the server's channel arguments. Connections have no maximum age."""

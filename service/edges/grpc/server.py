@@ -61,14 +61,14 @@ class VisualQuestionAnswering:
     async def stream_answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "StreamAnswer") as call:
             request, explain = await self.read_question(call, stream=True)
-            async with aclosing(self.edge.pipeline.answer(request, call.reservation)) as events:
+            answer = self.edge.pipeline.answer(request, call.reservation)
+            async with call.present(request.timeout_s), aclosing(answer) as events:
                 async for event in events:
                     await context.write(event_message(request.id, self.model, event, explain))
 
     async def put_image(self, _: object, context: grpc.aio.ServicerContext) -> pb.PutImageResponse:
         async with self.calls.scope(context, "PutImage") as call:
             image = await call.image()
-            call.allow(self.edge.questions.default_timeout_s)
             return kept_message(await self.edge.pipeline.keep_image(image, call.reservation))
 
     async def read_question(self, call: Call, *, stream: bool) -> tuple[Request, bool]:
@@ -80,7 +80,6 @@ class VisualQuestionAnswering:
         fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
         card, caller = self.edge.pipeline.card, call.caller
         request = to_request(fields, card, self.edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
-        call.allow(request.timeout_s)
         return request, message.explain
 
     @property
@@ -118,11 +117,10 @@ class GrpcServer:
             await self.server.stop(None)
 
     async def _drain(self, grace_s: float) -> None:
-        """Refuse new calls and let those in work finish within the grace. Tell the callers of the others."""
+        """Refuse new calls and let those in work finish. Admission ends those that outlive the grace, and they still
+        have the time to tell their callers."""
         self.health.stop()
         refusing = asyncio.create_task(self.server.stop(grace_s + TELLING_S))
-        await self.calls.finished(grace_s)
-        self.calls.end()
-        await self.calls.finished(TELLING_S)
+        await self.calls.finished(grace_s + TELLING_S)
         await self.server.stop(None)
         await refusing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from structlog.testing import capture_logs
 
+from service.admission.admission import UNHURRIED
 from service.admission.quota import Cost
 from service.admission.scheduler import Resource
 from service.core.errors import Overloaded, Unavailable
@@ -20,6 +22,7 @@ from tests.support.calls import Service, chunks, failure, question, served, stre
 from tests.support.fakes import House, png, until
 
 TEN_MINUTES_S = 600
+NARROW = (("grpc.http2.lookahead_bytes", 8), ("grpc.http2.bdp_probe", 0))  # a client that buffers a few bytes
 
 
 @pytest_asyncio.fixture
@@ -283,6 +286,27 @@ async def test_a_caller_that_cancels_gives_everything_back(service, station):
         assert service.house.outcomes() == {"cancelled": 1}
 
 
+async def test_a_caller_that_does_not_read_is_given_up():
+    async with served(House(default_timeout_s=0.1), options=NARROW) as service:
+        service.house.language.say(" red" * 100)
+        call = service.stub.StreamAnswer(question(max_tokens=120))
+        await until(service.counted)
+        assert service.counted() == {("StreamAnswer", "DEADLINE_EXCEEDED"): 1}
+        assert holds_nothing(service.house)
+        call.cancel()
+
+
+async def test_a_service_whose_loop_is_late_refuses_before_it_reads():
+    house = House()
+    house.rpc = replace(house.rpc, lag_s=lambda: 60.0)
+    async with served(house) as service:
+        uploads = [service.stub.PutImage(silent()) for _ in range(UNHURRIED + 1)]
+        failed = await failure(uploads[-1])
+        assert (failed.code, failed.reason) == ("RESOURCE_EXHAUSTED", "saturated")
+        for upload in uploads:
+            upload.cancel()
+
+
 async def test_a_caller_whose_connection_breaks_is_gone(service):
     await writing(service)
     await service.channel.close()
@@ -305,9 +329,11 @@ async def test_while_it_stops_new_calls_are_sent_to_another_server(service):
 
 
 async def test_streams_that_outlive_the_grace_are_told():
-    async with served(House(), grace_s=0.1) as service:
-        call = await writing(service)
+    async with served(House()) as service:
+        upload, call = await sending(service), await writing(service)
         service.stopped.set()
+        service.house.admission.end()  # as the process does after the grace
+        assert (await failure(upload)).reason == "shutting_down"
         failed = await failure(call.read())
         assert (failed.code, failed.reason) == ("UNAVAILABLE", "shutting_down")
         await service.run

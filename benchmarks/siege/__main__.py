@@ -5,8 +5,9 @@
 Honest load (8 clients, a quarter of the questions about new images) runs undisturbed first, then under attack: 10,000
 idle connections, 3,000 half heads, 100 endless heads, 50 callers that pipeline and never read, 10 that announce a body
 and send none, two that repeat a scan bomb every second, and two that repeat a picture of 50,000,000 x 1 pixels.
-Attackers call from eight addresses of this machine. They and the honest clients have a process each; the attackers' has
-niceness 19, so that two cores measure what the service makes of an attack, and not what making the attack costs.
+Attackers call from eight addresses of this machine. They and the honest clients have a process each; the attackers' is
+10 nicer, so that two cores measure what the service makes of an attack, and not what making the attack costs. An honest
+client pauses between an answer and its next question: the machine is busy, and not full.
 
 Bars: the honest p95 is at most 1.5 times the undisturbed one, no honest request fails, the gateway stays within 256 MB.
 """
@@ -19,7 +20,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -33,10 +33,11 @@ from benchmarks.bench.measuring import Measurement, measure
 from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.systems import Running, gateway
 from benchmarks.bench.workloads import Workload
-from benchmarks.siege.attackers import RAMP_S, Attack
+from benchmarks.siege.attackers import KINDS, Attack
 
 CLIENTS = 8
 FOLLOW_UPS = 0.75  # share
+PAUSE_S = 0.3  # of an honest client
 MOST_P95 = 1.5  # times the undisturbed one
 MOST_MB = 256.0
 MAX_TOKENS = 8
@@ -45,7 +46,8 @@ FIRST_ATTACKED = 1_000_000  # number of the first new image under attack
 
 def honest(seconds: float, first_new: int) -> Plan:
     workload = Workload("mixed", share=FOLLOW_UPS)
-    return Plan("glimpse", [], workload, Arrivals(clients=CLIENTS), seconds, MAX_TOKENS, "", first_new=first_new)
+    clients = Arrivals(clients=CLIENTS)
+    return Plan("glimpse", [], workload, clients, seconds, MAX_TOKENS, "", first_new=first_new, pause_s=PAUSE_S)
 
 
 def summary(found: Measurement) -> dict[str, Any]:
@@ -68,23 +70,23 @@ def summary(found: Measurement) -> dict[str, Any]:
 def besieged(running: Running, seconds: float, counts: Mapping[str, int]) -> tuple[Measurement, dict[str, Any]]:
     """The honest load while the attack is on. Raises RuntimeError if the attackers fail."""
     url = urlsplit(running.urls[0])
-    attack = Attack(url.hostname or "", url.port or 80, seconds + 4 * RAMP_S, **counts)
+    attack = Attack(url.hostname or "", url.port or 80, **counts)
     command = [sys.executable, "-m", "benchmarks.siege.attackers"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT, text=True) as attackers:
         try:
             assert attackers.stdin is not None
-            attackers.stdin.write(json.dumps(asdict(attack)) + "\n")
-            attackers.stdin.close()
-            time.sleep(1.5 * RAMP_S)  # all have begun
-            found = measure(running, honest(seconds, FIRST_ATTACKED))
             assert attackers.stdout is not None
-            said = attackers.stdout.read()
+            attackers.stdin.write(json.dumps(asdict(attack)) + "\n")
+            attackers.stdin.flush()
+            if attackers.stdout.readline() != "begun\n":
+                raise RuntimeError("the attackers did not begin: see their error above")
+            found = measure(running, honest(seconds, FIRST_ATTACKED))
+            attackers.stdin.close()
+            said = json.loads(attackers.stdout.read())
         finally:
             if attackers.poll() is None:
                 attackers.kill()
-    if not said:
-        raise RuntimeError("the attackers said nothing: see their errors above")
-    return found, json.loads(said)
+    return found, said
 
 
 def siege(seconds: float, counts: Mapping[str, int], settings: Mapping[str, str]) -> dict[str, Any]:
@@ -124,9 +126,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the gateway first
-    full = {
-        name: value for name, value in asdict(Attack("", 0, 0)).items() if name not in ("host", "port", "duration_s")
-    }
+    full = {name: getattr(Attack("", 0), name) for name in KINDS}
     only = told.only.split(",") if told.only else list(full)
     counts = {name: max(1, round(value * told.scale)) if name in only else 0 for name, value in full.items()}
     settings = {}

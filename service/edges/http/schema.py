@@ -57,6 +57,9 @@ PLAIN_FIELDS = (
 )
 
 
+FLAGS = {"true": True, "1": True, "false": False, "0": False}  # in a form
+
+
 def _or(default: object) -> BeforeValidator:
     """null stands for a field that was left out."""
     return BeforeValidator(lambda value: default if value is None else value)
@@ -69,7 +72,7 @@ def _whole(value: object) -> object:
 
 def _flag(value: object) -> object:
     """A form's words for a flag, in any case: some clients write True."""
-    found = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+    found = FLAGS.get(value.lower()) if isinstance(value, str) else value
     if found is None:
         raise ValueError("must be true or false")
     return found
@@ -119,6 +122,11 @@ def _given(name: str, kind: str) -> dict[str, Any]:
 WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
 Tokens = Annotated[int, Field(ge=0, le=1_000_000), WHOLE]
 Flag = Annotated[bool, _or(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
+FormFlag = Annotated[
+    bool,
+    BeforeValidator(_flag),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": [0, 1]}, {"type": "null"}]}),
+]
 Temperature = Annotated[
     float,
     Field(ge=0, le=5, json_schema_extra={"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}),
@@ -246,10 +254,8 @@ class VqaForm(Asked):
     budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text('{"vision_tokens": [64, 128]}'))] = Field(
         None, description="JSON text, as in JSON's `budget`."
     )
-    stream: Annotated[Flag, BeforeValidator(_flag)] = Field(False, description=Asked.model_fields["stream"].description)
-    explain: Annotated[Flag, BeforeValidator(_flag)] = Field(
-        False, description=Asked.model_fields["explain"].description
-    )
+    stream: FormFlag = Field(False, description=Asked.model_fields["stream"].description)
+    explain: FormFlag = Field(False, description=Asked.model_fields["explain"].description)
 
     @classmethod
     def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:

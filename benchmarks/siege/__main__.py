@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,10 +67,10 @@ def summary(found: Measurement) -> dict[str, Any]:
     }
 
 
-def besieged(running: Running, seconds: float, counts: Mapping[str, int]) -> tuple[Measurement, dict[str, Any]]:
+def besieged(running: Running, seconds: float, attack: Attack) -> tuple[Measurement, dict[str, Any]]:
     """The honest load while the attack is on. Raises RuntimeError if the attackers fail."""
     url = urlsplit(running.urls[0])
-    attack = Attack(url.hostname or "", url.port or 80, **counts)
+    attack = replace(attack, host=url.hostname or "", port=url.port or 80)
     command = [sys.executable, "-m", "benchmarks.siege.attackers"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT, text=True) as attackers:
         try:
@@ -89,11 +89,11 @@ def besieged(running: Running, seconds: float, counts: Mapping[str, int]) -> tup
     return found, said
 
 
-def siege(seconds: float, counts: Mapping[str, int], settings: Mapping[str, str]) -> dict[str, Any]:
+def siege(seconds: float, attack: Attack, settings: Mapping[str, str]) -> dict[str, Any]:
     with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), settings) as running:
         calm = summary(measure(running, honest(seconds, 100)))
         before_mb = calm["gateway_most_mb"]
-        found, attackers = besieged(running, seconds, counts)
+        found, attackers = besieged(running, seconds, attack)
         storm = summary(found)
         log = Path(folder, "gateway.log").read_text(errors="replace")
     ratio = round(storm["p95_ms"] / calm["p95_ms"], 2)
@@ -106,6 +106,7 @@ def siege(seconds: float, counts: Mapping[str, int], settings: Mapping[str, str]
     }
     return {
         "seconds": seconds,
+        "attack": {name: getattr(attack, name) for name in (*KINDS, "niceness")},
         "settings": dict(settings),
         "p95_ratio": ratio,
         "gateway_grew_mb": round(storm["gateway_most_mb"] - before_mb, 1),
@@ -122,6 +123,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two phases [60]")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the attackers [1]")
     parser.add_argument("--only", help="comma-separated kinds of attackers; the others stay away")
+    parser.add_argument("--nice", type=int, default=10, help="by how much attackers are nicer than the service [10]")
     parser.add_argument("--max-connections", type=int, help="the gateway's setting, if not its default")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
@@ -132,7 +134,7 @@ def main() -> int:
     settings = {}
     if told.max_connections:
         settings = {name: str(told.max_connections) for name in ("MAX_CONNECTIONS", "MAX_CONNECTIONS_PER_ADDRESS")}
-    report = siege(told.seconds, counts, settings)
+    report = siege(told.seconds, Attack("", 0, **counts, niceness=told.nice), settings)
     text = json.dumps(report, indent=2) + "\n"
     if told.out:
         told.out.parent.mkdir(parents=True, exist_ok=True)

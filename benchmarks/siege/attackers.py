@@ -21,7 +21,6 @@ import uvloop
 from benchmarks.fuzz.bombs import png, scans
 from benchmarks.fuzz.sending import request
 
-NICENESS = 10
 SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # addresses of this machine that attackers call from
 ANNOUNCED_BYTES = 20_000_000
 KINDS = ("idle", "half_heads", "endless_heads", "deaf", "announcers", "scan_bombs", "narrow_images")
@@ -44,6 +43,7 @@ class Attack:
     announcers: int = 10  # of a body that never comes
     scan_bombs: int = 2
     narrow_images: int = 2
+    niceness: int = 10  # added to this process's
     ramp_s: float = 8.0  # in which all callers call for the first time
 
     @property
@@ -216,7 +216,7 @@ async def run_until_told(attack: Attack) -> dict[str, object]:
 
 def main() -> None:
     attack = Attack(**json.loads(sys.stdin.readline()))
-    os.nice(NICENESS)
+    os.nice(attack.niceness)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard != resource.RLIM_INFINITY and hard < attack.connections + OTHER_FILES:

@@ -15,6 +15,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import cast
 
 import uvloop
 
@@ -72,13 +73,12 @@ class Caller(asyncio.Protocol):
         self._next: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
         self.tally.opened += 1
         self.tally.open_now += 1
         self.tally.most_open = max(self.tally.most_open, self.tally.open_now)
         if not self.reads:
-            transport.pause_reading()
+            self.transport.pause_reading()
         self._say()
 
     def _say(self) -> None:

@@ -81,6 +81,7 @@ class Plan:
     warm: bool = True  # ask about the known images before the measurement
     warm_repeats: int = 0  # requests of the workload itself before the measurement
     timeout_s: float = 120.0
+    pause_s: float = 0.0  # of a client of a closed loop, between an answer and its next request
     visual_tokens: tuple[int, int] | None = None  # the questions' budget; Glimpse only
 
     @classmethod
@@ -352,7 +353,9 @@ class Load:
                 ask = next(self._asks, None)
                 if ask is None:
                     return
-                if (await self._one(ask, self._clock.now())).outcome not in ("ok", "cancelled"):
+                found = await self._one(ask, self._clock.now())
+                await asyncio.sleep(self.plan.pause_s)
+                if found.outcome not in ("ok", "cancelled"):
                     await asyncio.sleep(random.uniform(0.05, 0.2))  # a refused client waits before it asks again
 
         await asyncio.gather(*(client() for _ in range(clients)))

@@ -118,6 +118,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000, help="mutants [1000]")
     parser.add_argument("--connections", type=int, default=8, help="kept open, each with one request at a time [8]")
     parser.add_argument("--examples", type=int, default=300, help="of schema: examples an operation [300]")
+    parser.add_argument("--only", default="", help="of cost: images whose name holds this text")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
@@ -130,7 +131,7 @@ def main() -> int:
     elif told.kind == "decoders":
         report = asyncio.run(decoders.run(told.seed, told.count, FOLDER))
     elif told.kind == "cost":
-        report = asyncio.run(cost.measure())
+        report = asyncio.run(cost.measure(told.only))
     elif told.kind == "schema":
         with target() as to:
             report = schema.run(f"http://{to.host}:{to.port}", told.examples, told.seed, FOLDER)

@@ -5,8 +5,9 @@
 Honest load (8 clients, a quarter of the questions about new images) runs undisturbed first, then under attack: 10,000
 idle connections, 3,000 half heads, 100 endless heads, 50 callers that pipeline and never read, 10 that announce a body
 and send none, two that repeat a scan bomb every second, and two that repeat a picture of 50,000,000 x 1 pixels.
-Attackers call from eight addresses of this machine. They and the honest clients have a process each; the attackers' has
-niceness 19, so that two cores measure what the service makes of an attack, and not what making the attack costs.
+Attackers call from eight addresses of this machine. They and the honest clients have a process each; the attackers' is
+10 nicer, so that two cores measure what the service makes of an attack, and not what making the attack costs. An honest
+client pauses between an answer and its next question: the machine is busy, and not full.
 
 Bars: the honest p95 is at most 1.5 times the undisturbed one, no honest request fails, the gateway stays within 256 MB.
 """
@@ -19,10 +20,9 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,10 +33,11 @@ from benchmarks.bench.measuring import Measurement, measure
 from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.systems import Running, gateway
 from benchmarks.bench.workloads import Workload
-from benchmarks.siege.attackers import RAMP_S, Attack
+from benchmarks.siege.attackers import KINDS, Attack
 
 CLIENTS = 8
 FOLLOW_UPS = 0.75  # share
+PAUSE_S = 0.3  # of an honest client
 MOST_P95 = 1.5  # times the undisturbed one
 MOST_MB = 256.0
 MAX_TOKENS = 8
@@ -45,7 +46,8 @@ FIRST_ATTACKED = 1_000_000  # number of the first new image under attack
 
 def honest(seconds: float, first_new: int) -> Plan:
     workload = Workload("mixed", share=FOLLOW_UPS)
-    return Plan("glimpse", [], workload, Arrivals(clients=CLIENTS), seconds, MAX_TOKENS, "", first_new=first_new)
+    clients = Arrivals(clients=CLIENTS)
+    return Plan("glimpse", [], workload, clients, seconds, MAX_TOKENS, "", first_new=first_new, pause_s=PAUSE_S)
 
 
 def summary(found: Measurement) -> dict[str, Any]:
@@ -65,33 +67,33 @@ def summary(found: Measurement) -> dict[str, Any]:
     }
 
 
-def besieged(running: Running, seconds: float, counts: Mapping[str, int]) -> tuple[Measurement, dict[str, Any]]:
+def besieged(running: Running, seconds: float, attack: Attack) -> tuple[Measurement, dict[str, Any]]:
     """The honest load while the attack is on. Raises RuntimeError if the attackers fail."""
     url = urlsplit(running.urls[0])
-    attack = Attack(url.hostname or "", url.port or 80, seconds + 4 * RAMP_S, **counts)
+    attack = replace(attack, host=url.hostname or "", port=url.port or 80)
     command = [sys.executable, "-m", "benchmarks.siege.attackers"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT, text=True) as attackers:
         try:
             assert attackers.stdin is not None
-            attackers.stdin.write(json.dumps(asdict(attack)) + "\n")
-            attackers.stdin.close()
-            time.sleep(1.5 * RAMP_S)  # all have begun
-            found = measure(running, honest(seconds, FIRST_ATTACKED))
             assert attackers.stdout is not None
-            said = attackers.stdout.read()
+            attackers.stdin.write(json.dumps(asdict(attack)) + "\n")
+            attackers.stdin.flush()
+            if attackers.stdout.readline() != "begun\n":
+                raise RuntimeError("the attackers did not begin: see their error above")
+            found = measure(running, honest(seconds, FIRST_ATTACKED))
+            attackers.stdin.close()
+            said = json.loads(attackers.stdout.read())
         finally:
             if attackers.poll() is None:
                 attackers.kill()
-    if not said:
-        raise RuntimeError("the attackers said nothing: see their errors above")
-    return found, json.loads(said)
+    return found, said
 
 
-def siege(seconds: float, counts: Mapping[str, int], settings: Mapping[str, str]) -> dict[str, Any]:
+def siege(seconds: float, attack: Attack, settings: Mapping[str, str]) -> dict[str, Any]:
     with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), settings) as running:
         calm = summary(measure(running, honest(seconds, 100)))
         before_mb = calm["gateway_most_mb"]
-        found, attackers = besieged(running, seconds, counts)
+        found, attackers = besieged(running, seconds, attack)
         storm = summary(found)
         log = Path(folder, "gateway.log").read_text(errors="replace")
     ratio = round(storm["p95_ms"] / calm["p95_ms"], 2)
@@ -104,6 +106,7 @@ def siege(seconds: float, counts: Mapping[str, int], settings: Mapping[str, str]
     }
     return {
         "seconds": seconds,
+        "attack": {name: getattr(attack, name) for name in (*KINDS, "niceness")},
         "settings": dict(settings),
         "p95_ratio": ratio,
         "gateway_grew_mb": round(storm["gateway_most_mb"] - before_mb, 1),
@@ -120,19 +123,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two phases [60]")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the attackers [1]")
     parser.add_argument("--only", help="comma-separated kinds of attackers; the others stay away")
+    parser.add_argument("--nice", type=int, default=10, help="by how much attackers are nicer than the service [10]")
     parser.add_argument("--max-connections", type=int, help="the gateway's setting, if not its default")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the gateway first
-    full = {
-        name: value for name, value in asdict(Attack("", 0, 0)).items() if name not in ("host", "port", "duration_s")
-    }
+    full = {name: getattr(Attack("", 0), name) for name in KINDS}
     only = told.only.split(",") if told.only else list(full)
     counts = {name: max(1, round(value * told.scale)) if name in only else 0 for name, value in full.items()}
     settings = {}
     if told.max_connections:
         settings = {name: str(told.max_connections) for name in ("MAX_CONNECTIONS", "MAX_CONNECTIONS_PER_ADDRESS")}
-    report = siege(told.seconds, counts, settings)
+    report = siege(told.seconds, Attack("", 0, **counts, niceness=told.nice), settings)
     text = json.dumps(report, indent=2) + "\n"
     if told.out:
         told.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """The hostile callers, in a process of their own: `python -m benchmarks.siege.attackers`.
 
-It reads an Attack as JSON from standard input and writes what became of the connections as JSON to standard output. An
-attacker whose connection ends opens another one after a pause.
+It reads an Attack as JSON from standard input, says `begun` when every caller has called once, goes on until standard
+input ends, and then writes what became of the connections as JSON. An attacker whose connection ends opens another one
+after a pause.
 """
 
 from __future__ import annotations
@@ -12,21 +13,18 @@ import os
 import random
 import resource
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from typing import cast
 
 import uvloop
 
 from benchmarks.bombs import png, scans
 from benchmarks.fuzz.sending import request
 
-NICENESS = 19
 SOURCES = [f"127.0.0.{number}" for number in range(2, 10)]  # addresses of this machine that attackers call from
 ANNOUNCED_BYTES = 20_000_000
-RAMP_S = 8.0  # in which all connections begin
+KINDS = ("idle", "half_heads", "endless_heads", "deaf", "announcers", "scan_bombs", "narrow_images")
 PAUSE_S = 1.0  # after a connection has ended, and between two bombs
 PIPELINED = 1000  # requests, sent at once
 SAMPLE_S = 0.5
@@ -35,11 +33,10 @@ OTHER_FILES = 64
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """How many callers of each kind, and for how long."""
+    """How many callers of each kind."""
 
     host: str
     port: int
-    duration_s: float
     idle: int = 10_000  # one request each, then silence
     half_heads: int = 3_000
     endless_heads: int = 100
@@ -47,10 +44,12 @@ class Attack:
     announcers: int = 10  # of a body that never comes
     scan_bombs: int = 2
     narrow_images: int = 2
+    niceness: int = 10  # added to this process's
+    ramp_s: float = 8.0  # in which all callers call for the first time
 
     @property
     def connections(self) -> int:
-        return sum(value for name, value in asdict(self).items() if name not in ("host", "port", "duration_s"))
+        return sum(getattr(self, name) for name in KINDS)
 
 
 @dataclass(slots=True)
@@ -62,7 +61,7 @@ class Tally:
     ended_by_service: int = 0
     open_now: int = 0
     most_open: int = 0
-    answers: Counter[str] = field(default_factory=Counter)  # by status
+    answers: dict[str, int] = field(default_factory=dict)  # by status
 
 
 class Caller(asyncio.Protocol):
@@ -74,13 +73,12 @@ class Caller(asyncio.Protocol):
         self._next: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
         self.tally.opened += 1
         self.tally.open_now += 1
         self.tally.most_open = max(self.tally.most_open, self.tally.open_now)
         if not self.reads:
-            transport.pause_reading()
+            self.transport.pause_reading()
         self._say()
 
     def _say(self) -> None:
@@ -91,7 +89,8 @@ class Caller(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for answer in data.split(b"HTTP/1.1 ")[1:]:
-            self.tally.answers[answer[:3].decode(errors="replace")] += 1
+            status = answer[:3].decode(errors="replace")
+            self.tally.answers[status] = self.tally.answers.get(status, 0) + 1
 
     def connection_lost(self, _: Exception | None) -> None:
         self.tally.open_now -= 1
@@ -141,42 +140,54 @@ def kinds(attack: Attack) -> dict[str, tuple[int, Callable[[], Iterator[tuple[fl
     }
 
 
-async def run(attack: Attack) -> dict[str, object]:
-    """Attack until the time is over. Returns tallies by kind."""
-    until = time.monotonic() + attack.duration_s
+async def run(attack: Attack, begun: Callable[[], None], stop: asyncio.Event) -> dict[str, object]:
+    """Attack until `stop` is set; call `begun` when every caller has called once. Returns tallies by kind."""
     tallies: dict[str, Tally] = {}
-    most_open = 0
+    waiting, most_open = attack.connections, 0
+    loop = asyncio.get_running_loop()
+
+    async def call(tally: Tally, say: Callable[[], Iterator[tuple[float, bytes]]], reads: bool, source: str) -> None:
+        """One connection, until it ends."""
+        try:
+            transport, made = await loop.create_connection(
+                lambda: Caller(tally, say(), reads), attack.host, attack.port, local_addr=(source, 0)
+            )
+        except OSError:
+            tally.failed_to_open += 1
+            return
+        try:
+            await made.ended
+            tally.ended_by_service += 1
+        finally:
+            transport.abort()
 
     async def caller(tally: Tally, say: Callable[[], Iterator[tuple[float, bytes]]], reads: bool, source: str) -> None:
-        await asyncio.sleep(random.uniform(0, min(RAMP_S, attack.duration_s / 4)))
-        loop = asyncio.get_running_loop()
-        while (left_s := until - time.monotonic()) > 0:
-            try:
-                transport, made = await loop.create_connection(
-                    lambda: Caller(tally, say(), reads), attack.host, attack.port, local_addr=(source, 0)
-                )
-            except OSError:
-                tally.failed_to_open += 1
-            else:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(left_s):
-                        await made.ended
-                        tally.ended_by_service += 1
-                transport.abort()
+        nonlocal waiting
+        await asyncio.sleep(random.uniform(0, attack.ramp_s))
+        waiting -= 1
+        while True:
+            await call(tally, say, reads, source)
             await asyncio.sleep(PAUSE_S)
 
     async def watch() -> None:
         nonlocal most_open
-        while time.monotonic() < until:
+        said = False
+        while not stop.is_set():
             most_open = max(most_open, sum(tally.open_now for tally in tallies.values()))
+            if not waiting and not said:
+                begun()
+                said = True
             await asyncio.sleep(SAMPLE_S)
 
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(watch())
-        for name, (count, say, reads) in kinds(attack).items():
-            tallies[name] = Tally()
-            for number in range(count):
-                tasks.create_task(caller(tallies[name], say, reads, SOURCES[number % len(SOURCES)]))
+    callers = []
+    for name, (count, say, reads) in kinds(attack).items():
+        tallies[name] = Tally()
+        for number in range(count):
+            callers.append(asyncio.create_task(caller(tallies[name], say, reads, SOURCES[number % len(SOURCES)])))
+    await watch()
+    for task in callers:
+        task.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "most_open_at_once": most_open,
@@ -185,14 +196,32 @@ async def run(attack: Attack) -> dict[str, object]:
     }
 
 
+async def run_until_told(attack: Attack) -> dict[str, object]:
+    """Until standard input ends."""
+    stop = asyncio.Event()
+
+    def begun() -> None:
+        sys.stdout.write("begun\n")
+        sys.stdout.flush()
+
+    async def listen() -> None:
+        await asyncio.to_thread(sys.stdin.read)
+        stop.set()
+
+    listening = asyncio.create_task(listen())
+    found = await run(attack, begun, stop)
+    await listening
+    return found
+
+
 def main() -> None:
     attack = Attack(**json.loads(sys.stdin.readline()))
-    os.nice(NICENESS)
+    os.nice(attack.niceness)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard != resource.RLIM_INFINITY and hard < attack.connections + OTHER_FILES:
         sys.exit(f"{attack.connections:,} connections need as many open files; the hard limit is {hard:,}")
-    sys.stdout.write(json.dumps(uvloop.run(run(attack))) + "\n")
+    sys.stdout.write(json.dumps(uvloop.run(run_until_told(attack))) + "\n")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ FormFlag = Annotated[
     bool,
     or_default(False),
     BeforeValidator(_flag),
-    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": [*FLAG_WORDS, "True", "False"]}, {"type": "null"}]}),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": [*FLAG_WORDS, "True", "False", 0, 1]}, {"type": "null"}]}),
 ]
 Flag = Annotated[bool, or_default(False), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "null"}]})]
 Temperature = Annotated[

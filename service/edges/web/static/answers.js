@@ -37,7 +37,8 @@ export class Run {
     this.relevance = null;
     this.text = element("p", { class: "answer", "aria-busy": "true" });
     this.below = element("div");
-    const label = element("p", { class: "small", text: named ? this.label : setting.words });
+    const isPlain = !named && !Object.keys(setting.fields).length;
+    const label = element("p", { class: "small", text: named ? this.label : setting.words, hidden: isPlain });
     this.place = element("section", { class: "run", "aria-label": named ? this.label : "Answer" }, label, this.text, this.below);
   }
 
@@ -59,17 +60,17 @@ export class Run {
   /** No more text comes. */
   stop(why = "") {
     this.text.setAttribute("aria-busy", "false");
+    this.text.hidden = !this.answer;
     if (why) this.below.replaceChildren(element("p", { class: "small", text: why }));
   }
 }
 
-function facts({ vision, usage, finish_reason: reason }) {
+function facts({ vision, finish_reason: reason }) {
   const said = [
     vision.cache === "hit" ? "features from the cache" : "image encoded anew",
     `${vision.vision_tokens} vision tokens`,
     `${vision.visual_tokens} visual tokens`,
     `detail ${vision.detail}`,
-    `${usage.completion_tokens} tokens of answer`,
   ];
   if (vision.reduced) said.push("looked less closely because of load");
   if (reason === "length") said.push("cut at the longest answer");
@@ -98,7 +99,10 @@ function timings(ms) {
   return element("div", { class: "timings" }, element("p", { class: "small", text: `Answered in ${inMs(ms.total)}` }), bar, list);
 }
 
-const inMs = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+function inMs(value) {
+  if (value >= 1000) return `${(value / 1000).toFixed(1)} s`;
+  return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+}
 
 function tensions(values) {
   const rows = tensionsInWords(values).map(({ low, high, value, words }) => {

@@ -73,6 +73,11 @@ export async function* events(stream) {
   }
 }
 
+/** A file of the service. Throws Refused, Unreachable. */
+export async function fileAt(path) {
+  return new File([await (await call(path)).blob()], path.split("/").pop());
+}
+
 /** The card of the served model. Throws Refused, Unreachable. */
 export async function model() {
   return (await (await call("v1/models")).json()).data[0];

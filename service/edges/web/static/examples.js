@@ -42,7 +42,9 @@ export const EXAMPLES = [
   },
   {
     file: "small_print_010.webp",
-    alt: "Small characters on small shapes, at 448 pixels: try the detail high",
-    questions: ["which character is on the purple star?", "read the blue star.", "what color is the square?"],
+    alt: "Small characters on small shapes, 448 pixels wide: u on cyan, 5 on a purple star, 9 on a blue star, 6 on blue",
+    detail: "high", // the service answers these right with it
+    hint: "These characters are too small for detail low. Compare it with detail high, below.",
+    questions: ["which character is on the purple star?", "read the blue star.", "is there the character 6?"],
   },
 ];

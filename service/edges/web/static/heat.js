@@ -6,6 +6,7 @@ const RAMP = [
   [34, 168, 132], [68, 191, 112], [122, 209, 81], [189, 223, 38], [253, 231, 37],
 ];
 const LONGEST = 896; // pixels of a canvas's longer side
+const FAINT = 0.45; // opacity of what is not relevant, so that the image stays readable
 const VEIL = "rgb(255 255 255 / 0.72)";
 const INK = "#1a1a1a";
 
@@ -16,13 +17,13 @@ export function colourOf(value) {
   return RAMP[below].map((part, index) => Math.round(part + (RAMP[below + 1][index] - part) * (place - below)));
 }
 
-/** A canvas with one pixel a value. */
-function heat(values) {
+/** A canvas with one pixel a value; `opacityOf` gives 0 to 255. */
+function heat(values, opacityOf = () => 255) {
   const side = values.length;
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = side;
   const pixels = new ImageData(side, side);
-  values.flat().forEach((value, index) => pixels.data.set([...colourOf(value), 255], 4 * index));
+  values.flat().forEach((value, index) => pixels.data.set([...colourOf(value), opacityOf(value)], 4 * index));
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   return canvas;
 }
@@ -58,7 +59,7 @@ function drawHeat(context, values, strength) {
   context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
   context.globalAlpha = strength;
-  context.drawImage(heat(values), 0, 0, width, height);
+  context.drawImage(heat(values, (value) => 255 * (FAINT + (1 - FAINT) * value)), 0, 0, width, height);
   context.globalAlpha = 1;
 }
 

@@ -1,5 +1,5 @@
 // What the loaded model knows, by its card, and the examples.
-import { addressOf } from "./api.js";
+import { addressOf, fileAt } from "./api.js";
 import { byId, element } from "./dom.js";
 import { EXAMPLES } from "./examples.js";
 
@@ -37,22 +37,19 @@ export function describe(card) {
   byId("model").hidden = false;
 }
 
-const percent = (share) => `${(100 * share).toFixed(share > 0.995 ? 0 : 1)} %`;
+const percent = (share) => `${(100 * share).toFixed(share === 1 ? 0 : 1)} %`;
 
-/** Show the examples; `chosen` gets the file and the example. */
-export function showExamples(chosen) {
+/** Show the examples; `chosen` gets the file and the example, `failed` the error. */
+export function showExamples(chosen, failed) {
   const items = EXAMPLES.map((example) => {
     const image = element("img", { src: addressOf(`page/${example.file}`), alt: example.alt, width: 96, height: 96 });
     const button = element("button", { type: "button", "aria-pressed": "false", title: example.alt }, image);
-    button.addEventListener("click", async () => chosen(await fileOf(example), example));
+    button.addEventListener("click", () =>
+      fileAt(`page/${example.file}`).then((file) => chosen(file, example), failed),
+    );
     return element("li", {}, button);
   });
   byId("examples").replaceChildren(...items);
-}
-
-async function fileOf(example) {
-  const response = await fetch(addressOf(`page/${example.file}`));
-  return new File([await response.blob()], example.file);
 }
 
 /** Mark the example that is on the stage, and show its questions; `ask` gets the one that is chosen. */
@@ -64,5 +61,6 @@ export function showQuestions(example, ask) {
     element("li", {}, element("button", { type: "button", text: question, on: { click: () => ask(question) } })),
   );
   byId("suggestions").replaceChildren(...buttons);
+  byId("hint").textContent = example?.hint ?? "";
   byId("suggested").hidden = !buttons.length;
 }

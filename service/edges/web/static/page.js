@@ -53,7 +53,10 @@ async function ask() {
   const question = byId("question").value.trim();
   if (!isAskable(question)) return;
   clearTrouble();
-  const entry = new Entry(picture, question, chosenSettings(), showPicture);
+  const entry = new Entry(picture, question, chosenSettings(), (shown) => {
+    showPicture(shown);
+    byId("stage").scrollIntoView({ block: "nearest" });
+  });
   entries.push(entry);
   running = new AbortController();
   showRunning(true);
@@ -159,7 +162,7 @@ async function showModel() {
 }
 
 stage.start();
-model.showExamples(take);
+model.showExamples(take, (error) => showTrouble(troubleInWords(error)));
 takeFiles(take);
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -28,8 +28,16 @@ class Setting {
   showLimits() {
     const { budget, closer_view: closer, default_visual_tokens: visual } = this.card;
     const closely = closer && this.detail.value !== "low";
-    this.vision.allow(closely ? closer.vision_tokens : budget.vision_tokens, closely ? closer.vision_tokens : budget.vision_tokens);
+    const vision = closely ? closer.vision_tokens : budget.vision_tokens;
+    this.vision.allow(vision, vision);
     this.visual.allow(budget.visual_tokens, visual);
+  }
+
+  /** A first choice that differs from the model's own. */
+  lookElsewise() {
+    if (this.card.closer_view) this.detail.value = "high";
+    else this.vision.most.value = this.card.budget.vision_tokens[0];
+    this.showLimits();
   }
 
   /** The fields of a question that this setting changes. */
@@ -46,8 +54,9 @@ class Setting {
   /** In a few words, such as "detail high, 64 to 128 vision tokens". */
   get words() {
     const words = [`detail ${this.detail.value}`];
-    if (this.vision.value) words.push(`${this.vision.value.join(" to ")} vision tokens`);
-    if (this.visual.value) words.push(`${this.visual.value.join(" to ")} visual tokens`);
+    for (const [range, what] of [[this.vision, "vision tokens"], [this.visual, "visual tokens"]]) {
+      if (range.value) words.push(`${[...new Set(range.value)].join(" to ")} ${what}`);
+    }
     return words.join(", ");
   }
 }
@@ -99,7 +108,7 @@ export function start(card) {
     byId("setting-b").hidden = !compare.checked;
     first.legend.textContent = compare.checked ? "Setting A" : "Setting";
     second.legend.textContent = "Setting B";
-    if (compare.checked && second.words === first.words) second.vision.most.value = card.budget.vision_tokens[0];
+    if (compare.checked && second.words === first.words) second.lookElsewise();
   };
   compare.addEventListener("change", showSecond);
   showSecond();

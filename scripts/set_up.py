@@ -44,6 +44,8 @@ def packages_for_tests():
         needed["prometheus"] = "the tests check metrics with its promtool"
     if shutil.which("curl") is None:
         needed["curl"] = "the tests ask the service with it"
+    if shutil.which("chromium") is None:
+        needed["chromium"] = "the tests open the service's page in it"
     return needed
 
 

@@ -28,7 +28,7 @@ from tests.support.paths import PROJECT
 from tests.support.servers import Gateway, RedisServer, StartGateway, StartRedis, free_ports, started_gateway
 from tests.support.workers import Workers, tell_servers
 
-DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus", "curl": "curl"}
+DEBIAN_PACKAGE = {"redis-server": "redis-server", "promtool": "prometheus", "curl": "curl", "chromium": "chromium"}
 # Fixtures that start a real server, or start one that a test asks for.
 SERVERS = {"triton", "start_gateway", "starting", "start_redis"}
 LEFT_OUT = "left out"

@@ -40,9 +40,9 @@ export const VIEWS = {
 };
 
 const TENSIONS = {
-  particularize: ["compress", "spend few tokens", "spend many tokens"],
-  explore: ["exploit", "look where relevance is highest", "look around, too"],
-  diversify: ["focus", "look at neighbouring places together", "spread over separate places"],
+  particularize: ["compress", "spends few tokens", "spends many tokens"],
+  explore: ["exploit", "looks where relevance is highest", "looks around, too"],
+  diversify: ["focus", "looks at neighbouring places together", "looks at separate places"],
 };
 
 /** Each tension -> {low, high, value, words}. */
@@ -50,8 +50,7 @@ export function tensionsInWords(tensions) {
   return Object.entries(tensions).map(([high, value]) => {
     const [low, lowWords, highWords] = TENSIONS[high] ?? ["less", "", ""];
     if (Math.abs(value - 0.5) < 0.05) return { low, high, value, words: "balanced" };
-    const strength = Math.abs(value - 0.5) > 0.3 ? "strongly " : "";
-    return { low, high, value, words: strength + (value > 0.5 ? highWords : lowWords) };
+    return { low, high, value, words: value > 0.5 ? highWords : lowWords };
   });
 }
 

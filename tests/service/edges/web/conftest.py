@@ -20,7 +20,9 @@ from service.edges.http.protocol import limited_protocol
 from tests.support.fakes import CLOSER, FakeProber, House
 
 PATIENCE_MS = 60_000  # a busy machine takes seconds to start a page
-BLOCKED = "document.addEventListener('securitypolicyviolation', (e) => console.error(e.violatedDirective, e.blockedURI))"
+BLOCKED = (
+    "document.addEventListener('securitypolicyviolation', (e) => console.error(e.violatedDirective, e.blockedURI))"
+)
 BY_BROWSER = "Failed to load resource"  # one for each error status, which tests expect by their statuses
 
 

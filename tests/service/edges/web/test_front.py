@@ -21,7 +21,9 @@ SCRIPTS = sorted(name for name in FILES if name.endswith(".js"))
 @pytest_asyncio.fixture
 async def caller() -> AsyncIterator[httpx.AsyncClient]:
     house = House()
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://localhost") as http:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://localhost"
+    ) as http:
         yield http
     house.reader.close()
 

@@ -94,7 +94,8 @@ async def test_two_settings_stand_side_by_side(visit: Visit):
     assert "detail" not in first
     assert (second["detail"], second["budget"]) == ("high", {"visual_tokens": [64, 64]})
     boxes = [await each.bounding_box() for each in await visit.page.locator("#stage canvas").all()]
-    assert boxes[0] and boxes[1]
+    assert boxes[0] is not None
+    assert boxes[1] is not None
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     labels = await visit.page.locator("#stage figcaption").all_inner_texts()
     assert labels == ["A: detail low, 64 to 100 vision tokens", "B: detail high, 64 visual tokens"]

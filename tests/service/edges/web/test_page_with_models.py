@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from tests.support.servers import Gateway
 pytestmark = [pytest.mark.needs("chromium"), pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 NODE = Path(playwright.__file__).parent / "driver" / "node"
+COMMANDS = {
+    "curl": ["sh", "-c"],
+    "Python": [sys.executable, "-c"],
+    "JavaScript": [str(NODE), "--input-type=module", "--eval"],
+}
 DESCRIPTION = (
     "a large blue ring, a large pink square with 8, a large cyan triangle with 5 and a medium blue square with x"
 )
@@ -109,17 +114,20 @@ async def test_the_request_as_code_asks_the_same(gateway: Gateway, open_page: Op
     await visit.ask("what's on the pink square? \"$HOME\" \\ 'x'")
     (answer,) = await visit.answers()
     await visit.page.click(".code summary")
-    for language, command in (("curl", ["sh", "-c"]), ("Python", [sys.executable, "-c"]), ("JavaScript", [])):
+    said = {}
+    for language, command in COMMANDS.items():
         await visit.page.get_by_role("button", name=language, exact=True).click()
-        code = await visit.page.inner_text(".code code")
-        if not command:
-            (tmp_path / "ask.mjs").write_text(code)
-        run = [*command, code] if command else [str(NODE), "ask.mjs"]
-        env = os.environ | {"no_proxy": "127.0.0.1"}
-        done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        if language == "curl":
-            *events, _ = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("data: {")]
-            assert "".join(event["delta"] for event in events) == answer
-        else:
-            assert done.stdout.strip() == answer
+        said[language] = await run([*command, await visit.page.inner_text(".code code")], tmp_path)
+    events = [json.loads(line[6:]) for line in said["curl"].splitlines() if line.startswith("data: {")]
+    assert "".join(event.get("delta", "") for event in events) == answer
+    assert said["Python"] == said["JavaScript"] == answer
+
+
+async def run(command: list[str], folder: Path) -> str:
+    """What the command prints. Fails if its exit status is not 0."""
+    pipe = asyncio.subprocess.PIPE
+    environment = os.environ | {"no_proxy": "127.0.0.1"}
+    process = await asyncio.create_subprocess_exec(*command, cwd=folder, env=environment, stdout=pipe, stderr=pipe)
+    printed, complained = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0, complained.decode()
+    return printed.decode().strip()

@@ -46,6 +46,8 @@ def packages_for_tests():
         needed["curl"] = "the tests ask the service with it"
     if shutil.which("node") is None:
         needed["nodejs"] = "the tests ask the service with its fetch"
+    if shutil.which("chromium") is None:
+        needed["chromium"] = "the tests open the service's page in it"
     return needed
 
 

@@ -126,6 +126,7 @@ def grpc_edge(
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        late_for_s=lambda: lag.late_for_s if lag else 0.0,
     )
 
 

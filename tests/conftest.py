@@ -34,6 +34,7 @@ INSTALLED_BY = {
     "promtool": f"{DEBIAN} prometheus",
     "curl": f"{DEBIAN} curl",
     "node": f"{DEBIAN} nodejs",
+    "chromium": f"{DEBIAN} chromium",
     "schemathesis": "python3 scripts/set_up.py develop",
 }
 # Fixtures that start a real server, or start one that a test asks for.

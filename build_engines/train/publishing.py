@@ -32,6 +32,14 @@ TOLD = {
     },
 }
 
+# What GET /v1/models tells callers about the scenes of build_engines/scenes.
+KNOWS = (
+    "Generated scenes of a few coloured shapes on a plain or patterned ground: circles, squares, triangles, stars, "
+    "crosses and rings, small, medium or large, in eight colours, some with one letter or digit. It can be asked about "
+    "their colour, shape and size, how many there are, where they are to each other, and which character they carry. It "
+    "knows nothing else: an answer about a photograph means nothing."
+)
+
 
 def publish(plan: Plan, stage: str) -> Path:
     """Write <out>/checkpoint from the stage `joint` or `allocator`, rounded to FP16, with its accuracy."""
@@ -48,6 +56,7 @@ def publish(plan: Plan, stage: str) -> Path:
         closer.load_state_dict(weights["closer"])
         allocator = RelevanceAllocator(participatory, balancing, closer)
     card: dict[str, Any] = {
+        "knows": KNOWS,
         "training_command": f"python -m build_engines.train --scale {plan.scale:g}",
         "held_out_pairs": [" ".join(pair) for pair in HELD_OUT_PAIRS],
     }

@@ -1,12 +1,10 @@
-"""Serve the routes about the service itself: health, metrics and front page."""
+"""Serve the routes about the service itself: health and metrics."""
 
 from __future__ import annotations
 
-import html
-
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from service.edges.http.edge import edge_of
 from service.edges.http.respond import JsonResponse
@@ -34,14 +32,3 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     text, media_type = edge_of(request).metrics()
     return Response(text, media_type=media_type)
-
-
-@router.get("/", include_in_schema=False)
-async def root(request: Request) -> Response:
-    return HTMLResponse(
-        "<!doctype html><title>Glimpse</title><h1>Glimpse</h1><p>Answers questions about images. Try</p>"
-        "<pre>curl -F image=@photo.jpg -F question='how many objects are there?' "
-        f"{html.escape(str(request.base_url))}v1/vqa</pre>"
-        "<p><a href=docs>API</a> · <a href=openapi.json>OpenAPI</a> · <a href=v1/models>model</a> · "
-        "<a href=health/ready>health</a> · <a href=metrics>metrics</a></p>"
-    )

@@ -558,12 +558,6 @@ async def test_metrics_count_questions_and_http_requests(caller):
     assert 'glimpse_http_requests_total{method="GET",route="none",status="404"} 1.0' in text
 
 
-async def test_the_root_points_to_the_rest(caller):
-    page = await caller.http.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "http://localhost/v1/vqa" in page.text
-
-
 async def test_openapi_describes_every_route_with_examples_that_are_valid(caller):
     spec = (await caller.http.get("/openapi.json")).json()
     ours = {"/v1/vqa", "/v1/images", "/health/live", "/health/ready"}

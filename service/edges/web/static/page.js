@@ -1,0 +1,177 @@
+// The page: an image, a question, and the answer as it comes.
+import * as api from "./api.js";
+import { Entry } from "./answers.js";
+import { byId, element } from "./dom.js";
+import * as model from "./model.js";
+import { NotAnImage, Picture, takeFiles } from "./picture.js";
+import * as settings from "./settings.js";
+import * as stage from "./stage.js";
+import { lookedAt, troubleInWords } from "./words.js";
+
+const LOOK_AGAIN_MS = 3000; // at a service that is not ready
+
+let picture = null;
+let card = null;
+let chosenSettings = () => [{ name: "A", words: "detail low", fields: {} }]; // until the card is there
+let running = null; // an AbortController
+let nextLook = 0; // a timer's id
+const entries = [];
+
+/** Put an image on the stage. */
+async function take(file, example = null) {
+  clearTrouble();
+  try {
+    picture = await Picture.of(file, example);
+  } catch (error) {
+    if (!(error instanceof NotAnImage)) throw error;
+    return showTrouble({ title: "Wrong file", text: error.message, retryAfterS: 0 });
+  }
+  showPicture();
+  byId("said").textContent = `Image: ${picture.description}.`;
+}
+
+function showPicture(entry = null) {
+  if (entry) picture = entry.picture;
+  stage.show(picture, entry?.runs);
+  for (const each of entries) each.shown = each === entry;
+  model.showQuestions(picture.example, (question) => {
+    byId("question").value = question;
+    byId("form").requestSubmit();
+  });
+  showForeign();
+}
+
+/** Say what an answer about an image of another world is worth. */
+function showForeign() {
+  byId("foreign").hidden = Boolean(picture.example) || !card?.metadata.knows;
+  byId("foreign").textContent = "This model knows only scenes like the examples. Of another image it tells what it knows, "
+    + "so its answer may mean nothing.";
+}
+
+/** Ask the question of the form with every chosen setting, one after the other. */
+async function ask() {
+  const question = byId("question").value.trim();
+  if (!isAskable(question)) return;
+  clearTrouble();
+  const entry = new Entry(picture, question, chosenSettings(), (shown) => {
+    showPicture(shown);
+    byId("stage").scrollIntoView({ block: "nearest" });
+  });
+  entries.push(entry);
+  running = new AbortController();
+  showRunning(true);
+  try {
+    for (const run of entry.runs) await answer(entry, run, running.signal);
+  } catch (error) {
+    for (const run of entry.runs) if (!run.relevance) run.stop(error.name === "AbortError" ? "Stopped." : "No answer.");
+    if (error.name !== "AbortError") showTrouble(troubleInWords(error), ask);
+    if (error instanceof api.Unreachable || error.status === 503) showHealth();
+  } finally {
+    running = null;
+    showRunning(false);
+  }
+}
+
+async function answer(entry, run, signal) {
+  await entry.picture.withId(async (image) => {
+    for await (const event of api.ask({ image, ...run.fields }, signal)) {
+      if (event.delta !== undefined) run.add(event.delta);
+      else run.finish(event);
+    }
+  }, signal);
+  showPicture(entry);
+  const name = entry.runs.length > 1 ? ` ${run.name}` : "";
+  byId("said").textContent = `Answer${name}: ${run.answer}. ${lookedAt(run.relevance)}`;
+}
+
+/** Whether there is all that a question needs; else say what is missing. */
+function isAskable(question) {
+  if (running) return false;
+  const input = byId("question");
+  const fault = question ? "" : "Write a question first.";
+  byId("question-fault").textContent = fault;
+  input.setAttribute("aria-invalid", String(Boolean(fault)));
+  if (fault) {
+    input.focus();
+    return false;
+  }
+  if (!picture) {
+    showTrouble({ title: "No image yet", text: "Drop, paste or choose an image, or take an example.", retryAfterS: 0 });
+    return false;
+  }
+  for (const control of byId("settings").querySelectorAll("input")) {
+    if (!control.reportValidity()) {
+      byId("settings").open = true;
+      return false;
+    }
+  }
+  return true;
+}
+
+function showRunning(is) {
+  byId("ask").disabled = is;
+  byId("stop").hidden = !is;
+  byId("form").setAttribute("aria-busy", String(is));
+}
+
+function clearTrouble() {
+  byId("trouble").replaceChildren();
+}
+
+/** `again` is offered once the service has the time that it asked for. */
+function showTrouble({ title, text, retryAfterS }, again) {
+  const shown = [element("p", {}, element("strong", { text: title })), element("p", { text })];
+  if (again) {
+    const button = element("button", { type: "button", text: "Ask again", on: { click: again } });
+    shown.push(button);
+    if (retryAfterS) waitFor(button, Date.now() + 1000 * retryAfterS);
+  }
+  byId("trouble").replaceChildren(...shown);
+}
+
+function waitFor(button, until) {
+  const left = Math.ceil((until - Date.now()) / 1000);
+  button.disabled = left > 0;
+  button.textContent = left > 0 ? `Ask again in ${left} s` : "Ask again";
+  if (left > 0) setTimeout(() => waitFor(button, until), 250);
+}
+
+/** Show whether the service is ready; ask again until it is. */
+async function showHealth() {
+  clearTimeout(nextLook);
+  const place = byId("health");
+  try {
+    const why = await api.notReady();
+    if (!card) await showModel();
+    place.className = `health ${why ? "waiting" : "ready"}`;
+    place.textContent = why ? `Not ready: ${why}` : `Ready: ${card.id}`;
+    if (!why) return;
+  } catch {
+    place.className = "health down";
+    place.textContent = "The service does not answer";
+  }
+  if (!document.hidden) nextLook = setTimeout(showHealth, LOOK_AGAIN_MS);
+}
+
+async function showModel() {
+  card = await api.model();
+  model.describe(card);
+  chosenSettings = settings.start(card);
+  byId("settings").hidden = false;
+  if (picture) showForeign();
+}
+
+stage.start();
+model.showExamples(take, (error) => showTrouble(troubleInWords(error)));
+takeFiles(take);
+byId("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  ask();
+});
+byId("stop").addEventListener("click", () => running?.abort());
+byId("question").addEventListener("input", () => {
+  byId("question-fault").textContent = "";
+  byId("question").setAttribute("aria-invalid", "false");
+});
+addEventListener("visibilitychange", () => document.hidden || showHealth());
+await showHealth();

@@ -1,0 +1,76 @@
+// Take an image that is dropped, pasted, chosen or photographed, and keep it with the service.
+import { keepImage, Refused } from "./api.js";
+import { byId } from "./dom.js";
+
+const MARGIN_S = 30; // an id that expires sooner is not used
+
+/** The file is not an image that this browser can show. */
+export class NotAnImage extends Error {}
+
+export class Picture {
+  constructor(file, bitmap, example = null) {
+    this.file = file;
+    this.bitmap = bitmap;
+    this.example = example; // of EXAMPLES, or null for the visitor's own image
+    this.kept = null;
+  }
+
+  /** Read a file. Throws NotAnImage. */
+  static async of(file, example = null) {
+    try {
+      return new Picture(file, await createImageBitmap(file), example);
+    } catch {
+      throw new NotAnImage(`${file.name || "This file"} is not an image that this page can show. Choose a PNG, JPEG, WebP or GIF.`);
+    }
+  }
+
+  get name() {
+    return this.file.name || "image.png";
+  }
+
+  get description() {
+    return this.example?.alt ?? this.name;
+  }
+
+  /** Call `use` with the image's id. The image is sent if the service does not have it. */
+  async withId(use, signal) {
+    if (!this.kept || this.kept.expires_at - MARGIN_S < Date.now() / 1000) this.kept = await keepImage(this.file, signal);
+    try {
+      return await use(this.kept.id);
+    } catch (error) {
+      if (!(error instanceof Refused) || error.code !== "image_not_found") throw error;
+      this.kept = await keepImage(this.file, signal); // the service was restarted, or its store is full
+      return use(this.kept.id);
+    }
+  }
+}
+
+/** Call `taken` with each file that the visitor brings. */
+export function takeFiles(taken) {
+  for (const id of ["file", "camera"]) {
+    const input = byId(id);
+    input.addEventListener("change", () => {
+      if (input.files[0]) taken(input.files[0]);
+      input.value = ""; // the same file can be chosen again
+    });
+  }
+  byId("camera-button").hidden = !matchMedia("(pointer: coarse)").matches;
+
+  const stage = byId("stage");
+  addEventListener("dragover", (event) => {
+    event.preventDefault();
+    stage.classList.add("over");
+  });
+  for (const name of ["dragleave", "drop", "dragend"]) addEventListener(name, () => stage.classList.remove("over"));
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    if (event.dataTransfer.files[0]) taken(event.dataTransfer.files[0]);
+  });
+  addEventListener("paste", (event) => {
+    const [file] = event.clipboardData.files;
+    if (file) {
+      event.preventDefault();
+      taken(file);
+    }
+  });
+}

@@ -1,0 +1,116 @@
+// The controls of a setting: detail and budgets. What is left empty is the model's own.
+import { byId, element } from "./dom.js";
+
+const DETAILS = {
+  low: "low: the image at 224 pixels",
+  auto: "auto: closer if the question needs it",
+  high: "high: also at 448 pixels",
+};
+
+/** One setting's controls in `place`. */
+class Setting {
+  constructor(place, name, card) {
+    this.card = card;
+    this.place = place;
+    const details = card.closer_view ? DETAILS : { low: DETAILS.low };
+    const options = Object.entries(details).map(([value, text]) => element("option", { value, text }));
+    this.detail = element("select", { id: `detail-${name}` }, ...options);
+    this.detail.addEventListener("change", () => this.showLimits());
+    this.vision = new Range(`vision-${name}`, "Vision tokens", "read by the Q-Former", 1);
+    this.visual = new Range(`visual-${name}`, "Visual tokens", "read by the LLM", 32);
+    const row = element("p", { class: "control" }, element("label", { for: `detail-${name}`, text: "Detail" }), this.detail);
+    this.legend = element("legend", { text: "Setting" });
+    place.replaceChildren(element("fieldset", { class: "setting" }, this.legend, row, this.vision.row, this.visual.row));
+    this.name = name.toUpperCase();
+    this.showLimits();
+  }
+
+  showLimits() {
+    const { budget, closer_view: closer, default_visual_tokens: visual } = this.card;
+    const closely = closer && this.detail.value !== "low";
+    const vision = closely ? closer.vision_tokens : budget.vision_tokens;
+    this.vision.allow(vision, vision);
+    this.visual.allow(budget.visual_tokens, visual);
+  }
+
+  /** A first choice that differs from the model's own. */
+  lookElsewise() {
+    if (this.card.closer_view) this.detail.value = "high";
+    else this.vision.most.value = this.card.budget.vision_tokens[0];
+    this.showLimits();
+  }
+
+  /** The fields of a question that this setting changes. */
+  get fields() {
+    const budget = {};
+    if (this.vision.value) budget.vision_tokens = this.vision.value;
+    if (this.visual.value) budget.visual_tokens = this.visual.value;
+    const fields = {};
+    if (this.detail.value !== "low") fields.detail = this.detail.value;
+    if (Object.keys(budget).length) fields.budget = budget;
+    return fields;
+  }
+
+  /** In a few words, such as "detail high, 64 to 128 vision tokens". */
+  get words() {
+    const words = [`detail ${this.detail.value}`];
+    for (const [range, what] of [[this.vision, "vision tokens"], [this.visual, "visual tokens"]]) {
+      if (range.value) words.push(`${[...new Set(range.value)].join(" to ")} ${what}`);
+    }
+    return words.join(", ");
+  }
+}
+
+/** The least and the most of something; both may be empty. */
+class Range {
+  constructor(id, title, meaning, step) {
+    const input = (end) => element("input", { id: `${id}-${end}`, type: "number", step, inputmode: "numeric" });
+    [this.least, this.most] = [input("least"), input("most")];
+    this.hint = element("span", { class: "small", id: `${id}-hint` });
+    this.meaning = meaning;
+    for (const end of [this.least, this.most]) end.setAttribute("aria-describedby", this.hint.id);
+    this.row = element(
+      "fieldset",
+      { class: "range" },
+      element("legend", { text: title }),
+      element("label", { for: this.least.id, text: "at least" }),
+      this.least,
+      element("label", { for: this.most.id, text: "at most" }),
+      this.most,
+      this.hint,
+    );
+  }
+
+  /** Set the allowed least and most, and those that are used if nothing is given. */
+  allow([least, most], usual) {
+    this.usual = usual;
+    for (const [input, value] of [[this.least, usual[0]], [this.most, usual[1]]]) {
+      input.min = least;
+      input.max = most;
+      input.placeholder = value;
+    }
+    this.hint.textContent = `${this.meaning}; ${least} to ${most}` + (this.least.step > 1 ? `, in steps of ${this.least.step}` : "");
+  }
+
+  get value() {
+    if (!this.least.value && !this.most.value) return null;
+    const least = this.least.value ? Number(this.least.value) : Math.min(this.usual[0], Number(this.most.value));
+    return [least, this.most.value ? Number(this.most.value) : Math.max(this.usual[1], least)];
+  }
+}
+
+/** Make the controls for this model -> a function that gives the settings to ask with. */
+export function start(card) {
+  const first = new Setting(byId("setting-a"), "a", card);
+  const second = new Setting(byId("setting-b"), "b", card);
+  const compare = byId("compare");
+  const showSecond = () => {
+    byId("setting-b").hidden = !compare.checked;
+    first.legend.textContent = compare.checked ? "Setting A" : "Setting";
+    second.legend.textContent = "Setting B";
+    if (compare.checked && second.words === first.words) second.lookElsewise();
+  };
+  compare.addEventListener("change", showSecond);
+  showSecond();
+  return () => (compare.checked ? [first, second] : [first]);
+}

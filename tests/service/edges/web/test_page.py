@@ -1,0 +1,256 @@
+"""The page in a real Chromium, on a service without Triton: asking, errors, narrow screens, keyboard."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import pytest
+from PIL import Image as Pillow
+
+from service.core.errors import Overloaded, Unavailable
+from service.media.store import ImageStore
+from tests.service.edges.web.conftest import Kept, Open, Visit
+from tests.support.fakes import png, until
+
+pytestmark = [pytest.mark.needs("chromium"), pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
+
+PHONE = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
+TROUBLE = "#trouble strong"
+DROP = """([name, bytes, kind]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([new Uint8Array(bytes)], name));
+    const event = kind === "drop" ? new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true })
+        : new ClipboardEvent(kind, { clipboardData: data, bubbles: true, cancelable: true });
+    document.body.dispatchEvent(event);
+}"""
+
+
+def bmp() -> bytes:
+    """An image that browsers show and the service refuses."""
+    out = BytesIO()
+    Pillow.new("RGB", (8, 8)).save(out, "BMP")
+    return out.getvalue()
+
+
+async def test_an_answer_comes_and_the_picture_changes(visit: Visit):
+    await visit.choose(png())
+    before = await visit.picture()
+    await visit.ask("what is there?")
+    assert await visit.answers() == ["a red square"]
+    assert await visit.picture() != before
+    assert "Answer: a red square." in await visit.page.inner_text("#said")
+    assert await visit.page.inner_text("#answers h3") == "what is there?"
+
+
+async def test_the_text_is_shown_while_it_comes_and_can_be_stopped(visit: Visit, service: Kept):
+    language = service.house.language
+    language.gate.clear()
+    language.wait_at = 5
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    answer = visit.page.locator("#answers .answer[aria-busy=true]")
+    await answer.filter(has_text="a red").wait_for()
+    assert "square" not in await answer.inner_text()
+    assert await visit.page.is_disabled("#ask")
+    await visit.page.click("#stop")
+    await visit.page.get_by_text("Stopped.").wait_for()
+    await until(lambda: language.open == 0)
+    assert await visit.page.is_enabled("#ask")
+    assert not await visit.page.inner_text("#trouble")
+
+
+async def test_an_image_is_sent_once_for_many_questions_and_earlier_ones_stay(visit: Visit, service: Kept):
+    await visit.choose(png())
+    for question in ("what?", "where?"):
+        await visit.ask(question)
+        await visit.answers()
+    assert len(visit.posted("/v1/images")) == 1
+    assert await visit.page.locator("#answers h3").all_inner_texts() == ["where?", "what?"]
+    service.house.pipeline.images = ImageStore(100_000_000, 3600)  # as a service that was started again
+    await visit.ask("how many?")
+    assert await visit.answers() == ["a red square"]
+    assert len(visit.posted("/v1/images")) == 2
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+async def test_an_image_is_dropped_or_pasted(visit: Visit, way: str):
+    await visit.page.evaluate(DROP, ["dropped.png", list(png()), way])
+    await visit.page.wait_for_selector("#stage canvas[aria-label^='dropped.png']")
+    await visit.ask("what is there?")
+    assert await visit.answers() == ["a red square"]
+
+
+async def test_two_settings_stand_side_by_side(visit: Visit):
+    await visit.choose(png(size=(500, 400)))
+    await visit.page.click("#settings summary")
+    await visit.page.check("#compare")
+    assert await visit.page.input_value("#detail-b") == "high"
+    await visit.page.fill("#vision-a-most", "100")
+    await visit.page.fill("#visual-b-least", "64")
+    await visit.ask("what is there?")
+    assert await visit.answers() == ["a red square"] * 2
+    first, second = (request.post_data_json for request in visit.posted("/v1/vqa"))
+    assert first["budget"] == {"vision_tokens": [64, 100]}
+    assert "detail" not in first
+    assert (second["detail"], second["budget"]) == ("high", {"visual_tokens": [64, 64]})
+    boxes = [await each.bounding_box() for each in await visit.page.locator("#stage canvas").all()]
+    assert boxes[0] is not None
+    assert boxes[1] is not None
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    labels = await visit.page.locator("#stage figcaption").all_inner_texts()
+    assert labels == ["A: detail low, 64 to 100 vision tokens", "B: detail high, 64 visual tokens"]
+    assert await visit.page.locator(".bar").count() == 2
+
+
+async def test_every_view_draws_another_picture(visit: Visit):
+    await visit.choose(png(size=(300, 200)))
+    await visit.ask("what is there?")
+    await visit.answers()
+    await visit.page.focus("#views input:checked")
+    shown = {await visit.picture()}
+    for _ in range(4):
+        await visit.page.keyboard.press("ArrowDown")
+        shown.add(await visit.picture())
+    assert len(shown) == 3  # the service gives three ways the same values, and pales all cells of the levels
+    await visit.page.fill("#strength", "0.2")
+
+
+async def test_facts_tensions_and_timings_are_words(visit: Visit):
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    await visit.answers()
+    facts = await visit.page.inner_text(".facts")
+    assert "image encoded anew" in facts
+    assert "vision tokens" in facts
+    assert "queue" in await visit.page.inner_text(".key")
+    await visit.page.click(".run details:has(.tensions) summary")
+    assert "0.50: balanced" in await visit.page.inner_text(".tensions")
+
+
+# Errors.
+async def test_an_empty_question_is_told_at_its_field(visit: Visit):
+    await visit.choose(png())
+    await visit.ask("   ")
+    assert await visit.page.inner_text("#question-fault") == "Write a question first."
+    assert await visit.page.get_attribute("#question", "aria-invalid") == "true"
+    assert await visit.page.evaluate("document.activeElement.id") == "question"
+    assert visit.posted("/v1/vqa") == []
+
+
+async def test_a_question_without_an_image_is_told(visit: Visit):
+    await visit.ask("what is there?")
+    assert await visit.page.inner_text(TROUBLE) == "No image yet"
+
+
+async def test_a_file_that_is_no_image_is_told(visit: Visit):
+    await visit.choose(b"some words", "notes.txt")
+    await visit.page.wait_for_selector(TROUBLE)
+    assert "notes.txt is not an image" in await visit.page.inner_text("#trouble")
+
+
+async def test_an_image_that_the_service_does_not_read_is_told(visit: Visit):
+    await visit.choose(bmp(), "old.bmp")
+    await visit.ask("what is there?")
+    await visit.page.wait_for_selector(TROUBLE)
+    assert await visit.page.inner_text(TROUBLE) == "This file is not an image that the service reads"
+
+
+async def test_a_full_service_is_asked_again_after_its_time(visit: Visit, service: Kept):
+    service.house.vision.fault = Overloaded("the service is full: retry after 2 s", retry_after_s=2.0)
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    assert await visit.page.inner_text(TROUBLE) == "The service is full"
+    again = visit.page.locator("#trouble button")
+    assert await again.is_disabled()
+    assert "Ask again in" in await again.inner_text()
+    service.house.vision.fault = None
+    await again.click()  # waits until it can
+    assert await visit.answers() == ["a red square"]
+    assert not await visit.page.inner_text("#trouble")
+
+
+async def test_a_model_that_does_not_answer_is_told(visit: Visit, service: Kept):
+    service.house.vision.fault = Unavailable("the model see does not answer: retry in a few seconds")
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    assert await visit.page.inner_text(TROUBLE) == "The service is not ready"
+    assert "The model see does not answer" in await visit.page.inner_text("#trouble")
+
+
+async def test_an_error_amid_the_answer_keeps_its_text(visit: Visit, service: Kept):
+    language = service.house.language
+    language.wait_at, language.fault = 5, Unavailable("the model llm does not answer: retry in a few seconds")
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    await visit.page.wait_for_selector(TROUBLE)
+    assert await visit.page.inner_text(TROUBLE) == "The answer broke off"
+    assert await visit.page.inner_text("#answers .answer") == "a red"
+
+
+async def test_a_service_that_is_gone_is_told(visit: Visit, service: Kept):
+    await visit.choose(png())
+    await service.stop()
+    await visit.ask("what is there?")
+    await visit.page.wait_for_selector(TROUBLE)
+    assert await visit.page.inner_text(TROUBLE) == "The service does not answer"
+    await visit.page.wait_for_selector("#health.down")
+
+
+async def test_what_a_service_says_is_never_markup(visit: Visit, service: Kept):
+    service.house.language.say("<img src=x onerror=alert(1)>")
+    await visit.choose(png(), "<b>photo</b>.png")
+    await visit.ask("<i>what</i>?")
+    assert await visit.answers() == ["<img src=x onerror=alert(1)>"]
+    assert await visit.page.locator("#answers img, #answers i, #stage b").count() == 0
+
+
+# Screens, keyboard and privacy.
+async def test_a_telephone_scrolls_in_one_direction_only(service: Kept, open_page: Open):
+    visit = await open_page(service.url, **PHONE)
+    await visit.choose(png(size=(300, 200)), "a_very_long_name_" * 8 + ".png")
+    await visit.page.click("#settings summary")
+    await visit.page.check("#compare")
+    await visit.ask("w" * 300)
+    assert await visit.answers() == ["a red square"] * 2
+    for summary in await visit.page.locator("details:not([open]) summary").all():
+        await summary.click()
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert await visit.page.evaluate(wide) == 0
+    assert await visit.page.is_visible("#camera-button")
+
+
+async def test_the_keyboard_alone_asks(visit: Visit):
+    page = visit.page
+    for _ in range(20):
+        await page.keyboard.press("Tab")
+        assert await page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none" or (
+            await page.evaluate("document.activeElement.type") == "file"  # its label has the outline
+        )
+        if await page.evaluate("document.activeElement.closest('#examples') !== null"):
+            break
+    await page.keyboard.press("Enter")
+    await page.wait_for_selector("#suggestions button")
+    while await page.evaluate("document.activeElement.id") != "question":
+        await page.keyboard.press("Tab")
+    await page.keyboard.type("what is there?")
+    await page.keyboard.press("Enter")
+    assert await visit.answers() == ["a red square"]
+
+
+async def test_every_control_has_a_name(visit: Visit):
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    await visit.answers()
+    nameless = """() => [...document.querySelectorAll("input, select, button, img, canvas[role=img]")].filter((each) =>
+        !(each.labels?.length || each.textContent.trim() || each.alt || each.ariaLabel
+          || each.querySelector("img[alt]"))).map((each) => each.outerHTML)"""
+    assert await visit.page.evaluate(nameless) == []
+
+
+async def test_nothing_is_kept_in_the_browser(visit: Visit):
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    await visit.answers()
+    assert await visit.page.context.cookies() == []
+    kept = "(async () => localStorage.length + sessionStorage.length + (await indexedDB.databases()).length)()"
+    assert await visit.page.evaluate(kept) == 0

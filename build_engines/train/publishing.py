@@ -36,8 +36,8 @@ TOLD = {
 KNOWS = (
     "Generated scenes of a few coloured shapes on a plain or patterned ground: circles, squares, triangles, stars, "
     "crosses and rings, small, medium or large, in eight colours, some with one letter or digit. It can be asked about "
-    "their colour, shape and size, how many there are, where they are to each other, and which character they carry. It "
-    "knows nothing else: an answer about a photograph means nothing."
+    "their colour, shape and size, how many there are, where they are to each other, and which character they carry. "
+    "It knows nothing else: an answer about a photograph means nothing."
 )
 
 

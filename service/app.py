@@ -107,7 +107,6 @@ def http_edge(
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
-        late_for_s=lambda: lag.late_for_s if lag else 0.0,
     )
 
 

@@ -110,7 +110,6 @@ def http_edge(
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
-        late_for_s=lambda: lag.late_for_s if lag else 0.0,
     )
 
 
@@ -126,7 +125,6 @@ def grpc_edge(
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
-        late_for_s=lambda: lag.late_for_s if lag else 0.0,
     )
 
 

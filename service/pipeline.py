@@ -132,9 +132,9 @@ class Pipeline:
         self.images.put(image, time.monotonic(), reservation.tenant)
         return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
 
-    def require_turns(self, open_requests: int, lag_s: float, late_for_s: float) -> None:
+    def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
-        self.admission.require_turns(open_requests, lag_s, late_for_s)
+        self.admission.require_turns(open_requests, lag_s)
 
     @contextmanager
     def reservation(self, tenant: str) -> Iterator[Reservation]:

@@ -31,9 +31,7 @@ MAX_RETRY_AFTER_S = 60.0
 # Questions by an image's id are smaller than this. Uploads leave them a quarter of the request bytes.
 SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
-# So many open requests are let in however late the loop is: it may be another program's fault. Requests that come all
-# at once make it late for a moment, and that is no crowd yet.
-AT_ONCE, IN_A_CROWD, BURST_S = 64, 16, 1.0
+UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
 
@@ -91,14 +89,13 @@ class Admission:
         finally:
             self._open.discard(reservation)
 
-    def require_turns(self, open_requests: int, lag_s: float, late_for_s: float) -> None:
+    def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Check that the event loop keeps up with the requests that came. Raises Overloaded.
 
         A refusal after the body was read and parsed takes as much of the loop as an answer. If many callers are refused
         and ask again, that alone would take all of it, and neither answers nor refusals would be in time.
         """
-        most = AT_ONCE if late_for_s < BURST_S else IN_A_CROWD
-        if lag_s > MAX_LAG_S and open_requests > most and not self.quota.closed:
+        if lag_s > MAX_LAG_S and open_requests > UNHURRIED and not self.quota.closed:
             text = f"The server has {open_requests} open requests and cannot take more now. Retry later."
             raise self.refuse(Refusal("saturated", text, 1.0))
 

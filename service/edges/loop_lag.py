@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 INTERVAL_S = 0.01
-LATE_S = 0.01  # above it the loop is late
 REPORT_S = 0.1  # between two figures for the metric, each the worst since the last
 
 
@@ -19,12 +18,6 @@ class LoopLag:
         self._interval_s = interval_s
         self._due = float("inf")
         self._last = 0.0
-        self._late_since = float("inf")
-
-    @property
-    def late_for_s(self) -> float:
-        """For how long every measurement has been late."""
-        return max(0.0, time.monotonic() - self._late_since)
 
     @property
     def seconds(self) -> float:
@@ -40,11 +33,9 @@ class LoopLag:
                 await asyncio.sleep(self._interval_s)
                 now = time.monotonic()
                 self._last = max(0.0, now - self._due)
-                self._late_since = min(self._late_since, self._due) if self._last > LATE_S else float("inf")
                 worst = max(worst, self._last)
                 if now - reported >= REPORT_S or self._last >= REPORT_S:
                     self._observe(worst)
                     reported, worst = now, 0.0
         finally:
-            self._due = self._late_since = float("inf")
-            self._last = 0.0
+            self._due, self._last = float("inf"), 0.0

@@ -135,7 +135,7 @@ class Calls:
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
             with self._counted():
-                self.edge.require_turns(self._open)
+                self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
                 tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
                 with self.edge.pipeline.reservation(tenant) as reservation:
                     async with reservation.until_end():

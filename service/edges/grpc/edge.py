@@ -29,11 +29,6 @@ class GrpcEdge:
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     count: Callable[[str, str], None]  # one call: its method and the name of its status
     lag_s: Callable[[], float]  # how late the event loop is
-    late_for_s: Callable[[], float]  # for how long it has been late without a break
-
-    def require_turns(self, open_calls: int) -> None:
-        """Raises Overloaded if the event loop cannot take one more call."""
-        self.pipeline.require_turns(open_calls, self.lag_s(), self.late_for_s())
 
     def options(self) -> list[tuple[str, int]]:
         """Return the server's channel arguments. Connections have no maximum age."""

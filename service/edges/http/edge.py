@@ -51,12 +51,7 @@ class Edge:
     metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
-    late_for_s: Callable[[], float]  # for how long it has been late without a break
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
-
-    def require_turns(self, open_requests: int) -> None:
-        """Raises Overloaded if the event loop cannot take one more request."""
-        self.pipeline.require_turns(open_requests, self.lag_s(), self.late_for_s())
 
 
 def edge_of(request: Request) -> Edge:

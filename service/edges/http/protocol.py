@@ -40,7 +40,7 @@ def limited_protocol(edge: Edge) -> type[asyncio.Protocol]:
 
     def overload(open_requests: int) -> Overloaded | None:
         try:
-            edge.require_turns(open_requests)
+            edge.pipeline.require_turns(open_requests, edge.lag_s())
         except Overloaded as error:
             return error
         return None

@@ -132,7 +132,7 @@ class RequestScope:
             return refuse_host(unknown)
         if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
             try:
-                self.edge.require_turns(scope.get(OPEN_REQUESTS, 0))
+                self.edge.pipeline.require_turns(scope.get(OPEN_REQUESTS, 0), self.edge.lag_s())
             except Overloaded as error:
                 return response_to(error)
         return self.app

@@ -21,14 +21,8 @@ async def test_what_blocks_the_loop_is_seen():
     lags.clear()
     time.sleep(0.2)  # noqa: ASYNC251 - the fault that is looked for
     assert 0.1 < lag.seconds < 5  # known while it lasts
-    assert lag.late_for_s < 0.1  # no measurement yet
     await until(lambda: lags)
     assert 0.1 < max(lags) < 5
-    for _ in range(30):
-        time.sleep(0.012)  # noqa: ASYNC251
-        await asyncio.sleep(0)
-    await until(lambda: lag.late_for_s > 0.01 or lags[3:])
-    await until(lambda: lag.late_for_s == 0)
     await cancelled(watching)
     assert lag.seconds == 0
 

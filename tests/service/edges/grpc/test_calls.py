@@ -13,7 +13,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from structlog.testing import capture_logs
 
-from service.admission.admission import IN_A_CROWD
+from service.admission.admission import UNHURRIED
 from service.admission.quota import Cost
 from service.admission.scheduler import Resource
 from service.core.errors import Overloaded, Unavailable
@@ -298,9 +298,9 @@ async def test_a_caller_that_does_not_read_is_given_up():
 
 async def test_a_service_whose_loop_is_late_refuses_before_it_reads():
     house = House()
-    house.rpc = replace(house.rpc, lag_s=lambda: 60.0, late_for_s=lambda: 60.0)
+    house.rpc = replace(house.rpc, lag_s=lambda: 60.0)
     async with served(house) as service:
-        uploads = [service.stub.PutImage(silent()) for _ in range(IN_A_CROWD + 1)]
+        uploads = [service.stub.PutImage(silent()) for _ in range(UNHURRIED + 1)]
         failed = await failure(uploads[-1])
         assert (failed.code, failed.reason) == ("RESOURCE_EXHAUSTED", "saturated")
         for upload in uploads:

@@ -101,7 +101,8 @@ class Call:
                 self.reservation.reserve_bytes(self.edge.bodies.max_body_bytes)
             except Overloaded as refusal:
                 refusals.append(refusal)
-                patience.reschedule(loop.time())
+                if not patience.expired():
+                    patience.reschedule(loop.time())
 
         loop = asyncio.get_running_loop()
         with self.reservation.work():

@@ -45,7 +45,7 @@ class Visit:
         self.requests: list[Request] = []
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("request", self.requests.append)
+        page.on("request", lambda request: self.requests.append(request))
 
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not message.text.startswith(BY_BROWSER):

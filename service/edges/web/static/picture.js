@@ -54,7 +54,7 @@ export function takeFiles(taken) {
       input.value = ""; // the same file can be chosen again
     });
   }
-  byId("camera-button").hidden = !matchMedia("(pointer: coarse)").matches;
+  byId("camera").hidden = byId("camera-button").hidden = !matchMedia("(pointer: coarse)").matches;
 
   const stage = byId("stage");
   addEventListener("dragover", (event) => {

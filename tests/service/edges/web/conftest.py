@@ -45,11 +45,14 @@ class Visit:
         self.requests: list[Request] = []
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("request", self.requests.append)
+        page.on("request", self._note)
 
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not message.text.startswith(BY_BROWSER):
             self.faults.append(message.text)
+
+    def _note(self, request: Request) -> None:
+        self.requests.append(request)
 
     def posted(self, path: str) -> list[Request]:
         return [each for each in self.requests if each.method == "POST" and urlsplit(each.url).path == path]

@@ -111,6 +111,21 @@ def _from_json_text(example: str) -> Callable[[object], object]:
     return parsed
 
 
+# A list would stand for a field that repeats.
+TURNS_AS_TEXT = {
+    "anyOf": [
+        {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "type": "array",
+                "items": {"$ref": "#/components/schemas/WireTurn"},
+                "maxItems": MAX_TURNS,
+            },
+        },
+        {"type": "null"},
+    ]
+}
 NOT_BLANK = r"\S"  # said in the schema, and checked by the core
 ImageText = Annotated[str, Field(json_schema_extra={"pattern": NOT_BLANK})]
 FILES_SCHEMA = {"type": "array", "items": {"type": "string", "format": "binary", "minLength": 1}, "minItems": 1}
@@ -253,6 +268,7 @@ class VqaForm(Asked):
     turns: Annotated[
         Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None,
         BeforeValidator(_from_json_text('[{"question": "which shape?", "answer": "a circle"}]')),
+        WithJsonSchema(TURNS_AS_TEXT),
     ] = Field((), description="JSON text, as in JSON's `turns`.")
     budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text('{"vision_tokens": [64, 128]}'))] = Field(
         None, description="JSON text, as in JSON's `budget`."

@@ -153,6 +153,12 @@ async def test_the_bounds_of_integers_are_in_the_schema(spec, field, least, most
         assert number == {"type": "integer", "minimum": least, "maximum": most}
 
 
+async def test_turns_of_a_form_are_one_text(spec):
+    text, _ = spec["components"]["schemas"]["VqaForm"]["properties"]["turns"]["anyOf"]
+    assert (text["type"], text["contentMediaType"]) == ("string", "application/json")
+    assert text["contentSchema"]["items"]["$ref"].rpartition("/")[2] in spec["components"]["schemas"]
+
+
 async def test_an_image_that_was_sent_links_to_the_question_about_it(spec):
     (link,) = spec["paths"]["/v1/images"]["post"]["responses"]["200"]["links"].values()
     assert link["operationId"] == spec["paths"]["/v1/vqa"]["post"]["operationId"]

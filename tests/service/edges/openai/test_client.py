@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ from service.core.errors import (
     UnsupportedEncoding,
 )
 from service.edges.http.edge import ConnectionLimits
+from service.edges.openai.described import EXAMPLES
 from tests.service.edges.http.test_protocol import Served, served
 from tests.service.edges.openai.test_messages import assistant, image, system, text, user
 from tests.support.fakes import png
@@ -224,6 +227,27 @@ def test_our_own_fields_go_in_extra_body(client, chat, card):
     )
     assert answer.vision["vision_tokens"] == least
     assert len(answer.relevance) == 1
+
+
+@pytest.mark.parametrize("name", EXAMPLES)  # "turns" stands after another, which sends its image
+def test_the_examples_of_the_document_answer_as_they_say(client, name, card):
+    asked = EXAMPLES[name]["value"] | {"model": card.name}
+    said = client.chat.completions.create(**asked)
+    if asked.get("stream"):
+        answer = "".join(chunk.choices[0].delta.content or "" for chunk in said if chunk.choices)
+    else:
+        answer = said.choices[0].message.content
+    assert EXAMPLES[name]["description"] == f"The reference model answers: {answer}"
+
+
+def test_the_program_in_the_documentation_runs(gateway, card):
+    page = (PROJECT / "docs" / "api.md").read_text()
+    program = page.partition("```python\nimport base64\n")[2].partition("```")[0]
+    program = "import base64\n" + program.replace("http://127.0.0.1:8080", gateway.url)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.split()[:2], done.stderr) == (["8", str(card.default_visual_tokens[1])], "")
 
 
 def test_a_parameter_that_is_not_supported_is_a_bad_request(client, chat):

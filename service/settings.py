@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     max_timeout_s: float = Field(120.0, gt=0)
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
     decode_workers: int = Field(2, gt=0)  # processes that decode images
-    decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode a small image; three times as much for 50 megapixels
+    decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode one image; beyond it, 413
 
     # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
     # A request with more than one row's share of the LLM's tokens counts as more than one.

@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from service.core.errors import GlimpseError
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
 from service.media.decoder import ImageLimits, decode
-from service.media.header import header_size
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 HEAP_BLOCK_BYTES = 32 * 1024 * 1024  # larger ones are mapped; glibc takes no more
 KEPT_BYTES = 512 * 1024 * 1024
 IDLE_S = 2.0  # then freed memory goes back to the system
-PIXELS_FOR_CPU_S = 25_000_000  # so many pixels have the CPU time of a small image once more
 PACKET_BYTES = 65_536
 VIEWS = (IMAGE_SIZE, CLOSER_SIZE)
 PIXEL_BYTES = -(-sum(3 * size * size for size in VIEWS) // mmap.PAGESIZE) * mmap.PAGESIZE  # the image lies behind them
@@ -38,7 +36,7 @@ class WorkerLimits:
     """What one image may cost, and where the gateway is."""
 
     image: ImageLimits
-    cpu_s: float  # of a small image: see `allowed_cpu_s`
+    cpu_s: float
     memory_bytes: int  # beyond what the idle process takes
     parent: int  # process id
     control: int  # file descriptor of the socket
@@ -77,21 +75,13 @@ def next_packet(control: socket.socket) -> bytes:
     return control.recv(PACKET_BYTES)
 
 
-def allowed_cpu_s(data: bytes, cpu_s: float, max_pixels: int) -> float:
-    """The CPU time for one image. It grows with the pixels that its header tells, which a decoder holds it to: a large
-    honest picture takes seconds on a slow machine. No more than for the largest picture that is allowed.
-    """
-    width, height = header_size(data) or (0, 0)
-    return cpu_s * (1 + min(width * height, max_pixels) / PIXELS_FOR_CPU_S)
-
-
 def answered(request: Mapping[str, list[int]], memory: mmap.mmap, limits: WorkerLimits) -> dict[str, object]:
     """Decode the image in the memory and leave its views there, one behind the other."""
     (nbytes,), views = request["nbytes"], request["views"]
     data = memory[PIXEL_BYTES : PIXEL_BYTES + nbytes]
     try:
         # The default action of the timer's signal ends the process, whatever the decoder is doing.
-        signal.setitimer(signal.ITIMER_PROF, allowed_cpu_s(data, limits.cpu_s, limits.image.max_pixels))
+        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         decoded = decode(data, limits.image, views)
         signal.setitimer(signal.ITIMER_PROF, 0)
     except GlimpseError as error:

@@ -23,7 +23,7 @@ import structlog
 from service.core.errors import GlimpseError, InvalidImage, TooLarge, Unavailable
 from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.media.decoder import Decoded, ImageLimits, require_bytes
-from service.media.worker import PACKET_BYTES, PIXEL_BYTES, WorkerLimits, allowed_cpu_s
+from service.media.worker import PACKET_BYTES, PIXEL_BYTES, WorkerLimits
 
 log = structlog.get_logger()
 
@@ -243,8 +243,7 @@ class DecodingWorkers:
         status = worker.end()
         log.warning("decoder_ended", reason="signal" if status < 0 else "exit", pid=worker.pid, status=status)
         if status == -signal.SIGPROF:
-            allowed_s = allowed_cpu_s(data, self.cpu_s, self.limits.max_pixels)
-            raise TooLarge(f"decoding takes more than {allowed_s:.2g} s of CPU time: {SENT_SMALLER}", param="image")
+            raise TooLarge(f"decoding takes more than {self.cpu_s:g} s of CPU time: {SENT_SMALLER}", param="image")
         if not worker.is_started:
             raise Unavailable(NO_START)
         return None

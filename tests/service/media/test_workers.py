@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge, Unavailable
 from service.media.decoder import ImageLimits, decode
-from service.media.worker import allowed_cpu_s
 from service.media.workers import DecodingWorkers
 from tests.support.fakes import until
 from tests.support.paths import PROJECT
@@ -123,29 +121,10 @@ async def test_an_image_that_takes_too_much_cpu_time_is_refused_and_another_work
     async with workers(SERVED, cpu_s=0.05) as found:
         found.start()
         (before,) = found.pids
-        with pytest.raises(TooLarge, match=r"more than 0\.12 s of CPU time: send it smaller"):
+        with pytest.raises(TooLarge, match=r"more than 0\.05 s of CPU time: send it smaller"):
             await found.decode(LARGE, (224,))
         assert not is_running(before)
         assert (await found.decode(SMALL, (224,))).width == 300
-
-
-@pytest.mark.parametrize(
-    ("data", "allowed"),
-    [(SMALL, 2.0), (bombs.png(5000, 5000), 4.0), (bombs.png(7000, 7000), 5.92), (b"no image", 2.0),
-     (bombs.png(1, 1)[:16] + b"\xff" * 8 + bytes(20), 6.0), (b"\x89PNG\r\n\x1a\n", 2.0)],
-)  # fmt: skip
-def test_cpu_time_grows_with_the_pixels_and_is_bounded(data, allowed):
-    assert allowed_cpu_s(data, 2.0, SERVED.max_pixels) == pytest.approx(allowed, abs=0.01)
-
-
-async def test_a_large_honest_image_has_the_cpu_time_that_it_takes():
-    """Where an image of few pixels that takes as much would be refused."""
-    data = bombs.png(7000, 7000, depth=8)
-    began = time.thread_time()
-    decode(data, SERVED)
-    took_s = time.thread_time() - began
-    async with workers(SERVED, cpu_s=0.7 * took_s) as found:
-        assert (await found.decode(data, (224,))).width == 7000
 
 
 async def test_a_busy_worker_keeps_its_memory_and_an_idle_one_gives_it_back():

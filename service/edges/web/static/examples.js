@@ -45,6 +45,6 @@ export const EXAMPLES = [
     alt: "Small characters on small shapes, 448 pixels wide: u on cyan, 5 on a purple star, 9 on a blue star, 6 on blue",
     detail: "high", // the service answers these right with it
     hint: "These characters are too small for detail low. Compare it with detail high, below.",
-    questions: ["which character is on the purple star?", "read the blue star.", "is there the character 6?"],
+    questions: ["which character is on the purple star?", "what color is the square?", "which shape is the purple object?"],
   },
 ];

@@ -40,8 +40,11 @@ LENGTHS = """() => {
     new MutationObserver(() => lengths.add(document.querySelector("#answers .answer")?.textContent.length ?? 0))
         .observe(document.getElementById("answers"), { childList: true, subtree: true, characterData: true });
 }"""
-PIXEL = """(canvas, [x, y]) =>
-    [...canvas.getContext("2d").getImageData(x * canvas.width, y * canvas.height, 1, 1).data]"""
+PIXEL = """(canvas, [x, y]) => {
+    const one = new OffscreenCanvas(1, 1).getContext("2d");
+    one.drawImage(canvas, -x * canvas.width, -y * canvas.height);
+    return [...one.getImageData(0, 0, 1, 1).data];
+}"""
 
 
 async def example(visit: Visit, number: int) -> None:

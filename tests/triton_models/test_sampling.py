@@ -331,3 +331,22 @@ def test_the_mass_that_a_shortlist_must_reach_is_its_own_rows():
     scores[:, :3] = np.log([0.35, 0.33, 0.32])
     tokens = choose(scores, np.full(2, size), np.full(2, 0.34), np.array([0.99, 0.5]))
     assert tokens.tolist() == [0, 0]
+
+
+def test_a_rows_nth_token_takes_its_seeds_nth_number_also_where_another_row_was_before():
+    flat = np.zeros((1, VOCABULARY), np.float32)
+    sampler = Sampler(1, VOCABULARY)
+    for seed in (5, 2**63 + 11):
+        sampler.append(Sampling(temperature=1.0, seed=seed), NO_IDS)
+        numbers = uniform(np.full(20, seed, np.uint64), np.arange(20, dtype=np.uint64))
+        assert [int(sampler.draw(flat)[0][0]) for _ in numbers] == (numbers * VOCABULARY).astype(int).tolist()
+        sampler.drop(0)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(VOCABULARY, 1.0), (5, 1.0), (VOCABULARY, 0.7)])
+@pytest.mark.parametrize("height", [-900.0, 900.0])
+def test_draws_hold_for_scores_of_any_height(top_k, top_p, height):
+    """exp(900) is more than float64 holds."""
+    scores = np.random.default_rng(3).normal(size=(40, VOCABULARY))
+    wish = np.full(40, top_k), np.full(40, top_p), np.linspace(0, 0.999, 40)
+    assert choose(scores + height, *wish).tolist() == choose(scores, *wish).tolist()

@@ -159,7 +159,7 @@ class World:
     def __init__(self, rng: random.Random) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="faults-", dir="/tmp"))  # short: a socket's path is limited
         self.is_isolated = isolation.is_inside()
-        redis_port, self.redis_proxy_port, grpc, proxied, *others = free_ports(8)
+        redis_port, self.redis_proxy_port, grpc, proxied, *others = free_ports(10)
         self._ports = [redis_port, self.redis_proxy_port, grpc, proxied, *others]
         self.redis_port = redis_port
         self.redis_proxy = Proxy(self.redis_proxy_port, redis_port, rng)
@@ -175,9 +175,9 @@ class World:
                   str(self.folder / "triton_b.log"), str(grpc), str(others[0]), "supervised"]
         )  # fmt: skip
         self.triton = self._part("triton_b", triton, self.folder)
-        apart = dict.fromkeys(("VISION_URL", "LLM_URL"), f"127.0.0.1:{proxied}")
+        apart = dict.fromkeys(("VISION_URL", "LLM_URL"), f"127.0.0.1:{proxied}") | {"GRPC_PORT": str(others[4])}
         service = [sys.executable, "-m", "service"]
-        embedded = {"TRITON_METRICS_PORT": str(others[1])}
+        embedded = {"TRITON_METRICS_PORT": str(others[1]), "GRPC_PORT": str(others[5])}
         part_a = self._part("gateway_a", self._own_memory("a", service), self.log_disk, others[2], embedded)
         part_b = self._part("gateway_b", service, self.folder, others[3], apart, piped=True)
         self.gateways = {

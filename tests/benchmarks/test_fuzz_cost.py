@@ -5,9 +5,9 @@ from __future__ import annotations
 from io import BytesIO
 
 import pytest
-from benchmarks.fuzz.bombs import BOMBS
 from PIL import Image
 
+from benchmarks.bombs import BOMBS
 from benchmarks.fuzz.cost import fitting, grain, one, png_of
 from benchmarks.fuzz.pictures import encoded
 

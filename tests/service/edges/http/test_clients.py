@@ -19,6 +19,8 @@ import pytest
 from tests.service.edges.http.test_protocol import QUESTION, SHORT, Served, served
 from tests.support.fakes import png
 
+pytestmark = pytest.mark.slow  # together: every test starts a program
+
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 SURROUNDINGS = {name: value for name, value in os.environ.items() if name.lower() not in map(str.lower, PROXIES)}
 

@@ -31,6 +31,7 @@ from PIL import Image
 
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.systems import Running, gateway
+from benchmarks.figures import tell
 from build_engines.evaluation.accuracy import SCENES, rows
 
 PREFIX = "GLIMPSE_"
@@ -167,11 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with own_server() as server:
         result = measure(server, arguments.requests)
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

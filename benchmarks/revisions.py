@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import gateway
+from benchmarks.figures import tell
 
 CLIENTS = 8
 HUNDRED = 100
@@ -152,11 +153,7 @@ def main() -> None:
     with ExitStack() as both:
         ours, theirs = (both.enter_context(serving(checkout)) for checkout in (PROJECT, told.before.resolve()))
         result = compare((Side(ours, []), Side(theirs, [])), told.pairs, told.blocks, block_requests=200)
-    text = json.dumps({"cpu": cpu_model(), **result}, indent=2) + "\n"
-    print(text, end="")
-    if told.out:
-        told.out.parent.mkdir(parents=True, exist_ok=True)
-        told.out.write_text(text)
+    tell({"cpu": cpu_model(), **result}, told.out)
 
 
 def cpu_model() -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ import httpx
 from PIL import Image
 
 from benchmarks.bench.engine import Work, fastest, feeds
+from benchmarks.figures import tell
 from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, rows
 from build_engines.evaluation.intervals import median
 from service.core.card import ModelCard
@@ -152,10 +152,7 @@ def main() -> None:
     )
     if arguments.graphs:
         result["graph_ms"] = graph_ms(arguments.graphs)
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if arguments.out:
-        arguments.out.write_text(text)
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

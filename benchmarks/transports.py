@@ -24,6 +24,7 @@ import grpc
 
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.systems import Running, gateway
+from benchmarks.figures import tell
 from build_engines.evaluation.accuracy import SCENES, rows
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.stubs.vqa_pb2_grpc import VisualQuestionAnsweringStub
@@ -139,11 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), {"VISUAL_CACHE_BYTES": "0"}) as running:
         result = measure(running, arguments.questions)
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

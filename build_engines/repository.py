@@ -5,7 +5,7 @@
     ├── vision_encoder/  relevance_allocator/  qformer/  llm/     config.pbtxt  1/model.py  1/model.onnx
     ├── prepare/  compose/  finish/                               config.pbtxt  1/model.py
     ├── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
-    └── relevance_allocator_448/  attend_448/                     as theirs, where the checkpoint has a closer view
+    └── relevance_allocator_448/  attend_448/                     the same files, if the checkpoint has a closer view
 
 Shapes in the comments leave the batch dimension out; D is the vision width, H the LLM's hidden size. All but
 `write_repository` and `write_configs` are pure functions.

@@ -102,8 +102,8 @@ def http_edge(
     """Give the HTTP edge the parts of the gateway that it uses."""
     return Edge(
         pipeline=pipeline,
-        questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
-        bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
+        questions=question_limits(settings),
+        bodies=body_limits(settings),
         connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
@@ -119,13 +119,21 @@ def grpc_edge(
     """Give the gRPC edge the parts of the gateway that it uses."""
     return GrpcEdge(
         pipeline=pipeline,
-        questions=QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s),
-        bodies=BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s),
+        questions=question_limits(settings),
+        bodies=body_limits(settings),
         max_connections=settings.max_connections,
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
     )
+
+
+def question_limits(settings: Settings) -> QuestionLimits:
+    return QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s)
+
+
+def body_limits(settings: Settings) -> BodyLimits:
+    return BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s)
 
 
 def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:

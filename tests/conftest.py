@@ -108,7 +108,7 @@ def order(item: pytest.Item) -> int:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave the test out if its program is not installed; fail it in CI, where the set-up installs every program."""
+    """Skip a test whose program is not installed. In CI it fails, because the set-up installs every program."""
     for mark in item.iter_markers("needs"):
         (program,) = mark.args
         if shutil.which(program) is None:

@@ -33,6 +33,7 @@ from benchmarks.bench.http_client import HttpClient
 from benchmarks.bench.load import form
 from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.systems import System, running
+from benchmarks.figures import tell
 from benchmarks.fuzz import bodies, cost, decoders, images, schema
 from benchmarks.fuzz.campaign import Campaign, Make, Target, report_of, run
 from benchmarks.fuzz.pictures import files
@@ -137,11 +138,7 @@ def main() -> int:
             report = schema.run(f"http://{to.host}:{to.port}", told.examples, told.seed, FOLDER)
     else:
         parser.error("name what to send, or --replay FILE")
-    text = json.dumps(report, indent=2) + "\n"
-    if told.out:
-        told.out.parent.mkdir(parents=True, exist_ok=True)
-        told.out.write_text(text)
-    sys.stdout.write(text)
+    tell(report, told.out)
     return 1 if report.get("faults") or report.get("wrong") else 0
 
 

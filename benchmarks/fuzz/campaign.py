@@ -70,7 +70,7 @@ class Campaign:
         found = {"seed": self.seed, "number": number, "done": mutant.done, "is_whole": mutant.is_whole}
         found |= {"fault": outcome.fault, "word": outcome.word, "seconds": round(outcome.seconds, 2), "said": said}
         file.with_suffix(".json").write_text(json.dumps(found, indent=2))
-        self.faults.append(found | {"file": str(file)})
+        self.faults.append(found | {"file": file.name})
 
 
 async def run(make: Make, count: int, target: Target, campaign: Campaign, connections: int) -> list[str]:

@@ -33,6 +33,7 @@ from benchmarks.bench.measuring import Measurement, measure
 from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.systems import Running, gateway
 from benchmarks.bench.workloads import Workload
+from benchmarks.figures import tell
 from benchmarks.siege.attackers import KINDS, Attack
 
 CLIENTS = 8
@@ -135,11 +136,7 @@ def main() -> int:
     if told.max_connections:
         settings = {name: str(told.max_connections) for name in ("MAX_CONNECTIONS", "MAX_CONNECTIONS_PER_ADDRESS")}
     report = siege(told.seconds, Attack("", 0, **counts, niceness=told.nice), settings)
-    text = json.dumps(report, indent=2) + "\n"
-    if told.out:
-        told.out.parent.mkdir(parents=True, exist_ok=True)
-        told.out.write_text(text)
-    sys.stdout.write(text)
+    tell(report, told.out)
     return 0 if all(report["bars"].values()) else 1
 
 

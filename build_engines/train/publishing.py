@@ -34,10 +34,10 @@ TOLD = {
 
 # What GET /v1/models tells callers about the scenes of build_engines/scenes.
 KNOWS = (
-    "Generated scenes of a few coloured shapes on a plain or patterned ground: circles, squares, triangles, stars, "
-    "crosses and rings, small, medium or large, in eight colours, some with one letter or digit. It can be asked about "
-    "their colour, shape and size, how many there are, where they are to each other, and which character they carry. "
-    "It knows nothing else: an answer about a photograph means nothing."
+    "Generated scenes of a few coloured shapes on a plain or patterned ground. The shapes are circles, squares, "
+    "triangles, stars, crosses and rings in eight colours and three sizes. Some carry a letter or a digit. "
+    "Questions can be about colour, shape, size, number, position and the character. It knows nothing else: an answer "
+    "about a photograph means nothing."
 )
 
 

@@ -187,8 +187,10 @@ class Reservation:
         self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
 
     def until_end(self, timeout_s: float | None = None) -> UntilEnd:
-        """Leave the block when the service ends its requests. Of nested blocks only the innermost is left, so that the
-        others can tell the caller. Raises ShuttingDown, or TimeoutError after `timeout_s`.
+        """End the block when the service ends its requests.
+
+        Blocks may be nested. Only the innermost one ends, and those around it can still write to the caller. Raises
+        ShuttingDown, or TimeoutError after `timeout_s`.
         """
         return UntilEnd(self._admission, self._ends, timeout_s)
 

@@ -350,3 +350,14 @@ def test_draws_hold_for_scores_of_any_height(top_k, top_p, height):
     scores = np.random.default_rng(3).normal(size=(40, VOCABULARY))
     wish = np.full(40, top_k), np.full(40, top_p), np.linspace(0, 0.999, 40)
     assert choose(scores + height, *wish).tolist() == choose(scores, *wish).tolist()
+
+
+@pytest.mark.parametrize("penalty", [2.0, 0.5, 1.001])
+@pytest.mark.parametrize("height", [0.1, 0.5, 1.0, 4.0])
+def test_a_penalty_moves_a_seen_token_behind_its_equal_whatever_both_are(penalty, height):
+    """Both of a pair of equal scores: the seen one falls with a penalty above 1, and rises with one below."""
+    for sign in (1, -1):
+        logits = np.array([[sign * height, sign * height, -9.0]], np.float32)
+        for seen in (0, 1):
+            chosen = 1 - seen if penalty > 1 else seen
+            assert draw_alone(Sampling(repetition_penalty=penalty), logits, np.array([seen])) == [chosen]

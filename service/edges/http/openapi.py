@@ -77,6 +77,16 @@ def errors(*statuses: int) -> dict[str, Any]:
     }
 
 
+def answering(content: dict[str, Any], answer: str, events: dict[str, Any]) -> dict[str, Any]:
+    """A route that takes a question as `content`, and answers with the schema named `answer` or with `events`."""
+    answers = {"description": "The answer", "content": {JSON: schema_of(answer), "text/event-stream": events}}
+    return {
+        "parameters": [TENANT],
+        "requestBody": {"required": True, "content": content},
+        "responses": {"200": answers} | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
+    }
+
+
 def _image(name: str) -> str:
     return base64.b64encode((STATIC / name).read_bytes()).decode()
 
@@ -179,20 +189,11 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "/v1/vqa",
         "post",
-        {
-            "parameters": [TENANT],
-            "requestBody": {
-                "required": True,
-                "content": {JSON: schema_of("VqaRequest") | {"examples": EXAMPLES}, FORM: schema_of("VqaForm")},
-            },
-            "responses": {
-                "200": {
-                    "description": "The answer",
-                    "content": {JSON: schema_of("VqaAnswer"), "text/event-stream": EVENTS},
-                }
-            }
-            | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
-        },
+        answering(
+            {JSON: schema_of("VqaRequest") | {"examples": EXAMPLES}, FORM: schema_of("VqaForm")},
+            "VqaAnswer",
+            EVENTS,
+        ),
     ),
     (
         "/v1/images",

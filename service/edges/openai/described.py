@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from service.edges.http.body import FORM, JSON
-from service.edges.http.openapi import FILE, SCENE, SCENE_ID, TENANT, Description, errors, schema_of
+from service.edges.http.openapi import FILE, SCENE, SCENE_ID, TENANT, Description, answering, errors, schema_of
 from service.edges.http.schema import Model, ModelList
 from service.edges.openai.schema import ChatCompletion, ChatEvent, ChatRequest, KeptFile
 
@@ -65,20 +65,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "/v1/chat/completions",
         "post",
-        {
-            "parameters": [TENANT],
-            "requestBody": {
-                "required": True,
-                "content": {JSON: schema_of("ChatRequest") | {"examples": EXAMPLES}},
-            },
-            "responses": {
-                "200": {
-                    "description": "The answer",
-                    "content": {JSON: schema_of("ChatCompletion"), "text/event-stream": EVENTS},
-                }
-            }
-            | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
-        },
+        answering({JSON: schema_of("ChatRequest") | {"examples": EXAMPLES}}, "ChatCompletion", EVENTS),
     ),
     (
         "/v1/files",

@@ -48,6 +48,8 @@ def gateway(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
     ) as process:
         assert process.stdout is not None
         folder, child = process.stdout.readline().split()
+        # The kernel lets its parent go on before the new program's arguments can be read.
+        eventually(lambda: Path(folder).name in Proc().read(int(child), "cmdline"), 10, "the child has its arguments")
         try:
             yield process, Path(folder), int(child)
         finally:

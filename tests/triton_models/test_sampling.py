@@ -361,3 +361,12 @@ def test_a_penalty_moves_a_seen_token_behind_its_equal_whatever_both_are(penalty
         for seen in (0, 1):
             chosen = 1 - seen if penalty > 1 else seen
             assert draw_alone(Sampling(repetition_penalty=penalty), logits, np.array([seen])) == [chosen]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(VOCABULARY, 1.0), (5, 1.0), (VOCABULARY, 0.7)])
+def test_a_row_far_below_another_is_drawn_as_if_alone(top_k, top_p):
+    low = np.random.default_rng(4).normal(size=(1, VOCABULARY))
+    for number in (0.1, 0.5, 0.9):
+        wish = np.array([top_k]), np.array([top_p]), np.array([number])
+        both = choose(np.concatenate([low, low + 5000]), *(np.repeat(each, 2) for each in wish))
+        assert both.tolist() == [int(choose(low, *wish)[0])] * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from typing import Protocol
 
 from service.admission.admission import Admission, Reservation
@@ -135,6 +135,15 @@ class Pipeline:
     def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
         self.admission.require_turns(open_requests, lag_s)
+
+    @property
+    def batch_turns(self) -> int:
+        """Return how many questions of one tenant's batches may be in work at once."""
+        return self.admission.batch_turns.most
+
+    def batch_turn(self, tenant: str) -> AbstractAsyncContextManager[None]:
+        """Hold one of the turns of the tenant's batches for the block."""
+        return self.admission.batch_turns.turn(tenant)
 
     @contextmanager
     def reservation(self, tenant: str) -> Iterator[Reservation]:

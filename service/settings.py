@@ -74,6 +74,8 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive
     default_timeout_s: float = Field(30.0, gt=0)
     max_timeout_s: float = Field(120.0, gt=0)
+    max_batch_questions: int = Field(1_000, gt=0)
+    batch_timeout_s: float = Field(600.0, gt=0)  # for all questions of a batch; each has its own timeout too
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
     decode_workers: int = Field(2, gt=0)  # processes that decode images
     decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode one image; beyond it, 413

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from service.edges.asking import QuestionLimits
+from service.edges.batching import BatchLimits
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline
 
@@ -24,6 +25,7 @@ class GrpcEdge:
 
     pipeline: Pipeline
     questions: QuestionLimits
+    batches: BatchLimits
     bodies: BodyLimits  # of a message, and of an image in chunks
     max_connections: int
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready

@@ -13,6 +13,7 @@ from starlette.types import Receive
 
 from service.edges import caller
 from service.edges.asking import QuestionLimits
+from service.edges.batching import BatchLimits
 from service.edges.caller import TENANT_KEY, Caller, tenant_in
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
@@ -44,6 +45,7 @@ class Edge:
 
     pipeline: Pipeline
     questions: QuestionLimits
+    batches: BatchLimits
     bodies: BodyLimits
     connections: ConnectionLimits
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any

@@ -157,6 +157,13 @@ class Pipeline:
             yield reservation
 
     @contextmanager
+    def bytes_reserved(self, nbytes: int, tenant: str) -> Iterator[None]:
+        """Reserve a message's bytes for the block, beside the reservation of its question. Raises Overloaded."""
+        with self.admission.reservation(tenant) as reservation:
+            reservation.reserve_bytes(nbytes)
+            yield
+
+    @contextmanager
     def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[None]:
         """Check the request before any work is done, and reserve its LLM tokens for the block.
 

@@ -51,11 +51,15 @@ class Call:
     def timeout_s(self) -> float | None:
         """Return the time that the caller's deadline leaves for the work, as far as the service allows; None without a
         deadline."""
+        left_s = self.time_left_s()
+        return None if left_s is None else min(left_s, self.edge.questions.max_timeout_s)
+
+    def time_left_s(self) -> float | None:
+        """Return the time that the caller's deadline leaves for the work; None without a deadline."""
         left_s: float | None = self.context.time_remaining()
         if left_s is None:
             return None
-        work_s = left_s - min(ANSWERING_S, ANSWERING_SHARE * left_s)
-        return max(LEAST_TIMEOUT_S, min(work_s, self.edge.questions.max_timeout_s))
+        return max(LEAST_TIMEOUT_S, left_s - min(ANSWERING_S, ANSWERING_SHARE * left_s))
 
     def present(self, timeout_s: float) -> AbstractAsyncContextManager[None]:
         """Give up the block if its caller does not read its answer. Raises DeadlineExceeded.
@@ -71,6 +75,10 @@ class Call:
             raise InvalidRequest("the call has no message: send one")
         self.reservation.reserve_bytes(len(data))
         return data
+
+    async def next_message(self) -> bytes | None:
+        """Read the next of several messages; None at their end. Raises SlowBody, Overloaded."""
+        return await self._read(self.edge.bodies.timeout_s, 0)
 
     async def image(self) -> bytes:
         """Read an image in chunks. Raises SlowBody, TooLarge, InvalidRequest, Overloaded."""
@@ -113,7 +121,7 @@ class Call:
             except TimeoutError as exc:
                 if refusals:
                     raise refusals[0] from exc
-                raise SlowBody(f"only {came:,} bytes of the call came in time: send it again") from exc
+                raise SlowBody(f"only {came:,} bytes of the message came in time: send it again") from exc
             finally:
                 timer.cancel()
         return None if data is grpc.aio.EOF else data

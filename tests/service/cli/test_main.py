@@ -2,17 +2,12 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
-import uvicorn
 from PIL import Image as Pillow
-from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from service.__main__ import bound
@@ -24,37 +19,12 @@ from service.cli.terminal import require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
-from service.edges.http.application import http_api
 from service.triton_server.installation import StartFailed
-from tests.support.fakes import CARD, CLOSER, House, png
+from tests.support.fakes import CARD, png
 from tests.support.paths import PROJECT
-from tests.support.servers import eventually, free_ports
+from tests.support.servers import free_ports
 
 UNKNOWN = "img_" + 32 * "0"
-
-
-@pytest.fixture
-def server() -> Iterator[SimpleNamespace]:
-    """The HTTP edge on a real port, in front of stand-ins for the models."""
-    house = House(CLOSER)
-    (port,) = free_ports(1)
-    config = uvicorn.Config(http_api(house.edge), host="127.0.0.1", port=port, log_config=None, lifespan="off")
-    serving = uvicorn.Server(config)
-    thread = threading.Thread(target=serving.run)
-    thread.start()
-    eventually(lambda: serving.started, 10, "server started")
-    with capture_logs():  # the command's own output is tested
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", house=house)
-    serving.should_exit = True
-    thread.join(10)
-    house.reader.close()
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> str:
-    path = tmp_path / "image.png"
-    path.write_bytes(png())
-    return str(path)
 
 
 def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:

@@ -21,9 +21,11 @@ from service.core.errors import (
     Unavailable,
     naming_image,
 )
+from service.core.estimate import Estimate
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import Seen
+from service.estimating import Estimator
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
@@ -96,6 +98,7 @@ class Pipeline:
             features=self.features,
             visual=self.visual,
         )
+        self.estimator = Estimator(card, admission, self.features, reader.limits)
         self.prompts = prompts
         self._spelled = token_bytes(prompts.tokenizer)
 
@@ -132,6 +135,17 @@ class Pipeline:
         self.images.put(image, time.monotonic(), reservation.tenant)
         return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
 
+    async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
+        """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
+
+        Raises InvalidRequest, NotFound, InvalidImage, TooLarge.
+        """
+        tokens, images = self.check(request), []
+        for index, source in enumerate(request.images):
+            with naming_image(index, len(request.images)):
+                images.append(await self.load_one(source))
+        return self.estimator.estimate(request, images, tokens, reservation)
+
     def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
         self.admission.require_turns(open_requests, lag_s)
@@ -146,14 +160,15 @@ class Pipeline:
         return self.admission.batch_turns.turn(tenant)
 
     @contextmanager
-    def reservation(self, tenant: str) -> Iterator[Reservation]:
+    def reservation(self, tenant: str, *, row: bool = True) -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.
 
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
-        no room for one more request.
+        no room for one more request. Without a `row`, the request needs none of the LLM's.
         """
         with self.admission.reservation(tenant) as reservation:
-            reservation.require_room(Cost(tokens=self.admission.row_tokens))
+            if row:
+                reservation.require_room(Cost(tokens=self.admission.row_tokens))
             yield reservation
 
     @contextmanager

@@ -208,6 +208,19 @@ class Reservation:
             raise self._admission.refuse(refusal)
         self._inside = True
 
+    @property
+    def nbytes(self) -> int:
+        """Return the reserved bytes."""
+        return self._cost.nbytes
+
+    def refusal_of(self, cost: Cost, claims: Sequence[Claim]) -> Refusal | None:
+        """Return why this cost or these claims, in addition, would be refused now. It reserves and counts nothing."""
+        admission, now = self._admission, time.monotonic()
+        if (refusal := admission.quota.refusal(cost, self.tenant)) is not None:
+            return refusal
+        refusals = (admission.scheduler.refusal(claim, now) for claim in claims)
+        return next((refusal for refusal in refusals if refusal is not None), None)
+
     def reserve(self, cost: Cost, *, keep_free: Cost = NOTHING) -> None:
         """Reserve this cost too, until the `work` around it ends. Raises Overloaded."""
         now, quota = time.monotonic(), self._admission.quota

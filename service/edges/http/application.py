@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from service.core.errors import GlimpseError
-from service.edges.http import batch, images, openapi, operations, vqa
+from service.edges.http import batch, estimate, images, openapi, operations, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
 from service.edges.http.respond import RequestScope, respond_to_error, respond_to_no_route
@@ -23,7 +23,7 @@ def http_api(edge: Edge) -> FastAPI:
         summary="Answers questions about images, and looks more closely at the parts that a question needs.",
     )
     api.state.edge = edge
-    for routes in (vqa, batch, images, chat, files, models, operations, front):
+    for routes in (vqa, batch, estimate, images, chat, files, models, operations, front):
         api.include_router(routes.router)
     api.add_exception_handler(GlimpseError, respond_to_error)
     api.add_exception_handler(HTTPException, respond_to_no_route)

@@ -124,7 +124,7 @@ class ResultStream(Response):
 
         try:
             async with present(receive, timeout_s, self.reservation):
-                await send(START)
+                await send(start())
                 await batch.run(aiter(self.questions), answer, write)
                 await send(body_of(b"", more=False))
         except GlimpseError as error:
@@ -143,15 +143,14 @@ class ResultStream(Response):
         return BatchAnswer(index=index, answer=said.text, **fields_of_end)
 
 
-START: Message = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
+def start() -> Message:
+    """Return a new message: what wraps the request adds its headers to it."""
+    headers = [
         (b"content-type", JSON_LINES.encode()),
         (b"cache-control", b"no-store"),
         (b"x-accel-buffering", b"no"),  # nginx would hold the lines back
-    ],
-}
+    ]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 def body_of(line: bytes, *, more: bool) -> Message:

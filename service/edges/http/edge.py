@@ -65,10 +65,10 @@ def caller_of(request: Request) -> Caller:
     return Caller(tenant_in(request.headers.get(TENANT_KEY, "")), cast(str, request.scope["glimpse.trace_id"]))
 
 
-def reserved(request: Request, tenant: str) -> Reservation:
-    """Open the request's one reservation, which ends with its response. Raises Overloaded."""
+def reserved(request: Request, tenant: str, *, row: bool = True) -> Reservation:
+    """Open the request's one reservation, which ends with its response. `row`: it needs the LLM. Raises Overloaded."""
     held = cast(ExitStack, request.scope["glimpse.held"])
-    return held.enter_context(edge_of(request).pipeline.reservation(tenant))
+    return held.enter_context(edge_of(request).pipeline.reservation(tenant, row=row))
 
 
 @asynccontextmanager

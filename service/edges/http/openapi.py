@@ -18,6 +18,7 @@ from service.edges.http.batch import LINES
 from service.edges.http.batch_schema import BatchLine, BatchQuestion
 from service.edges.http.body import FORM, JSON
 from service.edges.http.docs import STATIC
+from service.edges.http.estimate import VqaEstimate
 from service.edges.http.schema import (
     ErrorBody,
     Health,
@@ -233,6 +234,19 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     (
+        "/v1/vqa/estimate",
+        "post",
+        {
+            "parameters": [TENANT],
+            "requestBody": {
+                "required": True,
+                "content": {JSON: schema_of("VqaRequest"), FORM: schema_of("VqaForm")},
+            },
+            "responses": {"200": {"description": "The estimate", "content": {JSON: schema_of("VqaEstimate")}}}
+            | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
+        },
+    ),
+    (
         "/v1/images",
         "post",
         {
@@ -270,5 +284,8 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     ),
 ]
 
-MODELS = (VqaRequest, VqaForm, VqaAnswer, VqaEvent, BatchQuestion, BatchLine, UploadedImage, Health, ErrorBody)
+MODELS = (
+    *(VqaRequest, VqaForm, VqaAnswer, VqaEvent, VqaEstimate),
+    *(BatchQuestion, BatchLine, UploadedImage, Health, ErrorBody),
+)
 DESCRIPTION = Description(MODELS, OPERATIONS)

@@ -87,6 +87,12 @@ async def test_every_question_is_answered_by_its_index(caller):
     assert holds_nothing(caller.house)
 
 
+async def test_each_response_has_headers_of_its_own(caller):
+    for number in range(3):
+        response = await caller.send(b"{}", **{"x-request-id": f"mine-{number}"})
+        assert response.headers.get_list("x-request-id") == [f"mine-{number}"]
+
+
 async def test_questions_about_one_image_share_its_encode(caller):
     questions = [asked(f"question {number}?", image) for number in range(10) for image in (IMAGE, OTHER)]
     results = await caller.ask(*questions)

@@ -112,6 +112,7 @@ def http_edge(
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
 
 

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,9 @@ class Settings(BaseSettings):
     # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
     # request with another name in its Host header gets 421.
     allowed_hosts: str = ""
+    # Web pages of these origins may call the service from a browser: https://app.example with commas between them, or *
+    # for any. None: only the service's own page may.
+    cors_origins: str = ""
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
@@ -153,6 +157,16 @@ class Settings(BaseSettings):
                 "or ::1"
             ) from exc
         return bare if ":" in bare or any(family == socket.AF_INET for family, *_ in found) else str(found[0][4][0])
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: str) -> str:
+        for origin in filter(None, (each.strip() for each in origins.split(","))):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write https://HOST or http://HOST:PORT without a path, or *"
+                )
+        return origins
 
     @field_validator("redis_url")
     @classmethod

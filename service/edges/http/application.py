@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from service.core.errors import GlimpseError
+from service.edges.caller import TENANT_KEY, TRACE_ID_KEY
 from service.edges.http import batch, estimate, images, openapi, operations, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
@@ -28,4 +30,12 @@ def http_api(edge: Edge) -> FastAPI:
     api.add_exception_handler(GlimpseError, respond_to_error)
     api.add_exception_handler(HTTPException, respond_to_no_route)
     api.add_middleware(RequestScope, edge=edge)
+    if edge.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=edge.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("authorization", "content-encoding", "content-type", TENANT_KEY, TRACE_ID_KEY),
+            expose_headers=(TRACE_ID_KEY, "retry-after"),
+        )
     return api

@@ -53,6 +53,7 @@ class Edge:
     metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
+    cors_origins: tuple[str, ...] = ()  # whose pages may call the service from a browser
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 

@@ -61,7 +61,12 @@ class BatchCall:
             message = question_in(question.data)
             fields = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
             request = to_request(
-                fields, pipeline.card, self.edge.questions, tenant=caller.tenant, trace_id=caller.trace_id
+                fields,
+                pipeline.card,
+                self.edge.questions,
+                tenant=caller.tenant,
+                trace_id=caller.trace_id,
+                traceparent=caller.traceparent,
             )
             asked, said, end = await batch.answer(request)
         return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain)

@@ -137,7 +137,14 @@ class ResultStream(Response):
         """Parse and answer one question. Raises GlimpseError."""
         limits, card = self.edge.questions, self.edge.pipeline.card
         parsed, fields = await parse_json(question, limits.max_question_chars, BatchQuestion)
-        request = to_request(fields, card, limits, tenant=self.caller.tenant, trace_id=self.caller.trace_id)
+        request = to_request(
+            fields,
+            card,
+            limits,
+            tenant=self.caller.tenant,
+            trace_id=self.caller.trace_id,
+            traceparent=self.caller.traceparent,
+        )
         asked, said, end = await batch.answer(request)
         fields_of_end = VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))
         return BatchAnswer(index=index, answer=said.text, **fields_of_end)

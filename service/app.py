@@ -118,6 +118,7 @@ def http_edge(
         metrics=lambda accept: metrics_text(metrics, accept),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        log_client_address=settings.log_client_address,
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
 
@@ -135,6 +136,7 @@ def grpc_edge(
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        log_client_address=settings.log_client_address,
     )
 
 

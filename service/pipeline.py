@@ -220,6 +220,7 @@ class Pipeline:
             for index, source in enumerate(sources):
                 with naming_image(index, len(sources)):
                     images.append(await self.load_one(source))
+        ticket.image_ids = tuple(image.id for image in images)
         return images
 
     async def load_one(self, source: ImageSource) -> Image:

@@ -123,6 +123,8 @@ class Settings(BaseSettings):
     log_dir: Path = Path("logs")  # Triton's own log
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
+    # Add the caller's address to the lines of its requests. Behind a proxy it is the proxy's.
+    log_client_address: bool = False
 
     # Traces go to an OTLP receiver over gRPC, for example http://localhost:4317. The models read the first setting from
     # Triton's environment. OpenTelemetry's own OTEL_ variables give headers, certificates and resource attributes.

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import grpc  # type: ignore[import-untyped]
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from service.core.errors import (
     Cancelled,
@@ -127,6 +136,11 @@ class Call:
         return None if data is grpc.aio.EOF else data
 
 
+def address_in(peer: str) -> str:
+    """Return the address of gRPC's name for a peer, such as ipv4:127.0.0.1:5000 or ipv6:%5B::1%5D:5000."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+
+
 class Calls:
     """Hold the calls in work."""
 
@@ -143,7 +157,7 @@ class Calls:
         trace_id = trace_id_in(str(value) for key, value in metadata if key == TRACE_ID_KEY)
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
-            with self._counted():
+            with self._counted(), self._client_told(context):
                 self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
                 tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
                 traceparent = next((str(value) for key, value in metadata if key == TRACEPARENT_KEY), "")
@@ -165,6 +179,12 @@ class Calls:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
+
+    def _client_told(self, context: grpc.aio.ServicerContext) -> AbstractContextManager[object]:
+        """Add the caller's address to the block's lines in the log, if the operator wants it."""
+        if not self.edge.log_client_address:
+            return nullcontext()
+        return bound_contextvars(client=address_in(context.peer()))
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ class GrpcEdge:
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     count: Callable[[str, str], None]  # one call: its method and the name of its status
     lag_s: Callable[[], float]  # how late the event loop is
+    log_client_address: bool = False  # to the log's lines of each call
 
     def options(self) -> list[tuple[str, int]]:
         """Return the server's channel arguments. Connections have no maximum age."""

@@ -53,6 +53,7 @@ class Edge:
     metrics: Callable[[str], tuple[bytes, str]]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
+    log_client_address: bool = False  # to the log's lines of each request
     cors_origins: tuple[str, ...] = ()  # whose pages may call the service from a browser
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 

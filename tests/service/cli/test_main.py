@@ -420,15 +420,3 @@ def test_other_shells_have_scripts_too(shell, sign):
     asked = {"_GLIMPSE_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": "glimpse ev"}
     asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"} if shell == "fish" else {}
     assert "eval" in glimpse(**asked).stdout
-
-
-COMMANDS = ("serve", "ask", "completion", "eval", "train", "build", "bench", "verify", "ablate", "cache warm", "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_needs_no_pytorch(command):
-    code = "import sys; sys.modules['torch'] = None; from service.cli.main import main; main()"
-    words = [sys.executable, "-c", code, *command.split(), "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, "usage" in done.stdout.lower()) == (0, True), done.stderr

@@ -208,9 +208,8 @@ def tensor_lines(tensors: Sequence[Tensor]) -> str:
         optional = ", optional: true" if tensor.optional else ""
         comma = "," if index < len(tensors) - 1 else ""
         dims = ", ".join(str(size) for size in tensor.dims)
-        lines.append(
-            f'  {{ name: "{tensor.name}", data_type: TYPE_{CONFIG_TYPES.get(tensor.datatype, tensor.datatype)}, dims: [ {dims} ]{optional} }}{comma}'
-        )
+        datatype = CONFIG_TYPES.get(tensor.datatype, tensor.datatype)
+        lines.append(f'  {{ name: "{tensor.name}", data_type: TYPE_{datatype}, dims: [ {dims} ]{optional} }}{comma}')
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide
 
+KEPT_GUIDES = 64
 MAX_REASON_CHARS = 200
 WORD_BITS = 32  # of a mask
 LIMITS = llguidance.LLParserLimits(
@@ -45,29 +46,57 @@ class Compiled:
     first_mask: npt.NDArray[np.int32]
 
 
+Encode = Callable[[str], list[int]]
+
+
 class _Vocabulary:
-    """What llguidance asks of a tokenizer. Masks need the tokens' bytes only."""
+    """What llguidance asks of a tokenizer: where a form forces text, it allows that text's own tokens only."""
 
     bos_token_id = None
 
-    def __init__(self, spelled: Sequence[bytes], end_id: int) -> None:
+    def __init__(self, spelled: Sequence[bytes], end_id: int, encode: Encode | None) -> None:
+        self._spelled = spelled
+        self._encode = encode
+        self._ids = {each: token for token, each in enumerate(spelled) if each and token != end_id}
+        self._longest = max(map(len, self._ids))
         self.eos_token_id = end_id
         self.tokens = [each or f"<|{token}|>".encode() for token, each in enumerate(spelled)]
         self.tokens[end_id] = b"<|end|>"
         self.special_token_ids = [token for token, each in enumerate(spelled) if not each or token == end_id]
 
-    def __call__(self, text: str) -> list[int]:
-        return []
+    def __call__(self, text: bytes) -> list[int]:
+        """Tokenise as the model's tokenizer does; a tokenizer that changes the text, such as its case, is not used."""
+        if self._encode is not None:
+            ids = self._encode(text.decode(errors="replace"))
+            if b"".join(self._spelled[token] for token in ids) == text:
+                return ids
+        return self._greedy(text)
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """Take the longest token each time. A vocabulary that does not spell every byte ends the text there."""
+        ids: list[int] = []
+        place = 0
+        while place < len(text):
+            lengths = range(min(self._longest, len(text) - place), 0, -1)
+            found = next((length for length in lengths if text[place : place + length] in self._ids), 0)
+            if not found:
+                break
+            ids.append(self._ids[text[place : place + found]])
+            place += found
+        return ids
 
 
 class Guides:
     """Compile guides for one vocabulary. The most recent ones are kept. Any thread may call it."""
 
-    def __init__(self, spelled: Sequence[bytes], end_id: int, kept: int = 64) -> None:
-        """`spelled` are the tokens' bytes [V]; a token without bytes never comes in a guided answer."""
+    def __init__(
+        self, spelled: Sequence[bytes], end_id: int, encode: Encode | None = None, kept: int = KEPT_GUIDES
+    ) -> None:
+        """`spelled` are the tokens' bytes [V]; a token without bytes never comes in a guided answer. `encode` is the
+        model's tokenizer, without special tokens."""
         self.vocab_size = len(spelled)
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Vocabulary(spelled, end_id)), n_vocab=len(spelled)
+            llguidance.TokenizerWrapper(_Vocabulary(spelled, end_id, encode)), n_vocab=len(spelled)
         )
         self._kept: OrderedDict[Guide, Compiled] = OrderedDict()
         self._most = kept

@@ -96,5 +96,9 @@ class Guiding:
 
     def _guides(self) -> Guides:
         """Read the tokens' bytes. A vocabulary may have fewer or more ids than the model has scores."""
-        spelled = token_bytes(load_tokenizer(self._tokenizer))[: self._vocab_size]
-        return Guides(spelled + [b""] * (self._vocab_size - len(spelled)), self._end_id)
+        tokenizer = load_tokenizer(self._tokenizer)
+        spelled = token_bytes(tokenizer)[: self._vocab_size]
+        padding = [b""] * (self._vocab_size - len(spelled))
+        return Guides(
+            [*spelled, *padding], self._end_id, lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        )

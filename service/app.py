@@ -75,9 +75,9 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics = Metrics()
     if settings.vision_url and settings.llm_url:
-        client = TritonClient(settings.vision_url, settings.llm_url)
+        client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
     else:
-        client = TritonClient(access.url, access.url, access.metadata)
+        client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
     readiness = Readiness(card.called, metrics, client.failing)

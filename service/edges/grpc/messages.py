@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Annotated, Any
 
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
@@ -16,10 +17,10 @@ from service.edges.asking import Fields
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.wire import require_few_fields
 from service.edges.http.faults import invalid_request
-from service.edges.http.schema import MAX_TURNS, NESTED, Asked
+from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked
 
 MAX_PARTS = 64  # of one question, as of a form
-OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
+OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "regex", "json_schema")
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
@@ -29,6 +30,8 @@ SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
 
 class MessageFields(Asked):
     """Hold the fields that a message and JSON have in common. The same rules check them."""
+
+    json_schema: Annotated[dict[str, Any] | None, SCHEMA_TEXT] = None
 
     def fields(self, parts: tuple[Part, ...], turns: tuple[Exchange, ...]) -> Fields:
         return replace(self._fields(None, None), parts=parts, turns=turns)
@@ -66,6 +69,8 @@ def fields_of(message: pb.AnswerRequest, *, stream: bool, timeout_s: float | Non
     if len(message.turns) > MAX_TURNS:
         raise InvalidRequest(f"turns may hold at most {MAX_TURNS} items", param="turns")
     given: dict[str, object] = {name: getattr(message, name) for name in OPTIONAL if message.HasField(name)}
+    if message.choices:
+        given["choices"] = tuple(message.choices)
     if message.detail:
         given["detail"] = DETAILS.get(message.detail, message.detail)
     if message.priority:

@@ -112,7 +112,11 @@ def http_edge(
         questions=question_limits(settings),
         batches=batch_limits(settings),
         bodies=body_limits(settings),
-        connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
+        connections=ConnectionLimits(
+            settings.max_connections,
+            settings.max_connections_per_address,
+            settings.replaced_connections_per_address_s,
+        ),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
         metrics=lambda accept: metrics_text(metrics, accept),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import gc
 import logging
 import math
@@ -23,7 +24,8 @@ from service.admission.scheduler import Scheduler
 from service.app import App, build, running
 from service.edges.grpc.server import GrpcServer
 from service.edges.http.edge import Edge
-from service.edges.http.protocol import limited_protocol
+from service.edges.http.listener import Listener
+from service.edges.http.protocol import Protocols, limited_protocol
 from service.output import Output, Stream
 from service.settings import PROJECT, Settings, SettingsError, read_settings
 from service.triton_server.installation import StartFailed
@@ -38,11 +40,23 @@ TELLING_S = 1.0  # for callers to read that their requests are ended, after the 
 
 
 class Server(uvicorn.Server):
-    """Run uvicorn without its signal handlers: they would raise the signals again before Triton has stopped."""
+    """Run uvicorn with our listener, and without its signal handlers: they would raise the signals again before Triton
+    has stopped."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on these sockets."""
+        await super().startup([])
+        protocols = cast(Protocols, self.config.http_protocol_class)
+        made = functools.partial(
+            protocols, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        admits = protocols.connections.admits
+        listeners = [Listener(each, self.config.backlog, made, admits) for each in sockets or []]
+        self.servers = cast(list[asyncio.base_events.Server], listeners)
 
     def cut_connections(self) -> None:
         """Close what is left, whether or not the other side reads."""

@@ -76,9 +76,9 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics = Metrics()
     if settings.vision_url and settings.llm_url:
-        client = TritonClient(settings.vision_url, settings.llm_url)
+        client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
     else:
-        client = TritonClient(access.url, access.url, access.metadata)
+        client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
     readiness = Readiness(card.called, metrics, client.failing)
@@ -112,7 +112,11 @@ def http_edge(
         questions=question_limits(settings),
         batches=batch_limits(settings),
         bodies=body_limits(settings),
-        connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
+        connections=ConnectionLimits(
+            settings.max_connections,
+            settings.max_connections_per_address,
+            settings.replaced_connections_per_address_s,
+        ),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
         metrics=lambda accept: metrics_text(metrics, accept),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from service.admission.admission import Admission, Reservation
@@ -26,6 +26,7 @@ from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import Seen
 from service.estimating import Estimator
+from service.guides import GuideChecks
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
@@ -104,11 +105,16 @@ class Pipeline:
         )
         self.estimator = Estimator(card, admission, self.features, reader.limits)
         self.prompts = prompts
+        self.guides = GuideChecks()
         self._spelled = token_bytes(prompts.tokenizer)
 
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
-        with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
+        with self.outcomes.of(request) as ticket, ExitStack() as admitted:
+            if request.sampling.guide is not None:
+                async with ticket.in_time(reservation):
+                    await self.guides.require(request.sampling.guide)
+            admitted.enter_context(self.admit(ticket, reservation))
             async with ticket.in_time(reservation):
                 images = await self.load(ticket)
                 seen = await self.vision_stage.look(images, ticket, reservation)

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
     max_connections: int = Field(4096, gt=0)
     max_connections_per_address: int = Field(3072, gt=0)
+    # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
+    # seconds' worth at once. What comes beyond that is closed at once.
+    replaced_connections_per_address_s: float = Field(10.0, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
     # unix:/path of a socket. The two addresses may be equal.

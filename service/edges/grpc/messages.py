@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
@@ -18,10 +19,10 @@ from service.edges.asking import Fields
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.wire import fields_in, require_few_fields, varint
 from service.edges.http.faults import invalid_request
-from service.edges.http.schema import MAX_TURNS, NESTED, Asked
+from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked
 
 MAX_PARTS = 64  # of one question, as of a form
-OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
+OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "regex", "json_schema")
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
@@ -31,6 +32,8 @@ SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
 
 class MessageFields(Asked):
     """Hold the fields that a message and JSON have in common. The same rules check them."""
+
+    json_schema: Annotated[dict[str, Any] | None, SCHEMA_TEXT] = None
 
     def fields(self, parts: tuple[Part, ...], turns: tuple[Exchange, ...]) -> Fields:
         return replace(self._fields(None, None), parts=parts, turns=turns)
@@ -105,6 +108,8 @@ def fields_of(
     if len(message.turns) > MAX_TURNS:
         raise InvalidRequest(f"turns may hold at most {MAX_TURNS} items", param="turns")
     given: dict[str, object] = {name: getattr(message, name) for name in OPTIONAL if message.HasField(name)}
+    if message.choices:
+        given["choices"] = tuple(message.choices)
     if priority is not None:
         given["priority"] = priority
     if message.detail:

@@ -98,7 +98,7 @@ async def parse_json(
 async def require_small_parts(parts: list[FormPart], max_question_chars: int) -> None:
     """All but the images. Raises TooLarge."""
     for part in parts:
-        if part.name in ("turns", "budget"):
+        if part.name in ("turns", "budget", "json_schema"):
             await split(part.data, max_question_chars)
         elif part.name != "image" and part.content.nbytes > MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars:
             raise TooLarge(f"{part.name} has {part.content.nbytes:,} bytes: shorten it", param=part.name)

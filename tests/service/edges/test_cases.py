@@ -94,6 +94,9 @@ class OpenAiChat:
         fields = dict(case.fields)
         fields |= fields.pop("budget", {})
         detail = fields.pop("detail", None)
+        if "json_schema" in fields:
+            named = {"name": "answer", "strict": True, "schema": fields.pop("json_schema")}
+            fields["response_format"] = {"type": "json_schema", "json_schema": named}
         shown = [image(in_base64(each), **({"detail": detail} if detail else {})) for each in case.images]
         messages = []
         for question, answer in case.turns:
@@ -173,6 +176,8 @@ class Grpc:
 
     def _message(self, case: Case, fields: dict[str, Any]) -> pb.AnswerRequest:
         budget = fields.pop("budget", {})
+        if "json_schema" in fields:
+            fields["json_schema"] = json.dumps(fields["json_schema"])
         for name, values in (("detail", pb.Detail), ("priority", pb.Priority)):
             if name in fields:
                 word = f"{name}_{fields[name]}".upper()

@@ -150,6 +150,8 @@ class Pipeline:
 
         Raises InvalidRequest, NotFound, InvalidImage, TooLarge.
         """
+        if request.sampling.guide is not None:
+            await self.guides.require(request.sampling.guide)
         tokens, images = self.check(request), []
         for index, source in enumerate(request.images):
             with naming_image(index, len(request.images)):

@@ -6,14 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import FastAPI
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0 as METRICS_TYPE
 
+from service.access.gate import IN_REDIS, Gate, NoGate
+from service.access.key_file import KeyFile
+from service.access.key_redis import KeysInRedis
+from service.access.keys import KeysError
 from service.admission.admission import Admission
 from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
+from service.core.access import Authenticator
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
 from service.edges.grpc.edge import GrpcEdge
@@ -48,12 +54,14 @@ class App:
     readiness: Readiness
     metrics: Metrics
     lag: LoopLag
+    gate: Gate | NoGate
     api: FastAPI
     rpc: GrpcEdge
 
 
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Read the model repository's card and tokenizers and make all parts; start nothing. Raises SettingsError."""
+    require_keys(settings)
     try:
         card = ModelCard.from_json((settings.model_repository / "card.json").read_text())
         prompts = PromptBuilder.load(card, settings.model_repository)
@@ -91,13 +99,46 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
-    api = http_api(http_edge(pipeline, readiness, settings, metrics, lag))
-    rpc = grpc_edge(pipeline, readiness, settings, metrics, lag)
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, api, rpc)
+    gate = gate_of(settings, metrics)
+    api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate))
+    rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate)
+    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, gate, api, rpc)
+
+
+def require_keys(settings: Settings) -> None:
+    """Raise SettingsError if others than this machine could ask without a key, and nobody said that they may."""
+    if settings.keys or settings.without_keys or not settings.listens_to_others:
+        return
+    raise SettingsError(
+        f"GLIMPSE_HTTP_HOST is {settings.http_host}, so other machines could ask without a key: make keys with "
+        "`glimpse keys create` and name their file in GLIMPSE_KEYS, or let everyone ask with "
+        "GLIMPSE_WITHOUT_KEYS=anyone-may-ask"
+    )
+
+
+def gate_of(settings: Settings, metrics: Metrics) -> Gate | NoGate:
+    """Read the keys in a file; those in Redis are read later. Raises SettingsError."""
+    if not settings.keys:
+        return NoGate()
+    try:
+        if settings.keys == IN_REDIS:
+            assert settings.redis_url is not None
+            return Gate(KeysInRedis(settings.redis_url.get_secret_value()), metrics)
+        file = KeyFile(Path(settings.keys))
+        return Gate(file, metrics, first=file.read())
+    except KeysError as exc:
+        raise SettingsError(f"GLIMPSE_KEYS: {exc}") from exc
+    except ValueError as exc:
+        raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
 
 
 def http_edge(
-    pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics, lag: LoopLag | None = None
+    pipeline: Pipeline,
+    readiness: Readiness,
+    settings: Settings,
+    metrics: Metrics,
+    lag: LoopLag | None = None,
+    access: Authenticator | None = None,
 ) -> Edge:
     """Give the HTTP edge the parts of the gateway that it uses."""
     return Edge(
@@ -110,11 +151,18 @@ def http_edge(
         metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        access=access or NoGate(),
+        metrics_are_open=settings.metrics_without_key,
     )
 
 
 def grpc_edge(
-    pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics, lag: LoopLag | None = None
+    pipeline: Pipeline,
+    readiness: Readiness,
+    settings: Settings,
+    metrics: Metrics,
+    lag: LoopLag | None = None,
+    access: Authenticator | None = None,
 ) -> GrpcEdge:
     """Give the gRPC edge the parts of the gateway that it uses."""
     return GrpcEdge(
@@ -125,6 +173,7 @@ def grpc_edge(
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        access=access or NoGate(),
     )
 
 
@@ -169,6 +218,8 @@ async def running(app: App) -> AsyncIterator[None]:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:
                 watchers.append(tasks.create_task(app.shared.run()))
+            if isinstance(app.gate, Gate):
+                watchers.append(tasks.create_task(app.gate.run()))
             yield
             for watcher in watchers:
                 watcher.cancel()

@@ -163,6 +163,15 @@ class Metrics:
             "Seconds by which the gateway's event loop was late, measured ten times a second. Above 0.1, one request "
             "holds up all others.",
         )
+        self.keys = self._gauge("keys", "API keys in use, expired ones included.")
+        self.keys_readable = self._gauge(
+            "keys_readable", "1 while the API keys can be read; at 0 the last ones stay in use."
+        )
+        self.keys_refused = self._counter(
+            "keys_refused",
+            "Requests with a missing or wrong API key, by code: missing_api_key, invalid_api_key, expired_api_key.",
+            "code",
+        )
         self.ready = self._gauge("ready", "1 while every model answers its probe and real requests, else 0.")
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:

@@ -6,6 +6,7 @@ Each setting has its unit in its name.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -17,7 +18,11 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
-OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
+OF_THE_COMMAND = (
+    "GLIMPSE_URL",
+    "GLIMPSE_DEBUG",
+    "GLIMPSE_API_KEY",
+)  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
@@ -39,13 +44,20 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
+    # Address of the gateway. Without keys it must be this machine only, unless `without_keys` says otherwise.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
     grpc_port: int = Field(8081, ge=0, le=65535)  # on the same host; 0: any free port
     # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
     # request with another name in its Host header gets 421.
     allowed_hosts: str = ""
+    # API keys: a file that `glimpse keys` writes, or the word redis for keys in redis_url. With keys every request
+    # needs one, except for health, the page, the API's description and, if it is open, /metrics.
+    keys: str | None = None
+    metrics_without_key: bool = False
+    # Lets a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
+    without_keys: Literal["anyone-may-ask"] | None = None
+
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
@@ -182,6 +194,10 @@ class Settings(BaseSettings):
     def _fit_together(self) -> Self:
         if (self.vision_url is None) != (self.llm_url is None):
             raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
+        if self.keys == "redis" and self.redis_url is None:
+            raise ValueError("GLIMPSE_KEYS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the keys")
+        if self.keys and self.without_keys:
+            raise ValueError("GLIMPSE_KEYS and GLIMPSE_WITHOUT_KEYS are both set: unset one")
         if self.default_timeout_s > self.max_timeout_s:
             raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S: lower it or raise the maximum")
         if self.image_store_bytes < self.max_image_bytes + IMAGE_ENTRY_BYTES:
@@ -198,6 +214,12 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the gateway starts Triton itself."""
         return self.vision_url is None
+
+    @property
+    def listens_to_others(self) -> bool:
+        """Whether other machines can reach the gateway's address. Looks up a name."""
+        found = socket.getaddrinfo(self.http_host, None, type=socket.SOCK_STREAM)
+        return not all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
 
     @property
     def max_upload_bytes_in_flight(self) -> int:

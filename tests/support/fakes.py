@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission.admission import Admission
-from service.app import grpc_edge, http_edge, redis_tier
+from service.app import gate_of, grpc_edge, http_edge, redis_tier
 from service.core.answer import Delta, Finished, KeptImage
 from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
@@ -249,8 +249,9 @@ class House:
             metrics=self.metrics,
             shared=self.shared,
         )
-        self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics)
-        self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics)
+        self.gate = gate_of(self.settings, self.metrics)
+        self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
+        self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
         """As the pipeline does, with a reservation of its own."""

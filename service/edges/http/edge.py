@@ -11,9 +11,11 @@ from typing import cast
 from starlette.requests import Request
 from starlette.types import Receive
 
+from service.core.access import Authenticator, Grant
 from service.edges import caller
 from service.edges.asking import QuestionLimits
 from service.edges.caller import TENANT_KEY, Caller, tenant_in
+from service.edges.http.access import GRANT
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
 
@@ -51,6 +53,8 @@ class Edge:
     metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
+    access: Authenticator
+    metrics_are_open: bool = False  # whether /metrics needs no key where other paths do
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
@@ -59,8 +63,10 @@ def edge_of(request: Request) -> Edge:
 
 
 def caller_of(request: Request) -> Caller:
-    """Read the caller from the request's headers. Raises InvalidRequest."""
-    return Caller(tenant_in(request.headers.get(TENANT_KEY, "")), cast(str, request.scope["glimpse.trace_id"]))
+    """Return the request's caller: from its key, or without keys from its headers. Raises InvalidRequest."""
+    grant, trace_id = cast(Grant, request.scope[GRANT]), cast(str, request.scope["glimpse.trace_id"])
+    tenant = grant.tenant if grant.key else tenant_in(request.headers.get(TENANT_KEY, ""))
+    return Caller(tenant, trace_id, grant.key)
 
 
 def reserved(request: Request, tenant: str) -> Reservation:

@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.core.errors import STATUS
 from service.edges.http import docs
+from service.edges.http.access import is_open
 from service.edges.http.body import FORM, JSON
 from service.edges.http.docs import STATIC
 from service.edges.http.schema import (
@@ -62,8 +63,21 @@ class Api(FastAPI):
             for each in self.descriptions:
                 for path, method, operation in each.operations:
                     spec["paths"][path][method] |= operation
+            if self.state.edge.access.has_keys:
+                self._need_keys(spec)
             self.openapi_schema = spec
         return self.openapi_schema
+
+    def _need_keys(self, spec: dict[str, Any]) -> None:
+        """Say which operations need a key. Its tenant is the caller's, so no header names one."""
+        spec["components"]["securitySchemes"] = KEYS
+        for path, operations in spec["paths"].items():
+            if is_open(path, self.state.edge.metrics_are_open):
+                continue
+            for operation in operations.values():
+                operation["security"] = [{name: []} for name in KEYS]
+                operation["responses"] = operation["responses"] | errors(401, 403)
+                operation["parameters"] = [each for each in operation.get("parameters", ()) if each != TENANT]
 
 
 def schema_of(name: str) -> dict[str, Any]:
@@ -178,6 +192,11 @@ LINKS = {
     }
 }
 FILE = {"type": "string", "format": "binary", "minLength": 1}
+# Where a caller sends its key: either place will do.
+KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
 TENANT = {
     "name": "x-tenant-id",
     "in": "header",

@@ -15,7 +15,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0 as METRICS_TYP
 from service.access.gate import IN_REDIS, Gate, NoGate
 from service.access.key_file import KeyFile
 from service.access.key_redis import KeysInRedis
-from service.access.keys import KeysError
+from service.access.keys import Keyring, KeysError, Limits
+from service.access.quotas import Quotas
+from service.access.windows import SharedWindows, Windows
 from service.admission.admission import Admission
 from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
@@ -39,6 +41,8 @@ from service.triton import TritonClient, read_engines
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 
+NO_KEYS = Keyring()
+
 
 @dataclass(frozen=True, slots=True)
 class App:
@@ -55,6 +59,7 @@ class App:
     metrics: Metrics
     lag: LoopLag
     gate: Gate | NoGate
+    quotas: Quotas
     api: FastAPI
     rpc: GrpcEdge
 
@@ -87,6 +92,8 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
+    gate = gate_of(settings, metrics)
+    quotas = quotas_of(settings, gate, shared, metrics)
     pipeline = Pipeline(
         vision=client,
         language=client,
@@ -97,12 +104,14 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         settings=settings,
         metrics=metrics,
         shared=shared,
+        accounts=quotas,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
-    gate = gate_of(settings, metrics)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate))
     rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate)
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, gate, api, rpc)
+    return App(
+        settings, card, access, client, admission, reader, shared, readiness, metrics, lag, gate, quotas, api, rpc
+    )
 
 
 def require_keys(settings: Settings) -> None:
@@ -130,6 +139,32 @@ def gate_of(settings: Settings, metrics: Metrics) -> Gate | NoGate:
         raise SettingsError(f"GLIMPSE_KEYS: {exc}") from exc
     except ValueError as exc:
         raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
+
+
+def quotas_of(settings: Settings, gate: Gate | NoGate, shared: RedisTier | None, metrics: Metrics) -> Quotas:
+    """Count in Redis if there is one, else in this process."""
+    defaults = Limits(
+        settings.quota_requests_per_minute,
+        settings.quota_images_per_minute,
+        settings.quota_visual_tokens_per_minute,
+        settings.quota_generated_tokens_per_minute,
+        settings.quota_concurrent_requests,
+    )
+    windows = Windows()
+    if settings.redis_url is not None and shared is not None:
+        windows = SharedWindows(
+            settings.redis_url.get_secret_value(),
+            shared,
+            metrics,
+            timeout_s=settings.redis_timeout_s,
+            open_s=settings.max_timeout_s + settings.body_timeout_s,
+            gateways=settings.quota_gateways,
+        )
+
+    def ring() -> Keyring:
+        return (gate.keyring if isinstance(gate, Gate) else None) or NO_KEYS
+
+    return Quotas(defaults, ring, windows, metrics)
 
 
 def http_edge(
@@ -218,6 +253,7 @@ async def running(app: App) -> AsyncIterator[None]:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:
                 watchers.append(tasks.create_task(app.shared.run()))
+            watchers.append(tasks.create_task(app.quotas.run()))
             if isinstance(app.gate, Gate):
                 watchers.append(tasks.create_task(app.gate.run()))
             yield

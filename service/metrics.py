@@ -172,6 +172,20 @@ class Metrics:
             "Requests with a missing or wrong API key, by code: missing_api_key, invalid_api_key, expired_api_key.",
             "code",
         )
+        self.quota_refusals = self._counter(
+            "quota_refusals",
+            "Requests over their tenant's or key's quota, by unit: requests, images, visual_tokens, generated_tokens, "
+            "concurrent_requests.",
+            "unit",
+        )
+        self.quota_is_local = self._gauge(
+            "quota_is_local",
+            "1 while Redis is not in use and this gateway allows only its share of each quota, else 0.",
+        )
+        self.quota_gateways = self._gauge("quota_gateways", "Gateways that share the quotas, as this one knows.")
+        self.quota_settlements_lost = self._counter(
+            "quota_settlements_lost", "Settlements of quotas that were lost because too many waited."
+        )
         self.ready = self._gauge("ready", "1 while every model answers its probe and real requests, else 0.")
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:

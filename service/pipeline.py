@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Protocol
 
 from service.admission.admission import Admission, Reservation
@@ -13,6 +13,7 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.visual_tokens import VisualCache, embedding_key
+from service.core.access import Accounts, NoQuotas, Use
 from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.errors import (
@@ -73,8 +74,10 @@ class Pipeline:
         settings: Settings,
         metrics: Metrics,
         shared: SharedTier | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
         self.language = language
+        self.accounts = accounts or NoQuotas()
         self.admission = admission
         self.card = card
         self.reader = reader
@@ -102,31 +105,35 @@ class Pipeline:
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
         with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
-            async with ticket.in_time(reservation):
-                images = await self.load(ticket)
-                seen = await self.vision_stage.look(images, ticket, reservation)
-            prompt = self.compose(request, images, seen)
-            ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
-            async with aclosing(self.generate(prompt, ticket, reservation)) as deltas:
-                async for delta in deltas:
-                    yield delta
-            yield self.finish(ticket, images, seen)
+            async with self.charged(ticket, reservation) as use:
+                async with ticket.in_time(reservation):
+                    images = await self.load(ticket)
+                    seen = await self.vision_stage.look(images, ticket, reservation)
+                prompt = self.compose(request, images, seen)
+                use.images, use.visual_tokens = len(images), len(prompt.visual_tokens)
+                ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
+                async with aclosing(self.generate(prompt, ticket, reservation)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                yield self.finish(ticket, images, seen)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image, so that questions can name it by its id. It waits for a vision slot, as a question's
         image does.
 
-        Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded.
+        Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
         try:
-            with reservation.work():
-                reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
-                async with asyncio.timeout(timeout_s):
-                    await reservation.enter(claim)
-                    decoded = await self.reader.decode(data)
-                    image = await self.reader.identify(data)
+            async with reservation.account.charged(Use(images=1)) as use:
+                with reservation.work():
+                    reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
+                    async with asyncio.timeout(timeout_s):
+                        await reservation.enter(claim)
+                        decoded = await self.reader.decode(data)
+                        image = await self.reader.identify(data)
+                use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
         self.images.put(image, time.monotonic(), reservation.tenant)
@@ -137,15 +144,21 @@ class Pipeline:
         self.admission.require_turns(open_requests, lag_s)
 
     @contextmanager
-    def reservation(self, tenant: str) -> Iterator[Reservation]:
+    def reservation(self, tenant: str, key: str = "") -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.
+
+        It has the account of the tenant, and of the key with this id.
 
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
         no room for one more request.
         """
         with self.admission.reservation(tenant) as reservation:
             reservation.require_room(Cost(tokens=self.admission.row_tokens))
-            yield reservation
+            reservation.account = self.accounts.of(tenant, key)
+            try:
+                yield reservation
+            finally:
+                reservation.account.leave()
 
     @contextmanager
     def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[None]:
@@ -162,6 +175,18 @@ class Pipeline:
                 yield
             finally:
                 self.metrics.in_flight.dec()
+
+    @asynccontextmanager
+    async def charged(self, ticket: Ticket, reservation: Reservation) -> AsyncIterator[Use]:
+        """Charge what the request can use to its tenant's quota, and settle with what it used. Raises QuotaExceeded."""
+        request = ticket.request
+        images = len(request.images)
+        most = Use(images, images * request.budget.visual_tokens[1], request.sampling.max_tokens)
+        async with reservation.account.charged(most) as use:
+            try:
+                yield use
+            finally:
+                use.generated_tokens = ticket.completion_tokens
 
     def check(self, request: Request) -> int:
         """Return the most LLM tokens that the request can use. Raises InvalidRequest if the model cannot answer it."""

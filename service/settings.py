@@ -102,6 +102,15 @@ class Settings(BaseSettings):
     vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
     llm_tokens: int | None = Field(None, gt=0)  # visual tokens, prompt tokens and max_tokens of all LLM requests
 
+    # Quotas of each tenant, unless its own stand with the keys. None: no limit. Redis counts them for all gateways.
+    quota_requests_per_minute: int | None = Field(None, gt=0)
+    quota_images_per_minute: int | None = Field(None, gt=0)
+    quota_visual_tokens_per_minute: int | None = Field(None, gt=0)
+    quota_generated_tokens_per_minute: int | None = Field(None, gt=0)
+    quota_concurrent_requests: int | None = Field(None, gt=0)
+    # Without Redis a gateway allows this part of a quota: one by so many gateways. None: as many as Redis last showed.
+    quota_gateways: int | None = Field(None, gt=0)
+
     # Elastic fidelity: requests look less closely if they wait longer than the target, or if contention with other
     # requests costs them too much time.
     elastic_fidelity: bool = True

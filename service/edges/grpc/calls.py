@@ -150,8 +150,9 @@ class Calls:
             with self._counted():
                 self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
                 caller = self._caller(metadata, trace_id, scope)
-                with self.edge.pipeline.reservation(caller.tenant) as reservation:
+                with self.edge.pipeline.reservation(caller.tenant, caller.key) as reservation:
                     async with reservation.until_end():
+                        await reservation.account.enter()
                         yield Call(context, caller, reservation, self.edge)
         except asyncio.CancelledError:  # by gRPC, for a caller that has gone
             self.edge.count(method, status_of(Cancelled(""))[1])

@@ -58,6 +58,9 @@ class Edge:
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
+ACCOUNT = "glimpse.account"  # in the scope of ASGI: whose headers the response has
+
+
 def edge_of(request: Request) -> Edge:
     return cast(Edge, request.app.state.edge)
 
@@ -72,7 +75,10 @@ def caller_of(request: Request) -> Caller:
 def reserved(request: Request, tenant: str) -> Reservation:
     """Open the request's one reservation, which ends with its response. Raises Overloaded."""
     held = cast(ExitStack, request.scope["glimpse.held"])
-    return held.enter_context(edge_of(request).pipeline.reservation(tenant))
+    key = cast(Grant, request.scope[GRANT]).key
+    reservation = held.enter_context(edge_of(request).pipeline.reservation(tenant, key))
+    request.scope[ACCOUNT] = reservation.account
+    return reservation
 
 
 @asynccontextmanager

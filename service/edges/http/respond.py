@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.core.access import Account
 from service.core.errors import (
     GlimpseError,
     InvalidRequest,
@@ -26,7 +27,7 @@ from service.core.errors import (
 from service.edges.caller import TRACE_ID_KEY, trace_id_in
 from service.edges.http.access import GRANT, let_in
 from service.edges.http.body import JSON
-from service.edges.http.edge import Edge
+from service.edges.http.edge import ACCOUNT, Edge
 from service.edges.http.hosts import name_in
 from service.edges.http.schema import ErrorBody, WireError, WithNulls
 
@@ -85,6 +86,12 @@ def refuse_host(host: str) -> Response:
     return JsonResponse(body, status_code=421)
 
 
+def quota_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """Return what the response says of its tenant's quota; nothing if it has none."""
+    account = cast("Account | None", scope.get(ACCOUNT))
+    return [(name.encode(), value.encode()) for name, value in account.headers()] if account else []
+
+
 class RequestScope:
     """Wrap every request, in pure ASGI.
 
@@ -113,7 +120,8 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (TRACE_ID_KEY.encode(), trace_id.encode())]
+                more = [(TRACE_ID_KEY.encode(), trace_id.encode()), *quota_headers(scope)]
+                message["headers"] = [*message.get("headers", ()), *more]
             elif method == "HEAD":
                 message = {**message, "body": b""}
             await send(message)

@@ -21,6 +21,7 @@ from service.access.windows import SharedWindows, Windows
 from service.admission.admission import Admission
 from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
+from service.cache.shared_images import SharedImages
 from service.core.access import Authenticator
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
@@ -55,6 +56,7 @@ class App:
     admission: Admission
     reader: WorkerReader
     shared: RedisTier | None
+    shared_images: SharedImages | None
     readiness: Readiness
     metrics: Metrics
     lag: LoopLag
@@ -94,6 +96,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     shared = redis_tier(settings, card, metrics)
     gate = gate_of(settings, metrics)
     quotas = quotas_of(settings, gate, shared, metrics)
+    shared_images = shared_images_of(settings, shared, metrics)
     pipeline = Pipeline(
         vision=client,
         language=client,
@@ -105,12 +108,27 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         metrics=metrics,
         shared=shared,
         accounts=quotas,
+        shared_images=shared_images,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate))
     rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate)
     return App(
-        settings, card, access, client, admission, reader, shared, readiness, metrics, lag, gate, quotas, api, rpc
+        settings=settings,
+        card=card,
+        access=access,
+        client=client,
+        admission=admission,
+        reader=reader,
+        shared=shared,
+        shared_images=shared_images,
+        readiness=readiness,
+        metrics=metrics,
+        lag=lag,
+        gate=gate,
+        quotas=quotas,
+        api=api,
+        rpc=rpc,
     )
 
 
@@ -139,6 +157,12 @@ def gate_of(settings: Settings, metrics: Metrics) -> Gate | NoGate:
         raise SettingsError(f"GLIMPSE_KEYS: {exc}") from exc
     except ValueError as exc:
         raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
+
+
+def shared_images_of(settings: Settings, shared: RedisTier | None, metrics: Metrics) -> SharedImages | None:
+    if settings.redis_url is None or shared is None or not settings.share_images:
+        return None
+    return SharedImages(settings.redis_url.get_secret_value(), shared, metrics, settings.image_ttl_s)
 
 
 def quotas_of(settings: Settings, gate: Gate | NoGate, shared: RedisTier | None, metrics: Metrics) -> Quotas:
@@ -253,6 +277,8 @@ async def running(app: App) -> AsyncIterator[None]:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:
                 watchers.append(tasks.create_task(app.shared.run()))
+            if app.shared_images is not None:
+                watchers.append(tasks.create_task(app.shared_images.run()))
             watchers.append(tasks.create_task(app.quotas.run()))
             if isinstance(app.gate, Gate):
                 watchers.append(tasks.create_task(app.gate.run()))

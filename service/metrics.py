@@ -137,6 +137,17 @@ class Metrics:
             "Feature records for Redis, by result: kept, failed, dropped (too many waited), skipped (breaker open).",
             "result",
         )
+        self.image_lookups = self._counter(
+            "image_lookups",
+            "Lookups of images by their ids, by tier and result: hit, miss; in Redis also skipped (not in use).",
+            "tier",
+            "result",
+        )
+        self.image_writes = self._counter(
+            "image_writes",
+            "Images for Redis, by result: kept, failed, dropped (too many waited), skipped (not in use).",
+            "result",
+        )
         self.visual_cache_lookups = self._counter(
             "visual_cache_lookups", "Lookups of visual tokens by image and question: hit, miss.", "result"
         )

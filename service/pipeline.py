@@ -12,6 +12,7 @@ from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
+from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, embedding_key
 from service.core.access import Accounts, NoQuotas, Use
 from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
@@ -25,6 +26,7 @@ from service.core.errors import (
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import Seen
+from service.images import Images
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
@@ -75,6 +77,7 @@ class Pipeline:
         metrics: Metrics,
         shared: SharedTier | None = None,
         accounts: Accounts | None = None,
+        shared_images: SharedImages | None = None,
     ) -> None:
         self.language = language
         self.accounts = accounts or NoQuotas()
@@ -84,7 +87,13 @@ class Pipeline:
         self.settings = settings
         self.metrics = metrics
         self.outcomes = Outcomes(metrics)
-        self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
+        self.images = Images(
+            ImageStore(settings.image_store_bytes, settings.image_ttl_s),
+            reader,
+            metrics,
+            shared_images,
+            apart=settings.keeps_tenants_apart,
+        )
         self.features = FeatureCache(
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
         )
@@ -132,12 +141,13 @@ class Pipeline:
                     async with asyncio.timeout(timeout_s):
                         await reservation.enter(claim)
                         decoded = await self.reader.decode(data)
-                        image = await self.reader.identify(data)
+                        image = await self.images.identify(data, reservation.tenant)
                 use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
-        self.images.put(image, time.monotonic(), reservation.tenant)
-        return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
+        await self.images.keep_for_all(image, reservation.tenant)
+        expires_at = time.time() + self.settings.image_ttl_s
+        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
 
     def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
@@ -209,16 +219,16 @@ class Pipeline:
         with ticket.stage("load"):
             for index, source in enumerate(sources):
                 with naming_image(index, len(sources)):
-                    images.append(await self.load_one(source))
+                    images.append(await self.load_one(source, ticket.request.tenant))
         return images
 
-    async def load_one(self, source: ImageSource) -> Image:
+    async def load_one(self, source: ImageSource, tenant: str) -> Image:
         """Return the bytes and digest of one image. Raises NotFound for an unknown id, InvalidRequest for a URL."""
         match source:
             case ImageBytes(data):
-                return await self.reader.identify(data)
+                return await self.images.identify(data, tenant)
             case ImageId(image_id):
-                return self.images.get(image_id, time.monotonic())
+                return await self.images.find(image_id, tenant)
             case ImageUrl():
                 raise InvalidRequest(
                     "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "

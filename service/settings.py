@@ -116,15 +116,20 @@ class Settings(BaseSettings):
     elastic_fidelity: bool = True
     fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait for a grant
 
-    # Caches in the process's memory. Tenants share them: a key names the image's content and not its sender, so equal
-    # images are encoded once. A sender can see from the answer's `cache` and its time whether another sender sent the
-    # same bytes before. If tenants must not learn that about each other, give each its own gateway (and Redis).
+    # Caches in the process's memory. Without keys tenants share them: a key names the image's content and not its
+    # sender, so equal images are encoded once. A sender can then see from the answer's `cache` and its time whether
+    # another sender sent the same bytes before.
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
     # int8: about a third of FP32's bytes here and in Redis. Follow-ups are then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"
     visual_cache_bytes: int = Field(64 * MIB, ge=0)  # visual tokens of pairs of image and question
     image_store_bytes: int = Field(256 * MIB, gt=0)
     image_ttl_s: float = Field(3600.0, gt=0)  # how long an image's id is valid
+
+    # With keys, tenants share no features: equal images of two tenants are encoded twice, and none can tell by the time
+    # what another has sent. True shares them.
+    share_features: bool = False
+    share_images: bool = True  # keep images in Redis for all gateways; else an id is known where its image was sent
 
     # Redis: gateways share vision features through it. Without an address each gateway keeps only its own.
     # Addresses: redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or
@@ -223,6 +228,11 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the gateway starts Triton itself."""
         return self.vision_url is None
+
+    @property
+    def keeps_tenants_apart(self) -> bool:
+        """Whether tenants share no features."""
+        return bool(self.keys) and not self.share_features
 
     @property
     def listens_to_others(self) -> bool:

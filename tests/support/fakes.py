@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission.admission import Admission
-from service.app import gate_of, grpc_edge, http_edge, quotas_of, redis_tier
+from service.app import gate_of, grpc_edge, http_edge, quotas_of, redis_tier, shared_images_of
 from service.core.answer import Delta, Finished, KeptImage
 from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
@@ -240,6 +240,7 @@ class House:
         self.shared = redis_tier(self.settings, card, self.metrics)
         self.gate = gate_of(self.settings, self.metrics)
         self.quotas = quotas_of(self.settings, self.gate, self.shared, self.metrics)
+        self.shared_images = shared_images_of(self.settings, self.shared, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
             language=self.language,
@@ -251,6 +252,7 @@ class House:
             metrics=self.metrics,
             shared=self.shared,
             accounts=self.quotas,
+            shared_images=self.shared_images,
         )
         self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
         self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)

@@ -18,6 +18,7 @@ from service.edges.http.access import is_open
 from service.edges.http.body import FORM, JSON
 from service.edges.http.docs import STATIC
 from service.edges.http.schema import (
+    DeletedImage,
     ErrorBody,
     Health,
     UploadedImage,
@@ -116,19 +117,12 @@ def _example(summary: str, answer: str, /, **changes: Any) -> dict[str, Any]:
 
 
 SCENE, OTHER_SCENE = _image("scene.webp"), _image("other_scene.webp")
-SCENE_ID = "img_eb967efbea8c4ffe51df3338351868d5"  # of the first example's image, which is kept when that is sent
 LONG_ANSWER = (
     "a large blue ring, a large pink square with 8, a large cyan triangle with 5 and a medium blue square with x"
 )
 EXAMPLES = {
     "short": _example("A question", "8"),
     "stream": _example("Streamed", LONG_ANSWER, question="describe the image.", stream=True),
-    "by id": _example(
-        "About an image that was sent before: send another example first",
-        "cyan",
-        image=SCENE_ID,
-        question="what color is the triangle?",
-    ),
     "several images": _example(
         "About several images", "yes", image=None, images=[SCENE, OTHER_SCENE], question="is there a blue square?"
     ),
@@ -197,6 +191,7 @@ KEYS = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
+PATH_ID = {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 TENANT = {
     "name": "x-tenant-id",
     "in": "header",
@@ -239,6 +234,15 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
             | errors(400, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
+    (
+        "/v1/images/{image_id}",
+        "delete",
+        {
+            "parameters": [PATH_ID | {"name": "image_id"}, TENANT],
+            "responses": {"200": {"description": "Deleted", "content": {JSON: schema_of("DeletedImage")}}}
+            | errors(400, 404, 500, 503),
+        },
+    ),
     ("/health/live", "get", {"responses": {"200": {"description": "Alive", "content": {JSON: schema_of("Health")}}}}),
     (
         "/health/ready",
@@ -252,4 +256,6 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     ),
 ]
 
-DESCRIPTION = Description((VqaRequest, VqaForm, VqaAnswer, VqaEvent, UploadedImage, Health, ErrorBody), OPERATIONS)
+DESCRIPTION = Description(
+    (VqaRequest, VqaForm, VqaAnswer, VqaEvent, UploadedImage, DeletedImage, Health, ErrorBody), OPERATIONS
+)

@@ -249,4 +249,5 @@ async def test_a_user_of_redis_without_the_commands_has_its_part_and_keeps_the_c
     async with calling(redis_url=url, redis_timeout_s=5.0, quota_requests_per_minute=5, quota_gateways=1) as caller:
         assert await statuses(caller, times=8) == {200: 5, 429: 3}
         assert caller.house.counted("glimpse_quota_is_local") == 1
-        assert caller.house.shared.in_use
+        assert caller.house.counted("glimpse_redis_errors_total", kind="denied") > 0
+        await until(lambda: caller.house.shared.in_use)  # a timeout of a busy machine ends

@@ -69,7 +69,7 @@ async def test_an_image_is_sent_once_for_many_questions_and_earlier_ones_stay(vi
         await visit.answers()
     assert len(visit.posted("/v1/images")) == 1
     assert await visit.page.locator("#answers h3").all_inner_texts() == ["where?", "what?"]
-    service.house.pipeline.images = ImageStore(100_000_000, 3600)  # as a service that was started again
+    service.house.pipeline.images.store = ImageStore(100_000_000, 3600)  # as a service that was started again
     await visit.ask("how many?")
     assert await visit.answers() == ["a red square"]
     assert len(visit.posted("/v1/images")) == 2

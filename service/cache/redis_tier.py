@@ -38,7 +38,7 @@ POLL_S = 0.01  # between two lookups while another gateway encodes
 GAUGE_INTERVAL_S = 5.0
 COMPLAINT_INTERVAL_S = 60.0  # between two log lines about the same fault
 MENDS: Mapping[Kind, str] = {
-    "full": "give Redis the policy allkeys-lru (maxmemory-policy), or more memory (maxmemory)",
+    "full": "give Redis the policy volatile-lru (maxmemory-policy), or more memory (maxmemory)",
     "denied": "give the user of GLIMPSE_REDIS_URL the commands GET, SET, UNLINK and EVAL on keys glimpse:*, and for "
     "keys, quotas and shared images those that docs/operations.md lists",
     "refused": "name a Redis that takes writes in GLIMPSE_REDIS_URL",

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from prometheus_client import generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0 as METRICS_TYPE
+from prometheus_client.exposition import choose_encoder
 
 from service.access.gate import IN_REDIS, Gate, NoGate
 from service.access.key_file import KeyFile
@@ -44,6 +44,9 @@ from service.triton_server.supervision import EmbeddedTriton
 
 NO_KEYS = Keyring()
 
+if TYPE_CHECKING:
+    from service.spans import Traces
+
 
 @dataclass(frozen=True, slots=True)
 class App:
@@ -62,6 +65,7 @@ class App:
     lag: LoopLag
     gate: Gate | NoGate
     quotas: Quotas
+    traces: Traces | None
     api: FastAPI
     rpc: GrpcEdge
 
@@ -97,6 +101,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     gate = gate_of(settings, metrics)
     quotas = quotas_of(settings, gate, shared, metrics)
     shared_images = shared_images_of(settings, shared, metrics)
+    traces = traces_of(settings, card)
     pipeline = Pipeline(
         vision=client,
         language=client,
@@ -109,6 +114,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
         accounts=quotas,
         shared_images=shared_images,
+        traces=traces,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate))
@@ -125,6 +131,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         readiness=readiness,
         metrics=metrics,
         lag=lag,
+        traces=traces,
         gate=gate,
         quotas=quotas,
         api=api,
@@ -207,7 +214,7 @@ def http_edge(
         connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
-        metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
+        metrics=lambda accept: metrics_text(metrics, accept),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
         access=access or NoGate(),
@@ -236,6 +243,12 @@ def grpc_edge(
     )
 
 
+def metrics_text(metrics: Metrics, accept: str) -> tuple[bytes, str]:
+    """The text for Prometheus and its media type. OpenMetrics, if `accept` asks for it, has the traces' ids too."""
+    encode, media_type = choose_encoder(accept)
+    return encode(metrics.registry), media_type
+
+
 def question_limits(settings: Settings) -> QuestionLimits:
     return QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s)
 
@@ -255,6 +268,15 @@ def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTi
         raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
 
 
+def traces_of(settings: Settings, card: ModelCard) -> Traces | None:
+    """Make the sender of traces, or None without a receiver."""
+    if settings.otlp_endpoint is None:
+        return None
+    from service.spans import Traces  # noqa: PLC0415 - 20 MB that a service without traces does not need
+
+    return Traces(settings.otlp_endpoint, settings.trace_share, card.name, gen_ai=settings.trace_gen_ai)
+
+
 @asynccontextmanager
 async def running(app: App) -> AsyncIterator[None]:
     """Start the embedded Triton, or connect to an external one, and watch it while the block runs.
@@ -263,6 +285,8 @@ async def running(app: App) -> AsyncIterator[None]:
     """
     settings = app.settings
     async with AsyncExitStack() as parts:
+        if app.traces is not None:
+            parts.callback(app.traces.close)
         parts.callback(app.reader.close)
         app.reader.start()
         await parts.enter_async_context(app.client)

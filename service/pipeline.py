@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
@@ -35,6 +35,9 @@ from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings
 from service.ticket import Ticket
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
+
+if TYPE_CHECKING:
+    from service.spans import Traces
 
 __all__ = ["LanguageModel", "Pipeline", "Reservation"]  # the only names that a transport imports
 
@@ -78,6 +81,7 @@ class Pipeline:
         shared: SharedTier | None = None,
         accounts: Accounts | None = None,
         shared_images: SharedImages | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.language = language
         self.accounts = accounts or NoQuotas()
@@ -86,7 +90,7 @@ class Pipeline:
         self.reader = reader
         self.settings = settings
         self.metrics = metrics
-        self.outcomes = Outcomes(metrics)
+        self.outcomes = Outcomes(metrics, traces)
         self.images = Images(
             ImageStore(settings.image_store_bytes, settings.image_ttl_s),
             reader,

@@ -19,6 +19,7 @@ TRACE_ID_KEY = "x-request-id"
 AUTHORIZATION_KEY = "authorization"
 API_KEY_KEY = "x-api-key"
 BEARER = "bearer"
+TRACEPARENT_KEY = "traceparent"
 
 TENANT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TRACE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -31,6 +32,7 @@ class Caller:
 
     tenant: str  # callers without a name have the empty name: one tenant
     trace_id: str
+    traceparent: str = ""  # the caller's span, as W3C Trace Context writes it; the tracer checks it
     key: str = ""  # the public id of its key
 
 

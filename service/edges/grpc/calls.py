@@ -26,6 +26,7 @@ from service.edges.caller import (
     AUTHORIZATION_KEY,
     TENANT_KEY,
     TRACE_ID_KEY,
+    TRACEPARENT_KEY,
     Caller,
     admitted,
     key_in,
@@ -174,7 +175,7 @@ class Calls:
             return key_in(words(AUTHORIZATION_KEY), words(API_KEY_KEY))
 
         grant = admitted(self.edge.access, key, scope, next(iter(words(TENANT_KEY)), ""))
-        return Caller(grant.tenant, trace_id, grant.key)
+        return Caller(grant.tenant, trace_id, next(iter(words(TRACEPARENT_KEY)), ""), grant.key)
 
     async def finished(self, timeout_s: float) -> None:
         """Wait until no call is open, but no longer than this."""

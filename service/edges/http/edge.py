@@ -14,7 +14,7 @@ from starlette.types import Receive
 from service.core.access import Authenticator, Grant
 from service.edges import caller
 from service.edges.asking import QuestionLimits
-from service.edges.caller import TENANT_KEY, Caller, tenant_in
+from service.edges.caller import TENANT_KEY, TRACEPARENT_KEY, Caller, tenant_in
 from service.edges.http.access import GRANT
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
@@ -50,7 +50,7 @@ class Edge:
     connections: ConnectionLimits
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
-    metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
+    metrics: Callable[[str], tuple[bytes, str]]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
     access: Authenticator
@@ -69,7 +69,7 @@ def caller_of(request: Request) -> Caller:
     """Return the request's caller: from its key, or without keys from its headers. Raises InvalidRequest."""
     grant, trace_id = cast(Grant, request.scope[GRANT]), cast(str, request.scope["glimpse.trace_id"])
     tenant = grant.tenant if grant.key else tenant_in(request.headers.get(TENANT_KEY, ""))
-    return Caller(tenant, trace_id, grant.key)
+    return Caller(tenant, trace_id, request.headers.get(TRACEPARENT_KEY, ""), grant.key)
 
 
 def reserved(request: Request, tenant: str) -> Reservation:

@@ -181,7 +181,7 @@ def quotas_of(settings: Settings, gate: Gate | NoGate, shared: RedisTier | None,
         settings.quota_generated_tokens_per_minute,
         settings.quota_concurrent_requests,
     )
-    windows = Windows()
+    windows = Windows(settings.quota_gateways or 1)
     if settings.redis_url is not None and shared is not None:
         windows = SharedWindows(
             settings.redis_url.get_secret_value(),

@@ -89,8 +89,8 @@ class Hit:
 class Windows:
     """Count in this process. With more gateways than one it allows a share."""
 
-    def __init__(self) -> None:
-        self.gateways = 1
+    def __init__(self, gateways: int = 1) -> None:
+        self.gateways = gateways
         self._memory = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._open: Counter[str] = Counter()
 
@@ -126,7 +126,7 @@ class SharedWindows(Windows):
         self, url: str, tier: Tier, metrics: Metrics, *, timeout_s: float, open_s: float, gateways: int | None
     ) -> None:
         """`open_s`: how long a request can be open. `gateways`: their number, if the operator says it."""
-        super().__init__()
+        super().__init__(gateways or 1)
         self._tier = tier
         self._metrics = metrics
         self._timeout_s = timeout_s
@@ -138,8 +138,6 @@ class SharedWindows(Windows):
         self._lane = Lane(url, LANE_TIMEOUT_S)
         self._is_used = False  # from the first limit on
         self._here: set[str] = set()  # places that only this gateway knows of
-        if gateways is not None:
-            self.gateways = gateways
         metrics.quota_gateways.set(self.gateways)
 
     async def run(self) -> None:

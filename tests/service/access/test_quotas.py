@@ -190,6 +190,11 @@ async def test_a_tenant_and_a_key_have_limits_of_their_own(tmp_path: Path):
         assert [(await ask(other)).status_code for _ in range(2)] == [200, 429]
 
 
+async def test_without_redis_a_gateway_allows_its_part_of_the_gateways_that_it_was_told():
+    async with calling(quota_requests_per_minute=5, quota_gateways=2) as caller:
+        assert await statuses(caller, times=5) == {200: 3, 429: 2}
+
+
 async def test_calls_of_grpc_are_counted_too():
     async with served(House(quota_requests_per_minute=1)) as service:
         assert (await service.stub.Answer(question())).answer == "red"

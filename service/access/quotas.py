@@ -17,19 +17,12 @@ from functools import partial
 
 from service.access.keys import Keyring, Limits
 from service.access.windows import Hit, Later, Left, Windows
-from service.core.access import UNLIMITED, Account, Use
+from service.core.access import IN_HEADERS, UNLIMITED, Account, Use
 from service.core.errors import QuotaExceeded
 from service.metrics import Metrics
 
 MOST_BEHIND = 10_000  # settlements that wait; further ones are lost, which the tenant pays for until the minute is over
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0
-# OpenAI's names are requests and tokens; those of a limit's headers are these.
-IN_HEADERS = {
-    "requests": "requests",
-    "images": "images",
-    "visual_tokens": "visual-tokens",
-    "generated_tokens": "tokens",
-}
 WORDS = {unit: unit.replace("_", " ") for unit in IN_HEADERS}
 MENDS = {
     "images": "send fewer images",
@@ -100,8 +93,13 @@ class LimitedAccount:
         self._places: list[tuple[str, str]] = []  # bucket and place
         self._left: dict[str, Left] = {}  # by unit, the least that a bucket has left
 
-    async def enter(self) -> None:
+    async def enter(self, *, place: bool = True) -> None:
         """Take a place in every bucket, then charge one request to each. Raises QuotaExceeded."""
+        if place:
+            await self._take_places()
+        await self._charge("requests", 1)
+
+    async def _take_places(self) -> None:
         for bucket in self._buckets:
             if (most := bucket.limits.concurrent_requests) is None:
                 continue
@@ -109,7 +107,6 @@ class LimitedAccount:
             if not await self._quotas.windows.take(bucket.name, place, most):
                 raise self._refusal("concurrent_requests", LEAST_RETRY_S, f"{bucket.whose} has {most:,} open requests")
             self._places.append((bucket.name, place))
-        await self._charge("requests", 1)
 
     @asynccontextmanager
     async def charged(self, most: Use) -> AsyncIterator[Use]:

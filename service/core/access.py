@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 
+# OpenAI's names are requests and tokens, which are the generated ones here.
+IN_HEADERS = {
+    "requests": "requests",
+    "images": "images",
+    "visual_tokens": "visual-tokens",
+    "generated_tokens": "tokens",
+}
+QUOTA_HEADERS = tuple(
+    f"x-ratelimit-{part}-{name}" for part in ("limit", "remaining", "reset") for name in IN_HEADERS.values()
+)
+
+
 class Scope(StrEnum):
     """Say what a key allows. ADMIN allows everything that the others do."""
 
@@ -57,8 +69,11 @@ class Use:
 class Account(Protocol):
     """Charge what one HTTP request or gRPC call uses to its tenant's quota."""
 
-    async def enter(self) -> None:
-        """Charge one request, and take one of the tenant's concurrent places until `leave`. Raises QuotaExceeded."""
+    async def enter(self, *, place: bool = True) -> None:
+        """Charge one request, and take one of the tenant's places for open requests until `leave`.
+
+        A part of a request that has a place needs none. Raises QuotaExceeded.
+        """
         ...
 
     def charged(self, most: Use) -> AbstractAsyncContextManager[Use]:
@@ -80,7 +95,7 @@ class Account(Protocol):
 class Unlimited:
     """The account of a tenant without a quota."""
 
-    async def enter(self) -> None:
+    async def enter(self, *, place: bool = True) -> None:
         """Charge nothing."""
 
     @asynccontextmanager

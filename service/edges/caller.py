@@ -18,6 +18,7 @@ TENANT_KEY = "x-tenant-id"
 TRACE_ID_KEY = "x-request-id"
 AUTHORIZATION_KEY = "authorization"
 API_KEY_KEY = "x-api-key"
+KEY_HEADERS = (AUTHORIZATION_KEY, API_KEY_KEY)
 BEARER = "bearer"
 TRACEPARENT_KEY = "traceparent"
 

@@ -19,7 +19,7 @@ SCOPES: tuple[tuple[str, Scope | None], ...] = (
     (METRICS, Scope.METRICS),
 )
 # Paths that need no key: health, and what is the same for everyone.
-OPEN = ("/health", "/docs", "/page", "/openapi.json")
+OPEN = ("/health", "/docs", "/redoc", "/page", "/openapi.json")
 
 
 def is_open(path: str, metrics_are_open: bool) -> bool:

@@ -14,6 +14,7 @@ from starlette.types import Receive
 from service.core.access import Authenticator, Grant
 from service.edges import caller
 from service.edges.asking import QuestionLimits
+from service.edges.batching import BatchLimits
 from service.edges.caller import TENANT_KEY, TRACEPARENT_KEY, Caller, tenant_in
 from service.edges.http.access import GRANT
 from service.edges.http.body import BodyLimits
@@ -26,6 +27,7 @@ class ConnectionLimits:
 
     max_connections: int = 4096
     max_connections_per_address: int = 3072
+    replaced_per_address_s: float = 10.0  # connections a second that new ones of an address may take the place of
     max_head_bytes: int = 32 * 1024  # of a request line and its headers
     max_headers: int = 100
     max_url_bytes: int = 8 * 1024
@@ -46,6 +48,7 @@ class Edge:
 
     pipeline: Pipeline
     questions: QuestionLimits
+    batches: BatchLimits
     bodies: BodyLimits
     connections: ConnectionLimits
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any
@@ -55,6 +58,8 @@ class Edge:
     lag_s: Callable[[], float]  # how late the event loop is
     access: Authenticator
     metrics_are_open: bool = False  # whether /metrics needs no key where other paths do
+    log_client_address: bool = False  # to the log's lines of each request
+    cors_origins: tuple[str, ...] = ()  # whose pages may call the service from a browser
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
@@ -72,11 +77,11 @@ def caller_of(request: Request) -> Caller:
     return Caller(tenant, trace_id, request.headers.get(TRACEPARENT_KEY, ""), grant.key)
 
 
-def reserved(request: Request, tenant: str) -> Reservation:
-    """Open the request's one reservation, which ends with its response. Raises Overloaded."""
+def reserved(request: Request, tenant: str, *, row: bool = True) -> Reservation:
+    """Open the request's one reservation, which ends with its response. `row`: it needs the LLM. Raises Overloaded."""
     held = cast(ExitStack, request.scope["glimpse.held"])
     key = cast(Grant, request.scope[GRANT]).key
-    reservation = held.enter_context(edge_of(request).pipeline.reservation(tenant, key))
+    reservation = held.enter_context(edge_of(request).pipeline.reservation(tenant, key, row=row))
     request.scope[ACCOUNT] = reservation.account
     return reservation
 

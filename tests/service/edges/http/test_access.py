@@ -163,10 +163,10 @@ async def test_the_tenant_is_the_keys(caller, keys):
     held: list[str] = []
     original = caller.house.pipeline.reservation
 
-    def noting(tenant: str, *more: object):
+    def noting(tenant: str, *more: object, **named: object):
         held.append(tenant)
         caller.house.language.gate.set()
-        return original(tenant, *more)
+        return original(tenant, *more, **named)
 
     caller.house.pipeline.reservation = noting
     assert (await caller.http.post("/v1/vqa", json=ASKED, headers=bearer(key))).status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections import Counter
@@ -267,3 +268,12 @@ async def test_a_user_of_redis_without_the_commands_has_its_part_and_keeps_the_c
         assert caller.house.counted("glimpse_quota_is_local") == 1
         assert caller.house.counted("glimpse_redis_errors_total", kind="denied") > 0
         await until(lambda: caller.house.shared.in_use)  # a timeout of a busy machine ends
+
+
+async def test_each_question_of_a_batch_counts_and_the_batch_has_one_place():
+    async with calling(quota_requests_per_minute=4, quota_concurrent_requests=1) as caller:
+        batch = [ASKED | {"timeout_s": 0.5}] * 5  # too short to wait for the next minute
+        response = await caller.http.post("/v1/vqa/batch", json=batch)
+        results = [json.loads(line) for line in response.text.splitlines()]
+        codes = Counter(result.get("error", {}).get("code", "ok") for result in results)
+        assert codes == {"ok": 3, "rate_limit_exceeded": 2}

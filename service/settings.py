@@ -6,6 +6,7 @@ Each setting has its unit in its name.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -17,7 +18,11 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GLIMPSE_"
-OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
+OF_THE_COMMAND = (
+    "GLIMPSE_URL",
+    "GLIMPSE_DEBUG",
+    "GLIMPSE_API_KEY",
+)  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
@@ -41,7 +46,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
+    # Address of the gateway. Without keys it must be this machine only, unless `without_keys` says otherwise.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
     grpc_port: int = Field(8081, ge=0, le=65535)  # on the same host; 0: any free port
@@ -51,6 +56,13 @@ class Settings(BaseSettings):
     # Web pages of these origins may call the service from a browser: https://app.example with commas between them, or *
     # for any. None: only the service's own page may.
     cors_origins: str = ""
+    # API keys: a file that `glimpse keys` writes, or the word redis for keys in redis_url. With keys every request
+    # needs one, except for health, the page, the API's description and, if it is open, /metrics.
+    keys: str | None = None
+    metrics_without_key: bool = False
+    # Lets a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
+    without_keys: Literal["anyone-may-ask"] | None = None
+
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
@@ -100,20 +112,34 @@ class Settings(BaseSettings):
     vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
     llm_tokens: int | None = Field(None, gt=0)  # visual tokens, prompt tokens and max_tokens of all LLM requests
 
+    # Quotas of each tenant, unless its own stand with the keys. None: no limit. Redis counts them for all gateways.
+    quota_requests_per_minute: int | None = Field(None, gt=0)
+    quota_images_per_minute: int | None = Field(None, gt=0)
+    quota_visual_tokens_per_minute: int | None = Field(None, gt=0)
+    quota_generated_tokens_per_minute: int | None = Field(None, gt=0)
+    quota_concurrent_requests: int | None = Field(None, gt=0)
+    # Without Redis a gateway allows this part of a quota: one by so many gateways. None: as many as Redis last showed.
+    quota_gateways: int | None = Field(None, gt=0)
+
     # Elastic fidelity: requests look less closely if they wait longer than the target, or if contention with other
     # requests costs them too much time.
     elastic_fidelity: bool = True
     fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait for a grant
 
-    # Caches in the process's memory. Tenants share them: a key names the image's content and not its sender, so equal
-    # images are encoded once. A sender can see from the answer's `cache` and its time whether another sender sent the
-    # same bytes before. If tenants must not learn that about each other, give each its own gateway (and Redis).
+    # Caches in the process's memory. Without keys tenants share them: a key names the image's content and not its
+    # sender, so equal images are encoded once. A sender can then see from the answer's `cache` and its time whether
+    # another sender sent the same bytes before.
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
     # int8: about a third of FP32's bytes here and in Redis. Follow-ups are then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"
     visual_cache_bytes: int = Field(64 * MIB, ge=0)  # visual tokens of pairs of image and question
     image_store_bytes: int = Field(256 * MIB, gt=0)
     image_ttl_s: float = Field(3600.0, gt=0)  # how long an image's id is valid
+
+    # With keys, tenants share no features: equal images of two tenants are encoded twice, and none can tell by the time
+    # what another has sent. True shares them.
+    share_features: bool = False
+    share_images: bool = True  # keep images in Redis for all gateways; else an id is known where its image was sent
 
     # Redis: gateways share vision features through it. Without an address each gateway keeps only its own.
     # Addresses: redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or
@@ -217,6 +243,10 @@ class Settings(BaseSettings):
     def _fit_together(self) -> Self:
         if (self.vision_url is None) != (self.llm_url is None):
             raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
+        if self.keys == "redis" and self.redis_url is None:
+            raise ValueError("GLIMPSE_KEYS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the keys")
+        if self.keys and self.without_keys:
+            raise ValueError("GLIMPSE_KEYS and GLIMPSE_WITHOUT_KEYS are both set: unset one")
         if self.default_timeout_s > self.max_timeout_s:
             raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S: lower it or raise the maximum")
         if self.image_store_bytes < self.max_image_bytes + IMAGE_ENTRY_BYTES:
@@ -233,6 +263,17 @@ class Settings(BaseSettings):
     def embedded(self) -> bool:
         """Whether the gateway starts Triton itself."""
         return self.vision_url is None
+
+    @property
+    def keeps_tenants_apart(self) -> bool:
+        """Whether tenants share no features."""
+        return bool(self.keys) and not self.share_features
+
+    @property
+    def listens_to_others(self) -> bool:
+        """Whether other machines can reach the gateway's address. Looks up a name."""
+        found = socket.getaddrinfo(self.http_host, None, type=socket.SOCK_STREAM)
+        return not all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
 
     @property
     def max_upload_bytes_in_flight(self) -> int:

@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission.admission import Admission
-from service.app import grpc_edge, http_edge, redis_tier
+from service.app import gate_of, grpc_edge, http_edge, quotas_of, redis_tier, shared_images_of
 from service.core.answer import Delta, Finished, KeptImage
 from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
@@ -238,6 +238,9 @@ class House:
         self.readiness = Readiness(card.called, self.metrics)
         self.admission = admission(self.settings, Engines(), card.max_positions, self.metrics)
         self.shared = redis_tier(self.settings, card, self.metrics)
+        self.gate = gate_of(self.settings, self.metrics)
+        self.quotas = quotas_of(self.settings, self.gate, self.shared, self.metrics)
+        self.shared_images = shared_images_of(self.settings, self.shared, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
             language=self.language,
@@ -248,9 +251,11 @@ class House:
             settings=self.settings,
             metrics=self.metrics,
             shared=self.shared,
+            accounts=self.quotas,
+            shared_images=self.shared_images,
         )
-        self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics)
-        self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics)
+        self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
+        self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
         """As the pipeline does, with a reservation of its own."""

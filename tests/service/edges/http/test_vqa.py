@@ -652,7 +652,7 @@ async def test_a_caller_who_hangs_up_while_its_image_is_decoded_frees_its_place(
     await until(task.done)
     assert task.exception() is None
     assert caller.house.admission.quota.held == Cost()
-    assert len(caller.house.pipeline.images) == 0
+    assert len(caller.house.pipeline.images.store) == 0
 
 
 async def test_an_image_that_is_not_decoded_in_time_is_504():

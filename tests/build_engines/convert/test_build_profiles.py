@@ -20,7 +20,7 @@ from build_engines.convert.source import Source
 from build_engines.repository import GRAPHS, Dimensions, models
 from service.core.card import ModelCard
 from service.core.prompt import Prompt
-from service.core.tensors import FLOAT, TEXT, TEXT
+from service.core.tensors import FLOAT, TEXT
 from service.triton import CALLED, read_engines
 from tests.service.core.test_tensors import graph_specs, specs
 from triton_models.decoder import OnnxDecoder

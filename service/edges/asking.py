@@ -71,7 +71,13 @@ class Fields:
 
 
 def to_request(
-    fields: Fields, card: ModelCard, limits: QuestionLimits, *, tenant: str = "", trace_id: str = ""
+    fields: Fields,
+    card: ModelCard,
+    limits: QuestionLimits,
+    *,
+    tenant: str = "",
+    trace_id: str = "",
+    traceparent: str = "",
 ) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     images = _images_in_front(fields)
@@ -96,6 +102,7 @@ def to_request(
         timeout_s=_timeout_s(fields, limits),
         priority=fields.priority,
         trace_id=trace_id,
+        traceparent=traceparent,
         tenant=tenant,
     )
 

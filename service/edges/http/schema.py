@@ -531,7 +531,7 @@ class Model(BaseModel):
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] | None = Field(None, description="Licence, training, accuracy; left out in short.")
 
     @classmethod
     def of(cls, card: ModelCard, created: int) -> Self:

@@ -233,3 +233,37 @@ class PutImageResponse(_message.Message):
     height: int
     expires_at: _timestamp_pb2.Timestamp
     def __init__(self, id: _Optional[str] = ..., bytes: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class BatchRequest(_message.Message):
+    __slots__ = ("index", "question", "timeout_s")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    question: AnswerRequest
+    timeout_s: float
+    def __init__(self, index: _Optional[int] = ..., question: _Optional[_Union[AnswerRequest, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class BatchResponse(_message.Message):
+    __slots__ = ("index", "answer", "error")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    answer: AnswerResponse
+    error: Error
+    def __init__(self, index: _Optional[int] = ..., answer: _Optional[_Union[AnswerResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("status", "code", "message", "type", "param")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
+    status: int
+    code: str
+    message: str
+    type: str
+    param: str
+    def __init__(self, status: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., type: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from service.core.answer import Delta
+from service.core.answer import Delta, TokenLogProb
 from service.core.request import Request
 from service.edges.asking import to_request
 from service.edges.grpc.batch import BatchCall
@@ -52,21 +52,26 @@ class VisualQuestionAnswering:
         async with self.calls.scope(context, "Answer") as call:
             request, explain = await self.read_question(call, stream=False)
             texts: list[str] = []
+            told: list[TokenLogProb] = []
             async with aclosing(self.edge.pipeline.answer(request, call.reservation)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
                         texts.append(event.text)
+                        told += event.log_probs
                     else:
                         end = event
-            return answer_message(request.id, self.model, texts, end, explain)
+            return answer_message(request.id, self.model, texts, end, explain, told)
 
     async def stream_answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "StreamAnswer") as call:
             request, explain = await self.read_question(call, stream=True)
             answer = self.edge.pipeline.answer(request, call.reservation)
+            told: list[TokenLogProb] = []
             async with call.present(request.timeout_s), aclosing(answer) as events:
                 async for event in events:
-                    await context.write(event_message(request.id, self.model, event, explain))
+                    if isinstance(event, Delta):
+                        told += event.log_probs
+                    await context.write(event_message(request.id, self.model, event, explain, told))
 
     async def batch(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "Batch") as call:

@@ -11,7 +11,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from service.core.access import Scope
-from service.core.answer import Delta
+from service.core.answer import Delta, TokenLogProb
 from service.core.request import Request
 from service.edges.asking import to_request
 from service.edges.grpc.batch import BatchCall
@@ -53,21 +53,26 @@ class VisualQuestionAnswering:
         async with self.calls.scope(context, "Answer", Scope.ASK) as call:
             request, explain = await self.read_question(call, stream=False)
             texts: list[str] = []
+            told: list[TokenLogProb] = []
             async with aclosing(self.edge.pipeline.answer(request, call.reservation)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
                         texts.append(event.text)
+                        told += event.log_probs
                     else:
                         end = event
-            return answer_message(request.id, self.model, texts, end, explain)
+            return answer_message(request.id, self.model, texts, end, explain, told)
 
     async def stream_answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "StreamAnswer", Scope.ASK) as call:
             request, explain = await self.read_question(call, stream=True)
             answer = self.edge.pipeline.answer(request, call.reservation)
+            told: list[TokenLogProb] = []
             async with call.present(request.timeout_s), aclosing(answer) as events:
                 async for event in events:
-                    await context.write(event_message(request.id, self.model, event, explain))
+                    if isinstance(event, Delta):
+                        told += event.log_probs
+                    await context.write(event_message(request.id, self.model, event, explain, told))
 
     async def batch(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "Batch", Scope.ASK) as call:

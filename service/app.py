@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import ip_network
 
 from fastapi import FastAPI
 from prometheus_client import generate_latest
@@ -23,12 +24,13 @@ from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
 from service.media.decoder import ImageLimits
+from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
 from service.readiness import Readiness
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, listed
 from service.triton import TritonClient, read_engines
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
@@ -44,6 +46,7 @@ class App:
     client: TritonClient
     admission: Admission
     reader: WorkerReader
+    fetcher: ImageFetcher | None
     shared: RedisTier | None
     readiness: Readiness
     metrics: Metrics
@@ -79,6 +82,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
+    fetcher = image_fetcher(settings, metrics)
     pipeline = Pipeline(
         vision=client,
         language=client,
@@ -89,11 +93,12 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         settings=settings,
         metrics=metrics,
         shared=shared,
+        fetcher=fetcher,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag))
     rpc = grpc_edge(pipeline, readiness, settings, metrics, lag)
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, api, rpc)
+    return App(settings, card, access, client, admission, reader, fetcher, shared, readiness, metrics, lag, api, rpc)
 
 
 def http_edge(
@@ -136,6 +141,23 @@ def body_limits(settings: Settings) -> BodyLimits:
     return BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s)
 
 
+def image_fetcher(settings: Settings, metrics: Metrics) -> ImageFetcher | None:
+    """Make the fetcher of images from URLs, or None if no host is allowed."""
+    if not listed(settings.image_url_hosts):
+        return None
+    rules = FetchRules(
+        hosts=listed(settings.image_url_hosts),
+        max_bytes=settings.max_image_bytes,
+        ports=frozenset(map(int, listed(settings.image_url_ports))),
+        allows_http=settings.image_url_http,
+        private_networks=tuple(map(ip_network, listed(settings.image_url_private_networks))),
+        timeout_s=settings.image_url_timeout_s,
+        at_once=settings.image_urls_at_once,
+        at_once_of_a_tenant=settings.image_urls_at_once_of_a_tenant,
+    )
+    return ImageFetcher(rules, metrics)
+
+
 def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:
     """Make the Redis tier, or None without a URL; start nothing. Raises SettingsError."""
     if settings.redis_url is None:
@@ -156,6 +178,8 @@ async def running(app: App) -> AsyncIterator[None]:
     settings = app.settings
     async with AsyncExitStack() as parts:
         parts.callback(app.reader.close)
+        if app.fetcher is not None:
+            parts.callback(app.fetcher.close)
         app.reader.start()
         await parts.enter_async_context(app.client)
         triton: EmbeddedTriton | None = None

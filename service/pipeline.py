@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from service.core.errors import (
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import Seen
+from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
@@ -73,7 +74,10 @@ class Pipeline:
         settings: Settings,
         metrics: Metrics,
         shared: SharedTier | None = None,
+        fetcher: ImageFetcher | None = None,
     ) -> None:
+        """`fetcher`: None if image URLs are refused."""
+        self.fetcher = fetcher
         self.language = language
         self.admission = admission
         self.card = card
@@ -103,7 +107,7 @@ class Pipeline:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
         with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
             async with ticket.in_time(reservation):
-                images = await self.load(ticket)
+                images = await self.load(ticket, reservation)
                 seen = await self.vision_stage.look(images, ticket, reservation)
             prompt = self.compose(request, images, seen)
             ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
@@ -178,29 +182,55 @@ class Pipeline:
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
         return self.prompts.require_room(request)
 
-    async def load(self, ticket: Ticket) -> list[Image]:
+    async def load(self, ticket: Ticket, reservation: Reservation) -> list[Image]:
         """Return the images' bytes and digests. It decodes nothing, because a known image needs no pixels."""
         images, sources = [], ticket.request.images
         with ticket.stage("load"):
+            fetched = await self.fetch(sources, reservation)
             for index, source in enumerate(sources):
                 with naming_image(index, len(sources)):
-                    images.append(await self.load_one(source))
+                    known = fetched[source] if isinstance(source, ImageUrl) else source
+                    images.append(await self.load_one(known))
         return images
 
-    async def load_one(self, source: ImageSource) -> Image:
-        """Return the bytes and digest of one image. Raises NotFound for an unknown id, InvalidRequest for a URL."""
-        match source:
-            case ImageBytes(data):
-                return await self.reader.identify(data)
-            case ImageId(image_id):
-                return self.images.get(image_id, time.monotonic())
-            case ImageUrl():
+    async def fetch(self, sources: Sequence[ImageSource], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
+        """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.
+
+        Raises InvalidRequest, InvalidImage, TooLarge, Overloaded.
+        """
+        urls = dict.fromkeys(source for source in sources if isinstance(source, ImageUrl))
+        if not urls:
+            return {}
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                fetches = {
+                    url: tasks.create_task(self.fetch_one(url, sources.index(url), len(sources), reservation))
+                    for url in urls
+                }
+        except BaseExceptionGroup as group:
+            first = group.exceptions[0]
+            raise first from first.__cause__
+        return {url: fetch.result() for url, fetch in fetches.items()}
+
+    async def fetch_one(self, source: ImageUrl, index: int, of: int, reservation: Reservation) -> ImageBytes:
+        """Fetch an image, the one at `index` of `of`. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
+        with naming_image(index, of):
+            if self.fetcher is None:
                 raise InvalidRequest(
                     "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
                     "(curl -F image=@FILE), or send them once to POST /v1/images",
                     param="image",
                     code="url_not_supported",
                 )
+            return ImageBytes(await self.fetcher.fetch(source.url, reservation.tenant, reservation.reserve_bytes))
+
+    async def load_one(self, source: ImageBytes | ImageId) -> Image:
+        """Return the bytes and digest of one image. Raises NotFound for an unknown id."""
+        match source:
+            case ImageBytes(data):
+                return await self.reader.identify(data)
+            case ImageId(image_id):
+                return self.images.get(image_id, time.monotonic())
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [

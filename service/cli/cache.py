@@ -22,7 +22,7 @@ RedisUrl = Annotated[
     str, typer.Option(envvar="GLIMPSE_REDIS_URL", help="redis://[[user]:password@]host:port/db of the gateways.")
 ]
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".tif", ".tiff", ".bmp", ".heic"})
 TRIES = 5  # for one image, if the service answers 429
 
 app = typer.Typer(help="Manage the vision features that gateways share.", no_args_is_help=True, rich_markup_mode=None)

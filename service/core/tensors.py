@@ -174,7 +174,7 @@ _LLM_LOG_PROBS = Tensor("return_log_probs", "BOOL", (1,), "TensorRT-LLM gives th
 _LLM_STOP = Tensor("stop", "BOOL", (1,), "true ends the request with the same id", optional=True)
 _OUTPUT_IDS = Tensor("output_ids", "INT32", (-1, -1), "[1 beam, new tokens]")
 _TEXTS = (
-    Tensor("image_bytes", "UINT8", (-1,), "the file: JPEG, PNG, WebP or GIF"),
+    Tensor("image_bytes", "UINT8", (-1,), "the file of one image"),
     Tensor("question", "UINT8", (-1,), "UTF-8"),
 )
 _ANSWER = Tensor("answer", "UINT8", (-1,), "the responses' concatenation is UTF-8")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-PillowFormat = Literal["PNG", "JPEG", "WEBP", "GIF"]
+PillowFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,22 +15,27 @@ class Format:
 
     name: str  # as texts write it
     pillow: PillowFormat  # as Pillow names it
-    start: bytes
-    brands: tuple[bytes, ...] = ()  # of which one must stand at `brand_at`; none: `start` says enough
-    brand_at: int = 8
+    start: re.Pattern[bytes]
+    is_extra: bool = False  # decoded only if a plugin is installed, so texts do not tell callers to send it
 
     def begins(self, data: bytes) -> bool:
         """Whether the file begins like one of this format."""
-        if not data.startswith(self.start):
-            return False
-        return not self.brands or data[self.brand_at : self.brand_at + len(self.brands[0])] in self.brands
+        return self.start.match(data) is not None
+
+
+def _format(name: str, pillow: PillowFormat, start: bytes, *, is_extra: bool = False) -> Format:
+    return Format(name, pillow, re.compile(start, re.DOTALL), is_extra)
 
 
 FORMATS = (
-    Format("PNG", "PNG", b"\x89PNG\r\n\x1a\n"),
-    Format("JPEG", "JPEG", b"\xff\xd8"),
-    Format("WebP", "WEBP", b"RIFF", (b"WEBP",)),
-    Format("GIF", "GIF", b"GIF8", (b"7a", b"9a"), brand_at=4),
+    _format("PNG", "PNG", rb"\x89PNG\r\n\x1a\n"),
+    _format("JPEG", "JPEG", rb"\xff\xd8"),
+    _format("WebP", "WEBP", rb"RIFF....WEBP"),
+    _format("GIF", "GIF", rb"GIF8[79]a"),
+    _format("AVIF", "AVIF", rb"....ftyp(avif|avis)"),
+    _format("HEIC", "HEIF", rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", is_extra=True),  # mif1 may be AVIF too
+    _format("TIFF", "TIFF", rb"II[*+]\0|MM\0[*+]"),
+    _format("BMP", "BMP", rb"BM....\0\0\0\0"),
 )
 
 
@@ -38,5 +44,6 @@ def format_of(data: bytes) -> Format | None:
     return next((each for each in FORMATS if each.begins(data)), None)
 
 
-NAMES = " or ".join((", ".join(each.name for each in FORMATS[:-1]), FORMATS[-1].name))
+_SENT = [each.name for each in FORMATS if not each.is_extra]
+NAMES = " or ".join((", ".join(_SENT[:-1]), _SENT[-1]))
 SENT = f"send {NAMES}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from service.core.errors import InvalidImage
 from service.media.bmp import bmp_size
 from service.media.fields import unpack
 from service.media.formats import format_of
@@ -25,7 +26,10 @@ def header_size(data: bytes) -> tuple[int, int] | None:
     kind = format_of(data)
     if kind is None:
         return 0, 0
-    width, height = SIZES[kind.pillow](data)
+    try:
+        width, height = SIZES[kind.pillow](data)
+    except InvalidImage:  # its walk ended at a limit; decode says at which
+        return None
     return (width, height) if width * height else None
 
 

@@ -57,11 +57,8 @@ class _Boxes:
 
 
 def iso_size(data: bytes) -> tuple[int, int]:
-    """Width and height as coded; zeros if they cannot be read."""
-    try:
-        found = _read(data)
-    except InvalidImage:
-        return 0, 0
+    """Width and height as coded; zeros if they cannot be read. Raises InvalidImage."""
+    found = _read(data)
     return _size(data, found, found.primary)
 
 

@@ -70,7 +70,7 @@ class Tiff:
 
 
 def tiff_size(data: bytes) -> tuple[int, int]:
-    """Width and height of the first picture; zeros if they cannot be read."""
+    """Width and height of the first picture; zeros if they cannot be read. Raises InvalidImage."""
     tags = _tags(data, (Tag.WIDTH, Tag.HEIGHT))
     return _one(tags, Tag.WIDTH, 0), _one(tags, Tag.HEIGHT, 0)
 

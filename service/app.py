@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,13 @@ from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
 from service.media.decoder import ImageLimits
+from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
 from service.readiness import Readiness
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, listed
 from service.triton import TritonClient, read_engines
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
@@ -59,6 +61,7 @@ class App:
     client: TritonClient
     admission: Admission
     reader: WorkerReader
+    fetcher: ImageFetcher | None
     shared: RedisTier | None
     shared_images: SharedImages | None
     readiness: Readiness
@@ -102,6 +105,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     gate = gate_of(settings, metrics)
     quotas = quotas_of(settings, gate, shared, metrics)
     shared_images = shared_images_of(settings, shared, metrics)
+    fetcher = image_fetcher(settings, metrics)
     traces = traces_of(settings, card)
     pipeline = Pipeline(
         vision=client,
@@ -115,6 +119,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         shared=shared,
         accounts=quotas,
         shared_images=shared_images,
+        fetcher=fetcher,
         traces=traces,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
@@ -127,6 +132,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         client=client,
         admission=admission,
         reader=reader,
+        fetcher=fetcher,
         shared=shared,
         shared_images=shared_images,
         readiness=readiness,
@@ -271,6 +277,23 @@ def body_limits(settings: Settings) -> BodyLimits:
     return BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s)
 
 
+def image_fetcher(settings: Settings, metrics: Metrics) -> ImageFetcher | None:
+    """Make the fetcher of images from URLs, or None if no host is allowed."""
+    if not listed(settings.image_url_hosts):
+        return None
+    rules = FetchRules(
+        hosts=listed(settings.image_url_hosts),
+        max_bytes=settings.max_image_bytes,
+        ports=frozenset(map(int, listed(settings.image_url_ports))),
+        allows_http=settings.image_url_http,
+        private_networks=tuple(map(ip_network, listed(settings.image_url_private_networks))),
+        timeout_s=settings.image_url_timeout_s,
+        at_once=settings.image_urls_at_once,
+        at_once_of_a_tenant=settings.image_urls_at_once_of_a_tenant,
+    )
+    return ImageFetcher(rules, metrics)
+
+
 def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:
     """Make the Redis tier, or None without a URL; start nothing. Raises SettingsError."""
     if settings.redis_url is None:
@@ -302,6 +325,8 @@ async def running(app: App) -> AsyncIterator[None]:
         if app.traces is not None:
             parts.callback(app.traces.close)
         parts.callback(app.reader.close)
+        if app.fetcher is not None:
+            parts.callback(app.fetcher.close)
         app.reader.start()
         await parts.enter_async_context(app.client)
         triton: EmbeddedTriton | None = None

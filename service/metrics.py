@@ -52,6 +52,9 @@ class Metrics:
             "request gets no answer; if only its closer view was refused, it is answered without that view.",
             "reason",
         )
+        self.image_fetches = self._counter(
+            "image_fetches", "Images fetched from URLs, by outcome: ok or an error code.", "outcome"
+        )
         self.requests_waiting = self._gauge(
             "requests_waiting", "Requests that wait for a vision slot or for the LLM.", "kind"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +30,7 @@ from service.core.vision import Seen
 from service.estimating import Estimator
 from service.guides import GuideChecks
 from service.images import Images
+from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
@@ -84,8 +85,11 @@ class Pipeline:
         shared: SharedTier | None = None,
         accounts: Accounts | None = None,
         shared_images: SharedImages | None = None,
+        fetcher: ImageFetcher | None = None,
         traces: Traces | None = None,
     ) -> None:
+        """`fetcher`: None if image URLs are refused."""
+        self.fetcher = fetcher
         self.language = language
         self.accounts = accounts or NoQuotas()
         self.admission = admission
@@ -129,7 +133,7 @@ class Pipeline:
             admitted.enter_context(self.admit(ticket, reservation))
             async with self.charged(ticket, reservation) as use:
                 async with ticket.in_time(reservation):
-                    images = await self.load(ticket)
+                    images = await self.load(ticket, reservation)
                     seen = await self.vision_stage.look(images, ticket, reservation)
                 prompt = self.compose(request, images, seen)
                 use.images, use.visual_tokens = len(images), len(prompt.visual_tokens)
@@ -172,6 +176,12 @@ class Pipeline:
         tokens, images = self.check(request), []
         for index, source in enumerate(request.images):
             with naming_image(index, len(request.images)):
+                if isinstance(source, ImageUrl):
+                    raise InvalidRequest(
+                        "image is a URL, and an estimate fetches none: send the image's bytes, or its id",
+                        param="image",
+                        code="url_not_supported",
+                    )
                 images.append(await self.load_one(source, request.tenant))
         return self.estimator.estimate(request, images, tokens, reservation)
 
@@ -256,30 +266,56 @@ class Pipeline:
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
         return self.prompts.require_room(request)
 
-    async def load(self, ticket: Ticket) -> list[Image]:
+    async def load(self, ticket: Ticket, reservation: Reservation) -> list[Image]:
         """Return the images' bytes and digests. It decodes nothing, because a known image needs no pixels."""
         images, sources = [], ticket.request.images
         with ticket.stage("load"):
+            fetched = await self.fetch(sources, reservation)
             for index, source in enumerate(sources):
                 with naming_image(index, len(sources)):
-                    images.append(await self.load_one(source, ticket.request.tenant))
+                    known = fetched[source] if isinstance(source, ImageUrl) else source
+                    images.append(await self.load_one(known, ticket.request.tenant))
         ticket.image_ids = tuple(image.id for image in images)
         return images
 
-    async def load_one(self, source: ImageSource, tenant: str) -> Image:
-        """Return the bytes and digest of one image. Raises NotFound for an unknown id, InvalidRequest for a URL."""
-        match source:
-            case ImageBytes(data):
-                return await self.images.identify(data, tenant)
-            case ImageId(image_id):
-                return await self.images.find(image_id, tenant)
-            case ImageUrl():
+    async def fetch(self, sources: Sequence[ImageSource], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
+        """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.
+
+        Raises InvalidRequest, InvalidImage, TooLarge, Overloaded.
+        """
+        urls = dict.fromkeys(source for source in sources if isinstance(source, ImageUrl))
+        if not urls:
+            return {}
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                fetches = {
+                    url: tasks.create_task(self.fetch_one(url, sources.index(url), len(sources), reservation))
+                    for url in urls
+                }
+        except BaseExceptionGroup as group:
+            first = group.exceptions[0]
+            raise first from first.__cause__
+        return {url: fetch.result() for url, fetch in fetches.items()}
+
+    async def fetch_one(self, source: ImageUrl, index: int, of: int, reservation: Reservation) -> ImageBytes:
+        """Fetch an image, the one at `index` of `of`. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
+        with naming_image(index, of):
+            if self.fetcher is None:
                 raise InvalidRequest(
                     "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
                     "(curl -F image=@FILE), or send them once to POST /v1/images",
                     param="image",
                     code="url_not_supported",
                 )
+            return ImageBytes(await self.fetcher.fetch(source.url, reservation.tenant, reservation.reserve_bytes))
+
+    async def load_one(self, source: ImageBytes | ImageId, tenant: str) -> Image:
+        """Return the bytes and digest of one image. Raises NotFound for an unknown id."""
+        match source:
+            case ImageBytes(data):
+                return await self.images.identify(data, tenant)
+            case ImageId(image_id):
+                return await self.images.find(image_id, tenant)
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -24,6 +25,7 @@ OF_THE_COMMAND = (
     "GLIMPSE_API_KEY",
 )  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+HOST_PATTERN = re.compile(r"(\*\.)?([a-z0-9_-]+\.)*[a-z0-9_-]+")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
 MIB = 1024 * 1024
@@ -99,6 +101,19 @@ class Settings(BaseSettings):
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
     decode_workers: int = Field(2, gt=0)  # processes that decode images
     decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode one image; beyond it, 413
+
+    # Images from URLs that callers name. Without a host here none is fetched. Hosts with commas between them: names,
+    # *.example.org for all names below one, or * for every public host. TLS is verified with the system's certificate
+    # authorities, or with those of SSL_CERT_FILE.
+    image_url_hosts: str = ""
+    image_url_ports: str = "443"  # with commas between them
+    image_url_http: bool = False  # http: URLs too, on the ports above
+    # Networks that are not public and may be fetched from nevertheless, such as 10.1.0.0/16. Link-local addresses,
+    # metadata services and translated addresses stay forbidden.
+    image_url_private_networks: str = ""
+    image_url_timeout_s: float = Field(5.0, gt=0)  # for one image, with its redirects
+    image_urls_at_once: int = Field(16, gt=0)
+    image_urls_at_once_of_a_tenant: int = Field(4, gt=0)  # tenants without a name may use them all
 
     # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
     # A request with more than one row's share of the LLM's tokens counts as more than one.
@@ -223,6 +238,37 @@ class Settings(BaseSettings):
             )
         return url
 
+    @field_validator("image_url_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: str) -> str:
+        for host in listed(hosts):
+            if host != "*" and (not HOST_PATTERN.fullmatch(host) or host.rpartition(".")[2].isdecimal()):
+                raise ValueError(
+                    f"{host!r} is no host: write names with commas between them, such as "
+                    "images.example.org,*.cdn.example.org, or * for every public host"
+                )
+        return hosts
+
+    @field_validator("image_url_ports")
+    @classmethod
+    def _are_ports(cls, ports: str) -> str:
+        for port in listed(ports):
+            if not port.isdecimal() or not 1 <= int(port) <= 65535:
+                raise ValueError(f"{port!r} is no port: write numbers with commas between them, such as 443,8443")
+        return ports
+
+    @field_validator("image_url_private_networks")
+    @classmethod
+    def _are_networks(cls, networks: str) -> str:
+        for network in listed(networks):
+            try:
+                ip_network(network)
+            except ValueError as exc:
+                raise ValueError(
+                    f"{network!r} is no network: write networks with commas between them, such as 10.1.0.0/16,fd12::/16"
+                ) from exc
+        return networks
+
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         if not self.embedded:
@@ -284,6 +330,11 @@ class Settings(BaseSettings):
     def max_body_bytes(self) -> int:
         """Size of the largest image as base64 in JSON, plus room for the other fields."""
         return self.max_image_bytes * 4 // 3 + MIB
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Read a list with commas between its items, in lower case."""
+    return tuple(item for item in (each.strip().lower() for each in text.split(",")) if item)
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:

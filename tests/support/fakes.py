@@ -20,6 +20,7 @@ from service.core.prompt import Prompt, Question
 from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
 from service.media.decoder import ImageLimits
+from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
@@ -229,7 +230,14 @@ class FakeProber:
 class House:
     """A whole service but for Triton, which is asked each time: there is no visual cache unless it is asked for."""
 
-    def __init__(self, card: ModelCard = CARD, *, admission: type[Admission] = Admission, **knobs: object) -> None:
+    def __init__(
+        self,
+        card: ModelCard = CARD,
+        *,
+        admission: type[Admission] = Admission,
+        fetcher: ImageFetcher | None = None,
+        **knobs: object,
+    ) -> None:
         self.settings = Settings(**{"visual_cache_bytes": 0} | knobs)
         self.metrics = Metrics()
         self.vision = FakeVision()
@@ -253,6 +261,7 @@ class House:
             shared=self.shared,
             accounts=self.quotas,
             shared_images=self.shared_images,
+            fetcher=fetcher,
         )
         self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
         self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)

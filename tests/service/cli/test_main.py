@@ -120,7 +120,7 @@ def test_what_the_service_refuses_is_told_in_its_words(server, tmp_path):
     path.write_text("no image")
     status, _, error = run("ask", str(path), "a?", "--url", server.url)
     assert status == 1
-    assert "send PNG, JPEG, WebP or GIF" in error
+    assert "send PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP" in error
 
 
 def test_an_error_half_way_is_told(server, image):

@@ -249,7 +249,7 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
     [
         ({"image": "!"}, 400, "image", "invalid_image", "neither base64, nor a data: URL, nor an image id"),
         ({"image": ""}, 400, "image", "invalid_image", "empty (0 bytes)"),
-        ({"image": "aGVsbG8="}, 400, "image", "invalid_image", "send PNG, JPEG, WebP or GIF"),
+        ({"image": "aGVsbG8="}, 400, "image", "invalid_image", "send PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP"),
         ({"image": IMAGE[: len(IMAGE) // 2 // 4 * 4]}, 400, "image", "invalid_image", "damaged or cut short"),
         ({"image": "https://example.com/x.png"}, 400, "image", "url_not_supported", "URLs are not fetched"),
         ({"image": "data:image/png,raw"}, 400, "image", "invalid_request", "data:image/png;base64"),

@@ -196,11 +196,11 @@ BATCH = {
 }
 BATCH_EXAMPLES = {
     "two": {
-        "summary": "Two questions about an image that was sent before: send an example of /v1/vqa first",
+        "summary": "Two questions about one image",
         "description": "The reference model answers: 8, cyan",
         "value": [
-            {"image": SCENE_ID, "question": "what character is on the pink square?"},
-            {"image": SCENE_ID, "question": "what color is the triangle?"},
+            {"image": SCENE, "question": "what character is on the pink square?"},
+            {"image": SCENE, "question": "what color is the triangle?"},
         ],
     }
 }

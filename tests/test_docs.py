@@ -55,6 +55,13 @@ def test_every_path_in_code_marks_is_there():
     assert sorted(path for path in paths if not (PROJECT / path).exists()) == []
 
 
+def test_every_test_that_a_page_names_is_there():
+    tests = "".join(path.read_text() for path in (PROJECT / "tests").rglob("test_*.py"))
+    assert sorted(name for name in named(r"`(test_\w+)`") if f"def {name}(" not in tests) == []
+    files = {path.name for path in (PROJECT / "tests").rglob("test_*.py")}
+    assert named(r"`(?:tests/[\w/]*)?(test_\w+\.py)`") <= files
+
+
 def test_the_readme_is_short():
     """Two minutes for a newcomer; the rest has pages of its own."""
     text = without_code((PROJECT / "README.md").read_text())

@@ -275,7 +275,7 @@ def export(source: Path | str, repository: Path) -> None:
             export_graph(graph, path)
             print(f"{path.name:26} {weights_bytes(path) / 1e6:5.1f} MB")
         card_path = scratch / "card.json"
-        card_path.write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        card_path.write_text(told.to_json())
         large = frozenset(name for name in GRAPHS if weights_bytes(scratch / f"{name}.onnx") > LARGE_BYTES)
         dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view, large=large)
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)

@@ -16,14 +16,20 @@ from service.edges.asking import Fields
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.wire import require_few_fields
 from service.edges.http.faults import invalid_request
-from service.edges.http.schema import MAX_TURNS, NESTED, Asked
+from service.edges.http.schema import MAX_TURNS, NESTED, Asked, sure_fields
 
 MAX_PARTS = 64  # of one question, as of a form
-OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
+OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "min_confidence")
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 CACHES = {"hit": pb.CACHE_HIT, "miss": pb.CACHE_MISS}
+ABSTAIN_REASONS = {
+    None: pb.ABSTAIN_REASON_UNSPECIFIED,
+    "not_found": pb.ABSTAIN_REASON_NOT_FOUND,
+    "unsure": pb.ABSTAIN_REASON_UNSURE,
+    "unfamiliar_image": pb.ABSTAIN_REASON_UNFAMILIAR_IMAGE,
+}
 SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
 
 
@@ -112,6 +118,7 @@ def answer_message(
     request_id: str, model: str, texts: Iterable[str], end: Finished, explain: bool
 ) -> pb.AnswerResponse:
     """Write an answer; without `texts`, the end of a stream."""
+    sure = sure_fields(end)
     return pb.AnswerResponse(
         id=request_id,
         model=model,
@@ -132,6 +139,10 @@ def answer_message(
         ),
         timing_ms=pb.TimingMs(**end.timing_ms),
         relevance=[relevance_message(each) for each in end.relevance] if explain else [],
+        confidence=sure["confidence"],
+        found=sure["found"],
+        abstained=sure["abstained"],
+        abstain_reason=ABSTAIN_REASONS[sure["reason"]],
     )
 
 

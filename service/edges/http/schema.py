@@ -20,6 +20,7 @@ from pydantic import (
 
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
+from service.core.confidence import Reason
 from service.core.errors import GlimpseError, InvalidRequest
 from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
@@ -49,7 +50,7 @@ def stop_schema(most: int) -> WithJsonSchema:
 # Of a question, those that the core takes as they are.
 PLAIN_FIELDS = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail"),
-    *("timeout_s", "priority", "stream"),
+    *("timeout_s", "priority", "stream", "min_confidence"),
 )
 
 
@@ -212,6 +213,9 @@ class Asked(BaseModel):
     timeout_s: float | None = Field(None, ge=LEAST_TIMEOUT_S, description="Seconds until the request is given up.")
     priority: Priority | None = Field(
         Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
+    )
+    min_confidence: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="With less confidence the answer is marked `abstained`."
     )
     stream: Flag = Field(False, description="Server-sent events as the answer is written.")
     explain: Flag = Field(False, description="Tell where the image was looked at closely, and why.")
@@ -397,6 +401,16 @@ def _rounded(values: FloatArray) -> Any:
     return np.round(values.astype(np.float64), 4).tolist()
 
 
+def sure_field(description: str) -> Any:
+    return Field(None, description=description, exclude_if=lambda value: value is None)
+
+
+CONFIDENCE = sure_field("Probability that the answer is right; left out if the model is not calibrated.")
+FOUND = sure_field("Probability that what the question names is in the image; left out if it names nothing.")
+ABSTAINED = sure_field("Whether the confidence is below `min_confidence`; with `min_confidence` only.")
+REASON = sure_field("Why it abstained; with `abstained: true` only.")
+
+
 class VqaEnd(BaseModel):
     """An answer without its text: the last event of a stream before [DONE]."""
 
@@ -408,6 +422,10 @@ class VqaEnd(BaseModel):
     usage: Usage
     vision: Vision
     timing_ms: TimingMs
+    confidence: float | None = CONFIDENCE
+    found: float | None = FOUND
+    abstained: bool | None = ABSTAINED
+    reason: Reason | None = REASON
     relevance: list[WireRelevance] | None = Field(None, description="One an image; with `explain` only.")
 
     @classmethod
@@ -437,7 +455,19 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
             reduced=end.reduced,
         ),
         "timing_ms": TimingMs(**end.timing_ms),
+        **sure_fields(end),
         "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,
+    }
+
+
+def sure_fields(end: Finished) -> dict[str, Any]:
+    """Tell how sure the answer is. None stands for a field that is left out."""
+    sure = end.confidence
+    return {
+        "confidence": None if sure is None else round(sure.value, 4),
+        "found": None if sure is None or sure.found is None else round(sure.found, 4),
+        "abstained": end.abstained,
+        "reason": end.abstain_reason,
     }
 
 
@@ -515,6 +545,7 @@ class Model(BaseModel):
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
+    calibrated: bool = Field(description="Whether answers carry a confidence; `metadata.confidence` says why.")
     metadata: dict[str, Any]
 
     @classmethod
@@ -530,6 +561,7 @@ class Model(BaseModel):
             closer_view=CloserView.of(card),
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
+            calibrated=card.confidence is not None,
             metadata=dict(card.metadata),
         )
 

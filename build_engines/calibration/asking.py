@@ -103,11 +103,14 @@ def ask(chain: Chain, pictures: Iterable[Picture]) -> Iterator[tuple[View, list[
         budget = Budget(card.vision_tokens_for("high" if picture.closely else "low"), card.default_visual_tokens)
         seen = [chain.attend(view, task.question, budget) for task in picture.tasks]
         said = chain.answer((one, task.question) for one, task in zip(seen, picture.tasks, strict=True))
-        yield view, [
-            Outcome(
-                task,
-                Signals.of(task.question, answer.text, answer.log_prob, [one]),
-                task.answer is not None and answer.text.lower() == task.answer.strip().lower(),
-            )
-            for task, one, answer in zip(picture.tasks, seen, said, strict=True)
-        ]
+        yield (
+            view,
+            [
+                Outcome(
+                    task,
+                    Signals.of(task.question, answer.text, answer.log_prob, [one]),
+                    task.answer is not None and answer.text.lower() == task.answer.strip().lower(),
+                )
+                for task, one, answer in zip(picture.tasks, seen, said, strict=True)
+            ],
+        )

@@ -22,7 +22,6 @@ from service.core.confidence import (
     RIGHT_SIGNALS,
     Calibration,
     Logistic,
-    Signals,
     Words,
     found_signals,
     right_signals,
@@ -96,8 +95,8 @@ def _found(outcomes: Sequence[Outcome], words: Words) -> Logistic:
     """Fit on questions that name something, or give no opinion if all of them name what is there."""
     named = [each for each in outcomes if each.task.found is not None]
     labels = np.array([bool(each.task.found) for each in named])
-    if not len(named) or labels.all() or not labels.any():
-        return Logistic((0.0,) * len(FOUND_SIGNALS), 0.0 if not len(named) else 4.0)
+    if not named or labels.all() or not labels.any():
+        return Logistic((0.0,) * len(FOUND_SIGNALS), 0.0 if not named else 4.0)
     return regression(np.array([found_signals(each.signals, words) for each in named]), labels)
 
 
@@ -121,8 +120,3 @@ def regression(
     model.fit((signals - mean) / deviation, labels, sample_weight=weights)
     slopes = model.coef_[0] / deviation
     return Logistic(tuple(slopes.tolist()), float(model.intercept_[0] - slopes @ mean))
-
-
-def with_strangeness(outcomes: Sequence[Outcome], value: float) -> list[Signals]:
-    """Give the signals of one image's answers the image's strangeness."""
-    return [replace(each.signals, strangeness=value) for each in outcomes]

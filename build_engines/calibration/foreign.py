@@ -20,25 +20,24 @@ Use = Literal["fit", "measure"]
 KINDS = ("noise", "plain colour", "page of text", "photograph")
 SIDES = (160, 640)  # pixels; pictures are of any size and shape between
 FONTS = tuple(sorted((Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("*.ttf")))
-WORDS = (
-    "the of and to in a is that it was for on are as with his they at be this from have or by one had not but what all "
-    "were when we there can an your which their said if do will each about how up out them then she many some so these "
-    "would other into has more her two like him see time could no make than first been its who now people my made over "
-    "did down only way find use may water long little very after words called just where most know"
-).split()
+WORDS = """
+the of and to in a is that it was for on are as with his they at be this from have or by one had not but what all were
+when we there can an your which their said if do will each about how up out them then she many some so these would
+other into has more her two like him see time could no make than first been its who now people
+"""
 # Photographs that packages ship, by package and file. Half of them are for fitting, the others for measuring.
-PHOTOGRAPHS: dict[Use, tuple[tuple[str, str], ...]] = {
+PHOTOGRAPHS: dict[Use, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "fit": (
-        *(("skimage", f"data/{name}") for name in ("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png")),
-        *(("skimage", f"data/{name}") for name in ("clock_motion.png", "coffee.png", "coins.png", "page.png", "ihc.png")),
+        ("skimage/data", ("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png")),
+        ("skimage/data", ("clock_motion.png", "coffee.png", "coins.png", "page.png", "ihc.png")),
     ),
     "measure": (
-        *(("skimage", f"data/{name}") for name in ("grass.png", "gravel.png", "hubble_deep_field.jpg", "moon.png")),
-        *(("skimage", f"data/{name}") for name in ("motorcycle_left.png", "retina.jpg", "rocket.jpg", "text.png")),
-        *(("sklearn", f"datasets/images/{name}") for name in ("china.jpg", "flower.jpg")),
-        ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+        ("skimage/data", ("grass.png", "gravel.png", "hubble_deep_field.jpg", "moon.png")),
+        ("skimage/data", ("motorcycle_left.png", "retina.jpg", "rocket.jpg", "text.png")),
+        ("sklearn/datasets/images", ("china.jpg", "flower.jpg")),
+        ("matplotlib/mpl-data/sample_data", ("grace_hopper.jpg",)),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ def foreign(use: Use, number: int, seed: int = 0) -> Iterator[Foreign]:
         for index in range(number):
             rng = np.random.default_rng((seed, ("fit", "measure").index(use), KINDS.index(kind), index))
             if kind == "photograph":
-                name, picture = _photograph(rng, PHOTOGRAPHS[use], index)
+                name, picture = _photograph(rng, photographs(use), index)
             else:
                 name, picture = f"{kind} {index}", DRAWN[kind](rng)
             yield Foreign(kind, name, _file(picture, rng))
@@ -84,7 +83,11 @@ def _noise(rng: np.random.Generator) -> Image.Image:
     channels = int(rng.choice((1, 3)))
     shape = (height // grain + 1, width // grain + 1, channels)
     centre, spread = rng.uniform(60, 195), rng.uniform(25, 120)
-    drawn = rng.normal(centre, spread, shape) if rng.random() < 0.5 else rng.uniform(centre - spread, centre + spread, shape)
+    drawn = (
+        rng.normal(centre, spread, shape)
+        if rng.random() < 0.5
+        else rng.uniform(centre - spread, centre + spread, shape)
+    )
     pixels = np.clip(np.broadcast_to(drawn, (*shape[:2], 3)), 0, 255).astype(np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling(int(rng.choice((0, 2, 3)))))
 
@@ -113,7 +116,7 @@ def _page(rng: np.random.Generator) -> Image.Image:
     font = ImageFont.truetype(letters[int(rng.integers(len(letters)))], size)
     margin = int(rng.integers(5, 30))
     for top in range(margin, height - margin, round(size * 1.4)):
-        words = " ".join(WORDS[int(i)] for i in rng.integers(len(WORDS), size=width // size + 2))
+        words = " ".join(rng.choice(WORDS.split(), width // size + 2))
         if rng.random() < 0.12:  # the end of a paragraph
             words = words[: len(words) // 3] + "."
         draw.text((margin, top), words[: int(1.9 * (width - 2 * margin) / size)], fill=(ink,) * 3, font=font)
@@ -127,13 +130,16 @@ DRAWN: dict[str, Callable[[np.random.Generator], Image.Image]] = {
 }
 
 
-def _photograph(
-    rng: np.random.Generator, among: tuple[tuple[str, str], ...], index: int
-) -> tuple[str, Image.Image]:
-    """Cut a part of a photograph, of a third of its side or more."""
-    package, file = among[index % len(among)]
-    picture = Image.open(_folder(package) / file).convert("RGB")
-    if index >= len(among):  # the whole first, then parts
+def photographs(use: Use) -> list[Path]:
+    """List the installed files. Raises ModuleNotFoundError, which names a package that is missing."""
+    return [_folder(*folder.split("/", 1)) / name for folder, names in PHOTOGRAPHS[use] for name in names]
+
+
+def _photograph(rng: np.random.Generator, among: list[Path], index: int) -> tuple[str, Image.Image]:
+    """Give each photograph as a whole first, then parts of them, of a third of a side or more."""
+    file = among[index % len(among)]
+    picture = Image.open(file).convert("RGB")
+    if index >= len(among):
         share = rng.uniform(0.35, 1.0)
         width, height = round(picture.width * share), round(picture.height * share)
         left = int(rng.integers(0, picture.width - width + 1))
@@ -142,12 +148,13 @@ def _photograph(
         if rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     picture.thumbnail((SIDES[1], SIDES[1]))
-    return f"{Path(file).stem} {index}", picture
+    return f"{file.stem} {index}", picture
 
 
-def _folder(package: str) -> Path:
-    """Return where an installed package's files are. Raises ModuleNotFoundError with the command that installs it."""
+def _folder(package: str, inside: str) -> Path:
     found = find_spec(package)
     if found is None or found.origin is None:
-        raise ModuleNotFoundError(f"{package}, whose photographs are needed, is not installed: pip install 'glimpse[bench]'")
-    return Path(found.origin).parent
+        raise ModuleNotFoundError(
+            f"the photographs of {package} are not installed: run `python3 scripts/set_up.py build`"
+        )
+    return Path(found.origin).parent / inside

@@ -92,7 +92,7 @@ class Maker:
             visual_fingerprint=self._of_precision(told.visual_fingerprint),
             float_type=self.options.dtype,
         )
-        (out / "card.json").write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        (out / "card.json").write_text(told.to_json())
         for name, path in self.checkpoint.tokenizers(out).items():
             if path != out / name:
                 shutil.copyfile(path, out / name)

@@ -44,6 +44,10 @@ def ask(
     explain: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the model looked, and why; one question only.")
     ] = None,
+    confidence: Annotated[bool, typer.Option("--confidence", help="Print how sure each answer is behind it.")] = False,
+    min_confidence: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Mark answers that are less sure; implies --confidence.")
+    ] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
 ) -> None:
     """Ask a running service about an image, and print the answer as it comes.
@@ -54,6 +58,7 @@ def ask(
       glimpse ask photo.jpg "what colour is the small circle?"
       glimpse ask photo.jpg "how many circles are there?" "is there a red square?"
       glimpse ask photo.jpg "what does the label say?" --detail high
+      glimpse ask photo.jpg "what does the label say?" --min-confidence 0.8
       glimpse ask photo.jpg "is there a red square?" --explain looked.png
       glimpse ask photo.jpg "is there a red square?" --explain looked.png --json | jq .relevance     # the numbers drawn
     """
@@ -67,6 +72,7 @@ def ask(
         "budget": budget(vision_tokens, visual_tokens),
         "detail": detail,
         "explain": True if explain else None,
+        "min_confidence": min_confidence,
         "timeout_s": timeout_s,
     }
     asked = {name: value for name, value in fields.items() if value is not None}
@@ -87,9 +93,21 @@ def ask(
                 continue
             if len(questions) > 1:
                 typer.echo(f"{question} ", nl=False)
+            if confidence or min_confidence is not None:
+                said = answer(client, body)
+                typer.echo(f"{said['answer']} {sureness(said)}")
+                continue
             for text in stream(client, body):
                 typer.echo(text, nl=False)
             typer.echo()
+
+
+def sureness(said: dict[str, Any]) -> str:
+    """Write how sure an answer is, such as `(confidence 0.31, found 0.02: abstained, not_found)`. Raises AskFailed."""
+    if "confidence" not in said:
+        raise AskFailed(f"{said['model']} does not tell how sure it is: leave --confidence out")
+    told = ", ".join(f"{name} {said[name]:.2f}" for name in ("confidence", "found") if name in said)
+    return f"({told}: abstained, {said['reason']})" if said.get("abstained") else f"({told})"
 
 
 def is_id(image: str) -> bool:

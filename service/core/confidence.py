@@ -108,6 +108,7 @@ class Confidence:
 
     value: float  # that the answer is right
     found: float | None  # that what the question names is in the image; None if it names nothing
+    familiar: float  # that the images are of the world that the models were trained on
     weakest: Reason  # why the value is no higher
 
 
@@ -140,7 +141,7 @@ class Calibration:
             if not presence:
                 factors["not_found"] = self.found.of(found_signals(signals, self.words))
         weakest = min(factors, key=lambda reason: factors[reason])
-        return Confidence(math.prod(factors.values()), found, weakest)
+        return Confidence(math.prod(factors.values()), found, factors["unfamiliar_image"], weakest)
 
     @classmethod
     def from_json(cls, told: object, vision_width: int) -> Self:
@@ -164,6 +165,16 @@ class Calibration:
             )
         except (KeyError, TypeError) as exc:
             raise ValueError(f"confidence is no calibration: {exc!r}") from exc
+
+    def about(self) -> str:
+        """Say what the confidence rests on, for the card's metadata."""
+        on = self.fitted_on
+        asked = on.get("questions")
+        number = sum(asked.values()) if isinstance(asked, Mapping) else 0
+        return (
+            f"calibrated on {number} questions about {on.get('images', 0)} images, and on "
+            f"{on.get('foreign_images', 0)} pictures of other worlds"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

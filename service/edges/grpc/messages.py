@@ -136,6 +136,7 @@ def answer_message(
             visual_tokens=end.visual_tokens,
             detail=SEEN_DETAILS[end.detail],
             reduced=end.reduced,
+            familiar=None if end.confidence is None else end.confidence.familiar,
         ),
         timing_ms=pb.TimingMs(**end.timing_ms),
         relevance=[relevance_message(each) for each in end.relevance] if explain else [],

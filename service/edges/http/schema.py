@@ -345,6 +345,10 @@ class Usage(BaseModel):
     image_tokens: int = Field(description="Visual tokens that the LLM read.")
 
 
+def sure_field(description: str) -> Any:
+    return Field(None, description=description, exclude_if=lambda value: value is None)
+
+
 class Vision(BaseModel):
     """How the images were seen, all of them together."""
 
@@ -353,6 +357,9 @@ class Vision(BaseModel):
     visual_tokens: int = Field(description="Visual tokens that the LLM read.")
     detail: Literal["low", "high"] = Field(description="high if a closer view was used.")
     reduced: bool = Field(description="Looked less closely than the request allows, because of load.")
+    familiar: float | None = sure_field(
+        "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated."
+    )
 
 
 class TimingMs(BaseModel):
@@ -399,10 +406,6 @@ class WireRelevance(BaseModel):
 
 def _rounded(values: FloatArray) -> Any:
     return np.round(values.astype(np.float64), 4).tolist()
-
-
-def sure_field(description: str) -> Any:
-    return Field(None, description=description, exclude_if=lambda value: value is None)
 
 
 CONFIDENCE = sure_field("Probability that the answer is right; left out if the model is not calibrated.")
@@ -453,6 +456,7 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
             visual_tokens=end.visual_tokens,
             detail=end.detail,
             reduced=end.reduced,
+            familiar=None if end.confidence is None else round(end.confidence.familiar, 4),
         ),
         "timing_ms": TimingMs(**end.timing_ms),
         **sure_fields(end),

@@ -138,18 +138,20 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., image_tokens: _Optional[int] = ...) -> None: ...
 
 class Vision(_message.Message):
-    __slots__ = ("cache", "vision_tokens", "visual_tokens", "detail", "reduced")
+    __slots__ = ("cache", "vision_tokens", "visual_tokens", "detail", "reduced", "familiar")
     CACHE_FIELD_NUMBER: _ClassVar[int]
     VISION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     REDUCED_FIELD_NUMBER: _ClassVar[int]
+    FAMILIAR_FIELD_NUMBER: _ClassVar[int]
     cache: Cache
     vision_tokens: int
     visual_tokens: int
     detail: Detail
     reduced: bool
-    def __init__(self, cache: _Optional[_Union[Cache, str]] = ..., vision_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., reduced: _Optional[bool] = ...) -> None: ...
+    familiar: float
+    def __init__(self, cache: _Optional[_Union[Cache, str]] = ..., vision_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., reduced: _Optional[bool] = ..., familiar: _Optional[float] = ...) -> None: ...
 
 class TimingMs(_message.Message):
     __slots__ = ("queue", "load", "vision", "first_token", "total")

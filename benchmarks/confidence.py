@@ -145,7 +145,7 @@ def errors_gone(table: Table) -> float:
     order = np.argsort(-table.confidence, kind="stable")
     wrong = ~table.right[order]
     kept = round(COVERAGE * len(wrong))
-    return float(1 - wrong[:kept].sum() / max(1, wrong.sum()))
+    return float(1 - wrong[:kept].sum() / wrong.sum()) if wrong.any() else 1.0
 
 
 def summary(said: Sequence[Said]) -> dict[str, Any]:

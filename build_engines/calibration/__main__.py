@@ -14,41 +14,47 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from build_engines.calibration.asking import WORDS, Picture, ask, scenes, told
+from build_engines.calibration.asking import ABSENT, FOREIGN, WORDS, Picture, Task, ask, scenes, told
 from build_engines.calibration.chain import Chain
-from build_engines.calibration.fitting import Material, TooFew, fitted
+from build_engines.calibration.fitting import Asked, TooFew, fitted
 from build_engines.calibration.foreign import foreign
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from service.core.card import ModelCard
 from service.core.confidence import Calibration, Words, summary
 
 FIRST = 600_000  # scenes that nothing else uses
-SCENES = {NEW: 300, PAIRS: 260, SMALL: 320}
-FOREIGN = 60  # pictures of each kind
+SCENES = {NEW: 240, PAIRS: 200, SMALL: 260}
+FOREIGN_IMAGES = 50  # of each kind
+FOREIGN_QUESTIONS = 3  # about each of them
 
 
-def collected(chain: Chain, pictures: list[Picture] | Iterator[Picture], foreign_files: list[bytes]) -> Material:
-    """Ask everything, and look at the foreign pictures."""
-    material = Material()
-    for view, outcomes in ask(chain, tqdm(pictures, desc="questions", unit="image")):
-        material.familiar.append(summary(view.vision))
-        material.outcomes += outcomes
-    for data in tqdm(foreign_files, desc="foreign", unit="image"):
-        material.foreign.append(summary(chain.look(data).vision))
-    return material
+def collected(chain: Chain, pictures: list[Picture], foreign_files: list[bytes]) -> list[Asked]:
+    """Ask every picture's questions, and the same questions about the foreign files, where no answer is right."""
+    material = [
+        Asked(summary(view.vision), outcomes)
+        for view, outcomes in ask(chain, tqdm(pictures, desc="questions", unit="image"))
+    ]
+    asked = [task for picture in pictures for task in picture.tasks if task.group != ABSENT]
+    strangers = [
+        Picture(data, [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]])
+        for index, data in enumerate(foreign_files)
+    ]
+    return material + [
+        Asked(summary(view.vision), outcomes, is_foreign=True)
+        for view, outcomes in ask(chain, tqdm(strangers, desc="foreign", unit="image"))
+    ]
 
 
-def reference_material(chain: Chain, share: float = 1.0) -> Material:
-    """Ask about rendered scenes of all splits, and look at pictures of other worlds."""
+def reference_material(chain: Chain, share: float = 1.0) -> list[Asked]:
+    """Ask about rendered scenes of all splits, and about pictures of other worlds."""
     numbers = {split: max(2, round(number * share)) for split, number in SCENES.items()}
     pictures = [picture for split, number in numbers.items() for picture in scenes(split, number, FIRST)]
-    return collected(chain, pictures, [each.data for each in foreign("fit", max(2, round(FOREIGN * share)))])
+    return collected(chain, pictures, [each.data for each in foreign("fit", max(2, round(FOREIGN_IMAGES * share)))])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,8 @@ from service.core.confidence import Signals, Words
 from service.core.request import Budget
 
 ABSENT = "absent"  # questions about an object that is not there
+FOREIGN = "foreign"  # questions about a picture of another world
+SMALL_CLOSELY = "small_print_high"  # small print with detail high
 CLOSELY_EVERY = 3  # scenes of small print: this one is asked with detail high, the others with low
 WORDS = Words(
     frozenset((*COLOUR_NAMES, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", *SIZE_NAMES, "character"))
@@ -64,7 +66,7 @@ def scenes(split: str, number: int, first: int, absent: int = 1) -> Iterator[Pic
         rng = np.random.default_rng((SPLITS.index(split), index))
         nothing = [question for _ in range(absent) if (question := about_nothing(rng, scene.things))]
         closely = split == SMALL and index % CLOSELY_EVERY == 0
-        group = f"{split}_high" if closely else split
+        group = SMALL_CLOSELY if closely else split
         tasks = [Task(index, group, q.text, q.answer, is_found(q)) for q in scene.questions]
         tasks += [Task(index, ABSENT, question, None, False) for question in nothing]
         yield Picture(as_webp(scene.pixels), tasks, closely)

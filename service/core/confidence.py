@@ -5,10 +5,9 @@ Three probabilities, each a logistic regression of a few smooth signals:
     features from those of the calibration's images, in standard deviations.
   - `found`: what the question names is in the image. Its signals are the peak of the participatory map, and the answer
     if the question asks for presence ("is there", "how many").
-  - `right`: the answer is right, if the image is familiar and the named object is found. Its signals are the LLM's own
-    probability of the answer, the mean of the participatory map, `particularize`, and whether the closer view was used.
-
-The confidence is their product. A question for presence may be right about an absent object, so `found` is left out.
+  - `right`: the answer is right. This is the confidence. Its signals are the LLM's own probability of the answer, the
+    mean of the participatory map, `particularize`, whether the closer view was used, and the logarithms of the other
+    two. A question for presence may have a right answer about an absent object, so `found` is no signal there.
 """
 
 from __future__ import annotations
@@ -28,9 +27,15 @@ from service.core.vision import Seen, VisionFeatures, dense
 
 Reason = Literal["not_found", "unsure", "unfamiliar_image"]
 
+TINY = 1e-6  # added to a probability before its logarithm
 LEAST, MOST = 0.01, 0.9999  # of a probability whose log odds are taken
 SPREAD = 1e-3  # added to a standard deviation before its logarithm
-RIGHT_SIGNALS = ("log_odds", "mass", "particularize", "log_odds_particular", "closer", "log_odds_closer")
+PLAIN_SIGNALS = (
+    *("log_odds", "mass", "particularize", "closer"),  # mass: logarithm of the participatory map's mean
+    *("log_odds_squared", "mass_squared", "particularize_squared"),
+    *("log_odds_mass", "log_odds_particularize", "mass_particularize", "log_odds_closer"),
+)
+RIGHT_SIGNALS = (*PLAIN_SIGNALS, "log_familiar", "log_found")
 FOUND_SIGNALS = ("peak", "denied", "affirmed", "log_odds_denied", "log_odds_affirmed", "log_odds_other")
 
 
@@ -69,6 +74,10 @@ class Words:
     def ask_for_presence(self, question: str) -> bool:
         spaced = " ".join(re.findall(r"\w+", question.lower()))
         return any(f" {phrase} " in f" {spaced} " for phrase in self.presence)
+
+    def suppose(self, question: str) -> bool:
+        """Whether it takes for granted that what it names is there."""
+        return self.name_something(question) and not self.ask_for_presence(question)
 
     def deny(self, answer: str) -> bool:
         return answer.strip().lower().rstrip(".") in self.denials
@@ -130,18 +139,25 @@ class Calibration:
         return math.log(float(np.dot(away, away)) / away.size + 1e-9)
 
     def confidence(self, signals: Signals) -> Confidence:
-        presence = self.words.ask_for_presence(signals.question)
-        factors: dict[Reason, float] = {
-            "unfamiliar_image": self.familiar.of([signals.strangeness]),
-            "unsure": self.right.of(right_signals(signals)),
+        familiar = self.familiar.of([signals.strangeness])
+        found = self.found.of(found_signals(signals, self.words))
+        doubts: dict[Reason, float] = {
+            "unfamiliar_image": familiar,
+            "unsure": self.right.of((*plain_signals(signals), 0.0, 0.0)),
+            **({"not_found": found} if self.words.suppose(signals.question) else {}),
         }
-        found = None
-        if self.words.name_something(signals.question):
-            found = self.found.of(found_signals(signals, self.words)) * factors["unfamiliar_image"]
-            if not presence:
-                factors["not_found"] = self.found.of(found_signals(signals, self.words))
-        weakest = min(factors, key=lambda reason: factors[reason])
-        return Confidence(math.prod(factors.values()), found, factors["unfamiliar_image"], weakest)
+        return Confidence(
+            value=self.right.of(self.right_signals(signals)),
+            found=found if self.words.name_something(signals.question) else None,
+            familiar=familiar,
+            weakest=min(doubts, key=lambda reason: doubts[reason]),
+        )
+
+    def right_signals(self, signals: Signals) -> tuple[float, ...]:
+        """RIGHT_SIGNALS of an answer."""
+        familiar = self.familiar.of([signals.strangeness])
+        found = self.found.of(found_signals(signals, self.words)) if self.words.suppose(signals.question) else 1.0
+        return (*plain_signals(signals), math.log(familiar + TINY), math.log(found + TINY))
 
     @classmethod
     def from_json(cls, told: object, vision_width: int) -> Self:
@@ -203,11 +219,16 @@ def summary(vision: VisionFeatures) -> npt.NDArray[np.float32]:
     return np.concatenate([rows[0], mean, np.log(deviation + np.float32(SPREAD))])
 
 
-def right_signals(signals: Signals) -> tuple[float, ...]:
-    """RIGHT_SIGNALS of an answer."""
-    odds, particular = _answer_odds(signals), signals.particularize
+def plain_signals(signals: Signals) -> tuple[float, ...]:
+    """PLAIN_SIGNALS of an answer: those of RIGHT_SIGNALS that do not need the other regressions."""
+    odds, mass, particularize = _answer_odds(signals), math.log(signals.mean + 1e-3), signals.particularize
     closer = float(signals.closer)
-    return (odds, math.log(signals.mean + 1e-3), particular, odds * particular, closer, odds * closer)
+    squares = (odds**2, mass**2, particularize**2)
+    return (
+        *(odds, mass, particularize, closer),
+        *squares,
+        *(odds * mass, odds * particularize, mass * particularize, odds * closer),
+    )
 
 
 def found_signals(signals: Signals, words: Words) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from triton_models.parameters import Parameters
 from triton_models.query_groups import GroupRunner
+from triton_models.spans import spans
 from triton_models.unary import answer
 
 
@@ -21,4 +22,5 @@ class TritonPythonModel:
         self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return answer(requests, self._runner.run)
+        with spans("qformer", requests):
+            return answer(requests, self._runner.run)

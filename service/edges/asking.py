@@ -67,7 +67,13 @@ class Fields:
 
 
 def to_request(
-    fields: Fields, card: ModelCard, limits: QuestionLimits, *, tenant: str = "", trace_id: str = ""
+    fields: Fields,
+    card: ModelCard,
+    limits: QuestionLimits,
+    *,
+    tenant: str = "",
+    trace_id: str = "",
+    traceparent: str = "",
 ) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     images = _images_in_front(fields)
@@ -94,6 +100,7 @@ def to_request(
         priority=fields.priority,
         min_confidence=fields.min_confidence,
         trace_id=trace_id,
+        traceparent=traceparent,
         tenant=tenant,
     )
 

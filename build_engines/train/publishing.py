@@ -43,7 +43,7 @@ KNOWS = (
 
 
 def publish(plan: Plan, stage: str) -> Path:
-    """Write <out>/checkpoint from the stage `joint` or `allocator`, rounded to FP16, with its accuracy and calibration."""
+    """Write <out>/checkpoint from the stage `joint` or `allocator`, in FP16, with its accuracy and calibration."""
     tokenizer = new_tokenizer()
     model = new_model(tokenizer, plan.config(tokenizer))
     width = model.config.vision_config.hidden_size

@@ -45,7 +45,12 @@ async def test_asked_log_probabilities_come_with_the_text_and_the_confidence(hou
     asked = request()
     house.language.say("red or")
     *deltas, end = await events(house, replace(asked, sampling=replace(asked.sampling, log_probs=True)))
-    assert [each.log_prob for delta in deltas if isinstance(delta, Delta) for each in delta.log_probs] == [0.0, -0.5, -1.0, -1.5]
+    assert [each.log_prob for delta in deltas if isinstance(delta, Delta) for each in delta.log_probs] == [
+        0.0,
+        -0.5,
+        -1.0,
+        -1.5,
+    ]
     assert isinstance(end, Finished)
     assert end.confidence is not None
 

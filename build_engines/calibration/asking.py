@@ -24,7 +24,16 @@ FOREIGN = "foreign"  # questions about a picture of another world
 SMALL_CLOSELY = "small_print_high"  # small print with detail high
 CLOSELY_EVERY = 3  # scenes of small print: this one is asked with detail high, the others with low
 WORDS = Words(
-    frozenset((*COLOUR_NAMES, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", *SIZE_NAMES, "character"))
+    frozenset(
+        (
+            *COLOUR_NAMES,
+            *SHAPES,
+            *(f"{shape}s" for shape in SHAPES if shape != "cross"),
+            "crosses",
+            *SIZE_NAMES,
+            "character",
+        )
+    )
     | {"letter", "digit"},
     ("is there", "are there", "do you see", "can you see", "how many"),
     frozenset(("no", "0", "none", "zero")),

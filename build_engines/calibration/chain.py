@@ -114,7 +114,7 @@ class Chain:
             prompt = self.prompts.compose(question, [(seen.visual_tokens, str(number).encode())])
             room = card.max_positions - prompt.input_ids.size
             sampling = Sampling(max_tokens=min(max_tokens, room), streaming=False)
-            sequences.append(Sequence(str(number), prompt, sampling, card.end_id, number))
+            sequences.append(Sequence(str(number), prompt, sampling, card.end_id, owner=number))
             ids[number] = []
         waiting = list(reversed(sequences))
         while waiting or self._batcher.running or self._batcher.waiting:

@@ -5,9 +5,11 @@ Three probabilities, each a logistic regression of a few smooth signals:
     features from those of the calibration's images, in standard deviations.
   - `found`: what the question names is in the image. Its signals are the peak of the participatory map, and the answer
     if the question asks for presence ("is there", "how many").
-  - `right`: the answer is right. This is the confidence. Its signals are the LLM's own probability of the answer, the
-    mean of the participatory map, `particularize`, whether the closer view was used, and the logarithms of the other
-    two. A question for presence may have a right answer about an absent object, so `found` is no signal there.
+  - `right`: the answer is right. Its signals are the LLM's own probability of the answer, the mean of the participatory
+    map, `particularize`, whether the closer view was used, and the logarithms of the other two.
+
+The confidence is `right`, in proportion less if one of the other two is below HALF. A question for presence may have a
+right answer about an absent object, so `found` is left out there.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from service.core.vision import Seen, VisionFeatures, dense
 
 Reason = Literal["not_found", "unsure", "unfamiliar_image"]
 
+HALF = 0.5  # below it an image is rather of another world, or an object rather absent: no answer can be trusted then
 TINY = 1e-6  # added to a probability before its logarithm
 LEAST, MOST = 0.01, 0.9999  # of a probability whose log odds are taken
 SPREAD = 1e-3  # added to a standard deviation before its logarithm
@@ -146,8 +149,9 @@ class Calibration:
             "unsure": self.right.of((*plain_signals(signals), 0.0, 0.0)),
             **({"not_found": found} if self.words.suppose(signals.question) else {}),
         }
+        known = min(1.0, familiar / HALF) * min(1.0, doubts.get("not_found", 1.0) / HALF)
         return Confidence(
-            value=self.right.of(self.right_signals(signals)),
+            value=self.right.of(self.right_signals(signals)) * known,
             found=found if self.words.name_something(signals.question) else None,
             familiar=familiar,
             weakest=min(doubts, key=lambda reason: doubts[reason]),

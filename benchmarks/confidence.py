@@ -42,8 +42,8 @@ REPORT = Path(__file__).parent / "results" / "confidence"
 COVERAGE = 0.9
 BINS = 10
 DRAWS = 500
-CLIENTS = 2
-SHARES = {"other_renderer": 2 / 3, "foreign": 0.3}  # of the scenes of a split
+CLIENTS = 6
+SHARES = {"other_renderer": 0.4, "foreign": 0.2}  # of the scenes of a split
 AUTO, OTHER = "small_print_auto", "other_renderer"
 GOALS = {"ece": 0.05, "errors_gone": 0.5, "found_auroc": 0.98, "world_auroc": 0.95}
 
@@ -272,7 +272,7 @@ def _found(axes: Any, said: Sequence[Said], value: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=150, help="of each split")
+    parser.add_argument("--scenes", type=int, default=70, help="of each split")
     parser.add_argument("--out", type=Path, default=REPORT, help="path of the report, without .json and .png")
     given = parser.parse_args()
     with own_server() as server:

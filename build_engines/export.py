@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import tempfile
 import warnings
@@ -28,6 +27,7 @@ from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
 from build_engines.repository import GRAPHS, LARGE_BYTES, MOST_INLINE_BYTES, Dimensions, weights_file, write_repository
 from service.core.card import ModelCard
+from service.core.confidence import Calibration
 from service.core.tensors import DETAIL, FLOAT, MODELS, QUESTION, VISION
 from service.core.tensors import Tensor as Described
 from service.core.vision import MAX_VISUAL_TOKENS
@@ -223,10 +223,12 @@ def card(checkpoint: Checkpoint) -> ModelCard:
             f"model_card.json has default_visual_tokens {unasked} outside its visual_tokens {offered}: "
             "choose a default within them"
         )
+    fingerprint = checkpoint.visual_fingerprint()
+    confidence, why = _calibration(told.pop("confidence", None), config.vision_config.hidden_size, fingerprint)
     return ModelCard(
         name=str(told.pop("name")),
         fingerprint=checkpoint.vision_fingerprint(),
-        visual_fingerprint=checkpoint.visual_fingerprint(),
+        visual_fingerprint=fingerprint,
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         vision_width=config.vision_config.hidden_size,
@@ -244,8 +246,19 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
-        metadata=told,
+        confidence=confidence,
+        metadata=told | {"confidence": why},
     )
+
+
+def _calibration(told: object, vision_width: int, fingerprint: str) -> tuple[Calibration | None, str]:
+    """Read the checkpoint's calibration -> it, and what to say about it. None if it is of other weights."""
+    if told is None:
+        return None, "absent: this checkpoint is not calibrated; `glimpse calibrate` does it"
+    calibration = Calibration.from_json(told, vision_width)
+    if calibration.fitted_on.get("weights") != fingerprint:
+        return None, "absent: the checkpoint's calibration is of other weights; `glimpse calibrate` fits a new one"
+    return calibration, calibration.about()
 
 
 def _range(told: object) -> tuple[int, int]:
@@ -275,7 +288,7 @@ def export(source: Path | str, repository: Path) -> None:
             export_graph(graph, path)
             print(f"{path.name:26} {weights_bytes(path) / 1e6:5.1f} MB")
         card_path = scratch / "card.json"
-        card_path.write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        card_path.write_text(told.to_json())
         large = frozenset(name for name in GRAPHS if weights_bytes(scratch / f"{name}.onnx") > LARGE_BYTES)
         dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view, large=large)
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from service.admission.admission import Admission, Reservation
@@ -17,6 +18,7 @@ from service.cache.visual_tokens import VisualCache, embedding_key
 from service.core.access import Accounts, NoQuotas, Use
 from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
+from service.core.confidence import Confidence, Signals
 from service.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -140,6 +142,7 @@ class Pipeline:
                 ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
                 async with aclosing(self.generate(prompt, ticket, reservation)) as deltas:
                     async for delta in deltas:
+                        ticket.answer.append(delta.text)
                         yield delta
                 yield self.finish(ticket, images, seen)
 
@@ -328,11 +331,11 @@ class Pipeline:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         detokeniser = Detokeniser(self._spelled, sampling.stop)
-        told: list[float] | None = [] if sampling.log_probs else None
+        told: list[float] | None = [] if sampling.log_probs or self.card.confidence is not None else None
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
         tokens = self.language.generate(
             prompt,
-            sampling,
+            replace(sampling, log_probs=told is not None),
             end_id=self.card.end_id,
             pad_id=self.card.pad_id,
             request_id=ticket.request.id,
@@ -343,7 +346,10 @@ class Pipeline:
         async with aclosing(tokens):
             while (ids := await self._next_tokens(tokens, ticket, reservation)) is not None:
                 if told is not None:
-                    untold += self._token_log_probs(ids, told)
+                    ticket.log_prob += sum(told)
+                    if sampling.log_probs:
+                        untold += self._token_log_probs(ids, told)
+                    told.clear()
                 if text := detokeniser.push(ids):
                     yield Delta(text, tuple(untold))
                     untold.clear()
@@ -354,13 +360,11 @@ class Pipeline:
             yield Delta(text, tuple(untold))
 
     def _token_log_probs(self, ids: Sequence[int], told: list[float]) -> list[TokenLogProb]:
-        """Take the tokens' log probabilities out of `told`. An end id, which `ids` leaves out, stands last there."""
-        tokens = [
+        """Join tokens and their log probabilities. An end id, which `ids` leaves out, stands last in `told`."""
+        return [
             TokenLogProb(self._spelled[token] if token < len(self._spelled) else b"", log_prob)
             for token, log_prob in zip(ids, told, strict=False)
         ]
-        told.clear()
-        return tokens
 
     async def _next_tokens(
         self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket, reservation: Reservation
@@ -398,7 +402,16 @@ class Pipeline:
             visual_tokens=sum(len(each.visual_tokens) for each in seen),
             relevance=tuple(each.relevance for each in seen),
             timing_ms=ticket.timing_ms(),
+            confidence=self.confidence(ticket, seen),
+            min_confidence=ticket.request.min_confidence,
         )
+
+    def confidence(self, ticket: Ticket, seen: Sequence[Seen]) -> Confidence | None:
+        """Estimate how sure the complete answer is; None if the models are not calibrated."""
+        if self.card.confidence is None:
+            return None
+        question, answer = ticket.request.question, "".join(ticket.answer)
+        return self.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen))
 
 
 def require_range(

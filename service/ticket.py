@@ -61,6 +61,8 @@ class Ticket:
     last_token: float | None = None
     prompt_tokens: int = 0  # 0 until there is a prompt
     completion_tokens: int = 0
+    answer: list[str] = field(default_factory=list)  # pieces of its text so far
+    log_prob: float = 0.0  # of the answer's tokens so far, if the models tell it
     finish_reason: Literal["stop", "length"] = "length"
     trace: Trace | None = None  # None: not recorded
 

@@ -93,7 +93,7 @@ class Maker:
             float_type=self.options.dtype,
             text_type=profiles.text_type(self.options),
         )
-        (out / "card.json").write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        (out / "card.json").write_text(told.to_json())
         for name, path in self.checkpoint.tokenizers(out).items():
             if path != out / name:
                 shutil.copyfile(path, out / name)

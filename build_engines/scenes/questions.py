@@ -174,7 +174,7 @@ def _count(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None
         return Question(template, NUMBERS[len(things)], "count", tuple(range(len(things))))
     wanted = int(rng.choice(6, p=(0.16, 0.22, 0.24, 0.18, 0.12, 0.08)))
     for _ in range(8):
-        name = _any_name(rng, things) if wanted else _absent_name(rng, things)
+        name = _any_name(rng, things) if wanted else absent_name(rng, things)
         if name is None:
             return None
         fitting = _fitting(things, name)
@@ -188,7 +188,7 @@ def _count(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None
     return Question(template.format(name.text(plural=True)), NUMBERS[len(fitting)], "count", asked)
 
 
-def _absent_name(rng: np.random.Generator, things: Sequence[Thing]) -> Name | None:
+def absent_name(rng: np.random.Generator, things: Sequence[Thing]) -> Name | None:
     """A near miss: an object's name with one word changed so that nothing fits."""
     for _ in range(6):
         name = _any_name(rng, things)
@@ -207,7 +207,7 @@ def _exist(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None
     present = rng.random() < 0.5
     if rng.random() < 0.1:
         return _exist_character(rng, things, present)
-    name = _any_name(rng, things) if present else _absent_name(rng, things)
+    name = _any_name(rng, things) if present else absent_name(rng, things)
     if name is None:
         return None
     article = "an" if name.text()[0] in "aeiou" else "a"

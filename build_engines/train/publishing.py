@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from build_engines.calibration.checkpoint import calibrate_checkpoint
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.closer import CloserView
@@ -42,7 +43,7 @@ KNOWS = (
 
 
 def publish(plan: Plan, stage: str) -> Path:
-    """Write <out>/checkpoint from the stage `joint` or `allocator`, rounded to FP16, with its accuracy."""
+    """Write <out>/checkpoint from the stage `joint` or `allocator`, in FP16, with its accuracy and calibration."""
     tokenizer = new_tokenizer()
     model = new_model(tokenizer, plan.config(tokenizer))
     width = model.config.vision_config.hidden_size
@@ -66,6 +67,8 @@ def publish(plan: Plan, stage: str) -> Path:
     if allocator.closer is not None:
         tell(directory, {"closer_view_at": closer_view_at(chain, plan.size(CALIBRATION_SCENES, 2))})
     tell(directory, {"accuracy_in_pytorch": committed_report(chain, 2 if plan.tiny else None)})
+    if not plan.tiny:
+        calibrate_checkpoint(directory)
     return directory
 
 

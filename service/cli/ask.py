@@ -61,6 +61,10 @@ def ask(
     explain: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the model looked, and why; one question only.")
     ] = None,
+    confidence: Annotated[bool, typer.Option("--confidence", help="Print how sure each answer is behind it.")] = False,
+    min_confidence: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Mark answers that are less sure; implies --confidence.")
+    ] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     batch: Annotated[
         str | None,
@@ -86,6 +90,7 @@ def ask(
       glimpse ask photo.jpg "what colour is the small circle?"
       glimpse ask photo.jpg "how many circles are there?" "is there a red square?"
       glimpse ask photo.jpg "what does the label say?" --detail high
+      glimpse ask photo.jpg "what does the label say?" --min-confidence 0.8
       glimpse ask photo.jpg "is there a red square?" --explain looked.png
       glimpse ask photo.jpg "is there a red square?" --explain looked.png --json | jq .relevance     # the numbers drawn
       glimpse ask photos/*.jpg "is there a red square?"                          # a line for each file
@@ -101,6 +106,7 @@ def ask(
         "budget": budget(vision_tokens, visual_tokens),
         "detail": detail,
         "explain": True if explain else None,
+        "min_confidence": min_confidence,
         "timeout_s": timeout_s,
     }
     asked = {name: value for name, value in fields.items() if value is not None}
@@ -116,10 +122,12 @@ def ask(
         require_sendable(asked, questions)
         if explain:
             require_drawable(explain, images, questions)
+        sure = confidence or min_confidence is not None
+        show = Show(as_json, explain, named=len(images) > 1, sure=sure)
         failed = False
         for image in images:
             try:
-                ask_about(client, image, questions, asked, show=Show(as_json, explain, len(images) > 1))
+                ask_about(client, image, questions, asked, show=show)
             except AskFailed as exc:
                 if len(images) == 1:
                     raise
@@ -136,6 +144,7 @@ class Show:
     as_json: bool
     explain: Path | None  # where to draw
     named: bool  # with the image's name, because there are several
+    sure: bool  # with its confidence
 
 
 def ask_about(
@@ -157,6 +166,10 @@ def ask_about(
             continue
         in_front = [f"{image}:"] * show.named + [question] * (len(questions) > 1)
         said_first = "".join(f"{word} " for word in in_front)
+        if show.sure:
+            said = answer(client, body)
+            typer.echo(f"{said_first}{said['answer']} {sureness(said)}")
+            continue
         for text in stream(client, body):
             typer.echo(said_first + text, nl=False)
             said_first = ""
@@ -196,6 +209,14 @@ def matching(word: str) -> list[str]:
     if not files:
         raise AskFailed(f"no file matches {word}")
     return files
+
+
+def sureness(said: dict[str, Any]) -> str:
+    """Write how sure an answer is, such as `(confidence 0.31, found 0.02: abstained, not_found)`. Raises AskFailed."""
+    if "confidence" not in said:
+        raise AskFailed(f"{said['model']} does not tell how sure it is: leave --confidence out")
+    told = ", ".join(f"{name} {said[name]:.2f}" for name in ("confidence", "found") if name in said)
+    return f"({told}: abstained, {said['reason']})" if said.get("abstained") else f"({told})"
 
 
 def is_id(image: str) -> bool:

@@ -121,6 +121,12 @@ def build(context: typer.Context) -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def calibrate(context: typer.Context) -> None:
+    """Fit how sure a repository's models are of their answers: `glimpse calibrate --help` lists the options."""
+    become("build_engines.calibration", context.args, goal="build", needs="sklearn")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Measure the service and other systems under load: `glimpse bench --help` lists the options."""
     become("benchmarks.bench", context.args, goal="bench", needs="litserve")

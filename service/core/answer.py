@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from service.core.confidence import Confidence, Reason
 from service.core.vision import Relevance
 
 
@@ -45,6 +46,19 @@ class Finished:
     visual_tokens: int
     relevance: tuple[Relevance, ...]  # of each image
     timing_ms: dict[str, float]
+    confidence: Confidence | None = None  # None if the models are not calibrated
+    min_confidence: float | None = None  # of the request
+
+    @property
+    def abstained(self) -> bool | None:
+        """Whether the answer is less sure than the request asks; None if it asks for nothing."""
+        if self.confidence is None or self.min_confidence is None:
+            return None
+        return self.confidence.value < self.min_confidence
+
+    @property
+    def abstain_reason(self) -> Reason | None:
+        return self.confidence.weakest if self.confidence is not None and self.abstained else None
 
     @property
     def vision_tokens(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
+from service.core.confidence import Calibration
 from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
@@ -52,6 +54,7 @@ class ModelCard:
     question_tokenizer: str = "tokenizer.json"
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
+    confidence: Calibration | None = None  # None: answers carry no confidence, and metadata.confidence says why
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 
     @property
@@ -92,6 +95,14 @@ class ModelCard:
         try:
             fields = json.loads(text)
             budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS}
-            return cls(**fields | budgets)
-        except (TypeError, AttributeError) as exc:
+            told = fields.pop("confidence", None)
+            confidence = None if told is None else Calibration.from_json(told, fields["vision_width"])
+            return cls(**fields | budgets, confidence=confidence)
+        except (TypeError, AttributeError, KeyError) as exc:
             raise ValueError(f"not a model card: {exc}") from exc
+
+    def to_json(self) -> str:
+        """Write the text of a card.json."""
+        told: dict[str, Any] = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        told["confidence"] = None if self.confidence is None else self.confidence.to_json()
+        return json.dumps(told, indent=2) + "\n"

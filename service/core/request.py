@@ -125,6 +125,7 @@ class Request:
     traceparent: str = ""  # the caller's span, as W3C Trace Context writes it
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
+    min_confidence: float | None = None  # with less, the answer says that it abstains
     question: str = field(init=False)  # text of the last question; the allocator reads this
     images: tuple[ImageSource, ...] = field(init=False)  # in the order of the prompt, those of earlier questions first
 

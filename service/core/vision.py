@@ -134,6 +134,7 @@ class Seen:
     budget: Budget  # the budget that was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
     is_rounded: bool = False  # made from features that were kept as int8
+    strangeness: float = 0.0  # of the image: see core/confidence.py; 0 if the models are not calibrated
 
     @property
     def nbytes(self) -> int:

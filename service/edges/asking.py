@@ -65,6 +65,7 @@ class Fields:
     priority: Priority = Priority.NORMAL
     stream: bool = False
     log_probs: bool = False
+    min_confidence: float | None = None
     choices: tuple[str, ...] | None = None
     regex: str | None = None
     json_schema: Mapping[str, Any] | None = None
@@ -83,6 +84,7 @@ def to_request(
     images = _images_in_front(fields)
     parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), _system(fields, card)
     _require_text(text_of(parts), exchanges, system, limits.max_question_chars)
+    _require_calibrated(fields, card)
     if exchanges:
         first, *others = exchanges
         exchanges = (replace(first, parts=(*images, *first.parts)), *others)
@@ -101,6 +103,7 @@ def to_request(
         sampling=_sampling(fields),
         timeout_s=_timeout_s(fields, limits),
         priority=fields.priority,
+        min_confidence=fields.min_confidence,
         trace_id=trace_id,
         traceparent=traceparent,
         tenant=tenant,
@@ -170,6 +173,15 @@ def _require_text(question: str, exchanges: tuple[Exchange, ...], system: str, m
         if told:
             raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
         raise InvalidRequest(f"question has {count}: shorten it", param="question")
+
+
+def _require_calibrated(fields: Fields, card: ModelCard) -> None:
+    if fields.min_confidence is not None and card.confidence is None:
+        raise InvalidRequest(
+            f"{card.name} does not tell how sure it is (GET /v1/models says why): leave min_confidence out",
+            param="min_confidence",
+            code="confidence_not_supported",
+        )
 
 
 def _timeout_s(fields: Fields, limits: QuestionLimits) -> float:

@@ -184,6 +184,8 @@ class VisionStage:
         ]
 
     def _keep(self, look: Look, seen: Seen, ticket: Ticket) -> None:
+        if self.card.confidence is not None and look.vision is not None:
+            seen = replace(seen, strangeness=self.card.confidence.strangeness(look.vision))
         look.seen = seen
         key = visual_key(self.card, look.image.digest, ticket.request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)

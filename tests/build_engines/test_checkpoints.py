@@ -36,7 +36,7 @@ from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder, load_tokenizer
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 from triton_models.decoder import OnnxDecoder
-from triton_models.qformer import GroupRunner
+from triton_models.query_groups import GroupRunner
 from triton_models.session import Graph
 
 pytestmark = pytest.mark.slow

@@ -15,6 +15,7 @@ from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import CLOSER_GRAPHS, GRAPHS
+from tests.support.calibrations import calibrated
 
 pytestmark = pytest.mark.slow
 
@@ -147,6 +148,21 @@ def test_a_checkpoint_without_allocator_weights_says_so(tiny):
     told = card(tiny)
     assert not told.allocator_trained
     assert (told.hidden_size, told.vision_width, told.vocab_size) == (40, 48, 300)
+
+
+def test_a_checkpoints_calibration_goes_into_the_card_if_it_is_of_these_weights(tiny):
+    width = tiny.model.config.vision_config.hidden_size
+    fitted = replace(calibrated(width), fitted_on={"weights": tiny.visual_fingerprint(), "images": 7})
+    told = card(replace(tiny, card={"name": "tiny", "confidence": fitted.to_json()}))
+    assert told.confidence is not None
+    assert told.confidence.to_json() == fitted.to_json()
+    assert "about 7 images" in told.metadata["confidence"]
+    other = replace(fitted, fitted_on={"weights": "of others"})
+    dropped = card(replace(tiny, card={"name": "tiny", "confidence": other.to_json()}))
+    assert dropped.confidence is None
+    assert "of other weights" in dropped.metadata["confidence"]
+    assert card(tiny).confidence is None
+    assert "not calibrated" in card(tiny).metadata["confidence"]
 
 
 def test_a_default_of_visual_tokens_that_is_not_offered_is_refused(tiny):

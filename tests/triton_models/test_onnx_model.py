@@ -14,7 +14,7 @@ from triton_python_backend_utils import InferenceRequest, start_arguments
 from service.core.errors import InvalidRequest
 from triton_models import onnx_model
 from triton_models.parameters import Parameters
-from triton_models.qformer import GroupRunner
+from triton_models.query_groups import GroupRunner
 
 QUERIES, HIDDEN, WIDTH = 32, 4, 4
 

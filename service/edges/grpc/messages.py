@@ -19,14 +19,23 @@ from service.edges.asking import Fields
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.wire import fields_in, require_few_fields, varint
 from service.edges.http.faults import invalid_request
-from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked
+from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked, sure_fields
 
 MAX_PARTS = 64  # of one question, as of a form
-OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "regex", "json_schema")
+OPTIONAL = (
+    *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "regex", "json_schema"),
+    "min_confidence",
+)
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 CACHES = {"hit": pb.CACHE_HIT, "miss": pb.CACHE_MISS}
+ABSTAIN_REASONS = {
+    None: pb.ABSTAIN_REASON_UNSPECIFIED,
+    "not_found": pb.ABSTAIN_REASON_NOT_FOUND,
+    "unsure": pb.ABSTAIN_REASON_UNSURE,
+    "unfamiliar_image": pb.ABSTAIN_REASON_UNFAMILIAR_IMAGE,
+}
 SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
 
 
@@ -164,6 +173,7 @@ def answer_message(
     log_probs: Iterable[TokenLogProb] = (),
 ) -> pb.AnswerResponse:
     """Write an answer; without `texts`, the end of a stream."""
+    sure = sure_fields(end)
     return pb.AnswerResponse(
         id=request_id,
         model=model,
@@ -181,9 +191,14 @@ def answer_message(
             visual_tokens=end.visual_tokens,
             detail=SEEN_DETAILS[end.detail],
             reduced=end.reduced,
+            familiar=None if end.confidence is None else end.confidence.familiar,
         ),
         timing_ms=pb.TimingMs(**end.timing_ms),
         relevance=[relevance_message(each) for each in end.relevance] if explain else [],
+        confidence=sure["confidence"],
+        found=sure["found"],
+        abstained=sure["abstained"],
+        abstain_reason=ABSTAIN_REASONS[sure["reason"]],
         log_probs=[pb.TokenLogProb(token=each.spelled, log_prob=each.log_prob) for each in log_probs],
     )
 

@@ -20,6 +20,7 @@ from pydantic import (
 
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
+from service.core.confidence import Reason
 from service.core.errors import GlimpseError, InvalidRequest
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
@@ -50,7 +51,7 @@ def stop_schema(most: int) -> WithJsonSchema:
 # Of a question, those that the core takes as they are.
 PLAIN_FIELDS = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail"),
-    *("timeout_s", "priority", "stream", "choices", "regex", "json_schema"),
+    *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence"),
 )
 
 
@@ -226,6 +227,9 @@ class Asked(BaseModel):
     priority: Priority | None = Field(
         Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
     )
+    min_confidence: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="With less confidence the answer is marked `abstained`."
+    )
     stream: Flag = Field(False, description="Server-sent events as the answer is written.")
     explain: Flag = Field(False, description="Tell where the image was looked at closely, and why.")
 
@@ -357,6 +361,10 @@ class Usage(BaseModel):
     image_tokens: int = Field(description="Visual tokens that the LLM read.")
 
 
+def sure_field(description: str) -> Any:
+    return Field(None, description=description, exclude_if=lambda value: value is None)
+
+
 class Vision(BaseModel):
     """How the images were seen, all of them together."""
 
@@ -365,6 +373,9 @@ class Vision(BaseModel):
     visual_tokens: int = Field(description="Visual tokens that the LLM read.")
     detail: Literal["low", "high"] = Field(description="high if a closer view was used.")
     reduced: bool = Field(description="Looked less closely than the request allows, because of load.")
+    familiar: float | None = sure_field(
+        "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated."
+    )
 
 
 class TimingMs(BaseModel):
@@ -413,6 +424,12 @@ def _rounded(values: FloatArray) -> Any:
     return np.round(values.astype(np.float64), 4).tolist()
 
 
+CONFIDENCE = sure_field("Probability that the answer is right; left out if the model is not calibrated.")
+FOUND = sure_field("Probability that what the question names is in the image; left out if it names nothing.")
+ABSTAINED = sure_field("Whether the confidence is below `min_confidence`; with `min_confidence` only.")
+REASON = sure_field("Why it abstained; with `abstained: true` only.")
+
+
 class VqaEnd(BaseModel):
     """An answer without its text: the last event of a stream before [DONE]."""
 
@@ -424,6 +441,10 @@ class VqaEnd(BaseModel):
     usage: Usage
     vision: Vision
     timing_ms: TimingMs
+    confidence: float | None = CONFIDENCE
+    found: float | None = FOUND
+    abstained: bool | None = ABSTAINED
+    reason: Reason | None = REASON
     relevance: list[WireRelevance] | None = Field(None, description="One an image; with `explain` only.")
 
     @classmethod
@@ -451,9 +472,22 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
             visual_tokens=end.visual_tokens,
             detail=end.detail,
             reduced=end.reduced,
+            familiar=None if end.confidence is None else round(end.confidence.familiar, 4),
         ),
         "timing_ms": TimingMs(**end.timing_ms),
+        **sure_fields(end),
         "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,
+    }
+
+
+def sure_fields(end: Finished) -> dict[str, Any]:
+    """Tell how sure the answer is. None stands for a field that is left out."""
+    sure = end.confidence
+    return {
+        "confidence": None if sure is None else round(sure.value, 4),
+        "found": None if sure is None or sure.found is None else round(sure.found, 4),
+        "abstained": end.abstained,
+        "reason": end.abstain_reason,
     }
 
 
@@ -536,6 +570,7 @@ class Model(BaseModel):
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
+    calibrated: bool = Field(description="Whether answers carry a confidence; `metadata.confidence` says why.")
     images_shared: bool = Field(
         description="Whether every gateway knows an image's id, or only the one that got the image."
     )
@@ -554,6 +589,7 @@ class Model(BaseModel):
             closer_view=CloserView.of(card),
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
+            calibrated=card.confidence is not None,
             images_shared=images_shared,
             metadata=dict(card.metadata),
         )

@@ -17,16 +17,21 @@ from pydantic import (
 
 from service.core import answer
 from service.core.answer import Finished, TokenLogProb
+from service.core.confidence import Reason
 from service.core.errors import InvalidRequest
 from service.core.request import Detail, Priority, Sampling
 from service.edges.http.faults import UNNAMED, invalid_request
 from service.edges.http.schema import (
+    ABSTAINED,
     CHOICES,
+    CONFIDENCE,
+    FOUND,
     GREEDY_OR_DRAWN,
     JSON_SCHEMA,
     LEAST_PENALTY,
     LEAST_TIMEOUT_S,
     LEAST_TOP_P,
+    REASON,
     REGEX,
     WHOLE,
     Choices,
@@ -213,6 +218,9 @@ class ChatRequest(Unsupported):
         Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
     )
     explain: Flag = Field(False, description="Tell where the images were looked at closely, and why.")
+    min_confidence: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="With less confidence the answer is marked `abstained`."
+    )
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
@@ -323,6 +331,10 @@ class SeenFields(WithNulls):
     image_ids: list[str] = Field(description="Ids to ask again about the same images, in the messages' order.")
     vision: Vision
     timing_ms: TimingMs
+    confidence: float | None = CONFIDENCE
+    found: float | None = FOUND
+    abstained: bool | None = ABSTAINED
+    reason: Reason | None = REASON
     relevance: list[WireRelevance] | None = Field(
         None, description="One an image; with `explain` only.", exclude_if=lambda value: value is None
     )
@@ -357,6 +369,10 @@ class ChatCompletionChunk(BaseModel):
     image_ids: list[str] | None = Field(None, description="With `finish_reason`, as the next three.")
     vision: Vision | None = None
     timing_ms: TimingMs | None = None
+    confidence: float | None = CONFIDENCE
+    found: float | None = FOUND
+    abstained: bool | None = ABSTAINED
+    reason: Reason | None = REASON
     relevance: list[WireRelevance] | None = None
 
 

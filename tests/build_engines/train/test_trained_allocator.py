@@ -25,7 +25,7 @@ from build_engines.repository import CLOSER_GRAPHS, GRAPHS, Dimensions, models, 
 from tests.build_engines.test_export import assert_parity, random_inputs
 from tests.service.core.test_tensors import graph_specs
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
-from triton_models.qformer import GroupRunner
+from triton_models.query_groups import GroupRunner
 from triton_models.session import Graph as Session
 
 pytestmark = pytest.mark.slow

@@ -34,8 +34,8 @@ def serving(house: House) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture
-def server() -> Iterator[SimpleNamespace]:
-    with serving(House(CLOSER)) as server:
+def server(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    with serving(House(getattr(request, "param", CLOSER))) as server:
         yield server
 
 

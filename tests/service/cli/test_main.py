@@ -1,10 +1,12 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -24,10 +26,12 @@ from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
 from service.triton_server.installation import StartFailed
-from tests.support.fakes import CARD, png
+from tests.support.calibrations import calibrated
+from tests.support.fakes import CARD, CLOSER, png
 from tests.support.paths import PROJECT
 from tests.support.servers import free_ports
 
+SURE = replace(CLOSER, confidence=calibrated(CLOSER.vision_width))
 UNKNOWN = "img_" + 32 * "0"
 
 
@@ -54,6 +58,25 @@ def test_json_is_a_line_for_each_question(server, image):
     answers = [json.loads(line) for line in said.splitlines()]
     assert status == 0
     assert [answer["answer"] for answer in answers] == ["red", "red"]
+
+
+@pytest.mark.parametrize("server", [SURE], indirect=True)
+def test_confidence_is_printed_behind_the_answer(server, image):
+    server.house.language.say("red")
+    question = "what colour is the star?"
+    code, told, _ = run("ask", image, question, "--confidence", "--url", server.url)
+    assert code == 0
+    assert re.fullmatch(r"red \(confidence 0\.\d\d, found [01]\.\d\d\)\n", told)
+    code, told, _ = run("ask", image, question, "--min-confidence", "1", "--url", server.url)
+    assert code == 0
+    assert re.fullmatch(r"red \(confidence 0\.\d\d, found [01]\.\d\d: abstained, \w+\)\n", told)
+
+
+def test_confidence_of_a_model_that_has_none_is_refused(server, image):
+    server.house.language.say("red")
+    code, _, told = run("ask", image, "what colour?", "--confidence", "--url", server.url)
+    assert code == 1
+    assert "tiny does not tell how sure it is: leave --confidence out" in told
 
 
 def test_explain_draws_where_it_looked_and_says_the_answer(server, image, tmp_path):

@@ -60,6 +60,10 @@ class Outcome:
     vision_tokens: int = 0
     detail: str = ""
     relevance: object = None
+    abstained: bool | None = None
+    reason: str = ""
+    confidence: float | None = field(default=None, compare=False)  # differs a little between batches
+    found: float | None = field(default=None, compare=False)
     status: int = 200  # of HTTP: the row of STATUS
     code: str = ""
 
@@ -121,6 +125,8 @@ CASES = [
     with_fields("more visual tokens", budget={"visual_tokens": [64, 64]}),
     with_fields("low priority, long timeout", priority="low", timeout_s=100),
     with_fields("explained", explain=True),
+    with_fields("sure enough", min_confidence=0.5),
+    Case(name="not sure enough", images=(png(),), question="what shape is the star?", fields={"min_confidence": 1}),
     with_fields("detail low", detail="low"),
     Case(name="detail high", images=(LARGE,), fields={"detail": "high"}),
     Case(name="detail auto", images=(LARGE,), fields={"detail": "auto"}, question="what character is on the square?"),
@@ -145,6 +151,8 @@ CASES = [
     refused("a temperature too small", InvalidRequest, fields={"temperature": 0.001}),
     refused("a timeout that is too long", InvalidRequest, fields={"timeout_s": 1_000}),
     refused("a timeout that is over", DeadlineExceeded, fields={"timeout_s": 1e-6}),
+    refused("more than certain", InvalidRequest, fields={"min_confidence": 1.5}),
+    refused("less than nothing", InvalidRequest, fields={"min_confidence": -0.1}),
     refused("an empty choice", InvalidRequest, fields={"choices": ["yes", ""]}),
     refused("two forms", InvalidRequest, fields={"choices": ["yes", "no"], "regex": "yes|no"}),
     refused("a malformed regular expression", InvalidRequest, fields={"regex": "(yes"}),

@@ -62,6 +62,10 @@ class Vqa:
             said["vision"]["vision_tokens"],
             said["vision"]["detail"],
             said.get("relevance"),
+            said.get("abstained"),
+            said.get("reason", ""),
+            said.get("confidence"),
+            said.get("found"),
         )
 
     async def close(self) -> None:
@@ -133,6 +137,10 @@ class OpenAiChat:
             ours.vision["vision_tokens"],
             ours.vision["detail"],
             getattr(ours, "relevance", None),
+            getattr(ours, "abstained", None),
+            getattr(ours, "reason", ""),
+            getattr(ours, "confidence", None),
+            getattr(ours, "found", None),
         )
 
     async def close(self) -> None:
@@ -172,6 +180,10 @@ class Grpc:
             said.vision.vision_tokens,
             DETAILS[said.vision.detail],
             [relevance_in(each) for each in said.relevance] or None,
+            said.abstained if said.HasField("abstained") else None,
+            REASONS[said.abstain_reason],
+            said.confidence if said.HasField("confidence") else None,
+            said.found if said.HasField("found") else None,
         )
 
     def _message(self, case: Case, fields: dict[str, Any]) -> pb.AnswerRequest:
@@ -232,6 +244,12 @@ class GrpcBatch(Grpc):
 
 FIELD_127 = b"\xf8\x07\x01"
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+REASONS = {
+    pb.ABSTAIN_REASON_UNSPECIFIED: "",
+    pb.ABSTAIN_REASON_NOT_FOUND: "not_found",
+    pb.ABSTAIN_REASON_UNSURE: "unsure",
+    pb.ABSTAIN_REASON_UNFAMILIAR_IMAGE: "unfamiliar_image",
+}
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high"}
 # What has no gRPC: an image is bytes there, and a deadline beyond the limit is cut.
 NOT_IN_GRPC = ("not base64", "a timeout that is too long")
@@ -280,3 +298,6 @@ async def test_every_transport_says_the_same(case: Case, gateway: Gateway, card:
     assert {key: outcome for key, outcome in outcomes.items() if outcome != first} == {}, first
     assert (first.status, first.code) == (status_of(case), case.code)
     assert bool(first.answer) is (case.error is None)
+    for other in outcomes.values():
+        assert (other.confidence, other.found) == pytest.approx((first.confidence, first.found), abs=0.001)
+    assert (first.confidence is None) is (case.error is not None)

@@ -1,0 +1,110 @@
+"""`glimpse calibrate`: fit how sure a repository's models are of their answers, and write it into its card.
+
+    glimpse calibrate model_repository --checkpoint reference
+    glimpse calibrate engines --questions held_out.jsonl --foreign photographs/ --words words.json
+
+Without --questions the reference model's scenes are rendered. --questions is a file of JSON lines with image (a file
+beside it), question, answer and, if the question names something, found (true or false). The questions must not be
+those that the model learnt from. The graphs must be those of the profile `embedded`. The calibration goes into
+card.json; with --checkpoint also into the checkpoint's model_card.json, from which later builds take it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from build_engines.calibration.asking import ABSENT, FOREIGN, WORDS, Picture, Task, ask, scenes, told
+from build_engines.calibration.chain import Chain
+from build_engines.calibration.fitting import Asked, TooFew, fitted
+from build_engines.calibration.foreign import foreign
+from build_engines.scenes.held_out import NEW, PAIRS, SMALL
+from service.core.card import ModelCard
+from service.core.confidence import Calibration, Words, summary
+
+FIRST = 600_000  # scenes that nothing else uses
+SCENES = {NEW: 240, PAIRS: 200, SMALL: 260}
+FOREIGN_IMAGES = 50  # of each kind
+FOREIGN_QUESTIONS = 3  # about each of them
+
+
+def collected(chain: Chain, pictures: list[Picture], foreign_files: list[bytes]) -> list[Asked]:
+    """Ask every picture's questions, and the same questions about the foreign files, where no answer is right."""
+    material = [
+        Asked(summary(view.vision), outcomes)
+        for view, outcomes in ask(chain, tqdm(pictures, desc="questions", unit="image"))
+    ]
+    asked = [task for picture in pictures for task in picture.tasks if task.group != ABSENT]
+    strangers = [
+        Picture(data, [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]])
+        for index, data in enumerate(foreign_files)
+    ]
+    return material + [
+        Asked(summary(view.vision), outcomes, is_foreign=True)
+        for view, outcomes in ask(chain, tqdm(strangers, desc="foreign", unit="image"))
+    ]
+
+
+def reference_material(chain: Chain, share: float = 1.0) -> list[Asked]:
+    """Ask about rendered scenes of all splits, and about pictures of other worlds."""
+    numbers = {split: max(2, round(number * share)) for split, number in SCENES.items()}
+    pictures = [picture for split, number in numbers.items() for picture in scenes(split, number, FIRST)]
+    return collected(chain, pictures, [each.data for each in foreign("fit", max(2, round(FOREIGN_IMAGES * share)))])
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="glimpse calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("repository", type=Path, help="model repository of the profile embedded")
+    found.add_argument("--checkpoint", type=Path, help="directory of the checkpoint that it was built from")
+    found.add_argument("--questions", type=Path, help="held-out questions as JSON lines [rendered scenes]")
+    found.add_argument("--foreign", type=Path, help="folder of images of no world that the model knows")
+    found.add_argument("--words", type=Path, help="JSON with names, presence and denials [those of the scenes]")
+    return found
+
+
+def words_of(path: Path | None) -> Words:
+    if path is None:
+        return WORDS
+    given = json.loads(path.read_text())
+    return Words(frozenset(given["names"]), tuple(given["presence"]), frozenset(given["denials"]))
+
+
+def write(calibration: Calibration, repository: Path, checkpoint: Path | None) -> None:
+    """Write the calibration and what it was fitted on."""
+    path = repository / "card.json"
+    card = ModelCard.from_json(path.read_text())
+    metadata = dict(card.metadata) | {"confidence": calibration.about()}
+    path.write_text(replace(card, confidence=calibration, metadata=metadata).to_json())
+    if checkpoint is not None:
+        path = checkpoint / "model_card.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | {"confidence": calibration.to_json()}, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    try:
+        chain = Chain.load(given.repository, threads=1)
+        if given.questions is None:
+            material = reference_material(chain)
+        else:
+            files = sorted(given.foreign.iterdir()) if given.foreign else []
+            material = collected(chain, list(told(given.questions)), [path.read_bytes() for path in files])
+        calibration = fitted(material, words_of(given.words), {"weights": chain.card.visual_fingerprint})
+    except (TooFew, ValueError, OSError) as error:
+        print(f"glimpse calibrate: {error}", file=sys.stderr)
+        return 2
+    write(calibration, given.repository, given.checkpoint)
+    print(f"{given.repository}: {calibration.about()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Calibrate a trained checkpoint before it is built."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from build_engines.calibration.__main__ import reference_material, write
+from build_engines.calibration.asking import WORDS
+from build_engines.calibration.chain import Chain
+from build_engines.calibration.fitting import TooFew, fitted
+from build_engines.export import export
+
+
+def calibrate_checkpoint(checkpoint: Path, share: float = 1.0) -> bool:
+    """Export to a folder of its own, ask that, and write the calibration into model_card.json.
+
+    `share` is that of the usual number of questions. Return False, and write nothing, if the checkpoint answers too few
+    of them rightly.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder)
+        export(checkpoint, repository)
+        chain = Chain.load(repository)
+        try:
+            calibration = fitted(reference_material(chain, share), WORDS, {"weights": chain.card.visual_fingerprint})
+        except TooFew as error:
+            print(f"not calibrated: {error}")
+            return False
+        write(calibration, repository, checkpoint)
+    return True

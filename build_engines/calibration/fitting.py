@@ -1,0 +1,141 @@
+"""Fit a Calibration: one regression each for a familiar image, a found object and a right answer.
+
+Each is a logistic regression of a few signals (service/core/confidence.py), with an L2 penalty on standardised
+signals. Every group of questions has a weight of its own, so that no split is calibrated at the cost of
+another: their questions cannot be told apart when they are asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
+
+from build_engines.calibration.asking import ABSENT, FOREIGN, SMALL_CLOSELY, Outcome
+from build_engines.scenes.held_out import NEW, PAIRS, SMALL
+from service.core.confidence import (
+    FOUND_SIGNALS,
+    RIGHT_SIGNALS,
+    Calibration,
+    Logistic,
+    Words,
+    found_signals,
+)
+
+LEAST_SCALE = 1e-3  # of a feature's standard deviation
+LEAST_QUESTIONS = 50  # right ones, and wrong ones
+# Of one question in the regression for a right answer. Answers about new scenes are right more often than as likely
+# answers about held-out pairs and small print, and nothing tells them apart: the weights decide where between them a
+# probability lies.
+WEIGHTS: Mapping[str, float] = {
+    NEW: 2.0,
+    PAIRS: 0.4,
+    SMALL: 1.4,
+    SMALL_CLOSELY: 0.7,
+    ABSENT: 0.2,
+    FOREIGN: 0.08,
+}
+PENALTY = 0.1  # of L2, on standardised signals
+
+
+class TooFew(Exception):
+    """There is too little to fit. The message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a calibration is fitted on: one image and the answers about it."""
+
+    summary: npt.NDArray[np.float32]
+    outcomes: Sequence[Outcome]
+    is_foreign: bool = False  # of no world that the model knows
+
+
+def fitted(material: Sequence[Asked], words: Words, about: Mapping[str, object]) -> Calibration:
+    """Fit everything. Raises TooFew."""
+    own = [each for each in material if not each.is_foreign]
+    answered = [outcome for each in own for outcome in each.outcomes if outcome.task.group != ABSENT]
+    right = sum(outcome.right for outcome in answered)
+    if min(right, len(answered) - right) < LEAST_QUESTIONS:
+        raise TooFew(
+            f"{right} of {len(answered)} answers are right: ask questions with at least {LEAST_QUESTIONS} right and "
+            f"{LEAST_QUESTIONS} wrong answers"
+        )
+    summaries = np.stack([each.summary for each in own])
+    centre, scale = summaries.mean(0).astype(np.float32), (summaries.std(0) + LEAST_SCALE).astype(np.float32)
+    strange = [strangeness(each.summary, centre, scale) for each in material]
+    outcomes = [
+        replace(outcome, signals=replace(outcome.signals, strangeness=value))
+        for each, value in zip(material, strange, strict=True)
+        for outcome in each.outcomes
+    ]
+    foreign = np.array([each.is_foreign for each in material])
+    no_opinion = Logistic((0.0,) * len(RIGHT_SIGNALS), 0.0)
+    calibration = Calibration(
+        centre,
+        scale,
+        familiar=_familiar(np.array(strange), foreign),
+        found=_found([each for each in outcomes if each.task.group != FOREIGN], words),
+        right=no_opinion,
+        words=words,
+        fitted_on=dict(about)
+        | {
+            "images": len(own),
+            "foreign_images": int(foreign.sum()),
+            "questions": dict(Counter(each.task.group for each in outcomes)),
+        },
+    )
+    return replace(calibration, right=_right(calibration, outcomes))
+
+
+def strangeness(
+    summary: npt.NDArray[np.float32], centre: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]
+) -> float:
+    """As Calibration.strangeness, from an image's summary [3 D]."""
+    away = (summary - centre) / scale
+    return math.log(float(np.dot(away, away)) / away.size + 1e-9)
+
+
+def _familiar(strange: npt.NDArray[np.float64], foreign: npt.NDArray[np.bool_]) -> Logistic:
+    """Weigh both kinds of images alike. Without foreign ones, a half lies four deviations above the mean."""
+    if not foreign.any():
+        width = max(float(strange.std()), 1e-3)
+        return Logistic((-4 / width,), 4 * (float(strange.mean()) + 4 * width) / width)
+    return regression(strange[:, np.newaxis], ~foreign, balanced=True)
+
+
+def _found(outcomes: Sequence[Outcome], words: Words) -> Logistic:
+    """Fit on questions that name something, or give no opinion if all of them name what is there."""
+    named = [each for each in outcomes if each.task.found is not None]
+    labels = np.array([bool(each.task.found) for each in named])
+    if not named or labels.all() or not labels.any():
+        return Logistic((0.0,) * len(FOUND_SIGNALS), 0.0 if not named else 4.0)
+    return regression(np.array([found_signals(each.signals, words) for each in named]), labels)
+
+
+def _right(calibration: Calibration, outcomes: Sequence[Outcome]) -> Logistic:
+    """Fit on all answers. None about another world or about an absent object is right."""
+    signals = np.array([calibration.right_signals(each.signals) for each in outcomes])
+    weights = np.array([WEIGHTS.get(each.task.group, 1.0) for each in outcomes])
+    return regression(signals, np.array([each.right for each in outcomes]), weights)
+
+
+def regression(
+    signals: npt.NDArray[np.floating],
+    labels: npt.NDArray[np.bool_],
+    weights: npt.NDArray[np.float64] | None = None,
+    *,
+    balanced: bool = False,
+) -> Logistic:
+    """Fit a logistic regression of signals [n, k], in the signals' own units."""
+    mean, deviation = signals.mean(0), signals.std(0)
+    deviation = np.where(deviation > 1e-9, deviation, 1.0)
+    model = LogisticRegression(C=1 / PENALTY, max_iter=1000, class_weight="balanced" if balanced else None)
+    model.fit((signals - mean) / deviation, labels, sample_weight=weights)
+    slopes = model.coef_[0] / deviation
+    return Logistic(tuple(slopes.tolist()), float(model.intercept_[0] - slopes @ mean))

@@ -1,0 +1,271 @@
+"""Estimate how sure an answer is, from what the models leave behind anyway. Fitted by build_engines/calibration.
+
+Three probabilities, each a logistic regression of a few smooth signals:
+  - `familiar`: the image is of the world that the models were trained on. Its signal is the distance of the image's
+    features from those of the calibration's images, in standard deviations.
+  - `found`: what the question names is in the image. Its signals are the peak of the participatory map, and the answer
+    if the question asks for presence ("is there", "how many").
+  - `right`: the answer is right. Its signals are the LLM's own probability of the answer, the mean of the participatory
+    map, `particularize`, whether the closer view was used, and the logarithms of the other two.
+
+The confidence is `right`, in proportion less if one of the other two is below HALF. A question for presence may have a
+right answer about an absent object, so `found` is left out there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from service.core.vision import Seen, VisionFeatures, dense
+
+Reason = Literal["not_found", "unsure", "unfamiliar_image"]
+
+HALF = 0.5  # below it an image is rather of another world, or an object rather absent: no answer can be trusted then
+TINY = 1e-6  # added to a probability before its logarithm
+LEAST, MOST = 0.01, 0.9999  # of a probability whose log odds are taken
+SPREAD = 1e-3  # added to a standard deviation before its logarithm
+PLAIN_SIGNALS = (
+    *("log_odds", "mass", "particularize", "closer"),  # mass: logarithm of the participatory map's mean
+    *("log_odds_squared", "mass_squared", "particularize_squared"),
+    *("log_odds_mass", "log_odds_particularize", "mass_particularize", "log_odds_closer"),
+)
+RIGHT_SIGNALS = (*PLAIN_SIGNALS, "log_familiar", "log_found")
+FOUND_SIGNALS = ("peak", "denied", "affirmed", "log_odds_denied", "log_odds_affirmed", "log_odds_other")
+
+
+@dataclass(frozen=True, slots=True)
+class Logistic:
+    """A logistic regression: the probability that `weights` x signals + `bias` has as log odds."""
+
+    weights: tuple[float, ...]
+    bias: float
+
+    def of(self, signals: Sequence[float]) -> float:
+        return _probability(math.fsum(w * s for w, s in zip(self.weights, signals, strict=True)) + self.bias)
+
+    @classmethod
+    def from_json(cls, told: object, signals: int) -> Self:
+        """Raises ValueError unless there is one finite weight a signal, and a bias."""
+        if not isinstance(told, Mapping) or set(told) != {"weights", "bias"}:
+            raise ValueError("a logistic regression has the fields weights and bias")
+        numbers = [*told["weights"], told["bias"]]
+        if len(numbers) != signals + 1 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"a logistic regression of {signals} signals has {signals} finite weights and a bias")
+        return cls(tuple(map(float, told["weights"])), float(told["bias"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the words of a question and of an answer mean to the calibration. Everything is in lower case."""
+
+    names: frozenset[str]  # a question with one of these words names something that can be found
+    presence: tuple[str, ...]  # phrases of questions that ask whether, or how often, something is there
+    denials: frozenset[str]  # answers to such a question that say that it is not there
+
+    def name_something(self, question: str) -> bool:
+        return not self.names.isdisjoint(re.findall(r"\w+", question.lower()))
+
+    def ask_for_presence(self, question: str) -> bool:
+        spaced = " ".join(re.findall(r"\w+", question.lower()))
+        return any(f" {phrase} " in f" {spaced} " for phrase in self.presence)
+
+    def suppose(self, question: str) -> bool:
+        """Whether it takes for granted that what it names is there."""
+        return self.name_something(question) and not self.ask_for_presence(question)
+
+    def deny(self, answer: str) -> bool:
+        return answer.strip().lower().rstrip(".") in self.denials
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What is known of one answer. Several images count as the most relevant, and as the least familiar, of them."""
+
+    question: str
+    answer: str
+    log_prob: float  # sum over the answer's tokens, the end token included; the model's own
+    peak: float  # most of the participatory map, in [0, 1]
+    mean: float  # of the participatory map
+    particularize: float
+    closer: bool
+    strangeness: float
+
+    @classmethod
+    def of(cls, question: str, answer: str, log_prob: float, seen: Sequence[Seen]) -> Self:
+        maps = [each.relevance.scores[2] for each in seen]
+        return cls(
+            question,
+            answer,
+            log_prob,
+            peak=max(float(each.max()) for each in maps),
+            mean=max(float(each.mean()) for each in maps),
+            particularize=max(each.relevance.particularize for each in seen),
+            closer=any(each.detail == "high" for each in seen),
+            strangeness=max(each.strangeness for each in seen),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How sure an answer is. Probabilities."""
+
+    value: float  # that the answer is right
+    found: float | None  # that what the question names is in the image; None if it names nothing
+    familiar: float  # that the images are of the world that the models were trained on
+    weakest: Reason  # why the value is no higher
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """The parameters of one repository's models (`confidence` in card.json)."""
+
+    centre: npt.NDArray[np.float32]  # [3 D]: mean of `summary` over familiar images
+    scale: npt.NDArray[np.float32]  # [3 D]: its standard deviation, above 0
+    familiar: Logistic  # of the strangeness
+    found: Logistic  # of FOUND_SIGNALS
+    right: Logistic  # of RIGHT_SIGNALS
+    words: Words
+    fitted_on: Mapping[str, object]  # numbers of questions and images, for people
+
+    def strangeness(self, vision: VisionFeatures) -> float:
+        """Measure how far an image is from the familiar ones: the logarithm of the mean squared z-score."""
+        away = (summary(vision) - self.centre) / self.scale
+        return math.log(float(np.dot(away, away)) / away.size + 1e-9)
+
+    def confidence(self, signals: Signals) -> Confidence:
+        familiar = self.familiar.of([signals.strangeness])
+        found = self.found.of(found_signals(signals, self.words))
+        doubts: dict[Reason, float] = {
+            "unfamiliar_image": familiar,
+            "unsure": self.right.of((*plain_signals(signals), 0.0, 0.0)),
+            **({"not_found": found} if self.words.suppose(signals.question) else {}),
+        }
+        known = min(1.0, familiar / HALF) * min(1.0, doubts.get("not_found", 1.0) / HALF)
+        return Confidence(
+            value=self.right.of(self.right_signals(signals)) * known,
+            found=found if self.words.name_something(signals.question) else None,
+            familiar=familiar,
+            weakest=min(doubts, key=lambda reason: doubts[reason]),
+        )
+
+    def right_signals(self, signals: Signals) -> tuple[float, ...]:
+        """RIGHT_SIGNALS of an answer."""
+        familiar = self.familiar.of([signals.strangeness])
+        found = self.found.of(found_signals(signals, self.words)) if self.words.suppose(signals.question) else 1.0
+        return (*plain_signals(signals), math.log(familiar + TINY), math.log(found + TINY))
+
+    @classmethod
+    def from_json(cls, told: object, vision_width: int) -> Self:
+        """Read the field `confidence` of a card. Raises ValueError, which says what is wrong."""
+        names = {each.name for each in fields(cls)}
+        if not isinstance(told, Mapping) or set(told) != names:
+            raise ValueError(f"confidence has not the fields {', '.join(sorted(names))}")
+        centre, scale = (_array(told[name], 3 * vision_width, name) for name in ("centre", "scale"))
+        if (scale <= 0).any():
+            raise ValueError("confidence.scale is not above 0")
+        try:
+            words = told["words"]
+            return cls(
+                centre,
+                scale,
+                Logistic.from_json(told["familiar"], 1),
+                Logistic.from_json(told["found"], len(FOUND_SIGNALS)),
+                Logistic.from_json(told["right"], len(RIGHT_SIGNALS)),
+                Words(frozenset(words["names"]), tuple(words["presence"]), frozenset(words["denials"])),
+                dict(told["fitted_on"]),
+            )
+        except (KeyError, TypeError) as exc:
+            raise ValueError(f"confidence is no calibration: {exc!r}") from exc
+
+    def about(self) -> str:
+        """Say what the confidence rests on, for the card's metadata."""
+        on = self.fitted_on
+        asked = on.get("questions")
+        number = sum(asked.values()) if isinstance(asked, Mapping) else 0
+        return (
+            f"calibrated on {number} questions about {on.get('images', 0)} images, and on "
+            f"{on.get('foreign_images', 0)} pictures of other worlds"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "centre": _text(self.centre),
+            "scale": _text(self.scale),
+            **{
+                name: {"weights": list(each.weights), "bias": each.bias}
+                for name, each in (("familiar", self.familiar), ("found", self.found), ("right", self.right))
+            },
+            "words": {
+                "names": sorted(self.words.names),
+                "presence": list(self.words.presence),
+                "denials": sorted(self.words.denials),
+            },
+            "fitted_on": dict(self.fitted_on),
+        }
+
+
+def summary(vision: VisionFeatures) -> npt.NDArray[np.float32]:
+    """Summarise an image's features [257, D] -> [3 D]: CLS, mean and log standard deviation of the patches."""
+    rows = np.asarray(dense(vision.features), np.float32)
+    patches = rows[1:]
+    mean = patches.mean(0)
+    away = patches - mean
+    deviation = np.sqrt(np.einsum("nd,nd->d", away, away) / len(patches))
+    return np.concatenate([rows[0], mean, np.log(deviation + np.float32(SPREAD))])
+
+
+def plain_signals(signals: Signals) -> tuple[float, ...]:
+    """PLAIN_SIGNALS of an answer: those of RIGHT_SIGNALS that do not need the other regressions."""
+    odds, mass, particularize = _answer_odds(signals), math.log(signals.mean + 1e-3), signals.particularize
+    closer = float(signals.closer)
+    squares = (odds**2, mass**2, particularize**2)
+    return (
+        *(odds, mass, particularize, closer),
+        *squares,
+        *(odds * mass, odds * particularize, mass * particularize, odds * closer),
+    )
+
+
+def found_signals(signals: Signals, words: Words) -> tuple[float, ...]:
+    """FOUND_SIGNALS of an answer."""
+    odds, presence = _answer_odds(signals), words.ask_for_presence(signals.question)
+    denied = float(presence and words.deny(signals.answer))
+    affirmed = float(presence) - denied
+    return (_log_odds(signals.peak), denied, affirmed, odds * denied, odds * affirmed, odds * (1 - presence))
+
+
+def _answer_odds(signals: Signals) -> float:
+    return _log_odds(math.exp(min(0.0, signals.log_prob)))
+
+
+def _log_odds(probability: float) -> float:
+    within = min(max(probability, LEAST), MOST)
+    return math.log(within / (1 - within))
+
+
+def _probability(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-min(max(log_odds, -500.0), 500.0)))
+
+
+def _array(told: object, length: int, name: str) -> npt.NDArray[np.float32]:
+    """Read base64 of little-endian FP32. Raises ValueError."""
+    try:
+        array = np.frombuffer(base64.b64decode(str(told), validate=True), "<f4")
+    except (binascii.Error, ValueError) as exc:
+        raise ValueError(f"confidence.{name} is not base64 of FP32 numbers") from exc
+    if array.shape != (length,) or not np.isfinite(array).all():
+        raise ValueError(f"confidence.{name} has not {length} finite numbers")
+    return array
+
+
+def _text(array: npt.NDArray[np.float32]) -> str:
+    return base64.b64encode(array.astype("<f4").tobytes()).decode()

@@ -1,0 +1,80 @@
+"""`glimpse calibrate` on the committed repository, with few questions; and questions from a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from build_engines.calibration.__main__ import main, write
+from build_engines.calibration.asking import told
+from build_engines.calibration.chain import Chain
+from service.core.card import ModelCard
+from service.core.request import Budget
+from tests.support.calibrations import calibrated
+from tests.support.paths import PROJECT, SCENES
+
+REPOSITORY = PROJECT / "model_repository"
+
+
+def questions(path: Path, number: int) -> Path:
+    """The first committed questions, as `--questions` takes them."""
+    rows = [json.loads(line) for line in (SCENES / "questions.jsonl").read_text().splitlines()][:number]
+    for row in rows:
+        shutil.copyfile(SCENES / row["image"], path / row["image"])
+    file = path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.slow
+def test_the_chain_in_this_process_answers_as_the_served_one(tmp_path: Path) -> None:
+    chain = Chain.load(REPOSITORY)
+    view = chain.look((SCENES / "new_003.webp").read_bytes())
+    asked = ("what character is on the pink square?", "how many objects are there?")
+    budget = Budget(chain.card.vision_tokens, chain.card.default_visual_tokens)
+    said = chain.answer((chain.attend(view, question, budget), question) for question in asked)
+    assert [each.text for each in said] == ["8", "4"]
+    assert all(each.log_prob <= 0 and each.tokens == 2 for each in said)  # the end token is the second
+
+
+@pytest.mark.slow
+def test_too_few_questions_are_told_and_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(REPOSITORY, repository)
+    before = (repository / "card.json").read_bytes()
+    assert main([str(repository), "--questions", str(questions(tmp_path, 4))]) == 2
+    assert "ask questions with at least 50 right and 50 wrong answers" in capsys.readouterr().err
+    assert (repository / "card.json").read_bytes() == before
+
+
+def test_the_calibration_goes_into_the_card_and_the_checkpoints_card(tmp_path: Path) -> None:
+    card = ModelCard.from_json((REPOSITORY / "card.json").read_text())
+    (tmp_path / "card.json").write_text(card.to_json())
+    (tmp_path / "model_card.json").write_text('{"name": "x"}')
+    calibration = calibrated(card.vision_width)
+    write(calibration, tmp_path, tmp_path)
+    again = ModelCard.from_json((tmp_path / "card.json").read_text())
+    assert again.confidence is not None
+    assert again.confidence.to_json() == calibration.to_json()
+    assert (
+        again.metadata["confidence"] == "calibrated on 80 questions about 10 images, and on 2 pictures of other worlds"
+    )
+    assert json.loads((tmp_path / "model_card.json").read_text()) == {"name": "x", "confidence": calibration.to_json()}
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"image": "a.png"}'])
+def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "q.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"q.jsonl, line 1: give image, question and answer"):
+        list(told(tmp_path / "q.jsonl"))
+
+
+def test_the_committed_calibration_is_of_the_committed_weights() -> None:
+    card = ModelCard.from_json((REPOSITORY / "card.json").read_text())
+    assert card.confidence is not None
+    assert card.confidence.fitted_on["weights"] == card.visual_fingerprint
+    checkpoint = json.loads((PROJECT / "reference" / "model_card.json").read_text())
+    assert checkpoint["confidence"] == json.loads((REPOSITORY / "card.json").read_text())["confidence"]

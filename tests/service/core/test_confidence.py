@@ -1,0 +1,160 @@
+"""How sure an answer is: the calibration's arithmetic, and its form in the card."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.core.card import ModelCard
+from service.core.confidence import (
+    FOUND_SIGNALS,
+    RIGHT_SIGNALS,
+    Calibration,
+    Logistic,
+    Signals,
+    Words,
+    found_signals,
+    summary,
+)
+from service.core.request import Budget
+from service.core.vision import Int8Rows, Relevance, Seen, VisionFeatures
+from tests.support.calibrations import calibrated
+from tests.support.fakes import CARD
+
+WORDS = Words(frozenset({"star", "red"}), ("is there", "how many"), frozenset({"no", "0"}))
+ASKED = Signals("what colour is the star?", "red", -0.1, 0.9, 0.2, 0.3, False, 0.0)
+
+
+def features(rows: np.ndarray) -> VisionFeatures:
+    return VisionFeatures(rows, np.zeros(256), np.zeros(256), np.zeros((13, 16, 16)))
+
+
+def seen(peak: float, detail: Any = "low", strangeness: float = 0.0) -> Seen:
+    scores = np.zeros((3, 16, 16), np.float32)
+    scores[2, 3, 4] = peak
+    relevance = Relevance(scores[2], scores, np.zeros((8, 8), np.int32), np.array([peak, 0, 0], np.float32))
+    return Seen(np.zeros((32, 4)), relevance, Budget(), detail, strangeness=strangeness)
+
+
+def test_a_logistic_regression_gives_the_probability_of_its_log_odds():
+    assert Logistic((2.0, -1.0), 0.5).of([1.0, 2.5]) == pytest.approx(0.5)
+    assert Logistic((1.0,), 0.0).of([math.log(3)]) == pytest.approx(0.75)
+    assert Logistic((1.0,), 0.0).of([1e9]) == 1.0
+    assert Logistic((1.0,), 0.0).of([-1e9]) == pytest.approx(0.0)
+
+
+def test_an_image_is_as_strange_as_its_features_are_far_from_the_centre():
+    rows = np.random.default_rng(0).normal(2, 3, (257, 4)).astype(np.float32)
+    told = summary(features(rows))
+    np.testing.assert_allclose(told[:4], rows[0])
+    np.testing.assert_allclose(told[4:8], rows[1:].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(told[8:], np.log(rows[1:].std(0) + 1e-3), rtol=1e-5)
+    at_centre = replace(calibrated(4), centre=told, scale=np.full(12, 0.5, np.float32))
+    one_away = replace(at_centre, centre=told + 0.5)
+    assert at_centre.strangeness(features(rows)) == pytest.approx(math.log(1e-9), rel=1e-3)
+    assert one_away.strangeness(features(rows)) == pytest.approx(0.0, abs=1e-4)
+    rounded = replace(features(rows), features=Int8Rows.of(rows))
+    assert one_away.strangeness(rounded) == pytest.approx(0.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("question", "names", "presence", "supposes"),
+    [
+        ("What colour is the STAR?", True, False, True),
+        ("is there a red object?", True, True, False),
+        ("how many stars are there?", False, True, False),
+        ("is therefore the star red?", True, False, True),
+        ("describe the image.", False, False, False),
+    ],
+)
+def test_words_tell_what_a_question_asks(question, names, presence, supposes):
+    assert WORDS.name_something(question) is names
+    assert WORDS.ask_for_presence(question) is presence
+    assert WORDS.suppose(question) is supposes
+
+
+def test_a_denial_counts_only_if_presence_is_asked_for():
+    asked = replace(ASKED, question="is there a star?", answer=" No. ")
+    assert found_signals(asked, WORDS)[1:3] == (1.0, 0.0)
+    assert found_signals(replace(asked, answer="yes"), WORDS)[1:3] == (0.0, 1.0)
+    assert found_signals(replace(ASKED, answer="no"), WORDS)[1:3] == (0.0, 0.0)
+
+
+def test_several_images_count_as_the_most_relevant_and_the_least_familiar():
+    told = Signals.of("what?", "red", -0.5, [seen(0.2, strangeness=2.0), seen(0.8, "high", strangeness=1.0)])
+    assert (told.peak, told.particularize) == (pytest.approx(0.8), pytest.approx(0.8))
+    assert (told.closer, told.strangeness, told.log_prob) == (True, 2.0, -0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"strangeness": 9.0}, "unfamiliar_image"),
+        ({"peak": 0.05}, "not_found"),
+        ({"log_prob": -3.0}, "unsure"),
+    ],
+)
+def test_each_weakness_lowers_the_confidence_and_is_its_reason(change, reason):
+    calibration = calibrated(4)
+    sure, unsure = calibration.confidence(ASKED), calibration.confidence(replace(ASKED, **change))
+    assert sure.value > 0.8
+    assert unsure.value < 0.5
+    assert unsure.weakest == reason
+
+
+def test_an_absent_object_is_not_found_and_a_denial_of_it_is_no_weakness():
+    calibration = calibrated(4)
+    absent = calibration.confidence(replace(ASKED, question="is there a star?", answer="no", peak=0.05))
+    assert absent.found is not None
+    assert absent.found < 0.1
+    assert absent.value > 0.8
+    assert calibration.confidence(replace(ASKED, question="what is it?")).found is None
+
+
+@pytest.mark.parametrize("value", [-1e6, 0.0])
+def test_a_probability_is_finite_whatever_the_signals_are(value):
+    for peak in (0.0, 1.0):
+        told = calibrated(4).confidence(replace(ASKED, log_prob=value, peak=peak, strangeness=-value))
+        assert 0 <= told.value <= 1
+        assert told.found is not None
+        assert 0 <= told.found <= 1
+
+
+def test_a_card_keeps_its_calibration():
+    card = replace(CARD, confidence=calibrated(CARD.vision_width))
+    again = ModelCard.from_json(card.to_json())
+    assert again.confidence is not None
+    assert again.confidence.to_json() == calibrated(CARD.vision_width).to_json()
+    assert replace(again, confidence=None) == CARD
+    assert ModelCard.from_json(CARD.to_json()) == CARD
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("centre", "AAAA", "centre"),
+        ("centre", "!", "base64"),
+        ("scale", calibrated(4).to_json()["centre"], "scale is not above 0"),
+        ("right", {"weights": [1.0], "bias": 0.0}, f"{len(RIGHT_SIGNALS)} signals"),
+        ("found", {"weights": [math.nan] * len(FOUND_SIGNALS), "bias": 0.0}, "finite"),
+        ("familiar", {"weights": [1.0]}, "weights and bias"),
+        ("words", {"names": []}, "presence"),
+        ("fitted_on", 5, "no calibration"),
+        ("extra", 1, "fields"),
+    ],
+)
+def test_a_malformed_calibration_says_what_is_wrong(field, value, said):
+    told = json.loads(replace(CARD, confidence=calibrated(4)).to_json())
+    told["confidence"][field] = value
+    with pytest.raises(ValueError, match=said):
+        ModelCard.from_json(json.dumps(told))
+
+
+def test_a_calibration_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="centre has not 15 finite numbers"):
+        Calibration.from_json(calibrated(4).to_json(), 5)

@@ -12,12 +12,16 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # PID 1 that collects the model processes that died: Triton does not.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends tini=0.19.* \
- && rm -rf /var/lib/apt/lists/* /var/log/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
 
 # What pip makes. Nothing of this stage but /opt/glimpse reaches an image.
 FROM base AS build
 WORKDIR /src
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends binutils \
+ && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml constraints.txt ./
 COPY scripts scripts
 RUN python3 -m venv /opt/glimpse \
@@ -34,18 +38,13 @@ RUN /opt/glimpse/bin/pip wheel --no-deps --wheel-dir /wheels .
 
 FROM build AS build-gateway
 COPY --from=wheel /wheels /wheels
-# The hub's client loads tokenizers from the network, which Glimpse never does. Tests and headers are for developers.
-RUN /opt/glimpse/bin/pip install --no-deps /wheels/*.whl \
- && /opt/glimpse/bin/pip uninstall --yes huggingface-hub hf-xet fsspec tqdm PyYAML filelock pip \
- && find /opt/glimpse -depth -type d \( -name tests -o -name include \) -exec rm -r {} +
+RUN /opt/glimpse/bin/pip install --no-deps /wheels/*.whl && scripts/slim_environment.sh /opt/glimpse
 
 FROM build AS build-serve
 RUN /opt/glimpse/bin/pip install --constraint constraints.txt --requirement serve.txt \
  && /opt/glimpse/bin/pip install --no-deps --requirement triton.txt
 COPY --from=wheel /wheels /wheels
-RUN /opt/glimpse/bin/pip install --no-deps /wheels/*.whl \
- && /opt/glimpse/bin/pip uninstall --yes pip \
- && find /opt/glimpse -depth -type d \( -name tests -o -name include \) -exec rm -r {} +
+RUN /opt/glimpse/bin/pip install --no-deps /wheels/*.whl && scripts/slim_environment.sh /opt/glimpse
 
 # What the gateway reads of the models: card, tokenizers and configurations.
 FROM base AS cards

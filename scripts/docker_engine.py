@@ -43,7 +43,7 @@ class Engine:
     def __enter__(self):
         running = answering("unix:///var/run/docker.sock")
         if not running:
-            install_packages()
+            install_packages(os.geteuid())
             running = answering("unix:///var/run/docker.sock")
         if running:
             self.address = "unix:///var/run/docker.sock"
@@ -149,15 +149,15 @@ def answering(address):
         return False
 
 
-def install_packages():
+def install_packages(user_id):
     """Raises NoEngine."""
-    if os.geteuid() != 0:
+    if user_id != 0:
         raise NoEngine("only root can start one, and none runs: start Docker, or run this as root")
     programs = {"docker.io": "dockerd", "iptables": "iptables-save", "mmdebstrap": "mmdebstrap"}
     missing = {package: PACKAGES[package] for package, program in programs.items() if shutil.which(program) is None}
     if missing:
         try:
-            system_packages.install(missing, os.geteuid())
+            system_packages.install(missing, user_id)
         except system_packages.NotInstalled as exc:
             raise NoEngine(f"{', '.join(missing)}: not installed, and {exc.fault}. {exc.remedy}") from exc
 

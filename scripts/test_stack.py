@@ -160,10 +160,16 @@ def build(engine, base, target, image_tag):
 
 
 def remove_stack(engine):
-    """Also if the tests were killed."""
-    found = engine.said("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}")
-    if found:
-        engine.docker("rm", "--force", "--volumes", *found.split(), stdout=subprocess.DEVNULL)
+    """Remove containers, networks and volumes of the stack that the tests left, for example because they were killed."""
+    label = f"label=com.docker.compose.project={PROJECT}"
+    for listing, removal in (
+        (("ps", "--all"), ("rm", "--force", "--volumes")),
+        (("network", "ls"), ("network", "rm")),
+        (("volume", "ls"), ("volume", "rm")),
+    ):
+        found = engine.said(*listing, "--quiet", "--filter", label).split()
+        if found:
+            engine.docker(*removal, *found, stdout=subprocess.DEVNULL)
 
 
 def skipped(reason):

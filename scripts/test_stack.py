@@ -160,7 +160,7 @@ def build(engine, base, target, image_tag):
 
 
 def remove_stack(engine):
-    """Remove containers, networks and volumes of the stack that the tests left, for example because they were killed."""
+    """Remove what the tests left of the stack, for example because they were killed."""
     label = f"label=com.docker.compose.project={PROJECT}"
     for listing, removal in (
         (("ps", "--all"), ("rm", "--force", "--volumes")),

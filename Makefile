@@ -10,7 +10,7 @@ SOURCES := service triton_models build_engines benchmarks tests scripts examples
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
-.PHONY: help serve test quick check format eval bench bench-versus train repository proto mutants clean
+.PHONY: help serve test test-stack up down quick check format eval bench bench-versus train repository proto mutants clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,24 @@ serve: ready-to-serve ## set up, then serve on port 8080 until Ctrl-C
 
 test: check ## set up, then the style gate and every test
 	$(PYTEST)
+
+test-stack: ready-to-develop ## build the images and test the stack under a real Docker engine (as root; 5 to 8 minutes)
+	$(BIN)/python scripts/test_stack.py $(STACK)
+
+up: ready-to-compose .env ## build and start the whole stack with Docker Compose: http://127.0.0.1:8080, Grafana on 3000
+	OTLP_ENDPOINT=http://collector:4317 docker compose --profile full up --build --detach --wait
+
+down: ready-to-compose ## stop and remove it; what Prometheus and Grafana stored stays
+	docker compose --profile full --profile gpu --profile simple down
+
+.PHONY: ready-to-compose
+ready-to-compose:
+	@docker compose version >/dev/null 2>&1 || { echo "This needs Docker and its Compose plugin, 2.24 or newer: https://docs.docker.com/engine/install"; exit 1; }
+
+SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
+.env:
+	@umask 077 && sed -e "s/^REDIS_PASSWORD=$$/&$(SECRET)/" -e "s/^GRAFANA_PASSWORD=$$/&$(SECRET)/" .env.example > .env
+	@echo "  wrote .env with random passwords"
 
 quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute)
 	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target check quick-gateway quick-builder

@@ -18,6 +18,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.environment import SecretFileError, is_service_link, with_secrets
+
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = (
     "GLIMPSE_URL",
@@ -164,7 +166,7 @@ class Settings(BaseSettings):
     redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
-    log_dir: Path = Path("logs")  # Triton's own log
+    log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
     # Add the caller's address to the lines of its requests. Behind a proxy it is the proxy's.
@@ -311,6 +313,11 @@ class Settings(BaseSettings):
         return self.vision_url is None
 
     @property
+    def triton_log(self) -> Path | None:
+        """The file of Triton's log; None: stderr."""
+        return None if self.log_dir == Path("-") else self.log_dir / "triton.log"
+
+    @property
     def keeps_tenants_apart(self) -> bool:
         """Whether tenants share no features."""
         return bool(self.keys) and not self.share_features
@@ -342,7 +349,15 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
     Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable.
     """
-    environ = {name: value for name, value in environ.items() if name.upper() not in OF_THE_COMMAND}
+    environ = {
+        name: value
+        for name, value in environ.items()
+        if name.upper() not in OF_THE_COMMAND and not is_service_link(name, value)
+    }
+    try:
+        environ = with_secrets(environ, secret_names())
+    except SecretFileError as exc:
+        raise SettingsError(str(exc)) from exc
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(environ):
         if name.upper() in REMOVED and environ[name]:
@@ -360,6 +375,12 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         return Settings(**values)
     except ValidationError as exc:
         raise SettingsError("; ".join(_in_words(error["loc"], error["msg"]) for error in exc.errors())) from exc
+
+
+def secret_names() -> list[str]:
+    """List the variables that hold a secret: NAME_FILE names a file with it."""
+    fields = Settings.model_fields.items()
+    return [PREFIX + name.upper() for name, field in fields if "SecretStr" in str(field.annotation)]
 
 
 def _in_words(where: tuple[int | str, ...], message: str) -> str:

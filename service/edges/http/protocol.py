@@ -284,7 +284,8 @@ class LimitedProtocol(HttpToolsProtocol):
         lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
-    # What the parser calls. `cycle` is uvicorn's word for a request and its response; it has the latest one.
+    # What the parser calls. `cycle` is uvicorn's word for a request and its response; it has the latest
+    # one, or none while the connection is idle.
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= self.limits.max_queued_requests:
             raise _Refused(429, "too_many_requests", "The connection has too many requests at once. Wait for answers.")
@@ -356,6 +357,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.pipeline:
             self.open_connections.rest(self)
         super().on_response_complete()
+        if self.cycle.response_complete and not self._in_body:
+            # An idle connection keeps nothing of its last request, which is half of what the connection takes.
+            self.cycle = self.scope = self.headers = None  # type: ignore[assignment]
 
     def _refusal(self) -> Overloaded | None:
         """Why the request is not even begun."""

@@ -308,6 +308,17 @@ def test_what_is_sent_while_a_request_waits_is_not_read(service):
     eventually(lambda: service.house.language.open == 0, 5, "the question ended")
 
 
+def test_an_idle_connection_keeps_nothing_of_its_last_request(service):
+    with service.connect() as client:
+        client.sendall(post(QUESTION))
+        assert read_response(client)[0] == 200
+        here = client.getsockname()
+        (protocol,) = [each for each in service.server.server_state.connections if each.client == here]
+        eventually(lambda: (protocol.cycle, protocol.scope, protocol.headers) == (None,) * 3, 5, "it is let go")
+        client.sendall(LIVE)
+        assert read_response(client)[0] == 200
+
+
 @pytest.mark.parametrize("paced", [True, False])
 def test_a_client_that_never_reads_is_cut_off(paced):
     """It asks for more than the sockets' buffers hold, one by one or all at once, and then waits."""

@@ -24,7 +24,7 @@ NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Listener:
-    """One listening socket. uvicorn sees of it what it needs of an asyncio.Server: `close`."""
+    """One listening socket. uvicorn calls what it needs of an asyncio.Server: `close` and `wait_closed`."""
 
     def __init__(
         self,
@@ -49,6 +49,10 @@ class Listener:
             self._resumed.cancel()
         self._loop.remove_reader(self._socket)
         self._socket.close()
+
+    async def wait_closed(self) -> None:
+        """Wait for the connections that are let in but not open yet."""
+        await asyncio.gather(*self._opening, return_exceptions=True)
 
     def _accept(self) -> None:
         closed = 0

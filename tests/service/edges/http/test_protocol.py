@@ -308,6 +308,33 @@ def test_what_is_sent_while_a_request_waits_is_not_read(service):
     eventually(lambda: service.house.language.open == 0, 5, "the question ended")
 
 
+def test_a_response_comes_in_one_piece(service):
+    with service.connect() as client:
+        for _ in range(20):
+            client.sendall(LIVE)
+            head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+            assert b"content-length: %d" % len(body) in head
+
+
+def test_a_streams_first_token_does_not_wait_for_its_second(service):
+    language = service.house.language
+    language.gate.clear()
+    language.wait_at = 1
+    try:
+        with service.connect() as client:
+            client.sendall(post(json.dumps(json.loads(QUESTION) | {"stream": True}).encode()))
+            received = b""
+            while b"red" not in received:
+                received += client.recv(65536)
+            assert received.startswith(b"HTTP/1.1 200 ")
+            language.gate.set()
+            while not received.endswith(b"0\r\n\r\n"):
+                received += client.recv(65536)
+    finally:
+        language.gate.set()
+        language.wait_at = 0
+
+
 def test_an_idle_connection_keeps_nothing_of_its_last_request(service):
     with service.connect() as client:
         client.sendall(post(QUESTION))

@@ -5,7 +5,7 @@ SHELL := /bin/sh
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := service triton_models build_engines benchmarks tests scripts
+SOURCES := service triton_models build_engines benchmarks tests scripts examples
 # One worker runs the tests that start servers, the others the rest: tests/support/workers.py.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder

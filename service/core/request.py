@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from service.core.guide import Guide
+
 Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
 
 
@@ -48,6 +50,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     streaming: bool = True  # tokens as they come; else all at the end, which takes a fraction of the CPU time
     log_probs: bool = False  # with each token's log probability
+    guide: Guide | None = None  # the form of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ class Request:
     exchanges: tuple[Exchange, ...] = ()  # earlier questions and answers, oldest first
     system: str = ""  # what the model is told before the first question
     trace_id: str = ""  # the caller's own id of the request
+    traceparent: str = ""  # the caller's span, as W3C Trace Context writes it
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
     question: str = field(init=False)  # text of the last question; the allocator reads this

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, naming_image
+from service.core.guide import guide_of
 from service.core.request import (
     Budget,
     Detail,
@@ -63,10 +65,19 @@ class Fields:
     priority: Priority = Priority.NORMAL
     stream: bool = False
     log_probs: bool = False
+    choices: tuple[str, ...] | None = None
+    regex: str | None = None
+    json_schema: Mapping[str, Any] | None = None
 
 
 def to_request(
-    fields: Fields, card: ModelCard, limits: QuestionLimits, *, tenant: str = "", trace_id: str = ""
+    fields: Fields,
+    card: ModelCard,
+    limits: QuestionLimits,
+    *,
+    tenant: str = "",
+    trace_id: str = "",
+    traceparent: str = "",
 ) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     images = _images_in_front(fields)
@@ -91,6 +102,7 @@ def to_request(
         timeout_s=_timeout_s(fields, limits),
         priority=fields.priority,
         trace_id=trace_id,
+        traceparent=traceparent,
         tenant=tenant,
     )
 
@@ -180,4 +192,5 @@ def _sampling(fields: Fields) -> Sampling:
         stop=fields.stop,
         streaming=fields.stream or bool(fields.stop),  # stop strings are searched for as tokens come
         log_probs=fields.log_probs,
+        guide=guide_of(fields.choices, fields.regex, fields.json_schema),
     )

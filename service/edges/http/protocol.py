@@ -374,7 +374,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.pipeline:
             self.open_connections.rest(self)
         super().on_response_complete()
-        if self.cycle.response_complete and not self._in_body:
+        if self.cycle.response_complete and not self._in_body and not self._begun:
             # An idle connection keeps nothing of its last request, which is half of what the connection takes.
             self.cycle = self.scope = self.headers = None  # type: ignore[assignment]
 

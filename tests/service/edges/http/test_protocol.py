@@ -346,6 +346,20 @@ def test_an_idle_connection_keeps_nothing_of_its_last_request(service):
         assert read_response(client)[0] == 200
 
 
+def test_a_head_that_has_begun_outlives_the_response_before_it(service):
+    service.house.language.gate.clear()
+    try:
+        with service.connect() as client:
+            client.sendall(post(QUESTION) + LIVE[:30])
+            eventually(lambda: service.house.language.open == 1, 5, "the question runs")
+            service.house.language.gate.set()
+            assert read_response(client)[0] == 200
+            client.sendall(LIVE[30:])
+            assert read_response(client)[0] == 200
+    finally:
+        service.house.language.gate.set()
+
+
 @pytest.mark.parametrize("paced", [True, False])
 def test_a_client_that_never_reads_is_cut_off(paced):
     """It asks for more than the sockets' buffers hold, one by one or all at once, and then waits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import dropwhile
 from pathlib import Path
 from typing import Self
@@ -21,6 +22,7 @@ from service.core.request import Part, Request, Text
 from service.core.vision import QUESTION_TOKENS, FloatArray
 
 LLM_TOKENIZER = "tokenizer.json"
+KEPT_TEXTS = 256
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -56,6 +58,8 @@ class PromptBuilder:
         self.card = card
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
+        # A request's texts are encoded to count their tokens, and again for its prompt.
+        self._kept = lru_cache(KEPT_TEXTS)(self._encoded)
         if qformer_tokenizer is not None:
             qformer_tokenizer.enable_truncation(QUESTION_TOKENS)  # cuts the words, and keeps [CLS] and [SEP]
 
@@ -157,6 +161,9 @@ class PromptBuilder:
         return self.card.prompt_template.replace("{question}", question)
 
     def _encode(self, text: str) -> list[int]:
+        return list(self._kept(text))
+
+    def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -34,6 +34,7 @@ MAX_RETRY_AFTER_S = 60.0
 SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
 UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
+REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
 BATCH_SHARE = 4  # one tenant's batches take at most this part of the requests that the LLM decodes at once
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
@@ -67,6 +68,7 @@ class Admission:
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
         self._open: set[Reservation] = set()
         self.ended = False
+        self._refused_at = -math.inf  # when a question was read and its grant would have come too late
         for kind in Kind:
             metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
             metrics.requests_running.labels(kind).set_function(partial(scheduler.running, kind))
@@ -94,14 +96,18 @@ class Admission:
             self._open.discard(reservation)
 
     def require_turns(self, open_requests: int, lag_s: float) -> None:
-        """Check that the event loop keeps up with the requests that came. Raises Overloaded.
+        """Check that one more request is worth reading. Raises Overloaded.
 
         A refusal after the body was read and parsed takes as much of the loop as an answer. If many callers are refused
-        and ask again, that alone would take all of it, and neither answers nor refusals would be in time.
+        and ask again, that alone would take all of it, and neither answers nor refusals would be in time. So a crowd is
+        refused unread while the loop is late, while the quota has no room, and for a moment after a refusal.
         """
-        if lag_s > MAX_LAG_S and open_requests > UNHURRIED and not self.quota.closed:
+        if open_requests <= UNHURRIED or self.quota.closed:
+            return
+        no_room = self.quota.refusal(Cost(tokens=self.row_tokens), "")
+        if no_room is not None or lag_s > MAX_LAG_S or time.monotonic() < self._refused_at + REFUSAL_PAUSE_S:
             text = f"The server has {open_requests} open requests and cannot take more now. Retry later."
-            raise self.refuse(Refusal("saturated", text, 1.0))
+            raise self.refuse(no_room or Refusal("saturated", text, 1.0))
 
     def stop(self) -> None:
         """Refuse new requests from now on. Requests that hold something may finish."""
@@ -127,6 +133,7 @@ class Admission:
         """
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
+            self._refused_at = now
             raise self.refuse(refusal)
         self.schedule(now)
         if claim.granted_at is None and not claim.over:

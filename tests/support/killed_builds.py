@@ -49,7 +49,7 @@ def kill_at_every_step(arguments: list[str], environment: Mapping[str, str], out
     asked = build.options_of(build.parser().parse_args(arguments))
     steps = [step.name for step in plan(asked, inspect(asked.checkpoint), {})]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["build_engines.convert.steps"])
+    context.set_forkserver_preload(["build_engines.convert.steps", "tests.support.exporter"])
     for phase, step in zip(cycle(PHASES), steps, strict=False):
         process = context.Process(target=build_until, args=(arguments, dict(environment), phase, step))
         process.start()

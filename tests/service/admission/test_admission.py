@@ -10,9 +10,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from benchmarks.bench.orders import Fifo
-from service.admission.admission import Admission, Reservation
+from service.admission.admission import MAX_LAG_S, UNHURRIED, Admission, Reservation
 from service.admission.fidelity import LEVELS
-from service.admission.quota import Refusal
+from service.admission.quota import Cost, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.card import Engines
 from service.core.errors import DeadlineExceeded, Overloaded
@@ -123,15 +123,20 @@ async def test_who_leaves_the_window_makes_room_though_it_holds_nothing():
             await waiting
 
 
-async def test_a_claim_that_was_refused_is_no_work():
-    house = admission(Metrics())
-    now = time.monotonic()
+def keep_busy(house: Admission, now: float) -> None:
+    """One has the slot, one waits, and slots come free every five seconds."""
     others = [Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now - 10, now + 100) for _ in range(3)]
     for other in others:
         house.scheduler.submit(other, now - 10)
     house.scheduler.schedule(now - 10)
     house.scheduler.release(others[0], now - 5)
-    house.scheduler.schedule(now - 5)  # one has the slot, one waits, and slots come free every five seconds
+    house.scheduler.schedule(now - 5)
+
+
+async def test_a_claim_that_was_refused_is_no_work():
+    house = admission(Metrics())
+    now = time.monotonic()
+    keep_busy(house, now)
     with house.reservation("") as reservation:
         room = Claim(Resource.LLM, 1, Kind.FOLLOW_UP, now, now + 100)
         await reservation.enter(room)
@@ -221,3 +226,42 @@ async def test_only_an_answer_tells_how_long_answers_take(answered):
             raise ValueError
     assert (house.contention.own_s > 0) == answered
     assert len(house.contention) == 0
+
+
+def takes(house: Admission, open_requests: int, lag_s: float = 0.0) -> bool:
+    """Whether it reads one more request."""
+    try:
+        house.require_turns(open_requests, lag_s)
+    except Overloaded:
+        return False
+    return True
+
+
+def test_a_crowd_is_refused_unread_while_the_loop_is_late():
+    house = admission(Metrics())
+    assert takes(house, UNHURRIED + 1, MAX_LAG_S)
+    assert not takes(house, UNHURRIED + 1, 2 * MAX_LAG_S)
+    assert takes(house, UNHURRIED, 1000.0)
+
+
+def test_a_crowd_is_refused_unread_while_there_is_no_room():
+    house = admission(Metrics(), max_requests_in_flight=2)
+    with house.reservation("") as first, house.reservation("") as second:
+        first.reserve(Cost(tokens=house.row_tokens))
+        assert takes(house, UNHURRIED + 1)
+        second.reserve(Cost(tokens=house.row_tokens))
+        assert not takes(house, UNHURRIED + 1)
+        assert takes(house, UNHURRIED)
+    assert takes(house, UNHURRIED + 1)
+
+
+async def test_a_crowd_is_refused_unread_for_a_moment_after_a_refusal():
+    house = admission(Metrics())
+    now = time.monotonic()
+    keep_busy(house, now)
+    with house.reservation("") as reservation:
+        with pytest.raises(Overloaded):
+            await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
+        assert takes(house, UNHURRIED)
+        assert not takes(house, UNHURRIED + 1)
+        await until(lambda: takes(house, UNHURRIED + 1))

@@ -308,6 +308,58 @@ def test_what_is_sent_while_a_request_waits_is_not_read(service):
     eventually(lambda: service.house.language.open == 0, 5, "the question ended")
 
 
+def test_a_response_comes_in_one_piece(service):
+    with service.connect() as client:
+        for _ in range(20):
+            client.sendall(LIVE)
+            head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+            assert b"content-length: %d" % len(body) in head
+
+
+def test_a_streams_first_token_does_not_wait_for_its_second(service):
+    language = service.house.language
+    language.gate.clear()
+    language.wait_at = 1
+    try:
+        with service.connect() as client:
+            client.sendall(post(json.dumps(json.loads(QUESTION) | {"stream": True}).encode()))
+            received = b""
+            while b"red" not in received:
+                received += client.recv(65536)
+            assert received.startswith(b"HTTP/1.1 200 ")
+            language.gate.set()
+            while not received.endswith(b"0\r\n\r\n"):
+                received += client.recv(65536)
+    finally:
+        language.gate.set()
+        language.wait_at = 0
+
+
+def test_an_idle_connection_keeps_nothing_of_its_last_request(service):
+    with service.connect() as client:
+        client.sendall(post(QUESTION))
+        assert read_response(client)[0] == 200
+        here = client.getsockname()
+        (protocol,) = [each for each in service.server.server_state.connections if each.client == here]
+        eventually(lambda: (protocol.cycle, protocol.scope, protocol.headers) == (None,) * 3, 5, "it is let go")
+        client.sendall(LIVE)
+        assert read_response(client)[0] == 200
+
+
+def test_a_head_that_has_begun_outlives_the_response_before_it(service):
+    service.house.language.gate.clear()
+    try:
+        with service.connect() as client:
+            client.sendall(post(QUESTION) + LIVE[:30])
+            eventually(lambda: service.house.language.open == 1, 5, "the question runs")
+            service.house.language.gate.set()
+            assert read_response(client)[0] == 200
+            client.sendall(LIVE[30:])
+            assert read_response(client)[0] == 200
+    finally:
+        service.house.language.gate.set()
+
+
 @pytest.mark.parametrize("paced", [True, False])
 def test_a_client_that_never_reads_is_cut_off(paced):
     """It asks for more than the sockets' buffers hold, one by one or all at once, and then waits."""

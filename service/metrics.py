@@ -179,6 +179,8 @@ class Metrics:
             self.requests.labels(outcome)
         for reason in ("saturated", "tenant_share", "deadline", "shutting_down"):
             self.refusals.labels(reason)
+        for reason in ("cancelled", "deadline", "deadline_exceeded"):
+            self.tokens_saved.labels(reason)
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(f"glimpse_{name}", documentation, labels, registry=self.registry)

@@ -8,7 +8,7 @@ SOURCES := service triton_models build_engines benchmarks tests scripts
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
-.PHONY: help serve test quick check format eval bench bench-versus train repository proto mutants clean
+.PHONY: help serve test test-stack up down quick check format eval bench bench-versus train repository proto mutants clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,20 @@ serve: ready-to-serve ## set up, then serve on port 8080 until Ctrl-C
 
 test: check ## set up, then the style gate and every test
 	$(PYTEST)
+
+test-stack: ready-to-develop ## build the images and test the stack under a real Docker engine (as root; 5 to 8 minutes)
+	$(BIN)/python scripts/test_stack.py $(STACK)
+
+# `docker compose` needs Docker 20.10 and Compose 2.24 or newer. Passwords are random, and stay in .env.
+up: .env ## build and start the whole stack with Docker Compose: http://127.0.0.1:8080, Grafana on 3000
+	docker compose --profile full up --build --detach --wait
+
+down: ## stop and remove it; what Prometheus and Grafana stored stays
+	docker compose --profile full --profile gpu --profile simple down
+
+.env:
+	@umask 077 && sed "s/^\([A-Z]*PASSWORD=\)$$/\1$$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')/" .env.example > .env
+	@echo "  wrote .env with random passwords"
 
 quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute)
 	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target check quick-gateway quick-builder

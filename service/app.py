@@ -61,7 +61,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     except Exception as exc:  # tokenizers raises plain Exception
         raise SettingsError(
             f"{settings.model_repository} is not a model repository that can be read ({exc}): "
-            "point GLIMPSE_MODEL_REPOSITORY at one, or make it with `make repository`"
+            "set GLIMPSE_MODEL_REPOSITORY to a folder that `glimpse build` wrote"
         ) from exc
     if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
         raise SettingsError(
@@ -180,7 +180,7 @@ def embedded_triton(app: App) -> EmbeddedTriton:
         settings.model_repository,
         client=app.client,
         card=app.card,
-        log_path=settings.log_dir / "triton.log",
+        log_path=settings.triton_log,
         access=app.access,
         start_timeout_s=settings.triton_start_timeout_s,
     )

@@ -16,6 +16,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.environment import SecretFileError, is_service_link, with_secrets
+
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
@@ -113,7 +115,7 @@ class Settings(BaseSettings):
     redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
-    log_dir: Path = Path("logs")  # Triton's own log
+    log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
 
@@ -200,6 +202,11 @@ class Settings(BaseSettings):
         return self.vision_url is None
 
     @property
+    def triton_log(self) -> Path | None:
+        """The file of Triton's log; None: stderr."""
+        return None if self.log_dir == Path("-") else self.log_dir / "triton.log"
+
+    @property
     def max_upload_bytes_in_flight(self) -> int:
         """What bodies of more than 64 KiB may hold together, and with them everything else."""
         return self.max_bytes_in_flight * 3 // 4
@@ -215,7 +222,15 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
     Raises SettingsError for a wrong value or a mistyped GLIMPSE_ variable.
     """
-    environ = {name: value for name, value in environ.items() if name.upper() not in OF_THE_COMMAND}
+    environ = {
+        name: value
+        for name, value in environ.items()
+        if name.upper() not in OF_THE_COMMAND and not is_service_link(name, value)
+    }
+    try:
+        environ = with_secrets(environ, secret_names())
+    except SecretFileError as exc:
+        raise SettingsError(str(exc)) from exc
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in sorted(environ):
         if name.upper() in REMOVED and environ[name]:
@@ -233,6 +248,12 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         return Settings(**values)
     except ValidationError as exc:
         raise SettingsError("; ".join(_in_words(error["loc"], error["msg"]) for error in exc.errors())) from exc
+
+
+def secret_names() -> list[str]:
+    """List the variables that hold a secret: NAME_FILE names a file with it."""
+    fields = Settings.model_fields.items()
+    return [PREFIX + name.upper() for name, field in fields if "SecretStr" in str(field.annotation)]
 
 
 def _in_words(where: tuple[int | str, ...], message: str) -> str:

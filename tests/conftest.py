@@ -55,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Workers(Path(folder.name)))
     config.addinivalue_line("markers", "needs(program): one of INSTALLED_BY that the test runs for real")
     config.addinivalue_line("markers", "servers: starts a real server; set here for those that use SERVERS")
+    config.addinivalue_line("markers", "stack: needs a Docker engine and images; `make test-stack` runs these")
     config.addinivalue_line(
         "markers", "slow: builds or trains a model, starts many processes, or takes more than two seconds"
     )

@@ -35,7 +35,7 @@ def plain_words(url: str) -> Iterator[None]:
     except httpx.ConnectError as exc:
         if "certificate" in str(exc).lower() or "[Errno -" in str(exc):  # an unknown host has a negative number
             fail(f"cannot connect to {url}: {exc}")
-        fail(f"nothing answers at {url}: start the service with `make serve` (or `glimpse serve`), or set --url")
+        fail(f"nothing answers at {url}: start the service with `glimpse serve`, or set --url")
     except httpx.TimeoutException:
         fail(f"{url} did not answer in time: try again, or check the service's log")
     except httpx.RequestError as exc:

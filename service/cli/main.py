@@ -9,7 +9,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,7 +17,8 @@ from service.cli import cache
 from service.cli.ask import ask
 from service.cli.client import connected, plain_words
 from service.cli.options import Detail, Url, budget, url_of
-from service.cli.terminal import become, run
+from service.cli.probes import canary, health
+from service.cli.terminal import become, require, run
 
 app = typer.Typer(
     name="glimpse",
@@ -62,6 +63,27 @@ def serve(
     become("service", [], goal="serve", needs="uvicorn")
 
 
+@app.command()
+def triton(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of gRPC.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Triton's metrics.")] = 8002,
+    pool: Annotated[
+        Literal["vision", "llm", "both"], typer.Option(help="The models to serve: those before the LLM, it, or all.")
+    ] = "both",
+) -> None:
+    """Serve the models alone until Ctrl-C, for gateways elsewhere: start Triton and bring dead models back.
+
+    \b
+    Whoever reaches the port can ask the models, and only that: keep it in a network of your own.
+      glimpse triton --host 0.0.0.0
+      GLIMPSE_VISION_URL=triton:8001 GLIMPSE_LLM_URL=triton:8001 glimpse serve     # the gateway, elsewhere
+    """
+    become("service.triton_alone", [host, str(port), str(metrics_port), pool], goal="serve", needs="uvloop")
+
+
+app.command()(health)
+app.command()(canary)
 app.command()(ask)
 
 
@@ -89,6 +111,7 @@ def evaluate(
       glimpse eval --vision-tokens 64 112      # how well it answers if it looks less closely
       glimpse eval --detail auto               # or if it may look closer
     """
+    require("build_engines", "serve")
     from build_engines.evaluation import accuracy  # noqa: PLC0415
 
     address = url_of(url)

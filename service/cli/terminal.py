@@ -108,7 +108,9 @@ def require(module: str, goal: str) -> None:
 
 
 def missing(module: str, goal: str) -> NoReturn:
-    fail(f"this needs {module}, which is not installed: run `python3 {SET_UP} {goal}`")
+    if SET_UP.exists():
+        fail(f"this needs {module}, which is not installed: run `python3 {SET_UP} {goal}`")
+    fail(f"this needs {module}, which an installed package or an image of Glimpse lacks: run it in Glimpse's folder")
 
 
 def fail(message: str) -> NoReturn:

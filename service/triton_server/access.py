@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+SHARED_MEMORY = Path("/dev/shm")  # of Triton and its models
 FOLDER = re.compile(r"glimpse-\d+-[0-9a-f]{16}")
 SOCKET_BYTES = 107  # the longest path of a unix socket
 SOCKET_NAME = "grpc:1"  # Triton adds its port's number to the address, of a socket too
@@ -20,10 +21,11 @@ KEY_NAME = "glimpse"
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """On 127.0.0.1. Without a port for gRPC only this user's processes reach Triton."""
+    """Without a port for gRPC only this user's processes reach Triton."""
 
     grpc: int | None = None
     metrics: int = 8002
+    host: str = "127.0.0.1"  # an address of this machine; 0.0.0.0 and :: stand for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,10 @@ class Access:
     @property
     def url(self) -> str:
         """The address for a gRPC client."""
-        return f"127.0.0.1:{self.ports.grpc}" if self.ports.grpc else f"unix:{self.folder}/{SOCKET_NAME}"
+        if not self.ports.grpc:
+            return f"unix:{self.folder}/{SOCKET_NAME}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.ports.host, self.ports.host)
+        return f"[{host}]:{self.ports.grpc}" if ":" in host else f"{host}:{self.ports.grpc}"
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -60,21 +65,25 @@ class Access:
         grpc = [f"--grpc-address=unix:{self.folder}/{name}", f"--grpc-port={number}"]
         if self.ports.grpc:
             grpc = [
-                "--grpc-address=127.0.0.1",
+                f"--grpc-address={self.ports.host}",
                 f"--grpc-port={self.ports.grpc}",
                 f"--grpc-restricted-protocol={','.join(RESTRICTED)}:{KEY_NAME}={self.key}",
             ]
         return [
             "--allow-http=false",
             *grpc,
-            "--metrics-address=127.0.0.1",
+            f"--metrics-address={self.ports.host}",
             f"--metrics-port={self.ports.metrics}",
         ]
 
 
 def parents() -> list[Path]:
     """Where folders may lie, the preferred one first."""
-    return [Path(path) for path in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp"))]
+    try:
+        preferred = [tempfile.gettempdir()]
+    except FileNotFoundError:  # nothing can be written anywhere: `claim` says so
+        preferred = []
+    return [Path(path) for path in dict.fromkeys((*preferred, "/tmp", "/var/tmp"))]
 
 
 def _parent(length: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import platform
@@ -9,10 +10,11 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.triton_server.access import Ports
+from service.triton_server.access import SHARED_MEMORY, Ports
 
 
 class StartFailed(Exception):
@@ -35,7 +37,8 @@ class Installation:
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
             raise StartFailed(
-                "the Triton server is not installed: run `python3 scripts/set_up.py serve` in Glimpse's folder"
+                "the Triton server is not installed: `make serve` in Glimpse's folder installs it. Or name one "
+                "that runs elsewhere with GLIMPSE_VISION_URL and GLIMPSE_LLM_URL"
             )
         package = Path(spec.origin).parent
         root = package / "tritonserver"
@@ -87,6 +90,7 @@ def check(repository: Path, ports: Ports) -> Installation:
     installation = Installation.find()
     check_libraries(installation)
     check_repository(repository)
+    check_shared_memory(SHARED_MEMORY)
     check_ports(ports)
     return installation
 
@@ -132,20 +136,37 @@ def check_repository(repository: Path) -> None:
     ]
     if absent:
         raise StartFailed(
-            f"{repository} is not a model repository, it lacks {', '.join(absent)}: set GLIMPSE_MODEL_REPOSITORY, "
-            "or write one with `make repository`"
+            f"{repository} is not a model repository, it lacks {', '.join(absent)}: "
+            "set GLIMPSE_MODEL_REPOSITORY to a folder that `glimpse build` wrote"
         )
+
+
+def check_shared_memory(folder: Path) -> None:
+    """Triton and its models exchange tensors there; without it Triton ends with a trace of its own."""
+    try:
+        descriptor, path = tempfile.mkstemp(dir=folder, prefix="glimpse-")
+        os.close(descriptor)
+        os.unlink(path)
+    except OSError as exc:
+        raise StartFailed(
+            f"nothing can be written in {folder}, the shared memory of Triton's models ({exc.strerror}): mount a tmpfs "
+            "of at least 64 MB there (docker run --shm-size=64m; in Kubernetes an emptyDir with medium Memory)"
+        ) from exc
 
 
 def check_ports(ports: Ports) -> None:
     for name, port in (("GRPC", ports.grpc), ("METRICS", ports.metrics)):
         if port is None:
             continue
-        with socket.socket() as listener:
+        with socket.socket(socket.AF_INET6 if ":" in ports.host else socket.AF_INET) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind(("127.0.0.1", port))
+                listener.bind((ports.host, port))
             except OSError as exc:
+                if exc.errno != errno.EADDRINUSE:
+                    raise StartFailed(
+                        f"Triton cannot listen on {ports.host}:{port} ({exc.strerror}): choose another address or port"
+                    ) from exc
                 raise StartFailed(
                     f"port {port} is taken: stop the program that uses it (`ss -ltnp 'sport = :{port}'` shows it) "
                     f"or set GLIMPSE_TRITON_{name}_PORT"

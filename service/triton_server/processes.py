@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
+from service.triton_server.access import SHARED_MEMORY
+
 # Each model process has a region of shared memory. Triton's default of 1 MiB grows with the requests in flight. A
 # process that writes while its region grows can write past the end: this killed two processes in a 40-minute soak test.
 REGION_BYTES = 32 << 20

@@ -22,7 +22,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,10 +30,10 @@ import structlog
 
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
-from service.triton_server.access import Access, parents
+from service.triton_server.access import SHARED_MEMORY, Access, parents
 from service.triton_server.installation import Installation, StartFailed, check
 from service.triton_server.leftovers import claim, clean_up
-from service.triton_server.processes import SHARED_MEMORY, ModelProcess, Proc, ServerProcess, region_bytes
+from service.triton_server.processes import ModelProcess, Proc, ServerProcess, region_bytes
 from service.triton_server.triton_log import TritonLog
 
 WATCH_INTERVAL_S = 0.2
@@ -76,20 +76,25 @@ class EmbeddedTriton:
         *,
         client: Client,
         card: ModelCard,
-        log_path: Path,
+        log_path: Path | None,
         access: Access,
+        called: Sequence[str] | None = None,
         start_timeout_s: float = 60.0,
         canary_interval_s: float = 10.0,
         canary_timeout_s: float = 15.0,
         proc: Proc | None = None,
     ) -> None:
-        """Two consecutive canaries without an answer in `canary_timeout_s` count as a hang: the server is restarted."""
+        """`called` are the models to load, with what they need; None loads all of the repository.
+
+        Without a `log_path` Triton's log goes to stderr. Two consecutive canaries without an answer in
+        `canary_timeout_s` count as a hang: the server is restarted."""
         self.repository = repository.resolve()
         self.access = access
         self.ready = False  # False while the server or a model is being brought back
         self._log = TritonLog(log_path)
         self._client = client
         self._card = card
+        self._called = called
         self._start_timeout_s = start_timeout_s
         self._canary_interval_s = canary_interval_s
         self._canary_timeout_s = canary_timeout_s
@@ -322,7 +327,7 @@ class EmbeddedTriton:
             f"--backend-directory={self.access.folder}",
             "--disable-auto-complete-config",
             "--model-control-mode=explicit",
-            "--load-model=*",
+            *(f"--load-model={model}" for model in self._called or ["*"]),
             f"--backend-config=python,shm-region-prefix-name={self._server.shared_memory_prefix}",
             f"--backend-config=python,shm-default-byte-size={region}",
             *self.access.options(),
@@ -332,7 +337,7 @@ class EmbeddedTriton:
         ]
 
     async def _probe_all(self, timeout_s: float, fresh_s: float = 0.0) -> None:
-        for model in (*self._card.called, "vqa"):  # together they infer every model
+        for model in self._called or (*self._card.called, "vqa"):  # together they infer every model
             await self._client.probe(model, self._card, timeout_s, fresh_s)
 
     def _note_processes(self) -> None:

@@ -20,7 +20,8 @@ log = structlog.get_logger()
 class TritonLog:
     """The log of one Triton, through all its starts."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        """None: stderr is the log."""
         self.path = path
         self._begun: int | None = None  # where this start's lines begin; None if they are not in the file
         self._complaint = ""
@@ -37,7 +38,7 @@ class TritonLog:
 
     def last_words(self) -> str:
         """The errors of this start, and where there are more."""
-        if self._begun is None:
+        if self._begun is None or self.path is None:
             return "see Triton's lines on stderr"
         try:
             with self.path.open("rb") as written:
@@ -52,6 +53,8 @@ class TritonLog:
 
     def _open(self) -> int | None:
         self._begun = None
+        if self.path is None:
+            return None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):

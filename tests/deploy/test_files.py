@@ -1,0 +1,107 @@
+"""The files that containers are made of, by their own validators; a broken copy of each fails its check."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service.settings import PREFIX, Settings
+from tests.support.paths import PROJECT
+
+BIN = PROJECT / ".venv" / "bin"
+DOCKERFILE = PROJECT / "Dockerfile"
+COMPOSE = PROJECT / "docker-compose.yml"
+
+
+def faults_of_dockerfile(path: Path) -> str:
+    done = subprocess.run([BIN / "hadolint", path], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def faults_of_compose(path: Path, environment: Mapping[str, str]) -> str:
+    command = [
+        BIN / "docker-compose", "--project-directory", PROJECT, "--file", path, "--env-file", os.devnull,
+        "--profile", "full", "--profile", "gpu", "--profile", "simple", "config", "--quiet",
+    ]  # fmt: skip
+    told = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=told)
+    return done.stderr if done.returncode else ""
+
+
+def test_the_dockerfile_is_clean() -> None:
+    assert faults_of_dockerfile(DOCKERFILE) == ""
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "rule"),
+    [
+        ("tini=0.19.*", "tini", "DL3008"),
+        ("ARG BASE=python:3.13-slim-trixie", "ARG BASE=python:3.13-slim-trixie\nFROM python:latest", "DL3007"),
+        ("USER 10001:10001", "USER root", "DL3002"),
+        ("WORKDIR /src", "RUN cd /src", "DL3003"),
+        ("COPY pyproject.toml", "COPPY pyproject.toml", "unexpected"),
+    ],
+)
+def test_a_broken_dockerfile_is_found(good: str, bad: str, rule: str, tmp_path: Path) -> None:
+    text = DOCKERFILE.read_text()
+    assert good in text
+    broken = tmp_path / "Dockerfile"
+    broken.write_text(text.replace(good, bad, 1))
+    assert rule in faults_of_dockerfile(broken)
+
+
+def test_the_stack_is_valid_with_every_profile() -> None:
+    assert faults_of_compose(COMPOSE, {"REDIS_PASSWORD": "x"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        ("condition: service_healthy }", "condition: service_happy }", "depends_on"),
+        ("networks: [front, back]", "networks: [front, beck]", "undefined network"),
+        ("  cap_drop: [ALL]", "  cap_dropp: [ALL]", "cap_dropp"),
+        ("mem_limit: 2g", "mem_limit: much", "mem_limit"),
+        ('"prometheus:/prometheus"', '"promotheus:/prometheus"', "undefined volume"),
+    ],
+)
+def test_a_broken_stack_is_found(good: str, bad: str, said: str, tmp_path: Path) -> None:
+    text = COMPOSE.read_text()
+    assert good in text
+    broken = tmp_path / "docker-compose.yml"
+    broken.write_text(text.replace(good, bad, 1))
+    assert said in faults_of_compose(broken, {"REDIS_PASSWORD": "x"})
+
+
+def test_the_stack_has_no_secret_and_asks_for_one() -> None:
+    assert "REDIS_PASSWORD is missing a value: run make up" in faults_of_compose(COMPOSE, {})
+    for line in (PROJECT / ".env.example").read_text().splitlines():
+        assert not re.fullmatch(r"\w*PASSWORD=.+", line)
+
+
+def test_every_setting_in_the_files_is_one() -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for file in (DOCKERFILE, COMPOSE):
+        assert set(re.findall(rf"{PREFIX}[A-Z_]+[A-Z]", file.read_text())) <= known
+
+
+def test_every_variable_of_the_example_is_read() -> None:
+    names = re.findall(r"^(\w+)=", (PROJECT / ".env.example").read_text(), re.MULTILINE)
+    assert [name for name in names if f"${{{name}:" not in COMPOSE.read_text()] == []
+
+
+def test_every_image_is_pinned_and_every_container_of_the_stack_bounded() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    for name, service in services.items():
+        image = re.sub(r"\$\{\w+:-(.*)\}", r"\1", service["image"])
+        assert image.startswith("glimpse/") or re.search(r":v?\d", image), name
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["pids_limit"] >= 512, name
+        assert service.get("mem_limit") or name.startswith("triton-"), name
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])), name

@@ -1,0 +1,132 @@
+"""The stack of docker-compose.yml under a real engine: `make test-stack` starts it and tells where.
+
+Nothing here is collected by `make test`: the marker `stack` keeps it out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.ports import free_ports
+from tests.support.paths import PROJECT
+from tests.support.servers import eventually
+
+UP_S = 180
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.stack)
+            item.add_marker(pytest.mark.slow)
+
+
+@dataclass
+class Docker:
+    """The engine that scripts/test_stack.py started."""
+
+    program: str = "/usr/bin/docker"
+
+    def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([self.program, *arguments], capture_output=True, text=True, check=False)
+        if check and done.returncode:
+            pytest.fail(f"docker {' '.join(arguments)}: {done.stderr}{done.stdout}")
+        return done
+
+    def said(self, *arguments: str) -> str:
+        return self.run(*arguments).stdout.strip()
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        found: list[dict[str, Any]] = json.loads(self.said("inspect", name))
+        return found[0]
+
+    def health(self, name: str) -> str:
+        return str(self.inspect(name)["State"].get("Health", {}).get("Status"))
+
+    def wait_until_healthy(self, name: str) -> None:
+        eventually(lambda: self.health(name) == "healthy", 90, f"{name} healthy")
+
+
+@dataclass
+class Stack:
+    """What `docker compose up` started."""
+
+    docker: Docker
+    environment: dict[str, str]
+    url: str
+    rpc: str
+    prometheus: str
+    took_s: dict[str, float] = field(default_factory=dict)
+
+    def compose(self, *arguments: str) -> str:
+        command = [".venv/bin/docker-compose", "--env-file", os.devnull, *arguments]
+        done = subprocess.run(
+            command, cwd=PROJECT, env=self.environment, capture_output=True, text=True, check=False, timeout=600
+        )
+        if done.returncode:
+            pytest.fail(f"docker compose {' '.join(arguments)}: {done.stderr[-3000:]}\n{self.logs()}")
+        return done.stdout
+
+    def logs(self) -> str:
+        command = [".venv/bin/docker-compose", "--env-file", os.devnull, "logs", "--tail", "15"]
+        said = subprocess.run(command, cwd=PROJECT, env=self.environment, capture_output=True, text=True, check=False)
+        return said.stdout[-12_000:]
+
+    def names(self, service: str = "") -> list[str]:
+        """The containers of a service, or of all."""
+        project = self.environment["COMPOSE_PROJECT_NAME"]
+        filters = [f"label=com.docker.compose.project={project}"]
+        if service:
+            filters.append(f"label=com.docker.compose.service={service}")
+        options = [option for each in filters for option in ("--filter", each)]
+        return sorted(self.docker.said("ps", "--all", "--format", "{{.Names}}", *options).split())
+
+
+@pytest.fixture(scope="session")
+def docker() -> Docker:
+    if "STACK_BASE" not in os.environ:
+        pytest.fail("these tests need an engine and images: run `make test-stack`", pytrace=False)
+    return Docker()
+
+
+@pytest.fixture(scope="session")
+def stack(docker: Docker) -> Iterator[Stack]:
+    """The default services, up and healthy; down at the end, whatever happened."""
+    names = ("HTTP_PORT", "GRPC_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")
+    ports = dict(zip(names, map(str, free_ports(len(names))), strict=True))
+    environment = {**os.environ, **ports, "REDIS_PASSWORD": "not-a-secret-of-anybody"}
+    url, rpc = f"http://127.0.0.1:{ports['HTTP_PORT']}", f"127.0.0.1:{ports['GRPC_PORT']}"
+    stack = Stack(docker, environment, url, rpc, f"http://127.0.0.1:{ports['PROMETHEUS_PORT']}")
+    began = time.monotonic()
+    try:
+        stack.compose("up", "--detach", "--no-build", "--wait", "--wait-timeout", str(UP_S))
+        stack.took_s["up --wait"] = time.monotonic() - began
+        yield stack
+    finally:
+        stack.compose("down", "--volumes", "--timeout", "20")
+
+
+@pytest.fixture
+def caller(stack: Stack) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=stack.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session", autouse=True)
+def told(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Figures that tests measured, printed at the end."""
+    figures: dict[str, str] = {}
+    yield figures
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    for what, figure in figures.items():
+        reporter.write_line(f"\n  {what}: {figure}")

@@ -1,0 +1,120 @@
+"""The images that the committed Dockerfile makes, each run by itself under a real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.stack.conftest import Docker
+from tests.support.paths import PROJECT
+from tests.support.servers import eventually
+
+SCENE = PROJECT / "benchmarks" / "scenes" / "new_003.webp"
+QUESTION = "what character is on the pink square?"  # the README's, whose answer is 8
+GATEWAY_MB = 200  # over its base
+HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "1024")
+
+
+@contextmanager
+def running(docker: Docker, image: str, *options: str) -> Iterator[str]:
+    """A container's name. It is removed at the end."""
+    name = f"glimpse-test-{uuid.uuid4().hex[:8]}"
+    docker.run("run", "--detach", "--name", name, *options, image)
+    try:
+        yield name
+    finally:
+        docker.run("rm", "--force", "--volumes", name)
+
+
+def answer(docker: Docker, name: str) -> str:
+    """Ask the container's gateway the README's question."""
+    address = docker.said("port", name, "8080/tcp").splitlines()[0]
+    with httpx.Client(base_url=f"http://{address}", timeout=30, trust_env=False) as client:
+        said = client.post("/v1/vqa", data={"question": QUESTION}, files={"image": SCENE.read_bytes()})
+    assert said.status_code == 200, said.text
+    return str(said.json()["answer"])
+
+
+def ends_with_one_line(docker: Docker, *options: str) -> str:
+    """The container ends by itself, with status 1. What it said."""
+    with running(docker, "glimpse/all-in-one", *options) as name:
+        eventually(lambda: docker.inspect(name)["State"]["Status"] == "exited", 60, f"{name} ended")
+        assert docker.inspect(name)["State"]["ExitCode"] == 1
+        said = docker.run("logs", name)
+    lines = [line for line in (said.stdout + said.stderr).splitlines() if line]
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_the_gateway_is_small_and_holds_no_weights_tests_or_engine(docker: Docker, told: dict[str, str]) -> None:
+    sizes = {image: docker.inspect(image)["Size"] for image in ("glimpse/gateway", os.environ["STACK_BASE"])}
+    over_mb = (sizes["glimpse/gateway"] - sizes[os.environ["STACK_BASE"]]) / 1e6
+    told["gateway image over its base"] = f"{over_mb:.0f} MB"
+    assert over_mb <= GATEWAY_MB
+    listing = docker.said("run", "--rm", "--entrypoint", "find", "glimpse/gateway", "/opt", "/models", "/usr/bin")
+    names = {Path(line).name for line in listing.splitlines()}
+    assert {"service", "card.json", "tini"} <= names
+    assert names.isdisjoint({"onnxruntime", "torch", "pytriton", "tests", "benchmarks", "gcc", "pip", "strip"})
+    assert [name for name in names if name.endswith((".onnx", ".safetensors"))] == []
+
+
+def test_an_image_says_what_it_is(docker: Docker) -> None:
+    for target in ("gateway", "triton-cpu", "all-in-one"):
+        config = docker.inspect(f"glimpse/{target}")["Config"]
+        assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+        assert config["User"] == "10001:10001"
+        assert config["Entrypoint"] == ["tini", "--"]
+        assert config["Healthcheck"]["Test"][:3] == ["CMD", "glimpse", "health"]
+
+
+@pytest.mark.parametrize("which", ["default", "other"])
+def test_all_in_one_answers_under_any_user_without_a_right_or_a_file(docker: Docker, which: str) -> None:
+    """With Docker's default 64 MB of shared memory."""
+    tag = "latest" if which == "default" else os.environ["STACK_OTHER_BASE"].rpartition("-")[2]
+    if not tag:
+        pytest.skip("only one base was built: `make test-stack` with --both builds the other")
+    options = (*HARDENED, "--tmpfs", "/tmp", "--user", "54321:54321", "--publish", "127.0.0.1::8080")
+    with running(docker, f"glimpse/all-in-one:{tag}", *options) as name:
+        docker.wait_until_healthy(name)
+        assert docker.inspect(name)["HostConfig"]["ShmSize"] == 64 << 20
+        assert docker.said("exec", name, "id", "-u") == "54321"
+        assert answer(docker, name) == "8"
+        assert "answered in" in docker.said("exec", name, "glimpse", "canary")
+        docker.run("stop", name)
+        assert docker.inspect(name)["State"]["ExitCode"] == 0
+
+
+def test_nothing_to_write_is_one_line(docker: Docker) -> None:
+    assert "no temporary folder can be made in /tmp" in ends_with_one_line(docker, *HARDENED)
+    without_shared_memory = ends_with_one_line(docker, *HARDENED, "--tmpfs", "/tmp", "--ipc", "none")
+    assert "nothing can be written in /dev/shm" in without_shared_memory
+
+
+def test_a_command_that_an_image_lacks_names_no_script_of_ours(docker: Docker) -> None:
+    for command in ("build", "train", "eval"):
+        done = docker.run("run", "--rm", "glimpse/gateway", "glimpse", command, check=False)
+        assert done.returncode == 1
+        assert "run it in Glimpse's folder" in done.stderr
+        assert "set_up.py" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["gateway", "triton-cpu", "all-in-one"])
+def test_every_image_has_a_bill_of_materials(docker: Docker, target: str, tmp_path: Path) -> None:
+    bill = tmp_path / "bill.json"
+    command = [
+        ".venv/bin/trivy", "image", "--quiet", "--offline-scan", "--format", "cyclonedx", "--image-src", "docker",
+        "--cache-dir", str(tmp_path / "cache"), "--output", str(bill), f"glimpse/{target}:latest",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = {part["name"] for part in json.loads(bill.read_text())["components"]}
+    assert {"glimpse", "tritonclient", "tini"} <= parts
+    assert ("onnxruntime" in parts) == (target != "gateway")

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from prometheus_client import generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0 as METRICS_TYPE
+from prometheus_client.exposition import choose_encoder
 
 from service.admission.admission import Admission
 from service.admission.scheduler import Scheduler
@@ -33,6 +33,9 @@ from service.triton import TritonClient, read_engines
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 
+if TYPE_CHECKING:
+    from service.spans import Traces
+
 
 @dataclass(frozen=True, slots=True)
 class App:
@@ -48,6 +51,7 @@ class App:
     readiness: Readiness
     metrics: Metrics
     lag: LoopLag
+    traces: Traces | None
     api: FastAPI
     rpc: GrpcEdge
 
@@ -79,6 +83,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
+    traces = traces_of(settings, card)
     pipeline = Pipeline(
         vision=client,
         language=client,
@@ -89,11 +94,12 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         settings=settings,
         metrics=metrics,
         shared=shared,
+        traces=traces,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag))
     rpc = grpc_edge(pipeline, readiness, settings, metrics, lag)
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, api, rpc)
+    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, traces, api, rpc)
 
 
 def http_edge(
@@ -107,7 +113,7 @@ def http_edge(
         connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
-        metrics=lambda: (generate_latest(metrics.registry), METRICS_TYPE),
+        metrics=lambda accept: metrics_text(metrics, accept),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
     )
@@ -126,6 +132,12 @@ def grpc_edge(
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
     )
+
+
+def metrics_text(metrics: Metrics, accept: str) -> tuple[bytes, str]:
+    """The text for Prometheus and its media type. OpenMetrics, if `accept` asks for it, has the traces' ids too."""
+    encode, media_type = choose_encoder(accept)
+    return encode(metrics.registry), media_type
 
 
 def question_limits(settings: Settings) -> QuestionLimits:
@@ -147,6 +159,15 @@ def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTi
         raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
 
 
+def traces_of(settings: Settings, card: ModelCard) -> Traces | None:
+    """Make the sender of traces, or None without a receiver."""
+    if settings.otlp_endpoint is None:
+        return None
+    from service.spans import Traces  # noqa: PLC0415 - 20 MB that a service without traces does not need
+
+    return Traces(settings.otlp_endpoint, settings.trace_share, card.name, gen_ai=settings.trace_gen_ai)
+
+
 @asynccontextmanager
 async def running(app: App) -> AsyncIterator[None]:
     """Start the embedded Triton, or connect to an external one, and watch it while the block runs.
@@ -155,6 +176,8 @@ async def running(app: App) -> AsyncIterator[None]:
     """
     settings = app.settings
     async with AsyncExitStack() as parts:
+        if app.traces is not None:
+            parts.callback(app.traces.close)
         parts.callback(app.reader.close)
         app.reader.start()
         await parts.enter_async_context(app.client)

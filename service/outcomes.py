@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -13,6 +14,9 @@ from service.core.request import Request
 from service.core.vision import TENSIONS, Seen
 from service.metrics import Metrics
 from service.ticket import Ticket
+
+if TYPE_CHECKING:
+    from service.spans import Trace, Traces
 
 log = structlog.get_logger()
 
@@ -23,8 +27,9 @@ NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
 class Outcomes:
     """Count and log the outcomes of all requests. Made once by the pipeline."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, traces: Traces | None = None) -> None:
         self.metrics = metrics
+        self.traces = traces
 
     @contextmanager
     def of(self, request: Request) -> Iterator[Ticket]:
@@ -34,6 +39,8 @@ class Outcomes:
         """
         now = time.monotonic()
         ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
+        if self.traces is not None:
+            ticket.trace = self.traces.request(request.traceparent)
         fault: Exception | None = None
         try:
             yield ticket
@@ -48,6 +55,8 @@ class Outcomes:
                 ticket.outcome = DeadlineExceeded.code  # the edge's timeout came first: the loop stood still
             self._count(ticket)
             _log(ticket, fault)
+            if ticket.trace is not None:
+                _end_trace(ticket, ticket.trace)
 
     def answered(self, ticket: Ticket, seen: Sequence[Seen]) -> None:
         """Record that the request was answered, from these visual tokens of its images."""
@@ -61,6 +70,10 @@ class Outcomes:
                 self.metrics.tension.labels(name).observe(tension)
         if ticket.reduced:
             self.metrics.reduced_answers.inc()
+        ticket.tell(
+            vision_tokens=sum(each.relevance.vision_tokens for each in seen),
+            visual_tokens=sum(len(each.visual_tokens) for each in seen),
+        )
 
     def _count(self, ticket: Ticket) -> None:
         timing_ms = ticket.timing_ms()
@@ -68,8 +81,9 @@ class Outcomes:
         self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
         self.metrics.generated_tokens.inc(ticket.completion_tokens)
         if ticket.outcome == "ok":
-            self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3)
-            self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3)
+            exemplar = {"trace_id": ticket.trace.id} if ticket.trace is not None else None
+            self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3, exemplar)
+            self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3, exemplar)
             if ticket.kind is not None:
                 self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
             for name, stage in ticket.stages.items():
@@ -91,7 +105,28 @@ def _log(ticket: Ticket, fault: Exception | None) -> None:
         reduced=ticket.reduced,
         completion_tokens=ticket.completion_tokens,
         **{f"{name}_ms": value for name, value in ticket.timing_ms().items()},
+        **({"trace_id": ticket.trace.id} if ticket.trace is not None else {}),
         **told_of(fault),
+    )
+
+
+def _end_trace(ticket: Ticket, trace: Trace) -> None:
+    request = ticket.request
+    trace.end(
+        ticket.outcome,
+        {
+            "request_id": request.trace_id,
+            "id": request.id,
+            "images": len(request.images),
+            "cache": ticket.cache,
+            "detail": ticket.detail,
+            "reduced": ticket.reduced,
+            "encoded_images": ticket.encoded,
+            "prompt_tokens": ticket.prompt_tokens,
+            "completion_tokens": ticket.completion_tokens,
+        },
+        (ticket.prompt_tokens, ticket.completion_tokens),
+        ticket.finish_reason,
     )
 
 

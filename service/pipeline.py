@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
@@ -32,6 +32,9 @@ from service.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.settings import Settings
 from service.ticket import Ticket
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
+
+if TYPE_CHECKING:
+    from service.spans import Traces
 
 __all__ = ["LanguageModel", "Pipeline", "Reservation"]  # the only names that a transport imports
 
@@ -73,6 +76,7 @@ class Pipeline:
         settings: Settings,
         metrics: Metrics,
         shared: SharedTier | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.language = language
         self.admission = admission
@@ -80,7 +84,7 @@ class Pipeline:
         self.reader = reader
         self.settings = settings
         self.metrics = metrics
-        self.outcomes = Outcomes(metrics)
+        self.outcomes = Outcomes(metrics, traces)
         self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
         self.features = FeatureCache(
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"

@@ -21,6 +21,7 @@ from service.environment import SecretFileError, is_service_link, with_secrets
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
@@ -118,6 +119,19 @@ class Settings(BaseSettings):
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
+
+    # Traces go to an OTLP receiver over gRPC, for example http://localhost:4317. The models read the first setting from
+    # Triton's environment. OpenTelemetry's own OTEL_ variables give headers, certificates and resource attributes.
+    otlp_endpoint: str | None = None  # None: no traces
+    trace_share: float = Field(1.0, ge=0, le=1)  # of the requests whose caller sends no traceparent header
+    trace_gen_ai: bool = False  # add OpenTelemetry's gen_ai attributes; they have counts and names, and no content
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_endpoint(cls, address: str | None) -> str | None:
+        if address is not None and not ENDPOINT.fullmatch(address):
+            raise ValueError(f"{address!r} is no address of an OTLP receiver: write http://HOST:4317, or https://")
+        return address
 
     @field_validator("vision_url", "llm_url")
     @classmethod

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
 from service.core.request import Request
+from service.tracing import Value
+
+if TYPE_CHECKING:
+    from service.spans import Trace
 
 
 @dataclass(slots=True)
@@ -57,13 +61,21 @@ class Ticket:
     prompt_tokens: int = 0  # 0 until there is a prompt
     completion_tokens: int = 0
     finish_reason: Literal["stop", "length"] = "length"
+    trace: Trace | None = None  # None: not recorded
 
     @property
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
 
-    def stage(self, name: str) -> Stage:
-        return self.stages[name]
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Count the block's time for this stage, and record its span if the request is traced."""
+        stage = self.stages[name]
+        return stage if self.trace is None else self.trace.stage(name, stage)
+
+    def tell(self, **attributes: Value) -> None:
+        """Say something of the current stage in the request's trace."""
+        if self.trace is not None:
+            self.trace.tell(**attributes)
 
     @property
     def writing(self) -> str:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -21,7 +21,11 @@ from triton_models.decoder import OnnxDecoder
 from triton_models.delivery import Delivery
 from triton_models.gauges import Gauges
 from triton_models.parameters import Parameters
+from triton_models.spans import begin
 from triton_models.tensors import read, write
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 # Triton's error codes by gRPC's names, which clients know.
 TRITON_CODES = {"INTERNAL": "INTERNAL", "INVALID_ARGUMENT": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE"}
@@ -35,9 +39,12 @@ class Caller:
     outputs: tuple[str, ...]
     streaming: bool = True  # True: one response per token; False: one response at the end
     untold: list[Event] = field(default_factory=list)  # not sent yet
+    span: Span | None = None  # of the whole sequence, if its request is traced
 
     def say(self, event: Event) -> None:
         """Send or collect one event; the last response carries the flag that ends the stream."""
+        if self.span is not None:
+            self._record(event, self.span)
         if event.error is not None:
             self.fail(event.error, "INTERNAL")
         elif event.token is None:
@@ -46,6 +53,15 @@ class Caller:
             self.untold.append(event)
             if self.streaming or event.finished:
                 self._respond()
+
+    def _record(self, event: Event, span: Span) -> None:
+        if event.generated == 1:
+            span.add_event("first_token")
+        if event.finished:
+            span.set_attribute("glimpse.completion_tokens", event.generated)
+            if event.error is not None:
+                span.set_attribute("error.type", "decoder")
+            span.end()
 
     def _respond(self) -> None:
         last = self.untold[-1]
@@ -134,6 +150,9 @@ class TritonPythonModel:
         else:
             sequence = self._reader.read(request.request_id(), inputs)
             sequence.owner, caller.streaming = caller, sequence.sampling.streaming
+            caller.span = begin("llm", request)
+            if caller.span is not None:
+                caller.span.set_attribute("glimpse.prompt_tokens", sequence.prompt.input_ids.size)
             self._batcher.submit(sequence)
 
     def _run(self) -> None:

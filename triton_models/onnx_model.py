@@ -15,6 +15,7 @@ from onnxruntime import OrtValue
 
 from triton_models.parameters import Parameters
 from triton_models.session import Array, Graph
+from triton_models.spans import spans
 from triton_models.unary import answer, answer_bound
 
 
@@ -27,6 +28,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
         os.nice(parameters.nice)  # applies to this thread, which runs the model, and to those that it starts later
+        self._name = parameters.folder.name
         self._outputs = parameters.outputs
         self._bound = parameters.yes("io_binding")
         provider = parameters.text("provider", "cpu")
@@ -34,7 +36,8 @@ class TritonPythonModel:
         self._graph.require(parameters.inputs, parameters.outputs)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return answer_bound(requests, self._infer_bound) if self._bound else answer(requests, self._infer)
+        with spans(self._name, requests):
+            return answer_bound(requests, self._infer_bound) if self._bound else answer(requests, self._infer)
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return dict(zip(self._outputs, self._graph.run(inputs, self._outputs), strict=True))

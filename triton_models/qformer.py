@@ -16,6 +16,7 @@ from service.core.errors import InvalidRequest
 from service.core.vision import MAX_VISUAL_TOKENS
 from triton_models.parameters import Parameters
 from triton_models.session import Array, Graph
+from triton_models.spans import spans
 from triton_models.unary import answer
 
 
@@ -92,4 +93,5 @@ class TritonPythonModel:
         self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return answer(requests, self._runner.run)
+        with spans("qformer", requests):
+            return answer(requests, self._runner.run)

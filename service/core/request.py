@@ -119,6 +119,7 @@ class Request:
     exchanges: tuple[Exchange, ...] = ()  # earlier questions and answers, oldest first
     system: str = ""  # what the model is told before the first question
     trace_id: str = ""  # the caller's own id of the request
+    traceparent: str = ""  # the caller's span, as W3C Trace Context writes it
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
     question: str = field(init=False)  # text of the last question; the allocator reads this

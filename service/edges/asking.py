@@ -66,7 +66,13 @@ class Fields:
 
 
 def to_request(
-    fields: Fields, card: ModelCard, limits: QuestionLimits, *, tenant: str = "", trace_id: str = ""
+    fields: Fields,
+    card: ModelCard,
+    limits: QuestionLimits,
+    *,
+    tenant: str = "",
+    trace_id: str = "",
+    traceparent: str = "",
 ) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     images = _images_in_front(fields)
@@ -91,6 +97,7 @@ def to_request(
         timeout_s=_timeout_s(fields, limits),
         priority=fields.priority,
         trace_id=trace_id,
+        traceparent=traceparent,
         tenant=tenant,
     )
 

@@ -15,6 +15,7 @@ from service.core.errors import Cancelled, DeadlineExceeded, InvalidRequest
 # Names of HTTP headers and of gRPC metadata.
 TENANT_KEY = "x-tenant-id"
 TRACE_ID_KEY = "x-request-id"
+TRACEPARENT_KEY = "traceparent"
 
 TENANT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TRACE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -27,6 +28,7 @@ class Caller:
 
     tenant: str  # callers without a name have the empty name: one tenant
     trace_id: str
+    traceparent: str = ""  # the caller's span, as W3C Trace Context writes it; the tracer checks it
 
 
 def tenant_in(word: str) -> str:

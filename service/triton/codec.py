@@ -13,6 +13,7 @@ from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
 from service.core.vision import CELLS, GRID, Relevance, Seen, VisionFeatures
+from service.tracing import TRACEPARENT, traceparent
 from service.triton.contract import CALLED
 
 _OUTPUTS = {
@@ -26,7 +27,8 @@ _LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm
 def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
     """Make a request. The first dimension of every tensor is the batch.
 
-    The LLM gives log probabilities only if `return_log_probs` is among the tensors.
+    The LLM gives log probabilities only if `return_log_probs` is among the tensors. The models record their spans below
+    the current one.
     """
     inputs, contents = [], []
     for name, array in tensors.items():
@@ -40,6 +42,8 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
     if CALLED[model].decoupled:
         # Without this parameter Triton drops an empty last response, and with it the end of the stream.
         request.parameters["triton_enable_empty_final_response"].bool_param = True
+    if current := traceparent():
+        request.parameters[TRACEPARENT].string_param = current
     return request
 
 

@@ -212,6 +212,7 @@ class VisionStage:
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
                 found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
+                ticket.tell(hit=found.features is not None, view=IMAGE_SIZE)
             look.vision = found.features
             if look.vision is not None:
                 self._remember(look.image, ticket.request)
@@ -220,6 +221,7 @@ class VisionStage:
                 if look.step == See():
                     budget = self._allowed(look, ticket.request)
                     look.vision, seen = await self.vision.see(decoded.pixels, look.question, budget, ticket.left_s)
+                    ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
                     self._keep(look, seen, ticket)
                 else:
                     (look.vision,) = await self.vision.encode(decoded.pixels[np.newaxis], ticket.left_s)
@@ -230,6 +232,7 @@ class VisionStage:
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):
                 found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
+                ticket.tell(hit=found.features is not None, view=CLOSER_SIZE)
             look.closer = found.features
             if look.closer is not None:
                 return
@@ -248,6 +251,7 @@ class VisionStage:
         budget = self._allowed(look, ticket.request)
         with ticket.stage("vision"), ticket.stage("attend"):
             seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
+            ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
         rounded = any(isinstance(view.features, Int8Rows) for view in (look.vision, look.closer) if view is not None)
         self._keep(look, replace(seen, is_rounded=rounded), ticket)
 
@@ -284,6 +288,7 @@ class VisionStage:
         self._remember(look.image, ticket.request)
         try:
             with ticket.stage("vision"), ticket.stage("see"):
+                ticket.tell(images=images)
                 yield decoded
         except Overloaded:  # from Triton: the look may fall back and go on without the slots
             reservation.give_back(claim, finished=False)

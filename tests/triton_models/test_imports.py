@@ -18,6 +18,7 @@ OURS = (
     "service.media.header",
     "service.media.structure",
     "service.prompt",
+    "service.tracing",
 )
 
 IMPORT_ALL = """

@@ -20,7 +20,7 @@ from service.core.errors import (
     internal_error,
     status_of,
 )
-from service.edges.caller import TENANT_KEY, TRACE_ID_KEY, Caller, present, tenant_in, trace_id_in
+from service.edges.caller import TENANT_KEY, TRACE_ID_KEY, TRACEPARENT_KEY, Caller, present, tenant_in, trace_id_in
 from service.edges.grpc.edge import GrpcEdge
 from service.edges.grpc.messages import chunk_in
 from service.edges.grpc.status import abort
@@ -138,9 +138,10 @@ class Calls:
             with self._counted():
                 self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
                 tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
+                traceparent = next((str(value) for key, value in metadata if key == TRACEPARENT_KEY), "")
                 with self.edge.pipeline.reservation(tenant) as reservation:
                     async with reservation.until_end():
-                        yield Call(context, Caller(tenant, trace_id), reservation, self.edge)
+                        yield Call(context, Caller(tenant, trace_id, traceparent), reservation, self.edge)
         except asyncio.CancelledError:  # by gRPC, for a caller that has gone
             self.edge.count(method, status_of(Cancelled(""))[1])
             raise

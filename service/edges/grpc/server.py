@@ -79,7 +79,14 @@ class VisualQuestionAnswering:
         message = question_in(await call.message())
         fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
         card, caller = self.edge.pipeline.card, call.caller
-        request = to_request(fields, card, self.edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
+        request = to_request(
+            fields,
+            card,
+            self.edge.questions,
+            tenant=caller.tenant,
+            trace_id=caller.trace_id,
+            traceparent=caller.traceparent,
+        )
         return request, message.explain
 
     @property

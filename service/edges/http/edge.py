@@ -13,7 +13,7 @@ from starlette.types import Receive
 
 from service.edges import caller
 from service.edges.asking import QuestionLimits
-from service.edges.caller import TENANT_KEY, Caller, tenant_in
+from service.edges.caller import TENANT_KEY, TRACEPARENT_KEY, Caller, tenant_in
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
 
@@ -48,7 +48,7 @@ class Edge:
     connections: ConnectionLimits
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
-    metrics: Callable[[], tuple[bytes, str]]  # the text for Prometheus, and its media type
+    metrics: Callable[[str], tuple[bytes, str]]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
@@ -60,7 +60,11 @@ def edge_of(request: Request) -> Edge:
 
 def caller_of(request: Request) -> Caller:
     """Read the caller from the request's headers. Raises InvalidRequest."""
-    return Caller(tenant_in(request.headers.get(TENANT_KEY, "")), cast(str, request.scope["glimpse.trace_id"]))
+    return Caller(
+        tenant_in(request.headers.get(TENANT_KEY, "")),
+        cast(str, request.scope["glimpse.trace_id"]),
+        request.headers.get(TRACEPARENT_KEY, ""),
+    )
 
 
 def reserved(request: Request, tenant: str) -> Reservation:

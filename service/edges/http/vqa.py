@@ -42,7 +42,9 @@ async def ask(request: Request) -> Response:
     ) -> tuple[VqaRequest | VqaForm, core_request.Request]:
         parsed, fields = await parse_question(body, content_type, edge)
         card = edge.pipeline.card
-        return parsed, to_request(fields, card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
+        return parsed, to_request(
+            fields, card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id, traceparent=caller.traceparent
+        )
 
     (parsed, question), reservation = await read_question(request, parse)
     asked = Asked(question, reservation)

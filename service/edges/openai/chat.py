@@ -84,7 +84,9 @@ async def parse_chat(body: Sequence[bytes], content_type: str, caller: Caller, e
     require_model(sent.model, card)
     fields, names = fields_of(sent, await images_of(sent, cut))
     with naming(names):
-        question = to_request(fields, card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id)
+        question = to_request(
+            fields, card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id, traceparent=caller.traceparent
+        )
     return Chat(sent, question, names)
 
 

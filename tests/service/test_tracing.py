@@ -1,0 +1,134 @@
+"""One request is one connected trace, from the caller's span to the models' own, at a real OTLP receiver."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from service.settings import Settings
+from tests.support.paths import PROJECT
+from tests.support.servers import Gateway, StartGateway, eventually
+from tests.support.traces import ReceivedSpan, Spans, otlp_receiver
+
+QUESTION = "what character is on the pink square?"
+SCENE = (PROJECT / "benchmarks" / "scenes" / "new_003.webp").read_bytes()
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A gateway with a Triton of its own, and what it told the receiver."""
+
+    gateway: Gateway
+    spans: Spans
+
+    def ask(self, fields: dict[str, Any], sampled: bool = True, **files: bytes) -> tuple[str, str]:
+        """Ask below a span of the caller -> the ids of its trace and of that span."""
+        trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+        traceparent = f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}"
+        response = httpx.post(
+            f"{self.gateway.url}/v1/vqa",
+            data={"question": QUESTION, **fields},
+            files={name: ("scene.webp", data) for name, data in files.items()} or None,
+            headers={"traceparent": traceparent},
+            timeout=60,
+        )
+        assert response.status_code in (200, 400), response.text
+        return trace_id, span_id
+
+    def trace(self, trace_id: str, *names: str) -> dict[str, ReceivedSpan]:
+        """The spans of a trace by name, once all of these have come."""
+        eventually(
+            lambda: {*names} <= {span.name for span in self.spans.of(trace_id)}, 20, f"spans {names} of {trace_id}"
+        )
+        return {span.name: span for span in self.spans.of(trace_id)}
+
+
+@pytest.fixture(scope="module")
+def traced(start_gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+    with (
+        otlp_receiver(tmp_path_factory.mktemp("rotel")) as (endpoint, spans),
+        start_gateway(
+            {"GLIMPSE_OTLP_ENDPOINT": endpoint, "GLIMPSE_TRACE_GEN_AI": "true", "GLIMPSE_LOG_FORMAT": "json"}
+        ) as gateway,
+    ):
+        yield Traced(gateway, spans)
+
+
+def test_a_request_is_one_connected_trace(traced: Traced) -> None:
+    trace_id, caller = traced.ask({"stream": "true"}, image=SCENE)
+    models = ("vision_encoder", "relevance_allocator", "qformer", "llm")
+    spans = traced.trace(trace_id, "answer", "queue", "load", "vision", "lookup", "see", "prefill", "decode", *models)
+
+    names = {span.id: span.name for span in traced.spans.of(trace_id)} | {caller: "caller"}
+    parents = {(span.name, names[span.parent]) for span in traced.spans.of(trace_id)}
+    assert parents == {
+        ("answer", "caller"),
+        *((stage, "answer") for stage in ("load", "vision", "queue", "prefill", "decode")),
+        ("decode_image", "load"),
+        ("lookup", "vision"),
+        ("see", "vision"),
+        *((model, "see") for model in models[:3]),
+        ("llm", "prefill"),
+    }
+    assert spans["answer"].service == "glimpse-gateway"
+    assert spans["llm"].service == "glimpse-llm"
+    assert not any(span.failed for span in spans.values())
+
+
+def test_spans_have_tokens_hits_and_the_outcome(traced: Traced) -> None:
+    traced.ask({}, image=SCENE)
+    trace_id, _ = traced.ask({"question": "what color is the circle?"}, image=SCENE)
+    spans = traced.trace(trace_id, "answer", "lookup", "attend", "llm")
+    answer = spans["answer"].attributes
+
+    assert spans["lookup"].attributes["glimpse.hit"] is True
+    assert answer["glimpse.outcome"] == "ok"
+    assert answer["glimpse.cache"] == "hit"
+    assert answer["glimpse.vision_tokens"] == spans["attend"].attributes["glimpse.vision_tokens"] >= 64
+    assert answer["glimpse.visual_tokens"] == 32
+    assert answer["glimpse.completion_tokens"] >= 1
+    assert answer["gen_ai.usage.input_tokens"] == answer["glimpse.prompt_tokens"] > 0
+    assert spans["llm"].attributes["glimpse.completion_tokens"] >= 1
+
+
+def test_no_span_has_the_question(traced: Traced) -> None:
+    trace_id, _ = traced.ask({"question": "is the zyzzyva blue?"}, image=SCENE)
+    traced.trace(trace_id, "answer", "llm")
+    assert "zyzzyva" not in str(traced.spans.of(trace_id))
+
+
+def test_a_refused_request_fails_in_its_trace(traced: Traced) -> None:
+    trace_id, _ = traced.ask({"max_tokens": 10_000}, image=SCENE)
+    answer = traced.trace(trace_id, "answer")["answer"]
+    assert answer.failed
+    assert answer.attributes["glimpse.outcome"] == answer.attributes["error.type"] != "ok"
+
+
+def test_the_log_and_openmetrics_name_the_trace(traced: Traced) -> None:
+    trace_id, _ = traced.ask({}, image=SCENE)
+    lines = [json.loads(line) for line in traced.gateway.log().splitlines() if line.startswith("{")]
+    assert any(line.get("trace_id") == trace_id for line in lines)
+
+    text = httpx.get(f"{traced.gateway.url}/metrics", headers={"accept": "application/openmetrics-text"}).text
+    assert f'trace_id="{trace_id}"' in text
+    assert text.endswith("# EOF\n")
+    assert "trace_id" not in httpx.get(f"{traced.gateway.url}/metrics").text
+
+
+def test_a_callers_decision_not_to_record_is_followed(traced: Traced) -> None:
+    dropped, _ = traced.ask({}, sampled=False, image=SCENE)
+    kept, _ = traced.ask({}, image=SCENE)
+    traced.trace(kept, "answer", "llm")  # sent after the first one's would have been
+    assert not traced.spans.of(dropped)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:4317", "http://localhost", "ftp://localhost:4317"])
+def test_an_endpoint_that_cannot_be_one_is_refused(endpoint: str) -> None:
+    with pytest.raises(ValueError, match="write http://HOST:4317"):
+        Settings(otlp_endpoint=endpoint)

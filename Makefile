@@ -22,15 +22,19 @@ test: check ## set up, then the style gate and every test
 test-stack: ready-to-develop ## build the images and test the stack under a real Docker engine (as root; 5 to 8 minutes)
 	$(BIN)/python scripts/test_stack.py $(STACK)
 
-# `docker compose` needs Docker 20.10 and Compose 2.24 or newer. Passwords are random, and stay in .env.
-up: .env ## build and start the whole stack with Docker Compose: http://127.0.0.1:8080, Grafana on 3000
+up: ready-to-compose .env ## build and start the whole stack with Docker Compose: http://127.0.0.1:8080, Grafana on 3000
 	docker compose --profile full up --build --detach --wait
 
-down: ## stop and remove it; what Prometheus and Grafana stored stays
+down: ready-to-compose ## stop and remove it; what Prometheus and Grafana stored stays
 	docker compose --profile full --profile gpu --profile simple down
 
+.PHONY: ready-to-compose
+ready-to-compose:
+	@docker compose version >/dev/null 2>&1 || { echo "This needs Docker and its Compose plugin, 2.24 or newer: https://docs.docker.com/engine/install"; exit 1; }
+
+SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
 .env:
-	@umask 077 && sed "s/^\([A-Z]*PASSWORD=\)$$/\1$$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')/" .env.example > .env
+	@umask 077 && sed -e "s/^REDIS_PASSWORD=$$/&$(SECRET)/" -e "s/^GRAFANA_PASSWORD=$$/&$(SECRET)/" .env.example > .env
 	@echo "  wrote .env with random passwords"
 
 quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute)

@@ -19,7 +19,7 @@ from tests.support.paths import PROJECT
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 PYTHONS_OWN = {"venv", "pip", "pytest"}
 MOST_WORDS = 1_000  # of the README, without code and tables: two minutes and a half of reading
-FOLDERS = "service|triton_models|model_repository|reference|build_engines|benchmarks|tests|scripts|docs"
+FOLDERS = "deploy|service|triton_models|model_repository|reference|build_engines|benchmarks|tests|scripts|docs"
 
 
 def named(pattern: str) -> set[str]:

@@ -82,7 +82,8 @@ def draw(axes: Axes, panel: Panel, found: Series) -> None:
     axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=6, loc="upper left", framealpha=0.7)
+    if found:
+        axes.legend(fontsize=6, loc="upper left", framealpha=0.7)
 
 
 def main() -> None:

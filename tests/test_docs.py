@@ -16,7 +16,12 @@ from service.settings import OF_THE_COMMAND, PREFIX, Settings
 from tests.deploy.metric_names import known_metrics
 from tests.support.paths import PROJECT
 
-PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [
+    PROJECT / "README.md",
+    PROJECT / "CONTRIBUTING.md",
+    *sorted((PROJECT / "docs").glob("*.md")),
+    PROJECT / "deploy" / "kubernetes" / "README.md",
+]
 PYTHONS_OWN = {"venv", "pip", "pytest"}
 MOST_WORDS = 1_000  # of the README, without code and tables: two minutes and a half of reading
 FOLDERS = "deploy|service|triton_models|model_repository|reference|build_engines|benchmarks|tests|scripts|docs"

@@ -14,6 +14,7 @@ from tests.support.paths import PROJECT
 FOREIGN = {
     "up",
     "kube_cronjob_status_last_successful_time",
+    "kube_deployment_spec_replicas",
     "kube_pod_deletion_timestamp",
     "container_memory_working_set_bytes",
     "container_spec_memory_limit_bytes",

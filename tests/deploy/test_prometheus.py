@@ -143,6 +143,14 @@ CAUSES = [
         {"instance": "t:8002", "job": "triton"},
     ),
     *pair(
+        "GlimpseReplicaMissing",
+        20,
+        {'up{instance="two:8002", job="triton"}': "1x14 stale"},
+        {'up{instance="two:8002", job="triton"}': "1x14 stale 1x10"},
+        {"job": "triton"},
+        rest={'up{instance="one:8002", job="triton"}': "1x30"},
+    ),
+    *pair(
         "GlimpseModelDead",
         10,
         {f'glimpse_model_ready{{model="llm", {HOST}}}': "1x4 0x10"},

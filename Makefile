@@ -1,9 +1,11 @@
 # Everything starts here. Needs make, Python 3.11 to 3.13 and its venv; `make serve` and `make test` set up the rest on
 # their first run: as root, or with a sudo that asks no password, the system's packages too.
 SHELL := /bin/sh
+# Each worker and each server of the tests would compile every module again: 10 s of CPU time a worker.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := service triton_models build_engines benchmarks tests scripts deploy
+SOURCES := service triton_models build_engines benchmarks tests scripts examples deploy
 # One worker runs the tests that start servers, the others the rest: tests/support/workers.py.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
@@ -40,8 +42,8 @@ SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
 quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute)
 	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target check quick-gateway quick-builder
 
-# The second imports PyTorch, which takes longer than its tests.
-QUICK := $(BIN)/python -m pytest -q -m "not servers and not slow"
+# The second imports PyTorch, which takes longer than its tests. Four processes share the cores: one thread each.
+QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not servers and not slow" --hypothesis-profile quick
 .PHONY: quick-gateway quick-builder
 quick-gateway:
 	$(QUICK) -n $(WORKERS) --ignore tests/build_engines --ignore tests/benchmarks

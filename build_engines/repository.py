@@ -26,6 +26,7 @@ LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 an
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
 LARGE_BYTES = 100_000_000  # of a graph's weights: from here on its runs take more than one core
 MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
+CONFIG_TYPES = {"BYTES": "STRING"}  # a data type's name in config.pbtxt, if it has another one there
 CLOSER_GRAPHS = (*GRAPHS, "relevance_allocator_448")  # and of a checkpoint with a closer view
 
 
@@ -36,6 +37,7 @@ class Dimensions:
     vision_width: int  # D
     hidden_size: int  # H
     float_type: str = "FP32"  # of features, vision tokens, visual tokens and the prompt embedding table
+    text_type: str = "UINT8"  # of texts for the LLM; TensorRT-LLM takes BYTES
     vision_max_batch: int = 8  # images of one request
     # Graphs whose runs take more than one core. For a small graph a second core saves little (2 of 13 ms for the
     # reference's encoder) and costs as much under load.
@@ -56,7 +58,7 @@ class Dimensions:
         }
 
     def sized(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(tensor.sized(self.float_type, self.sizes) for tensor in tensors)
+        return tuple(tensor.sized(self.float_type, self.sizes, self.text_type) for tensor in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +208,8 @@ def tensor_lines(tensors: Sequence[Tensor]) -> str:
         optional = ", optional: true" if tensor.optional else ""
         comma = "," if index < len(tensors) - 1 else ""
         dims = ", ".join(str(size) for size in tensor.dims)
-        lines.append(
-            f'  {{ name: "{tensor.name}", data_type: TYPE_{tensor.datatype}, dims: [ {dims} ]{optional} }}{comma}'
-        )
+        datatype = CONFIG_TYPES.get(tensor.datatype, tensor.datatype)
+        lines.append(f'  {{ name: "{tensor.name}", data_type: TYPE_{datatype}, dims: [ {dims} ]{optional} }}{comma}')
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import gc
 import logging
 import math
@@ -23,10 +24,13 @@ from service.admission.scheduler import Scheduler
 from service.app import App, build, running
 from service.edges.grpc.server import GrpcServer
 from service.edges.http.edge import Edge
-from service.edges.http.protocol import limited_protocol
+from service.edges.http.listener import Listener
+from service.edges.http.protocol import Protocols, limited_protocol
 from service.output import Output, Stream
 from service.settings import PROJECT, Settings, SettingsError, read_settings
 from service.triton_server.installation import StartFailed
+
+log = structlog.get_logger()
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # New objects before the next garbage collection. A request makes about a thousand objects and few cycles. With Python's
@@ -36,11 +40,23 @@ TELLING_S = 1.0  # for callers to read that their requests are ended, after the 
 
 
 class Server(uvicorn.Server):
-    """Run uvicorn without its signal handlers: they would raise the signals again before Triton has stopped."""
+    """Run uvicorn with our listener, and without its signal handlers: they would raise the signals again before Triton
+    has stopped."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on these sockets."""
+        await super().startup([])
+        protocols = cast(Protocols, self.config.http_protocol_class)
+        made = functools.partial(
+            protocols, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        admits = protocols.connections.admits
+        listeners = [Listener(each, self.config.backlog, made, admits) for each in sockets or []]
+        self.servers = cast(list[asyncio.base_events.Server], listeners)
 
     def cut_connections(self) -> None:
         """Close what is left, whether or not the other side reads."""
@@ -62,11 +78,11 @@ def main(scheduling: type[Scheduler] = Scheduler) -> int:
         sys.stderr.write(f"glimpse: {exc}\n")
         return 2
     except StartFailed as exc:
-        sys.stderr.write(f"glimpse: {exc}\n")
+        tell(settings, stream_to(output, sys.stderr), "start_failed", f"glimpse: {exc}\n", error=str(exc))
         return 1
     finally:
         output.close()
-    stream_to(output, sys.stdout).write("Glimpse has stopped.\n")
+    tell(settings, stream_to(output, sys.stdout), "stopped", "Glimpse has stopped.\n")
     output.close()
     return 0
 
@@ -134,7 +150,9 @@ async def run_behind(app: App, listener: socket.socket, rpc_port: int, out: Stre
         gc.collect()
         gc.freeze()  # the objects of the start are never collected
         gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
-        out.write(greeting(app, listener, rpc_port))
+        event = "ready" if app.settings.embedded else "listening"
+        url, model = url_of(listener), app.card.name
+        tell(app.settings, out, event, greeting(app, url, rpc_port), url=url, grpc_port=rpc_port, model=model)
         await asyncio.Event().wait()
 
 
@@ -175,10 +193,14 @@ def listen_for_calls(rpc: GrpcServer, host: str, port: int) -> int:
         raise StartFailed(f"{exc}: set GLIMPSE_GRPC_PORT to another port") from exc
 
 
-def greeting(app: App, listener: socket.socket, rpc_port: int) -> str:
+def url_of(listener: socket.socket) -> str:
+    """Return where this machine reaches the service."""
     host, port = listener.getsockname()[:2]
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    url = f"http://{reachable}:{port}"
+    return f"http://{reachable}:{port}"
+
+
+def greeting(app: App, url: str, rpc_port: int) -> str:
     if not app.settings.embedded:
         return (
             f"Glimpse listens on {url} (gRPC on port {rpc_port}); {url}/health/ready says when the Triton servers "
@@ -193,6 +215,14 @@ def greeting(app: App, listener: socket.socket, rpc_port: int) -> str:
     )
 
 
+def tell(settings: Settings, out: Stream, event: str, text: str, **fields: object) -> None:
+    """Write a text for people; in a log of JSON, where every line is JSON, an event for programs."""
+    if settings.log_format == "json":
+        log.warning(event, **fields) if "error" in fields else log.info(event, **fields)
+    else:
+        out.write(text)
+
+
 def configure_log(settings: Settings, stream: Stream) -> None:
     """Log one line an event: the service's events and the libraries' warnings."""
     level = getattr(logging, settings.log_level.upper())
@@ -203,6 +233,7 @@ def configure_log(settings: Settings, stream: Stream) -> None:
         renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
@@ -212,8 +243,23 @@ def configure_log(settings: Settings, stream: Stream) -> None:
         logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=True,
     )
-    form = "level=%(levelname)s logger=%(name)s event=%(message)r"
-    logging.basicConfig(level=logging.WARNING, format=form, stream=stream)
+    lines = logging.StreamHandler(cast(TextIO, stream))  # of libraries
+    lines.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.TimeStamper(fmt="iso"),
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
+        )
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[lines], force=True)
+    logging.captureWarnings(True)
 
 
 if __name__ == "__main__":

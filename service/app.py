@@ -16,6 +16,7 @@ from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
+from service.edges.batching import BatchLimits
 from service.edges.grpc.edge import GrpcEdge
 from service.edges.http.application import http_api
 from service.edges.http.body import BodyLimits
@@ -75,9 +76,9 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics = Metrics()
     if settings.vision_url and settings.llm_url:
-        client = TritonClient(settings.vision_url, settings.llm_url)
+        client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
     else:
-        client = TritonClient(access.url, access.url, access.metadata)
+        client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
     readiness = Readiness(card.called, metrics, client.failing)
@@ -109,13 +110,20 @@ def http_edge(
     return Edge(
         pipeline=pipeline,
         questions=question_limits(settings),
+        batches=batch_limits(settings),
         bodies=body_limits(settings),
-        connections=ConnectionLimits(settings.max_connections, settings.max_connections_per_address),
+        connections=ConnectionLimits(
+            settings.max_connections,
+            settings.max_connections_per_address,
+            settings.replaced_connections_per_address_s,
+        ),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
         metrics=lambda accept: metrics_text(metrics, accept),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        log_client_address=settings.log_client_address,
+        cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
 
 
@@ -126,11 +134,13 @@ def grpc_edge(
     return GrpcEdge(
         pipeline=pipeline,
         questions=question_limits(settings),
+        batches=batch_limits(settings),
         bodies=body_limits(settings),
         max_connections=settings.max_connections,
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        log_client_address=settings.log_client_address,
     )
 
 
@@ -142,6 +152,10 @@ def metrics_text(metrics: Metrics, accept: str) -> tuple[bytes, str]:
 
 def question_limits(settings: Settings) -> QuestionLimits:
     return QuestionLimits(settings.max_question_chars, settings.default_timeout_s, settings.max_timeout_s)
+
+
+def batch_limits(settings: Settings) -> BatchLimits:
+    return BatchLimits(settings.max_batch_questions, settings.batch_timeout_s)
 
 
 def body_limits(settings: Settings) -> BodyLimits:

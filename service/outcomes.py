@@ -100,6 +100,8 @@ def _log(ticket: Ticket, fault: Exception | None) -> None:
         outcome=ticket.outcome,
         request_id=ticket.request.trace_id,
         id=ticket.request.id,
+        tenant=ticket.request.tenant,
+        image_ids=",".join(ticket.image_ids),
         cache=ticket.cache,
         detail=ticket.detail,
         reduced=ticket.reduced,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from service.admission.admission import Admission, Reservation
@@ -21,9 +21,12 @@ from service.core.errors import (
     Unavailable,
     naming_image,
 )
+from service.core.estimate import Estimate
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import Seen
+from service.estimating import Estimator
+from service.guides import GuideChecks
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
@@ -100,12 +103,18 @@ class Pipeline:
             features=self.features,
             visual=self.visual,
         )
+        self.estimator = Estimator(card, admission, self.features, reader.limits)
         self.prompts = prompts
+        self.guides = GuideChecks()
         self._spelled = token_bytes(prompts.tokenizer)
 
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
-        with self.outcomes.of(request) as ticket, self.admit(ticket, reservation):
+        with self.outcomes.of(request) as ticket, ExitStack() as admitted:
+            if request.sampling.guide is not None:
+                async with ticket.in_time(reservation):
+                    await self.guides.require(request.sampling.guide)
+            admitted.enter_context(self.admit(ticket, reservation))
             async with ticket.in_time(reservation):
                 images = await self.load(ticket)
                 seen = await self.vision_stage.look(images, ticket, reservation)
@@ -136,20 +145,48 @@ class Pipeline:
         self.images.put(image, time.monotonic(), reservation.tenant)
         return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
 
+    async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
+        """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
+
+        Raises InvalidRequest, NotFound, InvalidImage, TooLarge.
+        """
+        tokens, images = self.check(request), []
+        for index, source in enumerate(request.images):
+            with naming_image(index, len(request.images)):
+                images.append(await self.load_one(source))
+        return self.estimator.estimate(request, images, tokens, reservation)
+
     def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
         self.admission.require_turns(open_requests, lag_s)
 
+    @property
+    def batch_turns(self) -> int:
+        """Return how many questions of one tenant's batches may be in work at once."""
+        return self.admission.batch_turns.most
+
+    def batch_turn(self, tenant: str) -> AbstractAsyncContextManager[None]:
+        """Hold one of the turns of the tenant's batches for the block."""
+        return self.admission.batch_turns.turn(tenant)
+
     @contextmanager
-    def reservation(self, tenant: str) -> Iterator[Reservation]:
+    def reservation(self, tenant: str, *, row: bool = True) -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.
 
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
-        no room for one more request.
+        no room for one more request. Without a `row`, the request needs none of the LLM's.
         """
         with self.admission.reservation(tenant) as reservation:
-            reservation.require_room(Cost(tokens=self.admission.row_tokens))
+            if row:
+                reservation.require_room(Cost(tokens=self.admission.row_tokens))
             yield reservation
+
+    @contextmanager
+    def bytes_reserved(self, nbytes: int, tenant: str) -> Iterator[None]:
+        """Reserve a message's bytes for the block, beside the reservation of its question. Raises Overloaded."""
+        with self.admission.reservation(tenant) as reservation:
+            reservation.reserve_bytes(nbytes)
+            yield
 
     @contextmanager
     def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[None]:
@@ -189,6 +226,7 @@ class Pipeline:
             for index, source in enumerate(sources):
                 with naming_image(index, len(sources)):
                     images.append(await self.load_one(source))
+        ticket.image_ids = tuple(image.id for image in images)
         return images
 
     async def load_one(self, source: ImageSource) -> Image:

@@ -21,6 +21,7 @@ from service.environment import SecretFileError, is_service_link, with_secrets
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
@@ -49,6 +50,9 @@ class Settings(BaseSettings):
     # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
     # request with another name in its Host header gets 421.
     allowed_hosts: str = ""
+    # Web pages of these origins may call the service from a browser: https://app.example with commas between them, or *
+    # for any. None: only the service's own page may.
+    cors_origins: str = ""
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
@@ -58,6 +62,9 @@ class Settings(BaseSettings):
     # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
     max_connections: int = Field(4096, gt=0)
     max_connections_per_address: int = Field(3072, gt=0)
+    # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
+    # seconds' worth at once. What comes beyond that is closed at once.
+    replaced_connections_per_address_s: float = Field(10.0, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
     # unix:/path of a socket. The two addresses may be equal.
@@ -77,6 +84,8 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive
     default_timeout_s: float = Field(30.0, gt=0)
     max_timeout_s: float = Field(120.0, gt=0)
+    max_batch_questions: int = Field(1_000, gt=0)
+    batch_timeout_s: float = Field(600.0, gt=0)  # for all questions of a batch; each has its own timeout too
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
     decode_workers: int = Field(2, gt=0)  # processes that decode images
     decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode one image; beyond it, 413
@@ -119,6 +128,8 @@ class Settings(BaseSettings):
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
+    # Add the caller's address to the lines of its requests. Behind a proxy it is the proxy's.
+    log_client_address: bool = False
 
     # Traces go to an OTLP receiver over gRPC, for example http://localhost:4317. The models read the first setting from
     # Triton's environment. OpenTelemetry's own OTEL_ variables give headers, certificates and resource attributes.
@@ -167,6 +178,16 @@ class Settings(BaseSettings):
                 "or ::1"
             ) from exc
         return bare if ":" in bare or any(family == socket.AF_INET for family, *_ in found) else str(found[0][4][0])
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: str) -> str:
+        for origin in filter(None, (each.strip() for each in origins.split(","))):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write https://HOST or http://HOST:PORT without a path, or *"
+                )
+        return origins
 
     @field_validator("redis_url")
     @classmethod

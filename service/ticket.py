@@ -55,6 +55,7 @@ class Ticket:
     cache: Literal["hit", "miss"] = "miss"  # final once every image was looked up
     detail: Literal["low", "high"] = "low"  # high once a closer view was used
     reduced: bool = False  # True once an image got less than the request allows, because of load
+    image_ids: tuple[str, ...] = ()  # known once the images are loaded
     stages: defaultdict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))
     first_token: float | None = None
     last_token: float | None = None

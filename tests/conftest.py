@@ -5,6 +5,7 @@ GLIMPSE_MODEL_REPOSITORY runs the same tests on another repository.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -42,10 +43,13 @@ INSTALLED_BY = {
 # Fixtures that start a real server, or start one that a test asks for.
 SERVERS = {"triton", "start_gateway", "starting", "start_redis"}
 LEFT_OUT = "left out"
+QUICK_EXAMPLES = 30
+GARBAGE_AFTER = 20_000  # new objects before the next garbage collection, as in the service
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find what the set-up installed into .venv, after what the system has."""
+    gc.disable()  # until the tests are collected: modules are no garbage
     os.environ["PATH"] += f":{Path(sys.executable).parent}"
     if hasattr(config, "workerinput"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch: the workers share the cores
@@ -71,6 +75,10 @@ def bound_hypothesis() -> None:
     quick = [phase for phase in every if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)]
     hypothesis.settings.register_profile("bounded", deadline=None, derandomize=in_ci, phases=quick, print_blob=True)
     hypothesis.settings.register_profile("shrink", deadline=None)
+    # For `make quick`: `make test` runs the other examples.
+    hypothesis.settings.register_profile(
+        "quick", hypothesis.settings.get_profile("bounded"), max_examples=QUICK_EXAMPLES
+    )
     # For `make mutants`: the same few examples each time, and no failure but the mutant's own.
     hypothesis.settings.register_profile(
         "mutants",
@@ -108,6 +116,13 @@ def order(item: pytest.Item) -> int:
     if item.get_closest_marker("slow"):
         return 1
     return 0 if item.get_closest_marker("servers") else 2
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later garbage collections: they would scan a million objects each time."""
+    gc.freeze()
+    gc.set_threshold(GARBAGE_AFTER)
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

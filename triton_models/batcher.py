@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from service.core.prompt import Prompt
 from service.core.request import Sampling
+from service.guides import Compiled
+from triton_models.masks import Masks
 from triton_models.sampling import Sampler
 
 FloatArray = npt.NDArray[np.floating]
@@ -71,6 +73,7 @@ class Sequence:
     prompt: Prompt
     sampling: Sampling
     end_id: int
+    guide: Compiled | None = None  # the form of the answer
     owner: Any = None  # the caller's object: the batcher carries it and never reads it
     cancelled: bool = False  # any thread may set it; the sequence ends at the next iteration
     generated: int = 0
@@ -135,6 +138,7 @@ class Batcher:
         self._limits = limits
         self._is_abandoned = is_abandoned
         self._sampler = Sampler(decoder.max_rows, decoder.vocab_size)
+        self._masks = Masks(decoder.max_rows, decoder.vocab_size)
         self._waiting: deque[Sequence] = deque()
         self._joining: list[Sequence] = []  # in this iteration's prefill
         self._running: list[Sequence] = []  # running[i] owns the decoder's row i
@@ -195,6 +199,7 @@ class Batcher:
         left = [*self._running, *self._waiting]
         self._running.clear()
         self._waiting.clear()
+        self._masks.close()
         return left
 
     def iterate(self) -> list[Event]:
@@ -243,6 +248,7 @@ class Batcher:
             self._joining = []
         self._to_ask.clear()
         self._sampler.rows = 0
+        self._masks.clear()
         return [Event(each, None, 0.0, True, f"the batch failed: {error}") for each in failed]
 
     def _reap(self) -> list[Event]:
@@ -315,6 +321,7 @@ class Batcher:
         for row, sequence in enumerate(group, first):
             sequence.past = NO_PAST  # the sequence's row holds it now
             self._sampler.append(sequence.sampling, sequence.prompt.input_ids)
+            self._masks.append(sequence.guide)
             self._left[row] = sequence.sampling.max_tokens
             self._end_ids[row] = sequence.end_id
         with self._work:
@@ -337,12 +344,17 @@ class Batcher:
     def _draw(self, logits: npt.NDArray[np.float32], first: int) -> list[Event]:
         """Draw the next token of rows first, first+1, ... and drop the finished rows."""
         rows = slice(first, len(self._running))
-        tokens, log_probs = self._sampler.draw(logits, first)
+        tokens, log_probs = self._sampler.draw(logits, first, self._masks.allowed(first))
+        self._masks.take(first, tokens.tolist())
         self._tokens[rows] = tokens
         self._left[rows] -= 1
         self.tokens += len(tokens)
-        finite = np.isfinite(log_probs)
-        finished = (tokens == self._end_ids[rows]) | (self._left[rows] <= 0) | ~finite
+        faults = dict.fromkeys(np.flatnonzero(~np.isfinite(log_probs)).tolist(), "the model's logits are not finite")
+        faults |= {
+            place: f"the answer's form became too complex: {why}" for place, why in self._masks.faults(first).items()
+        }
+        finished = (tokens == self._end_ids[rows]) | (self._left[rows] <= 0)
+        finished[list(faults)] = True
         events = []
         for sequence, token, log_prob, done in zip(
             self._running[rows], tokens.tolist(), log_probs.tolist(), finished.tolist(), strict=True
@@ -354,10 +366,11 @@ class Batcher:
             events.append(Event(sequence, token, log_prob, done, None, sequence.generated, sequence.log_prob))
         if finished.any():
             for index in reversed(np.flatnonzero(finished).tolist()):
-                if not finite[index]:
-                    events[index] = Event(events[index].sequence, None, 0.0, True, "the model's logits are not finite")
+                if index in faults:
+                    events[index] = Event(events[index].sequence, None, 0.0, True, faults[index])
                     self._decoder.scrub(first + index)
                 self._drop(first + index)
+        self._masks.compute()
         return events
 
     def _drop(self, row: int) -> None:
@@ -365,6 +378,7 @@ class Batcher:
         last = len(self._running) - 1
         self._decoder.drop(row)
         self._sampler.drop(row)
+        self._masks.drop(row)
         for column in (self._tokens, self._left, self._end_ids):
             column[row] = column[last]
         self._running[row] = self._running[last]

@@ -14,12 +14,15 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from service.core.errors import InvalidRequest
+from service.core.guide import Guide
 from service.core.prompt import Prompt
 from service.core.request import Sampling
+from service.prompt import LLM_TOKENIZER
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.decoder import OnnxDecoder
 from triton_models.delivery import Delivery
 from triton_models.gauges import Gauges
+from triton_models.guiding import Guiding
 from triton_models.parameters import Parameters
 from triton_models.spans import begin
 from triton_models.tensors import read, write
@@ -83,6 +86,13 @@ class Caller:
         error = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, TRITON_CODES[code]))
         self.sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
+    def refuse(self, error: Exception) -> None:
+        """End the stream of a request that the batcher does not take."""
+        if isinstance(error, InvalidRequest):
+            self.fail(error.message, "INVALID_ARGUMENT")
+        else:
+            self.fail(str(error), "UNAVAILABLE" if isinstance(error, QueueFull | Closed) else "INTERNAL")
+
     def end(self) -> None:
         self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -111,10 +121,19 @@ class TritonPythonModel:
             max_queue=parameters.integer("max_queue", 64),
             max_prefill_tokens=parameters.integer("max_prefill_tokens", 160),
         )
-        self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, parameters.card().max_positions)
+        card = parameters.card()
+        self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, card.max_positions)
         self._outputs = tuple(parameters.outputs)
         self._delivery = Delivery(self._say)
         self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
+        self._guiding = Guiding(
+            parameters.repository / LLM_TOKENIZER,
+            decoder.vocab_size,
+            card.end_id,
+            max_waiting=limits.max_queue,
+            submit=self._batcher.submit,
+            refuse=_refuse,
+        )
         self._gauges = Gauges(self._batcher, decoder.prefixes)
         self._loop = threading.Thread(target=self._run, name="llm-loop", daemon=True)
         self._loop.start()
@@ -125,13 +144,12 @@ class TritonPythonModel:
             caller = Caller(request.get_response_sender(), tuple(name for name in self._outputs if name in asked))
             try:
                 self._take(request, caller)
-            except InvalidRequest as error:
-                caller.fail(error.message, "INVALID_ARGUMENT")
-            except (QueueFull, Closed) as error:
-                caller.fail(str(error), "UNAVAILABLE")
+            except (InvalidRequest, QueueFull, Closed) as error:
+                caller.refuse(error)
 
     def finalize(self) -> None:
         """Stop the loop after its current iteration; unfinished sequences get an error."""
+        self._guiding.close()
         self._batcher.close()
         self._loop.join()
         self._delivery.close()
@@ -145,6 +163,7 @@ class TritonPythonModel:
         if "stop" in inputs and inputs["stop"].any():
             if not request.request_id():  # it would end every request without an id
                 raise InvalidRequest("stop needs the id of the request to end: set the request id", param="stop")
+            self._guiding.stop(request.request_id())
             self._batcher.stop(request.request_id())
             caller.end()
         else:
@@ -153,7 +172,10 @@ class TritonPythonModel:
             caller.span = begin("llm", request)
             if caller.span is not None:
                 caller.span.set_attribute("glimpse.prompt_tokens", sequence.prompt.input_ids.size)
-            self._batcher.submit(sequence)
+            if sequence.sampling.guide is None:
+                self._batcher.submit(sequence)
+            else:
+                self._guiding.submit(sequence)
 
     def _run(self) -> None:
         while self._batcher.wait():
@@ -165,6 +187,11 @@ class TritonPythonModel:
         except Exception as error:  # a failed send ends this sequence only
             pb_utils.Logger.log_warn(f"llm: sending to request {event.sequence.request_id!r} failed: {error}")
             event.sequence.cancelled = True
+
+
+def _refuse(sequence: Sequence, error: Exception) -> None:
+    with contextlib.suppress(Exception):  # the caller may be gone
+        sequence.owner.refuse(error)
 
 
 class RequestReader:
@@ -241,6 +268,7 @@ class RequestReader:
             seed=_scalar(inputs, "seed", 0),
             repetition_penalty=_scalar(inputs, "repetition_penalty", 1.0),
             streaming=_scalar(inputs, "streaming", True),
+            guide=_guide(inputs),
         )
         for name, holds, rule in (
             ("request_output_len", sampling.max_tokens >= 1, "at least 1"),
@@ -253,6 +281,23 @@ class RequestReader:
                 value = inputs[name].item() if name in inputs else "missing"
                 raise InvalidRequest(f"{name} is {value}: it must be {rule}", param=name)
         return sampling
+
+
+def _guide(inputs: Mapping[str, Any]) -> Guide | None:
+    """Read the form of the answer. Raises InvalidRequest."""
+    kind, text = (
+        bytes(inputs[name].ravel()).decode(errors="replace") if name in inputs else ""
+        for name in ("guided_decoding_guide_type", "guided_decoding_guide")
+    )
+    match kind:
+        case "" if not text:
+            return None
+        case "json_schema" | "regex" if text:
+            return Guide(kind, text, "guided_decoding_guide")
+    raise InvalidRequest(
+        "guided_decoding_guide_type must be json_schema or regex, and guided_decoding_guide its text: send both",
+        param="guided_decoding_guide",
+    )
 
 
 def _scalar(inputs: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -2,7 +2,7 @@
 
 The random number of a row's n-th token is a hash of its seed and n, not the state of a generator. The same seed
 therefore draws the same tokens in any batch. Filters apply in the order of Hugging Face's `generate`: repetition
-penalty, temperature, top-k, top-p.
+penalty, guide, temperature, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.core.request import Sampling
+from triton_models.masks import Allowed
 
 FloatArray = npt.NDArray[np.floating]
 Float64Array = npt.NDArray[np.float64]
@@ -61,30 +62,51 @@ class Sampler:
                 column[row] = column[last]
         self.rows = last
 
-    def draw(self, logits: FloatArray, first: int = 0) -> tuple[Int64Array, Float64Array]:
+    def draw(
+        self, logits: FloatArray, first: int = 0, allowed: Allowed | None = None
+    ) -> tuple[Int64Array, Float64Array]:
         """Draw from logits [n, V] of rows first, first+1, ... -> token ids [n], log probabilities [n].
 
-        The log probability is the model's own, before penalty, temperature and filters. It is NaN if the row's logits
-        are not finite.
+        The rows of `allowed` draw from its tokens only. The log probability is the model's own, before penalty, guide,
+        temperature and filters. It is NaN if the row's logits are not finite.
         """
         rows = slice(first, first + len(logits))
         index = np.arange(len(logits))
-        scores = logits
-        penalised = np.flatnonzero(self._penalty[rows] != 1)
-        if penalised.size:
-            at = first + penalised
-            scores = logits.copy()
-            scores[penalised] = penalise(scores[penalised], self._seen[at], self._penalty[at])
-        tokens = scores.argmax(axis=1)
+        tokens = logits.argmax(axis=1)
+        changed, scores = self._changed(logits, first, allowed)
+        if changed.size:
+            tokens[changed] = scores.argmax(axis=1)
         sampled = np.flatnonzero(self._temperature[rows])
         if sampled.size:
             at = first + sampled
-            scaled = scores[sampled] / self._temperature[at, np.newaxis]
+            drawn_from = logits[sampled]
+            if changed.size:
+                _, here, there = np.intersect1d(sampled, changed, assume_unique=True, return_indices=True)
+                drawn_from[here] = scores[there]
+            scaled = drawn_from / self._temperature[at, np.newaxis]
             tokens[sampled] = choose(scaled, self._top_k[at], self._top_p[at], uniform(self._seed[at], self._drawn[at]))
         self._drawn[rows] += np.uint64(1)
+        penalised = np.flatnonzero(self._penalty[rows] != 1)
         if penalised.size:
             self._seen[first + penalised, tokens[penalised]] = True
         return tokens, log_probs(logits, tokens, index)
+
+    def _changed(self, logits: FloatArray, first: int, allowed: Allowed | None) -> tuple[Int64Array, FloatArray]:
+        """Return the rows [k] with a penalty or a guide, and their scores [k, V]. Other rows are not copied."""
+        changed = self._penalty[first : first + len(logits)] != 1
+        penalised = changed.copy()
+        if allowed is not None:
+            changed[allowed.rows] = True
+        rows = np.flatnonzero(changed)
+        scores = logits[rows]
+        if penalised.any():
+            where = np.flatnonzero(penalised[rows])
+            at = first + rows[where]
+            scores[where] = penalise(scores[where], self._seen[at], self._penalty[at])
+        if allowed is not None:
+            where = np.searchsorted(rows, allowed.rows)
+            scores[where] = np.where(allowed.tokens, scores[where], -np.inf)
+        return rows, scores
 
 
 def penalise(scores: FloatArray, seen: npt.NDArray[np.bool_], penalty: Float64Array) -> FloatArray:

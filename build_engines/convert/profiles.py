@@ -46,6 +46,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         vision_width=source.vision_width,
         hidden_size=source.hidden_size,
         float_type=options.dtype,
+        text_type=text_type(options),
         vision_max_batch=options.vision_batch,
         large=frozenset(large if options.profile == "embedded" else ()),
         closer_view=source.closer_view,
@@ -62,6 +63,11 @@ def served(options: Options, source: Source) -> list[Model]:
     if options.profile == "tensorrt":
         return [m for m in found if m.name in {*graphs_of(dimensions(options, source)), *ENSEMBLES}]
     return found
+
+
+def text_type(options: Options) -> str:
+    """Triton's type of texts for the LLM."""
+    return "BYTES" if options.profile == "tensorrt" else "UINT8"
 
 
 def on_gpu(model: Model) -> Model:

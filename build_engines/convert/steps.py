@@ -91,6 +91,7 @@ class Maker:
             fingerprint=self._of_precision(told.fingerprint),
             visual_fingerprint=self._of_precision(told.visual_fingerprint),
             float_type=self.options.dtype,
+            text_type=profiles.text_type(self.options),
         )
         (out / "card.json").write_text(json.dumps(dataclasses.asdict(told), indent=2) + "\n")
         for name, path in self.checkpoint.tokenizers(out).items():

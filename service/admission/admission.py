@@ -15,6 +15,7 @@ from types import TracebackType
 
 import structlog
 
+from service.admission.batch_turns import BatchTurns
 from service.admission.concurrency_limit import ConcurrencyLimit
 from service.admission.contention import Contention
 from service.admission.fidelity import LEVELS, Fidelity, Level
@@ -32,6 +33,7 @@ MAX_RETRY_AFTER_S = 60.0
 SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
 UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
+BATCH_SHARE = 4  # one tenant's batches take at most this part of the requests that the LLM decodes at once
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
 
@@ -50,6 +52,7 @@ class Admission:
         self.vision_slots = vision_slots = settings.vision_slots or ENCODER_FILLS * engines.encoder_images
         llm_tokens = settings.llm_tokens or engines.llm_rows * max_positions
         self.row_tokens = llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
+        self.batch_turns = BatchTurns(max(1, engines.llm_rows // BATCH_SHARE))
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
         self.quota = quota = Quota(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
         self.kept_for_small_bodies = Cost(nbytes=settings.max_bytes_in_flight - settings.max_upload_bytes_in_flight)
@@ -204,6 +207,19 @@ class Reservation:
         if (refusal := quota.refusal(cost, self.tenant, inside=self._inside, keep_free=keep_free)) is not None:
             raise self._admission.refuse(refusal)
         self._inside = True
+
+    @property
+    def nbytes(self) -> int:
+        """Return the reserved bytes."""
+        return self._cost.nbytes
+
+    def refusal_of(self, cost: Cost, claims: Sequence[Claim]) -> Refusal | None:
+        """Return why this cost or these claims, in addition, would be refused now. It reserves and counts nothing."""
+        admission, now = self._admission, time.monotonic()
+        if (refusal := admission.quota.refusal(cost, self.tenant)) is not None:
+            return refusal
+        refusals = (admission.scheduler.refusal(claim, now) for claim in claims)
+        return next((refusal for refusal in refusals if refusal is not None), None)
 
     def reserve(self, cost: Cost, *, keep_free: Cost = NOTHING) -> None:
         """Reserve this cost too, until the `work` around it ends. Raises Overloaded."""

@@ -238,27 +238,35 @@ class Scheduler:
     def submit(self, claim: Claim, now: float) -> Refusal | None:
         """Queue the claim until `schedule` grants it; refuse it if it would wait past its deadline."""
         pool = self._pools[claim.resource]
+        if (refusal := self.refusal(claim, now)) is not None:
+            self._count_refused([claim], now)
+            return refusal
+        self._count += 1
+        pool.join(claim, self._rank(claim), self._count)
+        pool.drain.observe(now, 0.0, wanted=True)
+        return None
+
+    def refusal(self, claim: Claim, now: float) -> Refusal | None:
+        """Return why `submit` would refuse the claim now. It sets the claim's handicap and changes nothing else."""
+        pool = self._pools[claim.resource]
         if claim.amount > pool.limit:
             raise ValueError(f"the claim on {claim.resource} is {claim.amount}, more than its limit of {pool.limit}")
         claim.handicap_s = self._handicap(claim)
         in_service = claim.request in self.limit.contention
         # A narrow limit holds back the claims ahead of a request in service, so it does not wait for them.
-        if pool.standing and not (in_service and self.limit.is_narrow):
-            wait_s = pool.wait_s(claim)
-            latest = claim.deadline - self._needed_s(claim.resource)
-            if not in_service:
-                latest = min(latest, self.limit.latest_start(now, claim.deadline))
-            if wait_s and now + wait_s > latest:
-                self._count_refused([claim], now)
-                text = (
-                    f"The estimated queue time is {wait_s:.1f} s, which leaves too little of timeout_s for an answer. "
-                    "Raise timeout_s or retry later."
-                )
-                return Refusal("deadline", text, wait_s)
-        self._count += 1
-        pool.join(claim, self._rank(claim), self._count)
-        pool.drain.observe(now, 0.0, wanted=True)
-        return None
+        if not pool.standing or (in_service and self.limit.is_narrow):
+            return None
+        wait_s = pool.wait_s(claim)
+        latest = claim.deadline - self._needed_s(claim.resource)
+        if not in_service:
+            latest = min(latest, self.limit.latest_start(now, claim.deadline))
+        if not wait_s or now + wait_s <= latest:
+            return None
+        text = (
+            f"The estimated queue time is {wait_s:.1f} s, which leaves too little of timeout_s for an answer. "
+            "Raise timeout_s or retry later."
+        )
+        return Refusal("deadline", text, wait_s)
 
     def schedule(self, now: float) -> tuple[list[Claim], list[Claim]]:
         """Grant the claims that can start -> the granted claims, and the expired ones, which cannot end in time."""

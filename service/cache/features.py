@@ -82,6 +82,12 @@ class FeatureCache:
     def nbytes(self) -> int:
         return self._kept.nbytes
 
+    def holds(self, key: FeatureKey[Any]) -> bool:
+        """Return whether this process's memory has the features. It counts no lookup."""
+        if self.as_int8:
+            key = replace(key, fingerprint=key.fingerprint + AS_INT8)
+        return key in self._kept
+
     @asynccontextmanager
     async def find(
         self,

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
-import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 
-from service.cli.client import AskFailed, answer, connected, plain_words, read_image, stream, upload
+from service.cli.batch import ask_batch
+from service.cli.client import (
+    IMAGE_ID,
+    IMAGE_SUFFIXES,
+    AskFailed,
+    answer,
+    connected,
+    plain_words,
+    read_image,
+    stream,
+    upload,
+)
 from service.cli.options import Detail, Url, budget, url_of
 from service.cli.terminal import require
 
-IMAGE_ID = re.compile(r"img_[0-9a-f]{32}")
-
 
 def ask(
-    image: Annotated[
-        str, typer.Argument(metavar="IMAGE", help="A file, - for standard input, or the id img_... of one sent before.")
-    ],
-    questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="One or more questions about it.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE... QUESTION...",
+            help="First the images: files, patterns such as 'photos/*.jpg', - for standard input, or ids img_... of "
+            "images sent before. Then one or more questions about each of them.",
+            show_default=False,
+        ),
+    ] = None,
     url: Url = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
@@ -45,10 +62,25 @@ def ask(
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the model looked, and why; one question only.")
     ] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='Ask the questions of this file, one line each: {"image": "x.jpg", "question": "..."} and any other '
+            "field of POST /v1/vqa. Images are files beside it, or ids.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Where the answers of --batch go. Answers that it has are not asked again."
+        ),
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, max=64, help="Questions of --batch asked at the same time.")] = 4,
 ) -> None:
-    """Ask a running service about an image, and print the answer as it comes.
+    """Ask a running service about images, and print the answers as they come.
 
-    With several questions the image is sent once, and its features are computed once.
+    With several questions an image is sent once, and its features are computed once.
 
     \b
       glimpse ask photo.jpg "what colour is the small circle?"
@@ -56,6 +88,8 @@ def ask(
       glimpse ask photo.jpg "what does the label say?" --detail high
       glimpse ask photo.jpg "is there a red square?" --explain looked.png
       glimpse ask photo.jpg "is there a red square?" --explain looked.png --json | jq .relevance     # the numbers drawn
+      glimpse ask photos/*.jpg "is there a red square?"                          # a line for each file
+      glimpse ask --batch questions.jsonl --out answers.jsonl                    # goes on where it was stopped
     """
     fields: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -72,24 +106,96 @@ def ask(
     asked = {name: value for name, value in fields.items() if value is not None}
     address = url_of(url)
     with plain_words(address), connected(address) as client:
+        if batch is not None or out is not None:
+            if words or as_json or explain or batch is None or out is None:
+                raise AskFailed("--batch needs --out, and takes no images, questions, --json or --explain beside it")
+            require_sendable(asked, [])
+            ask_batch(client, batch, out, asked, clients)
+            return
+        images, questions = sorted_out(words or [])
         require_sendable(asked, questions)
         if explain:
-            require_drawable(explain, image, questions)
-        data = None if is_id(image) else read_image(image)
-        image_id = image if data is None else upload(client, data)
-        for question in questions:
-            body = asked | {"image": image_id, "question": question}
-            if as_json or explain:
-                said = answer(client, body)
-                typer.echo(json.dumps(said) if as_json else said["answer"])
-                if explain and data is not None:
-                    draw(data, question, said, explain)
-                continue
-            if len(questions) > 1:
-                typer.echo(f"{question} ", nl=False)
-            for text in stream(client, body):
-                typer.echo(text, nl=False)
-            typer.echo()
+            require_drawable(explain, images, questions)
+        failed = False
+        for image in images:
+            try:
+                ask_about(client, image, questions, asked, show=Show(as_json, explain, len(images) > 1))
+            except AskFailed as exc:
+                if len(images) == 1:
+                    raise
+                failed = True
+                typer.echo(f"glimpse: {image}: {exc}", err=True)
+        if failed:
+            raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """How answers are shown."""
+
+    as_json: bool
+    explain: Path | None  # where to draw
+    named: bool  # with the image's name, because there are several
+
+
+def ask_about(
+    client: httpx.Client, image: str, questions: Sequence[str], asked: Mapping[str, Any], *, show: Show
+) -> None:
+    """Ask the questions about one image, which is sent once. Raises AskFailed."""
+    data = None if is_id(image) else read_image(image)
+    image_id = image if data is None else upload(client, data)
+    for question in questions:
+        body = {**asked, "image": image_id, "question": question}
+        if show.as_json or show.explain:
+            said = answer(client, body)
+            if show.as_json:
+                typer.echo(json.dumps({"file": image, **said} if show.named else said))
+            else:
+                typer.echo(said["answer"])
+            if show.explain and data is not None:
+                draw(data, question, said, show.explain)
+            continue
+        in_front = [f"{image}:"] * show.named + [question] * (len(questions) > 1)
+        said_first = "".join(f"{word} " for word in in_front)
+        for text in stream(client, body):
+            typer.echo(said_first + text, nl=False)
+            said_first = ""
+        typer.echo(said_first)
+
+
+def sorted_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell images from questions -> both. The first word is an image, the last one a question. Raises AskFailed.
+
+    Words between them are images as long as they name files or ids, or end as image files do.
+    """
+    if len(words) < 2:
+        raise AskFailed('name an image and a question: glimpse ask photo.jpg "how many objects are there?"')
+    count = 1
+    while count < len(words) - 1 and is_image(words[count]):
+        count += 1
+    images = [name for word in words[:count] for name in matching(word)]
+    if images.count("-") > 1:
+        raise AskFailed("standard input holds one image: name - once")
+    return images, list(words[count:])
+
+
+def is_image(word: str) -> bool:
+    if word == "-" or is_id(word):
+        return True
+    try:
+        return Path(word).is_file() or (" " not in word and Path(word).suffix.lower() in IMAGE_SUFFIXES)
+    except (OSError, ValueError):  # a long question is no name of a file
+        return False
+
+
+def matching(word: str) -> list[str]:
+    """Return the files of a pattern, which a shell may have left as it is. Raises AskFailed if there are none."""
+    if word == "-" or is_id(word) or not glob.has_magic(word) or Path(word).exists():
+        return [word]
+    files = sorted(name for name in glob.glob(word, recursive=True) if Path(name).is_file())
+    if not files:
+        raise AskFailed(f"no file matches {word}")
+    return files
 
 
 def is_id(image: str) -> bool:
@@ -108,14 +214,16 @@ def require_sendable(fields: dict[str, Any], questions: list[str]) -> None:
                 raise AskFailed(f"{name} is not UTF-8 text: {text!a}")
 
 
-def require_drawable(target: Path, image: str, questions: list[str]) -> None:
+def require_drawable(target: Path, images: list[str], questions: list[str]) -> None:
     """Check before any request whether a picture can be drawn. Raises AskFailed."""
     require("matplotlib", "serve")
     if target.suffix.lower() != ".png":
         raise AskFailed(f"{target} is not a .png file: write --explain {target.with_suffix('.png')}")
+    if len(images) > 1:
+        raise AskFailed(f"--explain draws over one image, not {len(images)}: ask about each one separately")
     if len(questions) > 1:
         raise AskFailed(f"--explain draws one question, not {len(questions)}: ask each one separately")
-    if is_id(image):
+    if is_id(images[0]):
         raise AskFailed("--explain draws over the image: name its file, not its id")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import httpx
 import typer
 
-from service.cli.client import AskFailed, connected, plain_words, read_image, successful
+from service.cli.client import IMAGE_SUFFIXES, AskFailed, connected, plain_words, read_image, successful
 from service.cli.options import Url, url_of
 from service.cli.terminal import fail, require
 
@@ -22,7 +22,6 @@ RedisUrl = Annotated[
     str, typer.Option(envvar="GLIMPSE_REDIS_URL", help="redis://[[user]:password@]host:port/db of the gateways.")
 ]
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
 TRIES = 5  # for one image, if the service answers 429
 
 app = typer.Typer(help="Manage the vision features that gateways share.", no_args_is_help=True, rich_markup_mode=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from service.cli.terminal import fail
 TIMEOUT = httpx.Timeout(5.0, read=150.0, write=60.0)
 # What httpx takes from the environment, in lower or upper case.
 SURROUNDINGS = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
+
+
+IMAGE_ID = re.compile(r"img_[0-9a-f]{32}")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
 
 
 class AskFailed(Exception):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,12 +17,13 @@ import typer
 from service.cli import cache
 from service.cli.ask import ask
 from service.cli.client import connected, plain_words
+from service.cli.completion import NAME, completion, prepare
 from service.cli.options import Detail, Url, budget, url_of
 from service.cli.probes import canary, health
 from service.cli.terminal import become, require, run
 
 app = typer.Typer(
-    name="glimpse",
+    name=NAME,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -85,6 +87,7 @@ def triton(
 app.command()(health)
 app.command()(canary)
 app.command()(ask)
+app.command()(completion)
 
 
 @app.command("eval")
@@ -158,4 +161,5 @@ def ablate(context: typer.Context) -> None:
 
 
 def main() -> None:
-    sys.exit(run(app))
+    prepare()
+    sys.exit(run(partial(app, prog_name=NAME)))

@@ -51,6 +51,7 @@ class ModelCard:
     # (InstructBLIP). The Q-Former then reads the LLM's whole prompt between its special tokens, not the bare question.
     question_tokenizer: str = "tokenizer.json"
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
+    text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 
     @property
@@ -69,7 +70,7 @@ class ModelCard:
 
     def sized(self, tensor: Tensor) -> Tensor:
         """Give a tensor that the gateway sends or reads the type and the sizes of these models."""
-        return tensor.sized(self.float_type, self.sizes)
+        return tensor.sized(self.float_type, self.sizes, self.text_type)
 
     def type_of(self, feature: str) -> str:
         """Return Triton's type of one array in `feature_shapes`."""

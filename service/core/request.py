@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from service.core.guide import Guide
+
 Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
 
 
@@ -48,6 +50,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     streaming: bool = True  # tokens as they come; else all at the end, which takes a fraction of the CPU time
     log_probs: bool = False  # with each token's log probability
+    guide: Guide | None = None  # the form of the answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ PATCH_SLOTS = PATCHES + 1  # CLS and every patch of the 224-pixel view
 VISION_SLOTS = MAX_VISION_TOKENS + 1  # CLS and the most vision tokens, with the closer view
 
 FLOAT = "F"  # the checkpoint's float: FP32, or FP16 on GPUs
+TEXT = "T"  # a text: UINT8 [-1], its UTF-8 bytes, or BYTES [1], a string, which TensorRT-LLM takes
 
 DATATYPES: Mapping[np.dtype[Any], str] = {
     np.dtype(np.uint8): "UINT8",
@@ -40,6 +41,7 @@ DATATYPES: Mapping[np.dtype[Any], str] = {
     np.dtype(np.bool_): "BOOL",
     np.dtype(np.float16): "FP16",
     np.dtype(np.float32): "FP32",
+    np.dtype(np.object_): "BYTES",
 }
 DTYPES: Mapping[str, np.dtype[Any]] = {name: dtype for dtype, name in DATATYPES.items()}
 
@@ -56,13 +58,15 @@ class Tensor:
     """
 
     name: str
-    datatype: str  # FP32, INT32, ... as Triton's clients write it, or FLOAT
+    datatype: str  # FP32, INT32, ... as Triton's clients write it, or FLOAT or TEXT
     dims: tuple[int | str, ...]
     note: str = ""  # the comment above it in config.pbtxt
     optional: bool = False
 
-    def sized(self, float_type: str, sizes: Mapping[str, int]) -> Tensor:
-        """Return the tensor with the type and the sizes of one checkpoint."""
+    def sized(self, float_type: str, sizes: Mapping[str, int], text_type: str = "UINT8") -> Tensor:
+        """Return the tensor with the types and the sizes of one checkpoint."""
+        if self.datatype == TEXT:
+            return replace(self, datatype=text_type, dims=(1,) if text_type == "BYTES" else (-1,))
         datatype = float_type if self.datatype == FLOAT else self.datatype
         return replace(self, datatype=datatype, dims=self.shape(sizes))
 
@@ -171,6 +175,10 @@ _LLM_SAMPLING = (
     Tensor("repetition_penalty", "FP32", (1,), "1 is off", optional=True),
 )
 _LLM_LOG_PROBS = Tensor("return_log_probs", "BOOL", (1,), "TensorRT-LLM gives them only if true", optional=True)
+_LLM_GUIDE = (
+    Tensor("guided_decoding_guide_type", TEXT, (-1,), "the answer's form: json_schema or regex", optional=True),
+    Tensor("guided_decoding_guide", TEXT, (-1,), "UTF-8: the schema or the regular expression", optional=True),
+)
 _LLM_STOP = Tensor("stop", "BOOL", (1,), "true ends the request with the same id", optional=True)
 _OUTPUT_IDS = Tensor("output_ids", "INT32", (-1, -1), "[1 beam, new tokens]")
 _TEXTS = (
@@ -189,7 +197,7 @@ _relevance_allocator_448 = Model(
 _qformer = Model("qformer", (*_chosen("R"), *QUESTION), _VISUAL)
 _llm = Model(
     "llm",
-    (*_LLM_PROMPT, *_LLM_SAMPLING, _LLM_LOG_PROBS, _LLM_STOP),
+    (*_LLM_PROMPT, *_LLM_SAMPLING, _LLM_LOG_PROBS, *_LLM_GUIDE, _LLM_STOP),
     (
         _OUTPUT_IDS,
         Tensor("sequence_length", "INT32", (-1,), "of each beam, so far"),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, naming_image
+from service.core.guide import guide_of
 from service.core.request import (
     Budget,
     Detail,
@@ -63,6 +65,9 @@ class Fields:
     priority: Priority = Priority.NORMAL
     stream: bool = False
     log_probs: bool = False
+    choices: tuple[str, ...] | None = None
+    regex: str | None = None
+    json_schema: Mapping[str, Any] | None = None
 
 
 def to_request(
@@ -187,4 +192,5 @@ def _sampling(fields: Fields) -> Sampling:
         stop=fields.stop,
         streaming=fields.stream or bool(fields.stop),  # stop strings are searched for as tokens come
         log_probs=fields.log_probs,
+        guide=guide_of(fields.choices, fields.regex, fields.json_schema),
     )

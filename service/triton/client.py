@@ -33,9 +33,10 @@ PROBE_SHARE = 0.02  # of an idle model's time; a probe of ViT-B takes 0.5 s on a
 class TritonClient:
     """See, attend and generate on one or two Tritons. Every method raises GlimpseError only."""
 
-    def __init__(self, vision_url: str, llm_url: str, metadata: Metadata = ()) -> None:
+    def __init__(self, vision_url: str, llm_url: str, metadata: Metadata = (), text_type: str = "UINT8") -> None:
         """`host:port` of Triton's gRPC, or `unix:` and the path of a socket. The two may be equal, and then share one
-        channel. `metadata` goes with each `load` and `unload`."""
+        channel. `metadata` goes with each `load` and `unload`. `text_type` is the card's."""
+        self._text_type = text_type
         self._calls = Calls(vision_url, llm_url, metadata)
         self._probe_took: dict[str, float] = {}  # seconds, the shortest: longer ones waited in a queue
 
@@ -112,7 +113,7 @@ class TritonClient:
         the last one within `stall_timeout_s`.
         """
         codec.require_consistent(prompt)
-        inputs = codec.llm_inputs(prompt, sampling, end_id, pad_id)
+        inputs = codec.llm_inputs(prompt, sampling, end_id, pad_id, self._text_type)
 
         def stop() -> grpc.aio.UnaryStreamCall:
             return self._calls.stream("llm", codec.request("llm", inputs | {"stop": np.array([[True]])}, request_id))

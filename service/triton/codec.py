@@ -34,7 +34,7 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
     for name, array in tensors.items():
         datatype = DATATYPES[array.dtype]
         inputs.append(service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=array.shape))
-        contents.append(array.tobytes())
+        contents.append(array.tobytes() if array.dtype != np.object_ else _strings(array))
     outputs = _IDS_ONLY if model == "llm" and "return_log_probs" not in tensors else _OUTPUTS[model]
     request = service_pb2.ModelInferRequest(
         model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=outputs
@@ -77,7 +77,9 @@ def require_consistent(prompt: Prompt) -> None:
             raise InternalError("two different visual tokens have one extra id")
 
 
-def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> dict[str, npt.NDArray[Any]]:
+def llm_inputs(
+    prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int, text_type: str = "UINT8"
+) -> dict[str, npt.NDArray[Any]]:
     """Make the LLM's inputs. Sampling inputs without an effect are left out, so that a greedy request is small."""
     numbers: dict[str, float] = {
         "input_lengths": prompt.input_ids.size,
@@ -94,12 +96,30 @@ def llm_inputs(prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int) -> 
         numbers["return_log_probs"] = True
     if sampling.repetition_penalty != 1.0:
         numbers["repetition_penalty"] = sampling.repetition_penalty
-    return {
+    if sampling.guide is not None:
+        guide = {"guided_decoding_guide_type": sampling.guide.kind, "guided_decoding_guide": sampling.guide.text}
+        texts = {name: _text(text, text_type) for name, text in guide.items()}
+    else:
+        texts = {}
+    return texts | {
         "input_ids": prompt.input_ids[np.newaxis],
         "prompt_embedding_table": prompt.visual_tokens[np.newaxis],
         "prompt_table_extra_ids": prompt.extra_ids[np.newaxis],
         **{name: np.array([[number]], _LLM_TYPES[name]) for name, number in numbers.items()},
     }
+
+
+def _text(text: str, text_type: str) -> npt.NDArray[Any]:
+    """Return UTF-8 bytes uint8 [1, n], or one string [1, 1]."""
+    encoded = text.encode(errors="replace")
+    if text_type == "BYTES":
+        return np.array([[encoded]], np.object_)
+    return np.frombuffer(encoded, np.uint8)[np.newaxis]
+
+
+def _strings(array: npt.NDArray[Any]) -> bytes:
+    """Write strings as Triton does: each behind its length, 4 bytes, little-endian."""
+    return b"".join(len(each).to_bytes(4, "little") + each for each in array.ravel())
 
 
 def features(arrays: Arrays) -> list[VisionFeatures]:

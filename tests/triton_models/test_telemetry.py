@@ -12,7 +12,7 @@ from tests.support.paths import PROJECT
 
 IMPORTS = [
     "triton_models.session",  # of every model with a graph
-    "build_engines.convert.parity",
+    pytest.param("build_engines.convert.parity", marks=pytest.mark.slow),  # imports PyTorch
     "benchmarks.bench.engine",
 ]
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import grpc  # type: ignore[import-untyped]
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from service.core.errors import (
     Cancelled,
@@ -51,11 +60,15 @@ class Call:
     def timeout_s(self) -> float | None:
         """Return the time that the caller's deadline leaves for the work, as far as the service allows; None without a
         deadline."""
+        left_s = self.time_left_s()
+        return None if left_s is None else min(left_s, self.edge.questions.max_timeout_s)
+
+    def time_left_s(self) -> float | None:
+        """Return the time that the caller's deadline leaves for the work; None without a deadline."""
         left_s: float | None = self.context.time_remaining()
         if left_s is None:
             return None
-        work_s = left_s - min(ANSWERING_S, ANSWERING_SHARE * left_s)
-        return max(LEAST_TIMEOUT_S, min(work_s, self.edge.questions.max_timeout_s))
+        return max(LEAST_TIMEOUT_S, left_s - min(ANSWERING_S, ANSWERING_SHARE * left_s))
 
     def present(self, timeout_s: float) -> AbstractAsyncContextManager[None]:
         """Give up the block if its caller does not read its answer. Raises DeadlineExceeded.
@@ -71,6 +84,10 @@ class Call:
             raise InvalidRequest("the call has no message: send one")
         self.reservation.reserve_bytes(len(data))
         return data
+
+    async def next_message(self) -> bytes | None:
+        """Read the next of several messages; None at their end. Raises SlowBody, Overloaded."""
+        return await self._read(self.edge.bodies.timeout_s, 0)
 
     async def image(self) -> bytes:
         """Read an image in chunks. Raises SlowBody, TooLarge, InvalidRequest, Overloaded."""
@@ -113,10 +130,15 @@ class Call:
             except TimeoutError as exc:
                 if refusals:
                     raise refusals[0] from exc
-                raise SlowBody(f"only {came:,} bytes of the call came in time: send it again") from exc
+                raise SlowBody(f"only {came:,} bytes of the message came in time: send it again") from exc
             finally:
                 timer.cancel()
         return None if data is grpc.aio.EOF else data
+
+
+def address_in(peer: str) -> str:
+    """Return the address of gRPC's name for a peer, such as ipv4:127.0.0.1:5000 or ipv6:%5B::1%5D:5000."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 class Calls:
@@ -135,7 +157,7 @@ class Calls:
         trace_id = trace_id_in(str(value) for key, value in metadata if key == TRACE_ID_KEY)
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
-            with self._counted():
+            with self._counted(), self._client_told(context):
                 self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
                 tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
                 traceparent = next((str(value) for key, value in metadata if key == TRACEPARENT_KEY), "")
@@ -157,6 +179,12 @@ class Calls:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
+
+    def _client_told(self, context: grpc.aio.ServicerContext) -> AbstractContextManager[object]:
+        """Add the caller's address to the block's lines in the log, if the operator wants it."""
+        if not self.edge.log_client_address:
+            return nullcontext()
+        return bound_contextvars(client=address_in(context.peer()))
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from service.edges.asking import QuestionLimits
+from service.edges.batching import BatchLimits
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline
 
@@ -24,11 +25,13 @@ class GrpcEdge:
 
     pipeline: Pipeline
     questions: QuestionLimits
+    batches: BatchLimits
     bodies: BodyLimits  # of a message, and of an image in chunks
     max_connections: int
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     count: Callable[[str, str], None]  # one call: its method and the name of its status
     lag_s: Callable[[], float]  # how late the event loop is
+    log_client_address: bool = False  # to the log's lines of each call
 
     def options(self) -> list[tuple[str, int]]:
         """Return the server's channel arguments. Connections have no maximum age."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
+import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from service.core.answer import Delta, Finished, KeptImage
-from service.core.errors import InvalidRequest
+from service.core.errors import GlimpseError, InvalidRequest, status_of
 from service.core.request import Exchange, ImageBytes, ImageId, ImageUrl, Part, Text
 from service.core.vision import Relevance
 from service.edges.asking import Fields
 from service.edges.grpc.stubs import vqa_pb2 as pb
-from service.edges.grpc.wire import require_few_fields
+from service.edges.grpc.wire import fields_in, require_few_fields, varint
 from service.edges.http.faults import invalid_request
-from service.edges.http.schema import MAX_TURNS, NESTED, Asked
+from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked
 
 MAX_PARTS = 64  # of one question, as of a form
-OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
+OPTIONAL = ("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "regex", "json_schema")
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
@@ -29,6 +32,8 @@ SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
 
 class MessageFields(Asked):
     """Hold the fields that a message and JSON have in common. The same rules check them."""
+
+    json_schema: Annotated[dict[str, Any] | None, SCHEMA_TEXT] = None
 
     def fields(self, parts: tuple[Part, ...], turns: tuple[Exchange, ...]) -> Fields:
         return replace(self._fields(None, None), parts=parts, turns=turns)
@@ -48,6 +53,41 @@ def question_in(data: bytes) -> pb.AnswerRequest:
     return message
 
 
+@dataclass(frozen=True, slots=True)
+class BatchQuestion:
+    """Hold one message of a batch, whose question is parsed when its turn comes."""
+
+    index: int = 0
+    data: bytes = b""  # an encoded AnswerRequest
+    timeout_s: float | None = None
+
+
+def batch_question_in(data: bytes) -> BatchQuestion:
+    """Read an encoded BatchRequest without parsing its question. Raises InvalidRequest."""
+    question = BatchQuestion()
+    for number, start, end in fields_in(data, 0, len(data)):
+        match number:
+            case 1:
+                question = replace(question, index=varint(data, start)[0] & 0xFFFF_FFFF)
+            case 2:
+                if question.data:
+                    raise InvalidRequest("question is given twice in one BatchRequest: send one message for each")
+                question = replace(question, data=data[start:end])
+            case 3 if end - start == 8:
+                question = replace(question, timeout_s=struct.unpack("<d", data[start:end])[0])
+            case _:
+                raise InvalidRequest(
+                    f"field number {number} is none of this server's BatchRequest, or is cut off: leave it out",
+                    code="unknown_field",
+                )
+    return question
+
+
+def error_message(error: GlimpseError) -> pb.Error:
+    status, _ = grpc.StatusCode[status_of(error)[1]].value
+    return pb.Error(status=status, code=error.code, message=error.message, type=error.type, param=error.param or "")
+
+
 def chunk_in(data: bytes) -> bytes:
     """Parse an encoded PutImageRequest -> its bytes. Raises InvalidRequest."""
     message = pb.PutImageRequest()
@@ -61,11 +101,17 @@ def chunk_in(data: bytes) -> bytes:
     return message.data
 
 
-def fields_of(message: pb.AnswerRequest, *, stream: bool, timeout_s: float | None) -> Fields:
-    """Check types and ranges of a question. Raises InvalidRequest."""
+def fields_of(
+    message: pb.AnswerRequest, *, stream: bool, timeout_s: float | None, priority: str | None = None
+) -> Fields:
+    """Check types and ranges of a question. `priority` is its default. Raises InvalidRequest."""
     if len(message.turns) > MAX_TURNS:
         raise InvalidRequest(f"turns may hold at most {MAX_TURNS} items", param="turns")
     given: dict[str, object] = {name: getattr(message, name) for name in OPTIONAL if message.HasField(name)}
+    if message.choices:
+        given["choices"] = tuple(message.choices)
+    if priority is not None:
+        given["priority"] = priority
     if message.detail:
         given["detail"] = DETAILS.get(message.detail, message.detail)
     if message.priority:

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from service.core.answer import Delta
 from service.core.request import Request
 from service.edges.asking import to_request
+from service.edges.grpc.batch import BatchCall
 from service.edges.grpc.calls import Call, Calls
 from service.edges.grpc.edge import MAX_CALLS, GrpcEdge
 from service.edges.grpc.health import Health
@@ -41,6 +42,7 @@ class VisualQuestionAnswering:
             "StreamAnswer": grpc.stream_stream_rpc_method_handler(
                 self.stream_answer, None, pb.AnswerEvent.SerializeToString
             ),
+            "Batch": grpc.stream_stream_rpc_method_handler(self.batch, None, pb.BatchResponse.SerializeToString),
             "PutImage": grpc.stream_unary_rpc_method_handler(
                 self.put_image, None, pb.PutImageResponse.SerializeToString
             ),
@@ -65,6 +67,10 @@ class VisualQuestionAnswering:
             async with call.present(request.timeout_s), aclosing(answer) as events:
                 async for event in events:
                     await context.write(event_message(request.id, self.model, event, explain))
+
+    async def batch(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        async with self.calls.scope(context, "Batch") as call:
+            await BatchCall(call, self.edge).run()
 
     async def put_image(self, _: object, context: grpc.aio.ServicerContext) -> pb.PutImageResponse:
         async with self.calls.scope(context, "PutImage") as call:

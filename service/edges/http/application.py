@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from service.core.errors import GlimpseError
-from service.edges.http import images, openapi, operations, vqa
+from service.edges.caller import TENANT_KEY, TRACE_ID_KEY
+from service.edges.http import batch, estimate, images, openapi, operations, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
 from service.edges.http.respond import RequestScope, respond_to_error, respond_to_no_route
@@ -23,9 +25,17 @@ def http_api(edge: Edge) -> FastAPI:
         summary="Answers questions about images, and looks more closely at the parts that a question needs.",
     )
     api.state.edge = edge
-    for routes in (vqa, images, chat, files, models, operations, front):
+    for routes in (vqa, batch, estimate, images, chat, files, models, operations, front):
         api.include_router(routes.router)
     api.add_exception_handler(GlimpseError, respond_to_error)
     api.add_exception_handler(HTTPException, respond_to_no_route)
     api.add_middleware(RequestScope, edge=edge)
+    if edge.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=edge.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("authorization", "content-encoding", "content-type", TENANT_KEY, TRACE_ID_KEY),
+            expose_headers=(TRACE_ID_KEY, "retry-after"),
+        )
     return api

@@ -1,16 +1,21 @@
 """How many connections may be open, in all and from one address, and which of them makes room for a new one.
 
 A connection that has no request in work is closed before a new one is refused. The first to go has never sent a whole
-request, oldest first. The next has been idle longest. Pure: nothing here touches a socket.
+request, oldest first. The next has been idle longest. One address may replace a bounded number of connections a second:
+whoever connects again as soon as it is closed would otherwise keep the event loop busy with that alone. Pure: nothing
+here touches a socket, and time is an argument.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Connection = TypeVar("Connection", bound=Hashable)
+BURST_S = 10.0  # so many seconds' worth of replacements may come at once
+KEPT_RATES = 4096  # addresses whose rate is remembered; the one that came longest ago is forgotten first
 
 
 @dataclass(slots=True)
@@ -30,17 +35,57 @@ class Group(Generic[Connection]):
         self.idle.pop(connection, None)
 
 
+class Rates:
+    """How many connections each address may still replace: a token bucket for each."""
+
+    def __init__(self, per_s: float) -> None:
+        self._per_s = per_s
+        self._most = max(1.0, per_s * BURST_S)
+        self._left: dict[str, tuple[float, float]] = {}  # by network: tokens, and when there were so many
+
+    def take(self, address: str, now: float) -> bool:
+        """Whether it may replace one more at `now`, in seconds of any clock that does not go back."""
+        network = network_of(address)
+        left, since = self._left.pop(network, (self._most, now))
+        left = min(self._most, left + (now - since) * self._per_s)
+        taken = left >= 1
+        self._left[network] = (left - taken, now)
+        if len(self._left) > KEPT_RATES:
+            del self._left[next(iter(self._left))]
+        return taken
+
+
+def network_of(address: str) -> str:
+    """The address; of IPv6 its /64, which one customer has whole."""
+    if ":" not in address:
+        return address
+    read = ipaddress.IPv6Address(address.partition("%")[0])
+    return str(read.ipv4_mapped or read.packed[:8].hex())
+
+
 class Connections(Generic[Connection]):
     """The open connections of one server."""
 
-    def __init__(self, most: int, most_per_address: int) -> None:
+    def __init__(self, most: int, most_per_address: int, replaced_per_s: float) -> None:
         self.most_per_address = most_per_address
+        self._rates = Rates(replaced_per_s)
         self._all: Group[Connection] = Group(most)
         self._addresses: dict[str, Group[Connection]] = {}
         self._address_of: dict[Connection, str] = {}
 
     def __len__(self) -> int:
         return len(self._all.open)
+
+    def admits(self, address: str, now: float, coming: int = 0) -> bool:
+        """Whether a new connection may come in, before anything is made for it. One that takes no other's place may.
+
+        `coming` have been let in and have not entered yet.
+        """
+        its_address = self._addresses.get(address)
+        of_address = coming + (len(its_address.open) if its_address else 0)
+        if len(self._all.open) + coming < self._all.most and of_address < self.most_per_address:
+            return True
+        return self._rates.take(address, now)
 
     def enter(self, connection: Connection, address: str) -> tuple[bool, Connection | None]:
         """Whether there is room for it, and which other connection must be closed to make that room."""

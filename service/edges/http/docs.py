@@ -1,4 +1,4 @@
-"""GET /docs: the API to read and to try, from files of the package, so that it needs no internet."""
+"""GET /docs and GET /redoc: the API to try and to read, from files of the package, so that they need no internet."""
 
 from __future__ import annotations
 
@@ -32,12 +32,42 @@ SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, 
 </html>
 """
 
+REDOC = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Glimpse: API reference</title>
+<link rel="icon" href="data:,">
+</head>
+<body>
+<redoc spec-url="openapi.json" disable-search="true"></redoc>
+<script src="docs/redoc.standalone.js"></script>
+</body>
+</html>
+"""
+# ReDoc writes its styles into the page, and asks its maker's host for a logo, which is not allowed here.
+REDOC_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/docs")
 async def docs() -> Response:
     return HTMLResponse(PAGE)
+
+
+@router.get("/redoc")
+async def redoc() -> Response:
+    return HTMLResponse(REDOC, headers={"content-security-policy": REDOC_POLICY})
+
+
+@router.get("/docs/redoc.standalone.js")
+async def redoc_script(request: Request) -> Response:
+    return packed("redoc.standalone.js.gz", "text/javascript", request)
 
 
 @router.get("/docs/swagger-ui-bundle.js")

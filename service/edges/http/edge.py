@@ -13,6 +13,7 @@ from starlette.types import Receive
 
 from service.edges import caller
 from service.edges.asking import QuestionLimits
+from service.edges.batching import BatchLimits
 from service.edges.caller import TENANT_KEY, TRACEPARENT_KEY, Caller, tenant_in
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
@@ -24,6 +25,7 @@ class ConnectionLimits:
 
     max_connections: int = 4096
     max_connections_per_address: int = 3072
+    replaced_per_address_s: float = 10.0  # connections a second that new ones of an address may take the place of
     max_head_bytes: int = 32 * 1024  # of a request line and its headers
     max_headers: int = 100
     max_url_bytes: int = 8 * 1024
@@ -44,6 +46,7 @@ class Edge:
 
     pipeline: Pipeline
     questions: QuestionLimits
+    batches: BatchLimits
     bodies: BodyLimits
     connections: ConnectionLimits
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any
@@ -51,6 +54,8 @@ class Edge:
     metrics: Callable[[str], tuple[bytes, str]]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
+    log_client_address: bool = False  # to the log's lines of each request
+    cors_origins: tuple[str, ...] = ()  # whose pages may call the service from a browser
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
@@ -67,10 +72,10 @@ def caller_of(request: Request) -> Caller:
     )
 
 
-def reserved(request: Request, tenant: str) -> Reservation:
-    """Open the request's one reservation, which ends with its response. Raises Overloaded."""
+def reserved(request: Request, tenant: str, *, row: bool = True) -> Reservation:
+    """Open the request's one reservation, which ends with its response. `row`: it needs the LLM. Raises Overloaded."""
     held = cast(ExitStack, request.scope["glimpse.held"])
-    return held.enter_context(edge_of(request).pipeline.reservation(tenant))
+    return held.enter_context(edge_of(request).pipeline.reservation(tenant, row=row))
 
 
 @asynccontextmanager

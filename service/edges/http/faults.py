@@ -27,6 +27,7 @@ SYNONYMS |= dict.fromkeys(("max_new_tokens", "max_completion_tokens"), "max_toke
 
 LISTS = {
     "images": 'a list of images, such as ["img_...", "img_..."]',
+    "choices": 'a list of texts, such as ["yes", "no"]',
     "turns": 'a list of turns, such as [{"question": "which shape?", "answer": "a circle"}]',
     "vision_tokens": "a list of the least and the most, such as [64, 128]",
     "visual_tokens": "a list of the least and the most, such as [32, 64]",

@@ -7,10 +7,11 @@ reads the rest.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from service.core.errors import GlimpseError, TooLarge
+from service.core.errors import GlimpseError, InvalidRequest, TooLarge
 from service.core.request import ImageSource
 from service.edges.http.faults import unknown_field
 from service.edges.image_text import read_image, source_of
@@ -23,6 +24,8 @@ NAME_BYTES = 100
 LONG_IMAGE_BYTES = 1024  # a shorter one stays where it is
 SCAN_BYTES = 1024 * 1024  # searched for a quote in 0.1 to 0.3 ms
 VALUE_COST_BYTES = 8 * 1024  # what a value costs beside its bytes
+VALUES_PER_ITEM = 200  # of a list, on average; a question with every field and 20 turns has about 150
+STRUCTURE = re.compile(rb"[\[\]{},]")
 MAX_BACKSLASHES = 16 * 1024  # in a row; the longest question can have a quarter of them
 
 # Whether a string is an image: its depth in lists and objects, the field of the outermost object, its own field.
@@ -171,3 +174,80 @@ class _Scan:
         return TooLarge(
             f"the body has more than {self.max_text_bytes:,} bytes besides its images: shorten it", param=field
         )
+
+
+async def items(body: bytes, most: int) -> list[tuple[int, int]]:
+    """Find where each item of a JSON list begins and ends, without parsing any. `body` begins with the list's bracket.
+
+    An item may be anything; its own parser says what is wrong with it. Raises TooLarge if there are more than `most`,
+    or more values than so many questions need, and InvalidRequest if the list does not end, or not at the end.
+    """
+    return await _Items(body, most).run()
+
+
+class _Items(_Scan):
+    """Goes from quote to quote, and over the brackets between them."""
+
+    def __init__(self, body: bytes, most: int) -> None:
+        super().__init__(body, len(body), most * VALUES_PER_ITEM, [], is_image_of_vqa)
+        self.most = most
+        self.begin = 0  # of the item that is being read
+        self.end = 0  # of the list, once it is found
+        self.found: list[tuple[int, int]] = []
+
+    async def run(self) -> list[tuple[int, int]]:  # type: ignore[override]
+        place = 0
+        while not self.end:
+            start = await self.find_quote(place)
+            await self.brackets(place, len(self.body) if start < 0 else start)
+            if start < 0 or self.end:
+                break
+            string_end = await self.end_of_string(start)
+            self.values += 1
+            self.require_few()
+            if string_end < 0:
+                break
+            place = string_end + 1
+        if not self.end or self.body[self.end :].strip():
+            why = "something follows the list" if self.end else "the list does not end"
+            raise InvalidRequest(f"the body is not valid JSON: {why}", code="invalid_json")
+        return self.found
+
+    async def brackets(self, start: int, end: int) -> None:
+        """Go over what stands between two strings, and note the items that begin or end there."""
+        for begin in range(start, end, SCAN_BYTES):
+            for match in STRUCTURE.finditer(self.body, begin, min(end, begin + SCAN_BYTES)):
+                self.values += 1
+                self.require_few()
+                self.turn(match.group(), match.start())
+                if self.end:
+                    return
+            if end - start > SCAN_BYTES:
+                await asyncio.sleep(0)
+
+    def turn(self, sign: bytes, place: int) -> None:
+        """Raises TooLarge."""
+        if sign in b"[{":
+            self.depth += 1
+            if self.depth == 1:
+                self.begin = place + 1
+            return
+        if sign in b"]}":
+            self.depth -= 1
+        elif self.depth == 1:
+            self.item(place)
+        if self.depth == 0:
+            if self.found or self.body[self.begin : place].strip():
+                self.item(place)
+            self.end = place + 1
+
+    def item(self, end: int) -> None:
+        if len(self.found) == self.most:
+            raise TooLarge(f"the batch has more than {self.most:,} questions: send it in parts")
+        self.found.append((self.begin, end))
+        self.begin = end + 1
+
+    def require_few(self) -> None:
+        """Raises TooLarge."""
+        if self.is_too_large():
+            raise TooLarge(f"the body has more than {self.max_values:,} values: send fewer questions")

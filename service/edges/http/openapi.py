@@ -14,8 +14,11 @@ from pydantic.json_schema import models_json_schema
 
 from service.core.errors import STATUS
 from service.edges.http import docs
+from service.edges.http.batch import LINES
+from service.edges.http.batch_schema import BatchLine, BatchQuestion
 from service.edges.http.body import FORM, JSON
 from service.edges.http.docs import STATIC
+from service.edges.http.estimate import VqaEstimate
 from service.edges.http.schema import (
     ErrorBody,
     Health,
@@ -177,6 +180,22 @@ LINKS = {
         "description": "Ask about the image by its id.",
     }
 }
+# An item that is wrong is a result with an error, and not a refusal of the batch. So its schema is only named.
+BATCH = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"description": "Each a BatchQuestion. One that is not gets a result with an error."},
+}
+BATCH_EXAMPLES = {
+    "two": {
+        "summary": "Two questions about one image",
+        "description": "The reference model answers: 8, cyan",
+        "value": [
+            {"image": SCENE, "question": "what character is on the pink square?"},
+            {"image": SCENE, "question": "what color is the triangle?"},
+        ],
+    }
+}
 FILE = {"type": "string", "format": "binary", "minLength": 1}
 TENANT = {
     "name": "x-tenant-id",
@@ -194,6 +213,38 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
             "VqaAnswer",
             EVENTS,
         ),
+    ),
+    (
+        "/v1/vqa/batch",
+        "post",
+        {
+            "parameters": [TENANT],
+            "requestBody": {
+                "required": True,
+                "content": {JSON: {"schema": BATCH, "examples": BATCH_EXAMPLES}}
+                | {kind: {"schema": {"type": "string", "minLength": 1}} for kind in LINES},
+            },
+            "responses": {
+                "200": {
+                    "description": "Each result as a line, in the order in which they are ready",
+                    "content": {LINES[0]: {"itemSchema": {"$ref": "#/components/schemas/BatchLine"}}},
+                }
+            }
+            | errors(400, 408, 413, 415, 429, 500, 503),
+        },
+    ),
+    (
+        "/v1/vqa/estimate",
+        "post",
+        {
+            "parameters": [TENANT],
+            "requestBody": {
+                "required": True,
+                "content": {JSON: schema_of("VqaRequest"), FORM: schema_of("VqaForm")},
+            },
+            "responses": {"200": {"description": "The estimate", "content": {JSON: schema_of("VqaEstimate")}}}
+            | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
+        },
     ),
     (
         "/v1/images",
@@ -233,4 +284,8 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     ),
 ]
 
-DESCRIPTION = Description((VqaRequest, VqaForm, VqaAnswer, VqaEvent, UploadedImage, Health, ErrorBody), OPERATIONS)
+MODELS = (
+    *(VqaRequest, VqaForm, VqaAnswer, VqaEvent, VqaEstimate),
+    *(BatchQuestion, BatchLine, UploadedImage, Health, ErrorBody),
+)
+DESCRIPTION = Description(MODELS, OPERATIONS)

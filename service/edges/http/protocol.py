@@ -7,7 +7,6 @@ client that does not read. A refusal here has the same body as any other error, 
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 import resource
 from collections.abc import Callable
@@ -32,23 +31,38 @@ ERROR_TYPES = {408: SlowBody.type, 429: Overloaded.type, 503: Unavailable.type}
 Count = Callable[[str, str, str], None]  # of one HTTP request: its method, route and status
 
 
-def limited_protocol(edge: Edge) -> type[asyncio.Protocol]:
+class Protocols:
     """What uvicorn calls for each connection."""
-    limits = edge.connections
-    most = most_connections(limits.max_connections)
-    connections: Connections[LimitedProtocol] = Connections(most, min(most, limits.max_connections_per_address))
 
-    def overload(open_requests: int) -> Overloaded | None:
+    def __init__(self, edge: Edge) -> None:
+        limits = edge.connections
+        most = most_connections(limits.max_connections)
+        most_per_address = min(most, limits.max_connections_per_address)
+        self.connections: Connections[LimitedProtocol] = Connections(
+            most, most_per_address, limits.replaced_per_address_s
+        )
+        self._edge = edge
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LimitedProtocol:
+        return LimitedProtocol(
+            *args,
+            limits=self._edge.connections,
+            open_connections=self.connections,
+            count=self._edge.count,
+            overload=self._overload,
+            **kwargs,
+        )
+
+    def _overload(self, open_requests: int) -> Overloaded | None:
         try:
-            edge.pipeline.require_turns(open_requests, edge.lag_s())
+            self._edge.pipeline.require_turns(open_requests, self._edge.lag_s())
         except Overloaded as error:
             return error
         return None
 
-    made = functools.partial(
-        LimitedProtocol, limits=limits, open_connections=connections, count=edge.count, overload=overload
-    )
-    return cast(type[asyncio.Protocol], made)
+
+def limited_protocol(edge: Edge) -> type[asyncio.Protocol]:
+    return cast(type[asyncio.Protocol], Protocols(edge))
 
 
 def most_connections(wanted: int) -> int:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from service.core.errors import (
     GlimpseError,
@@ -116,6 +117,8 @@ class RequestScope:
 
         try:
             with ExitStack() as scope["glimpse.held"]:
+                if self.edge.log_client_address and scope.get("client"):
+                    scope["glimpse.held"].enter_context(bound_contextvars(client=scope["client"][0]))
                 await self.app_for(scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("fault", request_id=trace_id, path=scope["path"])

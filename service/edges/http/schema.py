@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -21,6 +21,7 @@ from pydantic import (
 from service.core.answer import Finished, KeptImage
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError, InvalidRequest
+from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
 from service.edges.asking import Fields
@@ -49,7 +50,7 @@ def stop_schema(most: int) -> WithJsonSchema:
 # Of a question, those that the core takes as they are.
 PLAIN_FIELDS = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail"),
-    *("timeout_s", "priority", "stream"),
+    *("timeout_s", "priority", "stream", "choices", "regex", "json_schema"),
 )
 
 
@@ -153,6 +154,15 @@ Temperature = Annotated[
 ]
 
 
+# The form of an answer: at most one of them is given.
+Choices = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_CHOICES)]
+Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARS)]
+CHOICES: Any = Field(None, description="The answer is one of these texts.", examples=[["yes", "no"]])
+REGEX: Any = Field(None, description="The answer matches this regular expression from its first to its last character.")
+SCHEMA_TEXT = BeforeValidator(_from_json_text('{"type": "object"}'))
+JSON_SCHEMA: Any = Field(None, description="The answer is JSON of this schema.", examples=[{"type": "object"}])
+
+
 class WireTurn(BaseModel):
     """A question that was asked before, and its answer."""
 
@@ -203,6 +213,9 @@ class Asked(BaseModel):
     stop: Annotated[tuple[str, ...], stops(MAX_STOPS), stop_schema(MAX_STOPS)] = Field(
         (), description="The answer ends before any of these strings."
     )
+    choices: Choices | None = CHOICES
+    regex: Regex | None = REGEX
+    json_schema: dict[str, Any] | None = JSON_SCHEMA
     detail: Detail | None = Field(
         "low",
         description="`high` adds a closer view of 448x448 pixels. `auto` adds it if the question needs it, the image "
@@ -273,6 +286,9 @@ class VqaForm(Asked):
     budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text('{"vision_tokens": [64, 128]}'))] = Field(
         None, description="JSON text, as in JSON's `budget`."
     )
+    json_schema: Annotated[dict[str, Any] | None, SCHEMA_TEXT] = Field(
+        None, description="JSON text, as JSON's `json_schema`."
+    )
     stream: FormFlag = Field(False, description=Asked.model_fields["stream"].description)
     explain: FormFlag = Field(False, description=Asked.model_fields["explain"].description)
 
@@ -290,7 +306,7 @@ class VqaForm(Asked):
                     images.append(ImageBytes(await joined(part.content.all())))
                 elif (text := await joined(part.content.all()))[:64].strip() != b"null":
                     images.append(await read_image(text))
-            elif name == "stop":
+            elif name in ("stop", "choices"):
                 fields.setdefault(name, []).append(_text(part))
             elif name in fields:
                 raise InvalidRequest(f"{name} is given twice", param=name)
@@ -307,7 +323,7 @@ class VqaForm(Asked):
         return self._fields(None, images or None)
 
 
-NESTED = {"turns": WireTurn.model_fields, "budget": WireBudget.model_fields}
+NESTED: Mapping[str, Collection[str]] = {"turns": WireTurn.model_fields, "budget": WireBudget.model_fields}
 NOTHING = ("null", ["null"])  # a form's words for a field that is left out
 
 
@@ -515,7 +531,7 @@ class Model(BaseModel):
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] | None = Field(None, description="Licence, training, accuracy; left out in short.")
 
     @classmethod
     def of(cls, card: ModelCard, created: int) -> Self:

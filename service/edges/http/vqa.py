@@ -69,13 +69,15 @@ async def parse_question(body: Sequence[bytes], content_type: str, edge: Edge) -
             raise no_question(body[0] if body else b"", other)
 
 
-async def parse_json(body: bytes, max_question_chars: int) -> tuple[VqaRequest, Fields]:
-    """Raises InvalidRequest, TooLarge."""
+async def parse_json(
+    body: bytes, max_question_chars: int, kind: type[VqaRequest] = VqaRequest
+) -> tuple[VqaRequest, Fields]:
+    """`kind` is the wire type of the route. Raises InvalidRequest, TooLarge."""
     if body.startswith(BOM):
         body = body[len(BOM) :]
     require_text(body)
-    question = await split(body, max_question_chars, VqaRequest.model_fields)
-    parsed = VqaRequest.from_json(question.rest)
+    question = await split(body, max_question_chars, kind.model_fields)
+    parsed = kind.from_json(question.rest)
     fields = parsed.fields()
     if not question.images:
         return parsed, fields
@@ -96,7 +98,7 @@ async def parse_json(body: bytes, max_question_chars: int) -> tuple[VqaRequest, 
 async def require_small_parts(parts: list[FormPart], max_question_chars: int) -> None:
     """All but the images. Raises TooLarge."""
     for part in parts:
-        if part.name in ("turns", "budget"):
+        if part.name in ("turns", "budget", "json_schema"):
             await split(part.data, max_question_chars)
         elif part.name != "image" and part.content.nbytes > MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars:
             raise TooLarge(f"{part.name} has {part.content.nbytes:,} bytes: shorten it", param=part.name)

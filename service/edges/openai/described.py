@@ -92,7 +92,17 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "/v1/models",
         "get",
-        {"responses": {"200": {"description": "The model", "content": {JSON: schema_of("ModelList")}}}},
+        {
+            "parameters": [
+                {
+                    "name": "detail",
+                    "in": "query",
+                    "description": "`full` adds the model's metadata.",
+                    "schema": {"enum": ["short", "full"], "default": "short"},
+                }
+            ],
+            "responses": {"200": {"description": "The model", "content": {JSON: schema_of("ModelList")}}} | errors(400),
+        },
     ),
     (
         "/v1/models/{model}",

@@ -18,7 +18,7 @@ from service.edges.openai.schema import ChatMessage, ChatRequest, ContentPart
 # Those that the core takes as they are.
 PLAIN_FIELDS = (
     *("temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "vision_tokens", "visual_tokens"),
-    *("timeout_s", "priority", "stream"),
+    *("timeout_s", "priority", "stream", "choices", "regex", "json_schema"),
 )
 SYSTEM = ("system", "developer")
 
@@ -49,6 +49,10 @@ def fields_of(chat: ChatRequest, images: Mapping[str, ImageSource] = MappingProx
     if talk.details:
         place, given["detail"] = talk.details[0]
         names["detail"] = place
+    if chat.response_format is not None and (schema := chat.response_format.schema_of_answer()) is not None:
+        if chat.json_schema is not None:
+            raise InvalidRequest("response_format and json_schema are both given: leave one out", param="json_schema")
+        given["json_schema"], names["json_schema"] = schema, "response_format"
     given["log_probs"] = bool(chat.logprobs)
     system = " ".join(talk.system)
     return Fields(parts=tuple(talk.asked), turns=tuple(talk.turns), system=system, **given), names

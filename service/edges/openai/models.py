@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.core.errors import InvalidRequest
 from service.edges.http.edge import edge_of
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import Model, ModelList
@@ -16,13 +17,18 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    """Describe the served model: its training and the budgets that it offers."""
-    return JsonResponse(ModelList(data=[served_model(request)]))
+    """Describe the served model in short; with `?detail=full` as `GET /v1/models/{model}` does."""
+    match request.query_params.get("detail", "short"):
+        case "full":
+            return JsonResponse(ModelList(data=[served_model(request)]))
+        case "short":
+            return JsonResponse(ModelList(data=[served_model(request).model_copy(update={"metadata": None})]))
+    raise InvalidRequest("detail must be short or full", param="detail")
 
 
 @router.get("/v1/models/{model}")
 async def model(request: Request) -> Response:
-    """Describe the served model, by its name."""
+    """Describe the served model, by its name: also its licence, training and accuracy."""
     require_model(request.path_params["model"], edge_of(request).pipeline.card)
     return JsonResponse(served_model(request))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,16 +17,22 @@ from pydantic import (
 
 from service.core import answer
 from service.core.answer import Finished, TokenLogProb
+from service.core.errors import InvalidRequest
 from service.core.request import Detail, Priority, Sampling
 from service.edges.http.faults import UNNAMED, invalid_request
 from service.edges.http.schema import (
+    CHOICES,
     GREEDY_OR_DRAWN,
+    JSON_SCHEMA,
     LEAST_PENALTY,
     LEAST_TIMEOUT_S,
     LEAST_TOP_P,
+    REGEX,
     WHOLE,
+    Choices,
     ErrorBody,
     Flag,
+    Regex,
     TimingMs,
     Tokens,
     Vision,
@@ -117,17 +123,39 @@ class StreamOptions(BaseModel):
     include_obfuscation: Annotated[object, Only(False)] = None
 
 
+class NamedSchema(BaseModel):
+    """A schema with a name, as OpenAI's clients send it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="JSONSchema")
+
+    name: str = Field(max_length=64, description="It has no effect.")
+    description: str | None = Field(None, description="It has no effect.")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="Left out: any object.")
+    strict: bool | None = Field(None, description="It has no effect: answers always follow the schema.")
+
+
 class ResponseFormat(BaseModel):
+    """The form of the answer: any text, a JSON object, or JSON of a schema."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: object = None
+    json_schema: NamedSchema | None = Field(None, description="With `json_schema` only, and then needed.")
 
-
-def _text_only(value: ResponseFormat | None) -> ResponseFormat | None:
-    if value is not None and value.type != "text":
-        raise unsupported('answers have no other form yet, so leave it out or send {"type": "text"}')
-    return value
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """Return the answer's JSON schema, or None for any text. Raises InvalidRequest."""
+        if self.type == "json_schema" and self.json_schema is None:
+            raise InvalidRequest(
+                "the field response_format.json_schema is missing", param="response_format", code="missing_field"
+            )
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise InvalidRequest(
+                f'response_format has a json_schema and the type "{self.type}": make the type "json_schema"',
+                param="response_format",
+            )
+        if self.type == "text":
+            return None
+        return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
 
 
 class ChatRequest(Unsupported):
@@ -161,10 +189,13 @@ class ChatRequest(Unsupported):
     stream_options: StreamOptions | None = None
     logprobs: Flag = Field(False, description="Tell each token's log probability.")
     top_logprobs: Annotated[object, Only(0, mend="send 0 for the chosen token's own")] = None
-    response_format: Annotated[ResponseFormat | None, AfterValidator(_text_only)] = None
+    response_format: ResponseFormat | None = Field(None, description="The form of the answer.")
     user: str | None = Field(None, max_length=512, description="Your name of the end user. It has no effect.")
     safety_identifier: str | None = Field(None, max_length=512, description="As `user`.")
     # Ours.
+    choices: Choices | None = CHOICES
+    regex: Regex | None = REGEX
+    json_schema: dict[str, Any] | None = JSON_SCHEMA
     top_k: Annotated[int, Field(ge=0, le=1_000_000), WHOLE] | None = Field(
         0, description="Draw from this many tokens; 0 switches the filter off."
     )
@@ -198,7 +229,7 @@ NESTED = {
     "content": ("type", "text", "image_url"),
     "image_url": tuple(ImageAddress.model_fields),
     "stream_options": ("include_usage",),
-    "response_format": ("type",),
+    "response_format": tuple(ResponseFormat.model_fields),
 }
 
 

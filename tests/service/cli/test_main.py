@@ -1,60 +1,34 @@
 import json
+import os
+import pty
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
-import uvicorn
 from PIL import Image as Pillow
-from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from service.__main__ import bound
 from service.cache.keys import AS_INT8, FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import record_key
+from service.cli.ask import sorted_out
 from service.cli.main import app
 from service.cli.terminal import require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
-from service.edges.http.application import http_api
 from service.triton_server.installation import StartFailed
-from tests.support.fakes import CARD, CLOSER, House, png
+from tests.support.fakes import CARD, png
 from tests.support.paths import PROJECT
-from tests.support.servers import eventually, free_ports
+from tests.support.servers import free_ports
 
 UNKNOWN = "img_" + 32 * "0"
-
-
-@pytest.fixture
-def server() -> Iterator[SimpleNamespace]:
-    """The HTTP edge on a real port, in front of stand-ins for the models."""
-    house = House(CLOSER)
-    (port,) = free_ports(1)
-    config = uvicorn.Config(http_api(house.edge), host="127.0.0.1", port=port, log_config=None, lifespan="off")
-    serving = uvicorn.Server(config)
-    thread = threading.Thread(target=serving.run)
-    thread.start()
-    eventually(lambda: serving.started, 10, "server started")
-    with capture_logs():  # the command's own output is tested
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", house=house)
-    serving.should_exit = True
-    thread.join(10)
-    house.reader.close()
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> str:
-    path = tmp_path / "image.png"
-    path.write_bytes(png())
-    return str(path)
 
 
 def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -355,3 +329,106 @@ def test_bench_passes_its_arguments_on():
     done = glimpse("bench", "--help")
     assert done.returncode == 0
     assert "--scenario" in done.stdout
+
+
+def test_several_images_are_asked_one_question(server, image, tmp_path):
+    other = tmp_path / "other.png"
+    other.write_bytes(png((1, 2, 3)))
+    status, said, _ = run("ask", image, str(other), "what colour?", "--url", server.url)
+    assert (status, said) == (0, f"{image}: red\n{other}: red\n")
+    status, said, _ = run("ask", str(tmp_path / "*.png"), "what colour?", "which shape?", "--url", server.url)
+    both = [f"{name}: {asked} red" for name in (image, other) for asked in ("what colour?", "which shape?")]
+    assert said.splitlines() == both
+    status, said, _ = run("ask", str(tmp_path / "*.png"), "a?", "--json", "--url", server.url)
+    assert [json.loads(line)["file"] for line in said.splitlines()] == [image, str(other)]
+
+
+def test_an_image_that_fails_is_told_and_the_others_are_answered(server, image, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    status, said, told = run("ask", str(bad), image, str(tmp_path / "none.png"), "a?", "--url", server.url)
+    assert (status, said) == (1, f"{image}: red\n")
+    assert told.startswith(f"glimpse: {bad}: ")
+    assert f"glimpse: {tmp_path}/none.png: cannot read" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "images", "questions"),
+    [
+        (["a.png", "b?"], ["a.png"], ["b?"]),
+        (["a.png", "b?", "c?"], ["a.png"], ["b?", "c?"]),
+        (["a.png", "b.JPG", "c?"], ["a.png", "b.JPG"], ["c?"]),
+        (["a.png", "b.jpg"], ["a.png"], ["b.jpg"]),
+        (["-", UNKNOWN, "c?", "is it a.png"], ["-", UNKNOWN], ["c?", "is it a.png"]),
+        (["a.png", "x" * 5_000, "what about a\0b?"], ["a.png"], ["x" * 5_000, "what about a\0b?"]),
+    ],
+)
+def test_words_are_images_and_then_questions(words, images, questions):
+    assert sorted_out(words) == (images, questions)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "name an image and a question"),
+        (["a.png"], "name an image and a question"),
+        (["nowhere/*.png", "?"], "no file matches nowhere/*.png"),
+        (["-", "-", "?"], "name - once"),
+        (["a.png", "b.png", "?", "--explain", "x.png"], "--explain draws over one image, not 2"),
+    ],
+)
+def test_words_that_cannot_be_asked_are_told(words, told):
+    status, _, error = run("ask", *words)
+    assert (status, told in error) == (1, True)
+
+
+def test_a_pipe_gets_no_colours(server, image):
+    done = glimpse("ask", image, "what colour?", "--url", server.url, TERM="xterm-256color")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "red\n", "")
+    done = glimpse("ask", "--nothing", TERM="xterm-256color")
+    assert (done.returncode, "\x1b" in done.stderr) == (2, False)
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1", "TERM": "xterm-256color"}, {"TERM": "dumb"}])
+def test_a_terminal_gets_none_either_if_it_wants_none(environment):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", "from service.cli.main import main; main()", "ask", "--help"]
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as shown:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # the other end is closed
+            while piece := os.read(ours, 65_536):
+                said += piece
+    os.close(ours)
+    assert (shown.returncode, b"--batch" in said, b"\x1b" in said) == (0, True, False)
+
+
+def test_bash_completes_commands_and_options():
+    script = glimpse("completion", "bash").stdout
+    ask = f'glimpse() {{ {sys.executable} -c "from service.cli.main import main; main()" "$@"; }}; export -f glimpse'
+    words = 'COMP_WORDS=(glimpse {}); COMP_CWORD={}; _glimpse_completion glimpse; echo "${{COMPREPLY[@]}}"'
+    for typed, place, found in (("ev", 1, "eval"), ("ask --ba", 2, "--batch"), ("cache wa", 2, "warm")):
+        command = "\n".join([ask, script, words.format(typed, place)])
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.split() == [found], done.stderr
+
+
+@pytest.mark.parametrize(("shell", "sign"), [("zsh", "#compdef glimpse"), ("fish", "complete --command glimpse")])
+def test_other_shells_have_scripts_too(shell, sign):
+    done = glimpse("completion", shell)
+    assert (done.returncode, sign in done.stdout) == (0, True)
+    asked = {"_GLIMPSE_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": "glimpse ev"}
+    asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"} if shell == "fish" else {}
+    assert "eval" in glimpse(**asked).stdout
+
+
+COMMANDS = ("serve", "ask", "completion", "eval", "train", "build", "bench", "verify", "ablate", "cache warm", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_pytorch(command):
+    code = "import sys; sys.modules['torch'] = None; from service.cli.main import main; main()"
+    words = [sys.executable, "-c", code, *command.split(), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, "usage" in done.stdout.lower()) == (0, True), done.stderr

@@ -26,6 +26,12 @@ from tests.support.paths import SCENES
 SCENE, OTHER = ((SCENES / f"new_{number:03}.webp").read_bytes() + b"cases" for number in (3, 7))
 LARGE = (SCENES / "small_print_004.webp").read_bytes() + b"cases"
 UNKNOWN = "img_00000000000000000000000000000000"
+SCHEMA = {
+    "type": "object",
+    "properties": {"shape": {"enum": ["ring", "cross"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["shape", "count"],
+    "additionalProperties": False,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +109,13 @@ CASES = [
     with_fields("drawn from the likeliest", temperature=1.5, seed=7, top_p=0.5),
     with_fields("repetition made unlikely", repetition_penalty=2.0),
     with_fields("a stop string", stop=["q", "i"]),
+    with_fields("one of some choices", choices=["violet", "no idea", "9/4 (a|b)?"]),
+    with_fields("a choice, drawn", choices=["star", "square", "start"], temperature=5.0, seed=3),
+    with_fields("a regular expression", regex=r"[A-F]{3}/\d", temperature=1.0, seed=4),
+    with_fields("a schema", json_schema=SCHEMA),
+    with_fields("a schema, drawn, with a penalty", json_schema=SCHEMA, temperature=2.0, seed=5, repetition_penalty=1.5),
+    with_fields("a schema that is cut", json_schema=SCHEMA, max_tokens=4),
+    with_fields("a regular expression and a stop string", regex="[a-z]+, [a-z]+", stop=[","]),
     with_fields("least vision tokens", budget={"vision_tokens": [64, 64]}),
     with_fields("most vision tokens", budget={"vision_tokens": [256, 256]}),
     with_fields("more visual tokens", budget={"visual_tokens": [64, 64]}),
@@ -132,6 +145,13 @@ CASES = [
     refused("a temperature too small", InvalidRequest, fields={"temperature": 0.001}),
     refused("a timeout that is too long", InvalidRequest, fields={"timeout_s": 1_000}),
     refused("a timeout that is over", DeadlineExceeded, fields={"timeout_s": 1e-6}),
+    refused("an empty choice", InvalidRequest, fields={"choices": ["yes", ""]}),
+    refused("two forms", InvalidRequest, fields={"choices": ["yes", "no"], "regex": "yes|no"}),
+    refused("a malformed regular expression", InvalidRequest, fields={"regex": "(yes"}),
+    refused("a regular expression for white space", InvalidRequest, fields={"regex": " +"}),
+    refused("a schema that nothing fits", InvalidRequest, fields={"json_schema": {"type": "strin"}}),
+    refused("a schema with keywords that are not followed", InvalidRequest, fields={"json_schema": {"not": {}}}),
+    refused("a schema that is too large", InvalidRequest, fields={"json_schema": {"enum": ["w" * 20_000]}}),
     refused("an unknown detail", InvalidRequest, fields={"detail": "medium"}),
     refused("an unknown priority", InvalidRequest, fields={"priority": "high"}),
     refused("an unknown field", InvalidRequest, "unknown_field", fields={"colour": "red"}),

@@ -32,13 +32,16 @@ class Vqa:
         self.http = httpx.AsyncClient(base_url=gateway.url, timeout=60, trust_env=False)
         self.stream = stream
 
-    async def ask(self, case: Case) -> Outcome:
-        body: dict[str, Any] = {"question": case.question, "stream": self.stream} | dict(case.fields)
+    def body(self, case: Case) -> dict[str, Any]:
+        body: dict[str, Any] = {"question": case.question} | dict(case.fields)
         if case.images:
             body["images"] = [in_base64(each) for each in case.images]
         if case.turns:
             body["turns"] = [{"question": question, "answer": answer} for question, answer in case.turns]
-        response = await self.http.post("/v1/vqa", json=body)
+        return body
+
+    async def ask(self, case: Case) -> Outcome:
+        response = await self.http.post("/v1/vqa", json=self.body(case) | {"stream": self.stream})
         said = response.json() if not response.headers["content-type"].startswith("text/event") else {}
         if "error" in said:
             return Outcome(status=response.status_code, code=said["error"]["code"])
@@ -46,6 +49,9 @@ class Vqa:
         if self.stream:
             *deltas, said = [json.loads(each[6:]) for each in response.text.split("\n\n")[:-2]]
             answer = "".join(each["delta"] for each in deltas)
+        return self.outcome(answer, said)
+
+    def outcome(self, answer: str, said: dict[str, Any]) -> Outcome:
         return Outcome(
             answer,
             said["finish_reason"],
@@ -62,6 +68,20 @@ class Vqa:
         await self.http.aclose()
 
 
+class VqaBatch(Vqa):
+    """POST /v1/vqa/batch, with one question: a list, or a line where others stream."""
+
+    async def ask(self, case: Case) -> Outcome:
+        body = self.body(case)
+        kind, content = ("jsonl", json.dumps(body)) if self.stream else ("json", json.dumps([body]))
+        headers = {"content-type": f"application/{kind}"}
+        said = (await self.http.post("/v1/vqa/batch", content=content, headers=headers)).json()
+        assert said["index"] == 0
+        if "error" in said:
+            return Outcome(status=said["status"], code=said["error"]["code"])
+        return self.outcome(said["answer"], said)
+
+
 class OpenAiChat:
     """POST /v1/chat/completions, by the openai package's client."""
 
@@ -74,6 +94,9 @@ class OpenAiChat:
         fields = dict(case.fields)
         fields |= fields.pop("budget", {})
         detail = fields.pop("detail", None)
+        if "json_schema" in fields:
+            named = {"name": "answer", "strict": True, "schema": fields.pop("json_schema")}
+            fields["response_format"] = {"type": "json_schema", "json_schema": named}
         shown = [image(in_base64(each), **({"detail": detail} if detail else {})) for each in case.images]
         messages = []
         for question, answer in case.turns:
@@ -136,6 +159,9 @@ class Grpc:
                 text = said.answer
         except grpc.aio.AioRpcError as error:
             return self._failed(case, Failed(error))
+        return self.outcome(text, said)
+
+    def outcome(self, text: str, said: pb.AnswerResponse) -> Outcome:
         return Outcome(
             text,
             FINISH_REASONS[said.finish_reason],
@@ -150,6 +176,8 @@ class Grpc:
 
     def _message(self, case: Case, fields: dict[str, Any]) -> pb.AnswerRequest:
         budget = fields.pop("budget", {})
+        if "json_schema" in fields:
+            fields["json_schema"] = json.dumps(fields["json_schema"])
         for name, values in (("detail", pb.Detail), ("priority", pb.Priority)):
             if name in fields:
                 word = f"{name}_{fields[name]}".upper()
@@ -178,6 +206,30 @@ class Grpc:
         await self.channel.close()
 
 
+class GrpcBatch(Grpc):
+    """Batch, with one question; another one stands in front where others stream."""
+
+    async def ask(self, case: Case) -> Outcome:
+        fields = dict(case.fields)
+        timeout_s = fields.pop("timeout_s", None)
+        asked = [pb.BatchRequest(index=1, question=self._message(case, fields), timeout_s=timeout_s)]
+        if self.stream:
+            asked.insert(0, pb.BatchRequest(index=2, question=pb.AnswerRequest(parts=[pb.Part(text="?")])))
+        call = self.stub.Batch(iter(asked))
+        results = {}
+        while (result := await call.read()) is not grpc.aio.EOF:
+            results[result.index] = result
+        assert sorted(results) == sorted(each.index for each in asked)
+        said = results[1]
+        if said.HasField("error"):
+            statuses = [
+                status for status in STATUS.values() if grpc.StatusCode[status[1]].value[0] == said.error.status
+            ]
+            known = status_of(case) in [status for status, _ in statuses]
+            return Outcome(status=status_of(case) if known else 0, code=said.error.code)
+        return self.outcome(said.answer.answer, said.answer)
+
+
 FIELD_127 = b"\xf8\x07\x01"
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high"}
@@ -201,7 +253,7 @@ def relevance_in(message: pb.Relevance) -> dict[str, Any]:
     }
 
 
-TRANSPORTS = {"vqa": Vqa, "chat": OpenAiChat, "grpc": Grpc}
+TRANSPORTS = {"vqa": Vqa, "batch": VqaBatch, "chat": OpenAiChat, "grpc": Grpc, "grpc batch": GrpcBatch}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -218,7 +270,7 @@ def test_every_case_has_a_name_of_its_own():
 async def test_every_transport_says_the_same(case: Case, gateway: Gateway, card: ModelCard) -> None:
     outcomes = {}
     for name, transport in TRANSPORTS.items():
-        if name == "grpc" and case.name in NOT_IN_GRPC:
+        if name.startswith("grpc") and case.name in NOT_IN_GRPC:
             continue
         for stream in (False, True):
             asker = transport(gateway, card, stream=stream)

@@ -85,7 +85,7 @@ class Budget(_message.Message):
     def __init__(self, vision_tokens: _Optional[_Union[Range, _Mapping]] = ..., visual_tokens: _Optional[_Union[Range, _Mapping]] = ...) -> None: ...
 
 class AnswerRequest(_message.Message):
-    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain")
+    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain", "choices", "regex", "json_schema")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,9 @@ class AnswerRequest(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     turns: _containers.RepeatedCompositeFieldContainer[Turn]
     budget: Budget
@@ -112,7 +115,10 @@ class AnswerRequest(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     priority: Priority
     explain: bool
-    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ...) -> None: ...
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    regex: str
+    json_schema: str
+    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ..., choices: _Optional[_Iterable[str]] = ..., regex: _Optional[str] = ..., json_schema: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "image_tokens")
@@ -227,3 +233,37 @@ class PutImageResponse(_message.Message):
     height: int
     expires_at: _timestamp_pb2.Timestamp
     def __init__(self, id: _Optional[str] = ..., bytes: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class BatchRequest(_message.Message):
+    __slots__ = ("index", "question", "timeout_s")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    question: AnswerRequest
+    timeout_s: float
+    def __init__(self, index: _Optional[int] = ..., question: _Optional[_Union[AnswerRequest, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class BatchResponse(_message.Message):
+    __slots__ = ("index", "answer", "error")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    answer: AnswerResponse
+    error: Error
+    def __init__(self, index: _Optional[int] = ..., answer: _Optional[_Union[AnswerResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("status", "code", "message", "type", "param")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
+    status: int
+    code: str
+    message: str
+    type: str
+    param: str
+    def __init__(self, status: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., type: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...

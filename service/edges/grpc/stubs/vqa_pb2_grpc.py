@@ -49,6 +49,11 @@ class VisualQuestionAnsweringStub:
                 request_serializer=glimpse_dot_v1_dot_vqa__pb2.AnswerRequest.SerializeToString,
                 response_deserializer=glimpse_dot_v1_dot_vqa__pb2.AnswerEvent.FromString,
                 _registered_method=True)
+        self.Batch = channel.stream_stream(
+                '/glimpse.v1.VisualQuestionAnswering/Batch',
+                request_serializer=glimpse_dot_v1_dot_vqa__pb2.BatchRequest.SerializeToString,
+                response_deserializer=glimpse_dot_v1_dot_vqa__pb2.BatchResponse.FromString,
+                _registered_method=True)
         self.PutImage = channel.stream_unary(
                 '/glimpse.v1.VisualQuestionAnswering/PutImage',
                 request_serializer=glimpse_dot_v1_dot_vqa__pb2.PutImageRequest.SerializeToString,
@@ -78,6 +83,14 @@ class VisualQuestionAnsweringServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Batch(self, request_iterator, context):
+        """Answers many questions. Results come in the order in which they are ready. Questions about one image share its
+        encode, and one that fails leaves the others alone. The call's deadline is that of the whole batch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PutImage(self, request_iterator, context):
         """Takes an image once, in chunks, so that questions can name it by its id.
         """
@@ -97,6 +110,11 @@ def add_VisualQuestionAnsweringServicer_to_server(servicer, server):
                     servicer.StreamAnswer,
                     request_deserializer=glimpse_dot_v1_dot_vqa__pb2.AnswerRequest.FromString,
                     response_serializer=glimpse_dot_v1_dot_vqa__pb2.AnswerEvent.SerializeToString,
+            ),
+            'Batch': grpc.stream_stream_rpc_method_handler(
+                    servicer.Batch,
+                    request_deserializer=glimpse_dot_v1_dot_vqa__pb2.BatchRequest.FromString,
+                    response_serializer=glimpse_dot_v1_dot_vqa__pb2.BatchResponse.SerializeToString,
             ),
             'PutImage': grpc.stream_unary_rpc_method_handler(
                     servicer.PutImage,
@@ -163,6 +181,33 @@ class VisualQuestionAnswering:
             '/glimpse.v1.VisualQuestionAnswering/StreamAnswer',
             glimpse_dot_v1_dot_vqa__pb2.AnswerRequest.SerializeToString,
             glimpse_dot_v1_dot_vqa__pb2.AnswerEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Batch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/glimpse.v1.VisualQuestionAnswering/Batch',
+            glimpse_dot_v1_dot_vqa__pb2.BatchRequest.SerializeToString,
+            glimpse_dot_v1_dot_vqa__pb2.BatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

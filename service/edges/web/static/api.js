@@ -80,7 +80,7 @@ export async function fileAt(path) {
 
 /** The card of the served model. Throws Refused, Unreachable. */
 export async function model() {
-  return (await (await call("v1/models")).json()).data[0];
+  return (await (await call("v1/models?detail=full")).json()).data[0];
 }
 
 /** null if the service is ready, else its reasons in one line. Throws Unreachable. */

@@ -65,7 +65,7 @@ async def test_the_script_asks_nobody_to_check_the_api(caller):
     assert 'validatorUrl: "none"' in (await caller.get("/docs")).text
 
 
-@pytest.mark.parametrize("name", ["swagger-ui-bundle.js", "swagger-ui.css"])
+@pytest.mark.parametrize("name", ["swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js"])
 async def test_files_are_sent_packed_to_who_can_unpack(caller, name):
     kept = (STATIC / f"{name}.gz").read_bytes()
     packed = await caller.get(f"/docs/{name}")

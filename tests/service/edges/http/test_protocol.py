@@ -372,6 +372,30 @@ def test_one_address_leaves_room_for_others():
         service.house.language.gate.set()
 
 
+def test_who_connects_again_and_again_is_closed_at_once_and_others_come_in():
+    with served(replace(FEW, replaced_per_address_s=0.1)) as service, ExitStack() as stack:
+        first = stack.enter_context(service.connect())
+        first.sendall(LIVE)
+        assert read_response(first)[0] == 200
+        closed = 0
+        for _ in range(100):
+            client = stack.enter_context(service.connect())
+            client.settimeout(0.05 if closed else 1.0)
+            try:
+                closed += not client.recv(1)
+            except ConnectionResetError:
+                closed += 1
+            except TimeoutError:
+                pass  # it is open
+        assert closed >= 90
+        assert service.open_connections() <= 4
+        other = socket.create_connection(service.address, timeout=10, source_address=("127.0.0.2", 0))
+        stack.enter_context(other).sendall(get())
+        assert read_all(other).startswith(b"HTTP/1.1 200 ")
+        first.sendall(LIVE)
+        assert read_response(first)[0] == 200
+
+
 # More than the event loop can do.
 @pytest.fixture
 def crowded() -> Iterator[Served]:
@@ -380,7 +404,9 @@ def crowded() -> Iterator[Served]:
         service.house.language.gate.clear()
         for _ in range(UNHURRIED + 1):
             stack.enter_context(service.connect()).sendall(post(QUESTION))
-        eventually(lambda: len(service.server.server_state.tasks) == UNHURRIED + 1, 10, "all questions are open")
+        eventually(
+            lambda: service.house.counted("glimpse_requests_in_flight") == UNHURRIED + 1, 10, "all questions are open"
+        )
         service.lag_s = 2 * MAX_LAG_S
         yield service
         service.house.language.gate.set()

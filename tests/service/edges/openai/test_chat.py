@@ -372,7 +372,9 @@ async def test_models_have_openais_shape_with_ours_beside_it(caller):
     assert (model["id"], model["object"], model["owned_by"]) == ("tiny", "model", "glimpse")
     assert abs(model["created"] - time.time()) < 600
     assert model["budget"] == {"vision_tokens": [64, 256], "visual_tokens": [32, 32]}
-    assert (await caller.http.get("/v1/models/tiny")).json() == model
+    full = (await caller.http.get("/v1/models?detail=full")).json()["data"]
+    assert (await caller.http.get("/v1/models/tiny")).json() == full[0] == model | {"metadata": {}}
+    assert fault(await caller.http.get("/v1/models?detail=some"), 400)["param"] == "detail"
     error = fault(await caller.http.get("/v1/models/other"), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
 

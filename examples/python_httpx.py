@@ -1,0 +1,33 @@
+"""Ask with httpx: python3 -m pip install httpx; python3 examples/python_httpx.py [URL]"""
+
+import json
+import sys
+from pathlib import Path
+
+import httpx
+
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8080"
+scene = Path("benchmarks/scenes/new_003.webp").read_bytes()
+
+with httpx.Client(base_url=url, timeout=60) as glimpse:
+    image = glimpse.post("/v1/images", content=scene).raise_for_status().json()["id"]
+
+    asked = {"image": image, "question": "what character is on the pink square?"}
+    answer = glimpse.post("/v1/vqa", json=asked).raise_for_status().json()
+    print(answer["answer"], answer["vision"]["vision_tokens"])
+
+    asked = {"image": image, "question": "describe the image.", "stream": True}
+    with glimpse.stream("POST", "/v1/vqa", json=asked) as response:
+        for line in response.raise_for_status().iter_lines():
+            if '"delta"' in line:
+                print(json.loads(line.removeprefix("data: "))["delta"], end="", flush=True)
+    print()
+
+    questions = [{"image": image, "question": f"is there a {color} ring?"} for color in ("blue", "red")]
+    with glimpse.stream("POST", "/v1/vqa/batch", json=questions) as response:
+        for line in response.raise_for_status().iter_lines():
+            result = json.loads(line)
+            print(result["index"], result.get("answer") or result["error"]["message"])
+
+    estimate = glimpse.post("/v1/vqa/estimate", json=questions[0]).raise_for_status().json()
+    print(estimate["admitted"], estimate["image_tokens"])

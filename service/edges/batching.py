@@ -1,0 +1,118 @@
+"""Answer many questions side by side, for every transport. A question that fails leaves the others alone."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import structlog
+
+from service.core.answer import Delta, Finished
+from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, ShuttingDown, internal_error
+from service.core.request import Request
+from service.edges.caller import Caller
+from service.pipeline import Pipeline
+
+log = structlog.get_logger()
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Limit what one batch may ask for."""
+
+    max_questions: int
+    timeout_s: float  # for all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Answer the questions of one batch until its deadline, each under a reservation of its own."""
+
+    pipeline: Pipeline
+    caller: Caller
+    deadline: float  # of the event loop's clock
+
+    async def run(
+        self,
+        questions: AsyncIterator[tuple[int, Question]],
+        answer: Callable[[int, Question], Awaitable[Answer]],
+        write: Callable[[int, Answer | GlimpseError], Awaitable[None]],
+    ) -> None:
+        """Read, answer and write until the questions end. Results are written as they come, with their index.
+
+        `answer` and `write` get the question's index. A question is read when a worker is free for it, so a batch is
+        read no faster than it is answered. An error of `answer` is its question's result. An error of `questions` or
+        `write` ends the batch, and is raised.
+        """
+        reading, writing = asyncio.Lock(), asyncio.Lock()
+
+        async def work() -> None:
+            while True:
+                async with reading:
+                    asked = await anext(questions, None)
+                if asked is None:
+                    return
+                async with self.pipeline.batch_turn(self.caller.tenant):
+                    outcome = await self._outcome(answer, *asked)
+                async with writing:
+                    await write(asked[0], outcome)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self.pipeline.batch_turns):
+                    tasks.create_task(work())
+        except BaseExceptionGroup as group:
+            first = group.exceptions[0]
+            raise first from first.__cause__
+
+    async def answer(self, request: Request) -> tuple[Request, Delta, Finished]:
+        """Answer one question -> it as it was asked at last, its text and its end. Raises GlimpseError.
+
+        If there is no room, it is asked again after the time that the refusal says, as long as its timeout allows.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = min(loop.time() + request.timeout_s, self.deadline)
+        while True:
+            if (left_s := deadline - loop.time()) <= 0:
+                raise DeadlineExceeded(
+                    "The batch's time was over before this question was answered. Send the question again.",
+                    param="timeout_s",
+                )
+            asked = replace(request, id=f"vqa_{uuid.uuid4().hex}", timeout_s=min(left_s, request.timeout_s))
+            try:
+                return asked, *await self._asked(asked)
+            except ShuttingDown:
+                raise
+            except Overloaded as refusal:
+                if loop.time() + refusal.retry_after_s >= deadline:
+                    raise
+                await asyncio.sleep(refusal.retry_after_s)
+
+    async def _asked(self, request: Request) -> tuple[Delta, Finished]:
+        texts: list[str] = []
+        with self.pipeline.reservation(request.tenant) as reservation:
+            async with aclosing(self.pipeline.answer(request, reservation)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        texts.append(event.text)
+                    else:
+                        end = event
+        return Delta("".join(texts)), end
+
+    async def _outcome(
+        self, answer: Callable[[int, Question], Awaitable[Answer]], index: int, question: Question
+    ) -> Answer | GlimpseError:
+        try:
+            return await answer(index, question)
+        except GlimpseError as error:
+            return error
+        except Exception:
+            log.exception("fault", request_id=self.caller.trace_id)
+            return internal_error(self.caller.trace_id)

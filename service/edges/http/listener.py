@@ -1,0 +1,95 @@
+"""Accept connections, and close those that may not come in before anything is made for them.
+
+uvloop's own listener makes a transport and a protocol before the service learns who calls. A connection that is closed
+here costs a twentieth of that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import structlog
+
+log = structlog.get_logger()
+
+AT_ONCE = 32  # connections accepted before the event loop does something else
+PAUSE_S = 0.02  # after AT_ONCE of which most were closed: they cost the loop a bounded share of its time
+FULL_PAUSE_S = 1.0  # while the process has no more open files
+TOLD_EVERY_S = 10.0
+NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Listener:
+    """One listening socket. uvicorn sees of it what it needs of an asyncio.Server: `close`."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        backlog: int,
+        made: Callable[[], asyncio.Protocol],
+        admits: Callable[[str, float, int], bool],
+    ) -> None:
+        """`admits` takes a caller's address, the loop's time, and how many connections are let in but not open yet."""
+        self._socket, self._made, self._admits = listening, made, admits
+        self._loop = asyncio.get_running_loop()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._resumed: asyncio.TimerHandle | None = None
+        self._closed = 0  # connections, since the log was told
+        self._told_at = float("-inf")
+        listening.setblocking(False)
+        listening.listen(backlog)
+        self._loop.add_reader(listening, self._accept)
+
+    def close(self) -> None:
+        if self._resumed is not None:
+            self._resumed.cancel()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        closed = 0
+        for _ in range(AT_ONCE):
+            try:
+                connection, address = self._socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                break
+            except OSError as exc:
+                if exc.errno not in NO_FILES:
+                    raise
+                log.warning("no_open_files", error=exc.strerror, retry_s=FULL_PAUSE_S)
+                self._pause(FULL_PAUSE_S)
+                break
+            if self._admits(address[0] if address else "", self._loop.time(), len(self._opening)):
+                task = self._loop.create_task(self._open(connection))
+                self._opening.add(task)
+                task.add_done_callback(self._opening.discard)
+            else:
+                connection.close()
+                closed += 1
+        if closed:
+            self._tell(closed)
+            if closed > AT_ONCE // 2:
+                self._pause(PAUSE_S)
+
+    async def _open(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        try:
+            await self._loop.connect_accepted_socket(self._made, connection)
+        except OSError:  # it has gone
+            with suppress(OSError):
+                connection.close()
+
+    def _pause(self, pause_s: float) -> None:
+        self._loop.remove_reader(self._socket)
+        self._resumed = self._loop.call_later(pause_s, self._loop.add_reader, self._socket, self._accept)
+
+    def _tell(self, closed: int) -> None:
+        self._closed += closed
+        now = self._loop.time()
+        if now - self._told_at >= TOLD_EVERY_S:
+            log.warning("connections_closed", connections=self._closed, reason="all are taken, and more come too fast")
+            self._closed, self._told_at = 0, now

@@ -1,0 +1,139 @@
+"""The call Batch, by the generated stub over a real connection to a service without Triton."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from service.admission.quota import Cost
+from service.core.errors import InvalidRequest
+from service.edges.grpc.messages import batch_question_in
+from service.edges.grpc.stubs import vqa_pb2 as pb
+from tests.support.calls import Service, failure, question, served
+from tests.support.fakes import House, png, until
+
+INVALID, NOT_FOUND = 3, 5  # google.rpc.Code
+
+
+@pytest_asyncio.fixture
+async def service() -> AsyncIterator[Service]:
+    async with served(House(max_image_bytes=100_000, max_batch_questions=20)) as service:
+        yield service
+
+
+async def results_of(call: grpc.aio.StreamStreamCall) -> dict[int, pb.BatchResponse]:
+    results = {}
+    while (result := await call.read()) is not grpc.aio.EOF:
+        assert result.index not in results
+        results[result.index] = result
+    return results
+
+
+def batch(*questions: pb.AnswerRequest) -> list[pb.BatchRequest]:
+    return [pb.BatchRequest(index=number, question=each) for number, each in enumerate(questions)]
+
+
+async def test_every_question_is_answered_by_its_index_and_images_are_shared(service):
+    asked = batch(*[question(png(), f"question {number}?", explain=number == 3) for number in range(10)])
+    results = await results_of(service.stub.Batch(iter(asked)))
+    assert sorted(results) == list(range(10))
+    assert {result.answer.answer for result in results.values()} == {"red"}
+    assert [len(results[number].answer.relevance) for number in (2, 3)] == [0, 1]
+    assert service.house.vision.calls.count("see") == 1
+    assert service.counted()["Batch", "OK"] == 1
+    assert service.house.admission.quota.held == Cost()
+
+
+async def test_a_question_that_fails_leaves_the_others_alone(service):
+    asked = batch(
+        question(),
+        question("img_" + 32 * "0", "what?"),
+        question(max_tokens=-1),
+        question(),
+        question(),
+        pb.AnswerRequest(),
+    )
+    asked[3].timeout_s = math.nan
+    asked[4].question.MergeFromString(b"\xf8\x07\x01")
+    results = await results_of(service.stub.Batch(iter(asked)))
+    assert results[0].answer.answer == "red"
+    faults = [(results[number].error.status, results[number].error.code) for number in range(1, 6)]
+    assert faults == [
+        (NOT_FOUND, "image_not_found"),
+        (INVALID, "invalid_request"),
+        (INVALID, "invalid_request"),
+        (INVALID, "unknown_field"),
+        (INVALID, "missing_field"),
+    ]
+    assert (results[2].error.param, results[2].error.type) == ("max_tokens", "invalid_request_error")
+
+
+async def test_results_come_while_questions_are_still_sent(service):
+    call = service.stub.Batch()
+    for number in (7, 8):
+        await call.write(pb.BatchRequest(index=number, question=question()))
+        assert (await call.read()).index == number
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+
+
+async def test_a_batch_reads_no_further_than_it_answers(service):
+    service.house.language.gate.clear()
+    most = service.house.pipeline.batch_turns
+    call = service.stub.Batch(iter(batch(*[question()] * 20)))
+    await until(lambda: service.house.language.open == most)
+    call.cancel()
+    await until(lambda: not service.house.language.open and service.house.admission.quota.held == Cost())
+    assert len(service.house.language.request_ids) == most
+    await until(lambda: service.counted().get(("Batch", "CANCELLED")))
+
+
+async def test_the_calls_deadline_ends_its_work(service):
+    service.house.language.gate.clear()
+    call = service.stub.Batch(iter(batch(question(), question())), timeout=1)
+    await until(lambda: service.house.language.open == 2)
+    await until(lambda: not service.house.language.open and service.house.admission.quota.held == Cost())
+    call.cancel()
+
+
+async def test_what_is_left_when_the_time_is_over_is_told_for_each_question():
+    async with served(House(batch_timeout_s=0.05)) as service:
+        service.house.language.gate.clear()
+        results = await results_of(service.stub.Batch(iter(batch(*[question()] * 10))))
+        assert [results[number].error.code for number in range(10)] == ["deadline_exceeded"] * 10
+
+
+async def test_too_many_questions_are_refused(service):
+    service.house.language.gate.set()
+    failed = await failure(results_of(service.stub.Batch(iter(batch(*[question()] * 21)))))
+    assert (failed.code, failed.reason) == ("INVALID_ARGUMENT", "too_large")
+    assert "more than 20 questions" in failed.message
+
+
+async def test_no_questions_are_no_results(service):
+    assert await results_of(service.stub.Batch(iter([]))) == {}
+
+
+@pytest.mark.parametrize("index", [0, 1, 127, 128, 2**32 - 1])
+@pytest.mark.parametrize("timeout_s", [None, 0.0, 1.5])
+def test_a_message_is_read_without_parsing_its_question(index, timeout_s):
+    message = pb.BatchRequest(index=index, question=question(), timeout_s=timeout_s)
+    read = batch_question_in(message.SerializeToString())
+    assert (read.index, read.data, read.timeout_s) == (index, question().SerializeToString(), timeout_s)
+
+
+@pytest.mark.parametrize("data", [b"\xf8\x07\x01", b"\x12\x01\x08\x12\x01\x08", b"\x19\x00", b"\x0b\x0c"])
+def test_a_message_that_is_none_is_refused(data):
+    with pytest.raises(InvalidRequest):
+        batch_question_in(data)
+
+
+async def test_a_message_that_is_none_fails_the_call(service):
+    raw = service.channel.stream_stream("/glimpse.v1.VisualQuestionAnswering/Batch")
+    failed = await failure(asyncio.ensure_future(results_of(raw(iter([b"\xf8\x07\x01"])))))
+    assert (failed.code, failed.reason) == ("INVALID_ARGUMENT", "unknown_field")

@@ -1,0 +1,155 @@
+"""Tell which tokens guided rows of the batch may draw next.
+
+A thread of its own takes the drawn tokens and computes the next masks while the decoder runs, so that rows without a
+guide do not wait for them. Only the batcher's thread calls `Masks`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from service.guides import WORD_BITS, Compiled
+
+BoolArray = npt.NDArray[np.bool_]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    matcher: Any
+    token: int | None = None  # drawn, and not taken by the matcher yet
+    fault: str = ""  # why no token can come next
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The guided rows of one draw."""
+
+    rows: Int64Array  # [k], counted from the draw's first row
+    tokens: BoolArray  # [k, V]
+
+
+@dataclass(slots=True)
+class Masks:
+    """Hold the matcher and the mask of each guided row, compact at the front like the KV cache."""
+
+    max_rows: int
+    vocab_size: int
+    _rows: list[_Row | None] = field(default_factory=list)
+    _guided: int = 0
+    _worker: _Worker | None = None
+    _is_working: bool = False
+
+    def append(self, guide: Compiled | None) -> None:
+        """Add a last row."""
+        self._settle()
+        if guide is not None:
+            if self._worker is None:
+                self._worker = _Worker(self.max_rows, self.vocab_size)
+            self._worker.masks[len(self._rows)] = guide.first_mask
+            self._guided += 1
+        self._rows.append(None if guide is None else _Row(guide.matcher.deep_copy()))
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last row takes its place."""
+        self._settle()
+        last = self._rows.pop()
+        gone = self._rows[row] if row < len(self._rows) else last
+        self._guided -= gone is not None
+        if row < len(self._rows):
+            self._rows[row] = last
+            if last is not None and self._worker is not None:
+                self._worker.masks[row] = self._worker.masks[len(self._rows)]
+
+    def allowed(self, first: int) -> Allowed | None:
+        """Return the masks of the guided rows first, first + 1, ...; None if there are none."""
+        if not self._guided:
+            return None
+        self._settle()
+        rows = [row for row, each in enumerate(self._rows[first:], first) if each is not None]
+        if not rows or self._worker is None:
+            return None
+        bits = np.unpackbits(self._worker.masks[rows].view(np.uint8), axis=1, bitorder="little")
+        return Allowed(np.array(rows) - first, bits[:, : self.vocab_size].view(np.bool_))
+
+    def faults(self, first: int) -> dict[int, str]:
+        """Return why a guide allows no token, by the place of its row, counted from `first`."""
+        if not self._guided:
+            return {}
+        return {place: each.fault for place, each in enumerate(self._rows[first:]) if each is not None and each.fault}
+
+    def take(self, first: int, tokens: list[int]) -> None:
+        """Note the drawn tokens of the rows first, first + 1, ... Rows that end are dropped before `compute`."""
+        if self._guided:
+            for each, token in zip(self._rows[first:], tokens, strict=True):
+                if each is not None:
+                    each.token = token
+
+    def compute(self) -> None:
+        """Start computing the next masks of the rows whose tokens were noted."""
+        if self._guided and self._worker is not None:
+            due = [(row, each) for row, each in enumerate(self._rows) if each is not None and each.token is not None]
+            if due:
+                self._worker.jobs.put(due)
+                self._is_working = True
+
+    def clear(self) -> None:
+        """Remove all rows, whatever the worker says of them."""
+        if self._is_working and self._worker is not None:
+            self._is_working = False
+            self._worker.done.get()
+        self._rows.clear()
+        self._guided = 0
+
+    def close(self) -> None:
+        """End the worker."""
+        self.clear()
+        if self._worker is not None:
+            self._worker.jobs.put(None)
+            self._worker.join()
+            self._worker = None
+
+    def _settle(self) -> None:
+        if self._is_working and self._worker is not None:
+            self._is_working = False
+            if (error := self._worker.done.get()) is not None:
+                raise error
+
+
+class _Worker(threading.Thread):
+    """Advance matchers and compute masks, one job at a time."""
+
+    def __init__(self, max_rows: int, vocab_size: int) -> None:
+        super().__init__(name="llm-masks", daemon=True)
+        words = -(-vocab_size // WORD_BITS)
+        self.masks = np.zeros((max_rows, words), np.int32)
+        self.jobs: queue.SimpleQueue[list[tuple[int, _Row]] | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._executor = llguidance.LLExecutor(num_threads=1)
+        self.start()
+
+    def run(self) -> None:
+        while (due := self.jobs.get()) is not None:
+            try:
+                self._advance(due)
+            except Exception as error:  # the batcher's thread raises it
+                self.done.put(error)
+            else:
+                self.done.put(None)
+
+    def _advance(self, due: list[tuple[int, _Row]]) -> None:
+        self._executor.consume_token_par([(each.matcher, each.token) for _, each in due if each.token is not None])
+        wanted = [(each.matcher, row) for row, each in due]
+        address, row_bytes = self.masks.ctypes.data, self.masks.strides[0]
+        self._executor.unsafe_compute_mask_ptr(wanted, address, row_bytes, len(self.masks))
+        for _, each in due:
+            each.token = None
+            if each.matcher.is_error():
+                each.fault = each.matcher.get_error().partition("\n")[0]

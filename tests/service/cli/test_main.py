@@ -142,7 +142,7 @@ def test_without_a_server_it_says_how_to_start_one(command):
     (port,) = free_ports(1)
     status, _, error = run(*command, "--url", f"http://127.0.0.1:{port}")
     assert status == 1
-    assert f"nothing answers at http://127.0.0.1:{port}: start the service with `make serve`" in error
+    assert f"nothing answers at http://127.0.0.1:{port}: start the service with `glimpse serve`" in error
 
 
 @pytest.mark.parametrize("command", [["ask", "-", "a?"], ["ask", UNKNOWN, "a?"], ["eval"]])

@@ -178,3 +178,10 @@ async def test_a_proxy_of_the_environment_does_not_come_between(
         url = opened.access.url
         async with TritonClient(url, url) as client:
             assert await client.ready(timeout_s=5)
+
+
+def test_a_client_of_all_addresses_connects_to_this_machine() -> None:
+    hosts = {"127.0.0.1": "127.0.0.1:7", "0.0.0.0": "127.0.0.1:7", "::": "[::1]:7", "10.0.0.3": "10.0.0.3:7"}
+    assert {host: Access.choose(Ports(7, 8, host)).url for host in hosts} == hosts
+    assert "--grpc-address=0.0.0.0" in Access.choose(Ports(7, 8, "0.0.0.0")).options()
+    assert any(option.startswith("--grpc-restricted-protocol=") for option in Access.choose(Ports(7)).options())

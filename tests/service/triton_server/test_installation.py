@@ -18,6 +18,7 @@ from service.triton_server.installation import (
     check_platform,
     check_ports,
     check_repository,
+    check_shared_memory,
 )
 from tests.support.servers import free_ports
 
@@ -86,3 +87,16 @@ def test_a_folder_without_models_is_named(tmp_path: Path, repository: Path) -> N
     with pytest.raises(StartFailed, match=r"lacks card\.json.*GLIMPSE_MODEL_REPOSITORY"):
         check_repository(tmp_path)
     check_repository(repository)
+
+
+def test_shared_memory_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path) -> None:
+    check_shared_memory(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StartFailed, match=r"nothing can be written in .*none.*No such file.*--shm-size=64m"):
+        check_shared_memory(tmp_path / "none")
+
+
+def test_a_port_is_tried_on_its_own_host() -> None:
+    check_ports(Ports(*free_ports(2), host="127.0.0.1"))
+    with pytest.raises(StartFailed, match=r"cannot listen on 192\.0\.2\.1:\d+"):
+        check_ports(Ports(*free_ports(2), host="192.0.2.1"))

@@ -100,3 +100,11 @@ def test_a_long_log_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         os.write(output, b"new")
     assert path.read_text() == "new"
     assert (tmp_path / "triton.previous.log").read_text() == "long"
+
+
+def test_stderr_may_be_the_log() -> None:
+    written = TritonLog(None)
+    with capture_logs() as lines, written.opened() as output:
+        assert output == STDERR
+    assert "stderr" in written.last_words()
+    assert lines == []

@@ -94,6 +94,26 @@ def containers(found: list[Object]) -> Iterator[tuple[str, Object]]:
             yield from ((name(each), container) for container in template["spec"]["containers"])
 
 
+def closed(schema: Any) -> Any:
+    """The schema, which refuses what it does not name: Kubernetes would drop it."""
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
+        inner["additionalProperties"] = False
+    return inner
+
+
+@cache
+def validator_of(schema: str) -> jsonschema.Draft7Validator:
+    document = json.loads((SCHEMAS / f"{schema}.json").read_text())
+    if "metadata" in document["properties"]:
+        document["properties"]["metadata"] = {"type": "object"}  # the schema names none of its fields
+    return jsonschema.Draft7Validator(closed(document))
+
+
 def faults_of_schemas(found: list[Object]) -> list[str]:
     """Core kinds strictly, custom resources by the schemas beside this file."""
     return [fault for each in found for fault in faults_of_schema(json.dumps(each))]
@@ -106,9 +126,9 @@ def faults_of_schema(text: str) -> list[str]:
         if (schema := CUSTOM.get(each["kind"])) is None:
             kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
             return []
-        document = json.loads((SCHEMAS / f"{schema}.json").read_text())
-        whole = "spec" in document["properties"]
-        jsonschema.validate(each if whole else each["spec"], document)
+        validator = validator_of(schema)
+        whole = "spec" in validator.schema["properties"]
+        validator.validate(each if whole else each["spec"])
         for template in templates(each):
             pod = {"apiVersion": "v1", "kind": "Pod", **template}
             kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
@@ -335,6 +355,8 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/vision.yaml", "single_image|multi", "one_image|multi", "no series has kind=one_image"),
         ("base/vision.yaml", "query: sum(", "query: max by (x) (", "several elements"),
         ("base/vision.yaml", "triggers:", "trigger:", "triggers"),
+        ("base/llm.yaml", "cooldownPeriod", "coolDownPeriod", "coolDownPeriod"),
+        ("base/monitoring.yaml", "jobLabel", "joblabel", "joblabel"),
         ("base/llm.yaml", 'threshold: "6144"', "threshold: 6144", "6144 is not of type 'string'"),
         ("base/canary.yaml", "glimpse, canary", "glimpse, bird", "no command glimpse bird"),
         ("base/monitoring.yaml", "endpoints:", "endpoint:", "endpoints"),

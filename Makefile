@@ -25,7 +25,7 @@ test-stack: ready-to-develop ## build the images and test the stack under a real
 	$(BIN)/python scripts/test_stack.py $(STACK)
 
 up: ready-to-compose .env ## build and start the whole stack with Docker Compose: http://127.0.0.1:8080, Grafana on 3000
-	docker compose --profile full up --build --detach --wait
+	OTLP_ENDPOINT=http://collector:4317 docker compose --profile full up --build --detach --wait
 
 down: ready-to-compose ## stop and remove it; what Prometheus and Grafana stored stays
 	docker compose --profile full --profile gpu --profile simple down

@@ -65,7 +65,8 @@ def make_base(engine, base):
 def make_debian(engine, suite, packages, tag):
     """Import a small Debian with these packages, and this machine's certificates, under the tag. Raises NoImages."""
     command = [
-        "mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io", "--include=" + ",".join(packages), *WITHOUT,
+        "mmdebstrap", "--quiet", "--variant=minbase", "--include=" + ",".join(packages), *WITHOUT,
+        "--dpkgopt=force-unsafe-io",
         '--customize-hook=mkdir -p "$1/etc/ssl/certs"',
         f"--customize-hook=copy-in {CERTIFICATES} /etc/ssl/certs",
         f'--customize-hook=printf "[global]\\ncert = {CERTIFICATES}\\n" > "$1/etc/pip.conf"',

@@ -37,13 +37,13 @@ class Engine:
         self._folder = ""
         self._process = None
         self._rules = {}  # of iptables, before the engine came, by the command that lists them
-        self._bridge_before = False
+        self._interfaces = set()  # Docker's bridges before the engine came
         self._forwarding = ""
 
     def __enter__(self):
         running = answering("unix:///var/run/docker.sock")
         if not running:
-            install_packages()
+            install_packages(os.geteuid())
             running = answering("unix:///var/run/docker.sock")
         if running:
             self.address = "unix:///var/run/docker.sock"
@@ -70,8 +70,7 @@ class Engine:
         if self.is_ours:
             if self._process is not None and self._process.poll() is None:
                 found.append(f"dockerd runs still, process {self._process.pid}")
-            if not self._bridge_before and os.path.exists("/sys/class/net/docker0"):
-                found.append("the bridge docker0")
+            found += [f"the bridge {bridge}" for bridge in bridges() - self._interfaces]
             if os.path.exists(self._folder):
                 found.append(f"the folder {self._folder}")
             for lister, before in self._rules.items():
@@ -82,7 +81,7 @@ class Engine:
         self.is_ours = True
         # A short path: the address of a unix socket has at most 107 characters.
         self._folder = tempfile.mkdtemp(prefix="dk", dir="/var/tmp")
-        self._bridge_before = os.path.exists("/sys/class/net/docker0")
+        self._interfaces = bridges()
         self._rules = {lister: rules(lister) for lister in ("iptables-save", "ip6tables-save")}
         with open(FORWARDING, encoding="ascii") as value:
             self._forwarding = value.read()
@@ -114,8 +113,8 @@ class Engine:
         for mount in sorted(mounts_below(self._folder), reverse=True):
             subprocess.run(["umount", "--lazy", mount], check=False, stderr=subprocess.DEVNULL)
         shutil.rmtree(self._folder, ignore_errors=True)
-        if not self._bridge_before:
-            subprocess.run(["ip", "link", "delete", "docker0"], check=False, stderr=subprocess.DEVNULL)
+        for bridge in bridges() - self._interfaces:
+            subprocess.run(["ip", "link", "delete", bridge], check=False, stderr=subprocess.DEVNULL)
         for lister, before in self._rules.items():
             restore(lister, before)
         if self._forwarding:
@@ -149,15 +148,15 @@ def answering(address):
         return False
 
 
-def install_packages():
+def install_packages(user_id):
     """Raises NoEngine."""
-    if os.geteuid() != 0:
+    if user_id != 0:
         raise NoEngine("only root can start one, and none runs: start Docker, or run this as root")
     programs = {"docker.io": "dockerd", "iptables": "iptables-save", "mmdebstrap": "mmdebstrap"}
     missing = {package: PACKAGES[package] for package, program in programs.items() if shutil.which(program) is None}
     if missing:
         try:
-            system_packages.install(missing, os.geteuid())
+            system_packages.install(missing, user_id)
         except system_packages.NotInstalled as exc:
             raise NoEngine(f"{', '.join(missing)}: not installed, and {exc.fault}. {exc.remedy}") from exc
 
@@ -170,6 +169,11 @@ def last_words(log):
 def mounts_below(folder):
     with open("/proc/mounts", encoding="utf-8") as mounts:
         return [line.split()[1] for line in mounts if line.split()[1].startswith(folder + "/")]
+
+
+def bridges():
+    """Docker's: docker0, and one for each network."""
+    return {name for name in os.listdir("/sys/class/net") if name == "docker0" or name.startswith("br-")}
 
 
 def rules(lister):

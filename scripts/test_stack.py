@@ -64,6 +64,8 @@ def run(engine, given, for_pytest, started):
     times = {"engine": time.monotonic() - started}
     bases = [given.base] + [base for base in base_images.PYTHONS if given.both and base != given.base]
     print(f"Docker engine {engine.said('version', '--format', '{{.Server.Version}}')} at {engine.address}", flush=True)
+    python = os.path.join(environment.VENV, "bin", "python")
+    environment.install(python, "the tests' tools", ["--no-deps", *environment.pins("stack")])
     stand_ins = provide(engine, bases)
     probe(engine, given.base)
     times["images of others"] = time.monotonic() - started
@@ -121,9 +123,6 @@ def provide(engine, bases):
     if not engine.is_ours:
         raise NoEngine("the engine that runs here cannot pull images, and its images are not ours to replace")
     print("no registry of images can be reached: making stand-ins of Debian's packages", flush=True)
-    environment.install(
-        os.path.join(environment.VENV, "bin", "python"), "a load balancer", ["--no-deps", *environment.pins("stack")]
-    )
     try:
         base_images.make(engine, bases, wanted)
     except base_images.NoImages as exc:
@@ -160,10 +159,16 @@ def build(engine, base, target, image_tag):
 
 
 def remove_stack(engine):
-    """Also if the tests were killed."""
-    found = engine.said("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}")
-    if found:
-        engine.docker("rm", "--force", "--volumes", *found.split(), stdout=subprocess.DEVNULL)
+    """Remove what the tests left of the stack, for example because they were killed."""
+    label = f"label=com.docker.compose.project={PROJECT}"
+    for listing, removal in (
+        (("ps", "--all"), ("rm", "--force", "--volumes")),
+        (("network", "ls"), ("network", "rm")),
+        (("volume", "ls"), ("volume", "rm")),
+    ):
+        found = engine.said(*listing, "--quiet", "--filter", label).split()
+        if found:
+            engine.docker(*removal, *found, stdout=subprocess.DEVNULL)
 
 
 def skipped(reason):

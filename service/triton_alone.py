@@ -58,7 +58,7 @@ async def serve(settings: Settings, ports: Ports, pool: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with (
-        TritonClient(access.url, access.url, access.metadata) as client,
+        TritonClient(access.url, access.url, access.metadata, card.text_type) as client,
         EmbeddedTriton(
             settings.model_repository,
             client=client,

@@ -88,7 +88,7 @@ def triton_canary(address: str, pool: str) -> None:
 
     async def infer() -> None:
         card = read_card(read_settings())
-        async with TritonClient(address, address) as client:
+        async with TritonClient(address, address, text_type=card.text_type) as client:
             for model in called(pool, card) or card.called:
                 await client.probe(model, card, TIMEOUT_S)
 

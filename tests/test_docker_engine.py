@@ -1,0 +1,75 @@
+"""scripts/docker_engine.py and scripts/test_stack.py: what they say where no engine starts, and what they take away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import PROJECT
+
+
+def run(code: str, **variables: str) -> str:
+    """What the code prints that runs beside the scripts."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "scripts"), **variables}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def reason(call: str, **variables: str) -> str:
+    """Why there is no engine."""
+    code = f"import subprocess, docker_engine as d\ntry: {call}\nexcept d.NoEngine as e: print(e)"
+    return run(code, **variables)
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_only_root_starts_an_engine() -> None:
+    assert "only root can start one, and none runs" in reason("d.install_packages(1000)")
+
+
+def test_what_cannot_be_installed_is_named_with_its_cause(tmp_path: Path) -> None:
+    for name in ("env", "dpkg-query"):
+        program(tmp_path, name, 'echo "E: Could not resolve deb.debian.org" >&2; exit 100')
+    program(tmp_path, "apt-get", "exit 100")
+    said = reason("d.install_packages(0)", PATH=str(tmp_path))
+    assert "docker.io, iptables, mmdebstrap: not installed, and apt-get reached no package server" in said
+
+
+def test_an_engine_that_ends_at_once_is_named_with_its_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text('level=info msg="starting"\nfailed to mount overlay: operation not permitted\n')
+    said = reason(f"d.wait_until_it_answers('unix:///nowhere', subprocess.Popen(['false']), {str(log)!r})")
+    assert "dockerd did not start within 60 s: failed to mount overlay: operation not permitted" in said
+
+
+def test_a_skip_is_loud() -> None:
+    said = run("import test_stack; test_stack.skipped('no engine')")
+    assert "THE STACK WAS NOT TESTED: no engine" in said
+    assert "=" * 80 in said
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_dockers"),
+    [
+        ("nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE", True),
+        ("filter :DOCKER-USER -", True),
+        ("filter :FORWARD DROP", True),
+        ("filter -A FORWARD -i br-0123456789ab -j ACCEPT", True),
+        ("filter -A INPUT -p tcp --dport 22 -j ACCEPT", False),
+        ("filter :INPUT DROP", False),
+    ],
+)
+def test_only_dockers_rules_are_taken_away(rule: str, is_dockers: bool) -> None:
+    assert run(f"import docker_engine as d; print(d.is_dockers({rule!r}))").strip() == str(is_dockers)
+
+
+def test_arguments_after_two_dashes_are_pytests() -> None:
+    said = run("import test_stack as t; print(t.split(['--both', '--', '-k', 'redis']), t.split(['--both']))")
+    assert said.strip() == "(['--both'], ['-k', 'redis']) (['--both'], [])"

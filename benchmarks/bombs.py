@@ -63,7 +63,66 @@ def webp_chunk(name: bytes, content: bytes = b"") -> bytes:
     return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
 
 
+def tiff(tags: list[tuple[int, int, int, int]], after: bytes = b"") -> bytes:
+    """A little-endian TIFF: number, type, count and value of each tag. `after` stands behind the directory."""
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return head + b"".join(struct.pack("<HHII", *each) for each in tags) + bytes(4) + after
+
+
+def grey_tiff(width: int, height: int, *more: tuple[int, int, int, int], after: bytes = b"") -> bytes:
+    """A grey TIFF, which says nothing of its strips unless `more` does."""
+    size = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    return tiff(sorted([*size, *more]), after)
+
+
+def strips(count: int, nbytes: int) -> bytes:
+    """A TIFF whose strips are all the same bytes."""
+    places, sizes = struct.pack("<I", 8) * count, struct.pack("<I", nbytes) * count
+    start = 10 + 12 * 8 + 4
+    parts = ((273, 4, count, start), (278, 3, 1, 1), (279, 4, count, start + 4 * count))
+    return grey_tiff(700, count, *parts, after=places + sizes)
+
+
+def bmp(width: int, height: int) -> bytes:
+    """A BMP of 24 bits without its pixels."""
+    return b"BM" + struct.pack("<IIIIiiHH", 0, 0, 54, 40, width, height, 1, 24) + bytes(24)
+
+
+def box(name: bytes, content: bytes = b"") -> bytes:
+    return struct.pack(">I", 8 + len(content)) + name + content
+
+
+def avif(*boxes: bytes) -> bytes:
+    """The head of an AVIF, and boxes in its `meta`."""
+    return box(b"ftyp", b"avif\0\0\0\0mif1avif") + box(b"meta", bytes(4) + b"".join(boxes))
+
+
+def extents(count: int) -> bytes:
+    """An AVIF's item in many extents, each of which is all of the file."""
+    place = struct.pack(">BBHHHHHH", 0, 0, 0, 0x4400, 1, 1, 0, count)
+    return box(b"iloc", place + bytes(8) * count)
+
+
 BOMBS = {
+    "TIFF tags": lambda: tiff([(700, 1, 1, 0)] * 60_000),
+    "TIFF strips": lambda: grey_tiff(700, 700, (273, 4, 4_000_000, 8), after=bytes(16_000_000)),
+    "TIFF strips that share bytes": lambda: strips(60_000, 400_000),
+    "TIFF tiles larger than the picture": lambda: grey_tiff(
+        64, 64, (322, 4, 1, 65_520), (323, 4, 1, 65_520), (324, 4, 1, 8), (325, 4, 1, 100)
+    ),
+    "more pixels than the TIFF can hold": lambda: grey_tiff(
+        7000, 7000, (259, 3, 1, 8), (273, 4, 1, 8), (279, 4, 1, 100), after=bytes(100)
+    ),
+    "a wide TIFF": lambda: grey_tiff(4_000_000_000, 4_000_000_000, (273, 4, 1, 8), (279, 4, 1, 9)),
+    "a wide BMP": lambda: bmp(50_000_000, 1),
+    "more pixels than the BMP holds": lambda: bmp(7000, 7000),
+    "AVIF boxes": lambda: avif(box(b"free") * (MEGABYTES // 8)),
+    "AVIF boxes behind each other": lambda: avif() + box(b"free") * (MEGABYTES // 8),
+    "AVIF properties": lambda: avif(box(b"iprp", box(b"ipco", box(b"free") * (MEGABYTES // 8)))),
+    "AVIF items": lambda: avif(box(b"iinf", bytes(6) + box(b"infe", bytes(12)) * (MEGABYTES // 20))),
+    "AVIF references": lambda: avif(box(b"iref", bytes(4) + box(b"dimg", b"\0\1\xff\xff" + bytes(131_070)) * 140)),
+    "AVIF extents": lambda: avif(extents(60_000)),
+    "AVIF boxes in each other": lambda: avif(*[box(b"iprp", box(b"ipco", box(b"iprp")))] * 600),
     "1,000 empty scans": lambda: scans(4000, 4000, 1000),
     "4,500 empty scans": lambda: scans(7000, 7000, 4500),
     "33 empty scans of a small picture": lambda: scans(64, 64, 33),

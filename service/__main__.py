@@ -206,12 +206,13 @@ def greeting(app: App, url: str, rpc_port: int) -> str:
             f"Glimpse listens on {url} (gRPC on port {rpc_port}); {url}/health/ready says when the Triton servers "
             "answer.\n"
         )
+    key = "-H 'x-api-key: KEY' " if app.gate.has_keys else ""
     scene = PROJECT / "benchmarks" / "scenes" / "new_003.webp"
     file = scene.relative_to(PROJECT) if scene.exists() else "photo.jpg"
     return (
         f"Glimpse is ready on {url} (model {app.card.name}; gRPC on port {rpc_port}); Ctrl-C stops it. Try, in another "
         "shell:\n"
-        f"  curl -F image=@{file} -F question='what character is on the pink square?' {url}/v1/vqa\n"
+        f"  curl {key}-F image=@{file} -F question='what character is on the pink square?' {url}/v1/vqa\n"
     )
 
 

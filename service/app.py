@@ -6,14 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import ip_network
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from prometheus_client.exposition import choose_encoder
 
+from service.access.gate import IN_REDIS, Gate, NoGate
+from service.access.key_file import KeyFile
+from service.access.key_redis import KeysInRedis
+from service.access.keys import Keyring, KeysError, Limits
+from service.access.quotas import Quotas
+from service.access.windows import SharedWindows, Windows
 from service.admission.admission import Admission
 from service.admission.scheduler import Scheduler
 from service.cache.redis_tier import RedisLimits, RedisTier
+from service.cache.shared_images import SharedImages
+from service.core.access import Authenticator
 from service.core.card import ModelCard
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
@@ -24,15 +34,18 @@ from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
 from service.media.decoder import ImageLimits
+from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder
 from service.readiness import Readiness
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, listed
 from service.triton import TritonClient, read_engines
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
+
+NO_KEYS = Keyring()
 
 if TYPE_CHECKING:
     from service.spans import Traces
@@ -48,10 +61,14 @@ class App:
     client: TritonClient
     admission: Admission
     reader: WorkerReader
+    fetcher: ImageFetcher | None
     shared: RedisTier | None
+    shared_images: SharedImages | None
     readiness: Readiness
     metrics: Metrics
     lag: LoopLag
+    gate: Gate | NoGate
+    quotas: Quotas
     traces: Traces | None
     api: FastAPI
     rpc: GrpcEdge
@@ -59,6 +76,7 @@ class App:
 
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Read the model repository's card and tokenizers and make all parts; start nothing. Raises SettingsError."""
+    require_keys(settings)
     try:
         card = ModelCard.from_json((settings.model_repository / "card.json").read_text())
         prompts = PromptBuilder.load(card, settings.model_repository)
@@ -84,6 +102,10 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
+    gate = gate_of(settings, metrics)
+    quotas = quotas_of(settings, gate, shared, metrics)
+    shared_images = shared_images_of(settings, shared, metrics)
+    fetcher = image_fetcher(settings, metrics)
     traces = traces_of(settings, card)
     pipeline = Pipeline(
         vision=client,
@@ -95,16 +117,101 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         settings=settings,
         metrics=metrics,
         shared=shared,
+        accounts=quotas,
+        shared_images=shared_images,
+        fetcher=fetcher,
         traces=traces,
     )
     lag = LoopLag(metrics.event_loop_lag.observe)
-    api = http_api(http_edge(pipeline, readiness, settings, metrics, lag))
-    rpc = grpc_edge(pipeline, readiness, settings, metrics, lag)
-    return App(settings, card, access, client, admission, reader, shared, readiness, metrics, lag, traces, api, rpc)
+    api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate))
+    rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate)
+    return App(
+        settings=settings,
+        card=card,
+        access=access,
+        client=client,
+        admission=admission,
+        reader=reader,
+        fetcher=fetcher,
+        shared=shared,
+        shared_images=shared_images,
+        readiness=readiness,
+        metrics=metrics,
+        lag=lag,
+        traces=traces,
+        gate=gate,
+        quotas=quotas,
+        api=api,
+        rpc=rpc,
+    )
+
+
+def require_keys(settings: Settings) -> None:
+    """Raise SettingsError if others than this machine could ask without a key, and nobody said that they may."""
+    if settings.keys or settings.without_keys or not settings.listens_to_others:
+        return
+    raise SettingsError(
+        f"GLIMPSE_HTTP_HOST is {settings.http_host}, so other machines could ask without a key: make keys with "
+        "`glimpse keys create` and name their file in GLIMPSE_KEYS, or let everyone ask with "
+        "GLIMPSE_WITHOUT_KEYS=anyone-may-ask"
+    )
+
+
+def gate_of(settings: Settings, metrics: Metrics) -> Gate | NoGate:
+    """Read the keys in a file; those in Redis are read later. Raises SettingsError."""
+    if not settings.keys:
+        return NoGate()
+    try:
+        if settings.keys == IN_REDIS:
+            assert settings.redis_url is not None
+            return Gate(KeysInRedis(settings.redis_url.get_secret_value()), metrics)
+        file = KeyFile(Path(settings.keys))
+        return Gate(file, metrics, first=file.read())
+    except KeysError as exc:
+        raise SettingsError(f"GLIMPSE_KEYS: {exc}") from exc
+    except ValueError as exc:
+        raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
+
+
+def shared_images_of(settings: Settings, shared: RedisTier | None, metrics: Metrics) -> SharedImages | None:
+    if settings.redis_url is None or shared is None or not settings.share_images:
+        return None
+    return SharedImages(settings.redis_url.get_secret_value(), shared, metrics, settings.image_ttl_s)
+
+
+def quotas_of(settings: Settings, gate: Gate | NoGate, shared: RedisTier | None, metrics: Metrics) -> Quotas:
+    """Count in Redis if there is one, else in this process."""
+    defaults = Limits(
+        settings.quota_requests_per_minute,
+        settings.quota_images_per_minute,
+        settings.quota_visual_tokens_per_minute,
+        settings.quota_generated_tokens_per_minute,
+        settings.quota_concurrent_requests,
+    )
+    windows = Windows(settings.quota_gateways or 1)
+    if settings.redis_url is not None and shared is not None:
+        windows = SharedWindows(
+            settings.redis_url.get_secret_value(),
+            shared,
+            metrics,
+            timeout_s=settings.redis_timeout_s,
+            open_s=settings.max_timeout_s + settings.body_timeout_s,
+            gateways=settings.quota_gateways,
+        )
+
+    def ring() -> Keyring:
+        return (gate.keyring if isinstance(gate, Gate) else None) or NO_KEYS
+
+    return Quotas(defaults, ring, windows, metrics)
 
 
 def http_edge(
-    pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics, lag: LoopLag | None = None
+    pipeline: Pipeline,
+    readiness: Readiness,
+    settings: Settings,
+    metrics: Metrics,
+    lag: LoopLag | None = None,
+    access: Authenticator | None = None,
 ) -> Edge:
     """Give the HTTP edge the parts of the gateway that it uses."""
     return Edge(
@@ -122,13 +229,20 @@ def http_edge(
         metrics=lambda accept: metrics_text(metrics, accept),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        access=access or NoGate(),
+        metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
 
 
 def grpc_edge(
-    pipeline: Pipeline, readiness: Readiness, settings: Settings, metrics: Metrics, lag: LoopLag | None = None
+    pipeline: Pipeline,
+    readiness: Readiness,
+    settings: Settings,
+    metrics: Metrics,
+    lag: LoopLag | None = None,
+    access: Authenticator | None = None,
 ) -> GrpcEdge:
     """Give the gRPC edge the parts of the gateway that it uses."""
     return GrpcEdge(
@@ -140,6 +254,7 @@ def grpc_edge(
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
+        access=access or NoGate(),
         log_client_address=settings.log_client_address,
     )
 
@@ -160,6 +275,23 @@ def batch_limits(settings: Settings) -> BatchLimits:
 
 def body_limits(settings: Settings) -> BodyLimits:
     return BodyLimits(settings.max_body_bytes, settings.max_image_bytes, settings.body_timeout_s)
+
+
+def image_fetcher(settings: Settings, metrics: Metrics) -> ImageFetcher | None:
+    """Make the fetcher of images from URLs, or None if no host is allowed."""
+    if not listed(settings.image_url_hosts):
+        return None
+    rules = FetchRules(
+        hosts=listed(settings.image_url_hosts),
+        max_bytes=settings.max_image_bytes,
+        ports=frozenset(map(int, listed(settings.image_url_ports))),
+        allows_http=settings.image_url_http,
+        private_networks=tuple(map(ip_network, listed(settings.image_url_private_networks))),
+        timeout_s=settings.image_url_timeout_s,
+        at_once=settings.image_urls_at_once,
+        at_once_of_a_tenant=settings.image_urls_at_once_of_a_tenant,
+    )
+    return ImageFetcher(rules, metrics)
 
 
 def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:
@@ -193,6 +325,8 @@ async def running(app: App) -> AsyncIterator[None]:
         if app.traces is not None:
             parts.callback(app.traces.close)
         parts.callback(app.reader.close)
+        if app.fetcher is not None:
+            parts.callback(app.fetcher.close)
         app.reader.start()
         await parts.enter_async_context(app.client)
         triton: EmbeddedTriton | None = None
@@ -206,6 +340,11 @@ async def running(app: App) -> AsyncIterator[None]:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:
                 watchers.append(tasks.create_task(app.shared.run()))
+            if app.shared_images is not None:
+                watchers.append(tasks.create_task(app.shared_images.run()))
+            watchers.append(tasks.create_task(app.quotas.run()))
+            if isinstance(app.gate, Gate):
+                watchers.append(tasks.create_task(app.gate.run()))
             yield
             for watcher in watchers:
                 watcher.cancel()

@@ -16,6 +16,7 @@ from service.core.estimate import Amounts, Estimate, EstimatedImage, NotAdmitted
 from service.core.request import Request
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
+from service.media.formats import SENT
 from service.media.header import header_size
 from service.media.store import Image
 from service.vision_stage import decoding_cost
@@ -60,7 +61,7 @@ class Estimator:
         require_bytes(image.data, self.limits)
         size = header_size(image.data)
         if size == (0, 0):
-            raise InvalidImage(f"{found_in(image.data)}; send PNG, JPEG, WebP or GIF", param="image")
+            raise InvalidImage(f"{found_in(image.data)}; {SENT}", param="image")
         if size is not None:
             require_size(*size, self.limits)
         width, height = size or (None, None)

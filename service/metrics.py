@@ -40,7 +40,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 class Metrics:
     """Hold one gateway's metrics in their own registry."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # noqa: PLR0915 - one statement a metric
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.registry.register(Resources())
@@ -55,6 +55,9 @@ class Metrics:
             "Refusals for lack of capacity, by reason: saturated, tenant_share, deadline, shutting_down. A refused "
             "request gets no answer; if only its closer view was refused, it is answered without that view.",
             "reason",
+        )
+        self.image_fetches = self._counter(
+            "image_fetches", "Images fetched from URLs, by outcome: ok or an error code.", "outcome"
         )
         self.requests_waiting = self._gauge(
             "requests_waiting", "Requests that wait for a vision slot or for the LLM.", "kind"
@@ -141,6 +144,17 @@ class Metrics:
             "Feature records for Redis, by result: kept, failed, dropped (too many waited), skipped (breaker open).",
             "result",
         )
+        self.image_lookups = self._counter(
+            "image_lookups",
+            "Lookups of images by their ids, by tier and result: hit, miss; in Redis also skipped (not in use).",
+            "tier",
+            "result",
+        )
+        self.image_writes = self._counter(
+            "image_writes",
+            "Images for Redis, by result: kept, failed, dropped (too many waited), skipped (not in use).",
+            "result",
+        )
         self.visual_cache_lookups = self._counter(
             "visual_cache_lookups", "Lookups of visual tokens by image and question: hit, miss.", "result"
         )
@@ -166,6 +180,29 @@ class Metrics:
             "event_loop_lag_seconds",
             "Seconds by which the gateway's event loop was late, measured ten times a second. Above 0.1, one request "
             "holds up all others.",
+        )
+        self.keys = self._gauge("keys", "API keys in use, expired ones included.")
+        self.keys_readable = self._gauge(
+            "keys_readable", "1 while the API keys can be read; at 0 the last ones stay in use."
+        )
+        self.keys_refused = self._counter(
+            "keys_refused",
+            "Requests with a missing or wrong API key, by code: missing_api_key, invalid_api_key, expired_api_key.",
+            "code",
+        )
+        self.quota_refusals = self._counter(
+            "quota_refusals",
+            "Requests over their tenant's or key's quota, by unit: requests, images, visual_tokens, generated_tokens, "
+            "concurrent_requests.",
+            "unit",
+        )
+        self.quota_is_local = self._gauge(
+            "quota_is_local",
+            "1 while Redis is not in use and this gateway allows only its share of each quota, else 0.",
+        )
+        self.quota_gateways = self._gauge("quota_gateways", "Gateways that share the quotas, as this one knows.")
+        self.quota_settlements_lost = self._counter(
+            "quota_settlements_lost", "Settlements of quotas that were lost because too many waited."
         )
         self.ready = self._gauge("ready", "1 while every model answers its probe and real requests, else 0.")
         self.model_ready = self._gauge(

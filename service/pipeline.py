@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
+from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, embedding_key
+from service.core.access import Accounts, NoQuotas, Use
 from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.errors import (
@@ -27,6 +29,8 @@ from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Req
 from service.core.vision import Seen
 from service.estimating import Estimator
 from service.guides import GuideChecks
+from service.images import Images
+from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
@@ -79,16 +83,28 @@ class Pipeline:
         settings: Settings,
         metrics: Metrics,
         shared: SharedTier | None = None,
+        accounts: Accounts | None = None,
+        shared_images: SharedImages | None = None,
+        fetcher: ImageFetcher | None = None,
         traces: Traces | None = None,
     ) -> None:
+        """`fetcher`: None if image URLs are refused."""
+        self.fetcher = fetcher
         self.language = language
+        self.accounts = accounts or NoQuotas()
         self.admission = admission
         self.card = card
         self.reader = reader
         self.settings = settings
         self.metrics = metrics
         self.outcomes = Outcomes(metrics, traces)
-        self.images = ImageStore(settings.image_store_bytes, settings.image_ttl_s)
+        self.images = Images(
+            ImageStore(settings.image_store_bytes, settings.image_ttl_s),
+            reader,
+            metrics,
+            shared_images,
+            apart=settings.keeps_tenants_apart,
+        )
         self.features = FeatureCache(
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
         )
@@ -115,45 +131,58 @@ class Pipeline:
                 async with ticket.in_time(reservation):
                     await self.guides.require(request.sampling.guide)
             admitted.enter_context(self.admit(ticket, reservation))
-            async with ticket.in_time(reservation):
-                images = await self.load(ticket)
-                seen = await self.vision_stage.look(images, ticket, reservation)
-            prompt = self.compose(request, images, seen)
-            ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
-            async with aclosing(self.generate(prompt, ticket, reservation)) as deltas:
-                async for delta in deltas:
-                    yield delta
-            yield self.finish(ticket, images, seen)
+            async with self.charged(ticket, reservation) as use:
+                async with ticket.in_time(reservation):
+                    images = await self.load(ticket, reservation)
+                    seen = await self.vision_stage.look(images, ticket, reservation)
+                prompt = self.compose(request, images, seen)
+                use.images, use.visual_tokens = len(images), len(prompt.visual_tokens)
+                ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
+                async with aclosing(self.generate(prompt, ticket, reservation)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                yield self.finish(ticket, images, seen)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image, so that questions can name it by its id. It waits for a vision slot, as a question's
         image does.
 
-        Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded.
+        Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
         try:
-            with reservation.work():
-                reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
-                async with asyncio.timeout(timeout_s):
-                    await reservation.enter(claim)
-                    decoded = await self.reader.decode(data)
-                    image = await self.reader.identify(data)
+            async with reservation.account.charged(Use(images=1)) as use:
+                with reservation.work():
+                    reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
+                    async with asyncio.timeout(timeout_s):
+                        await reservation.enter(claim)
+                        decoded = await self.reader.decode(data)
+                        image = await self.images.identify(data, reservation.tenant)
+                use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
-        self.images.put(image, time.monotonic(), reservation.tenant)
-        return KeptImage(image.id, len(data), decoded.width, decoded.height, time.time() + self.images.ttl_s)
+        await self.images.keep_for_all(image, reservation.tenant)
+        expires_at = time.time() + self.settings.image_ttl_s
+        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
 
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
         """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
 
         Raises InvalidRequest, NotFound, InvalidImage, TooLarge.
         """
+        if request.sampling.guide is not None:
+            await self.guides.require(request.sampling.guide)
         tokens, images = self.check(request), []
         for index, source in enumerate(request.images):
             with naming_image(index, len(request.images)):
-                images.append(await self.load_one(source))
+                if isinstance(source, ImageUrl):
+                    raise InvalidRequest(
+                        "image is a URL, and an estimate fetches none: send the image's bytes, or its id",
+                        param="image",
+                        code="url_not_supported",
+                    )
+                images.append(await self.load_one(source, request.tenant))
         return self.estimator.estimate(request, images, tokens, reservation)
 
     def require_turns(self, open_requests: int, lag_s: float) -> None:
@@ -170,8 +199,10 @@ class Pipeline:
         return self.admission.batch_turns.turn(tenant)
 
     @contextmanager
-    def reservation(self, tenant: str, *, row: bool = True) -> Iterator[Reservation]:
+    def reservation(self, tenant: str, key: str = "", *, row: bool = True) -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.
+
+        It has the account of the tenant, and of the key with this id.
 
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
         no room for one more request. Without a `row`, the request needs none of the LLM's.
@@ -179,7 +210,11 @@ class Pipeline:
         with self.admission.reservation(tenant) as reservation:
             if row:
                 reservation.require_room(Cost(tokens=self.admission.row_tokens))
-            yield reservation
+            reservation.account = self.accounts.of(tenant, key)
+            try:
+                yield reservation
+            finally:
+                reservation.account.leave()
 
     @contextmanager
     def bytes_reserved(self, nbytes: int, tenant: str) -> Iterator[None]:
@@ -204,6 +239,18 @@ class Pipeline:
             finally:
                 self.metrics.in_flight.dec()
 
+    @asynccontextmanager
+    async def charged(self, ticket: Ticket, reservation: Reservation) -> AsyncIterator[Use]:
+        """Charge what the request can use to its tenant's quota, and settle with what it used. Raises QuotaExceeded."""
+        request = ticket.request
+        images = len(request.images)
+        most = Use(images, images * request.budget.visual_tokens[1], request.sampling.max_tokens)
+        async with reservation.account.charged(most) as use:
+            try:
+                yield use
+            finally:
+                use.generated_tokens = ticket.completion_tokens
+
     def check(self, request: Request) -> int:
         """Return the most LLM tokens that the request can use. Raises InvalidRequest if the model cannot answer it."""
         budget, card = request.budget, self.card
@@ -219,30 +266,56 @@ class Pipeline:
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
         return self.prompts.require_room(request)
 
-    async def load(self, ticket: Ticket) -> list[Image]:
+    async def load(self, ticket: Ticket, reservation: Reservation) -> list[Image]:
         """Return the images' bytes and digests. It decodes nothing, because a known image needs no pixels."""
         images, sources = [], ticket.request.images
         with ticket.stage("load"):
+            fetched = await self.fetch(sources, reservation)
             for index, source in enumerate(sources):
                 with naming_image(index, len(sources)):
-                    images.append(await self.load_one(source))
+                    known = fetched[source] if isinstance(source, ImageUrl) else source
+                    images.append(await self.load_one(known, ticket.request.tenant))
         ticket.image_ids = tuple(image.id for image in images)
         return images
 
-    async def load_one(self, source: ImageSource) -> Image:
-        """Return the bytes and digest of one image. Raises NotFound for an unknown id, InvalidRequest for a URL."""
-        match source:
-            case ImageBytes(data):
-                return await self.reader.identify(data)
-            case ImageId(image_id):
-                return self.images.get(image_id, time.monotonic())
-            case ImageUrl():
+    async def fetch(self, sources: Sequence[ImageSource], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
+        """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.
+
+        Raises InvalidRequest, InvalidImage, TooLarge, Overloaded.
+        """
+        urls = dict.fromkeys(source for source in sources if isinstance(source, ImageUrl))
+        if not urls:
+            return {}
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                fetches = {
+                    url: tasks.create_task(self.fetch_one(url, sources.index(url), len(sources), reservation))
+                    for url in urls
+                }
+        except BaseExceptionGroup as group:
+            first = group.exceptions[0]
+            raise first from first.__cause__
+        return {url: fetch.result() for url, fetch in fetches.items()}
+
+    async def fetch_one(self, source: ImageUrl, index: int, of: int, reservation: Reservation) -> ImageBytes:
+        """Fetch an image, the one at `index` of `of`. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
+        with naming_image(index, of):
+            if self.fetcher is None:
                 raise InvalidRequest(
                     "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
                     "(curl -F image=@FILE), or send them once to POST /v1/images",
                     param="image",
                     code="url_not_supported",
                 )
+            return ImageBytes(await self.fetcher.fetch(source.url, reservation.tenant, reservation.reserve_bytes))
+
+    async def load_one(self, source: ImageBytes | ImageId, tenant: str) -> Image:
+        """Return the bytes and digest of one image. Raises NotFound for an unknown id."""
+        match source:
+            case ImageBytes(data):
+                return await self.images.identify(data, tenant)
+            case ImageId(image_id):
+                return await self.images.find(image_id, tenant)
 
     def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [

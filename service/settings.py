@@ -6,10 +6,12 @@ Each setting has its unit in its name.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,8 +21,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.environment import SecretFileError, is_service_link, with_secrets
 
 PREFIX = "GLIMPSE_"
-OF_THE_COMMAND = ("GLIMPSE_URL", "GLIMPSE_DEBUG")  # read by `glimpse` itself, so no setting of the service
+OF_THE_COMMAND = (
+    "GLIMPSE_URL",
+    "GLIMPSE_DEBUG",
+    "GLIMPSE_API_KEY",
+)  # read by `glimpse` itself, so no setting of the service
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+HOST_PATTERN = re.compile(r"(\*\.)?([a-z0-9_-]+\.)*[a-z0-9_-]+")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
 MIB = 1024 * 1024
@@ -43,7 +50,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    # Address of the gateway. Requests are not authenticated yet, so the default is this machine only.
+    # Address of the gateway. Without keys it must be this machine only, unless `without_keys` says otherwise.
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
     grpc_port: int = Field(8081, ge=0, le=65535)  # on the same host; 0: any free port
@@ -53,6 +60,13 @@ class Settings(BaseSettings):
     # Web pages of these origins may call the service from a browser: https://app.example with commas between them, or *
     # for any. None: only the service's own page may.
     cors_origins: str = ""
+    # API keys: a file that `glimpse keys` writes, or the word redis for keys in redis_url. With keys every request
+    # needs one, except for health, the page, the API's description and, if it is open, /metrics.
+    keys: str | None = None
+    metrics_without_key: bool = False
+    # Lets a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
+    without_keys: Literal["anyone-may-ask"] | None = None
+
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
@@ -90,6 +104,19 @@ class Settings(BaseSettings):
     decode_workers: int = Field(2, gt=0)  # processes that decode images
     decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode one image; beyond it, 413
 
+    # Images from URLs that callers name. Without a host here none is fetched. Hosts with commas between them: names,
+    # *.example.org for all names below one, or * for every public host. TLS is verified with the system's certificate
+    # authorities, or with those of SSL_CERT_FILE.
+    image_url_hosts: str = ""
+    image_url_ports: str = "443"  # with commas between them
+    image_url_http: bool = False  # http: URLs too, on the ports above
+    # Networks that are not public and may be fetched from nevertheless, such as 10.1.0.0/16. Link-local addresses,
+    # metadata services and translated addresses stay forbidden.
+    image_url_private_networks: str = ""
+    image_url_timeout_s: float = Field(5.0, gt=0)  # for one image, with its redirects
+    image_urls_at_once: int = Field(16, gt=0)
+    image_urls_at_once_of_a_tenant: int = Field(4, gt=0)  # tenants without a name may use them all
+
     # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
     # A request with more than one row's share of the LLM's tokens counts as more than one.
     max_requests_in_flight: int = Field(128, gt=0)
@@ -102,20 +129,34 @@ class Settings(BaseSettings):
     vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
     llm_tokens: int | None = Field(None, gt=0)  # visual tokens, prompt tokens and max_tokens of all LLM requests
 
+    # Quotas of each tenant, unless its own stand with the keys. None: no limit. Redis counts them for all gateways.
+    quota_requests_per_minute: int | None = Field(None, gt=0)
+    quota_images_per_minute: int | None = Field(None, gt=0)
+    quota_visual_tokens_per_minute: int | None = Field(None, gt=0)
+    quota_generated_tokens_per_minute: int | None = Field(None, gt=0)
+    quota_concurrent_requests: int | None = Field(None, gt=0)
+    # Without Redis a gateway allows this part of a quota: one by so many gateways. None: as many as Redis last showed.
+    quota_gateways: int | None = Field(None, gt=0)
+
     # Elastic fidelity: requests look less closely if they wait longer than the target, or if contention with other
     # requests costs them too much time.
     elastic_fidelity: bool = True
     fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait for a grant
 
-    # Caches in the process's memory. Tenants share them: a key names the image's content and not its sender, so equal
-    # images are encoded once. A sender can see from the answer's `cache` and its time whether another sender sent the
-    # same bytes before. If tenants must not learn that about each other, give each its own gateway (and Redis).
+    # Caches in the process's memory. Without keys tenants share them: a key names the image's content and not its
+    # sender, so equal images are encoded once. A sender can then see from the answer's `cache` and its time whether
+    # another sender sent the same bytes before.
     feature_cache_bytes: int = Field(256 * MIB, ge=0)
     # int8: about a third of FP32's bytes here and in Redis. Follow-ups are then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"
     visual_cache_bytes: int = Field(64 * MIB, ge=0)  # visual tokens of pairs of image and question
     image_store_bytes: int = Field(256 * MIB, gt=0)
     image_ttl_s: float = Field(3600.0, gt=0)  # how long an image's id is valid
+
+    # With keys, tenants share no features: equal images of two tenants are encoded twice, and none can tell by the time
+    # what another has sent. True shares them.
+    share_features: bool = False
+    share_images: bool = True  # keep images in Redis for all gateways; else an id is known where its image was sent
 
     # Redis: gateways share vision features through it. Without an address each gateway keeps only its own.
     # Addresses: redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or
@@ -199,6 +240,37 @@ class Settings(BaseSettings):
             )
         return url
 
+    @field_validator("image_url_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: str) -> str:
+        for host in listed(hosts):
+            if host != "*" and (not HOST_PATTERN.fullmatch(host) or host.rpartition(".")[2].isdecimal()):
+                raise ValueError(
+                    f"{host!r} is no host: write names with commas between them, such as "
+                    "images.example.org,*.cdn.example.org, or * for every public host"
+                )
+        return hosts
+
+    @field_validator("image_url_ports")
+    @classmethod
+    def _are_ports(cls, ports: str) -> str:
+        for port in listed(ports):
+            if not port.isdecimal() or not 1 <= int(port) <= 65535:
+                raise ValueError(f"{port!r} is no port: write numbers with commas between them, such as 443,8443")
+        return ports
+
+    @field_validator("image_url_private_networks")
+    @classmethod
+    def _are_networks(cls, networks: str) -> str:
+        for network in listed(networks):
+            try:
+                ip_network(network)
+            except ValueError as exc:
+                raise ValueError(
+                    f"{network!r} is no network: write networks with commas between them, such as 10.1.0.0/16,fd12::/16"
+                ) from exc
+        return networks
+
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         if not self.embedded:
@@ -219,6 +291,10 @@ class Settings(BaseSettings):
     def _fit_together(self) -> Self:
         if (self.vision_url is None) != (self.llm_url is None):
             raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
+        if self.keys == "redis" and self.redis_url is None:
+            raise ValueError("GLIMPSE_KEYS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the keys")
+        if self.keys and self.without_keys:
+            raise ValueError("GLIMPSE_KEYS and GLIMPSE_WITHOUT_KEYS are both set: unset one")
         if self.default_timeout_s > self.max_timeout_s:
             raise ValueError("GLIMPSE_DEFAULT_TIMEOUT_S is over GLIMPSE_MAX_TIMEOUT_S: lower it or raise the maximum")
         if self.image_store_bytes < self.max_image_bytes + IMAGE_ENTRY_BYTES:
@@ -242,6 +318,17 @@ class Settings(BaseSettings):
         return None if self.log_dir == Path("-") else self.log_dir / "triton.log"
 
     @property
+    def keeps_tenants_apart(self) -> bool:
+        """Whether tenants share no features."""
+        return bool(self.keys) and not self.share_features
+
+    @property
+    def listens_to_others(self) -> bool:
+        """Whether other machines can reach the gateway's address. Looks up a name."""
+        found = socket.getaddrinfo(self.http_host, None, type=socket.SOCK_STREAM)
+        return not all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
+
+    @property
     def max_upload_bytes_in_flight(self) -> int:
         """What bodies of more than 64 KiB may hold together, and with them everything else."""
         return self.max_bytes_in_flight * 3 // 4
@@ -250,6 +337,11 @@ class Settings(BaseSettings):
     def max_body_bytes(self) -> int:
         """Size of the largest image as base64 in JSON, plus room for the other fields."""
         return self.max_image_bytes * 4 // 3 + MIB
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Read a list with commas between its items, in lower case."""
+    return tuple(item for item in (each.strip().lower() for each in text.split(",")) if item)
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:

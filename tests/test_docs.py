@@ -24,7 +24,7 @@ PAGES = [
 ]
 PYTHONS_OWN = {"venv", "pip", "pytest"}
 MOST_WORDS = 1_000  # of the README, without code and tables: two minutes and a half of reading
-FOLDERS = "deploy|service|triton_models|model_repository|reference|build_engines|benchmarks|tests|scripts|docs"
+FOLDERS = "deploy|service|triton_models|model_repository|reference|build_engines|benchmarks|tests|scripts|docs|examples"
 
 
 def named(pattern: str) -> set[str]:
@@ -59,6 +59,13 @@ def test_every_link_leads_to_a_file_and_its_heading(page: Path):
 def test_every_path_in_code_marks_is_there():
     paths = named(rf"`((?:{FOLDERS})/[\w./-]*)`")
     assert sorted(path for path in paths if not (PROJECT / path).exists()) == []
+
+
+def test_every_test_that_a_page_names_is_there():
+    tests = "".join(path.read_text() for path in (PROJECT / "tests").rglob("test_*.py"))
+    assert sorted(name for name in named(r"`(test_\w+)`") if f"def {name}(" not in tests) == []
+    files = {path.name for path in (PROJECT / "tests").rglob("test_*.py")}
+    assert named(r"`(?:tests/[\w/]*)?(test_\w+\.py)`") <= files
 
 
 def test_the_readme_is_short():

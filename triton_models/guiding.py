@@ -10,7 +10,7 @@ from pathlib import Path
 from service.core.errors import InvalidRequest
 from service.guides import Guides
 from service.prompt import load_tokenizer, token_bytes
-from triton_models.batcher import QueueFull, Sequence
+from triton_models.batcher import Closed, QueueFull, Sequence
 
 
 class Guiding:
@@ -44,12 +44,14 @@ class Guiding:
         self._thread.start()
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence whose `sampling.guide` is set. Raises InvalidRequest, QueueFull."""
+        """Queue a sequence whose `sampling.guide` is set. Raises InvalidRequest, QueueFull, Closed."""
         if sequence.end_id != self._end_id:
             raise InvalidRequest(
                 f"end_id is {sequence.end_id}, and a guided answer ends with {self._end_id}: send that", param="end_id"
             )
         with self._work:
+            if self._is_closed:
+                raise Closed("the model is being unloaded")
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFull(f"Exceeds maximum queue size {self._max_waiting}")
             self._waiting.append(sequence)

@@ -1,11 +1,13 @@
 """Tell which tokens guided rows of the batch may draw next.
 
 A thread of its own takes the drawn tokens and computes the next masks while the decoder runs, so that rows without a
-guide do not wait for them. Only the batcher's thread calls `Masks`.
+guide do not wait for them. If that thread got no core meanwhile, the batcher's thread computes them itself. Only the
+batcher's thread calls `Masks`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from dataclasses import dataclass, field
@@ -44,6 +46,7 @@ class Masks:
     vocab_size: int
     _rows: list[_Row | None] = field(default_factory=list)
     _guided: int = 0
+    _places: Int64Array | None = None  # the guided rows, until rows come or go
     _worker: _Worker | None = None
     _is_working: bool = False
 
@@ -53,8 +56,9 @@ class Masks:
         if guide is not None:
             if self._worker is None:
                 self._worker = _Worker(self.max_rows, self.vocab_size)
-            self._worker.masks[len(self._rows)] = guide.first_mask
+            self._worker.unpack([len(self._rows)], guide.first_mask[np.newaxis])
             self._guided += 1
+        self._places = None
         self._rows.append(None if guide is None else _Row(guide.matcher.deep_copy()))
 
     def drop(self, row: int) -> None:
@@ -63,25 +67,25 @@ class Masks:
         last = self._rows.pop()
         gone = self._rows[row] if row < len(self._rows) else last
         self._guided -= gone is not None
+        self._places = None
         if row < len(self._rows):
             self._rows[row] = last
             if last is not None and self._worker is not None:
-                self._worker.masks[row] = self._worker.masks[len(self._rows)]
+                self._worker.tokens[row] = self._worker.tokens[len(self._rows)]
 
     def allowed(self, first: int) -> Allowed | None:
         """Return the masks of the guided rows first, first + 1, ...; None if there are none."""
-        if not self._guided:
+        if not self._guided or self._worker is None:
             return None
         self._settle()
-        rows = [row for row, each in enumerate(self._rows[first:], first) if each is not None]
-        if not rows or self._worker is None:
-            return None
-        bits = np.unpackbits(self._worker.masks[rows].view(np.uint8), axis=1, bitorder="little")
-        return Allowed(np.array(rows) - first, bits[:, : self.vocab_size].view(np.bool_))
+        if self._places is None:
+            self._places = np.array([row for row, each in enumerate(self._rows) if each is not None])
+        places = self._places[self._places >= first] if first else self._places
+        return Allowed(places - first, self._worker.tokens[places]) if places.size else None
 
     def faults(self, first: int) -> dict[int, str]:
         """Return why a guide allows no token, by the place of its row, counted from `first`."""
-        if not self._guided:
+        if self._worker is None or not self._worker.has_faults:
             return {}
         return {place: each.fault for place, each in enumerate(self._rows[first:]) if each is not None and each.fault}
 
@@ -102,10 +106,10 @@ class Masks:
 
     def clear(self) -> None:
         """Remove all rows, whatever the worker says of them."""
-        if self._is_working and self._worker is not None:
-            self._is_working = False
-            self._worker.done.get()
+        with contextlib.suppress(Exception):
+            self._settle()
         self._rows.clear()
+        self._places = None
         self._guided = 0
 
     def close(self) -> None:
@@ -119,8 +123,13 @@ class Masks:
     def _settle(self) -> None:
         if self._is_working and self._worker is not None:
             self._is_working = False
-            if (error := self._worker.done.get()) is not None:
-                raise error
+            try:
+                due = self._worker.jobs.get_nowait()
+            except queue.Empty:  # the worker has taken it
+                if (error := self._worker.done.get()) is not None:
+                    raise error from None
+            else:
+                self._worker.advance(due or [])
 
 
 class _Worker(threading.Thread):
@@ -129,27 +138,37 @@ class _Worker(threading.Thread):
     def __init__(self, max_rows: int, vocab_size: int) -> None:
         super().__init__(name="llm-masks", daemon=True)
         words = -(-vocab_size // WORD_BITS)
-        self.masks = np.zeros((max_rows, words), np.int32)
+        self.tokens: BoolArray = np.zeros((max_rows, vocab_size), bool)  # that each row may draw
+        self.has_faults = False
+        self._masks = np.zeros((max_rows, words), np.int32)
         self.jobs: queue.SimpleQueue[list[tuple[int, _Row]] | None] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._address = self._masks.ctypes.data
         self._executor = llguidance.LLExecutor(num_threads=1)
         self.start()
 
     def run(self) -> None:
         while (due := self.jobs.get()) is not None:
             try:
-                self._advance(due)
+                self.advance(due)
             except Exception as error:  # the batcher's thread raises it
                 self.done.put(error)
             else:
                 self.done.put(None)
 
-    def _advance(self, due: list[tuple[int, _Row]]) -> None:
+    def advance(self, due: list[tuple[int, _Row]]) -> None:
+        """Take the rows' tokens and compute their next masks, without Python's lock."""
         self._executor.consume_token_par([(each.matcher, each.token) for _, each in due if each.token is not None])
-        wanted = [(each.matcher, row) for row, each in due]
-        address, row_bytes = self.masks.ctypes.data, self.masks.strides[0]
-        self._executor.unsafe_compute_mask_ptr(wanted, address, row_bytes, len(self.masks))
+        wanted = [(each.matcher, place) for place, (_, each) in enumerate(due)]
+        self._executor.unsafe_compute_mask_ptr(wanted, self._address, self._masks.strides[0], len(self._masks))
+        self.unpack([row for row, _ in due], self._masks[: len(due)])
         for _, each in due:
             each.token = None
             if each.matcher.is_error():
                 each.fault = each.matcher.get_error().partition("\n")[0]
+                self.has_faults = True
+
+    def unpack(self, rows: list[int], masks: npt.NDArray[np.int32]) -> None:
+        """Keep the masks [k, words] of these rows, one bool a token."""
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+        self.tokens[rows] = bits[:, : self.tokens.shape[1]].view(np.bool_)

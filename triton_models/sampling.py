@@ -94,9 +94,13 @@ class Sampler:
     def _changed(self, logits: FloatArray, first: int, allowed: Allowed | None) -> tuple[Int64Array, FloatArray]:
         """Return the rows [k] with a penalty or a guide, and their scores [k, V]. Other rows are not copied."""
         changed = self._penalty[first : first + len(logits)] != 1
-        penalised = changed.copy()
         if allowed is not None:
+            if not changed.any():
+                return allowed.rows, np.where(allowed.tokens, logits[allowed.rows], -np.inf)
+            penalised = changed.copy()
             changed[allowed.rows] = True
+        else:
+            penalised = changed
         rows = np.flatnonzero(changed)
         scores = logits[rows]
         if penalised.any():

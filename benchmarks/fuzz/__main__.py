@@ -5,6 +5,7 @@
     python -m benchmarks.fuzz decoders --count 50000   # the images without HTTP: decoding workers alone
     python -m benchmarks.fuzz cost                     # CPU seconds of the costliest images of 20 MB
     python -m benchmarks.fuzz schema --examples 300    # schemathesis against the service's OpenAPI
+    python -m benchmarks.fuzz schema --keys            # the same, of a service with keys
     python -m benchmarks.fuzz --replay build/fuzz/1_4711.http
 
 No answer may be a 5xx, take over 5 s or break the shape of errors; no process may die but a decoder at its limit of CPU
@@ -38,6 +39,7 @@ from benchmarks.fuzz import bodies, cost, decoders, images, schema
 from benchmarks.fuzz.campaign import Campaign, Make, Target, report_of, run
 from benchmarks.fuzz.pictures import files
 from benchmarks.fuzz.sending import Mutant, request, send
+from benchmarks.guesses import make_keys
 
 FOLDER = PROJECT / "build" / "fuzz"
 # Caches so small that they are full before memory is compared: the image store must hold one image, and mutants are
@@ -54,9 +56,9 @@ WARM_QUESTIONS = 1000  # before the mutants, as few of those reach Triton
 
 
 @contextmanager
-def target() -> Iterator[Target]:
+def target(**settings: str) -> Iterator[Target]:
     """A gateway with its own Triton. Raises RuntimeError if it does not start."""
-    system = System("glimpse", "small caches", SETTINGS, PARAMETERS)
+    system = System("glimpse", "small caches", SETTINGS | settings, PARAMETERS)
     with TemporaryDirectory() as folder, running(system, REFERENCE, Path(folder)) as started:
         url = urlsplit(started.urls[0])
         yield Target(url.hostname or "", url.port or 80, started.pids[0], Path(folder) / "gateway.log")
@@ -112,6 +114,14 @@ async def replay(mutant: Mutant) -> dict[str, Any]:
     return {"word": outcome.word, "seconds": round(outcome.seconds, 2), "faults": faults, "said": said, "log": log}
 
 
+def against_schema(examples: int, seed: int, *, with_keys: bool) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "keys.json"
+        key = make_keys(path)[0] if with_keys else ""
+        with target(**({"KEYS": str(path)} if key else {})) as to:
+            return schema.run(f"http://{to.host}:{to.port}", examples, seed, FOLDER, key)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", nargs="?", choices=("images", "bodies", "decoders", "cost", "schema"))
@@ -119,6 +129,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000, help="mutants [1000]")
     parser.add_argument("--connections", type=int, default=8, help="kept open, each with one request at a time [8]")
     parser.add_argument("--examples", type=int, default=300, help="of schema: examples an operation [300]")
+    parser.add_argument("--keys", action="store_true", help="of schema: ask a service with keys")
     parser.add_argument("--only", default="", help="of cost: images whose name holds this text")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
@@ -134,8 +145,7 @@ def main() -> int:
     elif told.kind == "cost":
         report = asyncio.run(cost.measure(told.only))
     elif told.kind == "schema":
-        with target() as to:
-            report = schema.run(f"http://{to.host}:{to.port}", told.examples, told.seed, FOLDER)
+        report = against_schema(told.examples, told.seed, with_keys=told.keys)
     else:
         parser.error("name what to send, or --replay FILE")
     tell(report, told.out)

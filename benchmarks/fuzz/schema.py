@@ -27,8 +27,11 @@ def program() -> str:
     return found
 
 
-def run(url: str, examples: int, seed: int, folder: Path) -> dict[str, Any]:
-    """A report; what schemathesis says is in `folder`/schema.log too. Raises RuntimeError if it is not installed."""
+def run(url: str, examples: int, seed: int, folder: Path, key: str = "") -> dict[str, Any]:
+    """A report; what schemathesis says is in `folder`/schema.log too. With a key it also tries without one.
+
+    Raises RuntimeError if it is not installed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / "schema.json"
     found.unlink(missing_ok=True)
@@ -36,6 +39,8 @@ def run(url: str, examples: int, seed: int, folder: Path) -> dict[str, Any]:
     command += ["--max-examples", str(examples), "--seed", str(seed), "--generation-database", "none", "--no-color"]
     for path in OTHERS:
         command += ["--exclude-path", path]
+    if key:
+        command += ["--header", f"Authorization: Bearer {key}"]
     command += ["--report", "json", "--report-json-path", str(found)]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": HOOKS, "PYTHONPATH": str(PROJECT)}
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -44,6 +49,7 @@ def run(url: str, examples: int, seed: int, folder: Path) -> dict[str, Any]:
     return {
         "schemathesis": said.get("schemathesis_version"),
         "examples": examples,
+        "keys": bool(key),
         "seed": seed,
         "seconds": round(said.get("running_time", 0.0), 1),
         "operations": said.get("operations", {}).get("tested"),

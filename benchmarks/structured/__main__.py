@@ -39,10 +39,11 @@ def main() -> int:
         print(f"  {fault}")
     for name, guided in (("guided", True), ("noise", False)) if arguments.rounds else ():
         rate = measured(arguments.repository, arguments.rounds, arguments.tokens, guided=guided)
-        alone, beside = statistics.median(rate.alone), statistics.median(rate.beside)
+        alone, beside = (statistics.median(each.wall for each in rounds) for rounds in (rate.alone, rate.beside))
         print(
             f"{name}: free answers {alone:,.0f} tokens/s, beside {beside:,.0f} tokens/s, loss {100 * rate.loss:.1f} %"
         )
+        print(f"{name}: loss by the decoding thread's CPU time {100 * rate.cpu_loss:.1f} %")
     return 1 if found.faults else 0
 
 

@@ -32,18 +32,29 @@ LONG_FORMS: tuple[dict[str, object], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """The free answers' tokens in one second of time, and of the decoding thread's CPU time."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True, slots=True)
 class Beside:
     """Free answers' tokens a second, beside as many other free rows and beside guided ones."""
 
-    alone: list[float]  # of each round
-    beside: list[float]
-    rows: int
-    tokens: int  # of each answer
+    alone: list[Rate]  # of each round
+    beside: list[Rate]
 
     @property
     def loss(self) -> float:
-        """The median over pairs of rounds that follow each other."""
-        return 1 - statistics.median(b / a for a, b in zip(self.alone, self.beside, strict=True))
+        """Of tokens a second: the median over pairs of rounds that follow each other."""
+        return 1 - statistics.median(b.wall / a.wall for a, b in zip(self.alone, self.beside, strict=True))
+
+    @property
+    def cpu_loss(self) -> float:
+        """Of tokens a second of the decoding thread's CPU time, which other processes hardly change."""
+        return 1 - statistics.median(b.cpu / a.cpu for a, b in zip(self.alone, self.beside, strict=True))
 
 
 def measured(repository: Path, rounds: int, tokens: int, *, guided: bool = True) -> Beside:
@@ -55,20 +66,20 @@ def measured(repository: Path, rounds: int, tokens: int, *, guided: bool = True)
     generator = np.random.default_rng(0)
     prompts = [_prompt(card, generator) for _ in range(FREE + BESIDE)]
     forms = [_guide(form) for form in LONG_FORMS]
-    found: dict[bool, list[float]] = {False: [], True: []}
+    found: dict[bool, list[Rate]] = {False: [], True: []}
     for number in range(2 * rounds + 2):
         is_beside = (number + number // 2) % 2 == 1  # a b b a a b b a
         rate = _round(batcher, prompts, guides, forms if is_beside and guided else [], tokens, end_id)
         if number >= 2:  # the first pair warms up
             found[is_beside].append(rate)
     batcher.drain()
-    return Beside(found[False], found[True], FREE, tokens)
+    return Beside(found[False], found[True])
 
 
 def _round(
     batcher: Batcher, prompts: list[Prompt], guides: Guides, forms: list[Guide], tokens: int, end_id: int
-) -> float:
-    """Answer all prompts at once -> the free rows' tokens a second."""
+) -> Rate:
+    """Answer all prompts at once, and count the free rows' tokens."""
     rows = []
     for place, prompt in enumerate(prompts):
         guide = forms[place % len(forms)] if forms and place >= FREE else None
@@ -79,13 +90,14 @@ def _round(
         batcher.submit(row)
     while batcher.waiting:
         batcher.iterate()
-    begun, before = time.perf_counter(), sum(row.generated for row in rows[:FREE])
+    begun, cpu_begun, before = time.perf_counter(), time.thread_time(), sum(row.generated for row in rows[:FREE])
     while any(row.generated < tokens for row in rows[:FREE]):
         batcher.iterate()
-    seconds = time.perf_counter() - begun
+    wall_s, cpu_s = time.perf_counter() - begun, time.thread_time() - cpu_begun
     while batcher.running:
         batcher.iterate()
-    return (FREE * tokens - before) / seconds
+    drawn = FREE * tokens - before
+    return Rate(drawn / wall_s, drawn / cpu_s)
 
 
 def _prompt(card: ModelCard, generator: np.random.Generator) -> Prompt:

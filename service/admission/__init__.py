@@ -1,6 +1,6 @@
 """Decide which requests are admitted, when they run, and how closely they look at images.
 
-All modules except `admission` are pure: `now` is an argument.
+All modules except `admission` and `batch_turns` are pure: `now` is an argument.
 
     request ─► Quota ─► Claim ─► ConcurrencyLimit ─► tenants ─► order ─► granted ─► over
                429       429      429                  fairness   kind, age
@@ -30,4 +30,5 @@ Owners:
     concurrency_limit.py  ConcurrencyLimit: how many may be in service
     fidelity.py           Fidelity: the level in force
     drain_rate.py         DrainRate: how fast units of a resource come free
+    batch_turns.py        BatchTurns: how many questions of one tenant's batches may be in work, before all of the above
 """

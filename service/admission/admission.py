@@ -21,6 +21,7 @@ from service.admission.contention import Contention
 from service.admission.fidelity import LEVELS, Fidelity, Level
 from service.admission.quota import NOTHING, Cost, Quota, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
+from service.core.access import UNLIMITED, Account
 from service.core.card import Engines
 from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from service.metrics import Metrics
@@ -187,6 +188,7 @@ class Reservation:
         self._claims: list[Claim] = []
         self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
+        self.account: Account = UNLIMITED  # of its tenant's quota
         self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
 
     def until_end(self, timeout_s: float | None = None) -> UntilEnd:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 import redis.exceptions as foreign
 import structlog
+from limits.aio.storage import RedisClusterStorage, RedisStorage
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -26,6 +27,7 @@ Kind = Literal["timeout", "unreachable", "denied", "full", "refused", "fault"]
 Command = tuple[str | bytes | int, ...]
 Reply = Any  # bytes, int, True, None, or a dict from INFO; RedisFault if Redis refused that one command
 
+COUNTERS = "glimpse:quota"  # begins the keys of counters
 CLUSTER = "+cluster"  # ends the scheme of a URL
 MOST_TOGETHER = 4  # callers in one pipeline; 16 records of 180 KB take twice as long in one pipeline as in four
 CONNECT_TIMEOUT_S = 1.0  # for the socket; callers have shorter timeouts
@@ -60,27 +62,48 @@ def fault_of(error: BaseException) -> RedisFault:
     return RedisFault(kind or "fault", str(error) or type(error).__name__)
 
 
+def counters(url: str) -> RedisStorage:
+    """Return the `limits` library's counters in Redis, which connect at their first command. Raises ValueError."""
+    options = client_options()
+    if is_cluster(url):
+        if url.startswith("rediss"):
+            url, options["ssl"] = url.replace("rediss", "redis", 1), True
+        return RedisClusterStorage(f"async+{url}", implementation="redispy", key_prefix=COUNTERS, **options)
+    scheme = "async+redis+" if url.startswith("unix://") else "async+"
+    return RedisStorage(scheme + url, implementation="redispy", key_prefix=COUNTERS, **options)
+
+
+async def close_counters(storage: RedisStorage) -> None:
+    """Close the counters' connections."""
+    with suppress(foreign.RedisError, OSError):
+        await cast(Any, storage.bridge).get_connection().aclose()
+
+
 def is_cluster(url: str) -> bool:
     return url.partition("://")[0].endswith(CLUSTER)
 
 
 def connect(url: str) -> Redis | RedisCluster:
     """Make a client, which connects at its first command. Raises ValueError for a URL that cannot be used."""
-    options: dict[str, Any] = {
-        "protocol": 2,
-        "driver_info": None,
-        "retry": Retry(NoBackoff(), 0),
-        # Lane has its own timeout. With a number here, redis-py writes under asyncio.wait_for, which before Python 3.12
-        # can swallow a cancellation: a lane would then outlive its owner.
-        "socket_timeout": None,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-    }
+    options = client_options()
     if not is_cluster(url):
         return Redis.from_url(url, **options)
     try:
         return RedisCluster.from_url(url.replace(CLUSTER, "", 1), **options)
     except foreign.RedisClusterException as exc:  # a database other than 0
         raise ValueError(str(exc)) from exc
+
+
+def client_options() -> dict[str, Any]:
+    return {
+        "protocol": 2,
+        "driver_info": None,
+        "retry": Retry(NoBackoff(), 0),
+        # Callers have their own timeouts. With a number here, redis-py writes under asyncio.wait_for, which before
+        # Python 3.12 can swallow a cancellation: a lane would then outlive its owner.
+        "socket_timeout": None,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+    }
 
 
 async def primaries(url: str) -> list[str]:

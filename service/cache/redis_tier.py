@@ -38,8 +38,9 @@ POLL_S = 0.01  # between two lookups while another gateway encodes
 GAUGE_INTERVAL_S = 5.0
 COMPLAINT_INTERVAL_S = 60.0  # between two log lines about the same fault
 MENDS: Mapping[Kind, str] = {
-    "full": "give Redis the policy allkeys-lru (maxmemory-policy), or more memory (maxmemory)",
-    "denied": "give the user of GLIMPSE_REDIS_URL the commands GET, SET, UNLINK and EVAL on keys glimpse:*",
+    "full": "give Redis the policy volatile-lru (maxmemory-policy), or more memory (maxmemory)",
+    "denied": "give the user of GLIMPSE_REDIS_URL the commands GET, SET, UNLINK and EVAL on keys glimpse:*, and for "
+    "keys, quotas and shared images those that docs/operations.md lists",
     "refused": "name a Redis that takes writes in GLIMPSE_REDIS_URL",
 }
 
@@ -85,6 +86,11 @@ class RedisTier:
         self._evicted: int | None = None  # keys, since Redis started, as last measured
         metrics.redis_breaker_open.set(1)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether Redis may be asked now."""
+        return not self.breaker.is_open
+
     async def run(self) -> None:
         """Own the connections and all background work, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
@@ -107,7 +113,7 @@ class RedisTier:
             try:
                 return await self._find(key, min(patience_s, self.limits.flight_s))
             except RedisFault as fault:
-                self._failed(fault)
+                self.failed(fault)
                 self._count("failed")
                 return None
 
@@ -143,7 +149,7 @@ class RedisTier:
         if isinstance(
             claimed, RedisFault
         ):  # Redis is full or a replica: it can still be read, and we encode without a claim
-            self._refused(claimed)
+            self.refused(claimed)
         return claimed is not None or key in self._claimed, await self._believe(record, key, left_s)
 
     async def _believe(self, record: Reply, key: FeatureKey[Features], left_s: float) -> Features | None:
@@ -211,7 +217,7 @@ class RedisTier:
                 else:
                     await self._write(key, features, release)
             except RedisFault as fault:
-                self._failed(fault)
+                self.failed(fault)
 
     async def _write(self, key: FeatureKey[Features], features: Features, release: Command) -> None:
         """Write the record and release the claim. Raises RedisFault if the connection fails."""
@@ -225,7 +231,7 @@ class RedisTier:
                 ("SET", record_key(key), record, "PX", round(self.limits.ttl_s * 1e3)), release
             )
             if isinstance(kept, RedisFault):
-                self._refused(kept)
+                self.refused(kept)
             else:
                 result = "kept"
         finally:
@@ -239,7 +245,7 @@ class RedisTier:
             try:
                 granted(*await self._lookups.ask(("GET", TRIAL_KEY)))
             except RedisFault as fault:
-                self._failed(fault)
+                self.failed(fault)
             else:
                 self.breaker.close(asyncio.get_running_loop().time())
                 self._opened.clear()
@@ -247,8 +253,8 @@ class RedisTier:
                 self._reason = ""
                 log.info("redis_in_use")
 
-    def _refused(self, fault: RedisFault) -> None:
-        """Count a write that Redis refused. The connection is in order, so lookups go on."""
+    def refused(self, fault: RedisFault) -> None:
+        """Count a command that Redis refused. The connection is in order, so lookups go on."""
         self._metrics.redis_errors.labels(fault.kind).inc()
         mend = MENDS.get(fault.kind, "see the log of Redis")
         self._tell("redis_refuses_writes", fault.kind, reason=fault.message, mend=mend)
@@ -260,7 +266,8 @@ class RedisTier:
             self._told_at[event, kind] = now
             log.warning(event, kind=kind, **fields)
 
-    def _failed(self, fault: RedisFault) -> None:
+    def failed(self, fault: RedisFault) -> None:
+        """Count a fault of Redis. Several in a row open the breaker."""
         self._metrics.redis_errors.labels(fault.kind).inc()
         self.breaker.failed(asyncio.get_running_loop().time())
         if self.breaker.is_open:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import queue
 import signal
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -299,7 +300,8 @@ def interruptible(pace: Pace) -> Iterator[None]:
         if pace.stopped:
             raise KeyboardInterrupt
         pace.stop()
-        typer.echo("\nglimpse: waits for the questions that were asked; Ctrl-C again ends at once", err=True)
+        with suppress(OSError):  # written past Python's buffers, which the signal may have found half written
+            os.write(2, b"\nglimpse: waits for the questions that were asked; Ctrl-C again ends at once\n")
 
     before = signal.signal(signal.SIGINT, stop)
     try:

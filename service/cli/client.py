@@ -18,12 +18,13 @@ import httpx
 from service.cli.terminal import fail
 
 TIMEOUT = httpx.Timeout(5.0, read=150.0, write=60.0)
+API_KEY = "GLIMPSE_API_KEY"  # the variable with the user's key
 # What httpx takes from the environment, in lower or upper case.
 SURROUNDINGS = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
 
 
 IMAGE_ID = re.compile(r"img_[0-9a-f]{32}")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".tif", ".tiff", ".bmp", ".heic"})
 
 
 class AskFailed(Exception):
@@ -52,17 +53,28 @@ def plain_words(url: str) -> Iterator[None]:
 
 
 def connected(url: str) -> httpx.Client:
-    """A client of the service at `url`. A proxy is never asked for this machine. Raises AskFailed."""
+    """A client of the service at `url`, with the key of GLIMPSE_API_KEY. A proxy is never asked for this machine.
+
+    Raises AskFailed.
+    """
     address = checked(url)
     # A transport of our own keeps httpx from reading the proxies. Without TLS it needs no certificates either.
     transport = httpx.HTTPTransport(verify=address.scheme == "https") if is_loopback(address.host) else None
     try:
-        return httpx.Client(base_url=address, timeout=TIMEOUT, transport=transport)
+        return httpx.Client(base_url=address, timeout=TIMEOUT, transport=transport, headers=key_headers())
     except Exception as exc:  # ImportError for SOCKS, OSError for certificates, ValueError for addresses of proxies
         names = [name for name in os.environ if name.lower() in SURROUNDINGS and os.environ[name]]
         raise AskFailed(
             f"cannot connect with {' and '.join(names)} of the environment ({first_line(exc)}): correct or unset it"
         ) from exc
+
+
+def key_headers() -> dict[str, str]:
+    """Raises AskFailed for a key that no header can hold, and does not show it."""
+    key = os.environ.get(API_KEY, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise AskFailed(f"{API_KEY} has characters that no key has: copy the key again")
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def checked(url: str) -> httpx.URL:

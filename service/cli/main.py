@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service.cli import cache
+from service.cli import cache, keys
 from service.cli.ask import ask
 from service.cli.client import connected, plain_words
 from service.cli.completion import NAME, completion, prepare
@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(cache.app, name="cache")
+app.add_typer(keys.app, name="keys")
 
 
 def show_version(asked: bool) -> None:

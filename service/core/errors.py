@@ -4,10 +4,13 @@ GlimpseError
 ├── InvalidRequest        the caller can correct it: wrong field, wrong type, wrong value
 │   ├── InvalidImage      the bytes are not an image that can be decoded
 │   └── UnsupportedEncoding  the body is compressed in a way that the service does not decompress
+├── Unauthenticated       no key, or one that is not valid
+├── Forbidden             the key does not allow this
 ├── NotFound              unknown or expired image id, unknown model
 ├── SlowBody              the body did not arrive in time
 ├── TooLarge              over a limit on bytes or pixels
 ├── Overloaded            no room now; `retry_after_s` says when
+│   ├── QuotaExceeded     the tenant has used its quota of this minute, or has too many requests at once
 │   └── ShuttingDown      this process is stopping; another one answers
 ├── DeadlineExceeded      the request's own timeout or the server's
 ├── Cancelled             the caller went away
@@ -64,6 +67,16 @@ class UnsupportedEncoding(InvalidRequest):
     code = "unsupported_encoding"
 
 
+class Unauthenticated(GlimpseError):
+    code = "invalid_api_key"
+    type = "invalid_request_error"
+
+
+class Forbidden(GlimpseError):
+    code = "insufficient_scope"
+    type = "invalid_request_error"
+
+
 class NotFound(GlimpseError):
     code = "not_found"
     type = "invalid_request_error"
@@ -86,6 +99,10 @@ class Overloaded(GlimpseError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None, cause: str = "") -> None:
         super().__init__(message, code=code, cause=cause)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(Overloaded):
+    code = "rate_limit_exceeded"
 
 
 class ShuttingDown(Overloaded):
@@ -120,6 +137,8 @@ def internal_error(request_id: str) -> InternalError:
 STATUS: dict[type[GlimpseError], tuple[int, str]] = {
     InvalidRequest: (400, "INVALID_ARGUMENT"),
     UnsupportedEncoding: (415, "INVALID_ARGUMENT"),
+    Unauthenticated: (401, "UNAUTHENTICATED"),
+    Forbidden: (403, "PERMISSION_DENIED"),
     NotFound: (404, "NOT_FOUND"),
     SlowBody: (408, "DEADLINE_EXCEEDED"),
     TooLarge: (413, "INVALID_ARGUMENT"),

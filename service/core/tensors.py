@@ -182,7 +182,7 @@ _LLM_GUIDE = (
 _LLM_STOP = Tensor("stop", "BOOL", (1,), "true ends the request with the same id", optional=True)
 _OUTPUT_IDS = Tensor("output_ids", "INT32", (-1, -1), "[1 beam, new tokens]")
 _TEXTS = (
-    Tensor("image_bytes", "UINT8", (-1,), "the file: JPEG, PNG, WebP or GIF"),
+    Tensor("image_bytes", "UINT8", (-1,), "the file of one image"),
     Tensor("question", "UINT8", (-1,), "UTF-8"),
 )
 _ANSWER = Tensor("answer", "UINT8", (-1,), "the responses' concatenation is UTF-8")

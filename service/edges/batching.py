@@ -97,7 +97,8 @@ class Batch:
 
     async def _asked(self, request: Request) -> tuple[Delta, Finished]:
         texts: list[str] = []
-        with self.pipeline.reservation(request.tenant) as reservation:
+        with self.pipeline.reservation(request.tenant, self.caller.key) as reservation:
+            await reservation.account.enter(place=False)  # the batch has one
             async with aclosing(self.pipeline.answer(request, reservation)) as events:
                 async for event in events:
                     if isinstance(event, Delta):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from service.core.errors import Cancelled, DeadlineExceeded, InvalidRequest
+from service.core.access import Authenticator, Grant, Scope
+from service.core.errors import Cancelled, DeadlineExceeded, Forbidden, InvalidRequest, Unauthenticated
 
 # Names of HTTP headers and of gRPC metadata.
 TENANT_KEY = "x-tenant-id"
 TRACE_ID_KEY = "x-request-id"
+AUTHORIZATION_KEY = "authorization"
+API_KEY_KEY = "x-api-key"
+KEY_HEADERS = (AUTHORIZATION_KEY, API_KEY_KEY)
+BEARER = "bearer"
 TRACEPARENT_KEY = "traceparent"
 
 TENANT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -29,6 +34,7 @@ class Caller:
     tenant: str  # callers without a name have the empty name: one tenant
     trace_id: str
     traceparent: str = ""  # the caller's span, as W3C Trace Context writes it; the tracer checks it
+    key: str = ""  # the public id of its key
 
 
 def tenant_in(word: str) -> str:
@@ -40,6 +46,49 @@ def tenant_in(word: str) -> str:
             code="invalid_tenant",
         )
     return word
+
+
+def key_in(authorizations: Sequence[str], api_keys: Sequence[str]) -> str:
+    """Return the one key of `authorization` and `x-api-key`, empty if there is none. Raises Unauthenticated."""
+    found = {key.strip() for key in api_keys}
+    for word in authorizations:
+        scheme, _, key = word.strip().partition(" ")
+        if scheme.lower() != BEARER:
+            raise Unauthenticated(
+                "the authorization header has another scheme than Bearer: send `Authorization: Bearer KEY`",
+                code="invalid_authorization",
+            )
+        found.add(key.strip())
+    found.discard("")
+    if len(found) > 1:
+        raise Unauthenticated(
+            "the request has several different API keys: send one, in authorization or in x-api-key",
+            code="invalid_authorization",
+        )
+    return found.pop() if found else ""
+
+
+def admitted(access: Authenticator, key: Callable[[], str], scope: Scope | None, tenant: str) -> Grant:
+    """Return what the caller may do. `key` reads its key; `scope` is what it asks for; `tenant` is its own word.
+
+    Without keys the word is believed. With keys the key has the tenant, and another word is refused. Raises
+    Unauthenticated, Forbidden, Unavailable, InvalidRequest.
+    """
+    if not access.has_keys:
+        return Grant(tenant_in(tenant))
+    grant = access.grant(key())
+    require_scope(grant, scope)
+    if tenant and tenant != grant.tenant:
+        raise Forbidden(
+            "x-tenant-id names another tenant than the API key's: leave it out", param=TENANT_KEY, code="wrong_tenant"
+        )
+    return grant
+
+
+def require_scope(grant: Grant, scope: Scope | None) -> None:
+    """Raises Forbidden."""
+    if scope is not None and not grant.allows(scope):
+        raise Forbidden(f"the API key has no scope {scope}: ask the operator for a key that has it")
 
 
 def trace_id_in(words: Iterable[str]) -> str:

@@ -122,8 +122,15 @@ def _reading(
     begin = len(first) - len(first.lstrip())
     head = first[begin : begin + HEAD_BYTES]
     if head.startswith(b"img_") or head[:8].lower().startswith((b"https://", b"http://")):
-        name = head.decode(errors="replace").strip()  # an id is short, and URLs are not fetched
-        return ImageId(name) if name.startswith("img_") else ImageUrl(name)
+        name = head.decode(errors="replace").strip()  # an id is short
+        if name.startswith("img_"):
+            return ImageId(name)
+        if len(first) - begin > HEAD_BYTES:
+            raise InvalidRequest(
+                f"image is a URL of more than {HEAD_BYTES:,} bytes: send a shorter one, or the image's bytes",
+                param="image",
+            )
+        return ImageUrl(name)
     if head[:5].lower() == b"data:":
         kind, comma, _ = head.partition(b",")
         if not comma or kind[-7:].lower() != b";base64":

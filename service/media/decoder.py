@@ -11,13 +11,27 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
-from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from PIL import Image as Pillow
 
 from service.core.errors import InvalidImage, TooLarge
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
 from service.media.foreign import found_in
+from service.media.formats import SENT
 from service.media.structure import Structure, structure_of
+
+try:
+    import pi_heif
+except ImportError:  # the extra `heic` is not installed
+    pi_heif = None
 
 # Imported here because Pillow otherwise imports all fifty readers in the first request, which takes 30 ms.
 READERS = (
@@ -25,7 +39,14 @@ READERS = (
     JpegImagePlugin.JpegImageFile,
     WebPImagePlugin.WebPImageFile,
     GifImagePlugin.GifImageFile,
+    AvifImagePlugin.AvifImageFile,
+    TiffImagePlugin.TiffImageFile,
+    BmpImagePlugin.BmpImageFile,
 )
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as many images are decoded at once as the operator wants threads
+if pi_heif is not None:
+    pi_heif.options.DECODE_THREADS = 1
+    pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
 TURNS = {  # EXIF orientation -> the turn that brings the picture upright
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
     3: Pillow.Transpose.ROTATE_180,
@@ -71,7 +92,7 @@ class Decoded:
 
 
 def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
-    """Decode a PNG, JPEG, WebP or GIF (first frame) to uint8 [3, size, size] RGB for each view.
+    """Decode an image of one of FORMATS, of several pictures the first, to uint8 [3, size, size] RGB for each view.
 
     The whole picture is resized to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
     picture of that size is not changed. Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK
@@ -81,7 +102,9 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
     require_bytes(data, limits)
     structure = structure_of(data)
     if structure is None:
-        raise InvalidImage(f"{found_in(data)}; send PNG, JPEG, WebP or GIF", param="image")
+        raise InvalidImage(f"{found_in(data)}; {SENT}", param="image")
+    if structure.format == "HEIF" and pi_heif is None:
+        raise InvalidImage(f"the image is a HEIC, and this server has no decoder for it: {SENT}", param="image")
     require_size(structure.width, structure.height, limits)
     # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError). All of it means
     # that these bytes are no image.
@@ -140,6 +163,8 @@ def _views(structure: Structure, views: Sequence[int]) -> dict[int, UInt8Array]:
     for size in sorted(views):
         if colours is None or colours.size != whole:
             with Pillow.open(BytesIO(structure.data), formats=(structure.format,)) as picture:
+                if structure.format == "HEIF" and _is_within(picture.size, whole):
+                    whole = picture.size  # its decoder cuts off what is not to be shown
                 if picture.size != whole:
                     raise ValueError(f"two sizes: {whole} and {picture.size}")
                 # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
@@ -147,6 +172,10 @@ def _views(structure: Structure, views: Sequence[int]) -> dict[int, UInt8Array]:
                 colours = _in_colour(picture)
         found[size] = _squashed(colours, size, structure.orientation)
     return found
+
+
+def _is_within(size: tuple[int, int], whole: tuple[int, int]) -> bool:
+    return size[0] <= whole[0] and size[1] <= whole[1]
 
 
 def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:

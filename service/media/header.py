@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Callable
+
+from service.core.errors import InvalidImage
+from service.media.bmp import bmp_size
+from service.media.fields import unpack
+from service.media.formats import format_of
+from service.media.isobmff import iso_size
+from service.media.tiff import tiff_size
 
 MAX_JPEG_SEGMENTS = 1024  # cameras write about ten; a profile or XMP of 8 MB takes 123
 MAX_GIF_BLOCKS = 4096  # before the first frame; XMP of 100 KB takes about 1,500
@@ -13,27 +20,21 @@ JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0
 def header_size(data: bytes) -> tuple[int, int] | None:
     """Read width and height from the file's first bytes, before EXIF turns the picture.
 
-    (0, 0) if the file is not PNG, JPEG, GIF or WebP; None if it may be one but its size cannot be read. `decode`
+    (0, 0) if the file begins like no format that is decoded; None if it does but its size cannot be read. `decode`
     refuses a picture that is larger.
     """
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        size = unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
-    elif data.startswith(b"\xff\xd8"):
-        size = _jpeg_size(data)
-    elif data.startswith((b"GIF87a", b"GIF89a")):
-        size = _gif_size(data)
-    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        size = _webp_size(data)
-    else:
+    kind = format_of(data)
+    if kind is None:
         return 0, 0
-    return (size[0], size[1]) if size[0] * size[1] else None
+    try:
+        width, height = SIZES[kind.pillow](data)
+    except InvalidImage:  # its walk ended at a limit; decode says at which
+        return None
+    return (width, height) if width * height else None
 
 
-def unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
-    """Unpack at an offset; zeros if the bytes end too early."""
-    if len(data) < offset + struct.calcsize(layout):
-        return (0,) * len(layout[1:])
-    return struct.unpack_from(layout, data, offset)
+def _png_size(data: bytes) -> tuple[int, ...]:
+    return unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, ...]:
@@ -91,3 +92,15 @@ def _webp_size(data: bytes) -> tuple[int, ...]:
             low, high, low_height, high_height = unpack("<HBHB", data, 24)
             return (low | high << 16) + 1, (low_height | high_height << 16) + 1
     return 0, 0
+
+
+SIZES: dict[str, Callable[[bytes], tuple[int, ...]]] = {
+    "PNG": _png_size,
+    "JPEG": _jpeg_size,
+    "WEBP": _webp_size,
+    "GIF": _gif_size,
+    "AVIF": iso_size,
+    "HEIF": iso_size,
+    "TIFF": tiff_size,
+    "BMP": bmp_size,
+}

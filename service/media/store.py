@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Self
 
 from blake3 import blake3
 
-from service.core.errors import NotFound
 from service.media.header import header_size
 from service.settings import IMAGE_ENTRY_BYTES
+
+ID = re.compile(r"img_[0-9a-f]{32}")
+MOST_NAMES = 100_000  # ids of contents that are remembered; beyond them, a content that is sent again has a new id
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +22,12 @@ class Image:
     """An image as it was sent."""
 
     data: bytes
-    digest: str  # blake3 of `data`, 64 hexadecimal digits
+    digest: str  # blake3 of `data`, 64 hexadecimal digits; mixed with the tenant if tenants share no features
+    id: str = ""  # once it has one
 
     @classmethod
     def of(cls, data: bytes) -> Self:
         return cls(data, blake3(data).hexdigest())
-
-    @property
-    def id(self) -> str:
-        return f"img_{self.digest[:32]}"
 
     def larger_than(self, size: int) -> bool:
         """Whether a side has more pixels; true if the header does not say."""
@@ -34,10 +35,19 @@ class Image:
         return told is None or max(told) > size
 
 
+def address_of(tenant: str, image_id: str) -> str:
+    """Return where a tenant's image is kept, here and in Redis.
+
+    Another tenant's id leads to a place where nothing is, as an unknown id does.
+    """
+    return blake3(f"{tenant}\0{image_id}".encode()).hexdigest()[:40]
+
+
 @dataclass(slots=True)
 class _Kept:
     image: Image
-    expires_at: dict[str, float]  # by tenant
+    tenant: str
+    expires_at: float
 
     @property
     def nbytes(self) -> int:
@@ -45,10 +55,9 @@ class _Kept:
 
 
 class ImageStore:
-    """Images by id in memory, bounded in bytes. The tenant with the most bytes loses its least recently used image.
+    """Images of each tenant in memory, bounded in bytes. The tenant with the most bytes loses its least recently used.
 
-    So one tenant's images never push out those of a tenant that holds less. An image that several tenants sent counts
-    for each of them, and stays while one of them keeps it. It expires for a tenant `ttl_s` after that tenant sent it.
+    So one tenant's images never push out those of a tenant that holds less. An image expires `ttl_s` after it was sent.
     It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number of tiny images is bounded too. `now` is in
     seconds of the monotonic clock, which nobody sets.
     """
@@ -57,58 +66,66 @@ class ImageStore:
         self.max_bytes = max_bytes
         self.ttl_s = ttl_s
         self.nbytes = 0
-        self._kept: dict[str, _Kept] = {}
-        self._used: dict[
-            str, OrderedDict[str, None]
-        ] = {}  # ids by tenant, the least recently used first; none is empty
+        self._kept: dict[str, _Kept] = {}  # by address, as all that follows
+        self._used: dict[str, OrderedDict[str, None]] = {}  # by tenant, the least recently used first; none is empty
         self._held: dict[str, int] = {}  # bytes by tenant
-        self._sent: OrderedDict[tuple[str, str], float] = OrderedDict()  # when (tenant, id) expires, the first first
+        self._sent: OrderedDict[str, float] = OrderedDict()  # when it expires; the oldest put first
+        self._names: OrderedDict[tuple[str, str], str] = OrderedDict()  # ids by tenant and digest
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, image: Image, now: float, tenant: str = "") -> None:
-        """Keep the image. Sending it again starts its time anew."""
-        self._drop(tenant, image.id)
-        kept = self._kept.setdefault(image.id, _Kept(image, {}))
-        kept.expires_at[tenant] = self._sent[tenant, image.id] = now + self.ttl_s
-        self._used.setdefault(tenant, OrderedDict())[image.id] = None
+    def name(self, digest: str, tenant: str) -> str:
+        """Return the id that the tenant's image has, or a new one of 128 random bits."""
+        name = self._names.setdefault((tenant, digest), f"img_{secrets.token_hex(16)}")
+        self._names.move_to_end((tenant, digest))
+        if len(self._names) > MOST_NAMES:
+            self._names.popitem(last=False)
+        return name
+
+    def put(self, image: Image, now: float, tenant: str = "", ttl_s: float | None = None) -> None:
+        """Keep an image that has an id. Sending it again starts its time anew."""
+        address = address_of(tenant, image.id)
+        self._drop(address)
+        kept = self._kept[address] = _Kept(image, tenant, now + (self.ttl_s if ttl_s is None else ttl_s))
+        self._sent[address] = kept.expires_at
+        self._used.setdefault(tenant, OrderedDict())[address] = None
         self._count(tenant, kept.nbytes)
         while (first := next(iter(self._sent))) and self._sent[first] <= now:
-            self._drop(*first)
+            self._drop(first)
         while self.nbytes > self.max_bytes:
             most = max(self._held, key=self._held.__getitem__)
-            self._drop(most, next(iter(self._used[most])))
+            self._drop(next(iter(self._used[most])))
 
-    def get(self, image_id: str, now: float) -> Image:
-        """Raises NotFound for an id that is unknown, expired or evicted."""
-        kept = self._kept.get(image_id)
-        if kept is not None:
-            for tenant, expires_at in list(kept.expires_at.items()):
-                if expires_at <= now:
-                    self._drop(tenant, image_id)
-                else:
-                    self._used[tenant].move_to_end(image_id)
-        if kept is None or not kept.expires_at:
-            raise NotFound(
-                f"image {image_id[:64]!r} is not in memory: it was not sent to this server, expired after "
-                f"{self.ttl_s:.0f} s, or was evicted; send it again with POST /v1/images",
-                param="image",
-                code="image_not_found",
-            )
+    def get(self, image_id: str, now: float, tenant: str = "") -> Image | None:
+        """Return the tenant's image; None if its id is unknown, expired or evicted."""
+        address = address_of(tenant, image_id)
+        kept = self._kept.get(address)
+        if kept is None:
+            return None
+        if kept.expires_at <= now:
+            self._drop(address)
+            return None
+        self._used[tenant].move_to_end(address)
         return kept.image
 
-    def _drop(self, tenant: str, image_id: str) -> None:
-        """The tenant keeps it no more."""
-        if self._sent.pop((tenant, image_id), None) is None:
+    def forget(self, address: str) -> bool:
+        """Drop an image, and its id with it. Returns whether it was there."""
+        kept = self._kept.get(address)
+        if kept is None:
+            return False
+        self._names.pop((kept.tenant, kept.image.digest), None)
+        self._drop(address)
+        return True
+
+    def _drop(self, address: str) -> None:
+        kept = self._kept.pop(address, None)
+        if kept is None:
             return
-        kept = self._kept[image_id]
-        del kept.expires_at[tenant], self._used[tenant][image_id]
-        self._count(tenant, -kept.nbytes)
-        if not kept.expires_at:
-            del self._kept[image_id]
-        if not self._used[tenant]:
-            del self._used[tenant], self._held[tenant]
+        del self._sent[address], self._used[kept.tenant][address]
+        self._count(kept.tenant, -kept.nbytes)
+        if not self._used[kept.tenant]:
+            del self._used[kept.tenant], self._held[kept.tenant]
 
     def _count(self, tenant: str, nbytes: int) -> None:
         self.nbytes += nbytes

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from service.core.errors import InvalidImage
+from service.media.bmp import read_bmp
+from service.media.fields import unpack
+from service.media.formats import PillowFormat, format_of
 from service.media.header import (
     GIF_EXTENSION,
     GIF_FRAME,
@@ -20,8 +23,9 @@ from service.media.header import (
     MAX_JPEG_SEGMENTS,
     gif_blocks_start,
     header_size,
-    unpack,
 )
+from service.media.isobmff import read_iso
+from service.media.tiff import read_tiff
 
 # Bounds on what is not pixels. Each is far above what encoders write; hostile files are far above the bound.
 MAX_METADATA_BYTES = 8_000_000  # profiles, EXIF, XMP (phones put depth maps into it), texts, unknown chunks
@@ -55,7 +59,7 @@ JPEG_COLOURS = {0xE0: b"JFIF", 0xEE: b"Adobe"}  # the only metadata that says ho
 class Structure:
     """An image file without all that its pixels do not need."""
 
-    format: Literal["PNG", "JPEG", "GIF", "WEBP"]
+    format: PillowFormat
     width: int  # as stored, before EXIF turns the picture
     height: int
     data: bytes
@@ -65,19 +69,13 @@ class Structure:
 
 
 def structure_of(data: bytes) -> Structure | None:
-    """Find what the file's pixels need; None if it is no PNG, JPEG, GIF or WebP.
+    """Find what the file's pixels need; None if it begins like no format that is decoded.
 
-    Raises InvalidImage if the file has more parts than an encoder writes, or if its size cannot be read.
+    Raises InvalidImage if the file has more parts than an encoder writes, if it is of a kind that is not read, or if
+    its size cannot be read.
     """
-    if data.startswith(PNG_SIGNATURE):
-        return _png(data)
-    if data.startswith(b"\xff\xd8"):
-        return _jpeg(data)
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return _gif(data)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _webp(data)
-    return None
+    kind = format_of(data)
+    return None if kind is None else WALKS[kind.pillow](data)
 
 
 def exif_orientation(exif: bytes) -> int:
@@ -246,6 +244,25 @@ def _gif(data: bytes) -> Structure:
     raise _too_much("GIF", f"more than {MAX_GIF_BLOCKS:,} blocks of comments or extensions before its first picture")
 
 
+def _iso(data: bytes) -> Structure:
+    """An AVIF's decoder leaves the turn to us; a HEIC's turns and cuts the picture itself."""
+    found = read_iso(data)
+    if found.format == "AVIF":
+        return _sized(Structure("AVIF", found.width, found.height, found.data, found.orientation))
+    width, height = (found.height, found.width) if found.orientation > 4 else (found.width, found.height)
+    return _sized(Structure("HEIF", width, height, found.data))
+
+
+def _tiff(data: bytes) -> Structure:
+    found = read_tiff(data)
+    return _sized(Structure("TIFF", found.width, found.height, found.data, found.orientation, is_short=found.is_short))
+
+
+def _bmp(data: bytes) -> Structure:
+    found = read_bmp(data)
+    return _sized(Structure("BMP", found.width, found.height, found.data, is_short=found.is_short))
+
+
 def _webp(data: bytes) -> Structure:
     """The first frame. The file's end is where its header says."""
     view, exif, metadata, frames = memoryview(data), b"", 0, 0
@@ -280,3 +297,15 @@ def _webp(data: bytes) -> Structure:
     body = b"".join(kept)
     whole = b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
     return _sized(Structure("WEBP", width, height, whole, exif_orientation(exif)))
+
+
+WALKS: dict[PillowFormat, Callable[[bytes], Structure]] = {
+    "PNG": _png,
+    "JPEG": _jpeg,
+    "WEBP": _webp,
+    "GIF": _gif,
+    "AVIF": _iso,
+    "HEIF": _iso,
+    "TIFF": _tiff,
+    "BMP": _bmp,
+}

@@ -39,10 +39,11 @@ from service.core.vision import (
     UInt8Array,
     VisionFeatures,
 )
+from service.images import Images
 from service.media.decoder import Decoded
 from service.media.header import header_size
 from service.media.reader import ImageReader
-from service.media.store import Image, ImageStore
+from service.media.store import Image
 from service.prompt import PromptBuilder
 from service.ticket import Ticket
 from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
@@ -89,7 +90,7 @@ class VisionStage:
         card: ModelCard,
         prompts: PromptBuilder,
         reader: ImageReader,
-        images: ImageStore,
+        images: Images,
         features: FeatureCache,
         visual: VisualCache,
     ) -> None:
@@ -312,7 +313,7 @@ class VisionStage:
         A question by id does not extend the image's lifetime.
         """
         if ImageId(image.id) not in request.images:
-            self.images.put(image, time.monotonic(), request.tenant)
+            self.images.keep(image, request.tenant)
 
 
 def result_of(look: Look) -> Seen:

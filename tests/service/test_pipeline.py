@@ -558,10 +558,10 @@ async def test_the_life_of_an_image_goes_by_a_clock_that_nobody_sets(house):
     kept = await house.keep_image(png())
     _, asked = await answer(house, request(image=png((9, 9, 9))))
     assert begun + house.settings.image_ttl_s <= kept.expires_at <= time.time() + house.settings.image_ttl_s
+    store = house.pipeline.images.store
     for image_id in (kept.id, asked.image_ids[0]):
-        assert house.pipeline.images.get(image_id, time.monotonic()).id == image_id
-        with pytest.raises(NotFound):
-            house.pipeline.images.get(image_id, time.monotonic() + house.settings.image_ttl_s + 1)
+        assert store.get(image_id, time.monotonic()).id == image_id
+        assert store.get(image_id, time.monotonic() + house.settings.image_ttl_s + 1) is None
 
 
 async def test_uploads_of_one_tenant_do_not_push_out_the_images_of_another():
@@ -571,8 +571,8 @@ async def test_uploads_of_one_tenant_do_not_push_out_the_images_of_another():
     for shade in range(40):
         with house.pipeline.reservation("b") as reservation:
             await house.pipeline.keep_image(png((shade, 0, 0)), reservation)
-    assert len(house.pipeline.images) < 40
-    assert (await answer(house, request(image=kept.id)))[0] == "red"
+    assert len(house.pipeline.images.store) < 40
+    assert (await answer(house, request(image=kept.id, tenant="a")))[0] == "red"
 
 
 class GatedReader(ImageReader):
@@ -630,7 +630,7 @@ async def test_an_upload_that_would_wait_too_long_is_refused_or_expires_and_hold
 async def test_a_bad_image_is_not_kept(house):
     with pytest.raises(InvalidImage):
         await house.keep_image(b"no")
-    assert len(house.pipeline.images) == 0
+    assert len(house.pipeline.images.store) == 0
 
 
 def asked_of(

@@ -3,6 +3,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
+from service.app import require_keys
 from service.settings import Settings, SettingsError, read_settings
 
 
@@ -147,3 +148,29 @@ def test_settings_cannot_change():
 def test_the_body_limit_holds_the_largest_image_as_base64():
     settings = Settings(max_image_bytes=3_000)
     assert settings.max_body_bytes > 4_000
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"GLIMPSE_KEYS": "redis"}, "GLIMPSE_KEYS is redis: set GLIMPSE_REDIS_URL"),
+        ({"GLIMPSE_WITHOUT_KEYS": "yes"}, "GLIMPSE_WITHOUT_KEYS: Input should be 'anyone-may-ask'"),
+        ({"GLIMPSE_KEYS": "keys.json", "GLIMPSE_WITHOUT_KEYS": "anyone-may-ask"}, "are both set: unset one"),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_told(told, said):
+    with pytest.raises(SettingsError, match=said):
+        read_settings(told)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_without_keys_only_this_machine_may_ask_unless_it_is_said(host, tmp_path):
+    with pytest.raises(SettingsError, match="`glimpse keys create`"):
+        require_keys(read_settings({"GLIMPSE_HTTP_HOST": host}))
+    for more in ({"GLIMPSE_KEYS": "keys.json"}, {"GLIMPSE_WITHOUT_KEYS": "anyone-may-ask"}):
+        require_keys(read_settings({"GLIMPSE_HTTP_HOST": host} | more))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "localhost"])
+def test_this_machine_needs_no_keys(host):
+    require_keys(read_settings({"GLIMPSE_HTTP_HOST": host}))

@@ -13,13 +13,14 @@ from PIL import Image as Pillow
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission.admission import Admission
-from service.app import grpc_edge, http_edge, redis_tier
+from service.app import gate_of, grpc_edge, http_edge, quotas_of, redis_tier, shared_images_of
 from service.core.answer import Delta, Finished, KeptImage
 from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
 from service.media.decoder import ImageLimits
+from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
@@ -229,7 +230,14 @@ class FakeProber:
 class House:
     """A whole service but for Triton, which is asked each time: there is no visual cache unless it is asked for."""
 
-    def __init__(self, card: ModelCard = CARD, *, admission: type[Admission] = Admission, **knobs: object) -> None:
+    def __init__(
+        self,
+        card: ModelCard = CARD,
+        *,
+        admission: type[Admission] = Admission,
+        fetcher: ImageFetcher | None = None,
+        **knobs: object,
+    ) -> None:
         self.settings = Settings(**{"visual_cache_bytes": 0} | knobs)
         self.metrics = Metrics()
         self.vision = FakeVision()
@@ -238,6 +246,9 @@ class House:
         self.readiness = Readiness(card.called, self.metrics)
         self.admission = admission(self.settings, Engines(), card.max_positions, self.metrics)
         self.shared = redis_tier(self.settings, card, self.metrics)
+        self.gate = gate_of(self.settings, self.metrics)
+        self.quotas = quotas_of(self.settings, self.gate, self.shared, self.metrics)
+        self.shared_images = shared_images_of(self.settings, self.shared, self.metrics)
         self.pipeline = Pipeline(
             vision=self.vision,
             language=self.language,
@@ -248,9 +259,12 @@ class House:
             settings=self.settings,
             metrics=self.metrics,
             shared=self.shared,
+            accounts=self.quotas,
+            shared_images=self.shared_images,
+            fetcher=fetcher,
         )
-        self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics)
-        self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics)
+        self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
+        self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta | Finished, None]:
         """As the pipeline does, with a reservation of its own."""

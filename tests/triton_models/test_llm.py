@@ -11,6 +11,7 @@ import pytest
 from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
 
 from service.core.card import ModelCard
+from service.prompt import load_tokenizer, token_bytes
 from triton_models.llm import TritonPythonModel
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -238,3 +239,52 @@ def test_a_repository_without_a_card_fails_the_load(tmp_path):
     model = TritonPythonModel()
     with pytest.raises(OSError, match=r"card\.json"):
         model.initialize(start_arguments(tmp_path / "llm", inputs=[], outputs=OUTPUTS))
+
+
+def text(value: str) -> np.ndarray:
+    return np.frombuffer(value.encode(), np.uint8)[np.newaxis]
+
+
+def guided(kind: str, guide: str, **inputs) -> InferenceRequest:
+    form = {"guided_decoding_guide_type": text(kind), "guided_decoding_guide": text(guide)}
+    return request(**{"end_id": np.array([[CARD.end_id]], np.int32)} | form | inputs)
+
+
+def test_guided_answers_have_their_form_beside_free_ones(model):
+    spelled = token_bytes(load_tokenizer(REPOSITORY / "tokenizer.json"))
+    forms = [("regex", "violet|9/4"), ("json_schema", '{"type": "integer", "minimum": 3, "maximum": 7}')]
+    asked = [guided(*forms[0]), request(seed=1), guided(*forms[1])]
+    model.execute(asked)
+    choice, free, number = (b"".join(spelled[token] for token in tokens(each)).strip() for each in asked)
+    assert choice in (b"violet", b"9/4")
+    assert number in (b"3", b"4", b"5", b"6", b"7")
+    alone = request(seed=1)
+    model.execute([alone])
+    assert free == b"".join(spelled[token] for token in tokens(alone)).strip()
+
+
+WRONG_GUIDES = {
+    "unknown": (guided("xml", "a"), "must be json_schema or regex"),
+    "half": (request(guided_decoding_guide=text("a")), "must be json_schema or regex"),
+    "malformed": (guided("regex", "(a"), "guided_decoding_guide cannot be followed: unclosed group"),
+    "no object": (guided("json_schema", "[]"), "guided_decoding_guide must be a JSON object"),
+    "no end": (
+        guided("regex", "a", end_id=np.array([[-1]], np.int32)),
+        "end_id is -1, and a guided answer ends with 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("asked", "why"), WRONG_GUIDES.values(), ids=WRONG_GUIDES)
+def test_a_guide_that_cannot_be_followed_is_refused(model, asked, why):
+    model.execute([asked])
+    told = error(asked)
+    assert told.code == "INVALID_ARG"
+    assert why in told.message()
+
+
+def test_a_guided_request_behind_the_end_is_told(model):
+    model.finalize()
+    late = guided("regex", "a")
+    model.execute([late])
+    assert "unloaded" in error(late).message()

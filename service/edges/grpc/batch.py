@@ -69,7 +69,7 @@ class BatchCall:
                 traceparent=caller.traceparent,
             )
             asked, said, end = await batch.answer(request)
-        return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain)
+        return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain, said.log_probs)
 
     async def write(self, index: int, result: pb.BatchResponse | GlimpseError) -> None:
         if isinstance(result, GlimpseError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -19,6 +19,7 @@ import grpc  # type: ignore[import-untyped]
 import structlog
 from structlog.contextvars import bound_contextvars
 
+from service.core.access import Scope
 from service.core.errors import (
     Cancelled,
     GlimpseError,
@@ -29,7 +30,18 @@ from service.core.errors import (
     internal_error,
     status_of,
 )
-from service.edges.caller import TENANT_KEY, TRACE_ID_KEY, TRACEPARENT_KEY, Caller, present, tenant_in, trace_id_in
+from service.edges.caller import (
+    API_KEY_KEY,
+    AUTHORIZATION_KEY,
+    TENANT_KEY,
+    TRACE_ID_KEY,
+    TRACEPARENT_KEY,
+    Caller,
+    admitted,
+    key_in,
+    present,
+    trace_id_in,
+)
 from service.edges.grpc.edge import GrpcEdge
 from service.edges.grpc.messages import chunk_in
 from service.edges.grpc.status import abort
@@ -151,19 +163,20 @@ class Calls:
         self._none_open.set()
 
     @asynccontextmanager
-    async def scope(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[Call]:
-        """Open a call's one reservation. Answer errors of the block with their status, and count the call."""
+    async def scope(self, context: grpc.aio.ServicerContext, method: str, scope: Scope) -> AsyncIterator[Call]:
+        """Open a call's one reservation, if its key has the scope. Answer errors of the block with their status, and
+        count the call."""
         metadata = context.invocation_metadata() or ()
         trace_id = trace_id_in(str(value) for key, value in metadata if key == TRACE_ID_KEY)
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
             with self._counted(), self._client_told(context):
                 self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
-                tenant = tenant_in(next((str(value) for key, value in metadata if key == TENANT_KEY), ""))
-                traceparent = next((str(value) for key, value in metadata if key == TRACEPARENT_KEY), "")
-                with self.edge.pipeline.reservation(tenant) as reservation:
+                caller = self._caller(metadata, trace_id, scope)
+                with self.edge.pipeline.reservation(caller.tenant, caller.key) as reservation:
                     async with reservation.until_end():
-                        yield Call(context, Caller(tenant, trace_id, traceparent), reservation, self.edge)
+                        await reservation.account.enter()
+                        yield Call(context, caller, reservation, self.edge)
         except asyncio.CancelledError:  # by gRPC, for a caller that has gone
             self.edge.count(method, status_of(Cancelled(""))[1])
             raise
@@ -173,6 +186,18 @@ class Calls:
             await abort(context, error, trace_id)
         else:
             self.edge.count(method, "OK")
+
+    def _caller(self, metadata: Sequence[tuple[str, str | bytes]], trace_id: str, scope: Scope) -> Caller:
+        """Raises Unauthenticated, Forbidden, Unavailable, InvalidRequest."""
+
+        def words(name: str) -> list[str]:
+            return [str(value) for key, value in metadata if key == name]
+
+        def key() -> str:
+            return key_in(words(AUTHORIZATION_KEY), words(API_KEY_KEY))
+
+        grant = admitted(self.edge.access, key, scope, next(iter(words(TENANT_KEY)), ""))
+        return Caller(grant.tenant, trace_id, next(iter(words(TRACEPARENT_KEY)), ""), grant.key)
 
     async def finished(self, timeout_s: float) -> None:
         """Wait until no call is open, but no longer than this."""

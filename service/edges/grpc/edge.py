@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from service.core.access import Authenticator
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
 from service.edges.http.body import BodyLimits
@@ -31,6 +32,7 @@ class GrpcEdge:
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     count: Callable[[str, str], None]  # one call: its method and the name of its status
     lag_s: Callable[[], float]  # how late the event loop is
+    access: Authenticator
     log_client_address: bool = False  # to the log's lines of each call
 
     def options(self) -> list[tuple[str, int]]:

@@ -11,7 +11,7 @@ import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
-from service.core.answer import Delta, Finished, KeptImage
+from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.errors import GlimpseError, InvalidRequest, status_of
 from service.core.request import Exchange, ImageBytes, ImageId, ImageUrl, Part, Text
 from service.core.vision import Relevance
@@ -126,7 +126,8 @@ def fields_of(
     turns = tuple(
         Exchange(parts_of(turn.parts, f"turns.{index}.parts"), turn.answer) for index, turn in enumerate(message.turns)
     )
-    return replace(checked.fields(parts, turns), stream=stream, timeout_s=timeout_s)
+    fields = checked.fields(parts, turns)
+    return replace(fields, stream=stream, timeout_s=timeout_s, system=message.system, log_probs=message.log_probs)
 
 
 def budget_of(budget: pb.Budget) -> dict[str, tuple[int, int]]:
@@ -155,7 +156,12 @@ def part_of(part: pb.Part, where: str) -> Part:
 
 
 def answer_message(
-    request_id: str, model: str, texts: Iterable[str], end: Finished, explain: bool
+    request_id: str,
+    model: str,
+    texts: Iterable[str],
+    end: Finished,
+    explain: bool,
+    log_probs: Iterable[TokenLogProb] = (),
 ) -> pb.AnswerResponse:
     """Write an answer; without `texts`, the end of a stream."""
     return pb.AnswerResponse(
@@ -178,13 +184,17 @@ def answer_message(
         ),
         timing_ms=pb.TimingMs(**end.timing_ms),
         relevance=[relevance_message(each) for each in end.relevance] if explain else [],
+        log_probs=[pb.TokenLogProb(token=each.spelled, log_prob=each.log_prob) for each in log_probs],
     )
 
 
-def event_message(request_id: str, model: str, event: Delta | Finished, explain: bool) -> pb.AnswerEvent:
+def event_message(
+    request_id: str, model: str, event: Delta | Finished, explain: bool, log_probs: Iterable[TokenLogProb] = ()
+) -> pb.AnswerEvent:
+    """Write an event of a stream. `log_probs` are those of all deltas; the end has them."""
     if isinstance(event, Delta):
         return pb.AnswerEvent(delta=event.text)
-    return pb.AnswerEvent(end=answer_message(request_id, model, (), event, explain))
+    return pb.AnswerEvent(end=answer_message(request_id, model, (), event, explain, log_probs))
 
 
 def relevance_message(relevance: Relevance) -> pb.Relevance:

@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from service.core.answer import Delta
+from service.core.access import Scope
+from service.core.answer import Delta, TokenLogProb
 from service.core.request import Request
 from service.edges.asking import to_request
 from service.edges.grpc.batch import BatchCall
@@ -49,31 +50,36 @@ class VisualQuestionAnswering:
         }
 
     async def answer(self, _: object, context: grpc.aio.ServicerContext) -> pb.AnswerResponse:
-        async with self.calls.scope(context, "Answer") as call:
+        async with self.calls.scope(context, "Answer", Scope.ASK) as call:
             request, explain = await self.read_question(call, stream=False)
             texts: list[str] = []
+            told: list[TokenLogProb] = []
             async with aclosing(self.edge.pipeline.answer(request, call.reservation)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
                         texts.append(event.text)
+                        told += event.log_probs
                     else:
                         end = event
-            return answer_message(request.id, self.model, texts, end, explain)
+            return answer_message(request.id, self.model, texts, end, explain, told)
 
     async def stream_answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        async with self.calls.scope(context, "StreamAnswer") as call:
+        async with self.calls.scope(context, "StreamAnswer", Scope.ASK) as call:
             request, explain = await self.read_question(call, stream=True)
             answer = self.edge.pipeline.answer(request, call.reservation)
+            told: list[TokenLogProb] = []
             async with call.present(request.timeout_s), aclosing(answer) as events:
                 async for event in events:
-                    await context.write(event_message(request.id, self.model, event, explain))
+                    if isinstance(event, Delta):
+                        told += event.log_probs
+                    await context.write(event_message(request.id, self.model, event, explain, told))
 
     async def batch(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        async with self.calls.scope(context, "Batch") as call:
+        async with self.calls.scope(context, "Batch", Scope.ASK) as call:
             await BatchCall(call, self.edge).run()
 
     async def put_image(self, _: object, context: grpc.aio.ServicerContext) -> pb.PutImageResponse:
-        async with self.calls.scope(context, "PutImage") as call:
+        async with self.calls.scope(context, "PutImage", Scope.UPLOAD) as call:
             image = await call.image()
             return kept_message(await self.edge.pipeline.keep_image(image, call.reservation))
 

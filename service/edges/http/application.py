@@ -6,8 +6,9 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from service.core.access import QUOTA_HEADERS
 from service.core.errors import GlimpseError
-from service.edges.caller import TENANT_KEY, TRACE_ID_KEY
+from service.edges.caller import KEY_HEADERS, TENANT_KEY, TRACE_ID_KEY
 from service.edges.http import batch, estimate, images, openapi, operations, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
@@ -34,8 +35,8 @@ def http_api(edge: Edge) -> FastAPI:
         api.add_middleware(
             CORSMiddleware,
             allow_origins=edge.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("authorization", "content-encoding", "content-type", TENANT_KEY, TRACE_ID_KEY),
-            expose_headers=(TRACE_ID_KEY, "retry-after"),
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=(*KEY_HEADERS, "content-encoding", "content-type", TENANT_KEY, TRACE_ID_KEY),
+            expose_headers=(TRACE_ID_KEY, "retry-after", *QUOTA_HEADERS),
         )
     return api

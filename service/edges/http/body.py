@@ -40,9 +40,10 @@ class BodyLimits:
 
 
 async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reservation: Reservation) -> list[bytes]:
-    """The whole body, unpacked, in the pieces in which it came. Reserves what has come, not what is announced.
+    """The whole body, unpacked, in the pieces in which it came. Reserves what has come, not what is announced. The
+    request is charged to its tenant's quota first.
 
-    Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, ShuttingDown, Cancelled.
+    Raises QuotaExceeded, SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, ShuttingDown, Cancelled.
     """
     length = request.headers.get("content-length", "")
     declared = int(length) if length.isdecimal() else 0
@@ -50,6 +51,7 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
     if declared > max_bytes:
         raise _too_large(f"has {declared:,} bytes", max_bytes)
     reservation.require_bytes(declared)
+    await reservation.account.enter()
     loop = asyncio.get_running_loop()
     pieces = Pieces()
     started, came, held = loop.time(), 0, 0

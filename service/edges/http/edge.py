@@ -11,10 +11,12 @@ from typing import cast
 from starlette.requests import Request
 from starlette.types import Receive
 
+from service.core.access import Authenticator, Grant
 from service.edges import caller
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
 from service.edges.caller import TENANT_KEY, TRACEPARENT_KEY, Caller, tenant_in
+from service.edges.http.access import GRANT
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
 
@@ -54,9 +56,14 @@ class Edge:
     metrics: Callable[[str], tuple[bytes, str]]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
+    access: Authenticator
+    metrics_are_open: bool = False  # whether /metrics needs no key where other paths do
     log_client_address: bool = False  # to the log's lines of each request
     cors_origins: tuple[str, ...] = ()  # whose pages may call the service from a browser
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
+
+
+ACCOUNT = "glimpse.account"  # in the scope of ASGI: whose headers the response has
 
 
 def edge_of(request: Request) -> Edge:
@@ -64,18 +71,19 @@ def edge_of(request: Request) -> Edge:
 
 
 def caller_of(request: Request) -> Caller:
-    """Read the caller from the request's headers. Raises InvalidRequest."""
-    return Caller(
-        tenant_in(request.headers.get(TENANT_KEY, "")),
-        cast(str, request.scope["glimpse.trace_id"]),
-        request.headers.get(TRACEPARENT_KEY, ""),
-    )
+    """Return the request's caller: from its key, or without keys from its headers. Raises InvalidRequest."""
+    grant, trace_id = cast(Grant, request.scope[GRANT]), cast(str, request.scope["glimpse.trace_id"])
+    tenant = grant.tenant if grant.key else tenant_in(request.headers.get(TENANT_KEY, ""))
+    return Caller(tenant, trace_id, request.headers.get(TRACEPARENT_KEY, ""), grant.key)
 
 
 def reserved(request: Request, tenant: str, *, row: bool = True) -> Reservation:
     """Open the request's one reservation, which ends with its response. `row`: it needs the LLM. Raises Overloaded."""
     held = cast(ExitStack, request.scope["glimpse.held"])
-    return held.enter_context(edge_of(request).pipeline.reservation(tenant, row=row))
+    key = cast(Grant, request.scope[GRANT]).key
+    reservation = held.enter_context(edge_of(request).pipeline.reservation(tenant, key, row=row))
+    request.scope[ACCOUNT] = reservation.account
+    return reservation
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from service.core.errors import InvalidRequest
 from service.edges.http.body import FORM, parse_form, read_body
 from service.edges.http.edge import caller_of, edge_of, present, reserved
 from service.edges.http.respond import JsonResponse
-from service.edges.http.schema import UploadedImage
+from service.edges.http.schema import DeletedImage, UploadedImage
 from service.edges.slices import joined
 from service.pipeline import Reservation
 
@@ -28,6 +28,18 @@ async def keep_image(request: Request) -> Response:
     body, reservation = await read_upload(request)
     image = await image_of(body, request.headers["content-type"]) if is_form(request) else body
     return JsonResponse(UploadedImage.of(await kept(image, request, reservation)))
+
+
+@router.delete("/v1/images/{image_id}")
+async def delete_image(request: Request) -> Response:
+    """Delete an image. Every gateway forgets it within a second; features that were made of it stay in the caches."""
+    return JsonResponse(DeletedImage(id=await deleted(request, request.path_params["image_id"])))
+
+
+async def deleted(request: Request, image_id: str) -> str:
+    """Delete the caller's image -> its id. Raises NotFound, Unavailable."""
+    await edge_of(request).pipeline.images.delete(image_id, caller_of(request).tenant)
+    return image_id
 
 
 async def read_upload(request: Request) -> tuple[Sequence[bytes], Reservation]:

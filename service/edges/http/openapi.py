@@ -14,12 +14,14 @@ from pydantic.json_schema import models_json_schema
 
 from service.core.errors import STATUS
 from service.edges.http import docs
+from service.edges.http.access import is_open
 from service.edges.http.batch import LINES
 from service.edges.http.batch_schema import BatchLine, BatchQuestion
 from service.edges.http.body import FORM, JSON
 from service.edges.http.docs import STATIC
 from service.edges.http.estimate import VqaEstimate
 from service.edges.http.schema import (
+    DeletedImage,
     ErrorBody,
     Health,
     UploadedImage,
@@ -65,8 +67,21 @@ class Api(FastAPI):
             for each in self.descriptions:
                 for path, method, operation in each.operations:
                     spec["paths"][path][method] |= operation
+            if self.state.edge.access.has_keys:
+                self._need_keys(spec)
             self.openapi_schema = spec
         return self.openapi_schema
+
+    def _need_keys(self, spec: dict[str, Any]) -> None:
+        """Say which operations need a key. Its tenant is the caller's, so no header names one."""
+        spec["components"]["securitySchemes"] = KEYS
+        for path, operations in spec["paths"].items():
+            if is_open(path, self.state.edge.metrics_are_open):
+                continue
+            for operation in operations.values():
+                operation["security"] = [{name: []} for name in KEYS]
+                operation["responses"] = operation["responses"] | errors(401, 403)
+                operation["parameters"] = [each for each in operation.get("parameters", ()) if each != TENANT]
 
 
 def schema_of(name: str) -> dict[str, Any]:
@@ -105,19 +120,12 @@ def _example(summary: str, answer: str, /, **changes: Any) -> dict[str, Any]:
 
 
 SCENE, OTHER_SCENE = _image("scene.webp"), _image("other_scene.webp")
-SCENE_ID = "img_eb967efbea8c4ffe51df3338351868d5"  # of the first example's image, which is kept when that is sent
 LONG_ANSWER = (
     "a large blue ring, a large pink square with 8, a large cyan triangle with 5 and a medium blue square with x"
 )
 EXAMPLES = {
     "short": _example("A question", "8"),
     "stream": _example("Streamed", LONG_ANSWER, question="describe the image.", stream=True),
-    "by id": _example(
-        "About an image that was sent before: send another example first",
-        "cyan",
-        image=SCENE_ID,
-        question="what color is the triangle?",
-    ),
     "several images": _example(
         "About several images", "yes", image=None, images=[SCENE, OTHER_SCENE], question="is there a blue square?"
     ),
@@ -197,6 +205,12 @@ BATCH_EXAMPLES = {
     }
 }
 FILE = {"type": "string", "format": "binary", "minLength": 1}
+# Where a caller sends its key: either place will do.
+KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+PATH_ID = {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 TENANT = {
     "name": "x-tenant-id",
     "in": "header",
@@ -271,6 +285,15 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
             | errors(400, 408, 413, 415, 429, 500, 503, 504),
         },
     ),
+    (
+        "/v1/images/{image_id}",
+        "delete",
+        {
+            "parameters": [PATH_ID | {"name": "image_id"}, TENANT],
+            "responses": {"200": {"description": "Deleted", "content": {JSON: schema_of("DeletedImage")}}}
+            | errors(400, 404, 500, 503),
+        },
+    ),
     ("/health/live", "get", {"responses": {"200": {"description": "Alive", "content": {JSON: schema_of("Health")}}}}),
     (
         "/health/ready",
@@ -286,6 +309,6 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
 
 MODELS = (
     *(VqaRequest, VqaForm, VqaAnswer, VqaEvent, VqaEstimate),
-    *(BatchQuestion, BatchLine, UploadedImage, Health, ErrorBody),
+    *(BatchQuestion, BatchLine, UploadedImage, DeletedImage, Health, ErrorBody),
 )
 DESCRIPTION = Description(MODELS, OPERATIONS)

@@ -14,18 +14,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
+from service.core.access import Account
 from service.core.errors import (
     GlimpseError,
     InvalidRequest,
     Overloaded,
     SlowBody,
+    Unauthenticated,
     UnsupportedEncoding,
     internal_error,
     status_of,
 )
 from service.edges.caller import TRACE_ID_KEY, trace_id_in
+from service.edges.http.access import GRANT, let_in
 from service.edges.http.body import JSON
-from service.edges.http.edge import Edge
+from service.edges.http.edge import ACCOUNT, Edge
 from service.edges.http.hosts import name_in
 from service.edges.http.schema import ErrorBody, WireError, WithNulls
 
@@ -55,6 +58,8 @@ def response_to(error: GlimpseError) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = f"{max(1, math.ceil(error.retry_after_s))}"
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = 'Bearer realm="glimpse"'
     if isinstance(error, SlowBody):
         headers["connection"] = "close"  # the rest of the body is not awaited
     if isinstance(error, UnsupportedEncoding):
@@ -82,12 +87,18 @@ def refuse_host(host: str) -> Response:
     return JsonResponse(body, status_code=421)
 
 
+def quota_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """Return what the response says of its tenant's quota; nothing if it has none."""
+    account = cast("Account | None", scope.get(ACCOUNT))
+    return [(name.encode(), value.encode()) for name, value in account.headers()] if account else []
+
+
 class RequestScope:
     """Wrap every request, in pure ASGI.
 
-    It checks the Host, refuses questions while the event loop cannot keep up, reads and returns the request's id,
-    counts the request, and ends its reservation after its response. It answers HEAD as GET without the body, and an
-    unexpected exception with 500.
+    It checks the Host and the caller's key, refuses questions while the event loop cannot keep up, reads and returns
+    the request's id, counts the request, and ends its reservation after its response. It answers HEAD as GET without
+    the body, and an unexpected exception with 500.
     """
 
     def __init__(self, app: ASGIApp, edge: Edge) -> None:
@@ -110,7 +121,8 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (TRACE_ID_KEY.encode(), trace_id.encode())]
+                more = [(TRACE_ID_KEY.encode(), trace_id.encode()), *quota_headers(scope)]
+                message["headers"] = [*message.get("headers", ()), *more]
             elif method == "HEAD":
                 message = {**message, "body": b""}
             await send(message)
@@ -133,11 +145,13 @@ class RequestScope:
         """The application, or the answer of a request that it need not see."""
         if (unknown := self.unknown_host(scope)) is not None:
             return refuse_host(unknown)
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
-            try:
-                self.edge.pipeline.require_turns(scope.get(OPEN_REQUESTS, 0), self.edge.lag_s())
-            except Overloaded as error:
-                return response_to(error)
+        edge = self.edge
+        try:
+            scope[GRANT] = let_in(scope, edge.access, metrics_are_open=edge.metrics_are_open)
+            if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+                edge.pipeline.require_turns(scope.get(OPEN_REQUESTS, 0), edge.lag_s())
+        except GlimpseError as error:
+            return response_to(error)
         return self.app
 
     def unknown_host(self, scope: Scope) -> str | None:

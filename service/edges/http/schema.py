@@ -507,6 +507,11 @@ class UploadedImage(BaseModel):
         )
 
 
+class DeletedImage(BaseModel):
+    id: str
+    deleted: Literal[True] = True
+
+
 class CloserView(BaseModel):
     vision_tokens: tuple[int, int] = Field(description="The budgets that are allowed with a closer view.")
     auto_at: float = Field(description="Detail `auto` looks closer if `particularize` reaches this.")
@@ -531,10 +536,13 @@ class Model(BaseModel):
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
+    images_shared: bool = Field(
+        description="Whether every gateway knows an image's id, or only the one that got the image."
+    )
     metadata: dict[str, Any] | None = Field(None, description="Licence, training, accuracy; left out in short.")
 
     @classmethod
-    def of(cls, card: ModelCard, created: int) -> Self:
+    def of(cls, card: ModelCard, created: int, images_shared: bool) -> Self:
         return cls(
             id=card.name,
             created=created,
@@ -546,6 +554,7 @@ class Model(BaseModel):
             closer_view=CloserView.of(card),
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
+            images_shared=images_shared,
             metadata=dict(card.metadata),
         )
 

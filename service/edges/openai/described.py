@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from service.edges.http.body import FORM, JSON
-from service.edges.http.openapi import FILE, SCENE, SCENE_ID, TENANT, Description, answering, errors, schema_of
+from service.edges.http.openapi import FILE, PATH_ID, SCENE, TENANT, Description, answering, errors, schema_of
 from service.edges.http.schema import Model, ModelList
-from service.edges.openai.schema import ChatCompletion, ChatEvent, ChatRequest, KeptFile
+from service.edges.openai.schema import ChatCompletion, ChatEvent, ChatRequest, DeletedFile, KeptFile
 
 MODEL = "glimpse-reference"
 
@@ -36,10 +36,10 @@ IMAGE = f"data:image/webp;base64,{SCENE}"
 EXAMPLES = {
     "short": _example("A question", "8", [_user("what character is on the pink square?", IMAGE)]),
     "turns": _example(
-        "With an earlier turn, about its image: send another example first",
+        "With an earlier turn, about its image",
         "yes",
         [
-            _user("is there a pink square?", SCENE_ID),
+            _user("is there a pink square?", IMAGE),
             {"role": "assistant", "content": "yes"},
             {"role": "user", "content": "is the pink square below the blue square?"},
         ],
@@ -90,6 +90,15 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     (
+        "/v1/files/{file_id}",
+        "delete",
+        {
+            "parameters": [PATH_ID | {"name": "file_id"}, TENANT],
+            "responses": {"200": {"description": "Deleted", "content": {JSON: schema_of("DeletedFile")}}}
+            | errors(400, 404, 500, 503),
+        },
+    ),
+    (
         "/v1/models",
         "get",
         {
@@ -110,4 +119,4 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
         {"responses": {"200": {"description": "The model", "content": {JSON: schema_of("Model")}}} | errors(404)},
     ),
 ]
-DESCRIPTION = Description((ChatRequest, ChatCompletion, ChatEvent, KeptFile, Model, ModelList), OPERATIONS)
+DESCRIPTION = Description((ChatRequest, ChatCompletion, ChatEvent, KeptFile, DeletedFile, Model, ModelList), OPERATIONS)

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from service.core.errors import InvalidRequest
 from service.edges.http.body import FormPart, parse_form
 from service.edges.http.faults import UNSUPPORTED
-from service.edges.http.images import is_form, kept, read_upload
+from service.edges.http.images import deleted, is_form, kept, read_upload
 from service.edges.http.respond import JsonResponse
 from service.edges.openai.messages import naming
-from service.edges.openai.schema import KeptFile
+from service.edges.openai.schema import DeletedFile, KeptFile
 
 PURPOSE = b"vision"
 
@@ -44,6 +44,13 @@ async def keep_file(request: Request) -> Response:
             height=image.height,
         )
     )
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(request: Request) -> Response:
+    """Delete an image. Another name of DELETE /v1/images/{image_id}."""
+    with naming({"image": "file_id"}):
+        return JsonResponse(DeletedFile(id=await deleted(request, request.path_params["file_id"])))
 
 
 def file_of(parts: list[FormPart]) -> FormPart:

@@ -35,4 +35,4 @@ async def model(request: Request) -> Response:
 
 def served_model(request: Request) -> Model:
     edge = edge_of(request)
-    return Model.of(edge.pipeline.card, edge.started_at)
+    return Model.of(edge.pipeline.card, edge.started_at, edge.pipeline.images.are_shared)

@@ -364,6 +364,14 @@ class ChatEvent(RootModel[ChatCompletionChunk | ErrorBody]):
     """One event of a stream: chunks; or an error in place of what was still to come."""
 
 
+class DeletedFile(BaseModel):
+    """An image that was deleted as a file."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
 class KeptFile(BaseModel):
     """An image that was taken as a file."""
 

@@ -417,7 +417,7 @@ async def test_a_redis_that_refuses_writes_is_told_in_one_line_with_its_mend(sta
     (line,) = [line for line in lines if line["event"] == "redis_refuses_writes"]
     assert (line["log_level"], line["kind"]) == ("warning", "full")
     assert "maxmemory" in line["reason"]
-    assert "allkeys-lru" in line["mend"]
+    assert "volatile-lru" in line["mend"]
 
 
 @pytest.mark.parametrize(

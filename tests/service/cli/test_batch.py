@@ -358,8 +358,8 @@ def killed(after: int, out: Path, *arguments: str, number: int) -> None:
 
 @pytest.mark.slow
 def test_a_batch_that_is_killed_and_stopped_answers_each_question_once(gateway: Gateway, tmp_path: Path) -> None:
-    """GLIMPSE_TEST_BATCH=50x10 runs it with 500 questions about 50 images."""
-    images, each = map(int, os.environ.get("GLIMPSE_TEST_BATCH", "6x6").split("x"))
+    """TEST_BATCH=50x10 runs it with 500 questions about 50 images."""
+    images, each = map(int, os.environ.get("TEST_BATCH", "6x6").split("x"))
     source, out, before = long_batch(tmp_path, images, each), tmp_path / "answers.jsonl", encoded(gateway)
     count = images * each
     arguments = ["--batch", str(source), "--out", str(out), "--url", gateway.url]

@@ -110,7 +110,7 @@ CASES = [
     with_fields("repetition made unlikely", repetition_penalty=2.0),
     with_fields("a stop string", stop=["q", "i"]),
     with_fields("one of some choices", choices=["violet", "no idea", "9/4 (a|b)?"]),
-    with_fields("a choice, drawn", choices=["star", "square", "start"], temperature=5.0, seed=3),
+    with_fields("a choice, drawn", choices=["star", "square", "start"], temperature=2.0, seed=3),
     with_fields("a regular expression", regex=r"[A-F]{3}/\d", temperature=1.0, seed=4),
     with_fields("a schema", json_schema=SCHEMA),
     with_fields("a schema, drawn, with a penalty", json_schema=SCHEMA, temperature=2.0, seed=5, repetition_penalty=1.5),

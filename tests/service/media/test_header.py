@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from benchmarks.bombs import BOMBS
 from service.core.errors import InvalidImage
 from service.media.decoder import decode
 from service.media.header import header_size
@@ -35,9 +36,17 @@ def test_pixels_are_known_from_the_header(kind, options, size):
     assert header_pixels(data) == size[0] * size[1]
 
 
-@given(st.sampled_from(["PNG", "GIF", "JPEG", "WEBP"]), st.integers(0, 60), st.binary(max_size=60))
+@given(
+    st.sampled_from(["PNG", "GIF", "JPEG", "WEBP", "AVIF", "TIFF", "BMP"]), st.integers(0, 200), st.binary(max_size=60)
+)
 def test_headers_that_are_cut_or_wrong_do_no_harm(kind, kept, rest):
     pixels = header_pixels(encoded(Pillow.new("RGB", (8, 8)), kind)[:kept] + rest)
+    assert pixels is None or pixels >= 0
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bombs_header_is_read_or_not_and_does_not_fail(name):
+    pixels = header_pixels(BOMBS[name]())
     assert pixels is None or pixels >= 0
 
 

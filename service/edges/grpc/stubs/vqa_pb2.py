@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14glimpse/v1/vqa.proto\x12\nglimpse.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"X\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x12\n\x08image_id\x18\x03 \x01(\tH\x00\x12\x13\n\timage_url\x18\x04 \x01(\tH\x00\x42\x06\n\x04part\"7\n\x04Turn\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.glimpse.v1.Part\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\"$\n\x05Range\x12\r\n\x05least\x18\x01 \x01(\x05\x12\x0c\n\x04most\x18\x02 \x01(\x05\"\\\n\x06\x42udget\x12(\n\rvision_tokens\x18\x01 \x01(\x0b\x32\x11.glimpse.v1.Range\x12(\n\rvisual_tokens\x18\x02 \x01(\x0b\x32\x11.glimpse.v1.Range\"\x9b\x04\n\rAnswerRequest\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.glimpse.v1.Part\x12\x1f\n\x05turns\x18\x02 \x03(\x0b\x32\x10.glimpse.v1.Turn\x12\"\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x12.glimpse.v1.Budget\x12\"\n\x06\x64\x65tail\x18\x04 \x01(\x0e\x32\x12.glimpse.v1.Detail\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.glimpse.v1.Priority\x12\x0f\n\x07\x65xplain\x18\r \x01(\x08\x12\x0f\n\x07\x63hoices\x18\x0e \x03(\t\x12\x12\n\x05regex\x18\x0f \x01(\tH\x06\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x10 \x01(\tH\x07\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x08\n\x06_regexB\x0e\n\x0c_json_schema\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cimage_tokens\x18\x03 \x01(\x05\"\x8d\x01\n\x06Vision\x12 \n\x05\x63\x61\x63he\x18\x01 \x01(\x0e\x32\x11.glimpse.v1.Cache\x12\x15\n\rvision_tokens\x18\x02 \x01(\x05\x12\x15\n\rvisual_tokens\x18\x03 \x01(\x05\x12\"\n\x06\x64\x65tail\x18\x04 \x01(\x0e\x32\x12.glimpse.v1.Detail\x12\x0f\n\x07reduced\x18\x05 \x01(\x08\"[\n\x08TimingMs\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0c\n\x04load\x18\x02 \x01(\x01\x12\x0e\n\x06vision\x18\x03 \x01(\x01\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\x01\x12\r\n\x05total\x18\x05 \x01(\x01\"\x94\x01\n\tRelevance\x12\x0b\n\x03map\x18\x01 \x03(\x02\x12\x15\n\rpropositional\x18\x02 \x03(\x02\x12\x14\n\x0cperspectival\x18\x03 \x03(\x02\x12\x15\n\rparticipatory\x18\x04 \x03(\x02\x12\x0e\n\x06levels\x18\x05 \x03(\x05\x12&\n\x08tensions\x18\x06 \x01(\x0b\x32\x14.glimpse.v1.Tensions\"E\n\x08Tensions\x12\x15\n\rparticularize\x18\x01 \x01(\x02\x12\x0f\n\x07\x65xplore\x18\x02 \x01(\x02\x12\x11\n\tdiversify\x18\x03 \x01(\x02\"\x98\x02\n\x0e\x41nswerResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.glimpse.v1.FinishReason\x12\x11\n\timage_ids\x18\x05 \x03(\t\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.glimpse.v1.Usage\x12\"\n\x06vision\x18\x07 \x01(\x0b\x32\x12.glimpse.v1.Vision\x12\'\n\ttiming_ms\x18\x08 \x01(\x0b\x32\x14.glimpse.v1.TimingMs\x12(\n\trelevance\x18\t \x03(\x0b\x32\x15.glimpse.v1.Relevance\"R\n\x0b\x41nswerEvent\x12\x0f\n\x05\x64\x65lta\x18\x01 \x01(\tH\x00\x12)\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1a.glimpse.v1.AnswerResponseH\x00\x42\x07\n\x05\x65vent\"\x1f\n\x0fPutImageRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"|\n\x10PutImageResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"p\n\x0c\x42\x61tchRequest\x12\r\n\x05index\x18\x01 \x01(\r\x12+\n\x08question\x18\x02 \x01(\x0b\x32\x19.glimpse.v1.AnswerRequest\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"z\n\rBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12,\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1a.glimpse.v1.AnswerResponseH\x00\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x11.glimpse.v1.ErrorH\x00\x42\x08\n\x06result\"S\n\x05\x45rror\x12\x0e\n\x06status\x18\x01 \x01(\x05\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04type\x18\x04 \x01(\t\x12\r\n\x05param\x18\x05 \x01(\t*R\n\x06\x44\x65tail\x12\x16\n\x12\x44\x45TAIL_UNSPECIFIED\x10\x00\x12\x0e\n\nDETAIL_LOW\x10\x01\x12\x0f\n\x0b\x44\x45TAIL_HIGH\x10\x02\x12\x0f\n\x0b\x44\x45TAIL_AUTO\x10\x03*K\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x13\n\x0fPRIORITY_NORMAL\x10\x01\x12\x10\n\x0cPRIORITY_LOW\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*=\n\x05\x43\x61\x63he\x12\x15\n\x11\x43\x41\x43HE_UNSPECIFIED\x10\x00\x12\r\n\tCACHE_HIT\x10\x01\x12\x0e\n\nCACHE_MISS\x10\x02\x32\xab\x02\n\x17VisualQuestionAnswering\x12?\n\x06\x41nswer\x12\x19.glimpse.v1.AnswerRequest\x1a\x1a.glimpse.v1.AnswerResponse\x12\x44\n\x0cStreamAnswer\x12\x19.glimpse.v1.AnswerRequest\x1a\x17.glimpse.v1.AnswerEvent0\x01\x12@\n\x05\x42\x61tch\x12\x18.glimpse.v1.BatchRequest\x1a\x19.glimpse.v1.BatchResponse(\x01\x30\x01\x12G\n\x08PutImage\x12\x1b.glimpse.v1.PutImageRequest\x1a\x1c.glimpse.v1.PutImageResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14glimpse/v1/vqa.proto\x12\nglimpse.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"X\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x12\n\x08image_id\x18\x03 \x01(\tH\x00\x12\x13\n\timage_url\x18\x04 \x01(\tH\x00\x42\x06\n\x04part\"7\n\x04Turn\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.glimpse.v1.Part\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\"$\n\x05Range\x12\r\n\x05least\x18\x01 \x01(\x05\x12\x0c\n\x04most\x18\x02 \x01(\x05\"\\\n\x06\x42udget\x12(\n\rvision_tokens\x18\x01 \x01(\x0b\x32\x11.glimpse.v1.Range\x12(\n\rvisual_tokens\x18\x02 \x01(\x0b\x32\x11.glimpse.v1.Range\"\xbe\x04\n\rAnswerRequest\x12\x1f\n\x05parts\x18\x01 \x03(\x0b\x32\x10.glimpse.v1.Part\x12\x1f\n\x05turns\x18\x02 \x03(\x0b\x32\x10.glimpse.v1.Turn\x12\"\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x12.glimpse.v1.Budget\x12\"\n\x06\x64\x65tail\x18\x04 \x01(\x0e\x32\x12.glimpse.v1.Detail\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.glimpse.v1.Priority\x12\x0f\n\x07\x65xplain\x18\r \x01(\x08\x12\x0f\n\x07\x63hoices\x18\x0e \x03(\t\x12\x12\n\x05regex\x18\x0f \x01(\tH\x06\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x10 \x01(\tH\x07\x88\x01\x01\x12\x11\n\tlog_probs\x18\x12 \x01(\x08\x12\x0e\n\x06system\x18\x14 \x01(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x08\n\x06_regexB\x0e\n\x0c_json_schema\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x14\n\x0cimage_tokens\x18\x03 \x01(\x05\"\x8d\x01\n\x06Vision\x12 \n\x05\x63\x61\x63he\x18\x01 \x01(\x0e\x32\x11.glimpse.v1.Cache\x12\x15\n\rvision_tokens\x18\x02 \x01(\x05\x12\x15\n\rvisual_tokens\x18\x03 \x01(\x05\x12\"\n\x06\x64\x65tail\x18\x04 \x01(\x0e\x32\x12.glimpse.v1.Detail\x12\x0f\n\x07reduced\x18\x05 \x01(\x08\"[\n\x08TimingMs\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0c\n\x04load\x18\x02 \x01(\x01\x12\x0e\n\x06vision\x18\x03 \x01(\x01\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\x01\x12\r\n\x05total\x18\x05 \x01(\x01\"\x94\x01\n\tRelevance\x12\x0b\n\x03map\x18\x01 \x03(\x02\x12\x15\n\rpropositional\x18\x02 \x03(\x02\x12\x14\n\x0cperspectival\x18\x03 \x03(\x02\x12\x15\n\rparticipatory\x18\x04 \x03(\x02\x12\x0e\n\x06levels\x18\x05 \x03(\x05\x12&\n\x08tensions\x18\x06 \x01(\x0b\x32\x14.glimpse.v1.Tensions\"E\n\x08Tensions\x12\x15\n\rparticularize\x18\x01 \x01(\x02\x12\x0f\n\x07\x65xplore\x18\x02 \x01(\x02\x12\x11\n\tdiversify\x18\x03 \x01(\x02\"/\n\x0cTokenLogProb\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x10\n\x08log_prob\x18\x02 \x01(\x01\"\xc5\x02\n\x0e\x41nswerResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.glimpse.v1.FinishReason\x12\x11\n\timage_ids\x18\x05 \x03(\t\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.glimpse.v1.Usage\x12\"\n\x06vision\x18\x07 \x01(\x0b\x32\x12.glimpse.v1.Vision\x12\'\n\ttiming_ms\x18\x08 \x01(\x0b\x32\x14.glimpse.v1.TimingMs\x12(\n\trelevance\x18\t \x03(\x0b\x32\x15.glimpse.v1.Relevance\x12+\n\tlog_probs\x18\x0e \x03(\x0b\x32\x18.glimpse.v1.TokenLogProb\"R\n\x0b\x41nswerEvent\x12\x0f\n\x05\x64\x65lta\x18\x01 \x01(\tH\x00\x12)\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1a.glimpse.v1.AnswerResponseH\x00\x42\x07\n\x05\x65vent\"\x1f\n\x0fPutImageRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"|\n\x10PutImageResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"p\n\x0c\x42\x61tchRequest\x12\r\n\x05index\x18\x01 \x01(\r\x12+\n\x08question\x18\x02 \x01(\x0b\x32\x19.glimpse.v1.AnswerRequest\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"z\n\rBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12,\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1a.glimpse.v1.AnswerResponseH\x00\x12\"\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x11.glimpse.v1.ErrorH\x00\x42\x08\n\x06result\"S\n\x05\x45rror\x12\x0e\n\x06status\x18\x01 \x01(\x05\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04type\x18\x04 \x01(\t\x12\r\n\x05param\x18\x05 \x01(\t*R\n\x06\x44\x65tail\x12\x16\n\x12\x44\x45TAIL_UNSPECIFIED\x10\x00\x12\x0e\n\nDETAIL_LOW\x10\x01\x12\x0f\n\x0b\x44\x45TAIL_HIGH\x10\x02\x12\x0f\n\x0b\x44\x45TAIL_AUTO\x10\x03*K\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x13\n\x0fPRIORITY_NORMAL\x10\x01\x12\x10\n\x0cPRIORITY_LOW\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*=\n\x05\x43\x61\x63he\x12\x15\n\x11\x43\x41\x43HE_UNSPECIFIED\x10\x00\x12\r\n\tCACHE_HIT\x10\x01\x12\x0e\n\nCACHE_MISS\x10\x02\x32\xab\x02\n\x17VisualQuestionAnswering\x12?\n\x06\x41nswer\x12\x19.glimpse.v1.AnswerRequest\x1a\x1a.glimpse.v1.AnswerResponse\x12\x44\n\x0cStreamAnswer\x12\x19.glimpse.v1.AnswerRequest\x1a\x17.glimpse.v1.AnswerEvent0\x01\x12@\n\x05\x42\x61tch\x12\x18.glimpse.v1.BatchRequest\x1a\x19.glimpse.v1.BatchResponse(\x01\x30\x01\x12G\n\x08PutImage\x12\x1b.glimpse.v1.PutImageRequest\x1a\x1c.glimpse.v1.PutImageResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'glimpse.v1.vqa_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DETAIL']._serialized_start=2279
-  _globals['_DETAIL']._serialized_end=2361
-  _globals['_PRIORITY']._serialized_start=2363
-  _globals['_PRIORITY']._serialized_end=2438
-  _globals['_FINISHREASON']._serialized_start=2440
-  _globals['_FINISHREASON']._serialized_end=2535
-  _globals['_CACHE']._serialized_start=2537
-  _globals['_CACHE']._serialized_end=2598
+  _globals['_DETAIL']._serialized_start=2408
+  _globals['_DETAIL']._serialized_end=2490
+  _globals['_PRIORITY']._serialized_start=2492
+  _globals['_PRIORITY']._serialized_end=2567
+  _globals['_FINISHREASON']._serialized_start=2569
+  _globals['_FINISHREASON']._serialized_end=2664
+  _globals['_CACHE']._serialized_start=2666
+  _globals['_CACHE']._serialized_end=2727
   _globals['_PART']._serialized_start=69
   _globals['_PART']._serialized_end=157
   _globals['_TURN']._serialized_start=159
@@ -49,31 +49,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUDGET']._serialized_start=254
   _globals['_BUDGET']._serialized_end=346
   _globals['_ANSWERREQUEST']._serialized_start=349
-  _globals['_ANSWERREQUEST']._serialized_end=888
-  _globals['_USAGE']._serialized_start=890
-  _globals['_USAGE']._serialized_end=969
-  _globals['_VISION']._serialized_start=972
-  _globals['_VISION']._serialized_end=1113
-  _globals['_TIMINGMS']._serialized_start=1115
-  _globals['_TIMINGMS']._serialized_end=1206
-  _globals['_RELEVANCE']._serialized_start=1209
-  _globals['_RELEVANCE']._serialized_end=1357
-  _globals['_TENSIONS']._serialized_start=1359
-  _globals['_TENSIONS']._serialized_end=1428
-  _globals['_ANSWERRESPONSE']._serialized_start=1431
-  _globals['_ANSWERRESPONSE']._serialized_end=1711
-  _globals['_ANSWEREVENT']._serialized_start=1713
-  _globals['_ANSWEREVENT']._serialized_end=1795
-  _globals['_PUTIMAGEREQUEST']._serialized_start=1797
-  _globals['_PUTIMAGEREQUEST']._serialized_end=1828
-  _globals['_PUTIMAGERESPONSE']._serialized_start=1830
-  _globals['_PUTIMAGERESPONSE']._serialized_end=1954
-  _globals['_BATCHREQUEST']._serialized_start=1956
-  _globals['_BATCHREQUEST']._serialized_end=2068
-  _globals['_BATCHRESPONSE']._serialized_start=2070
-  _globals['_BATCHRESPONSE']._serialized_end=2192
-  _globals['_ERROR']._serialized_start=2194
-  _globals['_ERROR']._serialized_end=2277
-  _globals['_VISUALQUESTIONANSWERING']._serialized_start=2601
-  _globals['_VISUALQUESTIONANSWERING']._serialized_end=2900
+  _globals['_ANSWERREQUEST']._serialized_end=923
+  _globals['_USAGE']._serialized_start=925
+  _globals['_USAGE']._serialized_end=1004
+  _globals['_VISION']._serialized_start=1007
+  _globals['_VISION']._serialized_end=1148
+  _globals['_TIMINGMS']._serialized_start=1150
+  _globals['_TIMINGMS']._serialized_end=1241
+  _globals['_RELEVANCE']._serialized_start=1244
+  _globals['_RELEVANCE']._serialized_end=1392
+  _globals['_TENSIONS']._serialized_start=1394
+  _globals['_TENSIONS']._serialized_end=1463
+  _globals['_TOKENLOGPROB']._serialized_start=1465
+  _globals['_TOKENLOGPROB']._serialized_end=1512
+  _globals['_ANSWERRESPONSE']._serialized_start=1515
+  _globals['_ANSWERRESPONSE']._serialized_end=1840
+  _globals['_ANSWEREVENT']._serialized_start=1842
+  _globals['_ANSWEREVENT']._serialized_end=1924
+  _globals['_PUTIMAGEREQUEST']._serialized_start=1926
+  _globals['_PUTIMAGEREQUEST']._serialized_end=1957
+  _globals['_PUTIMAGERESPONSE']._serialized_start=1959
+  _globals['_PUTIMAGERESPONSE']._serialized_end=2083
+  _globals['_BATCHREQUEST']._serialized_start=2085
+  _globals['_BATCHREQUEST']._serialized_end=2197
+  _globals['_BATCHRESPONSE']._serialized_start=2199
+  _globals['_BATCHRESPONSE']._serialized_end=2321
+  _globals['_ERROR']._serialized_start=2323
+  _globals['_ERROR']._serialized_end=2406
+  _globals['_VISUALQUESTIONANSWERING']._serialized_start=2730
+  _globals['_VISUALQUESTIONANSWERING']._serialized_end=3029
 # @@protoc_insertion_point(module_scope)

@@ -16,10 +16,18 @@ export class Refused extends Error {
 /** Nothing answered. */
 export class Unreachable extends Error {}
 
-async function call(path, options) {
+let key = ""; // in this page's memory only: a reload forgets it
+
+/** Use an API key from now on. An empty one is none. */
+export function useKey(text) {
+  key = text.trim();
+}
+
+async function call(path, options = {}) {
   let response;
   try {
-    response = await fetch(addressOf(path), options);
+    const headers = { ...options.headers, ...(key && { "x-api-key": key }) };
+    response = await fetch(addressOf(path), { ...options, headers });
   } catch (error) {
     throw error.name === "AbortError" ? error : new Unreachable(error.message);
   }

@@ -65,6 +65,7 @@ async function ask() {
   } catch (error) {
     for (const run of entry.runs) if (!run.relevance) run.stop(error.name === "AbortError" ? "Stopped." : "No answer.");
     if (error.name !== "AbortError") showTrouble(troubleInWords(error), ask);
+    if (isAboutKey(error)) askForKey("");
     if (error instanceof api.Unreachable || error.status === 503) showHealth();
   } finally {
     running = null;
@@ -142,7 +143,7 @@ async function showHealth() {
   const place = byId("health");
   try {
     const why = await api.notReady();
-    if (!card) await showModel();
+    if (!card && !(await showModel())) return;
     place.className = `health ${why ? "waiting" : "ready"}`;
     place.textContent = why ? `Not ready: ${why}` : `Ready: ${card.id}`;
     if (!why) return;
@@ -153,12 +154,30 @@ async function showHealth() {
   if (!document.hidden) nextLook = setTimeout(showHealth, LOOK_AGAIN_MS);
 }
 
+/** Returns whether the model could be described: not without a key that the service wants. */
 async function showModel() {
-  card = await api.model();
+  try {
+    card = await api.model();
+  } catch (error) {
+    if (!isAboutKey(error)) throw error;
+    askForKey(byId("key").value ? troubleInWords(error).text : "");
+    return false;
+  }
+  byId("key-form").hidden = true;
   model.describe(card);
   chosenSettings = settings.start(card);
   byId("settings").hidden = false;
   if (picture) showForeign();
+  return true;
+}
+
+const isAboutKey = (error) => error instanceof api.Refused && error.status === 401;
+
+function askForKey(fault) {
+  byId("health").className = "health waiting";
+  byId("health").textContent = "The service needs a key";
+  byId("key-form").hidden = false;
+  byId("key-fault").textContent = fault;
 }
 
 stage.start();
@@ -167,6 +186,12 @@ takeFiles(take);
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
+});
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  api.useKey(byId("key").value);
+  card = null;
+  showHealth();
 });
 byId("stop").addEventListener("click", () => running?.abort());
 byId("question").addEventListener("input", () => {

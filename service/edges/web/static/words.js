@@ -56,6 +56,8 @@ export function tensionsInWords(tensions) {
 
 const TITLES = {
   400: "The service cannot use this",
+  401: "The service does not know this key",
+  403: "The key does not allow this",
   404: "The service no longer has this image",
   408: "The upload was too slow",
   413: "This is too large",

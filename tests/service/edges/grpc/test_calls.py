@@ -55,6 +55,17 @@ async def test_an_answer_has_everything_that_is_known_of_it(service):
     assert list(explained.relevance[0].map) == [0.5] * 256
 
 
+async def test_log_probs_are_told_at_the_end(service):
+    asked = question(log_probs=True)
+    service.house.language.say(" red")
+    whole = await service.stub.Answer(asked)
+    _, end = await streamed(service.stub.StreamAnswer(asked))
+    assert b"".join(told.token for told in whole.log_probs) == b" red"
+    assert [told.log_prob for told in whole.log_probs] == [-place / 2 for place in range(len(whole.log_probs))]
+    assert list(end.log_probs) == list(whole.log_probs)
+    assert not (await service.stub.Answer(question())).log_probs
+
+
 async def test_a_stream_is_deltas_and_then_the_rest(service):
     service.house.language.say(" a red ring")
     text, end = await streamed(service.stub.StreamAnswer(question(explain=True)))

@@ -52,6 +52,11 @@ def test_every_field_is_taken():
             priority=pb.PRIORITY_LOW,
             budget=pb.Budget(vision_tokens=pb.Range(least=64, most=100), visual_tokens=pb.Range(least=32, most=64)),
             explain=True,
+            choices=["yes", "no"],
+            regex="yes",
+            json_schema='{"type": "object"}',
+            log_probs=True,
+            system="be brief",
         ),
         stream=True,
         timeout_s=3.0,
@@ -71,7 +76,17 @@ def test_every_field_is_taken():
         timeout_s=3.0,
         priority=Priority.LOW,
         stream=True,
+        choices=("yes", "no"),
+        regex="yes",
+        json_schema={"type": "object"},
+        log_probs=True,
+        system="be brief",
     )
+
+
+def test_a_schema_is_the_text_of_a_json_object():
+    assert refused(question("?", json_schema="{")).message.startswith("json_schema must be JSON text, such as")
+    assert refused(question("?", json_schema="[]")).param == "json_schema"
 
 
 def test_texts_and_images_keep_their_places_in_questions_and_turns():

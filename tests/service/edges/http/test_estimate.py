@@ -59,7 +59,7 @@ async def test_it_costs_what_the_answer_then_takes(caller):
 async def test_nothing_is_decoded_encoded_kept_or_held(caller):
     await caller.estimate(png())
     assert not caller.house.vision.calls
-    assert len(caller.house.pipeline.images) == 0
+    assert len(caller.house.pipeline.images.store) == 0
     assert caller.house.admission.quota.held == Cost()
     assert not caller.house.outcomes()
 

@@ -11,11 +11,10 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from blake3 import blake3
 
 from service.edges.http.application import http_api
 from service.edges.http.docs import STATIC
-from service.edges.http.openapi import EVENTS, EXAMPLES, SCENE_ID
+from service.edges.http.openapi import BATCH_EXAMPLES, EVENTS, EXAMPLES
 from service.edges.http.schema import VqaEvent
 from tests.support.fakes import House
 from tests.support.paths import PROJECT
@@ -86,11 +85,7 @@ def test_the_package_holds_the_files():
     assert '"service.edges.http" = ["static/*"]' in (PROJECT / "pyproject.toml").read_text()
 
 
-def test_the_example_by_id_names_the_image_of_the_others():
-    assert f"img_{blake3((STATIC / 'scene.webp').read_bytes()).hexdigest()[:32]}" == SCENE_ID
-
-
-@pytest.mark.parametrize("name", EXAMPLES)  # "by id" stands after others, which send its image
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_answer_as_they_say(gateway: Gateway, name):
     example = EXAMPLES[name]
     response = httpx.post(f"{gateway.url}/v1/vqa", json=example["value"], timeout=60, trust_env=False)
@@ -100,6 +95,16 @@ def test_the_examples_answer_as_they_say(gateway: Gateway, name):
     else:
         answer = response.json()["answer"]
     assert example["description"] == f"The reference model answers: {answer}"
+
+
+def test_the_batchs_example_answers_as_it_says(gateway: Gateway):
+    """It asks by the id of the image that the examples above send."""
+    httpx.post(f"{gateway.url}/v1/vqa", json=EXAMPLES["short"]["value"], timeout=60, trust_env=False)
+    (example,) = BATCH_EXAMPLES.values()
+    response = httpx.post(f"{gateway.url}/v1/vqa/batch", json=example["value"], timeout=60, trust_env=False)
+    results = sorted((json.loads(line) for line in response.text.splitlines()), key=lambda result: result["index"])
+    said = ", ".join(result["answer"] for result in results)
+    assert example["description"] == f"The reference model answers: {said}"
 
 
 def test_every_event_of_a_stream_is_described(gateway: Gateway):

@@ -23,6 +23,7 @@ import base64
 import http.client
 import json
 import os
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,12 @@ def read(content_type: str, body: bytes) -> Any:
 
 
 def outline(value: Any, name: str = "") -> Any:
-    """The exact value of an EXACT field and of an image's id; of all others names and types."""
+    """The exact value of an EXACT field; of all others names and types."""
     if name in EXACT and not isinstance(value, float):  # `timing_ms.vision` is a time
         return value
     match value:
-        case str() if value.startswith("img_"):  # the image's digest
-            return value
+        case str() if re.fullmatch("img_[0-9a-f]{32}", value):  # random
+            return "<image id>"
         case dict() if name in OPAQUE:
             return "<object>"
         case dict():

@@ -249,7 +249,7 @@ async def test_an_image_is_sent_once_and_asked_about_by_its_id(caller):
     [
         ({"image": "!"}, 400, "image", "invalid_image", "neither base64, nor a data: URL, nor an image id"),
         ({"image": ""}, 400, "image", "invalid_image", "empty (0 bytes)"),
-        ({"image": "aGVsbG8="}, 400, "image", "invalid_image", "send PNG, JPEG, WebP or GIF"),
+        ({"image": "aGVsbG8="}, 400, "image", "invalid_image", "send PNG, JPEG, WebP, GIF, AVIF, TIFF or BMP"),
         ({"image": IMAGE[: len(IMAGE) // 2 // 4 * 4]}, 400, "image", "invalid_image", "damaged or cut short"),
         ({"image": "https://example.com/x.png"}, 400, "image", "url_not_supported", "URLs are not fetched"),
         ({"image": "data:image/png,raw"}, 400, "image", "invalid_request", "data:image/png;base64"),
@@ -652,7 +652,7 @@ async def test_a_caller_who_hangs_up_while_its_image_is_decoded_frees_its_place(
     await until(task.done)
     assert task.exception() is None
     assert caller.house.admission.quota.held == Cost()
-    assert len(caller.house.pipeline.images) == 0
+    assert len(caller.house.pipeline.images.store) == 0
 
 
 async def test_an_image_that_is_not_decoded_in_time_is_504():

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 
 from service.admission.quota import Cost
 from service.core.card import ModelCard
@@ -79,6 +81,46 @@ def test_it_finds_the_model(client, card):
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("gpt-5")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+class Looked(BaseModel):
+    """What a product wants to know of an image."""
+
+    shape: Literal["ring", "square"]
+    count: Annotated[int, Field(ge=0, le=9)]
+    sure: bool
+
+
+def test_an_answer_is_parsed_into_a_model_of_pydantic(client, chat):
+    answer = client.chat.completions.parse(**chat | {"max_tokens": 100}, messages=[ASKED], response_format=Looked)
+    assert answer.choices[0].finish_reason == "stop"
+    assert isinstance(answer.choices[0].message.parsed, Looked)
+    with client.chat.completions.stream(
+        **chat | {"max_tokens": 100}, messages=[ASKED], response_format=Looked
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+
+
+def test_a_form_that_is_cut_has_no_answer_to_parse(client, chat):
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**chat | {"max_tokens": 2}, messages=[ASKED], response_format=Looked)
+
+
+def test_any_json_object(client, chat):
+    drawn = chat | {"max_tokens": 200, "temperature": 2, "seed": 2}
+    answer = client.chat.completions.create(**drawn, messages=[ASKED], response_format={"type": "json_object"})
+    (choice,) = answer.choices
+    assert choice.message.content.startswith("{")
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+
+
+def test_a_schema_that_cannot_be_followed_is_a_bad_request(client, chat):
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "array", "uniqueItems": True}}}
+    with pytest.raises(
+        openai.BadRequestError, match="response_format cannot be followed: Unimplemented keys"
+    ) as caught:
+        client.chat.completions.create(**chat, messages=[ASKED], response_format=form)
+    assert (caught.value.code, caught.value.param) == ("invalid_request", "response_format")
 
 
 def test_an_answer_has_usage_and_what_only_we_tell(client, chat, card):

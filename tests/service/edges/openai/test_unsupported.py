@@ -114,15 +114,50 @@ def test_an_answer_can_be_sent_back_as_it_came():
     assert request(ASKED, answer, user(text("sure?"))).exchanges[0].answer == "a circle"
 
 
-@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
-def test_other_forms_of_answers_are_refused_by_name(kind):
-    form = {"type": kind} | ({"json_schema": {"name": "s", "schema": {}}} if kind == "json_schema" else {})
-    with pytest.raises(
-        InvalidRequest, match=r"^response_format is not supported: answers have no other form yet"
-    ) as caught:
-        read(ASKED, response_format=form)
-    assert (caught.value.param, caught.value.code) == ("response_format", "unsupported_parameter")
-    assert read(ASKED, response_format={"type": "text"})
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FORMS = {
+    "text": ({"type": "text"}, None),
+    "any object": ({"type": "json_object"}, '{"type":"object"}'),
+    "a schema": (
+        {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": SCHEMA}},
+        '{"type":"object","properties":{"a":{"type":"integer"}}}',
+    ),
+    "a name alone": ({"type": "json_schema", "json_schema": {"name": "s"}}, '{"type":"object"}'),
+}
+
+
+@pytest.mark.parametrize(("form", "schema"), FORMS.values(), ids=FORMS)
+def test_the_form_of_an_answer_is_a_schema(form, schema):
+    guide = request(ASKED, response_format=form).sampling.guide
+    assert (guide and guide.text) == schema
+
+
+BAD_FORMS = {
+    "no schema": ({"type": "json_schema"}, {}, "response_format", "response_format.json_schema is missing"),
+    "a schema of no use": (
+        {"type": "text", "json_schema": {"name": "s"}},
+        {},
+        "response_format",
+        'the type "text": make the type "json_schema"',
+    ),
+    "another type": ({"type": "xml"}, {}, "response_format.type", "response_format.type should be"),
+    "another field": ({"type": "text", "name": "s"}, {}, "response_format.name", "there is no field"),
+    "two schemas": ({"type": "json_object"}, {"json_schema": {}}, "json_schema", "are both given"),
+    "two forms": ({"type": "json_object"}, {"regex": "a"}, "response_format", "regex and response_format"),
+    "a deep bound": (
+        {"type": "json_schema", "json_schema": {"name": "s", "schema": {"maxItems": 10**9}}},
+        {},
+        "response_format",
+        "^response_format repeats something 1000000000 times",
+    ),
+}
+
+
+@pytest.mark.parametrize(("form", "more", "param", "why"), BAD_FORMS.values(), ids=BAD_FORMS)
+def test_a_form_that_is_none_is_refused_in_the_chats_words(form, more, param, why):
+    with pytest.raises(InvalidRequest, match=why) as caught:
+        request(ASKED, response_format=form, **more)
+    assert caught.value.param == param
 
 
 def test_options_of_a_stream_that_are_not_supported_are_named():

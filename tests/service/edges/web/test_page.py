@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image as Pillow
+from playwright.async_api import Browser
 
 from service.core.errors import Overloaded, Unavailable
 from service.media.store import ImageStore
-from tests.service.edges.web.conftest import Kept, Open, Visit
+from tests.service.edges.web.conftest import Kept, Open, Visit, kept
 from tests.support.fakes import png, until
+from tests.support.keys import Keys
 
 pytestmark = [pytest.mark.needs("chromium"), pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -66,7 +69,7 @@ async def test_an_image_is_sent_once_for_many_questions_and_earlier_ones_stay(vi
         await visit.answers()
     assert len(visit.posted("/v1/images")) == 1
     assert await visit.page.locator("#answers h3").all_inner_texts() == ["where?", "what?"]
-    service.house.pipeline.images = ImageStore(100_000_000, 3600)  # as a service that was started again
+    service.house.pipeline.images.store = ImageStore(100_000_000, 3600)  # as a service that was started again
     await visit.ask("how many?")
     assert await visit.answers() == ["a red square"]
     assert len(visit.posted("/v1/images")) == 2
@@ -255,3 +258,30 @@ async def test_nothing_is_kept_in_the_browser(visit: Visit):
     assert await visit.page.context.cookies() == []
     kept = "(async () => localStorage.length + sessionStorage.length + (await indexedDB.databases()).length)()"
     assert await visit.page.evaluate(kept) == 0
+
+
+async def test_a_service_with_keys_asks_for_one_and_keeps_it_in_the_pages_memory(browser: Browser, tmp_path: Path):
+    keys = Keys(tmp_path)
+    key = keys.make("acme")
+    async with kept(keys=str(keys.path)) as service:
+        context = await browser.new_context()
+        page = await context.new_page()
+        visit = Visit(page, service.url)
+        await page.goto(service.url)
+        await page.fill("#key", "glk_00000000_wrong")
+        await page.press("#key", "Enter")
+        await page.get_by_text("The API key is not valid").wait_for()
+        await page.fill("#key", key)
+        await page.press("#key", "Enter")
+        await page.wait_for_selector("#model:not([hidden])")
+        assert await page.is_hidden("#key-form")
+        await visit.choose(png())
+        await visit.ask("what is there?")
+        assert await visit.answers() == ["a red square"]
+        kept_by_browser = "() => JSON.stringify([localStorage, sessionStorage, document.cookie])"
+        assert await page.evaluate(kept_by_browser) == '[{},{},""]'
+        await page.reload()
+        await page.wait_for_selector("#key-form:not([hidden])")
+        assert await page.input_value("#key") == ""
+        visit.check()
+        await context.close()

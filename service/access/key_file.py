@@ -1,0 +1,90 @@
+"""Keep the keys in a file of JSON, which several commands and gateways may use."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from service.access.keys import Keyring, KeysError
+
+Seen = tuple[int, int, int]
+
+
+class KeyFile:
+    """Read the file, and read it again when its inode, size or time of change is another."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: Seen | None = None
+
+    def read(self) -> Keyring:
+        """Raises KeysError."""
+        try:
+            with self.path.open("rb") as file:
+                told = os.fstat(file.fileno())
+                text = file.read()
+        except OSError as exc:
+            raise KeysError(
+                f"{self.path} cannot be read ({exc.strerror}): make it with `glimpse keys create`, or set GLIMPSE_KEYS "
+                "to another file"
+            ) from exc
+        try:
+            keyring = Keyring.from_json(text)
+        except KeysError as exc:
+            raise KeysError(f"{self.path}: {exc}") from exc
+        self._seen = (told.st_ino, told.st_size, told.st_mtime_ns)
+        return keyring
+
+    async def changed(self) -> Keyring | None:
+        """Return the keys if the file is another than was last read, else None. Raises KeysError."""
+        return await asyncio.to_thread(self._changed)
+
+    async def run(self) -> None:
+        """Nothing has to run."""
+
+    def _changed(self) -> Keyring | None:
+        with suppress(OSError):  # else `read` says what is wrong
+            told = self.path.stat()
+            if (told.st_ino, told.st_size, told.st_mtime_ns) == self._seen:
+                return None
+        return self.read()
+
+    async def loaded(self) -> Keyring:
+        """Read the keys, for a command; there are none without a file. Raises KeysError."""
+        return self.read() if self.path.exists() else Keyring()
+
+    async def change(self, how: Callable[[Keyring], Keyring]) -> None:
+        """Replace the file, which need not exist yet, in one step. Only its owner may read it. Raises KeysError."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                changed = how(self.read() if self.path.exists() else Keyring())
+                replace_file(self.path, changed.to_json())
+        except OSError as exc:
+            raise KeysError(f"{self.path} cannot be written ({exc.strerror})") from exc
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file of mode 0600 beside this one, and put it in its place. Raises OSError."""
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():  # a service that runs as another user must still read it
+            told = path.stat()
+            os.chmod(name, told.st_mode & 0o777)
+            with suppress(PermissionError):
+                os.chown(name, told.st_uid, told.st_gid)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise

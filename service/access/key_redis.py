@@ -1,0 +1,100 @@
+"""Keep the keys in Redis, for several gateways.
+
+    glimpse:{access}:keys       hash: a key's id to its record
+    glimpse:{access}:tenants    hash: a tenant to its limits
+    glimpse:{access}:version    a counter, raised after each change
+
+They have no expiry. A Redis that evicts keys needs a policy that spares those: volatile-lru, not allkeys-lru.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from service.access.keys import KeyRecord, Keyring, KeysError, Limits, parsed_tenant
+from service.cache.admin import opened
+from service.cache.redis_client import Command, Lane, RedisFault, granted
+
+KEYS, TENANTS, VERSION = "glimpse:{access}:keys", "glimpse:{access}:tenants", "glimpse:{access}:version"
+TIMEOUT_S = 1.0  # for one look
+NEVER = b""  # the version before the first look
+LOST = (
+    "the keys are no longer in Redis (was it emptied, or does it evict keys?): the gateway goes on with the last ones. "
+    "Make them again with `glimpse keys create`"
+)
+
+
+class KeysInRedis:
+    """Read the keys when their version is another. Usable while `run` of its lane runs."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError for a URL that cannot be used."""
+        self.lane = Lane(url, TIMEOUT_S)
+        self._url = url
+        self._version: bytes | None = NEVER
+
+    async def changed(self) -> Keyring | None:
+        """Return the keys if they are others than were last read, else None. Raises KeysError."""
+        try:
+            (version,) = map(granted, await self.lane.ask(("GET", VERSION)))
+            if version == self._version:
+                return None
+            if version is None and self._version != NEVER:
+                raise KeysError(LOST)
+            told = await self.lane.ask(("GET", VERSION), ("HGETALL", KEYS), ("HGETALL", TENANTS))
+            version, keys, tenants = map(granted, told)
+        except RedisFault as fault:
+            raise KeysError(f"the keys in Redis cannot be read ({fault.message})") from fault
+        keyring = keyring_of(keys, tenants)
+        self._version = version
+        return keyring
+
+    async def run(self) -> None:
+        """Own the connection until cancelled."""
+        await self.lane.run()
+
+    async def change(self, how: Callable[[Keyring], Keyring]) -> None:
+        """Write what `how` changes. Raises KeysError, RedisFault."""
+        async with opened(self._url) as lane:
+            keys, tenants = map(granted, await lane.ask(("HGETALL", KEYS), ("HGETALL", TENANTS)))
+            before = keyring_of(keys, tenants)
+            for reply in await lane.ask(*changes(before, how(before)), ("INCR", VERSION)):
+                granted(reply)
+
+    async def loaded(self) -> Keyring:
+        """Read the keys once, for a command. Raises KeysError, RedisFault."""
+        async with opened(self._url) as lane:
+            return keyring_of(*map(granted, await lane.ask(("HGETALL", KEYS), ("HGETALL", TENANTS))))
+
+
+def changes(before: Keyring, after: Keyring) -> list[Command]:
+    """Return the commands that turn one keyring into the other. They leave what others changed meanwhile."""
+    commands: list[Command] = []
+    for name, old, new in ((KEYS, before.keys, after.keys), (TENANTS, before.tenants, after.tenants)):
+        commands += [
+            ("HSET", name, each, orjson.dumps(told.told())) for each, told in new.items() if old.get(each) != told
+        ]
+        commands += [("HDEL", name, each) for each in old if each not in new]
+    return commands
+
+
+def keyring_of(keys: dict[bytes, bytes], tenants: dict[bytes, bytes]) -> Keyring:
+    """Raises KeysError."""
+    return Keyring.of(
+        (KeyRecord.parse(loaded(told), f"key {name.decode(errors='replace')}") for name, told in keys.items()),
+        {
+            parsed_tenant(name.decode(errors="replace")): Limits.parse(loaded(told), "the limits of a tenant")
+            for name, told in tenants.items()
+        },
+    )
+
+
+def loaded(told: bytes) -> Any:
+    """Raises KeysError."""
+    try:
+        return orjson.loads(told)
+    except orjson.JSONDecodeError as exc:
+        raise KeysError(f"a record in Redis is not JSON ({exc})") from exc

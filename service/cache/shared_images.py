@@ -1,0 +1,151 @@
+"""Keep images in Redis, so that every gateway knows their ids.
+
+    glimpse:1:image:{address}     the record: magic number, BLAKE3 of address and image, the image; kept for its time
+    glimpse:1:images:deleted      sorted set: addresses of deleted images, and when; gateways forget them too
+
+An address is a hash of the tenant and of an id with 128 random bits (`address_of` in service/media/store.py). So a
+tenant, whatever id it sends, only ever reads what it put there. Whoever can read Redis itself can read the images.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from blake3 import blake3
+
+from service.cache.redis_client import Command, Lane, RedisFault, Reply, granted
+from service.cache.redis_tier import PREFIX, RedisTier
+from service.metrics import Metrics
+
+MAGIC = b"GLI1"
+DIGEST_BYTES = 32
+TIMEOUT_S = 1.0  # for one image: up to 20 MB
+LOOK_INTERVAL_S = 0.5  # a deleted image is forgotten everywhere at most so much later
+OVERLAP_S = 30.0  # by which the gateways' clocks may differ
+MOST_UNWRITTEN_BYTES = 64 * 1024 * 1024
+DELETED = f"{PREFIX}:images:deleted"
+BROKEN = ("timeout", "unreachable", "fault")  # kinds of faults that are the connection's
+
+
+def key_of(address: str) -> str:
+    return f"{PREFIX}:image:{{{address}}}"
+
+
+def record_of(address: str, data: bytes) -> bytes:
+    return MAGIC + blake3(address.encode() + data).digest() + data
+
+
+def image_in(record: bytes, address: str) -> bytes | None:
+    """Return the record's image; None if it does not fit."""
+    head = len(MAGIC) + DIGEST_BYTES
+    return record[head:] if record_of(address, record[head:])[:head] == record[:head] else None
+
+
+class SharedImages:
+    """Usable while `run` runs. While Redis is not in use nothing is found and nothing is kept. Nothing here raises."""
+
+    def __init__(self, url: str, tier: RedisTier, metrics: Metrics, ttl_s: float) -> None:
+        self.forget: Callable[[str], object] = lambda _: None  # told the address of each image that another deleted
+        self._tier = tier
+        self._metrics = metrics
+        self._ttl_ms = max(1, round(ttl_s * 1e3))
+        self._ttl_s = ttl_s
+        self._reads = Lane(url, TIMEOUT_S)
+        self._writes = Lane(url, TIMEOUT_S)
+        self._behind: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self._unwritten_bytes = 0
+        self._looked_at = 0.0  # seconds since the epoch
+        self._told: set[str] = set()  # deleted ones that `forget` knows
+
+    @property
+    def in_use(self) -> bool:
+        return self._tier.in_use
+
+    async def run(self) -> None:
+        """Own the connections and all background work, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._reads.run())
+            tasks.create_task(self._writes.run())
+            tasks.create_task(self._write_behind())
+            while True:
+                await self.look()
+                await asyncio.sleep(LOOK_INTERVAL_S)
+
+    async def find(self, address: str) -> tuple[bytes, float] | None:
+        """Return an image, and the seconds that it has left."""
+        replies = await self._ask(self._reads, ("GET", key_of(address)), ("PTTL", key_of(address)))
+        if replies is None:
+            self._metrics.image_lookups.labels("redis", "skipped").inc()
+            return None
+        record, left_ms = replies
+        data = image_in(record, address) if isinstance(record, bytes) else None
+        if record is not None and data is None:
+            self._metrics.redis_bad_records.labels("image").inc()
+            await self._ask(self._reads, ("UNLINK", key_of(address)))
+        self._metrics.image_lookups.labels("redis", "miss" if data is None else "hit").inc()
+        return None if data is None else (data, max(0, int(left_ms)) / 1e3)
+
+    async def put(self, address: str, data: bytes) -> bool:
+        """Keep an image. Returns whether Redis has it now."""
+        record = record_of(address, data)
+        kept = await self._ask(self._writes, ("SET", key_of(address), record, "PX", self._ttl_ms))
+        self._metrics.image_writes.labels("failed" if kept is None else "kept").inc()
+        return kept is not None
+
+    def put_behind(self, address: str, data: bytes) -> None:
+        """Keep an image in the background."""
+        if not self.in_use:
+            self._metrics.image_writes.labels("skipped").inc()
+        elif self._unwritten_bytes + len(data) > MOST_UNWRITTEN_BYTES:
+            self._metrics.image_writes.labels("dropped").inc()
+        else:
+            self._unwritten_bytes += len(data)
+            self._behind.put_nowait((address, data))
+
+    async def delete(self, address: str) -> bool | None:
+        """Delete an image here and in every gateway. Returns whether it was there; None if Redis did not answer."""
+        now = time.time()
+        replies = await self._ask(
+            self._writes,
+            ("UNLINK", key_of(address)),
+            ("ZADD", DELETED, f"{now:.3f}", address),
+            ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s:.3f}"),
+            ("PEXPIRE", DELETED, self._ttl_ms + 60_000),
+        )
+        return None if replies is None else bool(replies[0])
+
+    async def look(self) -> None:
+        """Forget what others deleted."""
+        since, now = self._looked_at - OVERLAP_S, time.time()
+        if not self.in_use:
+            return
+        replies = await self._ask(self._reads, ("ZRANGEBYSCORE", DELETED, f"{since:.3f}", "+inf"))
+        if replies is None:
+            return
+        self._looked_at = now
+        found = {address.decode() for address in replies[0]}
+        for address in found - self._told:
+            self.forget(address)
+        self._told = found
+
+    async def _write_behind(self) -> None:
+        while True:
+            address, data = await self._behind.get()
+            self._unwritten_bytes -= len(data)
+            await self.put(address, data)
+
+    async def _ask(self, lane: Lane, *commands: Command) -> list[Reply] | None:
+        """Return Redis's replies; None if it is not in use, does not answer, or refuses a command."""
+        if not self.in_use:
+            return None
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                return [granted(reply) for reply in await lane.ask(*commands)]
+        except TimeoutError:
+            fault = RedisFault("timeout", f"no answer within {TIMEOUT_S:g} s")
+        except RedisFault as found:
+            fault = found
+        (self._tier.failed if fault.kind in BROKEN else self._tier.refused)(fault)
+        return None

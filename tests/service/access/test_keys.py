@@ -1,0 +1,211 @@
+"""A key, its record, and the file and the Redis that hold them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import stat
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.access.gate import Gate
+from service.access.key_file import KeyFile
+from service.access.key_redis import KEYS, VERSION, KeysInRedis
+from service.access.keys import DIGEST, KeyRecord, Keyring, KeysError, Limits, digest_of, new_key
+from service.core.access import Scope
+from service.core.errors import Unauthenticated, Unavailable
+from service.metrics import Metrics
+from tests.support.fakes import cancelled, until
+from tests.support.keys import ASKING, Keys
+
+
+def ring_of(*made: tuple[str, str, str], **fields: object) -> Keyring:
+    told = {"tenant": "acme", "scopes": ASKING, "created_at": 1.0} | fields
+    return Keyring.of((KeyRecord(id=key_id, sha256=digest, **told) for _, key_id, digest in made), {})
+
+
+def test_a_key_has_256_random_bits_and_only_its_hash_is_kept():
+    made = [new_key() for _ in range(20)]
+    for key, key_id, digest in made:
+        assert re.fullmatch(r"glk_[0-9a-f]{8}_[A-Za-z0-9_-]{43}", key)
+        assert key.split("_")[1] == key_id
+        assert DIGEST.fullmatch(digest)
+    assert len({key for key, _, _ in made}) == 20
+    text = ring_of(*made).to_json().decode()
+    assert not [key for key, _, _ in made if key[13:] in text]
+
+
+def test_the_right_key_has_its_tenant_and_scopes():
+    made = new_key()
+    grant = ring_of(made).grant(made[0], now=5.0)
+    assert (grant.tenant, grant.key, grant.scopes) == ("acme", made[1], ASKING)
+    assert grant.allows(Scope.ASK)
+    assert not grant.allows(Scope.METRICS)
+    assert not grant.allows(Scope.ADMIN)
+
+
+def test_admin_allows_everything():
+    made = new_key()
+    grant = ring_of(made, scopes=frozenset({Scope.ADMIN})).grant(made[0], now=5.0)
+    assert all(grant.allows(scope) for scope in Scope)
+
+
+def test_every_other_key_is_refused():
+    made, other = new_key(), new_key()
+    ring = ring_of(made)
+    key = made[0]
+    wrong = [
+        other[0],
+        key[:-1],
+        key + "x",
+        key.upper(),
+        key.replace("glk", "GLK"),
+        f"glk_{made[1]}_",
+        made[1],
+        "é",
+        "_",
+    ]
+    wrong += [f"glk_{made[1]}_{other[0][13:]}", " " + key, key * 10, made[2]]
+    for each in wrong:
+        with pytest.raises(Unauthenticated) as caught:
+            ring.grant(each, now=5.0)
+        assert caught.value.code == "invalid_api_key"
+        assert each not in caught.value.message or len(each) < 3
+    with pytest.raises(Unauthenticated) as caught:
+        ring.grant("", now=5.0)
+    assert caught.value.code == "missing_api_key"
+
+
+def test_a_key_expires():
+    made = new_key()
+    ring = ring_of(made, expires_at=10.0)
+    assert ring.grant(made[0], now=9.9).tenant == "acme"
+    with pytest.raises(Unauthenticated) as caught:
+        ring.grant(made[0], now=10.0)
+    assert caught.value.code == "expired_api_key"
+
+
+def test_a_document_is_read_as_it_was_written():
+    made = [new_key() for _ in range(3)]
+    ring = ring_of(*made, limits=Limits(requests_per_minute=5), note="a note", expires_at=7.5)
+    ring = Keyring(ring.keys, {"acme": Limits(images_per_minute=2), "b": Limits(concurrent_requests=1)})
+    assert Keyring.from_json(ring.to_json()) == ring
+
+
+KEY = f'{{"id": "00000000", "sha256": "{digest_of("x")}", "tenant": "a", "scopes": ["ask"]}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it is not JSON"),
+        ("[]", 'must be an object with "version": 1'),
+        ('{"version": 2}', 'must be an object with "version": 1'),
+        ('{"version": 1, "more": 1}', 'must be an object with "version": 1'),
+        ('{"version": 1, "keys": {}}', "keys must be a list"),
+        ('{"version": 1, "keys": [1]}', "keys.0 must be an object"),
+        ('{"version": 1, "keys": [{}]}', "keys.0.id is None"),
+        (f'{{"version": 1, "keys": [{KEY}, {KEY}]}}', "two keys have the id 00000000"),
+        (f'{{"version": 1, "keys": [{KEY.replace("ask", "all")}]}}', "keys.0.scopes is"),
+        (f'{{"version": 1, "keys": [{KEY.replace("scopes", "scope")}]}}', "keys.0 has no field 'scope'"),
+        (
+            f'{{"version": 1, "keys": [{KEY.replace("}", ", " + chr(34) + "expires_at" + chr(34) + ": true}")}]}}',
+            "expires_at",
+        ),
+        ('{"version": 1, "tenants": {"a b": {}}}', "the tenant 'a b' must have"),
+        ('{"version": 1, "tenants": {"a": {"requests": 1}}}', "tenants.a has no limit 'requests'"),
+        ('{"version": 1, "tenants": {"a": {"requests_per_minute": 0}}}', "requests_per_minute is 0"),
+        ('{"version": 1, "tenants": {"a": {"requests_per_minute": true}}}', "requests_per_minute is True"),
+    ],
+)
+def test_a_wrong_document_says_where(text, said):
+    with pytest.raises(KeysError, match=re.escape(said)):
+        Keyring.from_json(text.encode())
+
+
+def test_a_tenants_limits_replace_the_defaults_one_by_one():
+    ring = Keyring({}, {"acme": Limits(requests_per_minute=5)})
+    defaults = Limits(requests_per_minute=100, images_per_minute=10)
+    assert ring.limits("acme", "", defaults) == (Limits(requests_per_minute=5, images_per_minute=10), Limits())
+    assert ring.limits("other", "", defaults) == (defaults, Limits())
+
+
+async def test_the_file_is_its_owners_and_is_replaced_in_one_step(tmp_path: Path):
+    file = KeyFile(tmp_path / "in" / "keys.json")
+    assert await file.loaded() == Keyring()
+    made = [new_key() for _ in range(8)]
+    await asyncio.gather(
+        *(
+            asyncio.to_thread(
+                asyncio.run, file.change(lambda ring, each=each: Keyring({**ring.keys, **ring_of(each).keys}))
+            )
+            for each in made
+        )
+    )
+    assert set(KeyFile(file.path).read().keys) == {key_id for _, key_id, _ in made}
+    assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
+    assert not [path for path in file.path.parent.iterdir() if path.suffix not in (".json", ".lock")]
+
+
+async def test_a_change_of_the_file_is_noticed_and_a_bad_file_changes_nothing(tmp_path: Path):
+    keys = Keys(tmp_path)
+    first = keys.make("acme")
+    source = KeyFile(keys.path)
+    metrics = Metrics()
+    gate = Gate(source, metrics, first=source.read())
+    second = keys.make("beta")
+    with pytest.raises(Unauthenticated):
+        gate.grant(second)
+    await gate.look()
+    assert gate.grant(second).tenant == "beta"
+    assert metrics.registry.get_sample_value("glimpse_keys") == 2
+    keys.path.write_text("{")
+    with capture_logs() as logs:
+        await gate.look()
+        await gate.look()
+    assert [line["event"] for line in logs] == ["keys_not_read"]
+    assert gate.grant(first).tenant == "acme"
+    assert metrics.registry.get_sample_value("glimpse_keys_readable") == 0
+    keys.path.unlink()
+    await gate.look()
+    assert gate.grant(first).tenant == "acme"
+    keys.write(Keyring())
+    await gate.look()
+    with pytest.raises(Unauthenticated):
+        gate.grant(first)
+    assert metrics.registry.get_sample_value("glimpse_keys_readable") == 1
+
+
+async def test_keys_in_redis_are_read_when_they_change_and_outlive_it(redis_server):
+    source = KeysInRedis(redis_server.url)
+    gate = Gate(source, Metrics())
+    with pytest.raises(Unavailable):
+        gate.grant("glk_00000000_")
+    running = asyncio.create_task(gate.run())
+    made = new_key()
+    admin = KeysInRedis(redis_server.url)
+    await admin.change(lambda ring: Keyring({**ring.keys, **ring_of(made).keys}, {"acme": Limits(images_per_minute=3)}))
+
+    def knows() -> bool:
+        try:
+            return gate.grant(made[0]).tenant == "acme"
+        except (Unauthenticated, Unavailable):
+            return False
+
+    await until(knows)
+    assert (await admin.loaded()).tenants == {"acme": Limits(images_per_minute=3)}
+    assert not [value for value in redis_server.client.hgetall(KEYS).values() if made[0][13:].encode() in value]
+    redis_server.client.flushall()
+    await gate.look()
+    assert knows()  # the last ones stay in use
+    redis_server.kill()
+    await gate.look()
+    assert knows()
+    redis_server.start()
+    other = new_key()
+    await admin.change(lambda ring: Keyring({**ring.keys, **ring_of(other).keys}))
+    redis_server.client.incr(VERSION)  # as far as it was before it was emptied
+    await until(lambda: not knows())
+    await cancelled(running)

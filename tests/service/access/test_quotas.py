@@ -1,0 +1,279 @@
+"""What a tenant may use: in this process, over two gateways with one Redis, and while Redis is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.access.keys import Limits
+from service.access.quotas import in_words
+from service.access.windows import left_of, wait_s
+from service.core.access import UNLIMITED
+from service.edges.grpc.stubs import vqa_pb2 as pb
+from tests.service.edges.http.test_vqa import ASKED, Caller, events, fault
+from tests.support.calls import failure, question, served
+from tests.support.fakes import House, cancelled, png, turns, until
+from tests.support.keys import Keys, bearer
+
+
+@pytest.fixture(autouse=True)
+async def _inside_a_minute() -> None:
+    """Do not begin at a minute's end.
+
+    The library's windows in memory begin with the clock's minutes. When one ends, its part is rounded down, and one
+    request more than the quota may pass.
+    """
+    await until(lambda: time.time() % 60 < 50)
+
+
+@asynccontextmanager
+async def calling(**settings: object) -> AsyncIterator[Caller]:
+    """A service without Triton, with what runs behind its quotas."""
+    caller = Caller(House(**settings))
+    house = caller.house
+    running = [asyncio.create_task(house.quotas.run())]
+    if house.shared is not None:
+        running.append(asyncio.create_task(house.shared.run()))
+        await until(lambda: house.shared.in_use)
+    try:
+        yield caller
+    finally:
+        for task in running:
+            await cancelled(task)
+        await caller.close()
+
+
+async def statuses(*asked: Caller, times: int, **body: object) -> Counter[int]:
+    """Ask so often, of one service after the other, a few at once."""
+    responses: list[httpx.Response] = []
+    for start in range(0, times, 8):
+        some = (asked[number % len(asked)].ask(**body) for number in range(start, min(start + 8, times)))
+        responses += await asyncio.gather(*some)
+    return Counter(response.status_code for response in responses)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0ms"), (0.1204, "121ms"), (1, "1s"), (59.2, "1m0s"), (360, "6m0s"), (61, "1m1s")]
+)
+def test_times_are_written_as_openais_headers_do(seconds, words):
+    assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("room", "before", "before_ends_s", "current", "current_ends_s", "wait"),
+    [
+        (5, 0, 0.0, 0, 0.0, 0.0),
+        (5, 0, 0.0, 5, 90.0, 0.0),
+        (5, 10, 30.0, 0, 0.0, 0.0),  # 10 * 30 / 60 = 5
+        (5, 10, 60.0, 0, 0.0, 30.0),
+        (5, 60, 30.0, 5, 90.0, 30.0),
+        (0, 0, 0.0, 5, 70.0, 70.0),
+        (5, 0, 0.0, 10, 90.0, 60.0),  # 30 s until it is the earlier window, which has left by half after 30 s more
+        (-1, 0, 0.0, 0, 0.0, math.inf),
+    ],
+)
+def test_the_wait_is_until_the_cost_fits(room, before, before_ends_s, current, current_ends_s, wait):
+    assert wait_s(room, before, before_ends_s, current, current_ends_s) == pytest.approx(wait)
+
+
+def test_what_is_left_counts_the_earlier_window_by_its_part():
+    left = left_of(10, 1, before=6, before_ends_s=20.0, current=3, current_ends_s=80.0)
+    assert (left.remaining, left.reset_s) == (5, 80.0)
+
+
+def test_without_limits_nothing_is_counted():
+    house = House()
+    assert house.quotas.of("acme", "") is UNLIMITED
+    house.reader.close()
+
+
+async def test_requests_over_the_quota_are_refused_with_openais_headers():
+    async with calling(quota_requests_per_minute=3) as caller:
+        for left in (2, 1, 0):
+            response = await caller.ask()
+            assert response.status_code == 200
+            assert response.headers["x-ratelimit-limit-requests"] == "3"
+            assert response.headers["x-ratelimit-remaining-requests"] == str(left)
+            assert response.headers["x-ratelimit-reset-requests"].endswith("s")
+        refused = await caller.ask()
+        error = fault(refused, 429)
+        assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
+        assert "your tenant may use 3 requests a minute here, and has 0 left" in error["message"]
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        other = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": "other"})
+        assert other.status_code == 200
+        assert caller.house.counted("glimpse_quota_refusals_total", unit="requests") == 1
+        assert (await caller.http.get("/v1/models")).status_code == 200
+
+
+async def test_a_request_over_the_quota_is_refused_before_its_body_is_read():
+    async with calling(quota_requests_per_minute=1) as caller:
+        await caller.ask()
+        read: list[bytes] = []
+
+        async def body() -> AsyncIterator[bytes]:
+            read.append(b"x")
+            yield b"x"
+
+        fault(await caller.http.post("/v1/images", content=body()), 429)
+        assert read == []
+
+
+async def test_tokens_are_reserved_and_settled_with_what_was_used():
+    async with calling(quota_generated_tokens_per_minute=100, quota_visual_tokens_per_minute=64) as caller:
+        caller.house.language.say(" red ring")
+        response = await caller.ask(max_tokens=60)
+        used = response.json()["usage"]["completion_tokens"]
+        assert 0 < used < 60
+        assert response.headers["x-ratelimit-remaining-tokens"] == "40"  # while it was asked
+        assert response.headers["x-ratelimit-remaining-visual-tokens"] == "32"
+        await caller.house.quotas.settle()
+        again = await caller.ask(max_tokens=60)
+        assert again.headers["x-ratelimit-remaining-tokens"] == str(100 - used - 60)
+        refused = await caller.ask(max_tokens=1)
+        assert "this request may need 32: lower budget.visual_tokens" in fault(refused, 429)["message"]
+
+
+async def test_a_request_that_never_fits_says_what_to_lower():
+    async with calling(quota_generated_tokens_per_minute=10) as caller:
+        refused = fault(await caller.ask(max_tokens=60), 429)
+        assert "this request may need 60: lower max_tokens" in refused["message"]
+        assert (await caller.ask(max_tokens=10)).status_code == 200
+
+
+async def test_a_question_that_fails_gives_its_images_and_tokens_back():
+    async with calling(quota_images_per_minute=2, quota_visual_tokens_per_minute=64) as caller:
+        for _ in range(5):
+            fault(await caller.ask(image="img_0"), 404)
+            await caller.house.quotas.settle()
+        assert (await caller.ask()).status_code == 200
+        assert (await caller.http.post("/v1/images", content=png())).status_code == 200
+        fault(await caller.http.post("/v1/images", content=png()), 429)
+
+
+async def test_a_stream_has_the_headers_and_settles_at_its_end():
+    async with calling(quota_generated_tokens_per_minute=100) as caller:
+        response = await caller.ask(stream=True, max_tokens=50)
+        assert events(response)[-1] == "[DONE]"
+        assert response.headers["x-ratelimit-remaining-tokens"] == "50"
+        await caller.house.quotas.settle()
+        assert (await caller.ask(max_tokens=99)).status_code == 200
+
+
+async def test_open_requests_are_limited_and_places_come_back():
+    async with calling(quota_concurrent_requests=2) as caller:
+        caller.house.language.gate.clear()
+        asked = [asyncio.create_task(caller.ask()) for _ in range(2)]
+        await until(lambda: caller.house.language.open == 2)
+        error = fault(await caller.ask(), 429)
+        assert "your tenant has 2 open requests" in error["message"]
+        await cancelled(asked.pop())
+        await turns()
+        caller.house.language.gate.set()
+        assert (await asked.pop()).status_code == 200
+        await caller.house.quotas.settle()
+        assert [(await caller.ask()).status_code for _ in range(6)] == [200] * 6
+
+
+async def test_a_tenant_and_a_key_have_limits_of_their_own(tmp_path: Path):
+    keys = Keys(tmp_path)
+    wide, narrow = keys.make("acme"), keys.make("acme", limits=Limits(requests_per_minute=1))
+    other = keys.make("other")
+    keys.limit("acme", Limits(requests_per_minute=3))
+    async with calling(keys=str(keys.path), quota_requests_per_minute=1) as caller:
+
+        async def ask(key: str) -> httpx.Response:
+            return await caller.http.post("/v1/vqa", json=ASKED, headers=bearer(key))
+
+        assert (await ask(narrow)).status_code == 200
+        assert "your API key may use 1 requests" in fault(await ask(narrow), 429)["message"]
+        await caller.house.quotas.settle()  # the tenant's part of the refused request comes back
+        assert [(await ask(wide)).status_code for _ in range(3)] == [200, 200, 429]
+        assert [(await ask(other)).status_code for _ in range(2)] == [200, 429]
+
+
+async def test_without_redis_a_gateway_allows_its_part_of_the_gateways_that_it_was_told():
+    async with calling(quota_requests_per_minute=5, quota_gateways=2) as caller:
+        assert await statuses(caller, times=5) == {200: 3, 429: 2}
+
+
+async def test_calls_of_grpc_are_counted_too():
+    async with served(House(quota_requests_per_minute=1)) as service:
+        assert (await service.stub.Answer(question())).answer == "red"
+        failed = await failure(service.stub.Answer(pb.AnswerRequest()))
+        assert (failed.code, failed.reason) == ("RESOURCE_EXHAUSTED", "rate_limit_exceeded")
+        assert failed.retry_after_s >= 1
+
+
+async def test_two_gateways_share_one_quota_through_redis_and_their_parts_without_it(redis_server):
+    settings = {"redis_url": redis_server.url, "redis_timeout_s": 5.0}
+    quota = {"quota_requests_per_minute": 40, "quota_concurrent_requests": 30}
+    async with calling(**settings, **quota) as one, calling(**settings, **quota) as two:
+        assert await statuses(one, two, times=60) == {200: 40, 429: 20}
+        for each in (one, two):
+            await each.house.quotas.windows.beat()
+        await one.house.quotas.windows.beat()
+        assert [each.house.counted("glimpse_quota_gateways") for each in (one, two)] == [2, 2]
+        assert one.house.counted("glimpse_quota_is_local") == 0
+        redis_server.kill()
+        assert await statuses(one, times=30) == {200: 20, 429: 10}  # 40 for two
+        assert await statuses(two, times=30) == {200: 20, 429: 10}
+        assert one.house.counted("glimpse_quota_is_local") == 1
+        redis_server.start()
+        await until(lambda: one.house.shared.in_use)
+        assert (await one.ask()).status_code == 200
+        assert one.house.counted("glimpse_quota_is_local") == 0
+
+
+async def test_places_are_counted_over_gateways_and_survive_a_redis_that_is_gone(redis_server):
+    settings = {"redis_url": redis_server.url, "redis_timeout_s": 5.0, "quota_concurrent_requests": 2}
+    async with calling(**settings) as one, calling(**settings, quota_gateways=2) as two:
+        for caller in (one, two):
+            caller.house.language.gate.clear()
+        asked = [asyncio.create_task(caller.ask()) for caller in (one, two)]
+        await until(lambda: one.house.language.open == two.house.language.open == 1)
+        for caller in (one, two):
+            fault(await caller.ask(), 429)
+        redis_server.kill()
+        fault(await two.ask(), 429)  # its part is one
+        for caller in (one, two):
+            caller.house.language.gate.set()
+        assert [(await each).status_code for each in asked] == [200, 200]
+        for caller in (one, two):
+            await caller.house.quotas.settle()
+        redis_server.start()
+        for caller in (one, two):
+            await until(lambda caller=caller: caller.house.shared.in_use)
+        assert (await one.ask()).status_code == 200
+
+
+async def test_a_user_of_redis_without_the_commands_has_its_part_and_keeps_the_cache(redis_server):
+    """The commands are refused, and the connection is in order: features are still shared."""
+    redis_server.client.execute_command(
+        "ACL", "SETUSER", "limited", "on", ">secret", "~glimpse:*", "+get", "+set", "+unlink"
+    )
+    url = redis_server.url.replace("redis://", "redis://limited:secret@")
+    async with calling(redis_url=url, redis_timeout_s=5.0, quota_requests_per_minute=5, quota_gateways=1) as caller:
+        assert await statuses(caller, times=8) == {200: 5, 429: 3}
+        assert caller.house.counted("glimpse_quota_is_local") == 1
+        assert caller.house.counted("glimpse_redis_errors_total", kind="denied") > 0
+        await until(lambda: caller.house.shared.in_use)  # a timeout of a busy machine ends
+
+
+async def test_each_question_of_a_batch_counts_and_the_batch_has_one_place():
+    async with calling(quota_requests_per_minute=4, quota_concurrent_requests=1) as caller:
+        batch = [ASKED | {"timeout_s": 0.5}] * 5  # too short to wait for the next minute
+        response = await caller.http.post("/v1/vqa/batch", json=batch)
+        results = [json.loads(line) for line in response.text.splitlines()]
+        codes = Counter(result.get("error", {}).get("code", "ok") for result in results)
+        assert codes == {"ok": 3, "rate_limit_exceeded": 2}

@@ -1,0 +1,177 @@
+"""Ids of images: one tenant's alone, known to every gateway with Redis, and deleted everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.cache.shared_images import DELETED, image_in, key_of, record_of
+from service.media.store import address_of
+from tests.service.edges.http.test_vqa import ASKED, Caller, fault
+from tests.support.fakes import House, cancelled, png, until
+from tests.support.keys import Keys, bearer
+from tests.support.servers import RedisServer
+
+SECRET = png((1, 2, 3))
+
+
+class Asking(Caller):
+    """A client of a service without Triton, as one tenant or with one key."""
+
+    async def send(self, data: bytes, headers: dict[str, str] | None = None) -> str:
+        response = await self.http.post("/v1/images", content=data, headers=headers)
+        assert response.status_code == 200, response.text
+        return str(response.json()["id"])
+
+    async def about(self, image: str, headers: dict[str, str] | None = None) -> httpx.Response:
+        return await self.http.post("/v1/vqa", json=ASKED | {"image": image}, headers=headers)
+
+
+@asynccontextmanager
+async def calling(**settings: object) -> AsyncIterator[Asking]:
+    caller = Asking(House(**settings))
+    house, running = caller.house, []
+    if house.shared is not None:
+        running = [house.shared.run(), *([house.shared_images.run()] if house.shared_images else [])]
+        running = [asyncio.create_task(each) for each in running]
+        await until(lambda: house.shared.in_use)
+    try:
+        yield caller
+    finally:
+        for task in running:
+            await cancelled(task)
+        await caller.close()
+
+
+@asynccontextmanager
+async def two_gateways(redis: RedisServer, **settings: object) -> AsyncIterator[tuple[Asking, Asking]]:
+    told = {"redis_url": redis.url, "redis_timeout_s": 5.0, **settings}
+    async with calling(**told) as one, calling(**told) as two:
+        yield one, two
+
+
+async def shares(caller: Asking, headers: dict[str, str] | None = None) -> bool:
+    return bool((await caller.http.get("/v1/models", headers=headers)).json()["data"][0]["images_shared"])
+
+
+async def test_an_image_sent_to_one_gateway_is_asked_about_at_the_other(redis_server):
+    async with two_gateways(redis_server) as (one, two):
+        assert await shares(one)
+        image = await one.send(SECRET)
+        assert (await two.about(image)).json()["image_ids"] == [image]
+        asked = (await one.ask(image="data:image/png;base64," + ASKED["image"])).json()["image_ids"][0]
+        await until(lambda: redis_server.client.exists(key_of(address_of("", asked))))
+        assert (await two.about(asked)).status_code == 200
+        assert two.house.counted("glimpse_image_lookups_total", tier="redis", result="hit") == 2
+        assert (await two.about(image)).status_code == 200  # from memory now
+        assert two.house.counted("glimpse_image_lookups_total", tier="redis", result="hit") == 2
+        assert redis_server.client.pttl(key_of(address_of("", image))) <= 3_600_000
+
+
+async def test_an_id_leads_another_tenant_nowhere(redis_server, tmp_path: Path):
+    keys = Keys(tmp_path)
+    ours, theirs = bearer(keys.make("acme")), bearer(keys.make("other"))
+    async with two_gateways(redis_server, keys=str(keys.path)) as (one, two):
+        image = await one.send(SECRET, ours)
+        unknown = fault(await two.about("img_" + "0" * 32, theirs), 404)
+        for caller in (one, two):
+            error = fault(await caller.about(image, theirs), 404)
+            assert error["code"] == "image_not_found"
+            assert error["message"] == unknown["message"].replace("img_" + "0" * 32, image)
+            fault(await caller.http.delete(f"/v1/images/{image}", headers=theirs), 404)
+        assert (await two.about(image, ours)).status_code == 200
+        # The same bytes of another tenant: an id and features of its own.
+        asked = await one.http.post("/v1/vqa", json=ASKED, headers=ours)
+        other = await one.http.post("/v1/vqa", json=ASKED, headers=theirs)
+        assert asked.json()["image_ids"] != other.json()["image_ids"]
+        assert [each.json()["vision"]["cache"] for each in (asked, other)] == ["miss", "miss"]
+
+
+async def test_tenants_share_features_if_it_is_set(tmp_path: Path):
+    keys = Keys(tmp_path)
+    ours, theirs = bearer(keys.make("acme")), bearer(keys.make("other"))
+    async with calling(keys=str(keys.path), share_features=True) as caller:
+        answers = [await caller.http.post("/v1/vqa", json=ASKED, headers=headers) for headers in (ours, theirs)]
+        assert [each.json()["vision"]["cache"] for each in answers] == ["miss", "hit"]
+        assert answers[0].json()["image_ids"] != answers[1].json()["image_ids"]
+
+
+@pytest.mark.parametrize(("path", "told"), [("/v1/images", {}), ("/v1/files", {"object": "file"})])
+async def test_a_deleted_image_is_gone_in_every_gateway(redis_server, path, told):
+    async with two_gateways(redis_server) as (one, two):
+        image = await one.send(SECRET)
+        assert (await two.about(image)).status_code == 200
+        gone = await one.http.delete(f"{path}/{image}")
+        assert gone.json() == {"id": image, "deleted": True} | told
+        fault(await one.about(image), 404)
+        await until(lambda: two.house.pipeline.images.store.get(image, 0.0) is None)
+        fault(await two.about(image), 404)
+        fault(await one.http.delete(f"{path}/{image}"), 404)
+        again = await one.send(SECRET)
+        assert again != image
+        assert (await two.about(again)).status_code == 200
+
+
+async def test_without_redis_ids_are_this_gateways_and_it_says_so():
+    async with calling() as caller:
+        assert not await shares(caller)
+        image = await caller.send(SECRET)
+        assert await caller.send(SECRET) == image
+        assert (await caller.about(image)).status_code == 200
+        assert (await caller.http.delete(f"/v1/images/{image}")).status_code == 200
+        assert "did not send it to this server" in fault(await caller.about(image), 404)["message"]
+
+
+async def test_images_can_be_kept_out_of_redis(redis_server):
+    async with two_gateways(redis_server, share_images=False) as (one, two):
+        assert not await shares(one)
+        fault(await two.about(await one.send(SECRET)), 404)
+        assert not redis_server.client.keys("glimpse:1:image:*")
+
+
+async def test_a_redis_that_is_gone_is_no_outage(redis_server):
+    async with two_gateways(redis_server) as (one, two):
+        image = await one.send(SECRET)
+        redis_server.kill()
+        kept = await one.send(png((9, 9, 9)))
+        assert (await one.about(image)).status_code == (await one.about(kept)).status_code == 200
+        fault(await two.about(image), 404)
+        await until(lambda: not one.house.shared.in_use and not two.house.shared.in_use)
+        assert "to this server" in fault(await two.about(image), 404)["message"]
+        assert not await shares(one)
+        error = fault(await one.http.delete(f"/v1/images/{image}"), 503)
+        assert "delete it again later" in error["message"]
+        fault(await one.about(image), 404)
+
+
+async def test_a_record_that_does_not_fit_is_a_miss_and_deleted(redis_server):
+    async with two_gateways(redis_server) as (one, two):
+        image = await one.send(SECRET)
+        key = key_of(address_of("", image))
+        redis_server.client.set(key, b"GLI1" + b"x" * 100)
+        fault(await two.about(image), 404)
+        assert two.house.counted("glimpse_redis_bad_records_total", reason="image") == 1
+        assert not redis_server.client.exists(key)
+
+
+def test_a_record_belongs_to_its_address():
+    record = record_of("a", b"image")
+    assert image_in(record, "a") == b"image"
+    for wrong in (record[:-1], record + b"x", b"", b"GLI1", record.replace(b"GLI1", b"GLI2")):
+        assert image_in(wrong, "a") is None
+    assert image_in(record, "b") is None
+
+
+async def test_redis_holds_no_id_and_no_tenant(redis_server):
+    async with two_gateways(redis_server) as (one, _):
+        headers = {"x-tenant-id": "acme"}
+        image = await one.send(SECRET, headers)
+        await one.http.delete(f"/v1/images/{await one.send(png((7, 7, 7)), headers)}", headers=headers)
+        keys = b" ".join([*redis_server.client.keys("*"), *redis_server.client.zrange(DELETED, 0, -1)])
+        assert image.encode() not in keys
+        assert b"acme" not in keys

@@ -5,12 +5,12 @@ SHELL := /bin/sh
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := service triton_models build_engines benchmarks tests scripts examples
+SOURCES := service triton_models build_engines benchmarks tests scripts examples deploy
 # One worker runs the tests that start servers, the others the rest: tests/support/workers.py.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
-.PHONY: help serve test test-stack up down quick check format eval bench bench-versus train repository proto mutants clean
+.PHONY: help serve test test-stack up down quick check format eval bench bench-versus train repository proto settings dashboards mutants clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,12 @@ repository: ready-to-build ## export reference/ into model_repository/
 
 proto: ready-to-develop ## write the gRPC stubs in service/edges/grpc/stubs from the proto
 	$(BIN)/python scripts/write_stubs.py
+
+settings: ready-to-develop ## write docs/settings.md from service/settings.py
+	$(BIN)/python scripts/write_settings.py
+
+dashboards: ready-to-develop ## write Grafana's dashboards from deploy/grafana/content.py
+	$(BIN)/python -m deploy.grafana
 
 mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (half an hour; ONLY="triton_models.sampling*")
 	$(BIN)/mutmut run $(ONLY)

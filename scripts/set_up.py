@@ -42,6 +42,8 @@ def packages_for_tests():
         needed["redis-server"] = "the tests run one"
     if shutil.which("promtool") is None:
         needed["prometheus"] = "the tests check metrics with its promtool"
+    if shutil.which("amtool") is None:
+        needed["prometheus-alertmanager"] = "the tests check its configuration with its amtool"
     if shutil.which("curl") is None:
         needed["curl"] = "the tests ask the service with it"
     if shutil.which("node") is None:

@@ -33,7 +33,11 @@ FAILURES = (
         "Use the system's own Python (make PYTHON=/usr/bin/python3 ...), or one from `uv python install 3.12`.",
     ),
 )
-SERVICES = {"redis-server": "redis-server", "prometheus": "prometheus"}  # what Debian starts: package, unit
+SERVICES = {  # what Debian starts: package, unit
+    "redis-server": "redis-server",
+    "prometheus": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
+}
 
 
 class NotInstalled(Exception):

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
+from service.core.errors import error_codes
+from service.resources import Resources
+
 # Bucket bounds include the usual objectives 0.2, 0.5, 1 and 2 s.
 SECONDS = (
     0.001,
@@ -40,6 +43,7 @@ class Metrics:
     def __init__(self) -> None:  # noqa: PLR0915 - one statement a metric
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        self.registry.register(Resources())
         self.requests = self._counter("requests", "Questions that ended, by outcome: ok or an error code.", "outcome")
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by method, route and status code.", "method", "route", "status"
@@ -201,6 +205,19 @@ class Metrics:
             "quota_settlements_lost", "Settlements of quotas that were lost because too many waited."
         )
         self.ready = self._gauge("ready", "1 while every model answers its probe and real requests, else 0.")
+        self.model_ready = self._gauge(
+            "model_ready", "1 while the model answers its probe and requests, else 0.", "model"
+        )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Make the series that alerts count: a rate does not see the first event of a series that begins with it."""
+        for outcome in ("ok", *error_codes()):
+            self.requests.labels(outcome)
+        for reason in ("saturated", "tenant_share", "deadline", "shutting_down"):
+            self.refusals.labels(reason)
+        for reason in ("cancelled", "deadline", "deadline_exceeded"):
+            self.tokens_saved.labels(reason)
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(f"glimpse_{name}", documentation, labels, registry=self.registry)

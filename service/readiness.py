@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -38,6 +39,8 @@ class Readiness:
         self._failing = failing
         self._stopping = False
         metrics.ready.set_function(lambda: self.ready)
+        for model in self._probed:
+            metrics.model_ready.labels(model).set_function(partial(self._answers, model))
 
     @property
     def faults(self) -> Mapping[str, str]:
@@ -88,6 +91,9 @@ class Readiness:
                 await asyncio.sleep(interval_s / LOOKS)
                 if not self.ready:
                     break
+
+    def _answers(self, model: str) -> bool:
+        return not (self._probed[model] or self._seen(model))
 
     def _seen(self, model: str) -> str:
         return f"requests to the model {model} fail" if self._failing(model) else ""

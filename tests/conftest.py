@@ -33,6 +33,8 @@ DEBIAN = "Debian, Ubuntu: sudo apt-get install"
 INSTALLED_BY = {
     "redis-server": f"{DEBIAN} redis-server",
     "promtool": f"{DEBIAN} prometheus",
+    "prometheus": f"{DEBIAN} prometheus",
+    "amtool": f"{DEBIAN} prometheus-alertmanager",
     "curl": f"{DEBIAN} curl",
     "node": f"{DEBIAN} nodejs",
     "chromium": f"{DEBIAN} chromium",

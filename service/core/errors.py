@@ -157,3 +157,9 @@ def status_of(error: GlimpseError) -> tuple[int, str]:
         if kind in STATUS:
             return STATUS[kind]
     raise LookupError(f"{type(error).__name__} has no status")
+
+
+def error_codes(kind: type[GlimpseError] = GlimpseError) -> list[str]:
+    """Return the codes of all kinds of errors, sorted. A raised error may have a more specific code."""
+    codes = {each.code for each in kind.__subclasses__()}
+    return sorted(codes.union(*(error_codes(each) for each in kind.__subclasses__())))

@@ -1,0 +1,1 @@
+"""What runs Glimpse beside its own processes: Prometheus, Alertmanager, Grafana, Kubernetes."""

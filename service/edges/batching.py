@@ -96,16 +96,17 @@ class Batch:
                 await asyncio.sleep(refusal.retry_after_s)
 
     async def _asked(self, request: Request) -> tuple[Delta, Finished]:
-        texts: list[str] = []
+        deltas: list[Delta] = []
         with self.pipeline.reservation(request.tenant, self.caller.key) as reservation:
             await reservation.account.enter(place=False)  # the batch has one
             async with aclosing(self.pipeline.answer(request, reservation)) as events:
                 async for event in events:
                     if isinstance(event, Delta):
-                        texts.append(event.text)
+                        deltas.append(event)
                     else:
                         end = event
-        return Delta("".join(texts)), end
+        text = "".join(delta.text for delta in deltas)
+        return Delta(text, tuple(token for delta in deltas for token in delta.log_probs)), end
 
     async def _outcome(
         self, answer: Callable[[int, Question], Awaitable[Answer]], index: int, question: Question

@@ -58,7 +58,9 @@ class Worker:
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), memory),
                 # One thread for NumPy's algebra, which nobody uses: each takes address space.
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
+                # And none of the settings, which may hold the password of Redis.
+                env={name: value for name, value in os.environ.items() if not name.upper().startswith("GLIMPSE_")}
+                | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
             )
         except BaseException:
             ours.close()

@@ -34,6 +34,7 @@ class ImageHost:
     connections: int = 0
     requests: list[bytes] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)  # that TLS was asked for
+    serving: set[asyncio.Task[object]] = field(default_factory=set)  # connections that are open
 
     def forget(self) -> None:
         self.answers.clear()
@@ -43,6 +44,9 @@ class ImageHost:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        if (task := asyncio.current_task()) is not None:
+            self.serving.add(task)
+            task.add_done_callback(self.serving.discard)
         try:
             if self.tls is not None:
                 await writer.start_tls(self.tls)
@@ -80,6 +84,9 @@ async def image_host(
         yield host
     finally:
         server.close()
+        for task in host.serving:  # a client that went away is not always noticed
+            task.cancel()
+        await asyncio.gather(*host.serving, return_exceptions=True)
 
 
 class Names:

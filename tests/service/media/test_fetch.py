@@ -523,7 +523,7 @@ async def test_a_tenant_waits_for_its_turn_and_others_do_not(world):
 
 async def test_no_more_run_at_once_than_allowed(world):
     world.allowed.answers["/slow"] = silent
-    fetcher = world.fetcher(at_once=2, timeout_s=0.4)
+    fetcher = world.fetcher(at_once=2, timeout_s=1.5)
     fetches = [fetcher.fetch(world.url(path="/slow"), "", free) for _ in range(5)]
     outcomes = await asyncio.gather(*fetches, return_exceptions=True)
     assert sum(isinstance(outcome, Overloaded) for outcome in outcomes) == 3

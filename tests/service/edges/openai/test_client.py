@@ -23,6 +23,7 @@ from service.core.card import ModelCard
 from service.core.errors import (
     STATUS,
     DeadlineExceeded,
+    Forbidden,
     GlimpseError,
     InternalError,
     InvalidImage,
@@ -32,6 +33,7 @@ from service.core.errors import (
     ShuttingDown,
     SlowBody,
     TooLarge,
+    Unauthenticated,
     Unavailable,
     UnsupportedEncoding,
 )
@@ -330,6 +332,8 @@ KINDS: list[tuple[GlimpseError, type[openai.APIStatusError]]] = [
     (InvalidRequest("no"), openai.BadRequestError),
     (InvalidImage("no"), openai.BadRequestError),
     (NotFound("no"), openai.NotFoundError),
+    (Unauthenticated("no"), openai.AuthenticationError),
+    (Forbidden("no"), openai.PermissionDeniedError),
     (Overloaded("no"), openai.RateLimitError),
     (ShuttingDown("no"), openai.InternalServerError),
     (DeadlineExceeded("no"), openai.InternalServerError),

@@ -31,14 +31,15 @@ def test_a_service_writes_nothing_but_json(start_gateway: StartGateway, triton: 
             image_id = http.post("/v1/vqa", **form).json()["image_ids"][0]
             assert http.post("/v1/vqa", files={"image": b"x"}, data={"question": "?"}).status_code == 400
         with grpc.insecure_channel(gateway.rpc) as channel:
-            VisualQuestionAnsweringStub(channel).Answer(question(image_id, "what color is it?"), timeout=30)
+            answer = VisualQuestionAnsweringStub(channel).Answer
+            answer(question(image_id, "what color is it?"), timeout=30, metadata=[("x-tenant-id", "acme")])
     lines = [json.loads(line) for line in gateway.log().splitlines()]
     assert {"level", "timestamp", "event"} <= set.intersection(*(set(line) for line in lines))
     assert [line["event"] for line in lines if line["event"] in ("listening", "stopped")] == ["listening", "stopped"]
     by_http, refused, by_grpc = [line for line in lines if line["event"] in ("answered", "not_answered")]
     assert (by_http["tenant"], by_http["image_ids"], by_http["client"]) == ("acme", image_id, "127.0.0.1")
     assert (refused["event"], refused["tenant"]) == ("not_answered", "acme")
-    assert (by_grpc["tenant"], by_grpc["image_ids"], by_grpc["client"]) == ("", image_id, "127.0.0.1")
+    assert (by_grpc["tenant"], by_grpc["image_ids"], by_grpc["client"]) == ("acme", image_id, "127.0.0.1")
 
 
 @pytest.mark.parametrize("log_format", ["json", "logfmt"])

@@ -281,12 +281,12 @@ class House:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def outcomes(self) -> dict[str, float]:
-        """How often each outcome was counted."""
+        """How often each outcome was counted; those that never happened are left out."""
         return {
             sample.labels["outcome"]: sample.value
             for metric in self.metrics.requests.collect()
             for sample in metric.samples
-            if sample.name.endswith("_total")
+            if sample.name.endswith("_total") and sample.value
         }
 
 

@@ -9,16 +9,18 @@ as they are.
 from __future__ import annotations
 
 import base64
+import re
 from typing import Any
 
 import schemathesis
 from schemathesis.transport.serialization import Binary
 
 from benchmarks.bench.models import PROJECT
-from service.edges.http.openapi import SCENE_ID
 
 SCENE = (PROJECT / "service" / "edges" / "http" / "static" / "scene.webp").read_bytes()
 ENCODED = base64.b64encode(SCENE).decode()
+ID = re.compile(r"img_[0-9a-f]{32}")
+FORMS = ("choices", "regex", "json_schema")
 MAX_TOKENS = 16
 MAX_CHARS = 40  # of a text; every character may be several tokens
 TURNS = '[{"question": "is there a ring?", "answer": "yes"}]'
@@ -44,8 +46,11 @@ def with_image(asked: dict[str, Any]) -> dict[str, Any]:
         turns = [{name: shortened(text) for name, text in turn.items()} for turn in changed["turns"][:2]]
         changed["turns"] = turns
     changed["question"] = shortened(changed["question"])
-    if changed.get("image") not in (None, SCENE_ID):  # a link leads from an image that was sent to a question about it
+    if changed.get("image") is not None:
         changed["image"] = ENCODED
+    for name in [name for name in FORMS if changed.get(name) is not None]:  # one form at most, and one that can be met
+        changed[name] = None
+        changed |= {"choices": ["yes", "no"]}
     if changed.get("images") is not None:
         changed["images"] = [ENCODED] * min(2, len(changed["images"]))
     return changed
@@ -54,8 +59,9 @@ def with_image(asked: dict[str, Any]) -> dict[str, Any]:
 @schemathesis.hook
 def before_call(_: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
     is_form = case.media_type == "multipart/form-data"
-    if is_form and isinstance(case.body, dict) and case.body.get("image") == SCENE_ID:
-        case.body = {**case.body, "image": [SCENE_ID]}  # a link knows no forms, whose field may repeat
+    image = case.body.get("image") if isinstance(case.body, dict) else None
+    if is_form and isinstance(image, str) and ID.fullmatch(image):
+        case.body = {**case.body, "image": [image]}  # a link knows no forms, whose field may repeat
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
     if case.operation.path == "/v1/images":

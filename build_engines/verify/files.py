@@ -17,6 +17,7 @@ from build_engines.convert.plans import HEADER_BYTES, version_of_plan
 from build_engines.convert.precision import CACHED
 from build_engines.convert.run import digests
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
+from build_engines.repository import CONFIG_TYPES
 from build_engines.verify.report import Report
 from service.core.card import ModelCard
 from service.core.tensors import Tensor
@@ -116,11 +117,13 @@ def read_configs(repository: Path) -> dict[str, Any]:
 
 def specs(tensors: Any) -> Specs:
     """Inputs or outputs of a ModelConfig."""
-    kind = model_config_pb2.DataType.Name
-    return {
-        each.name: (kind(each.data_type).removeprefix("TYPE_"), tuple(each.dims), getattr(each, "optional", False))
-        for each in tensors
-    }
+    wire_types = {configured: datatype for datatype, configured in CONFIG_TYPES.items()}
+
+    def datatype(each: Any) -> str:
+        configured = model_config_pb2.DataType.Name(each.data_type).removeprefix("TYPE_")
+        return wire_types.get(configured, configured)
+
+    return {each.name: (datatype(each), tuple(each.dims), getattr(each, "optional", False)) for each in tensors}
 
 
 def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:

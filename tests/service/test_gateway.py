@@ -259,18 +259,24 @@ def test_ctrl_c_stops_a_service_that_is_ready(starting):
 
 async def test_a_full_house_of_new_and_known_images_streamed_and_not_all_get_answers(http, scenes):
     """Twelve follow-ups and four new images at a time, twice over, from three tenants."""
-    known = [(await http.post("/v1/images", content=scene)).json()["id"] for scene in scenes[:4]]
-    for image in known:
+    tenants = [{}, {"x-tenant-id": "tenant-1"}, {"x-tenant-id": "tenant-2"}]
+
+    async def sent(image: bytes, tenant: int) -> str:
+        return (await http.post("/v1/images", content=image, headers=tenants[tenant])).json()["id"]
+
+    known = [[await sent(scene, tenant) for scene in scenes[:4]] for tenant in range(3)]
+    for image in known[0]:
         await answer(http, image, QUESTIONS[0])
-    new = [(await http.post("/v1/images", content=a_new_image(100 + i))).json()["id"] for i in range(8)]
+    new = [await sent(a_new_image(100 + i), 4 * i % 3) for i in range(8)]
 
     async def one(number: int) -> str:
-        image = new[number // 4] if number % 4 == 0 else known[number % 4]
+        tenant = number % 3
+        image = new[number // 4] if number % 4 == 0 else known[tenant][number % 4]
         body = {"image": image, "question": QUESTIONS[number % 4], "max_tokens": 1 + number % 16}
-        if number % 3 == 0:
+        if tenant == 0:
             text, end = await streamed(http, **body)
             return text or end["finish_reason"]
-        response = await http.post("/v1/vqa", json=body, headers={"x-tenant-id": f"tenant-{number % 3}"})
+        response = await http.post("/v1/vqa", json=body, headers=tenants[tenant])
         return response.raise_for_status().json()["finish_reason"]
 
     assert all(await asyncio.gather(*(one(number) for number in range(32))))

@@ -71,8 +71,11 @@ class Questions:
         require_text(body)
         most = edge.batches.max_questions
         start = len(body) - len(body.lstrip())
-        if kind == JSON and body[start : start + 1] == b"[":
+        begins = body[start : start + 1]
+        if kind == JSON and begins == b"[":
             places = await items(body, most)
+        elif kind == JSON and begins not in (b"{", b""):
+            raise InvalidRequest(f"the batch is no list of questions: send a JSON list, or lines as {JSON_LINES}")
         else:
             places = lines(body, most)
         if not places:

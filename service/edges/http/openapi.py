@@ -190,9 +190,14 @@ LINKS = {
 }
 # An item that is wrong is a result with an error, and not a refusal of the batch. So its schema is only named.
 BATCH = {
-    "type": "array",
-    "minItems": 1,
-    "items": {"description": "Each a BatchQuestion. One that is not gets a result with an error."},
+    "anyOf": [
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"description": "Each a BatchQuestion. One that is not gets a result with an error."},
+        },
+        {"type": "object", "description": "One question alone, as a line of its own would be."},
+    ]
 }
 BATCH_EXAMPLES = {
     "two": {

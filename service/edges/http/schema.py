@@ -159,6 +159,8 @@ Temperature = Annotated[
 Choices = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_CHOICES)]
 Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARS)]
 CHOICES: Any = Field(None, description="The answer is one of these texts.", examples=[["yes", "no"]])
+# A form has no types: whatever a choice is, it arrives as text.
+CHOICES_OF_A_FORM: dict[str, Any] = {"anyOf": [{}, {"type": "null"}]}
 REGEX: Any = Field(None, description="The answer matches this regular expression from its first to its last character.")
 SCHEMA_TEXT = BeforeValidator(_from_json_text('{"type": "object"}'))
 JSON_SCHEMA: Any = Field(None, description="The answer is JSON of this schema.", examples=[{"type": "object"}])
@@ -289,6 +291,9 @@ class VqaForm(Asked):
     ] = Field((), description="JSON text, as in JSON's `turns`.")
     budget: Annotated[WireBudget | None, BeforeValidator(_from_json_text('{"vision_tokens": [64, 128]}'))] = Field(
         None, description="JSON text, as in JSON's `budget`."
+    )
+    choices: Annotated[Choices | None, WithJsonSchema(CHOICES_OF_A_FORM)] = Field(
+        None, description="One of these texts; the field repeats."
     )
     json_schema: Annotated[dict[str, Any] | None, SCHEMA_TEXT] = Field(
         None, description="JSON text, as JSON's `json_schema`."

@@ -172,9 +172,11 @@ def read(content_type: str, body: bytes) -> Any:
 def outline(value: Any, name: str = "") -> Any:
     """The exact value of an EXACT field; of all others names and types. A float is never exact: machines differ."""
     if name in EXACT and not isinstance(value, float):  # `timing_ms.vision` is a time
-        if name == "vision":
-            return {key: outline(each) if isinstance(each, float) else each for key, each in value.items()}
-        return value
+        return (
+            {key: "<number>" if isinstance(each, float) else each for key, each in value.items()}
+            if name == "vision"
+            else value
+        )
     match value:
         case str() if re.fullmatch("img_[0-9a-f]{32}", value):  # random
             return "<image id>"

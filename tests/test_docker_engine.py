@@ -36,7 +36,7 @@ def test_only_root_starts_an_engine() -> None:
 
 def test_what_cannot_be_installed_is_named_with_its_cause(tmp_path: Path) -> None:
     for name in ("env", "dpkg-query"):
-        program(tmp_path, name, 'echo "E: Could not resolve deb.debian.org" >&2; exit 100')
+        program(tmp_path, name, 'echo "E: Could not resolve the mirror" >&2; exit 100')
     program(tmp_path, "apt-get", "exit 100")
     said = reason("d.install_packages(0)", PATH=str(tmp_path))
     assert "docker.io, iptables, mmdebstrap: not installed, and apt-get reached no package server" in said

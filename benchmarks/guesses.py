@@ -19,6 +19,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +66,8 @@ def world(url: str, guesser: str, victim: str) -> World:
     files = sorted(SCENES.glob("*.webp"))[:KEPT]
     images = []
     for file in files:
-        status, said = sent(http.client.HTTPConnection(urlsplit(url).netloc), "/v1/images", victim, file.read_bytes())
+        with closing(http.client.HTTPConnection(urlsplit(url).netloc)) as connection:
+            status, said = sent(connection, "/v1/images", victim, file.read_bytes())
         if status != 200:
             raise RuntimeError(f"an image was answered with {status}: {said!r}")
         images.append(json.loads(said)["id"])
@@ -111,26 +113,26 @@ def guesses(world: World) -> dict[str, tuple[int, dict[str, Callable[[], tuple[s
 
 def measure(world: World, count: int, warm_up: int = WARM_UP) -> dict[str, dict[str, object]]:
     """Make `count` guesses -> by pair, how many were right, and what their times tell."""
-    connection = http.client.HTTPConnection(urlsplit(world.url).netloc, timeout=60)
     figures: dict[str, dict[str, object]] = {}
-    for pair, (wrong, kinds) in guesses(world).items():
-        took_us: dict[str, list[float]] = {name: [] for name in kinds}
-        right = 0
-        for step in range(warm_up + count // 4):
-            for name in random.sample([*kinds], len(kinds)):
-                key, body = kinds[name]()
-                started = time.perf_counter()
-                status, _ = sent(connection, "/v1/vqa", key, body)
-                if step >= warm_up:
-                    took_us[name].append((time.perf_counter() - started) * 1e6)
-                right += status != wrong
-        one, other = took_us.values()
-        figures[pair] = {
-            "guesses": len(one) + len(other),
-            "right": right,
-            "p50_us": {name: round(statistics.median(times), 1) for name, times in took_us.items()},
-            "p": round(rank_sum_p(one, other), 4),
-        }
+    with closing(http.client.HTTPConnection(urlsplit(world.url).netloc, timeout=60)) as connection:
+        for pair, (wrong, kinds) in guesses(world).items():
+            took_us: dict[str, list[float]] = {name: [] for name in kinds}
+            right = 0
+            for step in range(warm_up + count // 4):
+                for name in random.sample([*kinds], len(kinds)):
+                    key, body = kinds[name]()
+                    started = time.perf_counter()
+                    status, _ = sent(connection, "/v1/vqa", key, body)
+                    if step >= warm_up:
+                        took_us[name].append((time.perf_counter() - started) * 1e6)
+                    right += status != wrong
+            one, other = took_us.values()
+            figures[pair] = {
+                "guesses": len(one) + len(other),
+                "right": right,
+                "p50_us": {name: round(statistics.median(times), 1) for name, times in took_us.items()},
+                "p": round(rank_sum_p(one, other), 4),
+            }
     return figures
 
 

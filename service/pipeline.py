@@ -30,7 +30,7 @@ from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
 from service.core.vision import Seen
 from service.estimating import Estimator
-from service.guides import GuideChecks
+from service.guide_checks import GuideChecks
 from service.images import Images
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader

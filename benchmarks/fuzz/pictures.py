@@ -109,7 +109,7 @@ def files() -> Mapping[str, bytes]:
         "bits": (rgb.convert("1"), {}),
     }
     others: dict[str, Callable[[], bytes]] = {
-        kind: lambda kind=kind: encoded(rgb, kind) for kind in ("BMP", "TIFF", "ICO", "PPM", "TGA", "JPEG2000")
+        kind: lambda kind=kind: encoded(rgb, kind) for kind in ("ICO", "PPM", "TGA", "JPEG2000")
     }
     made = {
         f"{kind} {name}": encoded(picture, kind, **options)
@@ -117,5 +117,6 @@ def files() -> Mapping[str, bytes]:
         for name, (picture, options) in variants.items()
     }
     made["PNG interlaced"] = interlaced_png(noise(33, 21, 7))
+    made |= {kind: encoded(rgb, kind) for kind in ("AVIF", "BMP", "TIFF")}
     made |= {f"other {kind}": make() for kind, make in others.items()}
     return MappingProxyType(made)

@@ -33,7 +33,7 @@ from tests.support.paths import SCENES
 from tests.support.servers import Gateway, eventually
 
 ONE_MOMENT_S = 0.05
-KILLS = 2
+STOPS = 3
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -372,5 +372,5 @@ def test_a_batch_that_is_killed_and_stopped_answers_each_question_once(gateway: 
         _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert Counter(answer["line"] for answer in written(out)) == dict.fromkeys(range(1, count + 1), 1)
-    # A kill while an image is being encoded gives that encode up, and the next run leads it again.
-    assert images <= encoded(gateway) - before <= images + KILLS
+    # A stop gives up the encodes that are under way, of three images or so, and the next run leads them again.
+    assert images <= encoded(gateway) - before <= images + 3 * STOPS

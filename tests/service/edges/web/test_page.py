@@ -28,10 +28,10 @@ DROP = """([name, bytes, kind]) => {
 }"""
 
 
-def bmp() -> bytes:
+def icon() -> bytes:
     """An image that browsers show and the service refuses."""
     out = BytesIO()
-    Pillow.new("RGB", (8, 8)).save(out, "BMP")
+    Pillow.new("RGB", (16, 16)).save(out, "ICO")
     return out.getvalue()
 
 
@@ -154,7 +154,7 @@ async def test_a_file_that_is_no_image_is_told(visit: Visit):
 
 
 async def test_an_image_that_the_service_does_not_read_is_told(visit: Visit):
-    await visit.choose(bmp(), "old.bmp")
+    await visit.choose(icon(), "old.ico")
     await visit.ask("what is there?")
     await visit.page.wait_for_selector(TROUBLE)
     assert await visit.page.inner_text(TROUBLE) == "This file is not an image that the service reads"

@@ -1,0 +1,44 @@
+"""Check guides in the gateway, in a thread beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+
+from service.core.errors import InvalidRequest
+from service.core.guide import Guide
+from service.guides import Guides
+
+
+class GuideChecks:
+    """Check guides before any other work is done for their requests. Verdicts are kept.
+
+    A check takes milliseconds and runs in a thread, without Python's lock. It needs no vocabulary: a guide that the
+    256 bytes can follow can be followed by every tokenizer that spells them all.
+    """
+
+    def __init__(self, kept: int = 256) -> None:
+        self._most = kept
+        self._faults: OrderedDict[Guide, str] = OrderedDict()  # empty for a guide that can be followed
+        self._thread = ThreadPoolExecutor(1, "guides")  # it starts with the first check
+        self._guides: Guides | None = None
+
+    async def require(self, guide: Guide) -> None:
+        """Raise InvalidRequest for a guide that no answer can follow."""
+        if guide not in self._faults:
+            self._faults[guide] = await asyncio.get_running_loop().run_in_executor(self._thread, self._fault, guide)
+        self._faults.move_to_end(guide)
+        if fault := self._faults[guide]:
+            raise InvalidRequest(f"{guide.field} {fault}", param=guide.field)
+        while len(self._faults) > self._most:
+            self._faults.popitem(last=False)
+
+    def _fault(self, guide: Guide) -> str:
+        if self._guides is None:
+            self._guides = Guides.of_bytes()
+        try:
+            self._guides.compile(guide)
+        except InvalidRequest as error:
+            return error.message.removeprefix(f"{guide.field} ")
+        return ""

@@ -13,10 +13,16 @@ from tests.support.paths import PROJECT
 NOT_HERE = {"asyncio", "fastapi", "grpc", "onnx", "pydantic", "redis", "structlog", "torch", "tritonclient", "uvicorn"}
 OURS = (
     "service.core",
+    "service.guides",
+    "service.media.bmp",
     "service.media.decoder",
+    "service.media.fields",
     "service.media.foreign",
+    "service.media.formats",
     "service.media.header",
+    "service.media.isobmff",
     "service.media.structure",
+    "service.media.tiff",
     "service.prompt",
     "service.tracing",
 )

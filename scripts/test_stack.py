@@ -29,7 +29,7 @@ PROBE = (
     "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
     "--memory", "256m", "--pids-limit", "128", "--user", "10001",
 )  # fmt: skip
-DOWNLOAD = "python3 -m venv /tmp/venv && /tmp/venv/bin/pip download -q --no-cache-dir --no-deps -d /tmp wheel"
+DOWNLOAD = "python3 -m venv /tmp/venv && /tmp/venv/bin/python -m pip download -q --no-cache-dir --no-deps -d /tmp wheel"
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Draw the main panels of Grafana's dashboards from a Prometheus, for the docs, where there is no Grafana.
+"""Draw the main panels of Grafana's dashboards without Grafana, from the data of a Prometheus.
 
     python -m benchmarks.dashboards --prometheus http://127.0.0.1:9090 --seconds 90 --out docs/dashboards.png
 

@@ -109,11 +109,7 @@ def envoy():
 def pull(engine, references):
     """Pull what is not there. Raises NoImages."""
     for reference in references:
-        there = subprocess.run(
-            ["/usr/bin/env", "DOCKER_HOST=" + engine.address, "docker", "image", "inspect", reference],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        if there.returncode == 0:
+        if engine.said("image", "ls", "--quiet", reference):
             continue
         try:
             engine.docker("pull", "--quiet", reference, timeout=300)

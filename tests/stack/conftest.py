@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from tests.support.servers import eventually
 UP_S = 300
 HEALTHY_S = 240
 EVERY_S = 0.5  # for conditions that take a program's start to know: the containers need the cores
+# The balancer's port of metrics is not published, and its image has no program that asks.
+METRICS = r"""exec 3<>/dev/tcp/127.0.0.1/9902
+printf "GET /metrics HTTP/1.1\r\nHost: balancer\r\nConnection: close\r\n\r\n" >&3; cat <&3"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,10 +100,19 @@ class Stack:
         return sorted(self.docker.said("ps", "--all", "--format", "{{.Names}}", *options).split())
 
     def wait_until_whole(self) -> None:
-        """Two gateways and two Tritons, all healthy."""
+        """Two gateways and two Tritons, all healthy, and the balancer knows both gateways."""
         for service in ("gateway", "triton"):
             for name in self.names(service):
                 self.docker.wait_until_healthy(name)
+        eventually(lambda: self.gateways_in_turn() == 2, HEALTHY_S, "both gateways in the balancer's turns", EVERY_S)
+
+    def gateways_in_turn(self) -> int:
+        """How many gateways the balancer takes for healthy."""
+        (balancer,) = self.names("balancer")
+        metrics = self.docker.said("exec", balancer, "bash", "-c", METRICS)
+        found = re.search(r'cluster_membership_healthy\{envoy_cluster_name="gateways"\} (\d+)', metrics)
+        assert found is not None, metrics
+        return int(found[1])
 
     def alerts(self, name: str, job: str) -> Iterator[str]:
         """Status by status, what Alertmanager told its webhook of an alert."""

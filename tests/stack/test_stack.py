@@ -143,7 +143,7 @@ def test_a_rolling_restart_loses_nothing(stack: Stack) -> None:
     with Load(stack.url) as load:
         for gateway in stack.names("gateway"):
             stack.docker.run("restart", "--time", "20", gateway)
-            stack.docker.wait_until_healthy(gateway)
+            stack.wait_until_whole()
             load.wait_for(16)
     assert load.faults == []
 

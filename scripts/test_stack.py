@@ -22,8 +22,9 @@ import machine
 from docker_engine import Engine, NoEngine
 
 TARGETS = ("gateway", "triton-cpu", "all-in-one")
-TESTS = ("tests/stack/test_stack.py", "tests/stack/test_images.py")  # the answer after a start from nothing comes first
-TESTS_OF_THE_OTHER_BASE = ("tests/stack/test_other_base.py",)
+TESTS = "tests/stack/test_stack.py"  # the first of these measures the time from nothing to an answer
+TESTS_OF_IMAGES = "tests/stack/test_images.py"
+TESTS_OF_THE_OTHER_BASE = "tests/stack/test_other_base.py"
 BASE = next(iter(base_images.PYTHONS))
 PYTHON = os.path.join(environment.VENV, "bin", "python")
 COMPOSE = os.path.join(environment.VENV, "bin", "docker-compose")
@@ -62,7 +63,7 @@ def main():
             phases.ended("the engine")
             status = run(engine, given, for_pytest, phases, threads)
     except NoEngine as exc:
-        skipped(str(exc))
+        skipped("THE STACK", str(exc))
         return 0
     phases.ended("the engine's end")
     left = engine.left_over()
@@ -106,19 +107,30 @@ def run(engine, given, for_pytest, phases, threads):
         "STACK_BASE": given.base,
         "STACK_BEGAN": str(time.time() - (time.monotonic() - phases.began)),
     }
-    status = test(engine, TESTS, told, for_pytest)
-    phases.ended("the tests")
-    if not given.one_base and not for_pytest:
-        (other,) = (base for base in base_images.PYTHONS if base != given.base)
-        provide(engine, other, {})
-        build(engine, other, TARGETS[-1], "other-base")
-        phases.ended("the other base and one image on it")
-        status = test(engine, TESTS_OF_THE_OTHER_BASE, {**told, "STACK_OTHER_BASE": other}, ()) or status
-        phases.ended("the tests of the other base")
+    if given.one_base or for_pytest:
+        return run_tests(engine, [TESTS, TESTS_OF_IMAGES], told, for_pytest)
+    status = run_tests(engine, [TESTS], told)
+    phases.ended("the tests of the stack")
+    (other,) = (base for base in base_images.PYTHONS if base != given.base)
+    built = threads.submit(build_other, engine, other)  # the tests of images wait more than they work
+    status = run_tests(engine, [TESTS_OF_IMAGES], told) or status
+    try:
+        built.result()
+    except NoEngine as exc:
+        skipped("THE OTHER BASE", str(exc))
+        return status
+    phases.ended("the tests of images, beside the other base and one image on it")
+    status = run_tests(engine, [TESTS_OF_THE_OTHER_BASE], {**told, "STACK_OTHER_BASE": other}) or status
+    phases.ended("the test of the other base")
     return status
 
 
-def test(engine, files, told, for_pytest):
+def build_other(engine, base):
+    provide(engine, base, {})
+    build(engine, base, TARGETS[-1], "other-base")
+
+
+def run_tests(engine, files, told, for_pytest=()):
     """Run the tests -> pytest's exit status."""
     command = [PYTHON, "-m", "pytest", "-m", "stack", "-v", "--durations=8", "-p", "no:cacheprovider", *files]
     try:
@@ -206,10 +218,10 @@ def remove_stack(engine):
             engine.docker(*removal, *found, stdout=subprocess.DEVNULL)
 
 
-def skipped(reason):
+def skipped(what, reason):
     """Loud: nobody shall take a skipped test for a passed one."""
     line = "=" * 100
-    print(f"\n{line}\nTHE STACK WAS NOT TESTED: {reason}\n{line}\n", flush=True)
+    print(f"\n{line}\n{what} WAS NOT TESTED: {reason}\n{line}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_an_engine_that_ends_at_once_is_named_with_its_last_words(tmp_path: Path
 
 
 def test_a_skip_is_loud() -> None:
-    said = run("import test_stack; test_stack.skipped('no engine')")
+    said = run("import test_stack; test_stack.skipped('THE STACK', 'no engine')")
     assert "THE STACK WAS NOT TESTED: no engine" in said
     assert "=" * 80 in said
 

@@ -116,7 +116,7 @@ class Stack:
 
     def alerts(self, name: str, job: str) -> Iterator[str]:
         """Status by status, what Alertmanager told its webhook of an alert."""
-        for line in self.docker.said("logs", *self.names("alert-webhook")).splitlines():
+        for line in filter(None, self.docker.said("logs", *self.names("alert-webhook")).splitlines()):
             for alert in json.loads(line)["alerts"]:
                 if (alert["labels"]["alertname"], alert["labels"].get("job")) == (name, job):
                     yield alert["status"]

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 class Receiver(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         message = self.rfile.read(int(self.headers["content-length"]))
-        sys.stdout.write(message.decode() + "\n")
+        sys.stdout.write(message.decode().strip() + "\n")
         sys.stdout.flush()
         self.send_response(200)
         self.end_headers()

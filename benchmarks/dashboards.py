@@ -83,7 +83,8 @@ def draw(axes: Axes, panel: Panel, found: Series) -> None:
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.2)
     if found:
-        axes.legend(fontsize=6, loc="upper left", framealpha=0.7, ncols=3)
+        columns = 3 if max(map(len, found)) < 12 else 2
+        axes.legend(fontsize=6, loc="upper left", framealpha=0.7, ncols=columns).set_in_layout(False)
 
 
 def main() -> None:

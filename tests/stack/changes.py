@@ -31,6 +31,7 @@ services:
   alertmanager: {{ volumes: ["{folder}/alertmanager:/etc/alertmanager:ro"] }}
   alert-webhook: # where the committed configuration of Alertmanager sends to
     image: ${{STACK_BASE}}
+    stop_signal: SIGKILL # it has nothing to end
     command: [python3, /receiver.py]
     user: "10001:10001"
     read_only: true

@@ -30,6 +30,8 @@ EVERY_S = 0.5  # for conditions that take a program's start to know: the contain
 METRICS = r"""exec 3<>/dev/tcp/127.0.0.1/9902
 printf "GET /metrics HTTP/1.1\r\nHost: balancer\r\nConnection: close\r\n\r\n" >&3; cat <&3"""
 
+FIGURES = pytest.StashKey[dict[str, str]]()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -154,11 +156,12 @@ def caller(stack: Stack) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session", autouse=True)
-def told(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="session")
+def told(pytestconfig: pytest.Config) -> dict[str, str]:
     """Figures that tests measured, printed at the end."""
-    figures: dict[str, str] = {}
-    yield figures
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    for what, figure in figures.items():
-        reporter.write_line(f"\n  {what}: {figure}")
+    return pytestconfig.stash.setdefault(FIGURES, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for what, figure in config.stash.get(FIGURES, {}).items():
+        terminalreporter.write_line(f"{what}: {figure}")

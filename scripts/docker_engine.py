@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import system_packages
 PACKAGES = {  # package: the program that is missing without it, and what for
     "docker.io": ("dockerd", "the stack's tests run containers"),
     "iptables": ("iptables-save", "Docker's engine connects containers with it"),
-    "iproute2": ("ip", "the engine's bridge is removed with it"),
+    "iproute2": ("ip", "the engine's interfaces are removed with it"),
     "mmdebstrap": ("mmdebstrap", "it makes base images where none can be pulled"),
 }
 # Debian's client: another one on PATH may be too old for the engine or lack BuildKit.
@@ -43,7 +44,7 @@ class Engine:
         self.folder = ""  # of one of our own: its files, and room for others that go with it
         self._process = None
         self._rules = {}  # of iptables, before the engine came, by the command that lists them
-        self._interfaces = set()  # Docker's bridges before the engine came
+        self._interfaces = set()  # Docker's before the engine came
         self._forwarding = ""
 
     def __enter__(self):
@@ -76,7 +77,7 @@ class Engine:
         if self.is_ours:
             if self._process is not None and self._process.poll() is None:
                 found.append(f"dockerd runs still, process {self._process.pid}")
-            found += [f"the bridge {bridge}" for bridge in bridges() - self._interfaces]
+            found += [f"the interface {name}" for name in interfaces() - self._interfaces]
             if os.path.exists(self.folder):
                 found.append(f"the folder {self.folder}")
             for lister, before in self._rules.items():
@@ -90,7 +91,7 @@ class Engine:
         os.chmod(self.folder, 0o711)
         if free_memory() >= ENOUGH_MEMORY:
             mount_memory(self.folder)
-        self._interfaces = bridges()
+        self._interfaces = interfaces()
         self._rules = {lister: rules(lister) for lister in LISTERS}
         with open(FORWARDING, encoding="ascii") as value:
             self._forwarding = value.read()
@@ -115,7 +116,7 @@ class Engine:
             raise
 
     def _end(self):
-        """Stop the engine; take away its folder, its bridge and its packet rules."""
+        """Stop the engine; take away its folder, its interfaces and its packet rules."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -124,7 +125,7 @@ class Engine:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         remove_folder(self.folder)
-        remove_bridges(bridges() - self._interfaces)
+        remove_interfaces(interfaces() - self._interfaces)
         for lister, before in self._rules.items():
             restore(lister, before)
         with contextlib.suppress(OSError), open(FORWARDING, "r+", encoding="ascii") as value:
@@ -176,13 +177,13 @@ def last_words(log):
 
 
 def remove_what_killed_runs_left():
-    """Remove folders, bridges and packet rules of engines that run no more, if no other engine runs either."""
+    """Remove folders, interfaces and packet rules of engines that run no more, if no other engine runs either."""
     folders = [os.path.join(FOLDERS, name) for name in os.listdir(FOLDERS) if name.startswith(PREFIX)]
     if not folders or "dockerd" in programs():
         return
     for folder in folders:
         remove_folder(folder)
-    remove_bridges(bridges())
+    remove_interfaces(interfaces(r"docker0|br-[0-9a-f]{12}"))  # a veth may be of something else that runs
     for lister in LISTERS:
         restore(lister, [])
 
@@ -220,12 +221,12 @@ def mounts_below(folder):
         return [line.split()[1] for line in mounts if (line.split()[1] + "/").startswith(folder + "/")]
 
 
-def bridges():
-    """Docker's: docker0, and one for each network."""
-    return {name for name in os.listdir("/sys/class/net") if name == "docker0" or name.startswith("br-")}
+def interfaces(names=r"docker0|br-[0-9a-f]{12}|veth[0-9a-f]{7}"):
+    """Docker's: a bridge for each network, and one for each container, which a stopped build leaves."""
+    return {name for name in os.listdir("/sys/class/net") if re.fullmatch(names, name)}
 
 
-def remove_bridges(names):
+def remove_interfaces(names):
     for name in names:
         subprocess.run(["ip", "link", "delete", name], check=False, stderr=subprocess.DEVNULL)
 

@@ -62,6 +62,8 @@ class Outcome:
     relevance: object = None
     abstained: bool | None = None
     reason: str = ""
+    tokens: tuple[tuple[bytes, tuple[bytes, ...]], ...] | None = None  # with logprobs: each with the likeliest ones
+    logprobs: tuple[float, ...] = field(default=(), compare=False)  # of the tokens and of the likeliest ones, in order
     confidence: float | None = field(default=None, compare=False)  # differs a little between batches
     found: float | None = field(default=None, compare=False)
     status: int = 200  # of HTTP: the row of STATUS
@@ -125,6 +127,9 @@ CASES = [
     with_fields("more visual tokens", budget={"visual_tokens": [64, 64]}),
     with_fields("low priority, long timeout", priority="low", timeout_s=100),
     with_fields("explained", explain=True),
+    with_fields("with log probabilities", logprobs=True),
+    with_fields("with the likeliest tokens", logprobs=True, top_logprobs=2),
+    with_fields("a form with the likeliest tokens", logprobs=True, top_logprobs=1, choices=["violet", "no idea"]),
     with_fields("sure enough", min_confidence=0.5),
     Case(name="not sure enough", images=(png(),), question="what shape is the star?", fields={"min_confidence": 1}),
     with_fields("detail low", detail="low"),
@@ -153,6 +158,8 @@ CASES = [
     refused("a timeout that is over", DeadlineExceeded, fields={"timeout_s": 1e-6}),
     refused("more than certain", InvalidRequest, fields={"min_confidence": 1.5}),
     refused("less than nothing", InvalidRequest, fields={"min_confidence": -0.1}),
+    refused("likeliest tokens alone", InvalidRequest, fields={"top_logprobs": 2}),
+    refused("too many likeliest tokens", InvalidRequest, fields={"logprobs": True, "top_logprobs": 21}),
     refused("an empty choice", InvalidRequest, fields={"choices": ["yes", ""]}),
     refused("two forms", InvalidRequest, fields={"choices": ["yes", "no"], "regex": "yes|no"}),
     refused("a malformed regular expression", InvalidRequest, fields={"regex": "(yes"}),

@@ -62,12 +62,12 @@ class Outcome:
     relevance: object = None
     abstained: bool | None = None
     reason: str = ""
-    tokens: tuple[tuple[bytes, tuple[bytes, ...]], ...] | None = None  # with logprobs: each with the likeliest ones
-    logprobs: tuple[float, ...] = field(default=(), compare=False)  # of the tokens and of the likeliest ones, in order
     confidence: float | None = field(default=None, compare=False)  # differs a little between batches
     found: float | None = field(default=None, compare=False)
     status: int = 200  # of HTTP: the row of STATUS
     code: str = ""
+    tokens: tuple[tuple[bytes, tuple[bytes, ...]], ...] | None = None  # with logprobs: each with the likeliest ones
+    logprobs: tuple[float, ...] = field(default=(), compare=False)  # of the tokens and of the likeliest ones, in order
 
 
 Ask = Callable[[Case], Awaitable[Outcome]]

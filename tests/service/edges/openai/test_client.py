@@ -219,7 +219,7 @@ def test_each_token_has_its_log_probability(client, chat):
 @pytest.mark.parametrize("wish", [{"logprobs": True, "top_logprobs": 21}, {"logprobs": False, "top_logprobs": 5}])
 def test_a_wrong_wish_for_likeliest_tokens_is_a_bad_request(client, chat, wish):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**chat | wish)
+        client.chat.completions.create(**chat | {"messages": [ASKED]} | wish)
     assert (caught.value.status_code, caught.value.param) == (400, "top_logprobs")
 
 

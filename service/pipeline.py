@@ -354,7 +354,10 @@ class Pipeline:
                     yield Delta(text, tuple(untold))
                     untold.clear()
                 if detokeniser.stopped:
-                    ticket.finish_reason = "stop"
+                    guide, said = sampling.guide, "".join(ticket.answer)
+                    # A form that a stop string cut is as unfinished as one that max_tokens cut.
+                    is_whole = guide is None or await self.guides.is_complete(guide, said)
+                    ticket.finish_reason = "stop" if is_whole else "length"
                     return
         if text := detokeniser.finish():
             yield Delta(text, tuple(untold))

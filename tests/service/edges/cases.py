@@ -122,6 +122,7 @@ CASES = [
     with_fields("a schema, drawn, with a penalty", json_schema=SCHEMA, temperature=2.0, seed=5, repetition_penalty=1.5),
     with_fields("a schema that is cut", json_schema=SCHEMA, max_tokens=4),
     with_fields("a regular expression and a stop string", regex="[a-z]+, [a-z]+", stop=[","]),
+    with_fields("a stop string where the form is whole", regex="[a-z]+(, [a-z]+)?", stop=[","]),
     with_fields("least vision tokens", budget={"vision_tokens": [64, 64]}),
     with_fields("most vision tokens", budget={"vision_tokens": [256, 256]}),
     with_fields("more visual tokens", budget={"visual_tokens": [64, 64]}),

@@ -74,7 +74,13 @@ def has_redis():
 def digest():
     """Of everything that decides what .venv holds."""
     found = hashlib.sha256((sys.version + machine.ROOT).encode())
-    for name in ("pyproject.toml", CONSTRAINTS, "scripts/environment.py", "scripts/npm_packages.py", "scripts/set_up.py"):
+    for name in (
+        "pyproject.toml",
+        CONSTRAINTS,
+        "scripts/environment.py",
+        "scripts/npm_packages.py",
+        "scripts/set_up.py",
+    ):
         with open(os.path.join(machine.ROOT, name), "rb") as source:
             found.update(source.read())
     return found.hexdigest()

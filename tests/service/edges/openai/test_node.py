@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,11 +16,8 @@ from tests.support.servers import Gateway
 SCENE = SCENES / "new_003.webp"
 
 
-PACKAGE = NODE_MODULES / "openai" / "package.json"
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
-@pytest.mark.skipif(not PACKAGE.exists(), reason="npm's openai is not there: python3 scripts/set_up.py develop")
+@pytest.mark.needs("node")
+@pytest.mark.needs("npm's openai")
 def test_npms_client_gets_answers_streams_files_and_its_own_errors(gateway: Gateway, card: ModelCard) -> None:
     script = Path(__file__).with_name("client.mjs")
     command = ["node", script, f"{gateway.url}/v1", card.name, SCENE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.service.edges.web.conftest import Kept, Open
+from tests.service.edges.web.conftest import Kept, Open, Visit
 from tests.support.fakes import png
 from tests.support.paths import NODE_MODULES
 
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.needs("chromium"),
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="session"),
-    pytest.mark.skipif(not AXE.exists(), reason="npm's axe-core is not there: python3 scripts/set_up.py develop"),
+    pytest.mark.needs("npm's axe-core"),
 ]
 
 
@@ -49,3 +49,10 @@ async def test_no_serious_barrier(service: Kept, open_page: Open, context: dict[
         if each["impact"] in SERIOUS
     ]
     assert serious == []
+
+
+async def test_a_planted_barrier_is_found(visit: Visit) -> None:
+    await visit.page.evaluate(AXE.read_text())
+    await visit.page.evaluate("document.querySelector('main').append(document.createElement('button'))")
+    found = (await visit.page.evaluate(RUN))["violations"]
+    assert [each["id"] for each in found if each["impact"] in SERIOUS] == ["button-name"]

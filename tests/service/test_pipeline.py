@@ -435,7 +435,7 @@ async def test_budgets_outside_the_models_ranges_say_what_is_offered(house):
         await answer(house, request(budget=Budget(visual_tokens=(32, 128))))
     with pytest.raises(InvalidRequest, match="80 is more than 70: swap"):
         await answer(house, request(budget=Budget(vision_tokens=(80, 70))))
-    house.pipeline.card = replace(CARD, visual_tokens=(32, 128))
+    house.pipeline.models.models[0].card = replace(CARD, visual_tokens=(32, 128))
     with pytest.raises(InvalidRequest, match="must be multiples of 32"):
         await answer(house, request(budget=Budget(visual_tokens=(32, 60))))
     assert house.vision.calls == []

@@ -212,7 +212,7 @@ class TokenLogProb(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., log_prob: _Optional[float] = ...) -> None: ...
 
 class AnswerResponse(_message.Message):
-    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "log_probs")
+    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "variant", "fallback_from", "log_probs")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +226,8 @@ class AnswerResponse(_message.Message):
     FOUND_FIELD_NUMBER: _ClassVar[int]
     ABSTAINED_FIELD_NUMBER: _ClassVar[int]
     ABSTAIN_REASON_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FROM_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
@@ -240,8 +242,10 @@ class AnswerResponse(_message.Message):
     found: float
     abstained: bool
     abstain_reason: AbstainReason
+    variant: str
+    fallback_from: str
     log_probs: _containers.RepeatedCompositeFieldContainer[TokenLogProb]
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., log_probs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., variant: _Optional[str] = ..., fallback_from: _Optional[str] = ..., log_probs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
 
 class AnswerEvent(_message.Message):
     __slots__ = ("delta", "end")

@@ -18,7 +18,7 @@ from service.prompt import PromptBuilder
 from service.readiness import GATEWAY
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
-from service.upstreams.pool import Pool
+from service.upstreams.pool import Pool, Triton
 from service.upstreams.store import Store
 from service.upstreams.variants import Variant, Variants, VariantsError
 
@@ -85,12 +85,16 @@ class Fleet:
             repository.card,
             variant.vision,
             variant.llm,
-            client=partial(connected, repository.card),
+            client=partial(self.client, repository.card),
             budget=self.models.retries,
             metrics=self._metrics,
             first_token_s=self._settings.first_token_budget_s,
         )
         return Running(variant, repository, pool)
+
+    def client(self, card: ModelCard, address: str) -> Triton:
+        """Make the client of one Triton."""
+        return TritonClient(address, address, text_type=card.text_type)
 
     @property
     def primary(self) -> Running:
@@ -216,7 +220,3 @@ class Fleet:
                 self._metrics.variant_in_flight.remove(name)
                 self._metrics.variant_weight.remove(name)
             log.info("variant_ended", variant=name)
-
-
-def connected(card: ModelCard, address: str) -> TritonClient:
-    return TritonClient(address, address, text_type=card.text_type)

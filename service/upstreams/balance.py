@@ -48,7 +48,8 @@ class Load:
         self.calls += 1
 
     def cost(self, now: float) -> float:
-        return (self.in_flight + 1) * self.slowness(now)
+        """A fast one costs as much as any other: else a lead in noise would give it all calls of a quiet service."""
+        return (self.in_flight + 1) * max(1.0, self.slowness(now))
 
     def is_ejected(self, now: float) -> bool:
         return now < self.ejected_until

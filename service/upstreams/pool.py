@@ -31,6 +31,7 @@ from service.upstreams.retry_budget import RetryBudget
 log = structlog.get_logger()
 
 JITTER_S = 0.02  # most of the pause before the first retry; it doubles with each further one
+OVERLOADED = 10.0  # slowness of a Triton whose queue is full
 LOOKS = 10  # at Tritons that are out, between two looks at all
 UNPROBED = "it has not answered yet"
 T = TypeVar("T")
@@ -308,6 +309,9 @@ class Pool:
                 member.breaker.failed(now, random.random())
                 if outcome == "late":
                     balance.measured(member.load, kind, now - begun, now)
+            case "overloaded":
+                member.breaker.left()
+                member.load.measure(OVERLOADED, now)
             case _:
                 member.breaker.left()
         self._metrics.upstream_calls.labels(self.variant, member.address, outcome).inc()

@@ -75,7 +75,7 @@ class Variant:
     def told(self) -> dict[str, Any]:
         """Return the fields as `parse` takes them."""
         pools = {"tritons": self.vision} if self.vision == self.llm else {"vision": self.vision, "llm": self.llm}
-        weight = int(self.weight) if self.weight.is_integer() else self.weight
+        weight = int(self.weight) if float(self.weight).is_integer() else self.weight
         return {"models": self.models, **pools, "weight": weight} | ({"draining": True} if self.is_draining else {})
 
 
@@ -112,7 +112,7 @@ class Variants:
 
     def weighted(self, weights: Mapping[str, float]) -> Self:
         """Set these weights; the other variants keep theirs. Raises VariantsError."""
-        changed = {name: replace(self.named(name), weight=weight) for name, weight in weights.items()}
+        changed = {name: replace(self.named(name), weight=float(weight)) for name, weight in weights.items()}
         return replace(self, variants={**self.variants, **changed})
 
     def drained(self, name: str, *, draining: bool = True) -> Self:

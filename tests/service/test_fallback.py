@@ -1,0 +1,158 @@
+"""Two variants with two Tritons each, under load, while Tritons die and stall: callers see no error of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from service.upstreams.variants import Variant, Variants
+from tests.support.fakes import png
+from tests.support.servers import StartGateway, eventually, free_ports
+
+CLIENTS = 8
+BUDGET_MS = 2_500  # the machine is slow while four Tritons and the tests share it
+
+
+@dataclass
+class Alone:
+    """A `glimpse triton`: a process of ours, Triton, and its models."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it to the server and to the models; our own process watches on."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            os.kill(child.pid, number)
+
+    def kill(self) -> None:
+        """Let all of it die at once."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for child in children:
+            child.kill()
+
+
+@contextmanager
+def alone(folder: Path, repository: Path) -> Iterator[Alone]:
+    folder.mkdir()
+    port, metrics_port = free_ports(2)
+    command = [sys.executable, "-m", "service.triton_alone", "127.0.0.1", str(port), str(metrics_port), "both"]
+    environment = os.environ | {"GLIMPSE_LOG_DIR": str(folder), "GLIMPSE_MODEL_REPOSITORY": str(repository)}
+    environment |= {"GLIMPSE_TRITON_START_TIMEOUT_S": "240"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        yield Alone(f"127.0.0.1:{port}", process, folder / "log")
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.mark.servers
+@pytest.mark.slow
+async def test_no_caller_sees_an_error_while_a_triton_dies_and_another_stalls(
+    start_gateway: StartGateway, repository: Path, tmp_path: Path
+) -> None:
+    with ExitStack() as parts:
+        tritons = [parts.enter_context(alone(tmp_path / str(number), repository)) for number in range(4)]
+        for triton in tritons:
+            eventually(lambda triton=triton: "triton ready" in triton.log.read_text(), 300, f"see {triton.log}")
+        pools = {"stable": tritons[:2], "next": tritons[2:]}
+        variants = Variants(
+            {
+                name: Variant(name, str(repository), (told := tuple(each.address for each in pool)), told, 1.0)
+                for name, pool in pools.items()
+            }
+        )
+        file = tmp_path / "variants.json"
+        file.write_bytes(variants.to_json())
+        settings = {"GLIMPSE_VARIANTS": str(file), "GLIMPSE_FIRST_TOKEN_BUDGET_MS": str(BUDGET_MS)}
+        gateway = parts.enter_context(start_gateway(settings))
+        load = Load(gateway.url)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load.run())
+            await load.answered(30)
+            assert set(load.variants) == {"stable", "next"}
+            tritons[0].kill()
+            await load.answered(30)
+            tritons[1].signal(signal.SIGSTOP)  # now stable has no Triton that answers
+            await load.answered(60)
+            async with httpx.AsyncClient() as http:
+                health = (await http.get(f"{gateway.url}/health/ready")).json()
+            tritons[1].signal(signal.SIGCONT)
+            load.stop()
+        assert load.errors == []
+        assert health["status"] == "ok"
+        assert {f"stable/{tritons[0].address}", f"stable/{tritons[1].address}"} >= set(health["degraded"]) > set()
+        assert load.fallbacks["stable"] > 0
+        text = httpx.get(f"{gateway.url}/metrics").text
+        assert 'glimpse_fallbacks_total{reason="' in text
+        print(f"{load.count} answers, {dict(load.variants)}, fell back {dict(load.fallbacks)}")  # noqa: T201
+
+
+class Load:
+    """Clients that ask without a pause, each with images and sessions of its own; half of them read streams."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.count = 0
+        self.errors: list[str] = []
+        self.variants: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        self._stopped = False
+        self._more = asyncio.Event()
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    async def answered(self, more: int, timeout_s: float = 120.0) -> None:
+        """Wait for so many further answers."""
+        wanted = self.count + more
+        async with asyncio.timeout(timeout_s):
+            while self.count < wanted:
+                self._more.clear()
+                await self._more.wait()
+
+    async def run(self) -> None:
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as http, asyncio.TaskGroup() as tasks:
+            for number in range(CLIENTS):
+                tasks.create_task(self._client(http, number))
+
+    async def _client(self, http: httpx.AsyncClient, number: int) -> None:
+        turn = 0
+        while not self._stopped:
+            turn += 1
+            shade = (turn // 3 * 16 + number) % 256
+            response = await http.post(
+                "/v1/vqa",
+                files={"image": png((shade, 40 * number % 256, 90))},
+                data={"question": f"what color is the square {turn % 3}?", "max_tokens": "8"}
+                | ({"stream": "true"} if number % 2 else {}),
+                headers={"x-session-id": f"{number}-{turn}"},
+            )
+            if response.status_code != 200 or '"error"' in response.text:
+                self.errors.append(response.text)
+            else:
+                self.variants[response.headers["x-glimpse-variant"]] += 1
+                for name in ("stable", "next"):
+                    self.fallbacks[name] += f'"fallback_from":"{name}"' in response.text
+            self.count += 1
+            self._more.set()

@@ -97,14 +97,14 @@ async def test_no_caller_sees_an_error_while_a_triton_dies_and_another_stalls(
             await load.answered(60)
             async with httpx.AsyncClient() as http:
                 health = (await http.get(f"{gateway.url}/health/ready")).json()
+                metrics = (await http.get(f"{gateway.url}/metrics")).text
             tritons[1].signal(signal.SIGCONT)
             load.stop()
         assert load.errors == []
         assert health["status"] == "ok"
         assert {f"stable/{tritons[0].address}", f"stable/{tritons[1].address}"} >= set(health["degraded"]) > set()
         assert load.fallbacks["stable"] > 0
-        text = httpx.get(f"{gateway.url}/metrics").text
-        assert 'glimpse_fallbacks_total{reason="' in text
+        assert 'glimpse_fallbacks_total{reason="' in metrics
         print(f"{load.count} answers, {dict(load.variants)}, fell back {dict(load.fallbacks)}")  # noqa: T201
 
 

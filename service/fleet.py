@@ -110,6 +110,8 @@ class Fleet:
         self.make = make
         for each in self._running.values():
             self._begin(each)
+        for name in dict.fromkeys(name for card in self.cards for name in card.called):
+            self._metrics.model_ready.labels(name).set_function(partial(self._answers, name))
         self._publish(self.models.sticky)
 
     def _begin(self, running: Running) -> None:
@@ -129,6 +131,10 @@ class Fleet:
             self._metrics.variant_weight.labels(each.variant.name).set(
                 0 if each.variant.is_draining else each.variant.weight
             )
+
+    def _answers(self, name: str) -> bool:
+        """Whether a model answers in any variant."""
+        return any(each.pool.answers_with(name) for each in self._running.values())
 
     @property
     def ready(self) -> bool:

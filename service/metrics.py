@@ -252,6 +252,11 @@ class Metrics:
 
     def begin_variant(self, variant: str) -> None:
         """Make the series of a variant, at zero."""
+        if variant != DEFAULT:
+            for reason in ("out", "failed", "late"):
+                self.fallbacks.labels(variant, reason)
+            for result in ("made", "refused"):
+                self.upstream_retries.labels(variant, result)
         for outcome in ("ok", *error_codes()):
             self.requests.labels(outcome, variant)
         for metric in (

@@ -157,6 +157,11 @@ class Pool:
         now = time.monotonic()
         return all(group.answers(now) for group in self.groups)
 
+    def answers_with(self, model: str) -> bool:
+        """Whether some Triton answers requests to this model."""
+        now = time.monotonic()
+        return any(model in group.models and group.answers(now) for group in self.groups)
+
     def faults(self) -> Mapping[str, str]:
         """Return why Tritons are out, by their addresses."""
         now = time.monotonic()

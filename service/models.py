@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
 from service.core.prompt import Prompt
 from service.core.request import Budget, Request, Sampling
-from service.core.variant import DEFAULT, Route, Served
+from service.core.variant import ANY, DEFAULT, Route, Served
 from service.estimating import Estimator
 from service.prompt import PromptBuilder, token_bytes
 from service.upstreams.retry_budget import RetryBudget
@@ -71,14 +70,6 @@ class Model:
     @property
     def answers(self) -> bool:
         return self.health is None or self.health.answers
-
-    @contextmanager
-    def in_work(self) -> Iterator[None]:
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
 
     def adapted(self, request: Request) -> Request:
         """Return the request with this model's defaults for what its caller left out."""
@@ -140,6 +131,8 @@ class Models:
 
         Raises InvalidRequest for an unknown variant, NotFound for an unknown model.
         """
+        if not self.named and route == ANY:
+            return self.models
         found = [model for model in self.models if not model.is_draining]
         if route.variant:
             found = [model for model in found if model.variant == route.variant]
@@ -164,7 +157,7 @@ class Models:
         found: list[Choice] = []
         faults: list[InvalidRequest] = []
         for model in self.asked(request.route):
-            adapted = model.adapted(request)
+            adapted = model.adapted(request) if self.named else request
             try:
                 found.append(Choice(model, adapted, model.check(adapted)))
             except InvalidRequest as fault:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
+from service.attempts import Attempts
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, embedding_key
@@ -21,9 +22,6 @@ from service.core.card import ModelCard
 from service.core.confidence import Confidence, Signals
 from service.core.errors import (
     DeadlineExceeded,
-    FirstTokenLate,
-    GlimpseError,
-    InternalError,
     InvalidRequest,
     Unavailable,
     naming_image,
@@ -133,49 +131,20 @@ class Pipeline:
                 async with ticket.in_time(reservation):
                     images = await self.load(ticket, reservation)
                 use.images = len(images)
-                async with aclosing(self.first_answer(choices, images, ticket, reservation, use)) as events:
-                    async for event in events:
-                        yield event
-
-    async def first_answer(
-        self, choices: Sequence[Choice], images: Sequence[Image], ticket: Ticket, reservation: Reservation, use: Use
-    ) -> AsyncGenerator[Delta | Finished, None]:
-        """Let the caller's own variant answer, or the next one if it fails before anything was sent."""
-        own, order = self.models.in_order(choices, images[0].id)
-        if order[0].model is not own:
-            self.metrics.fallbacks.labels(own.variant, "out").inc()
-        sent = False
-        for choice, after in zip(order, (*order[1:], None), strict=True):
-            reservation.served = self.models.served(choice.model, own)
-            ticket.begin(choice.request, reservation.served)
-            try:
-                with reservation.work(), choice.model.in_work():
-                    answer = self.answer_of(choice.model, images, ticket, reservation, use)
-                    async with aclosing(answer) as events:
-                        async for event in events:
-                            sent = True
-                            yield event
-            except (Unavailable, InternalError) as failure:
-                if sent or after is None or not self.models.may_fall_back(after.model, time.monotonic()):
-                    raise
-                self.metrics.fallbacks.labels(choice.model.variant, reason_of(failure)).inc()
-            else:
-                return
-
-    async def answer_of(
-        self, model: Model, images: Sequence[Image], ticket: Ticket, reservation: Reservation, use: Use
-    ) -> AsyncGenerator[Delta | Finished, None]:
-        """Look, compose and generate with one variant."""
-        async with ticket.in_time(reservation):
-            seen = await model.vision_stage.look(images, ticket, reservation)
-        prompt = self.compose(model, ticket.request, images, seen)
-        use.visual_tokens = len(prompt.visual_tokens)
-        ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
-        async with aclosing(self.generate(model, prompt, ticket, reservation)) as deltas:
-            async for delta in deltas:
-                ticket.answer.append(delta.text)
-                yield delta
-        yield self.finish(model, ticket, images, seen, reservation)
+                for attempt in Attempts(self.models, choices, images[0].id, ticket, reservation, self.metrics):
+                    with attempt:
+                        model = attempt.model
+                        async with ticket.in_time(reservation):
+                            seen = await model.vision_stage.look(images, ticket, reservation)
+                        prompt = self.compose(model, ticket.request, images, seen)
+                        use.visual_tokens = len(prompt.visual_tokens)
+                        ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
+                        async with aclosing(self.generate(model, prompt, ticket, reservation)) as deltas:
+                            async for delta in deltas:
+                                attempt.sent = True
+                                ticket.answer.append(delta.text)
+                                yield delta
+                        yield self.finish(model, ticket, images, seen, reservation)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image, so that questions can name it by its id. It waits for a vision slot, as a question's
@@ -439,8 +408,3 @@ def token_log_probs(spelled: Sequence[bytes], ids: Sequence[int], told: Sequence
         TokenLogProb(spelled[token] if token < len(spelled) else b"", log_prob)
         for token, log_prob in zip(ids, told, strict=False)
     ]
-
-
-def reason_of(failure: GlimpseError) -> str:
-    """Return the metric's word for a variant's failure."""
-    return "late" if isinstance(failure, FirstTokenLate) else "failed"

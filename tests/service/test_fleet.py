@@ -80,10 +80,11 @@ async def test_changes_of_the_file_are_followed_and_a_variant_that_is_gone_ends_
         assert stable.weight == 7
         await store.change(lambda before: before.drained("stable"))
         await until(lambda: fleet.names == ["next", "third"])
-        with stable.in_work():
-            await store.change(lambda before: before.without("stable"))
-            await until(lambda: len(fleet.models.models) == 2)
-            assert fleet.tritons[PORTS["stable"]].is_open
+        stable.in_flight += 1
+        await store.change(lambda before: before.without("stable"))
+        await until(lambda: len(fleet.models.models) == 2)
+        assert fleet.tritons[PORTS["stable"]].is_open
+        stable.in_flight -= 1
         await until(lambda: not fleet.tritons[PORTS["stable"]].is_open)
         store.path.write_text("{")
         await until(lambda: fleet.metric("variants_readable") == 0)

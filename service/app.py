@@ -127,7 +127,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         traces=traces,
     )
     if fleet is None:
-        models.models = [pipeline.model(client, client, card, repository.prompts)]
+        models.models = [pipeline.model(client, client, card, repository.prompts, spelled=repository.spelled)]
     else:
         fleet.begin(partial(model_of, pipeline, shared))
     lag = LoopLag(metrics.event_loop_lag.observe)
@@ -179,7 +179,14 @@ def model_of(
     if shared is not None:
         shared.know(repository.card)
     return pipeline.model(
-        pool, pool, repository.card, repository.prompts, variant=variant.name, weight=variant.weight, health=pool
+        pool,
+        pool,
+        repository.card,
+        repository.prompts,
+        spelled=repository.spelled,
+        variant=variant.name,
+        weight=variant.weight,
+        health=pool,
     )
 
 

@@ -14,7 +14,7 @@ import structlog
 from service.core.card import Engines, ModelCard
 from service.metrics import Metrics
 from service.models import Model, Models
-from service.prompt import PromptBuilder
+from service.prompt import PromptBuilder, token_bytes
 from service.readiness import GATEWAY
 from service.settings import Settings, SettingsError
 from service.triton import TritonClient, read_engines
@@ -35,13 +35,15 @@ class Repository:
     card: ModelCard
     prompts: PromptBuilder
     engines: Engines
+    spelled: list[bytes]  # each token's bytes; a large vocabulary takes a while, so no request waits for it
 
 
 def read_repository(folder: Path, mend: str = "name") -> Repository:
     """Raises SettingsError."""
     try:
         card = ModelCard.from_json((folder / "card.json").read_text())
-        return Repository(card, PromptBuilder.load(card, folder), read_engines(folder))
+        prompts = PromptBuilder.load(card, folder)
+        return Repository(card, prompts, read_engines(folder), token_bytes(prompts.tokenizer))
     except Exception as exc:  # tokenizers raises plain Exception
         raise SettingsError(
             f"{folder} is not a model repository that can be read ({exc}): {mend} a folder that `glimpse build` wrote"

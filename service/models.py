@@ -62,10 +62,10 @@ class Model:
     is_draining: bool = False
     health: Health | None = None  # None: there is no other that could answer
     in_flight: int = 0
-    spelled: list[bytes] = field(init=False)
+    spelled: list[bytes] = field(default_factory=list)  # each token's bytes; read from the tokenizer if left out
 
     def __post_init__(self) -> None:
-        self.spelled = token_bytes(self.prompts.tokenizer)
+        self.spelled = self.spelled or token_bytes(self.prompts.tokenizer)
 
     @property
     def answers(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from service.core.answer import LogProb
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
 from service.core.prompt import Prompt
@@ -32,7 +33,7 @@ class LanguageModel(Protocol):
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
-        log_probs: list[float] | None = None,
+        log_probs: list[LogProb] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels.
 

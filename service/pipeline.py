@@ -17,7 +17,7 @@ from service.cache.features import FeatureCache, SharedTier
 from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, embedding_key
 from service.core.access import Accounts, NoQuotas, Use
-from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
+from service.core.answer import Delta, Finished, KeptImage, LogProb, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Confidence, Signals
 from service.core.errors import (
@@ -322,7 +322,7 @@ class Pipeline:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         card, detokeniser = model.card, Detokeniser(model.spelled, sampling.stop)
-        told: list[float] | None = [] if sampling.log_probs or card.confidence is not None else None
+        told: list[LogProb] | None = [] if sampling.log_probs or card.confidence is not None else None
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
         tokens = model.language.generate(
             prompt,
@@ -337,7 +337,7 @@ class Pipeline:
         async with aclosing(tokens):
             while (ids := await self._next_tokens(tokens, card.end_id, ticket, reservation)) is not None:
                 if told is not None:
-                    ticket.log_prob += sum(told)
+                    ticket.log_prob += sum(each.value for each in told)
                     if sampling.log_probs:
                         untold += token_log_probs(model.spelled, ids, told)
                     told.clear()
@@ -345,7 +345,10 @@ class Pipeline:
                     yield Delta(text, tuple(untold))
                     untold.clear()
                 if detokeniser.stopped:
-                    ticket.finish_reason = "stop"
+                    guide, said = sampling.guide, "".join(ticket.answer)
+                    # A form that a stop string cut is as unfinished as one that max_tokens cut.
+                    is_whole = guide is None or await self.guides.is_complete(guide, said)
+                    ticket.finish_reason = "stop" if is_whole else "length"
                     return
         if text := detokeniser.finish():
             yield Delta(text, tuple(untold))
@@ -402,9 +405,13 @@ def confidence(model: Model, ticket: Ticket, seen: Sequence[Seen]) -> Confidence
     return model.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen))
 
 
-def token_log_probs(spelled: Sequence[bytes], ids: Sequence[int], told: Sequence[float]) -> list[TokenLogProb]:
+def token_log_probs(spelled: Sequence[bytes], ids: Sequence[int], told: Sequence[LogProb]) -> list[TokenLogProb]:
     """Join tokens and their log probabilities. An end id, which `ids` leaves out, stands last in `told`."""
-    return [
-        TokenLogProb(spelled[token] if token < len(spelled) else b"", log_prob)
-        for token, log_prob in zip(ids, told, strict=False)
-    ]
+    return [token_log_prob(spelled, token, *log_prob) for token, log_prob in zip(ids, told, strict=False)]
+
+
+def token_log_prob(
+    spelled: Sequence[bytes], token: int, value: float, top: tuple[tuple[int, float], ...] = ()
+) -> TokenLogProb:
+    others = tuple(token_log_prob(spelled, *each) for each in top)
+    return TokenLogProb(spelled[token] if token < len(spelled) else b"", value, others)

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
+from service.core.answer import LogProb
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, FirstTokenLate, GlimpseError, InternalError, Overloaded, Unavailable
 from service.core.prompt import Prompt, Question
@@ -64,7 +65,7 @@ class Triton(Protocol):
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
-        log_probs: list[float] | None = None,
+        log_probs: list[LogProb] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]: ...
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None: ...
 
@@ -214,7 +215,7 @@ class Pool:
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
-        log_probs: list[float] | None = None,
+        log_probs: list[LogProb] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as LanguageModel does. Before the first token another Triton may take over.
 

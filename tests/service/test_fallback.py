@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from service.upstreams.variants import Variant, Variants
@@ -35,15 +34,28 @@ class Alone:
 
     def signal(self, number: signal.Signals) -> None:
         """Send it to the server and to the models; our own process watches on."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            os.kill(child.pid, number)
+        for child in descendants(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
 
     def kill(self) -> None:
         """Let all of it die at once."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = descendants(self.process.pid)
         self.process.kill()
         for child in children:
-            child.kill()
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the children of a process, theirs, and so on."""
+    found, parents = [pid], {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
 
 
 @contextmanager
@@ -56,14 +68,15 @@ def alone(folder: Path, repository: Path) -> Iterator[Alone]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
-        yield Alone(f"127.0.0.1:{port}", process, folder / "log")
+        yield (triton := Alone(f"127.0.0.1:{port}", process, folder / "log"))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                triton.kill()
+        process.wait()
 
 
 @pytest.mark.servers

@@ -72,7 +72,7 @@ def write_alertmanager(folder: Path) -> None:
 
 
 def write_weights(folder: Path, project: str) -> None:
-    """The load balancer with the weights of docs/deployment.md: one gateway is the variant A, the other one B."""
+    """The load balancer with the weights of docs/deployment.md: one gateway has each."""
     found = WEIGHTS.search((PROJECT / "docs" / "deployment.md").read_text())
     assert found is not None
     weights = yaml.safe_load(found[1])

@@ -112,6 +112,10 @@ class Pipeline:
         """Return the card of the variant that gets most questions."""
         return self.models.primary.card
 
+    @property
+    def has_variants(self) -> bool:
+        return self.models.named
+
     def card_for(self, route: Route) -> ModelCard:
         """Return the card whose defaults a caller gets. Raises InvalidRequest, NotFound for an unknown name."""
         return self.models.asked(route)[0].card

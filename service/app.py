@@ -92,13 +92,13 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
             f"raise it to at least {card.max_positions}"
         )
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
-    metrics = Metrics()
+    metrics = Metrics(settings.tenant_labels)
     if settings.vision_url and settings.llm_url:
         client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
     else:
         client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
+    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s, metrics.costs.decoded)
     readiness = Readiness(card.called, metrics, client.failing)
     admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)

@@ -12,6 +12,7 @@ import structlog
 from service.core.errors import Cancelled, DeadlineExceeded, GlimpseError, InternalError, internal_error
 from service.core.request import Request
 from service.core.vision import TENSIONS, Seen
+from service.costs import Ended
 from service.metrics import Metrics
 from service.ticket import Ticket
 
@@ -39,6 +40,7 @@ class Outcomes:
         """
         now = time.monotonic()
         ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
+        ticket.payer = self.metrics.costs.payer(request.tenant)
         if self.traces is not None:
             ticket.trace = self.traces.request(request.traceparent)
         fault: Exception | None = None
@@ -77,6 +79,15 @@ class Outcomes:
 
     def _count(self, ticket: Ticket) -> None:
         timing_ms = ticket.timing_ms()
+        ended = Ended(
+            answered=ticket.outcome == "ok",
+            streamed=ticket.request.sampling.streaming,
+            encoded_images=ticket.encoded,
+            prompt_tokens=ticket.prompt_tokens,
+            visual_tokens=ticket.visual_tokens,
+            generated_tokens=ticket.completion_tokens,
+        )
+        self.metrics.costs.ended(ticket.payer, ended)
         self.metrics.requests.labels(ticket.outcome).inc()
         self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
         self.metrics.generated_tokens.inc(ticket.completion_tokens)

@@ -166,6 +166,9 @@ class Settings(BaseSettings):
     redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
+    # Tenants with metrics of their own: those that ask most. The others share the label (others).
+    tenant_labels: int = Field(50, ge=0, le=1000)
+
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"

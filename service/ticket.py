@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
+from service.core.payer import NOBODY, Payer
 from service.core.request import Request
 from service.tracing import Value
 
@@ -60,10 +61,12 @@ class Ticket:
     first_token: float | None = None
     last_token: float | None = None
     prompt_tokens: int = 0  # 0 until there is a prompt
+    visual_tokens: int = 0  # likewise
     completion_tokens: int = 0
     answer: list[str] = field(default_factory=list)  # pieces of its text so far
     log_prob: float = 0.0  # of the answer's tokens so far, if the models tell it
     finish_reason: Literal["stop", "length"] = "length"
+    payer: Payer = NOBODY
     trace: Trace | None = None  # None: not recorded
 
     @property

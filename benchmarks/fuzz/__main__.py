@@ -114,12 +114,12 @@ async def replay(mutant: Mutant) -> dict[str, Any]:
     return {"word": outcome.word, "seconds": round(outcome.seconds, 2), "faults": faults, "said": said, "log": log}
 
 
-def against_schema(examples: int, seed: int, *, with_keys: bool) -> dict[str, Any]:
+def against_schema(examples: int, seed: int, *, with_keys: bool, only: str, phases: str) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "keys.json"
         key = make_keys(path)[0] if with_keys else ""
         with target(**({"KEYS": str(path)} if key else {})) as to:
-            return schema.run(f"http://{to.host}:{to.port}", examples, seed, FOLDER, key)
+            return schema.run(f"http://{to.host}:{to.port}", examples, seed, FOLDER, key, only=only, phases=phases)
 
 
 def main() -> int:
@@ -130,7 +130,13 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=8, help="kept open, each with one request at a time [8]")
     parser.add_argument("--examples", type=int, default=300, help="of schema: examples an operation [300]")
     parser.add_argument("--keys", action="store_true", help="of schema: ask a service with keys")
-    parser.add_argument("--only", default="", help="of cost: images whose name holds this text")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="of cost: images whose name holds this text; of schema: operations whose path holds this regular "
+        "expression, OpenAI's too [all but OpenAI's]",
+    )
+    parser.add_argument("--phases", default=schema.PHASES, help=f"of schema: its phases [{schema.PHASES}]")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
@@ -145,7 +151,7 @@ def main() -> int:
     elif told.kind == "cost":
         report = asyncio.run(cost.measure(told.only))
     elif told.kind == "schema":
-        report = against_schema(told.examples, told.seed, with_keys=told.keys)
+        report = against_schema(told.examples, told.seed, with_keys=told.keys, only=told.only, phases=told.phases)
     else:
         parser.error("name what to send, or --replay FILE")
     tell(report, told.out)

@@ -20,7 +20,9 @@ GATEWAY, DECODER = "gateway", "decoder"  # parts, beside the names of the models
 # Nominal CPU seconds of the gateway, measured by `python -m benchmarks.gateway_cpu`. Only their proportions matter:
 # they share the CPU seconds that the process really took.
 REQUEST_S, ENCODED_IMAGE_S, STREAMED_TOKEN_S, WHOLE_TOKEN_S = 2.3e-3, 1.9e-3, 1.7e-4, 1.0e-5
-MOST_OF_NOMINAL = 10.0  # a slow machine takes so much more; beyond that, the process was busy with something else than these requests
+MOST_OF_NOMINAL = (
+    10.0  # a slow machine takes so much more; beyond that, the process was busy with something else than these requests
+)
 HALVED_EVERY_S = 3600.0
 PROMOTED_FROM = 10.0  # requests
 

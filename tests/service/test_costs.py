@@ -99,7 +99,9 @@ def test_a_new_series_stays_at_zero_until_prometheus_has_seen_it():
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("abcdefgh"), st.floats(0, 0.1), st.integers(0, 9)), max_size=10),  # too few for a label to change hands, whose series would end
+    st.lists(
+        st.tuples(st.sampled_from("abcdefgh"), st.floats(0, 0.1), st.integers(0, 9)), max_size=10
+    ),  # too few for a label to change hands, whose series would end
     st.integers(0, 4),
 )
 def test_the_sum_over_tenants_is_the_process_s_time_and_labels_are_bounded(asked, labels):

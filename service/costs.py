@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.core.payer import DEFAULT_VARIANT, HOLD_S, NOBODY, OTHERS, UNNAMED, Payer, current
+from service.core.payer import HOLD_S, NOBODY, OTHERS, UNNAMED, Payer, current
+from service.core.variant import DEFAULT
 
 GATEWAY, DECODER = "gateway", "decoder"  # parts, beside the names of the models
 # Nominal CPU seconds of the gateway, measured by `python -m benchmarks.gateway_cpu`. Only their proportions matter:
@@ -117,7 +118,7 @@ class Costs(Collector):
         self._accounts: dict[Payer, Account] = {}
         self._shared_s = 0.0  # of the process's CPU seconds, those that are in the accounts
 
-    def payer(self, tenant: str, variant: str = DEFAULT_VARIANT) -> Payer:
+    def payer(self, tenant: str, variant: str = DEFAULT) -> Payer:
         """Return who pays for one more request of the tenant. Later work in this context is on its account."""
         payer = Payer(self._labels.of(tenant, self._clock()), variant)
         current.set(payer)

@@ -14,6 +14,7 @@ from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
 from service.core.payer import NOBODY, Payer
 from service.core.request import Request
+from service.core.variant import DEFAULT
 from service.tracing import Value
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Ticket:
     finish_reason: Literal["stop", "length"] = "length"
     payer: Payer = NOBODY
     trace: Trace | None = None  # None: not recorded
+    variant: str = DEFAULT  # that answers, or answered last
 
     @property
     def left_s(self) -> float:

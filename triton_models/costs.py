@@ -126,15 +126,18 @@ class Costs:
         }
         self._series: dict[tuple[str, Payer, str], Series] = {}
         self._ended = threading.Event()
+        self._work = threading.Event()  # set while there may be something to tell
+        self._worked_at = clock()
         self._thread = threading.Thread(target=self._run, name=f"{model}-costs", daemon=True)
 
     def start(self) -> None:
-        """Report once a second."""
+        """Report once a second, until everything of the last run is told."""
         self._thread.start()
 
     def close(self) -> None:
         """Send the last values and release the metrics, which must not outlive the interpreter: see Gauges."""
         self._ended.set()
+        self._work.set()
         if self._thread.is_alive():
             self._thread.join()
         self.report()
@@ -146,6 +149,8 @@ class Costs:
     def begin(self) -> None:
         with self._lock:
             self._begun = self._cpu_s(), self._clock()
+            self._worked_at = self._begun[1]
+        self._work.set()
 
     def end(self, shares: Iterable[tuple[Payer, float]]) -> None:
         """Charge the time since `begin`, in proportion to these shares; without any, it was nobody's."""
@@ -184,13 +189,18 @@ class Costs:
         for name, charged in ((CPU_SECONDS, requests_s), (GPU_SECONDS, spent.gpu_s)):
             for payer, seconds in charged.items():
                 self._add(name, payer, self._model, seconds)
-        least_s = 0.0 if self._ended.is_set() else LEAST_S
+        least_s, hold_s = (0.0, 0.0) if self._ended.is_set() else (LEAST_S, self._hold_s)
         for series in self._series.values():
-            series.tell(self._clock(), least_s, 0.0 if self._ended.is_set() else self._hold_s)
+            series.tell(self._clock(), least_s, hold_s)
 
     def _run(self) -> None:
-        while not self._ended.wait(PERIOD_S):
+        while not self._ended.is_set():
+            self._work.wait()  # an idle process does not wake
+            self._work.clear()
+            if self._clock() - self._worked_at <= self._hold_s + PERIOD_S:
+                self._work.set()
             self.report()
+            self._ended.wait(PERIOD_S)
 
     def _add(self, name: str, payer: Payer, part: str, seconds: float) -> None:
         if not seconds:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from service.core.variant import DEFAULT
+
 PAYER = "glimpse_payer"  # the parameter of a request to Triton
-DEFAULT_VARIANT = "default"
 # No tenant has one of these names: brackets are not allowed in one.
 UNNAMED = "(unnamed)"  # callers without a name
 OTHERS = "(others)"  # tenants without a label of their own
@@ -27,12 +28,17 @@ class Payer(NamedTuple):
     def read(cls, text: str) -> Payer:
         """Read what `str` wrote; an empty text is the service itself."""
         tenant, _, variant = text.partition("/")
-        return cls(tenant or SERVICE, variant or DEFAULT_VARIANT)
+        return cls(tenant or SERVICE, variant or DEFAULT)
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.variant}"
 
 
-NOBODY = Payer(SERVICE, DEFAULT_VARIANT)
+NOBODY = Payer(SERVICE, DEFAULT)
 
 current: ContextVar[Payer] = ContextVar("current payer", default=NOBODY)
+
+
+def pay_for(variant: str) -> None:
+    """Charge later work in this context to the same tenant and another variant."""
+    current.set(current.get()._replace(variant=variant))

@@ -48,8 +48,11 @@ def test_rows_have_their_money_and_the_dearest_comes_first(tmp_path):
     assert default.money == pytest.approx(0.04)
     assert default.money_a_thousand_answers == pytest.approx(0.2)
     lines = as_table([large, default, total([large, default])], listed.currency).splitlines()
-    assert [re.split(r"  +", line) for line in lines[:3]] == [
-        [*"tenant|variant|answers|failed|visual tokens|generated tokens|cpu s|gpu s|EUR|EUR a thousand answers".split("|")],
+    assert re.split(r"  +", lines[0]) == [
+        *("tenant", "variant", "answers", "failed", "visual tokens", "generated tokens", "cpu s", "gpu s"),
+        *("EUR", "EUR a thousand answers"),
+    ]
+    assert [re.split(r"  +", line) for line in lines[1:3]] == [
         ["a", "large", "0", "0", "0", "0", "0.0", "1,800.0", "1.5000", "-"],
         ["a", "default", "200", "3", "6,400", "0", "3,600.0", "0.0", "0.0400", "0.2000"],
     ]

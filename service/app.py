@@ -33,6 +33,7 @@ from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
+from service.edges.vertex.predict import HEALTH, PREDICT
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
@@ -232,8 +233,17 @@ def http_edge(
         access=access or NoGate(),
         metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
+        aliases=vertex_paths(settings),
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
+
+
+def vertex_paths(settings: Settings) -> dict[str, str]:
+    """Return Vertex AI's paths and ours; none where Vertex AI named no predict route."""
+    if settings.vertex_predict_route is None:
+        return {}
+    paths = {settings.vertex_predict_route: PREDICT}
+    return paths if settings.vertex_health_route is None else {settings.vertex_health_route: HEALTH} | paths
 
 
 def grpc_edge(

@@ -127,7 +127,7 @@ def test_the_sum_over_tenants_is_the_processes_cpu_time_and_glimpse_cost_shows_i
     start_gateway: StartGateway, tmp_path: Path
 ):
     """Within 15 %: what the models' processes took before their accounts began, and steps that take no payer."""
-    with start_gateway({}) as gateway:
+    with start_gateway({"GLIMPSE_TRITON_START_TIMEOUT_S": "180"}) as gateway:
         environment = Path(f"/proc/{gateway.process.pid}/environ").read_text().split("\0")
         (port,) = (each.partition("=")[2] for each in environment if each.startswith("GLIMPSE_TRITON_METRICS_PORT="))
         triton = f"http://127.0.0.1:{port}"

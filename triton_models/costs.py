@@ -136,6 +136,8 @@ class Costs:
 
     def close(self) -> None:
         """Send the last values and release the metrics, which must not outlive the interpreter: see Gauges."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         self._work.set()
         if self._thread.is_alive():

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
-from service.core.payer import NOBODY, Payer
+from service.core.payer import NOBODY, Payer, pay_for
 from service.core.request import Request
-from service.core.variant import DEFAULT
+from service.core.variant import DEFAULT, Served
 from service.tracing import Value
 
 if TYPE_CHECKING:
@@ -70,6 +70,16 @@ class Ticket:
     payer: Payer = NOBODY
     trace: Trace | None = None  # None: not recorded
     variant: str = DEFAULT  # that answers, or answered last
+    fallback_from: str = ""  # the variant that should have answered
+
+    def begin(self, request: Request, served: Served) -> None:
+        """Begin an attempt of a variant. What an earlier one has generated was not sent, and is forgotten."""
+        self.request, self.variant, self.fallback_from = request, served.variant, served.fallback_from
+        self.first_token = self.last_token = None
+        self.prompt_tokens = self.visual_tokens = self.completion_tokens = 0
+        self.log_prob, self.finish_reason = 0.0, "length"
+        self.answer.clear()
+        pay_for(served.variant)
 
     @property
     def left_s(self) -> float:

@@ -132,10 +132,17 @@ async def predict(request: Request) -> Response:
 
 async def answered(batch: Batch, question: bytes, edge: Edge) -> VqaAnswer:
     """Parse and answer one instance. Raises GlimpseError."""
-    limits, card, caller = edge.questions, edge.pipeline.card, batch.caller
+    limits, caller = edge.questions, batch.caller
+    card = edge.pipeline.card_for(caller.route)
     parsed, fields = await parse_json(question, limits.max_question_chars, Instance)
     request = to_request(
-        fields, card, limits, tenant=caller.tenant, trace_id=caller.trace_id, traceparent=caller.traceparent
+        fields,
+        card,
+        limits,
+        tenant=caller.tenant,
+        trace_id=caller.trace_id,
+        traceparent=caller.traceparent,
+        route=caller.route,
     )
     asked, said, end = await batch.answer(request)
     return VqaAnswer(answer=said.text, **VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain)))

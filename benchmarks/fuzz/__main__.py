@@ -6,6 +6,7 @@
     python -m benchmarks.fuzz cost                     # CPU seconds of the costliest images of 20 MB
     python -m benchmarks.fuzz schema --examples 300    # schemathesis against the service's OpenAPI
     python -m benchmarks.fuzz schema --keys            # the same, of a service with keys
+    python -m benchmarks.fuzz schema --keys --only /v1/images --phases fuzzing   # a part of it
     python -m benchmarks.fuzz --replay build/fuzz/1_4711.http
 
 No answer may be a 5xx, take over 5 s or break the shape of errors; no process may die but a decoder at its limit of CPU

@@ -35,6 +35,7 @@ from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
+from service.edges.vertex.predict import HEALTH, PREDICT
 from service.fleet import Fleet, Repository, read_repository
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
@@ -85,7 +86,7 @@ class App:
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Read the model repository's card and tokenizers and make all parts; start nothing. Raises SettingsError."""
     require_keys(settings)
-    metrics = Metrics()
+    metrics = Metrics(settings.tenant_labels)
     fleet = fleet_of(settings, metrics)
     if fleet is None:
         repository = read_repository(settings.model_repository, "set GLIMPSE_MODEL_REPOSITORY to")
@@ -103,7 +104,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     else:
         client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
+    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s, metrics.costs.decoded)
     readiness = Readiness(card.called, metrics, client.failing) if fleet is None else fleet
     max_positions = card.max_positions if fleet is None else max(each.max_positions for each in fleet.cards)
     admission = Admission(settings, engines, max_positions, metrics, scheduling)
@@ -277,8 +278,17 @@ def http_edge(
         access=access or NoGate(),
         metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
+        aliases=vertex_paths(settings),
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
+
+
+def vertex_paths(settings: Settings) -> dict[str, str]:
+    """Return Vertex AI's paths and ours; none where Vertex AI named no predict route."""
+    if settings.vertex_predict_route is None:
+        return {}
+    paths = {settings.vertex_predict_route: PREDICT}
+    return paths if settings.vertex_health_route is None else {settings.vertex_health_route: HEALTH} | paths
 
 
 def grpc_edge(

@@ -143,6 +143,7 @@ class Pipeline:
                         prompt = self.compose(model, ticket.request, images, seen)
                         use.visual_tokens = len(prompt.visual_tokens)
                         ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
+                        ticket.visual_tokens = len(prompt.visual_tokens)
                         async with aclosing(self.generate(model, prompt, ticket, reservation)) as deltas:
                             async for delta in deltas:
                                 attempt.sent = True
@@ -156,6 +157,7 @@ class Pipeline:
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
+        self.metrics.costs.payer(reservation.tenant)
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
         try:

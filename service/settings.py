@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.environment import SecretFileError, is_service_link, with_secrets
+from service.environment import SecretFileError, is_service_link, with_platform, with_secrets
 
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = (
@@ -30,6 +30,7 @@ HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 HOST_PATTERN = re.compile(r"(\*\.)?([a-z0-9_-]+\.)*[a-z0-9_-]+")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
+ROUTE = re.compile(r"/[A-Za-z0-9._~:@/-]{1,500}")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,11 @@ class Settings(BaseSettings):
     metrics_without_key: bool = False
     # Lets a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
     without_keys: Literal["anyone-may-ask"] | None = None
+
+    # Vertex AI's routes of a custom container. Its variables AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set them, and
+    # AIP_HTTP_PORT or PORT the port, unless the GLIMPSE_ variable is set too. None: there is no such route.
+    vertex_predict_route: str | None = None
+    vertex_health_route: str | None = None
 
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
@@ -172,6 +178,9 @@ class Settings(BaseSettings):
     redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
+    # Tenants with metrics of their own: those that ask most. The others share the label (others).
+    tenant_labels: int = Field(50, ge=0, le=1000)
+
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
@@ -225,6 +234,13 @@ class Settings(BaseSettings):
                 "or ::1"
             ) from exc
         return bare if ":" in bare or any(family == socket.AF_INET for family, *_ in found) else str(found[0][4][0])
+
+    @field_validator("vertex_predict_route", "vertex_health_route")
+    @classmethod
+    def _is_path(cls, path: str | None) -> str | None:
+        if path is not None and not ROUTE.fullmatch(path):
+            raise ValueError(f"{path!r} is no path: write it from its first slash, such as /predict")
+        return path
 
     @field_validator("cors_origins")
     @classmethod
@@ -367,7 +383,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """
     environ = {
         name: value
-        for name, value in environ.items()
+        for name, value in with_platform(environ).items()
         if name.upper() not in OF_THE_COMMAND and not is_service_link(name, value)
     }
     try:

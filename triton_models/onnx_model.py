@@ -13,10 +13,13 @@ from typing import Any
 
 from onnxruntime import OrtValue
 
+from triton_models.costs import Costs, ServerCpu
 from triton_models.parameters import Parameters
 from triton_models.session import Array, Graph
 from triton_models.spans import spans
 from triton_models.unary import answer, answer_bound
+
+CALLED_FOR_EACH = ("relevance_allocator", "relevance_allocator_448")  # each question asks one of them about each image
 
 
 class TritonPythonModel:
@@ -34,10 +37,16 @@ class TritonPythonModel:
         provider = parameters.text("provider", "cpu")
         self._graph = Graph(parameters.graph, parameters.intra_op_threads, provider, parameters.device_id)
         self._graph.require(parameters.inputs, parameters.outputs)
+        server = ServerCpu() if self._name in CALLED_FOR_EACH else None
+        self._costs = Costs(self._name, on_gpu=provider != "cpu", server=server)
+        self._costs.start()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        with spans(self._name, requests):
+        with spans(self._name, requests), self._costs.of(requests):
             return answer_bound(requests, self._infer_bound) if self._bound else answer(requests, self._infer)
+
+    def finalize(self) -> None:
+        self._costs.close()
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return dict(zip(self._outputs, self._graph.run(inputs, self._outputs), strict=True))

@@ -18,6 +18,7 @@ from service.cli import cache, keys, variants
 from service.cli.ask import ask
 from service.cli.client import connected, plain_words
 from service.cli.completion import NAME, completion, prepare
+from service.cli.cost import cost
 from service.cli.options import Detail, Url, budget, url_of
 from service.cli.probes import canary, health
 from service.cli.terminal import become, require, run
@@ -88,6 +89,7 @@ def triton(
 
 app.command()(health)
 app.command()(canary)
+app.command()(cost)
 app.command()(ask)
 app.command()(completion)
 

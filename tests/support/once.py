@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ class Once:
         made, partial = self.folder / name, self.folder / f"{name}.partial"
         with locked(self.folder / f"{name}.lock"):
             if not made.exists():
-                partial.mkdir(exist_ok=True)  # left by a test that failed
+                shutil.rmtree(partial, ignore_errors=True)  # left by a test that failed
+                partial.mkdir()
                 make(partial)
                 partial.rename(made)
         return made

@@ -62,6 +62,7 @@ class SharedExports:
 
     def _keep(self, step: Step, work: Path) -> None:
         partial = self.folder / f"{step.key}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(work / step.folder, partial)
         partial.rename(self.folder / step.key)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -24,6 +24,7 @@ from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.access import UNLIMITED, Account
 from service.core.card import Engines
 from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.core.variant import Served
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -196,6 +197,7 @@ class Reservation:
         self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
         self.account: Account = UNLIMITED  # of its tenant's quota
+        self.served: Served | None = None  # which variant answers; None until one was chosen
         self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
 
     def until_end(self, timeout_s: float | None = None) -> UntilEnd:
@@ -284,6 +286,19 @@ class Reservation:
         now = time.monotonic()
         self._admission.release([claim], now, finished=finished)
         self._admission.schedule(now)
+
+    def hand_over(self, claim: Claim) -> Callable[[], None]:
+        """Let go of a granted claim whose work goes on without the request -> the call that gives the claim back."""
+        self._claims.remove(claim)
+        self._pause_or_resume()
+        admission = self._admission
+
+        def give_back() -> None:
+            now = time.monotonic()
+            admission.release([claim], now, finished=True)
+            admission.schedule(now)
+
+        return give_back
 
     @contextmanager
     def waiting_for_others(self) -> Iterator[None]:

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from service.core.guide import Guide
+from service.core.variant import ANY, Route
 
+MAX_TOP_LOG_PROBS = 20  # OpenAI's
 Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
 
 
@@ -50,6 +52,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     streaming: bool = True  # tokens as they come; else all at the end, which takes a fraction of the CPU time
     log_probs: bool = False  # with each token's log probability
+    top_log_probs: int = 0  # of so many of the likeliest tokens beside each token, at most MAX_TOP_LOG_PROBS
     guide: Guide | None = None  # the form of the answer
 
 
@@ -126,6 +129,8 @@ class Request:
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
     min_confidence: float | None = None  # with less, the answer says that it abstains
+    gave_budget: tuple[bool, bool] = (True, True)  # of vision and visual tokens; what a caller left out is the model's
+    route: Route = ANY  # which variant may answer
     question: str = field(init=False)  # text of the last question; the allocator reads this
     images: tuple[ImageSource, ...] = field(init=False)  # in the order of the prompt, those of earlier questions first
 

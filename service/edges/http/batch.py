@@ -22,7 +22,7 @@ from service.edges.http.body import BOM, JSON
 from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.faults import require_text
 from service.edges.http.json_bounds import items
-from service.edges.http.schema import ErrorBody, VqaEnd
+from service.edges.http.schema import ErrorBody, TokenLogprob, VqaEnd
 from service.edges.http.vqa import parse_json
 from service.edges.slices import joined
 from service.pipeline import Reservation
@@ -138,7 +138,7 @@ class ResultStream(Response):
 
     async def answer(self, batch: Batch, index: int, question: bytes) -> BatchAnswer:
         """Parse and answer one question. Raises GlimpseError."""
-        limits, card = self.edge.questions, self.edge.pipeline.card
+        limits, card = self.edge.questions, self.edge.pipeline.card_for(self.caller.route)
         parsed, fields = await parse_json(question, limits.max_question_chars, BatchQuestion)
         request = to_request(
             fields,
@@ -147,10 +147,12 @@ class ResultStream(Response):
             tenant=self.caller.tenant,
             trace_id=self.caller.trace_id,
             traceparent=self.caller.traceparent,
+            route=self.caller.route,
         )
         asked, said, end = await batch.answer(request)
         fields_of_end = VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))
-        return BatchAnswer(index=index, answer=said.text, **fields_of_end)
+        logprobs = TokenLogprob.all_of(said) if request.sampling.log_probs else None
+        return BatchAnswer(index=index, answer=said.text, logprobs=logprobs, **fields_of_end)
 
 
 def start() -> Message:

@@ -17,7 +17,8 @@ RUN apt-get update \
 # What pip makes. Nothing of this stage but /opt/glimpse reaches an image.
 FROM base AS build
 WORKDIR /src
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# slim_environment.sh compiles.
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends binutils \
@@ -75,19 +76,19 @@ FROM runtime AS gateway
 COPY --from=build-gateway /opt/glimpse /opt/glimpse
 COPY --from=cards /models /models
 EXPOSE 8080 8081
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["glimpse", "health"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["glimpse", "health"]
 CMD ["glimpse", "serve"]
 
 FROM runtime AS triton-cpu
 COPY --from=build-serve /opt/glimpse /opt/glimpse
 COPY model_repository /models
 EXPOSE 8001 8002
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["glimpse", "health", "--triton", "127.0.0.1:8001"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["glimpse", "health", "--triton", "127.0.0.1:8001"]
 CMD ["glimpse", "triton", "--host", "0.0.0.0"]
 
 FROM runtime AS all-in-one
 COPY --from=build-serve /opt/glimpse /opt/glimpse
 COPY model_repository /models
 EXPOSE 8080 8081
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["glimpse", "health"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["glimpse", "health"]
 CMD ["glimpse", "serve"]

@@ -79,11 +79,12 @@ def draw(axes: Axes, panel: Panel, found: Series) -> None:
     else:
         for name, points in found.items():
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.4 * max(axes.get_ylim()[1], 1e-3))  # room for the legend
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.2)
     if found:
-        axes.legend(fontsize=6, loc="upper left", framealpha=0.7)
+        columns = 3 if max(map(len, found)) < 12 else 2
+        axes.legend(fontsize=6, loc="upper left", framealpha=0.7, ncols=columns).set_in_layout(False)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 A stand-in has the same name, the same programs in the places that our files name, and another version.
 """
 
-import concurrent.futures
 import os
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ SERVICES = {
     "prom/alertmanager": ("prometheus-alertmanager", '["/usr/bin/prometheus-alertmanager"]'),
 }
 ENVOY = "envoyproxy/envoy"
+FOLDERS = ("/prometheus", "/alertmanager")  # their volumes'
 
 
 class NoImages(Exception):
@@ -42,18 +42,6 @@ def registry_answers():
     except OSError:
         return False
     return True
-
-
-def make(engine, bases, services):
-    """Make stand-ins for the bases and for the services, {image's name: its reference}. Raises NoImages."""
-    packages = ["ca-certificates", "wget", *(SERVICES[name][0] for name in services if name != ENVOY)]
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        made = [threads.submit(make_base, engine, base) for base in bases]
-        made.append(threads.submit(make_debian, engine, "bookworm", packages, "glimpse/stand-in:services"))
-        for each in made:
-            each.result()
-    for name, reference in services.items():
-        make_service(engine, name, reference)
 
 
 def make_base(engine, base):
@@ -72,8 +60,9 @@ def make_debian(engine, suite, packages, tag):
         f'--customize-hook=printf "[global]\\ncert = {CERTIFICATES}\\n" > "$1/etc/pip.conf"',
         suite, "-",
     ]  # fmt: skip
-    with tempfile.TemporaryFile() as archive, tempfile.TemporaryFile("w+") as said:
-        done = subprocess.run(command, stdout=archive, stderr=said, check=False)
+    environment = {**os.environ, "TMPDIR": engine.folder}
+    with tempfile.TemporaryFile(dir=engine.folder) as archive, tempfile.TemporaryFile("w+") as said:
+        done = subprocess.run(command, stdout=archive, stderr=said, env=environment, check=False)
         if done.returncode:
             said.seek(0)
             raise NoImages(
@@ -83,19 +72,33 @@ def make_debian(engine, suite, packages, tag):
         engine.docker("import", "-", tag, stdin=archive, stdout=subprocess.DEVNULL)
 
 
-def make_service(engine, name, reference):
-    """One more layer on the services' Debian: the program that starts."""
-    with tempfile.TemporaryDirectory() as folder:
-        lines = ["FROM glimpse/stand-in:services"]
+def make_services(engine, base, services):
+    """Make stand-ins for the services, {image's name: its reference}, on a base's stand-in.
+
+    Raises subprocess.CalledProcessError.
+    """
+    packages = " ".join(["wget", *(SERVICES[name][0] for name in services if name != ENVOY)])
+    folders = " ".join(FOLDERS)
+    install = f"apt-get -qq update && apt-get -qq install -y --no-install-recommends {packages} >/dev/null"
+    build(engine, "glimpse/stand-in:services", [
+        f"FROM {base}",
+        f"RUN {install} && mkdir -p {folders} && chown 65534:65534 {folders}",
+    ])  # fmt: skip
+    for name, reference in services.items():
         if name == ENVOY:
-            shutil.copy(envoy(), folder)
-            lines.append("COPY envoy /usr/local/bin/envoy")
+            build(engine, reference, [f"FROM {base}", "COPY envoy /usr/local/bin/envoy"], envoy())
         else:
-            lines.append(f"ENTRYPOINT {SERVICES[name][1]}")
-            lines.append("RUN mkdir -p /prometheus /alertmanager && chown 65534:65534 /prometheus /alertmanager")
-        with open(os.path.join(folder, "Dockerfile"), "w", encoding="ascii") as file:
-            file.write("\n".join(lines) + "\n")
-        engine.docker("build", "--quiet", "--tag", reference, folder, stdout=subprocess.DEVNULL)
+            build(engine, reference, ["FROM glimpse/stand-in:services", f"ENTRYPOINT {SERVICES[name][1]}"])
+
+
+def build(engine, tag, lines, *files):
+    """Build an image from a Dockerfile of these lines. Raises subprocess.CalledProcessError."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:
+            shutil.copy(file, folder)
+        with open(os.path.join(folder, "Dockerfile"), "w", encoding="ascii") as dockerfile:
+            dockerfile.write("\n".join(lines) + "\n")
+        engine.docker("build", "--quiet", "--tag", tag, folder, stdout=subprocess.DEVNULL)
 
 
 def envoy():
@@ -106,11 +109,7 @@ def envoy():
 def pull(engine, references):
     """Pull what is not there. Raises NoImages."""
     for reference in references:
-        there = subprocess.run(
-            ["/usr/bin/env", "DOCKER_HOST=" + engine.address, "docker", "image", "inspect", reference],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        if there.returncode == 0:
+        if engine.said("image", "ls", "--quiet", reference):
             continue
         try:
             engine.docker("pull", "--quiet", reference, timeout=300)

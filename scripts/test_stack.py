@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Run the stack by a real Docker engine and test it: `make test-stack`. Leaves nothing behind.
 
-Builds the images from the committed Dockerfile, starts docker-compose.yml, runs tests/stack, stops everything. Where no
-engine can be started, or its containers have no network, it says so and ends with status 0: that is no fault of ours.
-From then on every failure is one. Options: --base IMAGE (of Debian; the default is the Dockerfile's), --both (build and
-ask the other base too), and after -- arguments for pytest.
+Builds the images from the committed Dockerfile, starts docker-compose.yml, runs tests/stack, stops everything; then
+builds and asks one image on the other Debian. Where no engine can be started, or its containers have no network, it
+says so and ends with status 0: that is no fault of ours. From then on every failure is one. Options: --base IMAGE (of
+Debian; the default is the Dockerfile's), --one-base (leave the other one out), and after -- arguments for pytest.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import signal
@@ -21,8 +22,13 @@ import machine
 from docker_engine import Engine, NoEngine
 
 TARGETS = ("gateway", "triton-cpu", "all-in-one")
-BASE, OTHER_BASE = base_images.PYTHONS
+TESTS = "tests/stack/test_stack.py"  # the first of these measures the time from nothing to an answer
+TESTS_OF_IMAGES = "tests/stack/test_images.py"
+TESTS_OF_THE_OTHER_BASE = "tests/stack/test_other_base.py"
+BASE = next(iter(base_images.PYTHONS))
+PYTHON = os.path.join(environment.VENV, "bin", "python")
 COMPOSE = os.path.join(environment.VENV, "bin", "docker-compose")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROJECT = "glimpse-test"  # of Compose: a stack that an operator started on this machine is left alone
 # What a container of ours needs from the engine, the kernel and the network, in one command.
 PROBE = (
@@ -32,72 +38,112 @@ PROBE = (
 DOWNLOAD = "python3 -m venv /tmp/venv && /tmp/venv/bin/python -m pip download -q --no-cache-dir --no-deps -d /tmp wheel"
 
 
+class Phases:
+    """Seconds since the beginning at which each phase ended, printed as it ends."""
+
+    def __init__(self):
+        self.began = time.monotonic()
+        self._last = self.began
+
+    def ended(self, what):
+        now = time.monotonic()
+        print(f"  {what}: {now - self._last:.0f} s, {now - self.began:.0f} s in all", flush=True)
+        self._last = now
+
+
 def main():
     given, for_pytest = arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(1))  # so that the engine's context ends
-    started = time.monotonic()
+    for number in SIGNALS:
+        signal.signal(number, end)
+    phases = Phases()
     engine = Engine()
     try:
-        with engine:
-            status = run(engine, given, for_pytest, started)
+        # In this order: without an engine, what the threads still build ends at once.
+        with concurrent.futures.ThreadPoolExecutor(2) as threads, engine:
+            phases.ended("the engine")
+            status = run(engine, given, for_pytest, phases, threads)
     except NoEngine as exc:
-        skipped(str(exc))
-        status = 0
+        skipped("THE STACK", str(exc))
+        return 0
+    phases.ended("the engine's end")
     left = engine.left_over()
     if left:
         print("The engine left behind:\n  " + "\n  ".join(left), flush=True)
-        status = status or 1
-    return status
+    return status or int(bool(left))
+
+
+def end(*_):
+    """End, and let the engine's context remove everything: that takes seconds, and no second signal may stop it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def arguments():
     own, rest = split(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", choices=base_images.PYTHONS, default=BASE)
-    parser.add_argument("--both", action="store_true")
+    parser.add_argument("--one-base", action="store_true")
     return parser.parse_args(own), rest
 
 
-def run(engine, given, for_pytest, started):
-    """Build everything, then run the tests -> pytest's exit status. Raises NoEngine."""
-    times = {"engine": time.monotonic() - started}
-    bases = [given.base] + [base for base in base_images.PYTHONS if given.both and base != given.base]
+def run(engine, given, for_pytest, phases, threads):
+    """Build everything, run the tests -> an exit status. Raises NoEngine, subprocess.CalledProcessError."""
     print(f"Docker engine {engine.said('version', '--format', '{{.Server.Version}}')} at {engine.address}", flush=True)
-    python = os.path.join(environment.VENV, "bin", "python")
-    environment.install(python, "the tests' tools", ["--no-deps", *environment.pins("stack")])
-    stand_ins = provide(engine, bases)
+    wanted = services()
+    tools = threads.submit(environment.install, PYTHON, "the tests' tools", ["--no-deps", *environment.pins("stack")])
+    stand_ins = provide(engine, given.base, wanted)
+    tools.result()
+    phases.ended("the base's stand-in and the tests' tools" if stand_ins else "pulling")
     probe(engine, given.base)
-    times["images of others"] = time.monotonic() - started
-    for base in bases:
-        for target in TARGETS if base == given.base else TARGETS[-1:]:
-            build(engine, base, target, tag(base, given.base))
-    times["images"] = time.monotonic() - started
-    print("  ".join(f"{what}: {seconds:.0f} s" for what, seconds in times.items()), flush=True)
+    jobs = [threads.submit(base_images.make_services, engine, given.base, wanted)] if stand_ins else []
+    jobs += [threads.submit(build, engine, given.base, target, "latest") for target in TARGETS]
+    for job in jobs:
+        job.result()
+    phases.ended("building the images")
     told = {
         "DOCKER_HOST": engine.address,
         "COMPOSE_PROJECT_NAME": PROJECT,
         "STACK_BASE": given.base,
-        "STACK_OTHER_BASE": bases[-1] if given.both else "",
-        "STACK_STAND_INS": str(int(stand_ins)),
-        "STACK_BEGAN": str(time.time() - (time.monotonic() - started)),
+        "STACK_BEGAN": str(time.time() - (time.monotonic() - phases.began)),
     }
-    command = [os.path.join(environment.VENV, "bin", "python"), "-m", "pytest", "-m", "stack", "-v", "tests/stack"]
+    if given.one_base or for_pytest:
+        return run_tests(engine, [TESTS, TESTS_OF_IMAGES], told, for_pytest)
+    status = run_tests(engine, [TESTS], told)
+    phases.ended("the tests of the stack")
+    (other,) = (base for base in base_images.PYTHONS if base != given.base)
+    built = threads.submit(build_other, engine, other)  # the tests of images wait more than they work
+    status = run_tests(engine, [TESTS_OF_IMAGES], told) or status
     try:
-        done = subprocess.run([*command, *for_pytest], cwd=machine.ROOT, env={**os.environ, **told}, check=False)
+        built.result()
+    except NoEngine as exc:
+        skipped("THE OTHER BASE", str(exc))
+        return status
+    phases.ended("the tests of images, beside the other base and one image on it")
+    status = run_tests(engine, [TESTS_OF_THE_OTHER_BASE], {**told, "STACK_OTHER_BASE": other}) or status
+    phases.ended("the test of the other base")
+    return status
+
+
+def build_other(engine, base):
+    provide(engine, base, {})
+    build(engine, base, TARGETS[-1], "other-base")
+
+
+def run_tests(engine, files, told, for_pytest=()):
+    """Run the tests -> pytest's exit status."""
+    command = [PYTHON, "-m", "pytest", "-m", "stack", "-v", "--durations=8", "-p", "no:cacheprovider", *files]
+    try:
+        return subprocess.run(
+            [*command, *for_pytest], cwd=machine.ROOT, env={**os.environ, **told}, check=False
+        ).returncode
     finally:
         remove_stack(engine)
-    print(f"the whole stack's test: {time.monotonic() - started:.0f} s", flush=True)
-    return done.returncode
 
 
 def split(words):
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
-
-
-def tag(base, default):
-    return "latest" if base == default else base.rpartition("-")[2]
 
 
 def services():
@@ -110,21 +156,22 @@ def services():
     return {image.rpartition(":")[0]: image for image in images if not image.startswith("glimpse/")}
 
 
-def provide(engine, bases):
-    """Pull the images that are not ours, or make stand-ins -> whether they are stand-ins. Raises NoEngine."""
-    wanted = services()
+def provide(engine, base, others):
+    """Pull these images, or make a stand-in for the base -> whether it is one. Raises NoEngine.
+
+    `others` are those of services, {image's name: its reference}.
+    """
     try:
         if base_images.registry_answers():
-            print("pulling the base images", flush=True)
-            base_images.pull(engine, [*bases, *wanted.values()])
+            base_images.pull(engine, [base, *others.values()])
             return False
     except base_images.NoImages as exc:
         print(f"  {exc}", flush=True)
     if not engine.is_ours:
         raise NoEngine("the engine that runs here cannot pull images, and its images are not ours to replace")
-    print("no registry of images can be reached: making stand-ins of Debian's packages", flush=True)
+    print(f"  no registry of images can be reached: making a stand-in for {base}", flush=True)
     try:
-        base_images.make(engine, bases, wanted)
+        base_images.make_base(engine, base)
     except base_images.NoImages as exc:
         raise NoEngine(str(exc)) from exc
     return True
@@ -171,10 +218,10 @@ def remove_stack(engine):
             engine.docker(*removal, *found, stdout=subprocess.DEVNULL)
 
 
-def skipped(reason):
+def skipped(what, reason):
     """Loud: nobody shall take a skipped test for a passed one."""
     line = "=" * 100
-    print(f"\n{line}\nTHE STACK WAS NOT TESTED: {reason}\n{line}\n", flush=True)
+    print(f"\n{line}\n{what} WAS NOT TESTED: {reason}\n{line}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_what_cannot_be_installed_is_named_with_its_cause(tmp_path: Path) -> Non
         program(tmp_path, name, 'echo "E: Could not resolve the mirror" >&2; exit 100')
     program(tmp_path, "apt-get", "exit 100")
     said = reason("d.install_packages(0)", PATH=str(tmp_path))
-    assert "docker.io, iptables, mmdebstrap: not installed, and apt-get reached no package server" in said
+    assert "docker.io, iptables, iproute2, mmdebstrap: not installed, and apt-get reached no package server" in said
 
 
 def test_an_engine_that_ends_at_once_is_named_with_its_last_words(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_an_engine_that_ends_at_once_is_named_with_its_last_words(tmp_path: Path
 
 
 def test_a_skip_is_loud() -> None:
-    said = run("import test_stack; test_stack.skipped('no engine')")
+    said = run("import test_stack; test_stack.skipped('THE STACK', 'no engine')")
     assert "THE STACK WAS NOT TESTED: no engine" in said
     assert "=" * 80 in said
 
@@ -71,5 +71,9 @@ def test_only_dockers_rules_are_taken_away(rule: str, is_dockers: bool) -> None:
 
 
 def test_arguments_after_two_dashes_are_pytests() -> None:
-    said = run("import test_stack as t; print(t.split(['--both', '--', '-k', 'redis']), t.split(['--both']))")
-    assert said.strip() == "(['--both'], ['-k', 'redis']) (['--both'], [])"
+    said = run("import test_stack as t; print(t.split(['--one-base', '--', '-k', 'x']), t.split(['--one-base']))")
+    assert said.strip() == "(['--one-base'], ['-k', 'x']) (['--one-base'], [])"
+
+
+def test_the_tests_programs_are_known_by_name() -> None:
+    assert "python" in run("import docker_engine as d; print(d.programs())")

@@ -90,6 +90,36 @@ def test_every_setting_in_the_files_is_one() -> None:
         assert set(re.findall(rf"{PREFIX}[A-Z_]+[A-Z]", file.read_text())) <= known
 
 
+def faults_of_collector(text: str) -> list[str]:
+    """What a pipeline names and nothing defines, and hosts that are no service of the stack. No collector runs here."""
+    configuration = yaml.safe_load(text)
+    hosts = {*yaml.safe_load(COMPOSE.read_text())["services"], "0.0.0.0"}
+    used = [
+        f"{kind}: {name}"
+        for pipeline in configuration["service"]["pipelines"].values()
+        for kind, names in pipeline.items()
+        for name in names
+        if name not in configuration[kind]
+    ]
+    named = re.findall(r'endpoint: "?([^:"]+):', text)
+    return used + [host for host in named if host not in hosts]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "found"),
+    [
+        ("", "", []),
+        ("receivers: [otlp]", "receivers: [oltp]", ["receivers: oltp"]),
+        ('"traces:4317"', '"trace:4317"', ["trace"]),
+    ],
+    ids=["committed", "receiver", "host"],
+)
+def test_the_collector_fits_together_and_a_broken_copy_does_not(good: str, bad: str, found: list[str]) -> None:
+    text = (PROJECT / "deploy" / "traces" / "collector.yaml").read_text()
+    assert good in text
+    assert faults_of_collector(text.replace(good, bad)) == found
+
+
 def test_every_variable_of_the_example_is_read() -> None:
     names = re.findall(r"^(\w+)=", (PROJECT / ".env.example").read_text(), re.MULTILINE)
     assert [name for name in names if f"${{{name}:" not in COMPOSE.read_text()] == []

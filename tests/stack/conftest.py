@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,10 +19,18 @@ import httpx
 import pytest
 
 from benchmarks.ports import free_ports
+from tests.stack import changes
 from tests.support.paths import PROJECT
 from tests.support.servers import eventually
 
-UP_S = 180
+UP_S = 300
+HEALTHY_S = 240
+EVERY_S = 0.5  # for conditions that take a program's start to know: the containers need the cores
+# The balancer's port of metrics is not published, and its image has no program that asks.
+METRICS = r"""exec 3<>/dev/tcp/127.0.0.1/9902
+printf "GET /metrics HTTP/1.1\r\nHost: balancer\r\nConnection: close\r\n\r\n" >&3; cat <&3"""
+
+FIGURES = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,7 +63,7 @@ class Docker:
         return str(self.inspect(name)["State"].get("Health", {}).get("Status"))
 
     def wait_until_healthy(self, name: str) -> None:
-        eventually(lambda: self.health(name) == "healthy", 90, f"{name} healthy")
+        eventually(lambda: self.health(name) == "healthy", HEALTHY_S, f"{name} healthy", EVERY_S)
 
 
 @dataclass
@@ -66,6 +75,7 @@ class Stack:
     url: str
     rpc: str
     prometheus: str
+    weighing: str  # the balancer with two weights
     took_s: dict[str, float] = field(default_factory=dict)
 
     def compose(self, *arguments: str) -> str:
@@ -91,6 +101,28 @@ class Stack:
         options = [option for each in filters for option in ("--filter", each)]
         return sorted(self.docker.said("ps", "--all", "--format", "{{.Names}}", *options).split())
 
+    def wait_until_whole(self) -> None:
+        """Two gateways and two Tritons, all healthy, and the balancer knows both gateways."""
+        for service in ("gateway", "triton"):
+            for name in self.names(service):
+                self.docker.wait_until_healthy(name)
+        eventually(lambda: self.gateways_in_turn() == 2, HEALTHY_S, "both gateways in the balancer's turns", EVERY_S)
+
+    def gateways_in_turn(self) -> int:
+        """How many gateways the balancer takes for healthy."""
+        (balancer,) = self.names("balancer")
+        metrics = self.docker.said("exec", balancer, "bash", "-c", METRICS)
+        found = re.search(r'cluster_membership_healthy\{envoy_cluster_name="gateways"\} (\d+)', metrics)
+        assert found is not None, metrics
+        return int(found[1])
+
+    def alerts(self, name: str, job: str) -> Iterator[str]:
+        """Status by status, what Alertmanager told its webhook of an alert."""
+        for line in filter(None, self.docker.said("logs", *self.names("alert-webhook")).splitlines()):
+            for alert in json.loads(line)["alerts"]:
+                if (alert["labels"]["alertname"], alert["labels"].get("job")) == (name, job):
+                    yield alert["status"]
+
 
 @pytest.fixture(scope="session")
 def docker() -> Docker:
@@ -100,13 +132,15 @@ def docker() -> Docker:
 
 
 @pytest.fixture(scope="session")
-def stack(docker: Docker) -> Iterator[Stack]:
-    """The default services, up and healthy; down at the end, whatever happened."""
-    names = ("HTTP_PORT", "GRPC_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT")
+def stack(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The default services with the changes of changes.py, up and healthy; down at the end, whatever happened."""
+    names = ("HTTP_PORT", "GRPC_PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "WEIGHING_PORT")
     ports = dict(zip(names, map(str, free_ports(len(names))), strict=True))
-    environment = {**os.environ, **ports, "REDIS_PASSWORD": "not-a-secret-of-anybody"}
-    url, rpc = f"http://127.0.0.1:{ports['HTTP_PORT']}", f"127.0.0.1:{ports['GRPC_PORT']}"
-    stack = Stack(docker, environment, url, rpc, f"http://127.0.0.1:{ports['PROMETHEUS_PORT']}")
+    changed = changes.write(tmp_path_factory.mktemp("changes"), os.environ["COMPOSE_PROJECT_NAME"])
+    files = {"COMPOSE_FILE": f"{PROJECT}/docker-compose.yml{os.pathsep}{changed}"}
+    environment = {**os.environ, **ports, **files, "REDIS_PASSWORD": "not-a-secret-of-anybody"}
+    http, rpc, prometheus, _, weighing = (f"127.0.0.1:{port}" for port in ports.values())
+    stack = Stack(docker, environment, f"http://{http}", rpc, f"http://{prometheus}", f"http://{weighing}")
     began = time.monotonic()
     try:
         stack.compose("up", "--detach", "--no-build", "--wait", "--wait-timeout", str(UP_S))
@@ -122,11 +156,12 @@ def caller(stack: Stack) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session", autouse=True)
-def told(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="session")
+def told(pytestconfig: pytest.Config) -> dict[str, str]:
     """Figures that tests measured, printed at the end."""
-    figures: dict[str, str] = {}
-    yield figures
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    for what, figure in figures.items():
-        reporter.write_line(f"\n  {what}: {figure}")
+    return pytestconfig.stash.setdefault(FIGURES, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for what, figure in config.stash.get(FIGURES, {}).items():
+        terminalreporter.write_line(f"{what}: {figure}")

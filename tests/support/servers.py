@@ -24,13 +24,13 @@ START_S = 60.0
 STOP_S = 20.0
 
 
-def eventually(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+def eventually(condition: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.02) -> None:
     """Polls until the condition holds; fails with `what` at the deadline."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"{what}: not within {timeout_s:g} s")
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 async def eventually_async(condition: Callable[[], Awaitable[object]], timeout_s: float, what: str) -> None:

@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
                        help="agreement with the full view, from which a budget may be the default "
                        "(default: %(default)s)")  # fmt: skip
     found.add_argument("--large-budgets", action="store_true", help="draw large budgets more often, 2:3:5 by thirds")
+    found.add_argument("--lora-rank", type=int, default=0,
+                       help="rank of LoRA on the Q-Former's cross-attention [the Q-Former stays frozen]")  # fmt: skip
     found.add_argument("--seed", type=int, default=5, help="of the weights and the data's order (default: %(default)s)")
     found.add_argument("--checkpoint-s", type=float, default=60.0, help="seconds between checkpoints")
     found.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: %(default)s)")
@@ -51,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raises Refused for options that cannot be."""
-    for name, least in (("steps", 1), ("batch", 1), ("questions", 1), ("threads", 1), ("images", 2)):
+    for name, least in (("steps", 1), ("batch", 1), ("questions", 1), ("threads", 1), ("images", 2), ("lora_rank", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise Refused(f"--{name} {value} is too small: use at least {least}")
+            raise Refused(f"--{name.replace('_', '-')} {value} is too small: use at least {least}")
     for name in ("closer_share", "least_agreement"):
         if not 0 <= getattr(options, name) <= 1:
             raise Refused(f"--{name.replace('_', '-')} {getattr(options, name)} must be between 0 and 1")

@@ -50,6 +50,6 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     estimate.check(wanted, options.out)
     job = Job(
         source.directory, options.out, teacher, schedule, options.questions, closer, options.least_agreement,
-        ImageLimits(),
+        ImageLimits(), options.lora_rank,
     )  # fmt: skip
     return job, wanted, source.name

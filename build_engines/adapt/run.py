@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from build_engines.adapt import data, measure
+from build_engines.adapt.adapters import adapt as adapt_qformer
+from build_engines.adapt.adapters import changed
 from build_engines.adapt.chain import Language, Questions, Reader, new_allocator, prompts_of
 from build_engines.adapt.data import Asked, Data
 from build_engines.adapt.features import FeatureStore
@@ -41,6 +45,7 @@ class Job:
     closer_images: int
     threshold: float
     limits: ImageLimits
+    adapter_rank: int = 0  # of LoRA on the Q-Former's cross-attention; 0 leaves it frozen
 
     @property
     def work(self) -> Path:
@@ -52,7 +57,7 @@ def adapt(job: Job, found: Data) -> Adapted:
     started = time.monotonic()
     accelerator = accelerator_of()
     job.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint.load(job.checkpoint)
+    checkpoint = Checkpoint.load(job.checkpoint, language=job.teacher != TOKENS)
     checkpoint.model.requires_grad_(False)
     questions = Questions(prompts_of(checkpoint))
     encoder = checkpoint.vision_encoder().to(accelerator.device)
@@ -75,13 +80,10 @@ def adapt(job: Job, found: Data) -> Adapted:
     times["teacher"] = time.monotonic() - started
     kept_apart = data.measured(len(found.images), job.schedule.seed)
     training_rows = [row for row, one in enumerate(asked) if one.image not in kept_apart]
-    student = Student(
-        new_allocator(checkpoint, bool(store.closer), job.schedule.seed).to(accelerator.device),
-        reader,
-        language,
-        questions,
-    )
-    drawer = Drawer(store, asked, lessons, job.schedule, accelerator.device)
+    adapters = adapt_qformer(checkpoint.model.qformer, job.adapter_rank) if job.adapter_rank else []
+    allocator = new_allocator(checkpoint, bool(store.closer), job.schedule.seed).to(accelerator.device)
+    student = Student(allocator, reader, language, questions, adapters)
+    drawer = Drawer(store, asked, lessons, job.schedule, accelerator.device, bool(adapters))
     training = Training(accelerator, student, job.schedule, job.work)
     training.run(drawer_of(drawer, training_rows))
     times["training"] = time.monotonic() - started
@@ -107,7 +109,7 @@ def adapt(job: Job, found: Data) -> Adapted:
             "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
             "closer_view_at": at,
         }
-        return publish(job, found, store, student, fingerprint, told)
+        return publish(job, found, store, student, checkpoint.model.qformer, fingerprint, told)
     return Adapted(FIXED, fingerprint, (0, 0))
 
 
@@ -139,11 +141,15 @@ def drawer_of(drawer: Drawer, rows: Sequence[int]) -> Drawer:
 
 
 def publish(
-    job: Job, found: Data, store: FeatureStore, student: Student, fingerprint: str, told: dict[str, Any]
-) -> Adapted:
+    job: Job, found: Data, store: FeatureStore, student: Student, qformer: nn.Module, fingerprint: str,
+    told: dict[str, Any],
+) -> Adapted:  # fmt: skip
     """Write weights, card, report, plot and the list of what was left out."""
     save_allocator(student.allocator.cpu(), job.out / WEIGHTS)
     (job.out / QFORMER).unlink(missing_ok=True)
+    if len(student.adapters):
+        weights = changed(qformer)
+        save_file({name: weight.half() for name, weight in weights.items()}, job.out / QFORMER)
     state = FIXED if not told["gains"] else TRAINED if job.teacher == ANSWERS else DISTILLED
     low, high = told["default_vision_tokens"]
     adapted = Adapted(

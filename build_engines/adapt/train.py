@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from build_engines.adapt.adapters import without
 from build_engines.adapt.chain import Language, Questions, Reader
 from build_engines.adapt.data import Asked
 from build_engines.adapt.features import FeatureStore, detail_of
@@ -68,6 +70,7 @@ class Batch:
     importance: Tensor  # [R, 256]
     budget: Tensor  # int32 [R, 4]
     only_map: bool = False  # whether relevance alone is learned
+    noise: Tensor | None = None  # [R, 64] in [0, 1]: ranks the cells of every second question, for adapters
 
 
 class Student(nn.Module):
@@ -136,13 +139,21 @@ class Student(nn.Module):
         """Visual tokens [R, 32, H] within the budgets."""
         allocation = self.allocator.allocation
         closely = batch.detail is not None
-        choice = choose(allocation, weighed.cells, weighed.tensions, batch.budget, closer=closely)
+        cells, tensions = weighed.cells, weighed.tensions
+        if batch.noise is not None:  # the Q-Former must get used to any choice, or the comparison would not be fair
+            guided = (torch.arange(len(cells), device=cells.device) % 2 == 0)[:, None]
+            cells, tensions = torch.where(guided, cells, batch.noise), torch.where(guided, tensions, tensions.detach())
+        choice = choose(allocation, cells, tensions, batch.budget, closer=closely)
         tokens = allocation.sources(batch.features, self.allocator.detail(batch.features, batch.detail))
         return self.reader.visual(tokens, gates_of(allocation, choice), batch.owner, question)
 
     def whole(self, batch: Batch, question: tuple[Tensor, Tensor]) -> Tensor:
         """Visual tokens [R, 32, H] of the full view."""
         tokens = self.allocator.allocation.sources(batch.features)
+        with without(self.reader.qformer) if len(self.adapters) else nullcontext():
+            return self._whole(batch, tokens, question)
+
+    def _whole(self, batch: Batch, tokens: Tensor, question: tuple[Tensor, Tensor]) -> Tensor:
         if self.reader.reads_question:
             return self.reader.visual(tokens, full_view(len(batch.owner)).to(tokens), batch.owner, question)
         images = torch.arange(len(tokens), device=tokens.device)  # all questions about an image share them
@@ -158,6 +169,7 @@ class Drawer:
     lessons: Lessons
     schedule: Schedule
     device: torch.device
+    adapters: bool = False  # whether every second question has its cells ranked by chance
 
     def __post_init__(self) -> None:
         self._of: dict[int, list[int]] = {}
@@ -182,7 +194,9 @@ class Drawer:
                 budgets = draw_budgets(rng, len(rows), closely, self.schedule.thirds)
                 here = slice(rank * total // ranks, (rank + 1) * total // ranks)
                 mine = slice(here.start * self.schedule.asked, here.stop * self.schedule.asked)
-                found.append(replace(self.batch(rows[mine], budgets[mine], closely), only_map=only_map))
+                noise = torch.from_numpy(rng.random((len(rows), CELL_COUNT), np.float32)[mine]).to(self.device)
+                batch = self.batch(rows[mine], budgets[mine], closely)
+                found.append(replace(batch, only_map=only_map, noise=noise if self.adapters else None))
         return found
 
     def batch(self, rows: Sequence[int], budgets: Sequence[int], closely: bool) -> Batch:

@@ -15,9 +15,10 @@ from typing import TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
 from build_engines.model.adapted import FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
 from build_engines.model.allocator import RelevanceAllocator
@@ -61,12 +62,13 @@ class Checkpoint:
     zero_shot: bool = False  # whether the Q-Former says where to look
 
     @classmethod
-    def load(cls, source: Path | str, allocator: Path | None = None) -> Checkpoint:
+    def load(cls, source: Path | str, allocator: Path | None = None, *, language: bool = True) -> Checkpoint:
         """Load a directory, or download a repository of the Hugging Face hub by name.
 
         Reads config.json, the weights, and if present preprocessor_config.json or processor_config.json,
         model_card.json and allocator.safetensors. `allocator` is a folder that `glimpse adapt` wrote, whose allocator
-        takes the place of the checkpoint's own. Raises OSError for a missing file and ValueError for another
+        takes the place of the checkpoint's own. Without `language` the language model's weights stay on disk, and it
+        cannot be run. Raises OSError for a missing file and ValueError for another
         architecture, or an allocator of another encoder.
         """
         directory = _directory(source)
@@ -75,7 +77,9 @@ class Checkpoint:
         if family is None:
             found = architectures or "no architecture"
             raise ValueError(f"{source} holds {found}: use a checkpoint of one of {', '.join(FAMILIES)}")
-        model = family.from_pretrained(directory, dtype=torch.float32).eval()
+        model = (
+            family.from_pretrained(directory, dtype=torch.float32) if language else _seeing(family, directory)
+        ).eval()
         if model.config.num_query_tokens != QUERIES:
             raise ValueError(
                 f"{source} has {model.config.num_query_tokens} queries: use a checkpoint with {QUERIES} query tokens"
@@ -191,6 +195,22 @@ def _directory(source: Path | str) -> Path:
             f"{source} is neither a directory nor a hub name: give one, such as Salesforce/blip2-opt-2.7b"
         )
     return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+
+
+def _seeing(family: type[Module], directory: Path) -> Module:
+    """The model with every weight except the language model's, in FP32: most of a published checkpoint is that one."""
+    with torch.device("meta"):
+        model = family(AutoConfig.from_pretrained(directory))
+    weights = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name == ALLOCATOR:
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if "language_model." not in name:
+                    weights[name] = file.get_tensor(name).float()
+    model.load_state_dict(weights, strict=False, assign=True)
+    return model
 
 
 def _fingerprint(image_mean: list[float], image_std: list[float], *modules: nn.Module) -> str:

@@ -178,11 +178,16 @@ def test_answers_are_another_teacher(family: Family, tmp_path: Path) -> None:
 
 
 @VICUNA
-def test_tokens_need_no_language_model(family: Family, tmp_path: Path) -> None:
-    assert main(family.arguments(tmp_path / "out", "--teacher", "tokens", "--steps", "2")) == 0
+def test_tokens_need_no_language_model_and_lora_changes_the_qformer(family: Family, tmp_path: Path) -> None:
+    """With LoRA on the Q-Former, whose changed weights come along."""
+    more = ["--teacher", "tokens", "--steps", "2", "--lora-rank", "2"]
+    assert main(family.arguments(tmp_path / "out", *more)) == 0
     arms = json.loads((tmp_path / "out" / "report.json").read_text())["arms"]
-    assert arms["guided"][-1]["agreement"]["value"] == pytest.approx(1.0, abs=1e-4)
-    assert arms["random"][0]["agreement"]["value"] < 0.9999
+    assert arms["guided"][-1]["agreement"]["value"] > arms["random"][0]["agreement"]["value"]
+    weights = load_file(tmp_path / "out" / "qformer.safetensors")
+    own = Checkpoint.load(family.checkpoint).model.state_dict()
+    moved = {name for name, weight in weights.items() if not torch.equal(weight.float(), own[name].half().float())}
+    assert {name.split(".")[-2] for name in moved} == {"query", "key", "value"}
 
 
 def test_the_closer_views_quarters_lie_on_one_grid() -> None:

@@ -31,6 +31,7 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
         images=max(1, options.batch - near),
         asked=options.questions,
         closer_images=near,
+        map_images=3 * options.batch,
         thirds=LARGE if options.large_budgets else UNIFORM,
         seed=options.seed,
         checkpoint_s=options.checkpoint_s,
@@ -47,6 +48,9 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
         teacher = LIKELIHOOD if wanted.memory <= available_memory() else TOKENS
         if teacher == TOKENS:
             wanted = estimate.needs(replace(work, language=False), flops)
+    if teacher == TOKENS and closer:  # the full view's tokens say nothing about a closer one
+        closer, schedule = 0, replace(schedule, images=options.batch, closer_images=0)
+        wanted = estimate.needs(replace(work, language=False, closer=0, schedule=schedule), flops)
     estimate.check(wanted, options.out)
     job = Job(
         source.directory, options.out, teacher, schedule, options.questions, closer, options.least_agreement,

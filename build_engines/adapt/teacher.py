@@ -118,6 +118,8 @@ class Teacher:
         (gradient,) = torch.autograd.grad(spoken.margins.sum(), gates)
         importance = normalised(gradient[:, 1 : 1 + PATCH_COUNT])
         sure, nearer = spoken.probability.tolist(), [False] * len(asked)
+        if self.form == ANSWERS:  # given answers are right, however sure the model is of them
+            sure = [1.0] * len(asked)
         if self.form == LIKELIHOOD:
             self._look_nearer(asked, store, importance, said, sure, nearer)
         found.answers += said

@@ -96,6 +96,7 @@ class Maker:
             visual_fingerprint=self._of_precision(told.visual_fingerprint),
             float_type=self.options.dtype,
             text_type=profiles.text_type(self.options),
+            top_log_probs=self.options.profile != "tensorrt",
         )
         (out / "card.json").write_text(told.to_json())
         for name, path in self.checkpoint.tokenizers(out).items():

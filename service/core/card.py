@@ -58,6 +58,7 @@ class ModelCard:
     question_tokenizer: str = "tokenizer.json"
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
+    top_log_probs: bool = False  # whether the LLM tells the likeliest tokens beside each of its own
     confidence: Calibration | None = None  # None: answers carry no confidence, and metadata.confidence says why
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch a
 
 
 @pytest.fixture(scope="module", params=SAVED)
-def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapted_repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapted in two steps, and built as if the allocator had gained something."""
     folder = tmp_path_factory.mktemp(request.param)
     SAVED[request.param](folder / "checkpoint")
@@ -40,25 +40,25 @@ def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def address(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+async def address(adapted_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """gRPC address of a Triton that serves the repository."""
     access = Access.choose(Ports(metrics=free_ports(1)[0]))
-    card = ModelCard.from_json((repository / "card.json").read_text())
+    card = ModelCard.from_json((adapted_repository / "card.json").read_text())
     log_path = tmp_path_factory.mktemp("triton") / "triton.log"
     async with (
         TritonClient(access.url, access.url) as client,
-        EmbeddedTriton(repository, client=client, card=card, log_path=log_path, access=access),
+        EmbeddedTriton(adapted_repository, client=client, card=card, log_path=log_path, access=access),
     ):
         yield access.url
 
 
 async def test_it_looks_by_the_question_and_says_how_it_came_about(
-    repository: Path, address: str, start_gateway: StartGateway
+    adapted_repository: Path, address: str, start_gateway: StartGateway
 ) -> None:
     settings = {
-        "GLIMPSE_MODEL_REPOSITORY": str(repository), "GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address,
+        "GLIMPSE_MODEL_REPOSITORY": str(adapted_repository), "GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address,
     }  # fmt: skip
-    picture = base64.b64encode((repository.parent / "data" / "1.png").read_bytes()).decode()
+    picture = base64.b64encode((adapted_repository.parent / "data" / "1.png").read_bytes()).decode()
     body = {"image": picture, "max_tokens": 4, "temperature": 0, "explain": True}
     with start_gateway(settings) as gateway:
         async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:

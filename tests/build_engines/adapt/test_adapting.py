@@ -74,7 +74,7 @@ def test_the_result_says_how_it_came_about(family: Family) -> None:
     told = json.loads((family.out / "report.json").read_text())
     assert told["teacher"] == "likelihood"
     assert told["data"] == {"form": "plain", "images": 11, "questions": 20, "skipped": 1}
-    assert "broken.jpg\tthe image" in (family.out / "skipped.txt").read_text()
+    assert "broken.jpg\tnot an image" in (family.out / "skipped.txt").read_text()
     zero_shot = {"zero-shot"} if "instruct" in family.out.parent.name else set()
     assert set(told["arms"]) == {"guided", "random", "uniform", "fixed"} | zero_shot
     assert told["arms"]["guided"][-1]["agreement"]["value"] == 1.0  # 256 vision tokens are the full view

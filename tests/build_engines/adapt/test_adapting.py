@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,20 +153,6 @@ def test_a_dry_run_tells_what_it_needs_and_does_nothing(
     assert main(family.arguments(tmp_path / "out", "--dry-run")) == 0
     assert "of memory" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-
-
-@OPT
-def test_two_processes_train_as_one_does(family: Family, tmp_path: Path) -> None:
-    """With gloo, started by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    out = tmp_path / "two"
-    done = subprocess.run(
-        [*command, "-m", "build_engines.adapt", *family.arguments(out)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(where / "work" / "training.pt", weights_only=True)["student"] for where in (family.out, out))
-    for name, weight in one.items():
-        assert torch.allclose(weight, two[name], atol=1e-4, rtol=0), name
 
 
 @OPT

@@ -65,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--profile", choices=list(PRECISIONS), default="embedded", help="how the repository is served")
     found.add_argument("--precision", choices=["fp32", "fp16", "fp8"], default="", help="[the profile's default]")
     found.add_argument("--out", type=Path, required=True, help="repository to write")
+    found.add_argument(
+        "--allocator", type=Path, metavar="DIR", help="an allocator from `glimpse adapt` [its own, if any]"
+    )
+    found.add_argument("--zero-shot", action="store_true",
+                       help="look where InstructBLIP's Q-Former looks for this question, without training")  # fmt: skip
     found.add_argument("--dry-run", action="store_true", help="print the steps and their commands, and do nothing")
     found.add_argument("--until", metavar="STEP", help="stop after this step, for example parity")
     found.add_argument("--images", type=Path, help="folder of images for calibration and parity [rendered scenes]")
@@ -94,6 +99,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
             out=arguments.out,
             profile=arguments.profile,
             precision=arguments.precision,
+            allocator=arguments.allocator,
+            zero_shot=arguments.zero_shot,
             images=arguments.images,
             calibration_images=arguments.calibration_images,
             vision_batch=arguments.max_batch,
@@ -144,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = options_of(given)
         check_out(options.out)
-        source = inspect(options.checkpoint)
+        source = inspect(options.checkpoint, options.allocator, options.zero_shot)
         needed = estimate.check(options, source)
         root = root_of(source)
         steps = plan(options, source, root)

@@ -48,6 +48,8 @@ class Options:
     out: Path
     profile: str = "embedded"
     precision: str = ""  # the profile's default if empty
+    allocator: Path | None = None  # a folder that `glimpse adapt` wrote
+    zero_shot: bool = False  # whether InstructBLIP's Q-Former says where to look
     images: Path | None = None  # for calibration and parity, with questions.txt; None: rendered scenes
     calibration_images: int = 512
     vision_batch: int = 8  # maximum images in a batch

@@ -67,7 +67,11 @@ class Maker:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint.load(self.source.directory)
+        try:
+            found = Checkpoint.load(self.source.directory, self.source.allocator)
+            return found.knowing_already() if self.source.zero_shot else found
+        except ValueError as exc:
+            raise Refused(str(exc)) from exc
 
     def graphs(self, static: bool) -> dict[str, Graph]:
         found = static_graphs(self.checkpoint, self.groups) if static else graphs(self.checkpoint)

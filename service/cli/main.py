@@ -147,6 +147,12 @@ def build(context: typer.Context) -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def adapt(context: typer.Context) -> None:
+    """Give a checkpoint an allocator of its own, from images and questions: `glimpse adapt --help`. Needs PyTorch."""
+    become("build_engines.adapt", context.args, goal="build", needs="torch")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def calibrate(context: typer.Context) -> None:
     """Fit how sure a repository's models are of their answers: `glimpse calibrate --help` lists the options."""
     become("build_engines.calibration", context.args, goal="build", needs="sklearn")

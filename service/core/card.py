@@ -13,7 +13,7 @@ from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
 
-BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs of a model card
+BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens")  # pairs of a model card
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,10 @@ class ModelCard:
     vision_tokens: tuple[int, int]  # least and most that a budget can ask for
     visual_tokens: tuple[int, int]  # the same
     default_visual_tokens: tuple[int, int] = (32, 32)  # for a request whose budget has no visual_tokens
+    default_vision_tokens: tuple[int, int] | None = None  # the same of vision_tokens, without a closer view; None: all
+    # How the allocator came about: trained on answers, distilled from the full view, zero-shot (from what the
+    # checkpoint knows), or fixed (relevance does not depend on the question). Empty: not told.
+    allocator: str = ""
     # Whether the LLM has learnt to read images inside a question's text. If not, they come before that text, wherever
     # the caller put them: BLIP-2's and InstructBLIP's LLMs know no other place.
     interleaved: bool = False
@@ -90,12 +94,20 @@ class ModelCard:
         least, most = self.vision_tokens
         return (least, MAX_VISION_TOKENS) if self.closer_view and detail != "low" else (least, most)
 
+    def unasked_vision_tokens(self, detail: Detail) -> tuple[int, int]:
+        """Return the vision tokens of a request without a budget of them, at this detail."""
+        least, most = self.vision_tokens_for(detail)
+        if self.default_vision_tokens is None:
+            return least, most
+        low, high = self.default_vision_tokens
+        return low, high if most == self.vision_tokens[1] else most
+
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read the text of a card.json. Raises ValueError, which names the missing or unknown field."""
         try:
             fields = json.loads(text)
-            budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS}
+            budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS and value is not None}
             told = fields.pop("confidence", None)
             confidence = None if told is None else Calibration.from_json(told, fields["vision_width"])
             return cls(**fields | budgets, confidence=confidence)

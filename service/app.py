@@ -33,6 +33,7 @@ from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
+from service.engine_choice import choice
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
@@ -86,6 +87,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
             f"{settings.model_repository} is not a model repository that can be read ({exc}): "
             "set GLIMPSE_MODEL_REPOSITORY to a folder that `glimpse build` wrote"
         ) from exc
+    card = card.computed_in(choice(settings, card).precision)
     if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
         raise SettingsError(
             f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
@@ -93,6 +95,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         )
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics = Metrics()
+    metrics.model_info.labels(model=card.name, precision=card.precision).set(1)
     if settings.vision_url and settings.llm_url:
         client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
     else:
@@ -358,5 +361,6 @@ def embedded_triton(app: App) -> EmbeddedTriton:
         card=app.card,
         log_path=settings.triton_log,
         access=app.access,
+        precision=app.card.precision,
         start_timeout_s=settings.triton_start_timeout_s,
     )

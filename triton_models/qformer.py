@@ -19,7 +19,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads)
+        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads, parameters.library)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         with spans("qformer", requests):

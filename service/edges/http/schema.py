@@ -568,6 +568,7 @@ class Model(BaseModel):
     created: int = Field(description="Since when this gateway serves it, in seconds since the epoch.")
     owned_by: str = "glimpse"
     fingerprint: str = Field(description="Of the vision encoder's weights.")
+    precision: str = Field(description="In which the models compute: fp32, bf16, int8, int4; fp16 or fp8 on a GPU.")
     allocator_trained: bool = Field(description="Whether relevance depends on the question.")
     max_positions: int = Field(description="Most visual, prompt and answer tokens together.")
     budget: WireBudget = Field(description="The budgets that are allowed.")
@@ -587,6 +588,7 @@ class Model(BaseModel):
             id=card.name,
             created=created,
             fingerprint=card.fingerprint,
+            precision=card.precision,
             allocator_trained=card.allocator_trained,
             max_positions=card.max_positions,
             budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),

@@ -43,7 +43,11 @@ def _choice(settings: Settings, card: ModelCard, gateways_elsewhere: bool) -> Ch
     }  # model.int8.onnx, model.int4.onnx
     try:
         cpu = Cpu.of(CPUINFO.read_text()) if CPUINFO.exists() else Cpu()
-        has_openvino = importlib.util.find_spec("openvino") is not None
-        return choose(wanted, cpu, built, has_openvino, card.precisions)
+        return choose(wanted, cpu, built, has_openvino(), card.precisions)
     except NotOffered as exc:
         raise SettingsError(f"GLIMPSE_PRECISION is {wanted}: {exc}") from exc
+
+
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed here."""
+    return importlib.util.find_spec("openvino") is not None

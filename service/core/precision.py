@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 Wanted = Literal["auto", "fp32", "bf16", "int8", "int4"]
@@ -58,7 +58,7 @@ class NotOffered(ValueError):
 
 
 def choose(
-    wanted: Wanted, cpu: Cpu, built: Collection[str], has_openvino: bool, measured: Mapping[str, Mapping[str, Any]]
+    wanted: Wanted, cpu: Cpu, built: Collection[str], has_openvino: bool, measured: Mapping[str, Mapping[str, float]]
 ) -> Choice:
     """Choose what runs.
 
@@ -78,7 +78,7 @@ def choose(
     return Choice("fp32", "the CPU could do more, but the repository has no measured precision for it")
 
 
-def allows(measured: Mapping[str, Mapping[str, Any]], precision: str) -> bool:
+def allows(measured: Mapping[str, Mapping[str, float]], precision: str) -> bool:
     """Whether enough of the measured answers agree with FP32's."""
     found = measured.get(precision, {})
     return found.get("questions", 0) >= LEAST_QUESTIONS and found.get("agreement", 0.0) >= LEAST_AGREEMENT[precision]

@@ -8,7 +8,8 @@ BIN := .venv/bin
 SOURCES := service triton_models build_engines benchmarks tests scripts examples deploy
 # One worker runs the tests that start servers, the others the rest: tests/support/workers.py.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+# It runs what failed once more, alone.
+PYTEST := $(BIN)/python -m tests.support.again -n $(WORKERS) --no-loadscope-reorder
 
 .PHONY: help serve test test-stack up down quick check format eval bench bench-versus train repository proto settings dashboards mutants clean
 

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
 from service.core.errors import error_codes
+from service.core.variant import DEFAULT
 from service.resources import Resources
 
 # Bucket bounds include the usual objectives 0.2, 0.5, 1 and 2 s.
@@ -44,7 +45,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.registry.register(Resources())
-        self.requests = self._counter("requests", "Questions that ended, by outcome: ok or an error code.", "outcome")
+        self.requests = self._counter(
+            "requests", "Questions that ended, by outcome: ok or an error code.", "outcome", "variant"
+        )
         self.model_info = self._gauge("model_info", "1 for the served model and its precision.", "model", "precision")
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by method, route and status code.", "method", "route", "status"
@@ -88,10 +91,12 @@ class Metrics:
             "reason",
         )
         self.e2e_request_latency = self._seconds(
-            "e2e_request_latency_seconds", "Seconds from arrival to the end of the answer, answered questions only."
+            "e2e_request_latency_seconds",
+            "Seconds from arrival to the end of the answer, answered questions only.",
+            "variant",
         )
         self.time_to_first_token = self._seconds(
-            "time_to_first_token_seconds", "Seconds from arrival to the first token."
+            "time_to_first_token_seconds", "Seconds from arrival to the first token.", "variant"
         )
         self.inter_token_latency = self._seconds(
             "inter_token_latency_seconds", "Seconds between two tokens of an answer."
@@ -103,10 +108,10 @@ class Metrics:
             "stage",
         )
         self.prompt_tokens = self._counter(
-            "prompt_tokens", "Text tokens sent to the LLM, for questions of any outcome."
+            "prompt_tokens", "Text tokens sent to the LLM, for questions of any outcome.", "variant"
         )
         self.generated_tokens = self._counter(
-            "generated_tokens", "Tokens received from the LLM, for questions of any outcome."
+            "generated_tokens", "Tokens received from the LLM, for questions of any outcome.", "variant"
         )
         self.vision_tokens = self._tokens("vision_tokens", "Vision tokens kept per image and question.")
         self.visual_tokens = self._tokens("visual_tokens", "Visual tokens sent to the LLM per image and question.")
@@ -209,12 +214,23 @@ class Metrics:
         self.model_ready = self._gauge(
             "model_ready", "1 while the model answers its probe and requests, else 0.", "model"
         )
+        self.begin_variant(DEFAULT)
         self._begin_at_zero()
+
+    def begin_variant(self, variant: str) -> None:
+        """Make the series of a variant, at zero."""
+        for outcome in ("ok", *error_codes()):
+            self.requests.labels(outcome, variant)
+        for metric in (
+            self.e2e_request_latency,
+            self.time_to_first_token,
+            self.prompt_tokens,
+            self.generated_tokens,
+        ):
+            metric.labels(variant)
 
     def _begin_at_zero(self) -> None:
         """Make the series that alerts count: a rate does not see the first event of a series that begins with it."""
-        for outcome in ("ok", *error_codes()):
-            self.requests.labels(outcome)
         for reason in ("saturated", "tenant_share", "deadline", "shutting_down"):
             self.refusals.labels(reason)
         for reason in ("cancelled", "deadline", "deadline_exceeded"):

@@ -77,13 +77,13 @@ class Outcomes:
 
     def _count(self, ticket: Ticket) -> None:
         timing_ms = ticket.timing_ms()
-        self.metrics.requests.labels(ticket.outcome).inc()
-        self.metrics.prompt_tokens.inc(ticket.prompt_tokens)
-        self.metrics.generated_tokens.inc(ticket.completion_tokens)
+        self.metrics.requests.labels(ticket.outcome, ticket.variant).inc()
+        self.metrics.prompt_tokens.labels(ticket.variant).inc(ticket.prompt_tokens)
+        self.metrics.generated_tokens.labels(ticket.variant).inc(ticket.completion_tokens)
         if ticket.outcome == "ok":
             exemplar = {"trace_id": ticket.trace.id} if ticket.trace is not None else None
-            self.metrics.e2e_request_latency.observe(timing_ms["total"] / 1e3, exemplar)
-            self.metrics.time_to_first_token.observe(timing_ms["first_token"] / 1e3, exemplar)
+            self.metrics.e2e_request_latency.labels(ticket.variant).observe(timing_ms["total"] / 1e3, exemplar)
+            self.metrics.time_to_first_token.labels(ticket.variant).observe(timing_ms["first_token"] / 1e3, exemplar)
             if ticket.kind is not None:
                 self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
             for name, stage in ticket.stages.items():

@@ -13,6 +13,7 @@ from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
 from service.core.request import Request
+from service.core.variant import DEFAULT
 from service.tracing import Value
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Ticket:
     log_prob: float = 0.0  # of the answer's tokens so far, if the models tell it
     finish_reason: Literal["stop", "length"] = "length"
     trace: Trace | None = None  # None: not recorded
+    variant: str = DEFAULT  # that answers, or answered last
 
     @property
     def left_s(self) -> float:

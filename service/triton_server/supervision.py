@@ -34,10 +34,11 @@ from service.core.precision import VARIABLE
 from service.triton_server.access import SHARED_MEMORY, Access, parents
 from service.triton_server.installation import Installation, StartFailed, check
 from service.triton_server.leftovers import claim, clean_up
-from service.triton_server.processes import ModelProcess, Proc, ServerProcess, region_bytes
+from service.triton_server.processes import Exits, ModelProcess, Proc, ServerProcess, region_bytes
 from service.triton_server.triton_log import TritonLog
 
 WATCH_INTERVAL_S = 0.2
+REGIONS_INTERVAL_S = 1.0  # between two looks for regions of shared memory that other users can read
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the target is to answer again within 10 s
 EXIT_TIMEOUT_S = 8  # for Triton to end its requests and models after SIGTERM
 START_ATTEMPTS = 3
@@ -109,6 +110,7 @@ class EmbeddedTriton:
         self._installation: Installation | None = None
         self._names: list[str] = []  # of the repository's models
         self._models: list[ModelProcess] = []
+        self._exits = Exits()  # of the model processes
         self._noted = True  # False if the model processes could not be asked for: they will be
         self._stalls = Stalls()
         self._complaints: dict[str, str] = {}  # the last error of each watch
@@ -149,10 +151,13 @@ class EmbeddedTriton:
             watch.create_task(self._watch_answers())
 
     async def _watch_processes(self) -> None:
+        closed_at = -REGIONS_INTERVAL_S
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            with contextlib.suppress(OSError):  # tried again
-                self._server.close_regions()  # Triton starts a model's process again by itself, with a new region
+            if time.monotonic() - closed_at >= REGIONS_INTERVAL_S:
+                closed_at = time.monotonic()
+                with contextlib.suppress(OSError):  # tried again
+                    self._server.close_regions()  # Triton starts a model's process again by itself, with a new region
             with self._surviving("processes"):
                 if self._server.exit_status is not None:
                     self._lose(self._names)
@@ -208,8 +213,10 @@ class EmbeddedTriton:
 
     def _dead(self) -> list[ModelProcess]:
         """The model processes that have ended. One that cannot be asked about is taken for alive."""
-        dead, unknown = [], ""
+        dead, unknown, suspects = [], "", self._exits.suspects()
         for process in self._models:
+            if process.pid not in suspects:
+                continue
             try:
                 if self._server.has_lost(process):
                     dead.append(process)
@@ -351,12 +358,16 @@ class EmbeddedTriton:
         self._client.unhealthy()  # said of processes that are gone
         try:
             self._server.close_regions()
-            self._models = self._server.models()
+            self._watch(self._server.models())
         except OSError as exc:
             log.warning("cannot list the model processes, trying again", error=str(exc))
             self._noted = False
         else:
             self._noted = True
+
+    def _watch(self, processes: list[ModelProcess]) -> None:
+        self._exits.close()
+        self._models, self._exits = processes, Exits(process.pid for process in processes)
 
     async def _stop(self) -> None:
         """Give Triton time to end by itself, then kill it. Leave no process and no shared memory."""
@@ -364,7 +375,7 @@ class EmbeddedTriton:
         try:
             await self._server.stop(EXIT_TIMEOUT_S + 2)
         finally:
-            self._models = []
+            self._watch([])
             if self._claim is not None:
                 shutil.rmtree(self.access.folder, ignore_errors=True)
                 os.close(self._claim)
@@ -372,7 +383,7 @@ class EmbeddedTriton:
 
     def _kill(self) -> None:
         self._server.kill()
-        self._models = []
+        self._watch([])
 
 
 class Stalls:

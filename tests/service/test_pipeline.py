@@ -402,13 +402,13 @@ async def test_one_outcome_is_counted_and_one_line_logged_for_an_answer(house):
         await answer(house, request())
     assert house.outcomes() == {"ok": 1}
     assert [(line["event"], line["outcome"], line["request_id"]) for line in lines] == [("answered", "ok", "trace")]
-    assert house.counted("glimpse_time_to_first_token_seconds_count") == 1
+    assert house.counted("glimpse_time_to_first_token_seconds_count", variant="default") == 1
     for stage in ("queue", "load", "decode_image", "vision", "lookup", "see", "prefill", "decode"):
         assert house.counted("glimpse_stage_seconds_count", stage=stage) == 1
     assert house.counted("glimpse_relevance_entropy_ratio_sum") == pytest.approx(1.0)  # FakeVision's map is even
     assert house.counted("glimpse_tension_ratio_count", tension="explore") == 1
     assert house.counted("glimpse_requests_in_flight") == 0
-    assert house.counted("glimpse_generated_tokens_total") == 1
+    assert house.counted("glimpse_generated_tokens_total", variant="default") == 1
 
 
 @pytest.mark.parametrize(
@@ -760,8 +760,10 @@ async def test_half_an_answer_saves_the_other_half(house):
     async with aclosing(house.answer(request())) as events:
         await anext(events)
     assert house.counted("glimpse_tokens_saved_total", reason="cancelled") == 15
-    assert house.counted("glimpse_generated_tokens_total") == 1
-    assert house.counted("glimpse_prompt_tokens_total") == len(house.language.prompts[0].input_ids) - 32
+    assert house.counted("glimpse_generated_tokens_total", variant="default") == 1
+    assert (
+        house.counted("glimpse_prompt_tokens_total", variant="default") == len(house.language.prompts[0].input_ids) - 32
+    )
 
 
 async def test_who_expires_in_the_queue_costs_nothing():

@@ -139,9 +139,14 @@ class GrpcServer:
 
     async def _drain(self, grace_s: float) -> None:
         """Refuse new calls and let those in work finish. Admission ends those that outlive the grace, and they still
-        have the time to tell their callers."""
+        have the time to tell their callers.
+
+        The server's own stop ends when the last message of every call and watch is sent. Only a stream that its client
+        keeps open, such as one of reflection, uses up the time and is cut.
+        """
         self.health.stop()
         refusing = asyncio.create_task(self.server.stop(grace_s + TELLING_S))
         await self.calls.finished(grace_s + TELLING_S)
+        await asyncio.wait((refusing,), timeout=TELLING_S)
         await self.server.stop(None)
         await refusing

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.triton_server.processes import ModelProcess, Proc, ServerProcess, region_bytes
+from service.triton_server.processes import Exits, ModelProcess, Proc, ServerProcess, region_bytes
 from tests.support.servers import eventually
 
 
@@ -71,3 +71,22 @@ def test_what_a_server_makes_is_for_its_user_alone(tmp_path: Path) -> None:
     server.start(["/bin/mkdir", str(tmp_path / "made")], dict(os.environ), subprocess.DEVNULL)
     eventually(lambda: server.exit_status == 0, 10, "made")
     assert (tmp_path / "made").stat().st_mode & 0o077 == 0
+
+
+def test_one_call_tells_who_may_have_ended() -> None:
+    living, ending = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    exits = Exits((living.pid, ending.pid))
+    try:
+        assert exits.suspects() == set()
+        ending.kill()
+        ending.wait()
+        assert exits.suspects() == {ending.pid}
+        gone = Exits((living.pid, ending.pid))  # the kernel gives no descriptor of a process that is not there
+        assert gone.suspects() == {ending.pid}
+        gone.close()
+    finally:
+        exits.close()
+        for process in (living, ending):
+            process.kill()
+            process.wait()
+    assert exits.suspects() == set()

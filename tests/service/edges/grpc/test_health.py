@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -11,12 +13,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from service.edges.grpc.server import SERVICE
 from service.edges.grpc.stubs import vqa_pb2 as pb
-from tests.support.calls import Service, failure, served
-from tests.support.fakes import House
+from tests.support.calls import Service, failure, question, served
+from tests.support.fakes import House, until
 
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = (
     health_pb2.HealthCheckResponse.ServingStatus.Value(name) for name in ("SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 )
+
+WATCHES, ANSWERS = 50, 4
+STOP_S = 4.0  # less than the grace of calls in work, and far more than a stop takes
 
 
 @pytest_asyncio.fixture
@@ -60,6 +65,34 @@ async def test_a_watch_is_told_each_change_and_the_end(service):
     service.stopped.set()
     assert (await watch.read()).status == NOT_SERVING
     await service.run  # it does not wait for the watch
+
+
+async def test_every_watch_and_answer_ends_as_it_should_when_the_server_stops(service):
+    """The last message of none is cut, of however many."""
+    set_all(service.house, "")
+    health = health_pb2_grpc.HealthStub(service.channel)
+    watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(WATCHES)]
+    assert {(await watch.read()).status for watch in watches} == {SERVING}
+    language = service.house.language
+    language.gate.clear()
+    answers = [asyncio.ensure_future(service.stub.Answer(question())) for _ in range(ANSWERS)]
+    await until(lambda: language.open == ANSWERS)
+    service.stopped.set()
+    language.gate.set()
+    assert [(await watch.read()).status for watch in watches] == [NOT_SERVING] * WATCHES
+    assert {await watch.read() for watch in watches} == {grpc.aio.EOF}
+    assert {await watch.code() for watch in watches} == {grpc.StatusCode.OK}
+    assert [(await answer).answer for answer in answers] == ["red"] * ANSWERS
+    await service.run
+
+
+async def test_a_stream_that_its_client_keeps_open_holds_a_stop_only_for_a_moment(service):
+    opened = reflection_pb2_grpc.ServerReflectionStub(service.channel).ServerReflectionInfo()
+    await opened.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    assert (await opened.read()).list_services_response.service
+    service.stopped.set()
+    async with asyncio.timeout(STOP_S):
+        await service.run
 
 
 async def test_a_service_that_is_not_there_has_no_health(service):

@@ -553,7 +553,7 @@ async def test_metrics_count_questions_and_http_requests(caller):
     await caller.ask(question="")
     await caller.http.get("/nowhere")
     text = (await caller.http.get("/metrics")).text
-    assert 'glimpse_requests_total{outcome="ok"} 1.0' in text
+    assert 'glimpse_requests_total{outcome="ok",variant="default"} 1.0' in text
     assert 'glimpse_http_requests_total{method="POST",route="/v1/vqa",status="400"} 1.0' in text
     assert 'glimpse_http_requests_total{method="GET",route="none",status="404"} 1.0' in text
 

@@ -246,6 +246,7 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
+        top_log_probs=True,
         confidence=confidence,
         metadata=told | {"confidence": why},
     )

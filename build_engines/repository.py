@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from service.core.tensors import MODELS, PATCH_SLOTS, VISION_SLOTS, Step, Tensor
+from service.core.tensors import LIKELIEST, MODELS, PATCH_SLOTS, VISION_SLOTS, Step, Tensor
 
 LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
@@ -38,6 +38,7 @@ class Dimensions:
     hidden_size: int  # H
     float_type: str = "FP32"  # of features, vision tokens, visual tokens and the prompt embedding table
     text_type: str = "UINT8"  # of texts for the LLM; TensorRT-LLM takes BYTES
+    top_log_probs: bool = True  # whether the LLM tells the likeliest tokens; TensorRT-LLM does not
     vision_max_batch: int = 8  # images of one request
     # Graphs whose runs take more than one core. For a small graph a second core saves little (2 of 13 ms for the
     # reference's encoder) and costs as much under load.
@@ -58,7 +59,11 @@ class Dimensions:
         }
 
     def sized(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(tensor.sized(self.float_type, self.sizes, self.text_type) for tensor in tensors)
+        return tuple(
+            tensor.sized(self.float_type, self.sizes, self.text_type)
+            for tensor in tensors
+            if self.top_log_probs or tensor.name not in LIKELIEST
+        )
 
 
 @dataclass(frozen=True, slots=True)

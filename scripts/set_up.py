@@ -13,6 +13,7 @@ import time
 
 import environment
 import machine
+import npm_packages
 import system_packages
 
 CONSTRAINTS = "constraints.txt"  # the versions that the tests ran with
@@ -73,7 +74,13 @@ def has_redis():
 def digest():
     """Of everything that decides what .venv holds."""
     found = hashlib.sha256((sys.version + machine.ROOT).encode())
-    for name in ("pyproject.toml", CONSTRAINTS, "scripts/environment.py", "scripts/set_up.py"):
+    for name in (
+        "pyproject.toml",
+        CONSTRAINTS,
+        "scripts/environment.py",
+        "scripts/npm_packages.py",
+        "scripts/set_up.py",
+    ):
         with open(os.path.join(machine.ROOT, name), "rb") as source:
             found.update(source.read())
     return found.hexdigest()
@@ -105,6 +112,7 @@ def fill_venv(goal):
     environment.install(python, "the bundled Triton server", ["--no-deps", *environment.pins("triton")])
     if goal == "develop":
         environment.install(python, "parsers of tools that need a GPU", ["--no-deps", *environment.pins("parsers")])
+        npm_packages.install_all()
 
 
 def main():

@@ -34,11 +34,24 @@ class GuideChecks:
         while len(self._faults) > self._most:
             self._faults.popitem(last=False)
 
-    def _fault(self, guide: Guide) -> str:
+    async def is_complete(self, guide: Guide, text: str) -> bool:
+        """Return whether a text, without white space around it, is a whole answer of this form."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._completes, guide, text)
+
+    def _completes(self, guide: Guide, text: str) -> bool:
+        matcher = self._compiler.compile(guide).matcher.deep_copy()
+        data = [*text.encode()]
+        return bool(matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting())
+
+    @property
+    def _compiler(self) -> Guides:
         if self._guides is None:
             self._guides = Guides.of_bytes()
+        return self._guides
+
+    def _fault(self, guide: Guide) -> str:
         try:
-            self._guides.compile(guide)
+            self._compiler.compile(guide)
         except InvalidRequest as error:
             return error.message.removeprefix(f"{guide.field} ")
         return ""

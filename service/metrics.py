@@ -130,6 +130,9 @@ class Metrics:
             "tension",
         )
         # Tiers: `memory` is this process's memory. `redis` is asked only if memory does not have the features.
+        self.feature_cache_encodes = self._counter(
+            "feature_cache_encodes", "Encodes that were sent to the vision encoder, one for each view of an image."
+        )
         self.feature_cache_lookups = self._counter(
             "feature_cache_lookups",
             "Feature lookups, by tier and result: hit, miss, shared (waited for another request's encode); in Redis "

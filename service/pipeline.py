@@ -16,7 +16,7 @@ from service.cache.features import FeatureCache, SharedTier
 from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, embedding_key
 from service.core.access import Accounts, NoQuotas, Use
-from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
+from service.core.answer import Delta, Finished, KeptImage, LogProb, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Confidence, Signals
 from service.core.errors import (
@@ -61,7 +61,7 @@ class LanguageModel(Protocol):
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
-        log_probs: list[float] | None = None,
+        log_probs: list[LogProb] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels.
 
@@ -331,7 +331,7 @@ class Pipeline:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         detokeniser = Detokeniser(self._spelled, sampling.stop)
-        told: list[float] | None = [] if sampling.log_probs or self.card.confidence is not None else None
+        told: list[LogProb] | None = [] if sampling.log_probs or self.card.confidence is not None else None
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
         tokens = self.language.generate(
             prompt,
@@ -346,7 +346,7 @@ class Pipeline:
         async with aclosing(tokens):
             while (ids := await self._next_tokens(tokens, ticket, reservation)) is not None:
                 if told is not None:
-                    ticket.log_prob += sum(told)
+                    ticket.log_prob += sum(each.value for each in told)
                     if sampling.log_probs:
                         untold += self._token_log_probs(ids, told)
                     told.clear()
@@ -354,17 +354,21 @@ class Pipeline:
                     yield Delta(text, tuple(untold))
                     untold.clear()
                 if detokeniser.stopped:
-                    ticket.finish_reason = "stop"
+                    guide, said = sampling.guide, "".join(ticket.answer)
+                    # A form that a stop string cut is as unfinished as one that max_tokens cut.
+                    is_whole = guide is None or await self.guides.is_complete(guide, said)
+                    ticket.finish_reason = "stop" if is_whole else "length"
                     return
         if text := detokeniser.finish():
             yield Delta(text, tuple(untold))
 
-    def _token_log_probs(self, ids: Sequence[int], told: list[float]) -> list[TokenLogProb]:
+    def _token_log_probs(self, ids: Sequence[int], told: list[LogProb]) -> list[TokenLogProb]:
         """Join tokens and their log probabilities. An end id, which `ids` leaves out, stands last in `told`."""
-        return [
-            TokenLogProb(self._spelled[token] if token < len(self._spelled) else b"", log_prob)
-            for token, log_prob in zip(ids, told, strict=False)
-        ]
+        return [self._token_log_prob(token, *log_prob) for token, log_prob in zip(ids, told, strict=False)]
+
+    def _token_log_prob(self, token: int, value: float, top: tuple[tuple[int, float], ...] = ()) -> TokenLogProb:
+        spelled = self._spelled[token] if token < len(self._spelled) else b""
+        return TokenLogProb(spelled, value, tuple(self._token_log_prob(*each) for each in top))
 
     async def _next_tokens(
         self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket, reservation: Reservation

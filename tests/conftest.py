@@ -25,7 +25,7 @@ from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
-from tests.support.paths import PROJECT
+from tests.support.paths import NODE_MODULES, PROJECT
 from tests.support.servers import Gateway, RedisServer, StartGateway, StartRedis, free_ports, started_gateway
 from tests.support.workers import Workers, tell_servers
 
@@ -39,6 +39,8 @@ INSTALLED_BY = {
     "node": f"{DEBIAN} nodejs",
     "chromium": f"{DEBIAN} chromium",
     "schemathesis": "python3 scripts/set_up.py develop",
+    "npm's openai": "python3 scripts/set_up.py develop",
+    "npm's axe-core": "python3 scripts/set_up.py develop",
 }
 # Fixtures that start a real server, or start one that a test asks for.
 SERVERS = {"triton", "start_gateway", "starting", "start_redis"}
@@ -129,7 +131,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose program is not installed. In CI it fails, because the set-up installs every program."""
     for mark in item.iter_markers("needs"):
         (program,) = mark.args
-        if shutil.which(program) is None:
+        package = program.removeprefix("npm's ")
+        if not ((NODE_MODULES / package).exists() if package != program else shutil.which(program)):
             said = f"{program} is not installed ({INSTALLED_BY[program]})"
             if "CI" in os.environ:
                 pytest.fail(said, pytrace=False)

@@ -21,7 +21,7 @@ from service.core.prompt import Prompt
 from service.core.request import Sampling
 from service.guides import Compiled
 from triton_models.masks import Masks
-from triton_models.sampling import Sampler
+from triton_models.sampling import Likeliest, Sampler
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -101,6 +101,7 @@ class Event(NamedTuple):
     error: str | None = None
     generated: int = 0  # tokens so far, this one included
     total_log_prob: float = 0.0  # sum over those tokens
+    likeliest: Likeliest | None = None  # if the sequence asks for them
 
 
 class QueueFull(Exception):
@@ -355,15 +356,17 @@ class Batcher:
         }
         finished = (tokens == self._end_ids[rows]) | (self._left[rows] <= 0)
         finished[list(faults)] = True
+        likeliest = self._sampler.likeliest(logits, first)
         events = []
-        for sequence, token, log_prob, done in zip(
-            self._running[rows], tokens.tolist(), log_probs.tolist(), finished.tolist(), strict=True
+        for place, (sequence, token, log_prob, done) in enumerate(
+            zip(self._running[rows], tokens.tolist(), log_probs.tolist(), finished.tolist(), strict=True)
         ):
             sequence.generated += 1
             sequence.log_prob += log_prob
             if not done and sequence.generated % self._limits.cancel_check_tokens == 0:
                 self._to_ask.append(sequence)
-            events.append(Event(sequence, token, log_prob, done, None, sequence.generated, sequence.log_prob))
+            told = (sequence.generated, sequence.log_prob, likeliest.get(place))
+            events.append(Event(sequence, token, log_prob, done, None, *told))
         if finished.any():
             for index in reversed(np.flatnonzero(finished).tolist()):
                 if index in faults:

@@ -7,16 +7,17 @@ import os
 import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide
 from service.core.prompt import Prompt
-from service.core.request import Sampling
+from service.core.request import MAX_TOP_LOG_PROBS, Sampling
 from service.prompt import LLM_TOKENIZER
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.decoder import OnnxDecoder
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 # Triton's error codes by gRPC's names, which clients know.
+LOG_PROBS = {"cum_log_probs", "output_log_probs"}  # outputs
 TRITON_CODES = {"INTERNAL": "INTERNAL", "INVALID_ARGUMENT": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE"}
 
 
@@ -73,10 +75,17 @@ class Caller:
             "sequence_length": np.array([[last.generated]], np.int32),
             "cum_log_probs": np.array([[last.total_log_prob]], np.float32),
             "output_log_probs": np.array([[[event.log_prob for event in self.untold]]], np.float32),
+            "top_ids": self._likeliest(0, np.int32),
+            "top_log_probs": self._likeliest(1, np.float32),
         }
         self.untold.clear()
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last.finished else 0
         self.sender.send(pb_utils.InferenceResponse([write(name, values[name]) for name in self.outputs]), flags)
+
+    def _likeliest(self, column: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return ids or log probabilities of the likeliest tokens: [1, 1, tokens, k]; k is 0 if none are asked for."""
+        told = [() if event.likeliest is None else event.likeliest[column] for event in self.untold]
+        return np.array([[told]], dtype)
 
     def fail(self, message: str, code: str) -> None:
         """End the stream with an error; `code` is one of TRITON_CODES.
@@ -169,6 +178,7 @@ class TritonPythonModel:
             caller.end()
         else:
             sequence = self._reader.read(request.request_id(), inputs)
+            sequence.sampling = replace(sequence.sampling, log_probs=not LOG_PROBS.isdisjoint(caller.outputs))
             sequence.owner, caller.streaming = caller, sequence.sampling.streaming
             caller.span = begin("llm", request)
             if caller.span is not None:
@@ -269,6 +279,7 @@ class RequestReader:
             seed=_scalar(inputs, "seed", 0),
             repetition_penalty=_scalar(inputs, "repetition_penalty", 1.0),
             streaming=_scalar(inputs, "streaming", True),
+            top_log_probs=_scalar(inputs, "num_top_log_probs", 0),
             guide=_guide(inputs),
         )
         for name, holds, rule in (
@@ -276,6 +287,11 @@ class RequestReader:
             ("temperature", 0 <= sampling.temperature < np.inf, "0 (greedy) or more"),
             ("runtime_top_k", sampling.top_k >= 0, "0 (off) or more"),
             ("runtime_top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+            (
+                "num_top_log_probs",
+                0 <= sampling.top_log_probs <= MAX_TOP_LOG_PROBS,
+                f"0 (none) to {MAX_TOP_LOG_PROBS}",
+            ),
             ("repetition_penalty", 0 < sampling.repetition_penalty < np.inf, "above 0"),
         ):
             if not holds:

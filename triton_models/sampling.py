@@ -7,6 +7,8 @@ penalty, guide, temperature, top-k, top-p.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +27,13 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
+class Likeliest(NamedTuple):
+    """The likeliest tokens in one place, likeliest first: ids [k] and the model's log probabilities [k]."""
+
+    tokens: Int64Array
+    log_probs: Float64Array
+
+
 class Sampler:
     """Hold the sampling state of up to `max_rows` rows, compact at the front like the KV cache."""
 
@@ -38,6 +47,8 @@ class Sampler:
         self._drawn = np.zeros(max_rows, np.uint64)
         self._penalty = np.ones(max_rows)
         self._seen = np.zeros((max_rows, vocab_size), bool)  # valid only for rows with a penalty
+        self._told = np.zeros(max_rows, bool)  # rows that ask for log probabilities
+        self._likeliest = np.zeros(max_rows, np.int64)  # how many of the likeliest tokens a row asks for
 
     def append(self, sampling: Sampling, input_ids: npt.NDArray[np.integer]) -> None:
         """Add a last row; vocabulary ids in `input_ids` count as seen for the repetition penalty."""
@@ -48,6 +59,8 @@ class Sampler:
         self._seed[row] = sampling.seed
         self._drawn[row] = 0
         self._penalty[row] = sampling.repetition_penalty
+        self._told[row] = sampling.log_probs
+        self._likeliest[row] = sampling.top_log_probs
         if sampling.repetition_penalty != 1:
             self._seen[row] = False
             self._seen[row, input_ids[input_ids < self.vocab_size]] = True
@@ -57,8 +70,10 @@ class Sampler:
         """Remove a row; the last row takes its place."""
         last = self.rows - 1
         if row != last:
-            state = (self._temperature, self._top_k, self._top_p, self._seed, self._drawn, self._penalty, self._seen)
-            for column in state:
+            for column in (
+                *(self._temperature, self._top_k, self._top_p, self._seed, self._drawn, self._penalty, self._seen),
+                *(self._told, self._likeliest),
+            ):
                 column[row] = column[last]
         self.rows = last
 
@@ -68,7 +83,7 @@ class Sampler:
         """Draw from logits [n, V] of rows first, first+1, ... -> token ids [n], log probabilities [n].
 
         The rows of `allowed` draw from its tokens only. The log probability is the model's own, before penalty, guide,
-        temperature and filters. It is NaN if the row's logits are not finite.
+        temperature and filters. It is 0 for a row that does not ask for it, and NaN if the row's logits are not finite.
         """
         rows = slice(first, first + len(logits))
         index = np.arange(len(logits))
@@ -89,7 +104,20 @@ class Sampler:
         penalised = np.flatnonzero(self._penalty[rows] != 1)
         if penalised.size:
             self._seen[first + penalised, tokens[penalised]] = True
-        return tokens, log_probs(logits, tokens, index)
+        if (told := self._told[rows]).all():
+            return tokens, log_probs(logits, tokens, index)
+        found = np.where(np.isfinite(logits.max(axis=1)) & np.isfinite(logits[index, tokens]), 0.0, np.nan)
+        if told.any():
+            found[told] = log_probs(logits[told], tokens[told], index[: np.count_nonzero(told)])
+        return tokens, found
+
+    def likeliest(self, logits: FloatArray, first: int = 0) -> dict[int, Likeliest]:
+        """Find the likeliest tokens for the rows that ask for them, by their places in logits [n, V].
+
+        The logits are those of rows first, first+1, ...
+        """
+        asked = self._likeliest[first : first + len(logits)]
+        return {place: likeliest(logits[place], int(asked[place])) for place in np.flatnonzero(asked).tolist()}
 
     def _changed(self, logits: FloatArray, first: int, allowed: Allowed | None) -> tuple[Int64Array, FloatArray]:
         """Return the rows [k] with a penalty or a guide, and their scores [k, V]. Other rows are not copied."""
@@ -111,6 +139,16 @@ class Sampler:
             where = np.searchsorted(rows, allowed.rows)
             scores[where] = np.where(allowed.tokens, scores[where], -np.inf)
         return rows, scores
+
+
+def likeliest(logits: FloatArray, count: int) -> Likeliest:
+    """Find the `count` likeliest tokens of logits [V], or all of them if there are fewer. Of equals, the first ids."""
+    first = max(logits.size - count, 0)
+    least = np.partition(logits, first)[first]
+    above, equal = np.flatnonzero(logits > least), np.flatnonzero(logits == least)
+    tokens = np.concatenate([above, equal[: logits.size - first - above.size]])
+    tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
+    return Likeliest(tokens, log_probs(np.broadcast_to(logits, (1, logits.size)), tokens, np.zeros_like(tokens)))
 
 
 def penalise(scores: FloatArray, seen: npt.NDArray[np.bool_], penalty: Float64Array) -> FloatArray:

@@ -113,7 +113,7 @@ class Chain:
         for number, (seen, question) in enumerate(asked):
             prompt = self.prompts.compose(question, [(seen.visual_tokens, str(number).encode())])
             room = card.max_positions - prompt.input_ids.size
-            sampling = Sampling(max_tokens=min(max_tokens, room), streaming=False)
+            sampling = Sampling(max_tokens=min(max_tokens, room), streaming=False, log_probs=True)
             sequences.append(Sequence(str(number), prompt, sampling, card.end_id, owner=number))
             ids[number] = []
         waiting = list(reversed(sequences))

@@ -47,6 +47,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         hidden_size=source.hidden_size,
         float_type=options.dtype,
         text_type=text_type(options),
+        top_log_probs=options.profile != "tensorrt",
         vision_max_batch=options.vision_batch,
         large=frozenset(large if options.profile == "embedded" else ()),
         closer_view=source.closer_view,

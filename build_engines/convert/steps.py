@@ -89,6 +89,7 @@ class Maker:
             max_positions=min(told.max_positions, step.settings["max_positions"]),
             float_type=self.options.dtype,
             text_type=profiles.text_type(self.options),
+            top_log_probs=self.options.profile != "tensorrt",
         )
         if self.options.precision in GPU_PRECISIONS:  # a CPU's precision is chosen at start, and FP32 is always there
             told = told.computed_in(self.options.precision)

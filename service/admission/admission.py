@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -284,6 +284,19 @@ class Reservation:
         now = time.monotonic()
         self._admission.release([claim], now, finished=finished)
         self._admission.schedule(now)
+
+    def hand_over(self, claim: Claim) -> Callable[[], None]:
+        """Let go of a granted claim whose work goes on without the request -> the call that gives the claim back."""
+        self._claims.remove(claim)
+        self._pause_or_resume()
+        admission = self._admission
+
+        def give_back() -> None:
+            now = time.monotonic()
+            admission.release([claim], now, finished=True)
+            admission.schedule(now)
+
+        return give_back
 
     @contextmanager
     def waiting_for_others(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Vision features in process memory: an LRU cache bounded in bytes. Each view of an image is an entry of its own.
 
 Concurrent requests for one new image share one encode. The first request leads and the others wait for its features.
-If the leader fails or is cancelled, one of the others takes the lead, so no request waits for one that has left.
+If the leader fails, or leaves before its encode was sent, one of the others takes the lead. An encode that was sent
+goes on when its leader leaves: the others wait for it, and its features are kept.
 
 Gateways can share a second tier. Only leaders ask it, so an image is looked up there once, however many requests
 need it.
@@ -45,13 +46,18 @@ class SharedTier(Protocol):
 
 @dataclass(slots=True)
 class Found(Generic[Features]):
-    """Result of a lookup. Without features, the caller leads: it encodes and then calls `keep`."""
+    """Result of a lookup. Without features, the caller leads: it encodes, and calls `keep` or `expect`."""
 
     features: Features | None
     brought: Features | None = None
+    coming: asyncio.Task[Features] | None = None
 
     def keep(self, features: Features) -> None:
         self.brought = features
+
+    def expect(self, coming: asyncio.Task[Features]) -> None:
+        """Keep what this task will return. The flight lasts until then, even if the caller leaves before."""
+        self.coming = coming
 
 
 @dataclass(slots=True)
@@ -111,7 +117,23 @@ class FeatureCache:
         try:
             yield found
         finally:
-            self._encoded(key, patient, found.brought)
+            if found.brought is None and found.coming is not None:
+                self._expect(key, patient, found.coming)
+            else:
+                self._encoded(key, patient, found.brought)
+
+    def _expect(self, key: FeatureKey[Features], patient: bool, coming: asyncio.Task[Features]) -> None:
+        """End the leader's encode when the task ends, which may be now."""
+
+        def came(task: asyncio.Task[Features]) -> None:
+            failed = task.cancelled() or task.exception() is not None
+            self._encoded(key, patient, None if failed else task.result())
+
+        self._metrics.feature_cache_encodes.inc()
+        if coming.done():
+            came(coming)
+        else:
+            coming.add_done_callback(came)
 
     async def _known(
         self, key: FeatureKey[Features], left_s: float, patient: bool, waiting: Waiting

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from service.core.confidence import Confidence, Reason
 from service.core.vision import Relevance
 
 
+class LogProb(NamedTuple):
+    """The model's own log probability of a token, before penalty, form, temperature and filters."""
+
+    value: float
+    top: tuple[tuple[int, float], ...] = ()  # ids and log probabilities of the likeliest tokens there, if asked for
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogProb:
-    """A token of the answer: its bytes, which may be part of a character, and its log probability.
-
-    The probability is the model's own, before penalty, temperature and filters.
-    """
+    """A token of the answer: its bytes, which may be part of a character, and its log probability, as in LogProb."""
 
     spelled: bytes
     log_prob: float
+    top: tuple[TokenLogProb, ...] = ()  # the likeliest tokens there, likeliest first, if asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class ModelCard:
     precision: str = "fp32"  # in which the models compute
     # By CPU precision other than FP32: how many questions were asked, and the share of answers equal to FP32's.
     precisions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    top_log_probs: bool = False  # whether the LLM tells the likeliest tokens beside each of its own
     confidence: Calibration | None = None  # None: answers carry no confidence, and metadata.confidence says why
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 

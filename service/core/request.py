@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from service.core.guide import Guide
 
+MAX_TOP_LOG_PROBS = 20  # OpenAI's
 Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
 
 
@@ -50,6 +51,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     streaming: bool = True  # tokens as they come; else all at the end, which takes a fraction of the CPU time
     log_probs: bool = False  # with each token's log probability
+    top_log_probs: int = 0  # of so many of the likeliest tokens beside each token, at most MAX_TOP_LOG_PROBS
     guide: Guide | None = None  # the form of the answer
 
 

@@ -65,6 +65,7 @@ class Fields:
     priority: Priority = Priority.NORMAL
     stream: bool = False
     log_probs: bool = False
+    top_log_probs: int = 0
     min_confidence: float | None = None
     choices: tuple[str, ...] | None = None
     regex: str | None = None
@@ -85,6 +86,7 @@ def to_request(
     parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), _system(fields, card)
     _require_text(text_of(parts), exchanges, system, limits.max_question_chars)
     _require_calibrated(fields, card)
+    _require_likeliest(fields, card)
     if exchanges:
         first, *others = exchanges
         exchanges = (replace(first, parts=(*images, *first.parts)), *others)
@@ -184,6 +186,17 @@ def _require_calibrated(fields: Fields, card: ModelCard) -> None:
         )
 
 
+def _require_likeliest(fields: Fields, card: ModelCard) -> None:
+    if fields.top_log_probs and not fields.log_probs:
+        raise InvalidRequest("top_logprobs needs logprobs: set logprobs to true", param="top_logprobs")
+    if fields.top_log_probs and not card.top_log_probs:
+        raise InvalidRequest(
+            f"the server of {card.name} tells no likeliest tokens: leave top_logprobs out",
+            param="top_logprobs",
+            code="top_logprobs_not_supported",
+        )
+
+
 def _timeout_s(fields: Fields, limits: QuestionLimits) -> float:
     timeout_s = limits.default_timeout_s if fields.timeout_s is None else fields.timeout_s
     if timeout_s > limits.max_timeout_s:
@@ -204,5 +217,6 @@ def _sampling(fields: Fields) -> Sampling:
         stop=fields.stop,
         streaming=fields.stream or bool(fields.stop),  # stop strings are searched for as tokens come
         log_probs=fields.log_probs,
+        top_log_probs=fields.top_log_probs,
         guide=guide_of(fields.choices, fields.regex, fields.json_schema),
     )

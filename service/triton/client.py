@@ -14,6 +14,7 @@ import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 
+from service.core.answer import LogProb
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
 from service.core.prompt import Prompt, Question
@@ -104,7 +105,7 @@ class TritonClient:
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
-        log_probs: list[float] | None = None,
+        log_probs: list[LogProb] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated.
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
+from service.core.answer import LogProb
 from service.core.errors import InternalError
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
@@ -20,14 +21,14 @@ _OUTPUTS = {
     name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]
     for name, model in CALLED.items()
 }
-_IDS_ONLY = _OUTPUTS["llm"][:1]
 _LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm"].inputs}
 
 
 def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
     """Make a request. The first dimension of every tensor is the batch.
 
-    The LLM gives log probabilities only if `return_log_probs` is among the tensors. The models record their spans below
+    The LLM gives log probabilities only if `return_log_probs` is among the tensors, and those of the likeliest tokens
+    only if `num_top_log_probs` is. The models record their spans below
     the current one.
     """
     inputs, contents = [], []
@@ -35,9 +36,8 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
         datatype = DATATYPES[array.dtype]
         inputs.append(service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=array.shape))
         contents.append(array.tobytes() if array.dtype != np.object_ else _strings(array))
-    outputs = _IDS_ONLY if model == "llm" and "return_log_probs" not in tensors else _OUTPUTS[model]
     request = service_pb2.ModelInferRequest(
-        model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=outputs
+        model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_wanted(model, tensors)
     )
     if CALLED[model].decoupled:
         # Without this parameter Triton drops an empty last response, and with it the end of the stream.
@@ -45,6 +45,13 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
     if current := traceparent():
         request.parameters[TRACEPARENT].string_param = current
     return request
+
+
+def _wanted(model: str, tensors: Arrays) -> list[service_pb2.ModelInferRequest.InferRequestedOutputTensor]:
+    outputs = _OUTPUTS[model]
+    if model != "llm" or "num_top_log_probs" in tensors:
+        return outputs
+    return outputs[:2] if "return_log_probs" in tensors else outputs[:1]
 
 
 def asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:
@@ -94,6 +101,8 @@ def llm_inputs(
         numbers |= {"runtime_top_k": sampling.top_k, "runtime_top_p": sampling.top_p, "seed": sampling.seed}
     if sampling.log_probs:
         numbers["return_log_probs"] = True
+        if sampling.top_log_probs:
+            numbers["num_top_log_probs"] = sampling.top_log_probs
     if sampling.repetition_penalty != 1.0:
         numbers["repetition_penalty"] = sampling.repetition_penalty
     if sampling.guide is not None:
@@ -159,12 +168,20 @@ def outputs(model: str, response: service_pb2.ModelInferResponse) -> dict[str, n
     return found
 
 
-def tokens_with_log_probs(response: Any) -> tuple[tuple[int, ...], list[float]]:
-    """Read new tokens and their log probabilities, `output_log_probs` float32 [1, 1, n]."""
+def tokens_with_log_probs(response: Any) -> tuple[tuple[int, ...], list[LogProb]]:
+    """Read new tokens and their log probabilities, `output_log_probs` float32 [1, 1, n].
+
+    `top_ids` int32 and `top_log_probs` float32 [1, 1, n, k] may be there too.
+    """
     told = arrays(response)
     if not told:
         return (), []
-    return tuple(told["output_ids"].ravel().tolist()), told["output_log_probs"].ravel().tolist()
+    ids, values = told["output_ids"].ravel().tolist(), told["output_log_probs"].ravel().tolist()
+    if "top_ids" not in told:
+        return tuple(ids), list(map(LogProb, values))
+    rows = zip(told["top_ids"][0, 0].tolist(), told["top_log_probs"][0, 0].tolist(), strict=True)
+    tops = [tuple(zip(*row, strict=True)) for row in rows]
+    return tuple(ids), list(map(LogProb, values, tops))
 
 
 def arrays(response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:

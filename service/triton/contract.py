@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from service.core.tensors import MODELS, Model
+from service.core.tensors import LIKELIEST, MODELS, Model
 
 
 def _read(model: Model, *outputs: str) -> Model:
@@ -17,7 +17,9 @@ CALLED: Mapping[str, Model] = {
     "attend": MODELS["attend"],
     "vision_encoder": MODELS["vision_encoder"],  # the four crops of a closer view in one request, as a batch
     "attend_448": MODELS["attend_448"],  # only if the model card has a closer view
-    "llm": _read(MODELS["llm"], "output_ids", "output_log_probs"),  # the second one if a request asks for it
+    "llm": _read(
+        MODELS["llm"], "output_ids", "output_log_probs", *LIKELIEST
+    ),  # all but the first if a request asks for them
     "vqa": MODELS["vqa"],
 }
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -48,6 +49,9 @@ from service.prompt import PromptBuilder
 from service.ticket import Ticket
 from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
 
+# An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
+# the next question about the image needs it.
+ENCODE_TIMEOUT_S = 10.0
 NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
 
 
@@ -183,11 +187,11 @@ class VisionStage:
             visual_key(self.card, image.digest, request.question, budget, detail) for budget in dict.fromkeys(budgets)
         ]
 
-    def _keep(self, look: Look, seen: Seen, ticket: Ticket) -> None:
+    def _keep(self, look: Look, seen: Seen, request: Request) -> None:
         if self.card.confidence is not None and look.vision is not None:
             seen = replace(seen, strangeness=self.card.confidence.strangeness(look.vision))
         look.seen = seen
-        key = visual_key(self.card, look.image.digest, ticket.request.question, seen.budget, seen.detail)
+        key = visual_key(self.card, look.image.digest, request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)
 
     async def _find(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
@@ -220,15 +224,16 @@ class VisionStage:
             if look.vision is not None:
                 self._remember(look.image, ticket.request)
                 return
-            async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as decoded:
+            async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as (decoded, claim):
+                timeout_s = max(ticket.left_s, ENCODE_TIMEOUT_S)
                 if look.step == See():
-                    budget = self._allowed(look, ticket.request)
-                    look.vision, seen = await self.vision.see(decoded.pixels, look.question, budget, ticket.left_s)
-                    ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
-                    self._keep(look, seen, ticket)
+                    work = self._see(look, decoded, ticket.request, timeout_s)
                 else:
-                    (look.vision,) = await self.vision.encode(decoded.pixels[np.newaxis], ticket.left_s)
-            found.keep(look.vision)
+                    work = self._encode(decoded, timeout_s)
+                look.vision = await self._to_its_end(work, found, claim, reservation)
+                if look.seen is not None:
+                    relevance, visual_tokens = look.seen.relevance, look.seen.visual_tokens
+                    ticket.tell(vision_tokens=relevance.vision_tokens, visual_tokens=len(visual_tokens))
 
     async def _find_closer(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         key = closer_view(self.card.fingerprint, look.image.digest)
@@ -239,9 +244,41 @@ class VisionStage:
             look.closer = found.features
             if look.closer is not None:
                 return
-            async with self._encoding(look, CLOSER_SIZE, ticket, reservation) as decoded:
-                look.closer = CloserFeatures.joined(await self.vision.encode(decoded.crops, ticket.left_s))
-            found.keep(look.closer)
+            async with self._encoding(look, CLOSER_SIZE, ticket, reservation) as (decoded, claim):
+                work = self._encode_closer(decoded, max(ticket.left_s, ENCODE_TIMEOUT_S))
+                look.closer = await self._to_its_end(work, found, claim, reservation)
+
+    async def _see(self, look: Look, decoded: Decoded, request: Request, timeout_s: float) -> VisionFeatures:
+        """Encode and attend in one call. Keep what the request sees."""
+        vision, seen = await self.vision.see(decoded.pixels, look.question, self._allowed(look, request), timeout_s)
+        look.vision = vision
+        self._keep(look, seen, request)
+        return vision
+
+    async def _encode(self, decoded: Decoded, timeout_s: float) -> VisionFeatures:
+        (vision,) = await self.vision.encode(decoded.pixels[np.newaxis], timeout_s)
+        return vision
+
+    async def _encode_closer(self, decoded: Decoded, timeout_s: float) -> CloserFeatures:
+        return CloserFeatures.joined(await self.vision.encode(decoded.crops, timeout_s))
+
+    async def _to_its_end(
+        self, work: Coroutine[Any, Any, Features], found: Found[Features], claim: Claim, reservation: Reservation
+    ) -> Features:
+        """Run an encode. If its caller leaves, it goes on: it holds its vision slots, and its features are kept.
+
+        The service's end is its end too.
+        """
+        encode = asyncio.create_task(work)
+        found.expect(encode)
+        try:
+            return await asyncio.shield(encode)
+        except asyncio.CancelledError:
+            if self.admission.ended:
+                encode.cancel()
+            elif not encode.done():
+                encode.add_done_callback(partial(_given_back, reservation.hand_over(claim)))
+            raise
 
     def _lookup(
         self, key: FeatureKey[Features], ticket: Ticket, reservation: Reservation
@@ -256,7 +293,7 @@ class VisionStage:
             seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
             ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
         rounded = any(isinstance(view.features, Int8Rows) for view in (look.vision, look.closer) if view is not None)
-        self._keep(look, replace(seen, is_rounded=rounded), ticket)
+        self._keep(look, replace(seen, is_rounded=rounded), ticket.request)
 
     def _asked(self, detail: Literal["low", "high"], request: Request) -> Budget:
         """Return the request's budget, limited to the tokens that the views of this detail have."""
@@ -269,8 +306,8 @@ class VisionStage:
     @asynccontextmanager
     async def _encoding(
         self, look: Look, view: int, ticket: Ticket, reservation: Reservation
-    ) -> AsyncIterator[Decoded]:
-        """Wait for vision slots, then decode the image for this view. Hold the slots for the block.
+    ) -> AsyncIterator[tuple[Decoded, Claim]]:
+        """Wait for vision slots, then decode the image for this view. Hold the slots, a claim, for the block.
 
         Raises Overloaded.
         """
@@ -292,7 +329,7 @@ class VisionStage:
         try:
             with ticket.stage("vision"), ticket.stage("see"):
                 ticket.tell(images=images)
-                yield decoded
+                yield decoded, claim
         except Overloaded:  # from Triton: the look may fall back and go on without the slots
             reservation.give_back(claim, finished=False)
             raise
@@ -316,6 +353,13 @@ class VisionStage:
         """
         if ImageId(image.id) not in request.images:
             self.images.keep(image, request.tenant)
+
+
+def _given_back(give_back: Callable[[], None], encode: asyncio.Task[Any]) -> None:
+    """End an encode that its caller has left. What went wrong concerns nobody any more."""
+    if not encode.cancelled():
+        encode.exception()
+    give_back()
 
 
 def result_of(look: Look) -> Seen:

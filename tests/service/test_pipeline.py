@@ -21,6 +21,7 @@ from service.core.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    ShuttingDown,
     Unavailable,
 )
 from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Priority, Request, Sampling, Text
@@ -148,15 +149,19 @@ async def test_one_bad_image_of_several_fails_the_request_and_is_named(house, br
     assert house.outcomes() == {caught.value.code: 1}
 
 
-async def test_cancelling_a_request_of_several_images_frees_all_it_held():
+async def test_cancelling_a_request_of_several_images_frees_all_it_held_once_its_encodes_have_ended():
     house = House(vision_slots=2)
     house.vision.close("see")
     task = asyncio.create_task(answer(house, request(images=(png((1, 0, 0)), png((2, 0, 0)), png((3, 0, 0))))))
     await until(lambda: house.vision.calls.count("see") == 2)
     await cancelled(task)
     assert house.outcomes() == {"cancelled": 1}
-    assert nothing_is_held(house)
     assert house.counted("glimpse_requests_waiting", kind="multi_image") == 0
+    assert house.admission.scheduler.used(Resource.VISION) == 2
+    house.vision.gate.set()
+    await until(lambda: len(house.pipeline.features) == 2)
+    assert nothing_is_held(house)
+    assert house.vision.calls == ["see", "see"]
 
 
 async def test_more_images_than_the_model_has_room_for_are_refused_at_once(house):
@@ -748,11 +753,78 @@ async def test_who_waits_for_a_slot_and_goes_away_leaves_the_queue_at_once():
     assert house.counted("glimpse_requests_waiting", kind="single_image") == 1
     assert house.outcomes() == {"cancelled": 1}
     assert house.counted("glimpse_tokens_saved_total", reason="cancelled") == 16
-    await cancelled(first)  # holds the slot
-    await until(lambda: len(house.vision.calls) == 2)
+    await cancelled(first)  # its encode holds the slot
+    assert len(house.vision.calls) == 1
     house.vision.gate.set()
     assert (await third)[0] == "red"
     assert nothing_is_held(house)
+
+
+@pytest.mark.parametrize("detail", ["low", "high"])
+@pytest.mark.parametrize("leaves", ["hangs up", "has no time left"])
+async def test_an_encode_that_was_sent_is_kept_although_its_caller_leaves(detail, leaves):
+    house = House(CLOSER, vision_slots=4, visual_cache_bytes=1_000_000)
+    house.vision.close("see", "encode")
+    late = leaves == "has no time left"
+    asked = request(image=png(size=(448, 448)), detail=detail, timeout_s=0.2 if late else 30)
+    task = asyncio.create_task(answer(house, asked))
+    await until(lambda: house.vision.calls)
+    if late:
+        with pytest.raises(DeadlineExceeded):
+            await task
+    else:
+        await cancelled(task)
+    house.vision.gate.set()
+    await until(lambda: len(house.pipeline.features) == 1)
+    assert nothing_is_held(house)
+    _, end = await answer(house, request(image=png(size=(448, 448)), id="vqa_2"))
+    assert end.cache == "hit"
+    # What the first caller would have seen is kept too.
+    assert house.vision.calls == (["see"] if detail == "low" else ["encode 1", "attend"])
+    house.reader.close()
+
+
+async def test_those_who_wait_for_an_encode_get_it_although_its_leader_leaves(house):
+    house.vision.close("see")
+    leader = asyncio.create_task(answer(house, request()))
+    await until(lambda: house.vision.calls)
+    others = [asyncio.create_task(answer(house, request(id=f"vqa_{number}"))) for number in range(2, 5)]
+    await turns()
+    await cancelled(leader)
+    await turns()
+    house.vision.gate.set()
+    assert [end.cache for _, end in await asyncio.gather(*others)] == ["hit"] * 3
+    assert house.vision.calls.count("see") == 1
+    assert nothing_is_held(house)
+
+
+async def test_an_encode_that_fails_after_its_caller_left_is_led_again(house):
+    house.vision.close("see")
+    leader = asyncio.create_task(answer(house, request()))
+    await until(lambda: house.vision.calls)
+    other = asyncio.create_task(answer(house, request(id="vqa_2")))
+    await turns()
+    await cancelled(leader)
+    house.vision.fault = Unavailable("it is gone")
+    house.vision.gate.set()
+    with pytest.raises(Unavailable):
+        await other
+    assert house.vision.calls.count("see") == 2
+    assert nothing_is_held(house)
+
+
+async def test_no_encode_outlives_the_service(house):
+    house.vision.close("see")
+    asked = asyncio.create_task(answer(house, request()))
+    await until(lambda: house.vision.calls)
+    house.admission.end()
+    with pytest.raises(ShuttingDown):
+        await asked
+    await turns()
+    assert nothing_is_held(house)
+    house.vision.gate.set()
+    await turns()
+    assert len(house.pipeline.features) == 0
 
 
 async def test_half_an_answer_saves_the_other_half(house):

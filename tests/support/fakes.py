@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.admission.admission import Admission
 from service.app import gate_of, grpc_edge, http_edge, quotas_of, redis_tier, shared_images_of
-from service.core.answer import Delta, Finished, KeptImage
+from service.core.answer import Delta, Finished, KeptImage, LogProb
 from service.core.card import Engines, ModelCard
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
@@ -63,6 +63,7 @@ CARD = ModelCard(
     visual_tokens=(32, 32),
     interleaved=True,
     system_template="{system} ",
+    top_log_probs=True,
 )
 
 
@@ -186,9 +187,9 @@ class FakeLanguage:
         request_id: str,
         timeout_s: float,
         stall_timeout_s: float,
-        log_probs: list[float] | None = None,
+        log_probs: list[LogProb] | None = None,
     ) -> AsyncGenerator[tuple[int, ...], None]:
-        """Token number n has the log probability -n / 2."""
+        """Token number n has the log probability -n / 2, and the likeliest ones are ids 3, 4, ... at half of it."""
         self.prompts.append(prompt)
         self.sampling.append(sampling)
         self.request_ids.append(request_id)
@@ -200,7 +201,8 @@ class FakeLanguage:
                     if self.fault is not None:
                         raise self.fault
                 if log_probs is not None:
-                    log_probs.append(-place / 2)
+                    top = tuple((3 + each, -place / 4) for each in range(sampling.top_log_probs))
+                    log_probs.append(LogProb(-place / 2, top))
                 yield (token,)
         finally:
             self.open -= 1

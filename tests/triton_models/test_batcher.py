@@ -111,7 +111,7 @@ def alone(*prompt: int, **wishes) -> list[int]:
 def test_one_sequence_is_prefilled_once_and_stepped_until_its_length():
     decoder = HistoryDecoder()
     batcher = Batcher(decoder, Limits())
-    one = sequence(7, 8, max_tokens=4)
+    one = sequence(7, 8, max_tokens=4, log_probs=True)
     batcher.submit(one)
     events = run(batcher)
     assert decoder.calls == [("prefill", 1), ("step", 1), ("step", 1), ("step", 1)]
@@ -468,10 +468,12 @@ def test_the_loop_sleeps_until_there_is_work():
 def test_every_token_tells_how_many_there_are_and_how_likely_they_are_together():
     decoder = HistoryDecoder()
     batcher = Batcher(decoder, Limits())
-    one, other = sequence(7, 8, max_tokens=4), sequence(9, max_tokens=2)
+    one = sequence(7, 8, max_tokens=4, log_probs=True, top_log_probs=2)
+    other = sequence(9, max_tokens=2, log_probs=True)
     batcher.submit(one)
     batcher.submit(other)
     events = run(batcher)
+    assert all((event.likeliest is not None) is (event.sequence is one) for event in events)
     for asked, count in ((one, 4), (other, 2)):
         told = [event for event in events if event.sequence is asked]
         assert [event.generated for event in told] == list(range(1, count + 1))

@@ -99,7 +99,7 @@ def test_a_free_row_draws_the_same_beside_guided_ones():
 
 def test_the_log_probability_is_the_models_own():
     batcher = Batcher(RandomDecoder(SPELLED, END), Limits())
-    batcher.submit(row(regex="[a-c]", sampling={"temperature": 0.5}))
+    batcher.submit(row(regex="[a-c]", sampling={"temperature": 0.5, "log_probs": True}))
     (event,) = batcher.iterate()
     scores = RandomDecoder(SPELLED, END).prefill([text_prompt()], [])[0].astype(float)
     assert event.log_prob == pytest.approx(scores[event.token] - np.log(np.exp(scores).sum()), abs=1e-4)

@@ -15,7 +15,7 @@ from service.prompt import load_tokenizer, token_bytes
 from triton_models.llm import TritonPythonModel
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
-OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs"]
+OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs", "top_ids", "top_log_probs"]
 CARD = ModelCard.from_json((REPOSITORY / "card.json").read_text())
 V, H = CARD.vocab_size, CARD.hidden_size
 
@@ -76,7 +76,25 @@ def test_one_response_a_token_and_the_last_one_ends_the_stream(model):
     assert [each["sequence_length"].tolist() for each in answered] == [[[n]] for n in range(1, 6)]
     log_probs = [each["output_log_probs"].item() for each in answered]
     np.testing.assert_allclose([each["cum_log_probs"].item() for each in answered], np.cumsum(log_probs), rtol=1e-5)
+    assert {each[name].shape for each in answered for name in OUTPUTS[4:]} == {(1, 1, 1, 0)}
     assert asked.sender.sent.empty()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_likeliest_tokens_come_beside_each_token_if_asked(model, streaming):
+    wishes = {"num_top_log_probs": np.array([[3]], np.int32), "streaming": np.array([[streaming]])}
+    asked = request(max_tokens=4, outputs=OUTPUTS, **wishes)
+    model.execute([asked])
+    answered = [each.outputs for each in responses(asked)]
+    shape = (1, 1, 1, 3) if streaming else (1, 1, 4, 3)
+    assert {each[name].shape for each in answered for name in OUTPUTS[4:]} == {shape}
+    for each in answered:
+        np.testing.assert_array_equal(each["top_ids"][..., 0], each["output_ids"])  # it is greedy
+        np.testing.assert_array_equal(each["top_log_probs"][..., 0], each["output_log_probs"])
+        assert (np.diff(each["top_log_probs"]) <= 0).all()
+    too_many = request(num_top_log_probs=np.array([[21]], np.int32))
+    model.execute([too_many])
+    assert "num_top_log_probs" in str(error(too_many))
 
 
 def test_the_end_id_is_sent_last(model):

@@ -1,5 +1,7 @@
 """Test draws: which tokens are possible, equal seeds repeat, and other rows never matter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from service.core.request import Sampling
-from triton_models.sampling import SHORTLISTS, Sampler, choose, log_probs, penalise, uniform
+from triton_models.sampling import SHORTLISTS, Sampler, choose, likeliest, log_probs, penalise, uniform
 
 VOCABULARY = 24
 NO_IDS = np.zeros(0, np.int32)
@@ -168,14 +170,38 @@ def test_log_probabilities_are_the_models_own(logits, token):
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_logits_that_are_not_finite_show_in_the_log_probability(broken):
+@pytest.mark.parametrize("asked", [False, True])
+def test_logits_that_are_not_finite_show_in_the_log_probability(broken, asked):
     logits = np.zeros((2, VOCABULARY), np.float32)
     logits[1, 3] = broken
     sampler = Sampler(2, VOCABULARY)
     for seed in range(2):
-        sampler.append(Sampling(temperature=1.0, seed=seed), NO_IDS)
+        sampler.append(Sampling(temperature=1.0, seed=seed, log_probs=asked, top_log_probs=2 * asked), NO_IDS)
     _, found = sampler.draw(logits)
     assert np.isfinite(found).tolist() == [True, False]
+    assert sampler.likeliest(logits).keys() == (set(range(2)) if asked else set())
+
+
+def test_only_rows_that_ask_get_log_probabilities_and_the_likeliest_tokens():
+    logits = np.random.default_rng(3).normal(size=(4, VOCABULARY)).astype(np.float32)
+    sampler = Sampler(4, VOCABULARY)
+    for wishes in ({}, {"log_probs": True}, {"log_probs": True, "top_log_probs": 3}, {}):
+        sampler.append(Sampling(**wishes), NO_IDS)
+    tokens, found = sampler.draw(logits)
+    own = log_probs(logits, tokens, np.arange(4))
+    assert found.tolist() == [0, own[1], own[2], 0]
+    assert sampler.likeliest(logits).keys() == {2}
+    sampler.drop(0)
+    assert sampler.likeliest(logits[2:], first=2).keys() == {0}
+
+
+@given(logits_rows, st.integers(1, VOCABULARY + 2))
+def test_the_likeliest_tokens_are_the_first_of_all_by_the_models_own_probability(logits, count):
+    found = likeliest(logits[0], count)
+    order = np.argsort(-logits[0], kind="stable")[:count]
+    assert found.tokens.tolist() == order.tolist()
+    own = logits[0] - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    assert found.log_probs == pytest.approx(own[order], abs=1e-5)
 
 
 WEYL, WORD = 0x9E3779B97F4A7C15, 2**64
@@ -211,7 +237,7 @@ def test_the_log_probability_told_is_the_models_own_before_penalty_temperature_a
     steps = np.random.default_rng(5).normal(scale=2, size=(6, 1, VOCABULARY)).astype(np.float32)
     own = steps - np.log(np.exp(steps.astype(np.float64)).sum(axis=2, keepdims=True))
     sampler = Sampler(1, VOCABULARY)
-    sampler.append(sampling, np.arange(VOCABULARY))
+    sampler.append(replace(sampling, log_probs=True), np.arange(VOCABULARY))
     for step, expected in zip(steps, own, strict=True):
         before = step.copy()
         (token,), (found,) = sampler.draw(step)

@@ -116,7 +116,8 @@ def fields_of(
     """Check types and ranges of a question. `priority` is its default. Raises InvalidRequest."""
     if len(message.turns) > MAX_TURNS:
         raise InvalidRequest(f"turns may hold at most {MAX_TURNS} items", param="turns")
-    given: dict[str, object] = {name: getattr(message, name) for name in OPTIONAL if message.HasField(name)}
+    given: dict[str, object] = {"logprobs": message.logprobs, "top_logprobs": message.top_logprobs}
+    given |= {name: getattr(message, name) for name in OPTIONAL if message.HasField(name)}
     if message.choices:
         given["choices"] = tuple(message.choices)
     if priority is not None:
@@ -136,7 +137,7 @@ def fields_of(
         Exchange(parts_of(turn.parts, f"turns.{index}.parts"), turn.answer) for index, turn in enumerate(message.turns)
     )
     fields = checked.fields(parts, turns)
-    return replace(fields, stream=stream, timeout_s=timeout_s, system=message.system, log_probs=message.log_probs)
+    return replace(fields, stream=stream, timeout_s=timeout_s, system=message.system)
 
 
 def budget_of(budget: pb.Budget) -> dict[str, tuple[int, int]]:
@@ -199,7 +200,13 @@ def answer_message(
         found=sure["found"],
         abstained=sure["abstained"],
         abstain_reason=ABSTAIN_REASONS[sure["reason"]],
-        log_probs=[pb.TokenLogProb(token=each.spelled, log_prob=each.log_prob) for each in log_probs],
+        logprobs=map(log_prob_message, log_probs),
+    )
+
+
+def log_prob_message(told: TokenLogProb) -> pb.TokenLogProb:
+    return pb.TokenLogProb(
+        token=told.spelled, logprob=told.log_prob, top_logprobs=[log_prob_message(each) for each in told.top]
     )
 
 

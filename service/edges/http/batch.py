@@ -22,7 +22,7 @@ from service.edges.http.body import BOM, JSON
 from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.faults import require_text
 from service.edges.http.json_bounds import items
-from service.edges.http.schema import ErrorBody, VqaEnd
+from service.edges.http.schema import ErrorBody, TokenLogprob, VqaEnd
 from service.edges.http.vqa import parse_json
 from service.edges.slices import joined
 from service.pipeline import Reservation
@@ -150,7 +150,8 @@ class ResultStream(Response):
         )
         asked, said, end = await batch.answer(request)
         fields_of_end = VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))
-        return BatchAnswer(index=index, answer=said.text, **fields_of_end)
+        logprobs = TokenLogprob.all_of(said) if request.sampling.log_probs else None
+        return BatchAnswer(index=index, answer=said.text, logprobs=logprobs, **fields_of_end)
 
 
 def start() -> Message:

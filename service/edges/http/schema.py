@@ -18,12 +18,12 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.core.answer import Finished, KeptImage
+from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Reason
 from service.core.errors import GlimpseError, InvalidRequest
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
-from service.core.request import Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
+from service.core.request import MAX_TOP_LOG_PROBS, Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
 from service.edges.asking import Fields
 from service.edges.http.body import FormPart
@@ -166,6 +166,12 @@ SCHEMA_TEXT = BeforeValidator(_from_json_text('{"type": "object"}'))
 JSON_SCHEMA: Any = Field(None, description="The answer is JSON of this schema.", examples=[{"type": "object"}])
 
 
+LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity, which JSON does not have
+LOGPROBS: Any = Field(False, description="Tell each token's log probability.")
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS), WHOLE]
+TOP_LOGPROBS: Any = Field(0, description="Tell so many of the likeliest tokens beside each token; needs `logprobs`.")
+
+
 class WireTurn(BaseModel):
     """A question that was asked before, and its answer."""
 
@@ -232,6 +238,8 @@ class Asked(BaseModel):
     min_confidence: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="With less confidence the answer is marked `abstained`."
     )
+    logprobs: Flag = LOGPROBS
+    top_logprobs: TopLogprobs | None = TOP_LOGPROBS
     stream: Flag = Field(False, description="Server-sent events as the answer is written.")
     explain: Flag = Field(False, description="Tell where the image was looked at closely, and why.")
 
@@ -246,6 +254,8 @@ class Asked(BaseModel):
             turns=tuple(Exchange((Text(turn.question),), turn.answer) for turn in self.turns or ()),
             vision_tokens=budget.vision_tokens,
             visual_tokens=budget.visual_tokens,
+            log_probs=bool(self.logprobs),
+            top_log_probs=self.top_logprobs or 0,
             **given,
         )
 
@@ -299,6 +309,7 @@ class VqaForm(Asked):
         None, description="JSON text, as JSON's `json_schema`."
     )
     stream: FormFlag = Field(False, description=Asked.model_fields["stream"].description)
+    logprobs: FormFlag = LOGPROBS
     explain: FormFlag = Field(False, description=Asked.model_fields["explain"].description)
 
     @classmethod
@@ -435,6 +446,37 @@ ABSTAINED = sure_field("Whether the confidence is below `min_confidence`; with `
 REASON = sure_field("Why it abstained; with `abstained: true` only.")
 
 
+class TopLogprob(BaseModel):
+    """A token, and the model's own log probability of it, before form, penalty, temperature and filters."""
+
+    token: str = Field(description="Its text. Bytes that are part of a character are escaped, such as `\\\\xc3`.")
+    logprob: float
+    bytes: list[int]
+
+    @classmethod
+    def fields_of(cls, told: TokenLogProb) -> dict[str, Any]:
+        token = told.spelled.decode(errors="backslashreplace")
+        return {"token": token, "logprob": max(told.log_prob, LEAST_LOGPROB), "bytes": list(told.spelled)}
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the likeliest tokens in its place."""
+
+    top_logprobs: list[TopLogprob] = Field(description="Likeliest first, as many as `top_logprobs` asks for.")
+
+    @classmethod
+    def all_of(cls, said: Delta) -> list[Self]:
+        return [
+            cls(top_logprobs=[TopLogprob(**TopLogprob.fields_of(top)) for top in each.top], **cls.fields_of(each))
+            for each in said.log_probs
+        ]
+
+
+TOKEN_LOGPROBS: Any = Field(
+    None, description="Each token of the text; with `logprobs` only.", exclude_if=lambda value: value is None
+)
+
+
 class VqaEnd(BaseModel):
     """An answer without its text: the last event of a stream before [DONE]."""
 
@@ -522,6 +564,7 @@ class VqaDelta(BaseModel):
 
     id: str
     delta: str
+    logprobs: list[TokenLogprob] | None = TOKEN_LOGPROBS
 
 
 class VqaEvent(RootModel[VqaDelta | VqaEnd | ErrorBody]):
@@ -530,6 +573,7 @@ class VqaEvent(RootModel[VqaDelta | VqaEnd | ErrorBody]):
 
 class VqaAnswer(VqaEnd):
     answer: str = Field(description="The whole answer.")
+    logprobs: list[TokenLogprob] | None = TOKEN_LOGPROBS
 
 
 class UploadedImage(BaseModel):

@@ -22,7 +22,7 @@ from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.faults import no_question, require_text
 from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, split
 from service.edges.http.respond import JsonResponse
-from service.edges.http.schema import VqaAnswer, VqaEnd, VqaForm, VqaRequest
+from service.edges.http.schema import TokenLogprob, VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.edges.slices import joined
 
 router = APIRouter()
@@ -48,7 +48,7 @@ async def ask(request: Request) -> Response:
 
     (parsed, question), reservation = await read_question(request, parse)
     asked = Asked(question, reservation)
-    writer = VqaWriter(question.id, edge.pipeline.card.name, bool(parsed.explain))
+    writer = VqaWriter(question, edge.pipeline.card.name, bool(parsed.explain))
     if parsed.stream:
         return EventStream(asked, edge, writer.events)
     async with present(request.receive, question.timeout_s, reservation):
@@ -107,18 +107,21 @@ async def require_small_parts(parts: list[FormPart], max_question_chars: int) ->
 class VqaWriter:
     """Write an answer in the wire types of this route."""
 
-    def __init__(self, request_id: str, model: str, explain: bool) -> None:
-        self.request_id = request_id
+    def __init__(self, question: core_request.Request, model: str, explain: bool) -> None:
+        self.request_id = question.id
+        self.log_probs = question.sampling.log_probs
         self.model = model
         self.explain = explain
 
     def answer(self, said: Delta, end: Finished) -> VqaAnswer:
-        return VqaAnswer(answer=said.text, **VqaEnd.fields_of(self.request_id, self.model, end, self.explain))
+        fields = VqaEnd.fields_of(self.request_id, self.model, end, self.explain)
+        return VqaAnswer(answer=said.text, logprobs=TokenLogprob.all_of(said) if self.log_probs else None, **fields)
 
     def events(self, event: Delta | Finished) -> Iterator[bytes]:
         """Yield an event's JSON: a delta, or all fields except the text."""
         if isinstance(event, Delta):
-            yield orjson.dumps({"id": self.request_id, "delta": event.text})
+            told = {"logprobs": [each.model_dump() for each in TokenLogprob.all_of(event)]} if self.log_probs else {}
+            yield orjson.dumps({"id": self.request_id, "delta": event.text} | told)
         else:
             end = VqaEnd(**VqaEnd.fields_of(self.request_id, self.model, event, self.explain))
             yield end.model_dump_json(exclude_none=True).encode()

@@ -53,7 +53,7 @@ def fields_of(chat: ChatRequest, images: Mapping[str, ImageSource] = MappingProx
         if chat.json_schema is not None:
             raise InvalidRequest("response_format and json_schema are both given: leave one out", param="json_schema")
         given["json_schema"], names["json_schema"] = schema, "response_format"
-    given["log_probs"] = bool(chat.logprobs)
+    given |= {"log_probs": bool(chat.logprobs), "top_log_probs": chat.top_logprobs or 0}
     system = " ".join(talk.system)
     return Fields(parts=tuple(talk.asked), turns=tuple(talk.turns), system=system, **given), names
 

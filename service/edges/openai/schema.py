@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from service.core import answer
-from service.core.answer import Finished, TokenLogProb
+from service.core.answer import Finished
 from service.core.confidence import Reason
 from service.core.errors import InvalidRequest
 from service.core.request import Detail, Priority, Sampling
@@ -31,15 +31,19 @@ from service.edges.http.schema import (
     LEAST_PENALTY,
     LEAST_TIMEOUT_S,
     LEAST_TOP_P,
+    LOGPROBS,
     REASON,
     REGEX,
+    TOP_LOGPROBS,
     WHOLE,
     Choices,
     ErrorBody,
     Flag,
     Regex,
     TimingMs,
+    TokenLogprob,
     Tokens,
+    TopLogprobs,
     Vision,
     WireRelevance,
     WithNulls,
@@ -50,7 +54,6 @@ from service.edges.http.schema import (
 from service.edges.openai.unsupported import Only, Refused, Unsupported, unsupported
 
 MAX_STOPS = 4
-LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity, which JSON does not have
 MAX_MESSAGES = 256
 
 
@@ -192,8 +195,8 @@ class ChatRequest(Unsupported):
     )
     stream: Flag = Field(False, description="Server-sent events as the answer is written.")
     stream_options: StreamOptions | None = None
-    logprobs: Flag = Field(False, description="Tell each token's log probability.")
-    top_logprobs: Annotated[object, Only(0, mend="send 0 for the chosen token's own")] = None
+    logprobs: Flag = LOGPROBS
+    top_logprobs: TopLogprobs | None = TOP_LOGPROBS
     response_format: ResponseFormat | None = Field(None, description="The form of the answer.")
     user: str | None = Field(None, max_length=512, description="Your name of the end user. It has no effect.")
     safety_identifier: str | None = Field(None, max_length=512, description="As `user`.")
@@ -277,27 +280,13 @@ class ChatUsage(BaseModel):
         )
 
 
-class TokenLogprob(BaseModel):
-    """A token of the answer, and the model's own log probability of it."""
-
-    token: str = Field(description="Its text; bytes that are part of a character are shown as \ufffd.")
-    logprob: float
-    bytes: list[int]
-    top_logprobs: tuple[()] = ()
-
-    @classmethod
-    def of(cls, told: TokenLogProb) -> Self:
-        token = told.spelled.decode(errors="replace")
-        return cls(token=token, logprob=max(told.log_prob, LEAST_LOGPROB), bytes=list(told.spelled))
-
-
 class ChoiceLogprobs(BaseModel):
     content: list[TokenLogprob]
     refusal: None = None
 
     @classmethod
     def of(cls, said: answer.Delta) -> Self:
-        return cls(content=[TokenLogprob.of(each) for each in said.log_probs])
+        return cls(content=TokenLogprob.all_of(said))
 
 
 class AnswerMessage(BaseModel):

@@ -117,6 +117,40 @@ async def test_a_cancelled_leader_hands_over_and_nobody_hangs():
     assert leader.cancelled()
 
 
+async def test_what_a_leader_expects_is_kept_although_it_leaves():
+    asker = Asker()
+    release = asyncio.Event()
+
+    async def encode() -> VisionFeatures:
+        await release.wait()
+        return features(7)
+
+    async with asker.cache.find(key("a")) as found:
+        found.expect(asyncio.create_task(encode()))
+    waiting = asyncio.create_task(asker.ask("a"))
+    await turn()
+    assert asker.encodes == 0
+    release.set()
+    async with asyncio.timeout(5):
+        assert (await waiting).features[0] == 7
+    assert len(asker.cache) == 1
+
+
+@pytest.mark.parametrize("end", ["fails", "is cancelled"])
+async def test_what_a_leader_expects_in_vain_is_led_again(end):
+    asker = Asker()
+    asker.release.set()
+
+    async def encode() -> VisionFeatures:
+        raise asyncio.CancelledError if end == "is cancelled" else Unavailable("no")
+
+    async with asker.cache.find(key("a")) as found:
+        found.expect(asyncio.create_task(encode()))
+    async with asyncio.timeout(5):
+        await asker.ask("a")
+    assert asker.encodes == 1
+
+
 async def test_a_failed_leader_fails_for_itself_only():
     asker = Asker()
     leader = asyncio.create_task(asker.ask("a", Unavailable("gone")))

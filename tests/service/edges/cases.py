@@ -66,6 +66,8 @@ class Outcome:
     found: float | None = field(default=None, compare=False)
     status: int = 200  # of HTTP: the row of STATUS
     code: str = ""
+    tokens: tuple[tuple[bytes, tuple[bytes, ...]], ...] | None = None  # with logprobs: each with the likeliest ones
+    logprobs: tuple[float, ...] = field(default=(), compare=False)  # of the tokens and of the likeliest ones, in order
 
 
 Ask = Callable[[Case], Awaitable[Outcome]]
@@ -120,11 +122,15 @@ CASES = [
     with_fields("a schema, drawn, with a penalty", json_schema=SCHEMA, temperature=2.0, seed=5, repetition_penalty=1.5),
     with_fields("a schema that is cut", json_schema=SCHEMA, max_tokens=4),
     with_fields("a regular expression and a stop string", regex="[a-z]+, [a-z]+", stop=[","]),
+    with_fields("a stop string where the form is whole", regex="[a-z]+(, [a-z]+)?", stop=[","]),
     with_fields("least vision tokens", budget={"vision_tokens": [64, 64]}),
     with_fields("most vision tokens", budget={"vision_tokens": [256, 256]}),
     with_fields("more visual tokens", budget={"visual_tokens": [64, 64]}),
     with_fields("low priority, long timeout", priority="low", timeout_s=100),
     with_fields("explained", explain=True),
+    with_fields("with log probabilities", logprobs=True),
+    with_fields("with the likeliest tokens", logprobs=True, top_logprobs=2),
+    with_fields("a form with the likeliest tokens", logprobs=True, top_logprobs=1, choices=["violet", "no idea"]),
     with_fields("sure enough", min_confidence=0.5),
     Case(name="not sure enough", images=(png(),), question="what shape is the star?", fields={"min_confidence": 1}),
     with_fields("detail low", detail="low"),
@@ -153,6 +159,8 @@ CASES = [
     refused("a timeout that is over", DeadlineExceeded, fields={"timeout_s": 1e-6}),
     refused("more than certain", InvalidRequest, fields={"min_confidence": 1.5}),
     refused("less than nothing", InvalidRequest, fields={"min_confidence": -0.1}),
+    refused("likeliest tokens alone", InvalidRequest, fields={"top_logprobs": 2}),
+    refused("too many likeliest tokens", InvalidRequest, fields={"logprobs": True, "top_logprobs": 21}),
     refused("an empty choice", InvalidRequest, fields={"choices": ["yes", ""]}),
     refused("two forms", InvalidRequest, fields={"choices": ["yes", "no"], "regex": "yes|no"}),
     refused("a malformed regular expression", InvalidRequest, fields={"regex": "(yes"}),

@@ -49,9 +49,12 @@ class Vqa:
         if self.stream:
             *deltas, said = [json.loads(each[6:]) for each in response.text.split("\n\n")[:-2]]
             answer = "".join(each["delta"] for each in deltas)
+            if any("logprobs" in each for each in deltas):
+                said["logprobs"] = [one for each in deltas for one in each["logprobs"]]
         return self.outcome(answer, said)
 
     def outcome(self, answer: str, said: dict[str, Any]) -> Outcome:
+        tokens, logprobs = read(said.get("logprobs"))
         return Outcome(
             answer,
             said["finish_reason"],
@@ -66,6 +69,8 @@ class Vqa:
             said.get("reason", ""),
             said.get("confidence"),
             said.get("found"),
+            tokens=tokens,
+            logprobs=logprobs,
         )
 
     async def close(self) -> None:
@@ -116,15 +121,19 @@ class OpenAiChat:
     async def _whole(self, asked: dict[str, Any]) -> Outcome:
         said = await self.client.chat.completions.create(**asked)
         (choice,) = said.choices
-        return self._outcome(choice.message.content or "", choice.finish_reason, said.usage, said)
+        told = None if choice.logprobs is None else choice.logprobs.model_dump()["content"]
+        return self._outcome(choice.message.content or "", choice.finish_reason, said.usage, said, told)
 
     async def _streamed(self, asked: dict[str, Any]) -> Outcome:
         stream = await self.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
         *chunks, last, usage = [chunk async for chunk in stream]
         answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        return self._outcome(answer, last.choices[0].finish_reason, usage.usage, last)
+        pieces = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs is not None]
+        told = [one for piece in pieces for one in piece.model_dump()["content"]] if pieces else None
+        return self._outcome(answer, last.choices[0].finish_reason, usage.usage, last, told)
 
-    def _outcome(self, answer: str, finish_reason: str, usage: Any, ours: Any) -> Outcome:
+    def _outcome(self, answer: str, finish_reason: str, usage: Any, ours: Any, told: Any) -> Outcome:
+        tokens, logprobs = read(told)
         details = usage.prompt_tokens_details
         assert usage.prompt_tokens == details.text_tokens + details.image_tokens
         return Outcome(
@@ -141,6 +150,8 @@ class OpenAiChat:
             getattr(ours, "reason", ""),
             getattr(ours, "confidence", None),
             getattr(ours, "found", None),
+            tokens=tokens,
+            logprobs=logprobs,
         )
 
     async def close(self) -> None:
@@ -170,6 +181,8 @@ class Grpc:
         return self.outcome(text, said)
 
     def outcome(self, text: str, said: pb.AnswerResponse) -> Outcome:
+        told = [{"bytes": each.token, "logprob": each.logprob, "top_logprobs": tops_of(each)} for each in said.logprobs]
+        tokens, logprobs = read(told or None)
         return Outcome(
             text,
             FINISH_REASONS[said.finish_reason],
@@ -184,6 +197,8 @@ class Grpc:
             REASONS[said.abstain_reason],
             said.confidence if said.HasField("confidence") else None,
             said.found if said.HasField("found") else None,
+            tokens=tokens,
+            logprobs=logprobs,
         )
 
     def _message(self, case: Case, fields: dict[str, Any]) -> pb.AnswerRequest:
@@ -255,6 +270,18 @@ DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high"}
 NOT_IN_GRPC = ("not base64", "a timeout that is too long")
 
 
+def tops_of(told: pb.TokenLogProb) -> list[dict[str, Any]]:
+    return [{"bytes": top.token, "logprob": top.logprob} for top in told.top_logprobs]
+
+
+def read(told: list[dict[str, Any]] | None) -> tuple[Any, tuple[float, ...]]:
+    """Tokens, each with the likeliest ones, and all their log probabilities."""
+    if told is None:
+        return None, ()
+    tokens = tuple((bytes(each["bytes"]), tuple(bytes(top["bytes"]) for top in each["top_logprobs"])) for each in told)
+    return tokens, tuple(one["logprob"] for each in told for one in (each, *each["top_logprobs"]))
+
+
 def relevance_in(message: pb.Relevance) -> dict[str, Any]:
     """As HTTP writes it."""
 
@@ -299,5 +326,7 @@ async def test_every_transport_says_the_same(case: Case, gateway: Gateway, card:
     assert (first.status, first.code) == (status_of(case), case.code)
     assert bool(first.answer) is (case.error is None)
     for other in outcomes.values():
+        assert other.logprobs == pytest.approx(first.logprobs, abs=0.001)
         assert (other.confidence, other.found) == pytest.approx((first.confidence, first.found), abs=0.001)
     assert (first.confidence is None) is (case.error is not None)
+    assert bool(first.tokens) is (case.error is None and "logprobs" in case.fields)

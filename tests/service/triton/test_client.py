@@ -17,6 +17,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from service.core.answer import LogProb
 from service.core.card import ModelCard
 from service.core.errors import (
     Cancelled,
@@ -66,7 +67,7 @@ class Asker:
         *,
         timeout_s: float = 20,
         stall_timeout_s: float = 5,
-        log_probs: list[float] | None = None,
+        log_probs: list[LogProb] | None = None,
     ):
         return self.client.generate(
             prompt,
@@ -165,14 +166,16 @@ async def test_generate_streams_as_many_tokens_as_asked(asker: Asker) -> None:
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_each_token_comes_with_its_log_probability_if_asked(asker: Asker, streaming: bool) -> None:
     sampling = Sampling(max_tokens=7, streaming=streaming)
-    told: list[float] = []
+    told: list[LogProb] = []
     lengths, tokens = [], []
-    asked = replace(sampling, log_probs=True)
+    asked = replace(sampling, log_probs=True, top_log_probs=5)
     async for piece in asker.generate(asker.prompt(), asked, log_probs=told):
         tokens += piece
         lengths.append((len(tokens), len(told)))
     assert lengths == ([(n, n) for n in range(1, 8)] if streaming else [(7, 7)])
-    assert all(-50 < each <= 0 for each in told)
+    assert all(-50 < each.value <= 0 for each in told)
+    assert [each.top[0] for each in told] == [(token, each.value) for token, each in zip(tokens, told, strict=True)]
+    assert [len(each.top) for each in told] == [5] * 7
     assert tokens == await asker.tokens(asker.prompt(), sampling)
 
 

@@ -96,7 +96,7 @@ class Budget(_message.Message):
     def __init__(self, vision_tokens: _Optional[_Union[Range, _Mapping]] = ..., visual_tokens: _Optional[_Union[Range, _Mapping]] = ...) -> None: ...
 
 class AnswerRequest(_message.Message):
-    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain", "choices", "regex", "json_schema", "min_confidence", "log_probs", "system")
+    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain", "choices", "regex", "json_schema", "min_confidence", "logprobs", "top_logprobs", "system")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
@@ -114,7 +114,8 @@ class AnswerRequest(_message.Message):
     REGEX_FIELD_NUMBER: _ClassVar[int]
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     MIN_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
-    LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     turns: _containers.RepeatedCompositeFieldContainer[Turn]
@@ -133,9 +134,10 @@ class AnswerRequest(_message.Message):
     regex: str
     json_schema: str
     min_confidence: float
-    log_probs: bool
+    logprobs: bool
+    top_logprobs: int
     system: str
-    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ..., choices: _Optional[_Iterable[str]] = ..., regex: _Optional[str] = ..., json_schema: _Optional[str] = ..., min_confidence: _Optional[float] = ..., log_probs: _Optional[bool] = ..., system: _Optional[str] = ...) -> None: ...
+    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ..., choices: _Optional[_Iterable[str]] = ..., regex: _Optional[str] = ..., json_schema: _Optional[str] = ..., min_confidence: _Optional[float] = ..., logprobs: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., system: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "image_tokens")
@@ -204,15 +206,17 @@ class Tensions(_message.Message):
     def __init__(self, particularize: _Optional[float] = ..., explore: _Optional[float] = ..., diversify: _Optional[float] = ...) -> None: ...
 
 class TokenLogProb(_message.Message):
-    __slots__ = ("token", "log_prob")
+    __slots__ = ("token", "logprob", "top_logprobs")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
-    LOG_PROB_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token: bytes
-    log_prob: float
-    def __init__(self, token: _Optional[bytes] = ..., log_prob: _Optional[float] = ...) -> None: ...
+    logprob: float
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogProb]
+    def __init__(self, token: _Optional[bytes] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
 
 class AnswerResponse(_message.Message):
-    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "log_probs")
+    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "logprobs")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -226,7 +230,7 @@ class AnswerResponse(_message.Message):
     FOUND_FIELD_NUMBER: _ClassVar[int]
     ABSTAINED_FIELD_NUMBER: _ClassVar[int]
     ABSTAIN_REASON_FIELD_NUMBER: _ClassVar[int]
-    LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     answer: str
@@ -240,8 +244,8 @@ class AnswerResponse(_message.Message):
     found: float
     abstained: bool
     abstain_reason: AbstainReason
-    log_probs: _containers.RepeatedCompositeFieldContainer[TokenLogProb]
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., log_probs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogProb]
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
 
 class AnswerEvent(_message.Message):
     __slots__ = ("delta", "end")

@@ -19,7 +19,7 @@ from service.admission.scheduler import Resource
 from service.core.errors import Overloaded, Unavailable
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from tests.support.calls import Service, chunks, failure, question, served, streamed
-from tests.support.fakes import House, png, until
+from tests.support.fakes import SPELLED, House, png, until
 
 TEN_MINUTES_S = 600
 NARROW = (("grpc.http2.lookahead_bytes", 8), ("grpc.http2.bdp_probe", 0))  # a client that buffers a few bytes
@@ -56,14 +56,16 @@ async def test_an_answer_has_everything_that_is_known_of_it(service):
 
 
 async def test_log_probs_are_told_at_the_end(service):
-    asked = question(log_probs=True)
+    asked = question(logprobs=True, top_logprobs=2)
     service.house.language.say(" red")
     whole = await service.stub.Answer(asked)
     _, end = await streamed(service.stub.StreamAnswer(asked))
-    assert b"".join(told.token for told in whole.log_probs) == b" red"
-    assert [told.log_prob for told in whole.log_probs] == [-place / 2 for place in range(len(whole.log_probs))]
-    assert list(end.log_probs) == list(whole.log_probs)
-    assert not (await service.stub.Answer(question())).log_probs
+    assert b"".join(told.token for told in whole.logprobs) == b" red"
+    assert [told.logprob for told in whole.logprobs] == [-place / 2 for place in range(len(whole.logprobs))]
+    tops = [[(top.token, top.logprob) for top in told.top_logprobs] for told in whole.logprobs]
+    assert tops == [[(spelled, -place / 4) for spelled in SPELLED[3:5]] for place in range(len(tops))]
+    assert list(end.logprobs) == list(whole.logprobs)
+    assert not (await service.stub.Answer(question())).logprobs
 
 
 async def test_a_stream_is_deltas_and_then_the_rest(service):

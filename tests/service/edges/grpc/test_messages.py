@@ -55,7 +55,8 @@ def test_every_field_is_taken():
             choices=["yes", "no"],
             regex="yes",
             json_schema='{"type": "object"}',
-            log_probs=True,
+            logprobs=True,
+            top_logprobs=3,
             system="be brief",
         ),
         stream=True,
@@ -80,6 +81,7 @@ def test_every_field_is_taken():
         regex="yes",
         json_schema={"type": "object"},
         log_probs=True,
+        top_log_probs=3,
         system="be brief",
     )
 

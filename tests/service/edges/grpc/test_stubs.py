@@ -33,15 +33,15 @@ def test_every_method_has_a_handler_that_streams_as_the_proto_says():
 
 
 def test_a_question_has_the_fields_of_http():
-    """Images stand in the parts, a call has a deadline, and a stream is a method. OpenAI's chat has the other two."""
+    """Images stand in the parts, a call has a deadline, and a stream is a method. OpenAI's chat has the other one."""
     of_http = VqaRequest.model_fields.keys() - {"image", "images", "question", "timeout_s", "stream"}
-    assert set(pb.AnswerRequest.DESCRIPTOR.fields_by_name) == of_http | {"parts", "system", "log_probs"}
+    assert set(pb.AnswerRequest.DESCRIPTOR.fields_by_name) == of_http | {"parts", "system"}
 
 
 def test_an_answer_has_the_fields_of_http():
     renamed = {"reason": "abstain_reason"}  # beside finish_reason in a message, it says of what
     http = {renamed.get(name, name) for name in VqaAnswer.model_fields}
-    assert set(pb.AnswerResponse.DESCRIPTOR.fields_by_name) == http | {"log_probs"}
+    assert set(pb.AnswerResponse.DESCRIPTOR.fields_by_name) == http
     for name in ("usage", "vision", "timing_ms"):
         fields = pb.AnswerResponse.DESCRIPTOR.fields_by_name[name].message_type.fields_by_name
         assert set(fields) == VqaAnswer.model_fields[name].annotation.model_fields.keys()

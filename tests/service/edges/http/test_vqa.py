@@ -3,6 +3,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ from structlog.testing import capture_logs
 from service.admission.quota import Cost
 from service.core.errors import Overloaded, Unavailable
 from service.edges.http.application import http_api
-from tests.support.fakes import CARD, CLOSER, FakeProber, House, cancelled, png, turns, until
+from tests.support.fakes import CARD, CLOSER, SPELLED, FakeProber, House, cancelled, png, turns, until
 
 IMAGE = base64.b64encode(png()).decode()
 ASKED = {"image": IMAGE, "question": "what colour?"}
@@ -800,3 +801,30 @@ async def test_tenants_are_told_apart_by_a_header_that_must_be_a_plain_word(call
     other = await caller.http.post("/v1/vqa", json=ASKED, headers={"x-tenant-id": "other"})
     assert other.status_code == 200
     assert "acme" not in (await caller.http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("form", [False, True])
+async def test_each_token_has_its_log_probability_on_request(caller, form):
+    caller.house.language.say(" red é")
+    wishes = {"logprobs": True, "top_logprobs": 1}
+    if form:
+        data = {"question": "?"} | {name: str(value) for name, value in wishes.items()}
+        said = (await caller.http.post("/v1/vqa", data=data, files={"image": png()})).json()
+    else:
+        said = (await caller.ask(**wishes)).json()
+    assert bytes(one for each in said["logprobs"] for one in each["bytes"]).decode() == " red é"
+    assert [each["token"] for each in said["logprobs"]][-2:] == ["\\xc3", "\\xa9"]
+    assert [each["logprob"] for each in said["logprobs"]] == [-place / 2 for place in range(len(said["logprobs"]))]
+    assert {top["bytes"][0] for each in said["logprobs"] for top in each["top_logprobs"]} == {*SPELLED[3]}
+    *deltas, end = map(json.loads, events(await caller.ask(**wishes, stream=True))[:-1])
+    assert [one for each in deltas for one in each["logprobs"]] == said["logprobs"]
+    assert "logprobs" not in end
+    assert "logprobs" not in (await caller.ask()).json()
+
+
+async def test_a_server_without_likeliest_tokens_refuses_them_by_name():
+    caller = Caller(House(replace(CARD, top_log_probs=False)))
+    error = fault(await caller.ask(logprobs=True, top_logprobs=1), 400)
+    assert (error["param"], error["code"]) == ("top_logprobs", "top_logprobs_not_supported")
+    assert (await caller.ask(logprobs=True)).json()["logprobs"][0]["top_logprobs"] == []
+    await caller.close()

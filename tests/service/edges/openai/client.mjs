@@ -1,8 +1,10 @@
 // The openai package of npm, unmodified: node client.mjs BASE_URL MODEL IMAGE_FILE. It prints what came as JSON.
+import { File } from "node:buffer";
 import { createReadStream, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 
+globalThis.File ??= File; // Node.js 18, which Debian 12 has, knows it by its module alone
 // NODE_PATH counts for require alone.
 const { default: OpenAI } = await import(pathToFileURL(createRequire(import.meta.url).resolve("openai")));
 const [baseURL, model, file] = process.argv.slice(2);

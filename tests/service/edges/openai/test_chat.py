@@ -20,7 +20,7 @@ from service.edges.openai.schema import ChatCompletion, ChatEvent, ChatRequest
 from tests.service.edges.http.test_json_bounds import CHARS
 from tests.service.edges.http.test_vqa import Caller, events, fault
 from tests.service.edges.openai.test_messages import ASKED, assistant, image, system, text, user
-from tests.support.fakes import CARD, House, ids_of, png
+from tests.support.fakes import CARD, SPELLED, House, ids_of, png
 
 FILE = png()
 IMAGE = f"data:image/png;base64,{b64encode(FILE).decode()}"
@@ -153,7 +153,6 @@ async def test_the_usage_has_a_chunk_of_its_own_on_request(caller):
 def spoken(logprobs: dict[str, Any] | None) -> list[tuple[str, float, list[int]]]:
     assert logprobs is not None
     assert logprobs["refusal"] is None
-    assert [each["top_logprobs"] for each in logprobs["content"]] == [[]] * len(logprobs["content"])
     return [(each["token"], each["logprob"], each["bytes"]) for each in logprobs["content"]]
 
 
@@ -162,7 +161,7 @@ def spoken(logprobs: dict[str, Any] | None) -> list[tuple[str, float, list[int]]
     [
         (" red red", [], "red red", [" red", " red"]),
         (" red. red", ["."], "red", [" red"]),
-        ("é", [], "é", ["\ufffd", "\ufffd"]),
+        ("é", [], "é", ["\\xc3", "\\xa9"]),
         ("red re", ["red!"], "red re", ["red", " ", "re"]),
         ("", [], "", []),
     ],
@@ -188,9 +187,33 @@ async def test_log_probabilities_are_asked_for_only_on_request(caller):
     assert not caller.house.language.sampling[-1].log_probs
 
 
-async def test_alternatives_of_a_token_are_refused_by_name(caller):
-    error = fault(await ask(caller, logprobs=True, top_logprobs=2), 400)
-    assert (error["param"], error["code"]) == ("top_logprobs", "unsupported_parameter")
+async def test_the_likeliest_tokens_stand_beside_each_token_on_request(caller):
+    caller.house.language.say(" red é")
+    (choice,) = (await ask(caller, logprobs=True, top_logprobs=20)).json()["choices"]
+    for place, each in enumerate(choice["logprobs"]["content"]):
+        assert [(top["bytes"], top["logprob"]) for top in each["top_logprobs"]] == [
+            ([*spelled], -place / 4) for spelled in SPELLED[3:23]
+        ]
+    streamed = [each["choices"][0]["logprobs"] for each in await chunks(caller, logprobs=True, top_logprobs=20)]
+    assert [one for each in streamed if each for one in each["content"]] == choice["logprobs"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs: set logprobs to true"),
+        ({"logprobs": False, "top_logprobs": 1}, "top_logprobs needs logprobs: set logprobs to true"),
+        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
+        ({"logprobs": True, "top_logprobs": -1}, "greater than or equal to 0"),
+        ({"logprobs": True, "top_logprobs": "2"}, "top_logprobs"),
+        ({"logprobs": "yes"}, "logprobs"),
+    ],
+)
+async def test_a_wrong_wish_for_likeliest_tokens_is_refused(caller, asked, why):
+    error = fault(await ask(caller, **asked), 400)
+    assert error["param"] == list(asked)[-1]
+    assert why in error["message"]
+    assert not caller.house.language.sampling
 
 
 async def test_an_error_after_the_first_chunk_is_an_event(caller):

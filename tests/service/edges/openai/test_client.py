@@ -47,6 +47,7 @@ from tests.support.servers import Gateway
 
 SHAPES, DIGITS = (SCENES / f"new_00{number}.webp" for number in (3, 4))
 QUESTION = "what character is on the pink square?"
+PLAIN = {"logprobs": False, "top_logprobs": None}
 LONG_ANSWER = "describe the image."
 
 
@@ -192,11 +193,17 @@ def test_the_clients_own_helper_reads_the_stream(client, chat):
 
 
 def test_each_token_has_its_log_probability(client, chat):
-    asked = chat | {"messages": [user(text(LONG_ANSWER), image(data_url(SHAPES)))], "logprobs": True}
+    asked = chat | {"messages": [user(text(LONG_ANSWER), image(data_url(SHAPES)))], "logprobs": True, "top_logprobs": 3}
     (whole,) = client.chat.completions.create(**asked).choices
     told = whole.logprobs.content
     assert b"".join(bytes(each.bytes) for each in told).decode().strip() == whole.message.content
     assert all(-20 < each.logprob <= 0 for each in told)
+    for each in told:  # a greedy answer says the likeliest token
+        assert [top.token for top in each.top_logprobs][:1] == [each.token]
+        assert len({top.token for top in each.top_logprobs}) == 3
+        assert sorted((top.logprob for top in each.top_logprobs), reverse=True) == [
+            top.logprob for top in each.top_logprobs
+        ]
     streamed = [
         each
         for chunk in client.chat.completions.create(**asked, stream=True)
@@ -204,8 +211,16 @@ def test_each_token_has_its_log_probability(client, chat):
         for each in logprobs.content
     ]
     assert [each.token for each in streamed] == [each.token for each in told]
+    assert [len(each.top_logprobs) for each in streamed] == [3] * len(told)
     assert [each.logprob for each in streamed] == pytest.approx([each.logprob for each in told], abs=1e-3)
-    assert client.chat.completions.create(**asked | {"logprobs": False}).choices[0].logprobs is None
+    assert client.chat.completions.create(**asked | PLAIN).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("wish", [{"logprobs": True, "top_logprobs": 21}, {"logprobs": False, "top_logprobs": 5}])
+def test_a_wrong_wish_for_likeliest_tokens_is_a_bad_request(client, chat, wish):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**chat | {"messages": [ASKED]} | wish)
+    assert (caught.value.status_code, caught.value.param) == (400, "top_logprobs")
 
 
 def test_a_file_is_asked_about_by_its_id(client, chat):

@@ -1,37 +1,28 @@
-"""npm's openai package, unmodified, against a real gateway.
-
-The set-up installs nothing from npm. The test runs if Node.js finds the package: `npm install --prefix FOLDER openai`,
-then NODE_PATH=FOLDER/node_modules.
-"""
+"""npm's openai package, unmodified, against a real gateway. The set-up for development fetches it."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from service.core.card import ModelCard
-from tests.support.paths import SCENES
+from tests.support.paths import NODE_MODULES, SCENES
 from tests.support.servers import Gateway
 
 SCENE = SCENES / "new_003.webp"
 
 
-def has_package() -> bool:
-    """Whether Node.js is there and finds openai."""
-    if shutil.which("node") is None:
-        return False
-    return subprocess.run(["node", "-e", "require.resolve('openai')"], capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not has_package(), reason="Node.js does not find npm's openai: install it and set NODE_PATH")
+@pytest.mark.needs("node")
+@pytest.mark.needs("npm's openai")
 def test_npms_client_gets_answers_streams_files_and_its_own_errors(gateway: Gateway, card: ModelCard) -> None:
     script = Path(__file__).with_name("client.mjs")
     command = ["node", script, f"{gateway.url}/v1", card.name, SCENE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    environment = os.environ | {"NODE_PATH": str(NODE_MODULES)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["models"] == [card.name]

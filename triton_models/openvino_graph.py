@@ -52,8 +52,9 @@ class OpenVinoGraph:
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Run the graph -> copies of the named outputs, in that order."""
-        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # alive during the run
-        _bound(self._request, contiguous)
+        # OpenVINO refuses arrays that cannot be written, as Triton's are. The copies live until the run has ended.
+        usable = {name: np.require(array, requirements=("C", "W")) for name, array in feeds.items()}
+        _bound(self._request, usable)
         self._request.infer()
         return [np.array(self._request.get_tensor(name).data) for name in outputs]
 

@@ -42,6 +42,7 @@ def test_an_encoder_has_the_same_ends_and_outputs_of_its_own() -> None:
     assert set(ours.outputs) == set(theirs.outputs)
     assert ours.float_type("features") is np.float32
     images = np.random.default_rng(0).integers(0, 255, (2, 1, *theirs.inputs["image"][1:]), np.uint8)
+    images.flags.writeable = False  # as Triton's tensors are
     first = ours.run({"image": images[0]}, ["features"])
     kept = first[0].copy()
     ours.run({"image": images[1]}, ["features"])

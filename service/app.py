@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from service.access.quotas import Quotas
 from service.access.windows import SharedWindows, Windows
 from service.admission.admission import Admission
 from service.admission.scheduler import Scheduler
+from service.cache.redis_client import RedisFault
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.cache.shared_images import SharedImages
 from service.core.access import Authenticator
@@ -34,17 +36,22 @@ from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
 from service.engine_choice import choice
+from service.fleet import Fleet, Repository, read_repository
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
 from service.metrics import Metrics
+from service.models import Model, Models
 from service.pipeline import Pipeline
-from service.prompt import PromptBuilder
 from service.readiness import Readiness
 from service.settings import Settings, SettingsError, listed
-from service.triton import TritonClient, read_engines
+from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
+from service.upstreams.pool import Pool
+from service.upstreams.store import IN_REDIS as VARIANTS_IN_REDIS
+from service.upstreams.store import Store, VariantsFile, VariantsInRedis
+from service.upstreams.variants import Variant, VariantsError
 
 NO_KEYS = Keyring()
 
@@ -59,13 +66,14 @@ class App:
     settings: Settings
     card: ModelCard
     access: Access  # of the embedded Triton
-    client: TritonClient
+    client: TritonClient  # unused with variants
+    fleet: Fleet | None  # the variants; None without
     admission: Admission
     reader: WorkerReader
     fetcher: ImageFetcher | None
     shared: RedisTier | None
     shared_images: SharedImages | None
-    readiness: Readiness
+    readiness: Readiness | Fleet
     metrics: Metrics
     lag: LoopLag
     gate: Gate | NoGate
@@ -78,23 +86,25 @@ class App:
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Read the model repository's card and tokenizers and make all parts; start nothing. Raises SettingsError."""
     require_keys(settings)
-    try:
-        card = ModelCard.from_json((settings.model_repository / "card.json").read_text())
-        prompts = PromptBuilder.load(card, settings.model_repository)
-        engines = read_engines(settings.model_repository)
-    except Exception as exc:  # tokenizers raises plain Exception
+    metrics = Metrics()
+    fleet = fleet_of(settings, metrics)
+    if fleet is None:
+        repository = read_repository(settings.model_repository, "set GLIMPSE_MODEL_REPOSITORY to")
+    else:
+        repository = fleet.primary.repository
+    card, engines = repository.card, repository.engines
+    if fleet is None:
+        card = card.computed_in(choice(settings, card).precision)
+    elif settings.precision not in ("auto", "fp32"):
         raise SettingsError(
-            f"{settings.model_repository} is not a model repository that can be read ({exc}): "
-            "set GLIMPSE_MODEL_REPOSITORY to a folder that `glimpse build` wrote"
-        ) from exc
-    card = card.computed_in(choice(settings, card).precision)
+            f"GLIMPSE_PRECISION is {settings.precision}, but the models of GLIMPSE_VARIANTS compute in fp32: unset it"
+        )
     if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
         raise SettingsError(
             f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
             f"raise it to at least {card.max_positions}"
         )
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
-    metrics = Metrics()
     metrics.model_info.labels(model=card.name, precision=card.precision).set(1)
     if settings.vision_url and settings.llm_url:
         client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
@@ -102,20 +112,19 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
-    readiness = Readiness(card.called, metrics, client.failing)
-    admission = Admission(settings, engines, card.max_positions, metrics, scheduling)
+    readiness = Readiness(card.called, metrics, client.failing) if fleet is None else fleet
+    max_positions = card.max_positions if fleet is None else max(each.max_positions for each in fleet.cards)
+    admission = Admission(settings, engines, max_positions, metrics, scheduling)
     shared = redis_tier(settings, card, metrics)
     gate = gate_of(settings, metrics)
     quotas = quotas_of(settings, gate, shared, metrics)
     shared_images = shared_images_of(settings, shared, metrics)
     fetcher = image_fetcher(settings, metrics)
     traces = traces_of(settings, card)
+    models = Models([]) if fleet is None else fleet.models
     pipeline = Pipeline(
-        vision=client,
-        language=client,
         admission=admission,
-        card=card,
-        prompts=prompts,
+        models=models,
         reader=reader,
         settings=settings,
         metrics=metrics,
@@ -125,6 +134,10 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         fetcher=fetcher,
         traces=traces,
     )
+    if fleet is None:
+        models.models = [pipeline.model(client, client, card, repository.prompts, spelled=repository.spelled)]
+    else:
+        fleet.begin(partial(model_of, pipeline, shared))
     lag = LoopLag(metrics.event_loop_lag.observe)
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate))
     rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate)
@@ -133,6 +146,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         card=card,
         access=access,
         client=client,
+        fleet=fleet,
         admission=admission,
         reader=reader,
         fetcher=fetcher,
@@ -146,6 +160,41 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         quotas=quotas,
         api=api,
         rpc=rpc,
+    )
+
+
+def fleet_of(settings: Settings, metrics: Metrics) -> Fleet | None:
+    """Read the variants and their models; None without variants. Raises SettingsError."""
+    if not settings.variants:
+        return None
+    try:
+        if settings.variants == VARIANTS_IN_REDIS:
+            assert settings.redis_url is not None
+            store: Store = VariantsInRedis(settings.redis_url.get_secret_value())
+        else:
+            store = VariantsFile(Path(settings.variants))
+        return Fleet(store, asyncio.run(store.loaded()), settings, metrics)
+    except VariantsError as exc:
+        raise SettingsError(f"GLIMPSE_VARIANTS: {exc}") from exc
+    except RedisFault as exc:
+        raise SettingsError(f"GLIMPSE_VARIANTS: Redis does not answer ({exc.message})") from exc
+
+
+def model_of(
+    pipeline: Pipeline, shared: RedisTier | None, variant: Variant, repository: Repository, pool: Pool
+) -> Model:
+    """Make what answers for one variant."""
+    if shared is not None:
+        shared.know(repository.card)
+    return pipeline.model(
+        pool,
+        pool,
+        repository.card,
+        repository.prompts,
+        spelled=repository.spelled,
+        variant=variant.name,
+        weight=variant.weight,
+        health=pool,
     )
 
 
@@ -210,7 +259,7 @@ def quotas_of(settings: Settings, gate: Gate | NoGate, shared: RedisTier | None,
 
 def http_edge(
     pipeline: Pipeline,
-    readiness: Readiness,
+    readiness: Readiness | Fleet,
     settings: Settings,
     metrics: Metrics,
     lag: LoopLag | None = None,
@@ -229,6 +278,7 @@ def http_edge(
         ),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
+        degraded=lambda: readiness.degraded,
         metrics=lambda accept: metrics_text(metrics, accept),
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
@@ -241,7 +291,7 @@ def http_edge(
 
 def grpc_edge(
     pipeline: Pipeline,
-    readiness: Readiness,
+    readiness: Readiness | Fleet,
     settings: Settings,
     metrics: Metrics,
     lag: LoopLag | None = None,
@@ -331,14 +381,15 @@ async def running(app: App) -> AsyncIterator[None]:
         if app.fetcher is not None:
             parts.callback(app.fetcher.close)
         app.reader.start()
-        await parts.enter_async_context(app.client)
+        if app.fleet is None:
+            await parts.enter_async_context(app.client)
         triton: EmbeddedTriton | None = None
         if settings.embedded:
             triton = await parts.enter_async_context(embedded_triton(app))
+            assert isinstance(app.readiness, Readiness)
             await app.readiness.probe(app.client, app.card, settings.probe_timeout_s)
         async with asyncio.TaskGroup() as tasks:
-            watch = app.readiness.watch(app.client, app.card, settings.probe_interval_s, settings.probe_timeout_s)
-            watchers = [tasks.create_task(watch), tasks.create_task(app.lag.watch())]
+            watchers = [tasks.create_task(watch_models(app)), tasks.create_task(app.lag.watch())]
             if triton is not None:
                 watchers.append(tasks.create_task(triton.supervise()))
             if app.shared is not None:
@@ -351,6 +402,15 @@ async def running(app: App) -> AsyncIterator[None]:
             yield
             for watcher in watchers:
                 watcher.cancel()
+
+
+async def watch_models(app: App) -> None:
+    """Probe the models until cancelled."""
+    if isinstance(app.readiness, Fleet):
+        await app.readiness.run()
+    else:
+        interval_s, timeout_s = app.settings.probe_interval_s, app.settings.probe_timeout_s
+        await app.readiness.watch(app.client, app.card, interval_s, timeout_s)
 
 
 def embedded_triton(app: App) -> EmbeddedTriton:

@@ -213,15 +213,54 @@ class Metrics:
         self.quota_settlements_lost = self._counter(
             "quota_settlements_lost", "Settlements of quotas that were lost because too many waited."
         )
-        self.ready = self._gauge("ready", "1 while every model answers its probe and real requests, else 0.")
+        self.ready = self._gauge(
+            "ready", "1 while every model answers its probe and real requests, or with variants one variant's, else 0."
+        )
         self.model_ready = self._gauge(
             "model_ready", "1 while the model answers its probe and requests, else 0.", "model"
+        )
+        self.fallbacks = self._counter(
+            "fallbacks",
+            "Questions that another variant got, by the variant that should have answered and the reason: out (none of "
+            "its Tritons answers), failed, late (blown first-token budget).",
+            "variant",
+            "reason",
+        )
+        self.variant_weight = self._gauge(
+            "variant_weight", "Weight of the variant in the split; 0 while it drains.", "variant"
+        )
+        self.variant_in_flight = self._gauge(
+            "variant_requests_in_flight", "Questions that the variant answers now.", "variant"
+        )
+        self.variants_readable = self._gauge(
+            "variants_readable", "1 while the variants can be read; at 0 the last ones stay in use."
+        )
+        self.upstream_ready = self._gauge(
+            "upstream_ready", "1 while this Triton of the variant gets requests, else 0.", "variant", "upstream"
+        )
+        self.upstream_calls = self._counter(
+            "upstream_calls",
+            "Calls to a variant's Triton, by outcome: ok, failed, late (blown first-token budget), overloaded, left.",
+            "variant",
+            "upstream",
+            "outcome",
+        )
+        self.upstream_retries = self._counter(
+            "upstream_retries",
+            "Calls that failed at one Triton: made again at another of the variant, or refused by the retry budget.",
+            "variant",
+            "result",
         )
         self.begin_variant(DEFAULT)
         self._begin_at_zero()
 
     def begin_variant(self, variant: str) -> None:
         """Make the series of a variant, at zero."""
+        if variant != DEFAULT:
+            for reason in ("out", "failed", "late"):
+                self.fallbacks.labels(variant, reason)
+            for result in ("made", "refused"):
+                self.upstream_retries.labels(variant, result)
         for outcome in ("ok", *error_codes()):
             self.requests.labels(outcome, variant)
         for metric in (

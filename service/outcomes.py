@@ -11,6 +11,7 @@ import structlog
 
 from service.core.errors import Cancelled, DeadlineExceeded, GlimpseError, InternalError, internal_error
 from service.core.request import Request
+from service.core.variant import DEFAULT
 from service.core.vision import TENSIONS, Seen
 from service.metrics import Metrics
 from service.ticket import Ticket
@@ -107,6 +108,8 @@ def _log(ticket: Ticket, fault: Exception | None) -> None:
         reduced=ticket.reduced,
         completion_tokens=ticket.completion_tokens,
         **{f"{name}_ms": value for name, value in ticket.timing_ms().items()},
+        **({"variant": ticket.variant} if ticket.variant != DEFAULT else {}),
+        **({"fallback_from": ticket.fallback_from} if ticket.fallback_from else {}),
         **({"trace_id": ticket.trace.id} if ticket.trace is not None else {}),
         **told_of(fault),
     )

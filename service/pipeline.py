@@ -7,11 +7,12 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
+from service.attempts import Attempts
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, embedding_key
@@ -27,7 +28,8 @@ from service.core.errors import (
 )
 from service.core.estimate import Estimate
 from service.core.prompt import Prompt
-from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request, Sampling
+from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
+from service.core.variant import Route
 from service.core.vision import Seen
 from service.estimating import Estimator
 from service.guide_checks import GuideChecks
@@ -36,8 +38,9 @@ from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
 from service.metrics import Metrics
+from service.models import Choice, LanguageModel, Model, Models
 from service.outcomes import Outcomes
-from service.prompt import Detokeniser, PromptBuilder, token_bytes
+from service.prompt import Detokeniser, PromptBuilder
 from service.settings import Settings
 from service.ticket import Ticket
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
@@ -48,39 +51,14 @@ if TYPE_CHECKING:
 __all__ = ["LanguageModel", "Pipeline", "Reservation"]  # the only names that a transport imports
 
 
-class LanguageModel(Protocol):
-    """Generate an answer's tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
-
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        end_id: int,
-        pad_id: int,
-        request_id: str,
-        timeout_s: float,
-        stall_timeout_s: float,
-        log_probs: list[LogProb] | None = None,
-    ) -> AsyncGenerator[tuple[int, ...], None]:
-        """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels.
-
-        If `sampling` asks for log probabilities, each token's is appended to `log_probs` before the token is yielded.
-        """
-        ...
-
-
 class Pipeline:
     """Hold everything that is needed to answer. Made once by the composition root."""
 
     def __init__(
         self,
         *,
-        vision: VisionModel,
-        language: LanguageModel,
         admission: Admission,
-        card: ModelCard,
-        prompts: PromptBuilder,
+        models: Models,
         reader: ImageReader,
         settings: Settings,
         metrics: Metrics,
@@ -90,12 +68,11 @@ class Pipeline:
         fetcher: ImageFetcher | None = None,
         traces: Traces | None = None,
     ) -> None:
-        """`fetcher`: None if image URLs are refused."""
+        """`models` may be empty until the service runs; `model` makes one. `fetcher`: None to refuse image URLs."""
         self.fetcher = fetcher
-        self.language = language
         self.accounts = accounts or NoQuotas()
         self.admission = admission
-        self.card = card
+        self.models = models
         self.reader = reader
         self.settings = settings
         self.metrics = metrics
@@ -111,20 +88,37 @@ class Pipeline:
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
         )
         self.visual = VisualCache(settings.visual_cache_bytes, metrics)
-        self.vision_stage = VisionStage(
+        self.guides = GuideChecks()
+
+    def model(
+        self, vision: VisionModel, language: LanguageModel, card: ModelCard, prompts: PromptBuilder, **fields: Any
+    ) -> Model:
+        """Make what answers for one variant, with the parts that all variants share. `fields` are those of Model."""
+        stage = VisionStage(
             vision=vision,
-            admission=admission,
+            admission=self.admission,
             card=card,
             prompts=prompts,
-            reader=reader,
+            reader=self.reader,
             images=self.images,
             features=self.features,
             visual=self.visual,
         )
-        self.estimator = Estimator(card, admission, self.features, reader.limits)
-        self.prompts = prompts
-        self.guides = GuideChecks()
-        self._spelled = token_bytes(prompts.tokenizer)
+        estimator = Estimator(card, self.admission, self.features, self.reader.limits)
+        return Model(card, prompts, stage, language, estimator, **fields)
+
+    @property
+    def card(self) -> ModelCard:
+        """Return the card of the variant that gets most questions."""
+        return self.models.primary.card
+
+    def card_for(self, route: Route) -> ModelCard:
+        """Return the card whose defaults a caller gets. Raises InvalidRequest, NotFound for an unknown name."""
+        return self.models.asked(route)[0].card
+
+    def offers(self) -> Sequence[tuple[str, ModelCard]]:
+        """Return the names that a request's `model` may have, each with a card."""
+        return self.models.offers()
 
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
@@ -132,19 +126,25 @@ class Pipeline:
             if request.sampling.guide is not None:
                 async with ticket.in_time(reservation):
                     await self.guides.require(request.sampling.guide)
-            admitted.enter_context(self.admit(ticket, reservation))
-            async with self.charged(ticket, reservation) as use:
+            choices = admitted.enter_context(self.admit(ticket, reservation))
+            async with self.charged(ticket, choices, reservation) as use:
                 async with ticket.in_time(reservation):
                     images = await self.load(ticket, reservation)
-                    seen = await self.vision_stage.look(images, ticket, reservation)
-                prompt = self.compose(request, images, seen)
-                use.images, use.visual_tokens = len(images), len(prompt.visual_tokens)
-                ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
-                async with aclosing(self.generate(prompt, ticket, reservation)) as deltas:
-                    async for delta in deltas:
-                        ticket.answer.append(delta.text)
-                        yield delta
-                yield self.finish(ticket, images, seen)
+                use.images = len(images)
+                for attempt in Attempts(self.models, choices, images[0].id, ticket, reservation, self.metrics):
+                    with attempt:
+                        model = attempt.model
+                        async with ticket.in_time(reservation):
+                            seen = await model.vision_stage.look(images, ticket, reservation)
+                        prompt = self.compose(model, ticket.request, images, seen)
+                        use.visual_tokens = len(prompt.visual_tokens)
+                        ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
+                        async with aclosing(self.generate(model, prompt, ticket, reservation)) as deltas:
+                            async for delta in deltas:
+                                attempt.sent = True
+                                ticket.answer.append(delta.text)
+                                yield delta
+                        yield self.finish(model, ticket, images, seen, reservation)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image, so that questions can name it by its id. It waits for a vision slot, as a question's
@@ -176,7 +176,7 @@ class Pipeline:
         """
         if request.sampling.guide is not None:
             await self.guides.require(request.sampling.guide)
-        tokens, images = self.check(request), []
+        choice, images = self.models.choices(request)[0], []
         for index, source in enumerate(request.images):
             with naming_image(index, len(request.images)):
                 if isinstance(source, ImageUrl):
@@ -186,7 +186,7 @@ class Pipeline:
                         code="url_not_supported",
                     )
                 images.append(await self.load_one(source, request.tenant))
-        return self.estimator.estimate(request, images, tokens, reservation)
+        return choice.model.estimator.estimate(choice.request, images, choice.tokens, reservation)
 
     def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
@@ -227,47 +227,36 @@ class Pipeline:
             yield
 
     @contextmanager
-    def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[None]:
+    def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[Sequence[Choice]]:
         """Check the request before any work is done, and reserve its LLM tokens for the block.
+
+        Gives the variants that can answer it.
 
         Raises InvalidRequest, Overloaded.
         """
         with reservation.work():
-            tokens = max(self.check(ticket.request), self.admission.row_tokens)
+            choices = self.models.choices(ticket.request)
+            tokens = max(self.admission.row_tokens, *(choice.tokens for choice in choices))
             reservation.reserve(Cost(tokens=tokens))
             ticket.tokens = tokens
             self.metrics.in_flight.inc()
             try:
-                yield
+                yield choices
             finally:
                 self.metrics.in_flight.dec()
 
     @asynccontextmanager
-    async def charged(self, ticket: Ticket, reservation: Reservation) -> AsyncIterator[Use]:
+    async def charged(self, ticket: Ticket, choices: Sequence[Choice], reservation: Reservation) -> AsyncIterator[Use]:
         """Charge what the request can use to its tenant's quota, and settle with what it used. Raises QuotaExceeded."""
         request = ticket.request
         images = len(request.images)
-        most = Use(images, images * request.budget.visual_tokens[1], request.sampling.max_tokens)
+        visual_tokens = max(choice.request.budget.visual_tokens[1] for choice in choices)
+        most = Use(images, images * visual_tokens, request.sampling.max_tokens)
         async with reservation.account.charged(most) as use:
             try:
                 yield use
             finally:
                 use.generated_tokens = ticket.completion_tokens
-
-    def check(self, request: Request) -> int:
-        """Return the most LLM tokens that the request can use. Raises InvalidRequest if the model cannot answer it."""
-        budget, card = request.budget, self.card
-        if request.detail == "high" and not card.closer_view:
-            raise InvalidRequest(
-                f'{card.name} has no closer view: leave detail out, or ask for "low" or "auto"',
-                param="detail",
-                code="detail_not_supported",
-            )
-        offered = card.vision_tokens_for(request.detail)
-        model = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
-        require_range("budget.vision_tokens", budget.vision_tokens, offered, model)
-        require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
-        return self.prompts.require_room(request)
 
     async def load(self, ticket: Ticket, reservation: Reservation) -> list[Image]:
         """Return the images' bytes and digests. It decodes nothing, because a known image needs no pixels."""
@@ -320,35 +309,37 @@ class Pipeline:
             case ImageId(image_id):
                 return await self.images.find(image_id, tenant)
 
-    def compose(self, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
+    def compose(self, model: Model, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
         visual = [
-            (each.visual_tokens, embedding_key(self.card, image.digest, request.question, each))
+            (each.visual_tokens, embedding_key(model.card, image.digest, request.question, each))
             for image, each in zip(images, seen, strict=True)
         ]
-        return self.prompts.compose_request(request, visual)
+        return model.prompts.compose_request(request, visual)
 
-    async def generate(self, prompt: Prompt, ticket: Ticket, reservation: Reservation) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, model: Model, prompt: Prompt, ticket: Ticket, reservation: Reservation
+    ) -> AsyncGenerator[Delta, None]:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
-        detokeniser = Detokeniser(self._spelled, sampling.stop)
-        told: list[LogProb] | None = [] if sampling.log_probs or self.card.confidence is not None else None
+        card, detokeniser = model.card, Detokeniser(model.spelled, sampling.stop)
+        told: list[LogProb] | None = [] if sampling.log_probs or card.confidence is not None else None
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
-        tokens = self.language.generate(
+        tokens = model.language.generate(
             prompt,
             replace(sampling, log_probs=told is not None),
-            end_id=self.card.end_id,
-            pad_id=self.card.pad_id,
-            request_id=ticket.request.id,
+            end_id=card.end_id,
+            pad_id=card.pad_id,
+            request_id=f"{ticket.request.id}-{ticket.variant}" if ticket.fallback_from else ticket.request.id,
             timeout_s=ticket.left_s,
             stall_timeout_s=self.settings.stall_timeout_s,
             log_probs=told,
         )
         async with aclosing(tokens):
-            while (ids := await self._next_tokens(tokens, ticket, reservation)) is not None:
+            while (ids := await self._next_tokens(tokens, card.end_id, ticket, reservation)) is not None:
                 if told is not None:
                     ticket.log_prob += sum(each.value for each in told)
                     if sampling.log_probs:
-                        untold += self._token_log_probs(ids, told)
+                        untold += token_log_probs(model.spelled, ids, told)
                     told.clear()
                 if text := detokeniser.push(ids):
                     yield Delta(text, tuple(untold))
@@ -362,16 +353,8 @@ class Pipeline:
         if text := detokeniser.finish():
             yield Delta(text, tuple(untold))
 
-    def _token_log_probs(self, ids: Sequence[int], told: list[LogProb]) -> list[TokenLogProb]:
-        """Join tokens and their log probabilities. An end id, which `ids` leaves out, stands last in `told`."""
-        return [self._token_log_prob(token, *log_prob) for token, log_prob in zip(ids, told, strict=False)]
-
-    def _token_log_prob(self, token: int, value: float, top: tuple[tuple[int, float], ...] = ()) -> TokenLogProb:
-        spelled = self._spelled[token] if token < len(self._spelled) else b""
-        return TokenLogProb(spelled, value, tuple(self._token_log_prob(*each) for each in top))
-
     async def _next_tokens(
-        self, tokens: AsyncGenerator[tuple[int, ...], None], ticket: Ticket, reservation: Reservation
+        self, tokens: AsyncGenerator[tuple[int, ...], None], end_id: int, ticket: Ticket, reservation: Reservation
     ) -> list[int] | None:
         """Return the next ids without the end id, or None at the end of the stream."""
         with ticket.stage(ticket.writing):
@@ -387,13 +370,15 @@ class Pipeline:
         else:
             self.metrics.inter_token_latency.observe(now - ticket.last_token)
         ticket.last_token = now
-        said = [i for i in ids if i != self.card.end_id]
+        said = [i for i in ids if i != end_id]
         if len(said) < len(ids):
             ticket.finish_reason = "stop"
         ticket.completion_tokens += len(said)
         return said
 
-    def finish(self, ticket: Ticket, images: Sequence[Image], seen: Sequence[Seen]) -> Finished:
+    def finish(
+        self, model: Model, ticket: Ticket, images: Sequence[Image], seen: Sequence[Seen], reservation: Reservation
+    ) -> Finished:
         self.outcomes.answered(ticket, seen)
         return Finished(
             finish_reason=ticket.finish_reason,
@@ -406,29 +391,27 @@ class Pipeline:
             visual_tokens=sum(len(each.visual_tokens) for each in seen),
             relevance=tuple(each.relevance for each in seen),
             timing_ms=ticket.timing_ms(),
-            confidence=self.confidence(ticket, seen),
+            confidence=confidence(model, ticket, seen),
             min_confidence=ticket.request.min_confidence,
+            served=reservation.served,
         )
 
-    def confidence(self, ticket: Ticket, seen: Sequence[Seen]) -> Confidence | None:
-        """Estimate how sure the complete answer is; None if the models are not calibrated."""
-        if self.card.confidence is None:
-            return None
-        question, answer = ticket.request.question, "".join(ticket.answer)
-        return self.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen))
+
+def confidence(model: Model, ticket: Ticket, seen: Sequence[Seen]) -> Confidence | None:
+    """Estimate how sure the complete answer is; None if the models are not calibrated."""
+    if model.card.confidence is None:
+        return None
+    question, answer = ticket.request.question, "".join(ticket.answer)
+    return model.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen))
 
 
-def require_range(
-    name: str, asked: tuple[int, int], offered: tuple[int, int], model: str, multiple_of: int = 1
-) -> None:
-    """Raise InvalidRequest unless least <= most and both are in the offered range."""
-    least, most = asked
-    if least > most:
-        raise InvalidRequest(f"{name} is [least, most], and {least} is more than {most}: swap them", param=name)
-    if least < offered[0] or most > offered[1]:
-        raise InvalidRequest(
-            f"{name} [{least}, {most}] is outside [{offered[0]}, {offered[1]}], which is what {model} offers",
-            param=name,
-        )
-    if least % multiple_of or most % multiple_of:
-        raise InvalidRequest(f"{name} [{least}, {most}] must be multiples of {multiple_of}", param=name)
+def token_log_probs(spelled: Sequence[bytes], ids: Sequence[int], told: Sequence[LogProb]) -> list[TokenLogProb]:
+    """Join tokens and their log probabilities. An end id, which `ids` leaves out, stands last in `told`."""
+    return [token_log_prob(spelled, token, *log_prob) for token, log_prob in zip(ids, told, strict=False)]
+
+
+def token_log_prob(
+    spelled: Sequence[bytes], token: int, value: float, top: tuple[tuple[int, float], ...] = ()
+) -> TokenLogProb:
+    others = tuple(token_log_prob(spelled, *each) for each in top)
+    return TokenLogProb(spelled[token] if token < len(spelled) else b"", value, others)

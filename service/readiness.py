@@ -51,6 +51,11 @@ class Readiness:
         return {name: fault for name, fault in faults.items() if fault}
 
     @property
+    def degraded(self) -> Mapping[str, str]:
+        """Nothing: a service without variants is ready, or it is not."""
+        return {}
+
+    @property
     def ready(self) -> bool:
         return not self.faults
 

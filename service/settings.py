@@ -85,6 +85,12 @@ class Settings(BaseSettings):
     # unix:/path of a socket. The two addresses may be equal.
     vision_url: str | None = None
     llm_url: str | None = None
+    # Variants: a file that `glimpse variants` writes, or the word redis for variants in redis_url. Each has its own
+    # models and Tritons. A change is in use within a second.
+    variants: str | None = None
+    # How long a call to one Triton may take before the first token. Then another Triton gets it, or another variant.
+    # None: only failures move a request. With a budget, the LLM sends tokens one by one.
+    first_token_budget_ms: int | None = Field(None, gt=0)
     triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
     triton_start_timeout_s: float = Field(60.0, gt=0)
@@ -295,6 +301,12 @@ class Settings(BaseSettings):
     def _fit_together(self) -> Self:
         if (self.vision_url is None) != (self.llm_url is None):
             raise ValueError("set both GLIMPSE_VISION_URL and GLIMPSE_LLM_URL (they may be equal), or neither")
+        if self.variants and self.vision_url is not None:
+            raise ValueError("GLIMPSE_VARIANTS and GLIMPSE_VISION_URL are both set: unset one")
+        if self.variants == "redis" and self.redis_url is None:
+            raise ValueError("GLIMPSE_VARIANTS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the variants")
+        if self.first_token_budget_ms is not None and not self.variants:
+            raise ValueError("GLIMPSE_FIRST_TOKEN_BUDGET_MS needs GLIMPSE_VARIANTS: name their file, or unset it")
         if self.keys == "redis" and self.redis_url is None:
             raise ValueError("GLIMPSE_KEYS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the keys")
         if self.keys and self.without_keys:
@@ -314,7 +326,11 @@ class Settings(BaseSettings):
     @property
     def embedded(self) -> bool:
         """Whether the gateway starts Triton itself."""
-        return self.vision_url is None
+        return self.vision_url is None and not self.variants
+
+    @property
+    def first_token_budget_s(self) -> float | None:
+        return None if self.first_token_budget_ms is None else self.first_token_budget_ms / 1e3
 
     @property
     def triton_log(self) -> Path | None:

@@ -13,7 +13,7 @@ from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
 from service.core.request import Request
-from service.core.variant import DEFAULT
+from service.core.variant import DEFAULT, Served
 from service.tracing import Value
 
 if TYPE_CHECKING:
@@ -67,6 +67,15 @@ class Ticket:
     finish_reason: Literal["stop", "length"] = "length"
     trace: Trace | None = None  # None: not recorded
     variant: str = DEFAULT  # that answers, or answered last
+    fallback_from: str = ""  # the variant that should have answered
+
+    def begin(self, request: Request, served: Served) -> None:
+        """Begin an attempt of a variant. What an earlier one has generated was not sent, and is forgotten."""
+        self.request, self.variant, self.fallback_from = request, served.variant, served.fallback_from
+        self.first_token = self.last_token = None
+        self.prompt_tokens = self.completion_tokens = 0
+        self.log_prob, self.finish_reason = 0.0, "length"
+        self.answer.clear()
 
     @property
     def left_s(self) -> float:

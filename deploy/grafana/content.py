@@ -495,4 +495,79 @@ TRITON = Dashboard(
     ],
 )
 
-DASHBOARDS = (OVERVIEW, REQUEST_LIFE, VISION, LANGUAGE, CAPACITY, TRITON)
+VARIANTS = Dashboard(
+    "glimpse-variants",
+    "Glimpse: variants",
+    "What each variant answers, how fast, and which of their Tritons are out. Without variants there is one, default.",
+    [
+        Panel(
+            "Answers by variant",
+            [Query(f'sum by (variant) (rate(glimpse_requests_total{{outcome="ok"}}{RATE}))', "{{variant}}")],
+            "reqps",
+            "Of the variant that answered, fallbacks included.",
+            kind="stacked",
+        ),
+        Panel(
+            "Failures by variant",
+            [
+                Query(
+                    f'sum by (variant, outcome) (rate(glimpse_requests_total{{outcome!="ok"}}{RATE}))',
+                    "{{variant}} {{outcome}}",
+                )
+            ],
+            "reqps",
+            "Of the variant that was asked last.",
+        ),
+        Panel(
+            "First token by variant",
+            quantiles("glimpse_time_to_first_token_seconds", "variant", shares=(0.5, 0.95)),
+            "s",
+            "Of answered questions, time at variants that failed before included.",
+        ),
+        Panel(
+            "Whole answer by variant",
+            quantiles("glimpse_e2e_request_latency_seconds", "variant", shares=(0.5, 0.95)),
+            "s",
+            "From arrival to the end.",
+        ),
+        Panel(
+            "Fallbacks by variant and reason",
+            [rates("glimpse_fallbacks_total", "variant", "reason")],
+            "reqps",
+            "Questions of this variant that another one got: its Tritons were out, a call failed, or it was late.",
+            kind="stacked",
+        ),
+        Panel(
+            "Weights",
+            [Query("max by (variant) (glimpse_variant_weight)", "{{variant}}")],
+            "short",
+            "0 while a variant drains, and for one that only testers get.",
+        ),
+        Panel(
+            "Questions in flight by variant",
+            [Query("sum by (variant) (glimpse_variant_requests_in_flight)", "{{variant}}")],
+            "short",
+            "A variant that drains has ended when it is 0.",
+        ),
+        Panel(
+            "Tritons that get requests",
+            [Query("min by (variant, upstream) (glimpse_upstream_ready)", "{{variant}} {{upstream}}")],
+            "short",
+            "1 if every gateway sends requests to it.",
+        ),
+        Panel(
+            "Calls to each Triton by outcome",
+            [rates("glimpse_upstream_calls_total", "variant", "upstream", "outcome")],
+            "ops",
+            "left: the caller went away, or its own time was over.",
+        ),
+        Panel(
+            "Calls made again",
+            [rates("glimpse_upstream_retries_total", "variant", "result")],
+            "ops",
+            "At another Triton of the variant. refused: the retry budget was used up.",
+        ),
+    ],
+)
+
+DASHBOARDS = (OVERVIEW, REQUEST_LIFE, VISION, LANGUAGE, CAPACITY, TRITON, VARIANTS)

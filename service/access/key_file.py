@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from service.access.keys import Keyring, KeysError
+from service.files import replace_file
 
 Seen = tuple[int, int, int]
 
@@ -68,23 +68,3 @@ class KeyFile:
                 replace_file(self.path, changed.to_json())
         except OSError as exc:
             raise KeysError(f"{self.path} cannot be written ({exc.strerror})") from exc
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of mode 0600 beside this one, and put it in its place. Raises OSError."""
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():  # a service that runs as another user must still read it
-            told = path.stat()
-            os.chmod(name, told.st_mode & 0o777)
-            with suppress(PermissionError):
-                os.chown(name, told.st_uid, told.st_gid)
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise

@@ -24,6 +24,7 @@ from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.access import UNLIMITED, Account
 from service.core.card import Engines
 from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.core.variant import Served
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -196,6 +197,7 @@ class Reservation:
         self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
         self.account: Account = UNLIMITED  # of its tenant's quota
+        self.served: Served | None = None  # which variant answers; None until one was chosen
         self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
 
     def until_end(self, timeout_s: float | None = None) -> UntilEnd:

@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 
 from service.cache.breaker import Breaker
-from service.cache.keys import FeatureKey, Features
+from service.cache.keys import AS_INT8, FeatureKey, Features
 from service.cache.records import VERSION, RecordError, pack, unpack
 from service.cache.redis_client import Command, Kind, Lane, RedisFault, Reply, granted, is_cluster
 from service.core.card import ModelCard
@@ -72,6 +72,7 @@ class RedisTier:
         self.limits = limits
         self.breaker = Breaker()
         self._card = card
+        self._cards = {card.fingerprint: card}  # of all variants
         self._is_cluster = is_cluster(url)  # INFO of one node does not cover the others
         self._metrics = metrics
         self._me = secrets.token_hex(8)
@@ -85,6 +86,13 @@ class RedisTier:
         self._told_at: dict[tuple[str, str], float] = {}  # when a fault was last logged, by event and kind
         self._evicted: int | None = None  # keys, since Redis started, as last measured
         metrics.redis_breaker_open.set(1)
+
+    def know(self, card: ModelCard) -> None:
+        """Accept records of this card's vision encoder too."""
+        self._cards[card.fingerprint] = card
+
+    def _card_of(self, key: FeatureKey[Any]) -> ModelCard:
+        return self._cards.get(key.fingerprint.removesuffix(AS_INT8), self._card)
 
     @property
     def in_use(self) -> bool:
@@ -158,7 +166,7 @@ class RedisTier:
             return None
         try:
             # No Redis sends anything but bytes here. Other programs that speak its protocol may.
-            return unpack(record if isinstance(record, bytes) else b"", key, self._card)
+            return unpack(record if isinstance(record, bytes) else b"", key, self._card_of(key))
         except RecordError as error:
             self._metrics.redis_bad_records.labels(error.reason).inc()
             log.warning("redis_bad_record", reason=error.reason, key=record_key(key))

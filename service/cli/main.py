@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service.cli import cache, keys
+from service.cli import cache, keys, variants
 from service.cli.ask import ask
 from service.cli.client import connected, plain_words
 from service.cli.completion import NAME, completion, prepare
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(cache.app, name="cache")
 app.add_typer(keys.app, name="keys")
+app.add_typer(variants.app, name="variants")
 
 
 def show_version(asked: bool) -> None:

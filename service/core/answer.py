@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from service.core.confidence import Confidence, Reason
+from service.core.variant import Served
 from service.core.vision import Relevance
 
 
@@ -53,6 +54,7 @@ class Finished:
     timing_ms: dict[str, float]
     confidence: Confidence | None = None  # None if the models are not calibrated
     min_confidence: float | None = None  # of the request
+    served: Served | None = None  # which variant answered
 
     @property
     def abstained(self) -> bool | None:

@@ -15,6 +15,7 @@ GlimpseError
 ├── DeadlineExceeded      the request's own timeout or the server's
 ├── Cancelled             the caller went away
 ├── Unavailable           Triton or a model in it does not answer
+│   └── FirstTokenLate    a Triton did not answer within the first-token budget
 └── InternalError         a fault of the service; the text gives no internal details
 """
 
@@ -122,6 +123,10 @@ class Cancelled(GlimpseError):
 class Unavailable(GlimpseError):
     code = "unavailable"
     type = "server_error"
+
+
+class FirstTokenLate(Unavailable):
+    """Raised to try another Triton or another variant."""
 
 
 class InternalError(GlimpseError):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.core.guide import Guide
+from service.core.variant import ANY, Route
 
 MAX_TOP_LOG_PROBS = 20  # OpenAI's
 Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs
@@ -128,6 +129,8 @@ class Request:
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
     min_confidence: float | None = None  # with less, the answer says that it abstains
+    gave_budget: tuple[bool, bool] = (True, True)  # of vision and visual tokens; what a caller left out is the model's
+    route: Route = ANY  # which variant may answer
     question: str = field(init=False)  # text of the last question; the allocator reads this
     images: tuple[ImageSource, ...] = field(init=False)  # in the order of the prompt, those of earlier questions first
 

@@ -16,6 +16,9 @@ class Route:
     session: str = ""  # empty: the first image's id stands for it
 
 
+ANY = Route()
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """Say which variant answers a request."""

@@ -26,6 +26,7 @@ from service.core.request import (
     Text,
     text_of,
 )
+from service.core.variant import ANY, Route
 from service.edges.image_text import source_of
 
 
@@ -80,6 +81,7 @@ def to_request(
     tenant: str = "",
     trace_id: str = "",
     traceparent: str = "",
+    route: Route = ANY,
 ) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     images = _images_in_front(fields)
@@ -109,6 +111,8 @@ def to_request(
         trace_id=trace_id,
         traceparent=traceparent,
         tenant=tenant,
+        gave_budget=(fields.vision_tokens is not None, fields.visual_tokens is not None),
+        route=route,
     )
 
 

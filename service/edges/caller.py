@@ -12,6 +12,7 @@ from typing import Any
 
 from service.core.access import Authenticator, Grant, Scope
 from service.core.errors import Cancelled, DeadlineExceeded, Forbidden, InvalidRequest, Unauthenticated
+from service.core.variant import ANY, Route
 
 # Names of HTTP headers and of gRPC metadata.
 TENANT_KEY = "x-tenant-id"
@@ -21,6 +22,8 @@ API_KEY_KEY = "x-api-key"
 KEY_HEADERS = (AUTHORIZATION_KEY, API_KEY_KEY)
 BEARER = "bearer"
 TRACEPARENT_KEY = "traceparent"
+VARIANT_KEY = "x-glimpse-variant"  # of a request: the variant that must answer; of an answer: the one that did
+SESSION_KEY = "x-session-id"  # questions of one session stay with one variant
 
 TENANT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TRACE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -35,6 +38,7 @@ class Caller:
     trace_id: str
     traceparent: str = ""  # the caller's span, as W3C Trace Context writes it; the tracer checks it
     key: str = ""  # the public id of its key
+    route: Route = ANY  # which variant may answer
 
 
 def tenant_in(word: str) -> str:
@@ -89,6 +93,18 @@ def require_scope(grant: Grant, scope: Scope | None) -> None:
     """Raises Forbidden."""
     if scope is not None and not grant.allows(scope):
         raise Forbidden(f"the API key has no scope {scope}: ask the operator for a key that has it")
+
+
+def route_in(variants: Sequence[str], sessions: Sequence[str]) -> Route:
+    """Return the variant and the session that the caller names, if any. Raises InvalidRequest."""
+    session = next(filter(None, sessions), "")
+    if session and not TRACE_ID.fullmatch(session):
+        raise InvalidRequest(
+            "x-session-id is too long or has other characters: send 1 to 128 letters, digits and . _ : -",
+            param=SESSION_KEY,
+            code="invalid_session",
+        )
+    return Route(variant=next(filter(None, variants), ""), session=session)
 
 
 def trace_id_in(words: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ import yaml
 
 from deploy.grafana.content import CAPACITY, DASHBOARDS
 from deploy.grafana.panels import DEFAULT_CPU_PRICE, Dashboard, as_json
+from service.upstreams.variants import Variant, Variants
 from tests.deploy.metric_names import TRITON, known_metrics, metrics_in
 from tests.support.fakes import png
 from tests.support.paths import PROJECT
@@ -145,11 +146,13 @@ def load(gateway: Gateway) -> Iterator[Callable[[], int]]:
 @pytest.mark.slow
 @pytest.mark.needs("prometheus")
 def test_every_query_of_every_panel_has_data_from_a_service_under_load(
-    tmp_path, triton, start_gateway: StartGateway, start_redis: StartRedis
+    tmp_path, triton, repository, start_gateway: StartGateway, start_redis: StartRedis
 ):
     url, metrics = triton.access.url, f"127.0.0.1:{triton.access.ports.metrics}"
     redis = start_redis("--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru")
-    settings = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_REDIS_URL": redis.url}
+    variants = tmp_path / "variants.json"
+    variants.write_bytes(Variants({"stable": Variant("stable", str(repository), (url,), (url,), 1.0)}).to_json())
+    settings = {"GLIMPSE_VARIANTS": str(variants), "GLIMPSE_REDIS_URL": redis.url}
     with start_gateway(settings) as gateway:
         jobs = {"glimpse": gateway.url.removeprefix("http://"), "triton": metrics}
         with load(gateway) as answered, started_prometheus(tmp_path, jobs) as prometheus:

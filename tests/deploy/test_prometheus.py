@@ -159,6 +159,21 @@ CAUSES = [
         rest={f'glimpse_model_ready{{model="see", {HOST}}}': "1x20"},
     ),
     *pair(
+        "GlimpseUpstreamOut",
+        10,
+        {f'glimpse_upstream_ready{{variant="next", upstream="t:8001", {HOST}}}': "1x4 0x10"},
+        {f'glimpse_upstream_ready{{variant="next", upstream="t:8001", {HOST}}}': "1x8 0x1 1x10"},
+        {"variant": "next", "upstream": "t:8001", **GATEWAY},
+    ),
+    *pair(
+        "GlimpseFallbackInUse",
+        20,
+        {'glimpse_fallbacks_total{variant="next", reason="late"}': "0+5x30"},
+        {'glimpse_fallbacks_total{variant="next", reason="late"}': "0+1x30"},
+        {"variant": "next"},
+        rest={'glimpse_requests_total{outcome="ok", variant="next"}': "0+100x30"},
+    ),
+    *pair(
         "GlimpseCanaryFailing",
         30,
         {'kube_cronjob_status_last_successful_time{cronjob="glimpse-canary"}': "600x30"},

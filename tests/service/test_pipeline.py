@@ -440,7 +440,7 @@ async def test_budgets_outside_the_models_ranges_say_what_is_offered(house):
         await answer(house, request(budget=Budget(visual_tokens=(32, 128))))
     with pytest.raises(InvalidRequest, match="80 is more than 70: swap"):
         await answer(house, request(budget=Budget(vision_tokens=(80, 70))))
-    house.pipeline.card = replace(CARD, visual_tokens=(32, 128))
+    house.pipeline.models.models[0].card = replace(CARD, visual_tokens=(32, 128))
     with pytest.raises(InvalidRequest, match="must be multiples of 32"):
         await answer(house, request(budget=Budget(visual_tokens=(32, 60))))
     assert house.vision.calls == []
@@ -598,7 +598,7 @@ async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_sha
     house = House(vision_slots=2)
     house.reader.close()
     reader = GatedReader(house.reader.limits)
-    house.reader = house.pipeline.reader = house.pipeline.vision_stage.reader = reader
+    house.reader = house.pipeline.reader = house.pipeline.models.models[0].vision_stage.reader = reader
 
     async def keep(shade: int) -> None:
         with house.pipeline.reservation("flood") as reservation:

@@ -23,6 +23,7 @@ from service.media.decoder import ImageLimits
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.metrics import Metrics
+from service.models import Models
 from service.pipeline import Pipeline
 from service.prompt import PromptBuilder, token_bytes
 from service.readiness import Readiness
@@ -251,12 +252,10 @@ class House:
         self.gate = gate_of(self.settings, self.metrics)
         self.quotas = quotas_of(self.settings, self.gate, self.shared, self.metrics)
         self.shared_images = shared_images_of(self.settings, self.shared, self.metrics)
+        models = Models([])
         self.pipeline = Pipeline(
-            vision=self.vision,
-            language=self.language,
             admission=self.admission,
-            card=card,
-            prompts=PromptBuilder(card, TOKENIZER),
+            models=models,
             reader=self.reader,
             settings=self.settings,
             metrics=self.metrics,
@@ -265,6 +264,7 @@ class House:
             shared_images=self.shared_images,
             fetcher=fetcher,
         )
+        models.models = [self.pipeline.model(self.vision, self.language, card, PromptBuilder(card, TOKENIZER))]
         self.edge = http_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
         self.rpc = grpc_edge(self.pipeline, self.readiness, self.settings, self.metrics, access=self.gate)
 

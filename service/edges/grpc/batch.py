@@ -62,11 +62,12 @@ class BatchCall:
             fields = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
             request = to_request(
                 fields,
-                pipeline.card,
+                pipeline.card_for(caller.route),
                 self.edge.questions,
                 tenant=caller.tenant,
                 trace_id=caller.trace_id,
                 traceparent=caller.traceparent,
+                route=caller.route,
             )
             asked, said, end = await batch.answer(request)
         return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain, said.log_probs)

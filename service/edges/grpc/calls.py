@@ -33,13 +33,16 @@ from service.core.errors import (
 from service.edges.caller import (
     API_KEY_KEY,
     AUTHORIZATION_KEY,
+    SESSION_KEY,
     TENANT_KEY,
     TRACE_ID_KEY,
     TRACEPARENT_KEY,
+    VARIANT_KEY,
     Caller,
     admitted,
     key_in,
     present,
+    route_in,
     trace_id_in,
 )
 from service.edges.grpc.edge import GrpcEdge
@@ -153,6 +156,13 @@ def address_in(peer: str) -> str:
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
+def metadata_of(trace_id: str, reservation: Reservation) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata: the request's id, and the variant that answered."""
+    served = reservation.served
+    variant = ((VARIANT_KEY, served.variant),) if served is not None and served.is_named else ()
+    return ((TRACE_ID_KEY, trace_id), *variant)
+
+
 class Calls:
     """Hold the calls in work."""
 
@@ -176,7 +186,10 @@ class Calls:
                 with self.edge.pipeline.reservation(caller.tenant, caller.key) as reservation:
                     async with reservation.until_end():
                         await reservation.account.enter()
-                        yield Call(context, caller, reservation, self.edge)
+                        try:
+                            yield Call(context, caller, reservation, self.edge)
+                        finally:
+                            context.set_trailing_metadata(metadata_of(trace_id, reservation))
         except asyncio.CancelledError:  # by gRPC, for a caller that has gone
             self.edge.count(method, status_of(Cancelled(""))[1])
             raise
@@ -197,7 +210,8 @@ class Calls:
             return key_in(words(AUTHORIZATION_KEY), words(API_KEY_KEY))
 
         grant = admitted(self.edge.access, key, scope, next(iter(words(TENANT_KEY)), ""))
-        return Caller(grant.tenant, trace_id, next(iter(words(TRACEPARENT_KEY)), ""), grant.key)
+        route = route_in(words(VARIANT_KEY), words(SESSION_KEY))
+        return Caller(grant.tenant, trace_id, next(iter(words(TRACEPARENT_KEY)), ""), grant.key, route)
 
     async def finished(self, timeout_s: float) -> None:
         """Wait until no call is open, but no longer than this."""

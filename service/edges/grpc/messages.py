@@ -19,7 +19,7 @@ from service.edges.asking import Fields
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.wire import fields_in, require_few_fields, varint
 from service.edges.http.faults import invalid_request
-from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked, sure_fields
+from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked, sure_fields, variant_fields
 
 MAX_PARTS = 64  # of one question, as of a form
 OPTIONAL = (
@@ -174,10 +174,12 @@ def answer_message(
     log_probs: Iterable[TokenLogProb] = (),
 ) -> pb.AnswerResponse:
     """Write an answer; without `texts`, the end of a stream."""
-    sure = sure_fields(end)
+    sure, variant = sure_fields(end), variant_fields(end)
     return pb.AnswerResponse(
         id=request_id,
-        model=model,
+        model=model if end.served is None else end.served.model,
+        variant=variant["variant"] or "",
+        fallback_from=variant["fallback_from"] or "",
         answer="".join(texts),
         finish_reason=FINISH_REASONS[end.finish_reason],
         image_ids=end.image_ids,

@@ -90,7 +90,7 @@ class VisualQuestionAnswering:
         """
         message = question_in(await call.message())
         fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
-        card, caller = self.edge.pipeline.card, call.caller
+        card, caller = self.edge.pipeline.card_for(call.caller.route), call.caller
         request = to_request(
             fields,
             card,
@@ -98,6 +98,7 @@ class VisualQuestionAnswering:
             tenant=caller.tenant,
             trace_id=caller.trace_id,
             traceparent=caller.traceparent,
+            route=caller.route,
         )
         return request, message.explain
 

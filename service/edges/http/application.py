@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service.core.access import QUOTA_HEADERS
 from service.core.errors import GlimpseError
-from service.edges.caller import KEY_HEADERS, TENANT_KEY, TRACE_ID_KEY
+from service.edges.caller import KEY_HEADERS, SESSION_KEY, TENANT_KEY, TRACE_ID_KEY, VARIANT_KEY
 from service.edges.http import batch, estimate, images, openapi, operations, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
@@ -36,7 +36,15 @@ def http_api(edge: Edge) -> FastAPI:
             CORSMiddleware,
             allow_origins=edge.cors_origins,
             allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=(*KEY_HEADERS, "content-encoding", "content-type", TENANT_KEY, TRACE_ID_KEY),
-            expose_headers=(TRACE_ID_KEY, "retry-after", *QUOTA_HEADERS),
+            allow_headers=(
+                *KEY_HEADERS,
+                "content-encoding",
+                "content-type",
+                SESSION_KEY,
+                TENANT_KEY,
+                TRACE_ID_KEY,
+                VARIANT_KEY,
+            ),
+            expose_headers=(TRACE_ID_KEY, VARIANT_KEY, "retry-after", *QUOTA_HEADERS),
         )
     return api

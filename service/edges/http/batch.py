@@ -138,7 +138,7 @@ class ResultStream(Response):
 
     async def answer(self, batch: Batch, index: int, question: bytes) -> BatchAnswer:
         """Parse and answer one question. Raises GlimpseError."""
-        limits, card = self.edge.questions, self.edge.pipeline.card
+        limits, card = self.edge.questions, self.edge.pipeline.card_for(self.caller.route)
         parsed, fields = await parse_json(question, limits.max_question_chars, BatchQuestion)
         request = to_request(
             fields,
@@ -147,6 +147,7 @@ class ResultStream(Response):
             tenant=self.caller.tenant,
             trace_id=self.caller.trace_id,
             traceparent=self.caller.traceparent,
+            route=self.caller.route,
         )
         asked, said, end = await batch.answer(request)
         fields_of_end = VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))

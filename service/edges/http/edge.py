@@ -15,7 +15,7 @@ from service.core.access import Authenticator, Grant
 from service.edges import caller
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
-from service.edges.caller import TENANT_KEY, TRACEPARENT_KEY, Caller, tenant_in
+from service.edges.caller import SESSION_KEY, TENANT_KEY, TRACEPARENT_KEY, VARIANT_KEY, Caller, route_in, tenant_in
 from service.edges.http.access import GRANT
 from service.edges.http.body import BodyLimits
 from service.pipeline import Pipeline, Reservation
@@ -53,6 +53,7 @@ class Edge:
     connections: ConnectionLimits
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
+    degraded: Callable[[], Mapping[str, str]]  # by VARIANT/ADDRESS, why a Triton is out although the service is ready
     metrics: Callable[[str], tuple[bytes, str]]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
@@ -63,7 +64,7 @@ class Edge:
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
-ACCOUNT = "glimpse.account"  # in the scope of ASGI: whose headers the response has
+RESERVATION = "glimpse.reservation"  # in the scope of ASGI: what the response's headers tell of
 
 
 def edge_of(request: Request) -> Edge:
@@ -74,7 +75,9 @@ def caller_of(request: Request) -> Caller:
     """Return the request's caller: from its key, or without keys from its headers. Raises InvalidRequest."""
     grant, trace_id = cast(Grant, request.scope[GRANT]), cast(str, request.scope["glimpse.trace_id"])
     tenant = grant.tenant if grant.key else tenant_in(request.headers.get(TENANT_KEY, ""))
-    return Caller(tenant, trace_id, request.headers.get(TRACEPARENT_KEY, ""), grant.key)
+    headers = request.headers
+    route = route_in(headers.getlist(VARIANT_KEY), headers.getlist(SESSION_KEY))
+    return Caller(tenant, trace_id, headers.get(TRACEPARENT_KEY, ""), grant.key, route)
 
 
 def reserved(request: Request, tenant: str, *, row: bool = True) -> Reservation:
@@ -82,7 +85,7 @@ def reserved(request: Request, tenant: str, *, row: bool = True) -> Reservation:
     held = cast(ExitStack, request.scope["glimpse.held"])
     key = cast(Grant, request.scope[GRANT]).key
     reservation = held.enter_context(edge_of(request).pipeline.reservation(tenant, key, row=row))
-    request.scope[ACCOUNT] = reservation.account
+    request.scope[RESERVATION] = reservation
     return reservation
 
 

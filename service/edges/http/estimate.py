@@ -95,9 +95,15 @@ async def estimate(request: Request) -> Response:
     reservation = reserved(request, caller.tenant, row=False)
     body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
     _, fields = await parse_question(body, request.headers.get("content-type", JSON), edge)
-    card = edge.pipeline.card
+    card = edge.pipeline.card_for(caller.route)
     question = to_request(
-        fields, card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id, traceparent=caller.traceparent
+        fields,
+        card,
+        edge.questions,
+        tenant=caller.tenant,
+        trace_id=caller.trace_id,
+        traceparent=caller.traceparent,
+        route=caller.route,
     )
     async with present(request.receive, question.timeout_s, reservation):
         return JsonResponse(VqaEstimate.of(await edge.pipeline.estimate(question, reservation), card.name))

@@ -99,7 +99,7 @@ def answering(content: dict[str, Any], answer: str, events: dict[str, Any]) -> d
     """A route that takes a question as `content`, and answers with the schema named `answer` or with `events`."""
     answers = {"description": "The answer", "content": {JSON: schema_of(answer), "text/event-stream": events}}
     return {
-        "parameters": [TENANT],
+        "parameters": [TENANT, VARIANT, SESSION],
         "requestBody": {"required": True, "content": content},
         "responses": {"200": answers} | errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
     }
@@ -222,6 +222,18 @@ TENANT = {
     "description": "The tenant's name. Tenants with a name share the service fairly and leave room for each other. "
     "An empty name is none.",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]*$", "maxLength": 64},
+}
+VARIANT = {
+    "name": "x-glimpse-variant",
+    "in": "header",
+    "description": "The variant that must answer, for testers. Without it the weights decide. An empty name is none.",
+    "schema": {"type": "string", "maxLength": 64},
+}
+SESSION = {
+    "name": "x-session-id",
+    "in": "header",
+    "description": "Questions of one session stay with one variant. Without it those about one image id do.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]*$", "maxLength": 128},
 }
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (

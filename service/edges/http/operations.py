@@ -24,7 +24,7 @@ async def ready(request: Request) -> Response:
     """Answer 200 while every model answers a real inference, else 503 and the reasons."""
     faults = dict(edge_of(request).faults())
     if not faults:
-        return JsonResponse(Health(status="ok"))
+        return JsonResponse(Health(status="ok", degraded=dict(edge_of(request).degraded()) or None))
     return JsonResponse(Health(status="not ready", faults=faults), status_code=503)
 
 

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from service.core.access import Account
 from service.core.errors import (
     GlimpseError,
     InvalidRequest,
@@ -25,12 +24,13 @@ from service.core.errors import (
     internal_error,
     status_of,
 )
-from service.edges.caller import TRACE_ID_KEY, trace_id_in
+from service.edges.caller import TRACE_ID_KEY, VARIANT_KEY, trace_id_in
 from service.edges.http.access import GRANT, let_in
 from service.edges.http.body import JSON
-from service.edges.http.edge import ACCOUNT, Edge
+from service.edges.http.edge import RESERVATION, Edge
 from service.edges.http.hosts import name_in
 from service.edges.http.schema import ErrorBody, WireError, WithNulls
+from service.pipeline import Reservation
 
 log = structlog.get_logger()
 
@@ -87,10 +87,15 @@ def refuse_host(host: str) -> Response:
     return JsonResponse(body, status_code=421)
 
 
-def quota_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
-    """Return what the response says of its tenant's quota; nothing if it has none."""
-    account = cast("Account | None", scope.get(ACCOUNT))
-    return [(name.encode(), value.encode()) for name, value in account.headers()] if account else []
+def told_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """Return what the response says of its tenant's quota and of the variant that answers; nothing if there is none."""
+    reservation = cast("Reservation | None", scope.get(RESERVATION))
+    if reservation is None:
+        return []
+    headers = [(name.encode(), value.encode()) for name, value in reservation.account.headers()]
+    if (served := reservation.served) is not None and served.is_named:
+        headers.append((VARIANT_KEY.encode(), served.variant.encode()))
+    return headers
 
 
 class RequestScope:
@@ -121,7 +126,7 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = [(TRACE_ID_KEY.encode(), trace_id.encode()), *quota_headers(scope)]
+                more = [(TRACE_ID_KEY.encode(), trace_id.encode()), *told_headers(scope)]
                 message["headers"] = [*message.get("headers", ()), *more]
             elif method == "HEAD":
                 message = {**message, "body": b""}

@@ -381,6 +381,18 @@ def sure_field(description: str) -> Any:
     return Field(None, description=description, exclude_if=lambda value: value is None)
 
 
+VARIANT = Field(
+    None,
+    description="The variant that answered; without variants it is left out.",
+    exclude_if=lambda value: value is None,
+)
+FALLBACK_FROM = Field(
+    None,
+    description="The variant that should have answered, if it failed before its first token.",
+    exclude_if=lambda value: value is None,
+)
+
+
 class Vision(BaseModel):
     """How the images were seen, all of them together."""
 
@@ -492,13 +504,15 @@ class VqaEnd(BaseModel):
     found: float | None = FOUND
     abstained: bool | None = ABSTAINED
     reason: Reason | None = REASON
+    variant: str | None = VARIANT
+    fallback_from: str | None = FALLBACK_FROM
     relevance: list[WireRelevance] | None = Field(None, description="One an image; with `explain` only.")
 
     @classmethod
     def fields_of(cls, request_id: str, model: str, end: Finished, explain: bool) -> dict[str, Any]:
         return {
             "id": request_id,
-            "model": model,
+            "model": model if end.served is None else end.served.model,
             "finish_reason": end.finish_reason,
             "usage": Usage(
                 prompt_tokens=end.prompt_tokens,
@@ -523,8 +537,17 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
         ),
         "timing_ms": TimingMs(**end.timing_ms),
         **sure_fields(end),
+        **variant_fields(end),
         "relevance": [WireRelevance.of(each) for each in end.relevance] if explain else None,
     }
+
+
+def variant_fields(end: Finished) -> dict[str, str | None]:
+    """Tell which variant answered. None stands for a field that is left out: a service without variants has none."""
+    served = end.served
+    if served is None or not served.is_named:
+        return {"variant": None, "fallback_from": None}
+    return {"variant": served.variant, "fallback_from": served.fallback_from or None}
 
 
 def sure_fields(end: Finished) -> dict[str, Any]:
@@ -611,6 +634,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="Since when this gateway serves it, in seconds since the epoch.")
     owned_by: str = "glimpse"
+    card: str | None = Field(None, description="The name of the models, if the id is a variant's.")
     fingerprint: str = Field(description="Of the vision encoder's weights.")
     precision: str = Field(description="In which the models compute: fp32, bf16, int8, int4; fp16 or fp8 on a GPU.")
     allocator_trained: bool = Field(description="Whether relevance depends on the question.")
@@ -654,3 +678,6 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "not ready"]
     faults: dict[str, str] = Field(default_factory=dict, description="By model or `gateway`, why it does not answer.")
+    degraded: dict[str, str] | None = Field(
+        None, description="By variant and Triton, why it gets no requests although the service is ready."
+    )

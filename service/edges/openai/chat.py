@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
 from service.core.card import ModelCard
-from service.core.errors import InvalidRequest, NotFound
+from service.core.errors import InvalidRequest
 from service.core.request import ImageSource
 from service.edges.asking import to_request
 from service.edges.caller import Caller
@@ -37,6 +37,7 @@ from service.edges.openai.schema import (
     SeenFields,
 )
 from service.edges.slices import joined
+from service.pipeline import Reservation
 
 router = APIRouter()
 
@@ -65,7 +66,7 @@ async def complete(request: Request) -> Response:
     with naming({"image": "messages"}):  # a body that is too large
         chat, reservation = await read_question(request, parse)
     asked = Asked(chat.request, reservation, partial(naming, chat.names))
-    writer = ChatWriter(chat, edge.pipeline.card)
+    writer = ChatWriter(chat, edge.pipeline.card, reservation)
     if chat.sent.stream:
         return EventStream(asked, edge, writer.chunks)
     async with present(request.receive, chat.request.timeout_s, reservation):
@@ -78,14 +79,21 @@ async def parse_chat(body: Sequence[bytes], content_type: str, caller: Caller, e
         raise InvalidRequest(
             f"content-type {media_type[:80]!r} is not read here: send {JSON}", code="unsupported_content_type"
         )
-    card, whole = edge.pipeline.card, (await joined(body)).removeprefix(BOM)
+    whole = (await joined(body)).removeprefix(BOM)
     cut = await split(whole, edge.questions.max_question_chars, ChatRequest.model_fields, is_image)
     sent = ChatRequest.from_json(cut.rest)
-    require_model(sent.model, card)
+    route = replace(caller.route, model=sent.model)
+    card = edge.pipeline.card_for(route)
     fields, names = fields_of(sent, await images_of(sent, cut))
     with naming(names):
         question = to_request(
-            fields, card, edge.questions, tenant=caller.tenant, trace_id=caller.trace_id, traceparent=caller.traceparent
+            fields,
+            card,
+            edge.questions,
+            tenant=caller.tenant,
+            trace_id=caller.trace_id,
+            traceparent=caller.traceparent,
+            route=route,
         )
     return Chat(sent, question, names)
 
@@ -105,27 +113,28 @@ async def images_of(chat: ChatRequest, cut: Question) -> dict[str, ImageSource]:
     return images
 
 
-def require_model(name: str, card: ModelCard) -> None:
-    """Raise NotFound for another model than the served one."""
-    if name != card.name:
-        raise NotFound(
-            f"there is no model {name[:100]!r}: ask for {card.name!r}", param="model", code="model_not_found"
-        )
-
-
 class ChatWriter:
     """Write an answer in OpenAI's words."""
 
-    def __init__(self, chat: Chat, card: ModelCard) -> None:
+    def __init__(self, chat: Chat, card: ModelCard, reservation: Reservation) -> None:
+        """`reservation` says which variant answers, once one was chosen; before that `card` stands for it."""
         self.sent = chat.sent
-        self.head: dict[str, Any] = {
-            "id": f"chatcmpl-{chat.request.id.removeprefix('vqa_')}",
-            "created": int(time.time()),
-            "model": card.name,
-            "system_fingerprint": card.visual_fingerprint,
-        }
+        self.card = card
+        self.reservation = reservation
+        self.id = f"chatcmpl-{chat.request.id.removeprefix('vqa_')}"
+        self.created = int(time.time())
         self.options = chat.sent.stream_options
         self.has_begun = False
+
+    @property
+    def head(self) -> dict[str, Any]:
+        served = self.reservation.served
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": served.model if served else self.card.name,
+            "system_fingerprint": served.fingerprint if served else self.card.visual_fingerprint,
+        }
 
     def completion(self, said: Delta, end: Finished) -> ChatCompletion:
         message, logprobs = AnswerMessage(content=said.text), ChoiceLogprobs.of(said) if self.sent.logprobs else None

@@ -25,6 +25,7 @@ from service.edges.http.schema import (
     ABSTAINED,
     CHOICES,
     CONFIDENCE,
+    FALLBACK_FROM,
     FOUND,
     GREEDY_OR_DRAWN,
     JSON_SCHEMA,
@@ -35,6 +36,7 @@ from service.edges.http.schema import (
     REASON,
     REGEX,
     TOP_LOGPROBS,
+    VARIANT,
     WHOLE,
     Choices,
     ErrorBody,
@@ -324,6 +326,8 @@ class SeenFields(WithNulls):
     found: float | None = FOUND
     abstained: bool | None = ABSTAINED
     reason: Reason | None = REASON
+    variant: str | None = VARIANT
+    fallback_from: str | None = FALLBACK_FROM
     relevance: list[WireRelevance] | None = Field(
         None, description="One an image; with `explain` only.", exclude_if=lambda value: value is None
     )
@@ -362,6 +366,8 @@ class ChatCompletionChunk(BaseModel):
     found: float | None = FOUND
     abstained: bool | None = ABSTAINED
     reason: Reason | None = REASON
+    variant: str | None = VARIANT
+    fallback_from: str | None = FALLBACK_FROM
     relevance: list[WireRelevance] | None = None
 
 

@@ -216,7 +216,7 @@ class TokenLogProb(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
 
 class AnswerResponse(_message.Message):
-    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "logprobs")
+    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "logprobs", "variant", "fallback_from")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,8 @@ class AnswerResponse(_message.Message):
     ABSTAINED_FIELD_NUMBER: _ClassVar[int]
     ABSTAIN_REASON_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FROM_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     answer: str
@@ -245,7 +247,9 @@ class AnswerResponse(_message.Message):
     abstained: bool
     abstain_reason: AbstainReason
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogProb]
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
+    variant: str
+    fallback_from: str
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ..., variant: _Optional[str] = ..., fallback_from: _Optional[str] = ...) -> None: ...
 
 class AnswerEvent(_message.Message):
     __slots__ = ("delta", "end")

@@ -471,7 +471,7 @@ async def test_a_deadline_is_504(caller):
 
 
 async def test_an_unknown_fault_is_logged_once_with_the_request_id(caller):
-    caller.house.edge.pipeline.card = None  # no path works like this
+    caller.house.edge.pipeline.models.models[0].card = None  # no path works like this
     with capture_logs() as lines:
         response = await caller.http.get("/v1/models", headers={"x-request-id": "abc"})
     error = fault(response, 500)

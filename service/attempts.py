@@ -1,0 +1,77 @@
+"""Try the variants that can answer a request, one after the other, until one has answered or something was sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+
+from service.admission.admission import Reservation
+from service.core.errors import FirstTokenLate, InternalError, Unavailable
+from service.metrics import Metrics
+from service.models import Choice, Model, Models
+from service.ticket import Ticket
+
+
+class Attempts:
+    """Give one Attempt after the other, for `with attempt:`, until one is the last."""
+
+    def __init__(
+        self,
+        models: Models,
+        choices: Sequence[Choice],
+        first_image: str,
+        ticket: Ticket,
+        reservation: Reservation,
+        metrics: Metrics,
+    ) -> None:
+        self.models = models
+        self.own, self.order = models.in_order(choices, first_image)
+        self.ticket = ticket
+        self.reservation = reservation
+        self.metrics = metrics
+
+    def __iter__(self) -> Iterator[Attempt]:
+        if self.order[0].model is not self.own:
+            self.metrics.fallbacks.labels(self.own.variant, "out").inc()
+        for choice, after in zip(self.order, (*self.order[1:], None), strict=True):
+            attempt = Attempt(self, choice, after)
+            yield attempt
+            if attempt.is_last:
+                return
+
+
+class Attempt:
+    """One variant's attempt. Its block ends without an error if the next variant may try."""
+
+    def __init__(self, attempts: Attempts, choice: Choice, after: Choice | None) -> None:
+        self.model: Model = choice.model
+        self.sent = False  # True once anything went to the caller
+        self.is_last = after is None
+        self._attempts = attempts
+        self._choice = choice
+        self._after = after
+        self._held = ExitStack()
+
+    def __enter__(self) -> None:
+        attempts, ticket = self._attempts, self._attempts.ticket
+        attempts.reservation.served = served = attempts.models.served(self.model, attempts.own)
+        ticket.begin(self._choice.request, served)
+        if self._after is not None:  # else the request's end gives back what it holds
+            self._held.enter_context(attempts.reservation.work())
+        self.model.in_flight += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.model.in_flight -= 1
+        self._held.__exit__(kind, error, trace)
+        attempts, after = self._attempts, self._after
+        may_move = isinstance(error, Unavailable | InternalError) and not self.sent
+        if may_move and after is not None and attempts.models.may_fall_back(after.model, time.monotonic()):
+            reason = "late" if isinstance(error, FirstTokenLate) else "failed"
+            attempts.metrics.fallbacks.labels(self.model.variant, reason).inc()
+            return True
+        self.is_last = True
+        return False

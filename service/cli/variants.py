@@ -1,0 +1,157 @@
+"""`glimpse variants`: say which variants a service has, and what share of the questions each gets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from service.cli.terminal import fail, require
+
+if TYPE_CHECKING:
+    from service.upstreams.store import VariantsFile, VariantsInRedis
+    from service.upstreams.variants import Variant, Variants
+
+T = TypeVar("T")
+FILE = "variants.json"
+
+Place = Annotated[
+    str,
+    typer.Option(
+        "--variants", envvar="GLIMPSE_VARIANTS", help="The file of the variants, or redis for GLIMPSE_REDIS_URL."
+    ),
+]
+RedisUrl = Annotated[str | None, typer.Option(envvar="GLIMPSE_REDIS_URL", help="The Redis of --variants redis.")]
+Name = Annotated[str, typer.Argument(help="The variant's name.")]
+
+app = typer.Typer(
+    help="Manage the variants of a service: named sets of models, each with its Tritons. Running gateways follow a "
+    "change within a second.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command("list")
+def list_variants(variants: Place = FILE, redis_url: RedisUrl = None) -> None:
+    """List the variants, their shares of the questions and their Tritons."""
+    store = place_of(variants, redis_url)
+    show(said(store.loaded()))
+
+
+@app.command()
+def add(
+    name: Name,
+    models: Annotated[str, typer.Option(help="Folder of its model repository, as every gateway sees it.")],
+    triton: Annotated[list[str] | None, typer.Option(help="HOST:PORT of a Triton; may be repeated.")] = None,
+    vision: Annotated[list[str] | None, typer.Option(help="Likewise, of the vision models only.")] = None,
+    llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.")] = None,
+    weight: Annotated[float, typer.Option(min=0, help="0: only callers that name it get it.")] = 0.0,
+    variants: Place = FILE,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Add a variant, or give the one of this name other models or Tritons.
+
+    \b
+      glimpse variants add stable --models /models/7 --triton triton-a:8001 --triton triton-b:8001 --weight 100
+      glimpse variants add next --models /models/8 --triton triton-c:8001
+      glimpse variants weights stable=95 next=5
+    """
+    store = place_of(variants, redis_url)
+    from service.upstreams.variants import Variant  # noqa: PLC0415
+
+    told: dict[str, Any] = {"models": models, "weight": weight, "tritons": triton or []}
+    told |= {pool: given for pool, given in (("vision", vision), ("llm", llm)) if given}
+    show(said(store.change(lambda before: before.added(Variant.parse(name, told)))))
+
+
+@app.command()
+def weights(
+    given: Annotated[list[str], typer.Argument(metavar="NAME=WEIGHT...", help="Weights, such as stable=95 next=5.")],
+    variants: Place = FILE,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Set weights. Variants that are not named keep theirs."""
+    store = place_of(variants, redis_url)
+    wanted = dict(weight_in(each) for each in given)
+    show(said(store.change(lambda before: before.weighted(wanted))))
+
+
+@app.command()
+def drain(
+    name: Name,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it get questions again.")] = False,
+    variants: Place = FILE,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Send a variant no new questions. Those that it answers now go on."""
+    store = place_of(variants, redis_url)
+    show(said(store.change(lambda before: before.drained(name, draining=not undo))))
+
+
+@app.command()
+def remove(name: Name, variants: Place = FILE, redis_url: RedisUrl = None) -> None:
+    """Remove a variant. Gateways leave its Tritons when they have answered the last question."""
+    store = place_of(variants, redis_url)
+    show(said(store.change(lambda before: before.without(name))))
+
+
+def weight_in(text: str) -> tuple[str, float]:
+    """Read NAME=WEIGHT. Ends the command if it is none."""
+    name, equals, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = -1.0
+    if not equals or not 0 <= weight < float("inf"):
+        fail(f"{text!r} is no weight: write NAME=WEIGHT with a number from 0, such as stable=95")
+    return name, weight
+
+
+def place_of(variants: str, redis_url: str | None) -> VariantsFile | VariantsInRedis:
+    """End the command if the place cannot be used."""
+    require("redis", "serve")
+    from service.upstreams.store import IN_REDIS, VariantsFile, VariantsInRedis  # noqa: PLC0415
+
+    if variants != IN_REDIS:
+        return VariantsFile(Path(variants))
+    if not redis_url:
+        fail("--variants is redis: name the Redis with --redis-url or GLIMPSE_REDIS_URL")
+    try:
+        return VariantsInRedis(redis_url)
+    except ValueError as exc:
+        fail(f"--redis-url: {exc}")
+
+
+def said(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine; end the command with one line if the variants cannot be read or written."""
+    from service.upstreams.variants import VariantsError  # noqa: PLC0415
+
+    async def run() -> T:
+        return await work
+
+    try:
+        return asyncio.run(run())
+    except VariantsError as exc:
+        fail(str(exc))
+
+
+def show(found: Variants) -> None:
+    total = sum(each.weight for each in found.variants.values() if not each.is_draining)
+    for each in found.variants.values():
+        typer.echo(line_of(each, total))
+    if not found.variants:
+        typer.echo("no variants")
+
+
+def line_of(variant: Variant, total: float) -> str:
+    share = f"{100 * variant.weight / total:.1f} %" if variant.weight and total else "0 %"
+    pools = (
+        {"Tritons": variant.vision} if variant.vision == variant.llm else {"vision": variant.vision, "LLM": variant.llm}
+    )
+    told = (f"{pool} {' '.join(addresses)}" for pool, addresses in pools.items())
+    state = "drains" if variant.is_draining else f"weight {variant.weight:g} ({share})"
+    return "  ".join([variant.name, state, *told, f"models {variant.models}"])

@@ -1,0 +1,230 @@
+"""Run a gateway's variants: read them again when they change, begin new ones beside the old, and end those that are
+gone when they have answered their last question."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from service.core.card import Engines, ModelCard
+from service.metrics import Metrics
+from service.models import Model, Models
+from service.prompt import PromptBuilder, token_bytes
+from service.readiness import GATEWAY
+from service.settings import Settings, SettingsError
+from service.triton import TritonClient, read_engines
+from service.upstreams.pool import Pool, Triton
+from service.upstreams.store import Store
+from service.upstreams.variants import Variant, Variants, VariantsError
+
+log = structlog.get_logger()
+
+LOOK_INTERVAL_S = 0.5  # a changed weight is in use so much later at most, plus the time that reading takes
+STOPPING = "this server is stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """What a gateway reads of a variant's model repository."""
+
+    card: ModelCard
+    prompts: PromptBuilder
+    engines: Engines
+    spelled: list[bytes]  # each token's bytes; a large vocabulary takes a while, so no request waits for it
+
+
+def read_repository(folder: Path, mend: str = "name") -> Repository:
+    """Raises SettingsError."""
+    try:
+        card = ModelCard.from_json((folder / "card.json").read_text())
+        prompts = PromptBuilder.load(card, folder)
+        return Repository(card, prompts, read_engines(folder), token_bytes(prompts.tokenizer))
+    except Exception as exc:  # tokenizers raises plain Exception
+        raise SettingsError(
+            f"{folder} is not a model repository that can be read ({exc}): {mend} a folder that `glimpse build` wrote"
+        ) from exc
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """One variant in use, or one that ends."""
+
+    variant: Variant
+    repository: Repository
+    pool: Pool
+    model: Model | None = None
+    watching: asyncio.Task[None] | None = None
+
+
+class Fleet:
+    """Hold the variants in use. `models` is what the pipeline chooses from."""
+
+    def __init__(self, store: Store, variants: Variants, settings: Settings, metrics: Metrics) -> None:
+        """Read the models of all variants, and start nothing. Raises SettingsError."""
+        self.models = Models([], named=True, sticky=variants.sticky)
+        self.make: Callable[[Variant, Repository, Pool], Model] | None = None  # set once the pipeline is there
+        self._store = store
+        self._settings = settings
+        self._metrics = metrics
+        self._stopping = False
+        self._trouble = ""  # as last logged
+        if not any(not each.is_draining for each in variants.variants.values()):
+            raise SettingsError("GLIMPSE_VARIANTS has no variant that may answer: add one with `glimpse variants add`")
+        self._running = {name: self._read(variant) for name, variant in variants.variants.items()}
+        self._ending: list[Running] = []
+        metrics.ready.set_function(lambda: self.ready)
+
+    def _read(self, variant: Variant) -> Running:
+        """Raises SettingsError."""
+        repository = read_repository(Path(variant.models))
+        pool = Pool(
+            variant.name,
+            repository.card,
+            variant.vision,
+            variant.llm,
+            client=partial(self.client, repository.card),
+            budget=self.models.retries,
+            metrics=self._metrics,
+            first_token_s=self._settings.first_token_budget_s,
+        )
+        return Running(variant, repository, pool)
+
+    def client(self, card: ModelCard, address: str) -> Triton:
+        """Make the client of one Triton."""
+        return TritonClient(address, address, text_type=card.text_type)
+
+    @property
+    def primary(self) -> Running:
+        """Return the variant that gets most questions."""
+        return max(self._running.values(), key=lambda each: (not each.variant.is_draining, each.variant.weight))
+
+    @property
+    def cards(self) -> list[ModelCard]:
+        return [each.repository.card for each in self._running.values()]
+
+    def begin(self, make: Callable[[Variant, Repository, Pool], Model]) -> None:
+        """Make the models of the first variants."""
+        self.make = make
+        for each in self._running.values():
+            self._begin(each)
+        for name in dict.fromkeys(name for card in self.cards for name in card.called):
+            self._metrics.model_ready.labels(name).set_function(partial(self._answers, name))
+        self._publish(self.models.sticky)
+
+    def _begin(self, running: Running) -> None:
+        assert self.make is not None
+        running.model = model = self.make(running.variant, running.repository, running.pool)
+        self._metrics.begin_variant(running.variant.name)
+        gauge = self._metrics.variant_in_flight.labels(running.variant.name)
+        gauge.set_function(lambda: model.in_flight)
+
+    def _publish(self, sticky: str) -> None:
+        """Let the pipeline choose from the variants as they are now."""
+        self.models.sticky = "tenant" if sticky == "tenant" else "session"
+        self.models.models = [each.model for each in self._running.values() if each.model is not None]
+        for each in self._running.values():
+            assert each.model is not None
+            each.model.weight, each.model.is_draining = each.variant.weight, each.variant.is_draining
+            self._metrics.variant_weight.labels(each.variant.name).set(
+                0 if each.variant.is_draining else each.variant.weight
+            )
+
+    def _answers(self, name: str) -> bool:
+        """Whether a model answers in any variant."""
+        return any(each.pool.answers_with(name) for each in self._running.values())
+
+    @property
+    def ready(self) -> bool:
+        return not self.faults
+
+    @property
+    def faults(self) -> Mapping[str, str]:
+        """Return why no variant can answer, by their Tritons; empty if one can."""
+        if self._stopping:
+            return {GATEWAY: STOPPING}
+        if any(each.pool.answers for each in self._running.values() if not each.variant.is_draining):
+            return {}
+        return self.degraded or {GATEWAY: "no variant answers"}
+
+    @property
+    def degraded(self) -> Mapping[str, str]:
+        """Return which Tritons are out, as VARIANT/ADDRESS, and why."""
+        return {
+            f"{name}/{address}": fault
+            for name, each in self._running.items()
+            for address, fault in each.pool.faults().items()
+        }
+
+    def stop(self) -> None:
+        """Be not ready from now on."""
+        self._stopping = True
+
+    async def run(self) -> None:
+        """Watch the Tritons, and follow changes of the variants, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._store.run())
+            for each in self._running.values():
+                self._watch(each, tasks)
+            while True:
+                await self._look(tasks)
+                self._end_idle()
+                await asyncio.sleep(LOOK_INTERVAL_S)
+
+    def _watch(self, running: Running, tasks: asyncio.TaskGroup) -> None:
+        settings = self._settings
+        running.watching = tasks.create_task(running.pool.watch(settings.probe_interval_s, settings.probe_timeout_s))
+
+    async def _look(self, tasks: asyncio.TaskGroup) -> None:
+        """Use the variants if they changed. What cannot be read or used leaves the last ones in use."""
+        try:
+            variants = await self._store.changed()
+            if variants is not None:
+                await self._use(variants, tasks)
+        except (VariantsError, SettingsError) as error:
+            self._metrics.variants_readable.set(0)
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.warning("variants_not_read", reason=str(error), in_use=",".join(self._running))
+            return
+        self._metrics.variants_readable.set(1)
+        self._trouble = ""
+
+    async def _use(self, variants: Variants, tasks: asyncio.TaskGroup) -> None:
+        """Begin what is new, keep what serves the same, let what is gone end. Raises VariantsError, SettingsError."""
+        if not any(not each.is_draining for each in variants.variants.values()):
+            raise VariantsError("no variant may answer: add one with `glimpse variants add`")
+        now_running: dict[str, Running] = {}
+        for name, variant in variants.variants.items():
+            old = self._running.get(name)
+            if old is not None and old.variant.serves == variant.serves:
+                now_running[name] = old
+                continue
+            now_running[name] = await asyncio.to_thread(self._read, variant)
+        for name, variant in variants.variants.items():
+            now_running[name].variant = variant
+        gone = [each for each in self._running.values() if each not in now_running.values()]
+        begun = [each for each in now_running.values() if each not in self._running.values()]
+        for each in begun:
+            self._begin(each)
+            self._watch(each, tasks)
+        self._running = now_running
+        self._ending += gone
+        self._publish(variants.sticky)
+        log.info("variants_in_use", **{name: each.variant.weight for name, each in now_running.items()})
+
+    def _end_idle(self) -> None:
+        """Close the connections of variants that are gone and have answered all their questions."""
+        for each in [each for each in self._ending if each.model is not None and not each.model.in_flight]:
+            self._ending.remove(each)
+            if each.watching is not None:
+                each.watching.cancel()  # which closes its pool
+            name = each.variant.name
+            if name not in self._running:
+                self._metrics.variant_in_flight.remove(name)
+                self._metrics.variant_weight.remove(name)
+            log.info("variant_ended", variant=name)

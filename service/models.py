@@ -1,0 +1,231 @@
+"""Hold what answers questions: each variant's card, prompts, vision stage and LLM; and say who answers a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from service.core.answer import LogProb
+from service.core.card import ModelCard
+from service.core.errors import InvalidRequest, NotFound
+from service.core.prompt import Prompt
+from service.core.request import Budget, Request, Sampling
+from service.core.variant import ANY, DEFAULT, Route, Served
+from service.estimating import Estimator
+from service.prompt import PromptBuilder, token_bytes
+from service.upstreams.retry_budget import RetryBudget
+from service.upstreams.variants import EVERY, Sticky, assigned, words
+from service.vision_stage import VisionStage
+
+
+class LanguageModel(Protocol):
+    """Generate an answer's tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+        log_probs: list[LogProb] | None = None,
+    ) -> AsyncGenerator[tuple[int, ...], None]:
+        """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels.
+
+        If `sampling` asks for log probabilities, each token's is appended to `log_probs` before the token is yielded.
+        """
+        ...
+
+
+class Health(Protocol):
+    """Know whether a variant's Tritons answer."""
+
+    @property
+    def answers(self) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One variant's models."""
+
+    card: ModelCard
+    prompts: PromptBuilder
+    vision_stage: VisionStage
+    language: LanguageModel
+    estimator: Estimator
+    variant: str = DEFAULT
+    weight: float = 1.0
+    is_draining: bool = False
+    health: Health | None = None  # None: there is no other that could answer
+    in_flight: int = 0
+    spelled: list[bytes] = field(default_factory=list)  # each token's bytes; read from the tokenizer if left out
+
+    def __post_init__(self) -> None:
+        self.spelled = self.spelled or token_bytes(self.prompts.tokenizer)
+
+    @property
+    def answers(self) -> bool:
+        return self.health is None or self.health.answers
+
+    def adapted(self, request: Request) -> Request:
+        """Return the request with this model's defaults for what its caller left out."""
+        (gave_vision, gave_visual), budget = request.gave_budget, request.budget
+        own = Budget(
+            budget.vision_tokens if gave_vision else self.card.vision_tokens_for(request.detail),
+            budget.visual_tokens if gave_visual else self.card.default_visual_tokens,
+        )
+        return request if own == budget else replace(request, budget=own)
+
+    def check(self, request: Request) -> int:
+        """Return the most LLM tokens that the request can use. Raises InvalidRequest if the model cannot answer it."""
+        budget, card = request.budget, self.card
+        if request.detail == "high" and not card.closer_view:
+            raise InvalidRequest(
+                f'{card.name} has no closer view: leave detail out, or ask for "low" or "auto"',
+                param="detail",
+                code="detail_not_supported",
+            )
+        if request.min_confidence is not None and card.confidence is None:
+            raise InvalidRequest(
+                f"{card.name} does not tell how sure it is (GET /v1/models says why): leave min_confidence out",
+                param="min_confidence",
+                code="confidence_not_supported",
+            )
+        offered = card.vision_tokens_for(request.detail)
+        model = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
+        require_range("budget.vision_tokens", budget.vision_tokens, offered, model)
+        require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
+        return self.prompts.require_room(request)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One variant that can answer a request: the request with its defaults, and the most LLM tokens that it can use."""
+
+    model: Model
+    request: Request
+    tokens: int
+
+
+class Models:
+    """Hold the models in use. Without variants there is one, and nothing is chosen."""
+
+    def __init__(self, models: Sequence[Model], *, named: bool = False, sticky: Sticky = "session") -> None:
+        """`named`: the service has variants, so answers say which one it was."""
+        self.models = list(models)
+        self.named = named
+        self.sticky = sticky
+        self.retries = RetryBudget(time.monotonic())  # of this gateway, for Tritons and variants together
+
+    @property
+    def primary(self) -> Model:
+        """Return the model that gets most questions: its card describes the service."""
+        return max(self.models, key=lambda model: (not model.is_draining, model.weight))
+
+    def asked(self, route: Route) -> list[Model]:
+        """Return the models that a caller may get, the one with most weight first.
+
+        Raises InvalidRequest for an unknown variant, NotFound for an unknown model.
+        """
+        if not self.named and route == ANY:
+            return self.models
+        found = [model for model in self.models if not model.is_draining]
+        if route.variant:
+            found = [model for model in found if model.variant == route.variant]
+            if not found:
+                raise self._no_variant(route.variant)
+        if route.model and not (self.named and route.model == EVERY):
+            found = [model for model in found if route.model in (model.card.name, self._name(model))]
+            if not found:
+                raise self._no_model(route.model)
+        return sorted(found, key=lambda model: (-model.weight, model.variant)) if len(found) > 1 else found
+
+    def offers(self) -> list[tuple[str, ModelCard]]:
+        """Return the names that a caller can ask for, and their cards."""
+        found = [(self._name(model), model.card) for model in self.models if not model.is_draining]
+        return [(EVERY, self.primary.card), *found] if self.named else found
+
+    def choices(self, request: Request) -> list[Choice]:
+        """Return the variants that can answer the request.
+
+        Raises InvalidRequest if none can, and what `asked` does.
+        """
+        found: list[Choice] = []
+        faults: list[InvalidRequest] = []
+        for model in self.asked(request.route):
+            adapted = model.adapted(request) if self.named else request
+            try:
+                found.append(Choice(model, adapted, model.check(adapted)))
+            except InvalidRequest as fault:
+                faults.append(fault)
+        if not found:
+            raise faults[0]
+        return found
+
+    def in_order(self, choices: Sequence[Choice], first_image: str) -> tuple[Model, list[Choice]]:
+        """Return the caller's own variant, and the choices in the order in which they are tried: it, then by weight.
+
+        A variant whose Tritons do not answer comes last. A caller that names its variant gets no other, and one
+        without a weight is for callers that name it.
+        """
+        if len(choices) == 1:
+            return choices[0].model, list(choices)
+        some = [choice for choice in choices if choice.model.weight > 0] or list(choices)
+        request = some[0].request
+        key = f"{request.tenant}\0"
+        if self.sticky == "session":
+            key += request.route.session or first_image or request.id
+        own = assigned(key, [(choice.model.variant, choice.model.weight) for choice in some])
+        order = sorted(some, key=lambda choice: (not choice.model.answers, choice.model.variant != own))
+        return next(choice.model for choice in some if choice.model.variant == own), order
+
+    def may_fall_back(self, model: Model, now: float) -> bool:
+        """Return whether a request may go to this model after another one failed, and take a retry for it."""
+        return model.answers and self.retries.take(now)
+
+    def served(self, model: Model, own: Model) -> Served:
+        """Say that `model` answers a request of `own`."""
+        instead = "" if model is own else own.variant
+        return Served(model.variant, model.card.name, model.card.visual_fingerprint, instead, self.named)
+
+    def _name(self, model: Model) -> str:
+        return model.variant if self.named else model.card.name
+
+    def _no_variant(self, name: str) -> InvalidRequest:
+        known = [model.variant for model in self.models if not model.is_draining]
+        return InvalidRequest(
+            f"there is no variant {name[:64]!r}: {words(known)}. Without x-glimpse-variant the weights decide",
+            param="x-glimpse-variant",
+            code="unknown_variant",
+        )
+
+    def _no_model(self, name: str) -> NotFound:
+        known = dict.fromkeys([model.card.name for model in self.models if not model.is_draining])
+        if self.named:
+            known = dict.fromkeys([EVERY, *known, *(model.variant for model in self.models if not model.is_draining)])
+        return NotFound(
+            f"there is no model {name[:100]!r}: ask for {' or '.join(map(repr, known))}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def require_range(
+    name: str, asked: tuple[int, int], offered: tuple[int, int], model: str, multiple_of: int = 1
+) -> None:
+    """Raise InvalidRequest unless least <= most and both are in the offered range."""
+    least, most = asked
+    if least > most:
+        raise InvalidRequest(f"{name} is [least, most], and {least} is more than {most}: swap them", param=name)
+    if least < offered[0] or most > offered[1]:
+        raise InvalidRequest(
+            f"{name} [{least}, {most}] is outside [{offered[0]}, {offered[1]}], which is what {model} offers",
+            param=name,
+        )
+    if least % multiple_of or most % multiple_of:
+        raise InvalidRequest(f"{name} [{least}, {most}] must be multiples of {multiple_of}", param=name)

@@ -1,0 +1,77 @@
+"""Keep requests from a Triton that fails, and try it again after a pause.
+
+closed     requests pass. FAILURES_TO_OPEN failures in a row open it.
+open       no request passes until the pause is over. Each failed trial doubles the pause.
+half-open  one trial passes. Its success closes the breaker, its failure opens it again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+FAILURES_TO_OPEN = 3  # in a row
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.5, 15.0
+STEADY_S = 10.0  # once closed for so long, the pause starts at its least again
+JITTER = 0.2  # of a pause, more or less, so that gateways do not try all at once
+
+
+class State(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Count what calls found. Times are seconds of any one clock; `chance` is a random number from 0 to 1."""
+
+    _failures: int = 0
+    _until: float | None = None  # when the pause is over; None while closed
+    _pause_s: float = 0.0
+    _closed_at: float = -math.inf
+    _trial: bool = False  # a trial is under way
+
+    def state(self, now: float) -> State:
+        if self._until is None:
+            return State.CLOSED
+        return State.OPEN if now < self._until else State.HALF_OPEN
+
+    def allows(self, now: float) -> bool:
+        """Return whether a call may begin now."""
+        match self.state(now):
+            case State.CLOSED:
+                return True
+            case State.OPEN:
+                return False
+            case State.HALF_OPEN:
+                return not self._trial
+
+    def begin(self, now: float) -> None:
+        """Record that a call begins. While half-open it is the trial."""
+        if self.state(now) is State.HALF_OPEN:
+            self._trial = True
+
+    def succeeded(self, now: float) -> None:
+        """Record that a call succeeded. One that began before the breaker opened does not close it."""
+        match self.state(now):
+            case State.CLOSED:
+                self._failures = 0
+            case State.HALF_OPEN:
+                self._failures, self._until, self._closed_at, self._trial = 0, None, now, False
+
+    def failed(self, now: float, chance: float = 0.5) -> None:
+        """Record that a call failed. While open, calls that began before may still fail: they change nothing."""
+        state = self.state(now)
+        self._failures += 1
+        if state is State.OPEN or (state is State.CLOSED and self._failures < FAILURES_TO_OPEN):
+            return
+        was_steady = state is State.CLOSED and now - self._closed_at >= STEADY_S
+        self._pause_s = LEAST_PAUSE_S if was_steady else min(max(2 * self._pause_s, LEAST_PAUSE_S), MOST_PAUSE_S)
+        self._until = now + self._pause_s * (1 - JITTER + 2 * JITTER * chance)
+        self._trial = False
+
+    def left(self) -> None:
+        """Record that a call ended without telling anything, for example because its caller went away."""
+        self._trial = False

@@ -1,0 +1,427 @@
+"""Answer for one variant with several Tritons: a vision model and an LLM to the pipeline.
+
+A call goes to the least loaded Triton that answers. If it fails before anything was sent to the caller, another Triton
+of the variant gets it, as long as the retry budget allows. A generation stays with the Triton that began it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+import structlog
+
+from service.core.answer import LogProb
+from service.core.card import ModelCard
+from service.core.errors import DeadlineExceeded, FirstTokenLate, GlimpseError, InternalError, Overloaded, Unavailable
+from service.core.prompt import Prompt, Question
+from service.core.request import Budget, Sampling
+from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
+from service.metrics import Metrics
+from service.upstreams.balance import Balance, Load
+from service.upstreams.breaker import Breaker, State
+from service.upstreams.resolve import resolved
+from service.upstreams.retry_budget import RetryBudget
+
+log = structlog.get_logger()
+
+JITTER_S = 0.02  # most of the pause before the first retry; it doubles with each further one
+OVERLOADED = 10.0  # slowness of a Triton whose queue is full
+LOOKS = 10  # at Tritons that are out, between two looks at all
+UNPROBED = "it has not answered yet"
+T = TypeVar("T")
+
+
+class Triton(Protocol):
+    """The part of service.triton.TritonClient that is used here."""
+
+    async def connect(self) -> None: ...
+    async def close(self) -> None: ...
+    async def see(
+        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
+    ) -> tuple[VisionFeatures, Seen]: ...
+    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]: ...
+    async def attend(
+        self,
+        vision: VisionFeatures,
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+        closer: CloserFeatures | None = None,
+    ) -> Seen: ...
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+        log_probs: list[LogProb] | None = None,
+    ) -> AsyncGenerator[tuple[int, ...], None]: ...
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One Triton in one group."""
+
+    address: str
+    client: Triton
+    breaker: Breaker = field(default_factory=Breaker)
+    load: Load = field(default_factory=Load)
+    faults: dict[str, str] = field(default_factory=dict)  # by model, why its probe failed
+
+    def fault(self, now: float) -> str:
+        """Return why the Triton is out; empty if it is not."""
+        told = next(iter(self.faults.values()), "")
+        return told or ("" if self.breaker.state(now) is State.CLOSED else "requests to it fail")
+
+
+@dataclass(slots=True)
+class Group:
+    """The Tritons of a variant that serve the same models."""
+
+    variant: str
+    models: tuple[str, ...]
+    names: tuple[str, ...]  # addresses as they are configured
+    members: dict[str, Member] = field(default_factory=dict)
+    balance: Balance = field(default_factory=Balance)
+
+    def pick(self, now: float, tried: Sequence[Member] = ()) -> Member:
+        """Choose one that was not tried. For a first try, any is better than none. Raises Unavailable."""
+        left = [member for member in self.members.values() if member not in tried]
+        usable = [member for member in left if not member.fault(now)]
+        if not usable and tried:
+            raise Unavailable(self.out)
+        usable = usable or left
+        if not usable:
+            raise Unavailable(self.out)
+        chosen = self.balance.choose([member.load for member in usable], now, random.randrange)
+        return next(member for member in usable if member.load is chosen)
+
+    @property
+    def out(self) -> str:
+        return f"no Triton answers for {self.models[-1]} of the variant {self.variant}: try again in a few seconds"
+
+    def answers(self, now: float) -> bool:
+        return any(not member.fault(now) for member in self.members.values())
+
+    def faults(self, now: float) -> dict[str, str]:
+        """Return why Tritons are out, by their addresses."""
+        return {address: fault for address, member in self.members.items() if (fault := member.fault(now))}
+
+
+class Pool:
+    """Hold the Tritons of one variant. It serves as a VisionModel and as a LanguageModel."""
+
+    def __init__(
+        self,
+        variant: str,
+        card: ModelCard,
+        vision: tuple[str, ...],
+        llm: tuple[str, ...],
+        *,
+        client: Callable[[str], Triton],
+        budget: RetryBudget,
+        metrics: Metrics,
+        first_token_s: float | None = None,
+    ) -> None:
+        """`client` makes the client of one address. `budget` is the gateway's. `first_token_s` is the most that a call
+        before the first token may take; None leaves the request's own timeout."""
+        self.variant = variant
+        self.card = card
+        seeing = tuple(model for model in card.called if model != "llm")
+        self.vision, self.llm = Group(variant, seeing, vision), Group(variant, ("llm",), llm)
+        self._client = client
+        self._clients: dict[str, Triton] = {}  # by address; groups share them
+        self._budget = budget
+        self._metrics = metrics
+        self._first_token_s = first_token_s
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def groups(self) -> tuple[Group, Group]:
+        return self.vision, self.llm
+
+    @property
+    def answers(self) -> bool:
+        """Whether questions can be answered, as far as is known."""
+        now = time.monotonic()
+        return all(group.answers(now) for group in self.groups)
+
+    def answers_with(self, model: str) -> bool:
+        """Whether some Triton answers requests to this model."""
+        now = time.monotonic()
+        return any(model in group.models and group.answers(now) for group in self.groups)
+
+    def faults(self) -> Mapping[str, str]:
+        """Return why Tritons are out, by their addresses."""
+        now = time.monotonic()
+        return {address: fault for group in self.groups for address, fault in group.faults(now).items()}
+
+    async def see(
+        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
+    ) -> tuple[VisionFeatures, Seen]:
+        return await self._call("see", timeout_s, lambda triton, left_s: triton.see(image, question, budget, left_s))
+
+    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
+        return await self._call(
+            f"encode {len(images)}", timeout_s, lambda triton, left_s: triton.encode(images, left_s)
+        )
+
+    async def attend(
+        self,
+        vision: VisionFeatures,
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+        closer: CloserFeatures | None = None,
+    ) -> Seen:
+        kind = "attend" if closer is None else "attend_448"
+        return await self._call(
+            kind, timeout_s, lambda triton, left_s: triton.attend(vision, question, budget, left_s, closer)
+        )
+
+    async def _call(self, kind: str, timeout_s: float, ask: Callable[[Triton, float], Awaitable[T]]) -> T:
+        """Make a call of the vision models, and again at another Triton if that one fails. Raises GlimpseError."""
+        deadline, tried = time.monotonic() + timeout_s, list[Member]()
+        self._budget.request()
+        while True:
+            member, left_s = self.vision.pick(time.monotonic(), tried), deadline - time.monotonic()
+            try:
+                with self._asking(member, kind, left_s):
+                    return await ask(member.client, self._most(left_s))
+            except (Unavailable, Overloaded):
+                tried.append(member)
+                if not await self._may_retry(self.vision, tried, deadline):
+                    raise
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+        log_probs: list[LogProb] | None = None,
+    ) -> AsyncGenerator[tuple[int, ...], None]:
+        """Yield token ids as LanguageModel does. Before the first token another Triton may take over.
+
+        With a first-token budget tokens come one by one, because otherwise the first one's time is unknown.
+        """
+        deadline, tried = time.monotonic() + timeout_s, list[Member]()
+        sampling = sampling if self._first_token_s is None else replace(sampling, streaming=True)
+        self._budget.request()
+        while True:
+            member, left_s = self.llm.pick(time.monotonic(), tried), deadline - time.monotonic()
+            generation = member.client.generate(
+                prompt,
+                sampling,
+                end_id=end_id,
+                pad_id=pad_id,
+                request_id=f"{request_id}.{len(tried)}" if tried else request_id,
+                timeout_s=left_s,
+                stall_timeout_s=stall_timeout_s,
+                log_probs=log_probs,
+            )
+            with held(member.load):
+                async with aclosing(generation) as tokens:
+                    try:
+                        with self._asking(member, "llm", left_s):
+                            first = await self._first(tokens, left_s)
+                    except (Unavailable, Overloaded):
+                        tried.append(member)
+                        if await self._may_retry(self.llm, tried, deadline):
+                            continue
+                        raise
+                    if first is None:
+                        return
+                    yield first
+                    with self._blaming(member):
+                        async for more in tokens:
+                            yield more
+                    return
+
+    async def _first(self, tokens: AsyncGenerator[tuple[int, ...], None], left_s: float) -> tuple[int, ...] | None:
+        """Return the first tokens. Raises DeadlineExceeded if they do not come within the first-token budget."""
+        if self._most(left_s) == left_s:
+            return await anext(tokens, None)
+        try:
+            async with asyncio.timeout(self._most(left_s)):
+                return await anext(tokens, None)
+        except TimeoutError as exc:
+            raise DeadlineExceeded("no first token") from exc
+
+    def _most(self, left_s: float) -> float:
+        """Return how long a call may take."""
+        return left_s if self._first_token_s is None else min(left_s, self._first_token_s)
+
+    async def _may_retry(self, group: Group, tried: Sequence[Member], deadline: float) -> bool:
+        """Return whether another Triton gets the call, after a pause that differs from request to request."""
+        now, pause_s = time.monotonic(), random.uniform(0, JITTER_S * 2 ** (len(tried) - 1))
+        others = [member for member in group.members.values() if member not in tried and not member.fault(now)]
+        if not others or now + pause_s >= deadline:
+            return False
+        if not self._budget.take(now):
+            self._metrics.upstream_retries.labels(self.variant, "refused").inc()
+            return False
+        self._metrics.upstream_retries.labels(self.variant, "made").inc()
+        await asyncio.sleep(pause_s)
+        return True
+
+    @contextmanager
+    def _asking(self, member: Member, kind: str, left_s: float) -> Iterator[None]:
+        """Measure one call, and tell the Triton's breaker how it ended. Raises FirstTokenLate."""
+        begun = time.monotonic()
+        member.breaker.begin(begun)
+        outcome = "left"
+        try:
+            with held(member.load):
+                yield
+            outcome = "ok"
+        except Overloaded:
+            outcome = "overloaded"
+            raise
+        except DeadlineExceeded as exc:
+            if self._most(left_s) == left_s:  # the request's own time is over
+                raise
+            outcome = "late"
+            raise FirstTokenLate(f"the model did not answer within {self._first_token_s:g} s: try again") from exc
+        except (Unavailable, InternalError):
+            outcome = "failed"
+            raise
+        finally:
+            self._ended(member, kind, begun, outcome)
+
+    def _ended(self, member: Member, kind: str, begun: float, outcome: str) -> None:
+        now, balance = time.monotonic(), self.llm.balance if kind == "llm" else self.vision.balance
+        match outcome:
+            case "ok":
+                member.breaker.succeeded(now)
+                balance.measured(member.load, kind, now - begun, now)
+            case "late" | "failed":
+                member.breaker.failed(now, random.random())
+                if outcome == "late":
+                    balance.measured(member.load, kind, now - begun, now)
+            case "overloaded":
+                member.breaker.left()
+                member.load.measure(OVERLOADED, now)
+            case _:
+                member.breaker.left()
+        self._metrics.upstream_calls.labels(self.variant, member.address, outcome).inc()
+
+    @contextmanager
+    def _blaming(self, member: Member) -> Iterator[None]:
+        """Tell the Triton's breaker of a failure after the first token."""
+        try:
+            yield
+        except (Unavailable, InternalError):
+            member.breaker.failed(time.monotonic(), random.random())
+            raise
+
+    async def watch(self, interval_s: float, timeout_s: float) -> None:
+        """Probe all Tritons until cancelled, those that are out ten times as often. Follow names with DNS."""
+        try:
+            while True:
+                await self.follow()
+                await self.probe(timeout_s, interval_s / 2)
+                for _ in range(LOOKS):
+                    await asyncio.sleep(interval_s / LOOKS)
+                    if not self.faults():
+                        continue
+                    await self.probe(timeout_s, 0.0, only_out=True)
+        finally:
+            await self.close()
+
+    async def follow(self) -> None:
+        """Connect to every address that the configured names have now, and leave those that are gone."""
+        now_there: set[str] = set()
+        for group in self.groups:
+            found = await resolved(group.names, tuple(group.members))
+            for address in found:
+                if address not in self._clients:
+                    client = self._clients[address] = self._client(address)
+                    await client.connect()
+                if address not in group.members:
+                    told = dict.fromkeys(group.models, UNPROBED)
+                    member = group.members[address] = Member(address, self._clients[address], faults=told)
+                    gauge = self._metrics.upstream_ready.labels(self.variant, address)
+                    gauge.set_function(partial(self._is_ready, address))
+                    group.balance.loads.append(member.load)
+            for address in group.members.keys() - set(found):
+                group.balance.loads.remove(group.members.pop(address).load)
+            now_there.update(found)
+        for address in self._clients.keys() - now_there:
+            with suppress(KeyError):
+                self._metrics.upstream_ready.remove(self.variant, address)
+            task = asyncio.create_task(self._clients.pop(address).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def probe(self, timeout_s: float, fresh_s: float = 0.0, *, only_out: bool = False) -> None:
+        """Probe every Triton, all at the same time, or only those that are out."""
+        now = time.monotonic()
+        async with asyncio.TaskGroup() as probes:
+            for group in self.groups:
+                for member in list(group.members.values()):
+                    if not only_out or member.fault(now):
+                        probes.create_task(self._probe(group, member, timeout_s, fresh_s))
+
+    async def _probe(self, group: Group, member: Member, timeout_s: float, fresh_s: float) -> None:
+        """A probe that succeeds closes the Triton's breaker, once its pause is over: no request has to try."""
+        for model in group.models:
+            fault, cause = "", ""
+            try:
+                await member.client.probe(model, self.card, timeout_s, fresh_s)
+            except GlimpseError as error:
+                fault, cause = error.message, error.cause
+            except Exception as error:  # a fault of our own must not end the watch, and with it the service
+                fault, cause = "its probe failed: see the gateway's log", repr(error)
+            if member.faults.get(model, "") != fault:
+                (log.warning if fault else log.info)(
+                    "probe",
+                    variant=self.variant,
+                    upstream=member.address,
+                    model=model,
+                    fault=fault or "none",
+                    cause=cause,
+                )
+            if fault:
+                member.faults[model] = fault
+                return
+            member.faults.pop(model, None)
+        member.breaker.succeeded(time.monotonic())
+
+    def _is_ready(self, address: str) -> bool:
+        return address not in self.faults()
+
+    async def close(self) -> None:
+        """End the calls in flight with Unavailable, and close the connections."""
+        clients = list(self._clients.values())
+        for address in self._clients:
+            with suppress(KeyError):
+                self._metrics.upstream_ready.remove(self.variant, address)
+        self._clients.clear()
+        await asyncio.gather(*(client.close() for client in clients), *self._closing)
+
+
+@contextmanager
+def held(load: Load) -> Iterator[None]:
+    """Count a call in flight for the block."""
+    load.in_flight += 1
+    try:
+        yield
+    finally:
+        load.in_flight -= 1

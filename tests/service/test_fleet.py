@@ -1,0 +1,162 @@
+"""Variants that are added, changed, drained and removed while the service runs, in a file and in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from service.fleet import Fleet
+from service.metrics import Metrics
+from service.settings import Settings, SettingsError
+from service.upstreams.store import VariantsFile, VariantsInRedis
+from service.upstreams.variants import Variant, Variants, VariantsError
+from tests.service.upstreams.tritons import FakeTriton
+from tests.support.fakes import House, until
+
+PORTS = {"stable": "127.0.0.1:11", "next": "127.0.0.1:12", "third": "127.0.0.1:13"}
+
+
+def variant(name: str, repository: Path, weight: float = 1.0) -> Variant:
+    return Variant(name, str(repository), (PORTS[name],), (PORTS[name],), weight)
+
+
+def two(repository: Path) -> Variants:
+    return Variants({name: variant(name, repository) for name in ("stable", "next")})
+
+
+class FakeFleet(Fleet):
+    """Connects to no Triton."""
+
+    def __init__(self, store: VariantsFile | VariantsInRedis, variants: Variants, metrics: Metrics) -> None:
+        self.tritons: dict[str, FakeTriton] = {}
+        super().__init__(store, variants, Settings(variants="-"), metrics)
+
+    def client(self, card: object, address: str) -> FakeTriton:
+        return self.tritons.setdefault(address, FakeTriton(address))
+
+    def metric(self, name: str) -> float | None:
+        return self._metrics.registry.get_sample_value(f"glimpse_{name}")
+
+    @property
+    def names(self) -> list[str]:
+        return [model.variant for model in self.models.models if not model.is_draining]
+
+
+@asynccontextmanager
+async def running(store: VariantsFile | VariantsInRedis) -> AsyncIterator[FakeFleet]:
+    house = House()
+    fleet = FakeFleet(store, await store.loaded(), house.metrics)
+    fleet.begin(
+        lambda told, repository, pool: house.pipeline.model(
+            pool, pool, repository.card, repository.prompts, variant=told.name, weight=told.weight, health=pool
+        )
+    )
+    work = asyncio.create_task(fleet.run())
+    try:
+        await until(lambda: fleet.ready)
+        yield fleet
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        house.reader.close()
+
+
+async def test_changes_of_the_file_are_followed_and_a_variant_that_is_gone_ends_after_its_last_question(
+    tmp_path: Path, repository: Path
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    async with running(VariantsFile(store.path)) as fleet:
+        stable = fleet.models.models[0]
+        await store.change(lambda before: before.added(variant("third", repository)).weighted({"stable": 7}))
+        await until(lambda: "third" in fleet.names)
+        assert fleet.models.models[0] is stable  # its connections and calls go on
+        assert stable.weight == 7
+        await store.change(lambda before: before.drained("stable"))
+        await until(lambda: fleet.names == ["next", "third"])
+        stable.in_flight += 1
+        await store.change(lambda before: before.without("stable"))
+        await until(lambda: len(fleet.models.models) == 2)
+        assert fleet.tritons[PORTS["stable"]].is_open
+        stable.in_flight -= 1
+        await until(lambda: not fleet.tritons[PORTS["stable"]].is_open)
+        store.path.write_text("{")
+        await until(lambda: fleet.metric("variants_readable") == 0)
+        assert fleet.names == ["next", "third"]
+
+
+async def test_the_service_is_ready_while_one_variant_answers_and_names_the_tritons_that_are_out(
+    tmp_path: Path, repository: Path
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    async with running(store) as fleet:
+        await until(lambda: not fleet.degraded)
+        running_of = fleet._running
+        for member in running_of["next"].pool.vision.members.values():
+            member.faults["see"] = "it does not answer"
+        assert fleet.faults == {}
+        assert fleet.degraded == {f"next/{PORTS['next']}": "it does not answer"}
+        for member in running_of["stable"].pool.llm.members.values():
+            member.faults["llm"] = "it does not answer"
+        assert fleet.faults.keys() == {f"stable/{PORTS['stable']}", f"next/{PORTS['next']}"}
+        fleet.stop()
+        assert fleet.faults == {"gateway": "this server is stopping"}
+
+
+async def test_gateways_that_share_a_redis_follow_the_same_variants(redis_server, repository: Path) -> None:
+    store = VariantsInRedis(redis_server.url)
+    assert await store.loaded() == Variants()
+    await store.change(lambda _: two(repository))
+    async with running(VariantsInRedis(redis_server.url)) as one, running(VariantsInRedis(redis_server.url)) as other:
+        await asyncio.gather(
+            *(VariantsInRedis(redis_server.url).change(lambda v, n=n: v.weighted({n: 9})) for n in ("stable", "next"))
+        )
+        for fleet in (one, other):
+            await until(lambda fleet=fleet: [model.weight for model in fleet.models.models] == [9, 9])
+        redis_server.kill()
+        await until(lambda: one.metric("variants_readable") == 0)
+        assert one.names == ["stable", "next"]
+
+
+def test_a_gateway_needs_a_variant_that_may_answer_and_models_that_can_be_read(
+    tmp_path: Path, repository: Path
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    with pytest.raises(SettingsError, match="has no variant that may answer"):
+        FakeFleet(store, two(repository).drained("stable").drained("next"), Metrics())
+    with pytest.raises(SettingsError, match="is not a model repository that can be read"):
+        FakeFleet(store, two(tmp_path / "none"), Metrics())
+
+
+def test_the_commands_write_what_gateways_read(tmp_path: Path) -> None:
+    def variants(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).parent / "glimpse"), "variants", *arguments, "--variants", "v.json"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert variants("list").stdout == "no variants\n"
+    variants("add", "stable", "--models", "/m/7", "--triton", "a:1", "--triton", "b:1", "--weight", "95")
+    told = variants("add", "next", "--models", "/m/8", "--vision", "v:1", "--llm", "l:1", "--weight", "5").stdout
+    assert told.splitlines() == [
+        "stable  weight 95 (95.0 %)  Tritons a:1 b:1  models /m/7",
+        "next  weight 5 (5.0 %)  vision v:1  LLM l:1  models /m/8",
+    ]
+    assert "next  weight 50" in variants("weights", "next=50").stdout
+    assert "stable  drains" in variants("drain", "stable").stdout
+    assert "stable  weight 95" in variants("drain", "stable", "--undo").stdout
+    assert variants("remove", "next").stdout.count("\n") == 1
+    refused = variants("weights", "nxt=1")
+    assert (refused.returncode, refused.stderr) == (1, "glimpse: there is no variant 'nxt': the variants are stable\n")
+    refused = variants("weights", "stable=-1")
+    assert (refused.returncode, "write NAME=WEIGHT" in refused.stderr) == (1, True)
+    found = asyncio.run(VariantsFile(tmp_path / "v.json").loaded())
+    assert list(found.variants) == ["stable"]
+    (tmp_path / "v.json").write_text("[")
+    with pytest.raises(VariantsError, match=r"v.json: not JSON"):
+        asyncio.run(VariantsFile(tmp_path / "v.json").loaded())

@@ -1,0 +1,101 @@
+"""Which Triton gets the next call, and which gets none for a while."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.upstreams.balance import EJECTION_S, FORGET_S, LEAST_CALLS, MOST_EJECTED, Balance, Load
+
+SIZES = st.integers(1, 6)
+
+
+def group(size: int) -> Balance:
+    return Balance([Load() for _ in range(size)])
+
+
+def answer(balance: Balance, load: Load, seconds: float, now: float, times: int = 1) -> None:
+    for _ in range(times):
+        balance.measured(load, "see", seconds, now)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.floats(0.1, 50)), min_size=2, max_size=6), st.randoms())
+def test_the_choice_is_usable_and_never_the_costliest_alone(told, chance):
+    loads = [Load(in_flight=busy, _slowness=slow, _measured=0.0) for busy, slow in told]
+    chosen = Balance(loads).choose(loads, 0.0, chance.randrange)
+    assert chosen in loads
+    costs = sorted(load.cost(0.0) for load in loads)
+    assert chosen.cost(0.0) <= costs[-2] or costs[-1] == costs[-2]
+
+
+def test_calls_even_out():
+    balance, chance = group(4), random.Random(7)
+    for _ in range(400):
+        balance.choose(balance.loads, 0.0, chance.randrange).in_flight += 1
+    assert max(load.in_flight for load in balance.loads) - min(load.in_flight for load in balance.loads) <= 4
+
+
+def test_of_two_the_slow_one_gets_fewer_calls():
+    balance = group(2)
+    slow, fast = balance.loads
+    answer(balance, fast, 0.01, 0.0, 20)
+    answer(balance, slow, 0.025, 0.0, 20)
+    fast.in_flight, slow.in_flight = 1, 0
+    assert balance.choose(balance.loads, 0.0, random.randrange) is fast
+    fast.in_flight = 5
+    assert balance.choose(balance.loads, 0.0, random.randrange) is slow
+
+
+def test_a_slow_one_is_ejected_and_comes_back_with_a_clean_sheet():
+    balance = group(2)
+    slow, fast = balance.loads
+    answer(balance, fast, 0.01, 0.0, 20)
+    answer(balance, slow, 0.4, 0.0, LEAST_CALLS)
+    assert slow.is_ejected(0.0)
+    assert not fast.is_ejected(0.0)
+    slow.in_flight, fast.in_flight = 0, 9
+    assert balance.choose(balance.loads, 0.0, random.randrange) is fast
+    assert balance.choose([slow], 0.0, random.randrange) is slow  # better than none
+    assert not slow.is_ejected(EJECTION_S)
+    assert slow.slowness(EJECTION_S) == 1
+    answer(balance, slow, 0.4, EJECTION_S, LEAST_CALLS)
+    assert slow.is_ejected(2.9 * EJECTION_S)
+
+
+def test_few_slow_calls_eject_nobody():
+    balance = group(2)
+    answer(balance, balance.loads[1], 0.01, 0.0, 20)
+    answer(balance, balance.loads[0], 0.4, 0.0, LEAST_CALLS - 1)
+    assert not any(load.is_ejected(0.0) for load in balance.loads)
+
+
+def test_kinds_of_calls_are_measured_apart():
+    balance = group(2)
+    one, other = balance.loads
+    for _ in range(30):
+        balance.measured(one, "encode 4", 0.05, 0.0)
+        balance.measured(other, "attend", 0.001, 0.0)
+    assert one.slowness(0.0) == pytest.approx(1)
+    assert not one.is_ejected(0.0)
+
+
+def test_slowness_is_forgotten_without_calls():
+    load = Load(_slowness=3.0, _measured=0.0)
+    assert load.slowness(0.0) == 3
+    assert load.slowness(FORGET_S) < 1.8
+    assert load.slowness(20 * FORGET_S) == pytest.approx(1)
+
+
+@given(
+    SIZES,
+    st.lists(st.tuples(st.integers(0, 5), st.floats(0.001, 5), st.floats(0, 4)), min_size=1, max_size=200),
+)
+def test_at_most_a_share_is_ejected_at_once(size, steps):
+    balance, now = group(size), 0.0
+    for who, seconds, later in steps:
+        now += later
+        answer(balance, balance.loads[who % size], seconds, now)
+        assert sum(load.is_ejected(now) for load in balance.loads) <= MOST_EJECTED * size

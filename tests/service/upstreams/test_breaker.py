@@ -1,0 +1,108 @@
+"""When requests are kept from a Triton that fails, and when it is tried again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.upstreams.breaker import FAILURES_TO_OPEN, JITTER, LEAST_PAUSE_S, MOST_PAUSE_S, STEADY_S, Breaker, State
+
+CALLS = st.lists(
+    st.tuples(st.sampled_from(["failed", "succeeded", "begin", "left"]), st.floats(0, 10)), min_size=1, max_size=60
+)
+
+
+def opened(now: float = 0.0) -> Breaker:
+    breaker = Breaker()
+    for _ in range(FAILURES_TO_OPEN):
+        breaker.failed(now)
+    return breaker
+
+
+def test_failures_in_a_row_open_it_and_a_success_between_them_does_not():
+    breaker = Breaker()
+    for _ in range(FAILURES_TO_OPEN - 1):
+        breaker.failed(0.0)
+    breaker.succeeded(0.0)
+    for _ in range(FAILURES_TO_OPEN - 1):
+        breaker.failed(0.0)
+    assert breaker.state(0.0) is State.CLOSED
+    breaker.failed(0.0)
+    assert breaker.state(0.0) is State.OPEN
+    assert not breaker.allows(0.0)
+
+
+def test_after_the_pause_one_trial_passes_and_its_success_closes():
+    breaker = opened()
+    assert breaker.state(LEAST_PAUSE_S) is State.HALF_OPEN
+    assert breaker.allows(LEAST_PAUSE_S)
+    breaker.begin(LEAST_PAUSE_S)
+    assert not breaker.allows(LEAST_PAUSE_S)
+    breaker.succeeded(LEAST_PAUSE_S)
+    assert breaker.state(LEAST_PAUSE_S) is State.CLOSED
+
+
+def test_a_trial_that_tells_nothing_lets_the_next_one_pass():
+    breaker = opened()
+    breaker.begin(1.0)
+    breaker.left()
+    assert breaker.allows(1.0)
+
+
+def test_a_call_from_before_changes_nothing_while_it_is_open():
+    breaker = opened()
+    breaker.succeeded(LEAST_PAUSE_S / 2)
+    breaker.failed(LEAST_PAUSE_S / 2)
+    assert breaker.state(LEAST_PAUSE_S / 2) is State.OPEN
+    assert breaker.state(LEAST_PAUSE_S) is State.HALF_OPEN
+
+
+@pytest.mark.parametrize(("closed_for", "pause_s"), [(STEADY_S / 2, 2 * LEAST_PAUSE_S), (STEADY_S, LEAST_PAUSE_S)])
+def test_one_that_opens_again_soon_pauses_longer(closed_for, pause_s):
+    breaker = opened()
+    breaker.succeeded(LEAST_PAUSE_S)
+    now = LEAST_PAUSE_S + closed_for
+    for _ in range(FAILURES_TO_OPEN):
+        breaker.failed(now)
+    assert breaker.state(now + 0.99 * pause_s) is State.OPEN
+    assert breaker.state(now + pause_s) is State.HALF_OPEN
+
+
+def test_failed_trials_pause_longer_up_to_the_longest_pause():
+    breaker, now, pauses = opened(), 0.0, []
+    for _ in range(10):
+        begun = now
+        while breaker.state(now) is State.OPEN:
+            now += 0.125
+        pauses.append(now - begun)
+        breaker.failed(now)
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == MOST_PAUSE_S
+
+
+@given(st.floats(0, 1))
+def test_a_pause_differs_by_chance_within_its_jitter(chance):
+    breaker = Breaker()
+    for _ in range(FAILURES_TO_OPEN):
+        breaker.failed(0.0, chance)
+    assert breaker.state(LEAST_PAUSE_S * (1 - JITTER) * 0.999) is State.OPEN
+    assert breaker.state(LEAST_PAUSE_S * (1 + JITTER) * 1.001) is State.HALF_OPEN
+
+
+@given(CALLS)
+def test_whatever_happens_it_is_tried_again_within_the_longest_pause(calls):
+    breaker, now = Breaker(), 0.0
+    for call, later in calls:
+        now += later
+        match call:
+            case "failed":
+                breaker.failed(now)
+            case "succeeded":
+                breaker.succeeded(now)
+            case "begin" if breaker.allows(now):
+                breaker.begin(now)
+            case "left":
+                breaker.left()
+    breaker.left()
+    assert breaker.allows(now + MOST_PAUSE_S * (1 + JITTER))

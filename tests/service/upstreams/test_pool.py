@@ -1,0 +1,192 @@
+"""Several Tritons as one vision model and one LLM: who is asked, who takes over, and who is left out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+
+from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unavailable
+from service.core.prompt import Prompt, Question
+from service.core.request import Budget, Sampling
+from service.metrics import Metrics
+from service.upstreams.breaker import FAILURES_TO_OPEN
+from service.upstreams.pool import Pool
+from service.upstreams.retry_budget import RetryBudget
+from tests.service.upstreams.tritons import CARD, FakeTriton
+
+IMAGE = np.zeros((3, 224, 224), np.uint8)
+QUESTION = Question(np.zeros(32, np.int32), np.zeros(32, np.int32))
+PROMPT = Prompt(np.zeros(1, np.int32), np.zeros((0, 4), np.float32), np.zeros(1, np.uint64))
+A, B = "127.0.0.1:1", "127.0.0.1:2"
+
+
+class Setting:
+    """A pool of two fake Tritons, or of others."""
+
+    def __init__(self, *addresses: str, first_token_s: float | None = None) -> None:
+        self.metrics = Metrics()
+        self.tritons: dict[str, FakeTriton] = {}
+        self.budget = RetryBudget(time.monotonic())
+        self.pool = Pool(
+            "stable",
+            CARD,
+            addresses or (A, B),
+            addresses or (A, B),
+            client=self.client,
+            budget=self.budget,
+            metrics=self.metrics,
+            first_token_s=first_token_s,
+        )
+
+    def client(self, address: str) -> FakeTriton:
+        return self.tritons.setdefault(address, FakeTriton(address))
+
+    async def started(self) -> Setting:
+        await self.pool.follow()
+        await self.pool.probe(1.0)
+        return self
+
+    async def see(self) -> None:
+        await self.pool.see(IMAGE, QUESTION, Budget(), 5.0)
+
+    async def generate(self, **sampling: object) -> list[int]:
+        generation = self.pool.generate(
+            PROMPT, Sampling(**sampling), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
+        )
+        async with aclosing(generation) as tokens:
+            return [token async for ids in tokens for token in ids]
+
+    def calls(self) -> Counter[str]:
+        return Counter({address: len(triton.calls) for address, triton in self.tritons.items()})
+
+    def counted(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"glimpse_{name}", {"variant": "stable"} | labels) or 0.0
+
+
+async def test_nobody_answers_before_a_probe_and_calls_are_shared_after_it():
+    setting = Setting()
+    await setting.pool.follow()
+    assert not setting.pool.answers
+    assert setting.pool.faults() == {A: "it has not answered yet", B: "it has not answered yet"}
+    await setting.pool.probe(1.0)
+    assert setting.pool.answers
+    for _ in range(40):
+        await setting.see()
+    assert min(setting.calls().values()) >= 5
+
+
+@pytest.mark.parametrize("fault", [Unavailable("gone"), Overloaded("its queue is full")])
+async def test_a_failed_call_goes_to_the_other_triton(fault):
+    setting = await Setting().started()
+    setting.tritons[A].fault = fault
+    for _ in range(20):
+        await setting.see()
+        assert await setting.generate() == setting.tritons[B].language.tokens
+    assert setting.counted("upstream_retries_total", result="made") > 0
+
+
+async def test_a_triton_that_fails_gets_no_calls_until_a_probe_finds_it_well():
+    setting = await Setting().started()
+    setting.tritons[A].fault = Unavailable("gone")
+    for _ in range(40):
+        await setting.see()
+    assert len(setting.tritons[A].calls) == FAILURES_TO_OPEN
+    assert setting.pool.faults() == {A: "requests to it fail"}
+    assert setting.pool.answers
+    assert setting.counted("upstream_ready", upstream=A) == 0
+    setting.tritons[A].fault = None
+    for member in setting.pool.vision.members.values():
+        member.breaker._until = 0.0 if member.breaker._until is not None else None  # its pause is over
+    await setting.pool.probe(1.0)
+    assert setting.pool.faults() == {}
+    assert setting.counted("upstream_ready", upstream=A) == 1
+
+
+async def test_a_fault_of_the_models_is_no_reason_to_ask_another_triton_of_the_same():
+    setting = await Setting().started()
+    for triton in setting.tritons.values():
+        triton.fault = InternalError("the model see failed")
+    with pytest.raises(InternalError):
+        await setting.see()
+    assert setting.calls().total() == 1
+
+
+async def test_a_call_beyond_the_first_token_budget_goes_to_the_other_triton():
+    setting = await Setting(first_token_s=0.02).started()
+    setting.tritons[A].hangs = True
+    while not (setting.tritons[A].calls and setting.tritons[A].generations):
+        await setting.see()
+        assert await setting.generate(streaming=False) == setting.tritons[B].language.tokens
+    assert all(sampling.streaming for sampling in setting.tritons[B].language.sampling)
+    assert setting.counted("upstream_calls_total", upstream=A, outcome="late") > 0
+    setting.tritons[B].hangs = True
+    with pytest.raises(FirstTokenLate, match=r"within 0.02 s"):
+        await setting.see()
+
+
+async def test_a_generation_stays_with_its_triton_and_is_not_repeated_after_a_token():
+    setting = await Setting(A).started()
+    triton = setting.tritons[A]
+    triton.fault, triton.fails_after = Unavailable("gone"), 1
+    generation = setting.pool.generate(
+        PROMPT, Sampling(), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
+    )
+    async with aclosing(generation) as tokens:
+        assert await anext(tokens) == tuple(triton.language.tokens[:1])
+        with pytest.raises(Unavailable):
+            await anext(tokens)
+    assert triton.generations == ["q"]
+    assert all(member.load.in_flight == 0 for member in setting.pool.llm.members.values())
+
+
+async def test_a_second_try_has_an_id_of_its_own():
+    setting = await Setting().started()
+    setting.tritons[A].fault = Unavailable("gone")
+    while not setting.tritons[A].generations:
+        await setting.generate()
+    assert setting.tritons[A].generations == ["q"]
+    assert "q.1" in setting.tritons[B].generations
+
+
+async def test_without_a_retry_in_the_budget_a_failure_is_the_callers():
+    setting = await Setting().started()
+    setting.budget.tokens = 0.0
+    setting.tritons[A].fault = setting.tritons[B].fault = Unavailable("gone")
+    with pytest.raises(Unavailable):
+        await setting.see()
+    assert setting.calls().total() == 1
+    assert setting.counted("upstream_retries_total", result="refused") == 1
+
+
+async def test_of_tritons_that_are_all_out_one_is_tried_nevertheless():
+    setting = await Setting().started()
+    for triton in setting.tritons.values():
+        triton.probe_fault = Unavailable("its probe fails")
+    await setting.pool.probe(1.0)
+    assert not setting.pool.answers
+    await setting.see()
+
+
+async def test_tritons_that_a_name_has_no_more_are_left():
+    setting = await Setting().started()
+    setting.pool.vision.names = setting.pool.llm.names = (B, "127.0.0.1:3")
+    await setting.pool.follow()
+    await setting.pool.probe(1.0)
+    assert set(setting.pool.vision.members) == set(setting.pool.llm.members) == {B, "127.0.0.1:3"}
+    assert not setting.tritons[A].is_open
+    assert setting.tritons[B].is_open
+    await setting.pool.close()
+    assert not any(triton.is_open for triton in setting.tritons.values())
+
+
+async def test_a_name_stands_for_its_addresses_of_one_family():
+    setting = await Setting("localhost:1").started()
+    assert len(setting.pool.vision.members) == 1
+    setting.pool.vision.names = ("no-such-name.invalid:1",)
+    known = set(setting.pool.vision.members)
+    await setting.pool.follow()
+    assert set(setting.pool.vision.members) == known  # it cannot be looked up: what is known stays

@@ -1,0 +1,98 @@
+"""What an operator may say of variants, and which variant a caller gets."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.upstreams.variants import Variant, Variants, VariantsError, assigned
+
+STABLE = Variant("stable", "/models/7", ("a:8001", "b:8001"), ("a:8001", "b:8001"), 95.0)
+NEXT = Variant("next", "/models/8", ("v:8001",), ("unix:/run/llm",), 5.0)
+BOTH = Variants({"stable": STABLE, "next": NEXT})
+WEIGHTS = st.dictionaries(
+    st.sampled_from(["a", "b", "c", "d"]), st.floats(0.5, 100, allow_nan=False), min_size=1, max_size=4
+)
+
+
+def test_json_keeps_everything():
+    assert Variants.from_json(BOTH.to_json()) == BOTH
+    assert Variants.from_json(BOTH.drained("next").to_json()).variants["next"].is_draining
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "write an object"),
+        (b'{"variant": {}}', "write an object"),
+        (b'{"sticky": "image"}', "sticky must be"),
+        (b'{"variants": []}', "variants must be an object"),
+        (b'{"variants": {"No Name": {}}}', "is no name of a variant"),
+        (b'{"variants": {"glimpse": {}}}', "is no name of a variant"),
+        (b'{"variants": {"a": {"wait": 1}}}', "with these fields only"),
+        (b'{"variants": {"a": {"models": "m", "tritons": ["h:1"], "weight": -1}}}', "weight of a must be"),
+        (b'{"variants": {"a": {"models": "m", "tritons": ["h:1"], "weight": true}}}', "weight of a must be"),
+        (b'{"variants": {"a": {"tritons": ["h:1"]}}}', "has no models"),
+        (b'{"variants": {"a": {"models": "m"}}}', "has no Tritons"),
+        (b'{"variants": {"a": {"models": "m", "vision": ["h:1"]}}}', "has no Tritons"),
+        (b'{"variants": {"a": {"models": "m", "tritons": ["http://h:1"]}}}', "without http://"),
+        (b'{"variants": {"a": {"models": "m", "tritons": "h:1"}}}', "must be a list"),
+        (b'{"variants": {"a": {"models": "m", "tritons": ["h:1"], "draining": 1}}}', "true or false"),
+    ],
+)
+def test_what_is_wrong_is_said(text, says):
+    with pytest.raises(VariantsError, match=says):
+        Variants.from_json(text)
+
+
+def test_changes_leave_the_other_variants_as_they_were():
+    assert BOTH.weighted({"next": 50}).variants == {"stable": STABLE, "next": Variant(**told(NEXT) | {"weight": 50})}
+    assert BOTH.drained("stable").variants["next"] == NEXT
+    assert BOTH.without("stable").variants == {"next": NEXT}
+    assert BOTH.added(Variant("third", "m", ("x:1",), ("x:1",))).variants.keys() == {"stable", "next", "third"}
+    with pytest.raises(VariantsError, match="the variants are stable, next"):
+        BOTH.weighted({"nxt": 1})
+
+
+def told(variant: Variant) -> dict[str, object]:
+    return {name: getattr(variant, name) for name in Variant.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    "weights", [{"stable": 95.0, "next": 5.0}, {"a": 1.0, "b": 1.0}, {"a": 60.0, "b": 30.0, "c": 10.0}]
+)
+def test_a_thousand_keys_follow_the_weights_within_three_points(weights):
+    counts = Counter(assigned(f"tenant-{number}", list(weights.items())) for number in range(1000))
+    for name, weight in weights.items():
+        assert counts[name] / 10 == pytest.approx(100 * weight / sum(weights.values()), abs=3)
+
+
+def test_without_a_weight_all_are_equal_and_beside_one_they_get_nothing():
+    counts = Counter(assigned(str(number), [("a", 0.0), ("b", 0.0)]) for number in range(1000))
+    assert counts["a"] == pytest.approx(500, abs=60)
+    assert {assigned(str(number), [("a", 0.0), ("b", 0.1)]) for number in range(100)} == {"b"}
+
+
+@given(st.text(max_size=30), WEIGHTS)
+def test_a_key_stays_with_its_variant_whatever_the_order(key, weights):
+    told = list(weights.items())
+    assert assigned(key, told) == assigned(key, told[::-1])
+
+
+@given(st.text(max_size=30), WEIGHTS, st.floats(1.0, 10.0))
+def test_more_weight_takes_keys_and_gives_none_away(key, weights, factor):
+    before = assigned(key, list(weights.items()))
+    name = min(weights)
+    after = assigned(key, list((weights | {name: weights[name] * factor}).items()))
+    assert after in (before, name)
+
+
+@given(st.text(max_size=30), WEIGHTS)
+def test_a_variant_that_goes_moves_only_its_own_keys(key, weights):
+    before = assigned(key, list(weights.items()))
+    for name in weights.keys() - {before}:
+        assert assigned(key, [each for each in weights.items() if each[0] != name]) == before

@@ -1,0 +1,85 @@
+"""A Triton that fails or hangs on demand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from service.core.card import ModelCard
+from service.core.errors import DeadlineExceeded
+from service.core.prompt import Prompt
+from service.core.request import Sampling
+from tests.support.fakes import CARD, FakeLanguage, FakeVision, ids_of
+
+
+class FakeTriton(FakeVision):
+    """`fault` is raised by every call, probes included; `hangs` lets calls wait until they are given up."""
+
+    def __init__(self, address: str = "") -> None:
+        super().__init__()
+        self.address = address
+        self.language = FakeLanguage()
+        self.hangs = False
+        self.probe_fault: Exception | None = None
+        self.fails_after: int | None = None  # tokens
+        self.generations: list[str] = []
+        self.is_open = False
+
+    async def connect(self) -> None:
+        self.is_open = True
+
+    async def close(self) -> None:
+        self.is_open = False
+
+    async def _work(self, call: str) -> None:
+        self.calls.append(call)
+        await self._trouble()
+
+    async def _trouble(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.fault is not None:
+            raise self.fault
+
+    async def see(self, image, question, budget, timeout_s):  # type: ignore[no-untyped-def]
+        return await bounded(super().see(image, question, budget, timeout_s), timeout_s)
+
+    async def attend(self, vision, question, budget, timeout_s, closer=None):  # type: ignore[no-untyped-def]
+        return await bounded(super().attend(vision, question, budget, timeout_s, closer), timeout_s)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        end_id: int,
+        pad_id: int,
+        request_id: str,
+        timeout_s: float,
+        stall_timeout_s: float,
+        log_probs: list[float] | None = None,
+    ) -> AsyncGenerator[tuple[int, ...], None]:
+        self.generations.append(request_id)
+        self.language.sampling.append(sampling)
+        if self.fails_after is None:
+            await self._trouble()
+        for place, token in enumerate(self.language.tokens[: sampling.max_tokens]):
+            if place == self.fails_after and self.fault is not None:
+                raise self.fault
+            yield (token,)
+
+    async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
+        if (fault := self.probe_fault or self.fault) is not None:
+            raise fault
+
+
+async def bounded(work, timeout_s):  # type: ignore[no-untyped-def]
+    """As a call to Triton ends."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError as exc:
+        raise DeadlineExceeded("no response") from exc
+
+
+__all__ = ["CARD", "FakeTriton", "ids_of"]

@@ -36,6 +36,7 @@ from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
 from service.edges.vertex.predict import HEALTH, PREDICT
+from service.engine_choice import choice
 from service.fleet import Fleet, Repository, read_repository
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
@@ -93,12 +94,19 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     else:
         repository = fleet.primary.repository
     card, engines = repository.card, repository.engines
+    if fleet is None:
+        card = card.computed_in(choice(settings, card).precision)
+    elif settings.precision not in ("auto", "fp32"):
+        raise SettingsError(
+            f"GLIMPSE_PRECISION is {settings.precision}, but the models of GLIMPSE_VARIANTS compute in fp32: unset it"
+        )
     if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
         raise SettingsError(
             f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
             f"raise it to at least {card.max_positions}"
         )
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
+    metrics.model_info.labels(model=card.name, precision=card.precision).set(1)
     if settings.vision_url and settings.llm_url:
         client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
     else:
@@ -423,5 +431,6 @@ def embedded_triton(app: App) -> EmbeddedTriton:
         card=app.card,
         log_path=settings.triton_log,
         access=app.access,
+        precision=app.card.precision,
         start_timeout_s=settings.triton_start_timeout_s,
     )

@@ -51,6 +51,7 @@ class Metrics:
         self.requests = self._counter(
             "requests", "Questions that ended, by outcome: ok or an error code.", "outcome", "variant"
         )
+        self.model_info = self._gauge("model_info", "1 for the served model and its precision.", "model", "precision")
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by method, route and status code.", "method", "route", "status"
         )

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.core.precision import Wanted
 from service.environment import SecretFileError, is_service_link, with_platform, with_secrets
 
 PREFIX = "GLIMPSE_"
@@ -100,6 +101,9 @@ class Settings(BaseSettings):
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
     triton_start_timeout_s: float = Field(60.0, gt=0)
     model_repository: Path = PROJECT / "model_repository"
+    # In which the embedded Triton's models compute on a CPU. auto: bf16 or int8 if the CPU is made for it and the
+    # repository's card shows that the answers stay the same; else fp32. With Triton elsewhere: what runs there.
+    precision: Wanted = "auto"
     probe_interval_s: float = Field(5.0, gt=0)  # time between two real inferences that probe a model
     probe_timeout_s: float = Field(5.0, gt=0)
 

@@ -126,6 +126,7 @@ class TritonPythonModel:
             max_rows=parameters.integer("max_rows", 32),
             intra_op_threads=parameters.intra_op_threads,
             prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
+            library=parameters.library,
             provider=parameters.text("provider", "cpu"),
             device_id=parameters.device_id,
         )

@@ -14,8 +14,9 @@ from typing import Any
 from onnxruntime import OrtValue
 
 from triton_models.costs import Costs, ServerCpu
+from triton_models.engine import Array, Engine, open_engine
 from triton_models.parameters import Parameters
-from triton_models.session import Array, Graph
+from triton_models.session import Graph
 from triton_models.spans import spans
 from triton_models.unary import answer, answer_bound
 
@@ -34,8 +35,15 @@ class TritonPythonModel:
         self._name = parameters.folder.name
         self._outputs = parameters.outputs
         self._bound = parameters.yes("io_binding")
-        provider = parameters.text("provider", "cpu")
-        self._graph = Graph(parameters.graph, parameters.intra_op_threads, provider, parameters.device_id)
+        threads, provider = parameters.intra_op_threads, parameters.text("provider", "cpu")
+        self._graph: Engine
+        if self._bound:
+            self._on_device = self._graph = Graph(parameters.graph, threads, provider, parameters.device_id)
+        else:
+            self._graph = open_engine(
+                parameters.graph, threads, library=parameters.library, provider=provider,
+                device_id=parameters.device_id,
+            )  # fmt: skip
         self._graph.require(parameters.inputs, parameters.outputs)
         server = ServerCpu() if self._name in CALLED_FOR_EACH else None
         self._costs = Costs(self._name, on_gpu=provider != "cpu", server=server)
@@ -52,4 +60,4 @@ class TritonPythonModel:
         return dict(zip(self._outputs, self._graph.run(inputs, self._outputs), strict=True))
 
     def _infer_bound(self, inputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
-        return dict(zip(self._outputs, self._graph.run_bound(inputs, self._outputs), strict=True))
+        return dict(zip(self._outputs, self._on_device.run_bound(inputs, self._outputs), strict=True))

@@ -20,7 +20,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads)
+        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads, parameters.library)
         self._costs = Costs("qformer")
         self._costs.start()
 

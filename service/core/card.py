@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from blake3 import blake3
+
 from service.core.confidence import Calibration
 from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
 
 BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens")  # pairs of a model card
+
+
+def of_precision(fingerprint: str, precision: str) -> str:
+    """Return the fingerprint of the same weights computed in another precision than FP32."""
+    return blake3(f"{fingerprint} {precision}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +65,26 @@ class ModelCard:
     question_tokenizer: str = "tokenizer.json"
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
+    precision: str = "fp32"  # in which the models compute
+    # By CPU precision other than FP32: how many questions were asked, and the share of answers equal to FP32's.
+    precisions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     top_log_probs: bool = False  # whether the LLM tells the likeliest tokens beside each of its own
     confidence: Calibration | None = None  # None: answers carry no confidence, and metadata.confidence says why
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
+
+    def computed_in(self, precision: str) -> Self:
+        """Return the card of the same models computed in another precision.
+
+        Its fingerprints differ, because a cache must not mix the features of two precisions.
+        """
+        if precision == self.precision:
+            return self
+        return dataclasses.replace(
+            self,
+            precision=precision,
+            fingerprint=of_precision(self.fingerprint, precision),
+            visual_fingerprint=of_precision(self.visual_fingerprint, precision),
+        )
 
     @property
     def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:

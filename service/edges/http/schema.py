@@ -636,6 +636,7 @@ class Model(BaseModel):
     owned_by: str = "glimpse"
     card: str | None = Field(None, description="The name of the models, if the id is a variant's.")
     fingerprint: str = Field(description="Of the vision encoder's weights.")
+    precision: str = Field(description="In which the models compute: fp32, bf16, int8, int4; fp16 or fp8 on a GPU.")
     allocator_trained: bool = Field(description="Whether relevance depends on the question.")
     allocator: str = Field(
         description="How the allocator came about: `trained` on answers, `distilled` from the full view, `zero-shot` "
@@ -660,6 +661,7 @@ class Model(BaseModel):
             id=card.name,
             created=created,
             fingerprint=card.fingerprint,
+            precision=card.precision,
             allocator_trained=card.allocator_trained,
             allocator=card.allocator or ("trained" if card.allocator_trained else "fixed"),
             max_positions=card.max_positions,

@@ -2,6 +2,10 @@
 
     python -m benchmarks.precision --out benchmarks/results/precision.json
 
+    python -m benchmarks.precision --cpu --out benchmarks/results/precision_on_cpu.json
+
+measures BF16, INT8 and weights of 4 bits instead, as a CPU computes them (`precision_on_cpu.py`).
+
 It builds the graphs as `glimpse build` does for a GPU, up to its step `parity`. It asks each precision every committed
 question, and as many about fresh scenes, because the FP8 products were chosen on the committed ones.
 
@@ -28,6 +32,7 @@ import numpy as np
 import onnx
 from tqdm import tqdm
 
+from benchmarks import precision_on_cpu
 from build_engines.convert import __main__ as build
 from build_engines.convert.manifest import KEPT, NOT_FP8
 from build_engines.convert.parity import greedy, inner, nearness, outputs, residuals, session
@@ -177,18 +182,7 @@ def table(
     by_layer = layers(graphs, "vision_encoder", {"image": pixels})
     found = {}
     for precision, told in said.items():
-        outcomes = [Outcome(row, text, 0) for row, text in zip(asked, told, strict=True)]
-        counted = [index for index, row in enumerate(asked) if row.type != NOT_IN_TOTAL]
-        accuracy = {split: kinds["all"]["accuracy"] for split, kinds in summarise(outcomes).items()}
-        same = [told[index] == said["fp32"][index] for index in range(len(asked))]
-        found[precision] = {
-            "questions": len(asked),
-            "agreement": round(sum(same) / len(same), 5),
-            "agreement_interval": [round(end, 5) for end in wilson(sum(same), len(same))],
-            "agreement_short_answers": round(sum(same[index] for index in counted) / len(counted), 5),
-            "accuracy": accuracy,
-            "accuracy_all": round(sum(outcomes[index].right for index in counted) / len(counted), 5),
-        }
+        found[precision] = scores(asked, told, said["fp32"])
         if precision != "fp32":
             files = graphs[precision].files
             found[precision] |= {
@@ -202,11 +196,44 @@ def table(
     return found
 
 
-def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
+def scores(asked: Sequence[Row], told: Sequence[str], fp32: Sequence[str]) -> dict[str, Any]:
+    """Return the agreement with FP32's answers and the accuracy, over all questions and by split."""
+    outcomes = [Outcome(row, text, 0) for row, text in zip(asked, told, strict=True)]
+    counted = [index for index, row in enumerate(asked) if row.type != NOT_IN_TOTAL]
+    accuracy = {split: kinds["all"]["accuracy"] for split, kinds in summarise(outcomes).items()}
+    same = [told[index] == fp32[index] for index in range(len(asked))]
+    return {
+        "questions": len(asked),
+        "agreement": round(sum(same) / len(same), 5),
+        "agreement_interval": [round(end, 5) for end in wilson(sum(same), len(same))],
+        "agreement_short_answers": round(sum(same[index] for index in counted) / len(counted), 5),
+        "accuracy": accuracy,
+        "accuracy_all": round(sum(outcomes[index].right for index in counted) / len(counted), 5),
+    }
+
+
+def on_cpu(repository: Path, work: Path, scenes: Sequence[str], every: int) -> dict[str, Any]:
+    """Return the report of a CPU's precisions, by set of questions."""
+    card = ModelCard.from_json((repository / "card.json").read_text())
+    prompts = PromptBuilder.load(card, repository)
+    files = precision_on_cpu.graphs(repository, work / "cpu")
+    found: dict[str, Any] = {}
+    for which in scenes:
+        asked, said, visual = precision_on_cpu.said(files, card, prompts, scenes_of(which, work), every)
+        table = {precision: scores(asked, told, said["fp32"]) for precision, told in said.items()}
+        for precision in set(table) - {"fp32"}:
+            table[precision]["visual_tokens"] = end_to_end(visual[precision], visual["fp32"])
+        found[which] = {"bars": verdicts(table, precision_on_cpu.BARS), "precision": table}
+        print(which, json.dumps(found[which], indent=2), flush=True)
+    return {"model": card.name, "every": every, "scenes": found}
+
+
+def verdicts(found: Mapping[str, Any], all_bars: Mapping[str, Mapping[str, float]] = BARS) -> dict[str, bool]:
     """Return for each bar whether it is met."""
     told = {}
-    for precision, bars in BARS.items():
-        told[f"{precision} agreement >= {bars['agreement']}"] = found[precision]["agreement"] >= bars["agreement"]
+    for precision, bars in all_bars.items():
+        if "agreement" in bars:
+            told[f"{precision} agreement >= {bars['agreement']}"] = found[precision]["agreement"] >= bars["agreement"]
         if "accuracy_loss" in bars:
             loss = found["fp32"]["accuracy_all"] - found[precision]["accuracy_all"]
             told[f"{precision} accuracy within {bars['accuracy_loss']}"] = loss <= bars["accuracy_loss"]
@@ -227,9 +254,17 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "reference")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "precision", help="folder that keeps the builds")
     parser.add_argument("--scenes", nargs="+", choices=["committed", "fresh"], default=["committed", "fresh"])
+    parser.add_argument("--cpu", action="store_true", help="measure a CPU's precisions, with --repository's graphs")
+    parser.add_argument("--repository", type=Path, default=ROOT / "model_repository")
+    parser.add_argument("--every", type=int, default=1, help="with --cpu: ask every EVERY-th question only")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions")
     parser.add_argument("--out", type=Path, help="JSON file; results of other scenes with the same graphs are kept")
     given = parser.parse_args()
+    if given.cpu:
+        report = on_cpu(given.repository, given.work, given.scenes, given.every)
+        if given.out:
+            given.out.write_text(json.dumps(report, indent=2) + "\n")
+        return
     graphs = built(given.checkpoint, given.work)
     plans, gpu = steps_of(given.work / "tensorrt"), steps_of(given.work / "onnx-gpu")
     card = ModelCard.from_json((plans / "card" / "card.json").read_text())

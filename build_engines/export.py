@@ -211,13 +211,14 @@ def card(checkpoint: Checkpoint) -> ModelCard:
     """Describe the checkpoint for the service.
 
     Raises ValueError if model_card.json has visual tokens that are not groups of 32, or a default outside the offered
-    range.
+    range, of visual or of vision tokens.
     """
     config = checkpoint.model.config
     text = config.text_config
     told = dict(checkpoint.card)
     offered = _range(told.pop("visual_tokens", (QUERIES, QUERIES)))
     unasked = _range(told.pop("default_visual_tokens", (QUERIES, QUERIES)))
+    looked = _tokens(told.pop("default_vision_tokens", (CELL_COUNT, PATCH_COUNT)))
     if unasked[0] < offered[0] or unasked[1] > offered[1]:
         raise ValueError(
             f"model_card.json has default_visual_tokens {unasked} outside its visual_tokens {offered}: "
@@ -237,10 +238,12 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         pad_id=checkpoint.end_id if text.pad_token_id is None else text.pad_token_id,
         max_positions=text.max_position_embeddings,
         prompt_template=str(told.pop("prompt", checkpoint.prompt)),
-        allocator_trained=checkpoint.participatory is not None,
+        allocator_trained=checkpoint.participatory is not None or checkpoint.zero_shot,
+        allocator=checkpoint.allocator_state,
         vision_tokens=(CELL_COUNT, PATCH_COUNT),
         visual_tokens=offered,
         default_visual_tokens=unasked,
+        default_vision_tokens=looked,
         interleaved=bool(told.pop("interleaved", False)),
         system_template=str(told.pop("system_template", "")),
         closer_view=checkpoint.closer is not None,
@@ -249,6 +252,17 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         top_log_probs=True,
         confidence=confidence,
         metadata=told | {"confidence": why},
+    )
+
+
+def _tokens(told: object) -> tuple[int, int]:
+    """Read a default budget of vision tokens. Raises ValueError unless it lies within what a budget can ask for."""
+    if isinstance(told, list | tuple) and len(told) == 2 and all(isinstance(one, int) for one in told):
+        least, most = told
+        if CELL_COUNT <= least <= most <= PATCH_COUNT:
+            return least, most
+    raise ValueError(
+        f"model_card.json gives {told} default_vision_tokens: give [least, most] from {CELL_COUNT} to {PATCH_COUNT}"
     )
 
 

@@ -35,6 +35,8 @@ from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
+from service.edges.vertex.predict import HEALTH, PREDICT
+from service.engine_choice import choice
 from service.fleet import Fleet, Repository, read_repository
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
@@ -85,25 +87,32 @@ class App:
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Read the model repository's card and tokenizers and make all parts; start nothing. Raises SettingsError."""
     require_keys(settings)
-    metrics = Metrics()
+    metrics = Metrics(settings.tenant_labels)
     fleet = fleet_of(settings, metrics)
     if fleet is None:
         repository = read_repository(settings.model_repository, "set GLIMPSE_MODEL_REPOSITORY to")
     else:
         repository = fleet.primary.repository
     card, engines = repository.card, repository.engines
+    if fleet is None:
+        card = card.computed_in(choice(settings, card).precision)
+    elif settings.precision not in ("auto", "fp32"):
+        raise SettingsError(
+            f"GLIMPSE_PRECISION is {settings.precision}, but the models of GLIMPSE_VARIANTS compute in fp32: unset it"
+        )
     if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
         raise SettingsError(
             f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
             f"raise it to at least {card.max_positions}"
         )
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
+    metrics.model_info.labels(model=card.name, precision=card.precision).set(1)
     if settings.vision_url and settings.llm_url:
         client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
     else:
         client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s)
+    reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s, metrics.costs.decoded)
     readiness = Readiness(card.called, metrics, client.failing) if fleet is None else fleet
     max_positions = card.max_positions if fleet is None else max(each.max_positions for each in fleet.cards)
     admission = Admission(settings, engines, max_positions, metrics, scheduling)
@@ -277,8 +286,17 @@ def http_edge(
         access=access or NoGate(),
         metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
+        aliases=vertex_paths(settings),
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
+
+
+def vertex_paths(settings: Settings) -> dict[str, str]:
+    """Return Vertex AI's paths and ours; none where Vertex AI named no predict route."""
+    if settings.vertex_predict_route is None:
+        return {}
+    paths = {settings.vertex_predict_route: PREDICT}
+    return paths if settings.vertex_health_route is None else {settings.vertex_health_route: HEALTH} | paths
 
 
 def grpc_edge(
@@ -413,5 +431,6 @@ def embedded_triton(app: App) -> EmbeddedTriton:
         card=app.card,
         log_path=settings.triton_log,
         access=app.access,
+        precision=app.card.precision,
         start_timeout_s=settings.triton_start_timeout_s,
     )

@@ -1,4 +1,4 @@
-"""Read what is around the settings: variables that Kubernetes adds, and secrets that stand in files."""
+"""Read what is around the settings: variables that Kubernetes and platforms add, and secrets that stand in files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ FROM_FILE = "_FILE"
 # `glimpse` these are GLIMPSE_SERVICE_HOST, GLIMPSE_SERVICE_PORT, GLIMPSE_PORT and others.
 _LINK_NAMES = re.compile(r".+_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|.+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.*")
+# What managed platforms set, and the settings that it is for. The first one counts.
+PLATFORM = (
+    ("AIP_HTTP_PORT", "GLIMPSE_HTTP_PORT"),
+    ("PORT", "GLIMPSE_HTTP_PORT"),
+    ("AIP_PREDICT_ROUTE", "GLIMPSE_VERTEX_PREDICT_ROUTE"),
+    ("AIP_HEALTH_ROUTE", "GLIMPSE_VERTEX_HEALTH_ROUTE"),
+)
 SECRET_BYTES = 64 * 1024  # a longer file is no secret
 
 
@@ -22,6 +29,17 @@ def is_service_link(name: str, value: str) -> bool:
     """Whether Kubernetes set the variable for a Service, and not the operator."""
     upper = name.upper()
     return bool(_LINK_NAMES.fullmatch(upper)) or (upper.endswith("_PORT") and bool(_LINK_VALUE.fullmatch(value)))
+
+
+def with_platform(environ: Mapping[str, str]) -> dict[str, str]:
+    """Set settings from the variables of managed platforms. A setting of the operator's own stays."""
+    found = dict(environ)
+    written = {name.upper() for name, value in environ.items() if value}
+    for name, setting in PLATFORM:
+        if setting not in written and environ.get(name):
+            found[setting] = environ[name]
+            written.add(setting)
+    return found
 
 
 def with_secrets(environ: Mapping[str, str], secrets: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from service.core.errors import error_codes
 from service.core.variant import DEFAULT
+from service.costs import Costs
 from service.resources import Resources
 
 # Bucket bounds include the usual objectives 0.2, 0.5, 1 and 2 s.
@@ -41,13 +42,16 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 class Metrics:
     """Hold one gateway's metrics in their own registry."""
 
-    def __init__(self) -> None:  # noqa: PLR0915 - one statement a metric
+    def __init__(self, tenant_labels: int = 50) -> None:  # noqa: PLR0915 - one statement a metric
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.registry.register(Resources())
+        self.costs = Costs(tenant_labels)
+        self.registry.register(self.costs)
         self.requests = self._counter(
             "requests", "Questions that ended, by outcome: ok or an error code.", "outcome", "variant"
         )
+        self.model_info = self._gauge("model_info", "1 for the served model and its precision.", "model", "precision")
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by method, route and status code.", "method", "route", "status"
         )

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from service.core.errors import Cancelled, DeadlineExceeded, GlimpseError, InternalError, internal_error
+from service.core.payer import Payer
 from service.core.request import Request
 from service.core.variant import DEFAULT
 from service.core.vision import TENSIONS, Seen
+from service.costs import Ended
 from service.metrics import Metrics
 from service.ticket import Ticket
 
@@ -40,6 +42,7 @@ class Outcomes:
         """
         now = time.monotonic()
         ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
+        ticket.payer = self.metrics.costs.payer(request.tenant)
         if self.traces is not None:
             ticket.trace = self.traces.request(request.traceparent)
         fault: Exception | None = None
@@ -78,6 +81,15 @@ class Outcomes:
 
     def _count(self, ticket: Ticket) -> None:
         timing_ms = ticket.timing_ms()
+        ended = Ended(
+            answered=ticket.outcome == "ok",
+            streamed=ticket.request.sampling.streaming,
+            encoded_images=ticket.encoded,
+            prompt_tokens=ticket.prompt_tokens,
+            visual_tokens=ticket.visual_tokens,
+            generated_tokens=ticket.completion_tokens,
+        )
+        self.metrics.costs.ended(Payer(ticket.payer.tenant, ticket.variant), ended)
         self.metrics.requests.labels(ticket.outcome, ticket.variant).inc()
         self.metrics.prompt_tokens.labels(ticket.variant).inc(ticket.prompt_tokens)
         self.metrics.generated_tokens.labels(ticket.variant).inc(ticket.completion_tokens)

@@ -112,6 +112,10 @@ class Pipeline:
         """Return the card of the variant that gets most questions."""
         return self.models.primary.card
 
+    @property
+    def has_variants(self) -> bool:
+        return self.models.named
+
     def card_for(self, route: Route) -> ModelCard:
         """Return the card whose defaults a caller gets. Raises InvalidRequest, NotFound for an unknown name."""
         return self.models.asked(route)[0].card
@@ -139,6 +143,7 @@ class Pipeline:
                         prompt = self.compose(model, ticket.request, images, seen)
                         use.visual_tokens = len(prompt.visual_tokens)
                         ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
+                        ticket.visual_tokens = len(prompt.visual_tokens)
                         async with aclosing(self.generate(model, prompt, ticket, reservation)) as deltas:
                             async for delta in deltas:
                                 attempt.sent = True
@@ -152,6 +157,7 @@ class Pipeline:
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
+        self.metrics.costs.payer(reservation.tenant)
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
         try:

@@ -18,7 +18,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.environment import SecretFileError, is_service_link, with_secrets
+from service.core.precision import Wanted
+from service.environment import SecretFileError, is_service_link, with_platform, with_secrets
 
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = (
@@ -30,6 +31,7 @@ HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 HOST_PATTERN = re.compile(r"(\*\.)?([a-z0-9_-]+\.)*[a-z0-9_-]+")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
+ROUTE = re.compile(r"/[A-Za-z0-9._~:@/-]{1,500}")
 MIB = 1024 * 1024
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
@@ -67,6 +69,11 @@ class Settings(BaseSettings):
     # Lets a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
     without_keys: Literal["anyone-may-ask"] | None = None
 
+    # Vertex AI's routes of a custom container. Its variables AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set them, and
+    # AIP_HTTP_PORT or PORT the port, unless the GLIMPSE_ variable is set too. None: there is no such route.
+    vertex_predict_route: str | None = None
+    vertex_health_route: str | None = None
+
     # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
     # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
@@ -94,6 +101,9 @@ class Settings(BaseSettings):
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
     triton_start_timeout_s: float = Field(60.0, gt=0)
     model_repository: Path = PROJECT / "model_repository"
+    # In which the embedded Triton's models compute on a CPU. auto: bf16 or int8 if the CPU is made for it and the
+    # repository's card shows that the answers stay the same; else fp32. With Triton elsewhere: what runs there.
+    precision: Wanted = "auto"
     probe_interval_s: float = Field(5.0, gt=0)  # time between two real inferences that probe a model
     probe_timeout_s: float = Field(5.0, gt=0)
 
@@ -172,6 +182,9 @@ class Settings(BaseSettings):
     redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
+    # Tenants with metrics of their own: those that ask most. The others share the label (others).
+    tenant_labels: int = Field(50, ge=0, le=1000)
+
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
@@ -225,6 +238,13 @@ class Settings(BaseSettings):
                 "or ::1"
             ) from exc
         return bare if ":" in bare or any(family == socket.AF_INET for family, *_ in found) else str(found[0][4][0])
+
+    @field_validator("vertex_predict_route", "vertex_health_route")
+    @classmethod
+    def _is_path(cls, path: str | None) -> str | None:
+        if path is not None and not ROUTE.fullmatch(path):
+            raise ValueError(f"{path!r} is no path: write it from its first slash, such as /predict")
+        return path
 
     @field_validator("cors_origins")
     @classmethod
@@ -367,7 +387,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """
     environ = {
         name: value
-        for name, value in environ.items()
+        for name, value in with_platform(environ).items()
         if name.upper() not in OF_THE_COMMAND and not is_service_link(name, value)
     }
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
+from service.core.payer import NOBODY, Payer, pay_for
 from service.core.request import Request
 from service.core.variant import DEFAULT, Served
 from service.tracing import Value
@@ -61,10 +62,12 @@ class Ticket:
     first_token: float | None = None
     last_token: float | None = None
     prompt_tokens: int = 0  # 0 until there is a prompt
+    visual_tokens: int = 0  # likewise
     completion_tokens: int = 0
     answer: list[str] = field(default_factory=list)  # pieces of its text so far
     log_prob: float = 0.0  # of the answer's tokens so far, if the models tell it
     finish_reason: Literal["stop", "length"] = "length"
+    payer: Payer = NOBODY
     trace: Trace | None = None  # None: not recorded
     variant: str = DEFAULT  # that answers, or answered last
     fallback_from: str = ""  # the variant that should have answered
@@ -73,9 +76,10 @@ class Ticket:
         """Begin an attempt of a variant. What an earlier one has generated was not sent, and is forgotten."""
         self.request, self.variant, self.fallback_from = request, served.variant, served.fallback_from
         self.first_token = self.last_token = None
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.visual_tokens = self.completion_tokens = 0
         self.log_prob, self.finish_reason = 0.0, "length"
         self.answer.clear()
+        pay_for(served.variant)
 
     @property
     def left_s(self) -> float:

@@ -16,6 +16,7 @@ import uvloop
 
 from service.__main__ import configure_log, stream_to
 from service.core.card import ModelCard
+from service.engine_choice import choice
 from service.output import Output
 from service.settings import Settings, SettingsError, read_settings
 from service.triton import TritonClient
@@ -52,6 +53,7 @@ def read_card(settings: Settings) -> ModelCard:
 async def serve(settings: Settings, ports: Ports, pool: str) -> None:
     """Serve until SIGINT or SIGTERM. Triton then ends its requests in flight. Raises StartFailed, SettingsError."""
     card = read_card(settings)
+    card = card.computed_in(choice(settings, card, gateways_elsewhere=True).precision)
     models = called(pool, card)
     access = Access.choose(ports)
     stopped = asyncio.Event()
@@ -66,10 +68,11 @@ async def serve(settings: Settings, ports: Ports, pool: str) -> None:
             log_path=settings.triton_log,
             access=access,
             called=models,
+            precision=card.precision,
             start_timeout_s=settings.triton_start_timeout_s,
         ) as triton,
     ):
-        log.info("triton ready", address=access.url, pool=pool, model=card.name)
+        log.info("triton ready", address=access.url, pool=pool, model=card.name, precision=card.precision)
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(triton.supervise())
             await stopped.wait()

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
@@ -25,9 +26,13 @@ from service.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
+from tests.support.once import Once, of_this_run
 from tests.support.paths import NODE_MODULES, PROJECT
 from tests.support.servers import Gateway, RedisServer, StartGateway, StartRedis, free_ports, started_gateway
-from tests.support.workers import Workers, tell_servers
+from tests.support.workers import Workers, tell_groups
+
+if TYPE_CHECKING:
+    from tests.support.shared_exports import SharedExports
 
 DEBIAN = "Debian, Ubuntu: sudo apt-get install"
 INSTALLED_BY = {
@@ -44,6 +49,8 @@ INSTALLED_BY = {
 }
 # Fixtures that start a real server, or start one that a test asks for.
 SERVERS = {"triton", "start_gateway", "starting", "start_redis"}
+# Fixtures of several files that take long: one worker runs their tests.
+TOGETHER = ("tiny_training",)
 LEFT_OUT = "left out"
 QUICK_EXAMPLES = 30
 GARBAGE_AFTER = 20_000  # new objects before the next garbage collection, as in the service
@@ -110,7 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.servers)
     if hasattr(config, "workerinput"):
         items.sort(key=order)
-        tell_servers(config, [item for item in items if order(item) == 0])
+        tell_groups(config, {item.nodeid: group for item in items if (group := group_of(item))})
 
 
 def order(item: pytest.Item) -> int:
@@ -118,6 +125,13 @@ def order(item: pytest.Item) -> int:
     if item.get_closest_marker("slow"):
         return 1
     return 0 if item.get_closest_marker("servers") else 2
+
+
+def group_of(item: pytest.Item) -> str | None:
+    """Name the group of tests that one worker runs; None for a test that runs with its file."""
+    if order(item) == 0:
+        return "servers"
+    return next((name for name in TOGETHER if name in getattr(item, "fixturenames", ())), None)
 
 
 def pytest_collection_finish() -> None:
@@ -159,6 +173,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(os.environ.get("GLIMPSE_MODEL_REPOSITORY", PROJECT / "model_repository"))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes what several files need once in a run, for all workers."""
+    return of_this_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def exports(once: Once) -> SharedExports:
+    """Builds that export each graph once in a run."""
+    from tests.support.shared_exports import SharedExports  # noqa: PLC0415  (PyTorch: only for tests that build)
+
+    folder = once.folder / "exports"
+    folder.mkdir(exist_ok=True)
+    return SharedExports(folder)
 
 
 @pytest.fixture(scope="session")

@@ -151,6 +151,7 @@ class Batcher:
         self.tokens = 0
         self.prefix_hits = 0  # prompts whose first tokens were in the prefix cache
         self.prefix_tokens = 0  # tokens of those prompts that needed no prefill
+        self.read: list[tuple[Sequence, int]] = []  # the last iteration's sequences, each with the tokens it read
         self._prefilled = False  # the last iteration was a prefill, so the running rows go next
         self._closed = False
         self._work = threading.Condition()
@@ -209,6 +210,7 @@ class Batcher:
         Prefills and steps alternate while both have work. It never raises: an error outside the decoder fails every
         sequence that took part in the iteration.
         """
+        self.read = []
         with self._work:
             everyone = [*self._running, *self._waiting]
         try:
@@ -301,6 +303,7 @@ class Batcher:
 
     def _read_on(self, sequence: Sequence) -> list[Event]:
         """Read one part of a long prompt; the sequence stays at the head of the queue."""
+        self.read = [(sequence, self._limits.max_prefill_tokens)]
         tokens = sequence.past.shape[2] + self._limits.max_prefill_tokens
         try:
             sequence.past = self._decoder.read(sequence.prompt, sequence.past, tokens)
@@ -312,6 +315,7 @@ class Batcher:
         return []
 
     def _prefill(self, group: list[Sequence]) -> list[Event]:
+        self.read += [(each, each.unread) for each in group]
         try:
             logits = self._decoder.prefill([each.prompt for each in group], [each.past for each in group])
         except Exception as error:  # whatever it was, it ends these sequences and not the loop
@@ -332,6 +336,7 @@ class Batcher:
 
     def _step(self) -> list[Event]:
         rows = len(self._running)
+        self.read = [(each, 1) for each in self._running]
         try:
             logits = self._decoder.step(self._tokens[:rows])
         except Exception as error:  # whatever it was, it ends these sequences and not the loop

@@ -5,17 +5,17 @@ B: rows. T: input columns. P: columns of past. N: rows of a prompt embedding tab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from service.core.prompt import Prompt
+from triton_models.engine import Array, open_engine
 from triton_models.kv_pool import FloatArray, Int64Array, KvPool
 from triton_models.prefix_cache import PrefixCache
-from triton_models.session import TYPES, Array, open_session
 
 
 class OnnxDecoder:
@@ -33,13 +33,13 @@ class OnnxDecoder:
         max_rows: int,
         intra_op_threads: int = 1,
         prefix_cache_bytes: int = 0,
+        library: str = "onnxruntime",
         provider: str = "cpu",
         device_id: int = 0,
     ) -> None:
-        self._session = open_session(graph, intra_op_threads, provider, device_id)
-        kinds = {spec.name: TYPES[spec.type] for spec in self._session.get_inputs() if spec.type in TYPES}
-        self._float = kinds["past_key_0"]
-        shapes = {spec.name: spec.shape for spec in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._engine = open_engine(graph, intra_op_threads, library=library, provider=provider, device_id=device_id)
+        self._float = self._engine.float_type("past_key_0")
+        shapes: dict[str, Any] = {**self._engine.inputs, **self._engine.outputs}
         parts = [name.removeprefix("past_") for name in shapes if name.startswith(("past_key_", "past_value_"))]
         self._past = [f"past_{part}" for part in parts]
         self._outputs = ["logits", *(f"new_{part}" for part in parts)]
@@ -56,7 +56,7 @@ class OnnxDecoder:
         self._no_table = np.zeros((max_rows, 1, self.hidden_size), self._float)
         self._logits = np.zeros((max_rows, self.vocab_size), np.float32)
         self._new = np.zeros((len(parts), max_rows, heads, 1, head_dim), self._float)
-        self._bindings: dict[int, onnxruntime.IOBinding] = {}  # a step's, by number of rows
+        self._bindings: dict[int, Callable[[], None]] = {}  # a step's run, by number of rows
         self._bound: FloatArray = self._pool.arrays
 
     @property
@@ -110,7 +110,7 @@ class OnnxDecoder:
         rows = self.rows
         self._pool.make_room()
         self._ids[:rows, 0] = tokens
-        self._session.run_with_iobinding(self._binding(rows))
+        self._binding(rows)()
         self._pool.extend(self._new[:, :rows])
         return self._logits[:rows]
 
@@ -143,10 +143,10 @@ class OnnxDecoder:
             "input_lengths": np.array(lengths, np.int64),
             **dict(zip(self._past, parts, strict=True)),
         }
-        found: list[FloatArray] = self._session.run(self._outputs, feeds)
+        found: list[FloatArray] = self._engine.run(feeds, self._outputs)
         return found
 
-    def _binding(self, rows: int) -> onnxruntime.IOBinding:
+    def _binding(self, rows: int) -> Callable[[], None]:
         if self._bound is not self._pool.arrays:
             self._bindings.clear()
             self._bound = self._pool.arrays
@@ -154,11 +154,8 @@ class OnnxDecoder:
             self._bindings[rows] = self._bind(rows)
         return self._bindings[rows]
 
-    def _bind(self, rows: int) -> onnxruntime.IOBinding:
-        """Bind the first `rows` rows of fixed arrays.
-
-        The binding holds addresses only, so the arrays must not be reallocated.
-        """
+    def _bind(self, rows: int) -> Callable[[], None]:
+        """Bind the first `rows` rows of fixed arrays."""
         inputs: dict[str, Array] = {
             "input_ids": self._ids,
             "prompt_embedding_table": self._no_table,
@@ -166,11 +163,8 @@ class OnnxDecoder:
             "input_lengths": self._ones,
             **dict(zip(self._past, self._bound, strict=True)),
         }
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            there = array[:rows]
-            binding.bind_input(name, "cpu", 0, there.dtype.type, there.shape, there.ctypes.data)
-        for name, array in zip(self._outputs, [self._logits, *self._new], strict=True):
-            there = array[:rows]
-            binding.bind_output(name, "cpu", 0, there.dtype.type, there.shape, there.ctypes.data)
-        return binding
+        outputs = dict(zip(self._outputs, [self._logits, *self._new], strict=True))
+        return self._engine.bind(
+            {name: array[:rows] for name, array in inputs.items()},
+            {name: array[:rows] for name, array in outputs.items()},
+        )

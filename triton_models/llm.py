@@ -16,10 +16,12 @@ import triton_python_backend_utils as pb_utils
 
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide
+from service.core.payer import NOBODY, Payer
 from service.core.prompt import Prompt
 from service.core.request import MAX_TOP_LOG_PROBS, Sampling
 from service.prompt import LLM_TOKENIZER
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
+from triton_models.costs import Costs, ServerCpu, payer_of
 from triton_models.decoder import OnnxDecoder
 from triton_models.delivery import Delivery
 from triton_models.gauges import Gauges
@@ -42,6 +44,7 @@ class Caller:
 
     sender: Any
     outputs: tuple[str, ...]
+    payer: Payer = NOBODY
     streaming: bool = True  # True: one response per token; False: one response at the end
     untold: list[Event] = field(default_factory=list)  # not sent yet
     span: Span | None = None  # of the whole sequence, if its request is traced
@@ -123,6 +126,7 @@ class TritonPythonModel:
             max_rows=parameters.integer("max_rows", 32),
             intra_op_threads=parameters.intra_op_threads,
             prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
+            library=parameters.library,
             provider=parameters.text("provider", "cpu"),
             device_id=parameters.device_id,
         )
@@ -144,6 +148,8 @@ class TritonPythonModel:
             refuse=_refuse,
         )
         self._gauges = Gauges(self._batcher, decoder.prefixes)
+        self._costs = Costs("llm", on_gpu=parameters.text("provider", "cpu") != "cpu", server=ServerCpu())
+        self._costs.start()
         self._loop = threading.Thread(target=self._run, name="llm-loop", daemon=True)
         self._loop.start()
 
@@ -163,6 +169,7 @@ class TritonPythonModel:
         self._loop.join()
         self._delivery.close()
         self._gauges.close()
+        self._costs.close()
         for sequence in self._batcher.drain():
             with contextlib.suppress(Exception):  # the caller may be gone
                 sequence.owner.fail("the model is being unloaded", "UNAVAILABLE")
@@ -179,6 +186,7 @@ class TritonPythonModel:
             sequence = self._reader.read(request.request_id(), inputs)
             sequence.sampling = replace(sequence.sampling, log_probs=not LOG_PROBS.isdisjoint(caller.outputs))
             sequence.owner, caller.streaming = caller, sequence.sampling.streaming
+            caller.payer = payer_of(request)
             caller.span = begin("llm", request)
             if caller.span is not None:
                 caller.span.set_attribute("glimpse.prompt_tokens", sequence.prompt.input_ids.size)
@@ -189,7 +197,10 @@ class TritonPythonModel:
 
     def _run(self) -> None:
         while self._batcher.wait():
-            self._delivery.hand_out(self._batcher.iterate())
+            self._costs.begin()
+            events = self._batcher.iterate()
+            self._costs.end((sequence.owner.payer, tokens) for sequence, tokens in self._batcher.read)
+            self._delivery.hand_out(events)
 
     def _say(self, event: Event) -> None:
         try:

@@ -13,10 +13,14 @@ from typing import Any
 
 from onnxruntime import OrtValue
 
+from triton_models.costs import Costs, ServerCpu
+from triton_models.engine import Array, Engine, open_engine
 from triton_models.parameters import Parameters
-from triton_models.session import Array, Graph
+from triton_models.session import Graph
 from triton_models.spans import spans
 from triton_models.unary import answer, answer_bound
+
+CALLED_FOR_EACH = ("relevance_allocator", "relevance_allocator_448")  # each question asks one of them about each image
 
 
 class TritonPythonModel:
@@ -31,16 +35,29 @@ class TritonPythonModel:
         self._name = parameters.folder.name
         self._outputs = parameters.outputs
         self._bound = parameters.yes("io_binding")
-        provider = parameters.text("provider", "cpu")
-        self._graph = Graph(parameters.graph, parameters.intra_op_threads, provider, parameters.device_id)
+        threads, provider = parameters.intra_op_threads, parameters.text("provider", "cpu")
+        self._graph: Engine
+        if self._bound:
+            self._on_device = self._graph = Graph(parameters.graph, threads, provider, parameters.device_id)
+        else:
+            self._graph = open_engine(
+                parameters.graph, threads, library=parameters.library, provider=provider,
+                device_id=parameters.device_id,
+            )  # fmt: skip
         self._graph.require(parameters.inputs, parameters.outputs)
+        server = ServerCpu() if self._name in CALLED_FOR_EACH else None
+        self._costs = Costs(self._name, on_gpu=provider != "cpu", server=server)
+        self._costs.start()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        with spans(self._name, requests):
+        with spans(self._name, requests), self._costs.of(requests):
             return answer_bound(requests, self._infer_bound) if self._bound else answer(requests, self._infer)
+
+    def finalize(self) -> None:
+        self._costs.close()
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return dict(zip(self._outputs, self._graph.run(inputs, self._outputs), strict=True))
 
     def _infer_bound(self, inputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
-        return dict(zip(self._outputs, self._graph.run_bound(inputs, self._outputs), strict=True))
+        return dict(zip(self._outputs, self._on_device.run_bound(inputs, self._outputs), strict=True))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from service.core.card import ModelCard
+from service.core.precision import PRECISIONS, REDUCED, VARIABLE, graph_name
 
 
 class Parameters:
@@ -63,8 +64,20 @@ class Parameters:
 
     @property
     def graph(self) -> Path:
-        """The model's ONNX file, `model.onnx` unless the parameter `graph` names another."""
-        return self.version / self.text("graph", "model.onnx")
+        """The model's ONNX file: that of the parameter `graph`, or that of the precision, or `model.onnx`."""
+        files = [path.name for path in self.version.glob("model*.onnx")]
+        return self.version / self.text("graph", graph_name(self.folder.name, self.precision, files))
+
+    @property
+    def precision(self) -> str:
+        """The precision that the gateway or `glimpse triton` chose; FP32 without a choice, and on a GPU as built."""
+        chosen = os.environ.get(VARIABLE, "fp32")
+        return chosen if chosen in PRECISIONS and self.text("provider", "cpu") == "cpu" else "fp32"
+
+    @property
+    def library(self) -> str:
+        """The library that computes the graph: openvino in BF16, else onnxruntime."""
+        return "openvino" if self.precision == "bf16" and self.folder.name in REDUCED else "onnxruntime"
 
     def card(self) -> ModelCard:
         """Read the repository's card. Raises OSError or ValueError, which fails the load."""

@@ -23,7 +23,7 @@ class TritonPythonModel:
         parameters = Parameters(args)
         card = parameters.card()
         self._prompts = PromptBuilder.load(card, parameters.repository)
-        self._budget = Budget(card.vision_tokens, card.default_visual_tokens).to_array()
+        self._budget = Budget(card.unasked_vision_tokens("low"), card.default_visual_tokens).to_array()
         self._limits = ImageLimits()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from triton_models.costs import Costs
 from triton_models.parameters import Parameters
 from triton_models.query_groups import GroupRunner
 from triton_models.spans import spans
@@ -19,8 +20,13 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
-        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads)
+        self._runner = GroupRunner(parameters.graph, parameters.intra_op_threads, parameters.library)
+        self._costs = Costs("qformer")
+        self._costs.start()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        with spans("qformer", requests):
+        with spans("qformer", requests), self._costs.of(requests):
             return answer(requests, self._runner.run)
+
+    def finalize(self) -> None:
+        self._costs.close()

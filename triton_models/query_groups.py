@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from service.core.errors import InvalidRequest
 from service.core.vision import MAX_VISUAL_TOKENS
-from triton_models.session import Array, Graph
+from triton_models.engine import Array, open_engine
 
 
 class GroupRunner:
@@ -23,8 +23,8 @@ class GroupRunner:
     before the run, and the focus groups' tokens are gathered. Each of the two runs is as long as its longest list.
     """
 
-    def __init__(self, graph: Path, intra_op_threads: int = 1) -> None:
-        self._graph = Graph(graph, intra_op_threads)
+    def __init__(self, graph: Path, intra_op_threads: int = 1, library: str = "onnxruntime") -> None:
+        self._graph = open_engine(graph, intra_op_threads, library=library)
         _, queries, hidden = self._graph.outputs["visual_tokens"]
         self.queries = int(queries)
         self.hidden_size = int(hidden)

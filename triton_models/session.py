@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,18 @@ def open_session(
     return session
 
 
+def mismatch(
+    inputs: Iterable[str], outputs: Iterable[str], found_inputs: Iterable[str], found_outputs: Iterable[str]
+) -> str:
+    """Say how a model's configuration differs from its graph; empty if it does not."""
+    if set(inputs) == set(found_inputs) and set(outputs) <= set(found_outputs):
+        return ""
+    return (
+        f"config.pbtxt has {sorted(inputs)} -> {sorted(outputs)}, but the graph has "
+        f"{sorted(found_inputs)} -> {sorted(found_outputs)}: use the graph's names in config.pbtxt"
+    )
+
+
 class Graph:
     """Run one ONNX graph with inputs and outputs by name.
 
@@ -69,23 +81,38 @@ class Graph:
         self._device = (provider, device_id)
         self.inputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_inputs()}
         self.outputs: dict[str, list[int | str]] = {spec.name: spec.shape for spec in self._session.get_outputs()}
+        ends = (*self._session.get_inputs(), *self._session.get_outputs())
+        self._types = {spec.name: TYPES[spec.type] for spec in ends if spec.type in TYPES}
 
-    def float_type(self, output: str) -> type[np.floating]:
-        """Return the NumPy type of one output, FP32 or FP16."""
-        return TYPES[next(spec.type for spec in self._session.get_outputs() if spec.name == output)]
+    def float_type(self, name: str) -> type[np.floating]:
+        """Return the NumPy type of one input or output, FP32 or FP16."""
+        return self._types[name]
 
     def require(self, inputs: Iterable[str], outputs: Iterable[str]) -> None:
         """Raise ValueError unless the graph reads exactly these inputs and has at least these outputs."""
-        if set(inputs) != set(self.inputs) or not set(outputs) <= set(self.outputs):
-            raise ValueError(
-                f"config.pbtxt has {sorted(inputs)} -> {sorted(outputs)}, but the graph has "
-                f"{sorted(self.inputs)} -> {sorted(self.outputs)}: use the graph's names in config.pbtxt"
-            )
+        if wrong := mismatch(inputs, outputs, self.inputs, self.outputs):
+            raise ValueError(wrong)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Run the graph on the host -> the named outputs, in that order."""
         arrays: list[Array] = self._session.run(list(outputs), dict(feeds))
         return arrays
+
+    def bind(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+        """Bind contiguous arrays on the host -> a function that runs the graph on them in place.
+
+        The binding holds addresses only, so the arrays must not be reallocated.
+        """
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+        def run() -> None:
+            self._session.run_with_iobinding(binding)
+
+        return run
 
     def run_bound(self, feeds: Mapping[str, OrtValue], outputs: Sequence[str]) -> list[OrtValue]:
         """Run the graph -> the named outputs, in that order, in the memory of the computing device.

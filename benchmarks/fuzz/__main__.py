@@ -6,6 +6,7 @@
     python -m benchmarks.fuzz cost                     # CPU seconds of the costliest images of 20 MB
     python -m benchmarks.fuzz schema --examples 300    # schemathesis against the service's OpenAPI
     python -m benchmarks.fuzz schema --keys            # the same, of a service with keys
+    python -m benchmarks.fuzz schema --keys --only /v1/images --phases fuzzing   # a part of it
     python -m benchmarks.fuzz --replay build/fuzz/1_4711.http
 
 No answer may be a 5xx, take over 5 s or break the shape of errors; no process may die but a decoder at its limit of CPU
@@ -114,12 +115,12 @@ async def replay(mutant: Mutant) -> dict[str, Any]:
     return {"word": outcome.word, "seconds": round(outcome.seconds, 2), "faults": faults, "said": said, "log": log}
 
 
-def against_schema(examples: int, seed: int, *, with_keys: bool) -> dict[str, Any]:
+def against_schema(examples: int, seed: int, *, with_keys: bool, only: str, phases: str) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "keys.json"
         key = make_keys(path)[0] if with_keys else ""
         with target(**({"KEYS": str(path)} if key else {})) as to:
-            return schema.run(f"http://{to.host}:{to.port}", examples, seed, FOLDER, key)
+            return schema.run(f"http://{to.host}:{to.port}", examples, seed, FOLDER, key, only=only, phases=phases)
 
 
 def main() -> int:
@@ -130,7 +131,13 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=8, help="kept open, each with one request at a time [8]")
     parser.add_argument("--examples", type=int, default=300, help="of schema: examples an operation [300]")
     parser.add_argument("--keys", action="store_true", help="of schema: ask a service with keys")
-    parser.add_argument("--only", default="", help="of cost: images whose name holds this text")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="of cost: images whose name holds this text; of schema: operations whose path holds this regular "
+        "expression, OpenAI's too [all but OpenAI's]",
+    )
+    parser.add_argument("--phases", default=schema.PHASES, help=f"of schema: its phases [{schema.PHASES}]")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")
     parser.add_argument("--out", type=Path, help="write the report here as JSON")
     told = parser.parse_args()
@@ -145,7 +152,7 @@ def main() -> int:
     elif told.kind == "cost":
         report = asyncio.run(cost.measure(told.only))
     elif told.kind == "schema":
-        report = against_schema(told.examples, told.seed, with_keys=told.keys)
+        report = against_schema(told.examples, told.seed, with_keys=told.keys, only=told.only, phases=told.phases)
     else:
         parser.error("name what to send, or --replay FILE")
     tell(report, told.out)

@@ -27,19 +27,25 @@ def program() -> str:
     return found
 
 
-def run(url: str, examples: int, seed: int, folder: Path, key: str = "") -> dict[str, Any]:
+def run(
+    url: str, examples: int, seed: int, folder: Path, key: str = "", *, only: str = "", phases: str = PHASES
+) -> dict[str, Any]:
     """A report; what schemathesis says is in `folder`/schema.log too. With a key it also tries without one.
 
-    Raises RuntimeError if it is not installed.
+    `only`: a regular expression that the paths of the operations hold; empty for all but OTHERS. Raises RuntimeError if
+    schemathesis is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / "schema.json"
     found.unlink(missing_ok=True)
-    command = [program(), "run", f"{url}/openapi.json", "--checks", "all", "--phases", PHASES, "--continue-on-failure"]
+    command = [program(), "run", f"{url}/openapi.json", "--checks", "all", "--phases", phases, "--continue-on-failure"]
     command += ["--max-examples", str(examples), "--seed", str(seed), "--generation-database", "none", "--no-color"]
     command += ["--suppress-health-check", "filter_too_much"]  # of the batch, whose items may be anything
-    for path in OTHERS:
-        command += ["--exclude-path", path]
+    if only:
+        command += ["--include-path-regex", only]
+    else:
+        for path in OTHERS:
+            command += ["--exclude-path", path]
     if key:
         command += ["--header", f"Authorization: Bearer {key}"]
     command += ["--report", "json", "--report-json-path", str(found)]
@@ -51,6 +57,7 @@ def run(url: str, examples: int, seed: int, folder: Path, key: str = "") -> dict
         "schemathesis": said.get("schemathesis_version"),
         "examples": examples,
         "keys": bool(key),
+        "only": only,
         "seed": seed,
         "seconds": round(said.get("running_time", 0.0), 1),
         "operations": said.get("operations", {}).get("tested"),

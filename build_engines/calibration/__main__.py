@@ -5,8 +5,9 @@
 
 Without --questions the reference model's scenes are rendered. --questions is a file of JSON lines with image (a file
 beside it), question, answer and, if the question names something, found (true or false). The questions must not be
-those that the model learnt from. The graphs must be those of the profile `embedded`. The calibration goes into
-card.json; with --checkpoint also into the checkpoint's model_card.json, from which later builds take it.
+those that the model learnt from. A run that was stopped goes on where it was. The graphs must be those of the profile
+`embedded`. The calibration goes into card.json; with --checkpoint also into the checkpoint's model_card.json, from
+which later builds take it.
 """
 
 from __future__ import annotations
@@ -23,38 +24,49 @@ from build_engines.calibration.asking import ABSENT, FOREIGN, WORDS, Picture, Ta
 from build_engines.calibration.chain import Chain
 from build_engines.calibration.fitting import Asked, TooFew, fitted
 from build_engines.calibration.foreign import foreign
+from build_engines.calibration.kept import Kept
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from service.core.card import ModelCard
 from service.core.confidence import Calibration, Words, summary
 
 FIRST = 600_000  # scenes that nothing else uses
 SCENES = {NEW: 240, PAIRS: 200, SMALL: 260}
+KEPT = Path("build/calibrate")
 FOREIGN_IMAGES = 50  # of each kind
 FOREIGN_QUESTIONS = 3  # about each of them
 
 
-def collected(chain: Chain, pictures: list[Picture], foreign_files: list[bytes]) -> list[Asked]:
-    """Ask every picture's questions, and the same questions about the foreign files, where no answer is right."""
-    material = [
-        Asked(summary(view.vision), outcomes)
-        for view, outcomes in ask(chain, tqdm(pictures, desc="questions", unit="image"))
-    ]
+def collected(
+    chain: Chain, pictures: list[Picture], foreign_files: list[bytes], kept: Path | None = None
+) -> list[Asked]:
+    """Ask every picture's questions, and the same questions about the foreign files, where no answer is right.
+
+    What each picture brings is kept in the file `kept`, and is not asked for again.
+    """
+    known = Kept(kept)
+
+    def material(picture: Picture, *, is_foreign: bool) -> Asked:
+        if (asked := known.get(picture)) is None:
+            ((view, outcomes),) = ask(chain, [picture])
+            asked = Asked(summary(view.vision), outcomes, is_foreign)
+            known.put(picture, asked)
+        return asked
+
+    own = [material(each, is_foreign=False) for each in tqdm(pictures, desc="questions", unit="image")]
     asked = [task for picture in pictures for task in picture.tasks if task.group != ABSENT]
     strangers = [
         Picture(data, [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]])
         for index, data in enumerate(foreign_files)
     ]
-    return material + [
-        Asked(summary(view.vision), outcomes, is_foreign=True)
-        for view, outcomes in ask(chain, tqdm(strangers, desc="foreign", unit="image"))
-    ]
+    return own + [material(each, is_foreign=True) for each in tqdm(strangers, desc="foreign", unit="image")]
 
 
-def reference_material(chain: Chain, share: float = 1.0) -> list[Asked]:
+def reference_material(chain: Chain, share: float = 1.0, kept: Path | None = None) -> list[Asked]:
     """Ask about rendered scenes of all splits, and about pictures of other worlds."""
     numbers = {split: max(2, round(number * share)) for split, number in SCENES.items()}
     pictures = [picture for split, number in numbers.items() for picture in scenes(split, number, FIRST)]
-    return collected(chain, pictures, [each.data for each in foreign("fit", max(2, round(FOREIGN_IMAGES * share)))])
+    files = [each.data for each in foreign("fit", max(2, round(FOREIGN_IMAGES * share)))]
+    return collected(chain, pictures, files, kept)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--questions", type=Path, help="held-out questions as JSON lines [rendered scenes]")
     found.add_argument("--foreign", type=Path, help="folder of images of no world that the model knows")
     found.add_argument("--words", type=Path, help="JSON with names, presence and denials [those of the scenes]")
+    found.add_argument(
+        "--kept", type=Path, default=KEPT, help="folder of what a run that was stopped has asked [%(default)s]"
+    )
     return found
 
 
@@ -92,11 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         chain = Chain.load(given.repository, threads=1)
+        kept = given.kept / f"{chain.card.visual_fingerprint}.jsonl"
         if given.questions is None:
-            material = reference_material(chain)
+            material = reference_material(chain, kept=kept)
         else:
             files = sorted(given.foreign.iterdir()) if given.foreign else []
-            material = collected(chain, list(told(given.questions)), [path.read_bytes() for path in files])
+            material = collected(chain, list(told(given.questions)), [path.read_bytes() for path in files], kept)
         calibration = fitted(material, words_of(given.words), {"weights": chain.card.visual_fingerprint})
     except (TooFew, ValueError, OSError) as error:
         print(f"glimpse calibrate: {error}", file=sys.stderr)

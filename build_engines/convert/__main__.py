@@ -33,6 +33,8 @@ from build_engines.convert.run import is_done, publish, recover, run
 from build_engines.convert.source import Source, file_digest
 from service.core import tensors
 
+KNOWN = list(dict.fromkeys(each for precisions in PRECISIONS.values() for each in precisions))
+
 
 class Bar:
     """Show the progress of steps on the terminal."""
@@ -63,12 +65,19 @@ def parser() -> argparse.ArgumentParser:
     llm = LlmEngine()
     found.add_argument("checkpoint", help="directory or Hugging Face hub name of a BLIP-2 or InstructBLIP checkpoint")
     found.add_argument("--profile", choices=list(PRECISIONS), default="embedded", help="how the repository is served")
-    found.add_argument("--precision", choices=["fp32", "fp16", "fp8"], default="", help="[the profile's default]")
+    found.add_argument("--precision", choices=KNOWN, default="", help="[the profile's default]")
     found.add_argument("--out", type=Path, required=True, help="repository to write")
+    found.add_argument(
+        "--allocator", type=Path, metavar="DIR", help="an allocator from `glimpse adapt` [its own, if any]"
+    )
+    found.add_argument("--zero-shot", action="store_true",
+                       help="look where InstructBLIP's Q-Former looks for this question, without training")  # fmt: skip
     found.add_argument("--dry-run", action="store_true", help="print the steps and their commands, and do nothing")
     found.add_argument("--until", metavar="STEP", help="stop after this step, for example parity")
     found.add_argument("--images", type=Path, help="folder of images for calibration and parity [rendered scenes]")
     found.add_argument("--calibration-images", type=int, default=512, help="number of images for FP8 calibration")
+    found.add_argument("--agreement-questions", type=int, default=256,
+                       help="questions that compare the answers of a CPU precision with FP32's")  # fmt: skip
     found.add_argument("--max-batch", type=int, default=8, help="maximum images in a batch")
     found.add_argument("--opt-batch", type=int, default=4, help="batch size that plans are tuned for, in images")
     found.add_argument("--run-in", choices=["docker", "here"], default="docker", help="where TensorRT is installed")
@@ -94,8 +103,11 @@ def options_of(arguments: argparse.Namespace) -> Options:
             out=arguments.out,
             profile=arguments.profile,
             precision=arguments.precision,
+            allocator=arguments.allocator,
+            zero_shot=arguments.zero_shot,
             images=arguments.images,
             calibration_images=arguments.calibration_images,
+            agreement_questions=arguments.agreement_questions,
             vision_batch=arguments.max_batch,
             opt_batch=min(arguments.opt_batch, arguments.max_batch),
             run_in=arguments.run_in,
@@ -144,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = options_of(given)
         check_out(options.out)
-        source = inspect(options.checkpoint)
+        source = inspect(options.checkpoint, options.allocator, options.zero_shot)
         needed = estimate.check(options, source)
         root = root_of(source)
         steps = plan(options, source, root)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from build_engines.convert.options import Refused
 from build_engines.convert.source import INSTRUCT, Source
+from build_engines.model.adapted import FIXED, WEIGHTS, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.checkpoint import (
     ALLOCATOR,
@@ -40,8 +41,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 NAMED_AT_MOST = 5  # tensors that an error message lists
 
 
-def inspect(checkpoint: str) -> Source:
-    """Inspect a directory, or a repository of the Hugging Face hub by name.
+def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = False) -> Source:
+    """Inspect a directory, or a repository of the Hugging Face hub by name, and an allocator adapted to it.
 
     The weights are downloaded only after the other files have passed. Raises Refused with the reason for a checkpoint
     that cannot be built.
@@ -55,7 +56,12 @@ def inspect(checkpoint: str) -> Source:
         directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
     wanted = _wanted_shapes(directory, family, config)
     _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    allocator = _allocator(directory)
+    if zero_shot and (family != INSTRUCT or adapted is not None):
+        raise Refused(
+            "--zero-shot needs an InstructBLIP checkpoint, whose Q-Former reads the question, and no --allocator: "
+            "leave it out"
+        )
+    allocator = _allocator(directory) if adapted is None else _adapted(adapted, config)
     return Source(
         directory=directory,
         name=Path(checkpoint).name,
@@ -66,7 +72,9 @@ def inspect(checkpoint: str) -> Source:
         vocab_size=config.text_config.vocab_size,
         max_positions=config.text_config.max_position_embeddings,
         parameters=_parameters(wanted),
-        closer_view=allocator.closer is not None,
+        closer_view=allocator.closer is not None and not zero_shot,
+        zero_shot=zero_shot,
+        allocator=adapted,
         files=tuple(sorted({path for pattern in HUB_FILES for path in directory.glob(pattern) if path.is_file()})),
     )
 
@@ -207,6 +215,21 @@ def _allocator(directory: Path) -> RelevanceAllocator:
         return load_allocator(directory / ALLOCATOR)
     except (ValueError, SafetensorError, OSError) as exc:
         raise Refused(str(exc)) from exc
+
+
+def _adapted(folder: Path, config: PreTrainedConfig) -> RelevanceAllocator:
+    """The allocator in a folder of `glimpse adapt`. Raises Refused for one of other sizes."""
+    try:
+        told = Adapted.read(folder)
+        found = RelevanceAllocator(None) if told.state == FIXED else load_allocator(folder / WEIGHTS)
+    except (ValueError, SafetensorError, OSError) as exc:
+        raise Refused(str(exc)) from exc
+    width = config.vision_config.hidden_size
+    if found.participatory is not None and found.participatory.patch_norm.normalized_shape != (width,):
+        raise Refused(
+            f"{folder} was adapted to an encoder of another width than {width}: give the allocator of this checkpoint"
+        )
+    return found
 
 
 def _few(names: list[str]) -> str:

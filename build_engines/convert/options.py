@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PRECISIONS = {"embedded": ("fp32",), "onnx-gpu": ("fp32", "fp16"), "tensorrt": ("fp16", "fp8")}  # by profile
+PRECISIONS = {
+    "embedded": ("fp32", "bf16", "int8", "int4"),
+    "onnx-gpu": ("fp32", "fp16"),
+    "tensorrt": ("fp16", "fp8"),
+}  # by profile
 WHY_NOT = {
     "embedded": "ONNX Runtime computes FP16 and FP8 about four times slower than FP32 on a CPU",
     "onnx-gpu": "ONNX Runtime's CUDA provider has no FP8 matrix products: FP8 needs --profile tensorrt",
     "tensorrt": "TensorRT-LLM's engines are FP16 or FP8, and the prompt embedding table has their type",
 }
+GPU_PRECISIONS = ("fp16", "fp8")  # of the graphs themselves; a CPU's other precisions stand beside FP32's graphs
 DEFAULT_PRECISION = {"embedded": "fp32", "onnx-gpu": "fp16", "tensorrt": "fp16"}
 LEAST_CALIBRATION_IMAGES = 500  # with fewer, FP8 ranges depend on chance
 
@@ -48,8 +53,11 @@ class Options:
     out: Path
     profile: str = "embedded"
     precision: str = ""  # the profile's default if empty
+    allocator: Path | None = None  # a folder that `glimpse adapt` wrote
+    zero_shot: bool = False  # whether InstructBLIP's Q-Former says where to look
     images: Path | None = None  # for calibration and parity, with questions.txt; None: rendered scenes
     calibration_images: int = 512
+    agreement_questions: int = 256  # asked in FP32 and in another precision of the CPU, to compare the answers
     vision_batch: int = 8  # maximum images in a batch
     opt_batch: int = 4  # batch size that a plan is tuned for, in images
     llm: LlmEngine = field(default_factory=LlmEngine)
@@ -61,7 +69,7 @@ class Options:
     @property
     def dtype(self) -> str:
         """Triton's type of features, vision tokens and visual tokens."""
-        return "FP32" if self.precision == "fp32" else "FP16"
+        return "FP16" if self.precision in GPU_PRECISIONS else "FP32"
 
     @property
     def work(self) -> Path:
@@ -89,6 +97,8 @@ def checked(options: Options) -> Options:
             f"--calibration-images {options.calibration_images} is too few for FP8: "
             f"use at least {LEAST_CALIBRATION_IMAGES}"
         )
+    if options.agreement_questions < 1:
+        raise Refused(f"--agreement-questions {options.agreement_questions} must be at least 1")
     if not 0 < options.llm.kv_memory_fraction < 1:
         raise Refused(f"--kv-memory-fraction {options.llm.kv_memory_fraction} must be between 0 and 1, both exclusive")
     return Options(**{**vars(options), "precision": precision})

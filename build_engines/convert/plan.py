@@ -6,6 +6,10 @@ digests and the versions alone; nothing here has side effects. A step with an un
     export NAME      checkpoint -> ONNX, FP32
     samples          images and questions -> inputs of each graph, for calibration and parity
     fp8 NAME         ONNX -> ONNX with FP8 Q/DQ around most of its matrix products
+    int8 NAME        ONNX -> ONNX with products of integers, for CPUs
+    int4 llm         ONNX -> ONNX with weights of 4 bits, for CPUs
+    bf16 NAME        ONNX -> ONNX that rounds to BF16 as a CPU does, to measure what that changes
+    agreement        answers of a CPU precision compared with FP32's
     fp16 NAME        ONNX -> ONNX in FP16, with sensitive nodes kept in FP32
     parity           cosine and greatest difference of every graph against FP32
     plan NAME        ONNX -> TensorRT plan, inside the image that will serve it
@@ -25,9 +29,10 @@ from typing import Any
 from blake3 import blake3
 
 from build_engines.convert import plans, profiles, trtllm
-from build_engines.convert.options import Options, Refused
+from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
 from build_engines.convert.source import Source
 from build_engines.repository import graphs_of
+from service.core.precision import REDUCED
 from service.core.vision import CROPS
 
 FORMAT = 1  # of the steps' output; another number makes every step run again
@@ -115,7 +120,12 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             yield Step(f"fp8 {name}", "fp8", "FP8 Q/DQ by modelopt, max calibration", needs=(made[name], "samples"),
                        settings={"graph": name})  # fmt: skip
             made[name] = f"fp8 {name}"
-    if options.precision != "fp32":
+    on_cpu = cpu_steps(options)
+    for name, step in on_cpu.items():
+        yield Step(step, step.split()[0], "integers or BF16, with everything but products kept in FP32",
+                   needs=(made[name],), settings={"graph": name})  # fmt: skip
+        made[name] = step
+    if options.precision in GPU_PRECISIONS:
         for name in graphs:
             yield Step(f"fp16 {name}", "fp16", "FP16, with norms, softmax, texture and allocator kept in FP32",
                        needs=(made[name],), settings={"graph": name})  # fmt: skip
@@ -129,7 +139,16 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
         needs=("samples", *exported, *(name for name in made.values() if name not in exported)),
         settings={"graphs": made, "against": "pytorch" if options.precision == "fp32" else "fp32", "static": static},
     )
-    served = dict(made)
+    agreement: tuple[str, ...] = ()
+    if on_cpu:
+        agreement = ("agreement",)
+        chain = [name for name in graphs if name != "relevance_allocator_448"]
+        yield Step("agreement", "agreement", f"answers to {options.agreement_questions} questions against FP32's",
+                   needs=("card", *exported, *on_cpu.values()),
+                   settings={"images": images, "count": options.agreement_questions,
+                             "fp32": {name: f"export {name}" for name in chain},
+                             "graphs": {name: made[name] for name in chain}})  # fmt: skip
+    served = {name: f"export {name}" for name in graphs} if on_cpu else dict(made)
     if plans_wanted:
         for name in graphs:
             inputs = profiles.inputs_of(options, source, name)
@@ -147,17 +166,31 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
         "repository",
         "repository",
         "Triton's model repository and its manifest",
-        needs=("card", "parity", *served.values()),
+        needs=("card", "parity", *agreement, *served.values(), *beside_fp32(options).values()),
         settings={
             "profile": options.profile,
             "precision": options.precision,
             "served": served,
+            "beside_fp32": beside_fp32(options),
             "opt_batch": options.opt_batch,
             "configurations": {
                 m.name: profiles.configuration(options, source, m) for m in profiles.served(options, source)
             },
         },
     )
+
+
+def cpu_steps(options: Options) -> dict[str, str]:
+    """The steps that make a CPU's graphs of another precision than FP32, by graph; none for the other profiles."""
+    if options.precision in ("fp32", *GPU_PRECISIONS):
+        return {}
+    vision = "int8" if options.precision == "int4" else options.precision
+    return {name: f"{options.precision if name == 'llm' else vision} {name}" for name in REDUCED}
+
+
+def beside_fp32(options: Options) -> dict[str, str]:
+    """The steps whose graphs are served beside FP32's, by graph. BF16 is computed from FP32's own graphs."""
+    return {} if options.precision == "bf16" else cpu_steps(options)
 
 
 def told(steps: Sequence[Step], done: set[str], line: Callable[[Step], Sequence[str]]) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from build_engines.model.adapted import FILES as ADAPTED
+
 INSTRUCT = "InstructBlipForConditionalGeneration"
 
 
@@ -26,6 +28,8 @@ class Source:
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
     closer_view: bool = False  # whether its allocator has a closer view
     files: tuple[Path, ...] = ()  # everything that a build reads
+    zero_shot: bool = False  # whether its Q-Former says where to look
+    allocator: Path | None = None  # a folder that `glimpse adapt` wrote, in place of the checkpoint's own allocator
 
     @property
     def reads_question(self) -> bool:
@@ -33,8 +37,12 @@ class Source:
         return self.family == INSTRUCT
 
     def digests(self) -> dict[str, str]:
-        """blake3 of each file, by its name in the checkpoint."""
-        return {str(path.relative_to(self.directory)): file_digest(path) for path in self.files}
+        """blake3 of each file, by its name in the checkpoint; the adapted allocator's as allocator/NAME."""
+        found = {str(path.relative_to(self.directory)): file_digest(path) for path in self.files}
+        if self.allocator is not None:
+            beside = [self.allocator / name for name in ADAPTED]
+            found |= {f"allocator/{path.name}": file_digest(path) for path in beside if path.exists()}
+        return found | ({"allocator": "zero-shot"} if self.zero_shot else {})
 
 
 def file_digest(path: Path) -> str:

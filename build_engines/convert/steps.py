@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from blake3 import blake3
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from build_engines.convert import commands, parity, plans, precision, profiles, samples, trtllm
+from build_engines.convert import agreement, commands, integers, parity, plans, precision, profiles, samples, trtllm
 from build_engines.convert.manifest import KEPT, NAME, NOT_FP8, TOOL, manifest, write
-from build_engines.convert.options import Options, Refused
+from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
 from build_engines.convert.plan import Step, folder_of
 from build_engines.convert.run import DONE
 from build_engines.convert.source import Source
@@ -67,7 +66,11 @@ class Maker:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint.load(self.source.directory)
+        try:
+            found = Checkpoint.load(self.source.directory, self.source.allocator)
+            return found.knowing_already() if self.source.zero_shot else found
+        except ValueError as exc:
+            raise Refused(str(exc)) from exc
 
     def graphs(self, static: bool) -> dict[str, Graph]:
         found = static_graphs(self.checkpoint, self.groups) if static else graphs(self.checkpoint)
@@ -88,25 +91,16 @@ class Maker:
             told,
             name=self.source.name if unnamed else told.name,
             max_positions=min(told.max_positions, step.settings["max_positions"]),
-            fingerprint=self._of_precision(told.fingerprint),
-            visual_fingerprint=self._of_precision(told.visual_fingerprint),
             float_type=self.options.dtype,
             text_type=profiles.text_type(self.options),
             top_log_probs=self.options.profile != "tensorrt",
         )
+        if self.options.precision in GPU_PRECISIONS:  # a CPU's precision is chosen at start, and FP32 is always there
+            told = told.computed_in(self.options.precision)
         (out / "card.json").write_text(told.to_json())
         for name, path in self.checkpoint.tokenizers(out).items():
             if path != out / name:
                 shutil.copyfile(path, out / name)
-
-    def _of_precision(self, fingerprint: str) -> str:
-        """Make the fingerprint depend on the precision.
-
-        Features of different precisions differ, and a cache must not mix them.
-        """
-        if self.options.precision == "fp32":
-            return fingerprint
-        return blake3(f"{fingerprint} {self.options.precision}".encode()).hexdigest()[:16]
 
     def make_export(self, step: Step, out: Path) -> None:
         graph = self.graphs(step.settings["static"])[step.settings["graph"]]
@@ -143,6 +137,33 @@ class Maker:
         converted = precision.to_fp16(name, onnx.load(self.folder(step.needs[0]) / MODEL))
         save(converted.model, out / MODEL, name)
         write(out / KEPT, dict(converted.kept))
+
+    def make_int8(self, step: Step, out: Path) -> None:
+        name, source = step.settings["graph"], self.folder(step.needs[0])
+        model = named(onnx.load(source / MODEL, load_external_data=False))
+        write(out / KEPT, integers.to_int8(name, model, source))
+        save(model, out / MODEL, f"{name}.int8")
+
+    def make_int4(self, step: Step, out: Path) -> None:
+        name, source = step.settings["graph"], self.folder(step.needs[0])
+        model = named(onnx.load(source / MODEL, load_external_data=False))
+        write(out / KEPT, integers.to_int4(model, source))
+        save(model, out / MODEL, f"{name}.int4")
+
+    def make_bf16(self, step: Step, out: Path) -> None:
+        model = named(onnx.load(self.folder(step.needs[0]) / MODEL))
+        integers.round_to_bf16(model)
+        save(model, out / MODEL, f"{step.settings['graph']}.bf16")
+
+    def make_agreement(self, step: Step, out: Path) -> None:
+        given = samples.samples(self.options.images, step.settings["count"])
+        told = ModelCard.from_json((self.folder("card") / "card.json").read_text())
+        prompts = PromptBuilder.load(told, self.folder("card"))
+        fp32, ours = (
+            {name: self.folder(made) / MODEL for name, made in step.settings[which].items()}
+            for which in ("fp32", "graphs")
+        )
+        write(out / "agreement.json", agreement.agreement(fp32, ours, told, prompts, given))
 
     def make_parity(self, step: Step, out: Path) -> None:
         report = {}
@@ -213,11 +234,26 @@ class Maker:
     def make_repository(self, step: Step, out: Path) -> None:
         for model in profiles.served(self.options, self.source):
             self._make_model(model, step.settings["served"].get(model.name), out / model.name)
+            if made := step.settings["beside_fp32"].get(model.name):
+                self._put_beside(made, model.name, out / model.name / "1")
             (out / model.name / "config.pbtxt").write_text(step.settings["configurations"][model.name])
         for path in self.folder("card").iterdir():
             if path.name != DONE:
                 shutil.copyfile(path, out / path.name)
+        if "agreement" in step.needs:
+            measured = json.loads((self.folder("agreement") / "agreement.json").read_text())
+            told = ModelCard.from_json((out / "card.json").read_text())
+            told = dataclasses.replace(told, precisions={self.options.precision: measured})
+            (out / "card.json").write_text(told.to_json())
         write(out / NAME, manifest(self.options, self.source, self.root, self.steps, self.options.work, out))
+
+    def _put_beside(self, made: str, name: str, version: Path) -> None:
+        """Serve a step's graph as model.PRECISION.onnx, with its weights under the name that the graph gives them."""
+        for path in self.folder(made).iterdir():
+            if path.name == MODEL:
+                link(path, version / f"model.{made.split(maxsplit=1)[0]}.onnx")
+            elif path.name.startswith(name):
+                link(path, version / path.name)
 
     def _make_model(self, model: Model, made: str | None, folder: Path) -> None:
         version = folder / "1"
@@ -241,6 +277,13 @@ def modelopt_python() -> str:
 
 class ToolFailed(Exception):
     """An external tool failed. The message has its last lines."""
+
+
+def named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give every node a name."""
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    return model
 
 
 def save(model: onnx.ModelProto, path: Path, name: str) -> None:
@@ -280,6 +323,10 @@ ACTIONS: dict[str, Callable[[Maker, Step, Path], None]] = {
     "samples": Maker.make_samples,
     "fp8": Maker.make_fp8,
     "fp16": Maker.make_fp16,
+    "int8": Maker.make_int8,
+    "int4": Maker.make_int4,
+    "bf16": Maker.make_bf16,
+    "agreement": Maker.make_agreement,
     "parity": Maker.make_parity,
     "plain": Maker.make_plain,
     "plan": Maker.make_plan,

@@ -12,12 +12,14 @@ from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.closer import CloserView
 from build_engines.model.focus import FocusRegions, query_groups
 from build_engines.model.knowing import ParticipatoryKnowing, mean_meaning, perspectival
+from build_engines.model.zero_shot import QFormerKnowing
 
 EXPLORE = 0.25  # share of the refinements spread evenly over the grid if no balancing is trained
 WITHOUT_QUESTION = (
     (0.5, 0.5, 0.0),
     (1.0, EXPLORE, 0.0),
 )  # weights and tensions; particularize 1 spends the whole budget
+ZERO_SHOT = ((0.0, 0.0, 1.0), (1.0, EXPLORE, 0.0))
 WITHOUT_BALANCE = ((0.0, 0.0, 1.0), (0.25, EXPLORE, 0.0))
 
 
@@ -58,7 +60,8 @@ class RelevanceAllocator(nn.Module):
 
     A part that is not trained is None. Without participatory knowing (a plain BLIP-2 checkpoint), the relevance is the
     mean of the other two maps and the whole budget is spent. Without balancing, the relevance is the participatory map
-    alone, and a quarter of the range from least to most is spent.
+    alone, and a quarter of the range from least to most is spent. With zero_shot instead of participatory knowing, the
+    relevance is its map, and the whole budget is spent.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class RelevanceAllocator(nn.Module):
         participatory: ParticipatoryKnowing | None,
         balancing: OpponentProcessing | None = None,
         closer: CloserView | None = None,
+        zero_shot: QFormerKnowing | None = None,
     ) -> None:
         """Raises ValueError for balancing without participatory knowing, whose word vectors it reads."""
         super().__init__()
@@ -74,6 +78,7 @@ class RelevanceAllocator(nn.Module):
         self.participatory = participatory
         self.balancing = balancing
         self.closer = closer
+        self.zero_shot = zero_shot
         self.allocation = Allocation()
         self.focus = FocusRegions()
 
@@ -94,6 +99,9 @@ class RelevanceAllocator(nn.Module):
         question_mask: Tensor,
     ) -> Weighed:  # fmt: skip
         """Compute relevance and tensions: every trained part except the closer view."""
+        if self.zero_shot is not None:
+            known = self.zero_shot(features, question_ids, question_mask)
+            return self.from_known(entropy, perspectival(saliency, texture), known)
         places = None if self.participatory is None else self.participatory.places(features)
         return self.balance(entropy, perspectival(saliency, texture), places, question_ids, question_mask)
 
@@ -113,9 +121,12 @@ class RelevanceAllocator(nn.Module):
                 weights, tensions = _fixed(WITHOUT_BALANCE, scores)
             else:
                 weights, tensions = self.balancing(scores, mean_meaning(meanings, question_mask))
-        # The weights sum to 1 except for rounding.
-        relevance = (weights.unsqueeze(2) * scores).sum(1).clamp(0.0, 1.0)
-        return Weighed(relevance, scores, weights, tensions)
+        return _weighed(scores, weights, tensions)
+
+    def from_known(self, proposition: Tensor, perspective: Tensor, known: Tensor) -> Weighed:
+        """`weigh` with a participatory map [B, 256] from zero_shot."""
+        scores = torch.stack([proposition, perspective, known], dim=1)
+        return _weighed(scores, *_fixed(ZERO_SHOT, scores))
 
     def detail(self, features: Tensor, detail_features: Tensor | None) -> Tensor | None:
         """Every token of the closer view, [B, 1024, D], or None without detail_features.
@@ -142,6 +153,11 @@ class RelevanceAllocator(nn.Module):
         groups = query_groups(particularize, budget)
         tokens, mask = self.allocation.pack(features, levels, self.focus(cells, groups), detail_features, self.closer)
         return Spent(tokens, mask, groups, levels.int())
+
+
+def _weighed(scores: Tensor, weights: Tensor, tensions: Tensor) -> Weighed:
+    # The weights sum to 1 except for rounding.
+    return Weighed((weights.unsqueeze(2) * scores).sum(1).clamp(0.0, 1.0), scores, weights, tensions)
 
 
 def _fixed(balance: tuple[tuple[float, ...], tuple[float, ...]], scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b` and `Salesfo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,10 +15,12 @@ from typing import TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
+from build_engines.model.adapted import FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import SUMMARIES, OpponentProcessing
 from build_engines.model.closer import CloserView
@@ -25,6 +28,7 @@ from build_engines.model.decoder import LlamaDecoder, OptDecoder, decoder_of
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
 from build_engines.model.vision import VisionEncoder
+from build_engines.model.zero_shot import QFormerKnowing
 
 # OpenAI CLIP's statistics, which BLIP-2's image processor uses if a checkpoint does not set its own.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -36,7 +40,7 @@ PROMPTS = {  # the prompts for questions that each family was trained with
 FAMILIES = {family.__name__: family for family in PROMPTS}
 QUERIES = 32  # in one group
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
-ALLOCATOR = "allocator.safetensors"  # beside the checkpoint's own weights, if the allocator is trained
+ALLOCATOR = WEIGHTS  # beside the checkpoint's own weights, if the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Module = TypeVar("Module", bound=nn.Module)
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "qformer_tokenizer/*"]
@@ -54,14 +58,18 @@ class Checkpoint:
     image_mean: list[float]
     image_std: list[float]
     card: dict[str, object]  # model_card.json; empty without this file
+    allocator_state: str = FIXED  # how its allocator came about: `adapted`
+    zero_shot: bool = False  # whether the Q-Former says where to look
 
     @classmethod
-    def load(cls, source: Path | str) -> Checkpoint:
+    def load(cls, source: Path | str, allocator: Path | None = None, *, language: bool = True) -> Checkpoint:
         """Load a directory, or download a repository of the Hugging Face hub by name.
 
         Reads config.json, the weights, and if present preprocessor_config.json or processor_config.json,
-        model_card.json and allocator.safetensors. Raises OSError for a missing file and ValueError for another
-        architecture.
+        model_card.json and allocator.safetensors. `allocator` is a folder that `glimpse adapt` wrote, whose allocator
+        takes the place of the checkpoint's own. Without `language` the language model's weights stay on disk, and it
+        cannot be run. Raises OSError for a missing file and ValueError for another
+        architecture, or an allocator of another encoder.
         """
         directory = _directory(source)
         architectures = _read_json(directory / "config.json").get("architectures", [])
@@ -69,7 +77,9 @@ class Checkpoint:
         if family is None:
             found = architectures or "no architecture"
             raise ValueError(f"{source} holds {found}: use a checkpoint of one of {', '.join(FAMILIES)}")
-        model = family.from_pretrained(directory, dtype=torch.float32).eval()
+        model = (
+            family.from_pretrained(directory, dtype=torch.float32) if language else _seeing(family, directory)
+        ).eval()
         if model.config.num_query_tokens != QUERIES:
             raise ValueError(
                 f"{source} has {model.config.num_query_tokens} queries: use a checkpoint with {QUERIES} query tokens"
@@ -82,16 +92,51 @@ class Checkpoint:
             )
         preprocessor = _read_json(directory / "preprocessor_config.json", default={})
         preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
-        allocator = load_allocator(directory / ALLOCATOR)
-        return cls(
+        own = load_allocator(directory / ALLOCATOR)
+        found = cls(
             directory=directory,
             model=model,
-            participatory=allocator.participatory,
-            balancing=allocator.balancing,
-            closer=allocator.closer,
+            participatory=own.participatory,
+            balancing=own.balancing,
+            closer=own.closer,
             image_mean=preprocessor.get("image_mean", CLIP_MEAN),
             image_std=preprocessor.get("image_std", CLIP_STD),
             card={"name": Path(source).name} | _read_json(directory / "model_card.json", default={}),
+            allocator_state=FIXED if own.participatory is None else TRAINED,
+        )
+        return found if allocator is None else found.adapted(allocator)
+
+    def knowing_already(self) -> Checkpoint:
+        """Let the Q-Former say where to look, which reads the question. Raises ValueError if it does not."""
+        if not self.reads_question:
+            raise ValueError(f"{self.directory} has a Q-Former that does not read the question: use `glimpse adapt`")
+        return dataclasses.replace(
+            self, participatory=None, balancing=None, closer=None, zero_shot=True, allocator_state=ZERO_SHOT
+        )
+
+    def adapted(self, folder: Path) -> Checkpoint:
+        """Replace the allocator by one that was adapted to this encoder. Raises ValueError for one of another."""
+        told = Adapted.read(folder)
+        if told.encoder != self.vision_fingerprint():
+            raise ValueError(
+                f"{folder} was adapted to another encoder: run `glimpse adapt` with this checkpoint, or build the one "
+                "that it was made with"
+            )
+        if (folder / QFORMER).exists():
+            self.model.load_state_dict(load_file(folder / QFORMER), strict=False)
+        new = RelevanceAllocator(None) if told.state == FIXED else load_allocator(folder / WEIGHTS)
+        return dataclasses.replace(
+            self,
+            participatory=new.participatory,
+            balancing=new.balancing,
+            closer=new.closer,
+            allocator_state=told.state,
+            card=self.card
+            | {
+                "default_vision_tokens": list(told.default_vision_tokens),
+                "closer_view_at": told.closer_view_at,
+                "adapted": told.told,
+            },
         )
 
     @property
@@ -121,7 +166,10 @@ class Checkpoint:
         return VisionEncoder(self.model.vision_model, self.image_mean, self.image_std).eval()
 
     def allocator(self) -> RelevanceAllocator:
-        return RelevanceAllocator(self.participatory, self.balancing, self.closer).eval()
+        knowing = None
+        if self.zero_shot:
+            knowing = QFormerKnowing(InstructQFormer(self.model))
+        return RelevanceAllocator(self.participatory, self.balancing, self.closer, knowing).eval()
 
     def qformer(self) -> QFormer | InstructQFormer:
         return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
@@ -147,6 +195,22 @@ def _directory(source: Path | str) -> Path:
             f"{source} is neither a directory nor a hub name: give one, such as Salesforce/blip2-opt-2.7b"
         )
     return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+
+
+def _seeing(family: type[Module], directory: Path) -> Module:
+    """The model with every weight except the language model's, in FP32: most of a published checkpoint is that one."""
+    with torch.device("meta"):
+        model = family(AutoConfig.from_pretrained(directory))
+    weights = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name == ALLOCATOR:
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if "language_model." not in name:
+                    weights[name] = file.get_tensor(name).float()
+    model.load_state_dict(weights, strict=False, assign=True)
+    return model
 
 
 def _fingerprint(image_mean: list[float], image_std: list[float], *modules: nn.Module) -> str:

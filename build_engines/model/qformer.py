@@ -68,22 +68,59 @@ class InstructQFormer(nn.Module):
         self.language_projection = model.language_projection
 
     def forward(self, vision_tokens: Tensor, visible: Tensor, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        queries = self.query_tokens.expand(vision_tokens.shape[0], -1, -1)
-        words = self.words(question_ids) + self.positions.weight[: question_ids.shape[1]]
-        hidden = self.layernorm(torch.cat([queries, words], dim=1))
         image_bias = bias_where_hidden(visible[:, None, None, :] > 0)
-        read = torch.cat([torch.ones_like(queries[:, :, 0]), question_mask.float()], dim=1)
-        text_bias = bias_where_hidden(read[:, None, None, :] > 0)
-        count = queries.shape[1]
+        return self.language_projection(self.read(vision_tokens, (question_ids, question_mask), image_bias))
+
+    def read(
+        self,
+        vision_tokens: Tensor,
+        question: tuple[Tensor, Tensor],
+        bias: Tensor | None = None,
+        gates: Tensor | None = None,
+        owner: Tensor | None = None,
+    ) -> Tensor:
+        """As `QFormer.read`, with the question's ids and mask, each [B, 32]."""
+        hidden, text_bias, count = self._begin(question)
         for layer in self.layers:
             hidden = _attend(layer.attention, hidden, hidden, text_bias)
-            queries, words = hidden[:, :count], hidden[:, count:]
+            hidden = self._look(layer, hidden, count, vision_tokens, bias, gates, owner)
+        return hidden[:, :count]
+
+    def attention(self, vision_tokens: Tensor, question: tuple[Tensor, Tensor]) -> Tensor:
+        """The share of the queries' attention that each vision token gets, [B, N]: mean over layers, heads, queries.
+
+        vision_tokens [B, N, D], question ids and mask [B, 32]. The queries have read the question before they look.
+        """
+        hidden, text_bias, count = self._begin(question)
+        looking = [number for number, layer in enumerate(self.layers) if layer.has_cross_attention]
+        shares = []
+        for layer in self.layers[: looking[-1] + 1]:
+            hidden = _attend(layer.attention, hidden, hidden, text_bias)
             if layer.has_cross_attention:
-                queries = _attend(layer.crossattention, queries, vision_tokens, image_bias)
-            queries = layer.output_query(layer.intermediate_query(queries), queries)
-            words = layer.output(layer.intermediate(words), words)
-            hidden = torch.cat([queries, words], dim=1)
-        return self.language_projection(hidden[:, :count])
+                shares.append(_shares(layer.crossattention, hidden[:, :count], vision_tokens))
+            hidden = self._look(layer, hidden, count, vision_tokens, None, None, None)
+        return torch.stack(shares).mean(0)
+
+    def _begin(self, question: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, int]:
+        """Queries and words [B, 64, width], the bias that hides padding, and the number of queries."""
+        question_ids, question_mask = question
+        queries = self.query_tokens.expand(question_ids.shape[0], -1, -1)
+        words = self.words(question_ids) + self.positions.weight[: question_ids.shape[1]]
+        hidden = self.layernorm(torch.cat([queries, words], dim=1))
+        read = torch.cat([torch.ones_like(queries[:, :, 0]), question_mask.float()], dim=1)
+        return hidden, bias_where_hidden(read[:, None, None, :] > 0), queries.shape[1]
+
+    def _look(
+        self, layer: nn.Module, hidden: Tensor, count: int, vision_tokens: Tensor, bias: Tensor | None,
+        gates: Tensor | None, owner: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The rest of a layer after its self-attention."""
+        queries, words = hidden[:, :count], hidden[:, count:]
+        if layer.has_cross_attention:
+            queries = _attend(layer.crossattention, queries, vision_tokens, bias, gates, owner)
+        queries = layer.output_query(layer.intermediate_query(queries), queries)
+        words = layer.output(layer.intermediate(words), words)
+        return torch.cat([queries, words], dim=1)
 
 
 def _attend(
@@ -102,3 +139,12 @@ def _attend(
     if owner is not None:
         key, value = key[owner], value[owner]
     return block.output(attend(query, key, value, bias, gates), hidden)
+
+
+def _shares(block: InstructBlipQFormerAttention, hidden: Tensor, context: Tensor) -> Tensor:
+    """Attention [B, N] of a block over its context [B, N, D]: mean over heads and queries."""
+    attention = block.attention
+    heads = (attention.num_attention_heads, attention.attention_head_size)
+    query = attention.query(hidden).unflatten(2, heads).transpose(1, 2) * attention.scaling
+    key = attention.key(context).unflatten(2, heads).transpose(1, 2)
+    return torch.softmax(query @ key.transpose(2, 3), dim=-1).mean((1, 2))

@@ -390,6 +390,53 @@ CAPACITY = Dashboard(
             kind="stacked",
         ),
         Panel(
+            "CPU by tenant",
+            [Query(f"sum by (tenant) (rate(glimpse_tenant_cpu_seconds_total{RATE}))", "{{tenant}}")],
+            "short",
+            "Cores of gateways, decoders and models. (service) is start, probes and idle time.",
+            kind="stacked",
+        ),
+        Panel(
+            "Price an hour by tenant",
+            [
+                Query(
+                    f"sum by (tenant, variant) (rate(glimpse_tenant_cpu_seconds_total{RATE})) * ${CPU_PRICE}",
+                    "{{tenant}}, {{variant}}",
+                )
+            ],
+            "short",
+            "CPU time at the price in the head of this page. `glimpse cost` has a table of any time, GPUs too.",
+            kind="stacked",
+        ),
+        Panel(
+            "CPU by part",
+            [Query(f"sum by (part) (rate(glimpse_tenant_cpu_seconds_total{RATE}))", "{{part}}")],
+            "short",
+            "Cores of the gateway, its decoders, each model, and triton, the server itself.",
+            kind="stacked",
+        ),
+        Panel(
+            "GPU by tenant",
+            [Query(f"sum by (tenant) (rate(glimpse_tenant_gpu_seconds_total{RATE})) or vector(0)", "{{tenant}}")],
+            "short",
+            "GPUs that models of the python backend kept busy; 0 if no model ran on one.",
+            kind="stacked",
+        ),
+        Panel(
+            "Answers by tenant",
+            [Query(f'sum by (tenant) (rate(glimpse_tenant_requests_total{{outcome="ok"}}{RATE}))', "{{tenant}}")],
+            "reqps",
+            "The tenants that ask most have a label of their own.",
+            kind="stacked",
+        ),
+        Panel(
+            "Tokens by tenant",
+            [Query(f"sum by (tenant, kind) (rate(glimpse_tenant_tokens_total{RATE}))", "{{tenant}}: {{kind}}")],
+            "short",
+            "Prompt, visual and generated tokens a second.",
+            kind="stacked",
+        ),
+        Panel(
             "Admitted cost",
             [Query("sum by (unit) (glimpse_admitted_cost)", "{{unit}}")],
             "short",

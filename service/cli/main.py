@@ -18,6 +18,7 @@ from service.cli import cache, keys, variants
 from service.cli.ask import ask
 from service.cli.client import connected, plain_words
 from service.cli.completion import NAME, completion, prepare
+from service.cli.cost import cost
 from service.cli.options import Detail, Url, budget, url_of
 from service.cli.probes import canary, health
 from service.cli.terminal import become, require, run
@@ -88,6 +89,7 @@ def triton(
 
 app.command()(health)
 app.command()(canary)
+app.command()(cost)
 app.command()(ask)
 app.command()(completion)
 
@@ -142,6 +144,12 @@ def train(context: typer.Context) -> None:
 def build(context: typer.Context) -> None:
     """Build a repository that Triton serves from a BLIP-2 or InstructBLIP checkpoint: `glimpse build --help`."""
     become("build_engines.convert", context.args, goal="build", needs="torch")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def adapt(context: typer.Context) -> None:
+    """Give a checkpoint an allocator of its own, from images and questions: `glimpse adapt --help`. Needs PyTorch."""
+    become("build_engines.adapt", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

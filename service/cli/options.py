@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.environment import with_platform
+
 Url = Annotated[
     str | None,
     typer.Option(
@@ -26,7 +28,7 @@ def url_of(given: str | None) -> str:
     host = os.environ.get("GLIMPSE_HTTP_HOST") or "127.0.0.1"
     if host in ("0.0.0.0", "::"):  # every address of the machine, this one too
         host = "127.0.0.1"
-    port = os.environ.get("GLIMPSE_HTTP_PORT") or "8080"
+    port = with_platform(os.environ).get("GLIMPSE_HTTP_PORT") or "8080"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from blake3 import blake3
+
 from service.core.confidence import Calibration
 from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
 
-BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens")  # pairs of a model card
+BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens")  # pairs of a model card
+
+
+def of_precision(fingerprint: str, precision: str) -> str:
+    """Return the fingerprint of the same weights computed in another precision than FP32."""
+    return blake3(f"{fingerprint} {precision}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,10 @@ class ModelCard:
     vision_tokens: tuple[int, int]  # least and most that a budget can ask for
     visual_tokens: tuple[int, int]  # the same
     default_visual_tokens: tuple[int, int] = (32, 32)  # for a request whose budget has no visual_tokens
+    default_vision_tokens: tuple[int, int] | None = None  # the same of vision_tokens, without a closer view; None: all
+    # How the allocator came about: trained on answers, distilled from the full view, zero-shot (from what the
+    # checkpoint knows), or fixed (relevance does not depend on the question). Empty: not told.
+    allocator: str = ""
     # Whether the LLM has learnt to read images inside a question's text. If not, they come before that text, wherever
     # the caller put them: BLIP-2's and InstructBLIP's LLMs know no other place.
     interleaved: bool = False
@@ -54,9 +65,26 @@ class ModelCard:
     question_tokenizer: str = "tokenizer.json"
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
+    precision: str = "fp32"  # in which the models compute
+    # By CPU precision other than FP32: how many questions were asked, and the share of answers equal to FP32's.
+    precisions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     top_log_probs: bool = False  # whether the LLM tells the likeliest tokens beside each of its own
     confidence: Calibration | None = None  # None: answers carry no confidence, and metadata.confidence says why
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
+
+    def computed_in(self, precision: str) -> Self:
+        """Return the card of the same models computed in another precision.
+
+        Its fingerprints differ, because a cache must not mix the features of two precisions.
+        """
+        if precision == self.precision:
+            return self
+        return dataclasses.replace(
+            self,
+            precision=precision,
+            fingerprint=of_precision(self.fingerprint, precision),
+            visual_fingerprint=of_precision(self.visual_fingerprint, precision),
+        )
 
     @property
     def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
@@ -90,12 +118,20 @@ class ModelCard:
         least, most = self.vision_tokens
         return (least, MAX_VISION_TOKENS) if self.closer_view and detail != "low" else (least, most)
 
+    def unasked_vision_tokens(self, detail: Detail) -> tuple[int, int]:
+        """Return the vision tokens of a request without a budget of them, at this detail."""
+        least, most = self.vision_tokens_for(detail)
+        if self.default_vision_tokens is None:
+            return least, most
+        low, high = self.default_vision_tokens
+        return low, high if most == self.vision_tokens[1] else most
+
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read the text of a card.json. Raises ValueError, which names the missing or unknown field."""
         try:
             fields = json.loads(text)
-            budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS}
+            budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS and value is not None}
             told = fields.pop("confidence", None)
             confidence = None if told is None else Calibration.from_json(told, fields["vision_width"])
             return cls(**fields | budgets, confidence=confidence)

@@ -100,7 +100,7 @@ def to_request(
         exchanges=exchanges,
         system=system,
         budget=Budget(
-            fields.vision_tokens or card.vision_tokens_for(fields.detail),
+            fields.vision_tokens or card.unasked_vision_tokens(fields.detail),
             fields.visual_tokens or card.default_visual_tokens,
         ),
         detail=fields.detail,

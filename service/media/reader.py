@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from service.core.vision import IMAGE_SIZE
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.media.store import Image
-from service.media.workers import DecodingWorkers
+from service.media.workers import CpuSpent, DecodingWorkers, uncounted
 
 INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) is cheaper than a thread
 
@@ -38,9 +38,9 @@ class ImageReader:
 class WorkerReader(ImageReader):
     """Decode in processes, which are ended when an image costs too much or the service stops; hash in threads."""
 
-    def __init__(self, limits: ImageLimits, workers: int, cpu_s: float) -> None:
+    def __init__(self, limits: ImageLimits, workers: int, cpu_s: float, spent: CpuSpent = uncounted) -> None:
         super().__init__(limits, threads=1)
-        self.workers = DecodingWorkers(limits, workers, cpu_s)
+        self.workers = DecodingWorkers(limits, workers, cpu_s, spent=spent)
 
     def start(self) -> None:
         """Start the processes on the running event loop. The first image does so too."""

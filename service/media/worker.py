@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,8 +61,10 @@ def main(limits: WorkerLimits) -> None:
     with control, mmap.mmap(limits.memory, limits.shared_bytes) as memory:
         control.send(b"ready")
         while packet := next_packet(control):
+            begun_s = time.process_time()
             reply = answered(json.loads(packet), memory, limits)
-            control.send(json.dumps(reply).encode())
+            ended_s = time.process_time()
+            control.send(json.dumps(reply | {"cpu_s": [ended_s - begun_s, ended_s]}).encode())
 
 
 def next_packet(control: socket.socket) -> bytes:

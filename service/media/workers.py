@@ -32,10 +32,15 @@ WALL_S = 20.0  # for one image; a worker that is stopped or starved passes it
 MEMORY_BYTES = 256 * 1024 * 1024  # for one image, and PIXEL_MEMORY_BYTES more for each pixel that is allowed
 PIXEL_MEMORY_BYTES = 32  # a WebP takes 20: two canvases of 4, and 4 each for its own, Pillow's and one to resize
 CHUNK_BYTES = 1024 * 1024  # copied at once, so that the event loop is not held up
+CpuSpent = Callable[[float, float], None]  # CPU seconds of an image, and others of its decoder since the last image
 ATTEMPTS = 2  # a worker may be ended from outside; an image that ends two is at fault
 ERRORS: dict[str, type[GlimpseError]] = {error.__name__: error for error in (InvalidImage, TooLarge)}
 NO_START = "the image decoder does not start: ask again later"
 SENT_SMALLER = f"send it smaller, or save it anew (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)"
+
+
+def uncounted(cpu_s: float, other_cpu_s: float) -> None:
+    """Take the CPU seconds where nobody counts them."""
 
 
 class Worker:
@@ -44,8 +49,10 @@ class Worker:
     The kernel ends the process with the thread that made it.
     """
 
-    def __init__(self, limits: ImageLimits, cpu_s: float, memory_bytes: int, ended: Callable[[], None]) -> None:
-        """`ended` is called when the process has ended by itself."""
+    def __init__(
+        self, limits: ImageLimits, cpu_s: float, memory_bytes: int, ended: Callable[[], None], spent: CpuSpent
+    ) -> None:
+        """`ended` is called when the process has ended by itself, `spent` with the CPU seconds of each image."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         memory = os.memfd_create("glimpse-decode", os.MFD_CLOEXEC)
         told = WorkerLimits(limits, cpu_s, memory_bytes, os.getpid(), theirs.fileno(), memory)
@@ -74,6 +81,8 @@ class Worker:
         self.is_alive = True
         self.settled = asyncio.Event()  # it has started, or has ended before
         self._ended = ended
+        self._spent = spent
+        self._told_cpu_s = 0.0
         self._reply: asyncio.Future[bytes] | None = None
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
 
@@ -99,7 +108,13 @@ class Worker:
             return None
         finally:
             self._reply = None
-        return self._decoded(json.loads(packet), views) if packet else None
+        if not packet:
+            return None
+        reply = json.loads(packet)
+        cpu_s, total_s = reply["cpu_s"]
+        self._spent(cpu_s, total_s - cpu_s - self._told_cpu_s)
+        self._told_cpu_s = total_s
+        return self._decoded(reply, views)
 
     def _decoded(self, reply: dict[str, object], views: Sequence[int]) -> Decoded:
         match reply:
@@ -165,6 +180,7 @@ class DecodingWorkers:
         cpu_s: float,
         wall_s: float = WALL_S,
         memory_bytes: int | None = None,
+        spent: CpuSpent = uncounted,
     ) -> None:
         """The last three are for one image. `memory_bytes` is beyond what an idle worker takes."""
         self.limits = limits
@@ -174,6 +190,7 @@ class DecodingWorkers:
         self.memory_bytes = (
             MEMORY_BYTES + PIXEL_MEMORY_BYTES * limits.max_pixels if memory_bytes is None else memory_bytes
         )
+        self._spent = spent
         self._workers: list[Worker] = []
         self._free: asyncio.Queue[int] = asyncio.Queue()  # places in `_workers`
         self._busy: set[int] = set()
@@ -245,13 +262,14 @@ class DecodingWorkers:
         status = worker.end()
         log.warning("decoder_ended", reason="signal" if status < 0 else "exit", pid=worker.pid, status=status)
         if status == -signal.SIGPROF:
+            self._spent(self.cpu_s, 0.0)
             raise TooLarge(f"decoding takes more than {self.cpu_s:g} s of CPU time: {SENT_SMALLER}", param="image")
         if not worker.is_started:
             raise Unavailable(NO_START)
         return None
 
     def _worker(self, place: int) -> Worker:
-        return Worker(self.limits, self.cpu_s, self.memory_bytes, lambda: self._revive(place))
+        return Worker(self.limits, self.cpu_s, self.memory_bytes, lambda: self._revive(place), self._spent)
 
     def _replace(self, place: int) -> None:
         self._workers[place].end()

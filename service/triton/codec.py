@@ -10,6 +10,7 @@ from tritonclient.grpc import service_pb2
 
 from service.core.answer import LogProb
 from service.core.errors import InternalError
+from service.core.payer import NOBODY, PAYER, current
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
@@ -42,8 +43,10 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
     if CALLED[model].decoupled:
         # Without this parameter Triton drops an empty last response, and with it the end of the stream.
         request.parameters["triton_enable_empty_final_response"].bool_param = True
-    if current := traceparent():
-        request.parameters[TRACEPARENT].string_param = current
+    if span := traceparent():
+        request.parameters[TRACEPARENT].string_param = span
+    if (payer := current.get()) != NOBODY:
+        request.parameters[PAYER].string_param = str(payer)
     return request
 
 

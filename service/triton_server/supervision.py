@@ -30,6 +30,7 @@ import structlog
 
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
+from service.core.precision import VARIABLE
 from service.triton_server.access import SHARED_MEMORY, Access, parents
 from service.triton_server.installation import Installation, StartFailed, check
 from service.triton_server.leftovers import claim, clean_up
@@ -80,12 +81,14 @@ class EmbeddedTriton:
         log_path: Path | None,
         access: Access,
         called: Sequence[str] | None = None,
+        precision: str = "fp32",
         start_timeout_s: float = 60.0,
         canary_interval_s: float = 10.0,
         canary_timeout_s: float = 15.0,
         proc: Proc | None = None,
     ) -> None:
-        """`called` are the models to load, with what they need; None loads all of the repository.
+        """`called` are the models to load, with what they need; None loads all of the repository. They compute in
+        `precision`.
 
         Without a `log_path` Triton's log goes to stderr. Two consecutive canaries without an answer in
         `canary_timeout_s` count as a hang: the server is restarted."""
@@ -96,6 +99,7 @@ class EmbeddedTriton:
         self._client = client
         self._card = card
         self._called = called
+        self._precision = precision
         self._start_timeout_s = start_timeout_s
         self._canary_interval_s = canary_interval_s
         self._canary_timeout_s = canary_timeout_s
@@ -304,7 +308,8 @@ class EmbeddedTriton:
         try:
             with self._log.opened() as output:
                 # In the loop's own thread, which lives as long as the service; a fork takes a millisecond.
-                self._server.start(self._command(), self._installation.environment(), output)
+                environment = {**self._installation.environment(), VARIABLE: self._precision}
+                self._server.start(self._command(), environment, output)
         except OSError as exc:
             raise StartFailed(f"Triton cannot be started ({exc})") from exc
         try:

@@ -85,6 +85,10 @@ class Member:
         told = next(iter(self.faults.values()), "")
         return told or ("" if self.breaker.state(now) is State.CLOSED else "requests to it fail")
 
+    def reason(self, now: float) -> str:
+        """Return why the Triton gets no requests: a fault, or that it is slow. Empty if it gets some."""
+        return self.fault(now) or ("it is slower than the others" if self.load.is_ejected(now) else "")
+
 
 @dataclass(slots=True)
 class Group:
@@ -117,7 +121,8 @@ class Group:
 
     def faults(self, now: float) -> dict[str, str]:
         """Return why Tritons are out, by their addresses."""
-        return {address: fault for address, member in self.members.items() if (fault := member.fault(now))}
+        told = {address: member.reason(now) for address, member in self.members.items()}
+        return {address: reason for address, reason in told.items() if reason}
 
 
 class Pool:

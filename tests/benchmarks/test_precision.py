@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks.precision import VISION, Graphs, end_to_end, scenes_of, steps_of, table, verdicts
-from build_engines.convert import __main__ as build
 from build_engines.convert.manifest import KEPT
 from build_engines.evaluation.accuracy import rows
 from service.core.card import ModelCard
 from service.prompt import PromptBuilder
 from tests.support.paths import SCENES
+from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt
 
 pytestmark = pytest.mark.slow
@@ -22,12 +22,12 @@ QUESTIONS = 6
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def steps(exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build `onnx-gpu` in FP16 up to the step parity."""
     folder = tmp_path_factory.mktemp("precision")
     save_blip2_opt(folder / "opt")
     wanted = ["--profile", "onnx-gpu", "--precision", "fp16", "--until", "parity", "--out", str(folder / "gpu")]
-    assert build.main([str(folder / "opt"), *wanted]) == 0
+    assert exports.build(str(folder / "opt"), *wanted) == 0
     return steps_of(folder / "gpu")
 
 

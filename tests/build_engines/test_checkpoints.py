@@ -34,6 +34,7 @@ from service.core.prompt import Prompt
 from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
 from service.prompt import PromptBuilder, load_tokenizer
+from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 from triton_models.decoder import OnnxDecoder
 from triton_models.query_groups import GroupRunner
@@ -69,11 +70,15 @@ SAVED: dict[str, tuple[Callable[[Path], None], type, type]] = {
 
 
 @pytest.fixture(scope="module", params=SAVED)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def family(request: pytest.FixtureRequest, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """One family by the exporter's own command, the other by a build, which is what test_build_serves.py serves."""
     save, model, processor = SAVED[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     save(folder / request.param)
-    export(folder / request.param, folder / "repository")
+    if request.param == "instructblip-vicuna":
+        export(folder / request.param, folder / "repository")
+    else:
+        assert exports.build(str(folder / request.param), "--out", str(folder / "repository")) == 0
     return Family(folder / request.param, folder / "repository", model, processor)
 
 

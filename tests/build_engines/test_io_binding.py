@@ -16,7 +16,6 @@ from onnxruntime import OrtValue
 from triton_python_backend_utils import InferenceRequest, start_arguments
 
 from benchmarks.gpu.chain import on_cpu
-from build_engines.convert import __main__ as build
 from build_engines.convert.parity import greedy, outputs, session
 from build_engines.convert.precision import to_fp16
 from build_engines.convert.samples import Sample, samples
@@ -30,6 +29,7 @@ from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.servers import free_ports
+from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt
 from triton_models import onnx_model
 from triton_models.session import Array, Graph
@@ -118,11 +118,11 @@ def test_a_word_that_is_neither_yes_nor_no_fails_the_load(half: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bound(exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make an `onnx-gpu` repository of a tiny checkpoint and replace GPU by CPU in its configurations."""
     folder = tmp_path_factory.mktemp("bound")
     save_blip2_opt(folder / "opt")
-    assert build.main([str(folder / "opt"), "--profile", "onnx-gpu", "--out", str(folder / "gpu")]) == 0
+    assert exports.build(str(folder / "opt"), "--profile", "onnx-gpu", "--out", str(folder / "gpu")) == 0
     for name, config in read_configs(folder / "gpu").items():
         told = {key: value.string_value for key, value in config.parameters.items()}
         assert told.get("provider") == ("cuda" if name in (*VISION, "llm") else None)

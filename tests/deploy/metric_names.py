@@ -45,13 +45,14 @@ def known_metrics() -> set[str]:
     gateway = {
         family.name + suffix for family in Metrics().registry.collect() for suffix in SUFFIXES.get(family.type, ("",))
     }
-    return gateway | {"glimpse_memory_bytes", "glimpse_memory_limit_bytes"} | of_the_llm() | TRITON
+    return gateway | {"glimpse_memory_bytes", "glimpse_memory_limit_bytes"} | of_the_models() | TRITON
 
 
-def of_the_llm() -> set[str]:
-    """The names in triton_models/gauges.py, which imports a module that only Triton has."""
-    source = (PROJECT / "triton_models" / "gauges.py").read_text()
-    words = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+def of_the_models() -> set[str]:
+    """The names in two files of triton_models, which import a module that only Triton has."""
+    sources = [(PROJECT / "triton_models" / name).read_text() for name in ("gauges.py", "costs.py")]
+    nodes = (node for source in sources for node in ast.walk(ast.parse(source)))
+    words = (node.value for node in nodes if isinstance(node, ast.Constant))
     return {word for word in words if isinstance(word, str) and re.fullmatch(r"glimpse_\w+", word)}
 
 

@@ -214,6 +214,11 @@ async def test_http_answers_say_their_variant_in_a_header_and_a_field(split, htt
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_session")
 
 
+async def test_the_headers_are_described_if_there_are_variants(http):
+    asked = (await http.get("/openapi.json")).json()["paths"]["/v1/vqa"]["post"]["parameters"]
+    assert [each["name"] for each in asked] == ["x-tenant-id", "x-glimpse-variant", "x-session-id"]
+
+
 async def test_each_line_of_a_batch_says_its_variant(split, http):
     image = (await http.post("/v1/images", content=png())).json()["id"]
     lines = await http.post(

@@ -12,8 +12,10 @@ from pathlib import Path
 from build_engines.convert import __main__ as build
 from build_engines.convert.inspection import inspect
 from build_engines.convert.plan import Step, plan
+from build_engines.convert.run import is_done
 
-PHASES = ("begun", "made", "finished")
+# In this order, few exports are made twice.
+PHASES = ("finished", "begun", "made")
 
 
 class Dies:
@@ -45,9 +47,10 @@ def build_until(arguments: list[str], environment: Mapping[str, str], phase: str
 
 
 def kill_at_every_step(arguments: list[str], environment: Mapping[str, str], out: Path) -> list[str]:
-    """The names of all steps: each was where a build ended, before, within or after its work."""
+    """The names of all steps to do: each was where a build ended, before, within or after its work."""
     asked = build.options_of(build.parser().parse_args(arguments))
-    steps = [step.name for step in plan(asked, inspect(asked.checkpoint), {})]
+    source = inspect(asked.checkpoint)
+    steps = [step.name for step in plan(asked, source, build.root_of(source)) if not is_done(asked.work, step)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["build_engines.convert.steps", "tests.support.exporter"])
     for phase, step in zip(cycle(PHASES), steps, strict=False):

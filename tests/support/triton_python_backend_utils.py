@@ -50,12 +50,14 @@ class Metric:
 class MetricFamily:
     GAUGE, COUNTER = "GAUGE", "COUNTER"
     latest: ClassVar[dict[str, Metric]] = {}  # by name
+    every: ClassVar[list[tuple[str, dict[str, str], Metric]]] = []  # name, labels
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         self.name = name
 
     def Metric(self, labels: dict[str, str]) -> Metric:
         self.latest[self.name] = Metric(labels)
+        self.every.append((self.name, labels, self.latest[self.name]))
         return self.latest[self.name]
 
 
@@ -71,6 +73,9 @@ class Tensor:
 
     def name(self) -> str:
         return self._name
+
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
 
     def __dlpack__(self, **wishes: object) -> object:
         return self._array.__dlpack__(**wishes)
@@ -119,15 +124,21 @@ class ResponseSender:
 
 
 class InferenceRequest:
-    def __init__(self, inputs: dict[str, np.ndarray], outputs: list[str], request_id: str = "") -> None:
+    def __init__(
+        self, inputs: dict[str, np.ndarray], outputs: list[str], request_id: str = "", **parameters: str
+    ) -> None:
         # Triton lends memory that may be written: DLPack's plain capsule tells of no other.
         self._inputs = [Tensor(name, np.require(array, requirements="W")) for name, array in inputs.items()]
         self._outputs = outputs
         self._id = request_id
+        self._parameters = parameters
         self.sender = ResponseSender()
 
     def inputs(self) -> list[Tensor]:
         return self._inputs
+
+    def parameters(self) -> str:
+        return json.dumps(self._parameters)
 
     def requested_output_names(self) -> list[str]:
         return self._outputs

@@ -14,6 +14,7 @@ from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
 from service.edges.http.respond import RequestScope, respond_to_error, respond_to_no_route
 from service.edges.openai import chat, described, files, models
+from service.edges.vertex import predict
 from service.edges.web import front
 
 
@@ -28,6 +29,8 @@ def http_api(edge: Edge) -> FastAPI:
     api.state.edge = edge
     for routes in (vqa, batch, estimate, images, chat, files, models, operations, front):
         api.include_router(routes.router)
+    if predict.PREDICT in edge.aliases.values():
+        api.include_router(predict.router)
     api.add_exception_handler(GlimpseError, respond_to_error)
     api.add_exception_handler(HTTPException, respond_to_no_route)
     api.add_middleware(RequestScope, edge=edge)

@@ -61,6 +61,7 @@ class Edge:
     metrics_are_open: bool = False  # whether /metrics needs no key where other paths do
     log_client_address: bool = False  # to the log's lines of each request
     cors_origins: tuple[str, ...] = ()  # whose pages may call the service from a browser
+    aliases: Mapping[str, str] = field(default_factory=dict)  # paths that a platform names: they stand for ours
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 

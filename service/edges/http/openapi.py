@@ -67,6 +67,8 @@ class Api(FastAPI):
             for each in self.descriptions:
                 for path, method, operation in each.operations:
                     spec["paths"][path][method] |= operation
+            if not self.state.edge.pipeline.has_variants:
+                leave_out(spec, VARIANT, SESSION)
             if self.state.edge.access.has_keys:
                 self._need_keys(spec)
             self.openapi_schema = spec
@@ -81,7 +83,14 @@ class Api(FastAPI):
             for operation in operations.values():
                 operation["security"] = [{name: []} for name in KEYS]
                 operation["responses"] = operation["responses"] | errors(401, 403)
-                operation["parameters"] = [each for each in operation.get("parameters", ()) if each != TENANT]
+        leave_out(spec, TENANT)
+
+
+def leave_out(spec: dict[str, Any], *parameters: dict[str, Any]) -> None:
+    """Take parameters out of all operations."""
+    for operation in (operation for operations in spec["paths"].values() for operation in operations.values()):
+        if "parameters" in operation:
+            operation["parameters"] = [each for each in operation["parameters"] if each not in parameters]
 
 
 def schema_of(name: str) -> dict[str, Any]:

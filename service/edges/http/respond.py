@@ -115,6 +115,8 @@ class RequestScope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if (path := self.edge.aliases.get(scope["path"])) is not None:
+            scope = {**scope, "path": path, "raw_path": path.encode()}
         method = scope["method"]
         if method == "HEAD":
             scope = {**scope, "method": "GET"}  # the server reads its own copy

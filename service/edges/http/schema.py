@@ -636,10 +636,16 @@ class Model(BaseModel):
     owned_by: str = "glimpse"
     card: str | None = Field(None, description="The name of the models, if the id is a variant's.")
     fingerprint: str = Field(description="Of the vision encoder's weights.")
+    precision: str = Field(description="In which the models compute: fp32, bf16, int8, int4; fp16 or fp8 on a GPU.")
     allocator_trained: bool = Field(description="Whether relevance depends on the question.")
+    allocator: str = Field(
+        description="How the allocator came about: `trained` on answers, `distilled` from the full view, `zero-shot` "
+        "from what the checkpoint knows, or `fixed`: relevance does not depend on the question."
+    )
     max_positions: int = Field(description="Most visual, prompt and answer tokens together.")
     budget: WireBudget = Field(description="The budgets that are allowed.")
     default_visual_tokens: tuple[int, int] = Field(description="Used if a request has no budget of visual tokens.")
+    default_vision_tokens: tuple[int, int] = Field(description="Used at detail `low` if it has none of vision tokens.")
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
@@ -655,10 +661,13 @@ class Model(BaseModel):
             id=card.name,
             created=created,
             fingerprint=card.fingerprint,
+            precision=card.precision,
             allocator_trained=card.allocator_trained,
+            allocator=card.allocator or ("trained" if card.allocator_trained else "fixed"),
             max_positions=card.max_positions,
             budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),
             default_visual_tokens=card.default_visual_tokens,
+            default_vision_tokens=card.unasked_vision_tokens("low"),
             closer_view=CloserView.of(card),
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),

@@ -6,14 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from build_engines.calibration.__main__ import main, write
+from build_engines.calibration.__main__ import collected, main, write
 from build_engines.calibration.asking import told
-from build_engines.calibration.chain import Chain
+from build_engines.calibration.chain import Chain, View
 from service.core.card import ModelCard
 from service.core.request import Budget
 from tests.support.calibrations import calibrated
+from tests.support.fakes import png
 from tests.support.paths import PROJECT, SCENES
 
 REPOSITORY = PROJECT / "model_repository"
@@ -45,9 +47,38 @@ def test_too_few_questions_are_told_and_change_nothing(tmp_path: Path, capsys: p
     repository = tmp_path / "repository"
     shutil.copytree(REPOSITORY, repository)
     before = (repository / "card.json").read_bytes()
-    assert main([str(repository), "--questions", str(questions(tmp_path, 4))]) == 2
+    assert main([str(repository), "--questions", str(questions(tmp_path, 4)), "--kept", str(tmp_path)]) == 2
     assert "ask questions with at least 50 right and 50 wrong answers" in capsys.readouterr().err
     assert (repository / "card.json").read_bytes() == before
+
+
+class Looking(Chain):
+    """Counts the images that it looks at."""
+
+    looks = 0
+
+    def look(self, data: bytes, *, closely: bool = False) -> View:
+        self.looks += 1
+        return super().look(data, closely=closely)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    chain, kept = Looking.load(REPOSITORY), tmp_path / "kept" / "weights.jsonl"
+    pictures, foreign = list(told(questions(tmp_path, 3))), [png()]
+    first = collected(chain, pictures[:2], [], kept)
+    assert chain.looks == 2
+    with kept.open("r+b") as file:  # stopped in the middle of a line
+        file.truncate(kept.stat().st_size - 9)
+    whole = collected(chain, pictures, foreign, kept)
+    assert chain.looks == 2 + 3
+    again = collected(chain, pictures, foreign, kept)
+    assert chain.looks == 5
+    assert [each.outcomes for each in again] == [each.outcomes for each in whole]
+    assert [each.outcomes for each in whole[:2]] == [each.outcomes for each in first]
+    assert [each.is_foreign for each in again] == [False] * 3 + [True]
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(one.summary, other.summary)
 
 
 def test_the_calibration_goes_into_the_card_and_the_checkpoints_card(tmp_path: Path) -> None:

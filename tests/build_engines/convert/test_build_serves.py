@@ -13,7 +13,6 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from build_engines.convert import __main__ as build
 from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
 from service.prompt import Detokeniser, PromptBuilder, token_bytes
@@ -22,6 +21,7 @@ from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
 from tests.support.servers import StartGateway, free_ports
+from tests.support.shared_exports import SharedExports
 
 pytestmark = pytest.mark.slow
 
@@ -30,13 +30,13 @@ ASKED = list(zip(pictures(), QUESTIONS, strict=True))
 
 
 @pytest.fixture(scope="module", params=SAVED)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def family(request: pytest.FixtureRequest, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> Family:
     """A tiny random checkpoint, and its built repository."""
     save, model, processor = SAVED[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint, repository = folder / request.param, folder / "repository"
     save(checkpoint)
-    assert build.main([str(checkpoint), "--profile", "embedded", "--out", str(repository)]) == 0
+    assert exports.build(str(checkpoint), "--profile", "embedded", "--out", str(repository)) == 0
     return Family(checkpoint, repository, model, processor)
 
 

@@ -40,22 +40,14 @@ PARTS = ("participatory", "weights", "tensions", "balancing", "closer", "qformer
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run every stage with tiny sizes."""
-    out = tmp_path_factory.mktemp("course") / "tiny"
-    assert main(["--out", str(out), "--tiny", "--eager", "--threads", "1"]) == 0
-    return out
+def chain(tiny_training: Path) -> Chain:
+    return Chain.load(tiny_training / "checkpoint")
 
 
 @pytest.fixture(scope="module")
-def chain(run: Path) -> Chain:
-    return Chain.load(run / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def looking(run: Path) -> Looking:
-    looking = Looking(Plan(run, compiled=False, tiny=True))
-    looking.start_from(Plan(run, tiny=True))
+def looking(tiny_training: Path) -> Looking:
+    looking = Looking(Plan(tiny_training, compiled=False, tiny=True))
+    looking.start_from(Plan(tiny_training, tiny=True))
     return looking
 
 
@@ -64,18 +56,18 @@ def looks_of(looking: Looking, world: World, number: int, closely: bool) -> Look
     return eye.draw(np.random.default_rng(1), [world] * number, closely)
 
 
-def test_the_log_tells_the_gradient_norm_of_every_part(run: Path) -> None:
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def test_the_log_tells_the_gradient_norm_of_every_part(tiny_training: Path) -> None:
+    records = [json.loads(line) for line in (tiny_training / "log.jsonl").read_text().splitlines()]
     told = [record["train"] for record in records if record["stage"] == "allocator" and "train" in record]
     assert told
     for part in PARTS:
         assert any(row.get(f"gradient_{part}", 0.0) > 0 for row in told), part
 
 
-def test_a_killed_stage_goes_on(run: Path, tmp_path: Path) -> None:
+def test_a_killed_stage_goes_on(tiny_training: Path, tmp_path: Path) -> None:
     """Mark the finished checkpoint as unfinished one step earlier, then resume and publish it."""
     out = tmp_path / "killed"
-    shutil.copytree(run, out)
+    shutil.copytree(tiny_training, out)
     saved = torch.load(out / "allocator.pt", weights_only=False)
     fresh = Looking(Plan(out, compiled=False, tiny=True)).optimizers()
     saved |= {"finished": False, "step": saved["step"] - 1, "optimizers": [one.state_dict() for one in fresh]}
@@ -294,9 +286,19 @@ def test_adapters_start_as_nothing_and_merge_into_the_matrices() -> None:
     assert torch.allclose(plain(ids).logits, adapted(ids).logits, atol=1e-4)
 
 
-def test_alternatives_are_compared_on_the_same_questions(run: Path, tmp_path: Path) -> None:
+def test_alternatives_are_compared_on_the_same_questions(tiny_training: Path, tmp_path: Path) -> None:
     out = tmp_path / "training.json"
-    arguments = ["--start", str(run), "--runs", str(tmp_path / "runs"), "--scenes", "1", "--tiny", "--out", str(out)]
+    arguments = [
+        "--start",
+        str(tiny_training),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--scenes",
+        "1",
+        "--tiny",
+        "--out",
+        str(out),
+    ]
     assert alternatives([*arguments, "--threads", "1"]) == 0
     report = json.loads(out.read_text())
     assert set(report["ways"]) == {"as_shipped", "large_budgets_2_3_5", "lora_rank_8"}
@@ -306,9 +308,9 @@ def test_alternatives_are_compared_on_the_same_questions(run: Path, tmp_path: Pa
     assert report["ways"]["as_shipped"]["new"]["112"]["against_first"]["difference"] == 0
 
 
-def test_only_the_rows_after_64_visual_tokens_are_settled(run: Path) -> None:
-    looking = Looking(Plan(run, compiled=False, tiny=True))
-    looking.start_from(Plan(run, tiny=True))
+def test_only_the_rows_after_64_visual_tokens_are_settled(tiny_training: Path) -> None:
+    looking = Looking(Plan(tiny_training, compiled=False, tiny=True))
+    looking.start_from(Plan(tiny_training, tiny=True))
     looks = looks_of(looking, World(), 3, False)
     before, start = looking.positions.weight.detach().clone(), looking.first_position
     settle_positions(looking, looks, 2)

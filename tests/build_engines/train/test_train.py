@@ -32,27 +32,19 @@ def test_no_training_question_names_a_held_out_pair() -> None:
             assert not any(name in question.text for name in named), question.text
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run every stage with tiny sizes."""
-    out = tmp_path_factory.mktemp("run") / "tiny"
-    assert main(["--out", str(out), "--tiny", "--eager", "--threads", "1"]) == 0
-    return out
-
-
-def test_every_stage_leaves_a_checkpoint_a_log_and_a_curve(run: Path) -> None:
-    stages = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
+def test_every_stage_leaves_a_checkpoint_a_log_and_a_curve(tiny_training: Path) -> None:
+    stages = [json.loads(line)["stage"] for line in (tiny_training / "log.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(stages)) == ["language", "vision", "qformer", "joint", "allocator"]
-    assert (run / "learning_curve.png").stat().st_size > 10_000
-    card = json.loads((run / "checkpoint" / "model_card.json").read_text())
+    assert (tiny_training / "learning_curve.png").stat().st_size > 10_000
+    card = json.loads((tiny_training / "checkpoint" / "model_card.json").read_text())
     assert set(card["accuracy_in_pytorch"]) == {"new", "held_out_pairs", "small_print"}
     assert 0 <= card["closer_view_at"] <= 1
     assert card["visual_tokens"] == [32, 128]
 
 
-def test_transformers_reads_the_checkpoint_and_answers(run: Path) -> None:
-    model = Blip2ForConditionalGeneration.from_pretrained(run / "checkpoint", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint")
+def test_transformers_reads_the_checkpoint_and_answers(tiny_training: Path) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(tiny_training / "checkpoint", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_training / "checkpoint")
     prompt = "<image>" * 32 + "<s>" + PROMPT.format(question="what colour is the star?")
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     out = model.generate(
@@ -65,9 +57,9 @@ def test_transformers_reads_the_checkpoint_and_answers(run: Path) -> None:
     assert ids.shape[1] < out.shape[1] <= ids.shape[1] + 3
 
 
-def test_a_begun_run_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_begun_run_is_not_overwritten(tiny_training: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--out", str(run), "--tiny"])
+        main(["--out", str(tiny_training), "--tiny"])
     assert "--resume" in capsys.readouterr().err
 
 

@@ -11,6 +11,13 @@ def test_a_card_comes_back_from_its_json_with_its_budgets_as_pairs():
     assert ModelCard.from_json(json.dumps(asdict(CLOSER))) == CLOSER
 
 
+def test_a_request_without_a_budget_gets_the_cards_default_within_what_its_detail_allows():
+    assert CLOSER.unasked_vision_tokens("high") == (64, 400)
+    told = replace(CLOSER, default_vision_tokens=(96, 192))
+    assert (told.unasked_vision_tokens("low"), told.unasked_vision_tokens("high")) == ((96, 192), (96, 400))
+    assert ModelCard.from_json(told.to_json()) == told
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"name": None}, "'name'"), ({"zzz": 1}, "'zzz'"), ({"vision_tokens": 5}, "not iterable")],

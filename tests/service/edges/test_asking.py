@@ -37,6 +37,8 @@ def test_a_question_takes_the_defaults_of_the_model_and_the_service():
 
 def test_the_default_budget_depends_on_the_detail():
     assert to_request(replace(QUESTION, detail="high"), CLOSER, LIMITS).budget.vision_tokens == (64, 400)
+    adapted = replace(CARD, default_vision_tokens=(96, 256))
+    assert to_request(QUESTION, adapted, LIMITS).budget.vision_tokens == (96, 256)
     narrow = replace(QUESTION, detail="high", vision_tokens=(64, 100), visual_tokens=(32, 96))
     assert to_request(narrow, CLOSER, LIMITS).budget == Budget((64, 100), (32, 96))
 

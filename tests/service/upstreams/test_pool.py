@@ -171,6 +171,15 @@ async def test_of_tritons_that_are_all_out_one_is_tried_nevertheless():
     await setting.see()
 
 
+async def test_a_triton_that_is_ejected_is_told_and_does_not_count_as_dead():
+    setting = await Setting().started()
+    for member in setting.pool.vision.members.values():
+        member.load.eject(time.monotonic())
+    assert set(setting.pool.faults().values()) == {"it is slower than the others"}
+    assert setting.pool.answers
+    await setting.see()
+
+
 async def test_tritons_that_a_name_has_no_more_are_left():
     setting = await Setting().started()
     setting.pool.vision.names = setting.pool.llm.names = (B, "127.0.0.1:3")

@@ -1,0 +1,59 @@
+"""Decide how to adapt, and refuse what cannot work, from the checkpoint's small files."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from build_engines.adapt import estimate
+from build_engines.adapt.data import Data
+from build_engines.adapt.estimate import Needs, Work
+from build_engines.adapt.run import Job
+from build_engines.adapt.teacher import ANSWERS, LIKELIHOOD, TOKENS
+from build_engines.adapt.train import LARGE, UNIFORM, Schedule
+from build_engines.convert.estimate import available_memory
+from build_engines.convert.inspection import inspect
+from build_engines.convert.options import Refused
+from service.media.decoder import ImageLimits
+
+CLOSER_SHARE_OF_A_STEP = 0.25
+
+
+def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
+    """The job, what it needs, and the checkpoint's name. Raises Refused."""
+    source = inspect(options.checkpoint)
+    if options.teacher == ANSWERS and not found.answered:
+        raise Refused(f"--teacher answers needs answers, and {options.data} has none: use --teacher likelihood")
+    closer = int(options.closer_share * len(found.images))
+    near = max(1, round(CLOSER_SHARE_OF_A_STEP * options.batch)) if closer else 0
+    schedule = Schedule(
+        steps=options.steps,
+        images=max(1, options.batch - near),
+        asked=options.questions,
+        closer_images=near,
+        map_images=3 * options.batch,
+        thirds=LARGE if options.large_budgets else UNIFORM,
+        seed=options.seed,
+        checkpoint_s=options.checkpoint_s,
+    )
+    questions = min(len(found.questions), options.questions * len(found.images))
+    work = Work(
+        len(found.images), closer, questions, source.vision_width, schedule, options.teacher != TOKENS,
+        dict(source.parameters),
+    )  # fmt: skip
+    flops = estimate.speed()
+    wanted = estimate.needs(work, flops)
+    teacher = options.teacher
+    if teacher == "auto":
+        teacher = LIKELIHOOD if wanted.memory <= available_memory() else TOKENS
+        if teacher == TOKENS:
+            wanted = estimate.needs(replace(work, language=False), flops)
+    if teacher == TOKENS and closer:  # the full view's tokens say nothing about a closer one
+        closer, schedule = 0, replace(schedule, images=options.batch, closer_images=0)
+        wanted = estimate.needs(replace(work, language=False, closer=0, schedule=schedule), flops)
+    estimate.check(wanted, options.out)
+    job = Job(
+        source.directory, options.out, teacher, schedule, options.questions, closer, options.least_agreement,
+        ImageLimits(), options.lora_rank,
+    )  # fmt: skip
+    return job, wanted, source.name

@@ -1,0 +1,177 @@
+"""The steps of an adaptation, in order. Each continues where a killed run stopped."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from build_engines.adapt import data, measure
+from build_engines.adapt.adapters import adapt as adapt_qformer
+from build_engines.adapt.adapters import changed
+from build_engines.adapt.chain import Language, Questions, Reader, new_allocator, prompts_of
+from build_engines.adapt.data import Asked, Data
+from build_engines.adapt.features import FeatureStore
+from build_engines.adapt.teacher import ANSWERS, TOKENS, Lessons, Teacher
+from build_engines.adapt.train import Drawer, Schedule, Student, Training, accelerator_of
+from build_engines.model.adapted import DISTILLED, FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
+from build_engines.model.allocation import Allocation
+from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.checkpoint import Checkpoint, save_allocator
+from build_engines.model.qformer import InstructQFormer
+from build_engines.model.zero_shot import QFormerKnowing
+from service.media.decoder import ImageLimits
+
+SKIPPED, REPORT, PLOT = "skipped.txt", "report.json", "measured.png"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adaptation."""
+
+    checkpoint: Path
+    out: Path
+    teacher: str
+    schedule: Schedule
+    questions_an_image: int
+    closer_images: int
+    threshold: float
+    limits: ImageLimits
+    adapter_rank: int = 0  # of LoRA on the Q-Former's cross-attention; 0 leaves it frozen
+
+    @property
+    def work(self) -> Path:
+        return self.out / "work"
+
+
+def adapt(job: Job, found: Data) -> Adapted:
+    """Compute features, ask the teacher, train, measure, and write the result into job.out."""
+    started = time.monotonic()
+    accelerator = accelerator_of()
+    job.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.load(job.checkpoint, language=job.teacher != TOKENS)
+    checkpoint.model.requires_grad_(False)
+    questions = Questions(prompts_of(checkpoint))
+    encoder = checkpoint.vision_encoder().to(accelerator.device)
+    fingerprint = checkpoint.vision_fingerprint()
+    width = checkpoint.model.config.vision_config.hidden_size
+    reader = Reader(checkpoint.qformer().to(accelerator.device), checkpoint.reads_question)
+    language = None
+    if job.teacher != TOKENS:
+        language = Language(checkpoint.model.language_model.to(accelerator.device), questions)
+    times = {"start": time.monotonic() - started}
+    with accelerator.main_process_first():  # one process computes, the others load what it wrote
+        store = FeatureStore(job.work, found.images, width, job.closer_images, fingerprint)
+        store.fill(encoder, job.limits)
+        times["features"] = time.monotonic() - started
+        asked = chosen_questions(found, store, job)
+        teacher = Teacher(
+            reader, language, questions, Allocation().to(accelerator.device), job.teacher, device=accelerator.device
+        )
+        lessons = teacher.teach(asked, store, job.work)
+    times["teacher"] = time.monotonic() - started
+    kept_apart = data.measured(len(found.images), job.schedule.seed)
+    training_rows = [row for row, one in enumerate(asked) if one.image not in kept_apart]
+    adapters = adapt_qformer(checkpoint.model.qformer, job.adapter_rank) if job.adapter_rank else []
+    allocator = new_allocator(checkpoint, bool(store.closer), job.schedule.seed).to(accelerator.device)
+    student = Student(allocator, reader, language, questions, adapters)
+    drawer = Drawer(store, asked, lessons, job.schedule, accelerator.device, bool(adapters))
+    training = Training(accelerator, student, job.schedule, job.work)
+    training.run(drawer_of(drawer, training_rows))
+    times["training"] = time.monotonic() - started
+    if accelerator.is_main_process:
+        measured_rows = [row for row, one in enumerate(asked) if one.image in kept_apart]
+        student.eval()
+        at = measure.settle_particularize(student, drawer, training_rows, job.schedule.seed)
+        others = {measure.FIXED: RelevanceAllocator(None)}
+        if isinstance(reader.qformer, InstructQFormer):
+            others[ZERO_SHOT] = RelevanceAllocator(None, zero_shot=QFormerKnowing(reader.qformer))
+        others = {name: other.to(accelerator.device).eval() for name, other in others.items()}
+        told = measure.report(student, drawer, measured_rows, job.threshold, others)
+        times["measuring"] = time.monotonic() - started
+        told |= {
+            "teacher": job.teacher,
+            "data": {
+                "form": found.form,
+                "images": len(found.images),
+                "questions": len(asked),
+                "skipped": len(found.skipped) + len(store.broken),
+            },
+            "seconds": {name: round(value, 1) for name, value in times.items()},
+            "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
+            "closer_view_at": at,
+        }
+        return publish(job, found, store, student, checkpoint.model.qformer, fingerprint, told)
+    return Adapted(FIXED, fingerprint, (0, 0))
+
+
+def chosen_questions(found: Data, store: FeatureStore, job: Job) -> list[Asked]:
+    """At most so many questions of each image that can be decoded, evenly over its list."""
+    of: dict[int, list[Asked]] = {}
+    for one in found.questions:
+        if one.image not in store.broken and (job.teacher != ANSWERS or one.answer):
+            of.setdefault(one.image, []).append(one)
+    asked = []
+    for image in sorted(of):
+        several = of[image]
+        number = min(job.questions_an_image, len(several))
+        turn = image % len(several)
+        asked += [several[(turn + place) % len(several)] for place in range(number)]
+    return asked
+
+
+def drawer_of(drawer: Drawer, rows: Sequence[int]) -> Drawer:
+    """A drawer of these questions only."""
+    lessons = drawer.lessons
+    part = Lessons(
+        [lessons.answers[row] for row in rows],
+        [lessons.sure[row] for row in rows],
+        [lessons.nearer[row] for row in rows],
+        lessons.importance[list(rows)],
+    )
+    return replace(drawer, asked=[drawer.asked[row] for row in rows], lessons=part)
+
+
+def publish(
+    job: Job, found: Data, store: FeatureStore, student: Student, qformer: nn.Module, fingerprint: str,
+    told: dict[str, Any],
+) -> Adapted:  # fmt: skip
+    """Write weights, card, report, plot and the list of what was left out."""
+    save_allocator(student.allocator.cpu(), job.out / WEIGHTS)
+    (job.out / QFORMER).unlink(missing_ok=True)
+    if len(student.adapters):
+        weights = changed(qformer)
+        save_file({name: weight.half() for name, weight in weights.items()}, job.out / QFORMER)
+    state = FIXED if not told["gains"] else TRAINED if job.teacher == ANSWERS else DISTILLED
+    low, high = told["default_vision_tokens"]
+    adapted = Adapted(
+        state,
+        fingerprint,
+        (low, high),
+        told["closer_view_at"] if student.allocator.closer is not None else 1.0,
+        {
+            "teacher": told["teacher"],
+            "images": told["data"]["images"],
+            "questions": told["data"]["questions"],
+            "least_agreement": job.threshold,
+            "agreement": told["adaptive"],
+        },
+    )
+    (job.out / REPORT).write_text(json.dumps(told, indent=2) + "\n")
+    left_out = found.skipped | {str(found.images[number]): reason for number, reason in store.broken.items()}
+    (job.out / SKIPPED).write_text("".join(f"{name}\t{reason}\n" for name, reason in left_out.items()))
+    measure.plot(told, job.out / PLOT)
+    adapted.write(job.out)  # last: with it the folder is whole
+    return adapted
+
+
+def threads(number: int) -> None:
+    torch.set_num_threads(number)

@@ -1,0 +1,53 @@
+"""Choose the precision that the models compute in, from the settings, this machine and the model repository."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import structlog
+
+from service.core.card import ModelCard
+from service.core.precision import Choice, Cpu, NotOffered, choose
+from service.settings import Settings, SettingsError
+
+CPUINFO = Path("/proc/cpuinfo")
+
+log = structlog.get_logger()
+
+
+def choice(settings: Settings, card: ModelCard, *, gateways_elsewhere: bool = False) -> Choice:
+    """Choose, and say in the log what and why. Raises SettingsError if the setting cannot be met.
+
+    A gateway and its Triton must agree, because the precision is a part of the feature cache's keys. So auto is FP32
+    if they start apart: neither can know the other's CPU.
+    """
+    found = _choice(settings, card, gateways_elsewhere)
+    log.info("precision", precision=found.precision, why=found.why)
+    return found
+
+
+def _choice(settings: Settings, card: ModelCard, gateways_elsewhere: bool) -> Choice:
+    wanted = settings.precision
+    if card.precision != "fp32":
+        if wanted not in ("auto", card.precision):
+            raise SettingsError(
+                f"GLIMPSE_PRECISION is {wanted}, but {settings.model_repository} was built in {card.precision} for a "
+                "GPU: unset it, or build with --profile embedded"
+            )
+        return Choice(card.precision, "as built")
+    if not settings.embedded or (gateways_elsewhere and wanted == "auto"):
+        return Choice("fp32", "the gateway and Triton start apart") if wanted == "auto" else Choice(wanted, "as set")
+    built = {
+        path.name.split(".")[1] for path in settings.model_repository.glob("*/1/model.*.onnx")
+    }  # model.int8.onnx, model.int4.onnx
+    try:
+        cpu = Cpu.of(CPUINFO.read_text()) if CPUINFO.exists() else Cpu()
+        return choose(wanted, cpu, built, has_openvino(), card.precisions)
+    except NotOffered as exc:
+        raise SettingsError(f"GLIMPSE_PRECISION is {wanted}: {exc}") from exc
+
+
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed here."""
+    return importlib.util.find_spec("openvino") is not None

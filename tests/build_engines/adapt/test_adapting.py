@@ -1,0 +1,191 @@
+"""A tiny random checkpoint of each family is adapted, by the command, and what it writes is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from build_engines.adapt.__main__ import main
+from build_engines.adapt.features import detail_of
+from build_engines.convert import __main__ as build
+from build_engines.model.adapted import DISTILLED, FIXED, Adapted
+from build_engines.model.checkpoint import Checkpoint
+from service.core.card import ModelCard
+from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch and accelerate warn about themselves
+
+SAVED: dict[str, Callable[[Path], None]] = {
+    "blip2-opt": save_blip2_opt,
+    "instructblip-vicuna": save_instructblip_vicuna,
+}
+OPT = pytest.mark.parametrize("family", ["blip2-opt"], indirect=True)  # one family says it for both
+VICUNA = pytest.mark.parametrize("family", ["instructblip-vicuna"], indirect=True)
+STEPS = 20
+COMMON = ["--batch", "4", "--questions", "2", "--steps", str(STEPS), "--threads", "1", "--closer-share", "0.5"]
+
+
+@dataclass(frozen=True)
+class Family:
+    checkpoint: Path
+    data: Path
+    out: Path
+
+    def arguments(self, out: Path, *more: str) -> list[str]:
+        return [str(self.checkpoint), "--data", str(self.data), "--out", str(out), *COMMON, *more]
+
+
+def write_data(folder: Path) -> None:
+    """Ten pictures of noise, half of them large enough for a closer view, and one file that is no picture."""
+    folder.mkdir()
+    generator, lines = np.random.default_rng(3), []
+    for number in range(10):
+        side = 448 if number % 2 else 224
+        coarse = generator.integers(0, 256, (14, 14, 3), np.uint8)
+        Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST).save(folder / f"{number}.png")
+        lines += [f"{number}.png\twhat is red?\tred", f"{number}.png\twhich colour has the big circle\tblue"]
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    lines.append("broken.jpg\twhat?\tred")
+    (folder / "questions.txt").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module", params=SAVED)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVED[request.param](folder / "checkpoint")
+    write_data(folder / "data")
+    found = Family(folder / "checkpoint", folder / "data", folder / "out")
+    assert main(found.arguments(found.out)) == 0
+    return found
+
+
+def test_the_result_says_how_it_came_about(family: Family) -> None:
+    told = json.loads((family.out / "report.json").read_text())
+    assert told["teacher"] == "likelihood"
+    assert told["data"] == {"form": "plain", "images": 11, "questions": 20, "skipped": 1}
+    assert "broken.jpg\tnot an image" in (family.out / "skipped.txt").read_text()
+    zero_shot = {"zero-shot"} if "instruct" in family.out.parent.name else set()
+    assert set(told["arms"]) == {"guided", "random", "uniform", "fixed"} | zero_shot
+    assert told["arms"]["guided"][-1]["agreement"]["value"] == 1.0  # 256 vision tokens are the full view
+    adapted = Adapted.read(family.out)
+    assert adapted.state in (DISTILLED, FIXED)
+    assert adapted.default_vision_tokens == tuple(told["default_vision_tokens"])
+    assert (family.out / "measured.png").stat().st_size > 1000
+    assert "gradient_participatory" in (family.out / "work" / "log.jsonl").read_text()
+
+
+def test_a_built_repository_has_it_and_keeps_the_encoders_features(family: Family, tmp_path: Path) -> None:
+    """A random checkpoint gains nothing from noise. Here the allocator is used as if it had."""
+    adapted = tmp_path / "adapted"
+    adapted.mkdir()
+    for name in ("allocator.safetensors", "adapted.json"):
+        (adapted / name).write_bytes((family.out / name).read_bytes())
+    dataclasses.replace(Adapted.read(adapted), state=DISTILLED, default_vision_tokens=(96, 256)).write(adapted)
+    out = tmp_path / "repository"
+    assert build.main([str(family.checkpoint), "--allocator", str(adapted), "--out", str(out), "--until", "card"]) == 0
+    told = ModelCard.from_json((tmp_path / "repository.build" / "card" / "card.json").read_text())
+    assert (told.allocator, told.allocator_trained, told.closer_view) == (DISTILLED, True, True)
+    assert told.unasked_vision_tokens("low") == (96, 256)
+    assert told.unasked_vision_tokens("high") == (96, 400)
+    plain = Checkpoint.load(family.checkpoint)
+    assert told.fingerprint == plain.vision_fingerprint()
+    assert told.visual_fingerprint != plain.visual_fingerprint()
+
+
+@OPT
+def test_an_allocator_of_another_encoder_is_refused(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataclasses.replace(Adapted.read(family.out), encoder="0" * 16).write(tmp_path)
+    (tmp_path / "allocator.safetensors").write_bytes((family.out / "allocator.safetensors").read_bytes())
+    arguments = ["--allocator", str(tmp_path), "--out", str(tmp_path / "repository"), "--until", "card"]
+    assert build.main([str(family.checkpoint), *arguments]) == 3
+    assert "was adapted to another encoder" in capsys.readouterr().err
+    assert build.main([str(family.checkpoint), "--allocator", str(tmp_path / "none"), *arguments[2:]]) == 2
+    assert "holds no adapted allocator" in capsys.readouterr().err
+
+
+def test_an_allocator_that_gains_nothing_stays_with_the_full_view(family: Family, tmp_path: Path) -> None:
+    dataclasses.replace(Adapted.read(family.out), state=FIXED, default_vision_tokens=(256, 256)).write(tmp_path)
+    checkpoint = Checkpoint.load(family.checkpoint, tmp_path)
+    assert checkpoint.participatory is None
+    assert checkpoint.card["default_vision_tokens"] == [256, 256]
+
+
+@VICUNA
+def test_what_instructblip_knows_already_depends_on_the_question(family: Family, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(family.checkpoint).knowing_already()
+    features = torch.randn(2, 257, 48, generator=torch.Generator().manual_seed(1))
+    allocator = checkpoint.allocator()
+    assert allocator.zero_shot is not None
+    ids = torch.randint(1, 30, (2, 32), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    one, other = (allocator.zero_shot(features[:1], ids[i : i + 1], torch.ones_like(ids[:1])) for i in range(2))
+    assert one.shape == (1, 256)
+    assert one.amax() == 1
+    assert not torch.allclose(one, other, atol=1e-4)
+    out = tmp_path / "repository"
+    assert build.main([str(family.checkpoint), "--zero-shot", "--out", str(out), "--until", "card"]) == 0
+    told = ModelCard.from_json((tmp_path / "repository.build" / "card" / "card.json").read_text())
+    assert (told.allocator, told.allocator_trained, told.closer_view) == ("zero-shot", True, False)
+
+
+@OPT
+def test_zero_shot_needs_a_qformer_that_reads_the_question(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build.main([str(family.checkpoint), "--zero-shot", "--out", str(tmp_path / "repository")]) == 2
+    assert "needs an InstructBLIP checkpoint" in capsys.readouterr().err
+
+
+@OPT
+def test_a_dry_run_tells_what_it_needs_and_does_nothing(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(family.arguments(tmp_path / "out", "--dry-run")) == 0
+    assert "of memory" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@OPT
+def test_answers_are_another_teacher(family: Family, tmp_path: Path) -> None:
+    assert main(family.arguments(tmp_path / "out", "--teacher", "answers", "--steps", "2")) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["teacher"] == "answers"
+
+
+@VICUNA
+def test_tokens_need_no_language_model_and_lora_changes_the_qformer(family: Family, tmp_path: Path) -> None:
+    """With LoRA on the Q-Former, whose changed weights come along."""
+    more = ["--teacher", "tokens", "--steps", "2", "--lora-rank", "2"]
+    assert main(family.arguments(tmp_path / "out", *more)) == 0
+    arms = json.loads((tmp_path / "out" / "report.json").read_text())["arms"]
+    assert arms["guided"][-1]["agreement"]["value"] > arms["random"][0]["agreement"]["value"]
+    weights = load_file(tmp_path / "out" / "qformer.safetensors")
+    own = Checkpoint.load(family.checkpoint).model.state_dict()
+    moved = {name for name, weight in weights.items() if not torch.equal(weight.float(), own[name].half().float())}
+    assert {name.split(".")[-2] for name in moved} == {"query", "key", "value"}
+
+
+def test_the_closer_views_quarters_lie_on_one_grid() -> None:
+    crops = torch.arange(4 * 257).float().reshape(1, 4, 257, 1)
+    detail = detail_of(crops).reshape(32, 32)
+    assert detail[0, 0] == crops[0, 0, 1, 0]
+    assert detail[0, 16] == crops[0, 1, 1, 0]
+    assert detail[16, 0] == crops[0, 2, 1, 0]
+    assert detail[31, 31] == crops[0, 3, 256, 0]
+
+
+def test_weights_are_those_of_the_training(family: Family) -> None:
+    trained = torch.load(family.out / "work" / "training.pt", weights_only=True)["student"]
+    published = load_file(family.out / "allocator.safetensors")
+    for name, weight in published.items():
+        if not name.startswith("balancing"):  # fitted after the training
+            assert torch.equal(weight, trained[f"allocator.{name}"].half())

@@ -1,0 +1,109 @@
+"""A training that is killed again and again ends as one that was not; features and lessons continue too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_engines.adapt import data
+from build_engines.adapt.chain import Language, Questions, Reader, new_allocator, prompts_of
+from build_engines.adapt.data import Data
+from build_engines.adapt.features import FeatureStore
+from build_engines.adapt.teacher import LIKELIHOOD, Lessons, Teacher
+from build_engines.adapt.train import Drawer, Schedule, Student, Training, accelerator_of
+from build_engines.model.allocation import Allocation
+from build_engines.model.checkpoint import Checkpoint
+from service.media.decoder import ImageLimits
+from tests.build_engines.adapt.test_adapting import write_data
+from tests.support.tiny_checkpoints import save_blip2_opt
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+SCHEDULE = Schedule(steps=8, images=2, asked=2, closer_images=1, map_images=2, checkpoint_s=1e9)
+
+
+class Parts:
+    """The parts of an adaptation, on a tiny checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        save_blip2_opt(folder / "checkpoint")
+        write_data(folder / "data")
+        self.found: Data = data.read(folder / "data")
+        self.checkpoint = Checkpoint.load(folder / "checkpoint")
+        self.checkpoint.model.requires_grad_(False)
+        self.questions = Questions(prompts_of(self.checkpoint))
+        self.reader = Reader(self.checkpoint.qformer(), False)
+        self.language = Language(self.checkpoint.model.language_model, self.questions)
+
+    def store(self, work: Path) -> FeatureStore:
+        return FeatureStore(work, self.found.images, 48, 3, "encoder")
+
+    def teach(self, store: FeatureStore, work: Path, stop_after: int | None = None) -> Lessons:
+        teacher = Teacher(self.reader, self.language, self.questions, Allocation(), LIKELIHOOD, batch=4)
+        return teacher.teach(self.asked(store), store, work, stop_after)
+
+    def asked(self, store: FeatureStore) -> list[data.Asked]:
+        return [one for one in self.found.questions if one.image not in store.broken]
+
+    def training(self, out: Path) -> Training:
+        out.mkdir(exist_ok=True)
+        allocator = new_allocator(self.checkpoint, True, 5)
+        return Training(accelerator_of(), Student(allocator, self.reader, self.language, self.questions), SCHEDULE, out)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    torch.set_num_threads(1)
+    return Parts(tmp_path_factory.mktemp("parts"))
+
+
+def test_features_and_lessons_continue_after_a_kill(parts: Parts, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    encoder = parts.checkpoint.vision_encoder()
+    store = parts.store(whole)
+    store.fill(encoder, ImageLimits())
+    assert [reason.split(":")[0] for reason in store.broken.values()] != []
+    parts.store(stopped).fill(encoder, ImageLimits(), stop_after=0)
+    again = parts.store(stopped)
+    again.fill(encoder, ImageLimits())
+    assert (again.features == store.features).all()
+    assert again.closer == store.closer
+    lessons = parts.teach(store, whole)
+    for _ in range(3):
+        parts.teach(again, stopped, stop_after=1)
+    resumed = parts.teach(parts.store(stopped), stopped)
+    assert resumed.answers == lessons.answers
+    assert (resumed.importance == lessons.importance).all()
+    assert lessons.importance.max() == 1.0
+
+
+def test_other_images_start_the_features_again(parts: Parts, tmp_path: Path) -> None:
+    encoder = parts.checkpoint.vision_encoder()
+    parts.store(tmp_path).fill(encoder, ImageLimits())
+    other = FeatureStore(tmp_path, parts.found.images[:5], 48, 3, "encoder")
+    assert other.features.shape[0] == 5
+    assert not other.features.any()
+
+
+def test_a_training_killed_three_times_ends_as_one_that_was_not(parts: Parts, tmp_path: Path) -> None:
+    store = parts.store(tmp_path)
+    store.fill(parts.checkpoint.vision_encoder(), ImageLimits())
+    lessons = parts.teach(store, tmp_path)
+    drawer = Drawer(store, parts.asked(store), lessons, SCHEDULE, torch.device("cpu"))
+    whole = parts.training(tmp_path / "whole")
+    whole.run(drawer)
+    for steps, lost in ((2, 1), (3, 2), (1, 0)):  # saved, and lost with the kill
+        training = parts.training(tmp_path / "killed")
+        training.run(drawer, stop_after=steps)
+        training.save()
+        training.run(drawer, stop_after=lost)
+    last = parts.training(tmp_path / "killed")
+    assert last.step == 6
+    last.run(drawer)
+    assert last.finished
+    for name, weight in whole.student.state_dict().items():
+        assert torch.equal(weight, last.student.state_dict()[name]), name
+    start = new_allocator(parts.checkpoint, True, 5).state_dict()
+    assert not torch.equal(start["participatory.patch.weight"], whole.student.allocator.participatory.patch.weight)

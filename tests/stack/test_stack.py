@@ -26,6 +26,7 @@ from tests.support.servers import eventually
 OURS = ("gateway", "triton")
 WEIGHED = 500  # requests
 ALERT = "GlimpseReplicaMissing"
+WITHOUT_DATA = {"glimpse-variants"}  # the stack has none; tests/deploy asks a gateway that does
 LIMIT_S = 900  # from nothing built to an answer, and down: two idle cores take a third of it
 
 
@@ -206,6 +207,7 @@ def test_every_query_of_every_dashboard_answers(stack: Stack) -> None:
     missing = dict.fromkeys(
         (f"{uid}: {where}", expression)
         for uid, dashboard in committed().items()
+        if uid not in WITHOUT_DATA
         for where, expression in expressions(dashboard)
     )
     assert len(missing) > 50

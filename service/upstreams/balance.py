@@ -7,8 +7,8 @@ one, times its slowness ("the power of two choices").
 exponentially weighted moving average (EWMA). It falls back towards 1 while a Triton gets no calls.
 
 **Ejection**: a Triton whose slowness is SLOW times the median of the others gets no calls for a while, if its last call
-took LEAST_EXCESS_S longer than is typical. At most
-MOST_EJECTED of a group is ejected, so that a load that makes all slow ejects no more. Failures are the breaker's part.
+took LEAST_EXCESS_S longer than is typical. At most MOST_EJECTED of a group is ejected, so that a load that makes all
+slow ejects no more. Failures are the breaker's part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from statistics import median
 
 WEIGHT = 0.2  # of a new measurement in an average
 RISING = 0.01  # likewise, of one above what is typical: a slow Triton must not make slowness typical
-NOTICEABLE_S = 0.01  # shorter times are alike: their ratio is noise
 FORGET_S = 20.0  # without a call, slowness falls to 1 with this time constant
 SLOW = 4.0
 LEAST_EXCESS_S = 0.05  # by which a call must be slower than typical: fractions of a quick call are noise
@@ -84,7 +83,7 @@ class Balance:
     def measured(self, load: Load, kind: str, seconds: float, now: float) -> None:
         """Record how long a call took, and eject its Triton if it is an outlier."""
         typical = self._typical.setdefault(kind, seconds)
-        load.measure(max(seconds, NOTICEABLE_S) / max(typical, NOTICEABLE_S), now)
+        load.measure(seconds / max(typical, 1e-6), now)
         if not load.is_ejected(now):
             weight = RISING if seconds > typical else WEIGHT
             self._typical[kind] = (1 - weight) * typical + weight * seconds

@@ -25,7 +25,7 @@ from benchmarks.bench.models import MODELS, PROJECT, ready
 from benchmarks.precision_on_cpu import converted
 from service.core.card import ModelCard
 from service.core.precision import Cpu
-from service.engine_choice import CPUINFO, has_openvino
+from service.triton_server.engine_choice import CPUINFO, has_openvino
 from triton_models.engine import Engine, open_engine
 from triton_models.session import open_session
 

@@ -29,8 +29,8 @@ from service.core.card import ModelCard
 from service.core.errors import GlimpseError
 from service.core.request import Budget, Sampling
 from service.core.vision import CROPS, IMAGE_SIZE, CloserFeatures, FloatArray
-from service.prompt import PromptBuilder
 from service.settings import PROJECT
+from service.text.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton

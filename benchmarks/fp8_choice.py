@@ -27,7 +27,7 @@ from build_engines.convert.samples import PARITY
 from build_engines.convert.steps import modelopt_python
 from build_engines.evaluation.accuracy import SCENES, Outcome, rows
 from service.core.card import ModelCard
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 
 ATTENTION, ENDS, QUERIES = "attention", "the first and the last layer", "queries, keys and values"  # as in `not_fp8`
 CHOICES: dict[

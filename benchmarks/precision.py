@@ -41,7 +41,7 @@ from build_engines.scenes import held_out
 from service.core.card import ModelCard
 from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
-from service.prompt import Detokeniser, PromptBuilder, token_bytes
+from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
 from triton_models.session import Array
 
 ROOT = Path(__file__).parents[1]

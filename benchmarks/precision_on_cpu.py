@@ -19,7 +19,7 @@ from build_engines.evaluation.accuracy import NOT_IN_TOTAL, Row, rows
 from service.core.card import ModelCard
 from service.core.precision import REDUCED
 from service.media.decoder import ImageLimits, decode
-from service.prompt import Detokeniser, PromptBuilder, token_bytes
+from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 BARS = {

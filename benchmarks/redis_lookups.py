@@ -26,8 +26,8 @@ from service.cache.records import pack, unpack
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.core.card import ModelCard
 from service.core.vision import VisionFeatures
-from service.metrics import Metrics
 from service.settings import PROJECT
+from service.telemetry.metrics import Metrics
 
 WIDTHS = {"reference": None, "ViT-B/14": 768, "ViT-g/14": 1408}  # None: the served model's width
 LOOKUPS = 1_000

@@ -27,8 +27,8 @@ from service.edges.grpc.server import GrpcServer
 from service.edges.http.edge import Edge
 from service.edges.http.listener import Listener
 from service.edges.http.protocol import Protocols, limited_protocol
-from service.output import Output, Stream
 from service.settings import PROJECT, Settings, SettingsError, read_settings
+from service.system.output import Output, Stream
 from service.triton_server.installation import StartFailed
 
 log = structlog.get_logger()

@@ -36,20 +36,20 @@ from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
 from service.edges.vertex.predict import HEALTH, PREDICT
-from service.engine_choice import choice
-from service.fleet import Fleet, Repository, read_repository
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
-from service.metrics import Metrics
-from service.models import Model, Models
 from service.pipeline import Pipeline
-from service.readiness import Readiness
 from service.settings import Settings, SettingsError, listed
+from service.telemetry.metrics import Metrics
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
+from service.triton_server.engine_choice import choice
 from service.triton_server.supervision import EmbeddedTriton
+from service.upstreams.fleet import Fleet, Repository, read_repository
+from service.upstreams.models import Model, Models
 from service.upstreams.pool import Pool
+from service.upstreams.readiness import Readiness
 from service.upstreams.store import IN_REDIS as VARIANTS_IN_REDIS
 from service.upstreams.store import Store, VariantsFile, VariantsInRedis
 from service.upstreams.variants import Variant, VariantsError
@@ -57,7 +57,7 @@ from service.upstreams.variants import Variant, VariantsError
 NO_KEYS = Keyring()
 
 if TYPE_CHECKING:
-    from service.spans import Traces
+    from service.telemetry.spans import Traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +372,7 @@ def traces_of(settings: Settings, card: ModelCard) -> Traces | None:
     """Make the sender of traces, or None without a receiver."""
     if settings.otlp_endpoint is None:
         return None
-    from service.spans import Traces  # noqa: PLC0415 - 20 MB that a service without traces does not need
+    from service.telemetry.spans import Traces  # noqa: PLC0415 - 20 MB that a service without traces does not need
 
     return Traces(settings.otlp_endpoint, settings.trace_share, card.name, gen_ai=settings.trace_gen_ai)
 

@@ -14,7 +14,7 @@ from service.cache.shared_images import SharedImages
 from service.core.errors import NotFound, Unavailable
 from service.media.reader import ImageReader
 from service.media.store import ID, Image, ImageStore, address_of
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 
 class Images:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
-from service.attempts import Attempts
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, embedding_key
@@ -31,22 +30,23 @@ from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
 from service.core.variant import Route
 from service.core.vision import Seen
-from service.estimating import Estimator
-from service.guide_checks import GuideChecks
 from service.images import Images
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore
-from service.metrics import Metrics
-from service.models import Choice, LanguageModel, Model, Models
-from service.outcomes import Outcomes
-from service.prompt import Detokeniser, PromptBuilder
+from service.record.outcomes import Outcomes
+from service.record.ticket import Ticket
 from service.settings import Settings
-from service.ticket import Ticket
+from service.telemetry.metrics import Metrics
+from service.text.guide_checks import GuideChecks
+from service.text.prompt import Detokeniser, PromptBuilder
+from service.upstreams.attempts import Attempts
+from service.upstreams.models import Choice, LanguageModel, Model, Models
 from service.vision_stage import VisionModel, VisionStage, decoding_cost
+from service.vision_stage.estimating import Estimator
 
 if TYPE_CHECKING:
-    from service.spans import Traces
+    from service.telemetry.spans import Traces
 
 __all__ = ["LanguageModel", "Pipeline", "Reservation"]  # the only names that a transport imports
 

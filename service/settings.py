@@ -19,7 +19,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.core.precision import Wanted
-from service.environment import SecretFileError, is_service_link, with_platform, with_secrets
+from service.system.environment import SecretFileError, is_service_link, with_platform, with_secrets
 
 PREFIX = "GLIMPSE_"
 OF_THE_COMMAND = (

@@ -16,11 +16,11 @@ import uvloop
 
 from service.__main__ import configure_log, stream_to
 from service.core.card import ModelCard
-from service.engine_choice import choice
-from service.output import Output
 from service.settings import Settings, SettingsError, read_settings
+from service.system.output import Output
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
+from service.triton_server.engine_choice import choice
 from service.triton_server.installation import StartFailed
 from service.triton_server.supervision import EmbeddedTriton
 

@@ -22,7 +22,7 @@ import pytest_asyncio
 
 from service.core.card import ModelCard
 from service.core.vision import IMAGE_SIZE, UInt8Array
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton

@@ -11,8 +11,8 @@ from typer.main import get_command
 
 from service.cli.main import app
 from service.edges.http.schema import VqaRequest
-from service.metrics import Metrics
 from service.settings import OF_THE_COMMAND, PREFIX, Settings
+from service.telemetry.metrics import Metrics
 from tests.deploy.metric_names import known_metrics
 from tests.support.paths import PROJECT
 

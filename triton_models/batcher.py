@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from service.core.prompt import Prompt
 from service.core.request import Sampling
-from service.guides import Compiled
+from service.text.guides import Compiled
 from triton_models.masks import Masks
 from triton_models.sampling import Likeliest, Sampler
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from service.core.errors import InvalidRequest
 from service.core.request import Sampling
-from service.prompt import visual_token_ids
+from service.text.prompt import visual_token_ids
 from triton_models.parameters import Parameters
 from triton_models.session import Array
 from triton_models.unary import answer

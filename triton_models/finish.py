@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from service.prompt import load_tokenizer, token_bytes
+from service.text.prompt import load_tokenizer, token_bytes
 from triton_models.parameters import Parameters
 from triton_models.session import Array
 from triton_models.unary import answer

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.core.errors import InvalidRequest
-from service.guides import Guides
-from service.prompt import load_tokenizer, token_bytes
+from service.text.guides import Guides
+from service.text.prompt import load_tokenizer, token_bytes
 from triton_models.batcher import Closed, QueueFull, Sequence
 
 

@@ -19,7 +19,7 @@ from service.core.guide import Guide
 from service.core.payer import NOBODY, Payer
 from service.core.prompt import Prompt
 from service.core.request import MAX_TOP_LOG_PROBS, Sampling
-from service.prompt import LLM_TOKENIZER
+from service.text.prompt import LLM_TOKENIZER
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.costs import Costs, ServerCpu, payer_of
 from triton_models.decoder import OnnxDecoder

@@ -10,7 +10,7 @@ import numpy as np
 from service.core.errors import InvalidRequest
 from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from triton_models.parameters import Parameters
 from triton_models.session import Array
 from triton_models.unary import answer

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from service.tracing import TRACEPARENT
+from service.telemetry.tracing import TRACEPARENT
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from service.spans import Spans
+    from service.telemetry.spans import Spans
 
 ENDPOINT = "GLIMPSE_OTLP_ENDPOINT"
 
@@ -29,7 +29,7 @@ def _spans(model: str) -> Spans | None:
     endpoint = os.environ.get(ENDPOINT, "")
     if not endpoint:
         return None
-    from service.spans import Spans  # noqa: PLC0415 - a model without traces does not need it
+    from service.telemetry.spans import Spans  # noqa: PLC0415 - a model without traces does not need it
 
     return Spans(endpoint, f"glimpse-{model}")
 

@@ -14,7 +14,7 @@ from service.core.card import ModelCard
 from service.core.guide import Guide, guide_of
 from service.core.prompt import Prompt
 from service.core.request import Sampling
-from service.guides import Guides
+from service.text.guides import Guides
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 

@@ -19,7 +19,7 @@ from build_engines.model.checkpoint import Checkpoint
 from build_engines.model.closer import CloserView
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 
 IGNORED = -100  # no target
 MOST_ANSWER = 10  # tokens of the teacher's answer; a longer one is cut

@@ -23,7 +23,7 @@ from service.core.vision import (
     VisionFeatures,
 )
 from service.media.decoder import ImageLimits, decode
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 from triton_models.query_groups import GroupRunner

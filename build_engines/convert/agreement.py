@@ -14,7 +14,7 @@ from build_engines.convert.samples import Sample
 from build_engines.evaluation.accuracy import wilson
 from service.core.card import ModelCard
 from service.core.request import Budget
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from triton_models.query_groups import GroupRunner
 from triton_models.session import Array, Graph, open_session
 

@@ -31,7 +31,7 @@ from build_engines.model.checkpoint import (
     load_allocator,
 )
 from build_engines.model.decoder import FIXED_ROPE
-from service.prompt import load_tokenizer, token_bytes
+from service.text.prompt import load_tokenizer, token_bytes
 
 Shape = tuple[int, ...]
 

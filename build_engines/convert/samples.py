@@ -20,7 +20,7 @@ from build_engines.scenes.world import World, sample_scene
 from service.core.request import Budget
 from service.core.vision import CLOSER_SIZE, CloserFeatures, VisionFeatures
 from service.media.decoder import Decoded, ImageLimits, decode
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from triton_models.session import Array, Graph
 
 SEED = 907  # used for no other scenes

@@ -33,7 +33,7 @@ from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import MOST_INLINE_BYTES, Model, runner, weights_file
 from service.core.card import ModelCard
 from service.core.vision import MAX_VISUAL_TOKENS
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 
 MODEL, PLAN = "model.onnx", "model.plan"
 VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers")

@@ -22,7 +22,7 @@ from build_engines.verify.report import Report
 from service.core.card import ModelCard
 from service.core.tensors import Tensor
 from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS
-from service.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
+from service.text.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
 from service.triton import CALLED
 
 QUESTIONS = ("what colour is the small circle?", "Où est le 7 ?", "how many?")

@@ -29,7 +29,7 @@ from build_engines.verify.report import Report
 from service.core.card import ModelCard
 from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from service.triton import TritonClient
 from triton_models.session import Array
 

@@ -1,4 +1,4 @@
-"""Say what each dashboard shows. Metrics are declared in service/metrics.py and triton_models/gauges.py."""
+"""Say what each dashboard shows. Metrics are declared in service/telemetry/metrics.py and triton_models/gauges.py."""
 
 from __future__ import annotations
 

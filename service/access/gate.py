@@ -12,7 +12,7 @@ import structlog
 from service.access.keys import Keyring, KeysError
 from service.core.access import Grant
 from service.core.errors import Unauthenticated, Unavailable
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from service.access.keys import Keyring, KeysError
-from service.files import replace_file
+from service.system.files import replace_file
 
 Seen = tuple[int, int, int]
 

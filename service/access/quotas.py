@@ -19,7 +19,7 @@ from service.access.keys import Keyring, Limits
 from service.access.windows import Hit, Later, Left, Windows
 from service.core.access import IN_HEADERS, UNLIMITED, Account, Use
 from service.core.errors import QuotaExceeded
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 MOST_BEHIND = 10_000  # settlements that wait; further ones are lost, which the tenant pays for until the minute is over
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0

@@ -23,7 +23,7 @@ from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from service.cache.redis_client import Lane, RedisFault, close_counters, counters, fault_of, granted
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 Later = Callable[[], Awaitable[None]]  # work for the background

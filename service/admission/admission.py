@@ -25,8 +25,8 @@ from service.core.access import UNLIMITED, Account
 from service.core.card import Engines
 from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from service.core.variant import Served
-from service.metrics import Metrics
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 

@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, Protocol
 from service.cache.keys import AS_INT8, FeatureKey, Features
 from service.cache.lru import Lru
 from service.core.vision import Int8Rows, dense
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 Waiting = Callable[[], AbstractContextManager[None]]  # entered while the caller waits for another request's work
 

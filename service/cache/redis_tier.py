@@ -26,7 +26,7 @@ from service.cache.keys import AS_INT8, FeatureKey, Features
 from service.cache.records import VERSION, RecordError, pack, unpack
 from service.cache.redis_client import Command, Kind, Lane, RedisFault, Reply, granted, is_cluster
 from service.core.card import ModelCard
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 

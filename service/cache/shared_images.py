@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from service.cache.redis_client import Command, Lane, RedisFault, Reply, granted
 from service.cache.redis_tier import PREFIX, RedisTier
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 MAGIC = b"GLI1"
 DIGEST_BYTES = 32

@@ -10,7 +10,7 @@ from service.cache.lru import Lru
 from service.core.card import ModelCard
 from service.core.request import Budget, Detail
 from service.core.vision import Seen
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 ENTRY_BYTES = 2048  # of Python objects, in addition to the arrays and the key
 

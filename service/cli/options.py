@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service.environment import with_platform
+from service.system.environment import with_platform
 
 Url = Annotated[
     str | None,

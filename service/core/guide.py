@@ -1,6 +1,6 @@
 """Define the form that an answer must have: one of some texts, a regular expression, or a JSON schema.
 
-The bounds here keep a guide's compilation small. Whether it can be compiled is for `service.guides`.
+The bounds here keep a guide's compilation small. Whether it can be compiled is for `service.text.guides`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, Over
 from service.media.addresses import Network, is_allowed
 from service.media.foreign import found_in
 from service.media.formats import SENT, format_of
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 MAX_URL_CHARS = 4096
 MAX_REDIRECTS = 3

@@ -15,7 +15,7 @@ from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
 from service.core.vision import CELLS, GRID, Relevance, Seen, VisionFeatures
-from service.tracing import TRACEPARENT, traceparent
+from service.telemetry.tracing import TRACEPARENT, traceparent
 from service.triton.contract import CALLED
 
 _OUTPUTS = {

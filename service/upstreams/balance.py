@@ -6,8 +6,9 @@ one, times its slowness ("the power of two choices").
 **Slowness**: a Triton's time for a call divided by what the fast ones of the group take for calls of this kind, as an
 exponentially weighted moving average (EWMA). It falls back towards 1 while a Triton gets no calls.
 
-**Ejection**: a Triton whose slowness is SLOW times the median of the others gets no calls for a while. At most
-MOST_EJECTED of a group is ejected, so that a load that makes all slow ejects no more. Failures are the breaker's part.
+**Ejection**: a Triton whose slowness is SLOW times the median of the others gets no calls for a while, if its last call
+took LEAST_EXCESS_S longer than is typical. At most MOST_EJECTED of a group is ejected, so that a load that makes all
+slow ejects no more. Failures are the breaker's part.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ WEIGHT = 0.2  # of a new measurement in an average
 RISING = 0.01  # likewise, of one above what is typical: a slow Triton must not make slowness typical
 FORGET_S = 20.0  # without a call, slowness falls to 1 with this time constant
 SLOW = 4.0
+LEAST_EXCESS_S = 0.05  # by which a call must be slower than typical: fractions of a quick call are noise
 LEAST_CALLS = 5  # that a Triton has answered before it can be ejected
 MOST_EJECTED = 0.5  # share of a group
 EJECTION_S, MOST_EJECTION_S = 5.0, 60.0  # the first time; each further one is longer by as much
@@ -85,7 +87,7 @@ class Balance:
         if not load.is_ejected(now):
             weight = RISING if seconds > typical else WEIGHT
             self._typical[kind] = (1 - weight) * typical + weight * seconds
-        if self._is_outlier(load, now):
+        if seconds - typical >= LEAST_EXCESS_S and self._is_outlier(load, now):
             load.eject(now)
 
     def _is_outlier(self, load: Load, now: float) -> bool:

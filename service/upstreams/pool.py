@@ -23,7 +23,7 @@ from service.core.errors import DeadlineExceeded, FirstTokenLate, GlimpseError, 
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from service.upstreams.balance import Balance, Load
 from service.upstreams.breaker import Breaker, State
 from service.upstreams.resolve import resolved

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from service.cache.admin import opened
 from service.cache.redis_client import Lane, RedisFault, granted
-from service.files import replace_file
+from service.system.files import replace_file
 from service.upstreams.variants import Variants, VariantsError
 
 IN_REDIS = "redis"  # as GLIMPSE_VARIANTS: the variants are in GLIMPSE_REDIS_URL

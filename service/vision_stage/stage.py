@@ -45,8 +45,8 @@ from service.media.decoder import Decoded
 from service.media.header import header_size
 from service.media.reader import ImageReader
 from service.media.store import Image
-from service.prompt import PromptBuilder
-from service.ticket import Ticket
+from service.record.ticket import Ticket
+from service.text.prompt import PromptBuilder
 from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and

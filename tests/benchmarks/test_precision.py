@@ -11,7 +11,7 @@ from benchmarks.precision import VISION, Graphs, end_to_end, scenes_of, steps_of
 from build_engines.convert.manifest import KEPT
 from build_engines.evaluation.accuracy import rows
 from service.core.card import ModelCard
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from tests.support.paths import SCENES
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt

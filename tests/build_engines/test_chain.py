@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Generatio
 from service.core.card import ModelCard
 from service.core.request import Budget, Sampling
 from service.media.decoder import ImageLimits, decode
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from service.triton import TritonClient
 from tests.support.paths import PROJECT, SCENES
 

@@ -33,7 +33,7 @@ from service.core.card import ModelCard
 from service.core.prompt import Prompt
 from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
-from service.prompt import PromptBuilder, load_tokenizer
+from service.text.prompt import PromptBuilder, load_tokenizer
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 from triton_models.decoder import OnnxDecoder

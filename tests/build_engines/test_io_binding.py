@@ -24,7 +24,7 @@ from build_engines.verify.live import answer
 from service.core.card import ModelCard
 from service.core.request import Budget
 from service.core.vision import UInt8Array
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton

@@ -7,7 +7,7 @@ import re
 
 import promql_parser
 
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.support.paths import PROJECT
 
 # Of other programs: Prometheus itself, kube-state-metrics, the kubelet.

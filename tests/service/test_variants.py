@@ -19,8 +19,8 @@ from service.edges.grpc.server import GrpcServer
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.stubs import vqa_pb2_grpc
 from service.edges.http.application import http_api
-from service.models import Model
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
+from service.upstreams.models import Model
 from tests.service.test_pipeline import request
 from tests.support.fakes import CARD, CLOSER, TOKENIZER, FakeLanguage, FakeVision, House, png
 

@@ -22,12 +22,12 @@ from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures,
 from service.media.decoder import ImageLimits
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
-from service.metrics import Metrics
-from service.models import Models
 from service.pipeline import Pipeline
-from service.prompt import PromptBuilder, token_bytes
-from service.readiness import Readiness
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.text.prompt import PromptBuilder, token_bytes
+from service.upstreams.models import Models
+from service.upstreams.readiness import Readiness
 
 
 def byte_level_tokenizer() -> Tokenizer:

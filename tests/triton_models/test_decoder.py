@@ -7,7 +7,7 @@ import pytest
 
 from service.core.prompt import Prompt
 from service.core.request import Sampling
-from service.prompt import visual_token_ids
+from service.text.prompt import visual_token_ids
 from triton_models.batcher import Batcher, Event, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 from triton_models.kv_pool import BLOCK

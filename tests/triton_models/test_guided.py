@@ -14,7 +14,7 @@ from benchmarks.structured.answers import RandomDecoder, answered, text_prompt, 
 from service.core.errors import InvalidRequest
 from service.core.guide import guide_of
 from service.core.request import Sampling
-from service.prompt import Detokeniser
+from service.text.prompt import Detokeniser
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.guiding import Guiding
 

@@ -13,7 +13,7 @@ from tests.support.paths import PROJECT
 NOT_HERE = {"asyncio", "fastapi", "grpc", "onnx", "pydantic", "redis", "structlog", "torch", "tritonclient", "uvicorn"}
 OURS = (
     "service.core",
-    "service.guides",
+    "service.text.guides",
     "service.media.bmp",
     "service.media.decoder",
     "service.media.fields",
@@ -23,8 +23,8 @@ OURS = (
     "service.media.isobmff",
     "service.media.structure",
     "service.media.tiff",
-    "service.prompt",
-    "service.tracing",
+    "service.text.prompt",
+    "service.telemetry.tracing",
 )
 
 IMPORT_ALL = """
@@ -49,5 +49,5 @@ def test_a_models_process_loads_nothing_of_the_gateway() -> None:
     modules = loaded()
     assert {"triton_models.prepare", "service.media.decoder", "numpy"} <= modules
     assert modules & NOT_HERE == set()
-    packages = {"service", "service.media"}
+    packages = {"service", "service.media", "service.telemetry", "service.text"}
     assert {name for name in modules - packages if name.startswith("service") and not name.startswith(OURS)} == set()

@@ -11,7 +11,7 @@ import pytest
 from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
 
 from service.core.card import ModelCard
-from service.prompt import load_tokenizer, token_bytes
+from service.text.prompt import load_tokenizer, token_bytes
 from triton_models.llm import TritonPythonModel
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.core.prompt import Prompt
-from service.prompt import visual_token_ids
+from service.text.prompt import visual_token_ids
 from triton_models.prefix_cache import LEAST_TOKENS, TOKEN_BYTES, PrefixCache
 
 V = 100  # the vocabulary

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from service.core.errors import InternalError
-from service.prompt import Detokeniser
+from service.text.prompt import Detokeniser
 from service.triton import TritonClient
 from tests.support.paths import SCENES
 from tests.support.servers import Gateway

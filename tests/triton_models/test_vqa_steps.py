@@ -16,7 +16,7 @@ from triton_python_backend_utils import InferenceRequest, start_arguments
 
 from service.core.card import ModelCard
 from service.media.decoder import ImageLimits, decode
-from service.prompt import PromptBuilder, load_tokenizer
+from service.text.prompt import PromptBuilder, load_tokenizer
 from triton_models import compose, finish, prepare
 from triton_models.batcher import Event
 from triton_models.delivery import THREADS, Delivery

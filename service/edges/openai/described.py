@@ -116,7 +116,18 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "/v1/models/{model}",
         "get",
-        {"responses": {"200": {"description": "The model", "content": {JSON: schema_of("Model")}}} | errors(404)},
+        {
+            "parameters": [
+                {
+                    "name": "model",
+                    "in": "path",
+                    "required": True,
+                    "description": "A name from `GET /v1/models`.",
+                    "schema": {"type": "string"},
+                }
+            ],
+            "responses": {"200": {"description": "The model", "content": {JSON: schema_of("Model")}}} | errors(404),
+        },
     ),
 ]
 DESCRIPTION = Description((ChatRequest, ChatCompletion, ChatEvent, KeptFile, DeletedFile, Model, ModelList), OPERATIONS)

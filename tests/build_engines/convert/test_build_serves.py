@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
-from service.prompt import Detokeniser, PromptBuilder, token_bytes
+from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton

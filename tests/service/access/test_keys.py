@@ -16,7 +16,7 @@ from service.access.key_redis import KEYS, VERSION, KeysInRedis
 from service.access.keys import DIGEST, KeyRecord, Keyring, KeysError, Limits, digest_of, new_key
 from service.core.access import Scope
 from service.core.errors import Unauthenticated, Unavailable
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.support.fakes import cancelled, until
 from tests.support.keys import ASKING, Keys
 

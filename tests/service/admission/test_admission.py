@@ -17,8 +17,8 @@ from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.card import Engines
 from service.core.errors import DeadlineExceeded, Overloaded
 from service.core.request import Priority
-from service.metrics import Metrics
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 from tests.support.fakes import CARD, cancelled, turns, until
 
 IMPATIENT_S = 1e-4  # a target that whoever waits at all is over

@@ -8,7 +8,7 @@ from service.cache.features import FeatureCache, SharedTier
 from service.cache.keys import FeatureKey
 from service.core.errors import Unavailable
 from service.core.vision import Int8Rows, VisionFeatures
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 
 def key(name: str) -> FeatureKey:

@@ -2,7 +2,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.cache.lru import Lru
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 
 def lru(max_bytes: int) -> tuple[Lru[str, int], Metrics]:

@@ -7,7 +7,7 @@ import numpy as np
 from service.cache.visual_tokens import ENTRY_BYTES, VisualCache, embedding_key, visual_key
 from service.core.request import Budget
 from service.core.vision import Relevance, Seen
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.support.fakes import CARD
 
 BUDGET = Budget((64, 128), (32, 64))

@@ -16,7 +16,7 @@ import pytest
 from service.cli.client import AskFailed
 from service.cli.cost import Prices, as_table, rows_of, total
 from service.core.payer import SERVICE
-from service.resources import TICKS_A_SECOND, processes
+from service.system.resources import TICKS_A_SECOND, processes
 from tests.service.cli.test_main import run
 from tests.support.fakes import png
 from tests.support.prometheus import started_prometheus

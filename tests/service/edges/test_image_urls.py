@@ -14,8 +14,8 @@ from structlog.testing import capture_logs
 from service.app import image_fetcher
 from service.edges.http.application import http_api
 from service.media.fetch import FetchRules, ImageFetcher
-from service.metrics import Metrics
 from service.settings import Settings, SettingsError, read_settings
+from service.telemetry.metrics import Metrics
 from tests.support.fakes import House, png
 from tests.support.image_hosts import ImageHost, Names, image_host, redirect, response
 

@@ -20,7 +20,7 @@ import trustme
 
 from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, Overloaded, TooLarge
 from service.media.fetch import FetchRules, ImageFetcher, SystemResolver
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.support.image_hosts import ImageHost, Names, image_host, redirect, response
 from tests.support.pictures import encoded, picture
 

@@ -31,7 +31,7 @@ from service.core.errors import (
 from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
 from service.core.vision import CROPS, IMAGE_SIZE, MAX_VISION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from service.triton import CALLED, TritonClient
 from service.triton.errors import ERROR_CODES, ERROR_TEXTS, MESSAGES, translate
 from service.triton_server.supervision import EmbeddedTriton

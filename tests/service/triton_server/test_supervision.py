@@ -23,7 +23,7 @@ from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
 from service.core.request import Budget, Sampling
 from service.core.vision import UInt8Array
-from service.prompt import PromptBuilder
+from service.text.prompt import PromptBuilder
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.installation import StartFailed

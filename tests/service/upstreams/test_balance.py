@@ -72,6 +72,13 @@ def test_few_slow_calls_eject_nobody():
     assert not any(load.is_ejected(0.0) for load in balance.loads)
 
 
+def test_quick_calls_eject_nobody_whatever_their_ratio():
+    balance = group(2)
+    answer(balance, balance.loads[1], 0.0001, 0.0, 20)
+    answer(balance, balance.loads[0], 0.004, 0.0, 20)
+    assert not any(load.is_ejected(0.0) for load in balance.loads)
+
+
 def test_kinds_of_calls_are_measured_apart():
     balance = group(2)
     one, other = balance.loads

@@ -12,7 +12,7 @@ import pytest
 from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unavailable
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from service.upstreams.breaker import FAILURES_TO_OPEN
 from service.upstreams.pool import Pool
 from service.upstreams.retry_budget import RetryBudget

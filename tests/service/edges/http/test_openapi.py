@@ -122,6 +122,16 @@ def events_in(text: str) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
+async def test_every_part_of_a_path_is_described(spec):
+    named = {path: set(re.findall(r"{(\w+)}", path)) for path in spec["paths"]}
+    assert any(named.values())
+    for path, methods in spec["paths"].items():
+        shared = methods.get("parameters", [])
+        for operation in (each for key, each in methods.items() if key != "parameters"):
+            told = [*shared, *operation.get("parameters", [])]
+            assert {each["name"] for each in told if each.get("in") == "path"} == named[path], path
+
+
 async def test_a_stream_has_a_schema(spec):
     events = spec["paths"]["/v1/vqa"]["post"]["responses"]["200"]["content"]["text/event-stream"]
     done, event = events["itemSchema"]["properties"]["data"]["anyOf"]

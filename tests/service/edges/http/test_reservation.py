@@ -179,6 +179,10 @@ async def test_a_caller_that_leaves_before_the_first_event(caller):
     sent = Sent(caller, "/v1/vqa", question(stream=True))
     await until(lambda: caller.house.vision.calls)
     sent.gone.set()
+    await sent.end()
+    assert caller.house.admission.scheduler.used(Resource.VISION)  # an encode that was sent goes on
+    caller.house.vision.gate.set()
+    await until(lambda: not caller.house.admission.scheduler.used(Resource.VISION))
     await require_one_reservation(caller, sent, 499)
 
 

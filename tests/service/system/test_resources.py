@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.resources import TICKS_A_SECOND, CpuTime, Memory, Resources, memory_of_container
+from service.system.resources import TICKS_A_SECOND, CpuTime, Memory, Resources, memory_of_container
 
 
 def write(root: Path, **files: object) -> Path:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from service.core.errors import InvalidRequest
 from service.core.prompt import Prompt
 from service.core.request import Budget, Exchange, ImageId, Part, Request, Sampling, Text
-from service.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
+from service.text.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
 from tests.support.fakes import CARD, SPELLED, TOKENIZER
 
 PROMPTS = PromptBuilder(CARD, TOKENIZER)

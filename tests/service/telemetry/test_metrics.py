@@ -12,7 +12,7 @@ import pytest_asyncio
 from prometheus_client import Histogram, generate_latest
 
 from service.edges.http.application import http_api
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.support.fakes import House, png
 from tests.support.servers import Gateway
 
@@ -135,7 +135,7 @@ def asking(word: str) -> list[tuple[str, str, dict[str, object]]]:
 
 
 def others(text: str) -> str:
-    """Without the metrics of tenants, whose labels are bounded: tests/service/test_costs.py."""
+    """Without the metrics of tenants, whose labels are bounded: tests/service/telemetry/test_costs.py."""
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("glimpse_tenant_"))
 
 

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.tracing import TRACEPARENT, Value, current
+from service.telemetry.tracing import TRACEPARENT, Value, current
 
 # Stages that a request enters once for every token: each is one span from the first entry to the last exit.
 LASTING = ("decode", "generate")

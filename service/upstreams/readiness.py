@@ -11,7 +11,7 @@ import structlog
 
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from service.fleet import Fleet
-from service.metrics import Metrics
 from service.settings import Settings, SettingsError
+from service.telemetry.metrics import Metrics
+from service.upstreams.fleet import Fleet
 from service.upstreams.store import VariantsFile, VariantsInRedis
 from service.upstreams.variants import Variant, Variants, VariantsError
 from tests.service.upstreams.tritons import FakeTriton

@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 
 from service.core.card import ModelCard
 from service.core.errors import Unavailable
-from service.metrics import Metrics
-from service.readiness import Readiness
+from service.telemetry.metrics import Metrics
+from service.upstreams.readiness import Readiness
 from tests.support.fakes import CARD, FakeProber, until
 
 

@@ -10,9 +10,9 @@ import pytest
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide, guide_of
-from service.guide_checks import GuideChecks
-from service.guides import Guides
-from service.prompt import LLM_TOKENIZER, load_tokenizer, token_bytes
+from service.text.guide_checks import GuideChecks
+from service.text.guides import Guides
+from service.text.prompt import LLM_TOKENIZER, load_tokenizer, token_bytes
 from tests.support.paths import PROJECT
 
 REPOSITORY = PROJECT / "model_repository"

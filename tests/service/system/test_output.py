@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import structlog
 
-from service.output import Output, Stream
+from service.system.output import Output, Stream
 from tests.support.servers import eventually
 
 

@@ -9,9 +9,9 @@ from types import TracebackType
 
 from service.admission.admission import Reservation
 from service.core.errors import FirstTokenLate, InternalError, Unavailable
-from service.metrics import Metrics
-from service.models import Choice, Model, Models
-from service.ticket import Ticket
+from service.record.ticket import Ticket
+from service.telemetry.metrics import Metrics
+from service.upstreams.models import Choice, Model, Models
 
 
 class Attempts:

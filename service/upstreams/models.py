@@ -13,11 +13,11 @@ from service.core.errors import InvalidRequest, NotFound
 from service.core.prompt import Prompt
 from service.core.request import Budget, Request, Sampling
 from service.core.variant import ANY, DEFAULT, Route, Served
-from service.estimating import Estimator
-from service.prompt import PromptBuilder, token_bytes
+from service.text.prompt import PromptBuilder, token_bytes
 from service.upstreams.retry_budget import RetryBudget
 from service.upstreams.variants import EVERY, Sticky, assigned, words
 from service.vision_stage import VisionStage
+from service.vision_stage.estimating import Estimator
 
 
 class LanguageModel(Protocol):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide
-from service.guides import Guides
+from service.text.guides import Guides
 
 
 class GuideChecks:

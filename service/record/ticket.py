@@ -15,10 +15,10 @@ from service.core.errors import DeadlineExceeded
 from service.core.payer import NOBODY, Payer, pay_for
 from service.core.request import Request
 from service.core.variant import DEFAULT, Served
-from service.tracing import Value
+from service.telemetry.tracing import Value
 
 if TYPE_CHECKING:
-    from service.spans import Trace
+    from service.telemetry.spans import Trace
 
 
 @dataclass(slots=True)

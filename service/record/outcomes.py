@@ -14,12 +14,12 @@ from service.core.payer import Payer
 from service.core.request import Request
 from service.core.variant import DEFAULT
 from service.core.vision import TENSIONS, Seen
-from service.costs import Ended
-from service.metrics import Metrics
-from service.ticket import Ticket
+from service.record.ticket import Ticket
+from service.telemetry.costs import Ended
+from service.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from service.spans import Trace, Traces
+    from service.telemetry.spans import Trace, Traces
 
 log = structlog.get_logger()
 

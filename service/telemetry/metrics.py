@@ -9,8 +9,8 @@ from prometheus_client.process_collector import ProcessCollector
 
 from service.core.errors import error_codes
 from service.core.variant import DEFAULT
-from service.costs import Costs
-from service.resources import Resources
+from service.system.resources import Resources
+from service.telemetry.costs import Costs
 
 # Bucket bounds include the usual objectives 0.2, 0.5, 1 and 2 s.
 SECONDS = (

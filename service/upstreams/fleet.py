@@ -12,13 +12,13 @@ from pathlib import Path
 import structlog
 
 from service.core.card import Engines, ModelCard
-from service.metrics import Metrics
-from service.models import Model, Models
-from service.prompt import PromptBuilder, token_bytes
-from service.readiness import GATEWAY
 from service.settings import Settings, SettingsError
+from service.telemetry.metrics import Metrics
+from service.text.prompt import PromptBuilder, token_bytes
 from service.triton import TritonClient, read_engines
+from service.upstreams.models import Model, Models
 from service.upstreams.pool import Pool, Triton
+from service.upstreams.readiness import GATEWAY
 from service.upstreams.store import Store
 from service.upstreams.variants import Variant, Variants, VariantsError
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.payer import NOBODY, OTHERS, UNNAMED, Payer, current
-from service.costs import MOST_OF_NOMINAL, PROMOTED_FROM, REQUEST_S, Costs, Ended, TenantLabels
+from service.telemetry.costs import MOST_OF_NOMINAL, PROMOTED_FROM, REQUEST_S, Costs, Ended, TenantLabels
 
 
 def ended(**changed: object) -> Ended:

@@ -1,0 +1,1 @@
+"""What is known of one request while it runs, and how it ended."""

@@ -1,0 +1,1 @@
+"""What the process has of its machine: variables, files, output, limits."""

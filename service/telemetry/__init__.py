@@ -1,0 +1,1 @@
+"""What operators and callers can see of the service: metrics, and traces of requests."""

@@ -1,0 +1,1 @@
+"""What the LLM reads, and the form in which it must answer."""

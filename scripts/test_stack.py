@@ -65,6 +65,8 @@ def main():
     except NoEngine as exc:
         skipped("THE STACK", str(exc))
         return 0
+    finally:
+        engine.remove_files()  # once more: a thread may have written until now
     phases.ended("the engine's end")
     left = engine.left_over()
     if left:

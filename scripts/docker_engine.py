@@ -71,6 +71,11 @@ class Engine:
         """What the client prints."""
         return self.docker(*arguments, stdout=subprocess.PIPE).stdout.strip()
 
+    def remove_files(self):
+        """Remove the folder of an engine of our own."""
+        if self.folder:
+            remove_folder(self.folder)
+
     def left_over(self):
         """Whatever is still there after the end, one line each."""
         found = []
@@ -124,7 +129,7 @@ class Engine:
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
-        remove_folder(self.folder)
+        self.remove_files()
         remove_interfaces(interfaces() - self._interfaces)
         for lister, before in self._rules.items():
             restore(lister, before)

@@ -65,6 +65,8 @@ def main():
     except NoEngine as exc:
         skipped("THE STACK", str(exc))
         return 0
+    finally:
+        engine.remove_files()  # once more: a thread may have written until now
     phases.ended("the engine's end")
     left = engine.left_over()
     if left:
@@ -131,8 +133,19 @@ def build_other(engine, base):
 
 
 def run_tests(engine, files, told, for_pytest=()):
-    """Run the tests -> pytest's exit status."""
-    command = [PYTHON, "-m", "pytest", "-m", "stack", "-v", "--durations=8", "-p", "no:cacheprovider", *files]
+    """Run the tests, and those that failed once more, on a stack of their own -> pytest's exit status."""
+    command = [
+        PYTHON,
+        "-m",
+        "tests.support.again",
+        "-m",
+        "stack",
+        "-v",
+        "--durations=8",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     try:
         return subprocess.run(
             [*command, *for_pytest], cwd=machine.ROOT, env={**os.environ, **told}, check=False

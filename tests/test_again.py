@@ -34,14 +34,24 @@ MANY = f"import pytest\n@pytest.mark.parametrize('n', range({MOST} + 1))\ndef te
 TWICE, LUCKY = "FAILED TWICE", "PASSED ONLY THE SECOND TIME"
 
 
-def suite(folder: Path, workers: str, **files: str) -> tuple[int, str]:
+def suite(folder: Path, workers: str, *arguments: str, **files: str) -> tuple[int, str]:
     """Run these files' tests -> the exit status, and what is told."""
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "tests.support.again", "-q", "-p", "xdist.plugin", "-n", workers]
+    command = [sys.executable, "-m", "tests.support.again", "-q", "-p", "xdist.plugin", "-n", workers, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     return done.returncode, done.stdout
+
+
+def test_the_second_time_has_the_same_markers(tmp_path: Path) -> None:
+    marked = "[pytest]\nmarkers = rare\naddopts = -m 'not rare'\n"
+    (tmp_path / "pytest.ini").write_text(marked)
+    status, told = suite(
+        tmp_path, "0", "-m", "rare", test_luck=LUCK.replace("@pytest.mark.p", "@pytest.mark.rare\n@pytest.mark.p")
+    )
+    assert status == 0, told
+    assert f"{LUCKY} (1)" in told
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

@@ -27,6 +27,9 @@ def write(folder: Path, project: str) -> Path:
     compose.write_text(
         f"""
 services:
+  gateway: # a slow machine may need more than 10 s to end what it began
+    environment: {{ GLIMPSE_STOP_GRACE_S: 60 }}
+    stop_grace_period: 90s
   prometheus: {{ volumes: ["{folder}/prometheus:/etc/prometheus:ro"] }}
   alertmanager: {{ volumes: ["{folder}/alertmanager:/etc/alertmanager:ro"] }}
   alert-webhook: # where the committed configuration of Alertmanager sends to

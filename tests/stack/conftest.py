@@ -147,7 +147,7 @@ def stack(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         stack.took_s["up --wait"] = time.monotonic() - began
         yield stack
     finally:
-        stack.compose("down", "--volumes", "--timeout", "20")
+        stack.compose("down", "--volumes")
 
 
 @pytest.fixture

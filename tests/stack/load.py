@@ -110,6 +110,7 @@ def ask(client: httpx.Client, image: str, *, stream: bool) -> str:
             lines = [line for line in events.iter_lines() if line]
     except httpx.HTTPError as exc:
         return repr(exc)
-    if events.status_code != 200 or any('"error"' in line for line in lines) or lines[-1:] != ["data: [DONE]"]:
-        return f"{events.status_code}: {lines[-1:]}"
+    errors = [line for line in lines if '"error"' in line]
+    if events.status_code != 200 or errors or lines[-1:] != ["data: [DONE]"]:
+        return f"{events.status_code}: {errors or lines[-1:]}"
     return ""

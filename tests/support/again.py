@@ -82,11 +82,17 @@ def main(arguments: Sequence[str]) -> int:
         if first.status != pytest.ExitCode.TESTS_FAILED or not 0 < len(first.failed) <= MOST:
             return first.status
         say(f"\n{len(first.failed)} failed, and run once more, alone:\n")
-        second = run(first.failed, Path(folder) / "second")
+        second = run([*marker(arguments), *first.failed], Path(folder) / "second")
     lucky = [name for name in first.failed if name in second.passed]
     tell("PASSED ONLY THE SECOND TIME", lucky)
     tell("FAILED TWICE", [name for name in first.failed if name not in second.passed])
     return 0 if len(lucky) == len(first.failed) else first.status
+
+
+def marker(arguments: Sequence[str]) -> Sequence[str]:
+    """The choice of tests by their markers, which names of tests do not replace."""
+    at = arguments.index("-m") if "-m" in arguments else len(arguments)
+    return arguments[at : at + 2]
 
 
 def tell(title: str, names: Sequence[str]) -> None:

@@ -53,7 +53,6 @@ def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
         assert [process.exitcode for process in running] == [0] * len(several)
     one, two = (torch.load(tmp_path / name / "training.pt", weights_only=True)["student"] for name in environments)
     furthest = max(float((weight - two[name]).abs().max()) for name, weight in one.items())
-    print("furthest", furthest)
     assert furthest < 1e-4
     start = new_allocator(parts.checkpoint, True, 5).state_dict()["participatory.patch.weight"]
     assert (one["allocator.participatory.patch.weight"] - start).abs().max() > 1e-3

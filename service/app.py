@@ -11,6 +11,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
 from fastapi import FastAPI
 from prometheus_client.exposition import choose_encoder
 
@@ -27,6 +28,7 @@ from service.cache.redis_tier import RedisLimits, RedisTier
 from service.cache.shared_images import SharedImages
 from service.core.access import Authenticator
 from service.core.card import ModelCard
+from service.core.precision import Choice
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
 from service.edges.grpc.edge import GrpcEdge
@@ -59,6 +61,8 @@ NO_KEYS = Keyring()
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
 
+log = structlog.get_logger()
+
 
 @dataclass(frozen=True, slots=True)
 class App:
@@ -66,6 +70,7 @@ class App:
 
     settings: Settings
     card: ModelCard
+    precision: Choice | None  # that the models compute in; None with variants, which compute in FP32
     access: Access  # of the embedded Triton
     client: TritonClient  # unused with variants
     fleet: Fleet | None  # the variants; None without
@@ -94,8 +99,10 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     else:
         repository = fleet.primary.repository
     card, engines = repository.card, repository.engines
+    chosen = None
     if fleet is None:
-        card = card.computed_in(choice(settings, card).precision)
+        chosen = choice(settings, card)
+        card = card.computed_in(chosen.precision)
     elif settings.precision not in ("auto", "fp32"):
         raise SettingsError(
             f"GLIMPSE_PRECISION is {settings.precision}, but the models of GLIMPSE_VARIANTS compute in fp32: unset it"
@@ -145,6 +152,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     return App(
         settings=settings,
         card=card,
+        precision=chosen,
         access=access,
         client=client,
         fleet=fleet,
@@ -384,6 +392,8 @@ async def running(app: App) -> AsyncIterator[None]:
     Raises StartFailed. A watcher that fails cancels the block, so the service never runs without its watchers.
     """
     settings = app.settings
+    if app.precision is not None:
+        log.info("precision", precision=app.precision.precision, why=app.precision.why)
     async with AsyncExitStack() as parts:
         if app.traces is not None:
             parts.callback(app.traces.close)

@@ -53,7 +53,8 @@ def read_card(settings: Settings) -> ModelCard:
 async def serve(settings: Settings, ports: Ports, pool: str) -> None:
     """Serve until SIGINT or SIGTERM. Triton then ends its requests in flight. Raises StartFailed, SettingsError."""
     card = read_card(settings)
-    card = card.computed_in(choice(settings, card, gateways_elsewhere=True).precision)
+    chosen = choice(settings, card, gateways_elsewhere=True)
+    card = card.computed_in(chosen.precision)
     models = called(pool, card)
     access = Access.choose(ports)
     stopped = asyncio.Event()
@@ -72,7 +73,9 @@ async def serve(settings: Settings, ports: Ports, pool: str) -> None:
             start_timeout_s=settings.triton_start_timeout_s,
         ) as triton,
     ):
-        log.info("triton ready", address=access.url, pool=pool, model=card.name, precision=card.precision)
+        log.info(
+            "triton ready", address=access.url, pool=pool, model=card.name, precision=card.precision, why=chosen.why
+        )
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(triton.supervise())
             await stopped.wait()

@@ -51,6 +51,8 @@ def with_image(asked: dict[str, Any]) -> dict[str, Any]:
     for name in [name for name in FORMS if changed.get(name) is not None]:  # one form at most, and one that can be met
         changed[name] = None
         changed |= {"choices": ["yes", "no"]}
+    if changed.get("top_logprobs"):  # the schema says so, but what varies one field at a time does not read it
+        changed["logprobs"] = True
     if changed.get("images") is not None:
         changed["images"] = [ENCODED] * min(2, len(changed["images"]))
     return changed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.repository import CONFIG_TYPES
 from build_engines.verify.report import Report
 from service.core.card import ModelCard
-from service.core.tensors import Tensor
+from service.core.tensors import LIKELIEST, Tensor
 from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS
 from service.text.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
 from service.triton import CALLED
@@ -133,16 +133,19 @@ def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:
         sized = card.sized(tensor)
         return sized.datatype, sized.dims, sized.optional
 
+    def used(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [each for each in tensors if card.top_log_probs or each.name not in LIKELIEST]
+
     for name in {*card.called, "vision_encoder", *("vqa" for _ in configs if "vqa" in configs)}:
         if name not in configs:
             raise Wrong(f"the model {name} is missing")
         accepted, given = specs(configs[name].input), specs(configs[name].output)
-        for tensor in CALLED[name].inputs:
+        for tensor in used(CALLED[name].inputs):
             if accepted.get(tensor.name) != told(tensor):
                 raise Wrong(
                     f"{name} takes {tensor.name} as {accepted.get(tensor.name)}, the gateway sends {told(tensor)}"
                 )
-        for tensor in CALLED[name].outputs:
+        for tensor in used(CALLED[name].outputs):
             if given.get(tensor.name, ())[:2] != told(tensor)[:2]:
                 raise Wrong(f"{name} gives {tensor.name} as {given.get(tensor.name)}, the gateway reads {told(tensor)}")
         unsent = {key for key, spec in accepted.items() if not spec[2]} - {t.name for t in CALLED[name].inputs}

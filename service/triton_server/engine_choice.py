@@ -5,29 +5,19 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import structlog
-
 from service.core.card import ModelCard
 from service.core.precision import Choice, Cpu, NotOffered, choose
 from service.settings import Settings, SettingsError
 
 CPUINFO = Path("/proc/cpuinfo")
 
-log = structlog.get_logger()
-
 
 def choice(settings: Settings, card: ModelCard, *, gateways_elsewhere: bool = False) -> Choice:
-    """Choose, and say in the log what and why. Raises SettingsError if the setting cannot be met.
+    """Choose. Raises SettingsError if the setting cannot be met.
 
     A gateway and its Triton must agree, because the precision is a part of the feature cache's keys. So auto is FP32
     if they start apart: neither can know the other's CPU.
     """
-    found = _choice(settings, card, gateways_elsewhere)
-    log.info("precision", precision=found.precision, why=found.why)
-    return found
-
-
-def _choice(settings: Settings, card: ModelCard, gateways_elsewhere: bool) -> Choice:
     wanted = settings.precision
     if card.precision != "fp32":
         if wanted not in ("auto", card.precision):

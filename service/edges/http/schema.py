@@ -138,6 +138,11 @@ def _given(name: str, kind: str) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"type": kind}}}
 
 
+# top_logprobs needs logprobs.
+TOP_NEEDS_LOGPROBS: dict[str, Any] = {
+    "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
+    "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+}
 WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
 GREEDY_OR_DRAWN: dict[str, Any] = {"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}
 Tokens = Annotated[int, Field(ge=0, le=1_000_000), WHOLE]
@@ -263,7 +268,9 @@ class Asked(BaseModel):
 class VqaRequest(Asked):
     """A question about one image or several, as JSON."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [_given("image", "string"), _given("images", "array")]})
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [_given("image", "string"), _given("images", "array")], **TOP_NEEDS_LOGPROBS}
+    )
 
     image: ImageText | None = Field(
         None,
@@ -289,7 +296,7 @@ class VqaRequest(Asked):
 class VqaForm(Asked):
     """A question about one image or several, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
 
-    model_config = ConfigDict(json_schema_extra={"required": ["question", "image"]})
+    model_config = ConfigDict(json_schema_extra={"required": ["question", "image"], **TOP_NEEDS_LOGPROBS})
 
     image: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA)] = Field(
         default_factory=list, description="The file, or what JSON's `image` may hold; it may repeat."

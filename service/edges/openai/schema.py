@@ -36,6 +36,7 @@ from service.edges.http.schema import (
     REASON,
     REGEX,
     TOP_LOGPROBS,
+    TOP_NEEDS_LOGPROBS,
     VARIANT,
     WHOLE,
     Choices,
@@ -171,7 +172,7 @@ class ResponseFormat(BaseModel):
 class ChatRequest(Unsupported):
     """A conversation about images, as OpenAI's clients send it. A field that is left out means what /v1/vqa says."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, json_schema_extra=TOP_NEEDS_LOGPROBS)
 
     model: str = Field(description="The served model's name: see `GET /v1/models`.")
     messages: Annotated[tuple[ChatMessage, ...], Field(max_length=MAX_MESSAGES, json_schema_extra={"minItems": 1})] = (

@@ -25,7 +25,7 @@ for name, values in inputs.items():
 
 responses = queue.SimpleQueue()
 with InferenceServerClient(address) as triton:
-    triton.start_stream(lambda result, error: responses.put((result, error)))
+    triton.start_stream(lambda result, error: responses.put((result, error)), stream_timeout=60)
     triton.async_stream_infer("vqa", tensors, enable_empty_final_response=True)
     while True:
         result, error = responses.get()

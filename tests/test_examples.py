@@ -30,6 +30,7 @@ def run(name: str, address: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
 from service.core.payer import HOLD_S, NOBODY, OTHERS, PAYER, Payer
+from triton_models.metrics import counter_family, metric_of
 
 PERIOD_S = 1.0
 MOST_PAYERS = 1000  # with series of their own; each gateway names only the tenants that ask it most
@@ -118,7 +117,7 @@ class Costs:
         self._accounted_s = 0.0  # of the process's CPU time, what was charged to anyone
         self._payers = {NOBODY}
         self._families = {
-            name: pb_utils.MetricFamily(name=name, description=text, kind=pb_utils.MetricFamily.COUNTER)
+            name: counter_family(name, text)
             for name, text in (
                 (CPU_SECONDS, "CPU seconds by tenant, variant and part: a model, or triton, the server itself"),
                 (GPU_SECONDS, "Seconds that a model computed on a GPU, by tenant, variant and part"),
@@ -135,7 +134,7 @@ class Costs:
         self._thread.start()
 
     def close(self) -> None:
-        """Send the last values and release the metrics, which must not outlive the interpreter: see Gauges."""
+        """Send the last values."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -143,8 +142,6 @@ class Costs:
         if self._thread.is_alive():
             self._thread.join()
         self.report()
-        self._series.clear()
-        self._families.clear()
         if self._server is not None:
             self._server.close()
 
@@ -210,7 +207,7 @@ class Costs:
         key = (name, payer, part)
         if key not in self._series:
             labels = {"tenant": payer.tenant, "variant": payer.variant, "part": part}
-            self._series[key] = Series(self._families[name].Metric(labels=labels), self._clock())
+            self._series[key] = Series(metric_of(self._families[name], labels), self._clock())
         self._series[key].untold_s += seconds
 
     def _known(self, weights: Mapping[Payer, float]) -> Mapping[Payer, float]:

@@ -91,6 +91,27 @@ async def test_a_server_that_crashes_while_starting_is_started_again(
 
 
 @pytest.mark.servers
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llm", "qformer"])
+async def test_a_model_can_be_loaded_again_and_again(
+    repository: Path, card: ModelCard, tmp_path: Path, model: str
+) -> None:
+    """What a reload leaves wrong in Triton's memory ends it after a few more."""
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    async with (
+        TritonClient(access.url, access.url) as client,
+        EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "log", access=access) as triton,
+    ):
+        before = triton.pid
+        for _ in range(15):
+            await client.unload(model, 10.0)
+            await client.load(model, 10.0)
+            for called in card.called:
+                await client.probe(called, card, 10.0)
+        assert triton.pid == before
+
+
+@pytest.mark.servers
 async def test_a_start_that_takes_too_long_is_given_up(repository: Path, card: ModelCard, tmp_path: Path) -> None:
     access = Access.choose(Ports(metrics=free_ports(1)[0]))
     async with TritonClient(access.url, access.url) as client:

@@ -296,7 +296,7 @@ class VqaRequest(Asked):
 class VqaForm(Asked):
     """A question about one image or several, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
 
-    model_config = ConfigDict(json_schema_extra={"required": ["question", "image"], **TOP_NEEDS_LOGPROBS})
+    model_config = ConfigDict(json_schema_extra={"required": ["question", "image"]})
 
     image: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA)] = Field(
         default_factory=list, description="The file, or what JSON's `image` may hold; it may repeat."

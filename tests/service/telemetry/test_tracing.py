@@ -112,8 +112,12 @@ def test_a_refused_request_fails_in_its_trace(traced: Traced) -> None:
 
 def test_the_log_and_openmetrics_name_the_trace(traced: Traced) -> None:
     trace_id, _ = traced.ask({}, image=SCENE)
-    lines = [json.loads(line) for line in traced.gateway.log().splitlines() if line.startswith("{")]
-    assert any(line.get("trace_id") == trace_id for line in lines)
+
+    def told() -> bool:  # the line is written after the answer
+        lines = (json.loads(line) for line in traced.gateway.log().splitlines() if line.startswith("{"))
+        return any(line.get("trace_id") == trace_id for line in lines)
+
+    eventually(told, 10, "the log names the trace")
 
     text = httpx.get(f"{traced.gateway.url}/metrics", headers={"accept": "application/openmetrics-text"}).text
     assert f'trace_id="{trace_id}"' in text

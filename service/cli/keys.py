@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from service.cli.terminal import fail, require
+from service.cli.terminal import fail, finished, require
 
 if TYPE_CHECKING:
     from service.access.key_file import KeyFile
@@ -185,13 +184,8 @@ def said(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine; end the command with one line if the keys cannot be read or written."""
     from service.access.keys import KeysError  # noqa: PLC0415
 
-    async def run() -> T:
-        return await work
-
     try:
-        return asyncio.run(run())
-    except KeysError as exc:
-        fail(str(exc))
+        return finished(work, KeysError)
     except Exception as exc:
         from service.cache.redis_client import RedisFault  # noqa: PLC0415
 

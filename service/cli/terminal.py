@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import NoReturn, TextIO, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import typer
 
@@ -17,6 +18,7 @@ SET_UP = Path(__file__).resolve().parents[2] / "scripts" / "set_up.py"
 DEBUG = "GLIMPSE_DEBUG"  # set to anything, an error shows its traceback
 MAX_LINE_CHARS = 300
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+T = TypeVar("T")
 
 
 def run(command: Callable[[], object]) -> int:
@@ -111,6 +113,18 @@ def missing(module: str, goal: str) -> NoReturn:
     if SET_UP.exists():
         fail(f"this needs {module}, which is not installed: run `python3 {SET_UP} {goal}`")
     fail(f"this needs {module}, which an installed package or an image of Glimpse lacks: run it in Glimpse's folder")
+
+
+def finished(work: Coroutine[Any, Any, T], fault: type[Exception]) -> T:
+    """Run a coroutine to its end; a fault of this kind ends the command with one line."""
+
+    async def run_it() -> T:
+        return await work
+
+    try:
+        return asyncio.run(run_it())
+    except fault as exc:
+        fail(str(exc))
 
 
 def fail(message: str) -> NoReturn:

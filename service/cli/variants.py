@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from service.cli.terminal import fail, require
+from service.cli.terminal import fail, finished, require
 
 if TYPE_CHECKING:
     from service.upstreams.store import VariantsFile, VariantsInRedis
@@ -130,13 +129,7 @@ def said(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine; end the command with one line if the variants cannot be read or written."""
     from service.upstreams.variants import VariantsError  # noqa: PLC0415
 
-    async def run() -> T:
-        return await work
-
-    try:
-        return asyncio.run(run())
-    except VariantsError as exc:
-        fail(str(exc))
+    return finished(work, VariantsError)
 
 
 def show(found: Variants) -> None:

@@ -953,7 +953,7 @@ async def test_in_a_narrow_window_nobody_waits_for_an_encode_that_it_keeps_outsi
     await until(lambda: "attend" in house.vision.calls)
     outside = asyncio.create_task(answer(house, request(image=image, detail="high")))
     await until(lambda: house.counted("glimpse_requests_waiting", kind="multi_image") == 1)
-    house.vision.gate.set()  # who is inside finds that it needs the closer view that is about to be encoded outside
+    house.vision.gate.set()  # the admitted request now needs the closer view; the waiting request will encode it
     async with asyncio.timeout(5):
         ends = await asyncio.gather(inside, outside)
     assert [end.detail for _, end in ends] == ["high", "high"]

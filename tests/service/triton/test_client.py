@@ -446,7 +446,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 class Patient(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A Triton that says one token and no more until it is told to stop, and that notes who is cancelled."""
+    """A Triton that sends one token, then waits until it is told to stop. It notes cancelled calls."""
 
     def __init__(self) -> None:
         self.stopped = asyncio.Event()

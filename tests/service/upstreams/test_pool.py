@@ -1,4 +1,4 @@
-"""Several Tritons as one vision model and one LLM: who is asked, who takes over, and who is left out."""
+"""A pool of Tritons: which one gets a call, which one takes over, and which ones are left out."""
 
 from __future__ import annotations
 

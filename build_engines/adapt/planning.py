@@ -28,6 +28,7 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     near = max(1, round(CLOSER_SHARE_OF_A_STEP * options.batch)) if closer else 0
     schedule = Schedule(
         steps=options.steps,
+        relevance_steps=options.steps,
         images=max(1, options.batch - near),
         asked=options.questions,
         closer_images=near,

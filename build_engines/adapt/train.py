@@ -37,6 +37,7 @@ from build_engines.model.relaxation import choose, gates_of
 QUERIES = 32
 UNIFORM, LARGE = (1.0, 1.0, 1.0), (2.0, 3.0, 5.0)  # weights of the thirds of the budgets; 2:3:5 is TokenFLEX's
 MAP_WEIGHT, TOKEN_WEIGHT = 0.3, 0.1  # of the losses beside that of the answers
+EMPHASIS = 2.0  # importance from 1 / EMPHASIS of the greatest counts as wholly relevant
 KEPT_RATE = 0.2  # of relevance, once it is trained and the rest begins
 WARMUP = 0.05  # of the steps
 CLIPPED = 2.0
@@ -108,7 +109,8 @@ class Student(nn.Module):
         if batch.detail is None:
             with torch.no_grad():
                 whole = self.whole(batch, question)
-            error = (visual - whole).square().mean() / whole.var().clamp(min=1e-12)
+            # Over each question's own variance: the share of a process gives what the whole batch gives.
+            error = ((visual - whole).square().mean((1, 2)) / whole.var((1, 2)).clamp(min=1e-12)).mean()
             loss = loss + (1.0 if self.language is None else TOKEN_WEIGHT) * error
             parts[f"{name}_tokens"] = error.item()
         if self.language is not None:
@@ -170,14 +172,17 @@ class Student(nn.Module):
 
 
 def divergence(relevance: Tensor, importance: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence, nats, of relevance from importance, both [R, 256] in [0, 1].
+    """How far relevance is from importance, both [R, 256] in [0, 1]: nats, mean over the questions.
 
-    Each is taken as a distribution over the patches: the odds of relevance, and importance. So a patch that matters for
-    one answer by chance costs little, while what matters for every answer about a thing is learned soon.
+    The Kullback-Leibler divergence of the two as distributions over the patches, of which relevance gives the odds,
+    teaches what matters most: a patch that matters for one answer by chance costs little. Binary cross-entropy, a mean
+    over the patches, teaches how much.
     """
-    odds = torch.logit(relevance.clamp(1e-6, 1 - 1e-6))
+    relevance = relevance.clamp(1e-6, 1 - 1e-6)
     target = importance / importance.sum(1, keepdim=True).clamp(min=1e-20)
-    return functional.kl_div(odds.log_softmax(1), target, reduction="batchmean")
+    which = functional.kl_div(torch.logit(relevance).log_softmax(1), target, reduction="batchmean")
+    level = (EMPHASIS * importance).clamp(max=1.0)
+    return which + functional.binary_cross_entropy(relevance, level, weight=1 + 2 * level)
 
 
 @dataclass
@@ -320,6 +325,7 @@ class Training:
             loss, parts = self._model(batches)
             self.accelerator.backward(loss)
             norms = self.norms()
+            self._leave_untrained()
             self.accelerator.clip_grad_norm_(self._model.parameters(), CLIPPED)
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -344,6 +350,13 @@ class Training:
         share = min(1.0, (done + 1e-3) / WARMUP) * 0.5 * (1 + float(np.cos(np.pi * done)))
         for number, (group, rate) in enumerate(zip(self._optimizer.param_groups, self._rates, strict=True)):
             group["lr"] = rate * share * (1.0 if alone or number else KEPT_RATE)
+
+    def _leave_untrained(self) -> None:
+        """While relevance trains alone, take the zero gradients that DDP gives to the rest: AdamW would count them."""
+        if self.step < self.schedule.relevance_steps:
+            for group in self._optimizer.param_groups[1:]:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def norms(self) -> dict[str, float]:
         """Gradient norm of each part, before clipping."""

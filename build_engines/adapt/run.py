@@ -88,6 +88,8 @@ def adapt(job: Job, found: Data) -> Adapted:
     training = Training(accelerator, student, job.schedule, job.work, teacher.key(asked, store))
     learned = drawer_of(drawer, training_rows)
     training.run(learned, relevance=True)
+    if training.step == job.schedule.relevance_steps:
+        student.settle_level(learned)
     if job.teacher == LIKELIHOOD:
         learned = looked_nearer(accelerator, training, teacher, learned, job.work)
     training.run(learned)

@@ -36,9 +36,8 @@ from build_engines.model.relaxation import choose, gates_of
 
 QUERIES = 32
 UNIFORM, LARGE = (1.0, 1.0, 1.0), (2.0, 3.0, 5.0)  # weights of the thirds of the budgets; 2:3:5 is TokenFLEX's
-MAP_WEIGHT, TOKEN_WEIGHT = 0.3, 0.1  # of the losses beside that of the answers
-EMPHASIS = 2.0  # importance from 1 / EMPHASIS of the greatest counts as wholly relevant
-KEPT_RATE = 0.2  # of relevance, once it is trained and the rest begins
+TOKEN_WEIGHT = 0.1  # of the visual tokens' loss beside that of the answers
+GREATEST = 0.9  # relevance of a question's most relevant patch, in the median
 WARMUP = 0.05  # of the steps
 CLIPPED = 2.0
 
@@ -48,7 +47,7 @@ class Schedule:
     """The size of a training. Images and questions are those of all processes together."""
 
     steps: int = 600  # of the whole allocator
-    relevance_steps: int = 600  # before these, of relevance alone
+    relevance_steps: int = 1200  # before these, of relevance alone, which stays as it is then
     images: int = 12  # a step
     asked: int = 3  # questions an image
     closer_images: int = 4  # a step, with the closer view
@@ -100,11 +99,11 @@ class Student(nn.Module):
     def learn(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         question = self.question(batch)
         weighed = self.weigh(batch, question)
-        loss = MAP_WEIGHT * divergence(weighed.scores[:, 2], batch.importance)
-        name = "map" if batch.only_map else "plain" if batch.detail is None else "closer"
-        parts = {f"{name}_map": loss.item() / MAP_WEIGHT}
         if batch.only_map:
-            return loss, parts
+            loss = divergence(weighed.scores[:, 2], batch.importance)
+            return loss, {"map": loss.item()}
+        loss, parts = torch.zeros_like(batch.sure).sum(), {}
+        name = "plain" if batch.detail is None else "closer"
         visual = self.read(batch, weighed, question)
         if batch.detail is None:
             with torch.no_grad():
@@ -149,6 +148,16 @@ class Student(nn.Module):
         return self.reader.visual(tokens, gates_of(allocation, choice), batch.owner, question)
 
     @torch.no_grad()
+    def settle_level(self, drawer: Drawer, most: int = 960) -> None:
+        """Shift relevance so that the most relevant patch is GREATEST in the median: which patches lead stays the same.
+
+        `divergence` teaches which patches, and leaves the level open. Settling twice changes nothing.
+        """
+        if self.allocator.participatory is not None:
+            greatest = torch.logit(torch.from_numpy(self.relevance(drawer.first(most)).max(1)))
+            self.allocator.participatory.bias += torch.logit(torch.tensor(GREATEST)) - greatest.median()
+
+    @torch.no_grad()
     def relevance(self, drawer: Drawer, at_once: int = 64) -> np.ndarray:
         """What each of the drawer's questions is about, float32 [Q, 256] in [0, 1]."""
         found = []
@@ -172,17 +181,16 @@ class Student(nn.Module):
 
 
 def divergence(relevance: Tensor, importance: Tensor) -> Tensor:
-    """How far relevance is from importance, both [R, 256] in [0, 1]: nats, mean over the questions.
+    """Mean Kullback-Leibler divergence, nats, of relevance from importance, both [R, 256] in [0, 1].
 
-    The Kullback-Leibler divergence of the two as distributions over the patches, of which relevance gives the odds,
-    teaches what matters most: a patch that matters for one answer by chance costs little. Binary cross-entropy, a mean
-    over the patches, teaches how much.
+    Each is taken as a distribution over the patches: the odds of relevance, and the square of importance. So a patch
+    that matters for one answer by chance costs little, and what matters most for every answer about a thing leads.
     """
-    relevance = relevance.clamp(1e-6, 1 - 1e-6)
-    target = importance / importance.sum(1, keepdim=True).clamp(min=1e-20)
-    which = functional.kl_div(torch.logit(relevance).log_softmax(1), target, reduction="batchmean")
-    level = (EMPHASIS * importance).clamp(max=1.0)
-    return which + functional.binary_cross_entropy(relevance, level, weight=1 + 2 * level)
+    odds = torch.logit(relevance.clamp(1e-6, 1 - 1e-6))
+    target = importance.square()
+    return functional.kl_div(
+        odds.log_softmax(1), target / target.sum(1, keepdim=True).clamp(min=1e-20), reduction="batchmean"
+    )
 
 
 @dataclass
@@ -202,6 +210,11 @@ class Drawer:
             self._of.setdefault(one.image, []).append(number)
         self._images = sorted(self._of)
         self._closer = [image for image in self._images if image in self.store.closer]
+
+    def first(self, most: int) -> Drawer:
+        """A drawer of the first questions."""
+        rows = range(min(most, len(self.asked)))
+        return replace(self, asked=[self.asked[row] for row in rows], lessons=self.lessons.of(rows))
 
     def draw(self, step: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
         """This process's share of a step's batches."""
@@ -324,8 +337,8 @@ class Training:
             batches = drawer.draw(self.step, self.accelerator.process_index, self.accelerator.num_processes)
             loss, parts = self._model(batches)
             self.accelerator.backward(loss)
-            norms = self.norms()
             self._leave_untrained()
+            norms = self.norms()
             self.accelerator.clip_grad_norm_(self._model.parameters(), CLIPPED)
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -348,15 +361,23 @@ class Training:
             self.step / schedule.relevance_steps if alone else (self.step - schedule.relevance_steps) / schedule.steps
         )
         share = min(1.0, (done + 1e-3) / WARMUP) * 0.5 * (1 + float(np.cos(np.pi * done)))
-        for number, (group, rate) in enumerate(zip(self._optimizer.param_groups, self._rates, strict=True)):
-            group["lr"] = rate * share * (1.0 if alone or number else KEPT_RATE)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
 
     def _leave_untrained(self) -> None:
-        """While relevance trains alone, take the zero gradients that DDP gives to the rest: AdamW would count them."""
-        if self.step < self.schedule.relevance_steps:
-            for group in self._optimizer.param_groups[1:]:
-                for parameter in group["params"]:
-                    parameter.grad = None
+        """Drop the gradients of what this step does not train: relevance has its own steps, and its level is settled.
+
+        The gradient of the answers would come to relevance through the choice of tokens, and is mostly noise there.
+        AdamW would count DDP's zero gradients.
+        """
+        allocator, alone = self.student.allocator, self.step < self.schedule.relevance_steps
+        relevance = [] if allocator.participatory is None else list(allocator.participatory.parameters())
+        own = {id(parameter) for parameter in relevance}
+        for parameter in self.student.parameters():
+            if (id(parameter) in own) != alone:
+                parameter.grad = None
+        if allocator.participatory is not None:
+            allocator.participatory.bias.grad = None
 
     def norms(self) -> dict[str, float]:
         """Gradient norm of each part, before clipping."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,22 @@ def test_a_training_killed_three_times_ends_as_one_that_was_not(parts: Parts, tm
         assert torch.equal(weight, last.student.state_dict()[name]), name
     start = new_allocator(parts.checkpoint, True, 5).state_dict()
     assert not torch.equal(start["participatory.patch.weight"], whole.student.allocator.participatory.patch.weight)
+
+
+def test_relevance_is_settled_once_and_stays_as_it_is(parts: Parts, tmp_path: Path) -> None:
+    store = parts.store(tmp_path)
+    store.fill(parts.checkpoint.vision_encoder(), ImageLimits())
+    drawer = Drawer(store, parts.asked(store), parts.teach(store, tmp_path), SCHEDULE, torch.device("cpu"))
+    training = parts.training(tmp_path / "settled")
+    training.run(drawer, relevance=True)
+    assert (training.step, training.finished) == (SCHEDULE.relevance_steps, False)
+    student = training.student
+    before = student.relevance(drawer)
+    for _ in range(2):  # a continued training settles again
+        student.settle_level(drawer)
+        found = student.relevance(drawer)
+        assert np.median(found.max(1)) == pytest.approx(0.9, abs=1e-4)
+    assert (found.argmax(1) == before.argmax(1)).all()
+    training.run(drawer)
+    assert training.finished
+    assert (student.relevance(drawer) == found).all()

@@ -124,7 +124,8 @@ def test_relevance_is_settled_once_and_stays_as_it_is(parts: Parts, tmp_path: Pa
     for _ in range(2):  # a continued training settles again
         student.settle_level(drawer)
         found = student.relevance(drawer)
-        assert np.median(found.max(1)) == pytest.approx(0.9, abs=1e-4)
+        greatest = np.sort(found.max(1))
+        assert greatest[(len(greatest) - 1) // 2] == pytest.approx(0.9, abs=1e-4)  # the median
     assert (found.argmax(1) == before.argmax(1)).all()
     training.run(drawer)
     assert training.finished

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
@@ -144,7 +145,8 @@ def looked_nearer(accelerator: Accelerator, training: Training, teacher: Teacher
     """The drawer with answers from nearer, where trained relevance says. A continued training has them already."""
     if training.step == training.schedule.relevance_steps and accelerator.is_main_process:
         relevance = training.student.relevance(drawer)
-        teacher.look_nearer(drawer.asked, drawer.store, drawer.lessons, relevance, work)
+        learned = np.sqrt(relevance / (1 - relevance))  # the odds were learned from the square of importance
+        teacher.look_nearer(drawer.asked, drawer.store, drawer.lessons, learned, work)
     accelerator.wait_for_everyone()
     return replace(drawer, lessons=drawer.lessons.with_nearer(work))
 

@@ -166,18 +166,18 @@ class Teacher:
         return total.sqrt()
 
     def look_nearer(
-        self, asked: Sequence[Asked], store: FeatureStore, found: Lessons, relevance: np.ndarray, work: Path
+        self, asked: Sequence[Asked], store: FeatureStore, found: Lessons, importance: np.ndarray, work: Path
     ) -> Lessons:
-        """Look again where the whole view was unsure, at the quarter that `relevance` [Q, 256] chooses.
+        """Look again where the whole view was unsure, at the quarter that `importance` [Q, 256] chooses.
 
-        Relevance that was learned from all questions errs less than the importance measured for one. The answers are
+        Importance that was learned from all questions errs less than what was measured for one. The answers are
         kept in WORK/nearer.json, because relevance changes as training goes on.
         """
         record = work / "nearer.json"
         answers: dict[str, list[int]] = {}
         for first in range(0, len(asked), self.batch):
             rows = slice(first, first + self.batch)
-            near = self._from_nearer(asked[rows], store, relevance[rows], found.sure[rows])
+            near = self._from_nearer(asked[rows], store, importance[rows], found.sure[rows])
             answers |= {str(first + row): answer for row, answer in near.items()}
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(answers))
@@ -186,10 +186,10 @@ class Teacher:
 
     @torch.no_grad()
     def _from_nearer(
-        self, asked: Sequence[Asked], store: FeatureStore, relevance: np.ndarray, sure: Sequence[float]
+        self, asked: Sequence[Asked], store: FeatureStore, importance: np.ndarray, sure: Sequence[float]
     ) -> dict[int, list[int]]:
         """For questions of which the whole view is unsure, the answer of the quarter that matters, if it is sure."""
-        quarter, share = quarters(relevance)
+        quarter, share = quarters(importance)
         rows = [
             row for row, one in enumerate(asked)
             if one.image in store.closer and sure[row] < UNSURE and share[row] > CONCENTRATED

@@ -35,8 +35,13 @@ from service.core.request import Budget
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import PromptBuilder, load_tokenizer
 from tests.support.shared_exports import SharedExports
-from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
-from triton_models.decoder import OnnxDecoder
+from tests.support.tiny_checkpoints import (
+    save_blip2_flan_t5,
+    save_blip2_opt,
+    save_instructblip_flan_t5,
+    save_instructblip_vicuna,
+)
+from triton_models.language_model import open_language_model
 from triton_models.query_groups import GroupRunner
 from triton_models.session import Graph
 
@@ -65,6 +70,10 @@ SAVED: dict[str, tuple[Callable[[Path], None], type, type]] = {
     "blip2-opt": (save_blip2_opt, Blip2ForConditionalGeneration, Blip2Processor),
     "instructblip-vicuna": (
         save_instructblip_vicuna, InstructBlipForConditionalGeneration, InstructBlipProcessor
+    ),
+    "blip2-flan-t5": (save_blip2_flan_t5, Blip2ForConditionalGeneration, Blip2Processor),
+    "instructblip-flan-t5": (
+        save_instructblip_flan_t5, InstructBlipForConditionalGeneration, InstructBlipProcessor
     ),
 }  # fmt: skip
 
@@ -103,6 +112,8 @@ def of_transformers(family: Family) -> list[list[int]]:
         text = family.card.prompt_template.replace("{question}", question)
         given = processor(images=Pillow.open(BytesIO(picture)), text=text, return_tensors="pt")
         tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False)[0].tolist()
+        if model.config.text_config.is_encoder_decoder:
+            tokens = tokens[1:]  # the decoder's start token
         prompt = given["input_ids"].shape[1]
         said.append(tokens[prompt:] if len(tokens) > LONGEST else tokens)
     return said
@@ -134,7 +145,8 @@ def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
 def of_the_graphs(family: Family) -> list[list[int]]:
     """Run the same through the repository's models: prompts of different lengths, decoded together."""
     prompts = PromptBuilder.load(family.card, family.repository)
-    decoder = OnnxDecoder(family.repository / "llm" / "1" / "model.onnx", max_rows=len(QUESTIONS))
+    graph = family.repository / "llm" / "1" / "model.onnx"
+    decoder = open_language_model(graph, family.card, max_rows=len(QUESTIONS))
     asked = seen(family, prompts)
     tokens = decoder.prefill(asked, [decoder.recall(each) for each in asked]).argmax(1)
     steps = [tokens]
@@ -158,7 +170,13 @@ def test_the_card_says_what_the_gateway_needs_to_know(family: Family) -> None:
     assert not card.allocator_trained
     assert card.name == family.directory.name
     assert (card.vocab_size, card.hidden_size) == (config.text_config.vocab_size, config.text_config.hidden_size)
-    assert (card.bos_id, card.end_id) == (config.text_config.bos_token_id, config.text_config.eos_token_id)
+    text = config.text_config
+    own = {"bos_id": text.bos_token_id, "text_end_id": None, "decoder_start_id": None}
+    if text.is_encoder_decoder:
+        own = {"bos_id": None, "text_end_id": text.eos_token_id, "decoder_start_id": text.decoder_start_token_id}
+    assert {name: getattr(card, name) for name in own} == own
+    assert card.end_id == text.eos_token_id
+    assert card.architecture == ("encoder-decoder" if text.is_encoder_decoder else "decoder-only")
     assert card.question_tokenizer in {path.name for path in family.repository.glob("*tokenizer.json")}
 
 

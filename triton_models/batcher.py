@@ -31,9 +31,9 @@ NO_PAST: FloatArray = np.zeros((1, 1, 0, 1), np.float32)
 class Decoder(Protocol):
     """The LLM over a KV cache whose rows grow by one token per step.
 
-    Rows are compact: 0 .. rows-1. The past of a prompt is what its first n tokens left behind for the tokens after them:
-    keys and values of a decoder-only LLM's layers, or of the cross-attention of an encoder-decoder. It belongs to the
-    request, and `prefill` makes it a row.
+    Rows are compact: 0 .. rows-1. The past of a prompt is what its first n tokens leave behind for the answer: keys and
+    values of a decoder-only LLM's layers, or of the cross-attention of an encoder-decoder. It belongs to the request,
+    and `prefill` makes it a row.
     """
 
     vocab_size: int

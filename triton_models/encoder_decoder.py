@@ -157,7 +157,7 @@ class OnnxEncoderDecoder:
         return found
 
     def _start(self, rows: int) -> list[FloatArray]:
-        """Run the decoder on the start token of the last `rows` rows -> logits [B, V], parts [B, heads, 1, head_dim]."""
+        """Run the decoder on the last rows' start tokens -> logits [B, V], parts [B, heads, 1, head_dim]."""
         last = slice(self._cross.rows - rows, self._cross.rows)
         feeds: dict[str, Array] = {
             "input_ids": self._starts[:rows],

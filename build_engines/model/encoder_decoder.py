@@ -4,14 +4,14 @@ Encoder:
 
     input_ids int64 [B, T], right padded, and prompt_embedding_table [B, N, H], as in `decoder.py`. input_lengths int64
     [B] are the valid columns. Attention is in both directions.
-    -> cross_key_0, cross_value_0, cross_key_1, ... float [B, heads, T, d], a pair for each layer of the decoder. Columns
-    past a sequence's length hold finite numbers without a meaning.
+    -> cross_key_0, cross_value_0, cross_key_1, ... float [B, heads, T, d], a pair for each layer of the decoder. Later
+    columns than a sequence's last hold finite numbers without a meaning.
 
 Decoder, one column a run, the first of which is the decoder's start token:
 
     input_ids int64 [B, 1]. past_key_0, past_value_0, ... float [B, heads, P, d], of which the first past_lengths int64
-    [B] columns are valid. cross_key_0, cross_value_0, ... float [B, heads, T, d], of which the first cross_lengths int64
-    [B] columns are valid.
+    [B] columns are valid. cross_key_0, cross_value_0, ... float [B, heads, T, d], of which the first cross_lengths
+    int64 [B] columns are valid.
     -> logits [B, V], and new_key_0, new_value_0, ... [B, heads, 1, d].
 
 Positions are relative, in buckets that grow with the distance. From a greatest distance on, all are one bucket, so a

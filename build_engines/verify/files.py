@@ -220,7 +220,7 @@ def _check_language_model(path: Path, ins: Mapping[str, Any], outs: Mapping[str,
         onnx.checker.check_model(encoder)
         model = onnx.load(encoder, load_external_data=False)
         read, given = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))
-        if given.keys() != {key for key in ins if key.startswith("cross_key_") or key.startswith("cross_value_")}:
+        if given.keys() != {key for key in ins if key.startswith(("cross_key_", "cross_value_"))}:
             raise Wrong(f"{LLM_ENCODER} gives {', '.join(sorted(given))}, which the decoder does not read")
         ins = {**ins, **read}
     if ins.get("prompt_embedding_table") != (card.float_type, (-1, card.hidden_size)):

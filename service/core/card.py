@@ -61,8 +61,8 @@ class ModelCard:
     system_template: str = ""  # before the first question's template, with {system}; empty if the LLM has learnt none
     closer_view: bool = False  # whether the repository has `attend_448`, so that cells can be at level 2
     closer_view_at: float = 1.0  # detail "auto" looks closer if `particularize` reaches this
-    # The id with which an encoder-decoder (FlanT5) begins its answer. Its encoder reads visual tokens and text at once, in
-    # both directions, so that no keys and values are shared between prompts. None: the LLM is decoder-only.
+    # The id with which an encoder-decoder (FlanT5) begins its answer; None: the LLM is decoder-only. The encoder reads
+    # visual tokens and text in both directions, so prompts that begin alike share no keys and values.
     decoder_start_id: int | None = None
     text_end_id: int | None = None  # after the prompt's text; None: nothing
     # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, it is the Q-Former's own

@@ -38,14 +38,12 @@ class OnnxEncoderDecoder:
         *,
         max_rows: int,
         intra_op_threads: int = 1,
-        library: str = "onnxruntime",
         provider: str = "cpu",
         device_id: int = 0,
     ) -> None:
         """`start_id` is the token with which every answer begins; it is not part of the answer."""
         self._encoder, self._engine = (
-            open_engine(path, intra_op_threads, library=library, provider=provider, device_id=device_id)
-            for path in (encoder, graph)
+            open_engine(path, intra_op_threads, provider=provider, device_id=device_id) for path in (encoder, graph)
         )
         self._start_id = start_id
         self._float = self._engine.float_type("past_key_0")

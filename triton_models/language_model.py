@@ -22,7 +22,7 @@ def open_language_model(
 ) -> OnnxDecoder | OnnxEncoderDecoder:
     """Open a decoder-only LLM, or an encoder-decoder, whose encoder's graph is LLM_ENCODER beside `graph`.
 
-    An encoder-decoder has no prefix cache.
+    An encoder-decoder has no prefix cache. Raises ValueError for one in another library than onnxruntime.
     """
     if card.decoder_start_id is None:
         return OnnxDecoder(
@@ -34,13 +34,14 @@ def open_language_model(
             provider=provider,
             device_id=device_id,
         )
+    if library != "onnxruntime":
+        raise ValueError(f"{card.name} has a FlanT5, which computes in FP32 only: set GLIMPSE_PRECISION=fp32")
     return OnnxEncoderDecoder(
         graph,
         graph.with_name(LLM_ENCODER),
         card.decoder_start_id,
         max_rows=max_rows,
         intra_op_threads=intra_op_threads,
-        library=library,
         provider=provider,
         device_id=device_id,
     )

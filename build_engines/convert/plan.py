@@ -79,7 +79,7 @@ def plan(options: Options, source: Source, root: Mapping[str, Any]) -> list[Step
 def why_not_t5(options: Options) -> str:
     """Why these options cannot build a FlanT5, and what can."""
     reason = {
-        "tensorrt": "TensorRT-LLM's backend takes no prompt embedding table for the encoder in this project's contract",
+        "tensorrt": "this version makes no encoder-decoder engines for TensorRT-LLM",
         "onnx-gpu": "FlanT5's feed-forward layers exceed FP16's range",
         "embedded": f"FlanT5 was not measured in {options.precision}",
     }[options.profile]

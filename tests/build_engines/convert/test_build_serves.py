@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 
+from build_engines.verify import __main__ as verify
 from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
@@ -112,6 +115,13 @@ async def test_the_gateways_answers_are_those_of_transformers(
         assert found["answer"] == text.push(token for token in tokens if token != card.end_id) + text.finish()
         assert found["finish_reason"] == ("stop" if card.end_id in tokens else "length")
         assert found["model"] == card.name
+
+
+def test_it_is_verified_with_itself_as_the_reference(family: Family, address: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    told = ["--vision-url", address, "--reference", str(family.repository), "--scenes", "2", "--repeats", "1"]
+    assert verify.main([str(family.repository), *told, "--report", str(report)]) == 0
+    assert json.loads(report.read_text())["measured"]["answers_agree"] == 1.0
 
 
 async def test_concurrent_answers_in_all_forms_are_those_of_single_requests(

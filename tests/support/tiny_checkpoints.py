@@ -123,7 +123,7 @@ def _unigram() -> T5Tokenizer:
     """Letters, some words, and T5's sentinels at the end."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -3.0) for word in ("Question", "Answer", "Short", "what", "is", "colour", "the", "circle")]
-    pieces += [(letter, -6.0) for letter in [*LETTERS, *string.digits, *'{}[]",-./<>_']]
+    pieces += [(letter, -6.0) for letter in [*LETTERS, *string.digits, *'{}[]",-./<>_ù']]
     pieces += [(f"<extra_id_{number}>", 0.0) for number in (1, 0)]
     return T5Tokenizer(vocab=pieces, extra_ids=2)
 

@@ -259,7 +259,9 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
         if model.name not in kept and (repository / model.name).exists():
             shutil.rmtree(repository / model.name)  # from an earlier checkpoint
     write_configs(repository, dimensions)
-    encoder_of(repository).unlink(missing_ok=True)  # from an earlier checkpoint
+    encoder = encoder_of(repository)
+    for file in (encoder, encoder.with_name(weights_file(TEXT_ENCODER))):  # from an earlier checkpoint
+        file.unlink(missing_ok=True)
     for name, file in files.items():
         shutil.copyfile(graphs / f"{name}.onnx", file)
         (file.parent / weights_file(name)).unlink(missing_ok=True)

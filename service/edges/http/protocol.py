@@ -7,8 +7,10 @@ client that does not read. A refusal here has the same body as any other error, 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
 import resource
+import termios
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -39,7 +41,7 @@ class Protocols:
         most = most_connections(limits.max_connections)
         most_per_address = min(most, limits.max_connections_per_address)
         self.connections: Connections[LimitedProtocol] = Connections(
-            most, most_per_address, limits.replaced_per_address_s
+            most, most_per_address, limits.replaced_per_address_s, LimitedProtocol.has_sent
         )
         self._edge = edge
 
@@ -203,6 +205,12 @@ class LimitedProtocol(HttpToolsProtocol):
         if not has_room:
             self._refuse(503, "too_many_connections", "The server has too many connections. Retry later.")
             transport.close()
+
+    def has_sent(self) -> bool:
+        """Whether bytes have come that are not read yet."""
+        if self.transport.is_closing():
+            return False
+        return any(fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open_connections.leave(self)

@@ -19,6 +19,9 @@ log = structlog.get_logger()
 AT_ONCE = 32  # connections accepted before the event loop does something else
 PAUSE_S = 0.02  # after AT_ONCE of which most were closed: they cost the loop a bounded share of its time
 FULL_PAUSE_S = 1.0  # while the process has no more open files
+# That the kernel takes of a response before the client has room for it. By default it takes megabytes, so a client that
+# never reads had dozens of responses made for it.
+MOST_UNSENT_BYTES = 65536
 TOLD_EVERY_S = 10.0
 NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -41,6 +44,7 @@ class Listener:
         self._closed = 0  # connections, since the log was told
         self._told_at = float("-inf")
         listening.setblocking(False)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_UNSENT_BYTES)  # connections inherit it
         listening.listen(backlog)
         self._loop.add_reader(listening, self._accept)
 

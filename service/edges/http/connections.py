@@ -2,11 +2,11 @@
 
 A connection that has a request in work is never closed for a new one. If all connections are taken, the address that
 holds the most gives one up, so a caller with few connections keeps them whatever others do. Of that address's, the
-first to go has never sent a whole request, oldest first. The next has been idle longest. One that has just sent something
-is passed over: its request is not read yet, and a client cannot tell whether it may send that again. One address may
-replace a bounded number of connections a second: whoever connects again as soon as it is closed would otherwise keep
-the event loop busy with that alone. An address that holds far less than the largest is free of that bound. Pure:
-nothing here touches a socket, and time is an argument.
+first to go has never sent a whole request, oldest first. The next has been idle longest. One that has just sent
+something is passed over: its request is not read yet, and a client cannot tell whether it may send that again. One
+address may replace a bounded number of connections a second: whoever connects again as soon as it is closed would
+otherwise keep the event loop busy with that alone. An address that holds far less than the largest is free of that
+bound. Pure: nothing here touches a socket, and time is an argument.
 """
 
 from __future__ import annotations

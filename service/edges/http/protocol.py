@@ -23,6 +23,7 @@ from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailabl
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.respond import OPEN_REQUESTS
+from service.edges.http.rounds import Rounds
 from service.edges.http.schema import ErrorBody, WireError
 
 log = structlog.get_logger()
@@ -43,6 +44,7 @@ class Protocols:
         self.connections: Connections[LimitedProtocol] = Connections(
             most, most_per_address, limits.replaced_per_address_s, LimitedProtocol.has_sent
         )
+        self.rounds: Rounds[LimitedProtocol] = Rounds(limits.check_interval_s, LimitedProtocol.check)
         self._edge = edge
 
     def __call__(self, *args: Any, **kwargs: Any) -> LimitedProtocol:
@@ -50,6 +52,7 @@ class Protocols:
             *args,
             limits=self._edge.connections,
             open_connections=self.connections,
+            rounds=self.rounds,
             count=self._edge.count,
             overload=self._overload,
             **kwargs,
@@ -139,12 +142,17 @@ class _Transport:
             self._head = data
             self._call_soon(self._send_head)
             return
-        self.inner.write(data)
+        if not self.inner.is_closing():  # uvicorn tells the end of a connection to its last request only
+            self.inner.write(data)
 
     def _send_head(self) -> None:
         if self._head and not self.inner.is_closing():
             self.inner.write(self._head)
         self._head = b""
+
+    def forget_protocol(self) -> None:
+        """Once the connection is lost. Else both would wait for the garbage collector, with all they hold."""
+        self._linger = bool
 
     def is_closing(self) -> bool:
         return self._is_ending or self.inner.is_closing()
@@ -167,6 +175,7 @@ class LimitedProtocol(HttpToolsProtocol):
         *args: Any,
         limits: ConnectionLimits,
         open_connections: Connections[LimitedProtocol],
+        rounds: Rounds[LimitedProtocol],
         count: Count,
         overload: Callable[[int], Overloaded | None],
         **kwargs: Any,
@@ -174,9 +183,9 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.limits = limits
         self.open_connections = open_connections
+        self.rounds = rounds
         self.count = count
         self.overload = overload
-        self._check_timer: asyncio.TimerHandle | None = None
         # A head is everything up to the blank line, with any empty lines before it.
         self._head_bytes = 0  # at least so many of the head that is not whole yet
         self._head_since: float | None = None
@@ -198,7 +207,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.flow = _Flow(ending)
         now = self.loop.time()
         self._head_since = self._unsent_since = now
-        self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
+        self.rounds.add(self, now)
         has_room, spare = self.open_connections.enter(self, self.client[0] if self.client else "")
         if spare is not None:
             spare.transport.abort()
@@ -214,16 +223,14 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open_connections.leave(self)
-        if self._check_timer is not None:
-            self._check_timer.cancel()
+        self.rounds.discard(self)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._deaf = True
+        cast(_Transport, self.transport).forget_protocol()
 
-    def _check(self) -> None:
-        """End what has taken too long. One timer a connection costs less than one a request."""
-        now = self.loop.time()
-        self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
+    def check(self, now: float) -> None:
+        """End what has taken too long. One check of all limits a second costs less than a timer a request."""
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent < self._unsent:
             self._unsent_since = now

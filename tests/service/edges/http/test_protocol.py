@@ -468,6 +468,38 @@ def test_who_connects_again_and_again_is_closed_at_once_and_others_come_in():
         assert read_response(first)[0] == 200
 
 
+def test_a_client_with_one_connection_keeps_it_whatever_others_do():
+    with served(replace(FEW, replaced_per_address_s=1000.0)) as service, ExitStack() as stack:
+        honest = stack.enter_context(service.connect())
+        eventually(lambda: service.open_connections() == 1, 5, "it is the oldest")
+        for number in range(40):
+            source = (f"127.0.0.{2 + number % 2}", 0)
+            other = stack.enter_context(socket.create_connection(service.address, timeout=10, source_address=source))
+            other.sendall(LIVE)
+            other.recv(1)  # of a response, or nothing if it is closed
+        honest.sendall(LIVE)
+        assert read_response(honest)[0] == 200
+
+
+def test_a_connection_that_has_sent_something_is_known_before_it_is_read():
+    with served(FEW) as service, service.connect() as silent, service.connect() as calling:
+        eventually(lambda: service.open_connections() == 2, 5, "both are open")
+        stands, goes_on = threading.Event(), threading.Event()
+        seen = {}
+
+        def look() -> None:
+            stands.set()
+            goes_on.wait(10)
+            seen.update({each.client: each.has_sent() for each in service.server.server_state.connections})
+
+        next(iter(service.server.server_state.connections)).loop.call_soon_threadsafe(look)
+        assert stands.wait(10)  # the loop reads nothing now
+        calling.sendall(LIVE)
+        goes_on.set()
+        assert read_response(calling)[0] == 200
+        assert seen == {silent.getsockname(): False, calling.getsockname(): True}
+
+
 # More than the event loop can do.
 @pytest.fixture
 def crowded() -> Iterator[Served]:

@@ -28,6 +28,7 @@ class ConnectionLimits:
     max_connections: int = 4096
     max_connections_per_address: int = 3072
     replaced_per_address_s: float = 10.0  # connections a second that new ones of an address may take the place of
+    held_s: float = 10.0  # before the connection of an address that comes too fast is closed
     max_head_bytes: int = 32 * 1024  # of a request line and its headers
     max_headers: int = 100
     max_url_bytes: int = 8 * 1024

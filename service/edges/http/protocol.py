@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable, status_of
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
+from service.edges.http.listener import Held
 from service.edges.http.respond import OPEN_REQUESTS
 from service.edges.http.rounds import Rounds
 from service.edges.http.schema import ErrorBody, WireError
@@ -29,6 +30,7 @@ from service.edges.http.schema import ErrorBody, WireError
 log = structlog.get_logger()
 
 MAX_DISCARDED_BYTES = 1024 * 1024  # of a client that goes on sending after it was refused
+HELD = 8192  # refused callers that are left without a response for a while: see the listener
 OTHER_FILES = 256  # besides connections: Triton's channels, Redis, logs, libraries
 ERROR_TYPES = {408: SlowBody.type, 429: Overloaded.type, 503: Unavailable.type}
 Count = Callable[[str, str, str], None]  # of one HTTP request: its method, route and status
@@ -40,6 +42,7 @@ class Protocols:
     def __init__(self, edge: Edge) -> None:
         limits = edge.connections
         most = most_connections(limits.max_connections)
+        self.held = Held(most_held(most), limits.held_s)
         most_per_address = min(most, limits.max_connections_per_address)
         self.connections: Connections[LimitedProtocol] = Connections(
             most, most_per_address, limits.replaced_per_address_s, LimitedProtocol.has_sent
@@ -72,21 +75,33 @@ def limited_protocol(edge: Edge) -> type[asyncio.Protocol]:
 
 def most_connections(wanted: int) -> int:
     """Raise the process's limit of open files as far as `wanted` connections need, and say how many it allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    files = open_files(needed)
+    if files >= needed:
         return wanted
-    most = max(1, soft - OTHER_FILES, soft // 2)
+    most = max(1, files - OTHER_FILES, files // 2)
     log.warning(
         "few_open_files",
-        open_files=soft,
+        open_files=files,
         max_connections=most,
         mend=f"for {wanted} connections raise the limit of open files to {needed} (ulimit -n, LimitNOFILE=)",
     )
     return most
+
+
+def most_held(connections: int) -> int:
+    """How many files there may be for refused callers, besides those that so many connections need."""
+    needed = connections + OTHER_FILES
+    return max(0, min(HELD, open_files(needed + HELD) - needed))
+
+
+def open_files(needed: int) -> int:
+    """Raise the process's limit as far as is needed, and return it; a limit that is none is as many as needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return needed if soft == resource.RLIM_INFINITY else soft
 
 
 class _Refused(Exception):

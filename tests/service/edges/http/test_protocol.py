@@ -444,28 +444,22 @@ def test_one_address_leaves_room_for_others():
         service.house.language.gate.set()
 
 
-def test_who_connects_again_and_again_is_closed_at_once_and_others_come_in():
-    with served(replace(FEW, replaced_per_address_s=0.1)) as service, ExitStack() as stack:
+def test_who_connects_again_and_again_waits_and_is_closed_and_others_come_in():
+    with served(replace(FEW, replaced_per_address_s=0.1, held_s=1.0)) as service, ExitStack() as stack:
         first = stack.enter_context(service.connect())
         first.sendall(LIVE)
         assert read_response(first)[0] == 200
-        closed = 0
-        for _ in range(100):
-            client = stack.enter_context(service.connect())
-            client.settimeout(0.05 if closed else 1.0)
-            try:
-                closed += not client.recv(1)
-            except ConnectionResetError:
-                closed += 1
-            except TimeoutError:
-                pass  # it is open
-        assert closed >= 90
-        assert service.open_connections() <= 4
+        began = time.monotonic()
+        crowd = [stack.enter_context(service.connect()) for _ in range(100)]
         other = socket.create_connection(service.address, timeout=10, source_address=("127.0.0.2", 0))
         stack.enter_context(other).sendall(get())
         assert read_all(other).startswith(b"HTTP/1.1 200 ")
         first.sendall(LIVE)
         assert read_response(first)[0] == 200
+        assert service.open_connections() <= 4
+        refused = crowd[4:]  # three found room, and one took another's place
+        assert [read_all(each) for each in refused] == [b""] * 96
+        assert time.monotonic() - began >= 1.0
 
 
 def test_a_client_with_one_connection_keeps_it_whatever_others_do():

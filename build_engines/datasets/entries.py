@@ -16,8 +16,8 @@ class NotReadable(Exception):
 class Entry:
     """A question, or an image to describe.
 
-    `image` is a file's name, or an id that is part of the name. `answers` are those of several people, or all that count
-    as right. `kinds` has the entry's types by the name of the typing, such as {"answer type": ("number",)}.
+    `image` is a file's name, or an id that is part of the name. `answers` are those of several people, or all that
+    count as right. `kinds` has the entry's types by the name of the typing, such as {"answer type": ("number",)}.
     """
 
     image: str

@@ -1,8 +1,8 @@
 """Score captions as COCO's evaluation does: CIDEr-D, BLEU and ROUGE-L.
 
-Sources: Vedantam et al. 2015 (CIDEr-D, sigma 6, n-grams to 4, times 10); Papineni et al. 2002 (BLEU of a corpus, closest
-reference length); Lin 2004 (ROUGE-L) with COCO's beta of 1.2. COCO's script cuts text into words with Stanford's Java
-tokenizer; `words` does the same for what captions hold, without Java. METEOR and SPICE need Java and are left out.
+Sources: Vedantam et al. 2015 (CIDEr-D, sigma 6, n-grams to 4, times 10); Papineni et al. 2002 (BLEU of a corpus, by the
+closest reference's length); Lin 2004 (ROUGE-L) with COCO's beta of 1.2. COCO's script cuts text into words with a Java
+program; `words` does the same for what captions hold. METEOR and SPICE need Java, and are left out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ SIGMA = 6.0  # words of difference in length, of CIDEr-D's penalty
 BETA = 1.2  # how much more recall counts in ROUGE-L
 SMALL, TINY = 1e-9, 1e-15  # no division by zero, and 0 if there is no n-gram
 
-# A word with its inner apostrophes, hyphens, points and slashes; a number with its marks; or any other character.
-WORD = re.compile(r"\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?(?![^\W\d])|\w+(?:[-'.&/]\w+)*|\S")
-ENDINGS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|ll|re|ve))$")
-DROPPED = re.compile(r"[^\w$%&#+@*=/]+")  # what the evaluation takes out: marks of punctuation and brackets
+# In this order: abbreviations with their full stops; what stands before n't; the endings; words and numbers with the
+# marks within them; marks that stand together; any other character.
+WORD = re.compile(
+    r"(?:\b[^\W\d_]\.){2,}|\b(?:mr|mrs|ms|dr|st|ave|etc|vs|jr|sr)\.|'n'|'\d\ds?\b"
+    r"|[^\W_]+?(?=n't\b)|n't\b|'(?:s|m|d|ll|re|ve)\b"
+    r"|\w+(?:(?:[-.&/@]|(?<=\d)[,:](?=\d)|'(?!(?:s|m|d|ll|re|ve)\b))\w+)*"
+    r"|[?!]{2,}|\S"
+)
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+DROPPED = frozenset(".?!,:;-'`\"")  # what COCO's evaluation takes out. It means to take out brackets too, and does not
 WHOLE = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "wanna": ("wan", "na"), "gimme": ("gim", "me")}
 
 Floats = npt.NDArray[np.float64]
@@ -48,12 +54,8 @@ def words(text: str) -> Words:
     """Lower-case words without punctuation; endings such as 's and n't are words of their own."""
     found: Words = []
     for word in WORD.findall(text.lower().replace("’", "'")):
-        if word in WHOLE:
-            found += WHOLE[word]
-        elif ending := ENDINGS.search(word):
-            found += [word[: ending.start()], ending.group()]
-        elif not DROPPED.fullmatch(word):
-            found.append(word)
+        if word not in DROPPED:
+            found += WHOLE.get(word, (BRACKETS.get(word, word),))
     return found
 
 

@@ -11,8 +11,15 @@ ANLS_THRESHOLD = 0.5
 
 
 def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
-    """VQAv2's consensus accuracy. Source: Antol et al. 2015, Goyal et al. 2017, visualqa.org/evaluation."""
-    return consensus(answer_text.vqa(said), [answer_text.vqa(answer) for answer in answers])
+    """VQAv2's consensus accuracy. Source: Antol et al. 2015, Goyal et al. 2017, visualqa.org/evaluation.
+
+    As in the evaluation's script, people's answers lose only their punctuation, and only if people disagree: the
+    published files have them without articles and number words.
+    """
+    told = [" ".join(answer.lower().split()) for answer in answers]
+    if len(set(told)) > 1:
+        told = [" ".join(answer_text.unpunctuated(answer).split()) for answer in told]
+    return consensus(answer_text.vqa(said), told)
 
 
 def textvqa_accuracy(said: str, answers: Sequence[str]) -> float:
@@ -41,10 +48,10 @@ def exact_match(said: str, answers: Sequence[str]) -> float:
 def anls(said: str, answers: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity, for one question. Source: Biten et al. 2019, equation 1.
 
-    Case and repeated spaces do not count. An answer less than half right counts 0.
+    Case and repeated spaces do not count. A similarity below the threshold counts 0, as in the evaluation's script.
     """
     best = max(similarity(_spaced(said), _spaced(answer)) for answer in answers)
-    return best if best > 1 - ANLS_THRESHOLD else 0.0
+    return best if best >= ANLS_THRESHOLD else 0.0
 
 
 def similarity(left: str, right: str) -> float:

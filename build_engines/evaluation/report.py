@@ -35,9 +35,9 @@ h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; } h2 { font-si
 p, dd, summary { overflow-wrap: anywhere; } .soft { color: var(--soft); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; white-space: nowrap; } .wide { width: 40%; min-width: 7rem; }
-.scroll { overflow-x: auto; }
-.track { position: relative; height: 1rem; margin-top: .25rem; background: var(--line); border-radius: 3px; }
+td.n, th.n { text-align: right; white-space: nowrap; } th.wide { width: 55%; }
+.scroll { overflow-x: auto; } details { margin: .5rem 0; } .cards + details { margin-top: 1.5rem; }
+.track { position: relative; height: .7rem; margin: .2rem 0; background: var(--line); border-radius: 3px; }
 .track b { position: absolute; inset: 0 auto 0 0; background: var(--bar); border-radius: 3px; }
 .track i { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--whisker); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; }
@@ -48,8 +48,8 @@ figcaption { font-size: .9rem; margin-top: .5rem; overflow-wrap: anywhere; } fig
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; } dt { color: var(--soft); }
 dd { margin: 0; } code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 li { overflow-wrap: anywhere; }
-@media (max-width: 34rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } .wide { min-width: 5rem; }
-  th.images, td.images { display: none; } }
+@media (max-width: 34rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; }
+  th.wide { width: auto; } th, td { font-size: .9rem; padding-right: .4rem; } th.images, td.images { display: none; } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -170,16 +170,15 @@ def _warnings(run: Run, answered: Sequence[Answered]) -> Iterator[str]:
 
 def _table(lines: Sequence[Line], heading: str) -> str:
     rows = "".join(
-        f"<tr><td>{escape(line.name)}</td><td class=n>{line.figure.value:.3f}</td>"
-        f"<td class=n>{line.figure.low:.3f} to {line.figure.high:.3f}</td><td class=n>{line.questions:,}</td>"
-        f'<td class="n images">{line.images:,}</td><td class=wide>{_bar(line)}</td></tr>'
+        f"<tr><td>{escape(line.name)}{_bar(line)}</td><td class=n>{line.figure.value:.3f}</td>"
+        f"<td class=n>{line.figure.low:.3f}–{line.figure.high:.3f}</td><td class=n>{line.questions:,}</td>"
+        f'<td class="n images">{line.images:,}</td></tr>'
         for line in lines
     )
     return (
-        f"<div class=scroll><table><thead><tr><th>{escape(heading)}</th><th class=n>figure</th>"
-        "<th class=n>95 % interval</th><th class=n>questions</th>"
-        '<th class="n images">images</th><th class=wide><span aria-hidden="true"></span></th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f"<div class=scroll><table><thead><tr><th class=wide>{escape(heading)}</th><th class=n>figure</th>"
+        "<th class=n>95 % interval</th><th class=n>asked</th>"
+        f'<th class="n images">images</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
@@ -215,7 +214,7 @@ def _gallery(run: Run, answered: Sequence[Answered], scores: Scores) -> Iterator
 
 def _card(run: Run, one: Answered, score: float) -> str:
     picture = thumbnail(run.folder / one.image)
-    shown = f'<img src="{picture}" alt="{escape(one.image)}" loading="lazy">' if picture else ""
+    shown = f'<img src="{picture}" alt="{escape(one.image)}">' if picture else ""
     sure = one.record.get("confidence")
     facts = [f"score {score:.2f}", *([f"confidence {sure:.2f}"] if isinstance(sure, float) else ()), one.image]
     accepted = "; ".join(dict.fromkeys(one.answers))

@@ -10,7 +10,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +50,9 @@ class Sample:
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
 
-    def worded(self, entry: Entry) -> str:
-        return (self.prompt or (PLACE if entry.question else CAPTION_PROMPT)).replace(PLACE, entry.question)
+    def wording(self, form: str) -> str:
+        """What is asked, with a place for the question."""
+        return self.prompt or (CAPTION_PROMPT if form == CAPTIONS else PLACE)
 
 
 @dataclass(slots=True)
@@ -70,13 +70,14 @@ def measure(client: httpx.Client, sample: Sample, options: Mapping[str, Any], ou
     Raises AskFailed, httpx.HTTPError.
     """
     dataset = read(sample)
-    if sample.prompt and PLACE not in sample.prompt and dataset.form != CAPTIONS:
+    wording = sample.wording(dataset.form)
+    if PLACE not in wording and dataset.form != CAPTIONS:
         raise AskFailed(f"--prompt has no {PLACE}: write where the question belongs")
     found = usable(dataset, sample)
     chosen = drawn(found.entries, sample)
     folder = out or Path(f"{sample.path.resolve().stem}-eval")
     asked = {"priority": "low", "max_tokens": MAX_TOKENS.get(dataset.form, MAX_SHORT_TOKENS), **options}
-    questions = [question(sample, line, found, asked) for line in chosen]
+    questions = worded(sample.folder, {line: found.images[line] for line in chosen}, found, wording, asked)
     model = successful(client.get("/v1/models")).json()["data"][0]
     go_on_with(folder, dataset, model)
     with AnswersFile.opened(folder / ANSWERS) as answers:
@@ -139,13 +140,18 @@ def drawn(lines: Iterable[int], sample: Sample) -> list[int]:
     return sorted(shuffled[: sample.limit])
 
 
-def question(sample: Sample, line: int, found: Chosen, options: Mapping[str, Any]) -> Question:
-    """Raises AskFailed if the image cannot be read."""
-    fields = {"image": found.images[line], "question": sample.worded(found.entries[line])}
-    return Question(line, json.dumps(fields).encode(), options, known_by(sample.folder / found.images[line]))
+def worded(
+    folder: Path, images: Mapping[int, str], found: Chosen, wording: str, options: Mapping[str, Any]
+) -> list[Question]:
+    """The questions of these lines, each about its image. Raises AskFailed if an image cannot be read."""
+    known = {image: known_by(folder / image) for image in dict.fromkeys(images.values())}
+    return [
+        Question(line, json.dumps(fields).encode(), options, known[image])
+        for line, image in images.items()
+        for fields in [{"image": image, "question": wording.replace(PLACE, found.entries[line].question)}]
+    ]
 
 
-@cache
 def known_by(path: Path) -> bytes:
     """What tells whether an image changed. Raises AskFailed."""
     try:
@@ -225,7 +231,12 @@ def described(
         folder=sample.folder,
         model={name: model.get(name) for name in IDENTITY if model.get(name)},
         command=shlex.join(["glimpse", *sys.argv[1:]]),
-        asked={"prompt": sample.prompt, "limit": sample.limit, "seed": sample.seed if sample.limit else None, **asked},
+        asked={
+            "prompt": sample.wording(dataset.form),
+            "limit": sample.limit,
+            "seed": sample.seed if sample.limit else None,
+            **asked,
+        },
         read=len(dataset.entries) + len(dataset.skipped),
         skipped=skipped,
         failures=dict(reasons.most_common()),

@@ -22,6 +22,7 @@ from typing import Any
 from build_engines.datasets.entries import Dataset, Entry, NotReadable
 
 MOST_JSON_FILES = 20  # of a folder below the dataset's: more of them are not question files but one for each image
+FIRST = 10  # records of a file, which tell its form
 FORMS = ("vqav2", "gqa", "textvqa", "docvqa", "coco-captions", "jsonl")
 
 Skipped = dict[str, str]
@@ -70,16 +71,25 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def form_of(content: Any) -> str:
-    """The form of a JSON file's content; an empty text for something else."""
+    """The form of a JSON file's content; an empty text for something else, such as annotations, objects or OCR."""
     if not isinstance(content, dict):
         return ""
-    if isinstance(content.get("questions"), list):
+    if _has(content.get("questions"), "question"):
         return "vqav2"
-    if isinstance(data := content.get("data"), list):
-        return "docvqa" if any(isinstance(each, dict) and "image" in each for each in data[:10]) else "textvqa"
-    if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
+    if _has(data := content.get("data"), "question"):
+        return "docvqa" if _has(data, "image") else "textvqa"
+    if _has(content.get("images"), "file_name") and _has(content.get("annotations"), "caption"):
         return "coco-captions"
-    return "gqa" if any(isinstance(each, dict) and "imageId" in each for each in content.values()) else ""
+    return (
+        "gqa"
+        if any(isinstance(each, dict) and {"imageId", "question"} <= each.keys() for each in content.values())
+        else ""
+    )
+
+
+def _has(records: Any, name: str) -> bool:
+    """Whether it is a list whose first objects have this key."""
+    return isinstance(records, list) and any(isinstance(each, dict) and name in each for each in records[:FIRST])
 
 
 def entries_of(content: Any, file: Path, folder: Path, skipped: Skipped) -> list[Entry]:

@@ -75,7 +75,7 @@ def measure(client: httpx.Client, sample: Sample, options: Mapping[str, Any], ou
         raise AskFailed(f"--prompt has no {PLACE}: write where the question belongs")
     found = usable(dataset, sample)
     chosen = drawn(found.entries, sample)
-    folder = out or Path(f"{sample.path.resolve().stem}-eval")
+    folder = out or Path(f"{sample.folder.resolve().name}-eval")
     asked = {"priority": "low", "max_tokens": MAX_TOKENS.get(dataset.form, MAX_SHORT_TOKENS), **options}
     questions = worded(sample.folder, {line: found.images[line] for line in chosen}, found, wording, asked)
     model = successful(client.get("/v1/models")).json()["data"][0]

@@ -58,6 +58,21 @@ def test_files_may_lie_a_folder_below_and_other_json_is_passed_by(tmp_path: Path
     assert forms.read(tmp_path).entries[0].question == "annotations"
 
 
+def test_other_files_that_datasets_come_with_are_no_questions(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    captions = datasets.write("coco-captions", tmp_path, tmp_path, [Asked("a.png", "", "a bus")])
+    others = {
+        "instances_val2014.json": {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"bbox": [0, 0, 1, 1]}]},
+        "TextVQA_Rosetta_OCR_v0.2_val.json": {"data": [{"image_id": "a", "ocr_tokens": []}]},
+        "v2_mscoco_val2014_annotations.json": {"annotations": [{"question_id": 1, "answers": []}]},
+        "v2_mscoco_val2014_complementary_pairs.json": [[1, 2]],
+        "val_sceneGraphs.json": {"1": {"objects": {}}},
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert forms.read(tmp_path).path == captions
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -32,6 +32,7 @@ RETRY_AFTER_S = 1.0  # if a refusal does not say
 PATIENCE_S = 300.0  # with refusals of one request in a row
 OUTAGE_S = 60.0  # without any connection; then the batch ends
 SENDINGS = 3  # of one image whose id is no longer known
+TOLD_EVERY_S = 60.0  # without a terminal: how far it is
 MOST_LINES_SHOWN = 10  # of the questions that failed for one reason
 
 
@@ -281,12 +282,25 @@ def ask_left(
     hidden = not sys.stderr.isatty()
     label = f"{before} answered before, and now" if before else "answered"
     progress = typer.progressbar(length=len(left), label=label, show_pos=True, file=sys.stderr, hidden=hidden)
+    started = told_at = time.monotonic()
+    done = 0
     with interruptible(pace), progress as bar:
         for results in batch.run():
             answers.append([said for _, said in results if isinstance(said, dict)])
             batch.failures |= {question.line: said for question, said in results if isinstance(said, AskFailed)}
             bar.update(len(results))
+            done += len(results)
+            if hidden and (now := time.monotonic()) - told_at >= TOLD_EVERY_S:
+                told_at = now
+                typer.echo(how_far(done, len(left), now - started), err=True)
     return batch
+
+
+def how_far(done: int, total: int, took_s: float) -> str:
+    """A line for logs, with the time that is left at this pace."""
+    left_s = took_s * (total - done) / done if done else 0.0
+    left = f"about {left_s / 60:.0f} min left" if done else "no pace yet"
+    return f"{done} of {total} asked, {left}"
 
 
 def read_questions(source: str, options: Mapping[str, Any]) -> tuple[Path, list[Question]]:

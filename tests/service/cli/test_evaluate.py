@@ -147,6 +147,16 @@ def test_what_does_not_go_together_is_told(arguments, said):
     assert (status, said in told) == (1, True)
 
 
+def test_without_a_dataset_scenes_are_asked_as_before(server, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"image": "a.png", "question": "?", "answer": "red", "type": "colour", "split": "new"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "table.json"
+    status, said, _ = run("eval", "--scenes", str(tmp_path), "--out", str(out), "--url", server.url)
+    assert (status, "| new | all | 1 | 1.000 |" in said) == (0, True)
+    assert json.loads(out.read_text())["accuracy"]["new"]["colour"]["accuracy"] == 1.0
+
+
 class Closing(list[str]):
     """Ids of requests. The gate closes when so many have come."""
 

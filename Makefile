@@ -41,13 +41,16 @@ SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
 	@echo "  wrote .env with random passwords"
 
 quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute)
-	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target check quick-gateway quick-builder
+	@$(MAKE) --no-print-directory --jobs 4 --output-sync=target quick-gateway quick-edges quick-builder check
 
-# The second imports PyTorch, which takes longer than its tests. Four processes share the cores: one thread each.
+# Plain processes: pytest-xdist would collect every test in each worker and pass on every report. The third imports
+# PyTorch, which takes longer than its tests. Four processes share the cores: one thread each.
 QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not servers and not slow" --hypothesis-profile quick
-.PHONY: quick-gateway quick-builder
+.PHONY: quick-gateway quick-edges quick-builder
 quick-gateway:
-	$(QUICK) -n $(WORKERS) --ignore tests/build_engines --ignore tests/benchmarks
+	$(QUICK) --ignore tests/service/edges --ignore tests/build_engines --ignore tests/benchmarks
+quick-edges:
+	$(QUICK) tests/service/edges
 quick-builder:
 	$(QUICK) tests/build_engines tests/benchmarks
 

@@ -19,7 +19,12 @@ help: ## what there is to make
 serve: ready-to-serve ## set up, then serve on port 8080 until Ctrl-C
 	@exec $(BIN)/glimpse serve
 
-test: check ## set up, then the style gate and every test
+test: style ## set up, then the style gate and every test
+	@$(MAKE) --no-print-directory --jobs 2 every-test types GENTLY="nice -n 19"
+
+# Types take a minute of one core if nothing is cached. Beside the tests they take what these leave.
+.PHONY: every-test style types
+every-test:
 	$(PYTEST)
 
 test-stack: ready-to-develop ## build the images and test the stack under a real Docker engine (as root; 5 to 8 minutes)
@@ -54,11 +59,15 @@ quick-edges:
 quick-builder:
 	$(QUICK) tests/build_engines tests/benchmarks
 
-check: ready-to-develop ## the style gate: format, lint, types, import layers
+check: style types ## the style gate: format, lint, types, import layers
+
+style: ready-to-develop
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+types: ready-to-develop
+	$(GENTLY) $(BIN)/mypy
+	$(GENTLY) $(BIN)/lint-imports
 
 format: ready-to-develop ## format and mend what ruff can
 	$(BIN)/ruff format $(SOURCES)
@@ -88,9 +97,8 @@ settings: ready-to-develop ## write docs/settings.md from service/settings.py
 dashboards: ready-to-develop ## write Grafana's dashboards from deploy/grafana/content.py
 	$(BIN)/python -m deploy.grafana
 
-mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (half an hour; ONLY="triton_models.sampling*")
-	$(BIN)/mutmut run $(ONLY)
-	$(BIN)/mutmut results
+mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (two hours; ONLY="triton_models.sampling*")
+	$(BIN)/python scripts/mutants.py $(ONLY)
 
 clean: ## remove the environment and what was built; training runs stay
 	rm -rf .venv build logs mutants *.egg-info

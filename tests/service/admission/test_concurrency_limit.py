@@ -69,6 +69,15 @@ def test_who_hangs_up_says_nothing_about_it():
     assert not limit.is_narrow
 
 
+def test_a_miss_after_as_long_as_an_answer_takes_narrows_it():
+    limit = ConcurrencyLimit(4)
+    limit.contention.start("answered", 0.0, 10.0)
+    limit.end("answered", 1.0, answered=True, missed=False)
+    limit.contention.start("missed", 1.0, 10.0)
+    limit.end("missed", 2.0, answered=False, missed=True)
+    assert limit.is_narrow
+
+
 def test_who_gives_itself_less_time_than_answers_take_says_nothing_about_it():
     limit = ConcurrencyLimit(4)
     limit.contention.start("answered", 0.0, 10.0)

@@ -97,7 +97,7 @@ settings: ready-to-develop ## write docs/settings.md from service/settings.py
 dashboards: ready-to-develop ## write Grafana's dashboards from deploy/grafana/content.py
 	$(BIN)/python -m deploy.grafana
 
-mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (two hours; ONLY="triton_models.sampling*")
+mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (hours; ONLY="triton_models.sampling*")
 	$(BIN)/python scripts/mutants.py $(ONLY)
 
 clean: ## remove the environment and what was built; training runs stay

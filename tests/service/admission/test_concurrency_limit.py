@@ -224,6 +224,7 @@ def test_those_turned_away_one_after_the_other_are_one_queue():
     assert limit.refusing_since(20.0) == 20.0
     limit.refused(21.0, 20.0 + ONE_QUEUE_S)
     assert limit.refusing_since(20.0 + ONE_QUEUE_S) == 20.0
+    assert limit.refusing_since(20.0 + 2 * ONE_QUEUE_S) == 20.0
     wide = ConcurrencyLimit(10.0)
     wide.refused(1.0, 1.0)
     assert wide.refusing_since(1.0) is None

@@ -522,6 +522,17 @@ def test_the_rate_is_measured_from_when_the_first_claim_waits():
     assert house.scheduler.submit(slot(arrived=3.0, deadline=4.0), 3.0).retry_after_s == pytest.approx(2.0)
 
 
+def test_a_tenant_that_holds_nothing_comes_before_one_that_holds_one_image():
+    house = House(vision_slots=2)
+    house.submit(slot(tenant="a"), 0.0)
+    house.submit(ends := slot(tenant="b"), 0.0)
+    house.schedule(0.0)
+    house.submit(slot(1.0, tenant="a"), 1.0)
+    house.submit(later := slot(2.0, tenant="c"), 2.0)
+    house.release(ends, 3.0)
+    assert house.schedule(3.0) == [later]
+
+
 def narrow_limit() -> ConcurrencyLimit:
     limit = ConcurrencyLimit(10.0)
     for number in range(2):

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -319,10 +319,11 @@ def _range(told: object) -> tuple[int, int]:
     )
 
 
-def export(source: Path | str, repository: Path) -> None:
+def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], None] = export_graph) -> None:
     """Export the checkpoint in a directory or on the hub to a repository that Triton serves.
 
-    Raises as `Checkpoint.load` does. The repository is written only after every graph is exported.
+    `write` makes each graph's file. Raises as `Checkpoint.load` does. The repository is written only after every graph
+    is exported.
     """
     checkpoint = Checkpoint.load(source)
     told = card(checkpoint)
@@ -332,7 +333,7 @@ def export(source: Path | str, repository: Path) -> None:
         scratch = Path(folder)
         for graph in graphs(checkpoint):
             path = scratch / f"{graph.name}.onnx"
-            export_graph(graph, path)
+            write(graph, path)
             print(f"{path.name:26} {weights_bytes(path) / 1e6:5.1f} MB")
         card_path = scratch / "card.json"
         card_path.write_text(told.to_json())

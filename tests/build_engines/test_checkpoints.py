@@ -88,7 +88,7 @@ def family(request: pytest.FixtureRequest, exports: SharedExports, tmp_path_fact
     folder = tmp_path_factory.mktemp(request.param)
     save(folder / request.param)
     if request.param == "instructblip-vicuna":
-        export(folder / request.param, folder / "repository")
+        export(folder / request.param, folder / "repository", exports.write)
     else:
         assert exports.build(str(folder / request.param), "--out", str(folder / "repository")) == 0
     return Family(folder / request.param, folder / "repository", model, processor)

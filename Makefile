@@ -19,7 +19,12 @@ help: ## what there is to make
 serve: ready-to-serve ## set up, then serve on port 8080 until Ctrl-C
 	@exec $(BIN)/glimpse serve
 
-test: check ## set up, then the style gate and every test
+test: style ## set up, then the style gate and every test
+	@$(MAKE) --no-print-directory --jobs 2 every-test types GENTLY="nice -n 19"
+
+# Types take a minute of one core if nothing is cached. Beside the tests they take what these leave.
+.PHONY: every-test style types
+every-test:
 	$(PYTEST)
 
 test-stack: ready-to-develop ## build the images and test the stack under a real Docker engine (as root; 5 to 8 minutes)
@@ -41,21 +46,28 @@ SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
 	@echo "  wrote .env with random passwords"
 
 quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute)
-	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target check quick-gateway quick-builder
+	@$(MAKE) --no-print-directory --jobs 4 --output-sync=target quick-gateway quick-edges quick-builder check
 
-# The second imports PyTorch, which takes longer than its tests. Four processes share the cores: one thread each.
+# Plain processes: pytest-xdist would collect every test in each worker and pass on every report. The third imports
+# PyTorch, which takes longer than its tests. Four processes share the cores: one thread each.
 QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not servers and not slow" --hypothesis-profile quick
-.PHONY: quick-gateway quick-builder
+.PHONY: quick-gateway quick-edges quick-builder
 quick-gateway:
-	$(QUICK) -n $(WORKERS) --ignore tests/build_engines --ignore tests/benchmarks
+	$(QUICK) --ignore tests/service/edges --ignore tests/build_engines --ignore tests/benchmarks
+quick-edges:
+	$(QUICK) tests/service/edges
 quick-builder:
 	$(QUICK) tests/build_engines tests/benchmarks
 
-check: ready-to-develop ## the style gate: format, lint, types, import layers
+check: style types ## the style gate: format, lint, types, import layers
+
+style: ready-to-develop
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+types: ready-to-develop
+	$(GENTLY) $(BIN)/mypy
+	$(GENTLY) $(BIN)/lint-imports
 
 format: ready-to-develop ## format and mend what ruff can
 	$(BIN)/ruff format $(SOURCES)
@@ -85,9 +97,8 @@ settings: ready-to-develop ## write docs/settings.md from service/settings.py
 dashboards: ready-to-develop ## write Grafana's dashboards from deploy/grafana/content.py
 	$(BIN)/python -m deploy.grafana
 
-mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (half an hour; ONLY="triton_models.sampling*")
-	$(BIN)/mutmut run $(ONLY)
-	$(BIN)/mutmut results
+mutants: ready-to-develop ## plant small faults one at a time and list those that no test notices (hours; ONLY="triton_models.sampling*")
+	$(BIN)/python scripts/mutants.py $(ONLY)
 
 clean: ## remove the environment and what was built; training runs stay
 	rm -rf .venv build logs mutants *.egg-info

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,7 +25,15 @@ from torch.export import Dim, ShapesCollection
 
 from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
-from build_engines.repository import GRAPHS, LARGE_BYTES, MOST_INLINE_BYTES, Dimensions, weights_file, write_repository
+from build_engines.repository import (
+    GRAPHS,
+    LARGE_BYTES,
+    MOST_INLINE_BYTES,
+    TEXT_ENCODER,
+    Dimensions,
+    weights_file,
+    write_repository,
+)
 from service.core.card import ModelCard
 from service.core.confidence import Calibration
 from service.core.tensors import DETAIL, FLOAT, MODELS, QUESTION, VISION
@@ -60,11 +68,11 @@ def examples(tensors: Sequence[Described], sizes: Mapping[str, int] = MappingPro
 
 
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
-    """The four graphs, with example inputs at batch 2, and `relevance_allocator_448` if there is a closer view."""
-    vision, text = checkpoint.model.config.vision_config, checkpoint.model.config.text_config
-    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = [f"{part}_{layer}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
+    """The four graphs, with example inputs at batch 2.
+
+    And `relevance_allocator_448` if there is a closer view, `llm_encoder` if the LLM is an encoder-decoder.
+    """
+    vision = checkpoint.model.config.vision_config
     batch = {0: "batch"}
     question = examples(QUESTION)
     question["question_mask"] += 1
@@ -86,25 +94,47 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
             | (dict.fromkeys(question, batch) if checkpoint.reads_question else {}),
             ["visual_tokens"],
         ),
-        Graph(
-            "llm",
-            checkpoint.decoder(),
-            {
-                "input_ids": torch.zeros(2, 5, dtype=torch.long),
-                "prompt_embedding_table": torch.zeros(2, 3, text.hidden_size),
-                "past_lengths": torch.tensor([7, 4]),
-                "input_lengths": torch.tensor([5, 3]),
-            }
-            | {f"past_{name}": torch.zeros(2, heads, 7, head_dim) for name in cached},
-            {
-                "input_ids": batch | {1: "length"},
-                "prompt_embedding_table": batch | {1: "visual_tokens"},
-                "past_lengths": batch,
-                "input_lengths": batch,
-            }
-            | {f"past_{name}": batch | {2: "past_length"} for name in cached},
-            ["logits", *(f"new_{name}" for name in cached)],
-        ),
+        *_language_model(checkpoint),
+    ]
+
+
+def _language_model(checkpoint: Checkpoint) -> list[Graph]:
+    """The graph of a decoder-only LLM, or the encoder's and the decoder's."""
+    text, encoder = checkpoint.model.config.text_config, checkpoint.text_encoder()
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = text.num_hidden_layers if encoder is None else text.num_decoder_layers
+    cached = [f"{part}_{layer}" for layer in range(layers) for part in ("key", "value")]
+    batch = {0: "batch"}
+    prompt = {
+        "input_ids": torch.zeros(2, 5, dtype=torch.long),
+        "prompt_embedding_table": torch.zeros(2, 3, text.hidden_size),
+        "past_lengths": torch.tensor([7, 4]),
+        "input_lengths": torch.tensor([5, 3]),
+    }
+    axes = {
+        "input_ids": batch | {1: "length"},
+        "prompt_embedding_table": batch | {1: "visual_tokens"},
+        "past_lengths": batch,
+        "input_lengths": batch,
+    }
+    past = {f"past_{name}": torch.zeros(2, heads, 7, head_dim) for name in cached}
+    past_axes = {name: batch | {2: "past_length"} for name in past}
+    outputs = ["logits", *(f"new_{name}" for name in cached)]
+    if encoder is None:
+        return [Graph("llm", checkpoint.decoder(), prompt | past, axes | past_axes, outputs)]
+    past_lengths = prompt.pop("past_lengths")
+    cross = {f"cross_{name}": torch.zeros(2, heads, 6, head_dim) for name in cached}
+    cross_axes = {name: batch | {2: "prompt_length"} for name in cross}
+    token = {
+        "input_ids": torch.zeros(2, 1, dtype=torch.long),
+        "past_lengths": past_lengths,
+        "cross_lengths": torch.tensor([6, 2]),
+    }
+    token_axes = dict.fromkeys(token, batch)
+    return [
+        Graph(TEXT_ENCODER, encoder, prompt, {name: axes[name] for name in prompt}, list(cross)),
+        Graph("llm", checkpoint.decoder(), token | past | cross, token_axes | past_axes | cross_axes, outputs),
     ]
 
 
@@ -233,10 +263,10 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         vision_width=config.vision_config.hidden_size,
-        bos_id=text.bos_token_id,
+        bos_id=None if checkpoint.is_encoder_decoder else text.bos_token_id,
         end_id=int(told.pop("end_id", checkpoint.end_id)),
         pad_id=checkpoint.end_id if text.pad_token_id is None else text.pad_token_id,
-        max_positions=text.max_position_embeddings,
+        max_positions=checkpoint.max_positions,
         prompt_template=str(told.pop("prompt", checkpoint.prompt)),
         allocator_trained=checkpoint.participatory is not None or checkpoint.zero_shot,
         allocator=checkpoint.allocator_state,
@@ -246,6 +276,8 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         default_vision_tokens=looked,
         interleaved=bool(told.pop("interleaved", False)),
         system_template=str(told.pop("system_template", "")),
+        decoder_start_id=checkpoint.decoder_start_id,
+        text_end_id=text.eos_token_id if checkpoint.is_encoder_decoder else None,
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
@@ -287,10 +319,11 @@ def _range(told: object) -> tuple[int, int]:
     )
 
 
-def export(source: Path | str, repository: Path) -> None:
+def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], None] = export_graph) -> None:
     """Export the checkpoint in a directory or on the hub to a repository that Triton serves.
 
-    Raises as `Checkpoint.load` does. The repository is written only after every graph is exported.
+    `write` makes each graph's file. Raises as `Checkpoint.load` does. The repository is written only after every graph
+    is exported.
     """
     checkpoint = Checkpoint.load(source)
     told = card(checkpoint)
@@ -300,12 +333,18 @@ def export(source: Path | str, repository: Path) -> None:
         scratch = Path(folder)
         for graph in graphs(checkpoint):
             path = scratch / f"{graph.name}.onnx"
-            export_graph(graph, path)
+            write(graph, path)
             print(f"{path.name:26} {weights_bytes(path) / 1e6:5.1f} MB")
         card_path = scratch / "card.json"
         card_path.write_text(told.to_json())
         large = frozenset(name for name in GRAPHS if weights_bytes(scratch / f"{name}.onnx") > LARGE_BYTES)
-        dimensions = Dimensions(told.vision_width, told.hidden_size, closer_view=told.closer_view, large=large)
+        dimensions = Dimensions(
+            told.vision_width,
+            told.hidden_size,
+            closer_view=told.closer_view,
+            text_encoder=checkpoint.is_encoder_decoder,
+            large=large,
+        )
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)
         write_repository(repository, dimensions, scratch, beside)
 

@@ -3,6 +3,7 @@
     repository/
     ├── card.json  tokenizer.json  (and qformer_tokenizer.json where the Q-Former has its own)
     ├── vision_encoder/  relevance_allocator/  qformer/  llm/     config.pbtxt  1/model.py  1/model.onnx
+    │                                                             (llm/1/encoder.onnx if the LLM is an encoder-decoder)
     ├── prepare/  compose/  finish/                               config.pbtxt  1/model.py
     ├── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
     └── relevance_allocator_448/  attend_448/                     the same files, if the checkpoint has a closer view
@@ -20,9 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from service.core.card import LLM_ENCODER
 from service.core.tensors import LIKELIEST, MODELS, PATCH_SLOTS, VISION_SLOTS, Step, Tensor
 
 LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
+TEXT_ENCODER = "llm_encoder"  # the graph of an encoder-decoder's encoder, served beside the LLM's
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
 LARGE_BYTES = 100_000_000  # of a graph's weights: from here on its runs take more than one core
 MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
@@ -46,6 +49,7 @@ class Dimensions:
     llm_max_rows: int = 32  # requests decoded at once
     llm_max_queue: int = 64  # requests that wait for a row; more are refused
     closer_view: bool = False  # whether cells can be seen at level 2
+    text_encoder: bool = False  # whether the LLM is an encoder-decoder, with a graph of its own for the encoder
     static: bool = False  # whether the Q-Former always reads all rows that there can be: the graph of a plan
 
     @property
@@ -149,9 +153,7 @@ def models(dimensions: Dimensions) -> list[Model]:
                 Parameter("max_rows", str(dimensions.llm_max_rows), "requests decoded at once"),
                 Parameter("max_queue", str(dimensions.llm_max_queue), "requests that wait for a row; more are refused"),
                 Parameter("max_prefill_tokens", "160", "prompt tokens read between two steps of those decoding"),
-                Parameter(
-                    "prefix_cache_bytes", str(64 << 20), "of recent prompts' keys and values, for reuse; 0 is off"
-                ),
+                *prefix_cache(dimensions),
                 cores(dimensions, "llm", "step"),
                 nice("5", "while it waits for cores it decodes more rows at once, at less cost a row"),
             ),
@@ -168,6 +170,13 @@ def models(dimensions: Dimensions) -> list[Model]:
         of("finish", "Token ids to text, response by response.", "finish"),
         of("vqa", "The whole chain for plain Triton clients: the answer comes response by response."),
     ]
+
+
+def prefix_cache(dimensions: Dimensions) -> tuple[Parameter, ...]:
+    """The prefix cache's size. An encoder-decoder has none: it reads a prompt in both directions."""
+    if dimensions.text_encoder:
+        return ()
+    return (Parameter("prefix_cache_bytes", str(64 << 20), "of recent prompts' keys and values, for reuse; 0 is off"),)
 
 
 def cores(dimensions: Dimensions, graph: str, run: str = "run") -> Parameter:
@@ -235,26 +244,36 @@ def runner(model: Model) -> str:
 def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, beside: Mapping[str, Path]) -> None:
     """Write the whole repository.
 
-    `graphs` is a folder with `<model>.onnx` for each of `graphs_of`, and its file of weights if it has one. `beside`
+    `graphs` is a folder with `<model>.onnx` for each of `graphs_of`, and its file of weights if it has one, and
+    `llm_encoder.onnx` if the LLM is an encoder-decoder. `beside`
     are the files beside the models, card and tokenizers, by name. Raises FileNotFoundError, which names every missing
     file, before anything is written.
     """
     names, kept = graphs_of(dimensions), {model.name for model in models(dimensions)}
-    sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in names)]
+    files = {name: repository / name / "1" / "model.onnx" for name in names}
+    files |= {TEXT_ENCODER: encoder_of(repository)} if dimensions.text_encoder else {}
+    sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in files)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
     for model in models(replace(dimensions, closer_view=True)):
         if model.name not in kept and (repository / model.name).exists():
             shutil.rmtree(repository / model.name)  # from an earlier checkpoint
     write_configs(repository, dimensions)
-    for name in names:
-        version = repository / name / "1"
-        shutil.copyfile(graphs / f"{name}.onnx", version / "model.onnx")
-        (version / weights_file(name)).unlink(missing_ok=True)
+    encoder = encoder_of(repository)
+    for file in (encoder, encoder.with_name(weights_file(TEXT_ENCODER))):  # from an earlier checkpoint
+        file.unlink(missing_ok=True)
+    for name, file in files.items():
+        shutil.copyfile(graphs / f"{name}.onnx", file)
+        (file.parent / weights_file(name)).unlink(missing_ok=True)
         if (graphs / weights_file(name)).exists():
-            shutil.copyfile(graphs / weights_file(name), version / weights_file(name))
+            shutil.copyfile(graphs / weights_file(name), file.parent / weights_file(name))
     for name, path in beside.items():
         shutil.copyfile(path, repository / name)
+
+
+def encoder_of(repository: Path) -> Path:
+    """The graph of the LLM's encoder, if it is an encoder-decoder."""
+    return repository / "llm" / "1" / LLM_ENCODER
 
 
 def weights_file(model: str) -> str:

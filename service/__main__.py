@@ -59,8 +59,8 @@ class Server(uvicorn.Server):
         made = functools.partial(
             protocols, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
-        admits = protocols.connections.admits
-        listeners = [Listener(each, self.config.backlog, made, admits) for each in sockets or []]
+        admits, held = protocols.connections.admits, protocols.held
+        listeners = [Listener(each, self.config.backlog, made, admits, held) for each in sockets or []]
         self.servers = cast(list[asyncio.base_events.Server], listeners)
 
     async def main_loop(self) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI
-from prometheus_client.exposition import choose_encoder
 
 from service.access.gate import IN_REDIS, Gate, NoGate
 from service.access.key_file import KeyFile
@@ -43,6 +42,7 @@ from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
 from service.pipeline import Pipeline
 from service.settings import Settings, SettingsError, listed
+from service.telemetry.exposition import Exposition
 from service.telemetry.metrics import Metrics
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
@@ -288,7 +288,7 @@ def http_edge(
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
         faults=lambda: readiness.faults,
         degraded=lambda: readiness.degraded,
-        metrics=lambda accept: metrics_text(metrics, accept),
+        metrics=Exposition(metrics.registry).text,
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
         access=access or NoGate(),
@@ -328,12 +328,6 @@ def grpc_edge(
         access=access or NoGate(),
         log_client_address=settings.log_client_address,
     )
-
-
-def metrics_text(metrics: Metrics, accept: str) -> tuple[bytes, str]:
-    """The text for Prometheus and its media type. OpenMetrics, if `accept` asks for it, has the traces' ids too."""
-    encode, media_type = choose_encoder(accept)
-    return encode(metrics.registry), media_type
 
 
 def question_limits(settings: Settings) -> QuestionLimits:

@@ -186,9 +186,7 @@ def exports(once: Once) -> SharedExports:
     """Builds that export each graph once in a run."""
     from tests.support.shared_exports import SharedExports  # noqa: PLC0415  (PyTorch: only for tests that build)
 
-    folder = once.folder / "exports"
-    folder.mkdir(exist_ok=True)
-    return SharedExports(folder)
+    return SharedExports(once)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,9 @@ NO_PAST: FloatArray = np.zeros((1, 1, 0, 1), np.float32)
 class Decoder(Protocol):
     """The LLM over a KV cache whose rows grow by one token per step.
 
-    Rows are compact: 0 .. rows-1.
+    Rows are compact: 0 .. rows-1. The past of a prompt is what its first n tokens leave behind for the answer: keys and
+    values of a decoder-only LLM's layers, or of the cross-attention of an encoder-decoder. It belongs to the request,
+    and `prefill` makes it a row.
     """
 
     vocab_size: int
@@ -46,8 +48,14 @@ class Decoder(Protocol):
         n may be 0 and is less than the prompt's length.
         """
 
+    def before_answer(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        """Return the ids that the answer continues, for the repetition penalty."""
+
     def read(self, prompt: Prompt, past: FloatArray, tokens: int) -> FloatArray:
-        """Extend `past` to the prompt's first `tokens` tokens, without adding a row."""
+        """Extend `past` to at least the prompt's first `tokens` tokens, without adding a row.
+
+        A decoder that cannot read in parts reads the whole prompt.
+        """
 
     def prefill(self, prompts: SequenceOf[Prompt], pasts: SequenceOf[FloatArray]) -> FloatArray:
         """Append one row per prompt, each with its known past -> logits [len(prompts), V].
@@ -83,8 +91,8 @@ class Sequence:
 
     @property
     def unread(self) -> int:
-        """Number of prompt tokens that still need a prefill."""
-        return int(self.prompt.input_ids.size - self.past.shape[2])
+        """Number of tokens that still need a prefill; at least 1, for the token that gives the first logits."""
+        return max(1, int(self.prompt.input_ids.size - self.past.shape[2]))
 
 
 class Event(NamedTuple):
@@ -285,7 +293,7 @@ class Batcher:
                     break
                 first = sequence.past is NO_PAST
                 known = self._decoder.recall(sequence.prompt) if first else sequence.past
-                unread = sequence.prompt.input_ids.size - known.shape[2]
+                unread = max(1, sequence.prompt.input_ids.size - known.shape[2])
                 most = max(longest, unread)
                 cells = most * (len(group) + 1)
                 padding = 1 - (total + unread) / cells
@@ -325,7 +333,7 @@ class Batcher:
         first = len(self._running)
         for row, sequence in enumerate(group, first):
             sequence.past = NO_PAST  # the sequence's row holds it now
-            self._sampler.append(sequence.sampling, sequence.prompt.input_ids)
+            self._sampler.append(sequence.sampling, self._decoder.before_answer(sequence.prompt))
             self._masks.append(sequence.guide)
             self._left[row] = sequence.sampling.max_tokens
             self._end_ids[row] = sequence.end_id

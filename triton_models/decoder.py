@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from service.core.prompt import Prompt
 from triton_models.engine import Array, open_engine
@@ -75,6 +76,10 @@ class OnnxDecoder:
         """
         known = self.prefixes.recall(prompt)
         return self._no_past if known is None else known
+
+    def before_answer(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        """Return the prompt's own ids: the answer continues them."""
+        return prompt.input_ids
 
     def read(self, prompt: Prompt, past: FloatArray, tokens: int) -> FloatArray:
         """Extend `past` to the prompt's first `tokens` tokens, without adding a row.

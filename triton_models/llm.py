@@ -22,10 +22,10 @@ from service.core.request import MAX_TOP_LOG_PROBS, Sampling
 from service.text.prompt import LLM_TOKENIZER
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.costs import Costs, ServerCpu, payer_of
-from triton_models.decoder import OnnxDecoder
 from triton_models.delivery import Delivery
 from triton_models.gauges import Gauges
 from triton_models.guiding import Guiding
+from triton_models.language_model import open_language_model
 from triton_models.parameters import Parameters
 from triton_models.spans import begin
 from triton_models.tensors import read, write
@@ -121,8 +121,10 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         parameters = Parameters(args)
         os.nice(parameters.nice)  # applies to this thread and to those that it starts from here on
-        decoder = OnnxDecoder(
+        card = parameters.card()
+        decoder = open_language_model(
             parameters.graph,
+            card,
             max_rows=parameters.integer("max_rows", 32),
             intra_op_threads=parameters.intra_op_threads,
             prefix_cache_bytes=parameters.integer("prefix_cache_bytes", 0, least=0),
@@ -134,7 +136,6 @@ class TritonPythonModel:
             max_queue=parameters.integer("max_queue", 64),
             max_prefill_tokens=parameters.integer("max_prefill_tokens", 160),
         )
-        card = parameters.card()
         self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, card.max_positions)
         self._outputs = tuple(parameters.outputs)
         self._delivery = Delivery(self._say)

@@ -7,25 +7,25 @@
 | VQAv2 | `*questions.json` with `questions` (`image_id`, `question`), optional `*annotations.json` |
 | GQA | `*.json`, an object by question id: `imageId`, `question`, optional `answer` |
 | TextVQA | `*.json` with `data`: `image_id`, `question`, optional `answers` |
+| DocVQA | `*.json` with `data`: `image`, `question`, optional `answers` |
 
-Images lie anywhere below the folder. Without any questions, templates are used. Files that cannot be used are listed
-with the reason, and left out.
+`build_engines/datasets` reads all but the first. Images lie anywhere below the folder. Without any questions,
+templates are used. Files that cannot be used are listed with the reason, and left out.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from build_engines.convert.options import Refused
+from build_engines.datasets import forms
+from build_engines.datasets.entries import Entry
+from build_engines.datasets.images import SUFFIXES, ImageIndex, images_below
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
 TEMPLATES = (
     "what is in the picture?",
     "what is the main object?",
@@ -38,7 +38,7 @@ TEMPLATES = (
 )
 TEMPLATES_AN_IMAGE = 3
 MEASURED_SHARE = 0.1  # of the images: kept from training, for the measurement
-NUMBER = re.compile(r"(\d+)$")
+NAMES = {"vqav2": "VQAv2", "gqa": "GQA", "textvqa": "TextVQA", "docvqa": "DocVQA"}  # by form
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,6 @@ class Data:
         return sum(bool(question.answer) for question in self.questions)
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A question as a file has it: the image by a name, or by an id that is part of the name."""
-
-    image: str
-    text: str
-    answer: str = ""
-
-
 def read(folder: Path, limit: int | None = None) -> Data:
     """Read a folder. limit: use only this many images, in the order of their names.
 
@@ -80,7 +71,7 @@ def read(folder: Path, limit: int | None = None) -> Data:
     """
     if not folder.is_dir():
         raise Refused(f"--data {folder} is no folder: give one with images and questions")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = images_below(folder)
     if not paths:
         raise Refused(f"--data {folder} has no images: add some ({', '.join(sorted(SUFFIXES))})")
     skipped: dict[str, str] = {}
@@ -102,13 +93,13 @@ def read(folder: Path, limit: int | None = None) -> Data:
     )
 
 
-def _lines(folder: Path, skipped: dict[str, str]) -> tuple[str, list[_Line] | None]:
+def _lines(folder: Path, skipped: dict[str, str]) -> tuple[str, list[Entry] | None]:
     """The form, and every question of the folder's files; None without such files."""
     if (plain := folder / "questions.txt").exists():
         return "plain", list(_plain(plain.read_text(errors="replace").splitlines(), skipped))
     if jsonl := sorted(folder.glob("*.jsonl")):
-        return "jsonl", [line for path in jsonl for line in _jsonl(path, skipped)]
-    found: list[_Line] = []
+        return "jsonl", [entry for path in jsonl for entry in forms.jsonl_entries(path, skipped)]
+    found: list[Entry] = []
     form = ""
     for path in sorted(folder.glob("*.json")):
         try:
@@ -116,14 +107,13 @@ def _lines(folder: Path, skipped: dict[str, str]) -> tuple[str, list[_Line] | No
         except (OSError, ValueError) as exc:
             skipped[path.name] = f"no JSON: {exc}"
             continue
-        kind, lines = _of_json(content, folder)
-        if kind:
+        if kind := NAMES.get(forms.form_of(content)):
             form = form or kind
-            found += lines
+            found += forms.entries_of(content, path, folder, skipped)
     return (form, found) if found else ("templates", None)
 
 
-def _plain(lines: Iterable[str], skipped: dict[str, str]) -> Iterator[_Line]:
+def _plain(lines: Iterable[str], skipped: dict[str, str]) -> Iterator[Entry]:
     """Lines without a tab are questions about every image."""
     for number, line in enumerate(lines, 1):
         parts = [part.strip() for part in line.split("\t")]
@@ -132,82 +122,22 @@ def _plain(lines: Iterable[str], skipped: dict[str, str]) -> Iterator[_Line]:
         if len(parts) > 3 or not all(parts[:2]):
             skipped[f"questions.txt:{number}"] = "write image, tab, question, and if known a tab and the answer"
         elif len(parts) == 1:
-            yield _Line("", parts[0])
+            yield Entry("", parts[0])
         else:
-            yield _Line(*parts)
+            yield Entry(parts[0], parts[1], tuple(parts[2:]))
 
 
-def _jsonl(path: Path, skipped: dict[str, str]) -> Iterator[_Line]:
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            told = json.loads(line)
-            yield _Line(str(told["image"]), str(told["question"]), _answer(told.get("answer", "")))
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            skipped[f"{path.name}:{number}"] = f"needs a JSON object with image and question: {exc!r}"
-
-
-def _of_json(content: Any, folder: Path) -> tuple[str, list[_Line]]:
-    """The form of a JSON file and its questions; an empty form for a file of something else."""
-    if isinstance(content, dict) and isinstance(content.get("questions"), list):
-        answers = _annotations(folder)
-        return "VQAv2", [
-            _Line(str(q["image_id"]), str(q["question"]), answers.get(q.get("question_id"), ""))
-            for q in content["questions"]
-            if isinstance(q, dict) and {"image_id", "question"} <= q.keys()
-        ]
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        return "TextVQA", [
-            _Line(str(q["image_id"]), str(q["question"]), _answer(q.get("answers", "")))
-            for q in content["data"]
-            if isinstance(q, dict) and {"image_id", "question"} <= q.keys()
-        ]
-    if isinstance(content, dict):
-        lines = [
-            _Line(str(q["imageId"]), str(q["question"]), _answer(q.get("answer", "")))
-            for q in content.values()
-            if isinstance(q, dict) and {"imageId", "question"} <= q.keys()
-        ]
-        return ("GQA", lines) if lines else ("", [])
-    return "", []
-
-
-def _annotations(folder: Path) -> dict[Any, str]:
-    """VQAv2's answers by question id."""
-    found: dict[Any, str] = {}
-    for path in folder.glob("*annotations.json"):
-        for told in json.loads(path.read_text()).get("annotations", []):
-            found[told["question_id"]] = _answer(told.get("multiple_choice_answer", ""))
-    return found
-
-
-def _answer(told: Any) -> str:
-    """One answer. Of several people's answers, the most frequent."""
-    if isinstance(told, list):
-        return Counter(str(one) for one in told).most_common(1)[0][0] if told else ""
-    return str(told)
-
-
-def _placed(lines: Sequence[_Line], paths: Sequence[Path], folder: Path, skipped: dict[str, str]) -> list[Asked]:
-    """Find each question's image: by path, name, name without suffix, or the number at the end of the name.
-
-    COCO's image 42 is COCO_train2014_000000000042.jpg.
-    """
-    places: dict[str, int] = {}
-    for number, path in reversed(list(enumerate(paths))):
-        ends = NUMBER.search(path.stem)
-        if ends:
-            places[str(int(ends.group(1)))] = number
-        places |= {path.stem: number, path.name: number, str(path.relative_to(folder)): number}
+def _placed(entries: Sequence[Entry], paths: Sequence[Path], folder: Path, skipped: dict[str, str]) -> list[Asked]:
+    """Find each question's image, as ImageIndex does. A question without one is about every image."""
+    index = ImageIndex(folder, paths)
     found: list[Asked] = []
-    for line in lines:
-        if not line.image:
-            found += [Asked(number, line.text) for number in range(len(paths))]
-        elif (place := places.get(line.image)) is not None:
-            found.append(Asked(place, line.text, line.answer))
+    for entry in entries:
+        if not entry.image:
+            found += [Asked(number, entry.question) for number in range(len(paths))]
+        elif (place := index.find(entry.image)) is not None:
+            found.append(Asked(place, entry.question, entry.answer))
         else:
-            skipped.setdefault(line.image, "a question names this image, and the folder does not have it")
+            skipped.setdefault(entry.image, "a question names this image, and the folder does not have it")
     return found
 
 

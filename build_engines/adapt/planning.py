@@ -25,6 +25,11 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     source = inspect(options.checkpoint)
     if options.teacher == ANSWERS and not found.answered:
         raise Refused(f"--teacher answers needs answers, and {options.data} has none: use --teacher likelihood")
+    if source.is_encoder_decoder and options.teacher in (LIKELIHOOD, ANSWERS):
+        raise Refused(
+            f"--teacher {options.teacher} needs a decoder-only language model, and {source.name} has a FlanT5: use "
+            "--teacher tokens"
+        )
     closer = int(options.closer_share * len(found.images))
     near = max(1, round(CLOSER_SHARE_OF_A_STEP * options.batch)) if closer else 0
     schedule = Schedule(
@@ -47,7 +52,8 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     wanted = estimate.needs(work, flops)
     teacher = options.teacher
     if teacher == "auto":
-        teacher = LIKELIHOOD if wanted.memory <= available_memory() else TOKENS
+        asked = not source.is_encoder_decoder and wanted.memory <= available_memory()
+        teacher = LIKELIHOOD if asked else TOKENS
         if teacher == TOKENS:
             wanted = estimate.needs(replace(work, language=False), flops)
     if teacher == TOKENS and closer:  # the full view's tokens say nothing about a closer one

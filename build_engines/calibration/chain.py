@@ -25,7 +25,7 @@ from service.core.vision import (
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import PromptBuilder
 from triton_models.batcher import Batcher, Limits, Sequence
-from triton_models.decoder import OnnxDecoder
+from triton_models.language_model import open_language_model
 from triton_models.query_groups import GroupRunner
 from triton_models.session import Graph
 
@@ -65,7 +65,9 @@ class Chain:
         self._encoder, self._allocator = graph("vision_encoder"), graph("relevance_allocator")
         self._closer = graph("relevance_allocator_448") if self.card.closer_view else None
         self._qformer = GroupRunner(repository / "qformer" / "1" / "model.onnx", threads)
-        self._decoder = OnnxDecoder(repository / "llm" / "1" / "model.onnx", max_rows=32, intra_op_threads=threads)
+        self._decoder = open_language_model(
+            repository / "llm" / "1" / "model.onnx", self.card, max_rows=32, intra_op_threads=threads
+        )
         self._batcher = Batcher(self._decoder, Limits(max_queue=MAX_QUEUE, max_prefill_tokens=1600))
 
     @classmethod

@@ -29,6 +29,7 @@ from build_engines.model.checkpoint import (
     PATCH_SIZE,
     QUERIES,
     load_allocator,
+    text_positions,
 )
 from build_engines.model.decoder import FIXED_ROPE
 from service.text.prompt import load_tokenizer, token_bytes
@@ -36,7 +37,7 @@ from service.text.prompt import load_tokenizer, token_bytes
 Shape = tuple[int, ...]
 
 SMALL_FILES = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
-LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama"}  # model_type of text_config, which selects the graph
+LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama", "t5": "FlanT5"}  # model_type of text_config, which selects the graph
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 NAMED_AT_MOST = 5  # tensors that an error message lists
 
@@ -70,7 +71,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         vision_width=config.vision_config.hidden_size,
         hidden_size=config.text_config.hidden_size,
         vocab_size=config.text_config.vocab_size,
-        max_positions=config.text_config.max_position_embeddings,
+        max_positions=text_positions(config.text_config),
         parameters=_parameters(wanted),
         closer_view=allocator.closer is not None and not zero_shot,
         zero_shot=zero_shot,
@@ -130,7 +131,7 @@ def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
     if text.model_type not in LANGUAGE_MODELS:
         raise Refused(
             f"{directory} has a language model of type {text.model_type}: use one with "
-            f"{' or '.join(LANGUAGE_MODELS.values())} (Vicuna is a Llama)"
+            f"{', '.join(LANGUAGE_MODELS.values())} (Vicuna is a Llama)"
         )
     if text.model_type == "opt" and not text.do_layer_norm_before:
         raise Refused(f"{directory} has an OPT with layer norm after attention (OPT-350m): use another OPT")

@@ -92,7 +92,26 @@ def _numpy_type(onnx_type: str) -> type[np.generic]:
             "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}[onnx_type]  # fmt: skip
 
 
-def logits(graph: Path, feeds: Mapping[str, Array], forced: Array | None = None) -> Array:
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder's graph of an encoder-decoder, and the token with which the decoder begins."""
+
+    run: onnxruntime.InferenceSession
+    start_id: int
+
+    def read(self, ids: Array, visual: Array) -> dict[str, Array]:
+        """What the decoder reads of a prompt: its length, and keys and values for each layer."""
+        feeds = {"input_ids": ids[np.newaxis], "prompt_embedding_table": visual[np.newaxis]}
+        feeds |= {"input_lengths": np.array([len(ids)])}
+        takes = {spec.name: _numpy_type(spec.type) for spec in self.run.get_inputs()}
+        names = [spec.name for spec in self.run.get_outputs()]
+        given = {name: np.asarray(array, takes[name]) for name, array in feeds.items()}
+        return {"cross_lengths": np.array([len(ids)])} | dict(zip(names, self.run.run(names, given), strict=True))
+
+
+def logits(
+    graph: Path, feeds: Mapping[str, Array], forced: Array | None = None, encoder: Encoder | None = None
+) -> Array:
     """[B, 1 + DECODED, V]: logits after each prompt and each following token.
 
     The following tokens are `forced` [B, DECODED], or the likeliest ones.
@@ -102,14 +121,21 @@ def logits(graph: Path, feeds: Mapping[str, Array], forced: Array | None = None)
     found = []
     for row, (visual, text, length) in enumerate(rows):
         wanted = None if forced is None else forced[row]
-        found.append(np.stack(list(decode(run, visual, text[: int(length)], 1 + DECODED, wanted))))
+        found.append(np.stack(list(decode(run, visual, text[: int(length)], 1 + DECODED, wanted, encoder))))
     return np.stack(found)
 
 
-def greedy(run: onnxruntime.InferenceSession, visual: Array, text: Array, most: int, end_id: int) -> list[int]:
+def greedy(
+    run: onnxruntime.InferenceSession,
+    visual: Array,
+    text: Array,
+    most: int,
+    end_id: int,
+    encoder: Encoder | None = None,
+) -> list[int]:
     """The answer's tokens, up to and without the end id."""
     found = []
-    for row in decode(run, visual, text, most):
+    for row in decode(run, visual, text, most, encoder=encoder):
         token = int(row.argmax())
         if token == end_id:
             break
@@ -118,13 +144,23 @@ def greedy(run: onnxruntime.InferenceSession, visual: Array, text: Array, most: 
 
 
 def decode(
-    run: onnxruntime.InferenceSession, visual: Array, text: Array, most: int, forced: Array | None = None
+    run: onnxruntime.InferenceSession,
+    visual: Array,
+    text: Array,
+    most: int,
+    forced: Array | None = None,
+    encoder: Encoder | None = None,
 ) -> Iterator[Array]:
-    """Decode one sequence token by token, as the LLM's graph does: `most` rows of logits [V]."""
+    """Decode one sequence token by token, as the LLM's graph does: `most` rows of logits [V].
+
+    An encoder-decoder needs its `encoder`, which reads the prompt once.
+    """
     takes = {spec.name: spec for spec in run.get_inputs()}
     vocab_size = run.get_outputs()[0].shape[1]
     past = {name: np.zeros([1, spec.shape[1], 0, spec.shape[3]]) for name, spec in takes.items() if _is_past(name)}
-    ids = np.concatenate([np.arange(vocab_size, vocab_size + len(visual)), text])
+    ids, crossed = np.concatenate([np.arange(vocab_size, vocab_size + len(visual)), text]), {}
+    if encoder is not None:
+        ids, crossed = np.array([encoder.start_id]), encoder.read(ids, visual)
     for turn in range(most):
         feeds = {
             "input_ids": ids[np.newaxis],
@@ -132,6 +168,7 @@ def decode(
             "past_lengths": np.array([next(iter(past.values())).shape[2]]),
             "input_lengths": np.array([len(ids)]),
             **past,
+            **crossed,
         }
         given = {name: np.asarray(feeds[name], _numpy_type(spec.type)) for name, spec in takes.items()}
         last, *new = run.run(["logits", *(name.replace("past", "new", 1) for name in past)], given)

@@ -31,7 +31,7 @@ from blake3 import blake3
 from build_engines.convert import plans, profiles, trtllm
 from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
 from build_engines.convert.source import Source
-from build_engines.repository import graphs_of
+from build_engines.repository import TEXT_ENCODER, graphs_of
 from service.core.precision import REDUCED
 from service.core.vision import CROPS
 
@@ -65,13 +65,28 @@ def plan(options: Options, source: Source, root: Mapping[str, Any]) -> list[Step
     """List every step in order, with its key.
 
     `root` is what all steps depend on: the checkpoint's digests, code and versions. Raises Refused if a batch is too
-    small for a closer view.
+    small for a closer view, or for a FlanT5 in another precision than FP32.
     """
+    if source.is_encoder_decoder and options.precision != "fp32":
+        raise Refused(why_not_t5(options))
     if source.closer_view and options.vision_batch < CROPS:
         raise Refused(
             f"--max-batch {options.vision_batch}: the closer view is a batch of {CROPS} crops. Use at least {CROPS}"
         )
     return keyed(list(_steps(options, source)), {"format": FORMAT, **root})
+
+
+def why_not_t5(options: Options) -> str:
+    """Why these options cannot build a FlanT5, and what can."""
+    reason = {
+        "tensorrt": "this version makes no encoder-decoder engines for TensorRT-LLM",
+        "onnx-gpu": "FlanT5's feed-forward layers exceed FP16's range",
+        "embedded": f"FlanT5 was not measured in {options.precision}",
+    }[options.profile]
+    return (
+        f"a FlanT5 cannot be built with --profile {options.profile} --precision {options.precision}: {reason}. Use "
+        "--profile embedded or onnx-gpu with --precision fp32"
+    )
 
 
 def keyed(steps: Sequence[Step], root: Mapping[str, Any]) -> list[Step]:
@@ -106,6 +121,9 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             settings={"graph": name, "static": static and name != "llm"},
         )
     made = {name: f"export {name}" for name in graphs}
+    encoder = {TEXT_ENCODER: f"export {TEXT_ENCODER}"} if source.is_encoder_decoder else {}
+    for name, step in encoder.items():
+        yield Step(step, "export", "PyTorch to ONNX, FP32", settings={"graph": name, "static": False})
     images = str(options.images) if options.images else "rendered scenes"
     count = options.calibration_images if options.precision == "fp8" else 16
     yield Step(
@@ -136,7 +154,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
         "parity",
         "cosine and greatest difference of every graph against "
         + ("PyTorch" if options.precision == "fp32" else "FP32"),
-        needs=("samples", *exported, *(name for name in made.values() if name not in exported)),
+        needs=("samples", *exported, *encoder.values(), *(name for name in made.values() if name not in exported)),
         settings={"graphs": made, "against": "pytorch" if options.precision == "fp32" else "fp32", "static": static},
     )
     agreement: tuple[str, ...] = ()
@@ -148,7 +166,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
                    settings={"images": images, "count": options.agreement_questions,
                              "fp32": {name: f"export {name}" for name in chain},
                              "graphs": {name: made[name] for name in chain}})  # fmt: skip
-    served = {name: f"export {name}" for name in graphs} if on_cpu else dict(made)
+    served = ({name: f"export {name}" for name in graphs} if on_cpu else dict(made)) | encoder
     if plans_wanted:
         for name in graphs:
             inputs = profiles.inputs_of(options, source, name)

@@ -51,6 +51,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         vision_max_batch=options.vision_batch,
         large=frozenset(large if options.profile == "embedded" else ()),
         closer_view=source.closer_view,
+        text_encoder=source.is_encoder_decoder,
         static=options.profile != "embedded",
     )
 

@@ -47,14 +47,17 @@ def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher) -> None
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         make(step, partial)
-        outputs = digests(partial)
-        (partial / DONE).write_text(
-            json.dumps({"step": step.name, "key": step.key, "outputs": outputs}, indent=2) + "\n"
-        )
+        declare_done(step, partial)
         watcher.made(step)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         watcher.finished(step)
+
+
+def declare_done(step: Step, folder: Path) -> None:
+    """Write the step's key and the digest of every file into the folder of its output."""
+    told = {"step": step.name, "key": step.key, "outputs": digests(folder)}
+    (folder / DONE).write_text(json.dumps(told, indent=2) + "\n")
 
 
 def is_done(work: Path, step: Step) -> bool:

@@ -20,7 +20,7 @@ class Source:
     directory: Path
     name: str
     family: str  # the architecture's class name
-    language: str  # "opt" or "llama"
+    language: str  # "opt", "llama" or "t5"
     vision_width: int  # D
     hidden_size: int  # H
     vocab_size: int  # V: visual ids start here
@@ -30,6 +30,11 @@ class Source:
     files: tuple[Path, ...] = ()  # everything that a build reads
     zero_shot: bool = False  # whether its Q-Former says where to look
     allocator: Path | None = None  # a folder that `glimpse adapt` wrote, in place of the checkpoint's own allocator
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the language model has an encoder, as FlanT5 does."""
+        return self.language == "t5"
 
     @property
     def reads_question(self) -> bool:

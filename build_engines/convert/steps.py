@@ -30,7 +30,7 @@ from build_engines.convert.source import Source
 from build_engines.convert.static import static_graphs
 from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import MOST_INLINE_BYTES, Model, runner, weights_file
+from build_engines.repository import MOST_INLINE_BYTES, TEXT_ENCODER, Model, encoder_of, runner, weights_file
 from service.core.card import ModelCard
 from service.core.vision import MAX_VISUAL_TOKENS
 from service.text.prompt import PromptBuilder
@@ -182,12 +182,20 @@ class Maker:
             theirs = parity.outputs_of_module(self.graphs(settings["static"])[name], feeds)
         elif name == "llm":
             # The tests compare the decoder with PyTorch. Here a graph is compared with its FP32 version.
-            reference = parity.logits(self.folder("export llm") / MODEL, feeds)
-            ours, theirs = {"logits": parity.logits(graph, feeds, reference.argmax(2))}, {"logits": reference}
+            encoder = self._encoder()
+            reference = parity.logits(self.folder("export llm") / MODEL, feeds, encoder=encoder)
+            ours = {"logits": parity.logits(graph, feeds, reference.argmax(2), encoder)}
+            theirs = {"logits": reference}
         else:
             ours = parity.outputs(graph, feeds)
             theirs = parity.outputs(self.folder(f"export {name}") / MODEL, feeds)
         return {output: parity.nearness(ours[output], theirs[output]) for output in theirs}
+
+    def _encoder(self) -> parity.Encoder | None:
+        """The encoder's graph, if the LLM is an encoder-decoder."""
+        start_id = ModelCard.from_json((self.folder("card") / "card.json").read_text()).decoder_start_id
+        graph = self.folder(f"export {TEXT_ENCODER}") / MODEL
+        return None if start_id is None else parity.Encoder(parity.session(graph), start_id)
 
     def make_plain(self, _: Step, out: Path) -> None:
         self.checkpoint.model.language_model.half().save_pretrained(out)
@@ -236,6 +244,8 @@ class Maker:
             self._make_model(model, step.settings["served"].get(model.name), out / model.name)
             if made := step.settings["beside_fp32"].get(model.name):
                 self._put_beside(made, model.name, out / model.name / "1")
+            if model.name == "llm" and TEXT_ENCODER in step.settings["served"]:
+                self._put_encoder(step.settings["served"][TEXT_ENCODER], out)
             (out / model.name / "config.pbtxt").write_text(step.settings["configurations"][model.name])
         for path in self.folder("card").iterdir():
             if path.name != DONE:
@@ -254,6 +264,15 @@ class Maker:
                 link(path, version / f"model.{made.split(maxsplit=1)[0]}.onnx")
             elif path.name.startswith(name):
                 link(path, version / path.name)
+
+    def _put_encoder(self, made: str, out: Path) -> None:
+        """Serve the encoder of an encoder-decoder beside the decoder, with its weights if they have a file."""
+        graph = encoder_of(out)
+        for path in self.folder(made).iterdir():
+            if path.name == MODEL:
+                link(path, graph)
+            elif path.name == weights_file(TEXT_ENCODER):
+                link(path, graph.with_name(path.name))
 
     def _make_model(self, model: Model, made: str | None, folder: Path) -> None:
         version = folder / "1"

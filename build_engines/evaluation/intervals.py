@@ -6,6 +6,7 @@ difference between arms is the mean of the differences per question. Effects tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from build_engines.evaluation.accuracy import wilson
 
 DRAWS = 4000
+LEAST_DRAWS = 500
+MOST_DRAWN = 20_000_000  # numbers of draws times scenes: 160 MB
 ENDS = (0.025, 0.975)
 
 Numbers = npt.NDArray[np.float64]
@@ -47,6 +50,17 @@ def mean(values: npt.ArrayLike, scene: npt.NDArray[np.int64]) -> Figure | None:
     return Figure(float(numbers.mean()), *np.quantile(_drawn_means(numbers, scene), ENDS).tolist())
 
 
+def of_images(totals: Numbers, statistic: Callable[[Numbers], Numbers]) -> list[Figure]:
+    """Figures of sums over images, such as a mean (sum of scores by sum of questions) or a corpus's BLEU.
+
+    totals [images, k]: what each image adds to the k sums. statistic: sums [..., k] -> m figures [..., m].
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = statistic(totals.sum(0))
+        low, high = np.nanquantile(statistic(_draws(len(totals)) @ totals), ENDS, axis=0)
+    return [Figure(*map(float, each)) for each in zip(values, low, high, strict=True)]
+
+
 def difference_of_groups(
     values: npt.ArrayLike, ours: npt.NDArray[np.bool_], theirs: npt.NDArray[np.bool_], scene: npt.NDArray[np.int64]
 ) -> Figure | None:
@@ -76,7 +90,7 @@ def median(values: npt.ArrayLike) -> Figure:
 
 
 def _drawn_means(values: Numbers, scene: npt.NDArray[np.int64], scenes: int | None = None) -> Numbers:
-    """[DRAWS]: the mean in each draw. A draw takes `scenes` scenes with replacement."""
+    """[draws]: the mean in each draw. A draw takes `scenes` scenes with replacement."""
     number = int(scene.max()) + 1 if scenes is None else scenes
     weights = _draws(number)
     total = weights @ np.bincount(scene, values, number)
@@ -86,6 +100,10 @@ def _drawn_means(values: Numbers, scene: npt.NDArray[np.int64], scenes: int | No
 
 @lru_cache(maxsize=8)
 def _draws(scenes: int) -> Numbers:
-    """[DRAWS, scenes]: how often each scene is drawn. All arms share the draws, which pairs them."""
+    """[DRAWS, scenes]: how often each scene is drawn. All arms share the draws, which pairs them.
+
+    Above 5,000 scenes there are fewer draws.
+    """
     generator = np.random.default_rng(0)
-    return generator.multinomial(scenes, np.full(scenes, 1 / scenes), DRAWS).astype(np.float64)
+    draws = max(LEAST_DRAWS, min(DRAWS, MOST_DRAWN // scenes))
+    return generator.multinomial(scenes, np.full(scenes, 1 / scenes), draws).astype(np.float64)

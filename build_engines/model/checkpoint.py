@@ -1,6 +1,7 @@
 """Load BLIP-2 and InstructBLIP checkpoints in Hugging Face's format, and allocator weights.
 
-Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b` and `Salesforce/instructblip-vicuna-7b`.
+Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b`, `Salesforce/blip2-flan-t5-xl` and
+`Salesforce/instructblip-vicuna-7b`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    PreTrainedConfig,
+    T5ForConditionalGeneration,
+)
 
 from build_engines.model.adapted import FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import SUMMARIES, OpponentProcessing
 from build_engines.model.closer import CloserView
 from build_engines.model.decoder import LlamaDecoder, OptDecoder, decoder_of
+from build_engines.model.encoder_decoder import T5Decoder, T5Encoder
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
 from build_engines.model.vision import VisionEncoder
@@ -40,6 +49,7 @@ PROMPTS = {  # the prompts for questions that each family was trained with
 FAMILIES = {family.__name__: family for family in PROMPTS}
 QUERIES = 32  # in one group
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
+T5_POSITIONS = 512  # of FlanT5's training, for a checkpoint that does not tell
 ALLOCATOR = WEIGHTS  # beside the checkpoint's own weights, if the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Module = TypeVar("Module", bound=nn.Module)
@@ -174,9 +184,33 @@ class Checkpoint:
     def qformer(self) -> QFormer | InstructQFormer:
         return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
 
-    def decoder(self) -> OptDecoder | LlamaDecoder:
+    def decoder(self) -> OptDecoder | LlamaDecoder | T5Decoder:
         """Raises ValueError for a language model family that has no graph."""
+        if self.is_encoder_decoder:
+            return T5Decoder(self.model.language_model).eval()
         return decoder_of(self.model.language_model).eval()
+
+    def text_encoder(self) -> T5Encoder | None:
+        """The encoder of an encoder-decoder; a decoder-only language model has none."""
+        return T5Encoder(self.model.language_model).eval() if self.is_encoder_decoder else None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the language model is a FlanT5."""
+        return isinstance(self.model.language_model, T5ForConditionalGeneration)
+
+    @property
+    def decoder_start_id(self) -> int | None:
+        """The token with which an encoder-decoder begins an answer, as `generate` chooses it."""
+        if not self.is_encoder_decoder:
+            return None
+        told = self.model.language_model.generation_config
+        return int(told.bos_token_id if told.decoder_start_token_id is None else told.decoder_start_token_id)
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of a request, visual tokens and answer included. FlanT5 counts none: it was trained with 512."""
+        return text_positions(self.model.config.text_config)
 
     def vision_fingerprint(self) -> str:
         """16 hex digits over everything that a vision feature depends on."""
@@ -185,6 +219,13 @@ class Checkpoint:
     def visual_fingerprint(self) -> str:
         """16 hex digits over everything that a visual token depends on."""
         return _fingerprint(self.image_mean, self.image_std, self.vision_encoder(), self.allocator(), self.qformer())
+
+
+def text_positions(text: PreTrainedConfig) -> int:
+    """Tokens that the language model was trained to see at once, by its text_config."""
+    if text.model_type == "t5":
+        return int(getattr(text, "n_positions", T5_POSITIONS))
+    return int(text.max_position_embeddings)
 
 
 def _directory(source: Path | str) -> Path:

@@ -19,7 +19,7 @@ from build_engines.convert.run import digests
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.repository import CONFIG_TYPES
 from build_engines.verify.report import Report
-from service.core.card import ModelCard
+from service.core.card import LLM_ENCODER, ModelCard
 from service.core.tensors import LIKELIEST, Tensor
 from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS
 from service.text.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
@@ -80,9 +80,10 @@ def check_tokenizer(repository: Path, card: ModelCard) -> None:
         text = b"".join(spelled[i] for i in ids)
         if text.decode(errors="replace").strip().lower() != question.lower():  # a tokenizer may have one case only
             raise Wrong(f"{question!r} comes back as {text!r}: use the checkpoint's own tokenizer")
-    for name in ("bos_id", "end_id", "pad_id"):
-        if not 0 <= getattr(card, name) < card.vocab_size:
-            raise Wrong(f"{name} is {getattr(card, name)}, not below {card.vocab_size}: correct the card")
+    for name in ("bos_id", "end_id", "pad_id", "text_end_id", "decoder_start_id"):
+        told = getattr(card, name)
+        if told is not None and not 0 <= told < card.vocab_size:
+            raise Wrong(f"{name} is {told}, not below {card.vocab_size}: correct the card")
 
 
 def check_template(repository: Path, card: ModelCard) -> None:
@@ -195,7 +196,7 @@ def check_graph(path: Path, name: str, config: Any, card: ModelCard) -> None:
                 raise Wrong(f"its weights file {entry.value} is missing")
     ins, outs = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))
     if name == "llm":
-        _check_decoder(ins, outs, card)
+        _check_language_model(path, ins, outs, card)
     elif name == "qformer" and "attend" in ins:  # a runner forms the groups of this graph
         wanted = (card.float_type, (MAX_VISUAL_TOKENS // 4, card.hidden_size))
         if outs.get("visual_tokens") != wanted:
@@ -208,9 +209,20 @@ def check_graph(path: Path, name: str, config: Any, card: ModelCard) -> None:
         raise Wrong(f"TensorRT would not build it: {'; '.join(broken[:3])}")
 
 
-def _check_decoder(ins: Mapping[str, Any], outs: Mapping[str, Any], card: ModelCard) -> None:
+def _check_language_model(path: Path, ins: Mapping[str, Any], outs: Mapping[str, Any], card: ModelCard) -> None:
+    """Check a decoder-only LLM's graph, or both of an encoder-decoder."""
     if outs.get("logits") != ("FP32", (card.vocab_size,)):
         raise Wrong(f"its logits are {outs.get('logits')}, the vocabulary has {card.vocab_size}")
+    if card.decoder_start_id is not None:
+        encoder = path.with_name(LLM_ENCODER)
+        if not encoder.exists():
+            raise Wrong(f"it has no {LLM_ENCODER} beside it: the card's LLM is an encoder-decoder. Build it again")
+        onnx.checker.check_model(encoder)
+        model = onnx.load(encoder, load_external_data=False)
+        read, given = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))
+        if given.keys() != {key for key in ins if key.startswith(("cross_key_", "cross_value_"))}:
+            raise Wrong(f"{LLM_ENCODER} gives {', '.join(sorted(given))}, which the decoder does not read")
+        ins = {**ins, **read}
     if ins.get("prompt_embedding_table") != (card.float_type, (-1, card.hidden_size)):
         raise Wrong(f"its prompt_embedding_table is {ins.get('prompt_embedding_table')}")
     cached = {name for name in (*ins, *outs) if name.startswith(CACHED)}

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,17 @@ import httpx
 import typer
 
 from service.cli.answers_file import AnswersFile
-from service.cli.client import IMAGE_ID, AskFailed, read_image, successful
+from service.cli.client import IMAGE_ID, AskFailed, ImageRefused, message_of, read_image, successful
 from service.cli.pace import Pace, Stopped
 from service.cli.terminal import INTERRUPTED
 
 REFUSED = (429, 503)
+BAD_IMAGE = (400, 413, 415)
 RETRY_AFTER_S = 1.0  # if a refusal does not say
 PATIENCE_S = 300.0  # with refusals of one request in a row
 OUTAGE_S = 60.0  # without any connection; then the batch ends
 SENDINGS = 3  # of one image whose id is no longer known
+TOLD_EVERY_S = 60.0  # without a terminal: how far it is
 MOST_LINES_SHOWN = 10  # of the questions that failed for one reason
 
 
@@ -41,6 +43,7 @@ class Question:
     line: int  # from 1
     text: bytes
     options: Mapping[str, Any]  # of the command: defaults of every question
+    about: bytes = b""  # what else the answer depends on, such as the image's bytes
 
     def fields(self) -> dict[str, Any]:
         """Raises AskFailed."""
@@ -61,7 +64,7 @@ class Question:
             asked = json.dumps(self.fields(), sort_keys=True).encode()
         except AskFailed:
             asked = self.text
-        return hashlib.blake2b(asked, digest_size=8).hexdigest()
+        return hashlib.blake2b(asked + self.about, digest_size=8).hexdigest()
 
 
 class Service:
@@ -102,10 +105,11 @@ def retry_after_s(response: httpx.Response) -> float:
 
 @dataclass(slots=True)
 class _Sent:
-    """One image file: its id once it was sent, and the lock of the thread that sends it."""
+    """One image file: its id once it was sent, or why it cannot be, and the lock of the thread that sends it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     id: str | None = None
+    refused: ImageRefused | None = None
 
 
 class Images:
@@ -125,9 +129,15 @@ class Images:
         with self._adding:
             sent = self._sent[path]
         with sent.lock:
+            if sent.refused is not None:
+                raise sent.refused
             if sent.id is None:
                 data = read_image(str(path))
-                sent.id = str(successful(self.service.post("/v1/images", content=data)).json()["id"])
+                response = self.service.post("/v1/images", content=data)
+                if response.status_code in BAD_IMAGE:
+                    sent.refused = ImageRefused(message_of(response))
+                    raise sent.refused
+                sent.id = str(successful(response).json()["id"])
             return sent.id
 
     def forget(self, image: object, image_id: object) -> None:
@@ -185,7 +195,7 @@ class Asking:
                 self.images.forget(given, sent)
 
 
-Result = tuple[Question, dict[str, Any] | str]  # the answer, or why there is none
+Result = tuple[Question, dict[str, Any] | AskFailed]  # the answer, or why there is none
 
 
 @dataclass(slots=True)
@@ -195,7 +205,7 @@ class Batch:
     questions: Sequence[Question]
     asking: Asking
     clients: int
-    failures: dict[int, str] = field(default_factory=dict)  # by line
+    failures: dict[int, AskFailed] = field(default_factory=dict)  # by line
     results: queue.SimpleQueue[Result | BaseException | None] = field(default_factory=queue.SimpleQueue)
 
     def run(self) -> Iterator[list[Result]]:
@@ -231,11 +241,15 @@ class Batch:
                 if isinstance(each, BaseException):
                     raise each
 
-    def _asked(self, question: Question) -> dict[str, Any] | str:
+    @property
+    def interrupted(self) -> bool:
+        return self.asking.service.pace.stopped
+
+    def _asked(self, question: Question) -> dict[str, Any] | AskFailed:
         try:
             return self.asking.answer(question)
         except AskFailed as exc:
-            return str(exc)
+            return exc
 
 
 def ask_batch(client: httpx.Client, source: str, out: Path, options: Mapping[str, Any], clients: int) -> None:
@@ -247,22 +261,46 @@ def ask_batch(client: httpx.Client, source: str, out: Path, options: Mapping[str
     with AnswersFile.opened(out) as answers:
         left = unanswered(questions, answers)
         before = len(questions) - len(left)
-        pace = Pace(clients)
-        service = Service(client, pace)
-        batch = Batch(left, Asking(service, Images(service, folder)), clients)
-        if left:
-            successful(client.get("/health/live"))  # say at once if nobody is there
-        hidden = not sys.stderr.isatty()
-        progress = typer.progressbar(
-            length=len(questions), label="answered", show_pos=True, file=sys.stderr, hidden=hidden
-        )
-        with interruptible(pace), progress as bar:
-            bar.update(before)
-            for results in batch.run():
-                answers.append([said for _, said in results if isinstance(said, dict)])
-                batch.failures |= {question.line: said for question, said in results if isinstance(said, str)}
-                bar.update(len(results))
-    report(len(questions), before, len(answers.answered), batch.failures, interrupted=pace.stopped)
+        batch = ask_left(client, folder, left, answers, clients=clients, before=before)
+    report(len(questions), before, len(answers.answered), batch.failures, interrupted=batch.interrupted)
+
+
+def ask_left(
+    client: httpx.Client, folder: Path, left: Sequence[Question], answers: AnswersFile, *, clients: int, before: int
+) -> Batch:
+    """Ask these questions, append what is answered, and show how far it is; `before` were answered earlier.
+
+    The time that is left is told from this run's pace. The first Ctrl-C ends it early.
+
+    Raises AskFailed, httpx.HTTPError.
+    """
+    pace = Pace(clients)
+    service = Service(client, pace)
+    batch = Batch(left, Asking(service, Images(service, folder)), clients)
+    if left:
+        successful(client.get("/health/live"))  # say at once if nobody is there
+    hidden = not sys.stderr.isatty()
+    label = f"{before} answered before, and now" if before else "answered"
+    progress = typer.progressbar(length=len(left), label=label, show_pos=True, file=sys.stderr, hidden=hidden)
+    started = told_at = time.monotonic()
+    done = 0
+    with interruptible(pace), progress as bar:
+        for results in batch.run():
+            answers.append([said for _, said in results if isinstance(said, dict)])
+            batch.failures |= {question.line: said for question, said in results if isinstance(said, AskFailed)}
+            bar.update(len(results))
+            done += len(results)
+            if hidden and (now := time.monotonic()) - told_at >= TOLD_EVERY_S:
+                told_at = now
+                typer.echo(how_far(done, len(left), now - started), err=True)
+    return batch
+
+
+def how_far(done: int, total: int, took_s: float) -> str:
+    """A line for logs, with the time that is left at this pace."""
+    left_s = took_s * (total - done) / done if done else 0.0
+    left = f"about {left_s / 60:.0f} min left" if done else "no pace yet"
+    return f"{done} of {total} asked, {left}"
 
 
 def read_questions(source: str, options: Mapping[str, Any]) -> tuple[Path, list[Question]]:
@@ -274,9 +312,12 @@ def read_questions(source: str, options: Mapping[str, Any]) -> tuple[Path, list[
     return Path() if source == "-" else Path(source).parent, questions
 
 
-def unanswered(questions: Sequence[Question], answers: AnswersFile) -> list[Question]:
-    """Return what was not answered before. Raises AskFailed if the answers belong to other questions."""
-    left, known = [], {question.line for question in questions}
+def unanswered(questions: Sequence[Question], answers: AnswersFile, not_now: Iterable[int] = ()) -> list[Question]:
+    """Return what was not answered before. not_now: lines of questions that are left out this time.
+
+    Raises AskFailed if the answers belong to other questions.
+    """
+    left, known = [], {question.line for question in questions} | set(not_now)
     for question in questions:
         if (asked := answers.answered.get(question.line)) is None:
             left.append(question)
@@ -310,15 +351,15 @@ def interruptible(pace: Pace) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def report(total: int, before: int, answered: int, failures: Mapping[int, str], *, interrupted: bool) -> None:
+def report(total: int, before: int, answered: int, failures: Mapping[int, AskFailed], *, interrupted: bool) -> None:
     """Say on standard error what came of it, and end the command unless every question has its answer."""
     earlier = f", {before} of them before" if before else ""
     typer.echo(f"{answered} of {total} answered{earlier}", err=True)
     if failures:
         typer.echo(f"{len(failures)} failed; the same command asks them again:", err=True)
     lines: defaultdict[str, list[int]] = defaultdict(list)
-    for line, message in sorted(failures.items()):
-        lines[message].append(line)
+    for line, failure in sorted(failures.items()):
+        lines[str(failure)].append(line)
     for message, failed in lines.items():
         shown = ", ".join(map(str, failed[:MOST_LINES_SHOWN]))
         more = f" and {len(failed) - MOST_LINES_SHOWN} more" if len(failed) > MOST_LINES_SHOWN else ""

@@ -31,6 +31,10 @@ class AskFailed(Exception):
     """The message is for the user."""
 
 
+class ImageRefused(AskFailed):
+    """The service cannot use this image file: it is broken, too large, or of another format."""
+
+
 @contextmanager
 def plain_words(url: str) -> Iterator[None]:
     """End the command with one line if the service or the connection fails."""

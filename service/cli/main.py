@@ -9,19 +9,17 @@ import os
 import sys
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from service.cli import cache, keys, variants
 from service.cli.ask import ask
-from service.cli.client import connected, plain_words
 from service.cli.completion import NAME, completion, prepare
 from service.cli.cost import cost
-from service.cli.options import Detail, Url, budget, url_of
+from service.cli.evaluate import evaluate
 from service.cli.probes import canary, health
-from service.cli.terminal import become, require, run
+from service.cli.terminal import become, run
 
 app = typer.Typer(
     name=NAME,
@@ -92,46 +90,7 @@ app.command()(canary)
 app.command()(cost)
 app.command()(ask)
 app.command()(completion)
-
-
-@app.command("eval")
-def evaluate(
-    url: Url = None,
-    scenes: Annotated[
-        Path | None, typer.Option(help="Folder with questions.jsonl [default: the committed ones].")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
-    vision_tokens: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Every question's budget of vision tokens.")
-    ] = None,
-    visual_tokens: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Every question's budget of visual tokens.")
-    ] = None,
-    detail: Annotated[Detail | None, typer.Option(help="The detail of every question.")] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Questions asked at the same time.")] = 4,
-    out: Annotated[Path | None, typer.Option(help="Write the table as JSON here too.")] = None,
-) -> None:
-    """Measure the accuracy of a running service on held-out scenes, by question type, with 95 % intervals.
-
-    \b
-      glimpse eval
-      glimpse eval --vision-tokens 64 112      # how well it answers if it looks less closely
-      glimpse eval --detail auto               # or if it may look closer
-    """
-    require("build_engines", "serve")
-    from build_engines.evaluation import accuracy  # noqa: PLC0415
-
-    address = url_of(url)
-    with plain_words(address), connected(address) as client:
-        accuracy.evaluate(
-            client,
-            scenes or accuracy.SCENES,
-            split=split,
-            budget=budget(vision_tokens, visual_tokens),
-            detail=detail,
-            clients=clients,
-            out=out,
-        )
+app.command("eval")(evaluate)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from blake3 import blake3
 
@@ -15,6 +15,7 @@ from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
 
+LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder
 BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens")  # pairs of a model card
 
 
@@ -41,7 +42,7 @@ class ModelCard:
     vocab_size: int  # V: visual ids start here
     hidden_size: int  # H
     vision_width: int  # D
-    bos_id: int
+    bos_id: int | None  # before the prompt's text; None: the LLM has learnt none
     end_id: int
     pad_id: int
     max_positions: int  # visual + text + generated tokens of one request
@@ -60,6 +61,10 @@ class ModelCard:
     system_template: str = ""  # before the first question's template, with {system}; empty if the LLM has learnt none
     closer_view: bool = False  # whether the repository has `attend_448`, so that cells can be at level 2
     closer_view_at: float = 1.0  # detail "auto" looks closer if `particularize` reaches this
+    # The id with which an encoder-decoder (FlanT5) begins its answer; None: the LLM is decoder-only. The encoder reads
+    # visual tokens and text in both directions, so prompts that begin alike share no keys and values.
+    decoder_start_id: int | None = None
+    text_end_id: int | None = None  # after the prompt's text; None: nothing
     # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, it is the Q-Former's own
     # (InstructBLIP). The Q-Former then reads the LLM's whole prompt between its special tokens, not the bare question.
     question_tokenizer: str = "tokenizer.json"
@@ -85,6 +90,11 @@ class ModelCard:
             fingerprint=of_precision(self.fingerprint, precision),
             visual_fingerprint=of_precision(self.visual_fingerprint, precision),
         )
+
+    @property
+    def architecture(self) -> Literal["decoder-only", "encoder-decoder"]:
+        """Name the kind of LLM."""
+        return "decoder-only" if self.decoder_start_id is None else "encoder-decoder"
 
     @property
     def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:

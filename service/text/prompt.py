@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import dropwhile
@@ -13,7 +14,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import Unigram
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
@@ -29,9 +31,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load a `tokenizers` file. It reads the name of a special token in a question as plain text."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
+    if isinstance(tokenizer.model, Unigram):
+        _cut_special_names(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _cut_special_names(tokenizer: Tokenizer) -> None:
+    """Cut the names of special tokens in a text after their first character.
+
+    SentencePiece's control tokens are pieces of a unigram vocabulary too, so a text's `</s>` would become one.
+    """
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    if names:
+        pattern = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1)
+        cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+        before = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer is not None else []
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
 
 
 Piece = str | None  # of a prompt: text, or the place of the next image
@@ -39,6 +56,8 @@ Piece = str | None  # of a prompt: text, or the place of the next image
 
 class PromptBuilder:
     """Build BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question.
+
+    A FlanT5 has learnt no BOS, but an end token after the whole prompt.
 
     Earlier questions come first, in the same template, each with its answer: "Question: a Answer: b Question: c
     Answer:". A system message, in the card's `system_template`, stands directly before the first question's template.
@@ -58,6 +77,8 @@ class PromptBuilder:
         self.card = card
         self.tokenizer = tokenizer
         self.qformer_tokenizer = qformer_tokenizer
+        self._first = [] if card.bos_id is None else [card.bos_id]
+        self._last = [] if card.text_end_id is None else [card.text_end_id]
         # A request's texts are encoded to count their tokens, and again for its prompt.
         self._kept = lru_cache(KEPT_TEXTS)(self._encoded)
         if qformer_tokenizer is not None:
@@ -87,8 +108,8 @@ class PromptBuilder:
         )
 
     def text_ids(self, question: str) -> list[int]:
-        """Return the ids of BOS and of the template with the question."""
-        return [self.card.bos_id, *self._encode(self._prompt(question))]
+        """Return the ids of the template with the question, after BOS or before the text's end token."""
+        return [*self._first, *self._encode(self._prompt(question)), *self._last]
 
     def require_room(self, request: Request) -> int:
         """Count visual tokens at the budget's most, prompt tokens and answer tokens together.
@@ -148,14 +169,19 @@ class PromptBuilder:
         return Prompt(np.concatenate(input_ids), visual_tokens, np.concatenate(extra_ids))
 
     def _layout(self, pieces: Iterable[Piece]) -> Iterator[list[int] | None]:
-        """Yield the ids of each text, with BOS before the first, and None at the place of an image."""
-        start = [self.card.bos_id]
+        """Yield the ids of each text, and None at the place of an image.
+
+        BOS comes before the first text, the text's end token after everything.
+        """
+        start = self._first
         for piece in pieces:
             if piece is None:
                 yield None
             else:
                 yield start + self._encode(piece)
                 start = []
+        if self._last:
+            yield self._last
 
     def _prompt(self, question: str) -> str:
         return self.card.prompt_template.replace("{question}", question)

@@ -192,7 +192,7 @@ class TritonClient:
                 await self.attend(VisionFeatures(**first), question, budget, timeout_s, closer)
             case "llm":
                 prompt = Prompt(
-                    input_ids=np.array([card.vocab_size, card.bos_id], np.int32),
+                    input_ids=np.array([card.vocab_size, card.end_id], np.int32),
                     visual_tokens=np.zeros((1, card.hidden_size), DTYPES[card.float_type]),
                     extra_ids=np.array([1, 0], np.uint64),
                 )

@@ -13,6 +13,7 @@ from benchmarks.ablate import Plan, main
 from benchmarks.ablation import arms
 from benchmarks.ablation.arms import ADAPTIVE, fixed
 from benchmarks.ablation.exams import Scenes, either
+from benchmarks.ablation.measuring import measure
 from benchmarks.ablation.report import Json
 from build_engines.evaluation import intervals
 from build_engines.scenes.held_out import NEW, SMALL
@@ -91,7 +92,7 @@ def told(folder: Path) -> Json:
 
 def run(folder: Path) -> None:
     main(["--kept", str(folder / "kept"), "--out", str(folder), "--scenes", str(SCENES), "--small-print", "1",
-          "--timed", "3"])  # fmt: skip
+          "--timed", "1"])  # fmt: skip
 
 
 def test_every_arm_is_there_and_counts_every_question(told):
@@ -144,8 +145,7 @@ def test_a_page_of_plots_is_drawn(told, folder):
 def test_a_second_run_answers_nothing_again(told, folder):
     kept = {path: path.stat().st_mtime_ns for path in (folder / "kept").rglob("*.*")}
     assert kept
-    run(folder)
-    again = json.loads((folder / "ablation.json").read_text())
+    again = json.loads(json.dumps(measure(Plan(kept=folder / "kept", scenes=SCENES, small_print=1, timed=1))))
     assert {path: path.stat().st_mtime_ns for path in (folder / "kept").rglob("*.*")} == kept
     same = ("arms", "cost", "verdict")
     assert {name: value for name, value in again.items() if name not in same} == {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from benchmarks.bench.measuring import measure
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import Running
+from benchmarks.bench.torch_model import TorchModel
 from benchmarks.bench.workloads import KNOWN, Workload
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.triton_server.supervision import EmbeddedTriton
@@ -91,17 +90,14 @@ def test_the_vqa_ensemble_is_asked_directly(triton: EmbeddedTriton, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers, about itself
 def test_pytorch_answers_a_batch_as_one_by_one():
-    script = (
-        "from benchmarks.bench.torch_model import TorchModel; from benchmarks.bench.scenes import Scenes;"
-        f"model, scenes = TorchModel.load({str(REFERENCE.checkpoint)!r}), Scenes.load(3);"
-        "asked = [(scenes.jpeg(n), scenes.questions[n][0]) for n in range(3)];"
-        "alone = [model.answer([image], [question], 8)[0] for image, question in asked];"
-        "assert model.answer(*zip(*asked), 8) == alone, alone; print([text for text, _ in alone])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(Scenes.load(3).questions) == 3
+    model, scenes = TorchModel.load(REFERENCE.checkpoint), Scenes.load(3)
+    asked = [(scenes.jpeg(number), scenes.questions[number][0]) for number in range(3)]
+    alone = [model.answer([image], [question], 8)[0] for image, question in asked]
+    assert model.answer(*zip(*asked, strict=True), 8) == alone
+    assert all(text for text, _ in alone)
+    assert len(scenes.questions) == 3
 
 
 def test_a_request_that_expired_in_the_queue_is_recognised_by_its_message():

@@ -31,12 +31,20 @@ from build_engines.model.decoder import decoder_of
 from build_engines.repository import GRAPHS, Dimensions, write_repository
 from service.core.card import ModelCard
 from service.core.prompt import Prompt
-from service.core.request import Budget
+from service.core.request import Budget, Sampling
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import PromptBuilder, load_tokenizer
 from tests.support.shared_exports import SharedExports
-from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
+from tests.support.tiny_checkpoints import (
+    save_blip2_flan_t5,
+    save_blip2_opt,
+    save_instructblip_flan_t5,
+    save_instructblip_vicuna,
+)
+from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
+from triton_models.encoder_decoder import OnnxEncoderDecoder
+from triton_models.language_model import open_language_model
 from triton_models.query_groups import GroupRunner
 from triton_models.session import Graph
 
@@ -66,6 +74,10 @@ SAVED: dict[str, tuple[Callable[[Path], None], type, type]] = {
     "instructblip-vicuna": (
         save_instructblip_vicuna, InstructBlipForConditionalGeneration, InstructBlipProcessor
     ),
+    "blip2-flan-t5": (save_blip2_flan_t5, Blip2ForConditionalGeneration, Blip2Processor),
+    "instructblip-flan-t5": (
+        save_instructblip_flan_t5, InstructBlipForConditionalGeneration, InstructBlipProcessor
+    ),
 }  # fmt: skip
 
 
@@ -76,7 +88,7 @@ def family(request: pytest.FixtureRequest, exports: SharedExports, tmp_path_fact
     folder = tmp_path_factory.mktemp(request.param)
     save(folder / request.param)
     if request.param == "instructblip-vicuna":
-        export(folder / request.param, folder / "repository")
+        export(folder / request.param, folder / "repository", exports.write)
     else:
         assert exports.build(str(folder / request.param), "--out", str(folder / "repository")) == 0
     return Family(folder / request.param, folder / "repository", model, processor)
@@ -94,7 +106,7 @@ def pictures() -> list[bytes]:
     return files
 
 
-def of_transformers(family: Family) -> list[list[int]]:
+def of_transformers(family: Family, **wishes: float) -> list[list[int]]:
     """New tokens of greedy answers by the family's own processor and `generate`."""
     model = family.model.from_pretrained(family.directory, dtype=torch.float32).eval()
     processor = family.processor.from_pretrained(family.directory)
@@ -102,7 +114,9 @@ def of_transformers(family: Family) -> list[list[int]]:
     for picture, question in zip(pictures(), QUESTIONS, strict=True):
         text = family.card.prompt_template.replace("{question}", question)
         given = processor(images=Pillow.open(BytesIO(picture)), text=text, return_tensors="pt")
-        tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False)[0].tolist()
+        tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False, **wishes)[0].tolist()
+        if model.config.text_config.is_encoder_decoder:
+            tokens = tokens[1:]  # the decoder's start token
         prompt = given["input_ids"].shape[1]
         said.append(tokens[prompt:] if len(tokens) > LONGEST else tokens)
     return said
@@ -131,10 +145,14 @@ def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
     return [prompts.compose(question, [(row[:32], b"")]) for question, row in rows]
 
 
+def opened(family: Family, max_rows: int) -> OnnxDecoder | OnnxEncoderDecoder:
+    return open_language_model(family.repository / "llm" / "1" / "model.onnx", family.card, max_rows=max_rows)
+
+
 def of_the_graphs(family: Family) -> list[list[int]]:
     """Run the same through the repository's models: prompts of different lengths, decoded together."""
     prompts = PromptBuilder.load(family.card, family.repository)
-    decoder = OnnxDecoder(family.repository / "llm" / "1" / "model.onnx", max_rows=len(QUESTIONS))
+    decoder = opened(family, len(QUESTIONS))
     asked = seen(family, prompts)
     tokens = decoder.prefill(asked, [decoder.recall(each) for each in asked]).argmax(1)
     steps = [tokens]
@@ -152,13 +170,81 @@ def test_answers_are_those_of_transformers_token_for_token(family: Family) -> No
     assert max(len(set(tokens)) for tokens in expected) > 5
 
 
+@dataclass(frozen=True)
+class Wish:
+    """One request of a mixed batch."""
+
+    question: int  # its number
+    max_tokens: int = LONGEST
+    penalty: float = 1.0
+    stopped_after: int | None = None  # tokens
+
+
+def in_one_batcher(family: Family, wishes: list[Wish], limits: Limits, stagger: int) -> list[list[int]]:
+    """Run requests through the batcher, one more every `stagger` iterations -> each one's tokens."""
+    asked = seen(family, PromptBuilder.load(family.card, family.repository))
+    batcher = Batcher(opened(family, max_rows=4), limits)
+    said: list[list[int]] = [[] for _ in wishes]
+    waiting = [
+        Sequence(
+            str(number), asked[wish.question],
+            Sampling(max_tokens=wish.max_tokens, repetition_penalty=wish.penalty),
+            family.card.end_id, owner=number,
+        )
+        for number, wish in reversed(list(enumerate(wishes)))
+    ]  # fmt: skip
+    while waiting or batcher.running or batcher.waiting:
+        if waiting and batcher.iterations % stagger == 0:
+            batcher.submit(waiting.pop())
+        for event in batcher.iterate():
+            assert event.error is None
+            if event.token is not None:
+                said[event.sequence.owner].append(event.token)
+            if event.generated == wishes[event.sequence.owner].stopped_after:
+                batcher.stop(event.sequence.request_id)
+    return said
+
+
+def test_requests_come_and_go_and_answer_as_if_alone(family: Family) -> None:
+    """Full batches of four rows, prompts read in one prefill and longer ones, answers that end early or are stopped."""
+    expected = of_transformers(family)
+    wishes = [
+        Wish(0),
+        Wish(1, max_tokens=3),
+        Wish(2),
+        Wish(0, max_tokens=9),
+        Wish(1, stopped_after=5),
+        Wish(2),
+        Wish(0),
+    ]
+    wishes += [Wish(1), Wish(2, max_tokens=1), Wish(0)]
+    for limits, stagger in ((Limits(), 1), (Limits(max_prefill_tokens=40), 3)):
+        for wish, tokens in zip(wishes, in_one_batcher(family, wishes, limits, stagger), strict=True):
+            most = wish.max_tokens if wish.stopped_after is None else wish.stopped_after
+            assert tokens == expected[wish.question][:most], wish
+
+
+def test_a_repetition_penalty_counts_what_the_decoder_has_read(family: Family) -> None:
+    if not family.model.config_class.from_pretrained(family.directory).text_config.is_encoder_decoder:
+        pytest.skip("transformers also counts the placeholders of a decoder-only model's image")
+    said = in_one_batcher(family, [Wish(number, penalty=1.7) for number in range(len(QUESTIONS))], Limits(), 1)
+    assert said == of_transformers(family, repetition_penalty=1.7)
+    assert said != of_transformers(family)
+
+
 def test_the_card_says_what_the_gateway_needs_to_know(family: Family) -> None:
     card = family.card
     config = family.model.config_class.from_pretrained(family.directory)
     assert not card.allocator_trained
     assert card.name == family.directory.name
     assert (card.vocab_size, card.hidden_size) == (config.text_config.vocab_size, config.text_config.hidden_size)
-    assert (card.bos_id, card.end_id) == (config.text_config.bos_token_id, config.text_config.eos_token_id)
+    text = config.text_config
+    own = {"bos_id": text.bos_token_id, "text_end_id": None, "decoder_start_id": None}
+    if text.is_encoder_decoder:
+        own = {"bos_id": None, "text_end_id": text.eos_token_id, "decoder_start_id": text.decoder_start_token_id}
+    assert {name: getattr(card, name) for name in own} == own
+    assert card.end_id == text.eos_token_id
+    assert card.architecture == ("encoder-decoder" if text.is_encoder_decoder else "decoder-only")
     assert card.question_tokenizer in {path.name for path in family.repository.glob("*tokenizer.json")}
 
 

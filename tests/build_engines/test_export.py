@@ -12,10 +12,12 @@ import torch
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
-from build_engines.export import Graph, card, export_graph, graphs
+from build_engines.export import Graph, card, graphs
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import CLOSER_GRAPHS, GRAPHS
 from tests.support.calibrations import calibrated
+from tests.support.shared_exports import SharedExports
+from tests.support.tiny_checkpoints import save_blip2_opt
 
 pytestmark = pytest.mark.slow
 
@@ -30,23 +32,9 @@ def reference() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Checkpoint:
-    """A random BLIP-2 of odd sizes without allocator weights, saved and loaded in Hugging Face's format."""
-    torch.manual_seed(3)
-    config = Blip2Config(
-        vision_config={"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
-                       "image_size": 224, "patch_size": 14, "initializer_range": 0.05, "qkv_bias": True},
-        qformer_config={"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
-                        "cross_attention_frequency": 2, "encoder_hidden_size": 48, "vocab_size": 10},
-        text_config={"model_type": "opt", "hidden_size": 40, "ffn_dim": 80, "num_hidden_layers": 2,
-                     "num_attention_heads": 2, "vocab_size": 300, "max_position_embeddings": 200,
-                     "word_embed_proj_dim": 40},
-        num_query_tokens=32,
-        image_token_index=299,
-    )  # fmt: skip
-    model = Blip2ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.query_tokens)
-    directory = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(directory)
+    """A random BLIP-2 of odd sizes without allocator weights, in Hugging Face's format."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_blip2_opt(directory)
     return Checkpoint.load(directory)
 
 
@@ -103,13 +91,13 @@ def test_committed_graphs_match_pytorch(reference, name, batch):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_exporter_keeps_any_blip2s_answers(tiny, tmp_path, name):
+def test_exporter_keeps_any_blip2s_answers(tiny: Checkpoint, exports: SharedExports, name: str):
     graph = named(tiny, name)
-    export_graph(graph, tmp_path / "model.onnx")
+    path = exports.path(graph)
     for batch in (1, 3):
-        assert_parity(graph, tmp_path / "model.onnx", batch)
+        assert_parity(graph, path, batch)
     if graph.name in MAY_VARY:
-        assert faults(onnx.load(tmp_path / "model.onnx"), MAY_VARY[graph.name]) == []
+        assert faults(onnx.load(path), MAY_VARY[graph.name]) == []
 
 
 def test_only_what_varies_is_dynamic(reference):

@@ -25,6 +25,8 @@ from service.settings import Settings, read_settings, secret_names
 from tests.deploy.metric_names import known_metrics, metrics_in
 from tests.support.paths import PROJECT
 
+pytestmark = pytest.mark.slow  # together: almost every test runs kubectl
+
 KUBERNETES = PROJECT / "deploy" / "kubernetes"
 OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/gpu-multinode", "canary")
 WHOLE = OVERLAYS[:3]
@@ -60,7 +62,7 @@ def rendered(folder: Path) -> list[Object]:
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return [each for each in yaml.safe_load_all(done.stdout) if each]
+    return [each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each]
 
 
 @cache

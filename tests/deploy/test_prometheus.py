@@ -24,7 +24,12 @@ Labels = dict[str, str]
 
 
 def rules() -> list[dict]:
-    return [rule for path in RULES for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+    return [
+        rule
+        for path in RULES
+        for group in yaml.load(path.read_text(), yaml.CSafeLoader)["groups"]
+        for rule in group["rules"]
+    ]
 
 
 def alerts() -> list[dict]:
@@ -305,6 +310,7 @@ def test_amtool_accepts_the_alertmanager_and_refuses_a_broken_copy(tmp_path):
     assert "undefined receiver" in run("amtool", "check-config", "broken.yml", cwd=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("promtool")
 def test_each_cause_fires_and_is_silent(tmp_path):
     assert failures(tmp_path, [case for case in CAUSES if case.minutes < MINUTES_A_DAY], *OF_CAUSES) == ""

@@ -1,74 +1,69 @@
-"""Builds that share their exported graphs: PyTorch's exporter takes 10 s of CPU time a graph, everything else little.
+"""Builds that share their exported graphs: PyTorch's exporter takes 6 s of CPU time a graph, everything else little.
 
-Each graph is exported once in a run of the tests, by the first build that needs it. Later builds find it in their work
-folder as the finished step of a build before: with the same key, which is a digest of the checkpoint, the code, the
-versions and the step's settings. A build checks the key and the digest of every file, as ever.
+Each graph is exported once in a run of the tests, by the first test that needs it. Graphs are the same if their
+modules, weights, inputs and settings are, whichever checkpoint they are of: an adapted checkpoint has the encoder of
+the plain one. A build finds the graphs in its work folder as finished steps of a build before. It checks the key and
+the digest of every file, as ever.
 
-A test that is about the exporting itself calls `build.main`.
+A test that is about the exporting itself calls `build.main`, `export` or `export_graph`.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
-from contextlib import ExitStack
 from pathlib import Path
 
 from build_engines.convert import __main__ as build
 from build_engines.convert.inspection import inspect
 from build_engines.convert.options import Options
 from build_engines.convert.plan import Step, plan
-from build_engines.convert.run import is_done
-from tests.support.once import locked
+from build_engines.convert.run import declare_done
+from build_engines.convert.steps import MODEL, Maker
+from build_engines.export import Graph, export_graph
+from tests.support.graph_digest import digest_of
+from tests.support.once import Once
 
 
 class SharedExports:
-    """Finished export steps in a folder, by key."""
+    """Exported graphs by what they were exported from."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, once: Once) -> None:
+        self._once = once
+
+    def path(self, graph: Graph, made: str = "graph") -> Path:
+        """Return the exported graph, which nobody changes. Another word for `made` gives another export of it."""
+        folder = self._once.made(f"{made}-{digest_of(graph)}", lambda folder: export_graph(graph, folder / MODEL))
+        return folder / MODEL
+
+    def write(self, graph: Graph, path: Path) -> None:
+        """Write what `export_graph` would."""
+        shutil.copyfile(self.path(graph), path)
 
     def build(self, *arguments: str) -> int:
         """Run `glimpse build` -> its exit status."""
+        self.lend(*arguments)
+        return build.main(list(arguments))
+
+    def lend(self, *arguments: str, but: Collection[str] = ()) -> None:
+        """Put the exported graphs into the work folder of a build with these arguments, but those of some graphs."""
         options = build.options_of(build.parser().parse_args(arguments))
-        options.work.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as making:  # another process that needs one of these exports waits for it
-            missing = [step for step in exports_of(options) if not self._lend(step, options.work, making)]
-            status = build.main(list(arguments))
-            for step in missing:
-                if is_done(options.work, step):
-                    self._keep(step, options.work)
-        return status
-
-    def lend(self, *arguments: str, but: Collection[str]) -> None:
-        """Put the exports that an earlier build made into this one's work folder, but those of some graphs."""
-        options = build.options_of(build.parser().parse_args(arguments))
-        options.work.mkdir(parents=True)
-        for step in exports_of(options):
-            if step.settings["graph"] not in but:
-                shutil.copytree(self.folder / step.key, options.work / step.folder)
-
-    def _lend(self, step: Step, work: Path, making: ExitStack) -> bool:
-        """Copy a kept export; if there is none, hold its lock for as long as `making` lasts."""
-        kept = self.folder / step.key
-        lock = ExitStack()
-        lock.enter_context(locked(kept.with_suffix(".lock")))
-        if kept.exists():
-            lock.close()
-            shutil.copytree(kept, work / step.folder, dirs_exist_ok=True)
-            return True
-        making.push(lock)
-        return False
-
-    def _keep(self, step: Step, work: Path) -> None:
-        partial = self.folder / f"{step.key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(work / step.folder, partial)
-        partial.rename(self.folder / step.key)
+        for step, graph in graphs_of(options):
+            folder = options.work / step.folder
+            if graph.name not in but and not folder.exists():
+                folder.mkdir(parents=True)
+                self.write(graph, folder / MODEL)
+                declare_done(step, folder)
 
 
-def exports_of(options: Options) -> list[Step]:
-    """List a build's export steps, in the order of their keys: in this order every process takes its locks."""
-    source = inspect(options.checkpoint)
-    steps = plan(options, source, build.root_of(source))
-    return sorted((step for step in steps if step.action == "export"), key=lambda step: step.key)
+def graphs_of(options: Options) -> list[tuple[Step, Graph]]:
+    """List a build's export steps, each with its graph."""
+    source = inspect(options.checkpoint, options.allocator, options.zero_shot)
+    root = build.root_of(source)
+    steps = plan(options, source, root)
+    maker = Maker(options, source, root, steps)
+    return [
+        (step, maker.graphs(step.settings["static"])[step.settings["graph"]])
+        for step in steps
+        if step.action == "export"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import (
     InstructBlipProcessor,
     LlamaTokenizer,
     PreTrainedModel,
+    T5Tokenizer,
 )
 
 VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -55,10 +57,7 @@ def save_instructblip_vicuna(directory: Path) -> None:
     for piece in ["▁", *LETTERS]:
         vocabulary[piece] = len(vocabulary)
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, pad_token="</s>")
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ":"]
-    pieces += ["question", "short", "answer", "what", "which", "colour", "has", "the", "big", "circle", "on", "left"]
-    pieces += [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase]
-    words = BertTokenizer(vocab={piece: place for place, piece in enumerate(pieces)})
+    words = _words()
     processor = InstructBlipProcessor(IMAGE, tokenizer, words, num_query_tokens=32)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     text = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -66,12 +65,78 @@ def save_instructblip_vicuna(directory: Path) -> None:
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
     config = InstructBlipConfig(
         vision_config=VISION,
-        qformer_config=QFORMER | {"vocab_size": len(pieces), "max_position_embeddings": 64},
+        qformer_config=QFORMER | {"vocab_size": len(words), "max_position_embeddings": 64},
         text_config=text,
         num_query_tokens=32,
         image_token_index=image_id,
     )
     _save(InstructBlipForConditionalGeneration(config), processor, directory)
+
+
+def _words() -> BertTokenizer:
+    """The Q-Former's own tokenizer."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ":"]
+    pieces += ["question", "short", "answer", "what", "which", "colour", "has", "the", "big", "circle", "on", "left"]
+    pieces += [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase]
+    return BertTokenizer(vocab={piece: place for place, piece in enumerate(pieces)})
+
+
+FLAN_T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 40, "d_kv": 12, "d_ff": 72,
+           "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "vocab_size": 160,
+           "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False,
+           "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "n_positions": 256,
+           "is_encoder_decoder": True, "decoder_start_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+           "pad_token_id": 0}  # fmt: skip
+
+
+def save_blip2_flan_t5(directory: Path) -> None:
+    """As `Salesforce/blip2-flan-t5-xl`: a unigram tokenizer, an encoder, a head that is not the embedding."""
+    tokenizer = _unigram()
+    processor = Blip2Processor(IMAGE, tokenizer, num_query_tokens=32)
+    config = Blip2Config(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=FLAN_T5,
+        num_query_tokens=32,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        use_decoder_only_language_model=False,
+    )
+    _save_flan_t5(Blip2ForConditionalGeneration(config), processor, directory)
+
+
+def save_instructblip_flan_t5(directory: Path) -> None:
+    """As `Salesforce/instructblip-flan-t5-xl`."""
+    tokenizer, words = _unigram(), _words()
+    processor = InstructBlipProcessor(IMAGE, tokenizer, words, num_query_tokens=32)
+    config = InstructBlipConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER | {"vocab_size": len(words), "max_position_embeddings": 64},
+        text_config=FLAN_T5,
+        num_query_tokens=32,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        use_decoder_only_language_model=False,
+    )
+    _save_flan_t5(InstructBlipForConditionalGeneration(config), processor, directory)
+
+
+def _unigram() -> T5Tokenizer:
+    """Letters, some words, and T5's sentinels at the end."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in ("Question", "Answer", "Short", "what", "is", "colour", "the", "circle")]
+    pieces += [(letter, -6.0) for letter in [*LETTERS, *string.digits, *'{}[]",-./<>_ù']]
+    pieces += [(f"<extra_id_{number}>", 0.0) for number in (1, 0)]
+    return T5Tokenizer(vocab=pieces, extra_ids=2)
+
+
+def _save_flan_t5(model: PreTrainedModel, processor: Blip2Processor | InstructBlipProcessor, directory: Path) -> None:
+    """With the published text_config: transformers itself writes that T5's embeddings are tied."""
+    language = model.language_model
+    language.lm_head.weight = torch.nn.Parameter(torch.empty_like(language.shared.weight))
+    _save(model, processor, directory)
+    config = json.loads((directory / "config.json").read_text())
+    del config["text_config"]["scale_decoder_outputs"]
+    config["text_config"] |= {"tie_word_embeddings": False, "is_encoder_decoder": True}
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _save(model: PreTrainedModel, processor: Blip2Processor | InstructBlipProcessor, directory: Path) -> None:

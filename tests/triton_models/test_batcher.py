@@ -1,5 +1,6 @@
 """Test the in-flight batching loop on a decoder whose arithmetic can be done by hand."""
 
+import itertools
 import threading
 from collections.abc import Sequence as SequenceOf
 
@@ -40,6 +41,9 @@ class HistoryDecoder:
     @staticmethod
     def past(tokens: list[int]) -> np.ndarray:
         return np.array(tokens, np.float32).reshape(1, 1, -1, 1)
+
+    def before_answer(self, prompt: Prompt) -> np.ndarray:
+        return prompt.input_ids
 
     def read(self, prompt: Prompt, past: np.ndarray, tokens: int) -> np.ndarray:
         self.calls.append(("read", tokens - past.shape[2]))
@@ -428,6 +432,57 @@ def test_a_fault_outside_the_decoder_fails_who_had_a_part_in_it_and_the_loop_goe
     assert decoder.rows == 0
     decoder.step = sound
     assert tokens_of(run(batcher), waiting) == alone(3)
+
+
+class WholeDecoder(HistoryDecoder):
+    """As an encoder-decoder: it reads a prompt at once, and its rows go on from a start token."""
+
+    START = 49
+
+    def before_answer(self, _: Prompt) -> np.ndarray:
+        return np.array([self.START], np.int32)
+
+    def read(self, prompt: Prompt, past: np.ndarray, tokens: int) -> np.ndarray:
+        return super().read(prompt, past, max(tokens, prompt.input_ids.size))
+
+    def prefill(self, prompts: SequenceOf[Prompt], pasts: SequenceOf[np.ndarray]) -> np.ndarray:
+        self.calls.append(("prefill", len(prompts)))
+        assert {past.size for past in pasts} <= {0, *(prompt.input_ids.size for prompt in prompts)}
+        joining = [[*prompt.input_ids.tolist(), self.START] for prompt in prompts]
+        self.history += joining
+        return self._logits(joining)
+
+
+def test_a_decoder_that_reads_a_whole_prompt_is_asked_once_and_its_rows_join_the_others():
+    decoder = WholeDecoder()
+    batcher = Batcher(decoder, Limits(max_prefill_tokens=4))
+    short, long = sequence(1, 2, max_tokens=9), sequence(*range(20))
+    batcher.submit(short)
+    batcher.submit(long)
+    events = run(batcher)
+    assert [call for call in decoder.calls if call[0] != "step"] == [("prefill", 1), ("read", 20), ("prefill", 1)]
+    assert ("step", 2) in decoder.calls
+    for wish in (short, long):
+        ids = wish.prompt.input_ids.tolist()
+        assert tokens_of(events, wish) == alone(*ids, WholeDecoder.START, max_tokens=wish.sampling.max_tokens)
+
+
+@pytest.mark.parametrize("repeats", ["prompt", "start"])
+def test_a_repetition_penalty_counts_what_the_answer_continues(repeats):
+    """The likeliest token is one of the prompt's, which does not count, or the start token, which does."""
+
+    def scores(ids: tuple[int, int]) -> np.ndarray:
+        return HistoryDecoder()._logits([[*ids, WholeDecoder.START]])[0]
+
+    pairs = itertools.product(range(WholeDecoder.START), repeat=2)
+    ids = next(
+        pair for pair in pairs if scores(pair).argmax() == (pair[0] if repeats == "prompt" else WholeDecoder.START)
+    )
+    batcher = Batcher(WholeDecoder(), Limits())
+    penalised = sequence(*ids, max_tokens=1, repetition_penalty=1e9)
+    batcher.submit(penalised)
+    likeliest, second = np.argsort(scores(ids))[::-1][:2].tolist()
+    assert tokens_of(run(batcher), penalised) == [likeliest if repeats == "prompt" else second]
 
 
 def test_a_closed_batcher_takes_nothing_and_gives_back_what_is_left():

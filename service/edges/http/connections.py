@@ -1,21 +1,26 @@
 """How many connections may be open, in all and from one address, and which of them makes room for a new one.
 
-A connection that has no request in work is closed before a new one is refused. The first to go has never sent a whole
-request, oldest first. The next has been idle longest. One address may replace a bounded number of connections a second:
-whoever connects again as soon as it is closed would otherwise keep the event loop busy with that alone. Pure: nothing
-here touches a socket, and time is an argument.
+A connection that has a request in work is never closed for a new one. If all connections are taken, the address that
+holds the most gives one up, so a caller with few connections keeps them whatever others do. Of that address's, the
+first to go has never sent a whole request, oldest first. The next has been idle longest. One that has just sent
+something is passed over: its request is not read yet, and a client cannot tell whether it may send that again. One
+address may replace a bounded number of connections a second: whoever connects again as soon as it is closed would
+otherwise keep the event loop busy with that alone. An address that holds far less than the largest is free of that
+bound. Pure: nothing here touches a socket, and time is an argument.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Generic, TypeVar
 
 Connection = TypeVar("Connection", bound=Hashable)
 BURST_S = 10.0  # so many seconds' worth of replacements may come at once
 KEPT_RATES = 4096  # addresses whose rate is remembered; the one that came longest ago is forgotten first
+MOST_LOOKED_AT = 16  # candidates, of which each may have sent something just now
 
 
 @dataclass(slots=True)
@@ -27,12 +32,39 @@ class Group(Generic[Connection]):
     new: dict[Connection, None] = field(default_factory=dict)  # no whole request yet
     idle: dict[Connection, None] = field(default_factory=dict)  # between two requests
 
-    def spare(self) -> Connection | None:
-        return next(iter(self.new or self.idle), None)
+    def spare(self, has_sent: Callable[[Connection], bool]) -> Connection | None:
+        """The first to go that has not sent anything just now."""
+        candidates = islice(chain(self.new, self.idle), MOST_LOOKED_AT)
+        return next((connection for connection in candidates if not has_sent(connection)), None)
 
     def stop_waiting(self, connection: Connection) -> None:
         self.new.pop(connection, None)
         self.idle.pop(connection, None)
+
+
+class Holders:
+    """Addresses, by how many connections they hold."""
+
+    def __init__(self) -> None:
+        self.most = 0  # that any of them holds
+        self._addresses: dict[int, dict[str, None]] = {}  # by number of connections
+
+    @property
+    def largest(self) -> str | None:
+        """One of the addresses that hold the most."""
+        return next(iter(self._addresses[self.most])) if self.most else None
+
+    def move(self, address: str, before: int, after: int) -> None:
+        """The address held `before` connections and holds `after`, which is one more or one less."""
+        if before:
+            same = self._addresses[before]
+            del same[address]
+            if not same:
+                del self._addresses[before]
+        if after:
+            self._addresses.setdefault(after, {})[address] = None
+        if after > self.most or self.most not in self._addresses:
+            self.most = after
 
 
 class Rates:
@@ -43,9 +75,8 @@ class Rates:
         self._most = max(1.0, per_s * BURST_S)
         self._left: dict[str, tuple[float, float]] = {}  # by network: tokens, and when there were so many
 
-    def take(self, address: str, now: float) -> bool:
+    def take(self, network: str, now: float) -> bool:
         """Whether it may replace one more at `now`, in seconds of any clock that does not go back."""
-        network = network_of(address)
         left, since = self._left.pop(network, (self._most, now))
         left = min(self._most, left + (now - since) * self._per_s)
         taken = left >= 1
@@ -66,42 +97,67 @@ def network_of(address: str) -> str:
 class Connections(Generic[Connection]):
     """The open connections of one server."""
 
-    def __init__(self, most: int, most_per_address: int, replaced_per_s: float) -> None:
+    def __init__(
+        self,
+        most: int,
+        most_per_address: int,
+        replaced_per_s: float,
+        has_sent: Callable[[Connection], bool] = lambda _: False,
+    ) -> None:
+        """`has_sent` says whether bytes of a connection wait to be read: its request has come, and is not known yet."""
         self.most_per_address = most_per_address
         self._rates = Rates(replaced_per_s)
+        self._has_sent = has_sent
         self._all: Group[Connection] = Group(most)
-        self._addresses: dict[str, Group[Connection]] = {}
-        self._address_of: dict[Connection, str] = {}
+        self._networks: dict[str, Group[Connection]] = {}
+        self._network_of: dict[Connection, str] = {}
+        self._holders = Holders()
 
     def __len__(self) -> int:
         return len(self._all.open)
 
     def admits(self, address: str, now: float, coming: int = 0) -> bool:
-        """Whether a new connection may come in, before anything is made for it. One that takes no other's place may.
+        """Whether a new connection may come in, before anything is made for it.
 
-        `coming` have been let in and have not entered yet.
+        One that takes no other's place may, and one that holds little. `coming` have been let in and have not entered
+        yet.
         """
-        its_address = self._addresses.get(address)
-        of_address = coming + (len(its_address.open) if its_address else 0)
-        if len(self._all.open) + coming < self._all.most and of_address < self.most_per_address:
-            return True
-        return self._rates.take(address, now)
+        network = network_of(address)
+        held = self._networks.get(network)
+        own = len(held.open) if held else 0
+        if own + coming < self.most_per_address:
+            if len(self._all.open) + coming < self._all.most:
+                return True
+            if 2 * (own + 1) <= self._holders.most:
+                return True
+        return self._rates.take(network, now)
 
     def enter(self, connection: Connection, address: str) -> tuple[bool, Connection | None]:
         """Whether there is room for it, and which other connection must be closed to make that room."""
-        its_address = self._addresses.get(address) or Group(self.most_per_address)
+        network = network_of(address)
+        own = self._networks.get(network) or Group(self.most_per_address)
         spare = None
-        for group in (its_address, self._all):
-            if len(group.open) >= group.most and spare is None:
-                if (spare := group.spare()) is None:
-                    return False, None
-                self.leave(spare)
-        self._addresses[address] = its_address
-        self._address_of[connection] = address
-        for group in (its_address, self._all):
+        if len(own.open) >= own.most or len(self._all.open) >= self._all.most:
+            if (spare := self._spare(own)) is None:
+                return False, None
+            self.leave(spare)
+        before = len(own.open)
+        self._networks[network] = own
+        self._network_of[connection] = network
+        self._holders.move(network, before, before + 1)
+        for group in (own, self._all):
             group.open.add(connection)
             group.new[connection] = None
         return True, spare
+
+    def _spare(self, own: Group[Connection]) -> Connection | None:
+        """Of the own address if it is at its limit or among those that hold the most, else of the largest."""
+        if len(own.open) >= own.most:
+            return own.spare(self._has_sent)
+        largest = self._holders.largest
+        first = own if largest is None or len(own.open) == self._holders.most else self._networks[largest]
+        spare = first.spare(self._has_sent)
+        return self._all.spare(self._has_sent) if spare is None else spare
 
     def work(self, connection: Connection) -> None:
         """It has sent a request."""
@@ -117,11 +173,15 @@ class Connections(Generic[Connection]):
         for group in self._groups(connection):
             group.stop_waiting(connection)
             group.open.discard(connection)
-        address = self._address_of.pop(connection, None)
-        if address is not None and not self._addresses[address].open:
-            del self._addresses[address]
+        network = self._network_of.pop(connection, None)
+        if network is None:
+            return
+        left = len(self._networks[network].open)
+        self._holders.move(network, left + 1, left)
+        if not left:
+            del self._networks[network]
 
     def _groups(self, connection: Connection) -> tuple[Group[Connection], ...]:
         """None of a connection that was refused or has left."""
-        address = self._address_of.get(connection)
-        return () if address is None else (self._all, self._addresses[address])
+        network = self._network_of.get(connection)
+        return () if network is None else (self._all, self._networks[network])

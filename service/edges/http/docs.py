@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 from pathlib import Path
 
@@ -82,9 +83,16 @@ async def style(request: Request) -> Response:
 
 def packed(name: str, media_type: str, request: Request) -> Response:
     """The file as it is kept, with gzip; unpacked for a caller that does not take that."""
-    content, headers = (STATIC / name).read_bytes(), {"cache-control": "max-age=86400", "vary": "accept-encoding"}
+    headers = {"cache-control": "max-age=86400", "vary": "accept-encoding"}
     if "gzip" in request.headers.get("accept-encoding", ""):
+        content = (STATIC / name).read_bytes()
         headers["content-encoding"] = "gzip"
     else:
-        content = gzip.decompress(content)
+        content = unpacked(name)
     return Response(content, media_type=media_type, headers=headers)
+
+
+@functools.cache
+def unpacked(name: str) -> bytes:
+    """Unpacking takes 10 ms."""
+    return gzip.decompress((STATIC / name).read_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -28,6 +28,7 @@ class ConnectionLimits:
     max_connections: int = 4096
     max_connections_per_address: int = 3072
     replaced_per_address_s: float = 10.0  # connections a second that new ones of an address may take the place of
+    held_s: float = 10.0  # before the connection of an address that comes too fast is closed
     max_head_bytes: int = 32 * 1024  # of a request line and its headers
     max_headers: int = 100
     max_url_bytes: int = 8 * 1024
@@ -54,7 +55,9 @@ class Edge:
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     degraded: Callable[[], Mapping[str, str]]  # by VARIANT/ADDRESS, why a Triton is out although the service is ready
-    metrics: Callable[[str], tuple[bytes, str]]  # from an Accept header, the text for Prometheus and its media type
+    metrics: Callable[
+        [str], Awaitable[tuple[bytes, str]]
+    ]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
     access: Authenticator

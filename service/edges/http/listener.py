@@ -1,7 +1,8 @@
-"""Accept connections, and close those that may not come in before anything is made for them.
+"""Accept connections, and refuse those that may not come in before anything is made for them.
 
-uvloop's own listener makes a transport and a protocol before the service learns who calls. A connection that is closed
-here costs a twentieth of that.
+uvloop's own listener makes a transport and a protocol before the service learns who calls. A connection that is refused
+here costs a twentieth of that. It is left without a response for a while, and then closed: whoever connects again at
+once would otherwise fill the queue of the listening socket, in which other callers wait as well.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,10 +19,48 @@ import structlog
 log = structlog.get_logger()
 
 AT_ONCE = 32  # connections accepted before the event loop does something else
-PAUSE_S = 0.02  # after AT_ONCE of which most were closed: they cost the loop a bounded share of its time
+PAUSE_S = 0.02  # after AT_ONCE of which most were refused: they cost the loop a bounded share of its time
 FULL_PAUSE_S = 1.0  # while the process has no more open files
+# That the kernel takes of a response before the client has room for it. By default it takes megabytes, so a client that
+# never reads had dozens of responses made for it.
+MOST_UNSENT_BYTES = 65536
+RELEASE_EVERY_S = 0.1  # connections that were held long enough
 TOLD_EVERY_S = 10.0
 NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Held:
+    """Refused connections: each stays open for a while, without a response. Each is an open file."""
+
+    def __init__(self, most: int, held_s: float) -> None:
+        self._most, self._held_s = most, held_s
+        self._since: deque[tuple[float, socket.socket]] = deque()
+        self._next: asyncio.TimerHandle | None = None
+
+    def add(self, connection: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        """If that is one too many, close the one that came first."""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel keeps the least of what it sends
+        self._since.append((loop.time(), connection))
+        if len(self._since) > self._most:
+            self._close_first()
+        elif self._next is None:
+            self._next = loop.call_later(RELEASE_EVERY_S, self._release, loop)
+
+    def close(self) -> None:
+        """Close all."""
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        while self._since:
+            self._close_first()
+
+    def _close_first(self) -> None:
+        self._since.popleft()[1].close()
+
+    def _release(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._since and loop.time() - self._since[0][0] >= self._held_s:
+            self._close_first()
+        self._next = loop.call_later(RELEASE_EVERY_S, self._release, loop) if self._since else None
 
 
 class Listener:
@@ -32,15 +72,18 @@ class Listener:
         backlog: int,
         made: Callable[[], asyncio.Protocol],
         admits: Callable[[str, float, int], bool],
+        held: Held,
     ) -> None:
         """`admits` takes a caller's address, the loop's time, and how many connections are let in but not open yet."""
         self._socket, self._made, self._admits = listening, made, admits
         self._loop = asyncio.get_running_loop()
+        self._held = held
         self._opening: set[asyncio.Task[None]] = set()
         self._resumed: asyncio.TimerHandle | None = None
-        self._closed = 0  # connections, since the log was told
+        self._refused = 0  # connections, since the log was told
         self._told_at = float("-inf")
         listening.setblocking(False)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_UNSENT_BYTES)  # connections inherit it
         listening.listen(backlog)
         self._loop.add_reader(listening, self._accept)
 
@@ -49,13 +92,14 @@ class Listener:
             self._resumed.cancel()
         self._loop.remove_reader(self._socket)
         self._socket.close()
+        self._held.close()
 
     async def wait_closed(self) -> None:
         """Wait for the connections that are let in but not open yet."""
         await asyncio.gather(*self._opening, return_exceptions=True)
 
     def _accept(self) -> None:
-        closed = 0
+        refused = 0
         for _ in range(AT_ONCE):
             try:
                 connection, address = self._socket.accept()
@@ -64,6 +108,7 @@ class Listener:
             except OSError as exc:
                 if exc.errno not in NO_FILES:
                     raise
+                self._held.close()
                 log.warning("no_open_files", error=exc.strerror, retry_s=FULL_PAUSE_S)
                 self._pause(FULL_PAUSE_S)
                 break
@@ -72,11 +117,11 @@ class Listener:
                 self._opening.add(task)
                 task.add_done_callback(self._opening.discard)
             else:
-                connection.close()
-                closed += 1
-        if closed:
-            self._tell(closed)
-            if closed > AT_ONCE // 2:
+                self._held.add(connection, self._loop)
+                refused += 1
+        if refused:
+            self._tell(refused)
+            if refused > AT_ONCE // 2:
                 self._pause(PAUSE_S)
 
     async def _open(self, connection: socket.socket) -> None:
@@ -91,9 +136,9 @@ class Listener:
         self._loop.remove_reader(self._socket)
         self._resumed = self._loop.call_later(pause_s, self._loop.add_reader, self._socket, self._accept)
 
-    def _tell(self, closed: int) -> None:
-        self._closed += closed
+    def _tell(self, refused: int) -> None:
+        self._refused += refused
         now = self._loop.time()
         if now - self._told_at >= TOLD_EVERY_S:
-            log.warning("connections_closed", connections=self._closed, reason="all are taken, and more come too fast")
-            self._closed, self._told_at = 0, now
+            log.warning("connections_closed", connections=self._refused, reason="all are taken, and more come too fast")
+            self._refused, self._told_at = 0, now

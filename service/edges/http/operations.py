@@ -30,5 +30,5 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
-    text, media_type = edge_of(request).metrics(request.headers.get("accept", ""))
+    text, media_type = await edge_of(request).metrics(request.headers.get("accept", ""))
     return Response(text, media_type=media_type)

@@ -7,8 +7,10 @@ client that does not read. A refusal here has the same body as any other error, 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
 import resource
+import termios
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,12 +22,15 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable, status_of
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
+from service.edges.http.listener import Held
 from service.edges.http.respond import OPEN_REQUESTS
+from service.edges.http.rounds import Rounds
 from service.edges.http.schema import ErrorBody, WireError
 
 log = structlog.get_logger()
 
 MAX_DISCARDED_BYTES = 1024 * 1024  # of a client that goes on sending after it was refused
+HELD = 8192  # refused callers that are left without a response for a while: see the listener
 OTHER_FILES = 256  # besides connections: Triton's channels, Redis, logs, libraries
 ERROR_TYPES = {408: SlowBody.type, 429: Overloaded.type, 503: Unavailable.type}
 Count = Callable[[str, str, str], None]  # of one HTTP request: its method, route and status
@@ -37,10 +42,12 @@ class Protocols:
     def __init__(self, edge: Edge) -> None:
         limits = edge.connections
         most = most_connections(limits.max_connections)
+        self.held = Held(most_held(most), limits.held_s)
         most_per_address = min(most, limits.max_connections_per_address)
         self.connections: Connections[LimitedProtocol] = Connections(
-            most, most_per_address, limits.replaced_per_address_s
+            most, most_per_address, limits.replaced_per_address_s, LimitedProtocol.has_sent
         )
+        self.rounds: Rounds[LimitedProtocol] = Rounds(limits.check_interval_s, LimitedProtocol.check)
         self._edge = edge
 
     def __call__(self, *args: Any, **kwargs: Any) -> LimitedProtocol:
@@ -48,6 +55,7 @@ class Protocols:
             *args,
             limits=self._edge.connections,
             open_connections=self.connections,
+            rounds=self.rounds,
             count=self._edge.count,
             overload=self._overload,
             **kwargs,
@@ -67,21 +75,33 @@ def limited_protocol(edge: Edge) -> type[asyncio.Protocol]:
 
 def most_connections(wanted: int) -> int:
     """Raise the process's limit of open files as far as `wanted` connections need, and say how many it allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    files = open_files(needed)
+    if files >= needed:
         return wanted
-    most = max(1, soft - OTHER_FILES, soft // 2)
+    most = max(1, files - OTHER_FILES, files // 2)
     log.warning(
         "few_open_files",
-        open_files=soft,
+        open_files=files,
         max_connections=most,
         mend=f"for {wanted} connections raise the limit of open files to {needed} (ulimit -n, LimitNOFILE=)",
     )
     return most
+
+
+def most_held(connections: int) -> int:
+    """How many files there may be for refused callers, besides those that so many connections need."""
+    needed = connections + OTHER_FILES
+    return max(0, min(HELD, open_files(needed + HELD) - needed))
+
+
+def open_files(needed: int) -> int:
+    """Raise the process's limit as far as is needed, and return it; a limit that is none is as many as needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return needed if soft == resource.RLIM_INFINITY else soft
 
 
 class _Refused(Exception):
@@ -137,12 +157,17 @@ class _Transport:
             self._head = data
             self._call_soon(self._send_head)
             return
-        self.inner.write(data)
+        if not self.inner.is_closing():  # uvicorn tells the end of a connection to its last request only
+            self.inner.write(data)
 
     def _send_head(self) -> None:
         if self._head and not self.inner.is_closing():
             self.inner.write(self._head)
         self._head = b""
+
+    def forget_protocol(self) -> None:
+        """Once the connection is lost. Else both would wait for the garbage collector, with all they hold."""
+        self._linger = bool
 
     def is_closing(self) -> bool:
         return self._is_ending or self.inner.is_closing()
@@ -165,6 +190,7 @@ class LimitedProtocol(HttpToolsProtocol):
         *args: Any,
         limits: ConnectionLimits,
         open_connections: Connections[LimitedProtocol],
+        rounds: Rounds[LimitedProtocol],
         count: Count,
         overload: Callable[[int], Overloaded | None],
         **kwargs: Any,
@@ -172,9 +198,9 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.limits = limits
         self.open_connections = open_connections
+        self.rounds = rounds
         self.count = count
         self.overload = overload
-        self._check_timer: asyncio.TimerHandle | None = None
         # A head is everything up to the blank line, with any empty lines before it.
         self._head_bytes = 0  # at least so many of the head that is not whole yet
         self._head_since: float | None = None
@@ -196,7 +222,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.flow = _Flow(ending)
         now = self.loop.time()
         self._head_since = self._unsent_since = now
-        self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
+        self.rounds.add(self, now)
         has_room, spare = self.open_connections.enter(self, self.client[0] if self.client else "")
         if spare is not None:
             spare.transport.abort()
@@ -204,18 +230,22 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(503, "too_many_connections", "The server has too many connections. Retry later.")
             transport.close()
 
+    def has_sent(self) -> bool:
+        """Whether bytes have come that are not read yet."""
+        if self.transport.is_closing():
+            return False
+        return any(fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4)))
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.open_connections.leave(self)
-        if self._check_timer is not None:
-            self._check_timer.cancel()
+        self.rounds.discard(self)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._deaf = True
+        cast(_Transport, self.transport).forget_protocol()
 
-    def _check(self) -> None:
-        """End what has taken too long. One timer a connection costs less than one a request."""
-        now = self.loop.time()
-        self._check_timer = self.loop.call_later(self.limits.check_interval_s, self._check)
+    def check(self, now: float) -> None:
+        """End what has taken too long. One check of all limits a second costs less than a timer a request."""
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent < self._unsent:
             self._unsent_since = now

@@ -649,6 +649,9 @@ class Model(BaseModel):
         description="How the allocator came about: `trained` on answers, `distilled` from the full view, `zero-shot` "
         "from what the checkpoint knows, or `fixed`: relevance does not depend on the question."
     )
+    architecture: Literal["decoder-only", "encoder-decoder"] = Field(
+        description="Of the LLM. An encoder-decoder (FlanT5) reads each prompt anew, without the prefix cache."
+    )
     max_positions: int = Field(description="Most visual, prompt and answer tokens together.")
     budget: WireBudget = Field(description="The budgets that are allowed.")
     default_visual_tokens: tuple[int, int] = Field(description="Used if a request has no budget of visual tokens.")
@@ -671,6 +674,7 @@ class Model(BaseModel):
             precision=card.precision,
             allocator_trained=card.allocator_trained,
             allocator=card.allocator or ("trained" if card.allocator_trained else "fixed"),
+            architecture=card.architecture,
             max_positions=card.max_positions,
             budget=WireBudget(vision_tokens=card.vision_tokens, visual_tokens=card.visual_tokens),
             default_visual_tokens=card.default_visual_tokens,

@@ -12,7 +12,6 @@ import pytest
 import pytest_asyncio
 
 from build_engines.adapt.__main__ import main
-from build_engines.convert import __main__ as build
 from build_engines.model.adapted import DISTILLED, Adapted
 from service.core.card import ModelCard
 from service.triton import TritonClient
@@ -20,12 +19,15 @@ from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.build_engines.adapt.test_adapting import SAVED, write_data
 from tests.support.servers import StartGateway, free_ports
+from tests.support.shared_exports import SharedExports
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch and accelerate warn about themselves
 
 
 @pytest.fixture(scope="module", params=SAVED)
-def adapted_repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapted_repository(
+    request: pytest.FixtureRequest, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Adapted in two steps, and built as if the allocator had gained something."""
     folder = tmp_path_factory.mktemp(request.param)
     SAVED[request.param](folder / "checkpoint")
@@ -35,7 +37,7 @@ def adapted_repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.
     assert main([checkpoint, *data, "--out", adapted]) == 0
     told = Adapted.read(Path(adapted))
     dataclasses.replace(told, state=DISTILLED, default_vision_tokens=(96, 128)).write(Path(adapted))
-    assert build.main([checkpoint, "--allocator", adapted, "--out", out]) == 0
+    assert exports.build(checkpoint, "--allocator", adapted, "--out", out) == 0
     return Path(out)
 
 

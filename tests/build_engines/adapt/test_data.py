@@ -50,6 +50,18 @@ FORMS = {
         "annotations.json": {"annotations": [{"question_id": 7, "multiple_choice_answer": "red"}]},
     },
     "GQA": {"train.json": {"1": {"imageId": "COCO_train2014_000000000042", "question": "what?", "answer": "red"}}},
+    "DocVQA": {
+        "val_v1.0.json": {
+            "data": [
+                {
+                    "image": "train2014/COCO_train2014_000000000042.jpg",
+                    "question": "what?",
+                    "answers": ["red"],
+                    "questionId": 1,
+                }
+            ]
+        }
+    },
     "TextVQA": {"TextVQA.json": {"data": [{"image_id": "42", "question": "what?", "answers": ["red", "red", "a"]}]}},
 }
 

@@ -161,7 +161,8 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another number of queries": (lambda d: edit(d, lambda c: c.update(num_query_tokens=64)), "has 64 queries"),
     "another language model": (
-        lambda d: edit(d, lambda c: c.update(text_config={"model_type": "t5"})), "of type t5: use one with OPT",
+        lambda d: edit(d, lambda c: c.update(text_config={"model_type": "bloom"})),
+        "of type bloom: use one with OPT, Llama, FlanT5",
     ),
     "norm after attention": (
         lambda d: edit(d, lambda c: c["text_config"].update(do_layer_norm_before=False)), "OPT-350m",

@@ -62,6 +62,30 @@ def test_a_step_reads_only_what_was_made_before_it(profile: str, precision: str,
     assert (trtllm.PLAIN in made) == (profile == "tensorrt" and language == "llama")
 
 
+@pytest.mark.parametrize("profile", ["embedded", "onnx-gpu"])
+def test_a_flan_t5_has_its_encoder_beside_the_decoder(profile: str) -> None:
+    steps = plan(options(profile, "fp32"), source("t5"), ROOT)
+    last = steps[-1]
+    assert last.settings["served"]["llm_encoder"] == "export llm_encoder"
+    assert "export llm_encoder" in last.needs
+    assert "prefix_cache_bytes" not in last.settings["configurations"]["llm"]
+    assert "prefix_cache_bytes" in plan(options(profile, "fp32"), source(), ROOT)[-1].settings["configurations"]["llm"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "precision", "why"),
+    [
+        ("tensorrt", "fp16", "no encoder-decoder engines"),
+        ("onnx-gpu", "fp16", "exceed FP16's range"),
+        ("embedded", "int8", "not measured in int8"),
+        ("embedded", "bf16", "not measured in bf16"),
+    ],
+)
+def test_a_flan_t5_in_another_form_is_refused_with_what_works(profile: str, precision: str, why: str) -> None:
+    with pytest.raises(Refused, match=f"{why}.* --profile embedded or onnx-gpu with --precision fp32"):
+        plan(options(profile, precision), source("t5"), ROOT)
+
+
 def test_a_key_changes_with_what_a_step_depends_on_and_with_nothing_else() -> None:
     before = keys(plan(options(precision="fp8"), source(), ROOT))
     assert keys(plan(options(precision="fp8"), source(), ROOT)) == before

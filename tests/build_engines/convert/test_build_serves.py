@@ -5,14 +5,18 @@ Its answers equal those of transformers, token for token.
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 
+from build_engines.verify import __main__ as verify
 from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
@@ -111,6 +115,51 @@ async def test_the_gateways_answers_are_those_of_transformers(
         assert found["answer"] == text.push(token for token in tokens if token != card.end_id) + text.finish()
         assert found["finish_reason"] == ("stop" if card.end_id in tokens else "length")
         assert found["model"] == card.name
+
+
+def test_it_is_verified_with_itself_as_the_reference(family: Family, address: str, tmp_path: Path) -> None:
+    if family.card.decoder_start_id is None:
+        pytest.skip("test_verify.py does it for a decoder-only model")
+    report = tmp_path / "report.json"
+    told = ["--vision-url", address, "--reference", str(family.repository), "--scenes", "2", "--repeats", "1"]
+    assert verify.main([str(family.repository), *told, "--report", str(report)]) == 0
+    assert json.loads(report.read_text())["measured"]["answers_agree"] == 1.0
+
+
+async def test_concurrent_answers_in_all_forms_are_those_of_single_requests(
+    family: Family, expected: list[list[int]], service: str
+) -> None:
+    """Mixed batches: whole, short, guided and streamed answers, and one whose caller leaves."""
+    card, full = family.card, {"vision_tokens": FULL.vision_tokens, "visual_tokens": FULL.visual_tokens}
+    spelled = token_bytes(PromptBuilder.load(card, family.repository).tokenizer)
+
+    def text(tokens: list[int]) -> str:
+        said = Detokeniser(spelled)
+        return said.push(token for token in tokens if token != card.end_id) + said.finish()
+
+    async with httpx.AsyncClient(base_url=service, timeout=TIMEOUT_S) as http:
+
+        async def leaves(picture: bytes, question: str) -> None:
+            body = {"image": base64.b64encode(picture).decode(), "question": question, "max_tokens": 99}
+            async with http.stream("POST", "/v1/vqa", json=body | {"temperature": 0, "stream": True}) as response:
+                response.raise_for_status()
+                async for line in response.aiter_lines():
+                    if line.startswith("data:"):
+                        return
+
+        for _ in range(2):
+            whole, short, chosen, _ = await asyncio.gather(
+                asyncio.gather(*(asked(service, *each, budget=full) for each in ASKED)),
+                asyncio.gather(*(asked(service, *each, budget=full, max_tokens=2) for each in ASKED)),
+                asyncio.gather(*(asked(service, *each, budget=full, choices=["red", "a circle"]) for each in ASKED)),
+                asyncio.gather(*(leaves(*each) for each in ASKED)),
+            )
+            assert [found["answer"] for found in whole] == [text(tokens) for tokens in expected]
+            assert [found["answer"] for found in short] == [text(tokens[:2]) for tokens in expected]
+            assert {found["answer"] for found in chosen} <= {"red", "a circle"}
+            assert {found["finish_reason"] for found in chosen} == {"stop"}
+        told = (await http.get("/v1/models")).raise_for_status().json()["data"][0]
+        assert told["architecture"] == card.architecture
 
 
 async def test_the_ensemble_says_what_the_gateway_says(server: TritonClient, service: str) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
-from build_engines.export import Graph, card, export_graph, graphs
+from build_engines.export import Graph, card, graphs
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.checkpoint import ALLOCATOR, Checkpoint, load_allocator, save_allocator
@@ -24,6 +24,7 @@ from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.repository import CLOSER_GRAPHS, GRAPHS, Dimensions, models, write_repository
 from tests.build_engines.test_export import assert_parity, random_inputs
 from tests.service.core.test_tensors import graph_specs
+from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 from triton_models.query_groups import GroupRunner
 from triton_models.session import Graph as Session
@@ -50,18 +51,20 @@ def trained() -> RelevanceAllocator:
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint of one family, with the graphs of its allocators and its Q-Former."""
+    """A checkpoint of one family and its graphs. Those that a test looks at are exported."""
 
     checkpoint: Checkpoint
     graphs: dict[str, Graph]
-    folder: Path
+    exports: SharedExports
 
     def path(self, name: str) -> Path:
-        return self.folder / f"{name}.onnx"
+        return self.exports.path(self.graphs[name])
 
 
 @pytest.fixture(scope="module", params=SAVED)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(
+    request: pytest.FixtureRequest, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
     folder = tmp_path_factory.mktemp(request.param)
     SAVED[request.param](folder / "checkpoint")
     save_allocator(trained(), folder / "checkpoint" / ALLOCATOR)
@@ -70,9 +73,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     checkpoint = Checkpoint.load(folder / "checkpoint")
     found = {graph.name: graph for graph in graphs(checkpoint)}
     assert tuple(sorted(found)) == tuple(sorted(CLOSER_GRAPHS))
-    for name in (*ALLOCATORS, "qformer"):
-        export_graph(found[name], folder / f"{name}.onnx")
-    return Exported(checkpoint, found, folder)
+    return Exported(checkpoint, found, exports)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -95,10 +96,11 @@ def test_its_graphs_are_ones_that_tensorrt_builds(exported: Exported, name: str)
     assert faults(onnx.load(exported.path(name)), MAY_VARY[name]) == []
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
+def test_the_same_checkpoint_gives_the_same_bytes(exported: Exported) -> None:
+    """Both families have the same allocator, which is exported a second time once."""
     again = {graph.name: graph for graph in graphs(Checkpoint.load(exported.checkpoint.directory))}
-    export_graph(again["relevance_allocator_448"], tmp_path / "again.onnx")
-    assert (tmp_path / "again.onnx").read_bytes() == exported.path("relevance_allocator_448").read_bytes()
+    second = exported.exports.path(again["relevance_allocator_448"], made="again")
+    assert second.read_bytes() == exported.path("relevance_allocator_448").read_bytes()
 
 
 def test_its_card_says_what_it_was_trained_for(exported: Exported) -> None:

@@ -69,6 +69,15 @@ def test_who_hangs_up_says_nothing_about_it():
     assert not limit.is_narrow
 
 
+def test_a_miss_after_as_long_as_an_answer_takes_narrows_it():
+    limit = ConcurrencyLimit(4)
+    limit.contention.start("answered", 0.0, 10.0)
+    limit.end("answered", 1.0, answered=True, missed=False)
+    limit.contention.start("missed", 1.0, 10.0)
+    limit.end("missed", 2.0, answered=False, missed=True)
+    assert limit.is_narrow
+
+
 def test_who_gives_itself_less_time_than_answers_take_says_nothing_about_it():
     limit = ConcurrencyLimit(4)
     limit.contention.start("answered", 0.0, 10.0)
@@ -213,6 +222,9 @@ def test_those_turned_away_one_after_the_other_are_one_queue():
     assert limit.refusing_since(7.9 + ONE_QUEUE_S + 0.1) is None
     limit.refused(20.0, 20.0)
     assert limit.refusing_since(20.0) == 20.0
+    limit.refused(21.0, 20.0 + ONE_QUEUE_S)
+    assert limit.refusing_since(20.0 + ONE_QUEUE_S) == 20.0
+    assert limit.refusing_since(20.0 + 2 * ONE_QUEUE_S) == 20.0
     wide = ConcurrencyLimit(10.0)
     wide.refused(1.0, 1.0)
     assert wide.refusing_since(1.0) is None

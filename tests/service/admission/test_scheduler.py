@@ -306,6 +306,19 @@ def test_who_waited_past_its_deadline_is_refused_by_name():
     assert not first.over
 
 
+def test_who_waited_past_its_deadline_is_told_how_long_the_others_wait():
+    house = House(vision_slots=1)
+    house.submit(first := slot(), 0.0)
+    house.schedule(0.0)
+    house.submit(late := slot(deadline=2.5), 0.0)
+    for _ in range(2):
+        house.submit(slot(), 0.0)
+    house.release(first, 2.0)  # one in 2 s
+    _, expired = house.scheduler.schedule(2.0)
+    assert expired == [late]
+    assert house.scheduler.expired(late).retry_after_s == pytest.approx(2.0)
+
+
 def test_who_would_wait_past_its_deadline_is_refused_with_the_wait():
     house = House(vision_slots=1)
     queue = deque(slot(arrived=0.0) for _ in range(10))
@@ -509,6 +522,17 @@ def test_the_rate_is_measured_from_when_the_first_claim_waits():
     assert house.scheduler.submit(slot(arrived=3.0, deadline=4.0), 3.0).retry_after_s == pytest.approx(2.0)
 
 
+def test_a_tenant_that_holds_nothing_comes_before_one_that_holds_one_image():
+    house = House(vision_slots=2)
+    house.submit(slot(tenant="a"), 0.0)
+    house.submit(ends := slot(tenant="b"), 0.0)
+    house.schedule(0.0)
+    house.submit(slot(1.0, tenant="a"), 1.0)
+    house.submit(later := slot(2.0, tenant="c"), 2.0)
+    house.release(ends, 3.0)
+    assert house.schedule(3.0) == [later]
+
+
 def narrow_limit() -> ConcurrencyLimit:
     limit = ConcurrencyLimit(10.0)
     for number in range(2):
@@ -526,6 +550,14 @@ def test_a_refusal_of_low_priority_is_no_strain(priority, counts):
     _, expired = scheduler.schedule(4.1)  # a fifth of its ten seconds
     assert expired == [late]
     assert (scheduler.waiting_since(4.1) is not None) == counts
+
+
+def test_a_claim_that_a_narrow_limit_lets_wait_no_longer_is_over():
+    """It may start until a fifth of its ten seconds has passed, and not at that moment."""
+    scheduler = Scheduler(1, 100, limit=narrow_limit())
+    scheduler.submit(late := slot(arrived=2.0, deadline=12.0, request="late"), 2.0)
+    assert scheduler.schedule(4.0) == ([], [late])
+    assert late.over is True
 
 
 @pytest.mark.parametrize("is_narrow", [True, False])

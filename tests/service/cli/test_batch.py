@@ -21,7 +21,7 @@ import pytest
 import typer
 
 from service.cli.answers_file import AnswersFile
-from service.cli.batch import ask_batch
+from service.cli.batch import ask_batch, how_far
 from service.cli.client import AskFailed
 from service.cli.pace import Pace, Stopped
 from service.core.errors import Unavailable
@@ -261,6 +261,11 @@ def test_no_more_than_the_width_have_a_turn():
     for thread in threads:
         thread.join(20)
     assert (len(most), max(most)) == (9, 3)
+
+
+def test_a_log_is_told_how_long_the_rest_takes():
+    assert how_far(100, 400, 60.0) == "100 of 400 asked, about 3 min left"
+    assert how_far(0, 400, 60.0) == "0 of 400 asked, no pace yet"
 
 
 def test_one_program_writes_to_a_file(tmp_path):

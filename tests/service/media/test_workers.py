@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,13 @@ from tests.support.pictures import LIMITS, encoded, picture
 
 pytestmark = pytest.mark.slow  # together: every test starts processes
 
-LARGE = bombs.png(6000, 6000, depth=8, colours=6)
 SMALL = encoded(picture(300, 200), "JPEG")
 SERVED = ImageLimits()
+
+
+@cache
+def large() -> bytes:
+    return bombs.png(6000, 6000, depth=8, colours=6)
 
 
 @asynccontextmanager
@@ -104,7 +109,9 @@ async def test_an_image_of_several_megabytes_goes_through_whole(one):
     assert np.array_equal((await one.decode(data, (448,))).views[448], decode(data, LIMITS, (448,)).views[448])
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", SMALL[:500], bytes(2_000_001), encoded(picture(4001, 1000))])
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", SMALL[:500], bytes(2_000_001), bombs.png(4001, 1000, depth=8, colours=2)]
+)
 async def test_a_worker_refuses_what_the_decoder_refuses_and_goes_on(one, data):
     with pytest.raises((InvalidImage, TooLarge)) as expected:
         decode(data, LIMITS)
@@ -122,7 +129,7 @@ async def test_an_image_that_takes_too_much_cpu_time_is_refused_and_another_work
         found.start()
         (before,) = found.pids
         with pytest.raises(TooLarge, match=r"more than 0\.05 s of CPU time: send it smaller"):
-            await found.decode(LARGE, (224,))
+            await found.decode(large(), (224,))
         assert not is_running(before)
         assert (await found.decode(SMALL, (224,))).width == 300
 
@@ -216,7 +223,7 @@ async def test_closing_ends_workers_that_decode_and_leaves_nothing():
     async with workers(SERVED, count=2) as found:
         found.start()
         pids = found.pids
-        jobs = [asyncio.create_task(found.decode(LARGE, (224,))) for _ in range(5)]
+        jobs = [asyncio.create_task(found.decode(large(), (224,))) for _ in range(5)]
         await until(lambda: all(worker.is_started for worker in found._workers))
         assert shared_memories() > 0
         found.close()

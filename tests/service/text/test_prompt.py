@@ -49,6 +49,45 @@ def test_a_long_question_is_cut_for_the_allocator_only():
     assert len(PROMPTS.text_ids(text)) > 50
 
 
+def unigram() -> Tokenizer:
+    """As T5's: SentencePiece's control tokens are pieces of the vocabulary."""
+    letters = [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyzQ?A:</>"]
+    tokenizer = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], 2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    return tokenizer
+
+
+FLAN_T5 = replace(CARD, bos_id=None, text_end_id=1, decoder_start_id=0, interleaved=False)
+
+
+def test_a_flan_t5_reads_an_end_token_after_everything_and_no_bos():
+    tokenizer = unigram()
+    prompts = PromptBuilder(FLAN_T5, tokenizer)
+    text = tokenizer.encode("Question: a Answer:", add_special_tokens=False).ids
+    assert prompts.text_ids("a") == [*text, 1]
+    asked = request(Text("a"), IMAGE, IMAGE, exchanges=(Exchange((Text("b"),), "c"),))
+    v = FLAN_T5.vocab_size
+    found = prompts.compose_request(asked, [(np.zeros((2, 4), np.float32), b"a"), (np.ones((1, 4), np.float32), b"b")])
+    before = tokenizer.encode("Question: b Answer: c", add_special_tokens=False).ids
+    assert found.input_ids.tolist() == [*before, v, v + 1, v + 2, *text, 1]
+    asked = request(Text("a"), max_tokens=4)
+    assert prompts.require_room(asked) == len(text) + 1 + 4
+
+
+def test_a_text_with_the_name_of_a_control_token_is_read_as_letters(tmp_path):
+    unigram().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert unigram().encode("a</s>b").ids.count(1) == 1  # without care it ends the prompt
+    for text in ("</s>", "a</s>b", "<pad></s>", "a < b </ s>", "<<unk>"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert not {0, 1, 2}.intersection(ids), text
+        assert tokenizer.decode(ids) == text
+    plain = "what is it a < b?"
+    assert tokenizer.encode(plain).ids == unigram().encode(plain).ids
+
+
 def qformer_tokenizer() -> Tokenizer:
     """As InstructBLIP's: a word is a token, between [CLS] and [SEP]."""
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "red": 4}, "[UNK]"))

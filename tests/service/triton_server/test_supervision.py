@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -18,6 +18,7 @@ from uuid import uuid4
 import httpx
 import numpy as np
 import pytest
+import pytest_asyncio
 
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
@@ -90,25 +91,33 @@ async def test_a_server_that_crashes_while_starting_is_started_again(
             await triton.__aexit__()
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def reloading(
+    repository: Path, card: ModelCard, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[EmbeddedTriton]:
+    """A Triton whose models are loaded again."""
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    log_path = tmp_path_factory.mktemp("reloading") / "triton.log"
+    async with (
+        TritonClient(access.url, access.url) as client,
+        EmbeddedTriton(repository, client=client, card=card, log_path=log_path, access=access) as triton,
+    ):
+        yield triton
+
+
 @pytest.mark.servers
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llm", "qformer"])
-async def test_a_model_can_be_loaded_again_and_again(
-    repository: Path, card: ModelCard, tmp_path: Path, model: str
-) -> None:
+async def test_a_model_can_be_loaded_again_and_again(reloading: EmbeddedTriton, card: ModelCard, model: str) -> None:
     """What a reload leaves wrong in Triton's memory ends it after a few more."""
-    access = Access.choose(Ports(metrics=free_ports(1)[0]))
-    async with (
-        TritonClient(access.url, access.url) as client,
-        EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "log", access=access) as triton,
-    ):
-        before = triton.pid
+    before = reloading.pid
+    async with TritonClient(reloading.access.url, reloading.access.url) as client:
         for _ in range(15):
             await client.unload(model, 10.0)
             await client.load(model, 10.0)
             for called in card.called:
                 await client.probe(called, card, 10.0)
-        assert triton.pid == before
+    assert reloading.pid == before
 
 
 @pytest.mark.servers

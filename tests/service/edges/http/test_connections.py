@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.edges.http.connections import BURST_S, KEPT_RATES, Connections, Rates
+from service.edges.http.connections import BURST_S, KEPT_RATES, Connections, Holders, Rates, network_of
 
 
 def entered(connections: Connections[str], *names: str, address: str = "a") -> list[tuple[bool, str | None]]:
@@ -75,7 +75,8 @@ def test_what_has_left_is_forgotten(times):
         connections.leave("one")
     assert len(connections) == 0
     assert entered(connections, "two") == [(True, None)]
-    assert connections._addresses.keys() == {"a"}
+    assert connections._networks.keys() == {"a"}
+    assert connections._holders.most == 1
 
 
 def test_only_what_takes_anothers_place_is_bounded():
@@ -97,6 +98,61 @@ def test_an_address_at_its_limit_has_its_rate_too():
     assert [connections.admits("b", 0.0) for _ in range(2)] == [True, True]
 
 
+def test_the_address_that_holds_most_makes_room():
+    connections: Connections[str] = Connections(7, 7, 10.0)
+    entered(connections, "h1", address="h")  # has sent nothing, and is the oldest
+    entered(connections, "a1", "a2", "a3", address="a")
+    entered(connections, "b1", "b2", "b3", address="b")
+    for name in ("b1", "b2", "b3"):
+        connections.work(name)
+        connections.rest(name)
+    assert entered(connections, "h2", address="h") == [(True, "a1")]
+    assert entered(connections, "h3", address="h") == [(True, "b1")]
+    assert entered(connections, "b4", address="b") == [(True, "h1")]  # h holds the most now
+
+
+def test_the_others_make_room_if_all_of_the_largest_address_work():
+    connections: Connections[str] = Connections(3, 3, 10.0)
+    entered(connections, "b1", address="b")
+    entered(connections, "a1", "a2")
+    for name in ("a1", "a2"):
+        connections.work(name)
+    assert entered(connections, "c1", address="c") == [(True, "b1")]
+
+
+def test_one_that_has_just_sent_something_stays():
+    sent = {"one", "three"}
+    connections: Connections[str] = Connections(3, 3, 10.0, sent.__contains__)
+    entered(connections, "one", "two", "three")
+    assert entered(connections, "four", "five") == [(True, "two"), (True, "four")]
+    sent.add("five")
+    assert entered(connections, "six") == [(False, None)]
+    sent.clear()
+    assert entered(connections, "six") == [(True, "one")]
+
+
+def test_an_address_that_holds_little_has_no_rate():
+    connections: Connections[int] = Connections(40, 40, 0.1)
+    for number in range(40):
+        connections.enter(number, "a")
+    number = 40
+    while connections.admits("b", 0.0):
+        assert connections.enter(number, "b")[1] in range(40)
+        number += 1
+    assert number - 40 == 40 // 3 + 1  # until it holds half as many as the other, and the one of its rate
+
+
+def test_the_largest_is_known_as_addresses_grow_and_shrink():
+    holders, held = Holders(), {"a": 0, "b": 0, "c": 0}
+    for step in "+a+b+b+c+b-b-b+a-a-a-b-c".replace("+", " +").replace("-", " -").split():
+        address, before = step[1], held[step[1]]
+        held[address] += 1 if step[0] == "+" else -1
+        holders.move(address, before, held[address])
+        most = max(held.values())
+        assert holders.most == most
+        assert holders.largest in ({name for name, count in held.items() if count == most} if most else {None})
+
+
 def test_so_many_a_second_may_be_replaced_after_a_burst():
     rates = Rates(2.0)
     burst = round(2.0 * BURST_S)
@@ -106,14 +162,12 @@ def test_so_many_a_second_may_be_replaced_after_a_burst():
 
 
 def test_a_network_of_ipv6_is_one_address():
-    rates = Rates(0.01)
-    assert rates.take("2001:db8:1:2::1", 0.0)
-    assert not rates.take("2001:db8:1:2:ffff::9", 0.0)
-    assert rates.take("2001:db8:1:3::1", 0.0)
-    assert rates.take("::ffff:192.0.2.1", 0.0)
-    assert not rates.take("192.0.2.1", 0.0)
-    assert rates.take("::ffff:192.0.2.2", 0.0)
-    assert rates.take("fe80::1%eth0", 0.0)
+    assert network_of("2001:db8:1:2::1") == network_of("2001:db8:1:2:ffff::9") != network_of("2001:db8:1:3::1")
+    assert network_of("::ffff:192.0.2.1") == network_of("192.0.2.1") != network_of("::ffff:192.0.2.2")
+    assert network_of("fe80::1%eth0") == network_of("fe80::2")
+    connections: Connections[str] = Connections(9, 1, 10.0)
+    entered(connections, "one", address="2001:db8:1:2::1")
+    assert entered(connections, "two", address="2001:db8:1:2:ffff::9") == [(True, "one")]
 
 
 def test_rates_of_few_addresses_are_kept():

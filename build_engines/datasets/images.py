@@ -1,0 +1,37 @@
+"""Find the images that questions name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
+NUMBER = re.compile(r"(\d+)$")
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Every image file of the folder and the folders below it, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+class ImageIndex:
+    """Numbers of images by path in the folder, name, name without suffix, or the number at the end of the name.
+
+    COCO's image 42 is COCO_train2014_000000000042.jpg. What stands first in the order of the paths wins.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
+        self._by_number: dict[str, int] = {}
+        self._by_name: dict[str, int] = {}
+        for place, path in reversed(list(enumerate(paths))):
+            if ends := NUMBER.search(path.stem):
+                self._by_number[str(int(ends.group(1)))] = place
+            self._by_name |= {path.stem: place, path.name: place, path.relative_to(folder).as_posix(): place}
+
+    def find(self, name: str) -> int | None:
+        """The image's place among the paths; None if the folder does not have it."""
+        for key in (name, name.removeprefix("./"), name.rpartition("/")[2]):
+            if (place := self._by_name.get(key)) is not None:
+                return place
+        return self._by_number.get(name)

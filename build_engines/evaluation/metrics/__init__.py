@@ -1,0 +1,1 @@
+"""The metrics of the field's benchmarks, written from their published descriptions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -85,6 +86,20 @@ def test_what_cannot_be_used_is_skipped_told_and_counted(server, folder):
     assert report["skipped"]["image broken"][0].endswith("(2 questions)")
     assert "skipped, image missing: 1, such as gone.png: question 9" in told
     assert report["metrics"]["exact match"]["value"] == 0.5
+
+
+def test_text_that_is_no_unicode_ends_nothing(server, folder):
+    """Half of a surrogate pair, as JSON may have it, and as Python reads a file's name that is no UTF-8."""
+    name = os.fsdecode(b"n\xff.png")
+    (folder / "images" / name).write_bytes(png((7, 7, 7)))
+    with (folder / "questions.jsonl").open("a") as questions:
+        for fields in ({"question": "?", "answer": "\ud800"}, {"question": "\ud800", "answer": "red"}):
+            questions.write(json.dumps({"image": name, **fields}) + "\n")
+    status, report, told = evaluate(folder, server.url)
+    assert (status, report["counts"]["answered"], report["counts"]["failed"]) == (1, 9, 1)
+    assert "half of a surrogate pair ('\\ud800'): remove it" in told
+    assert answers(folder)[-1]["image"] == f"images/{name}"
+    assert "n?.png" in (folder.parent / "out" / "report.html").read_text()
 
 
 def test_failures_are_no_wrong_answers_and_are_asked_again(server, folder):

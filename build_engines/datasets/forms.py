@@ -62,8 +62,13 @@ def question_files(folder: Path) -> list[Path]:
     """The JSON files of a folder; if it has none, those of its folders."""
     if here := _json_files(folder):
         return here
-    below = [_json_files(each) for each in sorted(folder.iterdir()) if each.is_dir()]
+    below = [_json_files(each) for each in sorted(folder.iterdir()) if each.is_dir() and not _is_run(each)]
     return [file for files in below if len(files) <= MOST_JSON_FILES for file in files]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether `glimpse eval` has written its answers and report there."""
+    return (folder / "run.json").is_file() and (folder / "answers.jsonl").is_file()
 
 
 def _json_files(folder: Path) -> list[Path]:

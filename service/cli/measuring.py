@@ -168,7 +168,7 @@ def go_on_with(folder: Path, dataset: Dataset, model: Mapping[str, Any]) -> None
     path = folder / RUN
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not _has_answers(folder):
             path.write_text(json.dumps(now, indent=2) + "\n")
         before = json.loads(path.read_text())
     except (OSError, ValueError) as exc:
@@ -179,6 +179,11 @@ def go_on_with(folder: Path, dataset: Dataset, model: Mapping[str, Any]) -> None
                 f"{folder} has answers of another {name} ({json.dumps(before.get(name))}, now {json.dumps(value)}): "
                 "choose another --out"
             )
+
+
+def _has_answers(folder: Path) -> bool:
+    path = folder / ANSWERS
+    return path.exists() and path.stat().st_size > 0
 
 
 def answered(path: Path, chosen: Sequence[int]) -> dict[int, dict[str, Any]]:

@@ -149,6 +149,24 @@ def test_answers_of_another_model_are_never_taken(server, folder):
     assert (status, "has answers of another model" in told) == (1, True)
 
 
+def test_a_run_that_ended_before_its_first_answer_begins_anew(server, folder):
+    out = folder.parent / "out"
+    out.mkdir()
+    (out / "run.json").touch()  # the program was killed while it wrote this
+    assert evaluate(folder, server.url)[0] == 0
+    assert json.loads((out / "run.json").read_text())["form"] == "jsonl"
+
+
+def test_the_same_command_goes_on_inside_the_folder_of_the_dataset(server, folder, monkeypatch):
+    """Questions and images lie one folder below, beside what the first run has written."""
+    (folder / "questions").mkdir()
+    (folder / "questions.jsonl").rename(folder / "questions" / "questions.jsonl")
+    monkeypatch.chdir(folder)
+    for _ in range(2):
+        assert run("eval", "--dataset", ".", "--url", server.url)[0] == 0
+    assert (folder / "set-eval" / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

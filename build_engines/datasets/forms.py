@@ -120,7 +120,7 @@ def jsonl_entries(file: Path, skipped: Skipped) -> Iterator[Entry]:
             answers = told["answers"] if told.get("answers") is not None else told.get("answer")
             kinds = {"type": (str(told["type"]),)} if told.get("type") else {}
             yield Entry(str(told["image"]), str(told["question"]), _texts(answers), str(number), kinds)
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             skipped[f"{file.name}:{number}"] = f"needs a JSON object with image and question: {exc!r}"
 
 
@@ -134,7 +134,7 @@ def annotations_of(file: Path, folder: Path, skipped: Skipped) -> dict[Any, Mapp
         content = _content(path, skipped)
         told = content.get("annotations") if isinstance(content, dict) else None
         for each in told if isinstance(told, list) else []:
-            if isinstance(each, dict) and "question_id" in each:
+            if isinstance(each, dict) and isinstance(each.get("question_id"), int | str):
                 found[each["question_id"]] = each
     return found
 
@@ -160,7 +160,7 @@ def _read(file: Path, form: str, content: Any = None, folder: Path | None = None
 def _content(file: Path, skipped: Skipped) -> Any:
     try:
         return json.loads(_text(file))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         skipped[file.name] = f"no JSON: {exc}"
         return None
 

@@ -12,7 +12,7 @@ NUMBER = re.compile(r"(\d+)$")
 
 def images_below(folder: Path) -> list[Path]:
     """Every image file of the folder and the folders below it, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 class ImageIndex:

@@ -172,7 +172,9 @@ class Asking:
             try:
                 response = self.service.post("/v1/vqa", json=body)
             except UnicodeEncodeError as exc:
-                raise AskFailed(f"the text has half of a surrogate pair ({exc.object[exc.start]!a}): remove it") from exc
+                raise AskFailed(
+                    f"the text has half of a surrogate pair ({exc.object[exc.start]!a}): remove it"
+                ) from exc
             if response.status_code != 404:
                 break
             self.forget(fields, body)

@@ -99,7 +99,7 @@ class Listener:
         await asyncio.gather(*self._opening, return_exceptions=True)
 
     def _accept(self) -> None:
-        refused = 0
+        refused, pause_s = 0, 0.0
         for _ in range(AT_ONCE):
             try:
                 connection, address = self._socket.accept()
@@ -110,7 +110,7 @@ class Listener:
                     raise
                 self._held.close()
                 log.warning("no_open_files", error=exc.strerror, retry_s=FULL_PAUSE_S)
-                self._pause(FULL_PAUSE_S)
+                pause_s = FULL_PAUSE_S
                 break
             if self._admits(address[0] if address else "", self._loop.time(), len(self._opening)):
                 task = self._loop.create_task(self._open(connection))
@@ -122,7 +122,9 @@ class Listener:
         if refused:
             self._tell(refused)
             if refused > AT_ONCE // 2:
-                self._pause(PAUSE_S)
+                pause_s = max(pause_s, PAUSE_S)
+        if pause_s:
+            self._pause(pause_s)
 
     async def _open(self, connection: socket.socket) -> None:
         connection.setblocking(False)

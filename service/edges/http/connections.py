@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 Connection = TypeVar("Connection", bound=Hashable)
 BURST_S = 10.0  # so many seconds' worth of replacements may come at once
 KEPT_RATES = 4096  # addresses whose rate is remembered; the one that came longest ago is forgotten first
+TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")  # all of IPv4, behind a translator. Source: RFC 6052
 MOST_LOOKED_AT = 16  # candidates, of which each may have sent something just now
 
 
@@ -87,10 +88,12 @@ class Rates:
 
 
 def network_of(address: str) -> str:
-    """The address; of IPv6 its /64, which one customer has whole."""
+    """The address; of IPv6 its /64, which one customer has whole. A translator's addresses stand for IPv4 ones."""
     if ":" not in address:
         return address
     read = ipaddress.IPv6Address(address.partition("%")[0])
+    if read in TRANSLATED:
+        return str(ipaddress.IPv4Address(read.packed[12:]))
     return str(read.ipv4_mapped or read.packed[:8].hex())
 
 

@@ -1,12 +1,16 @@
 """How many connections may be open, in all and from one address, and which of them makes room for a new one.
 
 A connection that has a request in work is never closed for a new one. If all connections are taken, the address that
-holds the most gives one up, so a caller with few connections keeps them whatever others do. Of that address's, the
-first to go has never sent a whole request, oldest first. The next has been idle longest. One that has just sent
-something is passed over: its request is not read yet, and a client cannot tell whether it may send that again. One
-address may replace a bounded number of connections a second: whoever connects again as soon as it is closed would
-otherwise keep the event loop busy with that alone. An address that holds far less than the largest is free of that
-bound. Pure: nothing here touches a socket, and time is an argument.
+holds the most gives one up, so a caller with few connections keeps them. If that address has none to spare, another's
+is closed.
+
+1. The oldest connection that has never sent a whole request goes first, then the one that has been idle longest.
+2. One that has just sent something is passed over: its request is not read yet, and a client cannot tell whether it may
+   send that again.
+3. One address may replace a bounded number of connections a second. A caller that connects again whenever it is closed
+   would otherwise keep the event loop busy. An address that holds less than half as many as the largest is exempt.
+
+Pure: nothing here touches a socket, and time is an argument.
 """
 
 from __future__ import annotations
@@ -122,8 +126,8 @@ class Connections(Generic[Connection]):
     def admits(self, address: str, now: float, coming: int = 0) -> bool:
         """Whether a new connection may come in, before anything is made for it.
 
-        One that takes no other's place may, and one that holds little. `coming` have been let in and have not entered
-        yet.
+        It may if it takes no other's place, if its address holds few, or if that address's rate allows it. `coming`
+        connections have been let in and have not entered yet.
         """
         network = network_of(address)
         held = self._networks.get(network)

@@ -65,7 +65,8 @@ class Protocols:
         try:
             self._edge.pipeline.require_turns(open_requests, self._edge.lag_s())
         except Overloaded as error:
-            return error
+            # Its frames would keep the connection and what it has sent until the next garbage collection.
+            return error.with_traceback(None)
         return None
 
 
@@ -336,6 +337,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= self.limits.max_queued_requests:
             raise _Refused(429, "too_many_requests", "The connection has too many requests at once. Wait for answers.")
+        self._unset_keepalive_if_required()  # of a request that was answered at once, in the same bytes
         super().on_message_begin()
         self._begun = True
         self._fields = self._field_bytes = self._bodiless_bytes = 0

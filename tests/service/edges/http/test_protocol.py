@@ -495,10 +495,10 @@ def test_a_connection_that_has_sent_something_is_known_before_it_is_read():
 
 
 # More than the event loop can do.
-@pytest.fixture
-def crowded() -> Iterator[Served]:
+@contextmanager
+def crowd(limits: ConnectionLimits = SHORT) -> Iterator[Served]:
     """As many questions are open as are let in however late the loop is, and it is late."""
-    with served() as service, ExitStack() as stack:
+    with served(limits) as service, ExitStack() as stack:
         service.house.language.gate.clear()
         for _ in range(UNHURRIED + 1):
             stack.enter_context(service.connect()).sendall(post(QUESTION))
@@ -508,6 +508,12 @@ def crowded() -> Iterator[Served]:
         service.lag_s = 2 * MAX_LAG_S
         yield service
         service.house.language.gate.set()
+
+
+@pytest.fixture
+def crowded() -> Iterator[Served]:
+    with crowd() as service:
+        yield service
 
 
 @pytest.mark.parametrize("path", [b"/v1/vqa", b"/v1/images"])
@@ -523,6 +529,24 @@ def test_while_the_loop_does_not_keep_up_questions_are_refused_before_they_are_r
         client.sendall(post(b"{}"))
         assert read_response(client)[0] == 400
     assert crowded.house.counted("glimpse_refusals_total", reason="saturated") == 3
+
+
+def test_refused_questions_in_one_piece_leave_nothing_behind(crowded):
+    client = crowded.connect()
+    client.sendall(2 * post(QUESTION))
+    received = b""
+    while received.count(b"}}") < 2:
+        received += client.recv(65536)
+    assert received.count(b" 429 ") == 2
+    (lost,) = [
+        weakref.ref(each) for each in crowded.server.server_state.connections if each.client == client.getsockname()
+    ]
+    gc.disable()
+    try:
+        client.close()
+        eventually(lambda: lost() is None, 5, "it is freed")
+    finally:
+        gc.enable()
 
 
 def test_the_body_of_a_refused_question_is_discarded(crowded):

@@ -117,10 +117,23 @@ class _Flow(FlowControl):
     """Does not read while it is held, whoever wants to."""
 
     held = False
+    unread = False  # whether it waits for the client to read
 
     def resume_reading(self) -> None:
         if not self.held:
             super().resume_reading()
+
+    def read_when_writable(self) -> None:
+        """Read on once the client has read most of what was written."""
+        if self.write_paused:
+            self.unread = True
+            self.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.unread:
+            self.unread = False
+            self.resume_reading()
 
     def hold(self, held: bool) -> None:
         self.held = held
@@ -432,6 +445,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.parser.should_keep_alive():
             lines.append(b"connection: close")
         self.transport.write(STATUS_LINE[status] + b"\r\n".join([*lines, b"", body]))
+        self.flow.read_when_writable()  # type: ignore[attr-defined]
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer, as far as the responses before it allow, and read no more."""

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -547,6 +547,28 @@ def test_refused_questions_in_one_piece_leave_nothing_behind(crowded):
         eventually(lambda: lost() is None, 5, "it is freed")
     finally:
         gc.enable()
+
+
+def test_a_client_that_reads_no_refusal_is_not_read_either():
+    with crowd(replace(SHORT, write_timeout_s=60.0)) as crowded, crowded.connect() as client:
+        here = client.getsockname()
+        eventually(lambda: any(each.client == here for each in crowded.server.server_state.connections), 5, "it is in")
+        (protocol,) = [each for each in crowded.server.server_state.connections if each.client == here]
+        client.setblocking(False)
+        questions = 1000 * b"POST /v1/vqa HTTP/1.1\r\ncontent-length: 0\r\n\r\n"
+
+        def sent() -> bool:
+            with suppress(BlockingIOError):
+                client.send(questions)
+            return protocol.flow.read_paused
+
+        def received() -> bool:
+            with suppress(BlockingIOError):
+                client.recv(65536)
+            return not protocol.flow.read_paused
+
+        eventually(sent, 10, "it is read no more")
+        eventually(received, 10, "it is read again")
 
 
 def test_the_body_of_a_refused_question_is_discarded(crowded):

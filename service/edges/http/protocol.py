@@ -228,6 +228,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._end_at: float | None = None  # the connection ends then, whatever the client does
         self._unsent, self._unsent_since = 0, 0.0
         self._is_answered = False  # the request that is being read, at once
+        self._answered = 0  # at once, of the bytes that came last
 
     # The connection's life.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -280,6 +281,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # What comes.
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        self._answered = 0
         if self._deaf:
             self._discarded_bytes += len(data)
             if self._discarded_bytes > MAX_DISCARDED_BYTES:
@@ -348,7 +350,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # What the parser calls. `cycle` is uvicorn's word for a request and its response; it has the latest
     # one, or none while the connection is idle.
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= self.limits.max_queued_requests:
+        if max(len(self.pipeline), self._answered) >= self.limits.max_queued_requests:
             raise _Refused(429, "too_many_requests", "The connection has too many requests at once. Wait for answers.")
         self._unset_keepalive_if_required()  # of a request that was answered at once, in the same bytes
         super().on_message_begin()
@@ -435,6 +437,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Without the application, which takes ten times as long. The connection stays; what the client still sends of
         its request is discarded."""
         self._is_answered = True
+        self._answered += 1
         self._end_at = self.loop.time() + self.limits.linger_s
         status, _grpc = status_of(error)
         self.count("POST", "none", str(status))

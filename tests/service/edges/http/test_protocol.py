@@ -549,17 +549,25 @@ def test_refused_questions_in_one_piece_leave_nothing_behind(crowded):
         gc.enable()
 
 
+def test_too_many_refused_questions_in_one_piece_end_the_connection(crowded):
+    received = crowded.exchange(1000 * b"POST /v1/vqa HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+    most = SHORT.max_queued_requests
+    assert received.count(b"saturated") == most
+    assert refusal(received[received.rindex(b"HTTP/1.1 ") :]) == (429, "too_many_requests")
+
+
 def test_a_client_that_reads_no_refusal_is_not_read_either():
     with crowd(replace(SHORT, write_timeout_s=60.0)) as crowded, crowded.connect() as client:
         here = client.getsockname()
         eventually(lambda: any(each.client == here for each in crowded.server.server_state.connections), 5, "it is in")
         (protocol,) = [each for each in crowded.server.server_state.connections if each.client == here]
         client.setblocking(False)
-        questions = 1000 * b"POST /v1/vqa HTTP/1.1\r\ncontent-length: 0\r\n\r\n"
+        left = memoryview(2000 * post(20_000 * b"x"))  # a few in each piece that is read at once
 
         def sent() -> bool:
+            nonlocal left
             with suppress(BlockingIOError):
-                client.send(questions)
+                left = left[client.send(left) :]
             return protocol.flow.read_paused
 
         def received() -> bool:

@@ -265,10 +265,10 @@ def write_report(folder: Path, run: Run, entries: Sequence[Answered]) -> None:
     scores = score(run.form, entries)
     content = report.as_json(run, entries, scores)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    # A file's name or an answer may have half of a surrogate pair: as JSON it is \udxxx, on the page a question mark.
+    # A file's name or an answer may have half of a surrogate pair: as JSON it is \udxxx, elsewhere a question mark.
     (folder / REPORT).write_bytes(text.encode(errors="backslashreplace"))
     (folder / PAGE).write_bytes(report.as_page(run, entries, scores).encode(errors="replace"))
-    typer.echo(report.as_markdown(scores))
+    typer.echo(report.as_markdown(scores).encode(errors="replace"))
 
 
 def end(folder: Path, batch: Batch, without: int) -> None:

@@ -93,7 +93,10 @@ def test_text_that_is_no_unicode_ends_nothing(server, folder):
     name = os.fsdecode(b"n\xff.png")
     (folder / "images" / name).write_bytes(png((7, 7, 7)))
     with (folder / "questions.jsonl").open("a") as questions:
-        for fields in ({"question": "?", "answer": "\ud800"}, {"question": "\ud800", "answer": "red"}):
+        for fields in (
+            {"question": "?", "answer": "\ud800", "type": "\ud800"},
+            {"question": "\ud800", "answer": "red"},
+        ):
             questions.write(json.dumps({"image": name, **fields}) + "\n")
     status, report, told = evaluate(folder, server.url)
     assert (status, report["counts"]["answered"], report["counts"]["failed"]) == (1, 9, 1)

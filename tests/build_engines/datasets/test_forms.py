@@ -79,6 +79,11 @@ def test_only_files_are_images(tmp_path: Path) -> None:
     assert images_below(tmp_path) == [tmp_path / "a.png"]
 
 
+def test_a_missing_image_is_not_another_of_the_same_name(tmp_path: Path) -> None:
+    index = ImageIndex(tmp_path, [tmp_path / name for name in ("a/1.png", "a/2.png", "b/1.png")])
+    assert [index.find(name) for name in ("b/1.png", "c/1.png", "c/2.png", "1.png")] == [2, None, 1, 0]
+
+
 def test_files_may_lie_a_folder_below_and_other_json_is_passed_by(tmp_path: Path) -> None:
     for folder, files in (("annotations", 1), ("ocr", forms.MOST_JSON_FILES + 1)):
         (tmp_path / folder).mkdir()
@@ -142,4 +147,4 @@ def test_an_image_is_found_by_path_name_stem_and_number(tmp_path: Path) -> None:
     found = [
         index.find(name) for name in ("42", "COCO_val2014_000000000042", "n7", "b/n7.png", "elsewhere/n7.png", "8")
     ]
-    assert found == [0, 0, 1, 2, 1, None]
+    assert found == [0, 0, 1, 2, None, None]

@@ -39,6 +39,9 @@ class RandomDecoder:
     def recall(self, _: Prompt) -> npt.NDArray[np.floating]:
         return NO_PAST
 
+    def before_answer(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        return prompt.input_ids
+
     def read(self, _: Prompt, __: npt.NDArray[np.floating], tokens: int) -> npt.NDArray[np.floating]:
         return np.zeros((1, 1, tokens, 1), np.float32)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from build_engines.convert.options import Refused
 from build_engines.datasets import forms
-from build_engines.datasets.entries import Entry
+from build_engines.datasets.entries import Entry, NotReadable
 from build_engines.datasets.images import SUFFIXES, ImageIndex, images_below
 
 TEMPLATES = (
@@ -67,7 +67,8 @@ class Data:
 def read(folder: Path, limit: int | None = None) -> Data:
     """Read a folder. limit: use only this many images, in the order of their names.
 
-    Raises Refused if there are no images, or questions of which none is about an image of the folder.
+    Raises Refused if there are no images, questions of which none is about an image of the folder, or a file of
+    questions that cannot be read.
     """
     if not folder.is_dir():
         raise Refused(f"--data {folder} is no folder: give one with images and questions")
@@ -75,7 +76,10 @@ def read(folder: Path, limit: int | None = None) -> Data:
     if not paths:
         raise Refused(f"--data {folder} has no images: add some ({', '.join(sorted(SUFFIXES))})")
     skipped: dict[str, str] = {}
-    form, lines = _lines(folder, skipped)
+    try:
+        form, lines = _lines(folder, skipped)
+    except NotReadable as exc:
+        raise Refused(f"--data {folder}: {exc}") from exc
     if lines is None:
         paths = paths[:limit]
         return Data(paths, list(_from_templates(len(paths))), skipped, "templates")
@@ -104,7 +108,7 @@ def _lines(folder: Path, skipped: dict[str, str]) -> tuple[str, list[Entry] | No
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             skipped[path.name] = f"no JSON: {exc}"
             continue
         if kind := NAMES.get(forms.form_of(content)):

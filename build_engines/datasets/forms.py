@@ -62,8 +62,13 @@ def question_files(folder: Path) -> list[Path]:
     """The JSON files of a folder; if it has none, those of its folders."""
     if here := _json_files(folder):
         return here
-    below = [_json_files(each) for each in sorted(folder.iterdir()) if each.is_dir()]
+    below = [_json_files(each) for each in sorted(folder.iterdir()) if each.is_dir() and not _is_run(each)]
     return [file for files in below if len(files) <= MOST_JSON_FILES for file in files]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether `glimpse eval` has written its answers and report there."""
+    return (folder / "run.json").is_file() and (folder / "answers.jsonl").is_file()
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -115,7 +120,7 @@ def jsonl_entries(file: Path, skipped: Skipped) -> Iterator[Entry]:
             answers = told["answers"] if told.get("answers") is not None else told.get("answer")
             kinds = {"type": (str(told["type"]),)} if told.get("type") else {}
             yield Entry(str(told["image"]), str(told["question"]), _texts(answers), str(number), kinds)
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             skipped[f"{file.name}:{number}"] = f"needs a JSON object with image and question: {exc!r}"
 
 
@@ -129,7 +134,7 @@ def annotations_of(file: Path, folder: Path, skipped: Skipped) -> dict[Any, Mapp
         content = _content(path, skipped)
         told = content.get("annotations") if isinstance(content, dict) else None
         for each in told if isinstance(told, list) else []:
-            if isinstance(each, dict) and "question_id" in each:
+            if isinstance(each, dict) and isinstance(each.get("question_id"), int | str):
                 found[each["question_id"]] = each
     return found
 
@@ -155,7 +160,7 @@ def _read(file: Path, form: str, content: Any = None, folder: Path | None = None
 def _content(file: Path, skipped: Skipped) -> Any:
     try:
         return json.loads(_text(file))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         skipped[file.name] = f"no JSON: {exc}"
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +13,20 @@ NUMBER = re.compile(r"(\d+)$")
 
 def images_below(folder: Path) -> list[Path]:
     """Every image file of the folder and the folders below it, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 class ImageIndex:
     """Numbers of images by path in the folder, name, name without suffix, or the number at the end of the name.
 
-    COCO's image 42 is COCO_train2014_000000000042.jpg. What stands first in the order of the paths wins.
+    COCO's image 42 is COCO_train2014_000000000042.jpg. What stands first in the order of the paths wins. A path that
+    does not exist stands for the file of the same name in another folder, if there is only one.
     """
 
     def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
         self._by_number: dict[str, int] = {}
         self._by_name: dict[str, int] = {}
+        self._files = Counter(path.name for path in paths)  # by name
         for place, path in reversed(list(enumerate(paths))):
             if ends := NUMBER.search(path.stem):
                 self._by_number[str(int(ends.group(1)))] = place
@@ -31,7 +34,8 @@ class ImageIndex:
 
     def find(self, name: str) -> int | None:
         """The image's place among the paths; None if the folder does not have it."""
-        for key in (name, name.removeprefix("./"), name.rpartition("/")[2]):
+        file = name.rpartition("/")[2]
+        for key in (name, name.removeprefix("./"), *([file] if self._files[file] == 1 else [])):
             if (place := self._by_name.get(key)) is not None:
                 return place
         return self._by_number.get(name)

@@ -201,11 +201,20 @@ class Checkpoint:
 
     @property
     def decoder_start_id(self) -> int | None:
-        """The token with which an encoder-decoder begins an answer, as `generate` chooses it."""
+        """The token with which an encoder-decoder begins an answer, as `generate` chooses it.
+
+        Raises ValueError if the checkpoint names none.
+        """
         if not self.is_encoder_decoder:
             return None
         told = self.model.language_model.generation_config
-        return int(told.bos_token_id if told.decoder_start_token_id is None else told.decoder_start_token_id)
+        start = told.bos_token_id if told.decoder_start_token_id is None else told.decoder_start_token_id
+        if start is None:
+            raise ValueError(
+                "the language model's configuration has neither decoder_start_token_id nor bos_token_id, so that an "
+                "answer has no first token: add decoder_start_token_id, which is FlanT5's padding token 0"
+            )
+        return int(start)
 
     @property
     def max_positions(self) -> int:

@@ -43,7 +43,8 @@ class AnswersFile:
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Write these lines, and wait until the disk has them. Raises AskFailed."""
-        data = memoryview(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        data = memoryview(lines.encode(errors="backslashreplace"))  # half a surrogate pair is written as JSON's \udxxx
         try:
             while data:
                 data = data[os.write(self.descriptor, data) :]

@@ -169,7 +169,12 @@ class Asking:
         fields = question.fields()
         for _ in range(SENDINGS):
             body = fields | self.with_ids(fields)
-            response = self.service.post("/v1/vqa", json=body)
+            try:
+                response = self.service.post("/v1/vqa", json=body)
+            except UnicodeEncodeError as exc:
+                raise AskFailed(
+                    f"the text has half of a surrogate pair ({exc.object[exc.start]!a}): remove it"
+                ) from exc
             if response.status_code != 404:
                 break
             self.forget(fields, body)

@@ -168,7 +168,7 @@ def go_on_with(folder: Path, dataset: Dataset, model: Mapping[str, Any]) -> None
     path = folder / RUN
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not _has_answers(folder):
             path.write_text(json.dumps(now, indent=2) + "\n")
         before = json.loads(path.read_text())
     except (OSError, ValueError) as exc:
@@ -179,6 +179,11 @@ def go_on_with(folder: Path, dataset: Dataset, model: Mapping[str, Any]) -> None
                 f"{folder} has answers of another {name} ({json.dumps(before.get(name))}, now {json.dumps(value)}): "
                 "choose another --out"
             )
+
+
+def _has_answers(folder: Path) -> bool:
+    path = folder / ANSWERS
+    return path.exists() and path.stat().st_size > 0
 
 
 def answered(path: Path, chosen: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -259,9 +264,11 @@ def write_report(folder: Path, run: Run, entries: Sequence[Answered]) -> None:
 
     scores = score(run.form, entries)
     content = report.as_json(run, entries, scores)
-    (folder / REPORT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    (folder / PAGE).write_text(report.as_page(run, entries, scores))
-    typer.echo(report.as_markdown(scores))
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A file's name or an answer may have half of a surrogate pair: as JSON it is \udxxx, elsewhere a question mark.
+    (folder / REPORT).write_bytes(text.encode(errors="backslashreplace"))
+    (folder / PAGE).write_bytes(report.as_page(run, entries, scores).encode(errors="replace"))
+    typer.echo(report.as_markdown(scores).encode(errors="replace"))
 
 
 def end(folder: Path, batch: Batch, without: int) -> None:

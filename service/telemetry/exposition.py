@@ -13,7 +13,7 @@ MOST_SHARE = 0.05  # of the loop's time. One rendering takes some milliseconds, 
 
 
 class Exposition:
-    """Answer everyone who asks while a rendering is due with the same text, which is made after they asked."""
+    """Render once for all requests that wait. The text is made after they asked, so it is never stale."""
 
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.thread_time) -> None:
         """`clock` tells the seconds that a rendering takes."""

@@ -1,12 +1,16 @@
 """How many connections may be open, in all and from one address, and which of them makes room for a new one.
 
 A connection that has a request in work is never closed for a new one. If all connections are taken, the address that
-holds the most gives one up, so a caller with few connections keeps them whatever others do. Of that address's, the
-first to go has never sent a whole request, oldest first. The next has been idle longest. One that has just sent
-something is passed over: its request is not read yet, and a client cannot tell whether it may send that again. One
-address may replace a bounded number of connections a second: whoever connects again as soon as it is closed would
-otherwise keep the event loop busy with that alone. An address that holds far less than the largest is free of that
-bound. Pure: nothing here touches a socket, and time is an argument.
+holds the most gives one up, so a caller with few connections keeps them. If that address has none to spare, another's
+is closed.
+
+1. The oldest connection that has never sent a whole request goes first, then the one that has been idle longest.
+2. One that has just sent something is passed over: its request is not read yet, and a client cannot tell whether it may
+   send that again.
+3. One address may replace a bounded number of connections a second. A caller that connects again whenever it is closed
+   would otherwise keep the event loop busy. An address that holds less than half as many as the largest is exempt.
+
+Pure: nothing here touches a socket, and time is an argument.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Generic, TypeVar
 Connection = TypeVar("Connection", bound=Hashable)
 BURST_S = 10.0  # so many seconds' worth of replacements may come at once
 KEPT_RATES = 4096  # addresses whose rate is remembered; the one that came longest ago is forgotten first
+TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")  # all of IPv4, behind a translator. Source: RFC 6052
 MOST_LOOKED_AT = 16  # candidates, of which each may have sent something just now
 
 
@@ -87,10 +92,12 @@ class Rates:
 
 
 def network_of(address: str) -> str:
-    """The address; of IPv6 its /64, which one customer has whole."""
+    """The address; of IPv6 its /64, which one customer has whole. A translator's addresses stand for IPv4 ones."""
     if ":" not in address:
         return address
     read = ipaddress.IPv6Address(address.partition("%")[0])
+    if read in TRANSLATED:
+        return str(ipaddress.IPv4Address(read.packed[12:]))
     return str(read.ipv4_mapped or read.packed[:8].hex())
 
 
@@ -119,8 +126,8 @@ class Connections(Generic[Connection]):
     def admits(self, address: str, now: float, coming: int = 0) -> bool:
         """Whether a new connection may come in, before anything is made for it.
 
-        One that takes no other's place may, and one that holds little. `coming` have been let in and have not entered
-        yet.
+        It may if it takes no other's place, if its address holds few, or if that address's rate allows it. `coming`
+        connections have been let in and have not entered yet.
         """
         network = network_of(address)
         held = self._networks.get(network)

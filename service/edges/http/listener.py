@@ -1,8 +1,8 @@
 """Accept connections, and refuse those that may not come in before anything is made for them.
 
 uvloop's own listener makes a transport and a protocol before the service learns who calls. A connection that is refused
-here costs a twentieth of that. It is left without a response for a while, and then closed: whoever connects again at
-once would otherwise fill the queue of the listening socket, in which other callers wait as well.
+here costs a twentieth of that. It is left without a response for a while, and then closed. A caller that connects again
+at once would otherwise fill the queue of the listening socket, in which other callers wait too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ log = structlog.get_logger()
 AT_ONCE = 32  # connections accepted before the event loop does something else
 PAUSE_S = 0.02  # after AT_ONCE of which most were refused: they cost the loop a bounded share of its time
 FULL_PAUSE_S = 1.0  # while the process has no more open files
-# That the kernel takes of a response before the client has room for it. By default it takes megabytes, so a client that
-# never reads had dozens of responses made for it.
+# What the kernel keeps of a response that the client does not read. By default it keeps megabytes: dozens of responses
+# would be made for a client that never reads.
 MOST_UNSENT_BYTES = 65536
 RELEASE_EVERY_S = 0.1  # connections that were held long enough
 TOLD_EVERY_S = 10.0
@@ -99,7 +99,7 @@ class Listener:
         await asyncio.gather(*self._opening, return_exceptions=True)
 
     def _accept(self) -> None:
-        refused = 0
+        refused, pause_s = 0, 0.0
         for _ in range(AT_ONCE):
             try:
                 connection, address = self._socket.accept()
@@ -110,7 +110,7 @@ class Listener:
                     raise
                 self._held.close()
                 log.warning("no_open_files", error=exc.strerror, retry_s=FULL_PAUSE_S)
-                self._pause(FULL_PAUSE_S)
+                pause_s = FULL_PAUSE_S
                 break
             if self._admits(address[0] if address else "", self._loop.time(), len(self._opening)):
                 task = self._loop.create_task(self._open(connection))
@@ -122,7 +122,9 @@ class Listener:
         if refused:
             self._tell(refused)
             if refused > AT_ONCE // 2:
-                self._pause(PAUSE_S)
+                pause_s = max(pause_s, PAUSE_S)
+        if pause_s:
+            self._pause(pause_s)
 
     async def _open(self, connection: socket.socket) -> None:
         connection.setblocking(False)

@@ -65,7 +65,8 @@ class Protocols:
         try:
             self._edge.pipeline.require_turns(open_requests, self._edge.lag_s())
         except Overloaded as error:
-            return error
+            # Its frames would keep the connection and what it has sent until the next garbage collection.
+            return error.with_traceback(None)
         return None
 
 
@@ -116,10 +117,23 @@ class _Flow(FlowControl):
     """Does not read while it is held, whoever wants to."""
 
     held = False
+    unread = False  # whether it waits for the client to read
 
     def resume_reading(self) -> None:
         if not self.held:
             super().resume_reading()
+
+    def read_when_writable(self) -> None:
+        """Read on once the client has read most of what was written."""
+        if self.write_paused:
+            self.unread = True
+            self.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.unread:
+            self.unread = False
+            self.resume_reading()
 
     def hold(self, held: bool) -> None:
         self.held = held
@@ -214,6 +228,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._end_at: float | None = None  # the connection ends then, whatever the client does
         self._unsent, self._unsent_since = 0, 0.0
         self._is_answered = False  # the request that is being read, at once
+        self._answered = 0  # at once, of the bytes that came last
 
     # The connection's life.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -266,6 +281,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # What comes.
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        self._answered = 0
         if self._deaf:
             self._discarded_bytes += len(data)
             if self._discarded_bytes > MAX_DISCARDED_BYTES:
@@ -334,8 +350,9 @@ class LimitedProtocol(HttpToolsProtocol):
     # What the parser calls. `cycle` is uvicorn's word for a request and its response; it has the latest
     # one, or none while the connection is idle.
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= self.limits.max_queued_requests:
+        if max(len(self.pipeline), self._answered) >= self.limits.max_queued_requests:
             raise _Refused(429, "too_many_requests", "The connection has too many requests at once. Wait for answers.")
+        self._unset_keepalive_if_required()  # of a request that was answered at once, in the same bytes
         super().on_message_begin()
         self._begun = True
         self._fields = self._field_bytes = self._bodiless_bytes = 0
@@ -420,6 +437,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Without the application, which takes ten times as long. The connection stays; what the client still sends of
         its request is discarded."""
         self._is_answered = True
+        self._answered += 1
         self._end_at = self.loop.time() + self.limits.linger_s
         status, _grpc = status_of(error)
         self.count("POST", "none", str(status))
@@ -430,6 +448,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.parser.should_keep_alive():
             lines.append(b"connection: close")
         self.transport.write(STATUS_LINE[status] + b"\r\n".join([*lines, b"", body]))
+        self.flow.read_when_writable()  # type: ignore[attr-defined]
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Answer, as far as the responses before it allow, and read no more."""

@@ -15,7 +15,7 @@ class Rounds(Generic[Visited]):
     """One timer for all. A timer for each of 4,000 connections took a twentieth of a core."""
 
     def __init__(self, interval_s: float, visit: Callable[[Visited, float], None]) -> None:
-        """`visit` gets the loop's time. It may close what it visits, and add or discard others."""
+        """`visit` is given the loop's time too. It may close what it visits, and add or discard others."""
         self._interval_s = interval_s
         self._visit = visit
         self._since: dict[Visited, float] = {}  # the last visit, oldest first

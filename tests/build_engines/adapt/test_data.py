@@ -35,6 +35,15 @@ def test_questions_without_an_image_are_about_every_image(tmp_path: Path) -> Non
     assert data.read(tmp_path).questions == [Asked(0, "what?"), Asked(1, "what?")]
 
 
+def test_a_file_that_cannot_be_read_is_told_and_nested_json_is_skipped(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    assert set(data.read(tmp_path).skipped) == {"a.json"}
+    (tmp_path / "q.jsonl").mkdir()
+    with pytest.raises(Refused, match=r"q\.jsonl: Is a directory"):
+        data.read(tmp_path)
+
+
 def test_jsonl(tmp_path: Path) -> None:
     pictures(tmp_path, "a.png")
     lines = [json.dumps({"image": "a.png", "question": "what?", "answer": ["red", "blue", "red"]}), "{", "[]"]

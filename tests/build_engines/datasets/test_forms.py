@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,40 @@ def test_of_several_files_one_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(NotReadable, match=r"several files of questions \(train.json, val.json\): name one of them"):
         forms.read(tmp_path)
     assert forms.read(tmp_path / "val.json").entries[0].question == "val"
+
+
+NESTED = "[" * 100_000
+
+
+def test_json_that_is_nested_too_deep_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text(NESTED + '\n{"image": "a.png", "question": "?", "answer": "x"}\n')
+    found = forms.read(tmp_path)
+    assert (len(found.entries), list(found.skipped)) == (1, ["lines.jsonl:1"])
+    (tmp_path / "nested.json").write_text(NESTED)
+    with pytest.raises(NotReadable, match="no JSON"):
+        forms.read(tmp_path / "nested.json")
+
+
+def test_an_annotation_without_a_usable_question_id_is_passed_by(tmp_path: Path) -> None:
+    (tmp_path / "questions.json").write_text(
+        json.dumps({"questions": [{"image_id": 1, "question": "?", "question_id": 2}]})
+    )
+    annotations = [{"question_id": [2]}, {"question_id": 2, "multiple_choice_answer": "x"}]
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": annotations}))
+    assert forms.read(tmp_path).entries[0].answers == ("x",)
+
+
+def test_only_files_are_images(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "a.png").write_bytes(png())
+    assert images_below(tmp_path) == [tmp_path / "a.png"]
+
+
+def test_a_missing_image_is_not_another_of_the_same_name(tmp_path: Path) -> None:
+    index = ImageIndex(tmp_path, [tmp_path / name for name in ("a/1.png", "a/2.png", "b/1.png")])
+    assert [index.find(name) for name in ("b/1.png", "c/1.png", "c/2.png", "1.png")] == [2, None, 1, 0]
 
 
 def test_files_may_lie_a_folder_below_and_other_json_is_passed_by(tmp_path: Path) -> None:
@@ -112,4 +147,4 @@ def test_an_image_is_found_by_path_name_stem_and_number(tmp_path: Path) -> None:
     found = [
         index.find(name) for name in ("42", "COCO_val2014_000000000042", "n7", "b/n7.png", "elsewhere/n7.png", "8")
     ]
-    assert found == [0, 0, 1, 2, 1, None]
+    assert found == [0, 0, 1, 2, None, None]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.async_api import async_playwright
 
 from build_engines.evaluation.report import MOST_BARS, MOST_WRONG, Run, as_json, as_markdown, as_page, thumbnail
@@ -75,6 +77,14 @@ def test_tables_are_bounded_and_say_what_they_leave_out(tmp_path: Path) -> None:
 def test_a_file_that_is_no_image_has_no_thumbnail(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png()[:40])
     assert (thumbnail(tmp_path / "a.png"), thumbnail(tmp_path / "gone.png")) == ("", "")
+
+
+def test_an_image_with_broken_metadata_does_not_end_the_report(tmp_path: Path) -> None:
+    """It is to be turned, and its camera's maker is a number. The service reads such a file."""
+    turned, maker = struct.pack("<HHII", 0x112, 3, 1, 6), struct.pack("<HHIf", 0x10F, 11, 1, 1.0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + turned + maker + bytes(4)
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    assert thumbnail(tmp_path / "a.jpg") == ""
 
 
 @pytest.mark.needs("chromium")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -87,6 +88,23 @@ def test_what_cannot_be_used_is_skipped_told_and_counted(server, folder):
     assert report["metrics"]["exact match"]["value"] == 0.5
 
 
+def test_text_that_is_no_unicode_ends_nothing(server, folder):
+    """Half of a surrogate pair, as JSON may have it, and as Python reads a file's name that is no UTF-8."""
+    name = os.fsdecode(b"n\xff.png")
+    (folder / "images" / name).write_bytes(png((7, 7, 7)))
+    with (folder / "questions.jsonl").open("a") as questions:
+        for fields in (
+            {"question": "?", "answer": "\ud800", "type": "\ud800"},
+            {"question": "\ud800", "answer": "red"},
+        ):
+            questions.write(json.dumps({"image": name, **fields}) + "\n")
+    status, report, told = evaluate(folder, server.url)
+    assert (status, report["counts"]["answered"], report["counts"]["failed"]) == (1, 9, 1)
+    assert "half of a surrogate pair ('\\ud800'): remove it" in told
+    assert answers(folder)[-1]["image"] == f"images/{name}"
+    assert "n?.png" in (folder.parent / "out" / "report.html").read_text()
+
+
 def test_failures_are_no_wrong_answers_and_are_asked_again(server, folder):
     server.house.language.fault = DeadlineExceeded("too late")
     server.house.language.wait_at = 0
@@ -132,6 +150,24 @@ def test_answers_of_another_model_are_never_taken(server, folder):
     with serving(House(replace(CLOSER, fingerprint="another"))) as other:
         status, _, told = evaluate(folder, other.url)
     assert (status, "has answers of another model" in told) == (1, True)
+
+
+def test_a_run_that_ended_before_its_first_answer_begins_anew(server, folder):
+    out = folder.parent / "out"
+    out.mkdir()
+    (out / "run.json").touch()  # the program was killed while it wrote this
+    assert evaluate(folder, server.url)[0] == 0
+    assert json.loads((out / "run.json").read_text())["form"] == "jsonl"
+
+
+def test_the_same_command_goes_on_inside_the_folder_of_the_dataset(server, folder, monkeypatch):
+    """Questions and images lie one folder below, beside what the first run has written."""
+    (folder / "questions").mkdir()
+    (folder / "questions.jsonl").rename(folder / "questions" / "questions.jsonl")
+    monkeypatch.chdir(folder)
+    for _ in range(2):
+        assert run("eval", "--dataset", ".", "--url", server.url)[0] == 0
+    assert (folder / "set-eval" / "report.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import trustme
 from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, Overloaded, TooLarge
 from service.media.fetch import FetchRules, ImageFetcher, SystemResolver
 from service.telemetry.metrics import Metrics
+from tests.support.fakes import until
 from tests.support.image_hosts import ImageHost, Names, image_host, redirect, response
 from tests.support.pictures import encoded, picture
 
@@ -523,11 +524,17 @@ async def test_a_tenant_waits_for_its_turn_and_others_do_not(world):
 
 async def test_no_more_run_at_once_than_allowed(world):
     world.allowed.answers["/slow"] = silent
-    fetcher = world.fetcher(at_once=2, timeout_s=1.5)
-    fetches = [fetcher.fetch(world.url(path="/slow"), "", free) for _ in range(5)]
-    outcomes = await asyncio.gather(*fetches, return_exceptions=True)
-    assert sum(isinstance(outcome, Overloaded) for outcome in outcomes) == 3
+    fetcher = world.fetcher(at_once=2, timeout_s=20)
+    running = [asyncio.create_task(fetcher.fetch(world.url(path="/slow"), "", free)) for _ in range(2)]
+    await until(lambda: world.allowed.connections == 2)
+    fetcher.rules = replace(fetcher.rules, timeout_s=0.2)  # of those that wait, who end before the others
+    waiting = [fetcher.fetch(world.url(path="/slow"), "", free) for _ in range(3)]
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Overloaded] * 3
     assert world.allowed.connections == 2
+    for fetch in running:
+        fetch.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
 
 
 async def test_outcomes_are_counted(world):

@@ -164,6 +164,7 @@ def test_so_many_a_second_may_be_replaced_after_a_burst():
 def test_a_network_of_ipv6_is_one_address():
     assert network_of("2001:db8:1:2::1") == network_of("2001:db8:1:2:ffff::9") != network_of("2001:db8:1:3::1")
     assert network_of("::ffff:192.0.2.1") == network_of("192.0.2.1") != network_of("::ffff:192.0.2.2")
+    assert network_of("64:ff9b::192.0.2.1") == network_of("192.0.2.1") != network_of("64:ff9b::192.0.2.2")
     assert network_of("fe80::1%eth0") == network_of("fe80::2")
     connections: Connections[str] = Connections(9, 1, 10.0)
     entered(connections, "one", address="2001:db8:1:2::1")

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -495,10 +495,10 @@ def test_a_connection_that_has_sent_something_is_known_before_it_is_read():
 
 
 # More than the event loop can do.
-@pytest.fixture
-def crowded() -> Iterator[Served]:
+@contextmanager
+def crowd(limits: ConnectionLimits = SHORT) -> Iterator[Served]:
     """As many questions are open as are let in however late the loop is, and it is late."""
-    with served() as service, ExitStack() as stack:
+    with served(limits) as service, ExitStack() as stack:
         service.house.language.gate.clear()
         for _ in range(UNHURRIED + 1):
             stack.enter_context(service.connect()).sendall(post(QUESTION))
@@ -508,6 +508,12 @@ def crowded() -> Iterator[Served]:
         service.lag_s = 2 * MAX_LAG_S
         yield service
         service.house.language.gate.set()
+
+
+@pytest.fixture
+def crowded() -> Iterator[Served]:
+    with crowd() as service:
+        yield service
 
 
 @pytest.mark.parametrize("path", [b"/v1/vqa", b"/v1/images"])
@@ -523,6 +529,54 @@ def test_while_the_loop_does_not_keep_up_questions_are_refused_before_they_are_r
         client.sendall(post(b"{}"))
         assert read_response(client)[0] == 400
     assert crowded.house.counted("glimpse_refusals_total", reason="saturated") == 3
+
+
+def test_refused_questions_in_one_piece_leave_nothing_behind(crowded):
+    client = crowded.connect()
+    client.sendall(2 * post(QUESTION))
+    received = b""
+    while received.count(b"}}") < 2:
+        received += client.recv(65536)
+    assert received.count(b" 429 ") == 2
+    (lost,) = [
+        weakref.ref(each) for each in crowded.server.server_state.connections if each.client == client.getsockname()
+    ]
+    gc.disable()
+    try:
+        client.close()
+        eventually(lambda: lost() is None, 5, "it is freed")
+    finally:
+        gc.enable()
+
+
+def test_too_many_refused_questions_in_one_piece_end_the_connection(crowded):
+    received = crowded.exchange(1000 * b"POST /v1/vqa HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+    most = SHORT.max_queued_requests
+    assert received.count(b"saturated") == most
+    assert refusal(received[received.rindex(b"HTTP/1.1 ") :]) == (429, "too_many_requests")
+
+
+def test_a_client_that_reads_no_refusal_is_not_read_either():
+    with crowd(replace(SHORT, write_timeout_s=60.0)) as crowded, crowded.connect() as client:
+        here = client.getsockname()
+        eventually(lambda: any(each.client == here for each in crowded.server.server_state.connections), 5, "it is in")
+        (protocol,) = [each for each in crowded.server.server_state.connections if each.client == here]
+        client.setblocking(False)
+        left = memoryview(2000 * post(20_000 * b"x"))  # a few in each piece that is read at once
+
+        def sent() -> bool:
+            nonlocal left
+            with suppress(BlockingIOError):
+                left = left[client.send(left) :]
+            return protocol.flow.read_paused
+
+        def received() -> bool:
+            with suppress(BlockingIOError):
+                client.recv(65536)
+            return not protocol.flow.read_paused
+
+        eventually(sent, 10, "it is read no more")
+        eventually(received, 10, "it is read again")
 
 
 def test_the_body_of_a_refused_question_is_discarded(crowded):

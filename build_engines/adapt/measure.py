@@ -177,9 +177,12 @@ def report(
     student: Student, drawer: Drawer, rows: Sequence[int], threshold: float, others: Mapping[str, RelevanceAllocator]
 ) -> dict[str, Any]:
     """Every arm at every budget, and what follows: the default budget, and whether the allocator gains anything."""
-    every = list(rows)[:MOST_MEASURED]
-    rows = [row for row in every if not drawer.lessons.nearer[row]]
-    near = [row for row in every if drawer.asked[row].image in drawer.store.closer]
+    lessons, order = drawer.lessons, np.random.default_rng(7).permutation(rows).tolist()
+    # Agreement with a guess says nothing. A teacher that is never sure is measured as it is.
+    trusted = [row for row in order if lessons.trusted(row)]
+    every = trusted or order
+    rows = [row for row in every if not lessons.nearer[row]][:MOST_MEASURED]
+    near = [row for row in every if drawer.asked[row].image in drawer.store.closer][:MOST_MEASURED]
     arms = (GUIDED, RANDOM, UNIFORM, *others)
     jobs = [(arm, (tokens, tokens), False) for tokens in BUDGETS for arm in arms]
     if near and student.allocator.closer is not None:
@@ -194,6 +197,7 @@ def report(
     gains = any(differences[view]["interval"][0] > 0 for view in VIEWS if view in differences)
     adaptive = measure(student, drawer, rows, GUIDED, (least, MOST_TOKENS), others)
     return {
+        "sure": round(len(trusted) / max(1, len(order)), 4),
         "questions": len(rows),
         "images": len({drawer.asked[row].image for row in rows}),
         "threshold": threshold,

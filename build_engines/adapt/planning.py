@@ -16,7 +16,7 @@ from build_engines.convert.inspection import inspect
 from build_engines.convert.options import Refused
 from service.media.decoder import ImageLimits
 
-CLOSER_SHARE_OF_A_STEP = 0.25
+CLOSER_SHARE_OF_A_STEP = 0.5
 ASKED_A_STEP = 3  # most questions about an image in one step: more images teach more than more questions
 
 

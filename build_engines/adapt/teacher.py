@@ -69,6 +69,10 @@ class Lessons:
         """How much the whole view's answer teaches: its probability, as the geometric mean of its tokens'."""
         return float(self.sure[row] ** (1 / (len(self.answers[row]) + 1)))
 
+    def trusted(self, row: int) -> bool:
+        """Whether the teacher is sure of its answer, from whichever view."""
+        return self.nearer[row] or self.sure[row] >= UNSURE
+
     def of(self, rows: Sequence[int]) -> Lessons:
         """Those of these questions only."""
         return Lessons(

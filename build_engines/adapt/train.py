@@ -210,6 +210,11 @@ class Drawer:
             self._of.setdefault(one.image, []).append(number)
         self._images = sorted(self._of)
         self._closer = [image for image in self._images if image in self.store.closer]
+        self._nearer = {
+            image: near
+            for image in self._closer
+            if (near := [number for number in self._of[image] if self.lessons.nearer[number]])
+        }
 
     def first(self, most: int) -> Drawer:
         """A drawer of the first questions."""
@@ -224,12 +229,15 @@ class Drawer:
         for images, number, closely in (
             [(self._images, self.schedule.map_images, False)]
             if only_map
-            else [(self._images, self.schedule.images, False), (self._closer, self.schedule.closer_images, True)]
+            else [
+                (self._images, self.schedule.images, False),
+                (list(self._nearer) or self._closer, self.schedule.closer_images, True),
+            ]
         ):
             if images and number:
                 total = -(-number // ranks) * ranks
                 chosen = [images[i] for i in rng.integers(len(images), size=total)]
-                rows = [int(rng.choice(self._of[image])) for image in chosen for _ in range(self.schedule.asked)]
+                rows = [self._question(rng, image, closely) for image in chosen for _ in range(self.schedule.asked)]
                 budgets = draw_budgets(rng, len(rows), closely, self.schedule.thirds)
                 here = slice(rank * total // ranks, (rank + 1) * total // ranks)
                 mine = slice(here.start * self.schedule.asked, here.stop * self.schedule.asked)
@@ -237,6 +245,11 @@ class Drawer:
                 batch = self.batch(rows[mine], budgets[mine], closely)
                 found.append(replace(batch, only_map=only_map, noise=noise if self.adapters else None))
         return found
+
+    def _question(self, rng: np.random.Generator, image: int, closely: bool) -> int:
+        """A question about this image; with the closer view, every second one is answered from nearer."""
+        near = self._nearer.get(image, [])
+        return int(rng.choice(near if closely and near and rng.random() < 0.5 else self._of[image]))
 
     def batch(self, rows: Sequence[int], budgets: Sequence[int], closely: bool) -> Batch:
         """The questions of these numbers, each with its fixed budget of vision tokens."""

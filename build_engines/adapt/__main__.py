@@ -31,9 +31,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--teacher", choices=TEACHERS, default="auto",
                        help="what is learned from: tokens (no LLM), likelihood of the LLM's answers, or the data's "
                        "answers [likelihood if the LLM fits in memory]")  # fmt: skip
-    found.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
+    found.add_argument(
+        "--steps",
+        type=int,
+        default=600,
+        help="training steps, after twice as many of relevance alone (default: %(default)s)",
+    )
     found.add_argument("--batch", type=int, default=16, help="images a step (default: %(default)s)")
-    found.add_argument("--questions", type=int, default=3, help="most questions an image (default: %(default)s)")
+    found.add_argument("--questions", type=int, default=8, help="most questions an image (default: %(default)s)")
     found.add_argument("--images", type=int, help="use only this many images [all]")
     found.add_argument("--closer-share", type=float, default=0.3,
                        help="greatest share of the images with a closer view, of 448 pixels or more; 0 leaves the "

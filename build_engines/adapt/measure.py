@@ -32,6 +32,7 @@ BUDGETS = (64, 80, 96, 112, 128, 192, 256)
 CLOSER_BUDGETS = (112, 160, 256, 400)
 MOST_MEASURED, MOST_SETTLED = 300, 300  # questions
 AT_ONCE = 24  # questions
+VIEWS = ("whole view", "closer view")
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,12 @@ def report(
     student: Student, drawer: Drawer, rows: Sequence[int], threshold: float, others: Mapping[str, RelevanceAllocator]
 ) -> dict[str, Any]:
     """Every arm at every budget, and what follows: the default budget, and whether the allocator gains anything."""
-    every = list(rows)[:MOST_MEASURED]
-    rows = [row for row in every if not drawer.lessons.nearer[row]]
-    near = [row for row in every if drawer.asked[row].image in drawer.store.closer]
+    lessons, order = drawer.lessons, np.random.default_rng(7).permutation(rows).tolist()
+    # Agreement with a guess says nothing. A teacher that is never sure is measured as it is.
+    trusted = [row for row in order if lessons.trusted(row)]
+    every = trusted or order
+    rows = [row for row in every if not lessons.nearer[row]][:MOST_MEASURED]
+    near = [row for row in every if drawer.asked[row].image in drawer.store.closer][:MOST_MEASURED]
     arms = (GUIDED, RANDOM, UNIFORM, *others)
     jobs = [(arm, (tokens, tokens), False) for tokens in BUDGETS for arm in arms]
     if near and student.allocator.closer is not None:
@@ -190,9 +194,10 @@ def report(
         found[arm, budget[0], closely] = measure(student, drawer, asked, arm, budget, others, closely)
     least = least_budget({tokens: found[GUIDED, tokens, False] for tokens in BUDGETS}, threshold)
     differences = _differences(found, arms)
-    gains = any(told["interval"][0] > 0 for told in differences.values() if not told["closer"])
+    gains = any(differences[view]["interval"][0] > 0 for view in VIEWS if view in differences)
     adaptive = measure(student, drawer, rows, GUIDED, (least, MOST_TOKENS), others)
     return {
+        "sure": round(len(trusted) / max(1, len(order)), 4),
         "questions": len(rows),
         "images": len({drawer.asked[row].image for row in rows}),
         "threshold": threshold,
@@ -223,18 +228,29 @@ def least_budget(guided: Mapping[int, Spent], threshold: float) -> int:
 
 
 def _differences(found: Mapping[tuple[str, int, bool], Spent], arms: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """At each budget, the guided arm less the best other one on the same questions."""
-    told = {}
-    for tokens, closely in sorted({(tokens, closely) for _, tokens, closely in found}):
-        ours = found[GUIDED, tokens, closely]
-        best = max((arm for arm in arms if arm != GUIDED), key=lambda arm: found[arm, tokens, closely].values.mean())
-        figure = mean(ours.values - found[best, tokens, closely].values, ours.images)
-        if figure is not None and (closely or tokens < MOST_TOKENS):
-            told[f"{tokens}{' closer' if closely else ''}"] = {
-                "other": best, "closer": closely, "difference": round(figure.value, 4),
-                "interval": [round(figure.low, 4), round(figure.high, 4)],
-            }  # fmt: skip
+    """The guided arm less the best other one on the same questions: at each budget, and their mean in each view."""
+    told: dict[str, dict[str, Any]] = {}
+    for closely in (False, True):
+        budgets = sorted({tokens for _, tokens, near in found if near == closely and (near or tokens < MOST_TOKENS)})
+        several = []
+        for tokens in budgets:
+            ours = found[GUIDED, tokens, closely]
+            best = max(
+                (arm for arm in arms if arm != GUIDED), key=lambda arm: found[arm, tokens, closely].values.mean()
+            )
+            several.append(ours.values - found[best, tokens, closely].values)
+            told |= _told(f"{tokens}{' closer' if closely else ''}", several[-1], ours.images, other=best)
+        if several:
+            told |= _told(VIEWS[closely], np.mean(several, axis=0), ours.images)
     return told
+
+
+def _told(name: str, differences: np.ndarray, images: np.ndarray, **more: str) -> dict[str, dict[str, Any]]:
+    figure = mean(differences, images)
+    if figure is None:
+        return {}
+    interval = [round(figure.low, 4), round(figure.high, 4)]
+    return {name: more | {"difference": round(figure.value, 4), "interval": interval}}
 
 
 def plot(told: Mapping[str, Any], path: Path) -> None:
@@ -244,7 +260,7 @@ def plot(told: Mapping[str, Any], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
-    views = {"arms": "whole view", "closer": "with the closer view"}
+    views = dict(zip(("arms", "closer"), VIEWS, strict=True))
     shown = [view for view in views if told[view]]
     figure, axes = pyplot.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False)
     for axis, view in zip(axes[0], shown, strict=True):

@@ -16,7 +16,8 @@ from build_engines.convert.inspection import inspect
 from build_engines.convert.options import Refused
 from service.media.decoder import ImageLimits
 
-CLOSER_SHARE_OF_A_STEP = 0.25
+CLOSER_SHARE_OF_A_STEP = 0.5
+ASKED_A_STEP = 3  # most questions about an image in one step: more images teach more than more questions
 
 
 def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
@@ -33,8 +34,9 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     near = max(1, round(CLOSER_SHARE_OF_A_STEP * options.batch)) if closer else 0
     schedule = Schedule(
         steps=options.steps,
+        relevance_steps=2 * options.steps,
         images=max(1, options.batch - near),
-        asked=options.questions,
+        asked=min(options.questions, ASKED_A_STEP),
         closer_images=near,
         map_images=3 * options.batch,
         thirds=LARGE if options.large_budgets else UNIFORM,

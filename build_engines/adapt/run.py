@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,7 +22,7 @@ from build_engines.adapt.adapters import changed
 from build_engines.adapt.chain import Language, Questions, Reader, new_allocator, prompts_of
 from build_engines.adapt.data import Asked, Data
 from build_engines.adapt.features import FeatureStore
-from build_engines.adapt.teacher import ANSWERS, TOKENS, Lessons, Teacher
+from build_engines.adapt.teacher import ANSWERS, LIKELIHOOD, TOKENS, Teacher
 from build_engines.adapt.train import Drawer, Schedule, Student, Training, accelerator_of
 from build_engines.model.adapted import DISTILLED, FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
 from build_engines.model.allocation import Allocation
@@ -84,8 +86,14 @@ def adapt(job: Job, found: Data) -> Adapted:
     allocator = new_allocator(checkpoint, bool(store.closer), job.schedule.seed).to(accelerator.device)
     student = Student(allocator, reader, language, questions, adapters)
     drawer = Drawer(store, asked, lessons, job.schedule, accelerator.device, bool(adapters))
-    training = Training(accelerator, student, job.schedule, job.work)
-    training.run(drawer_of(drawer, training_rows))
+    training = Training(accelerator, student, job.schedule, job.work, teacher.key(asked, store))
+    learned = drawer_of(drawer, training_rows)
+    training.run(learned, relevance=True)
+    if training.step == job.schedule.relevance_steps:
+        student.settle_level(learned)
+    if job.teacher == LIKELIHOOD:
+        learned = looked_nearer(accelerator, training, teacher, learned, job.work)
+    training.run(learned)
     times["training"] = time.monotonic() - started
     if accelerator.is_main_process:
         measured_rows = [row for row, one in enumerate(asked) if one.image in kept_apart]
@@ -130,14 +138,17 @@ def chosen_questions(found: Data, store: FeatureStore, job: Job) -> list[Asked]:
 
 def drawer_of(drawer: Drawer, rows: Sequence[int]) -> Drawer:
     """A drawer of these questions only."""
-    lessons = drawer.lessons
-    part = Lessons(
-        [lessons.answers[row] for row in rows],
-        [lessons.sure[row] for row in rows],
-        [lessons.nearer[row] for row in rows],
-        lessons.importance[list(rows)],
-    )
-    return replace(drawer, asked=[drawer.asked[row] for row in rows], lessons=part)
+    return replace(drawer, asked=[drawer.asked[row] for row in rows], lessons=drawer.lessons.of(rows))
+
+
+def looked_nearer(accelerator: Accelerator, training: Training, teacher: Teacher, drawer: Drawer, work: Path) -> Drawer:
+    """The drawer with answers from nearer, where trained relevance says. A continued training has them already."""
+    if training.step == training.schedule.relevance_steps and accelerator.is_main_process:
+        relevance = training.student.relevance(drawer)
+        learned = np.sqrt(relevance / (1 - relevance))  # the odds were learned from the square of importance
+        teacher.look_nearer(drawer.asked, drawer.store, drawer.lessons, learned, work)
+    accelerator.wait_for_everyone()
+    return replace(drawer, lessons=drawer.lessons.with_nearer(work))
 
 
 def publish(

@@ -9,10 +9,12 @@ With the form `answers`, the data's answers take the place of the model's own.
 
 The change is measured to first order, at the gates of the patches (`gates.py`), with all patches open. For an image
 with a closer view, the model also looks at the quarter of the image that mattered most, as at an image of its own. If
-the whole view is unsure and the quarter is sure, the quarter's answer is the one to give.
+the whole view is unsure and the quarter is sure, the quarter's answer is the one to give. Once relevance is trained,
+`look_nearer` chooses the quarters again by it.
 
     WORK/teacher.json       key, number of finished questions, answers
     WORK/importance.f16     [Q, 256] in [0, 1]
+    WORK/nearer.json        answers from quarters that relevance chose, by question
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,34 @@ class Lessons:
     nearer: list[bool]  # whether the answer is that of a quarter, from nearer
     importance: np.ndarray  # float16 [Q, 256] in [0, 1]
 
+    def with_nearer(self, work: Path) -> Lessons:
+        """These, with the answers from nearer that `Teacher.look_nearer` kept, if it did."""
+        try:
+            kept = json.loads((work / "nearer.json").read_text())
+        except OSError:
+            return self
+        answers, nearer = list(self.answers), list(self.nearer)
+        for row, answer in kept.items():
+            answers[int(row)], nearer[int(row)] = answer, True
+        return replace(self, answers=answers, nearer=nearer)
+
+    def weight(self, row: int) -> float:
+        """How much the whole view's answer teaches: its probability, as the geometric mean of its tokens'."""
+        return float(self.sure[row] ** (1 / (len(self.answers[row]) + 1)))
+
+    def trusted(self, row: int) -> bool:
+        """Whether the teacher is sure of its answer, from whichever view."""
+        return self.nearer[row] or self.sure[row] >= UNSURE
+
+    def of(self, rows: Sequence[int]) -> Lessons:
+        """Those of these questions only."""
+        return Lessons(
+            [self.answers[row] for row in rows],
+            [self.sure[row] for row in rows],
+            [self.nearer[row] for row in rows],
+            self.importance[list(rows)],
+        )
+
 
 @dataclass
 class Teacher:
@@ -67,7 +97,7 @@ class Teacher:
 
     def teach(self, asked: Sequence[Asked], store: FeatureStore, work: Path, stop_after: int | None = None) -> Lessons:
         """Answer every question, or load what an earlier start answered. stop_after: batches, as a kill would."""
-        record, key = work / "teacher.json", self._key(asked, store)
+        record, key = work / "teacher.json", self.key(asked, store)
         kept = _kept(record, key)
         path = work / "importance.f16"
         mode: Any = "r+" if kept["done"] and path.exists() else "w+"
@@ -91,7 +121,8 @@ class Teacher:
         bar.close()
         return found
 
-    def _key(self, asked: Sequence[Asked], store: FeatureStore) -> str:
+    def key(self, asked: Sequence[Asked], store: FeatureStore) -> str:
+        """A digest of what is taught from: the form, the images, the encoder and the questions."""
         told = [self.form, store.key, str(MOST_ANSWER), *(f"{one.image} {one.text} {one.answer}" for one in asked)]
         return blake3("\n".join(told).encode()).hexdigest()
 
@@ -121,7 +152,8 @@ class Teacher:
         if self.form == ANSWERS:  # given answers are right, however sure the model is of them
             sure = [1.0] * len(asked)
         if self.form == LIKELIHOOD:
-            self._look_nearer(asked, store, importance, said, sure, nearer)
+            for row, answer in self._from_nearer(asked, store, importance, sure).items():
+                said[row], nearer[row] = answer, True
         found.answers += said
         found.sure += sure
         found.nearer += nearer
@@ -137,19 +169,37 @@ class Teacher:
             total += gradient[:, 1 : 1 + PATCH_COUNT].square()
         return total.sqrt()
 
+    def look_nearer(
+        self, asked: Sequence[Asked], store: FeatureStore, found: Lessons, importance: np.ndarray, work: Path
+    ) -> Lessons:
+        """Look again where the whole view was unsure, at the quarter that `importance` [Q, 256] chooses.
+
+        Importance that was learned from all questions errs less than what was measured for one. The answers are
+        kept in WORK/nearer.json, because relevance changes as training goes on.
+        """
+        record = work / "nearer.json"
+        answers: dict[str, list[int]] = {}
+        for first in range(0, len(asked), self.batch):
+            rows = slice(first, first + self.batch)
+            near = self._from_nearer(asked[rows], store, importance[rows], found.sure[rows])
+            answers |= {str(first + row): answer for row, answer in near.items()}
+        partial = record.with_suffix(".partial")
+        partial.write_text(json.dumps(answers))
+        os.replace(partial, record)
+        return found.with_nearer(work)
+
     @torch.no_grad()
-    def _look_nearer(
-        self, asked: Sequence[Asked], store: FeatureStore, importance: np.ndarray, said: list[list[int]],
-        sure: list[float], nearer: list[bool],
-    ) -> None:  # fmt: skip
-        """Replace unsure answers by those of the quarter that matters, where that quarter is sure. In place."""
+    def _from_nearer(
+        self, asked: Sequence[Asked], store: FeatureStore, importance: np.ndarray, sure: Sequence[float]
+    ) -> dict[int, list[int]]:
+        """For questions of which the whole view is unsure, the answer of the quarter that matters, if it is sure."""
         quarter, share = quarters(importance)
         rows = [
             row for row, one in enumerate(asked)
             if one.image in store.closer and sure[row] < UNSURE and share[row] > CONCENTRATED
         ]  # fmt: skip
         if not rows or self.language is None:
-            return
+            return {}
         crops = store.take_crops([asked[row].image for row in rows])[range(len(rows)), quarter[rows]].to(self.device)
         texts = [asked[row].text for row in rows]
         question = tuple(part.to(self.device) for part in self.questions.tensors(texts))
@@ -157,9 +207,9 @@ class Teacher:
         visual = self.reader.visual(self.allocation.sources(crops), gates, owner, question)
         answers = self.language.answer(visual, texts)
         probability = self.language.speak(visual, texts, answers).probability.tolist()
-        for row, answer, sureness in zip(rows, answers, probability, strict=True):
-            if sureness > SURE:
-                said[row], nearer[row] = answer, True
+        return {
+            row: answer for row, answer, sureness in zip(rows, answers, probability, strict=True) if sureness > SURE
+        }
 
 
 def full_view(rows: int) -> Tensor:
@@ -168,9 +218,9 @@ def full_view(rows: int) -> Tensor:
 
 
 def normalised(change: Tensor) -> np.ndarray:
-    """Magnitudes of changes [R, 256], smoothed over neighbours and divided by the greatest: in [0, 1]."""
-    grid = change.abs().unflatten(1, (1, GRID, GRID))
-    return (grid / grid.amax((2, 3), keepdim=True).clamp(min=1e-20)).flatten(1).cpu().numpy()
+    """Magnitudes of changes [R, 256], divided by the greatest: in [0, 1]."""
+    size = change.abs()
+    return (size / size.amax(1, keepdim=True).clamp(min=1e-20)).cpu().numpy()
 
 
 def quarters(importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

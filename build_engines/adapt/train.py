@@ -1,7 +1,8 @@
 """Train an allocator so that a budget of vision tokens gives what the full view gives.
 
 The encoder and the language model stay frozen, and so does the Q-Former unless LoRA is asked for. A step reads the
-kept features, so it costs the allocator and the Q-Former, and with a likelihood teacher the language model.
+kept features, so it costs the allocator and the Q-Former, and with a likelihood teacher the language model. The first
+half of the training is relevance alone, which takes neither.
 `accelerate` runs it on one process or on many (`torchrun`, DDP). Every step draws the whole batch from its own seed,
 and each process takes its share of it, so that one process and several compute the same step.
 """
@@ -35,8 +36,8 @@ from build_engines.model.relaxation import choose, gates_of
 
 QUERIES = 32
 UNIFORM, LARGE = (1.0, 1.0, 1.0), (2.0, 3.0, 5.0)  # weights of the thirds of the budgets; 2:3:5 is TokenFLEX's
-MAP_WEIGHT, TOKEN_WEIGHT = 1.0, 0.1  # of the losses beside that of the answers
-EMPHASIS = 2.0  # importance from 1 / EMPHASIS of the greatest counts as wholly relevant
+TOKEN_WEIGHT = 0.1  # of the visual tokens' loss beside that of the answers
+GREATEST = 0.9  # relevance of a question's most relevant patch, in the median
 WARMUP = 0.05  # of the steps
 CLIPPED = 2.0
 
@@ -45,11 +46,12 @@ CLIPPED = 2.0
 class Schedule:
     """The size of a training. Images and questions are those of all processes together."""
 
-    steps: int = 600
+    steps: int = 600  # of the whole allocator
+    relevance_steps: int = 1200  # before these, of relevance alone, which stays as it is then
     images: int = 12  # a step
     asked: int = 3  # questions an image
     closer_images: int = 4  # a step, with the closer view
-    map_images: int = 48  # a step, whose questions train relevance only: that takes no Q-Former
+    map_images: int = 48  # a step of relevance
     rate: float = 1.5e-3
     thirds: tuple[float, float, float] = UNIFORM
     seed: int = 5
@@ -97,19 +99,17 @@ class Student(nn.Module):
     def learn(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         question = self.question(batch)
         weighed = self.weigh(batch, question)
-        target = (EMPHASIS * batch.importance).clamp(max=1.0)
-        loss = MAP_WEIGHT * functional.binary_cross_entropy(
-            weighed.scores[:, 2].clamp(1e-5, 1 - 1e-5), target, weight=1 + 2 * target
-        )
-        name = "map" if batch.only_map else "plain" if batch.detail is None else "closer"
-        parts = {f"{name}_map": loss.item()}
         if batch.only_map:
-            return loss, parts
+            loss = divergence(weighed.scores[:, 2], batch.importance)
+            return loss, {"map": loss.item()}
+        loss, parts = torch.zeros_like(batch.sure).sum(), {}
+        name = "plain" if batch.detail is None else "closer"
         visual = self.read(batch, weighed, question)
         if batch.detail is None:
             with torch.no_grad():
                 whole = self.whole(batch, question)
-            error = (visual - whole).square().mean() / whole.var().clamp(min=1e-12)
+            # Over each question's own variance: the share of a process gives what the whole batch gives.
+            error = ((visual - whole).square().mean((1, 2)) / whole.var((1, 2)).clamp(min=1e-12)).mean()
             loss = loss + (1.0 if self.language is None else TOKEN_WEIGHT) * error
             parts[f"{name}_tokens"] = error.item()
         if self.language is not None:
@@ -147,6 +147,26 @@ class Student(nn.Module):
         tokens = allocation.sources(batch.features, self.allocator.detail(batch.features, batch.detail))
         return self.reader.visual(tokens, gates_of(allocation, choice), batch.owner, question)
 
+    @torch.no_grad()
+    def settle_level(self, drawer: Drawer, most: int = 960) -> None:
+        """Shift relevance so that the most relevant patch is GREATEST in the median: which patches lead stays the same.
+
+        `divergence` teaches which patches, and leaves the level open. Settling twice changes nothing.
+        """
+        if self.allocator.participatory is not None:
+            greatest = torch.logit(torch.from_numpy(self.relevance(drawer.first(most)).max(1)))
+            self.allocator.participatory.bias += torch.logit(torch.tensor(GREATEST)) - greatest.median()
+
+    @torch.no_grad()
+    def relevance(self, drawer: Drawer, at_once: int = 64) -> np.ndarray:
+        """What each of the drawer's questions is about, float32 [Q, 256] in [0, 1]."""
+        found = []
+        for first in range(0, len(drawer.asked), at_once):
+            rows = range(first, min(first + at_once, len(drawer.asked)))
+            batch = drawer.batch(rows, [CELL_COUNT] * len(rows), False)
+            found.append(self.weigh(batch, self.question(batch)).scores[:, 2].cpu().numpy())
+        return np.concatenate(found)
+
     def whole(self, batch: Batch, question: tuple[Tensor, Tensor]) -> Tensor:
         """Visual tokens [R, 32, H] of the full view."""
         tokens = self.allocator.allocation.sources(batch.features)
@@ -158,6 +178,19 @@ class Student(nn.Module):
             return self.reader.visual(tokens, full_view(len(batch.owner)).to(tokens), batch.owner, question)
         images = torch.arange(len(tokens), device=tokens.device)  # all questions about an image share them
         return self.reader.visual(tokens, full_view(len(tokens)).to(tokens), images, question)[batch.owner]
+
+
+def divergence(relevance: Tensor, importance: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence, nats, of relevance from importance, both [R, 256] in [0, 1].
+
+    Each is taken as a distribution over the patches: the odds of relevance, and the square of importance. So a patch
+    that matters for one answer by chance costs little, and what matters most for every answer about a thing leads.
+    """
+    odds = torch.logit(relevance.clamp(1e-6, 1 - 1e-6))
+    target = importance.square()
+    return functional.kl_div(
+        odds.log_softmax(1), target / target.sum(1, keepdim=True).clamp(min=1e-20), reduction="batchmean"
+    )
 
 
 @dataclass
@@ -177,20 +210,34 @@ class Drawer:
             self._of.setdefault(one.image, []).append(number)
         self._images = sorted(self._of)
         self._closer = [image for image in self._images if image in self.store.closer]
+        self._nearer = {
+            image: near
+            for image in self._closer
+            if (near := [number for number in self._of[image] if self.lessons.nearer[number]])
+        }
+
+    def first(self, most: int) -> Drawer:
+        """A drawer of the first questions."""
+        rows = range(min(most, len(self.asked)))
+        return replace(self, asked=[self.asked[row] for row in rows], lessons=self.lessons.of(rows))
 
     def draw(self, step: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
         """This process's share of a step's batches."""
         rng = np.random.default_rng((self.schedule.seed, step))
+        only_map = step < self.schedule.relevance_steps
         found = []
-        for images, number, closely, only_map in (
-            (self._images, self.schedule.images, False, False),
-            (self._closer, self.schedule.closer_images, True, False),
-            (self._images, self.schedule.map_images, False, True),
+        for images, number, closely in (
+            [(self._images, self.schedule.map_images, False)]
+            if only_map
+            else [
+                (self._images, self.schedule.images, False),
+                (list(self._nearer) or self._closer, self.schedule.closer_images, True),
+            ]
         ):
             if images and number:
                 total = -(-number // ranks) * ranks
                 chosen = [images[i] for i in rng.integers(len(images), size=total)]
-                rows = [int(rng.choice(self._of[image])) for image in chosen for _ in range(self.schedule.asked)]
+                rows = [self._question(rng, image, closely) for image in chosen for _ in range(self.schedule.asked)]
                 budgets = draw_budgets(rng, len(rows), closely, self.schedule.thirds)
                 here = slice(rank * total // ranks, (rank + 1) * total // ranks)
                 mine = slice(here.start * self.schedule.asked, here.stop * self.schedule.asked)
@@ -199,6 +246,11 @@ class Drawer:
                 found.append(replace(batch, only_map=only_map, noise=noise if self.adapters else None))
         return found
 
+    def _question(self, rng: np.random.Generator, image: int, closely: bool) -> int:
+        """A question about this image; with the closer view, every second one is answered from nearer."""
+        near = self._nearer.get(image, [])
+        return int(rng.choice(near if closely and near and rng.random() < 0.5 else self._of[image]))
+
     def batch(self, rows: Sequence[int], budgets: Sequence[int], closely: bool) -> Batch:
         """The questions of these numbers, each with its fixed budget of vision tokens."""
         images = sorted({self.asked[row].image for row in rows})
@@ -206,7 +258,7 @@ class Drawer:
         spent = torch.tensor(list(budgets), dtype=torch.int32)
         visual = torch.full_like(spent, QUERIES)
         # An answer from nearer cannot be given from the whole view, and is sure with the closer one.
-        sure = [float(closely) if self.lessons.nearer[row] else self.lessons.sure[row] for row in rows]
+        sure = [float(closely) if self.lessons.nearer[row] else self.lessons.weight(row) for row in rows]
         return Batch(
             features.to(self.device),
             maps.to(self.device),
@@ -236,9 +288,13 @@ def accelerator_of() -> Accelerator:
 class Training:
     """A training that continues after a kill."""
 
-    def __init__(self, accelerator: Accelerator, student: Student, schedule: Schedule, out: Path) -> None:
+    def __init__(
+        self, accelerator: Accelerator, student: Student, schedule: Schedule, out: Path, lessons: str = ""
+    ) -> None:
+        """lessons: what is learned from. A checkpoint of other lessons or of another schedule is not continued."""
         self.accelerator, self.student, self.schedule, self.out = accelerator, student, schedule, out
         self.step = 0
+        self._key = f"{lessons} {replace(schedule, checkpoint_s=0)}"
         self._path = out / "training.pt"
         allocator = student.allocator
         groups = [
@@ -256,12 +312,14 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.schedule.steps
+        return self.step >= self.schedule.relevance_steps + self.schedule.steps
 
     def _resume(self) -> None:
         if not self._path.exists():
             return
         saved = torch.load(self._path, map_location="cpu", weights_only=True)
+        if saved.get("key") != self._key:
+            return
         self.student.load_state_dict(saved["student"])
         self._optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
@@ -272,23 +330,27 @@ class Training:
             return
         partial = self._path.with_suffix(".partial")
         told = {
-            "student": self.student.state_dict(), "optimizer": self._optimizer.state_dict(), "step": self.step,
+            "key": self._key, "student": self.student.state_dict(), "optimizer": self._optimizer.state_dict(),
+            "step": self.step,
         }  # fmt: skip
         torch.save(told, partial)
         os.replace(partial, self._path)
 
-    def run(self, drawer: Drawer, stop_after: int | None = None) -> None:
-        """Train to the end. stop_after: end after this many steps without saving, as a kill would."""
-        main = self.accelerator.is_main_process
+    def run(self, drawer: Drawer, stop_after: int | None = None, relevance: bool = False) -> None:
+        """Train to the end, or to the end of relevance. stop_after: end after this many steps, as a kill would."""
+        main, schedule = self.accelerator.is_main_process, self.schedule
+        last = schedule.relevance_steps + (0 if relevance else schedule.steps)
         bar = tqdm(
-            total=self.schedule.steps, initial=self.step, desc="training", unit="step", mininterval=2, disable=not main
-        )
+            total=last, initial=self.step, desc="relevance" if relevance else "training", unit="step", mininterval=2,
+            disable=not main,
+        )  # fmt: skip
         saved_at, done = time.monotonic(), 0
-        while not self.finished and done != stop_after:
+        while self.step < last and done != stop_after:
             self._set_rates()
             batches = drawer.draw(self.step, self.accelerator.process_index, self.accelerator.num_processes)
             loss, parts = self._model(batches)
             self.accelerator.backward(loss)
+            self._leave_untrained()
             norms = self.norms()
             self.accelerator.clip_grad_norm_(self._model.parameters(), CLIPPED)
             self._optimizer.step()
@@ -298,18 +360,37 @@ class Training:
                 self._log({"loss": loss.item(), **parts, **norms})
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 bar.update()
-            if self.finished or time.monotonic() - saved_at > self.schedule.checkpoint_s:
+            if self.step == last or time.monotonic() - saved_at > schedule.checkpoint_s:
                 self.save()
                 saved_at = time.monotonic()
         bar.close()
         self.accelerator.wait_for_everyone()
 
     def _set_rates(self) -> None:
-        """A rise, and a fall to zero along half a cosine."""
-        done = self.step / self.schedule.steps
+        """A rise, and a fall to zero along half a cosine, for relevance and then for the whole."""
+        schedule = self.schedule
+        alone = self.step < schedule.relevance_steps
+        done = (
+            self.step / schedule.relevance_steps if alone else (self.step - schedule.relevance_steps) / schedule.steps
+        )
         share = min(1.0, (done + 1e-3) / WARMUP) * 0.5 * (1 + float(np.cos(np.pi * done)))
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
+
+    def _leave_untrained(self) -> None:
+        """Drop the gradients of what this step does not train: relevance has its own steps, and its level is settled.
+
+        The gradient of the answers would come to relevance through the choice of tokens, and is mostly noise there.
+        AdamW would count DDP's zero gradients.
+        """
+        allocator, alone = self.student.allocator, self.step < self.schedule.relevance_steps
+        relevance = [] if allocator.participatory is None else list(allocator.participatory.parameters())
+        own = {id(parameter) for parameter in relevance}
+        for parameter in self.student.parameters():
+            if (id(parameter) in own) != alone:
+                parameter.grad = None
+        if allocator.participatory is not None:
+            allocator.participatory.bias.grad = None
 
     def norms(self) -> dict[str, float]:
         """Gradient norm of each part, before clipping."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import distributed
 
 from build_engines.adapt.chain import new_allocator
@@ -19,12 +20,13 @@ from tests.support.servers import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-TWENTY = replace(SCHEDULE, steps=20, closer_images=2)  # a share for each process
+TWENTY = replace(SCHEDULE, steps=15, relevance_steps=5, closer_images=2)  # a share for each process
 
 
 def train(parts: Parts, drawer: Drawer, out: Path, environment: dict[str, str]) -> None:
     """In a process of its own, because accelerate keeps its state in the process."""
     os.environ |= environment
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test, which the fork brought along
     torch.set_num_threads(1)
     student = Student(new_allocator(parts.checkpoint, True, 5), parts.reader, parts.language, parts.questions)
     Training(accelerator_of(), student, TWENTY, out).run(drawer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from tests.support.tiny_checkpoints import save_blip2_opt
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-SCHEDULE = Schedule(steps=8, images=2, asked=2, closer_images=1, map_images=2, checkpoint_s=1e9)
+SCHEDULE = Schedule(steps=5, relevance_steps=3, images=2, asked=2, closer_images=1, map_images=2, checkpoint_s=1e9)
 
 
 class Parts:
@@ -47,10 +48,10 @@ class Parts:
     def asked(self, store: FeatureStore) -> list[data.Asked]:
         return [one for one in self.found.questions if one.image not in store.broken]
 
-    def training(self, out: Path) -> Training:
+    def training(self, out: Path, lessons: str = "") -> Training:
         out.mkdir(exist_ok=True)
-        allocator = new_allocator(self.checkpoint, True, 5)
-        return Training(accelerator_of(), Student(allocator, self.reader, self.language, self.questions), SCHEDULE, out)
+        student = Student(new_allocator(self.checkpoint, True, 5), self.reader, self.language, self.questions)
+        return Training(accelerator_of(), student, SCHEDULE, out, lessons)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,32 @@ def test_a_training_killed_three_times_ends_as_one_that_was_not(parts: Parts, tm
         training.save()
         training.run(drawer, stop_after=lost)
     last = parts.training(tmp_path / "killed")
-    assert last.step == 6
+    assert last.step == 6  # past the steps of relevance alone
     last.run(drawer)
     assert last.finished
+    assert parts.training(tmp_path / "killed").finished
+    assert parts.training(tmp_path / "killed", "other lessons").step == 0
     for name, weight in whole.student.state_dict().items():
         assert torch.equal(weight, last.student.state_dict()[name]), name
     start = new_allocator(parts.checkpoint, True, 5).state_dict()
     assert not torch.equal(start["participatory.patch.weight"], whole.student.allocator.participatory.patch.weight)
+
+
+def test_relevance_is_settled_once_and_stays_as_it_is(parts: Parts, tmp_path: Path) -> None:
+    store = parts.store(tmp_path)
+    store.fill(parts.checkpoint.vision_encoder(), ImageLimits())
+    drawer = Drawer(store, parts.asked(store), parts.teach(store, tmp_path), SCHEDULE, torch.device("cpu"))
+    training = parts.training(tmp_path / "settled")
+    training.run(drawer, relevance=True)
+    assert (training.step, training.finished) == (SCHEDULE.relevance_steps, False)
+    student = training.student
+    before = student.relevance(drawer)
+    for _ in range(2):  # a continued training settles again
+        student.settle_level(drawer)
+        found = student.relevance(drawer)
+        greatest = np.sort(found.max(1))
+        assert greatest[(len(greatest) - 1) // 2] == pytest.approx(0.9, abs=1e-4)  # the median
+    assert (found.argmax(1) == before.argmax(1)).all()
+    training.run(drawer)
+    assert training.finished
+    assert (student.relevance(drawer) == found).all()

@@ -84,7 +84,10 @@ class Caller(asyncio.Protocol):
     def _say(self) -> None:
         pause_s, line = next(self.lines, (0.0, b""))
         if line and not self.transport.is_closing():
-            self.transport.write(line)
+            try:
+                self.transport.write(line)
+            except RuntimeError:  # uvloop's, if the service ended the connection in this turn of the loop
+                return
             self._next = asyncio.get_running_loop().call_later(pause_s, self._say)
 
     def data_received(self, data: bytes) -> None:

@@ -135,6 +135,7 @@ def test_a_gateway_needs_a_variant_that_may_answer_and_models_that_can_be_read(
         FakeFleet(store, two(tmp_path / "none"), Metrics())
 
 
+@pytest.mark.slow
 def test_the_commands_write_what_gateways_read(tmp_path: Path) -> None:
     def variants(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).parent / "glimpse"), "variants", *arguments, "--variants", "v.json"]

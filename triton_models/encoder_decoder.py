@@ -6,7 +6,7 @@ table. V: vocabulary size. H: hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.core.prompt import Prompt
+from triton_models.bound_step import BoundStep
 from triton_models.engine import Array, open_engine
 from triton_models.kv_pool import FloatArray, Int64Array, KvPool
 from triton_models.prefix_cache import PrefixCache
@@ -61,11 +62,9 @@ class OnnxEncoderDecoder:
         self._masked = np.zeros((max_rows, heads, 1, head_dim), self._float)  # the graph's input if there is no past
         self._starts = np.full((max_rows, 1), start_id, np.int64)
         self._none = np.zeros(max_rows, np.int64)
-        self._ids = np.zeros((max_rows, 1), np.int64)
-        self._logits = np.zeros((max_rows, self.vocab_size), np.float32)
-        self._new = np.zeros((len(parts), max_rows, heads, 1, head_dim), self._float)
-        self._bindings: dict[int, Callable[[], None]] = {}  # a step's run, by number of rows
-        self._bound: tuple[FloatArray, FloatArray] = (self._pool.arrays, self._cross.arrays)
+        logits = np.zeros((max_rows, self.vocab_size), np.float32)
+        new = np.zeros((len(parts), max_rows, heads, 1, head_dim), self._float)
+        self._step = BoundStep(self._engine, [self._pool, self._cross], self._outputs, logits, new, self._step_inputs)
 
     @property
     def rows(self) -> int:
@@ -120,12 +119,7 @@ class OnnxEncoderDecoder:
 
         The logits are valid until the next step.
         """
-        rows = self.rows
-        self._pool.make_room()
-        self._ids[:rows, 0] = tokens
-        self._binding(rows)()
-        self._pool.extend(self._new[:, :rows])
-        return self._logits[:rows]
+        return self._step(tokens)
 
     def drop(self, row: int) -> None:
         """Remove a row; the last row takes its place."""
@@ -167,26 +161,10 @@ class OnnxEncoderDecoder:
         found: list[FloatArray] = self._engine.run(feeds, self._outputs)
         return found
 
-    def _binding(self, rows: int) -> Callable[[], None]:
-        if self._bound[0] is not self._pool.arrays or self._bound[1] is not self._cross.arrays:
-            self._bindings.clear()
-            self._bound = (self._pool.arrays, self._cross.arrays)
-        if rows not in self._bindings:
-            self._bindings[rows] = self._bind(rows)
-        return self._bindings[rows]
-
-    def _bind(self, rows: int) -> Callable[[], None]:
-        """Bind the first `rows` rows of fixed arrays."""
-        own, cross = self._bound
-        inputs: dict[str, Array] = {
-            "input_ids": self._ids,
+    def _step_inputs(self) -> dict[str, Array]:
+        return {
             "past_lengths": self._pool.lengths,
             "cross_lengths": self._cross.lengths,
-            **dict(zip(self._past, own, strict=True)),
-            **dict(zip(self._read, cross, strict=True)),
+            **dict(zip(self._past, self._pool.arrays, strict=True)),
+            **dict(zip(self._read, self._cross.arrays, strict=True)),
         }
-        outputs = dict(zip(self._outputs, [self._logits, *self._new], strict=True))
-        return self._engine.bind(
-            {name: array[:rows] for name, array in inputs.items()},
-            {name: array[:rows] for name, array in outputs.items()},
-        )

@@ -45,7 +45,7 @@ SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
 	@umask 077 && sed -e "s/^REDIS_PASSWORD=$$/&$(SECRET)/" -e "s/^GRAFANA_PASSWORD=$$/&$(SECRET)/" .env.example > .env
 	@echo "  wrote .env with random passwords"
 
-quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute)
+quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (three minutes)
 	@$(MAKE) --no-print-directory --jobs 4 --output-sync=target quick-gateway quick-edges quick-builder check
 
 # Plain processes: pytest-xdist would collect every test in each worker and pass on every report. The third imports

@@ -11,7 +11,7 @@ WORKERS ?= 2
 # It runs what failed once more, alone.
 PYTEST := $(BIN)/python -m tests.support.again -n $(WORKERS) --no-loadscope-reorder
 
-.PHONY: help serve test test-stack up down quick check format eval bench bench-versus train repository proto settings dashboards mutants clean
+.PHONY: help serve test test-stack up down check format eval bench bench-versus train repository proto settings dashboards mutants clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,19 +45,24 @@ SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
 	@umask 077 && sed -e "s/^REDIS_PASSWORD=$$/&$(SECRET)/" -e "s/^GRAFANA_PASSWORD=$$/&$(SECRET)/" .env.example > .env
 	@echo "  wrote .env with random passwords"
 
-quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (three minutes)
-	@$(MAKE) --no-print-directory --jobs 4 --output-sync=target quick-gateway quick-edges quick-builder check
+quick: ready-to-develop ## the style gate and every test that starts no server and takes no seconds (a minute and a half)
+	@$(MAKE) --no-print-directory --jobs 6 --output-sync=target $(QUICK_PARTS) check
 
-# Plain processes: pytest-xdist would collect every test in each worker and pass on every report. The third imports
-# PyTorch, which takes longer than its tests. Four processes share the cores: one thread each.
+# Plain processes: pytest-xdist would collect every test in each worker and pass on every report. Many tests wait, so more
+# processes than cores pay, of one thread each. Only quick-builder imports PyTorch, which takes longer than its tests.
+QUICK_PARTS := quick-http quick-gateway quick-media quick-builder quick-edges
 QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not servers and not slow" --hypothesis-profile quick
-.PHONY: quick-gateway quick-edges quick-builder
-quick-gateway:
-	$(QUICK) --ignore tests/service/edges --ignore tests/build_engines --ignore tests/benchmarks
+.PHONY: quick $(QUICK_PARTS)
+quick-http:
+	$(QUICK) tests/service/edges/http
 quick-edges:
-	$(QUICK) tests/service/edges
+	$(QUICK) tests/service/edges --ignore tests/service/edges/http
+quick-media:
+	$(QUICK) tests/service/media tests/service/cli
 quick-builder:
 	$(QUICK) tests/build_engines tests/benchmarks
+quick-gateway:
+	$(QUICK) $(foreach part,service/edges service/media service/cli build_engines benchmarks,--ignore tests/$(part))
 
 check: style types ## the style gate: format, lint, types, import layers
 

@@ -97,9 +97,10 @@ class Service:
     """A service without Triton that answers gRPC, and a client of it."""
 
     def __init__(
-        self, house: House, channel: grpc.aio.Channel, stopped: asyncio.Event, run: asyncio.Task[None]
+        self, house: House, port: int, channel: grpc.aio.Channel, stopped: asyncio.Event, run: asyncio.Task[None]
     ) -> None:
         self.house = house
+        self.port = port
         self.channel = channel
         self.stub = VisualQuestionAnsweringStub(channel)
         self.stopped = stopped
@@ -121,7 +122,7 @@ async def served(house: House, *, grace_s: float = 5.0, options: ChannelOptions 
     port = server.listen("127.0.0.1", 0)
     run = asyncio.create_task(server.run(stopped, grace_s))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=UNLIMITED + options) as channel:
-        yield Service(house, channel, stopped, run)
+        yield Service(house, port, channel, stopped, run)
     stopped.set()
     await run
     house.reader.close()

@@ -37,6 +37,9 @@ def main(given: list[str] | None = None) -> None:
         "--small-print", type=int, default=plan.small_print, help="scenes with small print (default: %(default)s)"
     )
     parser.add_argument("--timed", type=int, default=plan.timed, help="timed runs of each graph (default: %(default)s)")
+    parser.add_argument(
+        "--rivals", action="store_true", help="compare with the field's methods of pruning tokens instead: rivals.json"
+    )
     parser.add_argument("--quick", action="store_true", help="use 6 scenes of each split and 5 timed runs")
     parser.add_argument(
         "--kept", type=Path, default=plan.kept, help="folder of finished arms, which are reused (default: %(default)s)"
@@ -49,10 +52,15 @@ def main(given: list[str] | None = None) -> None:
     if asked.quick:
         plan = replace(plan, scenes=6, small_print=6, timed=5)
 
-    from benchmarks.ablation import measuring, plots  # noqa: PLC0415  (PyTorch: --help should not wait seconds for it)
+    from benchmarks.ablation import measuring, plots, rivals  # noqa: PLC0415  (PyTorch: --help should not wait for it)
 
-    told = measuring.measure(plan)
     asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.rivals:
+        beside = rivals.measure(plan)
+        (asked.out / "rivals.json").write_text(json.dumps(beside, indent=1) + "\n")
+        print(rivals.table(beside))
+        return
+    told = measuring.measure(plan)
     (asked.out / "ablation.json").write_text(json.dumps(told, indent=1) + "\n")
     plots.page(told, asked.out / "ablation.png")
     print(json.dumps(told["verdict"], indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from benchmarks.ablation.pruning import METHODS, Pruned
 from build_engines.scenes.held_out import NEW, SMALL
 from build_engines.train.evaluation import Arm
 from build_engines.train.selection import CENTRE, GUIDED, RANDOM, UNIFORM, WAYS
@@ -20,11 +21,12 @@ class Named:
     """An arm on one split's scenes."""
 
     name: str
-    arm: Arm = field(default_factory=Arm)
+    arm: Arm | Pruned = field(default_factory=Arm)
     split: str = NEW
 
 
-ADAPTIVE = Named("adaptive")
+ADAPTIVE_ARM = Arm()
+ADAPTIVE = Named("adaptive", ADAPTIVE_ARM)
 
 
 def fixed(policy: str, tokens: int, closer: bool = False, split: str = NEW) -> Named:
@@ -53,9 +55,9 @@ def visual() -> list[Named]:
 
     Nothing was trained for 16 visual tokens.
     """
-    arms = [Named("16 visual tokens", replace(ADAPTIVE.arm, queries=16))]
-    arms += [Named(f"{n} visual tokens", replace(ADAPTIVE.arm, visual_tokens=(n, n))) for n in (64, 96, 128)]
-    return [*arms, Named("32 to 128 visual tokens", replace(ADAPTIVE.arm, visual_tokens=(32, 128)))]
+    arms = [Named("16 visual tokens", replace(ADAPTIVE_ARM, queries=16))]
+    arms += [Named(f"{n} visual tokens", replace(ADAPTIVE_ARM, visual_tokens=(n, n))) for n in (64, 96, 128)]
+    return [*arms, Named("32 to 128 visual tokens", replace(ADAPTIVE_ARM, visual_tokens=(32, 128)))]
 
 
 def without_tensions() -> list[Named]:
@@ -63,7 +65,17 @@ def without_tensions() -> list[Named]:
 
     Particularize switched off equals a fixed budget of the adaptive arm's mean.
     """
-    return [Named(f"without {name}", replace(ADAPTIVE.arm, tensions={name: 0.0})) for name in ("explore", "diversify")]
+    return [Named(f"without {name}", replace(ADAPTIVE_ARM, tensions={name: 0.0})) for name in ("explore", "diversify")]
+
+
+def rivals(split: str, tokens: int, closer: bool) -> list[Named]:
+    """List the field's methods with as many tokens, each in both of its forms."""
+    forms = {"kept": False, "ranked": True}
+    return [
+        Named(f"{method}, {form}, {tokens} tokens, {split}", Pruned(method, tokens, closer, ranked), split)
+        for method in METHODS
+        for form, ranked in forms.items()
+    ]
 
 
 def detail(split: str, level: str) -> Named:

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.ablation.arms import Named
-from build_engines.train.evaluation import Answers, Asked, Chain, Exam, answer, held_out_exam
+from benchmarks.ablation.pruning import Pruned, answer_pruned
+from build_engines.train.evaluation import Answers, Arm, Asked, Chain, Exam, answer, held_out_exam
 from build_engines.train.looks import Looks
 
 FIRST = 10_000  # first scene of the generator used here; the committed ones are the first few hundred
@@ -61,7 +62,7 @@ class Scenes:
         for name, first in tqdm(wanted, desc=named.name, mininterval=5.0):
             path = folder / f"{name}.npz"
             if not path.exists():
-                answers = answer(chain, self._exam(name), named.arm, seed=first)
+                answers = ask(chain, self._exam(name), named.arm, first)
                 np.savez(_partial(path), **{column: getattr(answers, column) for column in COLUMNS})
                 os.replace(_partial(path), path)
             with np.load(path) as kept:
@@ -80,6 +81,10 @@ class Scenes:
             self.looks / f"{name}.pt", weights_only=False, mmap=True
         )  # trusted: written by this program
         return exam
+
+
+def ask(chain: Chain, exam: Exam, arm: Arm | Pruned, seed: int) -> Answers:
+    return answer_pruned(chain, exam, arm, seed) if isinstance(arm, Pruned) else answer(chain, exam, arm, seed)
 
 
 def either(low: Answers, high: Answers, taken: npt.NDArray[np.bool_]) -> Answers:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.ablation import arms, costs, report
-from benchmarks.ablation.arms import ADAPTIVE, AUTO, HIGH, LOW, Named
+from benchmarks.ablation.arms import ADAPTIVE, ADAPTIVE_ARM, AUTO, HIGH, LOW, Named
 from benchmarks.ablation.exams import FIRST, Scenes, either
 from benchmarks.ablation.plan import RESULTS, Plan
 from benchmarks.ablation.report import MOST_TOKENS, Json, Measured
@@ -59,7 +59,7 @@ class Ablation:
         if adaptive.tokens <= MOST_TOKENS:
             return adaptive
         most = arms.LEAST + int((arms.MOST - arms.LEAST) * (MOST_TOKENS - arms.LEAST) / (adaptive.tokens - arms.LEAST))
-        return self.of_all(Named(f"adaptive, at most {most}", replace(ADAPTIVE.arm, vision_tokens=(arms.LEAST, most))))
+        return self.of_all(Named(f"adaptive, at most {most}", replace(ADAPTIVE_ARM, vision_tokens=(arms.LEAST, most))))
 
     def auto(self, split: str) -> Measured:
         """Combine low and high: take the closer view for the questions for which the card's `auto` takes it."""

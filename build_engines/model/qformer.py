@@ -50,6 +50,21 @@ class QFormer(nn.Module):
             hidden = layer.output_query(layer.intermediate_query(hidden), hidden)
         return hidden
 
+    def attention(self, vision_tokens: Tensor) -> Tensor:
+        """The share of the queries' attention that each vision token gets, [B, N]: mean over layers, heads, queries.
+
+        vision_tokens [B, N, D], all of them visible.
+        """
+        hidden = self.layernorm(self.query_tokens).expand(vision_tokens.shape[0], -1, -1)
+        shares = []
+        for layer in self.layers:
+            hidden = _attend(layer.attention, hidden, hidden, None)
+            if layer.has_cross_attention:
+                shares.append(_shares(layer.crossattention, hidden, vision_tokens))
+                hidden = _attend(layer.crossattention, hidden, vision_tokens, None)
+            hidden = layer.output_query(layer.intermediate_query(hidden), hidden)
+        return torch.stack(shares).mean(0)
+
 
 class InstructQFormer(nn.Module):
     """InstructBLIP's Q-Former, whose queries also read the question.
@@ -141,7 +156,7 @@ def _attend(
     return block.output(attend(query, key, value, bias, gates), hidden)
 
 
-def _shares(block: InstructBlipQFormerAttention, hidden: Tensor, context: Tensor) -> Tensor:
+def _shares(block: Blip2QFormerAttention | InstructBlipQFormerAttention, hidden: Tensor, context: Tensor) -> Tensor:
     """Attention [B, N] of a block over its context [B, N, D]: mean over heads and queries."""
     attention = block.attention
     heads = (attention.num_attention_heads, attention.attention_head_size)

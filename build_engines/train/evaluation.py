@@ -16,7 +16,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
 from build_engines.evaluation.accuracy import Z_95, wilson
 from build_engines.model.allocation import GROUP, MAX_VISION_TOKENS
-from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.allocator import RelevanceAllocator, Weighed
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.model.focus import query_groups
@@ -98,7 +98,8 @@ class Arm:
 
     Least and most are as in a request; two equal numbers are a fixed budget. tensions: values that replace the
     allocator's, by name, such as {"diversify": 0.0}. closer: use the closer view, which the exam must hold, and up to
-    400 tokens. queries: how many of a group's 32 go to the decoder; 16 means every second one.
+    400 tokens. queries: how many of a group's 32 go to the decoder; 16 means every second one. once: the first
+    question about an image chooses the tokens of all.
     """
 
     policy: str = GUIDED  # one of selection.POLICIES
@@ -107,6 +108,7 @@ class Arm:
     closer: bool = False
     queries: int = GROUP
     tensions: Mapping[str, float] = field(default_factory=dict)
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,30 +176,82 @@ def _as_shipped(pixels: np.ndarray) -> np.ndarray:
 def answer(chain: Chain, exam: Exam, arm: Arm, seed: int = 0) -> Answers:
     """Ask every question under one arm. seed: for the random policy."""
     noise = torch.Generator().manual_seed(seed)
-    packer = Packer(chain.tokenizer)
-    parts = [
-        _answer(chain, exam, exam.asked[start : start + BATCH], arm, noise, packer)
-        for start in range(0, len(exam.asked), BATCH)
-    ]
+    first = firsts(exam)
+    parts = []
+    for start in range(0, len(exam.asked), BATCH):
+        asked = exam.asked[start : start + BATCH]
+        deciding = [first[one.scene] for one in asked] if arm.once else asked
+        parts.append(_answer(chain, exam, asked, deciding, arm, noise))
     columns = (np.concatenate([part[i] for part in parts]) for i in range(len(parts[0])))
     return Answers(exam, *columns)
 
 
-def _answer(
-    chain: Chain, exam: Exam, asked: list[Asked], arm: Arm, noise: torch.Generator, packer: Packer
-) -> tuple[np.ndarray, ...]:
-    allocator, allocation = chain.allocator, chain.allocator.allocation
-    looks, questions = exam.looks, [one.question for one in asked]
-    scenes = [one.scene for one in asked]
+def firsts(exam: Exam) -> dict[int, Asked]:
+    """The first question about each scene, by the scene's number."""
+    return {one.scene: one for one in reversed(exam.asked)}
+
+
+class View(NamedTuple):
+    """What the allocator knows about each of B questions before it spends a token."""
+
+    features: Tensor  # [B, 257, D]
+    detail: Tensor | None  # [B, 1024, D], the closer view's tokens
+    weighed: Weighed
+
+
+def view(chain: Chain, exam: Exam, asked: list[Asked], *, closer: bool) -> View:
+    """Weigh the questions' images. Raises ValueError for a closer view that the exam does not hold."""
+    looks, scenes = exam.looks, [one.scene for one in asked]
     features, maps = looks.features[scenes].float(), looks.maps[scenes]
     detail = None
-    if arm.closer:
+    if closer:
         if looks.detail is None:
             raise ValueError("this exam has no closer view: make it with closely=True")
-        detail = allocator.detail(features, looks.detail[scenes].float())
-    ids, mask = question_tensors(chain.tokenizer, questions)
-    places = None if allocator.participatory is None else allocator.participatory.places(features)
-    weighed = allocator.balance(maps[:, 0], maps[:, 1], places, ids, mask)
+        detail = chain.allocator.detail(features, looks.detail[scenes].float())
+    ids, mask = question_tensors(chain.tokenizer, [one.question for one in asked])
+    participatory = chain.allocator.participatory
+    places = None if participatory is None else participatory.places(features)
+    return View(features, detail, chain.allocator.balance(maps[:, 0], maps[:, 1], places, ids, mask))
+
+
+def read(
+    chain: Chain, tokens: Tensor, seen: Tensor, groups: Tensor, asked: list[Asked], queries: int = GROUP
+) -> np.ndarray:
+    """Answer B questions from their vision tokens -> bool [B]: an exact match.
+
+    tokens [B, 1 + N, D] and seen int32 [B, 1 + N] as `Allocation.pack` makes them; groups int32 [B, 1]: groups of
+    queries; queries: how many of a group's 32 go to the decoder.
+    """
+    longest = int((seen > 0).sum(1).max())
+    tokens, seen = tokens[:, :longest], seen[:, :longest]
+    packer, every = Packer(chain.tokenizer), GROUP // queries
+    right = np.zeros(len(asked), bool)
+    for used in groups.unique().tolist():
+        rows = (groups[:, 0] == used).nonzero()[:, 0]
+        visual = [_read(chain.qformer, tokens[rows], seen[rows], group)[:, ::every] for group in range(used)]
+        prefix = torch.cat(visual, dim=1)
+        questions = [asked[i].question for i in rows.tolist()]
+        _, exact = row_losses(
+            chain.language, decoder_of(chain.language), prefix, packer.rows(questions, prefix.shape[1])
+        )
+        right[rows.cpu().numpy()] = exact.cpu().numpy()
+    return right
+
+
+def peak_on_asked(exam: Exam, asked: list[Asked], weighed: Weighed) -> np.ndarray:
+    """bool [B]: whether the most relevant cell shows an object asked about."""
+    coverage = exam.looks.coverage
+    truth = np.stack([coverage[o.scene][list(o.question.asked)].max(0).reshape(GRID * GRID) for o in asked])
+    found: np.ndarray = on_asked(weighed.cells, tensor(truth)).cpu().numpy()
+    return found
+
+
+def _answer(
+    chain: Chain, exam: Exam, asked: list[Asked], deciding: list[Asked], arm: Arm, noise: torch.Generator
+) -> tuple[np.ndarray, ...]:
+    """Ask the questions `asked` over the tokens that the questions `deciding` choose."""
+    allocator, allocation = chain.allocator, chain.allocator.allocation
+    features, detail, weighed = view(chain, exam, deciding, closer=arm.closer)
     cells, tensions = select(arm.policy, weighed, torch.rand(len(asked), 64, generator=noise).to(features))
     tensions = tensions.clone()
     for name, value in arm.tensions.items():
@@ -209,25 +263,11 @@ def _answer(
     levels = allocation.levels(gains, allocation.refinements(extra), explore, arm.closer)
     groups = query_groups(particularize, budget)
     tokens, seen = allocation.pack(features, levels, allocator.focus(cells, groups), detail)
-    number = (seen > 0).sum(1) - 1  # without CLS
-    tokens, seen = tokens[:, : 1 + int(number.max())], seen[:, : 1 + int(number.max())]
-    right = np.zeros(len(asked), bool)
-    for used in groups.unique().tolist():
-        rows = (groups[:, 0] == used).nonzero()[:, 0]
-        every = GROUP // arm.queries
-        visual = [_read(chain.qformer, tokens[rows], seen[rows], group)[:, ::every] for group in range(used)]
-        prefix = torch.cat(visual, dim=1)
-        asked_here = [questions[i] for i in rows.tolist()]
-        _, exact = row_losses(
-            chain.language, decoder_of(chain.language), prefix, packer.rows(asked_here, prefix.shape[1])
-        )
-        right[rows.cpu().numpy()] = exact.cpu().numpy()
-    truth = np.stack([looks.coverage[o.scene][list(o.question.asked)].max(0).reshape(GRID * GRID) for o in asked])
     return (
-        right,
-        number.cpu().numpy(),
+        read(chain, tokens, seen, groups, asked, arm.queries),
+        ((seen > 0).sum(1) - 1).cpu().numpy(),  # without CLS
         (groups[:, 0] * arm.queries).cpu().numpy(),
-        on_asked(weighed.cells, tensor(truth)).cpu().numpy(),
+        peak_on_asked(exam, asked, weighed),
         levels.to(torch.int8).cpu().numpy(),
         weighed.tensions.cpu().numpy(),
         weighed.weights.cpu().numpy(),

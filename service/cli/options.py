@@ -19,6 +19,13 @@ Url = Annotated[
 ]
 
 Detail = Literal["low", "high", "auto"]
+Fit = Annotated[
+    Literal["squash", "pad", "auto"] | None,
+    typer.Option(
+        help="How an image that is not square is seen: squash changes its proportions, pad keeps them, auto squashes "
+        "an image that is almost square [default: the model's own]."
+    ),
+]
 
 
 def url_of(given: str | None) -> str:

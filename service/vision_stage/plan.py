@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from service.core.frame import Frame, framed
 from service.core.prompt import Question
 from service.core.request import Detail
 from service.core.vision import IMAGE_SIZE, CloserFeatures, Seen, VisionFeatures
@@ -73,6 +74,7 @@ class Look:
     number: int  # its place among the images of the request
     image: Image
     question: Question
+    frame: Frame | None = None  # what is seen of the image; None: all of it, squashed
     detail: Literal["low", "high"] = "low"
     is_recalled: bool = False  # the visual cache was asked at this detail
     vision: VisionFeatures | None = None
@@ -86,6 +88,16 @@ class Look:
     @property
     def is_done(self) -> bool:
         return isinstance(self.step, Done)
+
+    @property
+    def digest(self) -> str:
+        """Return what cache keys have for what is seen of the image."""
+        return framed(self.image.digest, self.frame)
+
+    @property
+    def has_more_pixels(self) -> bool:
+        """Return whether the picture has more pixels than the first view; true if its header does not say."""
+        return self.image.larger_than(IMAGE_SIZE) if self.frame is None else self.frame.side > IMAGE_SIZE
 
     def recall(self, detail: Literal["low", "high"], seen: Seen | None) -> None:
         """Record what the visual cache holds at this detail."""
@@ -137,7 +149,7 @@ def wants_closer(look: Look, situation: Situation) -> bool:
         return True
     if situation.asks == "low" or not situation.offers_closer or look.seen is None:
         return False
-    return look.seen.relevance.particularize >= situation.closer_view_at and look.image.larger_than(IMAGE_SIZE)
+    return look.seen.relevance.particularize >= situation.closer_view_at and look.has_more_pixels
 
 
 def is_possible(situation: Situation) -> bool:

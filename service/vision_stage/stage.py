@@ -28,6 +28,7 @@ from service.cache.keys import FeatureKey, Features, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
+from service.core.frame import Frame, frame_of
 from service.core.prompt import Question
 from service.core.request import Budget, ImageId, Priority, Request
 from service.core.vision import (
@@ -114,7 +115,7 @@ class VisionStage:
         has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
         encoded. Raises Overloaded.
         """
-        looks = self._looks(images, ticket)
+        looks = await self._looks(images, ticket)
         pending = list(looks.values())
         while True:
             for look in pending:
@@ -131,18 +132,30 @@ class VisionStage:
             reservation.give_back(room, finished=False)
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
+        ticket.fit = next((look.frame.fit for look in looks.values() if look.frame is not None), "squash")
         ticket.reduced = any(self._is_reduced(look, ticket.request) for look in looks.values())
         return [result_of(looks[image.digest]) for image in images]
 
-    def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
+    async def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
         """Make one look for each different image, by digest: an image that is given twice is looked at once."""
         question = self.prompts.question(ticket.request.question)
         looks: dict[str, Look] = {}
         for number, image in enumerate(images):
             if image.digest not in looks:
-                looks[image.digest] = look = Look(number, image, question)
+                with naming_image(number, len(images)):
+                    frame = await self._frame(image, ticket.request)
+                looks[image.digest] = look = Look(number, image, question, frame)
                 self._decide(look, ticket)
         return looks
+
+    async def _frame(self, image: Image, request: Request) -> Frame | None:
+        """Return what to see of the image. An image that nothing decodes has no frame. Raises InvalidImage."""
+        fit, colour = request.fit or self.card.fit, self.card.pad_colour
+        stored = None if fit == "squash" else header_size(image.data)
+        if not stored or frame_of(*stored, fit, colour) is None:  # nor has it one if EXIF turns it
+            return None
+        size = await self.reader.size(image.data)
+        return None if size is None else frame_of(*size, fit, colour)
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
         look.step = next_step(look, self._situation(look, ticket.request))
@@ -159,7 +172,7 @@ class VisionStage:
             allows_closer=allows_closer,
             holds_closer=may_want_closer
             and not allows_closer
-            and self.visual.holds(*self._keys(look.image, "high", request)),
+            and self.visual.holds(*self._keys(look, "high", request)),
         )
 
     def _is_reduced(self, look: Look, request: Request) -> bool:
@@ -169,12 +182,12 @@ class VisionStage:
     def _recall(self, look: Look, ticket: Ticket) -> None:
         """Ask the visual cache for as long as the next step is Recall."""
         while isinstance(step := look.step, Recall):
-            look.recall(step.detail, self.visual.get(*self._keys(look.image, step.detail, ticket.request)))
+            look.recall(step.detail, self.visual.get(*self._keys(look, step.detail, ticket.request)))
             self._decide(look, ticket)
         if look.is_done:
             self._remember(look.image, ticket.request)
 
-    def _keys(self, image: Image, detail: Literal["low", "high"], request: Request) -> list[bytes]:
+    def _keys(self, look: Look, detail: Literal["low", "high"], request: Request) -> list[bytes]:
         """Return the visual cache's keys that can answer the request, best first.
 
         A hit with the request's own budget costs no vision work, so it is used at any fidelity level. The exception is
@@ -184,14 +197,16 @@ class VisionStage:
         allowed = self.admission.fidelity.cap(asked)
         budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
         return [
-            visual_key(self.card, image.digest, request.question, budget, detail) for budget in dict.fromkeys(budgets)
+            visual_key(self.card, look.digest, request.question, budget, detail) for budget in dict.fromkeys(budgets)
         ]
 
     def _keep(self, look: Look, seen: Seen, request: Request) -> None:
         if self.card.confidence is not None and look.vision is not None:
             seen = replace(seen, strangeness=self.card.confidence.strangeness(look.vision))
+        if look.frame is not None:
+            seen = replace(seen, frame=look.frame, relevance=replace(seen.relevance, area=look.frame.area))
         look.seen = seen
-        key = visual_key(self.card, look.image.digest, request.question, seen.budget, seen.detail)
+        key = visual_key(self.card, look.digest, request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)
 
     async def _find(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
@@ -215,7 +230,7 @@ class VisionStage:
 
     async def _find_first(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         """Find or encode the features of the first view. If the step is See, a new image is attended to as well."""
-        key = first_view(self.card.fingerprint, look.image.digest)
+        key = first_view(self.card.fingerprint, look.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
                 found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
@@ -236,7 +251,7 @@ class VisionStage:
                     ticket.tell(vision_tokens=relevance.vision_tokens, visual_tokens=len(visual_tokens))
 
     async def _find_closer(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
-        key = closer_view(self.card.fingerprint, look.image.digest)
+        key = closer_view(self.card.fingerprint, look.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):
                 found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
@@ -323,7 +338,8 @@ class VisionStage:
             both = view == IMAGE_SIZE and look.detail == "high"
             naming = naming_image(look.number, len(ticket.request.images))
             with ticket.stage("load"), ticket.stage("decode_image"), naming:
-                decoded = await self.reader.decode(look.image.data, (IMAGE_SIZE, CLOSER_SIZE) if both else (view,))
+                views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
+                decoded = await self.reader.decode(look.image.data, views, look.frame)
             look.decoded = decoded if both else None
         self._remember(look.image, ticket.request)
         try:

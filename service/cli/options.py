@@ -20,10 +20,11 @@ Url = Annotated[
 
 Detail = Literal["low", "high", "auto"]
 Fit = Annotated[
-    Literal["squash", "pad", "auto"] | None,
+    Literal["squash", "pad", "tiles", "auto"] | None,
     typer.Option(
-        help="How an image that is not square is seen: squash changes its proportions, pad keeps them, auto squashes "
-        "an image that is almost square [default: the model's own]."
+        help="How an image that is not square is seen: squash changes its proportions, pad keeps them, tiles looks at "
+        "the whole and then at the part that matters, auto squashes what is almost square and tiles the rest "
+        "[default: the model's own]."
     ),
 ]
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
-Fit = Literal["squash", "pad"]  # how an image that is not square meets the square encoder
-AskedFit = Literal["squash", "pad", "auto"]  # auto: squash if the image is almost square
+Fit = Literal["squash", "pad", "tiles"]  # how an image that is not square meets the square encoder
+AskedFit = Literal["squash", "pad", "tiles", "auto"]  # auto: squash if the image is almost square, else tiles
 Colour = tuple[int, int, int]
 Area = tuple[float, float, float, float]
 
 WHOLE: Area = (0.0, 0.0, 1.0, 1.0)
-ALMOST_SQUARE = 1.2  # the longer side over the shorter one, up to which `auto` squashes
+ALMOST_SQUARE = 1.2  # the longer side over the shorter one, up to which an image has no tiles
+MOST_TILES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Frame:
 
     @property
     def fit(self) -> Fit:
-        return "pad"
+        return "pad" if self.side >= max(self.width, self.height) else "tiles"
 
     @property
     def area(self) -> Area:
@@ -50,15 +51,36 @@ class Frame:
         return f".{self.left},{self.top},{self.side},{bytes(self.colour).hex()}"
 
 
-def is_almost_square(width: int, height: int) -> bool:
-    return max(width, height) <= ALMOST_SQUARE * min(width, height)
+class Fitting(NamedTuple):
+    """How an image is looked at: what is seen first, and the tiles of which the question may choose one then."""
+
+    frame: Frame | None = None  # None: the whole image, squashed
+    tiles: tuple[Frame, ...] = ()
 
 
-def frame_of(width: int, height: int, fit: AskedFit, colour: Colour) -> Frame | None:
-    """Return the square to look at, or None to squash the image. A square image is the same either way."""
-    if fit == "squash" or width == height or (fit == "auto" and is_almost_square(width, height)):
-        return None
-    return Frame.around(width, height, colour)
+def fitting(width: int, height: int, fit: AskedFit, colour: Colour) -> Fitting:
+    """Fit an upright image. A square image is the same whatever the fit is; it has neither frame nor tiles."""
+    if fit == "pad" and width != height:
+        return Fitting(Frame.around(width, height, colour))
+    if fit in ("tiles", "auto"):
+        return Fitting(None, tiles_of(width, height, colour))
+    return Fitting()
+
+
+def tiles_of(width: int, height: int, colour: Colour) -> tuple[Frame, ...]:
+    """Cover a page with squares along its longer side, each half over the next: 2 to MOST_TILES, or none.
+
+    A tile is as wide as the page. On a page of more than 6.5 to 1 it is wider, and padded.
+    """
+    shorter, longer = sorted((width, height))
+    if longer <= ALMOST_SQUARE * shorter:
+        return ()
+    side = max(shorter, -(-2 * longer // (MOST_TILES + 1)))
+    last = -(-2 * longer // side) - 2
+    across = -((side - shorter) // 2)
+    along = [round(number * (longer - side) / last) for number in range(last + 1)]
+    places = [(across, start) if height > width else (start, across) for start in along]
+    return tuple(Frame(left, top, side, width, height, colour) for left, top in places)
 
 
 def framed(digest: str, frame: Frame | None) -> str:

@@ -13,7 +13,7 @@ from service.cache.keys import first_view
 from service.core.card import ModelCard
 from service.core.errors import InvalidImage, naming_image
 from service.core.estimate import Amounts, Estimate, EstimatedImage, NotAdmitted
-from service.core.frame import Frame, frame_of, framed
+from service.core.frame import Frame, fitting, framed
 from service.core.request import Request
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
@@ -72,11 +72,11 @@ class Estimator:
         return EstimatedImage(image.id, len(image.data), width, height, known)
 
     def _frame(self, image: Image, stored: tuple[int, int], request: Request) -> Frame | None:
-        """Return what a question would see of the image, as `VisionStage` decides it. Raises InvalidImage."""
+        """Return what a question would see of the image first. Raises InvalidImage."""
         fit, colour = request.fit or self.card.fit, self.card.pad_colour
-        if frame_of(*stored, fit, colour) is None:
+        if fitting(*stored, fit, colour).frame is None:
             return None
-        return frame_of(*(upright_size(image.data) or stored), fit, colour)
+        return fitting(*(upright_size(image.data) or stored), fit, colour).frame
 
     def _claims(self, request: Request, new: int, cost: Cost) -> list[Claim]:
         """Return the claims that the request would make, without making them."""

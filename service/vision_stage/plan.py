@@ -4,25 +4,37 @@
     See            find the features of the first view; if they are new, encode and attend in the same call
     Encode         find the features of the first view; if they are new, encode
     EncodeCloser   find the features of the closer view; if they are new, encode its crops in one batch
+    ChooseTile     choose the tile that the question is about, or go on with the whole image
     Attend         make visual tokens from the features and the question
     Done           the visual tokens are complete
 
 Every look begins with detail low. It becomes a closer look, with detail high, as soon as a closer view is both wanted
 and possible. The result with detail low is kept, and the look falls back to it if there is no capacity. After a
 fallback, the look does not look closer again.
+
+A look at a page begins with the whole page, squashed, with detail low. If one tile holds what the question is about,
+the look begins anew with that tile, and falls back to the whole page if there is no capacity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from service.core.frame import Frame, framed
 from service.core.prompt import Question
 from service.core.request import Detail
-from service.core.vision import IMAGE_SIZE, CloserFeatures, Seen, VisionFeatures
+from service.core.vision import GRID, IMAGE_SIZE, CloserFeatures, Relevance, Seen, VisionFeatures
 from service.media.decoder import Decoded
 from service.media.store import Image
+
+# The least share of the squared relevance that a tile must hold to be looked at in place of the whole page. Chosen on
+# pages of `benchmarks.pages`: counts and relations, whose objects lie far apart, are then asked of the whole page.
+TILE_SHARE = 5 / 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,11 @@ class EncodeCloser:
 
 
 @dataclass(frozen=True, slots=True)
+class ChooseTile:
+    """Choose the tile that the question is about, or go on with the whole image."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attend:
     """Attend to all views of this detail."""
 
@@ -64,7 +81,7 @@ class Done:
     is_denied: bool = False  # a closer view was wanted but not possible
 
 
-Step = Recall | See | Encode | EncodeCloser | Attend | Done
+Step = Recall | See | Encode | EncodeCloser | ChooseTile | Attend | Done
 
 
 @dataclass(slots=True)
@@ -75,6 +92,9 @@ class Look:
     image: Image
     question: Question
     frame: Frame | None = None  # what is seen of the image; None: all of it, squashed
+    tiles: tuple[Frame, ...] = ()  # of which one may be chosen; empty once that is decided
+    overview: Seen | None = None  # the result with the whole image, if this is a look at a tile
+    is_tile_denied: bool = False  # a tile was wanted but not possible
     detail: Literal["low", "high"] = "low"
     is_recalled: bool = False  # the visual cache was asked at this detail
     vision: VisionFeatures | None = None
@@ -106,8 +126,22 @@ class Look:
         self.seen, self.is_recalled = seen, True
 
     def fall_back(self) -> None:
-        """Record that there is no capacity for a closer look."""
-        self.detail, self.seen = "low", self.low
+        """Record that there is no capacity for a closer look, or for the tile."""
+        if self.overview is not None:
+            self.frame, self.seen, self.overview, self.is_tile_denied = None, self.overview, None, True
+            self.detail, self.low, self.is_recalled = "low", self.seen, True
+        else:
+            self.detail, self.seen = "low", self.low
+
+    def choose(self, tile: Frame | None, is_possible: bool) -> None:
+        """Begin anew with one tile, or go on with the whole image."""
+        self.tiles = ()
+        if tile is None or not is_possible:
+            self.is_tile_denied = tile is not None
+            return
+        self.frame, self.overview = tile, self.seen
+        self.seen = self.vision = None
+        self.is_recalled = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +165,7 @@ def next_step(look: Look, situation: Situation) -> Step:
     if not look.is_recalled:
         return Recall("low")
     if look.seen is not None:
-        return Done(is_denied=is_wanted)
+        return ChooseTile() if look.tiles else Done(is_denied=is_wanted)
     if look.detail == "low":
         return See() if look.vision is None else Attend()
     is_optional = look.low is not None
@@ -143,13 +177,36 @@ def next_step(look: Look, situation: Situation) -> Step:
 def wants_closer(look: Look, situation: Situation) -> bool:
     """Return whether the look wants a closer view.
 
-    With detail auto, the first view's result decides, and the image must have more pixels than that view.
+    With detail auto, the first view's result decides, and the image must have more pixels than that view. A page whose
+    tile is not chosen yet wants none.
     """
+    if look.tiles:
+        return False
     if situation.asks == "high" or situation.needs_closer:
         return True
     if situation.asks == "low" or not situation.offers_closer or look.seen is None:
         return False
     return look.seen.relevance.particularize >= situation.closer_view_at and look.has_more_pixels
+
+
+def tile_of(relevance: Relevance, tiles: Sequence[Frame]) -> Frame | None:
+    """Return the tile that holds what the question is about; None if no tile holds TILE_SHARE of it.
+
+    Relevance counts squared: a few clear places more than a faint ground.
+    """
+    mass = relevance.map.astype(np.float64) ** 2
+    held = [
+        mass[np.ix_(_within(tile.top, tile.side, tile.height), _within(tile.left, tile.side, tile.width))].sum()
+        for tile in tiles
+    ]
+    best = int(np.argmax(held))
+    return tiles[best] if held[best] > 0 and held[best] >= TILE_SHARE * mass.sum() else None
+
+
+def _within(start: int, side: int, whole: int) -> npt.NDArray[np.bool_]:
+    """[16]: along one axis, the patches of the squashed image whose centres lie in a tile."""
+    centres = (np.arange(GRID) + 0.5) * whole / GRID
+    return (centres >= start) & (centres < start + side)
 
 
 def is_possible(situation: Situation) -> bool:

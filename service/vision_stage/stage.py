@@ -28,7 +28,7 @@ from service.cache.keys import FeatureKey, Features, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
-from service.core.frame import Frame, frame_of
+from service.core.frame import Fitting, fitting
 from service.core.prompt import Question
 from service.core.request import Budget, ImageId, Priority, Request
 from service.core.vision import (
@@ -48,7 +48,19 @@ from service.media.reader import ImageReader
 from service.media.store import Image
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
-from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
+from service.vision_stage.plan import (
+    Attend,
+    ChooseTile,
+    Done,
+    Encode,
+    EncodeCloser,
+    Look,
+    Recall,
+    See,
+    Situation,
+    next_step,
+    tile_of,
+)
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
 # the next question about the image needs it.
@@ -143,22 +155,33 @@ class VisionStage:
         for number, image in enumerate(images):
             if image.digest not in looks:
                 with naming_image(number, len(images)):
-                    frame = await self._frame(image, ticket.request)
-                looks[image.digest] = look = Look(number, image, question, frame)
+                    fitted = await self._fitted(image, ticket.request)
+                looks[image.digest] = look = Look(number, image, question, *fitted)
                 self._decide(look, ticket)
         return looks
 
-    async def _frame(self, image: Image, request: Request) -> Frame | None:
-        """Return what to see of the image. An image that nothing decodes has no frame. Raises InvalidImage."""
+    async def _fitted(self, image: Image, request: Request) -> Fitting:
+        """Return what to see of the image. Raises InvalidImage."""
         fit, colour = request.fit or self.card.fit, self.card.pad_colour
         stored = None if fit == "squash" else header_size(image.data)
-        if not stored or frame_of(*stored, fit, colour) is None:  # nor has it one if EXIF turns it
-            return None
-        size = await self.reader.size(image.data)
-        return None if size is None else frame_of(*size, fit, colour)
+        if stored is None or fitting(*stored, fit, colour) == Fitting():  # and so it is if EXIF turns it
+            return Fitting()
+        return fitting(*(await self.reader.size(image.data) or stored), fit, colour)
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
         look.step = next_step(look, self._situation(look, ticket.request))
+        if look.step == ChooseTile():
+            self._choose_tile(look, ticket.request)
+            look.step = next_step(look, self._situation(look, ticket.request))
+
+    def _choose_tile(self, look: Look, request: Request) -> None:
+        """Under strain, a tile is looked at only if the visual cache has it, as a closer view is."""
+        tile = tile_of(result_of(look).relevance, look.tiles)
+        possible = tile is not None and (
+            self.admission.fidelity.closer_view
+            or self.visual.holds(*self._keys(replace(look, frame=tile), "low", request))
+        )
+        look.choose(tile, possible)
 
     def _situation(self, look: Look, request: Request) -> Situation:
         needs_closer = request.budget.vision_tokens[0] > self.card.vision_tokens[1]
@@ -177,7 +200,8 @@ class VisionStage:
 
     def _is_reduced(self, look: Look, request: Request) -> bool:
         """Return whether the request got less for this image than it allows."""
-        return look.step == Done(is_denied=True) or result_of(look).budget != self._asked(look.detail, request)
+        is_denied = look.is_tile_denied or look.step == Done(is_denied=True)
+        return is_denied or result_of(look).budget != self._asked(look.detail, request)
 
     def _recall(self, look: Look, ticket: Ticket) -> None:
         """Ask the visual cache for as long as the next step is Recall."""
@@ -216,10 +240,9 @@ class VisionStage:
                 case Recall():
                     self._recall(look, ticket)
                     continue
-                case See():
-                    await self._find_first(look, ticket, reservation)
-                case Encode(is_optional) | EncodeCloser(is_optional):
-                    find = self._find_first if isinstance(look.step, Encode) else self._find_closer
+                case See() | Encode() | EncodeCloser() as step:
+                    find = self._find_closer if isinstance(step, EncodeCloser) else self._find_first
+                    is_optional = look.overview is not None or (not isinstance(step, See) and step.is_optional)
                     try:
                         await find(look, ticket, reservation)
                     except Overloaded:

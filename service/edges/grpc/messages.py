@@ -27,7 +27,7 @@ OPTIONAL = (
     "min_confidence",
 )
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
-FITS = {pb.FIT_SQUASH: "squash", pb.FIT_PAD: "pad", pb.FIT_AUTO: "auto"}
+FITS = {pb.FIT_SQUASH: "squash", pb.FIT_PAD: "pad", pb.FIT_TILES: "tiles", pb.FIT_AUTO: "auto"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 CACHES = {"hit": pb.CACHE_HIT, "miss": pb.CACHE_MISS}
@@ -236,7 +236,7 @@ def relevance_message(relevance: Relevance) -> pb.Relevance:
         participatory=participatory,
         levels=relevance.levels.ravel().tolist(),
         tensions=pb.Tensions(particularize=particularize, explore=explore, diversify=diversify),
-        area=relevance.area,
+        area=[round(place, 4) for place in relevance.area],
     )
 
 

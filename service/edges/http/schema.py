@@ -176,7 +176,8 @@ LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity, which JSON does
 FIT: Any = Field(
     None,
     description="How an image that is not square meets the square encoder: `squash` changes its proportions, `pad` "
-    "keeps them, `auto` squashes an image that is almost square. Left out: the model's own.",
+    "keeps them, `tiles` looks at the whole and then at the part that the question is about, `auto` squashes an image "
+    "that is almost square and tiles others. Left out: the model's own.",
 )
 LOGPROBS: Any = Field(False, description="Tell each token's log probability.")
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS), WHOLE]
@@ -415,7 +416,7 @@ class Vision(BaseModel):
     visual_tokens: int = Field(description="Visual tokens that the LLM read.")
     detail: Literal["low", "high"] = Field(description="high if a closer view was used.")
     reduced: bool = Field(description="Looked less closely than the request allows, because of load.")
-    fit: Fit = Field(description="How images that are not square were fitted; squash if all of them were squashed.")
+    fit: Fit = Field(description="How the LLM saw images that are not square; `tiles` if it saw a part of one.")
     familiar: float | None = sure_field(
         "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated."
     )

@@ -22,6 +22,7 @@ class Fit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FIT_UNSPECIFIED: _ClassVar[Fit]
     FIT_SQUASH: _ClassVar[Fit]
     FIT_PAD: _ClassVar[Fit]
+    FIT_TILES: _ClassVar[Fit]
     FIT_AUTO: _ClassVar[Fit]
 
 class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -55,6 +56,7 @@ DETAIL_AUTO: Detail
 FIT_UNSPECIFIED: Fit
 FIT_SQUASH: Fit
 FIT_PAD: Fit
+FIT_TILES: Fit
 FIT_AUTO: Fit
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_NORMAL: Priority

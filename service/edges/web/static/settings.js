@@ -11,7 +11,8 @@ const FITS = {
   "": "the model's own",
   squash: "squash: change its proportions",
   pad: "pad: keep its proportions",
-  auto: "auto: squash if it is almost square",
+  tiles: "tiles: the whole, then the part that matters",
+  auto: "auto: squash if it is almost square, else tiles",
 };
 
 /** One setting's controls in `place`. */

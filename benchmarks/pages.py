@@ -18,7 +18,13 @@ from benchmarks.other_renderer import drawn
 from build_engines.scenes.questions import Question, ask
 from build_engines.scenes.world import IMAGE_SIZE, SIZE_NAMES, Thing, World, sample_scene
 
-SIZES = {"tall": (300, 900), "wide": (900, 300), "screen": (640, 360), "a4": (595, 842)}  # width, height in pixels
+SIZES = {
+    "tall": (300, 900),
+    "wide": (900, 300),
+    "screen": (640, 360),
+    "a4": (595, 842),
+    "photo": (640, 480),
+}  # width, height in pixels
 KINDS = ("read", "colour", "shape", "count", "exist", "relation")
 PLACES = 200  # drawn for an object before a page is given up
 SIZE_WORDS = re.compile("|".join(SIZE_NAMES))  # their meaning depends on how large the page is seen

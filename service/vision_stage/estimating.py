@@ -72,11 +72,15 @@ class Estimator:
         return EstimatedImage(image.id, len(image.data), width, height, known)
 
     def _frame(self, image: Image, stored: tuple[int, int], request: Request) -> Frame | None:
-        """Return what a question would see of the image first. Raises InvalidImage."""
+        """Return what a question would see of the image first."""
         fit, colour = request.fit or self.card.fit, self.card.pad_colour
         if fitting(*stored, fit, colour).frame is None:
             return None
-        return fitting(*(upright_size(image.data) or stored), fit, colour).frame
+        try:
+            size = upright_size(image.data) or stored
+        except InvalidImage:  # perhaps only the beginning of the file was sent, which an estimate allows
+            size = stored
+        return fitting(*size, fit, colour).frame
 
     def _claims(self, request: Request, new: int, cost: Cost) -> list[Claim]:
         """Return the claims that the request would make, without making them."""

@@ -126,8 +126,8 @@ class Look:
         self.seen, self.is_recalled = seen, True
 
     def fall_back(self) -> None:
-        """Record that there is no capacity for a closer look, or for the tile."""
-        if self.overview is not None:
+        """Record that there is no capacity for a closer look, or not even for the tile's first view."""
+        if self.low is None and self.overview is not None:
             self.frame, self.seen, self.overview, self.is_tile_denied = None, self.overview, None, True
             self.detail, self.low, self.is_recalled = "low", self.seen, True
         else:

@@ -189,10 +189,12 @@ def wants_closer(look: Look, situation: Situation) -> bool:
     return look.seen.relevance.particularize >= situation.closer_view_at and look.has_more_pixels
 
 
-def tile_of(relevance: Relevance, tiles: Sequence[Frame]) -> Frame | None:
-    """Return the tile that holds what the question is about; None if no tile holds TILE_SHARE of it.
+def tile_of(relevance: Relevance, tiles: Sequence[Frame], closer_view_at: float | None) -> Frame | None:
+    """Return the tile that holds most of what the question is about; None if the whole page answers it better.
 
-    Relevance counts squared: a few clear places more than a faint ground.
+    That is so if no tile holds TILE_SHARE of it. Yet if `particularize` reaches `closer_view_at`, the allocator asks for
+    a closer look, and gets the best tile; None: the model has no closer view. Relevance counts squared: a few clear
+    places more than a faint ground.
     """
     mass = relevance.map.astype(np.float64) ** 2
     held = [
@@ -200,7 +202,9 @@ def tile_of(relevance: Relevance, tiles: Sequence[Frame]) -> Frame | None:
         for tile in tiles
     ]
     best = int(np.argmax(held))
-    return tiles[best] if held[best] > 0 and held[best] >= TILE_SHARE * mass.sum() else None
+    asks_closer = closer_view_at is not None and relevance.particularize >= closer_view_at
+    is_chosen = held[best] > 0 and (asks_closer or held[best] >= TILE_SHARE * mass.sum())
+    return tiles[best] if is_chosen else None
 
 
 def _within(start: int, side: int, whole: int) -> npt.NDArray[np.bool_]:

@@ -176,7 +176,8 @@ class VisionStage:
 
     def _choose_tile(self, look: Look, request: Request) -> None:
         """Under strain, a tile is looked at only if the visual cache has it, as a closer view is."""
-        tile = tile_of(result_of(look).relevance, look.tiles)
+        closer_view_at = self.card.closer_view_at if self.card.closer_view else None
+        tile = tile_of(result_of(look).relevance, look.tiles, closer_view_at)
         possible = tile is not None and (
             self.admission.fidelity.closer_view
             or self.visual.holds(*self._keys(replace(look, frame=tile), "low", request))

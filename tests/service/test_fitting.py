@@ -112,6 +112,16 @@ async def test_a_question_about_places_far_apart_is_asked_of_the_whole_page(hous
     assert not end.reduced
 
 
+@pytest.mark.parametrize(("particularize", "fit"), [(0.59, "squash"), (0.6, "tiles")])
+async def test_a_question_that_asks_for_a_closer_look_gets_the_best_tile(house, particularize, fit):
+    look_at(house, 1, 2, 14)
+    house.vision.particularize = particularize
+    _, end = await answer(house, request(image=page(), fit="tiles"))
+    assert end.fit == fit
+    if fit == "tiles":
+        assert end.relevance[0].area == pytest.approx((0, 0, 1, 1 / 3))
+
+
 async def test_a_tile_has_its_own_closer_view_and_the_overview_has_none(house):
     look_at(house, 1)
     _, end = await answer(house, request(image=page(), fit="tiles", detail="high"))
@@ -179,10 +189,10 @@ def test_the_tile_holds_a_share_of_the_squared_relevance():
     for peak, other, chosen in [(0.9, 0.2, tiles[0]), (0.9, 0.6, None), (0.3, 0.06, tiles[0])]:
         at = np.full((16, 16), 0.001, np.float32)
         at[1, 3], at[14, 3] = peak, other
-        assert tile_of(relevance(at), tiles) == chosen
+        assert tile_of(relevance(at), tiles, None) == chosen
         share = peak**2 / (peak**2 + other**2)
         assert (share >= TILE_SHARE) is (chosen is not None)
-    assert tile_of(relevance(np.zeros((16, 16), np.float32)), tiles) is None
+    assert tile_of(relevance(np.zeros((16, 16), np.float32)), tiles, 0.0) is None
 
 
 @pytest.mark.parametrize("place", range(16))
@@ -191,7 +201,7 @@ def test_each_place_of_a_page_has_a_tile_that_shows_it(place, sideways):
     at = np.zeros((16, 16), np.float32)
     at[place, 5] = 1
     size = (900, 300) if sideways else (300, 900)
-    tile = tile_of(relevance(at.T if sideways else at), fitting(*size, "tiles", GREY).tiles)
+    tile = tile_of(relevance(at.T if sideways else at), fitting(*size, "tiles", GREY).tiles, None)
     centre = (place + 0.5) / 16 * 900
     start = tile.left if sideways else tile.top
     assert start <= centre < start + tile.side

@@ -192,9 +192,9 @@ def wants_closer(look: Look, situation: Situation) -> bool:
 def tile_of(relevance: Relevance, tiles: Sequence[Frame], closer_view_at: float | None) -> Frame | None:
     """Return the tile that holds most of what the question is about; None if the whole page answers it better.
 
-    That is so if no tile holds TILE_SHARE of it. Yet if `particularize` reaches `closer_view_at`, the allocator asks for
-    a closer look, and gets the best tile; None: the model has no closer view. Relevance counts squared: a few clear
-    places more than a faint ground.
+    That is so if no tile holds TILE_SHARE of it. But if `particularize` reaches `closer_view_at`, the allocator asks
+    for a closer look, and the best tile is returned; None: the model has no closer view. Relevance counts squared: a
+    few clear places more than a faint ground.
     """
     mass = relevance.map.astype(np.float64) ** 2
     held = [

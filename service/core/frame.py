@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 Fit = Literal["squash", "pad", "tiles"]  # how an image that is not square meets the square encoder
-AskedFit = Literal["squash", "pad", "tiles", "auto"]  # auto: squash if the image is almost square, else tiles
+AskedFit = Literal["squash", "pad", "tiles", "auto"]  # auto: tiles if the image is far from square, else squash
 Colour = tuple[int, int, int]
 Area = tuple[float, float, float, float]
 
 WHOLE: Area = (0.0, 0.0, 1.0, 1.0)
 ALMOST_SQUARE = 1.2  # the longer side over the shorter one, up to which an image has no tiles
+# From here on `auto` tiles. Below it, tiles read no better than the squashed image: docs/measurements.md.
+FAR_FROM_SQUARE = 1.5
 MOST_TILES = 12
 
 
@@ -62,7 +64,7 @@ def fitting(width: int, height: int, fit: AskedFit, colour: Colour) -> Fitting:
     """Fit an upright image. A square image is the same whatever the fit is; it has neither frame nor tiles."""
     if fit == "pad" and width != height:
         return Fitting(Frame.around(width, height, colour))
-    if fit in ("tiles", "auto"):
+    if fit == "tiles" or (fit == "auto" and max(width, height) > FAR_FROM_SQUARE * min(width, height)):
         return Fitting(None, tiles_of(width, height, colour))
     return Fitting()
 

@@ -176,8 +176,8 @@ LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity, which JSON does
 FIT: Any = Field(
     None,
     description="How an image that is not square meets the square encoder: `squash` changes its proportions, `pad` "
-    "keeps them, `tiles` looks at the whole and then at the part that the question is about, `auto` squashes an image "
-    "that is almost square and tiles others. Left out: the model's own.",
+    "keeps them, `tiles` looks at the whole and then at the part that the question is about, `auto` tiles an image "
+    "of more than 1.5 to 1 and squashes others. Left out: the model's own.",
 )
 LOGPROBS: Any = Field(False, description="Tell each token's log probability.")
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS), WHOLE]

@@ -24,7 +24,14 @@ def test_a_padded_image_lies_in_the_middle_of_its_square(width, height, square, 
 
 @pytest.mark.parametrize(
     ("width", "height", "fit"),
-    [(640, 640, "pad"), (640, 640, "auto"), (300, 900, "squash"), (600, 500, "auto"), (500, 600, "tiles")],
+    [
+        (640, 640, "pad"),
+        (640, 640, "auto"),
+        (300, 900, "squash"),
+        (750, 500, "auto"),
+        (600, 500, "tiles"),
+        (500, 600, "tiles"),
+    ],
 )
 def test_an_image_that_is_square_enough_or_squashed_has_no_frame_and_its_own_cache_keys(width, height, fit):
     fitted = fitting(width, height, fit, GREY)
@@ -32,12 +39,18 @@ def test_an_image_that_is_square_enough_or_squashed_has_no_frame_and_its_own_cac
     assert framed("d", fitted.frame) == "d"
 
 
-@pytest.mark.parametrize("fit", ["auto", "tiles"])
 @pytest.mark.parametrize(
-    ("longer", "sides"), [(361, (300, 2)), (450, (300, 2)), (451, (300, 3)), (900, (300, 5)), (1950, (300, 12))]
+    ("longer", "side", "count", "fit"),
+    [
+        (361, 300, 2, "tiles"),
+        (450, 300, 2, "tiles"),
+        (451, 300, 3, "tiles"),
+        (451, 300, 3, "auto"),
+        (900, 300, 5, "auto"),
+        (1950, 300, 12, "auto"),
+    ],
 )
-def test_a_page_is_squashed_first_and_has_tiles_along_its_longer_side(longer, sides, fit):
-    side, count = sides
+def test_a_page_is_squashed_first_and_has_tiles_along_its_longer_side(longer, side, count, fit):
     tall, wide = fitting(300, longer, fit, GREY), fitting(longer, 300, fit, GREY)
     assert tall.frame is None
     assert len(tall.tiles) == count

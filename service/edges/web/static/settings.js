@@ -12,7 +12,7 @@ const FITS = {
   squash: "squash: change its proportions",
   pad: "pad: keep its proportions",
   tiles: "tiles: the whole, then the part that matters",
-  auto: "auto: squash if it is almost square, else tiles",
+  auto: "auto: tiles beyond 1.5 to 1, else squash",
 };
 
 /** One setting's controls in `place`. */

@@ -1,6 +1,6 @@
 """Draw pages that are not square, and ask about them: objects of the reference world at places all over a page.
 
-Measured pixels of an object are those of the world at 224 pixels, times the page's shorter side over 224.
+An object has the size in pixels that it has in a scene of 224 pixels, times the page's shorter side over 224.
 """
 
 from __future__ import annotations

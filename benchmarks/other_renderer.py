@@ -17,16 +17,20 @@ FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSerif-Bold.tt
 Points = list[tuple[float, float]]
 
 
-def drawn(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
-    """uint8 [224, 224, 3]: things without noise, light or texture, with dark outlines in half of the scenes."""
-    side = IMAGE_SIZE * OVERSAMPLE
+def drawn(
+    things: Sequence[Thing], rng: np.random.Generator, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
+) -> np.ndarray:
+    """uint8 [height, width, 3]: things without noise, light or texture, with dark outlines in half of the scenes.
+
+    `size` is width and height in pixels, which the things' places and sizes count too.
+    """
     ground = int(rng.integers(90, 250))
-    picture = Image.new("RGB", (side, side), (ground,) * 3)
+    picture = Image.new("RGB", (size[0] * OVERSAMPLE, size[1] * OVERSAMPLE), (ground,) * 3)
     draw = ImageDraw.Draw(picture)
     outline = (20, 20, 20) if rng.random() < 0.5 else None
     for thing in things:
         _draw(draw, thing, (ground,) * 3, outline)
-    return np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
+    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
 
 
 def _draw(

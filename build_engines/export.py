@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 import onnx
 import onnx_ir
@@ -36,6 +37,7 @@ from build_engines.repository import (
 )
 from service.core.card import ModelCard
 from service.core.confidence import Calibration
+from service.core.frame import AskedFit, Colour
 from service.core.tensors import DETAIL, FLOAT, MODELS, QUESTION, VISION
 from service.core.tensors import Tensor as Described
 from service.core.vision import MAX_VISUAL_TOKENS
@@ -280,11 +282,27 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         text_end_id=text.eos_token_id if checkpoint.is_encoder_decoder else None,
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
+        fit=_fit(told.pop("fit", "squash")),
+        pad_colour=_colour(checkpoint.image_mean),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
         top_log_probs=True,
         confidence=confidence,
         metadata=told | {"confidence": why},
     )
+
+
+def _fit(told: object) -> AskedFit:
+    """Read how images that are not square are fitted. Raises ValueError for an unknown way."""
+    for fit in get_args(AskedFit):
+        if told == fit:
+            return fit  # type: ignore[no-any-return]
+    raise ValueError(f"model_card.json gives the fit {told!r}: give one of {', '.join(get_args(AskedFit))}")
+
+
+def _colour(mean: Sequence[float]) -> Colour:
+    """Return the colour, 0 to 255, whose pixels are about 0 once the encoder has subtracted its mean."""
+    red, green, blue = (round(255 * part) for part in mean)
+    return red, green, blue
 
 
 def _tokens(told: object) -> tuple[int, int]:

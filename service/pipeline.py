@@ -391,6 +391,7 @@ class Pipeline:
             image_ids=tuple(image.id for image in images),
             cache=ticket.cache,
             detail=ticket.detail,
+            fit=ticket.fit,
             reduced=ticket.reduced,
             prompt_tokens=ticket.prompt_tokens,
             completion_tokens=ticket.completion_tokens,

@@ -128,6 +128,7 @@ def evaluate(
     split: str | None = None,
     budget: Mapping[str, tuple[int, int]] | None = None,
     detail: str | None = None,
+    fit: str | None = None,
     clients: int = 4,
     out: Path | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -135,7 +136,7 @@ def evaluate(
 
     Raises httpx.HTTPError if the server fails.
     """
-    asked = {"budget": budget, "detail": detail}
+    asked = {"budget": budget, "detail": detail, "fit": fit}
     fields = {name: value for name, value in asked.items() if value}
     model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
     table = summarise(ask_all(client, scenes, rows(scenes, split), fields, clients))

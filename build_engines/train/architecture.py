@@ -154,6 +154,7 @@ def save_checkpoint(
         "image_size": IMAGE_SIZE,
         "image_mean": MEAN,
         "image_std": STD,
+        "fit": "auto",
         "parameters": {
             "model": sum(p.numel() for p in model.parameters()),
             **{name: sum(p.numel() for p in part.parameters()) for name, part in trained_parts(allocator)},

@@ -25,7 +25,7 @@ from service.cli.client import (
     stream,
     upload,
 )
-from service.cli.options import Detail, Url, budget, url_of
+from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
 
 
@@ -58,6 +58,7 @@ def ask(
     detail: Annotated[
         Detail | None, typer.Option(help="high adds a closer view of the image; auto adds it if the question needs it.")
     ] = None,
+    fit: Fit = None,
     explain: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the model looked, and why; one question only.")
     ] = None,
@@ -105,6 +106,7 @@ def ask(
         "stop": stop,
         "budget": budget(vision_tokens, visual_tokens),
         "detail": detail,
+        "fit": fit,
         "explain": True if explain else None,
         "min_confidence": min_confidence,
         "timeout_s": timeout_s,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -21,7 +21,9 @@ from matplotlib.image import AxesImage
 from PIL import Image as Pillow
 
 from service.core.errors import GlimpseError
+from service.core.frame import WHOLE, Frame
 from service.media.decoder import ImageLimits, decode
+from service.media.structure import upright_size
 
 Array = npt.NDArray[Any]
 
@@ -42,6 +44,7 @@ LEFT_OF = {
 IMAGE_SIDE = 528  # pixels of a panel
 MAX_PIXELS = 1_000_000_000
 COLOURS = "viridis"  # rises evenly in lightness, so colour-blind eyes and grey printers read it too
+PADDING = (0xE8, 0xE8, 0xE8)
 INK, PALE = "#1a1a1a", "#5f5f5f"
 OPPOSITES = {"particularize": "compress", "explore": "exploit", "diversify": "focus"}
 WAYS = {
@@ -57,7 +60,7 @@ def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
     `answer` is the answer of `POST /v1/vqa` with `explain`. Raises OSError if the bytes are not an image.
     """
     looked = answer["relevance"][0]
-    picture = _as_seen(image)
+    picture = _as_seen(image, looked.get("area", WHOLE))
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     _title(figure, question, answer["answer"])
@@ -77,13 +80,23 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _as_seen(image: bytes) -> Array:
-    """uint8 RGB, upright and squashed to a square by the service's own decoder, but sharper than its view."""
+def _as_seen(image: bytes, area: Sequence[float]) -> Array:
+    """uint8 RGB: the square that the service saw, by its own decoder, but sharper than its view."""
     limits = ImageLimits(len(image), MAX_PIXELS)  # the service has taken it, whatever its limits are
     try:
-        return decode(image, limits, (IMAGE_SIDE,)).views[IMAGE_SIDE].transpose(1, 2, 0)
+        return decode(image, limits, (IMAGE_SIDE,), _frame(image, area)).views[IMAGE_SIDE].transpose(1, 2, 0)
     except GlimpseError as exc:
         raise OSError(errno.EINVAL, exc.message) from exc
+
+
+def _frame(image: bytes, area: Sequence[float]) -> Frame | None:
+    """Return the square of which an answer told the area; None for the whole image, squashed."""
+    size = upright_size(image)
+    if size is None or tuple(area) == WHOLE:
+        return None
+    width, height = size
+    left, top, right, _ = area
+    return Frame(round(left * width), round(top * height), round((right - left) * width), width, height, PADDING)
 
 
 def tensions_in_words(tensions: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from service.cli.client import AskFailed, connected, plain_words
 from service.cli.measuring import Sample, measure
-from service.cli.options import Detail, Url, budget, url_of
+from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
 
 Format = Literal["auto", "vqav2", "gqa", "textvqa", "docvqa", "coco-captions", "jsonl"]
@@ -50,6 +50,7 @@ def evaluate(
         tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Every question's budget of visual tokens.")
     ] = None,
     detail: Annotated[Detail | None, typer.Option(help="The detail of every question.")] = None,
+    fit: Fit = None,
     clients: Annotated[
         int, typer.Option(min=1, max=64, help="Questions asked at the same time; fewer if the service has no room.")
     ] = 4,
@@ -84,7 +85,7 @@ def evaluate(
     """
     require("build_engines", "serve")
     require("numpy", "serve")
-    options = {"budget": budget(vision_tokens, visual_tokens), "detail": detail}
+    options = {"budget": budget(vision_tokens, visual_tokens), "detail": detail, "fit": fit}
     address = url_of(url)
     with plain_words(address), connected(address) as client:
         if dataset is not None:
@@ -104,6 +105,7 @@ def evaluate(
             split=split,
             budget=budget(vision_tokens, visual_tokens),
             detail=detail,
+            fit=fit,
             clients=clients,
             out=out,
         )

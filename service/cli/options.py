@@ -19,6 +19,14 @@ Url = Annotated[
 ]
 
 Detail = Literal["low", "high", "auto"]
+Fit = Annotated[
+    Literal["squash", "pad", "tiles", "auto"] | None,
+    typer.Option(
+        help="How an image that is not square is seen: squash changes its proportions, pad keeps them, tiles looks at "
+        "the whole and then at the part that matters, auto tiles what is longer than 1.5 to 1 and squashes the rest "
+        "[default: the model's own]."
+    ),
+]
 
 
 def url_of(given: str | None) -> str:

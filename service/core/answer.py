@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from service.core.confidence import Confidence, Reason
+from service.core.frame import Fit
 from service.core.variant import Served
 from service.core.vision import Relevance
 
@@ -52,6 +53,7 @@ class Finished:
     visual_tokens: int
     relevance: tuple[Relevance, ...]  # of each image
     timing_ms: dict[str, float]
+    fit: Fit = "squash"  # another if an image was fitted otherwise
     confidence: Confidence | None = None  # None if the models are not calibrated
     min_confidence: float | None = None  # of the request
     served: Served | None = None  # which variant answered

@@ -11,12 +11,13 @@ from typing import Any, Literal, Self
 from blake3 import blake3
 
 from service.core.confidence import Calibration
+from service.core.frame import AskedFit, Colour
 from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
 
 LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder
-BUDGETS = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens")  # pairs of a model card
+TUPLES = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens", "pad_colour")
 
 
 def of_precision(fingerprint: str, precision: str) -> str:
@@ -61,6 +62,8 @@ class ModelCard:
     system_template: str = ""  # before the first question's template, with {system}; empty if the LLM has learnt none
     closer_view: bool = False  # whether the repository has `attend_448`, so that cells can be at level 2
     closer_view_at: float = 1.0  # detail "auto" looks closer if `particularize` reaches this
+    fit: AskedFit = "squash"  # of images that are not square, if a request does not say: BLIP-2's own way
+    pad_colour: Colour = (123, 117, 104)  # R, G, B of padding: the mean that the encoder subtracts; CLIP's and BLIP-2's
     # The id with which an encoder-decoder (FlanT5) begins its answer; None: the LLM is decoder-only. The encoder reads
     # visual tokens and text in both directions, so prompts that begin alike share no keys and values.
     decoder_start_id: int | None = None
@@ -141,10 +144,10 @@ class ModelCard:
         """Read the text of a card.json. Raises ValueError, which names the missing or unknown field."""
         try:
             fields = json.loads(text)
-            budgets = {name: tuple(value) for name, value in fields.items() if name in BUDGETS and value is not None}
+            tuples = {name: tuple(value) for name, value in fields.items() if name in TUPLES and value is not None}
             told = fields.pop("confidence", None)
             confidence = None if told is None else Calibration.from_json(told, fields["vision_width"])
-            return cls(**fields | budgets, confidence=confidence)
+            return cls(**fields | tuples, confidence=confidence)
         except (TypeError, AttributeError, KeyError) as exc:
             raise ValueError(f"not a model card: {exc}") from exc
 

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from service.core.frame import AskedFit
 from service.core.guide import Guide
 from service.core.variant import ANY, Route
 
@@ -122,6 +123,7 @@ class Request:
     sampling: Sampling
     timeout_s: float
     detail: Detail = "low"
+    fit: AskedFit | None = None  # of images that are not square; None: as the model's card says
     exchanges: tuple[Exchange, ...] = ()  # earlier questions and answers, oldest first
     system: str = ""  # what the model is told before the first question
     trace_id: str = ""  # the caller's own id of the request

@@ -9,6 +9,7 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from service.core.frame import WHOLE, Area, Frame
 from service.core.request import Budget
 
 FloatArray = npt.NDArray[np.floating]
@@ -102,6 +103,7 @@ class Relevance:
     scores: FloatArray  # [3, 16, 16] in [0, 1]: propositional, perspectival, participatory
     levels: Int32Array  # [8, 8]: level of detail of each cell
     tensions: FloatArray  # [3] in [0, 1], those of TENSIONS
+    area: Area = WHOLE  # where the maps lie in the image: left, top, right, bottom as shares of its sides
 
     @property
     def evenness(self) -> float:
@@ -134,6 +136,7 @@ class Seen:
     budget: Budget  # the budget that was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
     is_rounded: bool = False  # made from features that were kept as int8
+    frame: Frame | None = None  # what was seen of the image; None: all of it, squashed
     strangeness: float = 0.0  # of the image: see core/confidence.py; 0 if the models are not calibrated
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, naming_image
+from service.core.frame import AskedFit
 from service.core.guide import guide_of
 from service.core.request import (
     Budget,
@@ -60,6 +61,7 @@ class Fields:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     detail: Detail = "low"
+    fit: AskedFit | None = None
     vision_tokens: tuple[int, int] | None = None
     visual_tokens: tuple[int, int] | None = None
     timeout_s: float | None = None
@@ -104,6 +106,7 @@ def to_request(
             fields.visual_tokens or card.default_visual_tokens,
         ),
         detail=fields.detail,
+        fit=fields.fit,
         sampling=_sampling(fields),
         timeout_s=_timeout_s(fields, limits),
         priority=fields.priority,

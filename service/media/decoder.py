@@ -23,10 +23,11 @@ from PIL import (
 from PIL import Image as Pillow
 
 from service.core.errors import InvalidImage, TooLarge
+from service.core.frame import Frame
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
 from service.media.foreign import found_in
 from service.media.formats import SENT
-from service.media.structure import Structure, structure_of
+from service.media.structure import SIDEWAYS, Structure, structure_of
 
 try:
     import pi_heif
@@ -56,7 +57,6 @@ TURNS = {  # EXIF orientation -> the turn that brings the picture upright
     7: Pillow.Transpose.TRANSVERSE,
     8: Pillow.Transpose.ROTATE_90,
 }
-SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
 
 # Pillow's own limit warns at 89 and raises at 179 megapixels. ImageLimits is checked before it and is lower.
 Pillow.MAX_IMAGE_PIXELS = None
@@ -91,11 +91,14 @@ class Decoded:
         return np.ascontiguousarray(rows.transpose(1, 3, 0, 2, 4)).reshape(CROPS, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
-def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
+def decode(
+    data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,), frame: Frame | None = None
+) -> Decoded:
     """Decode an image of one of FORMATS, of several pictures the first, to uint8 [3, size, size] RGB for each view.
 
     The whole picture is resized to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
-    picture of that size is not changed. Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK
+    picture of that size is not changed. With a frame, its square is resized instead, by one factor for both sides.
+    Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK
     is converted without a colour profile, EXIF orientation is applied. A view does not depend on the other views.
     Raises InvalidImage, TooLarge.
     """
@@ -109,7 +112,7 @@ def decode(data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,
     # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError). All of it means
     # that these bytes are no image.
     try:
-        pixels = _views(structure, views)
+        pixels = _views(structure, views, frame)
     except MemoryError as exc:
         raise TooLarge(
             f"decoding the {structure.format} takes too much memory: send it smaller, or save it anew "
@@ -155,7 +158,7 @@ def require_size(width: int, height: int, limits: ImageLimits) -> None:
         )
 
 
-def _views(structure: Structure, views: Sequence[int]) -> dict[int, UInt8Array]:
+def _views(structure: Structure, views: Sequence[int], frame: Frame | None) -> dict[int, UInt8Array]:
     """Decode once, or once a view if the JPEG is so large that the views need different scales."""
     if structure.is_short:
         raise ValueError("bytes are missing")
@@ -168,9 +171,12 @@ def _views(structure: Structure, views: Sequence[int]) -> dict[int, UInt8Array]:
                 if picture.size != whole:
                     raise ValueError(f"two sizes: {whole} and {picture.size}")
                 # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
-                picture.draft(None, (2 * size, 2 * size))
+                picture.draft(None, _needed(whole, 2 * size, frame))
                 colours = _in_colour(picture)
-        found[size] = _squashed(colours, size, structure.orientation)
+        if frame is None:
+            found[size] = _squashed(colours, size, structure.orientation)
+        else:
+            found[size] = _framed(colours, size, structure.orientation, frame)
     return found
 
 
@@ -178,17 +184,50 @@ def _is_within(size: tuple[int, int], whole: tuple[int, int]) -> bool:
     return size[0] <= whole[0] and size[1] <= whole[1]
 
 
+def _needed(whole: tuple[int, int], size: int, frame: Frame | None) -> tuple[int, int]:
+    """Return how large the whole picture must be so that the square has `size` pixels a side."""
+    if frame is None:
+        return size, size
+    return max(1, whole[0] * size // frame.side), max(1, whole[1] * size // frame.side)
+
+
 def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
     """Resize to [3, size, size] RGB, upright."""
     side = (size, size)
     if colours.size != side:
         colours = colours.resize(side, Pillow.Resampling.BICUBIC)
-    if colours.mode == "RGBA":  # after the resize, which weighs colours by alpha: the picture is smaller now
-        white = Pillow.new("RGBA", side, (255, 255, 255, 255))
-        colours = Pillow.alpha_composite(white, colours).convert("RGB")
+    colours = _on_white(colours)
     if orientation in TURNS:  # a turn commutes with the resize to a square
         colours = colours.transpose(TURNS[orientation])
     return np.ascontiguousarray(np.asarray(colours).transpose(2, 0, 1))
+
+
+def _framed(colours: Pillow.Image, size: int, orientation: int, frame: Frame) -> UInt8Array:
+    """Resize what the frame has of the picture, and put it on the frame's colour: [3, size, size] RGB, upright."""
+    if orientation in TURNS:
+        colours = colours.transpose(TURNS[orientation])
+    left, right, at_x, wide = _along(frame.left, frame.side, frame.width, size)
+    top, bottom, at_y, high = _along(frame.top, frame.side, frame.height, size)
+    across, down = colours.width / frame.width, colours.height / frame.height  # below 1 if a draft was decoded
+    box = (left * across, top * down, right * across, bottom * down)
+    square = Pillow.new("RGB", (size, size), frame.colour)
+    square.paste(_on_white(colours.resize((wide, high), Pillow.Resampling.BICUBIC, box)), (at_x, at_y))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _along(start: int, side: int, whole: int, size: int) -> tuple[int, int, int, int]:
+    """Along one axis: from where to where the picture is seen, and where that lies in the view and how long it is."""
+    first, last = max(start, 0), min(start + side, whole)
+    length = max(1, round((last - first) * size / side))
+    return first, last, min(round((first - start) * size / side), size - length), length
+
+
+def _on_white(colours: Pillow.Image) -> Pillow.Image:
+    """Put white below transparent pixels: after a resize, which weighs colours by alpha."""
+    if colours.mode != "RGBA":
+        return colours
+    white = Pillow.new("RGBA", colours.size, (255, 255, 255, 255))
+    return Pillow.alpha_composite(white, colours).convert("RGB")
 
 
 def _in_colour(picture: Pillow.Image) -> Pillow.Image:

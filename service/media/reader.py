@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from service.core.frame import Frame
 from service.core.vision import IMAGE_SIZE
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.media.store import Image
+from service.media.structure import upright_size
 from service.media.workers import CpuSpent, DecodingWorkers, uncounted
 
 INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) is cheaper than a thread
@@ -21,15 +23,21 @@ class ImageReader:
         self.limits = limits
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
+    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), frame: Frame | None = None) -> Decoded:
         """Decode in a thread. Raises InvalidImage, TooLarge."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views, frame)
 
     async def identify(self, data: bytes) -> Image:
         """Hash the bytes. It does not check that they are an image."""
         if len(data) <= INLINE_HASH_BYTES:
             return Image.of(data)
         return await asyncio.get_running_loop().run_in_executor(self._threads, Image.of, data)
+
+    async def size(self, data: bytes) -> tuple[int, int] | None:
+        """Return width and height of the upright picture, undecoded; None if it is none. Raises InvalidImage."""
+        if len(data) <= INLINE_HASH_BYTES:
+            return upright_size(data)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, upright_size, data)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -46,9 +54,9 @@ class WorkerReader(ImageReader):
         """Start the processes on the running event loop. The first image does so too."""
         self.workers.start()
 
-    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,)) -> Decoded:
+    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), frame: Frame | None = None) -> Decoded:
         """Raises InvalidImage, TooLarge, Unavailable."""
-        return await self.workers.decode(data, views)
+        return await self.workers.decode(data, views, frame)
 
     def close(self) -> None:
         super().close()

@@ -39,6 +39,7 @@ MAX_EXIF_TAGS = 512  # of the first directory; cameras write about 20
 MAX_INFLATION = 1040  # deflate makes at most 1,032 bytes of one
 
 ORIENTATION = 0x0112  # EXIF tag
+SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
 GIF_CONTROL = b"\xf9\x04"  # the label and the length of the block that says what is transparent
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -66,6 +67,14 @@ class Structure:
     orientation: int = 1  # EXIF's 1 to 8
     scans: int = 1  # passes over the whole picture
     is_short: bool = False  # the bytes cannot hold so many pixels
+
+
+def upright_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height as EXIF turns the picture; None and errors are those of `structure_of`."""
+    found = structure_of(data)
+    if found is None:
+        return None
+    return (found.height, found.width) if found.orientation in SIDEWAYS else (found.width, found.height)
 
 
 def structure_of(data: bytes) -> Structure | None:

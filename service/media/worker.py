@@ -17,8 +17,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from service.core.errors import GlimpseError
+from service.core.frame import Frame
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
 from service.media.decoder import ImageLimits, decode
 
@@ -78,14 +80,15 @@ def next_packet(control: socket.socket) -> bytes:
     return control.recv(PACKET_BYTES)
 
 
-def answered(request: Mapping[str, list[int]], memory: mmap.mmap, limits: WorkerLimits) -> dict[str, object]:
+def answered(request: Mapping[str, Any], memory: mmap.mmap, limits: WorkerLimits) -> dict[str, object]:
     """Decode the image in the memory and leave its views there, one behind the other."""
-    (nbytes,), views = request["nbytes"], request["views"]
+    nbytes, views, told = request["nbytes"], request["views"], request["frame"]
+    frame = None if told is None else Frame(**told | {"colour": tuple(told["colour"])})
     data = memory[PIXEL_BYTES : PIXEL_BYTES + nbytes]
     try:
         # The default action of the timer's signal ends the process, whatever the decoder is doing.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        decoded = decode(data, limits.image, views)
+        decoded = decode(data, limits.image, views, frame)
         signal.setitimer(signal.ITIMER_PROF, 0)
     except GlimpseError as error:
         signal.setitimer(signal.ITIMER_PROF, 0)

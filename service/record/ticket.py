@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
+from service.core.frame import Fit
 from service.core.payer import NOBODY, Payer, pay_for
 from service.core.request import Request
 from service.core.variant import DEFAULT, Served
@@ -56,6 +57,7 @@ class Ticket:
     encoded: int = 0  # encoded images; a closer view counts as its crops
     cache: Literal["hit", "miss"] = "miss"  # final once every image was looked up
     detail: Literal["low", "high"] = "low"  # high once a closer view was used
+    fit: Fit = "squash"  # another once an image was fitted otherwise
     reduced: bool = False  # True once an image got less than the request allows, because of load
     image_ids: tuple[str, ...] = ()  # known once the images are loaded
     stages: defaultdict[str, Stage] = field(default_factory=lambda: defaultdict(Stage))

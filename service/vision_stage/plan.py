@@ -4,24 +4,37 @@
     See            find the features of the first view; if they are new, encode and attend in the same call
     Encode         find the features of the first view; if they are new, encode
     EncodeCloser   find the features of the closer view; if they are new, encode its crops in one batch
+    ChooseTile     choose the tile that the question is about, or go on with the whole image
     Attend         make visual tokens from the features and the question
     Done           the visual tokens are complete
 
 Every look begins with detail low. It becomes a closer look, with detail high, as soon as a closer view is both wanted
 and possible. The result with detail low is kept, and the look falls back to it if there is no capacity. After a
 fallback, the look does not look closer again.
+
+A look at a page begins with the whole page, squashed, with detail low. If one tile holds what the question is about,
+the look begins anew with that tile, and falls back to the whole page if there is no capacity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from service.core.frame import Frame, framed
 from service.core.prompt import Question
 from service.core.request import Detail
-from service.core.vision import IMAGE_SIZE, CloserFeatures, Seen, VisionFeatures
+from service.core.vision import GRID, IMAGE_SIZE, CloserFeatures, Relevance, Seen, VisionFeatures
 from service.media.decoder import Decoded
 from service.media.store import Image
+
+# The least share of the squared relevance that a tile must hold to be looked at in place of the whole page. Chosen on
+# pages of `benchmarks.pages`: counts and relations, whose objects lie far apart, are then asked of the whole page.
+TILE_SHARE = 5 / 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,11 @@ class EncodeCloser:
 
 
 @dataclass(frozen=True, slots=True)
+class ChooseTile:
+    """Choose the tile that the question is about, or go on with the whole image."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attend:
     """Attend to all views of this detail."""
 
@@ -63,7 +81,7 @@ class Done:
     is_denied: bool = False  # a closer view was wanted but not possible
 
 
-Step = Recall | See | Encode | EncodeCloser | Attend | Done
+Step = Recall | See | Encode | EncodeCloser | ChooseTile | Attend | Done
 
 
 @dataclass(slots=True)
@@ -73,6 +91,10 @@ class Look:
     number: int  # its place among the images of the request
     image: Image
     question: Question
+    frame: Frame | None = None  # what is seen of the image; None: all of it, squashed
+    tiles: tuple[Frame, ...] = ()  # of which one may be chosen; empty once that is decided
+    overview: Seen | None = None  # the result with the whole image, if this is a look at a tile
+    is_tile_denied: bool = False  # a tile was wanted but not possible
     detail: Literal["low", "high"] = "low"
     is_recalled: bool = False  # the visual cache was asked at this detail
     vision: VisionFeatures | None = None
@@ -87,6 +109,16 @@ class Look:
     def is_done(self) -> bool:
         return isinstance(self.step, Done)
 
+    @property
+    def digest(self) -> str:
+        """Return what cache keys have for what is seen of the image."""
+        return framed(self.image.digest, self.frame)
+
+    @property
+    def has_more_pixels(self) -> bool:
+        """Return whether the picture has more pixels than the first view; true if its header does not say."""
+        return self.image.larger_than(IMAGE_SIZE) if self.frame is None else self.frame.side > IMAGE_SIZE
+
     def recall(self, detail: Literal["low", "high"], seen: Seen | None) -> None:
         """Record what the visual cache holds at this detail."""
         if detail != self.detail:
@@ -94,8 +126,22 @@ class Look:
         self.seen, self.is_recalled = seen, True
 
     def fall_back(self) -> None:
-        """Record that there is no capacity for a closer look."""
-        self.detail, self.seen = "low", self.low
+        """Record that there is no capacity for a closer look, or not even for the tile's first view."""
+        if self.low is None and self.overview is not None:
+            self.frame, self.seen, self.overview, self.is_tile_denied = None, self.overview, None, True
+            self.detail, self.low, self.is_recalled = "low", self.seen, True
+        else:
+            self.detail, self.seen = "low", self.low
+
+    def choose(self, tile: Frame | None, is_possible: bool) -> None:
+        """Begin anew with one tile, or go on with the whole image."""
+        self.tiles = ()
+        if tile is None or not is_possible:
+            self.is_tile_denied = tile is not None
+            return
+        self.frame, self.overview = tile, self.seen
+        self.seen = self.vision = None
+        self.is_recalled = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +165,7 @@ def next_step(look: Look, situation: Situation) -> Step:
     if not look.is_recalled:
         return Recall("low")
     if look.seen is not None:
-        return Done(is_denied=is_wanted)
+        return ChooseTile() if look.tiles else Done(is_denied=is_wanted)
     if look.detail == "low":
         return See() if look.vision is None else Attend()
     is_optional = look.low is not None
@@ -131,13 +177,40 @@ def next_step(look: Look, situation: Situation) -> Step:
 def wants_closer(look: Look, situation: Situation) -> bool:
     """Return whether the look wants a closer view.
 
-    With detail auto, the first view's result decides, and the image must have more pixels than that view.
+    With detail auto, the first view's result decides, and the image must have more pixels than that view. A page whose
+    tile is not chosen yet wants none.
     """
+    if look.tiles:
+        return False
     if situation.asks == "high" or situation.needs_closer:
         return True
     if situation.asks == "low" or not situation.offers_closer or look.seen is None:
         return False
-    return look.seen.relevance.particularize >= situation.closer_view_at and look.image.larger_than(IMAGE_SIZE)
+    return look.seen.relevance.particularize >= situation.closer_view_at and look.has_more_pixels
+
+
+def tile_of(relevance: Relevance, tiles: Sequence[Frame], closer_view_at: float | None) -> Frame | None:
+    """Return the tile that holds most of what the question is about; None if the whole page answers it better.
+
+    That is so if no tile holds TILE_SHARE of it. But if `particularize` reaches `closer_view_at`, the allocator asks
+    for a closer look, and the best tile is returned; None: the model has no closer view. Relevance counts squared: a
+    few clear places more than a faint ground.
+    """
+    mass = relevance.map.astype(np.float64) ** 2
+    held = [
+        mass[np.ix_(_within(tile.top, tile.side, tile.height), _within(tile.left, tile.side, tile.width))].sum()
+        for tile in tiles
+    ]
+    best = int(np.argmax(held))
+    asks_closer = closer_view_at is not None and relevance.particularize >= closer_view_at
+    is_chosen = held[best] > 0 and (asks_closer or held[best] >= TILE_SHARE * mass.sum())
+    return tiles[best] if is_chosen else None
+
+
+def _within(start: int, side: int, whole: int) -> npt.NDArray[np.bool_]:
+    """[16]: along one axis, the patches of the squashed image whose centres lie in a tile."""
+    centres = (np.arange(GRID) + 0.5) * whole / GRID
+    return (centres >= start) & (centres < start + side)
 
 
 def is_possible(situation: Situation) -> bool:

@@ -28,6 +28,7 @@ from service.cache.keys import FeatureKey, Features, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
+from service.core.frame import Fitting, fitting
 from service.core.prompt import Question
 from service.core.request import Budget, ImageId, Priority, Request
 from service.core.vision import (
@@ -47,7 +48,19 @@ from service.media.reader import ImageReader
 from service.media.store import Image
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
-from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
+from service.vision_stage.plan import (
+    Attend,
+    ChooseTile,
+    Done,
+    Encode,
+    EncodeCloser,
+    Look,
+    Recall,
+    See,
+    Situation,
+    next_step,
+    tile_of,
+)
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
 # the next question about the image needs it.
@@ -114,7 +127,7 @@ class VisionStage:
         has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
         encoded. Raises Overloaded.
         """
-        looks = self._looks(images, ticket)
+        looks = await self._looks(images, ticket)
         pending = list(looks.values())
         while True:
             for look in pending:
@@ -131,21 +144,45 @@ class VisionStage:
             reservation.give_back(room, finished=False)
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
+        ticket.fit = next((look.frame.fit for look in looks.values() if look.frame is not None), "squash")
         ticket.reduced = any(self._is_reduced(look, ticket.request) for look in looks.values())
         return [result_of(looks[image.digest]) for image in images]
 
-    def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
+    async def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
         """Make one look for each different image, by digest: an image that is given twice is looked at once."""
         question = self.prompts.question(ticket.request.question)
         looks: dict[str, Look] = {}
         for number, image in enumerate(images):
             if image.digest not in looks:
-                looks[image.digest] = look = Look(number, image, question)
+                with naming_image(number, len(images)):
+                    fitted = await self._fitted(image, ticket.request)
+                looks[image.digest] = look = Look(number, image, question, *fitted)
                 self._decide(look, ticket)
         return looks
 
+    async def _fitted(self, image: Image, request: Request) -> Fitting:
+        """Return what to see of the image. Raises InvalidImage."""
+        fit, colour = request.fit or self.card.fit, self.card.pad_colour
+        stored = None if fit == "squash" else header_size(image.data)
+        if stored is None or fitting(*stored, fit, colour) == Fitting():  # and so it is if EXIF turns it
+            return Fitting()
+        return fitting(*(await self.reader.size(image.data) or stored), fit, colour)
+
     def _decide(self, look: Look, ticket: Ticket) -> None:
         look.step = next_step(look, self._situation(look, ticket.request))
+        if look.step == ChooseTile():
+            self._choose_tile(look, ticket.request)
+            look.step = next_step(look, self._situation(look, ticket.request))
+
+    def _choose_tile(self, look: Look, request: Request) -> None:
+        """Under strain, a tile is looked at only if the visual cache has it, as a closer view is."""
+        closer_view_at = self.card.closer_view_at if self.card.closer_view else None
+        tile = tile_of(result_of(look).relevance, look.tiles, closer_view_at)
+        possible = tile is not None and (
+            self.admission.fidelity.closer_view
+            or self.visual.holds(*self._keys(replace(look, frame=tile), "low", request))
+        )
+        look.choose(tile, possible)
 
     def _situation(self, look: Look, request: Request) -> Situation:
         needs_closer = request.budget.vision_tokens[0] > self.card.vision_tokens[1]
@@ -159,22 +196,23 @@ class VisionStage:
             allows_closer=allows_closer,
             holds_closer=may_want_closer
             and not allows_closer
-            and self.visual.holds(*self._keys(look.image, "high", request)),
+            and self.visual.holds(*self._keys(look, "high", request)),
         )
 
     def _is_reduced(self, look: Look, request: Request) -> bool:
         """Return whether the request got less for this image than it allows."""
-        return look.step == Done(is_denied=True) or result_of(look).budget != self._asked(look.detail, request)
+        is_denied = look.is_tile_denied or look.step == Done(is_denied=True)
+        return is_denied or result_of(look).budget != self._asked(look.detail, request)
 
     def _recall(self, look: Look, ticket: Ticket) -> None:
         """Ask the visual cache for as long as the next step is Recall."""
         while isinstance(step := look.step, Recall):
-            look.recall(step.detail, self.visual.get(*self._keys(look.image, step.detail, ticket.request)))
+            look.recall(step.detail, self.visual.get(*self._keys(look, step.detail, ticket.request)))
             self._decide(look, ticket)
         if look.is_done:
             self._remember(look.image, ticket.request)
 
-    def _keys(self, image: Image, detail: Literal["low", "high"], request: Request) -> list[bytes]:
+    def _keys(self, look: Look, detail: Literal["low", "high"], request: Request) -> list[bytes]:
         """Return the visual cache's keys that can answer the request, best first.
 
         A hit with the request's own budget costs no vision work, so it is used at any fidelity level. The exception is
@@ -184,14 +222,16 @@ class VisionStage:
         allowed = self.admission.fidelity.cap(asked)
         budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
         return [
-            visual_key(self.card, image.digest, request.question, budget, detail) for budget in dict.fromkeys(budgets)
+            visual_key(self.card, look.digest, request.question, budget, detail) for budget in dict.fromkeys(budgets)
         ]
 
     def _keep(self, look: Look, seen: Seen, request: Request) -> None:
         if self.card.confidence is not None and look.vision is not None:
             seen = replace(seen, strangeness=self.card.confidence.strangeness(look.vision))
+        if look.frame is not None:
+            seen = replace(seen, frame=look.frame, relevance=replace(seen.relevance, area=look.frame.area))
         look.seen = seen
-        key = visual_key(self.card, look.image.digest, request.question, seen.budget, seen.detail)
+        key = visual_key(self.card, look.digest, request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)
 
     async def _find(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
@@ -201,10 +241,9 @@ class VisionStage:
                 case Recall():
                     self._recall(look, ticket)
                     continue
-                case See():
-                    await self._find_first(look, ticket, reservation)
-                case Encode(is_optional) | EncodeCloser(is_optional):
-                    find = self._find_first if isinstance(look.step, Encode) else self._find_closer
+                case See() | Encode() | EncodeCloser() as step:
+                    find = self._find_closer if isinstance(step, EncodeCloser) else self._find_first
+                    is_optional = look.overview is not None or (not isinstance(step, See) and step.is_optional)
                     try:
                         await find(look, ticket, reservation)
                     except Overloaded:
@@ -215,7 +254,7 @@ class VisionStage:
 
     async def _find_first(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         """Find or encode the features of the first view. If the step is See, a new image is attended to as well."""
-        key = first_view(self.card.fingerprint, look.image.digest)
+        key = first_view(self.card.fingerprint, look.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
                 found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
@@ -236,7 +275,7 @@ class VisionStage:
                     ticket.tell(vision_tokens=relevance.vision_tokens, visual_tokens=len(visual_tokens))
 
     async def _find_closer(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
-        key = closer_view(self.card.fingerprint, look.image.digest)
+        key = closer_view(self.card.fingerprint, look.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):
                 found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
@@ -323,7 +362,8 @@ class VisionStage:
             both = view == IMAGE_SIZE and look.detail == "high"
             naming = naming_image(look.number, len(ticket.request.images))
             with ticket.stage("load"), ticket.stage("decode_image"), naming:
-                decoded = await self.reader.decode(look.image.data, (IMAGE_SIZE, CLOSER_SIZE) if both else (view,))
+                views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
+                decoded = await self.reader.decode(look.image.data, views, look.frame)
             look.decoded = decoded if both else None
         self._remember(look.image, ticket.request)
         try:

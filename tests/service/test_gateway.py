@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image as Pillow
 
-from tests.support.paths import SCENES
+from tests.support.paths import PROJECT, SCENES
 from tests.support.servers import Gateway, eventually, eventually_async
 
 QUESTIONS = (
@@ -109,6 +109,49 @@ async def test_a_closer_view_is_looked_at_where_the_model_has_one(http, card):
     assert [each["vision"]["cache"] for each in (low, high, again)] == ["miss", "miss", "hit"]
     levels = np.array(high["relevance"][0]["levels"])
     assert np.array([1, 4, 16])[levels].sum() == high["vision"]["vision_tokens"]
+
+
+def a_page(size: tuple[int, int], place: tuple[int, int]) -> bytes:
+    """A committed scene, 300 pixels a side, on a page of its ground's colour."""
+    with Pillow.open(SCENES / "new_003.webp") as picture:
+        scene = picture.convert("RGB").resize((300, 300))
+    page, out = Pillow.new("RGB", size, scene.getpixel((0, 0))), BytesIO()
+    page.paste(scene, place)
+    page.save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "place", "padded", "part"),
+    [
+        ((300, 900), (0, 600), [-1, 0, 2, 1], [0, 2 / 3, 1, 1]),
+        ((900, 300), (300, 0), [0, -1, 1, 2], [1 / 3, 0, 2 / 3, 1]),
+    ],
+)
+async def test_a_page_is_seen_as_asked_and_its_maps_say_where_they_lie(http, repository, size, place, padded, part):
+    page = (await http.post("/v1/images", content=a_page(size, place))).raise_for_status().json()["id"]
+    question = "what character is on the pink square?"
+    said = {fit: await answer(http, page, question, fit=fit, explain=True) for fit in ("squash", "pad", "tiles")}
+    assert [each["vision"]["cache"] for each in said.values()][:2] == ["miss", "miss"]
+    assert [said[fit]["vision"]["fit"] for fit in ("squash", "pad")] == ["squash", "pad"]
+    assert said["squash"]["relevance"][0]["area"] == [0, 0, 1, 1]
+    assert said["pad"]["relevance"][0]["area"] == padded
+    again = await answer(http, page, question, fit="pad", explain=True)
+    assert (again["vision"]["cache"], again["relevance"]) == ("hit", said["pad"]["relevance"])
+    if repository != PROJECT / "model_repository":
+        return
+    tile = said["tiles"]
+    assert (tile["answer"], tile["vision"]["fit"], tile["vision"]["visual_tokens"]) == ("8", "tiles", 32)
+    assert tile["relevance"][0]["area"] == pytest.approx(part, abs=1e-4)
+    map_ = np.array(tile["relevance"][0]["map"])
+    with Pillow.open(SCENES / "new_003.webp") as picture:
+        colours = np.asarray(picture.convert("RGB").resize((16, 16)), float)
+    row, column = np.unravel_index(map_.argmax(), map_.shape)
+    red, green, blue = colours[row, column]
+    assert red > max(green, blue)  # the peak lies on the pink square
+    high = await answer(http, page, question, fit="tiles", detail="high", explain=True)
+    assert (high["vision"]["fit"], high["vision"]["detail"]) == ("tiles", "high")
+    assert high["relevance"][0]["area"] == tile["relevance"][0]["area"]
 
 
 async def test_the_stream_put_together_is_the_answer(http, scenes):

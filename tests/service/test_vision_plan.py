@@ -8,17 +8,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.core.frame import fitting
 from service.core.prompt import Question
 from service.core.request import Budget
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures
 from service.media.store import Image
-from service.vision_stage.plan import Attend, Done, Encode, EncodeCloser, Look, Recall, See, Situation, next_step
+from service.vision_stage.plan import (
+    Attend,
+    ChooseTile,
+    Done,
+    Encode,
+    EncodeCloser,
+    Look,
+    Recall,
+    See,
+    Situation,
+    next_step,
+)
 from tests.support.fakes import png
 
 THRESHOLD = 0.625  # a float32 too
 SMALL, LARGE = Image.of(png(size=(224, 224))), Image.of(png(size=(225, 224)))
 QUESTION = Question(np.zeros(32, np.int32), np.zeros(32, np.int32))
 VISION = VisionFeatures(*(np.zeros(1, np.float32) for _ in range(4)))
+TILES = fitting(300, 900, "tiles", (0, 0, 0)).tiles
 CLOSER = CloserFeatures(np.zeros(1, np.float32))
 
 
@@ -129,7 +142,8 @@ def test_a_closer_look_keeps_what_was_seen_before_and_can_fall_back_to_it():
 @given(st.data())
 def test_every_look_ends_whatever_its_steps_bring(data):
     """Fidelity and the visual cache may change between any two decisions, and after Done too while others go on."""
-    closer_look = look(data.draw(st.sampled_from([SMALL, LARGE])))
+    tiles = data.draw(st.sampled_from([(), TILES]))
+    closer_look = look(data.draw(st.sampled_from([SMALL, LARGE])), tiles=tiles)
     asks = data.draw(st.sampled_from(["low", "high", "auto"]))
     fixed = {"needs_closer": data.draw(st.booleans()), "offers": data.draw(st.booleans())}
 
@@ -146,10 +160,16 @@ def test_every_look_ends_whatever_its_steps_bring(data):
     for _ in range(2):  # the stage asks once more when the request holds LLM capacity
         while not closer_look.is_done:
             steps.append(closer_look.step)
-            assert len(steps) <= 6
+            assert len(steps) <= (12 if tiles else 6)
+            missing = closer_look.overview is not None and data.draw(st.booleans())  # no room for the tile
             match closer_look.step:
                 case Recall(detail):
                     closer_look.recall(detail, sight(detail) if data.draw(st.booleans()) else None)
+                case ChooseTile():
+                    assert closer_look.detail == "low"
+                    closer_look.choose(data.draw(st.sampled_from([None, *TILES])), data.draw(st.booleans()))
+                case See() | Encode() | EncodeCloser() if missing:
+                    closer_look.fall_back()
                 case See():
                     closer_look.vision = VISION
                     closer_look.seen = sight("low") if data.draw(st.booleans()) else None
@@ -168,5 +188,22 @@ def test_every_look_ends_whatever_its_steps_bring(data):
         assert closer_look.seen.detail == closer_look.detail
         decide()
     for once in (LOW, HIGH, See(), Encode(False), Encode(True), EncodeCloser(False), EncodeCloser(True)):
-        assert steps.count(once) <= 1
-    assert steps.count(Attend()) <= 2
+        assert steps.count(once) <= (2 if tiles else 1)
+    assert steps.count(ChooseTile()) == bool(tiles)
+    assert steps.count(Attend()) <= (3 if tiles else 2)
+
+
+def test_without_room_a_look_at_a_tile_falls_back_to_what_it_has():
+    overview, low = seen(0.1), seen(0.9)
+    tiled = look(**KNOWN, tiles=TILES, seen=overview)
+    assert next_step(tiled, situation("high", ALLOWED)) == ChooseTile()
+    tiled.choose(TILES[1], True)
+    assert (tiled.frame, tiled.overview, tiled.seen, tiled.vision) == (TILES[1], overview, None, None)
+    again = replace(tiled)
+    tiled.fall_back()
+    assert (tiled.frame, tiled.seen, tiled.is_tile_denied) == (None, overview, True)
+    assert isinstance(next_step(tiled, situation("high", ALLOWED)), Done)
+    again.recall("low", low)
+    again.recall("high", None)
+    again.fall_back()
+    assert (again.frame, again.seen, again.detail, again.is_tile_denied) == (TILES[1], low, "low", False)

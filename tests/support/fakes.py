@@ -99,6 +99,8 @@ class FakeVision:
         self.gate.set()
         self.gated: tuple[str, ...] = ("see", "encode", "attend", "attend_448")  # who waits at the gate
         self.fault: Exception | None = None
+        self.fault_of: dict[str, Exception] = {}  # by the call that raises it
+        self.map = np.full((16, 16), 0.5, np.float32)
         self.calls: list[str] = []
         self.budgets: list[Budget] = []
         self.particularize = 0.5
@@ -141,6 +143,8 @@ class FakeVision:
             await self.gate.wait()
         if self.fault is not None:
             raise self.fault
+        if (fault := self.fault_of.get(call.split(maxsplit=1)[0])) is not None:
+            raise fault
 
     def _features(self, image: np.ndarray) -> VisionFeatures:
         return VisionFeatures(
@@ -153,7 +157,7 @@ class FakeVision:
     def _seen(self, vision: VisionFeatures, budget: Budget, level: int) -> Seen:
         self.budgets.append(budget)
         relevance = Relevance(
-            np.full((16, 16), 0.5, np.float32),
+            self.map,
             np.full((3, 16, 16), 0.25, np.float32),
             np.diag([level] * 8).astype(np.int32),
             np.array([self.particularize, 0.5, 0.5], np.float32),

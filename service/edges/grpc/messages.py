@@ -27,6 +27,7 @@ OPTIONAL = (
     "min_confidence",
 )
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
+FITS = {pb.FIT_SQUASH: "squash", pb.FIT_PAD: "pad", pb.FIT_TILES: "tiles", pb.FIT_AUTO: "auto"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 CACHES = {"hit": pb.CACHE_HIT, "miss": pb.CACHE_MISS}
@@ -37,6 +38,7 @@ ABSTAIN_REASONS = {
     "unfamiliar_image": pb.ABSTAIN_REASON_UNFAMILIAR_IMAGE,
 }
 SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
+SEEN_FITS = {name: number for number, name in FITS.items()}
 
 
 class MessageFields(Asked):
@@ -124,6 +126,8 @@ def fields_of(
         given["priority"] = priority
     if message.detail:
         given["detail"] = DETAILS.get(message.detail, message.detail)
+    if message.fit:
+        given["fit"] = FITS.get(message.fit, message.fit)
     if message.priority:
         given["priority"] = PRIORITIES.get(message.priority, message.priority)
     if message.HasField("budget"):
@@ -194,6 +198,7 @@ def answer_message(
             visual_tokens=end.visual_tokens,
             detail=SEEN_DETAILS[end.detail],
             reduced=end.reduced,
+            fit=SEEN_FITS[end.fit],
             familiar=None if end.confidence is None else end.confidence.familiar,
         ),
         timing_ms=pb.TimingMs(**end.timing_ms),
@@ -231,6 +236,7 @@ def relevance_message(relevance: Relevance) -> pb.Relevance:
         participatory=participatory,
         levels=relevance.levels.ravel().tolist(),
         tensions=pb.Tensions(particularize=particularize, explore=explore, diversify=diversify),
+        area=[round(place, 4) for place in relevance.area],
     )
 
 

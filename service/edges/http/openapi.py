@@ -157,6 +157,7 @@ EXAMPLES = {
         stop=["."],
         budget={"vision_tokens": [64, 128]},
         detail="auto",
+        fit="pad",
         timeout_s=10,
         priority="low",
         explain=True,
@@ -184,7 +185,7 @@ EVENTS = {
         'data: {"id":"vqa_1","delta":"red"}\n\n'
         'data: {"id":"vqa_1","model":"glimpse-reference","finish_reason":"stop","image_ids":["img_1"],'
         '"usage":{"prompt_tokens":13,"completion_tokens":1,"image_tokens":32},'
-        '"vision":{"cache":"miss","vision_tokens":136,"visual_tokens":32,"detail":"low","reduced":false},'
+        '"vision":{"cache":"miss","vision_tokens":136,"visual_tokens":32,"detail":"low","reduced":false,"fit":"squash"},'
         '"timing_ms":{"queue":0.1,"load":1.6,"vision":24.9,"first_token":35.2,"total":35.6}}\n\n'
         "data: [DONE]\n\n"
     ),

@@ -22,6 +22,7 @@ from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Reason
 from service.core.errors import GlimpseError, InvalidRequest
+from service.core.frame import AskedFit, Fit
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import MAX_TOP_LOG_PROBS, Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
@@ -50,7 +51,7 @@ def stop_schema(most: int) -> WithJsonSchema:
 
 # Of a question, those that the core takes as they are.
 PLAIN_FIELDS = (
-    *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail"),
+    *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail", "fit"),
     *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence"),
 )
 
@@ -172,6 +173,12 @@ JSON_SCHEMA: Any = Field(None, description="The answer is JSON of this schema.",
 
 
 LEAST_LOGPROB = -9999.0  # OpenAI's, in place of minus infinity, which JSON does not have
+FIT: Any = Field(
+    None,
+    description="How an image that is not square meets the square encoder: `squash` changes its proportions, `pad` "
+    "keeps them, `tiles` looks at the whole and then at the part that the question is about, `auto` tiles an image "
+    "of more than 1.5 to 1 and squashes others. Left out: the model's own.",
+)
 LOGPROBS: Any = Field(False, description="Tell each token's log probability.")
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS), WHOLE]
 TOP_LOGPROBS: Any = Field(0, description="Tell so many of the likeliest tokens beside each token; needs `logprobs`.")
@@ -235,6 +242,7 @@ class Asked(BaseModel):
         description="`high` adds a closer view of 448x448 pixels. `auto` adds it if the question needs it, the image "
         "has the pixels and the service has room.",
     )
+    fit: AskedFit | None = FIT
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
     timeout_s: float | None = Field(None, ge=LEAST_TIMEOUT_S, description="Seconds until the request is given up.")
     priority: Priority | None = Field(
@@ -408,6 +416,7 @@ class Vision(BaseModel):
     visual_tokens: int = Field(description="Visual tokens that the LLM read.")
     detail: Literal["low", "high"] = Field(description="high if a closer view was used.")
     reduced: bool = Field(description="Looked less closely than the request allows, because of load.")
+    fit: Fit = Field(description="How the LLM saw images that are not square; `tiles` if it saw a part of one.")
     familiar: float | None = sure_field(
         "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated."
     )
@@ -434,7 +443,10 @@ class Tensions(BaseModel):
 
 
 class WireRelevance(BaseModel):
-    """Where one image was looked at closely; `map` and `scores` are 16x16 in [0, 1], `levels` 8x8."""
+    """Where one image was looked at closely; `map` and `scores` are 16x16 in [0, 1], `levels` 8x8.
+
+    `area` says where they lie in the upright image.
+    """
 
     model_config = ConfigDict(title="Relevance")
 
@@ -442,6 +454,10 @@ class WireRelevance(BaseModel):
     scores: Scores
     levels: list[list[int]]
     tensions: Tensions
+    area: tuple[float, float, float, float] = Field(
+        description="Left, top, right and bottom as shares of the image's width and height. Padding lies below 0 and "
+        "above 1."
+    )
 
     @classmethod
     def of(cls, relevance: Relevance) -> Self:
@@ -452,6 +468,7 @@ class WireRelevance(BaseModel):
             scores=Scores(propositional=propositional, perspectival=perspectival, participatory=participatory),
             levels=relevance.levels.tolist(),
             tensions=Tensions(particularize=particularize, explore=explore, diversify=diversify),
+            area=tuple(round(place, 4) for place in relevance.area),
         )
 
 
@@ -540,6 +557,7 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
             visual_tokens=end.visual_tokens,
             detail=end.detail,
             reduced=end.reduced,
+            fit=end.fit,
             familiar=None if end.confidence is None else round(end.confidence.familiar, 4),
         ),
         "timing_ms": TimingMs(**end.timing_ms),
@@ -657,6 +675,7 @@ class Model(BaseModel):
     default_visual_tokens: tuple[int, int] = Field(description="Used if a request has no budget of visual tokens.")
     default_vision_tokens: tuple[int, int] = Field(description="Used at detail `low` if it has none of vision tokens.")
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
+    fit: AskedFit = Field(description="How an image that is not square is fitted if a question does not say.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
     calibrated: bool = Field(description="Whether answers carry a confidence; `metadata.confidence` says why.")
@@ -680,6 +699,7 @@ class Model(BaseModel):
             default_visual_tokens=card.default_visual_tokens,
             default_vision_tokens=card.unasked_vision_tokens("low"),
             closer_view=CloserView.of(card),
+            fit=card.fit,
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
             calibrated=card.confidence is not None,

@@ -18,7 +18,7 @@ from service.edges.openai.schema import ChatMessage, ChatRequest, ContentPart
 # Those that the core takes as they are.
 PLAIN_FIELDS = (
     *("temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "vision_tokens", "visual_tokens"),
-    *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence"),
+    *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence", "fit"),
 )
 SYSTEM = ("system", "developer")
 

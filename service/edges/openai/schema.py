@@ -19,6 +19,7 @@ from service.core import answer
 from service.core.answer import Finished
 from service.core.confidence import Reason
 from service.core.errors import InvalidRequest
+from service.core.frame import AskedFit
 from service.core.request import Detail, Priority, Sampling
 from service.edges.http.faults import UNNAMED, invalid_request
 from service.edges.http.schema import (
@@ -26,6 +27,7 @@ from service.edges.http.schema import (
     CHOICES,
     CONFIDENCE,
     FALLBACK_FROM,
+    FIT,
     FOUND,
     GREEDY_OR_DRAWN,
     JSON_SCHEMA,
@@ -219,6 +221,7 @@ class ChatRequest(Unsupported):
     visual_tokens: tuple[Tokens, Tokens] | None = Field(
         None, description="Least and most tokens that the LLM reads of each image; multiples of 32."
     )
+    fit: AskedFit | None = FIT
     timeout_s: float | None = Field(None, ge=LEAST_TIMEOUT_S, description="Seconds until the request is given up.")
     priority: Priority | None = Field(
         Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."

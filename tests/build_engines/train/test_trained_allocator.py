@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,16 @@ def test_its_card_says_what_it_was_trained_for(exported: Exported) -> None:
     assert (told.vision_tokens, told.visual_tokens, told.default_visual_tokens) == ((64, 256), (32, 128), (32, 64))
     assert (told.closer_view_at, told.metadata["licence"]) == (0.5, "none")
     assert "glimpse calibrate" in str(told.metadata["confidence"])
+
+
+def test_its_card_squashes_pages_unless_it_says_otherwise_and_pads_with_the_encoders_mean(exported: Exported) -> None:
+    checkpoint = exported.checkpoint
+    assert card(checkpoint).fit == "squash"
+    assert card(replace(checkpoint, card={**checkpoint.card, "fit": "tiles"})).fit == "tiles"
+    with pytest.raises(ValueError, match="gives the fit 'crop': give one of squash, pad, tiles, auto"):
+        card(replace(checkpoint, card={**checkpoint.card, "fit": "crop"}))
+    padded = card(replace(checkpoint, image_mean=[0.48145466, 0.4578275, 0.40821073])).pad_colour
+    assert padded == (123, 117, 104)
 
 
 def by_groups(exported: Exported, seen: dict[str, Tensor], question: dict[str, Tensor], row: int) -> Tensor:

@@ -133,3 +133,18 @@ def test_sixteen_bit_grey_is_drawn_as_grey(light: int) -> None:
 def test_what_is_no_image_is_not_drawn() -> None:
     with pytest.raises(OSError, match="not an image that can be read"):
         explain(b"no image", QUESTION, answer())
+
+
+@pytest.mark.parametrize(
+    ("area", "colours"),
+    [
+        ([-1, 0, 2, 1], [(232, 232, 232), (200, 30, 40), (232, 232, 232)]),
+        ([0, 0.3333, 1, 0.6667], [(200, 30, 40)] * 3),
+        ([0, 0, 1, 1], [(200, 30, 40)] * 3),
+    ],
+)
+def test_the_square_that_was_seen_is_drawn_with_its_padding(area, colours) -> None:
+    said = answer()
+    said["relevance"][0]["area"] = area
+    panel = layer(panels(explain(image_file((200, 30, 40), (300, 900)), QUESTION, said))["image"], 0)
+    assert [tuple(panel[IMAGE_SIDE // 2, IMAGE_SIDE * part // 8]) for part in (1, 4, 7)] == colours

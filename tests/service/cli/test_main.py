@@ -127,6 +127,18 @@ def test_every_option_reaches_the_service(server, image):
     assert server.house.vision.calls[-1] == "attend_448"
 
 
+def test_a_page_is_fitted_as_the_option_says(server, tmp_path):
+    page = tmp_path / "page.png"
+    page.write_bytes(png(size=(100, 300)))
+    for fit, area in [("squash", [0, 0, 1, 1]), ("pad", [-1, 0, 2, 1])]:
+        drawing = tmp_path / f"{fit}.png"
+        options = ("--json", "--fit", fit, "--explain", str(drawing))
+        status, said, _ = run("ask", str(page), "a?", *options, "--url", server.url)
+        told = json.loads(said)
+        assert (status, told["vision"]["fit"], told["relevance"][0]["area"]) == (0, fit, area)
+        assert drawing.stat().st_size > 0
+
+
 def test_an_image_may_come_from_standard_input_or_be_an_id(server):
     _, said, _ = run("ask", "-", "a?", "--json", "--url", server.url, stdin=png())
     image_id = json.loads(said)["image_ids"][0]

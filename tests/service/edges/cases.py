@@ -24,6 +24,7 @@ from tests.support.paths import SCENES
 
 # Committed scenes, and the same ones with bytes of this table's own behind them, which no decoder reads.
 SCENE, OTHER = ((SCENES / f"new_{number:03}.webp").read_bytes() + b"cases" for number in (3, 7))
+WIDE = png((20, 60, 200), (900, 300))
 LARGE = (SCENES / "small_print_004.webp").read_bytes() + b"cases"
 UNKNOWN = "img_00000000000000000000000000000000"
 SCHEMA = {
@@ -59,6 +60,7 @@ class Outcome:
     completion_tokens: int = 0
     vision_tokens: int = 0
     detail: str = ""
+    fit: str = ""
     relevance: object = None
     abstained: bool | None = None
     reason: str = ""
@@ -136,6 +138,11 @@ CASES = [
     with_fields("detail low", detail="low"),
     Case(name="detail high", images=(LARGE,), fields={"detail": "high"}),
     Case(name="detail auto", images=(LARGE,), fields={"detail": "auto"}, question="what character is on the square?"),
+    Case(name="squashed", images=(WIDE,), fields={"fit": "squash", "explain": True}),
+    Case(name="padded", images=(WIDE,), fields={"fit": "pad", "explain": True}),
+    Case(name="padded, detail high", images=(WIDE,), fields={"fit": "pad", "detail": "high"}),
+    Case(name="tiled", images=(WIDE,), fields={"fit": "tiles", "explain": True}, question="is there a ring?"),
+    Case(name="fitted by its proportions", images=(WIDE, SCENE), fields={"fit": "auto", "explain": True}),
     # Errors.
     refused("no image", InvalidRequest, "missing_field", images=()),
     refused("no question", InvalidRequest, question=" "),
@@ -169,6 +176,7 @@ CASES = [
     refused("a schema with keywords that are not followed", InvalidRequest, fields={"json_schema": {"not": {}}}),
     refused("a schema that is too large", InvalidRequest, fields={"json_schema": {"enum": ["w" * 20_000]}}),
     refused("an unknown detail", InvalidRequest, fields={"detail": "medium"}),
+    refused("an unknown fit", InvalidRequest, fields={"fit": "stretch"}),
     refused("an unknown priority", InvalidRequest, fields={"priority": "high"}),
     refused("an unknown field", InvalidRequest, "unknown_field", fields={"colour": "red"}),
 ]

@@ -64,6 +64,7 @@ class Vqa:
             said["usage"]["completion_tokens"],
             said["vision"]["vision_tokens"],
             said["vision"]["detail"],
+            said["vision"]["fit"],
             said.get("relevance"),
             said.get("abstained"),
             said.get("reason", ""),
@@ -145,6 +146,7 @@ class OpenAiChat:
             usage.completion_tokens,
             ours.vision["vision_tokens"],
             ours.vision["detail"],
+            ours.vision["fit"],
             getattr(ours, "relevance", None),
             getattr(ours, "abstained", None),
             getattr(ours, "reason", ""),
@@ -192,6 +194,7 @@ class Grpc:
             said.usage.completion_tokens,
             said.vision.vision_tokens,
             DETAILS[said.vision.detail],
+            FITS[said.vision.fit],
             [relevance_in(each) for each in said.relevance] or None,
             said.abstained if said.HasField("abstained") else None,
             REASONS[said.abstain_reason],
@@ -205,7 +208,7 @@ class Grpc:
         budget = fields.pop("budget", {})
         if "json_schema" in fields:
             fields["json_schema"] = json.dumps(fields["json_schema"])
-        for name, values in (("detail", pb.Detail), ("priority", pb.Priority)):
+        for name, values in (("detail", pb.Detail), ("priority", pb.Priority), ("fit", pb.Fit)):
             if name in fields:
                 word = f"{name}_{fields[name]}".upper()
                 fields[name] = values.Value(word) if word in values.DESCRIPTOR.values_by_name else 99
@@ -265,6 +268,7 @@ REASONS = {
     pb.ABSTAIN_REASON_UNSURE: "unsure",
     pb.ABSTAIN_REASON_UNFAMILIAR_IMAGE: "unfamiliar_image",
 }
+FITS = {pb.FIT_SQUASH: "squash", pb.FIT_PAD: "pad", pb.FIT_TILES: "tiles"}
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high"}
 # What has no gRPC: an image is bytes there, and a deadline beyond the limit is cut.
 NOT_IN_GRPC = ("not base64", "a timeout that is too long")
@@ -295,6 +299,7 @@ def relevance_in(message: pb.Relevance) -> dict[str, Any]:
         "tensions": {
             name: round(getattr(message.tensions, name), 4) for name in ("particularize", "explore", "diversify")
         },
+        "area": list(message.area),
     }
 
 

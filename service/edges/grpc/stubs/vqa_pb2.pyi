@@ -17,6 +17,14 @@ class Detail(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DETAIL_HIGH: _ClassVar[Detail]
     DETAIL_AUTO: _ClassVar[Detail]
 
+class Fit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FIT_UNSPECIFIED: _ClassVar[Fit]
+    FIT_SQUASH: _ClassVar[Fit]
+    FIT_PAD: _ClassVar[Fit]
+    FIT_TILES: _ClassVar[Fit]
+    FIT_AUTO: _ClassVar[Fit]
+
 class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PRIORITY_UNSPECIFIED: _ClassVar[Priority]
@@ -45,6 +53,11 @@ DETAIL_UNSPECIFIED: Detail
 DETAIL_LOW: Detail
 DETAIL_HIGH: Detail
 DETAIL_AUTO: Detail
+FIT_UNSPECIFIED: Fit
+FIT_SQUASH: Fit
+FIT_PAD: Fit
+FIT_TILES: Fit
+FIT_AUTO: Fit
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_NORMAL: Priority
 PRIORITY_LOW: Priority
@@ -96,7 +109,7 @@ class Budget(_message.Message):
     def __init__(self, vision_tokens: _Optional[_Union[Range, _Mapping]] = ..., visual_tokens: _Optional[_Union[Range, _Mapping]] = ...) -> None: ...
 
 class AnswerRequest(_message.Message):
-    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain", "choices", "regex", "json_schema", "min_confidence", "logprobs", "top_logprobs", "system")
+    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain", "choices", "regex", "json_schema", "min_confidence", "logprobs", "top_logprobs", "system", "fit")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +130,7 @@ class AnswerRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     turns: _containers.RepeatedCompositeFieldContainer[Turn]
     budget: Budget
@@ -137,7 +151,8 @@ class AnswerRequest(_message.Message):
     logprobs: bool
     top_logprobs: int
     system: str
-    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ..., choices: _Optional[_Iterable[str]] = ..., regex: _Optional[str] = ..., json_schema: _Optional[str] = ..., min_confidence: _Optional[float] = ..., logprobs: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., system: _Optional[str] = ...) -> None: ...
+    fit: Fit
+    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ..., choices: _Optional[_Iterable[str]] = ..., regex: _Optional[str] = ..., json_schema: _Optional[str] = ..., min_confidence: _Optional[float] = ..., logprobs: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., system: _Optional[str] = ..., fit: _Optional[_Union[Fit, str]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "image_tokens")
@@ -150,20 +165,22 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., image_tokens: _Optional[int] = ...) -> None: ...
 
 class Vision(_message.Message):
-    __slots__ = ("cache", "vision_tokens", "visual_tokens", "detail", "reduced", "familiar")
+    __slots__ = ("cache", "vision_tokens", "visual_tokens", "detail", "reduced", "familiar", "fit")
     CACHE_FIELD_NUMBER: _ClassVar[int]
     VISION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     REDUCED_FIELD_NUMBER: _ClassVar[int]
     FAMILIAR_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
     cache: Cache
     vision_tokens: int
     visual_tokens: int
     detail: Detail
     reduced: bool
     familiar: float
-    def __init__(self, cache: _Optional[_Union[Cache, str]] = ..., vision_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., reduced: _Optional[bool] = ..., familiar: _Optional[float] = ...) -> None: ...
+    fit: Fit
+    def __init__(self, cache: _Optional[_Union[Cache, str]] = ..., vision_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., reduced: _Optional[bool] = ..., familiar: _Optional[float] = ..., fit: _Optional[_Union[Fit, str]] = ...) -> None: ...
 
 class TimingMs(_message.Message):
     __slots__ = ("queue", "load", "vision", "first_token", "total")
@@ -180,20 +197,22 @@ class TimingMs(_message.Message):
     def __init__(self, queue: _Optional[float] = ..., load: _Optional[float] = ..., vision: _Optional[float] = ..., first_token: _Optional[float] = ..., total: _Optional[float] = ...) -> None: ...
 
 class Relevance(_message.Message):
-    __slots__ = ("map", "propositional", "perspectival", "participatory", "levels", "tensions")
+    __slots__ = ("map", "propositional", "perspectival", "participatory", "levels", "tensions", "area")
     MAP_FIELD_NUMBER: _ClassVar[int]
     PROPOSITIONAL_FIELD_NUMBER: _ClassVar[int]
     PERSPECTIVAL_FIELD_NUMBER: _ClassVar[int]
     PARTICIPATORY_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     TENSIONS_FIELD_NUMBER: _ClassVar[int]
+    AREA_FIELD_NUMBER: _ClassVar[int]
     map: _containers.RepeatedScalarFieldContainer[float]
     propositional: _containers.RepeatedScalarFieldContainer[float]
     perspectival: _containers.RepeatedScalarFieldContainer[float]
     participatory: _containers.RepeatedScalarFieldContainer[float]
     levels: _containers.RepeatedScalarFieldContainer[int]
     tensions: Tensions
-    def __init__(self, map: _Optional[_Iterable[float]] = ..., propositional: _Optional[_Iterable[float]] = ..., perspectival: _Optional[_Iterable[float]] = ..., participatory: _Optional[_Iterable[float]] = ..., levels: _Optional[_Iterable[int]] = ..., tensions: _Optional[_Union[Tensions, _Mapping]] = ...) -> None: ...
+    area: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, map: _Optional[_Iterable[float]] = ..., propositional: _Optional[_Iterable[float]] = ..., perspectival: _Optional[_Iterable[float]] = ..., participatory: _Optional[_Iterable[float]] = ..., levels: _Optional[_Iterable[int]] = ..., tensions: _Optional[_Union[Tensions, _Mapping]] = ..., area: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Tensions(_message.Message):
     __slots__ = ("particularize", "explore", "diversify")

@@ -71,6 +71,7 @@ function facts({ vision, finish_reason: reason }) {
     `${vision.vision_tokens} vision tokens`,
     `${vision.visual_tokens} visual tokens`,
     `detail ${vision.detail}`,
+    ...(vision.fit === "squash" ? [] : [`fit ${vision.fit}`]),
   ];
   if (vision.reduced) said.push("looked less closely because of load");
   if (reason === "length") said.push("cut at the longest answer");

@@ -47,25 +47,33 @@ export function draw(canvas, bitmap, view, relevance, strength) {
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   if (!relevance || view === "image") return;
-  if (view === "levels") drawLevels(context, relevance.levels);
-  else drawHeat(context, view === "map" ? relevance.map : relevance.scores[view], strength);
+  const place = placeOf(context.canvas, relevance.area);
+  if (view === "levels") drawLevels(context, relevance.levels, place);
+  else drawHeat(context, view === "map" ? relevance.map : relevance.scores[view], place, strength);
+}
+
+/** Where the model's square lies on the canvas. Padding lies outside. */
+function placeOf({ width, height }, [left, top, right, bottom]) {
+  return { x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height };
 }
 
 /** Colours over a grey image, so that colour means relevance alone. */
-function drawHeat(context, values, strength) {
+function drawHeat(context, values, place, strength) {
   const { width, height } = context.canvas;
   context.globalCompositeOperation = "saturation";
   context.fillStyle = "#808080";
   context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
   context.globalAlpha = strength;
-  context.drawImage(heat(values, (value) => 255 * (FAINT + (1 - FAINT) * value)), 0, 0, width, height);
+  context.drawImage(heat(values, (value) => 255 * (FAINT + (1 - FAINT) * value)), place.x, place.y, place.width, place.height);
   context.globalAlpha = 1;
 }
 
-function drawLevels(context, levels) {
-  const wide = context.canvas.width / levels[0].length;
-  const high = context.canvas.height / levels.length;
+function drawLevels(context, levels, place) {
+  const wide = place.width / levels[0].length;
+  const high = place.height / levels.length;
+  context.save();
+  context.translate(place.x, place.y);
   levels.forEach((row, y) =>
     row.forEach((level, x) => {
       const [left, top] = [x * wide, y * high];
@@ -88,4 +96,5 @@ function drawLevels(context, levels) {
   levels.forEach((row, y) =>
     row.forEach((level, x) => level === 2 && context.strokeRect(x * wide, y * high, wide, high)),
   );
+  context.restore();
 }

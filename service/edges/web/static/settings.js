@@ -7,6 +7,14 @@ const DETAILS = {
   high: "high: also at 448 pixels",
 };
 
+const FITS = {
+  "": "the model's own",
+  squash: "squash: change its proportions",
+  pad: "pad: keep its proportions",
+  tiles: "tiles: the whole, then the part that matters",
+  auto: "auto: tiles beyond 1.5 to 1, else squash",
+};
+
 /** One setting's controls in `place`. */
 class Setting {
   constructor(place, name, card) {
@@ -16,11 +24,14 @@ class Setting {
     const options = Object.entries(details).map(([value, text]) => element("option", { value, text }));
     this.detail = element("select", { id: `detail-${name}` }, ...options);
     this.detail.addEventListener("change", () => this.showLimits());
+    const fits = Object.entries(FITS).map(([value, text]) => element("option", { value, text }));
+    this.fit = element("select", { id: `fit-${name}` }, ...fits);
     this.vision = new Range(`vision-${name}`, "Vision tokens", "read by the Q-Former", 1);
     this.visual = new Range(`visual-${name}`, "Visual tokens", "read by the LLM", 32);
     const row = element("p", { class: "control" }, element("label", { for: `detail-${name}`, text: "Detail" }), this.detail);
+    const fit = element("p", { class: "control" }, element("label", { for: `fit-${name}`, text: "Image not square" }), this.fit);
     this.legend = element("legend", { text: "Setting" });
-    place.replaceChildren(element("fieldset", { class: "setting" }, this.legend, row, this.vision.row, this.visual.row));
+    place.replaceChildren(element("fieldset", { class: "setting" }, this.legend, row, fit, this.vision.row, this.visual.row));
     this.name = name.toUpperCase();
     this.showLimits();
   }
@@ -47,6 +58,7 @@ class Setting {
     if (this.visual.value) budget.visual_tokens = this.visual.value;
     const fields = {};
     if (this.detail.value !== "low") fields.detail = this.detail.value;
+    if (this.fit.value) fields.fit = this.fit.value;
     if (Object.keys(budget).length) fields.budget = budget;
     return fields;
   }
@@ -54,6 +66,7 @@ class Setting {
   /** In a few words, such as "detail high, 64 to 128 vision tokens". */
   get words() {
     const words = [`detail ${this.detail.value}`];
+    if (this.fit.value) words.push(`fit ${this.fit.value}`);
     for (const [range, what] of [[this.vision, "vision tokens"], [this.visual, "visual tokens"]]) {
       if (range.value) words.push(`${[...new Set(range.value)].join(" to ")} ${what}`);
     }

@@ -144,20 +144,22 @@ def test_an_answer_tells_everything_that_is_known():
         np.stack([np.full((16, 16), value, np.float32) for value in (0.25, 0.5, 0.75)]),
         np.diag([2] * 8).astype(np.int32),
         np.array([0.1, 0.2, 0.3], np.float32),
+        (0.0, 1 / 3, 1.0, 2 / 3),
     )
     timing = {"queue": 0.1, "load": 0.2, "vision": 0.3, "first_token": 0.4, "total": 0.5}
-    end = Finished("length", ("img_1",), "hit", "high", True, 12, 3, 64, (relevance,), timing)
+    end = Finished("length", ("img_1",), "hit", "high", True, 12, 3, 64, (relevance,), timing, "tiles")
     told = answer_message("vqa_1", "tiny", ("a ", "ring"), end, explain=True)
     assert (told.id, told.model, told.answer, list(told.image_ids)) == ("vqa_1", "tiny", "a ring", ["img_1"])
     assert told.finish_reason == pb.FINISH_REASON_LENGTH
     assert told.usage == pb.Usage(prompt_tokens=12, completion_tokens=3, image_tokens=64)
     assert told.vision == pb.Vision(
-        cache=pb.CACHE_HIT, vision_tokens=184, visual_tokens=64, detail=pb.DETAIL_HIGH, reduced=True
+        cache=pb.CACHE_HIT, vision_tokens=184, visual_tokens=64, detail=pb.DETAIL_HIGH, reduced=True, fit=pb.FIT_TILES
     )
     assert told.timing_ms == pb.TimingMs(**timing)
     (where,) = told.relevance
     assert np.array_equal(np.array(where.map, np.float32).reshape(16, 16), relevance.map)
     assert np.array_equal(np.array(where.levels).reshape(8, 8), relevance.levels)
+    assert list(where.area) == [0, 0.3333, 1, 0.6667]
     assert (where.propositional[7], where.perspectival[7], where.participatory[7]) == (0.25, 0.5, 0.75)
     assert np.allclose(
         [where.tensions.particularize, where.tensions.explore, where.tensions.diversify], [0.1, 0.2, 0.3]

@@ -80,7 +80,14 @@ async def test_an_answer_has_everything_that_is_known_of_it(caller):
             "completion_tokens": 1,
             "image_tokens": 32,
         },
-        "vision": {"cache": "miss", "vision_tokens": 64, "visual_tokens": 32, "detail": "low", "reduced": False},
+        "vision": {
+            "cache": "miss",
+            "vision_tokens": 64,
+            "visual_tokens": 32,
+            "detail": "low",
+            "reduced": False,
+            "fit": "squash",
+        },
     }
 
 

@@ -88,7 +88,14 @@ async def test_an_answer_has_everything_that_openai_and_we_tell(caller):
                 "rejected_prediction_tokens": 0,
             },
         },
-        "vision": {"cache": "miss", "vision_tokens": 64, "visual_tokens": 32, "detail": "low", "reduced": False},
+        "vision": {
+            "cache": "miss",
+            "vision_tokens": 64,
+            "visual_tokens": 32,
+            "detail": "low",
+            "reduced": False,
+            "fit": "squash",
+        },
     }
 
 

@@ -90,18 +90,20 @@ async def test_two_settings_stand_side_by_side(visit: Visit):
     assert await visit.page.input_value("#detail-b") == "high"
     await visit.page.fill("#vision-a-most", "100")
     await visit.page.fill("#visual-b-least", "64")
+    await visit.page.select_option("#fit-b", "pad")
     await visit.ask("what is there?")
     assert await visit.answers() == ["a red square"] * 2
     first, second = (request.post_data_json for request in visit.posted("/v1/vqa"))
     assert first["budget"] == {"vision_tokens": [64, 100]}
     assert "detail" not in first
-    assert (second["detail"], second["budget"]) == ("high", {"visual_tokens": [64, 64]})
+    assert "fit" not in first
+    assert (second["detail"], second["fit"], second["budget"]) == ("high", "pad", {"visual_tokens": [64, 64]})
     boxes = [await each.bounding_box() for each in await visit.page.locator("#stage canvas").all()]
     assert boxes[0] is not None
     assert boxes[1] is not None
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     labels = await visit.page.locator("#stage figcaption").all_inner_texts()
-    assert labels == ["A: detail low, 64 to 100 vision tokens", "B: detail high, 64 visual tokens"]
+    assert labels == ["A: detail low, 64 to 100 vision tokens", "B: detail high, fit pad, 64 visual tokens"]
     assert await visit.page.locator(".bar").count() == 2
 
 

@@ -1,0 +1,59 @@
+"""Pages for measuring fits are what they say, and the report counts right."""
+
+from io import BytesIO
+from itertools import combinations
+from math import hypot
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.fits import bar, in_padding
+from benchmarks.pages import KINDS, SIZE_WORDS, SIZES, pages
+from service.core.frame import FAR_FROM_SQUARE
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_page_shows_its_objects_apart_and_asks_about_them(size):
+    width, height = SIZES[size]
+    for page in pages(size, 3, np.random.default_rng(1)):
+        with Image.open(BytesIO(page.png)) as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        assert pixels.shape == (height, width, 3)
+        for thing in page.things:
+            radius = thing.diameter / 2
+            assert radius <= thing.x <= width - radius
+            assert radius <= thing.y <= height - radius
+            inside = pixels[round(thing.y - radius) : round(thing.y + radius), round(thing.x - radius) :][
+                :, : int(radius)
+            ]
+            assert (np.abs(inside - np.round(255 * np.array(thing.rgb))).max(2) < 40).any()
+        for one, other in combinations(page.things, 2):
+            assert hypot(one.x - other.x, one.y - other.y) > (one.diameter + other.diameter) / 2
+        assert {question.type for question in page.questions} <= set(KINDS)
+        assert not any(SIZE_WORDS.search(question.text) for question in page.questions)
+
+
+def test_sizes_stand_on_both_sides_of_what_auto_tiles():
+    shares = [max(size) / min(size) for size in SIZES.values()]
+    assert min(shares) < FAR_FROM_SQUARE < max(shares)
+
+
+def test_refined_cells_in_padding_are_counted_by_their_centres():
+    levels = np.zeros((8, 8), int)
+    levels[3, [0, 3, 4]] = [1, 2, 1]  # of a page of 300x900: the first is padding, the others are the page
+    padded = {"area": [-1, 0, 2, 1], "levels": levels.tolist()}
+    assert in_padding([padded]) == pytest.approx(1 / 3)
+    assert in_padding([padded, {"area": [0, 0, 1, 1], "levels": levels.tolist()}]) == pytest.approx(1 / 6)
+    assert in_padding([{"area": [0, 0, 1, 1], "levels": np.zeros((8, 8), int).tolist()}]) == 0
+
+
+@pytest.mark.parametrize(
+    ("tiles", "tokens", "met"), [(0.5, 32.0, True), (0.48, 32.0, False), (0.5, 64.0, True), (0.5, 65.0, False)]
+)
+def test_the_bar_is_of_points_and_of_tokens(tiles, tokens, met):
+    def read(value: float, spent: float) -> dict:
+        return {"accuracy": {"read": {"value": value, "of": 40}}, "visual_tokens": spent}
+
+    page = {"squash": read(0.09, 32.0), "pad": read(0.1, 32.0), "tiles": read(tiles, tokens)}
+    assert bar({"tall": page, "wide": page})["met"] is met

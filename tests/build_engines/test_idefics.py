@@ -1,0 +1,265 @@
+"""IDEFICS sees several images in their places, as transformers does: the prompt, what each word sees, the tokens."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+from transformers import IdeficsForVisionText2Text, IdeficsProcessor
+from transformers.models.idefics.processing_idefics import (
+    image_attention_mask_for_packed_input_ids,
+    incremental_to_binary_attention_mask,
+)
+
+from service.core.card import ImageMarks, ModelCard
+from service.core.prompt import Prompt
+from service.core.request import Budget, Exchange, ImageBytes, Request, Sampling, Text
+from service.media.decoder import ImageLimits, decode
+from service.text.prompt import PromptBuilder, load_tokenizer
+from tests.support.shared_exports import SharedExports
+from tests.support.tiny_checkpoints import save_idefics
+from triton_models.batcher import Batcher, Limits, Sequence
+from triton_models.cross_decoder import Columns, OnnxCrossDecoder
+from triton_models.language_model import open_language_model
+from triton_models.query_groups import GroupRunner
+from triton_models.session import Graph
+
+pytestmark = pytest.mark.slow
+
+LONGEST = 16  # tokens of an answer
+FULL = Budget(vision_tokens=(256, 256), visual_tokens=(64, 64))
+LATENTS = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("idefics") / "idefics"
+    save_idefics(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repository(checkpoint: Path, exports: SharedExports) -> Path:
+    """What `glimpse build --profile embedded` makes of the checkpoint."""
+    out = checkpoint.parent / "repository"
+    assert exports.build(str(checkpoint), "--profile", "embedded", "--out", str(out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def card(repository: Path) -> ModelCard:
+    return ModelCard.from_json((repository / "card.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint: Path) -> IdeficsProcessor:
+    return IdeficsProcessor.from_pretrained(checkpoint)
+
+
+def picture(number: int) -> bytes:
+    """A picture of the encoder's size, so that no resampling differs."""
+    coarse = np.random.default_rng(number).integers(0, 256, (14, 14, 3), np.uint8)
+    out = BytesIO()
+    Pillow.fromarray(coarse).resize((224, 224), Pillow.Resampling.NEAREST).save(out, "PNG")
+    return out.getvalue()
+
+
+PICTURES = [picture(number) for number in range(4)]
+A, B, C, D = (ImageBytes(data) for data in PICTURES)
+
+
+def request(*parts: Text | ImageBytes, exchanges: tuple[Exchange, ...] = ()) -> Request:
+    return Request("r", parts, FULL, Sampling(max_tokens=LONGEST), timeout_s=60, exchanges=exchanges)
+
+
+# Each request beside what a caller of transformers would give the processor.
+ASKED: dict[str, tuple[Request, list[str | bytes]]] = {
+    "an image first": (request(A, Text("what is red?")), [A.data, "Question: what is red? Answer:"]),
+    "an image between texts": (
+        request(Text("Which circle in"), B, Text("is big?")),
+        ["Question: Which circle in", B.data, "is big? Answer:"],
+    ),
+    "images side by side": (request(A, B, Text("a")), [A.data, B.data, "Question: a Answer:"]),
+    "images apart": (
+        request(A, Text("or"), B, C, Text("which?")),
+        [A.data, "Question: or", B.data, C.data, "which? Answer:"],
+    ),
+    "examples before the question": (
+        request(D, Text("how?"), exchanges=(Exchange((A, Text("what?")), "red"), Exchange((B, Text("a?")), "b"))),
+        [A.data, "Question: what? Answer: red\n", B.data, "Question: a? Answer: b\n", D.data, "Question: how? Answer:"],
+    ),
+    "an image only in an example": (
+        request(Text("and now?"), exchanges=(Exchange((Text("see"), C, Text("there")), "yes"),)),
+        ["Question: see", C.data, "there Answer: yes\nQuestion: and now? Answer:"],
+    ),
+    "one image twice": (request(A, Text("a"), A, Text("b")), [A.data, "Question: a", A.data, "b Answer:"]),
+}  # fmt: skip
+
+
+def given_to_transformers(processor: IdeficsProcessor, told: list[str | bytes]) -> dict[str, torch.Tensor]:
+    items = [item if isinstance(item, str) else Pillow.open(BytesIO(item)) for item in told]
+    return dict(processor(text=items, return_tensors="pt"))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path, processor: IdeficsProcessor) -> dict[str, list[int]]:
+    """New tokens of greedy answers by transformers, up to the end token."""
+    model = IdeficsForVisionText2Text.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    said = {}
+    for name, (_, told) in ASKED.items():
+        given = given_to_transformers(processor, told)
+        tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False)[0].tolist()
+        said[name] = tokens[given["input_ids"].shape[1] :]
+    return said
+
+
+@pytest.fixture(scope="module")
+def prompts(repository: Path, card: ModelCard) -> dict[str, Prompt]:
+    """The prompts of ASKED, with visual tokens from the built graphs."""
+    builder = PromptBuilder.load(card, repository)
+    models = {name: Graph(repository / name / "1" / "model.onnx") for name in ("vision_encoder", "relevance_allocator")}
+    runner = GroupRunner(repository / "qformer" / "1" / "model.onnx")
+
+    def seen(data: bytes, question: str) -> np.ndarray:
+        names = ["features", "saliency", "entropy", "texture"]
+        pixels = decode(data, ImageLimits()).pixels[np.newaxis]
+        found = dict(zip(names, models["vision_encoder"].run({"image": pixels}, names), strict=True))
+        asked = builder.question(question)
+        found |= {"question_ids": asked.ids[np.newaxis], "question_mask": asked.mask[np.newaxis]}
+        names = ["vision_tokens", "vision_mask", "query_groups"]
+        tokens = models["relevance_allocator"].run(found | {"budget": FULL.to_array()[np.newaxis]}, names)
+        visual = runner.run(dict(zip(names, tokens, strict=True)))
+        assert visual["visual_count"].tolist() == [[LATENTS]]
+        return visual["visual_tokens"][0, :LATENTS]
+
+    made = {}
+    for name, (asked, _) in ASKED.items():
+        images = [(seen(image.data, asked.question), image.data) for image in asked.images]
+        made[name] = builder.compose_request(asked, images)
+    return made
+
+
+def opened(repository: Path, card: ModelCard, max_rows: int, prefix_cache_bytes: int = 0) -> OnnxCrossDecoder:
+    path = repository / "llm" / "1" / "model.onnx"
+    decoder = open_language_model(path, card, max_rows=max_rows, prefix_cache_bytes=prefix_cache_bytes)
+    assert isinstance(decoder, OnnxCrossDecoder)
+    return decoder
+
+
+def test_the_card_tells_how_images_stand_in_the_text(card: ModelCard, processor: IdeficsProcessor) -> None:
+    around, image = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
+    assert card.image_marks == ImageMarks(around=around, image=image, end=processor.tokenizer.eos_token_id)
+    assert card.architecture == "cross-attention"
+    assert (card.vocab_size, card.hidden_size, card.vision_width) == (len(processor.tokenizer), 48, 48)
+    assert card.visual_tokens == card.default_visual_tokens == (64, 64)
+    assert (card.allocator, card.allocator_trained, card.interleaved) == ("fixed", False, True)
+    assert ModelCard.from_json(card.to_json()) == card
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_prompt_and_what_each_word_sees_are_those_of_the_processor(
+    name: str, prompts: dict[str, Prompt], card: ModelCard, processor: IdeficsProcessor
+) -> None:
+    given = given_to_transformers(processor, ASKED[name][1])
+    columns = Columns.of(prompts[name], card.vocab_size, processor.tokenizer.eos_token_id)
+    assert columns.text.tolist() == given["input_ids"][0].tolist()
+    images = np.arange(given["image_attention_mask"].shape[2])
+    sees = (columns.starts[:, np.newaxis] <= LATENTS * images) & (LATENTS * images < columns.ends[:, np.newaxis])
+    assert sees.astype(int).tolist() == given["image_attention_mask"][0].int().tolist()
+    widths = set((columns.ends - columns.starts).tolist())
+    assert widths <= {0, LATENTS}
+
+
+def test_words_after_a_documents_end_see_no_image_until_the_next(processor: IdeficsProcessor) -> None:
+    tokenizer = processor.tokenizer
+    vocab_size, end = len(tokenizer), tokenizer.eos_token_id
+    around, image = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
+    generator = np.random.default_rng(3)
+    for _ in range(50):
+        words = generator.choice([300, 301, end, image, around], 20).tolist()
+        count = words.count(image)
+        ids, rows = [], 0
+        for word in [*words, 302]:
+            if word == image:
+                ids += range(vocab_size + 2 * rows, vocab_size + 2 * rows + 2)
+                rows += 1
+            ids.append(word)
+        prompt = Prompt(np.array(ids, np.int32), np.zeros((2 * count, 48), np.float32), np.zeros(len(ids), np.uint64))
+        columns = Columns.of(prompt, vocab_size, end)
+        packed = torch.tensor([[*words, 302]])
+        mask, _ = image_attention_mask_for_packed_input_ids(packed, tokenizer, "pt")
+        told = incremental_to_binary_attention_mask(mask, "pt", num_classes=max(1, count))[0].tolist()
+        sees = [
+            [int(start <= 2 * each < stop) for each in range(max(1, count))]
+            for start, stop in zip(columns.starts, columns.ends, strict=True)
+        ]
+        assert sees == told
+
+
+def test_a_callers_own_marks_are_plain_text(repository: Path, card: ModelCard) -> None:
+    builder = PromptBuilder.load(card, repository)
+    ids = builder.text_ids("<image> </s> <fake_token_around_image>")
+    assert card.image_marks is not None
+    marks = card.image_marks
+    assert [ids.count(each) for each in (marks.image, marks.around, marks.end)] == [1, 2, 0]
+    assert load_tokenizer(repository / "tokenizer.json").decode(ids).count("<image>") == 1
+
+
+def test_tokens_are_those_of_transformers_alone(
+    repository: Path, card: ModelCard, prompts: dict[str, Prompt], expected: dict[str, list[int]]
+) -> None:
+    for name, prompt in prompts.items():
+        assert in_one_batcher(repository, card, [prompt], Limits(), 1) == [expected[name]], name
+    assert len({tuple(tokens) for tokens in expected.values()}) > len(ASKED) - 2
+    assert max(len(set(tokens)) for tokens in expected.values()) > 3
+
+
+def in_one_batcher(
+    repository: Path, card: ModelCard, asked: list[Prompt], limits: Limits, stagger: int, prefix_cache_bytes: int = 0
+) -> list[list[int]]:
+    """Run requests through the batcher, one more every `stagger` iterations -> each one's tokens."""
+    batcher = Batcher(opened(repository, card, 4, prefix_cache_bytes), limits)
+    said: list[list[int]] = [[] for _ in asked]
+    waiting = [
+        Sequence(str(number), prompt, Sampling(max_tokens=LONGEST), card.end_id, owner=number)
+        for number, prompt in reversed(list(enumerate(asked)))
+    ]
+    while waiting or batcher.running or batcher.waiting:
+        if waiting and batcher.iterations % stagger == 0:
+            batcher.submit(waiting.pop())
+        for event in batcher.iterate():
+            assert event.error is None
+            if event.token is not None:
+                said[event.sequence.owner].append(event.token)
+    if prefix_cache_bytes:
+        assert batcher.prefix_hits > len(asked) // 2
+    return said
+
+
+@pytest.mark.parametrize(
+    ("limits", "stagger", "prefix_cache_bytes"),
+    [
+        (Limits(max_prefill_padding=1.0, max_prefill_tokens=2000), 1, 0),  # prompts of any lengths in one run
+        (Limits(), 1, 0),
+        (Limits(max_prefill_tokens=40), 3, 0),  # every prompt in pieces, some within an image
+        (Limits(max_prefill_tokens=40), 2, 1 << 24),
+        (Limits(max_prefill_padding=1.0, max_prefill_tokens=2000), 1, 1 << 24),
+    ],
+)
+def test_mixed_batches_answer_as_if_alone(
+    repository: Path,
+    card: ModelCard,
+    prompts: dict[str, Prompt],
+    expected: dict[str, list[int]],
+    limits: Limits,
+    stagger: int,
+    prefix_cache_bytes: int,
+) -> None:
+    """Four rows with one to three images each, read whole and in pieces, with and without known beginnings."""
+    names = [*prompts, *reversed(prompts), *prompts]
+    said = in_one_batcher(repository, card, [prompts[name] for name in names], limits, stagger, prefix_cache_bytes)
+    assert said == [expected[name] for name in names]

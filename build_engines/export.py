@@ -70,8 +70,7 @@ def examples(tensors: Sequence[Described], sizes: Mapping[str, int] = MappingPro
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
     """The four graphs, with example inputs at batch 2.
 
-    And `relevance_allocator_448` if there is a closer view, `llm_encoder` if the LLM is an encoder-decoder or attends to
-    images.
+    And `relevance_allocator_448` if there is a closer view, `llm_encoder` if the LLM has a prompt reader.
     """
     vision = checkpoint.model.config.vision_config
     batch = {0: "batch"}
@@ -373,7 +372,9 @@ def weights_bytes(path: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="directory or Hugging Face hub name of a BLIP-2, InstructBLIP or IDEFICS checkpoint")
+    parser.add_argument(
+        "checkpoint", help="directory or Hugging Face hub name of a BLIP-2, InstructBLIP or IDEFICS checkpoint"
+    )
     parser.add_argument("--out", type=Path, required=True, help="repository to write")
     arguments = parser.parse_args()
     export(arguments.checkpoint, arguments.out)

@@ -224,9 +224,7 @@ class RequestReader:
     Raises InvalidRequest, whose text goes to the client.
     """
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, max_positions: int, *, ends_with_text: bool = False
-    ) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, *, ends_with_text: bool = False) -> None:
         """`ends_with_text` says that the LLM cannot answer directly after a visual token (IDEFICS)."""
         self._ends_with_text = ends_with_text
         self._vocab_size = vocab_size

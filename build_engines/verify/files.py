@@ -219,7 +219,9 @@ def _check_language_model(path: Path, ins: Mapping[str, Any], outs: Mapping[str,
     if card.decoder_start_id is not None or card.image_marks is not None:
         encoder = path.with_name(LLM_ENCODER)
         if not encoder.exists():
-            raise Wrong(f"it has no {LLM_ENCODER} beside it, which this kind of LLM ({card.architecture}) needs. Build it again")
+            raise Wrong(
+                f"it has no {LLM_ENCODER} beside it, but the card's LLM ({card.architecture}) needs one. Build again"
+            )
         onnx.checker.check_model(encoder)
         model = onnx.load(encoder, load_external_data=False)
         read, given = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 from PIL import Image as Pillow
 from transformers import IdeficsForVisionText2Text, IdeficsProcessor
@@ -19,7 +26,11 @@ from service.core.card import ImageMarks, ModelCard
 from service.core.prompt import Prompt
 from service.core.request import Budget, Exchange, ImageBytes, Request, Sampling, Text
 from service.media.decoder import ImageLimits, decode
-from service.text.prompt import PromptBuilder, load_tokenizer
+from service.text.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes
+from service.triton import TritonClient
+from service.triton_server.access import Access, Ports
+from service.triton_server.supervision import EmbeddedTriton
+from tests.support.servers import StartGateway, free_ports
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_idefics
 from triton_models.batcher import Batcher, Limits, Sequence
@@ -263,3 +274,68 @@ def test_mixed_batches_answer_as_if_alone(
     names = [*prompts, *reversed(prompts), *prompts]
     said = in_one_batcher(repository, card, [prompts[name] for name in names], limits, stagger, prefix_cache_bytes)
     assert said == [expected[name] for name in names]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def address(repository: Path, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """gRPC address of an embedded Triton that serves the repository."""
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    log_path = tmp_path_factory.mktemp("triton") / "triton.log"
+    async with (
+        TritonClient(access.url, access.url) as client,
+        EmbeddedTriton(repository, client=client, card=card, log_path=log_path, access=access),
+    ):
+        yield access.url
+
+
+@pytest.fixture(scope="module")
+def service(repository: Path, address: str, start_gateway: StartGateway) -> Iterator[str]:
+    """Address of a gateway in front of that Triton."""
+    settings = {
+        "GLIMPSE_MODEL_REPOSITORY": str(repository), "GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address,
+    }  # fmt: skip
+    with start_gateway(settings) as gateway:
+        yield gateway.url
+
+
+def chat(asked: Request) -> dict[str, Any]:
+    """The request as OpenAI's clients write it, images in their places."""
+
+    def content(parts: tuple[Any, ...]) -> list[dict[str, Any]]:
+        return [
+            {"type": "text", "text": part.text} if isinstance(part, Text)
+            else {"type": "image_url",
+                  "image_url": {"url": f"data:image/png;base64,{base64.b64encode(part.data).decode()}"}}
+            for part in parts
+        ]  # fmt: skip
+
+    messages: list[dict[str, Any]] = []
+    for exchange in asked.exchanges:
+        messages.append({"role": "user", "content": content(exchange.parts)})
+        messages.append({"role": "assistant", "content": exchange.answer})
+    messages.append({"role": "user", "content": content(asked.parts)})
+    return {"model": "idefics", "messages": messages, "max_tokens": LONGEST, "temperature": 0} | asdict(FULL)
+
+
+async def test_served_answers_about_several_images_are_those_of_transformers(
+    service: str, repository: Path, card: ModelCard, expected: dict[str, list[int]]
+) -> None:
+    """One request at a time, and then twice all of them at once: full batches of prompts with one to three images."""
+    spelled = token_bytes(PromptBuilder.load(card, repository).tokenizer)
+
+    def text(tokens: list[int]) -> str:
+        said = Detokeniser(spelled)
+        return said.push(token for token in tokens if token != card.end_id) + said.finish()
+
+    async with httpx.AsyncClient(base_url=service, timeout=60.0) as http:
+
+        async def answer(name: str) -> str:
+            told = (await http.post("/v1/chat/completions", json=chat(ASKED[name][0]))).raise_for_status().json()
+            return str(told["choices"][0]["message"]["content"])
+
+        for name in ASKED:
+            assert await answer(name) == text(expected[name]), name
+        names = [*ASKED, *ASKED]
+        assert await asyncio.gather(*map(answer, names)) == [text(expected[name]) for name in names]
+        told = (await http.get("/v1/models")).raise_for_status().json()["data"][0]
+        assert (told["architecture"], told["default_visual_tokens"]) == ("cross-attention", [64, 64])

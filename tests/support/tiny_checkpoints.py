@@ -1,4 +1,4 @@
-"""Random BLIP-2, InstructBLIP and IDEFICS checkpoints of under a megabyte, saved by transformers as the real ones are."""
+"""Random BLIP-2, InstructBLIP and IDEFICS checkpoints of under a megabyte, saved by transformers as real ones are."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def save_idefics(directory: Path) -> None:
                           "resampler_n_heads": 2, "resampler_head_dim": 12, "qk_layer_norms_perceiver": True},
         use_resampler=True, vocab_size=len(tokenizer) - 2, additional_vocab_size=2, hidden_size=40,
         intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, cross_layer_interval=2, qk_layer_norms=True,
-        max_position_embeddings=640, alpha_initializer="ones", bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        max_position_embeddings=640, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     _save(IdeficsForVisionText2Text(config), IdeficsProcessor(IdeficsImageProcessorPil(), tokenizer), directory)
 

@@ -24,7 +24,9 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     """The job, what it needs, and the checkpoint's name. Raises Refused."""
     source = inspect(options.checkpoint)
     if source.is_idefics:
-        raise Refused(f"{source.name} is an IDEFICS, whose resampler was never trained here: build it as it is")
+        raise Refused(
+            f"{source.name} is an IDEFICS, which `glimpse adapt` cannot adapt: build it with its fixed allocator"
+        )
     if options.teacher == ANSWERS and not found.answered:
         raise Refused(f"--teacher answers needs answers, and {options.data} has none: use --teacher likelihood")
     if source.is_encoder_decoder and options.teacher in (LIKELIHOOD, ANSWERS):

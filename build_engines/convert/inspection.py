@@ -25,6 +25,7 @@ from build_engines.model.checkpoint import (
     FAMILIES,
     HUB_FILES,
     HUB_NAME,
+    image_marks,
     load_allocator,
     text_positions,
     visual_width,
@@ -55,6 +56,8 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
     text = config.get_text_config()
     _check_sizes(directory, config)
     _check_tokenizers(directory, family, vocabulary(text))
+    if family == IDEFICS:
+        _check_marks(directory)
     if not Path(checkpoint).is_dir():
         directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
     wanted = _wanted_shapes(directory, family, config)
@@ -152,6 +155,13 @@ def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
                 f"{directory}/tokenizer.json goes up to id {largest}, but the language model has {vocab_size} ids, and "
                 "larger ones would be read as visual tokens. Use the tokenizer of this language model"
             )
+
+
+def _check_marks(directory: Path) -> None:
+    try:
+        image_marks(directory, 0)
+    except ValueError as exc:
+        raise Refused(str(exc)) from exc
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -181,15 +181,7 @@ class Checkpoint:
     @property
     def image_marks(self) -> ImageMarks | None:
         """The words that tell IDEFICS where an image is. Raises ValueError if the tokenizer has none."""
-        if not self.is_idefics:
-            return None
-        tokenizer = _read_tokenizer(self.directory)
-        around, image = (tokenizer.token_to_id(name) for name in (AROUND_IMAGE, IMAGE))
-        if around is None or image is None:
-            raise ValueError(
-                f"{self.directory} has a tokenizer without {AROUND_IMAGE} and {IMAGE}: use the checkpoint's own"
-            )
-        return ImageMarks(around=around, image=image, end=_first(self.text_config.eos_token_id))
+        return image_marks(self.directory, _first(self.text_config.eos_token_id)) if self.is_idefics else None
 
     @property
     def prompt(self) -> str:
@@ -292,6 +284,15 @@ def why_not(config: PreTrainedConfig) -> str:
     if config.perceiver_config.resampler_n_latents != LATENTS:
         return f"has {config.perceiver_config.resampler_n_latents} latents: use an IDEFICS with {LATENTS} latents"
     return ""
+
+
+def image_marks(directory: Path, end: int) -> ImageMarks:
+    """Look up IDEFICS's words for an image in its tokenizer. Raises ValueError if it has none."""
+    tokenizer = _read_tokenizer(directory)
+    around, image = (tokenizer.token_to_id(name) for name in (AROUND_IMAGE, IMAGE))
+    if around is None or image is None:
+        raise ValueError(f"{directory} has a tokenizer without {AROUND_IMAGE} and {IMAGE}: use the checkpoint's own")
+    return ImageMarks(around, image, end)
 
 
 def vocabulary(text: PreTrainedConfig) -> int:

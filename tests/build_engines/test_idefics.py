@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from io import BytesIO
@@ -22,6 +26,8 @@ from transformers.models.idefics.processing_idefics import (
     incremental_to_binary_attention_mask,
 )
 
+from build_engines.convert.inspection import inspect
+from build_engines.convert.options import Refused
 from service.core.card import ImageMarks, ModelCard
 from service.core.prompt import Prompt
 from service.core.request import Budget, Exchange, ImageBytes, Request, Sampling, Text
@@ -128,6 +134,18 @@ def expected(checkpoint: Path, processor: IdeficsProcessor) -> dict[str, list[in
     return said
 
 
+def test_answers_depend_on_which_image_a_word_sees(
+    checkpoint: Path, processor: IdeficsProcessor, expected: dict[str, list[int]]
+) -> None:
+    """So that the tests below would notice a wrong mask."""
+    model = IdeficsForVisionText2Text.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    for name in ("images side by side", "images apart", "examples before the question"):
+        given = given_to_transformers(processor, ASKED[name][1])
+        given["image_attention_mask"] = torch.ones_like(given["image_attention_mask"])
+        tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False)[0].tolist()
+        assert tokens[given["input_ids"].shape[1] :] != expected[name], name
+
+
 @pytest.fixture(scope="module")
 def prompts(repository: Path, card: ModelCard) -> dict[str, Prompt]:
     """The prompts of ASKED, with visual tokens from the built graphs."""
@@ -169,6 +187,48 @@ def test_the_card_tells_how_images_stand_in_the_text(card: ModelCard, processor:
     assert card.visual_tokens == card.default_visual_tokens == (64, 64)
     assert (card.allocator, card.allocator_trained, card.interleaved) == ("fixed", False, True)
     assert ModelCard.from_json(card.to_json()) == card
+
+
+WRONG: dict[str, tuple[dict[str, object], str]] = {
+    "no resampler": ({"use_resampler": False}, "has no resampler .*use an IDEFICS with one"),
+    "other latents": ({"perceiver_config": {"resampler_n_latents": 32}}, "has 32 latents: use an IDEFICS with 64"),
+    "other pixels": ({"vision_config": {"image_size": 336}}, "sees 336 pixels in patches of 14"),
+    "other rotary positions": ({"rope_parameters": {"rope_type": "dynamic"}}, "rotary positions of type dynamic"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(
+    fault: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(checkpoint, wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    change, why = WRONG[fault]
+    for name, value in change.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (wrong / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused, match=why):
+        inspect(str(wrong))
+
+
+def test_a_tokenizer_without_the_marks_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(checkpoint, wrong)
+    text = (wrong / "tokenizer.json").read_text()
+    (wrong / "tokenizer.json").write_text(text.replace('"<image>"', '"<picture>"'))
+    with pytest.raises(Refused, match="tokenizer without <fake_token_around_image> and <image>"):
+        inspect(str(wrong))
+
+
+def test_adapting_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.png").write_bytes(PICTURES[0])
+    command = [sys.executable, "-m", "build_engines.adapt", str(checkpoint), "--data", str(data)]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "idefics is an IDEFICS, which `glimpse adapt` cannot adapt" in done.stderr
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -193,7 +193,10 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "no resampler": ({"use_resampler": False}, "has no resampler .*use an IDEFICS with one"),
     "other latents": ({"perceiver_config": {"resampler_n_latents": 32}}, "has 32 latents: use an IDEFICS with 64"),
     "other pixels": ({"vision_config": {"image_size": 336}}, "sees 336 pixels in patches of 14"),
-    "other rotary positions": ({"rope_parameters": {"rope_type": "dynamic"}}, "rotary positions of type dynamic"),
+    "other rotary positions": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        "rotary positions of type dynamic",
+    ),
 }
 
 

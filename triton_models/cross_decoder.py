@@ -153,17 +153,17 @@ class OnnxCrossDecoder:
         added = self._look([each.visual[past.shape[2] :] for each, past in zip(split, images, strict=True)])
         self._images.place(images, max(len(each.visual) for each in split))
         for past, new in zip(images, added, strict=True):
-            self._images.append(new[:, np.newaxis], [past.shape[2]], [new.shape[2]])
+            self._images.append(list(new[:, np.newaxis]), [past.shape[2]], [new.shape[2]])
         try:
             words = [slice(text.shape[2], each.text.size) for text, each in zip(texts, split, strict=True)]
             placed = self._pool.place(texts, max(each.text.size for each in split))
             seen = self._images.arrays[:, first : first + rows]
-            logits, *new = self._run(split, words, placed, seen)
+            logits, *parts = self._run(split, words, placed, seen)
         except BaseException:
             for _ in prompts:
                 self._images.drop(self._images.rows - 1)
             raise
-        self._pool.append(new, [each.start for each in words], [each.stop - each.start for each in words])
+        self._pool.append(parts, [each.start for each in words], [each.stop - each.start for each in words])
         for row, (prompt, columns) in enumerate(zip(prompts, split, strict=True)):
             self._starts[first + row], self._ends[first + row] = columns.starts[-1], columns.ends[-1]
             if np.isfinite(logits[row]).all():

@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def repository(checkpoint: Path, exports: SharedExports) -> Path:
+def built(checkpoint: Path, exports: SharedExports) -> Path:
     """What `glimpse build --profile embedded` makes of the checkpoint."""
     out = checkpoint.parent / "repository"
     assert exports.build(str(checkpoint), "--profile", "embedded", "--out", str(out)) == 0
@@ -68,8 +68,8 @@ def repository(checkpoint: Path, exports: SharedExports) -> Path:
 
 
 @pytest.fixture(scope="module")
-def card(repository: Path) -> ModelCard:
-    return ModelCard.from_json((repository / "card.json").read_text())
+def card(built: Path) -> ModelCard:
+    return ModelCard.from_json((built / "card.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +147,11 @@ def test_answers_depend_on_which_image_a_word_sees(
 
 
 @pytest.fixture(scope="module")
-def prompts(repository: Path, card: ModelCard) -> dict[str, Prompt]:
+def prompts(built: Path, card: ModelCard) -> dict[str, Prompt]:
     """The prompts of ASKED, with visual tokens from the built graphs."""
-    builder = PromptBuilder.load(card, repository)
-    models = {name: Graph(repository / name / "1" / "model.onnx") for name in ("vision_encoder", "relevance_allocator")}
-    runner = GroupRunner(repository / "qformer" / "1" / "model.onnx")
+    builder = PromptBuilder.load(card, built)
+    models = {name: Graph(built / name / "1" / "model.onnx") for name in ("vision_encoder", "relevance_allocator")}
+    runner = GroupRunner(built / "qformer" / "1" / "model.onnx")
 
     def seen(data: bytes, question: str) -> np.ndarray:
         names = ["features", "saliency", "entropy", "texture"]
@@ -172,8 +172,8 @@ def prompts(repository: Path, card: ModelCard) -> dict[str, Prompt]:
     return made
 
 
-def opened(repository: Path, card: ModelCard, max_rows: int, prefix_cache_bytes: int = 0) -> OnnxCrossDecoder:
-    path = repository / "llm" / "1" / "model.onnx"
+def opened(built: Path, card: ModelCard, max_rows: int, prefix_cache_bytes: int = 0) -> OnnxCrossDecoder:
+    path = built / "llm" / "1" / "model.onnx"
     decoder = open_language_model(path, card, max_rows=max_rows, prefix_cache_bytes=prefix_cache_bytes)
     assert isinstance(decoder, OnnxCrossDecoder)
     return decoder
@@ -274,29 +274,29 @@ def test_words_after_a_documents_end_see_no_image_until_the_next(processor: Idef
         assert sees == told
 
 
-def test_a_callers_own_marks_are_plain_text(repository: Path, card: ModelCard) -> None:
-    builder = PromptBuilder.load(card, repository)
+def test_a_callers_own_marks_are_plain_text(built: Path, card: ModelCard) -> None:
+    builder = PromptBuilder.load(card, built)
     ids = builder.text_ids("<image> </s> <fake_token_around_image>")
     assert card.image_marks is not None
     marks = card.image_marks
     assert [ids.count(each) for each in (marks.image, marks.around, marks.end)] == [1, 2, 0]
-    assert load_tokenizer(repository / "tokenizer.json").decode(ids).count("<image>") == 1
+    assert load_tokenizer(built / "tokenizer.json").decode(ids).count("<image>") == 1
 
 
 def test_tokens_are_those_of_transformers_alone(
-    repository: Path, card: ModelCard, prompts: dict[str, Prompt], expected: dict[str, list[int]]
+    built: Path, card: ModelCard, prompts: dict[str, Prompt], expected: dict[str, list[int]]
 ) -> None:
     for name, prompt in prompts.items():
-        assert in_one_batcher(repository, card, [prompt], Limits(), 1) == [expected[name]], name
+        assert in_one_batcher(built, card, [prompt], Limits(), 1) == [expected[name]], name
     assert len({tuple(tokens) for tokens in expected.values()}) > len(ASKED) - 2
     assert max(len(set(tokens)) for tokens in expected.values()) > 3
 
 
 def in_one_batcher(
-    repository: Path, card: ModelCard, asked: list[Prompt], limits: Limits, stagger: int, prefix_cache_bytes: int = 0
+    built: Path, card: ModelCard, asked: list[Prompt], limits: Limits, stagger: int, prefix_cache_bytes: int = 0
 ) -> list[list[int]]:
     """Run requests through the batcher, one more every `stagger` iterations -> each one's tokens."""
-    batcher = Batcher(opened(repository, card, 4, prefix_cache_bytes), limits)
+    batcher = Batcher(opened(built, card, 4, prefix_cache_bytes), limits)
     said: list[list[int]] = [[] for _ in asked]
     waiting = [
         Sequence(str(number), prompt, Sampling(max_tokens=LONGEST), card.end_id, owner=number)
@@ -325,7 +325,7 @@ def in_one_batcher(
     ],
 )
 def test_mixed_batches_answer_as_if_alone(
-    repository: Path,
+    built: Path,
     card: ModelCard,
     prompts: dict[str, Prompt],
     expected: dict[str, list[int]],
@@ -335,27 +335,27 @@ def test_mixed_batches_answer_as_if_alone(
 ) -> None:
     """Four rows with one to three images each, read whole and in pieces, with and without known beginnings."""
     names = [*prompts, *reversed(prompts), *prompts]
-    said = in_one_batcher(repository, card, [prompts[name] for name in names], limits, stagger, prefix_cache_bytes)
+    said = in_one_batcher(built, card, [prompts[name] for name in names], limits, stagger, prefix_cache_bytes)
     assert said == [expected[name] for name in names]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def address(repository: Path, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+async def address(built: Path, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """gRPC address of an embedded Triton that serves the repository."""
     access = Access.choose(Ports(metrics=free_ports(1)[0]))
     log_path = tmp_path_factory.mktemp("triton") / "triton.log"
     async with (
         TritonClient(access.url, access.url) as client,
-        EmbeddedTriton(repository, client=client, card=card, log_path=log_path, access=access),
+        EmbeddedTriton(built, client=client, card=card, log_path=log_path, access=access),
     ):
         yield access.url
 
 
 @pytest.fixture(scope="module")
-def service(repository: Path, address: str, start_gateway: StartGateway) -> Iterator[str]:
+def service(built: Path, address: str, start_gateway: StartGateway) -> Iterator[str]:
     """Address of a gateway in front of that Triton."""
     settings = {
-        "GLIMPSE_MODEL_REPOSITORY": str(repository), "GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address,
+        "GLIMPSE_MODEL_REPOSITORY": str(built), "GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address,
     }  # fmt: skip
     with start_gateway(settings) as gateway:
         yield gateway.url
@@ -381,10 +381,10 @@ def chat(asked: Request) -> dict[str, Any]:
 
 
 async def test_served_answers_about_several_images_are_those_of_transformers(
-    service: str, repository: Path, card: ModelCard, expected: dict[str, list[int]]
+    service: str, built: Path, card: ModelCard, expected: dict[str, list[int]]
 ) -> None:
     """One request at a time, and then twice all of them at once: full batches of prompts with one to three images."""
-    spelled = token_bytes(PromptBuilder.load(card, repository).tokenizer)
+    spelled = token_bytes(PromptBuilder.load(card, built).tokenizer)
 
     def text(tokens: list[int]) -> str:
         said = Detokeniser(spelled)

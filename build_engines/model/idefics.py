@@ -79,8 +79,7 @@ class PerceiverResampler(nn.Module):
 
     def forward(self, vision_tokens: Tensor, visible: Tensor) -> Tensor:
         latents = self.latents.expand(vision_tokens.shape[0], -1, -1)
-        read = torch.cat([visible > 0, torch.ones_like(latents[:, :, 0], dtype=torch.bool)], dim=1)
-        bias = bias_where_hidden(read[:, None, None, :])
+        bias = bias_where_hidden(visible[:, None, None, :] > 0)
         for attention, feed_forward in self.blocks:
             latents = latents + _resampled(attention, vision_tokens, latents, bias)
             latents = latents + feed_forward(latents)
@@ -88,16 +87,24 @@ class PerceiverResampler(nn.Module):
 
 
 def _resampled(block: IdeficsPerceiverAttention, context: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
-    latents = block.latents_layer_norm(latents)
-    context = torch.cat([block.context_layer_norm(context), latents], dim=1)
+    """Attend from the latents to the vision tokens and the latents, in one softmax over both.
+
+    The two are not joined: TensorRT's rules know no sum of a dimension that varies.
+    """
+    latents, context = block.latents_layer_norm(latents), block.context_layer_norm(context)
     heads = (block.n_heads, block.head_dim)
-    query, key, value = (
-        projection(read).unflatten(2, heads).transpose(1, 2)
-        for projection, read in ((block.q_proj, latents), (block.k_proj, context), (block.v_proj, context))
-    )
-    if block.qk_layer_norms:
-        query, key = block.q_layer_norm(query), block.k_layer_norm(key)
-    return block.output_proj(plain.attend(query * block.qk_scale, key, value, bias))
+    query = block.q_proj(latents).unflatten(2, heads).transpose(1, 2)
+    query = (block.q_layer_norm(query) if block.qk_layer_norms else query) * block.qk_scale
+    scores, values = [], []
+    for read, hidden in ((context, bias), (latents, None)):
+        key, value = (part(read).unflatten(2, heads).transpose(1, 2) for part in (block.k_proj, block.v_proj))
+        score = query @ (block.k_layer_norm(key) if block.qk_layer_norms else key).transpose(2, 3)
+        scores.append(score if hidden is None else score + hidden)
+        values.append(value)
+    greatest = torch.maximum(*(score.amax(3, keepdim=True) for score in scores))
+    shares = [torch.exp(score - greatest) for score in scores]
+    mixed = (shares[0] @ values[0] + shares[1] @ values[1]) / sum(share.sum(3, keepdim=True) for share in shares)
+    return block.output_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class ImageReader(nn.Module):

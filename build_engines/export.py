@@ -72,7 +72,7 @@ def examples(tensors: Sequence[Described], sizes: Mapping[str, int] = MappingPro
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
     """The four graphs, with example inputs at batch 2.
 
-    And `relevance_allocator_448` if there is a closer view, `llm_encoder` if the LLM is an encoder-decoder.
+    And `relevance_allocator_448` if there is a closer view, `llm_encoder` if the LLM has a prompt reader.
     """
     vision = checkpoint.model.config.vision_config
     batch = {0: "batch"}
@@ -101,16 +101,16 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
 
 
 def _language_model(checkpoint: Checkpoint) -> list[Graph]:
-    """The graph of a decoder-only LLM, or the encoder's and the decoder's."""
-    text, encoder = checkpoint.model.config.text_config, checkpoint.text_encoder()
+    """The graph of a decoder-only LLM, or what reads a prompt first and the decoder."""
+    text, encoder = checkpoint.text_config, checkpoint.prompt_reader()
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = text.num_hidden_layers if encoder is None else text.num_decoder_layers
+    layers = text.num_decoder_layers if checkpoint.is_encoder_decoder else text.num_hidden_layers
     cached = [f"{part}_{layer}" for layer in range(layers) for part in ("key", "value")]
     batch = {0: "batch"}
     prompt = {
         "input_ids": torch.zeros(2, 5, dtype=torch.long),
-        "prompt_embedding_table": torch.zeros(2, 3, text.hidden_size),
+        "prompt_embedding_table": torch.zeros(2, 3, checkpoint.visual_width),
         "past_lengths": torch.tensor([7, 4]),
         "input_lengths": torch.tensor([5, 3]),
     }
@@ -125,6 +125,18 @@ def _language_model(checkpoint: Checkpoint) -> list[Graph]:
     outputs = ["logits", *(f"new_{name}" for name in cached)]
     if encoder is None:
         return [Graph("llm", checkpoint.decoder(), prompt | past, axes | past_axes, outputs)]
+    if checkpoint.is_idefics:
+        table = {"prompt_embedding_table": prompt.pop("prompt_embedding_table")}
+        seen = {"image_starts": torch.zeros(2, 5, dtype=torch.long), "image_ends": torch.full((2, 5), 6)}
+        axes |= dict.fromkeys(seen, axes["input_ids"])
+        looks = text.num_hidden_layers // text.cross_layer_interval
+        cross = {f"cross_{name}": torch.zeros(2, heads, 6, head_dim) for name in cached[: 2 * looks]}
+        cross_axes = {name: batch | {2: "visual_tokens"} for name in cross}
+        return [
+            Graph(TEXT_ENCODER, encoder, table, {name: axes[name] for name in table}, list(cross)),
+            Graph("llm", checkpoint.decoder(), prompt | seen | past | cross,
+                  {name: axes[name] for name in (*prompt, *seen)} | past_axes | cross_axes, outputs),
+        ]  # fmt: skip
     past_lengths = prompt.pop("past_lengths")
     cross = {f"cross_{name}": torch.zeros(2, heads, 6, head_dim) for name in cached}
     cross_axes = {name: batch | {2: "prompt_length"} for name in cross}
@@ -245,11 +257,12 @@ def card(checkpoint: Checkpoint) -> ModelCard:
     Raises ValueError if model_card.json has visual tokens that are not groups of 32, or a default outside the offered
     range, of visual or of vision tokens.
     """
-    config = checkpoint.model.config
-    text = config.text_config
-    told = dict(checkpoint.card)
-    offered = _range(told.pop("visual_tokens", (QUERIES, QUERIES)))
-    unasked = _range(told.pop("default_visual_tokens", (QUERIES, QUERIES)))
+    vision, text = checkpoint.model.config.vision_config, checkpoint.text_config
+    told, group = dict(checkpoint.card), (checkpoint.queries,) * 2
+    offered = _range(told.pop("visual_tokens", group))
+    unasked = _range(told.pop("default_visual_tokens", group))
+    if checkpoint.is_idefics and offered != group:
+        raise ValueError(f"model_card.json gives {offered} visual_tokens: IDEFICS has {group[0]}. Leave them out")
     looked = _tokens(told.pop("default_vision_tokens", (CELL_COUNT, PATCH_COUNT)))
     if unasked[0] < offered[0] or unasked[1] > offered[1]:
         raise ValueError(
@@ -257,14 +270,14 @@ def card(checkpoint: Checkpoint) -> ModelCard:
             "choose a default within them"
         )
     fingerprint = checkpoint.visual_fingerprint()
-    confidence, why = _calibration(told.pop("confidence", None), config.vision_config.hidden_size, fingerprint)
+    confidence, why = _calibration(told.pop("confidence", None), vision.hidden_size, fingerprint)
     return ModelCard(
         name=str(told.pop("name")),
         fingerprint=checkpoint.vision_fingerprint(),
         visual_fingerprint=fingerprint,
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        vision_width=config.vision_config.hidden_size,
+        vocab_size=checkpoint.vocab_size,
+        hidden_size=checkpoint.visual_width,
+        vision_width=vision.hidden_size,
         bos_id=None if checkpoint.is_encoder_decoder else text.bos_token_id,
         end_id=int(told.pop("end_id", checkpoint.end_id)),
         pad_id=checkpoint.end_id if text.pad_token_id is None else text.pad_token_id,
@@ -276,9 +289,10 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         visual_tokens=offered,
         default_visual_tokens=unasked,
         default_vision_tokens=looked,
-        interleaved=bool(told.pop("interleaved", False)),
+        interleaved=bool(told.pop("interleaved", checkpoint.is_idefics)),
         system_template=str(told.pop("system_template", "")),
         decoder_start_id=checkpoint.decoder_start_id,
+        image_marks=checkpoint.image_marks,
         text_end_id=text.eos_token_id if checkpoint.is_encoder_decoder else None,
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
@@ -361,6 +375,7 @@ def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], 
             told.hidden_size,
             closer_view=told.closer_view,
             text_encoder=checkpoint.is_encoder_decoder,
+            image_reader=checkpoint.is_idefics,
             large=large,
         )
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)
@@ -375,7 +390,9 @@ def weights_bytes(path: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="directory or Hugging Face hub name of a BLIP-2 or InstructBLIP checkpoint")
+    parser.add_argument(
+        "checkpoint", help="directory or Hugging Face hub name of a BLIP-2, InstructBLIP or IDEFICS checkpoint"
+    )
     parser.add_argument("--out", type=Path, required=True, help="repository to write")
     arguments = parser.parse_args()
     export(arguments.checkpoint, arguments.out)

@@ -3,7 +3,7 @@
     repository/
     ├── card.json  tokenizer.json  (and qformer_tokenizer.json where the Q-Former has its own)
     ├── vision_encoder/  relevance_allocator/  qformer/  llm/     config.pbtxt  1/model.py  1/model.onnx
-    │                                                             (llm/1/encoder.onnx if the LLM is an encoder-decoder)
+    │                                                             (llm/1/encoder.onnx if the LLM has a prompt reader)
     ├── prepare/  compose/  finish/                               config.pbtxt  1/model.py
     ├── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
     └── relevance_allocator_448/  attend_448/                     the same files, if the checkpoint has a closer view
@@ -25,7 +25,7 @@ from service.core.card import LLM_ENCODER
 from service.core.tensors import LIKELIEST, MODELS, PATCH_SLOTS, VISION_SLOTS, Step, Tensor
 
 LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
-TEXT_ENCODER = "llm_encoder"  # the graph of an encoder-decoder's encoder, served beside the LLM's
+TEXT_ENCODER = "llm_encoder"  # the graph that reads a prompt (FlanT5) or its images (IDEFICS), served beside the LLM's
 GRAPHS = ("vision_encoder", "relevance_allocator", "qformer", "llm")  # models with a model.onnx
 LARGE_BYTES = 100_000_000  # of a graph's weights: from here on its runs take more than one core
 MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
@@ -50,7 +50,13 @@ class Dimensions:
     llm_max_queue: int = 64  # requests that wait for a row; more are refused
     closer_view: bool = False  # whether cells can be seen at level 2
     text_encoder: bool = False  # whether the LLM is an encoder-decoder, with a graph of its own for the encoder
+    image_reader: bool = False  # whether the LLM attends to images, with a graph of its own for their keys and values
     static: bool = False  # whether the Q-Former always reads all rows that there can be: the graph of a plan
+
+    @property
+    def prompt_reader(self) -> bool:
+        """Whether a graph of its own reads a prompt, or its images, before the LLM's decoder."""
+        return self.text_encoder or self.image_reader
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -245,13 +251,12 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
     """Write the whole repository.
 
     `graphs` is a folder with `<model>.onnx` for each of `graphs_of`, and its file of weights if it has one, and
-    `llm_encoder.onnx` if the LLM is an encoder-decoder. `beside`
-    are the files beside the models, card and tokenizers, by name. Raises FileNotFoundError, which names every missing
-    file, before anything is written.
+    `llm_encoder.onnx` if the LLM has a prompt reader. `beside` are the files beside the models, card and tokenizers, by
+    name. Raises FileNotFoundError, which names every missing file, before anything is written.
     """
     names, kept = graphs_of(dimensions), {model.name for model in models(dimensions)}
     files = {name: repository / name / "1" / "model.onnx" for name in names}
-    files |= {TEXT_ENCODER: encoder_of(repository)} if dimensions.text_encoder else {}
+    files |= {TEXT_ENCODER: encoder_of(repository)} if dimensions.prompt_reader else {}
     sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in files)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
@@ -272,7 +277,7 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
 
 
 def encoder_of(repository: Path) -> Path:
-    """The graph of the LLM's encoder, if it is an encoder-decoder."""
+    """The graph of the LLM's prompt reader, if it has one."""
     return repository / "llm" / "1" / LLM_ENCODER
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from service.core.errors import InvalidRequest
 from service.core.request import Sampling
-from service.text.prompt import visual_token_ids
+from service.text.prompt import place_of_image, visual_token_ids
 from triton_models.parameters import Parameters
 from triton_models.session import Array
 from triton_models.unary import answer
@@ -33,12 +33,12 @@ class TritonPythonModel:
         count = int(inputs["visual_count"].item())
         visual = inputs["visual_tokens"][:, :count]
         text_ids = inputs["prompt_ids"][0]
-        first = self._card.vocab_size
+        first, place = self._card.vocab_size, place_of_image(self._card, text_ids)
         extra_ids = np.zeros(count + text_ids.size, np.uint64)
-        extra_ids[:count] = visual_token_ids(visual.tobytes(), count)
+        extra_ids[place : place + count] = visual_token_ids(visual.tobytes(), count)
         default = Sampling()
         return {
-            "input_ids": np.concatenate([np.arange(first, first + count, dtype=np.int32), text_ids])[np.newaxis],
+            "input_ids": np.insert(text_ids, place, np.arange(first, first + count))[np.newaxis],
             "input_lengths": np.array([[extra_ids.size]], np.int32),
             "request_output_len": inputs.get("max_tokens", np.array([[default.max_tokens]], np.int32)),
             "prompt_embedding_table": visual,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.core.card import LLM_ENCODER, ModelCard
+from triton_models.cross_decoder import OnnxCrossDecoder
 from triton_models.decoder import OnnxDecoder
 from triton_models.encoder_decoder import OnnxEncoderDecoder
 
@@ -19,11 +20,25 @@ def open_language_model(
     library: str = "onnxruntime",
     provider: str = "cpu",
     device_id: int = 0,
-) -> OnnxDecoder | OnnxEncoderDecoder:
-    """Open a decoder-only LLM, or an encoder-decoder, whose encoder's graph is LLM_ENCODER beside `graph`.
+) -> OnnxDecoder | OnnxEncoderDecoder | OnnxCrossDecoder:
+    """Open an LLM of the card's architecture. Its prompt reader, if it has one, is LLM_ENCODER beside `graph`.
 
-    An encoder-decoder has no prefix cache. Raises ValueError for one in another library than onnxruntime.
+    An encoder-decoder has no prefix cache. Raises ValueError for an LLM with a prompt reader in another library than
+    onnxruntime.
     """
+    if card.image_marks is not None:
+        if library != "onnxruntime":
+            raise ValueError(f"{card.name} is an IDEFICS, which computes in FP32 only: set GLIMPSE_PRECISION=fp32")
+        return OnnxCrossDecoder(
+            graph,
+            graph.with_name(LLM_ENCODER),
+            card.image_marks.end,
+            max_rows=max_rows,
+            intra_op_threads=intra_op_threads,
+            prefix_cache_bytes=prefix_cache_bytes,
+            provider=provider,
+            device_id=device_id,
+        )
     if card.decoder_start_id is None:
         return OnnxDecoder(
             graph,

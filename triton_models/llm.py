@@ -136,7 +136,9 @@ class TritonPythonModel:
             max_queue=parameters.integer("max_queue", 64),
             max_prefill_tokens=parameters.integer("max_prefill_tokens", 160),
         )
-        self._reader = RequestReader(decoder.vocab_size, decoder.hidden_size, card.max_positions)
+        self._reader = RequestReader(
+            decoder.vocab_size, decoder.hidden_size, card.max_positions, ends_with_text=card.image_marks is not None
+        )
         self._outputs = tuple(parameters.outputs)
         self._delivery = Delivery(self._say)
         self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
@@ -222,7 +224,9 @@ class RequestReader:
     Raises InvalidRequest, whose text goes to the client.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, max_positions: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, *, ends_with_text: bool = False) -> None:
+        """`ends_with_text` says that the LLM cannot answer directly after a visual token (IDEFICS)."""
+        self._ends_with_text = ends_with_text
         self._vocab_size = vocab_size
         self._hidden_size = hidden_size
         self._max_positions = max_positions
@@ -268,6 +272,12 @@ class RequestReader:
             raise InvalidRequest(
                 f"input_ids must be 0 to {self._vocab_size + rows - 1}: {self._vocab_size} ids of the vocabulary, then "
                 f"{rows} rows of prompt_embedding_table",
+                param="input_ids",
+            )
+        if self._ends_with_text and ids[-1] >= self._vocab_size:
+            raise InvalidRequest(
+                f"input_ids end with {ids[-1]}, a row of prompt_embedding_table, but this LLM continues text: end with "
+                f"an id below {self._vocab_size}",
                 param="input_ids",
             )
         extra_ids = np.zeros(ids.size, np.uint64)

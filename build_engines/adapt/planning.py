@@ -23,6 +23,10 @@ ASKED_A_STEP = 3  # most questions about an image in one step: more images teach
 def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     """The job, what it needs, and the checkpoint's name. Raises Refused."""
     source = inspect(options.checkpoint)
+    if source.is_idefics:
+        raise Refused(
+            f"{source.name} is an IDEFICS, which `glimpse adapt` cannot adapt: build it with its fixed allocator"
+        )
     if options.teacher == ANSWERS and not found.answered:
         raise Refused(f"--teacher answers needs answers, and {options.data} has none: use --teacher likelihood")
     if source.is_encoder_decoder and options.teacher in (LIKELIHOOD, ANSWERS):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from build_engines.convert.options import Refused
-from build_engines.convert.source import INSTRUCT, Source
+from build_engines.convert.source import IDEFICS, INSTRUCT, Source
 from build_engines.model.adapted import FIXED, WEIGHTS, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.checkpoint import (
@@ -25,11 +25,12 @@ from build_engines.model.checkpoint import (
     FAMILIES,
     HUB_FILES,
     HUB_NAME,
-    IMAGE_SIZE,
-    PATCH_SIZE,
-    QUERIES,
+    image_marks,
     load_allocator,
     text_positions,
+    visual_width,
+    vocabulary,
+    why_not,
 )
 from build_engines.model.decoder import FIXED_ROPE
 from service.text.prompt import load_tokenizer, token_bytes
@@ -37,7 +38,8 @@ from service.text.prompt import load_tokenizer, token_bytes
 Shape = tuple[int, ...]
 
 SMALL_FILES = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
-LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama", "t5": "FlanT5"}  # model_type of text_config, which selects the graph
+# model_type of text_config, which selects the graph; IDEFICS has one configuration for everything
+LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama", "t5": "FlanT5", "idefics": "IDEFICS"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 NAMED_AT_MOST = 5  # tensors that an error message lists
 
@@ -51,8 +53,11 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
     directory = _small_files(checkpoint)
     family = _family(directory)
     config = _config(directory)
+    text = config.get_text_config()
     _check_sizes(directory, config)
-    _check_tokenizers(directory, family, config.text_config.vocab_size)
+    _check_tokenizers(directory, family, vocabulary(text))
+    if family == IDEFICS:
+        _check_marks(directory)
     if not Path(checkpoint).is_dir():
         directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
     wanted = _wanted_shapes(directory, family, config)
@@ -67,12 +72,12 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         directory=directory,
         name=Path(checkpoint).name,
         family=family,
-        language=config.text_config.model_type,
+        language=text.model_type,
         vision_width=config.vision_config.hidden_size,
-        hidden_size=config.text_config.hidden_size,
-        vocab_size=config.text_config.vocab_size,
-        max_positions=text_positions(config.text_config),
-        parameters=_parameters(wanted),
+        hidden_size=visual_width(config),
+        vocab_size=vocabulary(text),
+        max_positions=text_positions(text),
+        parameters=_parameters(wanted, family),
         closer_view=allocator.closer is not None and not zero_shot,
         zero_shot=zero_shot,
         allocator=adapted,
@@ -118,16 +123,9 @@ def _config(directory: Path) -> PreTrainedConfig:
 
 
 def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
-    vision, text = config.vision_config, config.text_config
-    if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
-        raise Refused(
-            f"{directory} sees {vision.image_size} pixels in patches of {vision.patch_size}: "
-            f"use a checkpoint with {IMAGE_SIZE} pixels in patches of {PATCH_SIZE}"
-        )
-    if config.num_query_tokens != QUERIES:
-        raise Refused(
-            f"{directory} has {config.num_query_tokens} queries: use a checkpoint with {QUERIES} query tokens"
-        )
+    text = config.get_text_config()
+    if why := why_not(config):
+        raise Refused(f"{directory} {why}")
     if text.model_type not in LANGUAGE_MODELS:
         raise Refused(
             f"{directory} has a language model of type {text.model_type}: use one with "
@@ -137,7 +135,7 @@ def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
         raise Refused(f"{directory} has an OPT with layer norm after attention (OPT-350m): use another OPT")
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if text.model_type == "llama" and rope_type not in FIXED_ROPE:
+    if text.model_type in ("llama", "idefics") and rope_type not in FIXED_ROPE:
         raise Refused(
             f"{directory} has rotary positions of type {rope_type}, which change with the length: "
             f"use a model with one of {', '.join(FIXED_ROPE)}"
@@ -157,6 +155,13 @@ def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
                 f"{directory}/tokenizer.json goes up to id {largest}, but the language model has {vocab_size} ids, and "
                 "larger ones would be read as visual tokens. Use the tokenizer of this language model"
             )
+
+
+def _check_marks(directory: Path) -> None:
+    try:
+        image_marks(directory, 0)
+    except ValueError as exc:
+        raise Refused(str(exc)) from exc
 
 
 def _tokenizer(path: Path) -> Tokenizer:
@@ -238,10 +243,11 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
-def _parameters(shapes: Mapping[str, Shape]) -> dict[str, int]:
+def _parameters(shapes: Mapping[str, Shape], family: str) -> dict[str, int]:
     counts = {"vision_encoder": 0, "qformer": 0, "llm": 0}
+    named = {"vision_model": "vision_encoder", "language_model": "llm", "perceiver_resampler": "qformer"}
+    other = "llm" if family == IDEFICS else "qformer"
     for name, shape in shapes.items():
         head = name.removeprefix("model.").split(".")[0]
-        component = {"vision_model": "vision_encoder", "language_model": "llm"}.get(head, "qformer")
-        counts[component] += int(torch.Size(shape).numel())
+        counts[named.get(head, other)] += int(torch.Size(shape).numel())
     return counts

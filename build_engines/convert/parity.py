@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 
 from build_engines.export import Graph as Exported
+from service.core.card import ImageMarks, ModelCard
 from triton_models.session import Array
 
 BATCH = 4
@@ -109,8 +110,35 @@ class Encoder:
         return {"cross_lengths": np.array([len(ids)])} | dict(zip(names, self.run.run(names, given), strict=True))
 
 
+@dataclass(frozen=True)
+class Images:
+    """The graph that makes keys and values of IDEFICS's images, and the words that tell where an image is."""
+
+    run: onnxruntime.InferenceSession
+    marks: ImageMarks
+
+    def read(self, ids: Array, visual: Array) -> dict[str, Array]:
+        """What the decoder reads of a prompt with one image: keys and values, and what each column sees of them."""
+        names = [spec.name for spec in self.run.get_outputs()]
+        found = self.run.run(names, {"prompt_embedding_table": np.asarray(visual[np.newaxis], np.float32)})
+        return self.seen(np.arange(len(ids)) >= ids.tolist().index(self.marks.image), len(visual)) | dict(
+            zip(names, found, strict=True)
+        )
+
+    def seen(self, sees: Array, count: int) -> dict[str, Array]:
+        ends = np.where(sees, count, 0)[np.newaxis]
+        return {"image_starts": np.zeros_like(ends), "image_ends": ends}
+
+
+def reader_of(card: ModelCard, graph: Path) -> Encoder | Images | None:
+    """Open the graph that reads a prompt before the LLM's decoder; None if the LLM has none."""
+    if card.image_marks is not None:
+        return Images(session(graph), card.image_marks)
+    return None if card.decoder_start_id is None else Encoder(session(graph), card.decoder_start_id)
+
+
 def logits(
-    graph: Path, feeds: Mapping[str, Array], forced: Array | None = None, encoder: Encoder | None = None
+    graph: Path, feeds: Mapping[str, Array], forced: Array | None = None, encoder: Encoder | Images | None = None
 ) -> Array:
     """[B, 1 + DECODED, V]: logits after each prompt and each following token.
 
@@ -131,7 +159,7 @@ def greedy(
     text: Array,
     most: int,
     end_id: int,
-    encoder: Encoder | None = None,
+    encoder: Encoder | Images | None = None,
 ) -> list[int]:
     """The answer's tokens, up to and without the end id."""
     found = []
@@ -149,17 +177,19 @@ def decode(
     text: Array,
     most: int,
     forced: Array | None = None,
-    encoder: Encoder | None = None,
+    encoder: Encoder | Images | None = None,
 ) -> Iterator[Array]:
     """Decode one sequence token by token, as the LLM's graph does: `most` rows of logits [V].
 
-    An encoder-decoder needs its `encoder`, which reads the prompt once.
+    An encoder-decoder or an IDEFICS needs its `encoder`, which reads the prompt, or its image, once.
     """
     takes = {spec.name: spec for spec in run.get_inputs()}
     vocab_size = run.get_outputs()[0].shape[1]
     past = {name: np.zeros([1, spec.shape[1], 0, spec.shape[3]]) for name, spec in takes.items() if _is_past(name)}
     ids, crossed = np.concatenate([np.arange(vocab_size, vocab_size + len(visual)), text]), {}
-    if encoder is not None:
+    if isinstance(encoder, Images):
+        ids, crossed = text, encoder.read(text, visual)
+    elif encoder is not None:
         ids, crossed = np.array([encoder.start_id]), encoder.read(ids, visual)
     for turn in range(most):
         feeds = {
@@ -174,6 +204,8 @@ def decode(
         last, *new = run.run(["logits", *(name.replace("past", "new", 1) for name in past)], given)
         yield last[0]
         past = {name: np.concatenate([past[name], more], axis=2) for name, more in zip(past, new, strict=True)}
+        if isinstance(encoder, Images):
+            crossed |= encoder.seen(np.array([True]), len(visual))
         if turn + 1 < most:
             ids = np.array([last[0].argmax() if forced is None else forced[turn]])
 

@@ -65,10 +65,10 @@ def plan(options: Options, source: Source, root: Mapping[str, Any]) -> list[Step
     """List every step in order, with its key.
 
     `root` is what all steps depend on: the checkpoint's digests, code and versions. Raises Refused if a batch is too
-    small for a closer view, or for a FlanT5 in another precision than FP32.
+    small for a closer view, or for a FlanT5 or an IDEFICS in another precision than FP32.
     """
-    if source.is_encoder_decoder and options.precision != "fp32":
-        raise Refused(why_not_t5(options))
+    if source.has_prompt_reader and options.precision != "fp32":
+        raise Refused(why_not_idefics(options) if source.is_idefics else why_not_t5(options))
     if source.closer_view and options.vision_batch < CROPS:
         raise Refused(
             f"--max-batch {options.vision_batch}: the closer view is a batch of {CROPS} crops. Use at least {CROPS}"
@@ -85,6 +85,19 @@ def why_not_t5(options: Options) -> str:
     }[options.profile]
     return (
         f"a FlanT5 cannot be built with --profile {options.profile} --precision {options.precision}: {reason}. Use "
+        "--profile embedded or onnx-gpu with --precision fp32"
+    )
+
+
+def why_not_idefics(options: Options) -> str:
+    """Why these options cannot build an IDEFICS, and what can."""
+    reason = {
+        "tensorrt": "TensorRT-LLM 1.2.1 has no documented engine with IDEFICS's gated cross-attention",
+        "onnx-gpu": f"IDEFICS was not measured in {options.precision}",
+        "embedded": f"IDEFICS was not measured in {options.precision}",
+    }[options.profile]
+    return (
+        f"an IDEFICS cannot be built with --profile {options.profile} --precision {options.precision}: {reason}. Use "
         "--profile embedded or onnx-gpu with --precision fp32"
     )
 
@@ -121,7 +134,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             settings={"graph": name, "static": static and name != "llm"},
         )
     made = {name: f"export {name}" for name in graphs}
-    encoder = {TEXT_ENCODER: f"export {TEXT_ENCODER}"} if source.is_encoder_decoder else {}
+    encoder = {TEXT_ENCODER: f"export {TEXT_ENCODER}"} if source.has_prompt_reader else {}
     for name, step in encoder.items():
         yield Step(step, "export", "PyTorch to ONNX, FP32", settings={"graph": name, "static": False})
     images = str(options.images) if options.images else "rendered scenes"

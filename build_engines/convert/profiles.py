@@ -52,6 +52,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         large=frozenset(large if options.profile == "embedded" else ()),
         closer_view=source.closer_view,
         text_encoder=source.is_encoder_decoder,
+        image_reader=source.is_idefics,
         static=options.profile != "embedded",
     )
 

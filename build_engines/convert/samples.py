@@ -73,7 +73,7 @@ def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBu
     opened = {name: Graph(path) for name, path in graphs.items() if name != "llm"}
     encoder, allocator, qformer = (opened[name] for name in ("vision_encoder", "relevance_allocator", "qformer"))
     found: dict[str, dict[str, list[Array]]] = {}
-    budgets = cycle(VISION_BUDGETS)
+    budgets, queries = cycle(VISION_BUDGETS), prompts.card.queries
     for start in tqdm(range(0, len(given), BATCH), desc="samples", unit="batch", mininterval=1.0):
         part = given[start : start + BATCH]
         image = {"image": np.stack([pixels for pixels, _ in part])}
@@ -83,7 +83,7 @@ def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBu
             "question_ids": np.stack([q.ids for q in asked]),
             "question_mask": np.stack([q.mask for q in asked]),
         }
-        budget = np.stack([Budget(pair, (32, 32)).to_array() for pair, _ in zip(budgets, part, strict=False)])
+        budget = np.stack([Budget(pair, (queries, queries)).to_array() for pair, _ in zip(budgets, part, strict=False)])
         to_allocator = _fitting(allocator, seen | question | {"budget": budget})
         chosen = _run(allocator, to_allocator)
         to_qformer = _fitting(qformer, chosen | question | {"attend": (chosen["vision_mask"] > 0).astype(np.int32)})
@@ -125,10 +125,10 @@ LONGEST_TEXT = 96  # tokens
 
 
 def _llm(prompts: PromptBuilder, part: Sequence[Sample], visual: Array) -> dict[str, Array]:
-    """visual_tokens [B, 32, H], text_ids int32 [B, 96] padded, text_lengths int32 [B]."""
+    """visual_tokens [B, 32 or 64, H], text_ids int32 [B, 96] padded, text_lengths int32 [B]."""
     ids = np.zeros((len(part), LONGEST_TEXT), np.int32)
     lengths = np.zeros(len(part), np.int32)
     for row, (_, text) in enumerate(part):
         own = prompts.text_ids(text)[:LONGEST_TEXT]
         ids[row, : len(own)], lengths[row] = own, len(own)
-    return {"visual_tokens": visual[:, :32], "text_ids": ids, "text_lengths": lengths}
+    return {"visual_tokens": visual[:, : prompts.card.queries], "text_ids": ids, "text_lengths": lengths}

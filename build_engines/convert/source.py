@@ -11,6 +11,7 @@ from blake3 import blake3
 from build_engines.model.adapted import FILES as ADAPTED
 
 INSTRUCT = "InstructBlipForConditionalGeneration"
+IDEFICS = "IdeficsForVisionText2Text"
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Source:
     directory: Path
     name: str
     family: str  # the architecture's class name
-    language: str  # "opt", "llama" or "t5"
+    language: str  # "opt", "llama", "t5" or "idefics"
     vision_width: int  # D
-    hidden_size: int  # H
+    hidden_size: int  # H, the width of a visual token
     vocab_size: int  # V: visual ids start here
     max_positions: int
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
@@ -35,6 +36,16 @@ class Source:
     def is_encoder_decoder(self) -> bool:
         """Whether the language model has an encoder, as FlanT5 does."""
         return self.language == "t5"
+
+    @property
+    def is_idefics(self) -> bool:
+        """Whether the language model sees images by cross-attention, and a resampler stands in the Q-Former's place."""
+        return self.family == IDEFICS
+
+    @property
+    def has_prompt_reader(self) -> bool:
+        """Whether a graph of its own reads a prompt, or its images, before the language model's decoder."""
+        return self.is_encoder_decoder or self.is_idefics
 
     @property
     def reads_question(self) -> bool:

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from build_engines.export import Graph, examples, graphs, names
-from build_engines.model.checkpoint import Checkpoint
+from build_engines.model.checkpoint import QUERIES, Checkpoint
 from service.core.tensors import MODELS, VISION_SLOTS
 from service.core.vision import MAX_VISUAL_TOKENS
-
-QUERIES = 32
 
 
 class StaticQFormer(nn.Module):
@@ -26,14 +24,16 @@ class StaticQFormer(nn.Module):
     vision_tokens [B, 401, D], vision_mask int32 [B, 401], query_groups int32 [B, 1], question_ids and question_mask
     int32 [B, 32] -> visual_tokens [B, 128, H], rows past the count 0, and visual_count int32 [B, 1].
 
-    `groups` is the most that a request may ask for. Each group is a separate batch of the Q-Former.
+    `groups` is the most that a request may ask for, each of `queries` visual tokens. Each group is a separate batch of
+    the Q-Former.
     """
 
-    def __init__(self, qformer: nn.Module, groups: int, reads_question: bool) -> None:
+    def __init__(self, qformer: nn.Module, groups: int, reads_question: bool, queries: int = QUERIES) -> None:
         super().__init__()
         self.qformer = qformer
         self.groups = groups
         self.reads_question = reads_question
+        self.queries = queries
 
     def forward(
         self, vision_tokens: Tensor, vision_mask: Tensor, query_groups: Tensor, question_ids: Tensor,
@@ -49,7 +49,7 @@ class StaticQFormer(nn.Module):
         missing = MAX_VISUAL_TOKENS - visual.shape[1]
         if missing:
             visual = nn.functional.pad(visual, (0, 0, 0, missing))
-        count = query_groups * QUERIES
+        count = query_groups * self.queries
         return visual, count if self.reads_question else count + unread(question_ids, question_mask)
 
 
@@ -120,7 +120,7 @@ def _static_qformer(checkpoint: Checkpoint, groups: int) -> Graph:
     inputs |= {name: torch.ones_like(inputs[name]) for name in ("vision_mask", "query_groups", "question_mask")}
     return Graph(
         "qformer",
-        StaticQFormer(checkpoint.qformer(), groups, checkpoint.reads_question).eval(),
+        StaticQFormer(checkpoint.qformer(), groups, checkpoint.reads_question, checkpoint.queries).eval(),
         inputs,
         {name: {0: "batch"} for name in inputs},
         names(MODELS["qformer"].outputs),

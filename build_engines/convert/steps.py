@@ -32,7 +32,6 @@ from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import MOST_INLINE_BYTES, TEXT_ENCODER, Model, encoder_of, runner, weights_file
 from service.core.card import ModelCard
-from service.core.vision import MAX_VISUAL_TOKENS
 from service.text.prompt import PromptBuilder
 
 MODEL, PLAN = "model.onnx", "model.plan"
@@ -78,8 +77,8 @@ class Maker:
 
     @property
     def groups(self) -> int:
-        """Groups of 32 queries that a request may ask for."""
-        return card(self.checkpoint).visual_tokens[1] // (MAX_VISUAL_TOKENS // 4)
+        """Groups of queries that a request may ask for."""
+        return card(self.checkpoint).visual_tokens[1] // self.checkpoint.queries
 
     def make_card(self, step: Step, out: Path) -> None:
         try:
@@ -191,11 +190,10 @@ class Maker:
             theirs = parity.outputs(self.folder(f"export {name}") / MODEL, feeds)
         return {output: parity.nearness(ours[output], theirs[output]) for output in theirs}
 
-    def _encoder(self) -> parity.Encoder | None:
-        """The encoder's graph, if the LLM is an encoder-decoder."""
-        start_id = ModelCard.from_json((self.folder("card") / "card.json").read_text()).decoder_start_id
-        graph = self.folder(f"export {TEXT_ENCODER}") / MODEL
-        return None if start_id is None else parity.Encoder(parity.session(graph), start_id)
+    def _encoder(self) -> parity.Encoder | parity.Images | None:
+        """What reads a prompt before the decoder, if anything does."""
+        told = ModelCard.from_json((self.folder("card") / "card.json").read_text())
+        return parity.reader_of(told, self.folder(f"export {TEXT_ENCODER}") / MODEL)
 
     def make_plain(self, _: Step, out: Path) -> None:
         self.checkpoint.model.language_model.half().save_pretrained(out)
@@ -266,7 +264,7 @@ class Maker:
                 link(path, version / path.name)
 
     def _put_encoder(self, made: str, out: Path) -> None:
-        """Serve the encoder of an encoder-decoder beside the decoder, with its weights if they have a file."""
+        """Serve the prompt reader beside the decoder, with its weights if they have a file."""
         graph = encoder_of(out)
         for path in self.folder(made).iterdir():
             if path.name == MODEL:

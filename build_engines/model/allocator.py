@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from build_engines.model.allocation import PATCH_COUNT, Allocation, cells_of
+from build_engines.model.allocation import GROUP, PATCH_COUNT, Allocation, cells_of
 from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.closer import CloserView
 from build_engines.model.focus import FocusRegions, query_groups
@@ -70,8 +70,11 @@ class RelevanceAllocator(nn.Module):
         balancing: OpponentProcessing | None = None,
         closer: CloserView | None = None,
         zero_shot: QFormerKnowing | None = None,
+        queries: int = GROUP,
     ) -> None:
-        """Raises ValueError for balancing without participatory knowing, whose word vectors it reads."""
+        """`queries` are the visual tokens of one group.
+
+        Raises ValueError for balancing without participatory knowing, whose word vectors it reads."""
         super().__init__()
         if balancing is not None and participatory is None:
             raise ValueError("balancing reads the question by participatory knowing: give participatory too")
@@ -79,6 +82,7 @@ class RelevanceAllocator(nn.Module):
         self.balancing = balancing
         self.closer = closer
         self.zero_shot = zero_shot
+        self.queries = queries
         self.allocation = Allocation()
         self.focus = FocusRegions()
 
@@ -150,7 +154,7 @@ class RelevanceAllocator(nn.Module):
         gains = self.allocation.gains(cells, diversify)
         refinements = self.allocation.refinements(self.allocation.extra(particularize, budget, closer))
         levels = self.allocation.levels(gains, refinements, explore, closer)
-        groups = query_groups(particularize, budget)
+        groups = query_groups(particularize, budget, self.queries)
         tokens, mask = self.allocation.pack(features, levels, self.focus(cells, groups), detail_features, self.closer)
         return Spent(tokens, mask, groups, levels.int())
 

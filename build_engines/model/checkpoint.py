@@ -1,7 +1,7 @@
-"""Load BLIP-2 and InstructBLIP checkpoints in Hugging Face's format, and allocator weights.
+"""Load BLIP-2, InstructBLIP and IDEFICS checkpoints in Hugging Face's format, and allocator weights.
 
-Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b`, `Salesforce/blip2-flan-t5-xl` and
-`Salesforce/instructblip-vicuna-7b`.
+Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b`, `Salesforce/blip2-flan-t5-xl`,
+`Salesforce/instructblip-vicuna-7b` and `HuggingFaceM4/idefics-9b`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     Blip2ForConditionalGeneration,
+    IdeficsForVisionText2Text,
     InstructBlipForConditionalGeneration,
     PreTrainedConfig,
     T5ForConditionalGeneration,
@@ -34,10 +36,12 @@ from build_engines.model.balancing import SUMMARIES, OpponentProcessing
 from build_engines.model.closer import CloserView
 from build_engines.model.decoder import LlamaDecoder, OptDecoder, decoder_of
 from build_engines.model.encoder_decoder import T5Decoder, T5Encoder
+from build_engines.model.idefics import IdeficsDecoder, IdeficsVisionEncoder, ImageReader, PerceiverResampler
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
 from build_engines.model.vision import VisionEncoder
 from build_engines.model.zero_shot import QFormerKnowing
+from service.core.card import ImageMarks
 
 # OpenAI CLIP's statistics, which BLIP-2's image processor uses if a checkpoint does not set its own.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -45,10 +49,13 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 PROMPTS = {  # the prompts for questions that each family was trained with
     Blip2ForConditionalGeneration: "Question: {question} Answer:",
     InstructBlipForConditionalGeneration: "Question: {question} Short answer:",
+    IdeficsForVisionText2Text: "Question: {question} Answer:",
 }
 FAMILIES = {family.__name__: family for family in PROMPTS}
 QUERIES = 32  # in one group
+LATENTS = 64  # of IDEFICS's resampler, which are its visual tokens of an image
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
+AROUND_IMAGE, IMAGE = "<fake_token_around_image>", "<image>"  # IDEFICS's words for an image
 T5_POSITIONS = 512  # of FlanT5's training, for a checkpoint that does not tell
 ALLOCATOR = WEIGHTS  # beside the checkpoint's own weights, if the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -61,7 +68,7 @@ class Checkpoint:
     """The whole model in FP32 on the CPU, in eval mode."""
 
     directory: Path
-    model: Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
+    model: Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration | IdeficsForVisionText2Text
     participatory: ParticipatoryKnowing | None
     balancing: OpponentProcessing | None
     closer: CloserView | None
@@ -90,16 +97,8 @@ class Checkpoint:
         model = (
             family.from_pretrained(directory, dtype=torch.float32) if language else _seeing(family, directory)
         ).eval()
-        if model.config.num_query_tokens != QUERIES:
-            raise ValueError(
-                f"{source} has {model.config.num_query_tokens} queries: use a checkpoint with {QUERIES} query tokens"
-            )
-        vision = model.config.vision_config
-        if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
-            raise ValueError(
-                f"{source} sees {vision.image_size} pixels in patches of {vision.patch_size}: "
-                f"use a checkpoint with {IMAGE_SIZE} pixels in patches of {PATCH_SIZE}"
-            )
+        if why := why_not(model.config):
+            raise ValueError(f"{source} {why}")
         preprocessor = _read_json(directory / "preprocessor_config.json", default={})
         preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
         own = load_allocator(directory / ALLOCATOR)
@@ -155,6 +154,36 @@ class Checkpoint:
         return isinstance(self.model, InstructBlipForConditionalGeneration)
 
     @property
+    def is_idefics(self) -> bool:
+        """Whether the language model sees images by cross-attention, and a resampler stands in the Q-Former's place."""
+        return isinstance(self.model, IdeficsForVisionText2Text)
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The language model's configuration; IDEFICS has one for everything."""
+        return self.model.config.get_text_config()
+
+    @property
+    def vocab_size(self) -> int:
+        """V: visual ids start here."""
+        return vocabulary(self.text_config)
+
+    @property
+    def visual_width(self) -> int:
+        """H, the width of a visual token: the language model's, but IDEFICS attends to tokens of the encoder's."""
+        return visual_width(self.model.config)
+
+    @property
+    def queries(self) -> int:
+        """Visual tokens of one group."""
+        return LATENTS if self.is_idefics else QUERIES
+
+    @property
+    def image_marks(self) -> ImageMarks | None:
+        """The words that tell IDEFICS where an image is. Raises ValueError if the tokenizer has none."""
+        return image_marks(self.directory, _first(self.text_config.eos_token_id)) if self.is_idefics else None
+
+    @property
     def prompt(self) -> str:
         return PROMPTS[type(self.model)]
 
@@ -162,8 +191,7 @@ class Checkpoint:
     def end_id(self) -> int:
         """The first token that ends an answer, from generation_config.json, else from the language model."""
         told = self.model.generation_config.eos_token_id
-        first = told[0] if isinstance(told, list) else told
-        return int(self.model.config.text_config.eos_token_id if first is None else first)
+        return _first(self.text_config.eos_token_id if told is None else told)
 
     def tokenizers(self, scratch: Path) -> dict[str, Path]:
         """`tokenizers` files by their name in a repository. Other formats are converted into scratch."""
@@ -172,32 +200,40 @@ class Checkpoint:
             found["qformer_tokenizer.json"] = self.directory / "qformer_tokenizer"
         return {name: _tokenizer(folder, scratch / name) for name, folder in found.items()}
 
-    def vision_encoder(self) -> VisionEncoder:
+    def vision_encoder(self) -> VisionEncoder | IdeficsVisionEncoder:
+        if self.is_idefics:
+            return IdeficsVisionEncoder(self.model.model.vision_model, self.image_mean, self.image_std).eval()
         return VisionEncoder(self.model.vision_model, self.image_mean, self.image_std).eval()
 
     def allocator(self) -> RelevanceAllocator:
         knowing = None
         if self.zero_shot:
             knowing = QFormerKnowing(InstructQFormer(self.model))
-        return RelevanceAllocator(self.participatory, self.balancing, self.closer, knowing).eval()
+        return RelevanceAllocator(self.participatory, self.balancing, self.closer, knowing, self.queries).eval()
 
-    def qformer(self) -> QFormer | InstructQFormer:
+    def qformer(self) -> QFormer | InstructQFormer | PerceiverResampler:
+        if self.is_idefics:
+            return PerceiverResampler(self.model.model.perceiver_resampler).eval()
         return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
 
-    def decoder(self) -> OptDecoder | LlamaDecoder | T5Decoder:
+    def decoder(self) -> OptDecoder | LlamaDecoder | T5Decoder | IdeficsDecoder:
         """Raises ValueError for a language model family that has no graph."""
+        if self.is_idefics:
+            return IdeficsDecoder(self.model).eval()
         if self.is_encoder_decoder:
             return T5Decoder(self.model.language_model).eval()
         return decoder_of(self.model.language_model).eval()
 
-    def text_encoder(self) -> T5Encoder | None:
-        """The encoder of an encoder-decoder; a decoder-only language model has none."""
+    def prompt_reader(self) -> T5Encoder | ImageReader | None:
+        """What reads a prompt before the decoder: FlanT5's encoder, or the keys and values of IDEFICS's images."""
+        if self.is_idefics:
+            return ImageReader(self.model).eval()
         return T5Encoder(self.model.language_model).eval() if self.is_encoder_decoder else None
 
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether the language model is a FlanT5."""
-        return isinstance(self.model.language_model, T5ForConditionalGeneration)
+        return not self.is_idefics and isinstance(self.model.language_model, T5ForConditionalGeneration)
 
     @property
     def decoder_start_id(self) -> int | None:
@@ -219,15 +255,55 @@ class Checkpoint:
     @property
     def max_positions(self) -> int:
         """Tokens of a request, visual tokens and answer included. FlanT5 counts none: it was trained with 512."""
-        return text_positions(self.model.config.text_config)
+        return text_positions(self.text_config)
 
     def vision_fingerprint(self) -> str:
         """16 hex digits over everything that a vision feature depends on."""
-        return _fingerprint(self.image_mean, self.image_std, self.model.vision_model)
+        vision = self.model.model.vision_model if self.is_idefics else self.model.vision_model
+        return _fingerprint(self.image_mean, self.image_std, vision)
 
     def visual_fingerprint(self) -> str:
         """16 hex digits over everything that a visual token depends on."""
         return _fingerprint(self.image_mean, self.image_std, self.vision_encoder(), self.allocator(), self.qformer())
+
+
+def why_not(config: PreTrainedConfig) -> str:
+    """Say what keeps a checkpoint's vision models from being built, and what to use; empty if nothing does."""
+    vision = config.vision_config
+    if (vision.image_size, vision.patch_size) != (IMAGE_SIZE, PATCH_SIZE):
+        return (
+            f"sees {vision.image_size} pixels in patches of {vision.patch_size}: "
+            f"use a checkpoint with {IMAGE_SIZE} pixels in patches of {PATCH_SIZE}"
+        )
+    if config.model_type != "idefics":
+        if config.num_query_tokens == QUERIES:
+            return ""
+        return f"has {config.num_query_tokens} queries: use a checkpoint with {QUERIES} query tokens"
+    if not config.use_resampler:
+        return "has no resampler (use_resampler is false): use an IDEFICS with one, as the published ones have"
+    if config.perceiver_config.resampler_n_latents != LATENTS:
+        return f"has {config.perceiver_config.resampler_n_latents} latents: use an IDEFICS with {LATENTS} latents"
+    return ""
+
+
+def image_marks(directory: Path, end: int) -> ImageMarks:
+    """Look up IDEFICS's words for an image in its tokenizer. Raises ValueError if it has none."""
+    tokenizer = _read_tokenizer(directory)
+    around, image = (tokenizer.token_to_id(name) for name in (AROUND_IMAGE, IMAGE))
+    if around is None or image is None:
+        raise ValueError(f"{directory} has a tokenizer without {AROUND_IMAGE} and {IMAGE}: use the checkpoint's own")
+    return ImageMarks(around, image, end)
+
+
+def vocabulary(text: PreTrainedConfig) -> int:
+    """Count a language model's ids; IDEFICS's words for an image come after its vocabulary."""
+    return int(text.vocab_size) + int(getattr(text, "additional_vocab_size", 0))
+
+
+def visual_width(config: PreTrainedConfig) -> int:
+    """Return the width of a visual token, H."""
+    own = config.vision_config if config.model_type == "idefics" else config.get_text_config()
+    return int(own.hidden_size)
 
 
 def text_positions(text: PreTrainedConfig) -> int:
@@ -235,6 +311,10 @@ def text_positions(text: PreTrainedConfig) -> int:
     if text.model_type == "t5":
         return int(getattr(text, "n_positions", T5_POSITIONS))
     return int(text.max_position_embeddings)
+
+
+def _first(ids: int | list[int]) -> int:
+    return ids[0] if isinstance(ids, list) else ids
 
 
 def _directory(source: Path | str) -> Path:
@@ -315,8 +395,15 @@ def _tokenizer(folder: Path, target: Path) -> Path:
     """The folder's tokenizer.json, or its other format (vocab.txt, tokenizer.model) converted to `target`."""
     if (folder / "tokenizer.json").exists():
         return folder / "tokenizer.json"
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(target))
+    _read_tokenizer(folder).save(str(target))
     return target
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    return found
 
 
 def _read_json(path: Path, default: dict[str, object] | None = None) -> dict:

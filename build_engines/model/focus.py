@@ -12,9 +12,9 @@ REGIONS = MAX_VISUAL_TOKENS // GROUP - 1
 OUTSIDE = 3.0  # distance to a peak of a cell outside its region: above a corner's squared distance (2) in the 3x3 cells
 
 
-def query_groups(particularize: Tensor, budget: Tensor) -> Tensor:
-    """int32 [B, 1], 1 to 4: the `affordable` visual tokens in whole groups of 32 queries, rounded half up."""
-    return torch.floor(affordable(particularize, budget)[:, 1:] / GROUP + 0.5).int()
+def query_groups(particularize: Tensor, budget: Tensor, queries: int = GROUP) -> Tensor:
+    """int32 [B, 1], 1 to 4: the `affordable` visual tokens in whole groups of queries, rounded half up."""
+    return torch.floor(affordable(particularize, budget)[:, 1:] / queries + 0.5).int()
 
 
 class FocusRegions(nn.Module):

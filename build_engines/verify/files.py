@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from build_engines.repository import CONFIG_TYPES
 from build_engines.verify.report import Report
 from service.core.card import LLM_ENCODER, ModelCard
 from service.core.tensors import LIKELIEST, Tensor
-from service.core.vision import MAX_VISUAL_TOKENS, QUESTION_TOKENS
+from service.core.vision import QUESTION_TOKENS
 from service.text.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
 from service.triton import CALLED
 
@@ -80,8 +81,10 @@ def check_tokenizer(repository: Path, card: ModelCard) -> None:
         text = b"".join(spelled[i] for i in ids)
         if text.decode(errors="replace").strip().lower() != question.lower():  # a tokenizer may have one case only
             raise Wrong(f"{question!r} comes back as {text!r}: use the checkpoint's own tokenizer")
+    named = {} if card.image_marks is None else {f"image_marks.{k}": v for k, v in asdict(card.image_marks).items()}
     for name in ("bos_id", "end_id", "pad_id", "text_end_id", "decoder_start_id"):
-        told = getattr(card, name)
+        named[name] = getattr(card, name)
+    for name, told in named.items():
         if told is not None and not 0 <= told < card.vocab_size:
             raise Wrong(f"{name} is {told}, not below {card.vocab_size}: correct the card")
 
@@ -198,7 +201,7 @@ def check_graph(path: Path, name: str, config: Any, card: ModelCard) -> None:
     if name == "llm":
         _check_language_model(path, ins, outs, card)
     elif name == "qformer" and "attend" in ins:  # a runner forms the groups of this graph
-        wanted = (card.float_type, (MAX_VISUAL_TOKENS // 4, card.hidden_size))
+        wanted = (card.float_type, (card.queries, card.hidden_size))
         if outs.get("visual_tokens") != wanted:
             raise Wrong(f"it gives {outs}, not visual_tokens {wanted}")
     else:
@@ -210,13 +213,15 @@ def check_graph(path: Path, name: str, config: Any, card: ModelCard) -> None:
 
 
 def _check_language_model(path: Path, ins: Mapping[str, Any], outs: Mapping[str, Any], card: ModelCard) -> None:
-    """Check a decoder-only LLM's graph, or both of an encoder-decoder."""
+    """Check a decoder-only LLM's graph, or both of an LLM with a prompt reader."""
     if outs.get("logits") != ("FP32", (card.vocab_size,)):
         raise Wrong(f"its logits are {outs.get('logits')}, the vocabulary has {card.vocab_size}")
-    if card.decoder_start_id is not None:
+    if card.decoder_start_id is not None or card.image_marks is not None:
         encoder = path.with_name(LLM_ENCODER)
         if not encoder.exists():
-            raise Wrong(f"it has no {LLM_ENCODER} beside it: the card's LLM is an encoder-decoder. Build it again")
+            raise Wrong(
+                f"it has no {LLM_ENCODER} beside it, but the card's LLM ({card.architecture}) needs one. Build again"
+            )
         onnx.checker.check_model(encoder)
         model = onnx.load(encoder, load_external_data=False)
         read, given = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from build_engines.convert.parity import Encoder, greedy, nearness, session
+from build_engines.convert.parity import greedy, nearness, reader_of, session
 from build_engines.convert.samples import Sample, feeds, samples
 from build_engines.repository import encoder_of
 from build_engines.verify.files import Wrong, read_configs
@@ -141,9 +141,7 @@ def stream(
 def reference_answers(
     reference: Path, card: ModelCard, prompts: PromptBuilder, given: Sequence[Sample], visual: Array
 ) -> list[list[int]]:
-    llm, encoder = session(reference / "llm" / "1" / "model.onnx"), None
-    if card.decoder_start_id is not None:
-        encoder = Encoder(session(encoder_of(reference)), card.decoder_start_id)
+    llm, encoder = session(reference / "llm" / "1" / "model.onnx"), reader_of(card, encoder_of(reference))
     return [
         greedy(llm, rows, np.array(prompts.text_ids(text)), ANSWER_TOKENS, card.end_id, encoder)
         for (_, text), rows in zip(given, visual, strict=False)

@@ -14,9 +14,9 @@ from service.core.confidence import Calibration
 from service.core.frame import AskedFit, Colour
 from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
-from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS
+from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
 
-LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder
+LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder or attends to images
 TUPLES = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens", "pad_colour")
 
 
@@ -34,6 +34,19 @@ class Engines:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageMarks:
+    """The ids of words in the text of an LLM that sees images by cross-attention (IDEFICS).
+
+    An image's place reads `around`, its visual tokens, `image`, `around`. Images without a text between them share an
+    `around`. A token sees the last image before it, or none after `end`.
+    """
+
+    around: int  # before and after images
+    image: int  # stands for one image
+    end: int  # of a document: the tokens after it see no image, up to the next one
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """The description of a model repository's models (`card.json` beside them)."""
 
@@ -41,7 +54,7 @@ class ModelCard:
     fingerprint: str  # of the vision encoder's weights: keys the feature cache
     visual_fingerprint: str  # of all weights up to the visual tokens: keys the LLM's reuse of their keys and values
     vocab_size: int  # V: visual ids start here
-    hidden_size: int  # H
+    hidden_size: int  # H: the width of a visual token; that of the LLM, or D if `image_marks` are given
     vision_width: int  # D
     bos_id: int | None  # before the prompt's text; None: the LLM has learnt none
     end_id: int
@@ -68,6 +81,7 @@ class ModelCard:
     # visual tokens and text in both directions, so prompts that begin alike share no keys and values.
     decoder_start_id: int | None = None
     text_end_id: int | None = None  # after the prompt's text; None: nothing
+    image_marks: ImageMarks | None = None  # None: visual tokens stand in the prompt's text as words do
     # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, it is the Q-Former's own
     # (InstructBLIP). The Q-Former then reads the LLM's whole prompt between its special tokens, not the bare question.
     question_tokenizer: str = "tokenizer.json"
@@ -95,9 +109,16 @@ class ModelCard:
         )
 
     @property
-    def architecture(self) -> Literal["decoder-only", "encoder-decoder"]:
+    def architecture(self) -> Literal["decoder-only", "encoder-decoder", "cross-attention"]:
         """Name the kind of LLM."""
+        if self.image_marks is not None:
+            return "cross-attention"
         return "decoder-only" if self.decoder_start_id is None else "encoder-decoder"
+
+    @property
+    def queries(self) -> int:
+        """Count the visual tokens that one run of the Q-Former, or of IDEFICS's resampler, makes."""
+        return MAX_VISUAL_TOKENS // (4 if self.image_marks is None else 2)
 
     @property
     def feature_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
@@ -147,12 +168,15 @@ class ModelCard:
             tuples = {name: tuple(value) for name, value in fields.items() if name in TUPLES and value is not None}
             told = fields.pop("confidence", None)
             confidence = None if told is None else Calibration.from_json(told, fields["vision_width"])
-            return cls(**fields | tuples, confidence=confidence)
+            marks = fields.pop("image_marks", None)
+            image_marks = None if marks is None else ImageMarks(**marks)
+            return cls(**fields | tuples, confidence=confidence, image_marks=image_marks)
         except (TypeError, AttributeError, KeyError) as exc:
             raise ValueError(f"not a model card: {exc}") from exc
 
     def to_json(self) -> str:
         """Write the text of a card.json."""
         told: dict[str, Any] = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        told["image_marks"] = None if self.image_marks is None else dataclasses.asdict(self.image_marks)
         told["confidence"] = None if self.confidence is None else self.confidence.to_json()
         return json.dumps(told, indent=2) + "\n"

@@ -17,7 +17,7 @@ from blake3 import blake3
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import Unigram
 
-from service.core.card import ModelCard
+from service.core.card import ImageMarks, ModelCard
 from service.core.errors import InvalidRequest
 from service.core.prompt import Prompt, Question
 from service.core.request import Part, Request, Text
@@ -57,7 +57,8 @@ Piece = str | None  # of a prompt: text, or the place of the next image
 class PromptBuilder:
     """Build BLIP-2's prompt: the visual tokens, BOS, then the card's template with the question.
 
-    A FlanT5 has learnt no BOS, but an end token after the whole prompt.
+    A FlanT5 has learnt no BOS, but an end token after the whole prompt. An IDEFICS reads BOS first, and marks around
+    each image's visual tokens (`ImageMarks`).
 
     Earlier questions come first, in the same template, each with its answer: "Question: a Answer: b Question: c
     Answer:". A system message, in the card's `system_template`, stands directly before the first question's template.
@@ -70,12 +71,13 @@ class PromptBuilder:
       - Otherwise they come inside the template, directly after the text before the image. Spaces join the texts as if
         there were no image between them. Each text between images is tokenised separately:
         `Question: a <image> b Answer:` becomes the text "Question: a", the visual tokens, and the text " b Answer:".
+        For an IDEFICS, no text begins or ends with a space, as in IdeficsProcessor.
     """
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer, qformer_tokenizer: Tokenizer | None = None) -> None:
         """Pass `qformer_tokenizer` if the Q-Former reads the question in its own ids."""
         self.card = card
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer if card.image_marks is None else _never_first(tokenizer)
         self.qformer_tokenizer = qformer_tokenizer
         self._first = [] if card.bos_id is None else [card.bos_id]
         self._last = [] if card.text_end_id is None else [card.text_end_id]
@@ -108,8 +110,12 @@ class PromptBuilder:
         )
 
     def text_ids(self, question: str) -> list[int]:
-        """Return the ids of the template with the question, after BOS or before the text's end token."""
-        return [*self._first, *self._encode(self._prompt(question)), *self._last]
+        """Return the ids of the template with the question, after BOS or before the text's end token.
+
+        Visual tokens of one image belong at `place_of_image`.
+        """
+        pieces = [self._prompt(question)] if self.card.image_marks is None else [None, self._prompt(question)]
+        return [each for ids in self._layout(pieces) if ids is not None for each in ids]
 
     def require_room(self, request: Request) -> int:
         """Count visual tokens at the budget's most, prompt tokens and answer tokens together.
@@ -173,6 +179,9 @@ class PromptBuilder:
 
         BOS comes before the first text, the text's end token after everything.
         """
+        if self.card.image_marks is not None:
+            yield from self._marked(pieces, self.card.image_marks)
+            return
         start = self._first
         for piece in pieces:
             if piece is None:
@@ -183,6 +192,20 @@ class PromptBuilder:
         if self._last:
             yield self._last
 
+    def _marked(self, pieces: Iterable[Piece], marks: ImageMarks) -> Iterator[list[int] | None]:
+        """Yield BOS, texts without spaces around them, and marks around the places of images, as IdeficsProcessor."""
+        yield self._first
+        after_image = False
+        for piece in pieces:
+            if piece is None:
+                yield [] if after_image else [marks.around]
+                yield None
+                yield [marks.image, marks.around]
+                after_image = True
+            elif text := piece.strip(" "):
+                yield self._encode(text)
+                after_image = False
+
     def _prompt(self, question: str) -> str:
         return self.card.prompt_template.replace("{question}", question)
 
@@ -192,6 +215,23 @@ class PromptBuilder:
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+
+def _never_first(tokenizer: Tokenizer) -> Tokenizer:
+    """Let a tokenizer read each text as one that does not begin the prompt: BOS stands there.
+
+    SentencePiece puts a space before the first text.
+    """
+    before = tokenizer.pre_tokenizer
+    if isinstance(before, pre_tokenizers.Metaspace) and before.prepend_scheme == "first":
+        before.prepend_scheme = "never"
+        tokenizer.pre_tokenizer = before
+    return tokenizer
+
+
+def place_of_image(card: ModelCard, text_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:
+    """Return where the visual tokens belong in the ids of `PromptBuilder.text_ids`."""
+    return 0 if card.image_marks is None else list(text_ids).index(card.image_marks.image)
 
 
 def _pieces(card: ModelCard, request: Request) -> list[Piece]:
@@ -208,19 +248,22 @@ def _pieces(card: ModelCard, request: Request) -> list[Piece]:
     before = card.system_template.replace("{system}", request.system) if request.system else ""
     for exchange in request.exchanges:
         add(*_question_pieces(card, exchange.parts, before), f" {exchange.answer}")
-        before = " "
+        before = " " if card.image_marks is None else "\n"
     add(*_question_pieces(card, request.parts, before))
     return pieces
 
 
 def _question_pieces(card: ModelCard, parts: Sequence[Part], before: str) -> Iterator[Piece]:
-    """Yield one question in its template, after the text `before`, with its images in place."""
+    """Yield one question in its template, after the text `before`, with its images in place.
+
+    An image before all of a question's text comes before `before` too, but after it for an IDEFICS.
+    """
     head, _, tail = card.prompt_template.partition("{question}")
     if not card.interleaved:
         parts = sorted(parts, key=lambda part: isinstance(part, Text))
     inside = list(dropwhile(lambda part: not isinstance(part, Text), parts))
-    yield from [None] * (len(parts) - len(inside))
-    yield before + head
+    images = [None] * (len(parts) - len(inside))
+    yield from [*images, before + head] if card.image_marks is None else [before, *images, head]
     for place, part in enumerate(inside):
         yield (" " if place else "") + part.text if isinstance(part, Text) else None
     yield tail

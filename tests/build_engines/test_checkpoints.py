@@ -19,6 +19,8 @@ from PIL import Image as Pillow
 from transformers import (
     Blip2ForConditionalGeneration,
     Blip2Processor,
+    IdeficsForVisionText2Text,
+    IdeficsProcessor,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
 )
@@ -38,10 +40,12 @@ from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import (
     save_blip2_flan_t5,
     save_blip2_opt,
+    save_idefics,
     save_instructblip_flan_t5,
     save_instructblip_vicuna,
 )
 from triton_models.batcher import Batcher, Limits, Sequence
+from triton_models.cross_decoder import OnnxCrossDecoder
 from triton_models.decoder import OnnxDecoder
 from triton_models.encoder_decoder import OnnxEncoderDecoder
 from triton_models.language_model import open_language_model
@@ -51,7 +55,6 @@ from triton_models.session import Graph
 pytestmark = pytest.mark.slow
 
 LONGEST = 24  # tokens of an answer
-FULL = Budget(vision_tokens=(256, 256), visual_tokens=(32, 32))
 QUESTIONS = ["what is red?", "Which colour has the big circle on the left", "a"]
 
 
@@ -68,6 +71,11 @@ class Family:
     def card(self) -> ModelCard:
         return ModelCard.from_json((self.repository / "card.json").read_text())
 
+    @property
+    def full(self) -> Budget:
+        """Every patch, and one group of visual tokens."""
+        return Budget(vision_tokens=(256, 256), visual_tokens=(self.card.queries,) * 2)
+
 
 SAVED: dict[str, tuple[Callable[[Path], None], type, type]] = {
     "blip2-opt": (save_blip2_opt, Blip2ForConditionalGeneration, Blip2Processor),
@@ -78,6 +86,7 @@ SAVED: dict[str, tuple[Callable[[Path], None], type, type]] = {
     "instructblip-flan-t5": (
         save_instructblip_flan_t5, InstructBlipForConditionalGeneration, InstructBlipProcessor
     ),
+    "idefics": (save_idefics, IdeficsForVisionText2Text, IdeficsProcessor),
 }  # fmt: skip
 
 
@@ -113,9 +122,11 @@ def of_transformers(family: Family, **wishes: float) -> list[list[int]]:
     said = []
     for picture, question in zip(pictures(), QUESTIONS, strict=True):
         text = family.card.prompt_template.replace("{question}", question)
-        given = processor(images=Pillow.open(BytesIO(picture)), text=text, return_tensors="pt")
+        image = Pillow.open(BytesIO(picture))
+        told = {"text": [image, text]} if family.processor is IdeficsProcessor else {"images": image, "text": text}
+        given = processor(**told, return_tensors="pt")
         tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False, **wishes)[0].tolist()
-        if model.config.text_config.is_encoder_decoder:
+        if model.config.get_text_config().is_encoder_decoder:
             tokens = tokens[1:]  # the decoder's start token
         prompt = given["input_ids"].shape[1]
         said.append(tokens[prompt:] if len(tokens) > LONGEST else tokens)
@@ -136,16 +147,16 @@ def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
     vision = ["features", "saliency", "entropy", "texture"]
     found = dict(zip(vision, models["vision_encoder"].run({"image": pixels}, vision), strict=True))
     chosen = ["vision_tokens", "vision_mask", "query_groups"]
-    budget = np.stack([FULL.to_array()] * len(QUESTIONS))
+    budget = np.stack([family.full.to_array()] * len(QUESTIONS))
     tokens = models["relevance_allocator"].run(found | asked | {"budget": budget}, chosen)
     runner = GroupRunner(family.repository / "qformer" / "1" / "model.onnx")
     visual = runner.run(dict(zip(chosen, tokens, strict=True)) | asked)
-    assert visual["visual_count"].tolist() == [[32]] * len(QUESTIONS)
+    assert visual["visual_count"].tolist() == [[family.card.queries]] * len(QUESTIONS)
     rows = zip(QUESTIONS, visual["visual_tokens"], strict=True)
-    return [prompts.compose(question, [(row[:32], b"")]) for question, row in rows]
+    return [prompts.compose(question, [(row[: family.card.queries], b"")]) for question, row in rows]
 
 
-def opened(family: Family, max_rows: int) -> OnnxDecoder | OnnxEncoderDecoder:
+def opened(family: Family, max_rows: int) -> OnnxDecoder | OnnxEncoderDecoder | OnnxCrossDecoder:
     return open_language_model(family.repository / "llm" / "1" / "model.onnx", family.card, max_rows=max_rows)
 
 
@@ -225,7 +236,7 @@ def test_requests_come_and_go_and_answer_as_if_alone(family: Family) -> None:
 
 
 def test_a_repetition_penalty_counts_what_the_decoder_has_read(family: Family) -> None:
-    if not family.model.config_class.from_pretrained(family.directory).text_config.is_encoder_decoder:
+    if family.card.architecture == "decoder-only":
         pytest.skip("transformers also counts the placeholders of a decoder-only model's image")
     said = in_one_batcher(family, [Wish(number, penalty=1.7) for number in range(len(QUESTIONS))], Limits(), 1)
     assert said == of_transformers(family, repetition_penalty=1.7)
@@ -237,14 +248,16 @@ def test_the_card_says_what_the_gateway_needs_to_know(family: Family) -> None:
     config = family.model.config_class.from_pretrained(family.directory)
     assert not card.allocator_trained
     assert card.name == family.directory.name
-    assert (card.vocab_size, card.hidden_size) == (config.text_config.vocab_size, config.text_config.hidden_size)
-    text = config.text_config
+    text = config.get_text_config()
+    if card.image_marks is None:  # test_idefics.py has the others
+        assert (card.vocab_size, card.hidden_size) == (text.vocab_size, text.hidden_size)
     own = {"bos_id": text.bos_token_id, "text_end_id": None, "decoder_start_id": None}
     if text.is_encoder_decoder:
         own = {"bos_id": None, "text_end_id": text.eos_token_id, "decoder_start_id": text.decoder_start_token_id}
     assert {name: getattr(card, name) for name in own} == own
     assert card.end_id == text.eos_token_id
-    assert card.architecture == ("encoder-decoder" if text.is_encoder_decoder else "decoder-only")
+    architecture = "decoder-only" if card.image_marks is None else "cross-attention"
+    assert card.architecture == ("encoder-decoder" if text.is_encoder_decoder else architecture)
     assert card.question_tokenizer in {path.name for path in family.repository.glob("*tokenizer.json")}
 
 

@@ -1,4 +1,4 @@
-"""Random BLIP-2 and InstructBLIP checkpoints of under a megabyte, saved by transformers as the real ones are."""
+"""Random BLIP-2, InstructBLIP and IDEFICS checkpoints of under a megabyte, saved by transformers as real ones are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from transformers import (
     BlipImageProcessor,
     GenerationConfig,
     GPT2Tokenizer,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    IdeficsImageProcessorPil,
+    IdeficsProcessor,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
@@ -52,12 +56,7 @@ def save_blip2_opt(directory: Path) -> None:
 
 def save_instructblip_vicuna(directory: Path) -> None:
     """As `Salesforce/instructblip-vicuna-7b`, but that two query heads share a key head."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    for piece in ["▁", *LETTERS]:
-        vocabulary[piece] = len(vocabulary)
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, pad_token="</s>")
-    words = _words()
+    tokenizer, words = _letters("</s>"), _words()
     processor = InstructBlipProcessor(IMAGE, tokenizer, words, num_query_tokens=32)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     text = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -71,6 +70,31 @@ def save_instructblip_vicuna(directory: Path) -> None:
         image_token_index=image_id,
     )
     _save(InstructBlipForConditionalGeneration(config), processor, directory)
+
+
+def save_idefics(directory: Path) -> None:
+    """As `HuggingFaceM4/idefics-9b`: cross-attention every second layer, its marks of images after the vocabulary."""
+    tokenizer = _letters("<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<fake_token_around_image>", "<image>"]})
+    config = IdeficsConfig(
+        vision_config={"embed_dim": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
+                       "image_size": 224, "patch_size": 14},
+        perceiver_config={"use_resampler": True, "resampler_n_latents": 64, "resampler_depth": 2,
+                          "resampler_n_heads": 2, "resampler_head_dim": 12, "qk_layer_norms_perceiver": True},
+        use_resampler=True, vocab_size=len(tokenizer) - 2, additional_vocab_size=2, hidden_size=40,
+        intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, cross_layer_interval=2, qk_layer_norms=True,
+        max_position_embeddings=640, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    _save(IdeficsForVisionText2Text(config), IdeficsProcessor(IdeficsImageProcessorPil(), tokenizer), directory)
+
+
+def _letters(pad: str) -> LlamaTokenizer:
+    """Bytes and letters, without merges."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for piece in ["▁", *LETTERS]:
+        vocabulary[piece] = len(vocabulary)
+    return LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, pad_token=pad)
 
 
 def _words() -> BertTokenizer:
@@ -139,7 +163,9 @@ def _save_flan_t5(model: PreTrainedModel, processor: Blip2Processor | InstructBl
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _save(model: PreTrainedModel, processor: Blip2Processor | InstructBlipProcessor, directory: Path) -> None:
+def _save(
+    model: PreTrainedModel, processor: Blip2Processor | InstructBlipProcessor | IdeficsProcessor, directory: Path
+) -> None:
     """With weights that leave no part without a say: norms that are not 1, biases that are not 0."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -147,7 +173,7 @@ def _save(model: PreTrainedModel, processor: Blip2Processor | InstructBlipProces
             spread = 0.2 if parameter.ndim == 1 else 1.5 / parameter.shape[-1] ** 0.5
             centre = parameter if parameter.ndim == 1 else 0.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
-    text = model.config.text_config
+    text = model.config.get_text_config()
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )

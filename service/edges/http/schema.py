@@ -667,8 +667,9 @@ class Model(BaseModel):
         description="How the allocator came about: `trained` on answers, `distilled` from the full view, `zero-shot` "
         "from what the checkpoint knows, or `fixed`: relevance does not depend on the question."
     )
-    architecture: Literal["decoder-only", "encoder-decoder"] = Field(
-        description="Of the LLM. An encoder-decoder (FlanT5) reads each prompt anew, without the prefix cache."
+    architecture: Literal["decoder-only", "encoder-decoder", "cross-attention"] = Field(
+        description="Of the LLM. An encoder-decoder (FlanT5) reads each prompt anew, without the prefix cache. "
+        "`cross-attention`: text and images are apart, and each word sees the last image before it (IDEFICS)."
     )
     max_positions: int = Field(description="Most visual, prompt and answer tokens together.")
     budget: WireBudget = Field(description="The budgets that are allowed.")

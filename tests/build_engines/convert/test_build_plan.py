@@ -22,13 +22,16 @@ ROOT = {"checkpoint": {"model.safetensors": "aa"}, "versions": {"torch": "2.13.0
 PROFILES = [("embedded", "fp32"), ("onnx-gpu", "fp32"), ("onnx-gpu", "fp16"), ("tensorrt", "fp16"), ("tensorrt", "fp8")]
 
 
+FAMILY = {"opt": "Blip2ForConditionalGeneration", "idefics": "IdeficsForVisionText2Text"}  # the others: InstructBLIP
+
+
 def source(language: str = "opt") -> Source:
     """The sizes of BLIP-2 OPT-2.7B or InstructBLIP Vicuna-7B."""
     opt = language == "opt"
     return Source(
         directory=Path("/checkpoints/blip"),
         name="blip",
-        family="Blip2ForConditionalGeneration" if opt else "InstructBlipForConditionalGeneration",
+        family=FAMILY.get(language, "InstructBlipForConditionalGeneration"),
         language=language,
         vision_width=1408,
         hidden_size=2560 if opt else 4096,
@@ -84,6 +87,29 @@ def test_a_flan_t5_has_its_encoder_beside_the_decoder(profile: str) -> None:
 def test_a_flan_t5_in_another_form_is_refused_with_what_works(profile: str, precision: str, why: str) -> None:
     with pytest.raises(Refused, match=f"{why}.* --profile embedded or onnx-gpu with --precision fp32"):
         plan(options(profile, precision), source("t5"), ROOT)
+
+
+@pytest.mark.parametrize("profile", ["embedded", "onnx-gpu"])
+def test_an_idefics_has_the_reader_of_its_images_beside_the_decoder_and_shares_prefixes(profile: str) -> None:
+    last = plan(options(profile, "fp32"), source("idefics"), ROOT)[-1]
+    assert last.settings["served"]["llm_encoder"] == "export llm_encoder"
+    assert "export llm_encoder" in last.needs
+    assert "prefix_cache_bytes" in last.settings["configurations"]["llm"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "precision", "why"),
+    [
+        ("tensorrt", "fp16", "no documented engine with IDEFICS's gated cross-attention"),
+        ("tensorrt", "fp8", "no documented engine"),
+        ("onnx-gpu", "fp16", "not measured in fp16"),
+        ("embedded", "int8", "not measured in int8"),
+        ("embedded", "bf16", "not measured in bf16"),
+    ],
+)
+def test_an_idefics_in_another_form_is_refused_with_what_works(profile: str, precision: str, why: str) -> None:
+    with pytest.raises(Refused, match=f"{why}.* --profile embedded or onnx-gpu with --precision fp32"):
+        plan(options(profile, precision), source("idefics"), ROOT)
 
 
 def test_a_key_changes_with_what_a_step_depends_on_and_with_nothing_else() -> None:

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
-from tests.build_engines.test_checkpoints import FULL, LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
+from tests.build_engines.test_checkpoints import LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
 from tests.support.servers import StartGateway, free_ports
 from tests.support.shared_exports import SharedExports
 
@@ -93,7 +94,7 @@ async def test_its_tokens_are_those_of_transformers(
     said = []
     for picture, question in ASKED:
         pixels = decode(picture, ImageLimits()).pixels
-        _, seen = await server.see(pixels, prompts.question(question), FULL, TIMEOUT_S)
+        _, seen = await server.see(pixels, prompts.question(question), family.full, TIMEOUT_S)
         prompt = prompts.compose(question, [(seen.visual_tokens, picture)])
         pieces = server.generate(
             prompt, Sampling(max_tokens=LONGEST), end_id=family.card.end_id, pad_id=family.card.pad_id,
@@ -108,7 +109,7 @@ async def test_the_gateways_answers_are_those_of_transformers(
 ) -> None:
     card = family.card
     spelled = token_bytes(PromptBuilder.load(card, family.repository).tokenizer)
-    full = {"vision_tokens": FULL.vision_tokens, "visual_tokens": FULL.visual_tokens}
+    full = asdict(family.full)
     for (picture, question), tokens in zip(ASKED, expected, strict=True):
         found = await asked(service, picture, question, budget=full)
         text = Detokeniser(spelled)
@@ -118,7 +119,7 @@ async def test_the_gateways_answers_are_those_of_transformers(
 
 
 def test_it_is_verified_with_itself_as_the_reference(family: Family, address: str, tmp_path: Path) -> None:
-    if family.card.decoder_start_id is None:
+    if family.card.architecture == "decoder-only":
         pytest.skip("test_verify.py does it for a decoder-only model")
     report = tmp_path / "report.json"
     told = ["--vision-url", address, "--reference", str(family.repository), "--scenes", "2", "--repeats", "1"]
@@ -130,7 +131,7 @@ async def test_concurrent_answers_in_all_forms_are_those_of_single_requests(
     family: Family, expected: list[list[int]], service: str
 ) -> None:
     """Mixed batches: whole, short, guided and streamed answers, and one whose caller leaves."""
-    card, full = family.card, {"vision_tokens": FULL.vision_tokens, "visual_tokens": FULL.visual_tokens}
+    card, full = family.card, asdict(family.full)
     spelled = token_bytes(PromptBuilder.load(card, family.repository).tokenizer)
 
     def text(tokens: list[int]) -> str:

@@ -8,12 +8,15 @@ import torch
 from build_engines.convert.static import StaticQFormer, static_graphs
 from build_engines.export import graphs
 from build_engines.model.checkpoint import Checkpoint
-from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
+from tests.support.tiny_checkpoints import save_blip2_opt, save_idefics, save_instructblip_vicuna
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[save_blip2_opt, save_instructblip_vicuna], ids=["opt", "vicuna"])
+SAVED = {"opt": save_blip2_opt, "vicuna": save_instructblip_vicuna, "idefics": save_idefics}
+
+
+@pytest.fixture(scope="module", params=SAVED.values(), ids=list(SAVED))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
     request.param(directory)
@@ -25,21 +28,25 @@ def test_every_group_reads_its_own_tokens_and_the_rest_is_zero(checkpoint: Check
     width = checkpoint.model.config.vision_config.hidden_size
     tokens = torch.randn(3, 401, width, generator=generator)
     mask = torch.randint(0, 5, (3, 401), generator=generator, dtype=torch.int32)
-    groups = torch.tensor([[1], [3], [4]], dtype=torch.int32)
+    queries = checkpoint.queries
+    most = 128 // queries
+    groups = torch.tensor([[1], [most - 1], [most]], dtype=torch.int32)
     ids, seen = torch.randint(0, 50, (3, 32), generator=generator).int(), torch.ones(3, 32, dtype=torch.int32)
     qformer = checkpoint.qformer()
     question = (ids, seen) if checkpoint.reads_question else ()
     with torch.inference_mode():
-        visual, count = StaticQFormer(qformer, 4, checkpoint.reads_question)(tokens, mask, groups, ids, seen)
+        visual, count = StaticQFormer(qformer, most, checkpoint.reads_question, queries)(
+            tokens, mask, groups, ids, seen
+        )
         expected = torch.zeros_like(visual)
-        for group in range(1, 5):
+        for group in range(1, most + 1):
             attend = (mask > 0 if group == 1 else mask == group).int()
             rows = qformer(tokens, attend, *question)
             used = groups[:, 0] >= group
-            expected[used, 32 * (group - 1) : 32 * group] = rows[used]
+            expected[used, queries * (group - 1) : queries * group] = rows[used]
     assert visual.shape[1] == 128
     assert torch.allclose(visual, expected, atol=1e-5)
-    assert count[:, 0].tolist() == [32, 96, 128]
+    assert count[:, 0].tolist() == (queries * groups[:, 0]).tolist()
 
 
 def test_either_allocator_hands_on_the_same_number_of_rows(checkpoint: Checkpoint) -> None:

@@ -88,14 +88,15 @@ class Settings(BaseSettings):
     replaced_connections_per_address_s: float = Field(10.0, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
-    # unix:/path of a socket. The two addresses may be equal.
+    # unix:/path of a socket. The two addresses may be equal. A name with several addresses is several Tritons.
     vision_url: str | None = None
     llm_url: str | None = None
     # Variants: a file that `glimpse variants` writes, or the word redis for variants in redis_url. Each has its own
     # models and Tritons. A change is in use within a second.
     variants: str | None = None
-    # How long a call to one Triton may take before the first token. Then another Triton gets it, or another variant.
-    # None: only failures move a request. With a budget, the LLM sends tokens one by one.
+    # How long the calls of one question to Tritons may take together, until its first token. Then another Triton gets
+    # the call that was under way, or another variant the question, each with a new budget. None: only failures move a
+    # question. With a budget, the LLM sends tokens one by one.
     first_token_budget_ms: int | None = Field(None, gt=0)
     triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
@@ -321,8 +322,11 @@ class Settings(BaseSettings):
             raise ValueError("GLIMPSE_VARIANTS and GLIMPSE_VISION_URL are both set: unset one")
         if self.variants == "redis" and self.redis_url is None:
             raise ValueError("GLIMPSE_VARIANTS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the variants")
-        if self.first_token_budget_ms is not None and not self.variants:
-            raise ValueError("GLIMPSE_FIRST_TOKEN_BUDGET_MS needs GLIMPSE_VARIANTS: name their file, or unset it")
+        if self.first_token_budget_ms is not None and self.embedded:
+            raise ValueError(
+                "GLIMPSE_FIRST_TOKEN_BUDGET_MS needs Tritons that run elsewhere: set GLIMPSE_VARIANTS, or "
+                "GLIMPSE_VISION_URL and GLIMPSE_LLM_URL, or unset it"
+            )
         if self.keys == "redis" and self.redis_url is None:
             raise ValueError("GLIMPSE_KEYS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the keys")
         if self.keys and self.without_keys:

@@ -37,6 +37,7 @@ from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
+from service.edges.proxies import Proxies
 from service.edges.vertex.predict import HEALTH, PREDICT
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
@@ -298,9 +299,14 @@ def http_edge(
         access=access or NoGate(),
         metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
+        proxies=proxies_of(settings),
         aliases=vertex_paths(settings),
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
+
+
+def proxies_of(settings: Settings) -> Proxies:
+    return Proxies(tuple(map(ip_network, listed(settings.trusted_proxies))))
 
 
 def vertex_paths(settings: Settings) -> dict[str, str]:
@@ -331,6 +337,7 @@ def grpc_edge(
         lag_s=lambda: lag.seconds if lag else 0.0,
         access=access or NoGate(),
         log_client_address=settings.log_client_address,
+        proxies=proxies_of(settings),
     )
 
 

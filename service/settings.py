@@ -79,10 +79,13 @@ class Settings(BaseSettings):
     stop_notice_s: float = Field(1.0, ge=0)
     stop_grace_s: float = Field(10.0, ge=0)
 
-    # Connections in all and from one address (a proxy in front has one address). Beyond them idle ones are closed, and
+    # Connections in all and from one address. Beyond them idle ones are closed, and
     # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
     max_connections: int = Field(4096, gt=0)
     max_connections_per_address: int = Field(3072, gt=0)
+    # Networks of the proxies and load balancers in front, such as 10.0.0.0/8, with commas between them. The callers'
+    # addresses are then those that they tell in X-Forwarded-For, and the limits of one address do not apply to them.
+    trusted_proxies: str = ""
     # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
     # seconds' worth at once. What comes beyond that is closed at once.
     replaced_connections_per_address_s: float = Field(10.0, gt=0)
@@ -189,7 +192,7 @@ class Settings(BaseSettings):
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
-    # Add the caller's address to the lines of its requests. Behind a proxy it is the proxy's.
+    # Add the caller's address to the lines of its requests. Behind a proxy that is not listed above it is the proxy's.
     log_client_address: bool = False
 
     # Traces go to an OTLP receiver over gRPC, for example http://localhost:4317. The models read the first setting from
@@ -296,6 +299,16 @@ class Settings(BaseSettings):
                 raise ValueError(
                     f"{network!r} is no network: write networks with commas between them, such as 10.1.0.0/16,fd12::/16"
                 ) from exc
+        return networks
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_proxies(cls, networks: str) -> str:
+        for network in listed(cls._are_networks(networks)):
+            if not ip_network(network).prefixlen:
+                raise ValueError(
+                    f"{network!r} is everybody, who could then claim any address: name the proxies' networks"
+                )
         return networks
 
     @model_validator(mode="after")

@@ -141,8 +141,8 @@ class Pool:
         metrics: Metrics,
         first_token_s: float | None = None,
     ) -> None:
-        """`client` makes the client of one address. `budget` is the gateway's. `first_token_s` is the most that the calls
-        of an attempt may take before its first token; None leaves the request's own timeout."""
+        """`client` makes the client of one address. `budget` is the gateway's. `first_token_s` is the most that the
+        calls of an attempt may take before its first token; None leaves the request's own timeout."""
         self.variant = variant
         self.card = card
         seeing = tuple(model for model in card.called if model != "llm")

@@ -23,6 +23,7 @@ from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, FirstTokenLate, GlimpseError, InternalError, Overloaded, Unavailable
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
+from service.core.variant import DEFAULT
 from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
 from service.telemetry.metrics import Metrics
 from service.upstreams.balance import Balance, Load
@@ -115,7 +116,8 @@ class Group:
 
     @property
     def out(self) -> str:
-        return f"no Triton answers for {self.models[-1]} of the variant {self.variant}: try again in a few seconds"
+        variant = "" if self.variant == DEFAULT else f" of the variant {self.variant}"
+        return f"no Triton answers for {self.models[-1]}{variant}: try again in a few seconds"
 
     def answers(self, now: float) -> bool:
         return any(not member.fault(now) for member in self.members.values())

@@ -82,9 +82,9 @@ def with_image(asked: dict[str, Any]) -> dict[str, Any]:
 def conversation(asked: dict[str, Any]) -> dict[str, Any]:
     """Return a chat that can be answered, from one that its schema allows."""
     changed = fitting(asked) | {"model": MODEL, "messages": MESSAGES}
-    for name in BUDGET:
+    for name, offered in BUDGET.items():
         if changed.get(name) is not None:
-            changed[name] = BUDGET[name]
+            changed[name] = offered
     if changed.get("max_tokens") is not None:
         changed["max_completion_tokens"] = None  # another name of the same
     if not changed.get("stream"):

@@ -50,6 +50,14 @@ def make_base(engine, base):
     make_debian(engine, suite, ["ca-certificates", "python3", "python3-venv", f"libpython{python}"], base)
 
 
+def make_bare(engine, base):
+    """Make a Debian with make and Python, and without what `make serve` installs itself -> its tag. Raises NoImages."""
+    suite, _ = PYTHONS[base]
+    tag = f"glimpse/bare:{suite}"
+    make_debian(engine, suite, ["ca-certificates", "make", "python3"], tag)
+    return tag
+
+
 def make_debian(engine, suite, packages, tag):
     """Import a small Debian with these packages, and this machine's certificates, under the tag. Raises NoImages."""
     command = [

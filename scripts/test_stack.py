@@ -4,7 +4,8 @@
 Builds the images from the committed Dockerfile, starts docker-compose.yml, runs tests/stack, stops everything; then
 builds and asks one image on the other Debian. Where no engine can be started, or its containers have no network, it
 says so and ends with status 0: that is no fault of ours. From then on every failure is one. Options: --base IMAGE (of
-Debian; the default is the Dockerfile's), --one-base (leave the other one out), and after -- arguments for pytest.
+Debian; the default is the Dockerfile's), --one-base (leave the other one out), --bare (nothing of that: `make serve` in
+a bare container of each Debian), and after -- arguments for pytest.
 """
 
 import argparse
@@ -25,6 +26,7 @@ TARGETS = ("gateway", "triton-cpu", "all-in-one")
 TESTS = "tests/stack/test_stack.py"  # the first of these measures the time from nothing to an answer
 TESTS_OF_IMAGES = "tests/stack/test_images.py"
 TESTS_OF_THE_OTHER_BASE = "tests/stack/test_other_base.py"
+TESTS_OF_BARE = "tests/stack/test_bare.py"
 BASE = next(iter(base_images.PYTHONS))
 PYTHON = os.path.join(environment.VENV, "bin", "python")
 COMPOSE = os.path.join(environment.VENV, "bin", "docker-compose")
@@ -61,7 +63,10 @@ def main():
         # In this order: without an engine, what the threads still build ends at once.
         with concurrent.futures.ThreadPoolExecutor(2) as threads, engine:
             phases.ended("the engine")
-            status = run(engine, given, for_pytest, phases, threads)
+            if given.bare:
+                status = run_bare(engine, for_pytest, phases, threads)
+            else:
+                status = run(engine, given, for_pytest, phases, threads)
     except NoEngine as exc:
         skipped("THE STACK", str(exc))
         return 0
@@ -86,6 +91,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", choices=base_images.PYTHONS, default=BASE)
     parser.add_argument("--one-base", action="store_true")
+    parser.add_argument("--bare", action="store_true")
     return parser.parse_args(own), rest
 
 
@@ -125,6 +131,24 @@ def run(engine, given, for_pytest, phases, threads):
     status = run_tests(engine, [TESTS_OF_THE_OTHER_BASE], {**told, "STACK_OTHER_BASE": other}) or status
     phases.ended("the test of the other base")
     return status
+
+
+def run_bare(engine, for_pytest, phases, threads):
+    """Serve in a container with what the README asks for, and nothing else -> an exit status. Raises NoEngine."""
+    if not engine.is_ours:
+        print("  the images glimpse/bare stay in the engine that runs here", flush=True)
+    try:
+        made = [threads.submit(base_images.make_bare, engine, base) for base in base_images.PYTHONS]
+        images = [each.result() for each in made]
+    except base_images.NoImages as exc:
+        raise NoEngine(str(exc)) from exc
+    phases.ended("the bare Debians")
+    probe(engine, images[0], "python3 -c 'import urllib.request as r; r.urlopen(\"https://pypi.org/simple/wheel/\")'")
+    told = {"DOCKER_HOST": engine.address, "STACK_BASE": BASE, "STACK_BARE": " ".join(images)}
+    try:
+        return run_tests(engine, [TESTS_OF_BARE], told, for_pytest)
+    finally:
+        phases.ended("make serve on each of them")
 
 
 def build_other(engine, base):
@@ -190,11 +214,11 @@ def provide(engine, base, others):
     return True
 
 
-def probe(engine, base):
+def probe(engine, base, download=DOWNLOAD):
     """Check what no code of ours can change. Raises NoEngine."""
     for what, command in (
         ("it cannot run a container as ours are run", ("python3", "-c", "print('ok')")),
-        ("its containers do not reach the package index", ("sh", "-c", DOWNLOAD)),
+        ("its containers do not reach the package index", ("sh", "-c", download)),
     ):
         try:
             engine.docker(*PROBE, base, *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)

@@ -119,6 +119,7 @@ async def serve(app: App, listener: socket.socket, out: Stream) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # they are read where GLIMPSE_TRUSTED_PROXIES is known
         timeout_keep_alive=round(edge.connections.idle_timeout_s),
         timeout_graceful_shutdown=math.ceil(app.settings.stop_grace_s + 2 * TELLING_S),
     )

@@ -28,6 +28,7 @@ from service.cache.shared_images import SharedImages
 from service.core.access import Authenticator
 from service.core.card import ModelCard
 from service.core.precision import Choice
+from service.core.variant import DEFAULT
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
 from service.edges.grpc.edge import GrpcEdge
@@ -36,6 +37,7 @@ from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
+from service.edges.proxies import Proxies
 from service.edges.vertex.predict import HEALTH, PREDICT
 from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
@@ -53,8 +55,8 @@ from service.upstreams.models import Model, Models
 from service.upstreams.pool import Pool
 from service.upstreams.readiness import Readiness
 from service.upstreams.store import IN_REDIS as VARIANTS_IN_REDIS
-from service.upstreams.store import Store, VariantsFile, VariantsInRedis
-from service.upstreams.variants import Variant, VariantsError
+from service.upstreams.store import FixedVariants, Store, VariantsFile, VariantsInRedis
+from service.upstreams.variants import Variant, Variants, VariantsError
 
 NO_KEYS = Keyring()
 
@@ -70,10 +72,10 @@ class App:
 
     settings: Settings
     card: ModelCard
-    precision: Choice | None  # that the models compute in; None with variants, which compute in FP32
+    precision: Choice | None  # that the embedded Triton's models compute in
     access: Access  # of the embedded Triton
-    client: TritonClient  # unused with variants
-    fleet: Fleet | None  # the variants; None without
+    client: TritonClient  # of the embedded Triton
+    fleet: Fleet | None  # the Tritons that run elsewhere; None if the gateway starts its own
     admission: Admission
     reader: WorkerReader
     fetcher: ImageFetcher | None
@@ -103,10 +105,6 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     if fleet is None:
         chosen = choice(settings, card)
         card = card.computed_in(chosen.precision)
-    elif settings.precision not in ("auto", "fp32"):
-        raise SettingsError(
-            f"GLIMPSE_PRECISION is {settings.precision}, but the models of GLIMPSE_VARIANTS compute in fp32: unset it"
-        )
     if settings.llm_tokens is not None and settings.llm_tokens < card.max_positions:
         raise SettingsError(
             f"GLIMPSE_LLM_TOKENS is {settings.llm_tokens}, one request of {card.name} can need {card.max_positions}: "
@@ -114,10 +112,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         )
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
     metrics.model_info.labels(model=card.name, precision=card.precision).set(1)
-    if settings.vision_url and settings.llm_url:
-        client = TritonClient(settings.vision_url, settings.llm_url, text_type=card.text_type)
-    else:
-        client = TritonClient(access.url, access.url, access.metadata, card.text_type)
+    client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s, metrics.costs.decoded)
     readiness = Readiness(card.called, metrics, client.failing) if fleet is None else fleet
@@ -173,9 +168,19 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
 
 
 def fleet_of(settings: Settings, metrics: Metrics) -> Fleet | None:
-    """Read the variants and their models; None without variants. Raises SettingsError."""
+    """Read what the Tritons elsewhere serve; None if the gateway starts its own. Raises SettingsError."""
+    if settings.vision_url and settings.llm_url:
+        precision = None if settings.precision == "auto" else settings.precision
+        models, vision, llm = str(settings.model_repository), (settings.vision_url,), (settings.llm_url,)
+        alone = Variants({DEFAULT: Variant(DEFAULT, models, vision, llm, 1.0, precision=precision)})
+        return Fleet(FixedVariants(alone), alone, settings, metrics, named=False)
     if not settings.variants:
         return None
+    if settings.precision != "auto":
+        raise SettingsError(
+            f"GLIMPSE_PRECISION is {settings.precision}, but each variant has its own: unset it, and give the variant "
+            "a precision with `glimpse variants add --precision`"
+        )
     try:
         if settings.variants == VARIANTS_IN_REDIS:
             assert settings.redis_url is not None
@@ -294,9 +299,14 @@ def http_edge(
         access=access or NoGate(),
         metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
+        proxies=proxies_of(settings),
         aliases=vertex_paths(settings),
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
+
+
+def proxies_of(settings: Settings) -> Proxies:
+    return Proxies(tuple(map(ip_network, listed(settings.trusted_proxies))))
 
 
 def vertex_paths(settings: Settings) -> dict[str, str]:
@@ -327,6 +337,7 @@ def grpc_edge(
         lag_s=lambda: lag.seconds if lag else 0.0,
         access=access or NoGate(),
         log_client_address=settings.log_client_address,
+        proxies=proxies_of(settings),
     )
 
 

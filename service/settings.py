@@ -79,23 +79,27 @@ class Settings(BaseSettings):
     stop_notice_s: float = Field(1.0, ge=0)
     stop_grace_s: float = Field(10.0, ge=0)
 
-    # Connections in all and from one address (a proxy in front has one address). Beyond them idle ones are closed, and
+    # Connections in all and from one address. Beyond them idle ones are closed, and
     # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
     max_connections: int = Field(4096, gt=0)
     max_connections_per_address: int = Field(3072, gt=0)
+    # Networks of the proxies and load balancers in front, such as 10.0.0.0/8, with commas between them. The callers'
+    # addresses are then those that they tell in X-Forwarded-For, and the limits of one address do not apply to them.
+    trusted_proxies: str = ""
     # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
     # seconds' worth at once. What comes beyond that is closed at once.
     replaced_connections_per_address_s: float = Field(10.0, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
-    # unix:/path of a socket. The two addresses may be equal.
+    # unix:/path of a socket. The two addresses may be equal. A name with several addresses is several Tritons.
     vision_url: str | None = None
     llm_url: str | None = None
     # Variants: a file that `glimpse variants` writes, or the word redis for variants in redis_url. Each has its own
     # models and Tritons. A change is in use within a second.
     variants: str | None = None
-    # How long a call to one Triton may take before the first token. Then another Triton gets it, or another variant.
-    # None: only failures move a request. With a budget, the LLM sends tokens one by one.
+    # How long the calls of one question to Tritons may take together, until its first token. Then another Triton gets
+    # the call that was under way, or another variant the question, each with a new budget. None: only failures move a
+    # question. With a budget, the LLM sends tokens one by one.
     first_token_budget_ms: int | None = Field(None, gt=0)
     triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
@@ -188,7 +192,7 @@ class Settings(BaseSettings):
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
-    # Add the caller's address to the lines of its requests. Behind a proxy it is the proxy's.
+    # Add the caller's address to the lines of its requests. Behind a proxy that is not listed above it is the proxy's.
     log_client_address: bool = False
 
     # Traces go to an OTLP receiver over gRPC, for example http://localhost:4317. The models read the first setting from
@@ -297,6 +301,16 @@ class Settings(BaseSettings):
                 ) from exc
         return networks
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_proxies(cls, networks: str) -> str:
+        for network in listed(cls._are_networks(networks)):
+            if not ip_network(network).prefixlen:
+                raise ValueError(
+                    f"{network!r} is everybody, who could then claim any address: name the proxies' networks"
+                )
+        return networks
+
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         if not self.embedded:
@@ -321,8 +335,11 @@ class Settings(BaseSettings):
             raise ValueError("GLIMPSE_VARIANTS and GLIMPSE_VISION_URL are both set: unset one")
         if self.variants == "redis" and self.redis_url is None:
             raise ValueError("GLIMPSE_VARIANTS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the variants")
-        if self.first_token_budget_ms is not None and not self.variants:
-            raise ValueError("GLIMPSE_FIRST_TOKEN_BUDGET_MS needs GLIMPSE_VARIANTS: name their file, or unset it")
+        if self.first_token_budget_ms is not None and self.embedded:
+            raise ValueError(
+                "GLIMPSE_FIRST_TOKEN_BUDGET_MS needs Tritons that run elsewhere: set GLIMPSE_VARIANTS, or "
+                "GLIMPSE_VISION_URL and GLIMPSE_LLM_URL, or unset it"
+            )
         if self.keys == "redis" and self.redis_url is None:
             raise ValueError("GLIMPSE_KEYS is redis: set GLIMPSE_REDIS_URL to the Redis that holds the keys")
         if self.keys and self.without_keys:

@@ -135,7 +135,7 @@ def main() -> int:
         "--only",
         default="",
         help="of cost: images whose name holds this text; of schema: operations whose path holds this regular "
-        "expression, OpenAI's too [all but OpenAI's]",
+        "expression [all]",
     )
     parser.add_argument("--phases", default=schema.PHASES, help=f"of schema: its phases [{schema.PHASES}]")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="send a kept request again")

@@ -12,8 +12,6 @@ from typing import Any
 
 from benchmarks.bench.models import PROJECT
 
-# OpenAI's, for which the hooks make no valid cases; and one that takes the same body as /v1/vqa.
-OTHERS = ("/v1/chat/completions", "/v1/files", "/v1/models/{model}", "/v1/vqa/estimate")
 HOOKS = "benchmarks.fuzz.schema_hooks"
 PHASES = "examples,coverage,fuzzing,stateful"
 
@@ -32,7 +30,7 @@ def run(
 ) -> dict[str, Any]:
     """A report; what schemathesis says is in `folder`/schema.log too. With a key it also tries without one.
 
-    `only`: a regular expression that the paths of the operations hold; empty for all but OTHERS. Raises RuntimeError if
+    `only`: a regular expression that the paths of the operations hold; empty for all. Raises RuntimeError if
     schemathesis is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +41,6 @@ def run(
     command += ["--suppress-health-check", "filter_too_much"]  # of the batch, whose items may be anything
     if only:
         command += ["--include-path-regex", only]
-    else:
-        for path in OTHERS:
-            command += ["--exclude-path", path]
     if key:
         command += ["--header", f"Authorization: Bearer {key}"]
     command += ["--report", "json", "--report-json-path", str(found)]

@@ -1,9 +1,9 @@
 """Hooks of schemathesis: what a valid question needs and JSON Schema cannot say.
 
 A file of random bytes is no image, an id must be of an image that was sent, a budget must be ordered and within the
-model's, and question, turns and `max_tokens` share the model's positions. So a case that counts as valid gets a real
-image, a short text and a budget that the model offers; its other fields stay as they were drawn. Invalid cases are sent
-as they are.
+model's, question, turns and `max_tokens` share the model's positions, and a chat ends with its user's question. So a
+case that counts as valid gets a real image, a short text and a budget that the model offers; its other fields stay as
+they were drawn. Invalid cases are sent as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,21 @@ FORMS = ("choices", "regex", "json_schema")
 MAX_TOKENS = 16
 MAX_CHARS = 40  # of a text; every character may be several tokens
 TURNS = '[{"question": "is there a ring?", "answer": "yes"}]'
+MODEL = "glimpse-reference"
+MESSAGES = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/webp;base64,{ENCODED}"}},
+            {"type": "text", "text": "which colour is the ring?"},
+        ],
+    }
+]
+FORMATS = {  # by `response_format.type`
+    "text": {"type": "text"},
+    "json_object": {"type": "json_object"},
+    "json_schema": {"type": "json_schema", "json_schema": {"name": "flag", "schema": {"type": "boolean"}}},
+}
 BUDGET = {"vision_tokens": [64, 128], "visual_tokens": [32, 64]}
 
 
@@ -32,12 +47,23 @@ def shortened(text: Any) -> Any:
     return text.strip()[:MAX_CHARS].strip() if isinstance(text, str) else text
 
 
-def with_image(asked: dict[str, Any]) -> dict[str, Any]:
-    """A question that can be answered, from one that its schema allows."""
+def fitting(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a question or a chat, with what does not fit together left out."""
     changed = dict(asked)
-    for name, fitting in (("max_tokens", MAX_TOKENS), ("timeout_s", 30)):
+    for name, value in (("max_tokens", MAX_TOKENS), ("max_completion_tokens", MAX_TOKENS), ("timeout_s", 30)):
         if changed.get(name) is not None:
-            changed[name] = fitting
+            changed[name] = value
+    for name in [name for name in FORMS if changed.get(name) is not None]:  # one form at most, and one that can be met
+        changed[name] = None
+        changed |= {"choices": ["yes", "no"]}
+    if changed.get("top_logprobs"):  # the schema says so, but what varies one field at a time does not read it
+        changed["logprobs"] = True
+    return changed
+
+
+def with_image(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return a question that can be answered, from one that its schema allows."""
+    changed = fitting(asked)
     if changed.get("budget") is not None:
         changed["budget"] = {name: BUDGET[name] for name, given in changed["budget"].items() if given is not None}
     if isinstance(changed.get("turns"), str):  # of a form
@@ -48,13 +74,24 @@ def with_image(asked: dict[str, Any]) -> dict[str, Any]:
     changed["question"] = shortened(changed["question"])
     if changed.get("image") is not None:
         changed["image"] = ENCODED
-    for name in [name for name in FORMS if changed.get(name) is not None]:  # one form at most, and one that can be met
-        changed[name] = None
-        changed |= {"choices": ["yes", "no"]}
-    if changed.get("top_logprobs"):  # the schema says so, but what varies one field at a time does not read it
-        changed["logprobs"] = True
     if changed.get("images") is not None:
         changed["images"] = [ENCODED] * min(2, len(changed["images"]))
+    return changed
+
+
+def conversation(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return a chat that can be answered, from one that its schema allows."""
+    changed = fitting(asked) | {"model": MODEL, "messages": MESSAGES}
+    for name, offered in BUDGET.items():
+        if changed.get(name) is not None:
+            changed[name] = offered
+    if changed.get("max_tokens") is not None:
+        changed["max_completion_tokens"] = None  # another name of the same
+    if not changed.get("stream"):
+        changed["stream_options"] = None
+    form = changed.get("response_format")
+    if form is not None:
+        changed["response_format"] = {"type": "text"} if changed.get("choices") else FORMATS[form["type"]]
     return changed
 
 
@@ -65,10 +102,16 @@ def before_call(_: schemathesis.HookContext, case: schemathesis.Case, kwargs: di
     if is_form and isinstance(image, str) and ID.fullmatch(image):
         case.body = {**case.body, "image": [image]}  # a link knows no forms, whose field may repeat
     if case.meta is None or not case.meta.generation.mode.is_positive:
+        if is_form and isinstance(case.body, dict) and str(case.body.get("question", "")).endswith("*"):
+            case.body = {**case.body, "question": " "}  # schemathesis breaks a pattern with a *, which \S allows
         return
     if case.operation.path == "/v1/images":
         case.body = {"image": Binary(SCENE)} if is_form else Binary(SCENE)
-    elif case.operation.path == "/v1/vqa" and isinstance(case.body, dict):
+    elif case.operation.path == "/v1/files":
+        case.body = {"file": Binary(SCENE), "purpose": "vision"}
+    elif case.operation.path == "/v1/chat/completions" and isinstance(case.body, dict):
+        case.body = conversation(case.body)
+    elif case.operation.path in ("/v1/vqa", "/v1/vqa/estimate") and isinstance(case.body, dict):
         changed = with_image(case.body)
         if is_form:
             changed["image"] = [Binary(SCENE)] * min(2, len(case.body["image"]))  # items are files: an id would be one

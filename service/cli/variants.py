@@ -49,6 +49,9 @@ def add(
     vision: Annotated[list[str] | None, typer.Option(help="Likewise, of the vision models only.")] = None,
     llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.")] = None,
     weight: Annotated[float, typer.Option(min=0, help="0: only callers that name it get it.")] = 0.0,
+    precision: Annotated[
+        str | None, typer.Option(help="In which its Tritons compute [as the models were built].")
+    ] = None,
     variants: Place = FILE,
     redis_url: RedisUrl = None,
 ) -> None:
@@ -62,7 +65,7 @@ def add(
     store = place_of(variants, redis_url)
     from service.upstreams.variants import Variant  # noqa: PLC0415
 
-    told: dict[str, Any] = {"models": models, "weight": weight, "tritons": triton or []}
+    told: dict[str, Any] = {"models": models, "weight": weight, "tritons": triton or [], "precision": precision}
     told |= {pool: given for pool, given in (("vision", vision), ("llm", llm)) if given}
     show(said(store.change(lambda before: before.added(Variant.parse(name, told)))))
 
@@ -147,4 +150,5 @@ def line_of(variant: Variant, total: float) -> str:
     )
     told = (f"{pool} {' '.join(addresses)}" for pool, addresses in pools.items())
     state = "drains" if variant.is_draining else f"weight {variant.weight:g} ({share})"
-    return "  ".join([variant.name, state, *told, f"models {variant.models}"])
+    precision = [variant.precision] if variant.precision else []
+    return "  ".join([variant.name, state, *told, f"models {variant.models}", *precision])

@@ -28,9 +28,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),  # a proxy of the environment is for the web, and knows no address of this machine
-    # A name with several addresses is several Tritons: calls take turns, and pass those that do not answer. A lost
-    # connection makes the name be asked again, so that a Triton with a new address is found.
-    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+    # A lost connection makes a name be asked again, so that a Triton with a new address is found.
     ("grpc.dns_min_time_between_resolutions_ms", 2_000),
     # A connection to a lost node is noticed in 30 s.
     ("grpc.keepalive_time_ms", 20_000),

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from service.admission.admission import Reservation
+from service.core.attempt_time import begin_attempt
 from service.core.errors import FirstTokenLate, InternalError, Unavailable
 from service.record.ticket import Ticket
 from service.telemetry.metrics import Metrics
@@ -58,6 +59,7 @@ class Attempt:
         attempts, ticket = self._attempts, self._attempts.ticket
         attempts.reservation.served = served = attempts.models.served(self.model, attempts.own)
         ticket.begin(self._choice.request, served)
+        begin_attempt()
         if self._after is not None:  # else the request's end gives back what it holds
             self._held.enter_context(attempts.reservation.work())
         self.model.in_flight += 1

@@ -1,17 +1,21 @@
 """Run a gateway's variants: read them again when they change, begin new ones beside the old, and end those that are
-gone when they have answered their last question."""
+gone when they have answered their last question.
+
+Tritons that only GLIMPSE_VISION_URL and GLIMPSE_LLM_URL name are one variant without a name, which never changes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import structlog
 
 from service.core.card import Engines, ModelCard
+from service.core.precision import Precision
 from service.settings import Settings, SettingsError
 from service.telemetry.metrics import Metrics
 from service.text.prompt import PromptBuilder, token_bytes
@@ -50,6 +54,22 @@ def read_repository(folder: Path, mend: str = "name") -> Repository:
         ) from exc
 
 
+def computed_in(card: ModelCard, precision: Precision | None, setting: str) -> ModelCard:
+    """Return the card of models that a Triton computes in this precision. Raises SettingsError.
+
+    The precision is a part of the feature cache's keys, so gateway and Triton must agree. The gateway cannot know the
+    Triton's CPU: None stands for what the models were built in.
+    """
+    if precision is None:
+        return card
+    if card.precision not in ("fp32", precision):
+        raise SettingsError(
+            f"{setting} is {precision}, but the models were built in {card.precision} for a GPU: unset it, or build "
+            "with --profile embedded"
+        )
+    return card.computed_in(precision)
+
+
 @dataclass(slots=True, eq=False)
 class Running:
     """One variant in use, or one that ends."""
@@ -64,9 +84,14 @@ class Running:
 class Fleet:
     """Hold the variants in use. `models` is what the pipeline chooses from."""
 
-    def __init__(self, store: Store, variants: Variants, settings: Settings, metrics: Metrics) -> None:
-        """Read the models of all variants, and start nothing. Raises SettingsError."""
-        self.models = Models([], named=True, sticky=variants.sticky)
+    def __init__(
+        self, store: Store, variants: Variants, settings: Settings, metrics: Metrics, *, named: bool = True
+    ) -> None:
+        """Read the models of all variants, and start nothing. Raises SettingsError.
+
+        Not `named`: there is one variant, of which callers do not know.
+        """
+        self.models = Models([], named=named, sticky=variants.sticky)
         self.make: Callable[[Variant, Repository, Pool], Model] | None = None  # set once the pipeline is there
         self._store = store
         self._settings = settings
@@ -81,13 +106,17 @@ class Fleet:
 
     def _read(self, variant: Variant) -> Running:
         """Raises SettingsError."""
-        repository = read_repository(Path(variant.models))
+        named = self.models.named
+        repository = read_repository(Path(variant.models), "name" if named else "set GLIMPSE_MODEL_REPOSITORY to")
+        setting = f"the precision of the variant {variant.name}" if named else "GLIMPSE_PRECISION"
+        card = computed_in(repository.card, variant.precision, setting)
+        repository = replace(repository, card=card)
         pool = Pool(
             variant.name,
-            repository.card,
+            card,
             variant.vision,
             variant.llm,
-            client=partial(self.client, repository.card),
+            client=partial(self.client, card),
             budget=self.models.retries,
             metrics=self._metrics,
             first_token_s=self._settings.first_token_budget_s,
@@ -149,13 +178,13 @@ class Fleet:
             return {GATEWAY: STOPPING}
         if any(each.pool.answers for each in self._running.values() if not each.variant.is_draining):
             return {}
-        return self.degraded or {GATEWAY: "no variant answers"}
+        return self.degraded or {GATEWAY: "no variant answers" if self.models.named else "no Triton was found yet"}
 
     @property
     def degraded(self) -> Mapping[str, str]:
-        """Return which Tritons are out, as VARIANT/ADDRESS, and why."""
+        """Return which Tritons are out, as VARIANT/ADDRESS, and why. Without named variants, as ADDRESS."""
         return {
-            f"{name}/{address}": fault
+            f"{name}/{address}" if self.models.named else address: fault
             for name, each in self._running.items()
             for address, fault in each.pool.faults().items()
         }

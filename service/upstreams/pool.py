@@ -18,10 +18,12 @@ from typing import Protocol, TypeVar
 import structlog
 
 from service.core.answer import LogProb
+from service.core.attempt_time import AttemptTime, attempt_time
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, FirstTokenLate, GlimpseError, InternalError, Overloaded, Unavailable
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
+from service.core.variant import DEFAULT
 from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
 from service.telemetry.metrics import Metrics
 from service.upstreams.balance import Balance, Load
@@ -114,7 +116,8 @@ class Group:
 
     @property
     def out(self) -> str:
-        return f"no Triton answers for {self.models[-1]} of the variant {self.variant}: try again in a few seconds"
+        variant = "" if self.variant == DEFAULT else f" of the variant {self.variant}"
+        return f"no Triton answers for {self.models[-1]}{variant}: try again in a few seconds"
 
     def answers(self, now: float) -> bool:
         return any(not member.fault(now) for member in self.members.values())
@@ -140,8 +143,8 @@ class Pool:
         metrics: Metrics,
         first_token_s: float | None = None,
     ) -> None:
-        """`client` makes the client of one address. `budget` is the gateway's. `first_token_s` is the most that a call
-        before the first token may take; None leaves the request's own timeout."""
+        """`client` makes the client of one address. `budget` is the gateway's. `first_token_s` is the most that the
+        calls of an attempt may take before its first token; None leaves the request's own timeout."""
         self.variant = variant
         self.card = card
         seeing = tuple(model for model in card.called if model != "llm")
@@ -198,17 +201,19 @@ class Pool:
 
     async def _call(self, kind: str, timeout_s: float, ask: Callable[[Triton, float], Awaitable[T]]) -> T:
         """Make a call of the vision models, and again at another Triton if that one fails. Raises GlimpseError."""
-        deadline, tried = time.monotonic() + timeout_s, list[Member]()
+        deadline, tried, spent = time.monotonic() + timeout_s, list[Member](), attempt_time()
         self._budget.request()
         while True:
-            member, left_s = self.vision.pick(time.monotonic(), tried), deadline - time.monotonic()
+            now = time.monotonic()
+            member, left_s = self.vision.pick(now, tried), deadline - now
             try:
-                with self._asking(member, kind, left_s):
-                    return await ask(member.client, self._most(left_s))
+                with self._asking(member, kind, left_s, spent) as most_s:
+                    return await ask(member.client, most_s)
             except (Unavailable, Overloaded):
                 tried.append(member)
                 if not await self._may_retry(self.vision, tried, deadline):
                     raise
+                spent.begin_anew(time.monotonic())
 
     async def generate(
         self,
@@ -226,7 +231,7 @@ class Pool:
 
         With a first-token budget tokens come one by one, because otherwise the first one's time is unknown.
         """
-        deadline, tried = time.monotonic() + timeout_s, list[Member]()
+        deadline, tried, spent = time.monotonic() + timeout_s, list[Member](), attempt_time()
         sampling = sampling if self._first_token_s is None else replace(sampling, streaming=True)
         self._budget.request()
         while True:
@@ -244,13 +249,14 @@ class Pool:
             with held(member.load):
                 async with aclosing(generation) as tokens:
                     try:
-                        with self._asking(member, "llm", left_s):
-                            first = await self._first(tokens, left_s)
+                        with self._asking(member, "llm", left_s, spent) as most_s:
+                            first = await self._first(tokens, left_s, most_s)
                     except (Unavailable, Overloaded):
                         tried.append(member)
-                        if await self._may_retry(self.llm, tried, deadline):
-                            continue
-                        raise
+                        if not await self._may_retry(self.llm, tried, deadline):
+                            raise
+                        spent.begin_anew(time.monotonic())
+                        continue
                     if first is None:
                         return
                     yield first
@@ -259,19 +265,21 @@ class Pool:
                             yield more
                     return
 
-    async def _first(self, tokens: AsyncGenerator[tuple[int, ...], None], left_s: float) -> tuple[int, ...] | None:
+    async def _first(
+        self, tokens: AsyncGenerator[tuple[int, ...], None], left_s: float, most_s: float
+    ) -> tuple[int, ...] | None:
         """Return the first tokens. Raises DeadlineExceeded if they do not come within the first-token budget."""
-        if self._most(left_s) == left_s:
+        if most_s == left_s:
             return await anext(tokens, None)
         try:
-            async with asyncio.timeout(self._most(left_s)):
+            async with asyncio.timeout(most_s):
                 return await anext(tokens, None)
         except TimeoutError as exc:
             raise DeadlineExceeded("no first token") from exc
 
-    def _most(self, left_s: float) -> float:
-        """Return how long a call may take."""
-        return left_s if self._first_token_s is None else min(left_s, self._first_token_s)
+    def _most(self, left_s: float, spent_s: float) -> float:
+        """Return how long a call may take: what earlier calls of the attempt left of the first-token budget."""
+        return left_s if self._first_token_s is None else min(left_s, max(0.0, self._first_token_s - spent_s))
 
     async def _may_retry(self, group: Group, tried: Sequence[Member], deadline: float) -> bool:
         """Return whether another Triton gets the call, after a pause that differs from request to request."""
@@ -287,27 +295,33 @@ class Pool:
         return True
 
     @contextmanager
-    def _asking(self, member: Member, kind: str, left_s: float) -> Iterator[None]:
-        """Measure one call, and tell the Triton's breaker how it ended. Raises FirstTokenLate."""
+    def _asking(self, member: Member, kind: str, left_s: float, spent: AttemptTime) -> Iterator[float]:
+        """Measure one call, and tell the Triton's breaker how it ended. Gives the most that the call may take.
+
+        Raises FirstTokenLate.
+        """
         begun = time.monotonic()
+        most_s = self._most(left_s, spent.spent_s(begun))
         member.breaker.begin(begun)
+        spent.enter(begun)
         outcome = "left"
         try:
             with held(member.load):
-                yield
+                yield most_s
             outcome = "ok"
         except Overloaded:
             outcome = "overloaded"
             raise
         except DeadlineExceeded as exc:
-            if self._most(left_s) == left_s:  # the request's own time is over
+            if most_s == left_s:  # the request's own time is over
                 raise
             outcome = "late"
-            raise FirstTokenLate(f"the model did not answer within {self._first_token_s:g} s: try again") from exc
+            raise FirstTokenLate(f"there was no first token within {self._first_token_s:g} s: try again") from exc
         except (Unavailable, InternalError):
             outcome = "failed"
             raise
         finally:
+            spent.leave(time.monotonic())
             self._ended(member, kind, begun, outcome)
 
     def _ended(self, member: Member, kind: str, begun: float, outcome: str) -> None:
@@ -316,10 +330,14 @@ class Pool:
             case "ok":
                 member.breaker.succeeded(now)
                 balance.measured(member.load, kind, now - begun, now)
-            case "late" | "failed":
+            case "late":
+                if self._first_token_s is not None and now - begun < self._first_token_s / 2:
+                    member.breaker.left()  # the attempt's earlier calls took most of the budget
+                else:
+                    member.breaker.failed(now, random.random())
+                balance.measured(member.load, kind, now - begun, now)
+            case "failed":
                 member.breaker.failed(now, random.random())
-                if outcome == "late":
-                    balance.measured(member.load, kind, now - begun, now)
             case "overloaded":
                 member.breaker.left()
                 member.load.measure(OVERLOADED, now)

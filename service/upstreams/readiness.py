@@ -52,7 +52,7 @@ class Readiness:
 
     @property
     def degraded(self) -> Mapping[str, str]:
-        """Nothing: a service without variants is ready, or it is not."""
+        """Nothing: a service with a Triton of its own is ready, or it is not."""
         return {}
 
     @property

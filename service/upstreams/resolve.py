@@ -11,7 +11,8 @@ async def resolved(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """Return every address of the names, as HOST:PORT with a number for the host, or unix: and a path.
 
     If a name cannot be looked up now, the `known` addresses of its port stay; without any, the name itself stands for
-    them, and gRPC looks it up.
+    them, and gRPC looks it up. So it does for a name with one address of each kind, such as localhost: gRPC finds out
+    which of the two answers.
     """
     found: dict[str, None] = {}
     for name in names:
@@ -25,8 +26,10 @@ async def resolved(names: Sequence[str], known: Sequence[str]) -> list[str]:
             kept = [address for address in known if address.rpartition(":")[2] == port]
             found.update(dict.fromkeys(kept or [name]))
             continue
-        best = told[0][0]  # one family only: a Triton with an IPv4 and an IPv6 address is one Triton
-        for address in (address for family, *_, address in told if family == best):
-            ip = f"[{address[0]}]" if best == socket.AF_INET6 else address[0]
-            found[f"{ip}:{port}"] = None
+        families: dict[int, dict[str, None]] = {}
+        for family, *_, address in told:
+            ip = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
+            families.setdefault(family, {})[f"{ip}:{port}"] = None
+        first = next(iter(families.values()))  # a Triton with an IPv4 and an IPv6 address is one Triton
+        found.update({name: None} if len(families) > 1 and len(first) == 1 else first)
     return list(found)

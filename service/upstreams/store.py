@@ -37,9 +37,21 @@ class Store(Protocol):
         """Return the variants if they are others than were last read, else None. Raises VariantsError."""
         ...
 
-    async def change(self, how: Callable[[Variants], Variants]) -> Variants:
-        """Write what `how` changes, and return it. Raises VariantsError."""
-        ...
+
+class FixedVariants:
+    """Hold what the settings say: it never changes."""
+
+    def __init__(self, variants: Variants) -> None:
+        self.variants = variants
+
+    async def loaded(self) -> Variants:
+        return self.variants
+
+    async def run(self) -> None:
+        """Nothing has to run."""
+
+    async def changed(self) -> Variants | None:
+        return None
 
 
 class VariantsFile:

@@ -19,10 +19,12 @@ from typing import Any, Literal, Self
 
 import orjson
 
+from service.core.precision import PRECISIONS, Precision
+
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 ADDRESS = re.compile(r"unix:.+|(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}")
 EVERY = "glimpse"  # as a model's name: the weights decide
-FIELDS = frozenset({"models", "tritons", "vision", "llm", "weight", "draining"})
+FIELDS = frozenset({"models", "tritons", "vision", "llm", "precision", "weight", "draining"})
 MOST_WEIGHT = 1_000_000
 
 Sticky = Literal["session", "tenant"]
@@ -42,11 +44,12 @@ class Variant:
     llm: tuple[str, ...]
     weight: float = 0.0  # 0: only callers that name it get it
     is_draining: bool = False  # gets no new questions
+    precision: Precision | None = None  # in which its Tritons compute; None: as the models were built
 
     @property
-    def serves(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    def serves(self) -> tuple[str, tuple[str, ...], tuple[str, ...], Precision | None]:
         """What needs new connections if it changes."""
-        return self.models, self.vision, self.llm
+        return self.models, self.vision, self.llm, self.precision
 
     @classmethod
     def parse(cls, name: str, told: Any) -> Self:
@@ -70,13 +73,17 @@ class Variant:
             raise VariantsError(f"the variant {name} has no Tritons: set tritons, or vision and llm")
         if not isinstance(told.get("draining", False), bool):
             raise VariantsError(f"draining of {name} must be true or false")
-        return cls(name, told["models"], vision, llm, float(weight), bool(told.get("draining", False)))
+        if (precision := told.get("precision")) is not None and precision not in PRECISIONS:
+            raise VariantsError(f"precision of {name} must be one of {', '.join(PRECISIONS)}, or left out")
+        return cls(name, told["models"], vision, llm, float(weight), bool(told.get("draining", False)), precision)
 
     def told(self) -> dict[str, Any]:
         """Return the fields as `parse` takes them."""
         pools = {"tritons": self.vision} if self.vision == self.llm else {"vision": self.vision, "llm": self.llm}
         weight = int(self.weight) if float(self.weight).is_integer() else self.weight
-        return {"models": self.models, **pools, "weight": weight} | ({"draining": True} if self.is_draining else {})
+        told = {"models": self.models, **pools, "weight": weight}
+        told |= {"precision": self.precision} if self.precision else {}
+        return told | ({"draining": True} if self.is_draining else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +144,17 @@ def words(names: Iterable[str]) -> str:
 
 def addresses(name: str, pool: str, told: Any) -> tuple[str, ...]:
     """Raises VariantsError."""
-    if not isinstance(told, list | tuple) or not all(
-        isinstance(each, str) and ADDRESS.fullmatch(each) for each in told
-    ):
+    if not isinstance(told, list | tuple) or not all(map(is_address, told)):
         raise VariantsError(
             f"{pool} of {name} must be a list of gRPC addresses, HOST:PORT without http:// or unix:/PATH: {told!r:.100}"
         )
     return tuple(dict.fromkeys(told))
+
+
+def is_address(told: object) -> bool:
+    if not isinstance(told, str) or not ADDRESS.fullmatch(told):
+        return False
+    return told.startswith("unix:") or 1 <= int(told.rpartition(":")[2]) <= 65535
 
 
 def assigned(key: str, weights: Sequence[tuple[str, float]]) -> str:

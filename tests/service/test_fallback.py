@@ -19,11 +19,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.triton_server.supervision import EmbeddedTriton
 from service.upstreams.variants import Variant, Variants
 from tests.support.fakes import png
 from tests.support.servers import StartGateway, eventually, free_ports
 
 CLIENTS = 8
+DELAY_S = 1.5  # of one answer of the slow variant: less than a budget that its two calls exceed
 BUDGET_MS = 4_000  # the machine is slow while four Tritons and other tests share it
 
 
@@ -125,6 +127,80 @@ async def test_no_caller_sees_an_error_while_a_triton_dies_and_another_stalls(
         assert 'glimpse_fallbacks_total{reason="' in metrics
         told = f"{sum(load.variants.values())} answers, {dict(load.variants)}; fell back {dict(load.fallbacks)}"
         print(f"{told}; {len(began)} errors after a first token")  # noqa: T201
+
+
+class Slow:
+    """A port of 127.0.0.1 whose connections go to a Triton's unix socket. Its answers come DELAY_S later."""
+
+    def __init__(self, socket: str) -> None:
+        self._socket = socket
+        self.address = ""
+
+    async def __aenter__(self) -> Slow:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_unix_connection(self._socket)
+        later = asyncio.get_running_loop().call_later
+
+        async def ask() -> None:
+            while data := await reader.read(65536):
+                server_writer.write(data)
+
+        async def answer() -> None:
+            while data := await server_reader.read(65536):
+                later(DELAY_S, writer.write, data)
+
+        ends = [asyncio.create_task(ask()), asyncio.create_task(answer())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        writer.close()
+        server_writer.close()
+
+
+@pytest.mark.servers
+async def test_calls_that_take_the_first_token_budget_together_move_to_the_next_variant(
+    start_gateway: StartGateway, triton: EmbeddedTriton, repository: Path, tmp_path: Path
+) -> None:
+    socket = triton.access.url.removeprefix("unix:")
+    async with Slow(socket) as vision, Slow(socket) as llm:
+        pools = {"slow": ((vision.address,), (llm.address,)), "next": ((triton.access.url,), (triton.access.url,))}
+        variants = Variants({name: Variant(name, str(repository), *pool, 1.0) for name, pool in pools.items()})
+        file = tmp_path / "variants.json"
+        file.write_bytes(variants.to_json())
+        settings = {"GLIMPSE_VARIANTS": str(file), "GLIMPSE_FIRST_TOKEN_BUDGET_MS": f"{1.6e3 * DELAY_S:.0f}"}
+        with ExitStack() as parts:
+            gateway = await asyncio.to_thread(parts.enter_context, start_gateway(settings))
+            async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
+                while "slow" in "".join((await http.get("/health/ready")).json().get("degraded", {})):
+                    pass  # its probes are slow too
+                answers = [await ask(http, number) for number in range(12)]
+                metrics = (await http.get("/metrics")).text
+    moved = [answer for answer in answers if answer.get("fallback_from") == "slow"]
+    assert {answer["variant"] for answer in answers} == {"next"}
+    assert moved
+    assert f'glimpse_fallbacks_total{{reason="late",variant="slow"}} {len(moved)}.0' in metrics
+    assert (
+        'outcome="late",upstream="' + llm.address in metrics
+    )  # the LLM's call was late, though shorter than all of it
+    assert 'outcome="ok",upstream="' + vision.address in metrics
+
+
+async def ask(http: httpx.AsyncClient, number: int) -> dict[str, str]:
+    response = await http.post(
+        "/v1/vqa",
+        data={"question": "which colour?", "max_tokens": "4"},
+        files={"image": png((number, 90, 20))},
+        headers={"x-session-id": f"s{number}"},
+    )
+    assert response.status_code == 200, response.text
+    return dict(response.json())
 
 
 def had_a_token(log: str, request_id: str) -> bool:

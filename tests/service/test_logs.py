@@ -23,23 +23,28 @@ from tests.support.servers import StartGateway
 SETTINGS = {"GLIMPSE_LOG_FORMAT": "json", "GLIMPSE_LOG_CLIENT_ADDRESS": "true"}
 
 
-def test_a_service_writes_nothing_but_json(start_gateway: StartGateway, triton: EmbeddedTriton) -> None:
+@pytest.mark.parametrize(("proxies", "client"), [("", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.7")])
+def test_a_service_writes_nothing_but_json(
+    start_gateway: StartGateway, triton: EmbeddedTriton, proxies: str, client: str
+) -> None:
     url = triton.access.url
-    with start_gateway({"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, **SETTINGS}) as gateway:
-        with httpx.Client(base_url=gateway.url, headers={"x-tenant-id": "acme"}, trust_env=False) as http:
+    told = {"GLIMPSE_VISION_URL": url, "GLIMPSE_LLM_URL": url, "GLIMPSE_TRUSTED_PROXIES": proxies, **SETTINGS}
+    metadata = {"x-tenant-id": "acme", "x-forwarded-for": "6.6.6.6, 203.0.113.7, 127.0.0.9"}
+    with start_gateway(told) as gateway:
+        with httpx.Client(base_url=gateway.url, headers=metadata, trust_env=False) as http:
             form = {"files": {"image": png((3, 1, 4))}, "data": {"question": "what color is it?"}}
             image_id = http.post("/v1/vqa", **form).json()["image_ids"][0]
             assert http.post("/v1/vqa", files={"image": b"x"}, data={"question": "?"}).status_code == 400
         with grpc.insecure_channel(gateway.rpc) as channel:
             answer = VisualQuestionAnsweringStub(channel).Answer
-            answer(question(image_id, "what color is it?"), timeout=30, metadata=[("x-tenant-id", "acme")])
+            answer(question(image_id, "what color is it?"), timeout=30, metadata=list(metadata.items()))
     lines = [json.loads(line) for line in gateway.log().splitlines()]
     assert {"level", "timestamp", "event"} <= set.intersection(*(set(line) for line in lines))
     assert [line["event"] for line in lines if line["event"] in ("listening", "stopped")] == ["listening", "stopped"]
     by_http, refused, by_grpc = [line for line in lines if line["event"] in ("answered", "not_answered")]
-    assert (by_http["tenant"], by_http["image_ids"], by_http["client"]) == ("acme", image_id, "127.0.0.1")
+    assert (by_http["tenant"], by_http["image_ids"], by_http["client"]) == ("acme", image_id, client)
     assert (refused["event"], refused["tenant"]) == ("not_answered", "acme")
-    assert (by_grpc["tenant"], by_grpc["image_ids"], by_grpc["client"]) == ("acme", image_id, "127.0.0.1")
+    assert (by_grpc["tenant"], by_grpc["image_ids"], by_grpc["client"]) == ("acme", image_id, client)
 
 
 @pytest.mark.parametrize("log_format", ["json", "logfmt"])

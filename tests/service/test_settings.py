@@ -3,7 +3,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from service.app import require_keys
+from service.app import proxies_of, require_keys
 from service.settings import Settings, SettingsError, read_settings
 
 
@@ -161,6 +161,27 @@ def test_the_body_limit_holds_the_largest_image_as_base64():
 def test_keys_that_do_not_fit_together_are_told(told, said):
     with pytest.raises(SettingsError, match=said):
         read_settings(told)
+
+
+@pytest.mark.parametrize(
+    "networks", ["10.1.0.9/16", "proxy.example", "10.0.0.0/8;10.1.0.0/16", "0.0.0.0/0", "10.0.0.0/8,::/0"]
+)
+def test_a_network_of_proxies_that_is_none_or_everybody_is_refused(networks):
+    with pytest.raises(SettingsError, match=r"GLIMPSE_TRUSTED_PROXIES: '.*' is (no network|everybody)"):
+        read_settings({"GLIMPSE_TRUSTED_PROXIES": networks})
+
+
+def test_networks_of_proxies_are_of_both_kinds_and_one_address_is_one():
+    told = read_settings({"GLIMPSE_TRUSTED_PROXIES": "10.1.0.0/16, fd12::/32,192.0.2.7"})
+    assert all(address in proxies_of(told) for address in ("10.1.2.3", "fd12::1", "192.0.2.7"))
+    assert "192.0.2.8" not in proxies_of(told)
+
+
+def test_a_first_token_budget_needs_tritons_elsewhere():
+    with pytest.raises(SettingsError, match="FIRST_TOKEN_BUDGET_MS needs Tritons that run elsewhere"):
+        read_settings({"GLIMPSE_FIRST_TOKEN_BUDGET_MS": "500"})
+    plain = {"GLIMPSE_VISION_URL": "triton:8001", "GLIMPSE_LLM_URL": "triton:8001"}
+    assert read_settings(plain | {"GLIMPSE_FIRST_TOKEN_BUDGET_MS": "500"}).first_token_budget_s == 0.5
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 from service.core.answer import Delta, Finished
+from service.core.attempt_time import attempt_time
 from service.core.errors import FirstTokenLate, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
 from service.core.variant import Route
 from service.edges.grpc.server import GrpcServer
@@ -21,7 +22,9 @@ from service.edges.grpc.stubs import vqa_pb2_grpc
 from service.edges.http.application import http_api
 from service.text.prompt import PromptBuilder
 from service.upstreams.models import Model
+from service.upstreams.pool import Pool
 from tests.service.test_pipeline import request
+from tests.service.upstreams.tritons import FakeTriton
 from tests.support.fakes import CARD, CLOSER, TOKENIZER, FakeLanguage, FakeVision, House, png
 
 
@@ -120,6 +123,40 @@ async def test_a_failure_before_the_first_text_moves_to_the_next_variant(split, 
     assert split.counted("glimpse_requests_total", outcome="ok", variant="stable") == 1
     assert split.counted("glimpse_resource_used", resource="llm") == 0
     assert split.counted("glimpse_requests_running", kind="one image") == 0
+
+
+class Dawdling(FakeTriton):
+    """Takes 100 s to see, by the attempt's clock, and as long until a first token."""
+
+    async def _work(self, call: str) -> None:
+        await super()._work(call)
+        attempt_time()._seconds += 100.0
+        self.hangs = True
+
+
+async def test_a_variant_whose_calls_together_take_the_budget_is_left_for_the_next(split):
+    models = []
+    for number, (name, triton) in enumerate({"stable": Dawdling(), "next": FakeTriton()}.items()):
+        address = (f"127.0.0.1:{number + 1}",)
+        pool = Pool(
+            name,
+            CARD,
+            address,
+            address,
+            client=lambda _, triton=triton: triton,
+            budget=split.pipeline.models.retries,
+            metrics=split.metrics,
+            first_token_s=100.0,
+        )
+        await pool.follow()
+        await pool.probe(1.0)
+        triton.language.say(f" {name}")
+        prompts = PromptBuilder(CARD, TOKENIZER)
+        models.append(split.pipeline.model(pool, pool, CARD, prompts, variant=name, weight=1.0, health=pool))
+    split.pipeline.models.models = models
+    answer, end = await split.ask(Route(session=session_of(split, "stable")))
+    assert (answer, end.served.fallback_from) == ("next", "stable")
+    assert split.counted("glimpse_fallbacks_total", variant="stable", reason="late") == 1
 
 
 async def test_a_failure_after_text_was_sent_is_the_callers(split):

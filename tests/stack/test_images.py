@@ -96,6 +96,51 @@ def answers_without_a_right_or_a_file(docker: Docker, image: str) -> None:
         assert docker.inspect(name)["State"]["ExitCode"] == 0
 
 
+PLATFORM = ("--cap-drop", "ALL", "--env", "GLIMPSE_WITHOUT_KEYS=anyone-may-ask")  # which has a file system to write to
+
+
+def called(docker: Docker, name: str, port: int) -> httpx.Client:
+    """A client of the container's port, as soon as the container's own health check is content."""
+    docker.wait_until_healthy(name)
+    address = docker.said("port", name, f"{port}/tcp").splitlines()[0]
+    return httpx.Client(base_url=f"http://{address}", timeout=60, trust_env=False)
+
+
+def test_vertex_ai_calls_the_container_at_its_port_and_its_routes(docker: Docker) -> None:
+    route = "/v1/endpoints/17/deployedModels/4"
+    told = ("AIP_HTTP_PORT=8085", f"AIP_HEALTH_ROUTE={route}", f"AIP_PREDICT_ROUTE={route}:predict")
+    variables = [option for each in told for option in ("--env", each)]
+    with (
+        running(docker, "glimpse/all-in-one", *PLATFORM, *variables, "--publish", "127.0.0.1::8085") as name,
+        called(docker, name, 8085) as client,
+    ):
+        assert client.get(route).status_code == 200
+        asked = json.loads((PROJECT / "deploy" / "vertex" / "request.json").read_text())
+        said = client.post(f"{route}:predict", json=asked)
+        assert said.status_code == 200, said.text
+        count, description = said.json()["predictions"]
+        assert count["answer"].isdecimal()
+        assert description["answer"]
+
+
+def test_a_space_runs_the_container_under_its_own_user_at_its_own_port(docker: Docker) -> None:
+    docker.run("build", "--quiet", "--tag", "glimpse/space", str(PROJECT / "deploy" / "huggingface"))
+    with (
+        running(docker, "glimpse/space", "--user", "1000:1000", "--publish", "127.0.0.1::7860") as name,
+        called(docker, name, 7860) as client,
+    ):
+        assert client.get("/").headers["content-type"].startswith("text/html")
+        said = client.post("/v1/vqa", data={"question": QUESTION}, files={"image": SCENE.read_bytes()})
+        assert said.json()["answer"] == "8"
+
+
+def test_a_platform_that_names_only_a_port_gets_its_answers_there(docker: Docker) -> None:
+    options = (*PLATFORM, "--env", "PORT=9123", "--publish", "127.0.0.1::9123")
+    with running(docker, "glimpse/all-in-one", *options) as name, called(docker, name, 9123) as client:
+        said = client.post("/v1/vqa", data={"question": QUESTION}, files={"image": SCENE.read_bytes()})
+        assert said.json()["answer"] == "8"
+
+
 def test_nothing_to_write_is_one_line(docker: Docker) -> None:
     assert "no temporary folder can be made in /tmp" in ends_with_one_line(docker, *HARDENED)
     without_shared_memory = ends_with_one_line(docker, *HARDENED, "--tmpfs", "/tmp", "--ipc", "none")

@@ -49,6 +49,7 @@ from service.edges.grpc.edge import GrpcEdge
 from service.edges.grpc.messages import chunk_in
 from service.edges.grpc.status import abort
 from service.edges.http.schema import LEAST_TIMEOUT_S
+from service.edges.proxies import FORWARDED_KEY
 from service.pipeline import Reservation
 
 log = structlog.get_logger()
@@ -180,7 +181,7 @@ class Calls:
         trace_id = trace_id_in(str(value) for key, value in metadata if key == TRACE_ID_KEY)
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
-            with self._counted(), self._client_told(context):
+            with self._counted(), self._client_told(context, metadata):
                 self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
                 caller = self._caller(metadata, trace_id, scope)
                 with self.edge.pipeline.reservation(caller.tenant, caller.key) as reservation:
@@ -219,11 +220,14 @@ class Calls:
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
 
-    def _client_told(self, context: grpc.aio.ServicerContext) -> AbstractContextManager[object]:
+    def _client_told(
+        self, context: grpc.aio.ServicerContext, metadata: Sequence[tuple[str, str | bytes]]
+    ) -> AbstractContextManager[object]:
         """Add the caller's address to the block's lines in the log, if the operator wants it."""
         if not self.edge.log_client_address:
             return nullcontext()
-        return bound_contextvars(client=address_in(context.peer()))
+        forwarded = (str(value) for key, value in metadata if key == FORWARDED_KEY)
+        return bound_contextvars(client=self.edge.proxies.client(address_in(context.peer()), forwarded))
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from service.core.access import Authenticator
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
 from service.edges.http.body import BodyLimits
+from service.edges.proxies import NO_PROXIES, Proxies
 from service.pipeline import Pipeline
 
 MAX_STREAMS = 256  # concurrent calls of one connection: more than may be in flight, so that a caller is told of a limit
@@ -34,6 +35,7 @@ class GrpcEdge:
     lag_s: Callable[[], float]  # how late the event loop is
     access: Authenticator
     log_client_address: bool = False  # to the log's lines of each call
+    proxies: Proxies = NO_PROXIES  # in front of the service
 
     def options(self) -> list[tuple[str, int]]:
         """Return the server's channel arguments. Connections have no maximum age."""

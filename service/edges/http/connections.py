@@ -10,6 +10,8 @@ is closed.
 3. One address may replace a bounded number of connections a second. A caller that connects again whenever it is closed
    would otherwise keep the event loop busy. An address that holds less than half as many as the largest is exempt.
 
+A proxy that is exempt has the callers of many addresses: each of its connections counts as an address of its own.
+
 Pure: nothing here touches a socket, and time is an argument.
 """
 
@@ -110,11 +112,14 @@ class Connections(Generic[Connection]):
         most_per_address: int,
         replaced_per_s: float,
         has_sent: Callable[[Connection], bool] = lambda _: False,
+        is_exempt: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """`has_sent` says whether bytes of a connection wait to be read: its request has come, and is not known yet."""
+        """`has_sent` says whether bytes of a connection wait to be read: its request has come, and is not known yet.
+        `is_exempt` says of an address whether the limits of one address do not apply to it."""
         self.most_per_address = most_per_address
         self._rates = Rates(replaced_per_s)
         self._has_sent = has_sent
+        self._is_exempt = is_exempt
         self._all: Group[Connection] = Group(most)
         self._networks: dict[str, Group[Connection]] = {}
         self._network_of: dict[Connection, str] = {}
@@ -129,6 +134,8 @@ class Connections(Generic[Connection]):
         It may if it takes no other's place, if its address holds few, or if that address's rate allows it. `coming`
         connections have been let in and have not entered yet.
         """
+        if self._is_exempt(address):
+            return True
         network = network_of(address)
         held = self._networks.get(network)
         own = len(held.open) if held else 0
@@ -141,7 +148,7 @@ class Connections(Generic[Connection]):
 
     def enter(self, connection: Connection, address: str) -> tuple[bool, Connection | None]:
         """Whether there is room for it, and which other connection must be closed to make that room."""
-        network = network_of(address)
+        network = f"{address} {id(connection)}" if self._is_exempt(address) else network_of(address)
         own = self._networks.get(network) or Group(self.most_per_address)
         spare = None
         if len(own.open) >= own.most or len(self._all.open) >= self._all.most:

@@ -18,6 +18,7 @@ from service.edges.batching import BatchLimits
 from service.edges.caller import SESSION_KEY, TENANT_KEY, TRACEPARENT_KEY, VARIANT_KEY, Caller, route_in, tenant_in
 from service.edges.http.access import GRANT
 from service.edges.http.body import BodyLimits
+from service.edges.proxies import NO_PROXIES, Proxies
 from service.pipeline import Pipeline, Reservation
 
 
@@ -63,6 +64,7 @@ class Edge:
     access: Authenticator
     metrics_are_open: bool = False  # whether /metrics needs no key where other paths do
     log_client_address: bool = False  # to the log's lines of each request
+    proxies: Proxies = NO_PROXIES  # in front of the service
     cors_origins: tuple[str, ...] = ()  # whose pages may call the service from a browser
     aliases: Mapping[str, str] = field(default_factory=dict)  # paths that a platform names: they stand for ours
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch

@@ -114,6 +114,30 @@ def answering(content: dict[str, Any], answer: str, events: dict[str, Any]) -> d
     }
 
 
+def events_of(name: str) -> dict[str, Any]:
+    """Server-sent events, whose data is of the schema `name`. OpenAPI 3.2 has itemSchema, and FastAPI writes it into
+    3.1 too."""
+    return {
+        "itemSchema": {
+            "type": "object",
+            "description": f"Each event's data is a {name} as JSON; the last one's is `[DONE]`.",
+            "properties": {
+                "data": {
+                    "type": "string",
+                    "anyOf": [
+                        {"const": "[DONE]"},
+                        {
+                            "contentMediaType": JSON,
+                            "contentSchema": {"$ref": f"#/components/schemas/{name}"},
+                        },
+                    ],
+                }
+            },
+            "required": ["data"],
+        },
+    }
+
+
 def _image(name: str) -> str:
     return base64.b64encode((STATIC / name).read_bytes()).decode()
 
@@ -163,24 +187,7 @@ EXAMPLES = {
         explain=True,
     ),
 }
-EVENTS = {
-    "itemSchema": {  # what each event is: OpenAPI 3.2 has it, and FastAPI writes it into 3.1 too
-        "type": "object",
-        "description": "Each event's data is a VqaEvent as JSON; the last one's is `[DONE]`.",
-        "properties": {
-            "data": {
-                "type": "string",
-                "anyOf": [
-                    {"const": "[DONE]"},
-                    {
-                        "contentMediaType": JSON,
-                        "contentSchema": {"$ref": "#/components/schemas/VqaEvent"},
-                    },
-                ],
-            }
-        },
-        "required": ["data"],
-    },
+EVENTS = events_of("VqaEvent") | {
     "example": (
         'data: {"id":"vqa_1","delta":"red"}\n\n'
         'data: {"id":"vqa_1","model":"glimpse-reference","finish_reason":"stop","image_ids":["img_1"],'

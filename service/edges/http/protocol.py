@@ -45,7 +45,11 @@ class Protocols:
         self.held = Held(most_held(most), limits.held_s)
         most_per_address = min(most, limits.max_connections_per_address)
         self.connections: Connections[LimitedProtocol] = Connections(
-            most, most_per_address, limits.replaced_per_address_s, LimitedProtocol.has_sent
+            most,
+            most_per_address,
+            limits.replaced_per_address_s,
+            LimitedProtocol.has_sent,
+            edge.proxies.__contains__,
         )
         self.rounds: Rounds[LimitedProtocol] = Rounds(limits.check_interval_s, LimitedProtocol.check)
         self._edge = edge

@@ -30,6 +30,7 @@ from service.edges.http.body import JSON
 from service.edges.http.edge import RESERVATION, Edge
 from service.edges.http.hosts import name_in
 from service.edges.http.schema import ErrorBody, WireError, WithNulls
+from service.edges.proxies import FORWARDED_KEY
 from service.pipeline import Reservation
 
 log = structlog.get_logger()
@@ -137,7 +138,7 @@ class RequestScope:
         try:
             with ExitStack() as scope["glimpse.held"]:
                 if self.edge.log_client_address and scope.get("client"):
-                    scope["glimpse.held"].enter_context(bound_contextvars(client=scope["client"][0]))
+                    scope["glimpse.held"].enter_context(bound_contextvars(client=self.client(scope)))
                 await self.app_for(scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("fault", request_id=trace_id, path=scope["path"])
@@ -147,6 +148,11 @@ class RequestScope:
         finally:
             route = cast(str, getattr(scope.get("route"), "path", "none"))
             self.edge.count(method if method in METHODS else "other", route, str(status))
+
+    def client(self, scope: Scope) -> str:
+        """Return the caller's address."""
+        forwarded = (value.decode("latin-1") for name, value in scope["headers"] if name == FORWARDED_KEY.encode())
+        return self.edge.proxies.client(scope["client"][0], forwarded)
 
     def app_for(self, scope: Scope) -> ASGIApp:
         """The application, or the answer of a request that it need not see."""

@@ -716,7 +716,9 @@ class ModelList(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok", "not ready"]
-    faults: dict[str, str] = Field(default_factory=dict, description="By model or `gateway`, why it does not answer.")
+    faults: dict[str, str] = Field(
+        default_factory=dict, description="By model, Triton or `gateway`, why it does not answer."
+    )
     degraded: dict[str, str] | None = Field(
         None, description="By variant and Triton, why it gets no requests although the service is ready."
     )

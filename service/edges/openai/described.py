@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from service.edges.http.body import FORM, JSON
-from service.edges.http.openapi import FILE, PATH_ID, SCENE, TENANT, Description, answering, errors, schema_of
+from service.edges.http.openapi import (
+    FILE,
+    PATH_ID,
+    SCENE,
+    TENANT,
+    Description,
+    answering,
+    errors,
+    events_of,
+    schema_of,
+)
 from service.edges.http.schema import Model, ModelList
 from service.edges.openai.schema import ChatCompletion, ChatEvent, ChatRequest, DeletedFile, KeptFile
 
@@ -53,14 +63,7 @@ EXAMPLES = {
         stream_options={"include_usage": True},
     ),
 }
-EVENTS = {
-    "schema": {
-        "type": "string",
-        "description": "Server-sent events: `data: ` and a ChatEvent as JSON for each, then `data: [DONE]`.",
-        "contentMediaType": "text/event-stream",
-        "contentSchema": {"$ref": "#/components/schemas/ChatEvent"},
-    },
-}
+EVENTS = events_of("ChatEvent")
 OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "/v1/chat/completions",

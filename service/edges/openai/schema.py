@@ -247,6 +247,7 @@ NESTED = {
     "image_url": tuple(ImageAddress.model_fields),
     "stream_options": ("include_usage",),
     "response_format": tuple(ResponseFormat.model_fields),
+    "json_schema": ("name", "description", "schema", "strict"),
 }
 
 

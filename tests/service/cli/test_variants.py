@@ -39,6 +39,12 @@ def test_what_is_added_is_written_and_listed(place):
     assert following.startswith("next")
 
 
+def test_a_precision_is_kept_and_listed(place):
+    added = run("variants", "add", "rounded", "--models", "/m", "--triton", "c:1", "--precision", "int8", *place)
+    assert added[1].splitlines()[-1].endswith("models /m  int8")
+    assert asyncio.run(VariantsFile(Path(place[1])).loaded()).variants["rounded"].precision == "int8"
+
+
 def test_weights_change_and_others_keep_theirs(place):
     assert run("variants", "weights", "next=20", *place)[0] == 0
     assert written(place) == {"stable": (95, False), "next": (20, False)}
@@ -63,6 +69,11 @@ def test_a_variant_drains_comes_back_and_goes(place):
         (("drain", "nobody"), "nobody"),
         (("remove", "nobody"), "nobody"),
         (("add", "two words", "--models", "/m", "--triton", "a:1"), "two words"),
+        (
+            ("add", "next", "--models", "/m", "--triton", "a:1", "--precision", "fp8"),
+            "precision of next must be one of",
+        ),
+        (("add", "next", "--models", "/m", "--triton", "a:70000"), "must be a list of gRPC addresses"),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_line_and_changes_nothing(place, arguments, told):

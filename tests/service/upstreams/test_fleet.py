@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from service.app import fleet_of
 from service.settings import Settings, SettingsError
 from service.telemetry.metrics import Metrics
-from service.upstreams.fleet import Fleet
+from service.upstreams.fleet import Fleet, computed_in
 from service.upstreams.store import VariantsFile, VariantsInRedis
 from service.upstreams.variants import Variant, Variants, VariantsError
 from tests.service.upstreams.tritons import FakeTriton
@@ -133,6 +135,38 @@ def test_a_gateway_needs_a_variant_that_may_answer_and_models_that_can_be_read(
         FakeFleet(store, two(repository).drained("stable").drained("next"), Metrics())
     with pytest.raises(SettingsError, match="is not a model repository that can be read"):
         FakeFleet(store, two(tmp_path / "none"), Metrics())
+
+
+def test_a_variant_computes_in_the_precision_that_it_says(tmp_path: Path, repository: Path) -> None:
+    told = Variants({"stable": replace(variant("stable", repository), precision="int8")})
+    told = Variants.from_json(told.added(variant("next", repository)).to_json())
+    fleet = FakeFleet(VariantsFile(tmp_path / "variants.json"), told, Metrics())
+    int8, built = (fleet._running[name].repository.card for name in ("stable", "next"))
+    assert (int8.precision, built.precision) == ("int8", "fp32")
+    assert int8.fingerprint != built.fingerprint  # caches do not mix them
+    with pytest.raises(VariantsError, match="precision of x must be one of fp32, bf16, int8, int4"):
+        Variant.parse("x", {"models": "m", "tritons": ["a:1"], "precision": "fp64"})
+    for_gpu = replace(built, precision="fp16")
+    assert computed_in(for_gpu, None, "it") is for_gpu
+    with pytest.raises(SettingsError, match="it is int8, but the models were built in fp16"):
+        computed_in(for_gpu, "int8", "it")
+
+
+def test_tritons_of_the_settings_are_one_variant_of_which_nobody_speaks(repository: Path) -> None:
+    settings = Settings(
+        vision_url="127.0.0.1:11", llm_url="127.0.0.1:12", model_repository=repository, precision="bf16"
+    )
+    fleet = fleet_of(settings, Metrics())
+    assert fleet is not None
+    assert not fleet.models.named
+    assert fleet.primary.repository.card.precision == "bf16"
+    assert fleet.faults == {"gateway": "no Triton was found yet"}
+    asyncio.run(fleet.primary.pool.follow())
+    assert set(fleet.faults) == {"127.0.0.1:11", "127.0.0.1:12"}  # and no variant's name
+    with pytest.raises(SettingsError, match="set GLIMPSE_MODEL_REPOSITORY to a folder"):
+        fleet_of(settings.model_copy(update={"model_repository": repository / "none"}), Metrics())
+    with pytest.raises(SettingsError, match="GLIMPSE_PRECISION is int8, but each variant has its own"):
+        fleet_of(Settings(variants="variants.json", precision="int8"), Metrics())
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from contextlib import aclosing
 import numpy as np
 import pytest
 
+from service.core.attempt_time import attempt_time, begin_attempt
 from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unavailable
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
@@ -50,8 +51,8 @@ class Setting:
         await self.pool.probe(1.0)
         return self
 
-    async def see(self) -> None:
-        await self.pool.see(IMAGE, QUESTION, Budget(), 5.0)
+    async def see(self, timeout_s: float = 5.0) -> None:
+        await self.pool.see(IMAGE, QUESTION, Budget(), timeout_s)
 
     async def generate(self, **sampling: object) -> list[int]:
         generation = self.pool.generate(
@@ -126,6 +127,75 @@ async def test_a_call_beyond_the_first_token_budget_goes_to_the_other_triton():
     setting.tritons[B].hangs = True
     with pytest.raises(FirstTokenLate, match=r"within 0.02 s"):
         await setting.see()
+
+
+def spend(seconds: float) -> None:
+    """Count an earlier call of the attempt."""
+    attempt_time().enter(0.0)
+    attempt_time().leave(seconds)
+
+
+async def test_the_calls_of_one_attempt_share_the_first_token_budget():
+    setting = await Setting(A, first_token_s=100.0).started()
+    begin_attempt()
+    await setting.see(1000.0)
+    spend(70.0)
+    await setting.see(1000.0)
+    begin_attempt()
+    await setting.see(1000.0)
+    await setting.see(10.0)  # the request's own time is shorter
+    assert setting.tritons[A].timeouts == pytest.approx([100.0, 30.0, 100.0, 10.0], abs=5.0)
+
+
+async def test_another_triton_gets_a_call_with_a_budget_of_its_own():
+    setting = await Setting(first_token_s=100.0).started()
+    setting.tritons[A].fault = Unavailable("gone")
+    while not setting.tritons[A].calls:
+        begin_attempt()
+        spend(70.0)
+        await setting.see(1000.0)
+    assert setting.tritons[A].timeouts == pytest.approx([30.0], abs=5.0)
+    assert setting.tritons[B].timeouts[-1] == pytest.approx(100.0, abs=5.0)
+
+
+async def test_what_is_over_before_the_llm_begins_is_not_the_llms_fault():
+    setting = await Setting(A, first_token_s=100.0).started()
+    for _ in range(FAILURES_TO_OPEN):
+        begin_attempt()
+        spend(100.0)
+        setting.tritons[A].hangs = True
+        with pytest.raises(FirstTokenLate):
+            await setting.generate()
+    assert setting.pool.faults() == {}
+    assert setting.counted("upstream_calls_total", upstream=A, outcome="late") == FAILURES_TO_OPEN
+
+
+async def test_the_budget_ends_with_the_first_token():
+    setting = await Setting(A, first_token_s=100.0).started()
+    begin_attempt()
+    generation = setting.pool.generate(
+        PROMPT, Sampling(), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
+    )
+    async with aclosing(generation) as tokens:
+        first = await anext(tokens)
+        spend(1000.0)
+        rest = [token async for ids in tokens for token in ids]
+    assert [*first, *rest] == setting.tritons[A].language.tokens
+
+
+def test_calls_at_the_same_moment_count_once():
+    begin_attempt()
+    spent = attempt_time()
+    spent.enter(1.0)
+    spent.enter(2.0)
+    spent.leave(4.0)
+    assert spent.spent_s(5.0) == 4.0
+    spent.leave(6.0)
+    assert spent.spent_s(9.0) == 5.0
+    spent.enter(9.0)
+    spent.begin_anew(10.0)
+    spent.leave(11.0)
+    assert spent.spent_s(20.0) == 1.0
 
 
 async def test_a_generation_stays_with_its_triton_and_is_not_repeated_after_a_token():

@@ -24,6 +24,7 @@ class FakeTriton(FakeVision):
         self.fails_after: int | None = None  # tokens
         self.generations: list[str] = []
         self.is_open = False
+        self.timeouts: list[float] = []  # of calls of the vision models
 
     async def connect(self) -> None:
         self.is_open = True
@@ -42,6 +43,7 @@ class FakeTriton(FakeVision):
             raise self.fault
 
     async def see(self, image, question, budget, timeout_s):  # type: ignore[no-untyped-def]
+        self.timeouts.append(timeout_s)
         return await bounded(super().see(image, question, budget, timeout_s), timeout_s)
 
     async def attend(self, vision, question, budget, timeout_s, closer=None):  # type: ignore[no-untyped-def]

@@ -176,3 +176,18 @@ def test_rates_of_few_addresses_are_kept():
     assert all(rates.take(f"10.0.{number // 256}.{number % 256}", 0.0) for number in range(KEPT_RATES + 1))
     assert rates.take("10.0.0.0", 0.0)  # forgotten
     assert not rates.take("10.0.0.9", 0.0)
+
+
+def test_the_limits_of_one_address_do_not_apply_to_a_proxy():
+    connections: Connections[str] = Connections(4, 2, 0.001, is_exempt=lambda address: address == "proxy")
+    assert entered(connections, "a", "b", "c", address="proxy") == [(True, None)] * 3
+    assert entered(connections, "x", address="other") == [(True, None)]
+    for _ in range(100):
+        assert connections.admits("proxy", 0.0)
+    assert entered(connections, "d", address="proxy") == [(True, "a")]  # all are taken: the oldest idle one goes
+    for name in ("b", "c", "d", "x"):
+        connections.work(name)
+    assert entered(connections, "e", address="proxy") == [(False, None)]
+    connections.leave("b")
+    assert len(connections) == 3
+    assert entered(connections, "f", address="proxy") == [(True, None)]

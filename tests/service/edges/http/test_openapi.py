@@ -141,6 +141,12 @@ async def test_a_stream_has_a_schema(spec):
     assert kinds == {"VqaDelta", "VqaEnd", "ErrorBody"}
 
 
+async def test_a_chats_stream_has_a_schema_of_its_events(spec):
+    events = spec["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    _, event = events["itemSchema"]["properties"]["data"]["anyOf"]
+    assert event["contentSchema"] == {"$ref": "#/components/schemas/ChatEvent"}
+
+
 async def test_what_is_refused_is_not_valid_by_the_schema(spec):
     schemas = spec["components"]["schemas"]
     vqa, images = (spec["paths"][path]["post"] for path in ("/v1/vqa", "/v1/images"))

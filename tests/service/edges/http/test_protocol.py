@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from ipaddress import ip_network
 
 import pytest
 import uvicorn
@@ -22,6 +23,7 @@ from service.admission.admission import MAX_LAG_S, UNHURRIED
 from service.edges.http.application import http_api
 from service.edges.http.edge import ConnectionLimits
 from service.edges.http.protocol import limited_protocol
+from service.edges.proxies import NO_PROXIES, Proxies
 from tests.support.fakes import CLOSER, House, png
 from tests.support.servers import eventually
 
@@ -33,10 +35,10 @@ SHORT = ConnectionLimits(head_timeout_s=0.4, write_timeout_s=0.4, linger_s=0.4)
 class Served:
     """A service without Triton that listens on a real port, in a thread with a loop of its own."""
 
-    def __init__(self, limits: ConnectionLimits) -> None:
+    def __init__(self, limits: ConnectionLimits, proxies: Proxies) -> None:
         self.house = House(CLOSER)
         self.lag_s = 0.0  # what the event loop is told to be late
-        self.edge = replace(self.house.edge, connections=limits, lag_s=lambda: self.lag_s)
+        self.edge = replace(self.house.edge, connections=limits, proxies=proxies, lag_s=lambda: self.lag_s)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         config = uvicorn.Config(
@@ -67,8 +69,8 @@ class Served:
 
 
 @contextmanager
-def served(limits: ConnectionLimits = SHORT) -> Iterator[Served]:
-    served = Served(limits)
+def served(limits: ConnectionLimits = SHORT, proxies: Proxies = NO_PROXIES) -> Iterator[Served]:
+    served = Served(limits, proxies)
     served.thread.start()
     try:
         eventually(lambda: served.server.started, 10, "uvicorn started")
@@ -442,6 +444,17 @@ def test_one_address_leaves_room_for_others():
         stack.enter_context(other).sendall(get())
         assert read_all(other).startswith(b"HTTP/1.1 200 ")
         service.house.language.gate.set()
+
+
+def test_many_callers_behind_one_proxy_are_not_one_address():
+    limits = replace(FEW, max_connections_per_address=1)
+    with served(limits, Proxies((ip_network("127.0.0.2"),))) as service, ExitStack() as stack:
+        for _ in range(3):
+            source = ("127.0.0.2", 0)
+            proxied = stack.enter_context(socket.create_connection(service.address, timeout=10, source_address=source))
+            proxied.sendall(LIVE)
+            assert read_response(proxied)[0] == 200
+        assert service.open_connections() == 3
 
 
 def test_who_connects_again_and_again_waits_and_is_closed_and_others_come_in():

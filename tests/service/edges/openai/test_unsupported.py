@@ -142,6 +142,12 @@ BAD_FORMS = {
     ),
     "another type": ({"type": "xml"}, {}, "response_format.type", "response_format.type should be"),
     "another field": ({"type": "text", "name": "s"}, {}, "response_format.name", "there is no field"),
+    "another field of the schema": (
+        {"type": "json_schema", "json_schema": {"name": "s", "schemes": {}}},
+        {},
+        "response_format.json_schema.schemes",
+        "did you mean schema",
+    ),
     "two schemas": ({"type": "json_object"}, {"json_schema": {}}, "json_schema", "are both given"),
     "two forms": ({"type": "json_object"}, {"regex": "a"}, "response_format", "regex and response_format"),
     "a deep bound": (

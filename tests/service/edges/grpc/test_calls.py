@@ -47,7 +47,9 @@ async def test_an_answer_has_everything_that_is_known_of_it(service):
     assert answer.image_ids[0].startswith("img_")
     assert answer.timing_ms.total > 0
     assert (answer.model, answer.answer, answer.finish_reason) == ("tiny", "red", pb.FINISH_REASON_STOP)
-    assert answer.vision == pb.Vision(cache=pb.CACHE_MISS, vision_tokens=64, visual_tokens=32, detail=pb.DETAIL_LOW)
+    assert answer.vision == pb.Vision(
+        cache=pb.CACHE_MISS, vision_tokens=64, visual_tokens=32, detail=pb.DETAIL_LOW, fit=pb.FIT_SQUASH
+    )
     assert answer.usage.image_tokens == 32
     assert not answer.relevance
     explained = await service.stub.Answer(question(answer.image_ids[0], "which shape?", explain=True))

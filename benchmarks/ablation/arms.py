@@ -69,8 +69,11 @@ def without_tensions() -> list[Named]:
 
 
 def rivals(split: str, tokens: int, closer: bool) -> list[Named]:
-    """List the field's methods with as many tokens, each in both of its forms."""
-    forms = {"kept": False, "ranked": True}
+    """List the field's methods with as many tokens, each in both of its forms.
+
+    With 64 tokens a ranking decides nothing, as in `fixed`.
+    """
+    forms = {"kept": False} if tokens == LEAST else {"kept": False, "ranked": True}
     return [
         Named(f"{method}, {form}, {tokens} tokens, {split}", Pruned(method, tokens, closer, ranked), split)
         for method in METHODS

@@ -21,10 +21,13 @@ from torch.nn import functional
 
 from build_engines.model.allocation import (
     CELL_COUNT,
+    DETAIL_GRID,
+    GRID,
     GROUP,
     PATCH_COUNT,
     cells_of,
     patch_around,
+    spread_turns,
 )
 from build_engines.train.evaluation import Answers, Chain, Exam, View, firsts, peak_on_asked, read, view
 
@@ -115,9 +118,11 @@ def random(found: Candidates, keep: int) -> Tensor:
 
 
 def evenly(found: Candidates, keep: int) -> Tensor:
-    """Candidates at equal steps, row by row."""
-    step = torch.linspace(0, found.tokens.shape[1] - 1, keep).round().long()
-    return step.expand(len(found.tokens), -1)
+    """Candidates spread evenly over the grid of the closest view."""
+    count = found.tokens.shape[1]
+    side = DETAIL_GRID if count > PATCH_COUNT else GRID
+    order = spread_turns(side).argsort()[:keep]
+    return (count - side * side + order).expand(len(found.tokens), -1)
 
 
 METHODS: dict[str, Callable[[Candidates, int], Tensor]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.ablation.arms import Named, fixed, rivals
+from benchmarks.ablation.arms import CLOSER_MOST, LEAST, MOST, Named, fixed, rivals
 from benchmarks.ablation.measuring import Ablation
 from benchmarks.ablation.plan import Plan
 from benchmarks.ablation.pruning import CDPRUNER, Pruned
@@ -14,7 +14,6 @@ from build_engines.train.evaluation import Arm
 from build_engines.train.selection import GUIDED
 
 TOKENS = (64, 100, 139)  # of each question; 100 and 139 are what the allocator spends on new scenes and on small print
-LEAST, MOST, CLOSER_MOST = 64, 256, 400
 
 
 def measure(plan: Plan) -> Json:

@@ -35,13 +35,13 @@ REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds
 DEEP_COST = 4  # refinements that a cell's step from level 1 to level 2 costs: 12 tokens
 
 
-def spread_turns() -> Tensor:
-    """float [64]: each cell's turn in an order in which every prefix covers the grid evenly.
+def spread_turns(side: int = CELLS) -> Tensor:
+    """float [side**2]: each place's turn in an order in which every prefix covers the grid evenly.
 
-    Bayer's 8x8 dispersed-dot dither matrix (Bayer 1973, "An optimum method for two-level rendition").
+    side: a power of two. Bayer's dispersed-dot dither matrix (Bayer 1973, "An optimum method for two-level rendition").
     """
     turns = torch.zeros(1, 1)
-    while len(turns) < CELLS:
+    while len(turns) < side:
         upper = torch.cat([4 * turns, 4 * turns + 2], dim=1)
         lower = torch.cat([4 * turns + 3, 4 * turns + 1], dim=1)
         turns = torch.cat([upper, lower])

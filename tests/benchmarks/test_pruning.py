@@ -41,16 +41,24 @@ def some(number: int, *, rows: int = 3, width: int = 6) -> Candidates:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("keep", [1, PIVOTS, 12, 40])
+@pytest.mark.parametrize("keep", [1, PIVOTS, 12, 256])
 def test_a_method_keeps_different_candidates(method, keep):
-    kept = METHODS[method](some(40), keep)
+    kept = METHODS[method](some(256), keep)
     assert kept.shape == (3, keep)
     assert all(len(set(row)) == keep for row in kept.tolist())
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != EVENLY])
+@pytest.mark.parametrize("number", [256, 256 + 1024])
+def test_even_choice_takes_one_place_of_each_part_of_the_closest_view(number):
+    kept = METHODS[EVENLY](some(number, rows=1), 64)[0] - (number - (1024 if number > 256 else 256))
+    side = 32 if number > 256 else 16
+    parts = (kept // side // (side // 8)) * 8 + kept % side // (side // 8)
+    assert sorted(parts.tolist()) == list(range(64))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_more_room_takes_nothing_away(method):
-    found = some(40)
+    found = some(256)
     more = METHODS[method](found, 20)
     assert torch.equal(METHODS[method](found, 12), more[:, :12])
 
@@ -139,7 +147,8 @@ def test_the_command_compares_all_methods(tmp_path: Path):
     found = json.loads((tmp_path / "rivals.json").read_text())
     for by_tokens in found["same_tokens"].values():
         for tokens, each in by_tokens.items():
-            assert len(each["accuracy"]) == 1 + 2 * len(METHODS)
+            forms = 1 if tokens == "64" else 2
+            assert len(each["accuracy"]) == 1 + forms * len(METHODS)
             assert each["best_rival"] in each["accuracy"]
             means = [row["mean_vision_tokens"] for row in each["accuracy"].values()]
             assert max(means) <= int(tokens)

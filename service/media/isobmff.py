@@ -32,7 +32,6 @@ class IsoPicture:
     width: int  # as coded
     height: int
     data: bytes  # without films
-    orientation: int  # 1 to 8
 
 
 @dataclass(slots=True)
@@ -62,6 +61,11 @@ def iso_size(data: bytes) -> tuple[int, int]:
     return _size(data, found, found.primary)
 
 
+def iso_orientation(data: bytes) -> int:
+    """EXIF's 1 to 8 by the picture's properties. Raises InvalidImage."""
+    return _orientation(data, _read(data))
+
+
 def read_iso(data: bytes) -> IsoPicture:
     """Raises InvalidImage if there is no still picture of a known codec, or more than an encoder writes."""
     found = _read(data)
@@ -80,7 +84,7 @@ def read_iso(data: bytes) -> IsoPicture:
         raise _not_read("codes many more pixels than it shows")
     if found.nbytes > 2 * len(data):
         raise _not_read("has items that share their bytes")
-    return IsoPicture(CODECS[kind], width, height, _without_films(data, found), _orientation(data, found))
+    return IsoPicture(CODECS[kind], width, height, _without_films(data, found))
 
 
 def _read(data: bytes) -> _Boxes:
@@ -100,7 +104,7 @@ def _read(data: bytes) -> _Boxes:
                         found.count(1)
                         found.properties.append(each)
             elif kind in (b"moov", b"moof"):
-                found.films.append(data.rindex(kind, 0, start))
+                found.films.append(data.rfind(kind, 0, start))
             else:
                 _read_box(data, found, kind, start, end)
     return found
@@ -129,7 +133,7 @@ def _read_box(data: bytes, found: _Boxes, kind: bytes, start: int, end: int) -> 
         for name, at, _ in _boxes(data, start, end):
             found.count(1)
             if name == b"infe":
-                long = data[at] >= 3
+                long = unpack(">B", data, at)[0] >= 3
                 (item,) = unpack(">I" if long else ">H", data, at + 4)
                 found.items[item] = data[at + (10 if long else 8) : at + (14 if long else 12)]
     elif kind == b"iref":

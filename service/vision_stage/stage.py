@@ -134,7 +134,8 @@ class VisionStage:
                 self._recall(look, ticket)
             pending = [look for look in pending if not look.is_done]
             await together(self._find, pending, ticket, reservation)
-            room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, reservation)
+            kind = Kind.of(sum(look.encoded for look in looks.values()))
+            room = await self._turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
             await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
@@ -355,6 +356,7 @@ class VisionStage:
         kind = Kind.of(max(images, len(ticket.request.images)))
         claim = await self._turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
+        look.encoded = max(look.encoded, images)  # a page and its tile are one image
         if (decoded := look.decoded) is None:
             both = view == IMAGE_SIZE and look.detail == "high"
             naming = naming_image(look.number, len(ticket.request.images))

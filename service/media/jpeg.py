@@ -25,7 +25,7 @@ MAX_SCANNED_PIXELS = 800_000_000  # scans times pixels: 16 scans of the 50 megap
 # In the entropy-coded data after a scan's header, 0xFF is followed by 0 or by D0 to D7 unless it begins a marker.
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 SCANNED = re.compile(rb"\xff(?:[\x01-\xcf\xd8-\xfe]|\xff{16})")  # a marker, or fill bytes that no encoder writes
-BARE = (0x01, *range(0x02, 0xC0), 0xD8)  # markers without a length
+BARE = frozenset((0x01, *range(0x02, 0xC0), 0xD8))  # markers without a length
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 END, SCAN, EXIF, COMMENT, FILL = 0xD9, 0xDA, 0xE1, 0xFE, 0xFF
 METADATA = range(0xE0, 0xF0)

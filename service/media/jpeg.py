@@ -46,18 +46,20 @@ class _Parts:
 
     width: int = 0
     height: int = 0
+    frames: int = 0
     scans: int = 0
     comments: int = 0  # bytes
     metadata: int = 0  # bytes
 
-    def add(self, marker: int, segment: bytes | memoryview) -> None:
+    def add(self, marker: int, segment: memoryview) -> None:
         """Raises InvalidImage if there is too much of it."""
         if marker == SCAN:
             self.scans += 1
         elif marker in FRAMES:
-            if self.width or self.scans:
+            self.frames += 1
+            if self.frames > 1 or self.scans:
                 raise _too_much("two frame headers, or one behind its first scan")
-            self.height, self.width = unpack(">HH", segment, 5)
+            self.width, self.height = _size(segment)
         elif marker == COMMENT:
             self.comments += len(segment)
         elif marker in METADATA:
@@ -74,10 +76,9 @@ class _Parts:
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
     """Width and height as stored; zeros if they cannot be read. Raises InvalidImage."""
-    for marker, start, _ in _segments(data):
+    for marker, start, end in _segments(data):
         if marker in FRAMES:
-            height, width = unpack(">HH", data, start + 5)
-            return width, height
+            return _size(memoryview(data)[start:end])
         if marker == SCAN:
             break
     return 0, 0
@@ -142,6 +143,12 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         yield marker, start, offset
         is_scanned = is_scanned or marker == SCAN
     raise _too_much(f"more than {MAX_SEGMENTS:,} segments")
+
+
+def _size(frame: memoryview) -> tuple[int, int]:
+    """Width and height of a frame header; zeros if it is too short."""
+    height, width = unpack(">HH", frame, 5)
+    return width, height
 
 
 def _says_how_to_decode(marker: int, name: bytes) -> bool:

@@ -164,8 +164,9 @@ def _webp(data: bytes) -> Structure:
     (length,) = unpack("<I", data, 4)
     offset, last = 12, 8 + length
     width, height = header_size(data) or (0, 0)
+    orientation = orientation_of(data)
     if last > len(data):
-        return _sized(Structure("WEBP", width, height, b"", is_short=True))
+        return _sized(Structure("WEBP", width, height, b"", orientation, is_short=True))
     for _ in range(MAX_WEBP_CHUNKS):
         if offset + 8 > last:
             break
@@ -188,7 +189,7 @@ def _webp(data: bytes) -> Structure:
         raise _too_much("WebP", f"more than {MAX_WEBP_CHUNKS:,} chunks")
     body = b"".join(kept)
     whole = b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
-    return _sized(Structure("WEBP", width, height, whole, orientation_of(data)))
+    return _sized(Structure("WEBP", width, height, whole, orientation))
 
 
 WALKS: dict[PillowFormat, Callable[[bytes], Structure]] = {

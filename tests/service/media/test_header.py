@@ -177,6 +177,15 @@ def test_a_stray_byte_between_a_jpegs_segments_hides_no_size():
     assert header_size(stray) == upright_size(stray) == (decoded.width, decoded.height) == (300, 900)
 
 
+def test_a_frame_header_that_is_too_short_is_the_jpegs_only_one():
+    data = encoded(picture(300, 200), "JPEG")
+    at = data.index(b"\xff\xc0")
+    two = data[:at] + b"\xff\xc0\0\3\x08" + data[at:]
+    assert header_size(two) is None
+    with pytest.raises(InvalidImage, match="two frame headers"):
+        structure_of(two)
+
+
 def turned(kind: str) -> bytes:
     exif = Pillow.Exif()
     exif[0x0112] = 6

@@ -23,7 +23,7 @@ from PIL import Image as Pillow
 from service.core.errors import GlimpseError
 from service.core.frame import WHOLE, Frame
 from service.media.decoder import ImageLimits, decode
-from service.media.structure import upright_size
+from service.media.header import upright_size
 
 Array = npt.NDArray[Any]
 

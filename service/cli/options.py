@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.core.frame import FAR_FROM_SQUARE, AskedFit
 from service.system.environment import with_platform
 
 Url = Annotated[
@@ -20,11 +21,11 @@ Url = Annotated[
 
 Detail = Literal["low", "high", "auto"]
 Fit = Annotated[
-    Literal["squash", "pad", "tiles", "auto"] | None,
+    AskedFit | None,
     typer.Option(
         help="How an image that is not square is seen: squash changes its proportions, pad keeps them, tiles looks at "
-        "the whole and then at the part that matters, auto tiles what is longer than 1.5 to 1 and squashes the rest "
-        "[default: the model's own]."
+        f"the whole and then at the part that matters, auto tiles what is longer than {FAR_FROM_SQUARE:g} to 1 and "
+        "squashes the rest [default: the model's own]."
     ),
 ]
 

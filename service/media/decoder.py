@@ -25,9 +25,10 @@ from PIL import Image as Pillow
 from service.core.errors import InvalidImage, TooLarge
 from service.core.frame import Frame
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
+from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
 from service.media.formats import SENT
-from service.media.structure import SIDEWAYS, Structure, structure_of
+from service.media.structure import Structure, structure_of
 
 try:
     import pi_heif

@@ -1,20 +1,30 @@
-"""Read an image's size from the file's first bytes. Nothing is decoded, so hostile bytes cost microseconds."""
+"""Read an image's size, and how it is turned, from the file's headers.
+
+Pixels are skipped, nothing is decoded or copied, and the number of steps is bounded. So these functions may run on the
+event loop, however large and hostile the file is. The decoder asks here too, so it turns a picture as they say.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 from service.core.errors import InvalidImage
 from service.media.bmp import bmp_size
+from service.media.exif import SIDEWAYS, exif_orientation
 from service.media.fields import unpack
 from service.media.formats import format_of
-from service.media.isobmff import iso_size
-from service.media.tiff import tiff_size
+from service.media.isobmff import iso_orientation, iso_size
+from service.media.jpeg import jpeg_orientation, jpeg_size
+from service.media.tiff import tiff_orientation, tiff_size
 
-MAX_JPEG_SEGMENTS = 1024  # cameras write about ten; a profile or XMP of 8 MB takes 123
+MAX_PNG_CHUNKS = 16_384  # 20 MB in chunks of 8 KiB, as libpng writes them, are 2,442
+MAX_WEBP_CHUNKS = 16_384
 MAX_GIF_BLOCKS = 4096  # before the first frame; XMP of 100 KB takes about 1,500
 GIF_EXTENSION, GIF_FRAME = 0x21, 0x2C
-JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2, 0xFFC3, 0xFFC5, 0xFFC6, 0xFFC7, 0xFFC9, 0xFFCA, 0xFFCB, 0xFFCD, 0xFFCE, 0xFFCF)
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNK = struct.Struct(">I4s")
+WEBP_CHUNK = struct.Struct("<4sI")
 
 
 def header_size(data: bytes) -> tuple[int, int] | None:
@@ -33,24 +43,23 @@ def header_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if width * height else None
 
 
+def upright_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height as the picture is turned before it is seen; None and zeros are those of `header_size`."""
+    size = header_size(data)
+    return size[::-1] if size is not None and orientation_of(data) in SIDEWAYS else size
+
+
+def orientation_of(data: bytes) -> int:
+    """Return EXIF's 1 to 8, of a HEIF or AVIF what its properties say; 1 if nothing is told or it cannot be read."""
+    kind = format_of(data)
+    try:
+        return 1 if kind is None or kind.pillow not in ORIENTATIONS else ORIENTATIONS[kind.pillow](data)
+    except InvalidImage:  # its walk ended at a limit; decode says at which
+        return 1
+
+
 def _png_size(data: bytes) -> tuple[int, ...]:
     return unpack(">II", data, 16) if data[12:16] == b"IHDR" else (0, 0)
-
-
-def _jpeg_size(data: bytes) -> tuple[int, ...]:
-    """Read the frame header, which follows at most MAX_JPEG_SEGMENTS other segments."""
-    offset = 2
-    for _ in range(MAX_JPEG_SEGMENTS):
-        marker, length = unpack(">HH", data, offset)
-        if marker in JPEG_FRAMES:
-            return unpack(">HH", data, offset + 5)
-        if marker == 0xFFFF:  # fill bytes
-            offset += 1
-        elif marker < 0xFF01 or length < 2:
-            break
-        else:
-            offset += 2 + length
-    return 0, 0
 
 
 def gif_blocks_start(data: bytes) -> int:
@@ -94,13 +103,49 @@ def _webp_size(data: bytes) -> tuple[int, ...]:
     return 0, 0
 
 
+def _png_orientation(data: bytes) -> int:
+    """The chunk may stand behind the pixels."""
+    offset = len(PNG_SIGNATURE)
+    for _ in range(MAX_PNG_CHUNKS):
+        if offset + PNG_CHUNK.size > len(data):
+            break
+        length, name = PNG_CHUNK.unpack_from(data, offset)
+        if name == b"eXIf" and length:
+            return exif_orientation(memoryview(data)[offset + 8 : offset + 8 + length])
+        if name == b"IEND":
+            break
+        offset += 12 + length
+    return 1
+
+
+def _webp_orientation(data: bytes) -> int:
+    (length,) = unpack("<I", data, 4)
+    offset, last = 12, min(8 + length, len(data))
+    for _ in range(MAX_WEBP_CHUNKS):
+        if offset + WEBP_CHUNK.size > last:
+            break
+        name, length = WEBP_CHUNK.unpack_from(data, offset)
+        if name == b"EXIF" and length:
+            return exif_orientation(memoryview(data)[offset + 8 : offset + 8 + length])
+        offset += 8 + length + length % 2
+    return 1
+
+
 SIZES: dict[str, Callable[[bytes], tuple[int, ...]]] = {
     "PNG": _png_size,
-    "JPEG": _jpeg_size,
+    "JPEG": jpeg_size,
     "WEBP": _webp_size,
     "GIF": _gif_size,
     "AVIF": iso_size,
     "HEIF": iso_size,
     "TIFF": tiff_size,
     "BMP": bmp_size,
+}
+ORIENTATIONS: dict[str, Callable[[bytes], int]] = {  # GIF and BMP have none
+    "PNG": _png_orientation,
+    "JPEG": jpeg_orientation,
+    "WEBP": _webp_orientation,
+    "AVIF": iso_orientation,
+    "HEIF": iso_orientation,
+    "TIFF": tiff_orientation,
 }

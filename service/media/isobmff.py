@@ -17,7 +17,7 @@ from service.media.fields import unpack
 
 MAX_BOXES = 1024
 MAX_ENTRIES = 4096  # items, references, associations and extents, each; a phone's 48 megapixels are 192 tiles
-MAX_CODED = 4  # pixels coded for each of the picture: its tiles' edges and its transparency
+MAX_CODED = 4  # pixels coded for each that is shown: tiles' edges, what is cut off, transparency
 MAX_BRANDS_BYTES = 256
 MORE_CODED = 4_194_304  # for small pictures: one tile of 2048x2048
 CONTAINERS = (b"iprp", b"ipco")
@@ -29,10 +29,9 @@ ORIENTATIONS = {None: (1, 8, 3, 6), 0: (4, 5, 2, 7), 1: (2, 7, 4, 5)}
 @dataclass(frozen=True, slots=True)
 class IsoPicture:
     format: Literal["AVIF", "HEIF"]
-    width: int  # as coded
+    width: int  # before it is turned
     height: int
     data: bytes  # without films
-    orientation: int  # 1 to 8
 
 
 @dataclass(slots=True)
@@ -57,15 +56,19 @@ class _Boxes:
 
 
 def iso_size(data: bytes) -> tuple[int, int]:
-    """Width and height as coded; zeros if they cannot be read. Raises InvalidImage."""
-    found = _read(data)
-    return _size(data, found, found.primary)
+    """Width and height before the picture is turned; zeros if they cannot be read. Raises InvalidImage."""
+    return _shown(data, _read(data))
+
+
+def iso_orientation(data: bytes) -> int:
+    """EXIF's 1 to 8 by the picture's properties. Raises InvalidImage."""
+    return _orientation(data, _read(data))
 
 
 def read_iso(data: bytes) -> IsoPicture:
     """Raises InvalidImage if there is no still picture of a known codec, or more than an encoder writes."""
     found = _read(data)
-    width, height = _size(data, found, found.primary)
+    width, height = _shown(data, found)
     tiles = found.made_of[found.primary]
     kinds = {found.items.get(item, b"") for item in (tiles or [found.primary])}
     kind = next(iter(kinds)) if len(kinds) == 1 else b""
@@ -80,7 +83,7 @@ def read_iso(data: bytes) -> IsoPicture:
         raise _not_read("codes many more pixels than it shows")
     if found.nbytes > 2 * len(data):
         raise _not_read("has items that share their bytes")
-    return IsoPicture(CODECS[kind], width, height, _without_films(data, found), _orientation(data, found))
+    return IsoPicture(CODECS[kind], width, height, _without_films(data, found))
 
 
 def _read(data: bytes) -> _Boxes:
@@ -100,7 +103,7 @@ def _read(data: bytes) -> _Boxes:
                         found.count(1)
                         found.properties.append(each)
             elif kind in (b"moov", b"moof"):
-                found.films.append(data.rindex(kind, 0, start))
+                found.films.append(data.rfind(kind, 0, start))
             else:
                 _read_box(data, found, kind, start, end)
     return found
@@ -129,7 +132,7 @@ def _read_box(data: bytes, found: _Boxes, kind: bytes, start: int, end: int) -> 
         for name, at, _ in _boxes(data, start, end):
             found.count(1)
             if name == b"infe":
-                long = data[at] >= 3
+                long = unpack(">B", data, at)[0] >= 3
                 (item,) = unpack(">I" if long else ">H", data, at + 4)
                 found.items[item] = data[at + (10 if long else 8) : at + (14 if long else 12)]
     elif kind == b"iref":
@@ -198,6 +201,27 @@ def _size(data: bytes, found: _Boxes, item: int) -> tuple[int, int]:
             width, height = unpack(">II", data, start + 4)
             return width, height
     return 0, 0
+
+
+def _shown(data: bytes, found: _Boxes) -> tuple[int, int]:
+    """Width and height of what the decoder shows, before it is turned.
+
+    A HEIC's decoder cuts the picture to its clean aperture, whose sides it rounds; an AVIF's does not.
+    """
+    width, height = _size(data, found, found.primary)
+    is_cut = b"av01" not in {found.items.get(item) for item in (found.primary, *found.made_of[found.primary])}
+    is_sideways = False
+    for kind, start, end in _uses(found, found.primary) if is_cut else ():
+        if kind == b"irot" and start < end:
+            is_sideways ^= bool(data[start] & 1)
+        elif kind == b"clap":
+            sides = [
+                (side + parts // 2) // parts if parts else 0
+                for side, parts in (unpack(">II", data, start), unpack(">II", data, start + 8))
+            ]
+            across, down = reversed(sides) if is_sideways else sides
+            width, height = min(width, across), min(height, down)
+    return width, height
 
 
 def _orientation(data: bytes, found: _Boxes) -> int:

@@ -10,7 +10,6 @@ from service.core.frame import Frame
 from service.core.vision import IMAGE_SIZE
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.media.store import Image
-from service.media.structure import upright_size
 from service.media.workers import CpuSpent, DecodingWorkers, uncounted
 
 INLINE_HASH_BYTES = 1_000_000  # below this, hashing (about 0.25 ms a megabyte) is cheaper than a thread
@@ -32,12 +31,6 @@ class ImageReader:
         if len(data) <= INLINE_HASH_BYTES:
             return Image.of(data)
         return await asyncio.get_running_loop().run_in_executor(self._threads, Image.of, data)
-
-    async def size(self, data: bytes) -> tuple[int, int] | None:
-        """Return width and height of the upright picture, undecoded; None if it is none. Raises InvalidImage."""
-        if len(data) <= INLINE_HASH_BYTES:
-            return upright_size(data)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, upright_size, data)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -6,54 +6,40 @@ later frames or trailing bytes, and what those cost is known before: nothing.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.core.errors import InvalidImage
 from service.media.bmp import read_bmp
+from service.media.exif import SIDEWAYS
 from service.media.fields import unpack
 from service.media.formats import PillowFormat, format_of
 from service.media.header import (
     GIF_EXTENSION,
     GIF_FRAME,
-    JPEG_FRAMES,
     MAX_GIF_BLOCKS,
-    MAX_JPEG_SEGMENTS,
+    MAX_PNG_CHUNKS,
+    MAX_WEBP_CHUNKS,
+    PNG_SIGNATURE,
     gif_blocks_start,
     header_size,
+    orientation_of,
 )
 from service.media.isobmff import read_iso
+from service.media.jpeg import read_jpeg
 from service.media.tiff import read_tiff
 
 # Bounds on what is not pixels. Each is far above what encoders write; hostile files are far above the bound.
-MAX_METADATA_BYTES = 8_000_000  # profiles, EXIF, XMP (phones put depth maps into it), texts, unknown chunks
-MAX_COMMENT_BYTES = 1_000_000  # of a JPEG
-MAX_FILL_BYTES = 4096  # of a JPEG: padding before its first scan
-MAX_SCANS = 32  # a progressive JPEG has about 10; mozjpeg's longest script has 13
-MAX_SCANNED_PIXELS = 800_000_000  # scans times pixels: 16 scans of the 50 megapixels that are allowed
-MAX_PNG_CHUNKS = 16_384  # 20 MB in chunks of 8 KiB, as libpng writes them, are 2,442
-MAX_WEBP_CHUNKS = 16_384
-MAX_EXIF_TAGS = 512  # of the first directory; cameras write about 20
+MAX_METADATA_BYTES = 8_000_000  # of a PNG or a WebP: profiles, EXIF, XMP, texts, unknown chunks
 MAX_INFLATION = 1040  # deflate makes at most 1,032 bytes of one
 
-ORIENTATION = 0x0112  # EXIF tag
-SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the file's height
 GIF_CONTROL = b"\xf9\x04"  # the label and the length of the block that says what is transparent
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 PNG_FRAMES = (b"fcTL", b"fdAT")  # of an animation, after the picture
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 WEBP_METADATA_FLAGS = 0x2C  # of VP8X: a profile, EXIF, XMP
-# In the entropy-coded data after a scan's header, 0xFF is followed by 0 or by D0 to D7 unless it begins a marker.
-JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-JPEG_SCANNED = re.compile(rb"\xff(?:[\x01-\xcf\xd8-\xfe]|\xff{16})")  # a marker, or fill bytes that no encoder writes
-JPEG_BARE = (0x01, *range(0x02, 0xC0), 0xD8)  # markers without a length
-JPEG_END, JPEG_SCAN, JPEG_EXIF, JPEG_COMMENT, JPEG_FILL = 0xD9, 0xDA, 0xE1, 0xFE, 0xFF
-JPEG_METADATA = range(0xE0, 0xF0)
-JPEG_COLOURS = {0xE0: b"JFIF", 0xEE: b"Adobe"}  # the only metadata that says how to decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +55,6 @@ class Structure:
     is_short: bool = False  # the bytes cannot hold so many pixels
 
 
-def upright_size(data: bytes) -> tuple[int, int] | None:
-    """Return width and height as EXIF turns the picture; None and errors are those of `structure_of`."""
-    found = structure_of(data)
-    if found is None:
-        return None
-    return (found.height, found.width) if found.orientation in SIDEWAYS else (found.width, found.height)
-
-
 def structure_of(data: bytes) -> Structure | None:
     """Find what the file's pixels need; None if it begins like no format that is decoded.
 
@@ -85,23 +63,6 @@ def structure_of(data: bytes) -> Structure | None:
     """
     kind = format_of(data)
     return None if kind is None else WALKS[kind.pillow](data)
-
-
-def exif_orientation(exif: bytes) -> int:
-    """EXIF's 1 to 8; 1 if there is none or it cannot be read, as in browsers. Reads the first directory only."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    (directory,) = unpack(f"{order}I", tiff, 4)
-    (tags,) = unpack(f"{order}H", tiff, directory)
-    for entry in range(directory + 2, directory + 2 + 12 * min(tags, MAX_EXIF_TAGS), 12):
-        tag, kind = unpack(f"{order}HH", tiff, entry)
-        if tag == ORIENTATION:
-            layout = {1: "B", 3: "H", 4: "I"}.get(kind, "H")
-            (value,) = unpack(order + layout, tiff, entry + 8)
-            return value if 1 <= value <= 8 else 1
-    return 1
 
 
 def _too_much(kind: str, what: str) -> InvalidImage:
@@ -120,7 +81,7 @@ def _sized(structure: Structure) -> Structure:
 def _png(data: bytes) -> Structure:
     view, width, height = memoryview(data), 0, 0
     kept: list[bytes | memoryview] = [PNG_SIGNATURE]
-    offset, metadata, compressed, exif, raw = len(PNG_SIGNATURE), 0, 0, b"", 0
+    offset, metadata, compressed, raw = len(PNG_SIGNATURE), 0, 0, 0
     for _ in range(MAX_PNG_CHUNKS):
         (length,), name = unpack(">I", data, offset), data[offset + 4 : offset + 8]
         end = offset + 12 + length
@@ -139,96 +100,18 @@ def _png(data: bytes) -> Structure:
             break  # the header comes first
         elif name == b"IDAT":
             compressed += min(length, len(data) - offset)
-        elif name == b"eXIf":
-            exif = exif or data[offset + 8 : end - 4]
         if name == b"IEND" or end >= len(data):
             break
         offset = end
     else:
         raise _too_much("PNG", f"more than {MAX_PNG_CHUNKS:,} chunks")
     is_short = raw > MAX_INFLATION * (compressed + 64)
-    return _sized(Structure("PNG", width, height, b"".join(kept), exif_orientation(exif), is_short=is_short))
-
-
-@dataclass(slots=True)
-class _JpegParts:
-    """What was found in a JPEG so far."""
-
-    width: int = 0
-    height: int = 0
-    scans: int = 0
-    fill: int = 0  # bytes between segments before the first scan
-    comments: int = 0  # bytes
-    metadata: int = 0  # bytes
-    orientation: int = 0  # 0: not told
-
-    def add(self, marker: int, segment: bytes) -> None:
-        """Raises InvalidImage if there is too much of it."""
-        if marker == JPEG_SCAN:
-            self.scans += 1
-        elif marker | 0xFF00 in JPEG_FRAMES:
-            if self.width:
-                raise _too_much("JPEG", "two frame headers")
-            self.height, self.width = unpack(">HH", segment, 5)
-        elif marker == JPEG_COMMENT:
-            self.comments += len(segment)
-        elif marker in JPEG_METADATA:
-            self.metadata += len(segment)
-            if marker == JPEG_EXIF and not self.orientation and segment[4:10] == b"Exif\0\0":
-                self.orientation = exif_orientation(segment[4:])
-        if self.scans > MAX_SCANS:
-            raise _too_much("JPEG", f"more than {MAX_SCANS} scans")
-        if self.scans * self.width * self.height > MAX_SCANNED_PIXELS:
-            raise _too_much("JPEG", f"{self.width}x{self.height} pixels in more than {self.scans - 1} scans")
-        if self.fill > MAX_FILL_BYTES:
-            raise _too_much("JPEG", f"more than {MAX_FILL_BYTES:,} fill bytes before its first scan")
-        if self.comments > MAX_COMMENT_BYTES:
-            raise _too_much("JPEG", f"more than {MAX_COMMENT_BYTES:,} bytes of comments")
-        if self.metadata > MAX_METADATA_BYTES:
-            raise _too_much("JPEG", f"more than {MAX_METADATA_BYTES:,} bytes of metadata")
+    return _sized(Structure("PNG", width, height, b"".join(kept), orientation_of(data), is_short=is_short))
 
 
 def _jpeg(data: bytes) -> Structure:
-    """Scans are counted to the end of the image; what follows it (a phone's video, a second picture) is dropped."""
-    view, parts = memoryview(data), _JpegParts()
-    kept: list[bytes | memoryview] = [b"\xff\xd8"]
-    offset, first_scan, last = 2, 0, len(data)
-    for _ in range(MAX_JPEG_SEGMENTS):
-        until = len(data) if first_scan else min(len(data), offset + MAX_FILL_BYTES + 2)
-        marked = (JPEG_SCANNED if first_scan else JPEG_MARKER).search(data, offset, until)
-        if marked is None and until < len(data):
-            raise _too_much("JPEG", f"more than {MAX_FILL_BYTES:,} fill bytes before its first scan")
-        if marked is None:
-            break
-        start, marker = marked.start(), data[marked.start() + 1]
-        parts.fill += 0 if first_scan else start - offset
-        offset = start + 2
-        if marker == JPEG_FILL:
-            raise _too_much("JPEG", "more than 16 fill bytes inside a scan")
-        if marker == JPEG_END:
-            last = offset
-            break
-        if marker in JPEG_BARE:
-            continue
-        (length,) = unpack(">H", data, offset)
-        offset += length
-        segment = data[start:offset]
-        parts.add(marker, segment)
-        if marker == JPEG_SCAN:
-            first_scan = first_scan or start
-        if not first_scan and _says_how_to_decode(marker, segment[4:9]):
-            kept.append(segment)
-    else:
-        raise _too_much("JPEG", f"more than {MAX_JPEG_SEGMENTS:,} segments")
-    kept.append(view[first_scan:last])
-    width = parts.width if first_scan else 0
-    return _sized(Structure("JPEG", width, parts.height, b"".join(kept), parts.orientation or 1, parts.scans))
-
-
-def _says_how_to_decode(marker: int, name: bytes) -> bool:
-    if marker in JPEG_METADATA:
-        return name.startswith(JPEG_COLOURS.get(marker, b"-"))
-    return marker != JPEG_COMMENT
+    found = read_jpeg(data)
+    return _sized(Structure("JPEG", found.width, found.height, found.data, orientation_of(data), found.scans))
 
 
 def _gif(data: bytes) -> Structure:
@@ -256,15 +139,17 @@ def _gif(data: bytes) -> Structure:
 def _iso(data: bytes) -> Structure:
     """An AVIF's decoder leaves the turn to us; a HEIC's turns and cuts the picture itself."""
     found = read_iso(data)
+    orientation = orientation_of(data)
     if found.format == "AVIF":
-        return _sized(Structure("AVIF", found.width, found.height, found.data, found.orientation))
-    width, height = (found.height, found.width) if found.orientation > 4 else (found.width, found.height)
+        return _sized(Structure("AVIF", found.width, found.height, found.data, orientation))
+    width, height = (found.height, found.width) if orientation in SIDEWAYS else (found.width, found.height)
     return _sized(Structure("HEIF", width, height, found.data))
 
 
 def _tiff(data: bytes) -> Structure:
     found = read_tiff(data)
-    return _sized(Structure("TIFF", found.width, found.height, found.data, found.orientation, is_short=found.is_short))
+    width, height, orientation = found.width, found.height, orientation_of(data)
+    return _sized(Structure("TIFF", width, height, found.data, orientation, is_short=found.is_short))
 
 
 def _bmp(data: bytes) -> Structure:
@@ -274,13 +159,14 @@ def _bmp(data: bytes) -> Structure:
 
 def _webp(data: bytes) -> Structure:
     """The first frame. The file's end is where its header says."""
-    view, exif, metadata, frames = memoryview(data), b"", 0, 0
+    view, metadata, frames = memoryview(data), 0, 0
     kept: list[bytes | memoryview] = []
     (length,) = unpack("<I", data, 4)
     offset, last = 12, 8 + length
     width, height = header_size(data) or (0, 0)
+    orientation = orientation_of(data)
     if last > len(data):
-        return _sized(Structure("WEBP", width, height, b"", is_short=True))
+        return _sized(Structure("WEBP", width, height, b"", orientation, is_short=True))
     for _ in range(MAX_WEBP_CHUNKS):
         if offset + 8 > last:
             break
@@ -296,8 +182,6 @@ def _webp(data: bytes) -> Structure:
                 kept.append(view[offset : min(end, last)])
         else:
             metadata += length
-            if name == b"EXIF":
-                exif = exif or data[offset + 8 : offset + 8 + length]
         if metadata > MAX_METADATA_BYTES:
             raise _too_much("WebP", f"more than {MAX_METADATA_BYTES:,} bytes beside its pixels")
         offset = end
@@ -305,7 +189,7 @@ def _webp(data: bytes) -> Structure:
         raise _too_much("WebP", f"more than {MAX_WEBP_CHUNKS:,} chunks")
     body = b"".join(kept)
     whole = b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
-    return _sized(Structure("WEBP", width, height, whole, exif_orientation(exif)))
+    return _sized(Structure("WEBP", width, height, whole, orientation))
 
 
 WALKS: dict[PillowFormat, Callable[[bytes], Structure]] = {

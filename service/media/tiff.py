@@ -65,21 +65,25 @@ class Tiff:
     width: int
     height: int
     data: bytes  # a TIFF of this picture alone, without its orientation
-    orientation: int  # 1 to 8
     is_short: bool
 
 
 def tiff_size(data: bytes) -> tuple[int, int]:
     """Width and height of the first picture; zeros if they cannot be read. Raises InvalidImage."""
-    tags = _tags(data, (Tag.WIDTH, Tag.HEIGHT))
+    tags = _tags(data, (Tag.WIDTH, Tag.HEIGHT), most=1)
     return _one(tags, Tag.WIDTH, 0), _one(tags, Tag.HEIGHT, 0)
+
+
+def tiff_orientation(data: bytes) -> int:
+    """EXIF's 1 to 8 of the first picture. Raises InvalidImage."""
+    orientation = _one(_tags(data, (Tag.ORIENTATION,), most=1), Tag.ORIENTATION, 1)
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 def read_tiff(data: bytes) -> Tiff:
     """Raises InvalidImage for a kind that is not read, or for more parts than an encoder writes."""
     tags = _tags(data, tuple(Tag))
     width, height = _one(tags, Tag.WIDTH, 0), _one(tags, Tag.HEIGHT, 0)
-    orientation = _one(tags, Tag.ORIENTATION, 1)
     _require_kind(tags)
     is_tiled = Tag.TILE_OFFSETS in tags
     places = tags.get(Tag.TILE_OFFSETS if is_tiled else Tag.STRIP_OFFSETS, ())
@@ -91,32 +95,34 @@ def read_tiff(data: bytes) -> Tiff:
     ends = max((place + size for place, size in zip(places, sizes, strict=False)), default=0)
     short = len(places) < count or len(sizes) < count or ends > len(data) or _is_short(tags, sum(sizes))
     rebuilt = b"" if short else _rebuilt(data, tags, places, sizes, is_tiled=is_tiled)
-    return Tiff(width, height, rebuilt, orientation if 1 <= orientation <= 8 else 1, short)
+    return Tiff(width, height, rebuilt, short)
 
 
-def _tags(data: bytes, wanted: Sequence[Tag]) -> Tags:
+def _tags(data: bytes, wanted: Sequence[Tag], most: int = MAX_PARTS) -> Tags:
+    """Return at most `most` values of each tag: those that it has where it stands first. Raises InvalidImage."""
     order = _order(data)
     (directory,) = unpack(f"{order}I", data, 4)
-    (count,) = unpack(f"{order}H", data, directory)
-    if count > MAX_TAGS:
+    (tags,) = unpack(f"{order}H", data, directory)
+    if tags > MAX_TAGS:
         raise _not_read(f"has more than {MAX_TAGS} tags")
     found: dict[Tag, tuple[int, ...]] = {}
-    for entry in range(directory + 2, directory + 2 + 12 * count, 12):
+    for entry in range(directory + 2, directory + 2 + 12 * tags, 12):
         number, kind = unpack(f"{order}HH", data, entry)
-        if number not in wanted or kind not in TYPES:
+        if number not in wanted or number in found or kind not in TYPES:
             continue
         (length,), (letter, nbytes) = unpack(f"{order}I", data, entry + 4), TYPES[kind]
         if length > MAX_PARTS:
             raise _not_read(f"has more than {MAX_PARTS:,} strips or tiles")
         place = entry + 8 if length * nbytes <= 4 else unpack(f"{order}I", data, entry + 8)[0]
-        found[Tag(number)] = unpack(f"{order}{letter * length}", data, place) if length else ()
+        count = min(length, most)
+        found[Tag(number)] = unpack(f"{order}{letter * count}", data, place) if count else ()
     return found
 
 
 def _order(data: bytes) -> str:
     if data[2:4] in (b"+\0", b"\0+"):
         raise _not_read("is a BigTIFF")
-    return "<" if data.startswith(b"II") else ">"
+    return "<" if data[:2] == b"II" else ">"
 
 
 def _one(tags: Tags, tag: Tag, default: int) -> int:

@@ -13,14 +13,13 @@ from service.cache.keys import first_view
 from service.core.card import ModelCard
 from service.core.errors import InvalidImage, naming_image
 from service.core.estimate import Amounts, Estimate, EstimatedImage, NotAdmitted
-from service.core.frame import Frame, fitting, framed
+from service.core.frame import fitting, framed
 from service.core.request import Request
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
 from service.media.formats import SENT
-from service.media.header import header_size
+from service.media.header import header_size, upright_size
 from service.media.store import Image
-from service.media.structure import upright_size
 from service.vision_stage import decoding_cost
 
 
@@ -67,20 +66,11 @@ class Estimator:
         if size is not None:
             require_size(*size, self.limits)
         width, height = size or (None, None)
-        frame = None if size is None else self._frame(image, size, request)
+        upright = upright_size(image.data)
+        fit, colour = request.fit or self.card.fit, self.card.pad_colour
+        frame = None if upright is None else fitting(*upright, fit, colour).frame
         known = self.features.holds(first_view(self.card.fingerprint, framed(image.digest, frame)))
         return EstimatedImage(image.id, len(image.data), width, height, known)
-
-    def _frame(self, image: Image, stored: tuple[int, int], request: Request) -> Frame | None:
-        """Return what a question would see of the image first."""
-        fit, colour = request.fit or self.card.fit, self.card.pad_colour
-        if fitting(*stored, fit, colour).frame is None:
-            return None
-        try:
-            size = upright_size(image.data) or stored
-        except InvalidImage:  # perhaps only the beginning of the file was sent, which an estimate allows
-            size = stored
-        return fitting(*size, fit, colour).frame
 
     def _claims(self, request: Request, new: int, cost: Cost) -> list[Claim]:
         """Return the claims that the request would make, without making them."""

@@ -103,6 +103,7 @@ class Look:
     low: Seen | None = None  # the result with detail low, if this is or was a closer look
     step: Step = Recall("low")
     is_reserved: bool = False  # its pixels are reserved
+    encoded: int = 0  # the most pictures that were encoded for one view of it: 4 for a closer view
     decoded: Decoded | None = None  # both views, until the closer one is encoded
 
     @property

@@ -43,7 +43,7 @@ from service.core.vision import (
 )
 from service.images import Images
 from service.media.decoder import Decoded
-from service.media.header import header_size
+from service.media.header import header_size, upright_size
 from service.media.reader import ImageReader
 from service.media.store import Image
 from service.record.ticket import Ticket
@@ -127,14 +127,15 @@ class VisionStage:
         has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
         encoded. Raises Overloaded.
         """
-        looks = await self._looks(images, ticket)
+        looks = self._looks(images, ticket)
         pending = list(looks.values())
         while True:
             for look in pending:
                 self._recall(look, ticket)
             pending = [look for look in pending if not look.is_done]
             await together(self._find, pending, ticket, reservation)
-            room = await self._turn(Resource.LLM, ticket.tokens, Kind.of(ticket.encoded), ticket, reservation)
+            kind = Kind.of(sum(look.encoded for look in looks.values()))
+            room = await self._turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
             await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
@@ -148,25 +149,22 @@ class VisionStage:
         ticket.reduced = any(self._is_reduced(look, ticket.request) for look in looks.values())
         return [result_of(looks[image.digest]) for image in images]
 
-    async def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
+    def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
         """Make one look for each different image, by digest: an image that is given twice is looked at once."""
         question = self.prompts.question(ticket.request.question)
         looks: dict[str, Look] = {}
         for number, image in enumerate(images):
             if image.digest not in looks:
-                with naming_image(number, len(images)):
-                    fitted = await self._fitted(image, ticket.request)
+                fitted = self._fitted(image, ticket.request)
                 looks[image.digest] = look = Look(number, image, question, *fitted)
                 self._decide(look, ticket)
         return looks
 
-    async def _fitted(self, image: Image, request: Request) -> Fitting:
-        """Return what to see of the image. Raises InvalidImage."""
-        fit, colour = request.fit or self.card.fit, self.card.pad_colour
-        stored = None if fit == "squash" else header_size(image.data)
-        if stored is None or fitting(*stored, fit, colour) == Fitting():  # and so it is if EXIF turns it
-            return Fitting()
-        return fitting(*(await self.reader.size(image.data) or stored), fit, colour)
+    def _fitted(self, image: Image, request: Request) -> Fitting:
+        """Return what to see of the image. If its header has no size, the decoder refuses the image."""
+        fit = request.fit or self.card.fit
+        size = None if fit == "squash" else upright_size(image.data)
+        return Fitting() if size is None else fitting(*size, fit, self.card.pad_colour)
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
         look.step = next_step(look, self._situation(look, ticket.request))
@@ -358,6 +356,7 @@ class VisionStage:
         kind = Kind.of(max(images, len(ticket.request.images)))
         claim = await self._turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
+        look.encoded = max(look.encoded, images)  # a page and its tile are one image
         if (decoded := look.decoded) is None:
             both = view == IMAGE_SIZE and look.detail == "high"
             naming = naming_image(look.number, len(ticket.request.images))

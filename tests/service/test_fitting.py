@@ -1,6 +1,5 @@
 """How an image that is not square is seen, through the pipeline: squashed, padded, or by the tile that matters."""
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from service.core.errors import Overloaded
+from service.core.errors import InvalidImage, Overloaded
 from service.core.frame import WHOLE, fitting
 from service.core.request import Budget
 from service.core.vision import Relevance
@@ -17,6 +16,7 @@ from service.edges.http.schema import WireRelevance
 from service.vision_stage.plan import TILE_SHARE, tile_of
 from tests.service.test_pipeline import answer, request, shades
 from tests.support.fakes import CLOSER, House, Strain, png
+from tests.support.pictures import encoded
 
 GREY = (120, 120, 120)
 
@@ -86,6 +86,7 @@ async def test_the_tile_that_the_question_is_about_is_looked_at(house, turned):
     _, end = await answer(house, request(image=page(turned), fit="tiles"))
     assert house.vision.calls == ["see", "see"]
     assert (end.fit, end.cache, end.visual_tokens) == ("tiles", "miss", 32)
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="single_image") == 1
     assert end.relevance[0].area == pytest.approx((0, 2 / 3, 1, 1))
     assert shades(house) == pytest.approx([70], abs=0.1)
     _, again = await answer(house, request(image=page(turned), fit="tiles"))
@@ -169,15 +170,27 @@ async def test_images_of_one_question_are_each_fitted(house):
     assert end.fit == "tiles"
 
 
-async def test_a_file_that_is_no_picture_is_refused_as_before(house):
-    for fit in ("pad", "tiles"):
-        _, squashed = await asyncio.gather(
-            answer(house, request(image=b"no picture", fit=fit)),
-            answer(house, request(image=b"no picture")),
-            return_exceptions=True,
-        )
-        assert "no picture" not in str(squashed)
-        assert squashed.param == "image"
+@pytest.mark.parametrize("fit", ["pad", "tiles", "auto"])
+@pytest.mark.parametrize("data", [b"no picture", page()[:20], page()[:-200]], ids=["text", "no header", "cut"])
+async def test_what_is_no_whole_picture_is_refused_whatever_the_fit_is(house, fit, data):
+    told = []
+    for asked in (fit, "squash"):
+        with pytest.raises(InvalidImage) as caught:
+            await answer(house, request(image=data, fit=asked))
+        told.append((caught.value.message, caught.value.param))
+    assert told[0] == told[1]
+    assert told[0][1] == "image"
+
+
+async def test_a_page_whose_jpeg_has_a_stray_byte_is_fitted_as_asked(house):
+    data = encoded(Pillow.open(BytesIO(page())), "JPEG")
+    at = data.index(b"\xff\xdb")
+    stray = data[:at] + b"\0" + data[at:]
+    _, end = await answer(house, request(image=stray, fit="pad"))
+    assert end.fit == "pad"
+    with house.admission.reservation("") as reservation:
+        told = await house.pipeline.estimate(request(image=stray, fit="pad"), reservation)
+    assert (told.images[0].width, told.images[0].height, told.images[0].known) == (300, 900, True)
 
 
 def relevance(of: np.ndarray) -> Relevance:

@@ -55,7 +55,7 @@ class Edge:
     connections: ConnectionLimits
     hosts: frozenset[str] | None  # names that a Host header may hold; None for any
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
-    degraded: Callable[[], Mapping[str, str]]  # by VARIANT/ADDRESS, why a Triton is out although the service is ready
+    degraded: Callable[[], Mapping[str, str]]  # by [VARIANT/]ADDRESS, why a Triton is out
     metrics: Callable[
         [str], Awaitable[tuple[bytes, str]]
     ]  # from an Accept header, the text for Prometheus and its media type

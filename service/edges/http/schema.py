@@ -22,7 +22,7 @@ from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Reason
 from service.core.errors import GlimpseError, InvalidRequest
-from service.core.frame import AskedFit, Fit
+from service.core.frame import FAR_FROM_SQUARE, AskedFit, Fit
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import MAX_TOP_LOG_PROBS, Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
 from service.core.vision import FloatArray, Relevance
@@ -177,7 +177,7 @@ FIT: Any = Field(
     None,
     description="How an image that is not square meets the square encoder: `squash` changes its proportions, `pad` "
     "keeps them, `tiles` looks at the whole and then at the part that the question is about, `auto` tiles an image "
-    "of more than 1.5 to 1 and squashes others. Left out: the model's own.",
+    f"of more than {FAR_FROM_SQUARE:g} to 1 and squashes others. Left out: the model's own.",
 )
 LOGPROBS: Any = Field(False, description="Tell each token's log probability.")
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS), WHOLE]
@@ -720,5 +720,7 @@ class Health(BaseModel):
         default_factory=dict, description="By model, Triton or `gateway`, why it does not answer."
     )
     degraded: dict[str, str] | None = Field(
-        None, description="By variant and Triton, why it gets no requests although the service is ready."
+        None,
+        description="By Triton's address, after its variant's name if there are variants (`VARIANT/ADDRESS`), why it "
+        "gets no requests although the service is ready.",
     )

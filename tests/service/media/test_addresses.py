@@ -92,6 +92,7 @@ def test_what_names_this_host_another_address_or_a_metadata_service_is_never_all
     assert not is_allowed(address, EVERYTHING)
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["::{}", "::ffff:{}", "64:ff9b::{}", "::ffff:0:{}"]))
+@given(st.integers(2, 2**32 - 1), st.sampled_from(["::{}", "::ffff:{}", "64:ff9b::{}", "::ffff:0:{}"]))
 def test_an_ipv4_address_inside_an_ipv6_address_is_never_allowed(number, form):
+    """From 2 on: ::0.0.0.1 is ::1, which a setting may allow."""
     assert not is_allowed(form.format(IPv4Address(number)), EVERYTHING)

@@ -13,7 +13,7 @@ from PIL import ImageCms, ImageFilter
 from service.core.errors import InvalidImage, TooLarge
 from service.core.frame import Frame
 from service.media.decoder import decode
-from service.media.structure import upright_size
+from service.media.header import upright_size
 from tests.support.pictures import LIMITS, encoded, picture
 
 

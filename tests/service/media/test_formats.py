@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
+from service.core.frame import Frame
 from service.media import decoder
 from service.media.decoder import ImageLimits, decode
 from service.media.formats import FORMATS, NAMES, format_of
-from service.media.header import header_size
+from service.media.header import header_size, upright_size
 from service.media.structure import structure_of
 from service.media.workers import DecodingWorkers
 from tests.support.pictures import LIMITS, encoded, picture
@@ -105,6 +106,43 @@ def test_a_heic_is_turned_once(turn, size, places):
     decoded = decode(data, LIMITS)
     assert (decoded.width, decoded.height) == size
     assert all(map(near, corners(data), places))
+
+
+def cut(width: int, height: int, parts: int, left: int) -> bytes:
+    """The plain HEIC, cut to `width` and `height` of so many parts of a pixel, `left` pixels left of the middle."""
+    at, more = PLAIN.index(b"colr") - 4, 40 - 19
+    clap = struct.pack(">I4sIIIIiIiI", 40, b"clap", width, parts, height, parts, -left, 1, 0, 1)
+    data = bytearray(PLAIN[:at] + clap + PLAIN[at + 19 :])
+    places = [data.index(kind) - 4 for kind in (b"meta", b"iprp", b"ipco")]
+    places.append(data.index(struct.pack(">I", PLAIN.index(b"mdat") + 4)))  # the picture's offset
+    for place in places:
+        data[place : place + 4] = struct.pack(">I", int.from_bytes(data[place : place + 4], "big") + more)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("aperture", "size", "places"),
+    [
+        ((48, 64, 1, 24), (48, 64), (BLUE, BLUE, RED, RED)),
+        ((96, 32, 1, 0), (96, 32), (BLUE, RED, RED, RED)),
+        ((191, 63, 2, 0), (96, 32), (BLUE, RED, RED, RED)),
+    ],
+)
+def test_a_heic_is_as_large_as_what_its_decoder_leaves_of_it(aperture, size, places):
+    data = cut(*aperture)
+    decoded = decode(data, LIMITS)
+    assert upright_size(data) == (decoded.width, decoded.height) == size
+    assert all(map(near, corners(data), places))
+    padded = decode(data, LIMITS, frame=Frame.around(*size, WHITE)).pixels.transpose(1, 2, 0)
+    shown = (padded.astype(int).sum(axis=2) < 600).nonzero()
+    assert [np.ptp(along) + 1 for along in shown] == [round(224 * side / max(size)) for side in reversed(size)]
+
+
+def test_a_heic_of_which_little_is_shown_is_refused():
+    """Else the limit of pixels would not hold for what is decoded."""
+    data = cut(1, 1, 1, 0).replace(struct.pack(">II", 96, 64), struct.pack(">II", 9600, 6400))
+    with pytest.raises(InvalidImage, match="codes many more pixels than it shows"):
+        decode(data, LIMITS)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,15 +1,21 @@
+import mmap
+import re
 import struct
+import tracemalloc
 import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from benchmarks.bombs import BOMBS
+from benchmarks.bombs import BOMBS, webp_chunk
 from service.core.errors import InvalidImage
 from service.media.decoder import decode
-from service.media.header import header_size
+from service.media.exif import SIDEWAYS
+from service.media.header import header_size, orientation_of, upright_size
+from service.media.structure import structure_of
 from tests.support.pictures import LIMITS, encoded, picture
 
 
@@ -93,3 +99,119 @@ def test_an_animated_gif_with_a_loop_and_a_comment_tells_its_size():
     frames = [picture(300, 200) for _ in range(3)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], loop=0, comment=b"x" * 700, duration=50)
     assert header_pixels(data) == 60_000
+
+
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\1" + struct.pack(">HHIHH", 0x112, 3, 1, 6, 0)
+EXIF_SEGMENT = b"\xff\xe1" + struct.pack(">H", len(EXIF) + 2) + EXIF
+MUCH = 16_000_000  # bytes
+
+
+def box(kind: bytes, contents: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(contents)) + kind + contents
+
+
+def much_of(kind: str) -> bytes:
+    """A file of 600x200 pixels and MUCH bytes, most of which nobody needs to know its size."""
+    image = Pillow.new("L", (600, 200))
+    data = encoded(image, kind)
+    match kind:
+        case "JPEG":
+            return data[:-2] + b"\xff\0" * (MUCH // 2) + data[-2:]
+        case "PNG":
+            return data[:-12] + png_chunk(b"IDAT", bytes(MUCH)) + data[-12:]
+        case "WEBP":
+            chunks = data[12:] + webp_chunk(b"XMP ", bytes(MUCH))
+            return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+        case "TIFF":  # its sizes are said to be lists, in each of many entries
+            values, entries = 100_000, 500
+            tags = [(256 + number % 2, 4, values, 8 + 4 * number) for number in range(entries)]
+            directory = 8 + 4 * (values + entries)
+            listed = struct.pack("<II", 600, 200) * ((values + entries) // 2)
+            told = struct.pack("<H", entries) + b"".join(struct.pack("<HHII", *each) for each in tags) + bytes(4)
+            return b"II*\0" + struct.pack("<I", directory) + listed + told + bytes(MUCH)
+        case "AVIF":
+            return data + box(b"moov", bytes(MUCH))
+    return data + bytes(MUCH)
+
+
+def resident(file: Path) -> int:
+    """Return how many bytes of the file are mapped into this process's memory."""
+    maps = Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace")
+    return sum(
+        1024 * int(found) for found in re.findall(rf"{re.escape(str(file))}\n.*?^Rss: +(\d+) kB", maps, re.S | re.M)
+    )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "AVIF", "TIFF", "BMP"])
+def test_size_and_turn_are_read_without_the_pixels(tmp_path, kind):
+    """The event loop reads them, so neither time nor memory may grow with the file."""
+    path = tmp_path / kind
+    path.write_bytes(much_of(kind))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        assert len(data) > MUCH
+        tracemalloc.start()
+        try:
+            assert upright_size(data) == (600, 200)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert 0 < resident(path) < MUCH / 2  # the kernel maps up to 2 MiB around each byte that is read
+        assert peak < 200_000
+
+
+def test_exif_behind_the_first_scan_of_a_jpeg_turns_nothing():
+    data = encoded(picture(60, 40), "JPEG", progressive=True)
+    scan = data.index(b"\xff\xda")
+    second = data.index(b"\xff\xda", scan + 2)
+    early, late = (data[:at] + EXIF_SEGMENT + data[at:] for at in (scan, second))
+    for file, size in [(early, (40, 60)), (late, (60, 40))]:
+        decoded = decode(file, LIMITS)
+        assert upright_size(file) == (decoded.width, decoded.height) == size
+
+
+def test_a_stray_byte_between_a_jpegs_segments_hides_no_size():
+    data = encoded(picture(300, 900), "JPEG")
+    at = data.index(b"\xff\xdb")
+    stray = data[:at] + b"\0" + data[at:]
+    decoded = decode(stray, LIMITS)
+    assert header_size(stray) == upright_size(stray) == (decoded.width, decoded.height) == (300, 900)
+
+
+def test_a_frame_header_that_is_too_short_is_the_jpegs_only_one():
+    data = encoded(picture(300, 200), "JPEG")
+    at = data.index(b"\xff\xc0")
+    two = data[:at] + b"\xff\xc0\0\3\x08" + data[at:]
+    assert header_size(two) is None
+    with pytest.raises(InvalidImage, match="two frame headers"):
+        structure_of(two)
+
+
+def turned(kind: str) -> bytes:
+    exif = Pillow.Exif()
+    exif[0x0112] = 6
+    options = {"tiffinfo": {274: 6}} if kind == "TIFF" else {"exif": exif}
+    return encoded(Pillow.new("RGB", (8, 24)), kind, **options)
+
+
+@given(st.sampled_from(["PNG", "GIF", "JPEG", "WEBP", "AVIF", "TIFF", "BMP"]), st.data())
+def test_what_is_decoded_is_as_large_and_turned_as_its_header_says(kind, data):
+    whole = bytearray(turned(kind))
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.integers(0, min(len(whole), 600)))
+        whole[at : at + data.draw(st.integers(0, 1))] = data.draw(st.binary(max_size=2))
+    try:
+        found = structure_of(bytes(whole))
+    except InvalidImage:
+        return
+    if found is None:
+        assert upright_size(bytes(whole)) == (0, 0)
+        return
+    size = found.width, found.height
+    assert header_size(bytes(whole)) == size
+    assert orientation_of(bytes(whole)) == found.orientation
+    assert upright_size(bytes(whole)) == (size[::-1] if found.orientation in SIDEWAYS else size)
+
+
+def test_an_item_without_an_entry_does_no_harm():
+    boxes = box(b"meta", bytes(4) + box(b"iinf", bytes(6) + box(b"infe", b"")))
+    assert header_size(box(b"ftyp", b"avif" + bytes(4)) + boxes) is None

@@ -16,7 +16,8 @@ from benchmarks import bombs
 from benchmarks.bombs import BOMBS, png_chunk, webp_chunk
 from service.core.errors import InvalidImage, TooLarge
 from service.media.decoder import ImageLimits, decode
-from service.media.structure import exif_orientation, structure_of
+from service.media.exif import exif_orientation
+from service.media.structure import structure_of
 from tests.support.pictures import encoded, picture
 
 SERVED = ImageLimits()

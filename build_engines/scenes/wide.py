@@ -150,7 +150,9 @@ def draw_ground(rng: np.random.Generator, things: Sequence[Thing], scale: int) -
         return canvas + _octaves(rng, side) * np.float32(rng.uniform(8, 40))
     if kind == "noise":
         grain = int(rng.integers(1, 4)) * scale
-        cells = rng.normal(0, rng.uniform(12, 55), (side // grain + 1, side // grain + 1, 3 if rng.random() < 0.6 else 1))
+        cells = rng.normal(
+            0, rng.uniform(12, 55), (side // grain + 1, side // grain + 1, 3 if rng.random() < 0.6 else 1)
+        )
         return canvas + np.kron(cells, np.ones((grain, grain, 1)))[:side, :side].astype(np.float32)
     if kind == "page":
         return _page(rng, canvas, second, scale)
@@ -204,9 +206,7 @@ def _page(rng: np.random.Generator, canvas: np.ndarray, second: np.ndarray, scal
     return np.asarray(page, np.float32)
 
 
-def draw_thing(
-    canvas: np.ndarray, thing: Thing, style: Style, rng: np.random.Generator, scale: int
-) -> np.ndarray:
+def draw_thing(canvas: np.ndarray, thing: Thing, style: Style, rng: np.random.Generator, scale: int) -> np.ndarray:
     """Blend one object into the canvas, in place. Returns its share of each patch, float32 [16, 16]."""
     stretch_x, stretch_y = math.sqrt(thing.stretch), 1 / math.sqrt(thing.stretch)
     half = math.ceil((0.53 * thing.diameter + style.outline) * scale * max(stretch_x, stretch_y) * 1.02) + 2

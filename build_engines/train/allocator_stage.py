@@ -21,7 +21,7 @@ from build_engines.model.allocation import CELL_COUNT
 from build_engines.model.knowing import mean_meaning
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from build_engines.scenes.questions import TYPES
-from build_engines.scenes.world import SMALL_PRINT, World
+from build_engines.scenes.world import SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World
 from build_engines.train import replicas
 from build_engines.train.architecture import QUERIES
 from build_engines.train.course import Course, Measures
@@ -38,8 +38,8 @@ from build_engines.train.spending import Price, ceiling
 from build_engines.train.stages import Plan, device
 
 STEPS = 1500
-PLAIN = [World(), World(), World(unnamed_share=0.4)]
-CLOSE = [SMALL_PRINT, SMALL_PRINT, SMALL_PRINT, World(), World()]
+PLAIN = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
+CLOSE = [SMALL_PRINT, WIDE_SMALL_PRINT, SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World(), WIDE_SMALL_PRINT, WIDE]
 STORED_PLAIN, STORED_CLOSE = 1500, 800  # scenes, per replica
 IMAGES_PLAIN, IMAGES_CLOSE, ASKED = 10, 4, 5  # a step, per replica; questions an image
 FOCUSED_IMAGES = 1  # of the plain ones, with questions read by 2 to 4 groups of queries

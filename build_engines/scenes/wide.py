@@ -127,7 +127,7 @@ def paint(rng: np.random.Generator, things: Sequence[Thing], scale: int, frame: 
     side, style = IMAGE_SIZE * scale, draw_style(rng)
     canvas = draw_ground(rng, things, scale)
     shares = [draw_thing(canvas, thing, style, rng, scale) for thing in things]
-    pixels = np.clip(degraded(canvas, rng, scale), 0, 255).astype(np.uint8)
+    pixels = np.clip(degraded(canvas, rng), 0, 255).astype(np.uint8)
     left, top = round(frame.left * scale), round(frame.top * scale)
     pixels = pixels.copy()
     pixels[:, :left] = pixels[:, side - left :] = pixels[:top] = pixels[side - top :] = round(PADDING)
@@ -150,9 +150,8 @@ def draw_ground(rng: np.random.Generator, things: Sequence[Thing], scale: int) -
         return canvas + _octaves(rng, side) * np.float32(rng.uniform(8, 40))
     if kind == "noise":
         grain = int(rng.integers(1, 4)) * scale
-        cells = rng.normal(
-            0, rng.uniform(12, 55), (side // grain + 1, side // grain + 1, 3 if rng.random() < 0.6 else 1)
-        )
+        number, channels = side // grain + 1, 3 if rng.random() < 0.6 else 1
+        cells = rng.normal(0, rng.uniform(12, 55), (number, number, channels))
         return canvas + np.kron(cells, np.ones((grain, grain, 1)))[:side, :side].astype(np.float32)
     if kind == "page":
         return _page(rng, canvas, second, scale)
@@ -329,10 +328,10 @@ def _blend(canvas: np.ndarray, layers: Sequence[tuple[np.ndarray, Any]], corner:
         region += mask[window][..., None] * (full[window] - region)
 
 
-def degraded(canvas: np.ndarray, rng: np.random.Generator, scale: int) -> np.ndarray:
+def degraded(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Apply none, one or two of: light, blur, fewer pixels, noise, JPEG. [side, side, 3] float32 in 0..255."""
     for way in rng.permutation(len(_WAYS))[: int(rng.choice(3, p=(0.4, 0.42, 0.18)))]:
-        canvas = _WAYS[way](canvas, rng, scale)
+        canvas = _WAYS[way](canvas, rng)
     return canvas
 
 
@@ -340,20 +339,22 @@ def _image(canvas: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 
 
-def _lit(canvas: np.ndarray, rng: np.random.Generator, scale: int) -> np.ndarray:
+def _lit(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     axis, slope = np.linspace(-1, 1, len(canvas), dtype=np.float32), rng.uniform(-0.15, 0.15, 2)
     plane = rng.uniform(0.75, 1.15) * (1 + slope[0] * axis[None] + slope[1] * axis[:, None])
     return (canvas * plane[..., None] * (1 + rng.uniform(-0.04, 0.04, 3))).astype(np.float32)
 
 
-def _blurred(canvas: np.ndarray, rng: np.random.Generator, scale: int) -> np.ndarray:
-    sigma = scale * float(rng.uniform(0.4, 2.8)) ** (1.0 if scale == 1 else 0.3)
+def _blurred(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    most = 2.8 if len(canvas) == IMAGE_SIZE else 2.2  # larger pictures are for reading small print
+    sigma = float(rng.uniform(0.4, most))
     return np.asarray(_image(canvas).filter(ImageFilter.GaussianBlur(sigma)), np.float32)
 
 
-def _coarse(canvas: np.ndarray, rng: np.random.Generator, scale: int) -> np.ndarray:
+def _coarse(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Fewer pixels, brought back to the view's size."""
-    image, side = _image(canvas), round(rng.uniform(90 if scale == 1 else 300, IMAGE_SIZE * scale))
+    least = 90 if len(canvas) == IMAGE_SIZE else 300  # larger pictures are for reading small print
+    image, side = _image(canvas), round(rng.uniform(least, len(canvas)))
     down, up = (
         (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.NEAREST)[int(i)]
         for i in (rng.integers(2), rng.integers(3))
@@ -361,11 +362,11 @@ def _coarse(canvas: np.ndarray, rng: np.random.Generator, scale: int) -> np.ndar
     return np.asarray(image.resize((side, side), down).resize(image.size, up), np.float32)
 
 
-def _noisy(canvas: np.ndarray, rng: np.random.Generator, scale: int) -> np.ndarray:
+def _noisy(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return canvas + noise(rng, float(rng.uniform(3, 26)), len(canvas))
 
 
-def _jpeg(canvas: np.ndarray, rng: np.random.Generator, scale: int) -> np.ndarray:
+def _jpeg(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     buffer = io.BytesIO()
     _image(canvas).save(buffer, "JPEG", quality=int(rng.integers(10, 75)))
     return np.asarray(Image.open(buffer).convert("RGB"), np.float32)

@@ -92,9 +92,8 @@ def train_language(plan: Plan) -> None:
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
         early = max(0.0, 1.0 - 2.0 * course.step / course.steps)
-        prefix, pack = draw(
-            rng, WIDE if course.step % 2 else World(), WEIGHTS | {DESCRIBE: 0.5, "position": 0.2 + 3.0 * early}, True
-        )
+        world, weights = WIDE if course.step % 2 else World(), WEIGHTS | {DESCRIBE: 0.5, "position": 0.2 + 3.0 * early}
+        prefix, pack = draw(rng, world, weights, True)
         prefix = prefix + NOISE * tensor(rng.standard_normal(prefix.shape, np.float32))
         with mixed():
             loss, right, number = answer_loss(language, decode, prefix, pack)

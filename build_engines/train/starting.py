@@ -64,7 +64,12 @@ def fit_table(table: SlotTable, said: Said) -> None:
     place = next(table.parameters()).device
     table.cpu()
     weight = torch.where(said.slots[2], 4.0, 1.0)[..., None]
-    _fit(table, lambda: ((table(*said.slots) - said.prefixes).square() * weight).mean())
+
+    def error() -> Tensor:
+        missed: Tensor = ((table(*said.slots) - said.prefixes).square() * weight).mean()
+        return missed
+
+    _fit(table, error)
     table.to(place)
 
 

@@ -4,8 +4,8 @@
 
 Each kind (benchmarks/other_renderer.py) has `--scenes` pictures with the seven types of questions; the same for all
 checkpoints. `low` sees the whole picture at 224 pixels, `high` has the closer view too, `auto` has it if the checkpoint
-asks for it. Small print is asked only for what is written. Intervals are Wilson's, of differences a bootstrap's over
-pictures.
+asks for it. Small print is asked only for what is written. The training world is measured beside it: the committed
+scenes, and `--fresh` new ones of each split. Intervals are Wilson's, of differences a bootstrap's over pictures.
 """
 
 from __future__ import annotations
@@ -25,12 +25,23 @@ from benchmarks.other_renderer import KINDS, SMALL_KINDS, Kind, pictured, sample
 from build_engines.evaluation.accuracy import wilson
 from build_engines.model.allocation import MAX_VISION_TOKENS
 from build_engines.model.checkpoint import Checkpoint
+from build_engines.scenes.held_out import SMALL, SPLITS
 from build_engines.scenes.questions import NUMBERS, TYPES, Question, ask
 from build_engines.scenes.world import GRID, IMAGE_SIZE, Thing
-from build_engines.train.evaluation import Arm, Asked, Chain, Exam, answer, resampled
+from build_engines.train.evaluation import (
+    Arm,
+    Asked,
+    Chain,
+    Exam,
+    answer,
+    committed_exam,
+    held_out_exam,
+    resampled,
+)
 from build_engines.train.stages import set_threads
 
 SEED = 2027
+FRESH_FROM = 1_100_000  # held-out scenes that nothing else uses
 READS = 4  # tries for questions about small print
 LOW, HIGH = Arm(), Arm(vision_tokens=(64, MAX_VISION_TOKENS), closer=True)
 DETAILS = ("low", "auto", "high")
@@ -60,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoints", nargs="+", help="NAME=FOLDER; differences are those of the first to the others")
     parser.add_argument("--scenes", type=int, default=16, help="pictures of each kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="*", help="only these kinds")
+    parser.add_argument("--fresh", type=int, default=0, help="fresh scenes of each split [committed ones alone]")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="report to write, such as benchmarks/results/outside.json")
     options = parser.parse_args(arguments)
@@ -70,7 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
     for kind in options.kinds or (*KINDS, *SMALL_KINDS):
         shown = draw(kind, options.scenes)
         for name, (chain, at) in chains.items():
-            found[name][kind] = rights(chain, at, shown)
+            found[name][kind] = rights(chain, at, exam_of(chain, shown))
+    for name, (chain, at) in chains.items() if options.kinds is None else ():
+        for split in SPLITS:
+            found[name][f"{split} committed"] = rights(chain, at, committed_exam(chain, split, closely=split == SMALL))
+            if options.fresh:
+                exam = held_out_exam(chain, split, options.fresh, closely=split == SMALL, first=FRESH_FROM)
+                found[name][f"{split} fresh"] = rights(chain, at, exam)
     first, *others = chains
     report = {
         "command": "python -m benchmarks.outside " + " ".join(arguments or sys.argv[1:]),
@@ -118,18 +136,20 @@ def asked(rng: np.random.Generator, things: Sequence[Thing], kind: Kind, types: 
     return list(found.values())
 
 
-def rights(chain: Chain, at: float, shown: Drawn) -> Rights:
-    """Ask with `low` and with `high`. `auto` is `high` from particularize `at`, as in the gateway."""
-    closely = chain.allocator.closer is not None
-    exam = exam_of(chain, shown, closely)
+def rights(chain: Chain, at: float, exam: Exam) -> Rights:
+    """Ask with `low` and with `high`. `auto` is `high` from particularize `at`, as in the gateway.
+
+    Without a closer view, all three are the same.
+    """
     low = answer(chain, exam, LOW)
-    high = answer(chain, exam, HIGH) if closely else low
+    high = low if exam.looks.detail is None else answer(chain, exam, HIGH)
     auto = np.where(low.tensions[:, 0] >= at, high.right, low.right)
     return Rights({"low": low.right, "auto": auto, "high": high.right}, low.types, low.scenes)
 
 
-def exam_of(chain: Chain, shown: Drawn, closely: bool) -> Exam:
+def exam_of(chain: Chain, shown: Drawn) -> Exam:
     """Resize each picture as the gateway does, and encode it. Coverage is not measured, so it is zero."""
+    closely = chain.allocator.closer is not None
     looks = []
     for start in range(0, len(shown.pictures), AT_ONCE):
         part = slice(start, start + AT_ONCE)

@@ -22,7 +22,7 @@ from build_engines.train.tokens import new_tokenizer
 
 STEPS = 4800
 BATCH = 16  # images, about 14 questions each
-START_RATE = 0.2  # of the learning rates, from a published checkpoint
+START_RATE = 0.5  # of the learning rates, from a published checkpoint
 NOISE = 0.05  # on the slots' vectors, because the Q-Former's will not be exact
 WEIGHTS = {"colour": 0.6, "shape": 0.7, "count": 4.0, "exist": 1.2, "relation": 2.0, "size": 1.2, "read": 0.6}
 

@@ -38,6 +38,7 @@ from build_engines.train.spending import Price, ceiling
 from build_engines.train.stages import Plan, device
 
 STEPS = 1500
+START_STEPS = 300  # from a published checkpoint
 PLAIN = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
 CLOSE = [SMALL_PRINT, WIDE_SMALL_PRINT, SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World(), WIDE_SMALL_PRINT, WIDE]
 STORED_PLAIN, STORED_CLOSE = 1500, 800  # scenes, per replica
@@ -59,7 +60,7 @@ def train_allocator(plan: Plan) -> None:
     looking = Looking(plan)
     looking.start_from(plan)
     course = Course(
-        plan.out, "allocator", plan.steps(STEPS), looking.modules, looking.optimizers(), decay_share=0.7,
+        plan.out, "allocator", plan.steps(START_STEPS if plan.start else STEPS), looking.modules, looking.optimizers(), decay_share=0.7,
         state={"price": 0.03, "spent": {}, "settled": False}, norms=looking.gradient_norms,
     )  # fmt: skip
     course.resume()

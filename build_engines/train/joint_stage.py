@@ -45,7 +45,7 @@ WEIGHTS = {
     "read": 0.8,
     DESCRIBE: 0.2,
 }
-START_RATE = 0.6  # of the learning rates, from a published checkpoint
+START_STEPS, START_RATE = 420, 0.6  # from a published checkpoint; the latter of the learning rates
 WORLDS = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
 
 
@@ -123,7 +123,9 @@ def train_joint(plan: Plan) -> None:
     joint = Joint(plan)
     joint.start_from(plan)
     optimizers = joint.optimizers(START_RATE if plan.start else 1.0)
-    course = Course(plan.out, "joint", plan.steps(STEPS), joint.modules, optimizers, decay_share=0.7)
+    course = Course(
+        plan.out, "joint", plan.steps(START_STEPS if plan.start else STEPS), joint.modules, optimizers, decay_share=0.7
+    )
     course.resume()
     if course.finished:
         return

@@ -22,7 +22,7 @@ from build_engines.train.tokens import new_tokenizer
 
 STEPS = 4800
 BATCH = 16  # images, about 14 questions each
-START_RATE = 0.5  # of the learning rates, from a published checkpoint
+START_STEPS, START_RATE = 1584, 0.5  # from a published checkpoint; the latter of the learning rates
 NOISE = 0.05  # on the slots' vectors, because the Q-Former's will not be exact
 WEIGHTS = {"colour": 0.6, "shape": 0.7, "count": 4.0, "exist": 1.2, "relation": 2.0, "size": 1.2, "read": 0.6}
 
@@ -78,7 +78,7 @@ def train_language(plan: Plan) -> None:
     course = Course(
         plan.out,
         "language",
-        plan.steps(STEPS),
+        plan.steps(START_STEPS if plan.start else STEPS),
         {"language": language, "table": table},
         muon_and_adam([decoder.layers], others, muon=0.01 * rate, adam=2e-3 * rate),
         decay_share=1.0 if plan.start else 0.35,

@@ -30,7 +30,7 @@ from build_engines.train.tokens import new_tokenizer
 STEPS = 1300
 BATCH = 32  # per replica
 STORED, FRESH = 3000, 6  # scenes kept, and how many of them every step replaces; per replica
-START_RATE = 0.4  # of the learning rates, from a published checkpoint
+START_STEPS, START_RATE = 500, 0.4  # from a published checkpoint; the latter of the learning rates
 WORLDS = [World(), WIDE, World(fewest=4, most=8, unnamed_share=0.25), replace(WIDE, unnamed_share=0.25), World(), WIDE]
 
 
@@ -68,7 +68,9 @@ def train_qformer(plan: Plan) -> None:
         adam=1.5e-3 * rate,
     )
     decay = 1.0 if plan.start else 0.35
-    course = Course(plan.out, "qformer", plan.steps(STEPS), trained, optimizers, decay_share=decay)
+    course = Course(
+        plan.out, "qformer", plan.steps(START_STEPS if plan.start else STEPS), trained, optimizers, decay_share=decay
+    )
     course.resume()
     if course.finished:
         return

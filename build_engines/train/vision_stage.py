@@ -25,7 +25,7 @@ from build_engines.train.vision import (
 STEPS = 1500
 BATCH, MICRO_BATCH = 32, 16
 FROZEN_STEPS = 100  # from a published checkpoint
-START_RATE = 0.3  # of the learning rates, from a published checkpoint
+START_STEPS, START_RATE = 960, 0.3  # from a published checkpoint; the latter of the learning rates
 VALIDATION_SEED = 77
 
 
@@ -44,7 +44,7 @@ def train_vision(plan: Plan) -> None:
     course = Course(
         plan.out,
         "vision",
-        plan.steps(STEPS),
+        plan.steps(START_STEPS if plan.start else STEPS),
         {"encoder": encoder, "perception": perception},
         [
             *muon_and_adam([encoder.encoder], others, muon=0.02 * rate, adam=2e-3 * rate),

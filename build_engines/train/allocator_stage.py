@@ -38,10 +38,11 @@ from build_engines.train.spending import Price, ceiling
 from build_engines.train.stages import Plan, device
 
 STEPS = 1500
-START_STEPS = 300  # from a published checkpoint
+START_STEPS = 220  # from a published checkpoint
 PLAIN = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
 CLOSE = [SMALL_PRINT, WIDE_SMALL_PRINT, SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World(), WIDE_SMALL_PRINT, WIDE]
 STORED_PLAIN, STORED_CLOSE = 1500, 800  # scenes, per replica
+START_PLAIN, START_CLOSE = 720, 400  # from a published checkpoint
 IMAGES_PLAIN, IMAGES_CLOSE, ASKED = 10, 4, 5  # a step, per replica; questions an image
 FOCUSED_IMAGES = 1  # of the plain ones, with questions read by 2 to 4 groups of queries
 SMALL_PRINT_WEIGHTS = dict.fromkeys(("colour", "shape", "exist", "relation", "size"), 0.7) | {"count": 1.0, "read": 6.0}
@@ -70,7 +71,8 @@ def train_allocator(plan: Plan) -> None:
     eye = Eye.training(looking.model.vision_model, plan)
     plain = LookStore(eye, PLAIN, False, (5, replicas.rank(), 0))
     close = LookStore(eye, CLOSE, True, (5, replicas.rank(), 1))
-    fill(plan, {"plain": (plain, plan.size(STORED_PLAIN, 4)), "close": (close, plan.size(STORED_CLOSE, 2))})
+    stored = (START_PLAIN, START_CLOSE) if plan.start else (STORED_PLAIN, STORED_CLOSE)
+    fill(plan, {"plain": (plain, plan.size(stored[0], 4)), "close": (close, plan.size(stored[1], 2))})
     images, close_images = plan.size(IMAGES_PLAIN, 3), plan.size(IMAGES_CLOSE, 2)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:

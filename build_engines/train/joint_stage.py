@@ -34,6 +34,7 @@ from build_engines.train.tokens import new_tokenizer
 STEPS = 900
 BATCH = 24  # per replica
 STORED, FRESH = 3000, 6  # per replica
+START_STORED = 1500  # from a published checkpoint
 TEXT_TOKENS = 160  # per image: about eight questions
 WEIGHTS = {
     "colour": 0.7,
@@ -45,7 +46,7 @@ WEIGHTS = {
     "read": 0.8,
     DESCRIBE: 0.2,
 }
-START_STEPS, START_RATE = 420, 0.6  # from a published checkpoint; the latter of the learning rates
+START_STEPS, START_RATE = 300, 0.6  # from a published checkpoint; the latter of the learning rates
 WORLDS = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
 
 
@@ -129,7 +130,13 @@ def train_joint(plan: Plan) -> None:
     course.resume()
     if course.finished:
         return
-    store = Store(joint.model.vision_model, plan, WORLDS, plan.size(STORED, 8), plan.size(FRESH, 4))
+    store = Store(
+        joint.model.vision_model,
+        plan,
+        WORLDS,
+        plan.size(START_STORED if plan.start else STORED, 8),
+        plan.size(FRESH, 4),
+    )
     number = plan.size(BATCH, 4)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:

@@ -30,7 +30,8 @@ from build_engines.train.tokens import new_tokenizer
 STEPS = 1300
 BATCH = 32  # per replica
 STORED, FRESH = 3000, 6  # scenes kept, and how many of them every step replaces; per replica
-START_STEPS, START_RATE = 500, 0.4  # from a published checkpoint; the latter of the learning rates
+START_STORED = 1500  # from a published checkpoint
+START_STEPS, START_RATE = 350, 0.4  # from a published checkpoint; the latter of the learning rates
 WORLDS = [World(), WIDE, World(fewest=4, most=8, unnamed_share=0.25), replace(WIDE, unnamed_share=0.25), World(), WIDE]
 
 
@@ -75,7 +76,9 @@ def train_qformer(plan: Plan) -> None:
     if course.finished:
         return
 
-    store = Store(model.vision_model, plan, WORLDS, plan.size(STORED, 8), plan.size(FRESH, 4))
+    store = Store(
+        model.vision_model, plan, WORLDS, plan.size(START_STORED if plan.start else STORED, 8), plan.size(FRESH, 4)
+    )
     number = plan.size(BATCH, 8)
 
     def report(rng: np.random.Generator, batch: Seen, refined: Tensor) -> tuple[Tensor, Measures]:

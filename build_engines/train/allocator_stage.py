@@ -38,7 +38,7 @@ from build_engines.train.spending import Price, ceiling
 from build_engines.train.stages import Plan, device
 
 STEPS = 1500
-START_STEPS = 340  # from a published checkpoint
+START_STEPS = 225  # from a published checkpoint
 PLAIN = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
 CLOSE = [SMALL_PRINT, WIDE_SMALL_PRINT, SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World(), WIDE_SMALL_PRINT, WIDE]
 STORED_PLAIN, STORED_CLOSE = 1500, 800  # scenes, per replica

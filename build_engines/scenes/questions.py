@@ -15,11 +15,12 @@ from build_engines.scenes.world import CHARACTERS, COLOUR_NAMES, NONE, SHAPES, S
 
 TYPES = ("colour", "shape", "count", "exist", "relation", "size", "read")
 DESCRIBE = "describe"
-NUMBERS = tuple(str(n) for n in range(8))
+NUMBERS = tuple(str(n) for n in range(10))
 RELATIONS = ("left", "right", "above", "below")
 LEAST_OFFSET = 20.0  # pixels between two centres along the axis of the question
 LEAST_STEP = 1.25  # ratio of two diameters that counts as bigger
-ANSWERS = (*COLOUR_NAMES, *SHAPES, *NUMBERS, "yes", "no", *RELATIONS, *SIZE_NAMES, *CHARACTERS)
+# 8 and 9 are among the characters. The tokenizer is trained on this list, so its order and repetitions stay.
+ANSWERS = (*COLOUR_NAMES, *SHAPES, *NUMBERS[:8], "yes", "no", *RELATIONS, *SIZE_NAMES, *CHARACTERS)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from build_engines.scenes.world import CHARACTERS, GRID, IMAGE_SIZE, NONE, PATCH_SIZE, SHAPES, Thing, legible_height
 
 _OVERSAMPLE = 3
-_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _FONT_FILES = ("DejaVuSans-Bold.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 _CAPITAL_HEIGHT = 0.729  # of the font size, DejaVu
 _OUTLINE = 1.2  # pixels of the 224 view around a legible character; less for small print
@@ -39,12 +39,12 @@ def render(things: list[Thing], rng: np.random.Generator, scale: int = 1) -> Pic
     The image is 224 * `scale` pixels wide and high. It takes about 3 ms at scale 1 and 10 ms at scale 2.
     """
     side = IMAGE_SIZE * scale
-    canvas = _background(rng, scale)
+    canvas = background(rng, scale)
     coverage = np.zeros((len(things), GRID, GRID), np.float32)
     for index, thing in enumerate(things):
         _draw(canvas, coverage[index], thing, rng, scale)
     canvas *= _light(rng, side)
-    canvas += _noise(rng, float(rng.uniform(2, 9)), side)
+    canvas += noise(rng, float(rng.uniform(2, 9)), side)
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
     return Picture(pixels, coverage)
 
@@ -70,7 +70,7 @@ def compressed(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def _background(rng: np.random.Generator, scale: int) -> np.ndarray:
+def background(rng: np.random.Generator, scale: int) -> np.ndarray:
     """[side, side, 3] float32 in 0..255: a dull colour with blotches and sometimes stripes or checks."""
     value, tint = rng.uniform(70, 215), rng.uniform(-16, 16, 3)
     cells = int(rng.integers(4, 40))
@@ -104,7 +104,7 @@ def _noise_tile(side: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((side * 2, side * 2, 3)).astype(np.float32)
 
 
-def _noise(rng: np.random.Generator, amplitude: float, side: int) -> np.ndarray:
+def noise(rng: np.random.Generator, amplitude: float, side: int) -> np.ndarray:
     """Take a random window of one large tile of Gaussian noise, which is ten times faster than new noise."""
     top, left = (int(v) for v in rng.integers(0, side, 2))
     return _noise_tile(side)[top : top + side, left : left + side] * amplitude
@@ -112,7 +112,7 @@ def _noise(rng: np.random.Generator, amplitude: float, side: int) -> np.ndarray:
 
 def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.Generator, scale: int) -> None:
     """Blend one object into the canvas and its [16, 16] patch shares, both in place."""
-    image_side, patch = IMAGE_SIZE * scale, PATCH_SIZE * scale
+    image_side = IMAGE_SIZE * scale
     outline_width = _OUTLINE * scale * min(1.0, thing.character_height / legible_height(0))
     thing = replace(
         thing,
@@ -144,15 +144,20 @@ def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.G
     for alpha, colour in layers:
         share = alpha[window][..., None]
         region += share * (np.broadcast_to(colour, (side, side, 3))[window] - region)
-    # The object's share of each patch, from the window padded to whole patches.
-    row0, column0, row1, column1 = y0 // patch, x0 // patch, -(-y1 // patch), -(-x1 // patch)
-    union = np.zeros(((row1 - row0) * patch, (column1 - column0) * patch), np.float32)
-    inside = (
-        slice(y0 - row0 * patch, y1 - row0 * patch),
-        slice(x0 - column0 * patch, x1 - column0 * patch),
-    )
-    union[inside] = mask[window] if len(layers) == 1 else np.maximum(mask[window], layers[1][0][window])
-    shares[row0:row1, column0:column1] = union.reshape(row1 - row0, patch, column1 - column0, patch).mean(axis=(1, 3))
+    union = mask if len(layers) == 1 else np.maximum(mask, layers[1][0])
+    shares[:] = patch_shares(union, (left, top), scale)
+
+
+def patch_shares(mask: np.ndarray, corner: tuple[int, int], scale: int) -> np.ndarray:
+    """The share of each patch, float32 [16, 16], that a mask [side, side] fills whose left top corner is there."""
+    left, top = corner
+    image_side, patch = IMAGE_SIZE * scale, PATCH_SIZE * scale
+    y0, x0 = max(0, top), max(0, left)
+    y1, x1 = min(image_side, top + len(mask)), min(image_side, left + len(mask))
+    whole = np.zeros((image_side, image_side), np.float32)
+    whole[y0:y1, x0:x1] = mask[y0 - top : y1 - top, x0 - left : x1 - left]
+    shares: np.ndarray = whole.reshape(GRID, patch, GRID, patch).mean(axis=(1, 3))
+    return shares
 
 
 def _shape_mask(thing: Thing, side: int, centre: tuple[float, float]) -> np.ndarray:
@@ -171,14 +176,14 @@ def _shape_mask(thing: Thing, side: int, centre: tuple[float, float]) -> np.ndar
         turn = math.radians(thing.angle)
         cos, sin = math.cos(turn), math.sin(turn)
         draw.polygon(
-            [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in _outline(name)],
+            [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in outline_of(name)],
             fill=255,
         )
     return np.asarray(image.reduce(_OVERSAMPLE), np.float32) / 255
 
 
 @functools.cache
-def _outline(shape: str) -> tuple[tuple[float, float], ...]:
+def outline_of(shape: str) -> tuple[tuple[float, float], ...]:
     """Corners in units of the radius, y down."""
     if shape == "square":
         a = 0.84
@@ -200,7 +205,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
 
 @functools.cache
 def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_FONTS / file), size)
+    return ImageFont.truetype(str(FONTS / file), size)
 
 
 def _character_masks(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,17 @@ NONE = -1  # no character, or a colour without a name
 _HELD_OUT = {(COLOUR_NAMES.index(c), SHAPES.index(s)) for c, s in HELD_OUT_PAIRS}
 TRAINING_PAIRS = tuple((c, s) for c in range(8) for s in range(6) if (c, s) not in _HELD_OUT)
 HELD_OUT = tuple(sorted(_HELD_OUT))
+# The wide world: other centres for the same names, as in CSS, paint programs and prints. They too are jittered.
+WIDE_COLOURS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "red": ((0, 1.0, 1.0), (356, 0.85, 0.85), (0, 0.8, 0.7), (6, 0.75, 0.92)),
+    "orange": ((39, 1.0, 1.0), (33, 1.0, 1.0), (24, 0.9, 0.9), (30, 0.75, 0.95)),
+    "yellow": ((60, 1.0, 1.0), (51, 1.0, 1.0), (56, 0.7, 0.9), (57, 0.6, 1.0)),
+    "green": ((120, 1.0, 0.5), (120, 0.75, 0.8), (120, 1.0, 1.0), (135, 0.6, 0.55), (110, 0.6, 0.7)),
+    "cyan": ((180, 1.0, 1.0), (176, 0.7, 0.88), (184, 1.0, 0.78), (188, 0.6, 0.95)),
+    "blue": ((240, 1.0, 1.0), (225, 0.7, 0.88), (213, 0.85, 1.0), (235, 0.9, 0.7)),
+    "purple": ((300, 1.0, 0.5), (282, 1.0, 0.8), (271, 0.65, 0.6), (288, 0.6, 0.65), (266, 0.55, 0.85)),
+    "pink": ((350, 0.25, 1.0), (330, 0.58, 1.0), (340, 0.35, 0.98), (322, 0.5, 0.95)),
+}
 # Hues (degrees) between the names.
 _UNNAMED_HUES = ((76, 96), (150, 163), (201, 206), (246, 256), (300, 312))
 
@@ -49,7 +60,8 @@ class Thing:
     """One object.
 
     Attributes are indices into the tables above. x, y, diameter and character_height (0 without a character) are in
-    pixels of the 224 view. angle is in degrees.
+    pixels of the 224 view. angle is in degrees. stretch is the width over the height of a circle in the view, if the
+    picture was squeezed to the square; the diameter is then that of a circle of equal area.
     """
 
     colour: int
@@ -62,6 +74,7 @@ class Thing:
     diameter: float
     angle: float
     rgb: tuple[float, float, float]
+    stretch: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,11 +91,16 @@ class World:
     # Character heights in pixels, also on small objects. None: legible characters.
     small_print: tuple[float, float] | None = None
     repeat_share: float = 0.45  # scenes that repeat one colour, shape or pair, so that a count is not always "one"
+    wide: bool = False  # pictures of many kinds (wide.py), with wider colours, free turns and fewer or more objects
+    near: bool = False  # a quarter of the picture, twice as large, as the closer view shows it (training only)
 
 
 # For measuring the closer view: characters fill less than one patch of the 224 view, and are twice as high at 448
 # pixels.
 SMALL_PRINT = World(size_weights=(0.6, 0.25, 0.15), character_share=0.75, small_print=(10.5, 12.0))
+WIDE = World(fewest=1, most=9, wide=True)
+WIDE_SMALL_PRINT = replace(SMALL_PRINT, fewest=1, most=9, wide=True)
+FEW_SHARE = 0.3  # of the wide scenes, which have one or two objects
 
 
 def legible_height(diameter: float) -> float:
@@ -90,10 +108,17 @@ def legible_height(diameter: float) -> float:
     return max(21.0, 0.54 * diameter)
 
 
-def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
-    """Place 3 to 7 objects that do not overlap. The order carries no meaning."""
+def sample_scene(
+    rng: np.random.Generator, world: World, extent: tuple[float, float] = (IMAGE_SIZE, IMAGE_SIZE)
+) -> list[Thing]:
+    """Place objects that do not overlap, 3 to 7 by default. The order carries no meaning.
+
+    extent: width and height of the picture, whose pixels the places are in.
+    """
     things: list[Thing] = []
     wanted = int(rng.integers(world.fewest, world.most + 1))
+    if world.wide and world.fewest == 1 and rng.random() < FEW_SHARE:
+        wanted = int(rng.integers(1, 3))
     held_out = int(rng.integers(1, 3)) if world.held_out else 0
     # Some scenes repeat a theme: a colour, a shape or both.
     theme = TRAINING_PAIRS[rng.integers(len(TRAINING_PAIRS))] if rng.random() < world.repeat_share else None
@@ -104,7 +129,7 @@ def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
             break
         size = int(rng.choice(3, p=world.size_weights))
         diameter = float(rng.uniform(*SIZES[SIZE_NAMES[size]]))
-        place = _free_place(rng, world, diameter, things)
+        place = _free_place(rng, world, diameter, things, extent)
         if place is None:
             continue
         if len(things) < held_out:
@@ -114,13 +139,15 @@ def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
             if theme is not None and rng.random() < theme_share:
                 themed = (theme[0] if keeps_colour else colour, theme[1] if keeps_shape else shape)
                 colour, shape = (colour, shape) if themed in _HELD_OUT else themed
-        hue = _named_rgb(rng, colour)
+        hue = _wide_rgb(rng, colour) if world.wide else _named_rgb(rng, colour)
         if rng.random() < world.unnamed_share:
-            colour, hue = NONE, _unnamed_rgb(rng, shape)
+            colour, hue = NONE, _unnamed_rgb(rng, shape, world.wide)
         roomy = size > 0 or world.small_print is not None
         carries = roomy and SHAPES[shape] != "ring" and rng.random() < world.character_share
         character = int(rng.integers(len(CHARACTERS))) if carries else NONE
         height = legible_height(diameter) if world.small_print is None else float(rng.uniform(*world.small_print))
+        if world.wide and world.small_print is None:
+            height *= float(rng.uniform(0.88, 1.1))
         things.append(
             Thing(
                 colour=colour,
@@ -131,7 +158,7 @@ def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
                 x=place[0],
                 y=place[1],
                 diameter=diameter,
-                angle=float(rng.uniform(-12, 12)),
+                angle=float(rng.uniform(-180, 180) if world.wide and rng.random() < 0.5 else rng.uniform(-12, 12)),
                 rgb=hue,
             )
         )
@@ -139,11 +166,13 @@ def sample_scene(rng: np.random.Generator, world: World) -> list[Thing]:
 
 
 def _free_place(
-    rng: np.random.Generator, world: World, diameter: float, things: list[Thing]
+    rng: np.random.Generator, world: World, diameter: float, things: list[Thing], extent: tuple[float, float]
 ) -> tuple[float, float] | None:
     radius = diameter / 2
+    if 2 * (radius + 2) >= min(extent):
+        return None
     for _ in range(8):
-        x, y = (float(v) for v in rng.uniform(radius + 2, IMAGE_SIZE - radius - 2, 2))
+        x, y = (float(v) for v in rng.uniform(radius + 2, np.subtract(extent, radius + 2)))
         if world.lattice_jitter is not None:
             offset = 0.0 if round(diameter / PATCH_SIZE) % 2 else 0.5
             x, y = (
@@ -167,9 +196,29 @@ def _named_rgb(rng: np.random.Generator, colour: int) -> tuple[float, float, flo
     )
 
 
-def _unnamed_rgb(rng: np.random.Generator, shape: int) -> tuple[float, float, float]:
-    """A hue between the names, a dark colour or a grey; never near a colour held out for this shape."""
-    forbidden = [COLOURS[c][0] for c, s in HELD_OUT_PAIRS if SHAPES.index(s) == shape]
+def _wide_rgb(rng: np.random.Generator, colour: int) -> tuple[float, float, float]:
+    name = COLOUR_NAMES[colour]
+    centres = (COLOURS[name], *WIDE_COLOURS[name])
+    hue, saturation, value = centres[int(rng.integers(len(centres)))]
+    return colorsys.hsv_to_rgb(
+        (hue + float(rng.uniform(-4, 4))) / 360 % 1,
+        float(np.clip(saturation + rng.uniform(-0.08, 0.08), 0.0, 1.0)),
+        float(np.clip(value + rng.uniform(-0.08, 0.08), 0.0, 1.0)),
+    )
+
+
+def _unnamed_rgb(rng: np.random.Generator, shape: int, wide: bool = False) -> tuple[float, float, float]:
+    """A hue between the names, a dark colour or a grey; never near a colour held out for this shape.
+
+    wide: greys of any value, and never near a held-out colour of the wide world either.
+    """
+    held_out = [c for c, s in HELD_OUT_PAIRS if SHAPES.index(s) == shape]
+    forbidden = [COLOURS[c][0] for c in held_out]
+    if wide:
+        forbidden += [hue for c in held_out for hue, _, _ in WIDE_COLOURS[c]]
+        if rng.random() < 0.4:
+            grey = float(rng.uniform(0.0, 1.0))
+            return grey, grey, grey
     while True:
         kind = rng.random()
         if kind < 0.15:

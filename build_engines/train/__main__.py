@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         default=0,
         help="stage allocator: rank of LoRA on the language model (default: frozen)",
     )
+    parser.add_argument(
+        "--start", type=Path, help="go on from this published checkpoint, such as reference, at lower rates"
+    )
     parser.add_argument("--tiny", action="store_true", help="a smoke test with a tiny model and a few steps")
     options = parser.parse_args(arguments)
 
@@ -62,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.scale,
         compiled=not options.eager,
         tiny=options.tiny,
+        start=options.start,
         large_budgets=options.large_budgets,
         adapter_rank=options.adapter_rank,
     )

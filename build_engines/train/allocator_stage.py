@@ -21,7 +21,7 @@ from build_engines.model.allocation import CELL_COUNT
 from build_engines.model.knowing import mean_meaning
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from build_engines.scenes.questions import TYPES
-from build_engines.scenes.world import SMALL_PRINT, World
+from build_engines.scenes.world import SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World
 from build_engines.train import replicas
 from build_engines.train.architecture import QUERIES
 from build_engines.train.course import Course, Measures
@@ -38,9 +38,11 @@ from build_engines.train.spending import Price, ceiling
 from build_engines.train.stages import Plan, device
 
 STEPS = 1500
-PLAIN = [World(), World(), World(unnamed_share=0.4)]
-CLOSE = [SMALL_PRINT, SMALL_PRINT, SMALL_PRINT, World(), World()]
+START_STEPS = 225  # from a published checkpoint
+PLAIN = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
+CLOSE = [SMALL_PRINT, WIDE_SMALL_PRINT, SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World(), WIDE_SMALL_PRINT, WIDE]
 STORED_PLAIN, STORED_CLOSE = 1500, 800  # scenes, per replica
+START_PLAIN, START_CLOSE = 720, 400  # from a published checkpoint
 IMAGES_PLAIN, IMAGES_CLOSE, ASKED = 10, 4, 5  # a step, per replica; questions an image
 FOCUSED_IMAGES = 1  # of the plain ones, with questions read by 2 to 4 groups of queries
 SMALL_PRINT_WEIGHTS = dict.fromkeys(("colour", "shape", "exist", "relation", "size"), 0.7) | {"count": 1.0, "read": 6.0}
@@ -58,8 +60,9 @@ POSITION_STEPS = 160
 def train_allocator(plan: Plan) -> None:
     looking = Looking(plan)
     looking.start_from(plan)
+    steps = plan.steps(START_STEPS if plan.start else STEPS)
     course = Course(
-        plan.out, "allocator", plan.steps(STEPS), looking.modules, looking.optimizers(), decay_share=0.7,
+        plan.out, "allocator", steps, looking.modules, looking.optimizers(), decay_share=0.7,
         state={"price": 0.03, "spent": {}, "settled": False}, norms=looking.gradient_norms,
     )  # fmt: skip
     course.resume()
@@ -68,7 +71,8 @@ def train_allocator(plan: Plan) -> None:
     eye = Eye.training(looking.model.vision_model, plan)
     plain = LookStore(eye, PLAIN, False, (5, replicas.rank(), 0))
     close = LookStore(eye, CLOSE, True, (5, replicas.rank(), 1))
-    fill(plan, {"plain": (plain, plan.size(STORED_PLAIN, 4)), "close": (close, plan.size(STORED_CLOSE, 2))})
+    stored = (START_PLAIN, START_CLOSE) if plan.start else (STORED_PLAIN, STORED_CLOSE)
+    fill(plan, {"plain": (plain, plan.size(stored[0], 4)), "close": (close, plan.size(stored[1], 2))})
     images, close_images = plan.size(IMAGES_PLAIN, 3), plan.size(IMAGES_CLOSE, 2)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from transformers import Blip2ForConditionalGeneration
 from build_engines.model.allocation import CELL_COUNT, Allocation
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.scenes.questions import DESCRIBE, TYPES, Question
-from build_engines.scenes.world import World
+from build_engines.scenes.world import WIDE, World
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
 from build_engines.train.language import answer_loss, decoder_of
@@ -33,6 +34,7 @@ from build_engines.train.tokens import new_tokenizer
 STEPS = 900
 BATCH = 24  # per replica
 STORED, FRESH = 3000, 6  # per replica
+START_STORED = 1500  # from a published checkpoint
 TEXT_TOKENS = 160  # per image: about eight questions
 WEIGHTS = {
     "colour": 0.7,
@@ -44,7 +46,8 @@ WEIGHTS = {
     "read": 0.8,
     DESCRIBE: 0.2,
 }
-WORLDS = [World(), World(), World(unnamed_share=0.4)]
+START_STEPS, START_RATE = 300, 0.6  # from a published checkpoint; the latter of the learning rates
+WORLDS = [World(), WIDE, World(unnamed_share=0.4), WIDE, World(), replace(WIDE, unnamed_share=0.4)]
 
 
 class Joint:
@@ -96,7 +99,7 @@ class Joint:
         with mixed():
             return answer_loss(self.model.language_model, self._decode, prefix, self.packer.pack(questions))
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
+    def optimizers(self, rate: float) -> list[torch.optim.Optimizer]:
         """Train the Q-Former, the decoder at a fifth of its rate, and not the encoder."""
         model, decoder = self.model, self.model.language_model.model.decoder
         seeing = [model.qformer.layernorm, model.language_projection, self.readout, self.participatory]
@@ -105,11 +108,14 @@ class Joint:
             *muon_and_adam(
                 [model.qformer.encoder],
                 [model.query_tokens, *(p for module in seeing for p in module.parameters())],
-                muon=0.005,
-                adam=6e-4,
+                muon=0.005 * rate,
+                adam=6e-4 * rate,
             ),
             *muon_and_adam(
-                [decoder.layers], [p for module in saying for p in module.parameters()], muon=0.001, adam=1e-4
+                [decoder.layers],
+                [p for module in saying for p in module.parameters()],
+                muon=0.001 * rate,
+                adam=1e-4 * rate,
             ),
         ]
 
@@ -117,11 +123,20 @@ class Joint:
 def train_joint(plan: Plan) -> None:
     joint = Joint(plan)
     joint.start_from(plan)
-    course = Course(plan.out, "joint", plan.steps(STEPS), joint.modules, joint.optimizers(), decay_share=0.7)
+    optimizers = joint.optimizers(START_RATE if plan.start else 1.0)
+    course = Course(
+        plan.out, "joint", plan.steps(START_STEPS if plan.start else STEPS), joint.modules, optimizers, decay_share=0.7
+    )
     course.resume()
     if course.finished:
         return
-    store = Store(joint.model.vision_model, plan, WORLDS, plan.size(STORED, 8), plan.size(FRESH, 4))
+    store = Store(
+        joint.model.vision_model,
+        plan,
+        WORLDS,
+        plan.size(START_STORED if plan.start else STORED, 8),
+        plan.size(FRESH, 4),
+    )
     number = plan.size(BATCH, 4)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
@@ -147,7 +162,7 @@ def train_joint(plan: Plan) -> None:
     @torch.no_grad()
     def validate() -> Measures:
         measures: Measures = {}
-        for name, world in {"new": World(), "pairs": World(held_out=True)}.items():
+        for name, world in {"new": World(), "pairs": World(held_out=True), "wide": WIDE}.items():
             rng, right, asked = np.random.default_rng(80), Counter[str](), Counter[str]()
             for _ in range(plan.size(8, 1)):
                 batch: Seen = store.encode(rng, number, [world])

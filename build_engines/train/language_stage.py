@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from build_engines.scenes.questions import ANSWERS, DESCRIBE, TYPES, Question, ask, rephrase
-from build_engines.scenes.world import HELD_OUT_PAIRS, Thing, World, sample_scene
+from build_engines.scenes.world import HELD_OUT_PAIRS, WIDE, Thing, World, sample_scene
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
 from build_engines.train.language import answer_loss, decoder_of
 from build_engines.train.packing import Pack, Packer
 from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam, tensor
+from build_engines.train.starting import fit_table, said_by
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 
 STEPS = 4800
 BATCH = 16  # images, about 14 questions each
+START_STEPS, START_RATE = 1584, 0.5  # from a published checkpoint; the latter of the learning rates
 NOISE = 0.05  # on the slots' vectors, because the Q-Former's will not be exact
 WEIGHTS = {"colour": 0.6, "shape": 0.7, "count": 4.0, "exist": 1.2, "relation": 2.0, "size": 1.2, "read": 0.6}
 
@@ -58,7 +60,13 @@ def train_language(plan: Plan) -> None:
     language.set_attn_implementation("eager")
     table = SlotTable(language.config.hidden_size).to(device())
     embeddings = language.get_input_embeddings().weight.data
-    table.start_from_words({a: embeddings[tokenizer.encode(f" {a}", add_special_tokens=False)[0]] for a in ANSWERS})
+    rate = 1.0
+    if plan.start:
+        published, rate = plan.published(), START_RATE
+        language.load_state_dict(published.model.language_model.state_dict())
+        fit_table(table, said_by(published, plan))
+    else:
+        table.start_from_words({a: embeddings[tokenizer.encode(f" {a}", add_special_tokens=False)[0]] for a in ANSWERS})
     packer = Packer(tokenizer)
     decode = faster(decoder_of(language), plan)
     decoder = language.model.decoder
@@ -70,9 +78,10 @@ def train_language(plan: Plan) -> None:
     course = Course(
         plan.out,
         "language",
-        plan.steps(STEPS),
+        plan.steps(START_STEPS if plan.start else STEPS),
         {"language": language, "table": table},
-        muon_and_adam([decoder.layers], others, muon=0.01, adam=2e-3),
+        muon_and_adam([decoder.layers], others, muon=0.01 * rate, adam=2e-3 * rate),
+        decay_share=1.0 if plan.start else 0.35,
     )
     course.resume()
 
@@ -83,7 +92,8 @@ def train_language(plan: Plan) -> None:
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
         early = max(0.0, 1.0 - 2.0 * course.step / course.steps)
-        prefix, pack = draw(rng, World(), WEIGHTS | {DESCRIBE: 0.5, "position": 0.2 + 3.0 * early}, True)
+        world, weights = WIDE if course.step % 2 else World(), WEIGHTS | {DESCRIBE: 0.5, "position": 0.2 + 3.0 * early}
+        prefix, pack = draw(rng, world, weights, True)
         prefix = prefix + NOISE * tensor(rng.standard_normal(prefix.shape, np.float32))
         with mixed():
             loss, right, number = answer_loss(language, decode, prefix, pack)
@@ -92,7 +102,7 @@ def train_language(plan: Plan) -> None:
     @torch.no_grad()
     def validate() -> Measures:
         measures: Measures = {}
-        for name, world in {"new": World(), "pairs": World(held_out=True)}.items():
+        for name, world in {"new": World(), "pairs": World(held_out=True), "wide": WIDE}.items():
             rng, right, number = np.random.default_rng(78), Counter[str](), Counter[str]()
             for _ in range(plan.size(8, 1)):
                 prefix, pack = draw(rng, world, dict.fromkeys((*TYPES, DESCRIBE, "position"), 1.0), False)

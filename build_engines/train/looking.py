@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from build_engines.train.stages import Plan, device, mixed, muon_and_adam, tenso
 from build_engines.train.symbols import SlotTable
 from build_engines.train.tokens import new_tokenizer
 
+START_RATE = 0.4  # of the learning rates of balancing and the closer view, from a published checkpoint
 DEAD_POSITIONS = 96  # the language model's positions from here were never trained
 
 
@@ -88,6 +90,7 @@ class Looking:
         self.qformer.requires_grad_(True)
         self.positions = self.model.language_model.model.decoder.embed_positions
         self.positions.requires_grad_(True)
+        self.rate = 1.0  # of the learning rates of balancing and the closer view
         self.adapter_rank, self.adapters = plan.adapter_rank, list[nn.Parameter]()
         self.packer = Packer(self.tokenizer)
         self._decode = decoder_of(self.model.language_model)
@@ -108,21 +111,30 @@ class Looking:
         return len(self.positions.weight) - self.model.config.text_config.max_position_embeddings
 
     def start_from(self, plan: Plan) -> None:
-        """Load the weights of the stage `joint`.
+        """Load the weights of the stage `joint`, and balancing and the closer view of a published checkpoint.
 
-        Untrained positions start as those of the words after a 32-token prefix.
+        Without one, untrained positions start as those of the words after a 32-token prefix.
         """
         joint = plan.finished("joint")
         for name in ("model", "participatory", "readout"):
             self.modules[name].load_state_dict(joint[name])
         self.table.load_state_dict(plan.finished("language")["table"])
+        if plan.start:
+            published = plan.published()
+            self.balancing.load_state_dict(cast(nn.Module, published.balancing).state_dict())
+            self.closer.load_state_dict(cast(nn.Module, published.closer).state_dict())
+            self.rate = START_RATE
+        else:
+            self._begin_positions()
+        if self.adapter_rank:
+            self.adapters = adapt(self.model.language_model, self.adapter_rank)
+            self.positions.requires_grad_(True)
+
+    def _begin_positions(self) -> None:
         rows, start = self.positions.weight.data, self.first_position
         words = rows[start + QUERIES : start + DEAD_POSITIONS].clone()
         rows[start + DEAD_POSITIONS : start + 4 * QUERIES] = words[:QUERIES]
         rows[start + 4 * QUERIES : start + 4 * QUERIES + len(words)] = words
-        if self.adapter_rank:
-            self.adapters = adapt(self.model.language_model, self.adapter_rank)
-            self.positions.requires_grad_(True)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Low learning rates for the trained Q-Former, high ones for new parts."""
@@ -136,8 +148,8 @@ class Looking:
         )
         groups = [
             {"params": list(self.participatory.parameters()), "lr": 4e-4},
-            {"params": list(self.balancing.parameters()), "lr": 2e-3},
-            {"params": list(self.closer.parameters()), "lr": 2e-3},
+            {"params": list(self.balancing.parameters()), "lr": 2e-3 * self.rate},
+            {"params": list(self.closer.parameters()), "lr": 2e-3 * self.rate},
         ]
         if self.adapters:
             groups.append({"params": self.adapters, "lr": 5e-4})

@@ -16,8 +16,9 @@ from transformers import Blip2VisionModel
 
 from build_engines.model.knowing import perspectival
 from build_engines.model.vision import VisionEncoder
-from build_engines.scenes.render import compressed, crops, overview, render
-from build_engines.scenes.world import GRID, IMAGE_SIZE, Thing, World, sample_scene
+from build_engines.scenes.render import compressed, crops, overview
+from build_engines.scenes.wide import draw_scene
+from build_engines.scenes.world import GRID, IMAGE_SIZE, Thing, World
 from build_engines.train.architecture import MEAN, STD
 from build_engines.train.stages import Plan, device, faster, mixed, tensor
 
@@ -116,8 +117,7 @@ class Eye:
         """Draw one new scene of each world. lossy: the share compressed by JPEG or WebP."""
         scenes, pixels, coverage = [], [], []
         for world in worlds:
-            things = sample_scene(rng, world)
-            picture = render(things, rng, CLOSER if closely else 1)
+            things, picture = draw_scene(rng, world, CLOSER if closely else 1)
             pixels.append(compressed(picture.pixels, rng) if rng.random() < lossy else picture.pixels)
             scenes.append(things)
             coverage.append(picture.coverage)

@@ -58,7 +58,8 @@ def publish(plan: Plan, stage: str) -> Path:
         allocator = RelevanceAllocator(participatory, balancing, closer)
     card: dict[str, Any] = {
         "knows": KNOWS,
-        "training_command": f"python -m build_engines.train --scale {plan.scale:g}",
+        "training_command": f"python -m build_engines.train --scale {plan.scale:g}"
+        + (f" --start {plan.start.name}" if plan.start else ""),
         "held_out_pairs": [" ".join(pair) for pair in HELD_OUT_PAIRS],
     }
     directory = plan.out / "checkpoint"

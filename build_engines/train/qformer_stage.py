@@ -6,6 +6,8 @@ It trains on stored features of the trained encoder. Participatory knowing start
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 from build_engines.model.allocation import CELL_COUNT, Allocation
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.scenes.questions import TYPES
-from build_engines.scenes.world import World
+from build_engines.scenes.world import WIDE, World
 from build_engines.train.architecture import new_model
 from build_engines.train.course import Course, Measures
 from build_engines.train.queries import SlotReadout, allocate, looker, random_relevance, refinements, slot_loss
 from build_engines.train.relevance import COUPLED, relevance_loss
 from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam, tensor
+from build_engines.train.starting import fit_readout, load_published, said_by
 from build_engines.train.store import Seen, Store
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
@@ -27,7 +30,9 @@ from build_engines.train.tokens import new_tokenizer
 STEPS = 1300
 BATCH = 32  # per replica
 STORED, FRESH = 3000, 6  # scenes kept, and how many of them every step replaces; per replica
-WORLDS = [World(), World(), World(fewest=4, most=8, unnamed_share=0.25)]
+START_STORED = 1500  # from a published checkpoint
+START_STEPS, START_RATE = 350, 0.4  # from a published checkpoint; the latter of the learning rates
+WORLDS = [World(), WIDE, World(fewest=4, most=8, unnamed_share=0.25), replace(WIDE, unnamed_share=0.25), World(), WIDE]
 
 
 def train_qformer(plan: Plan) -> None:
@@ -47,19 +52,33 @@ def train_qformer(plan: Plan) -> None:
         "readout": SlotReadout(model.config.qformer_config.hidden_size),
         "participatory": ParticipatoryKnowing(len(tokenizer), model.config.vision_config.hidden_size),
     }
+    rate = START_RATE if plan.start else 1.0
+    if plan.start:
+        published = plan.published()
+        load_published(model, published)
+        trained["participatory"].load_state_dict(cast(nn.Module, published.participatory).state_dict())
+        fit_readout(cast(SlotReadout, trained["readout"]), said_by(published, plan))
     for module in trained.values():
         module.to(device())
     rest = [model.qformer.layernorm, *list(trained.values())[1:]]
     look = faster(looker(model), plan)
     optimizers = muon_and_adam(
-        [model.qformer.encoder], [p for module in rest for p in module.parameters()], muon=0.01, adam=1.5e-3
+        [model.qformer.encoder],
+        [p for module in rest for p in module.parameters()],
+        muon=0.01 * rate,
+        adam=1.5e-3 * rate,
     )
-    course = Course(plan.out, "qformer", plan.steps(STEPS), trained, optimizers)
+    decay = 1.0 if plan.start else 0.35
+    course = Course(
+        plan.out, "qformer", plan.steps(START_STEPS if plan.start else STEPS), trained, optimizers, decay_share=decay
+    )
     course.resume()
     if course.finished:
         return
 
-    store = Store(model.vision_model, plan, WORLDS, plan.size(STORED, 8), plan.size(FRESH, 4))
+    store = Store(
+        model.vision_model, plan, WORLDS, plan.size(START_STORED if plan.start else STORED, 8), plan.size(FRESH, 4)
+    )
     number = plan.size(BATCH, 8)
 
     def report(rng: np.random.Generator, batch: Seen, refined: Tensor) -> tuple[Tensor, Measures]:
@@ -86,7 +105,7 @@ def train_qformer(plan: Plan) -> None:
     def validate() -> Measures:
         measures: Measures = {}
         everything = tensor(np.full((number, 1), CELL_COUNT, np.float32))
-        for name, world in {"new": World(), "pairs": World(held_out=True)}.items():
+        for name, world in {"new": World(), "pairs": World(held_out=True), "wide": WIDE}.items():
             rng = np.random.default_rng(79)
             rows = [report(rng, store.encode(rng, number, [world]), everything)[1] for _ in range(4)]
             measures |= {f"{name}_{key}": round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, PreTrainedTokenizerFast
 
+from build_engines.model.checkpoint import Checkpoint
 from build_engines.train.architecture import new_config
 
 
@@ -25,6 +26,7 @@ class Plan:
     compiled: bool = True
     tiny: bool = False  # sizes for a smoke test of a few seconds
     large_budgets: bool = False  # stage `allocator`: large budgets of vision tokens more often, 2:3:5
+    start: Path | None = None  # a published checkpoint to go on from
     adapter_rank: int = 0  # stage `allocator`: rank of LoRA on the language model; 0 leaves it frozen
 
     def steps(self, number: int) -> int:
@@ -36,6 +38,10 @@ class Plan:
     def config(self, tokenizer: PreTrainedTokenizerFast) -> Blip2Config:
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
         return new_config(len(tokenizer), sizes, layers=1) if self.tiny else new_config(len(tokenizer))
+
+    def published(self) -> Checkpoint:
+        """The checkpoint to go on from. Only for a plan with a start."""
+        return Checkpoint.load(cast(Path, self.start))
 
     def finished(self, stage: str) -> dict[str, dict[str, Any]]:
         """The state dicts that a finished stage saved."""

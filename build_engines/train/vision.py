@@ -6,30 +6,34 @@ first aligns objects with the patch grid and lets them drift as shapes are recog
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from build_engines.scenes.render import compressed, render
+from build_engines.scenes.render import compressed
+from build_engines.scenes.wide import draw_scene
 from build_engines.scenes.world import (
     CHARACTERS,
     COLOURS,
     GRID,
+    IMAGE_SIZE,
     NONE,
     PATCH_SIZE,
     SHAPES,
     SIZES,
+    SMALL_PRINT,
+    WIDE_SMALL_PRINT,
     Thing,
     World,
-    sample_scene,
 )
 from build_engines.train.stages import tensor
 
 HEADS = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES), "character": len(CHARACTERS) + 1}
 IGNORED = -100
+WANDERING = 7.0  # pixels of jitter that leave nothing of the patch grid
 OWNED = 0.25  # of a patch: with this share or more it belongs to an object
 
 
@@ -65,8 +69,7 @@ def draw_views(rng: np.random.Generator, number: int, worlds: list[World], compr
     """Draw scenes of the given worlds in equal parts, with labels for every patch."""
     pixels, labels, scenes, coverages = [], [], [], []
     for index in range(number):
-        things = sample_scene(rng, worlds[index % len(worlds)])
-        picture = render(things, rng)
+        things, picture = draw_scene(rng, worlds[index % len(worlds)])
         shown = compressed(picture.pixels, rng) if rng.random() < compressed_share else picture.pixels
         pixels.append(shown)
         labels.append(patch_labels(things, picture.coverage))
@@ -77,12 +80,18 @@ def draw_views(rng: np.random.Generator, number: int, worlds: list[World], compr
 
 
 def patch_labels(things: list[Thing], coverage: np.ndarray) -> dict[str, np.ndarray]:
-    """Labels of the 256 patches. Attributes are IGNORED without an object or a name."""
-    flat = coverage.reshape(len(things), -1).copy()
+    """Labels of the 256 patches. Attributes are IGNORED without an object or a name.
+
+    An object whose centre is outside the view has no centre patch, and its character may be cut off, so it is IGNORED.
+    """
+    flat = coverage.reshape(len(things), GRID * GRID).copy()
     truth = {name: np.full(GRID * GRID, IGNORED, np.int64) for name in HEADS}
     centre = np.zeros(GRID * GRID, np.float32)
     offset = np.zeros((GRID * GRID, 2), np.float32)
+    inside = [0 <= thing.x < IMAGE_SIZE and 0 <= thing.y < IMAGE_SIZE for thing in things]
     for index, thing in enumerate(things):
+        if not inside[index]:
+            continue
         column, row = min(GRID - 1, int(thing.x // PATCH_SIZE)), min(GRID - 1, int(thing.y // PATCH_SIZE))
         patch = row * GRID + column
         centre[patch] = 1
@@ -94,8 +103,8 @@ def patch_labels(things: list[Thing], coverage: np.ndarray) -> dict[str, np.ndar
             thing = things[owner[patch]]
             truth["colour"][patch] = thing.colour if thing.colour != NONE else IGNORED
             truth["shape"][patch] = thing.shape
-            truth["size"][patch] = thing.size
-            truth["character"][patch] = thing.character + 1
+            truth["size"][patch] = thing.size if thing.size != NONE else IGNORED
+            truth["character"][patch] = thing.character + 1 if inside[owner[patch]] else IGNORED
     return {**truth, "object": (truth["shape"] != IGNORED).astype(np.float32), "centre": centre, "offset": offset}
 
 
@@ -139,20 +148,24 @@ def perception_loss(seen: dict[str, Tensor], labels: dict[str, Tensor]) -> tuple
 class Curriculum:
     """How far objects drift from the patch grid, in pixels.
 
-    It rises as shapes are recognised; 7 and more means anywhere.
+    It rises as shapes are recognised; WANDERING and more means anywhere. Then half of the scenes are wide.
     """
 
     jitter: float = 1.0
     shape: float = 0.0  # running accuracy at the centres
 
     def worlds(self) -> list[World]:
-        dense = {"fewest": 6, "most": 12, "character_share": 0.75, "unnamed_share": 0.25, "repeat_share": 0.2}
-        aligned = World(**dense, lattice_jitter=min(self.jitter, 2.0))
-        if self.jitter < 7:
-            return [World(**dense, lattice_jitter=self.jitter)] * 2 + [aligned]
-        return [World(**dense), World(**(dense | {"fewest": 3, "most": 8})), World(**dense), aligned]
+        dense = World(fewest=6, most=12, character_share=0.75, unnamed_share=0.25, repeat_share=0.2)
+        if self.jitter < WANDERING:
+            drifting = replace(dense, lattice_jitter=self.jitter)
+            return [drifting, drifting, replace(drifting, lattice_jitter=min(self.jitter, 2.0))]
+        wide = replace(dense, fewest=3, most=10, unnamed_share=0.3, wide=True)
+        return [
+            *(dense, wide, replace(dense, fewest=3, most=8), replace(wide, fewest=1)),
+            *(replace(SMALL_PRINT, near=True), wide, dense, replace(WIDE_SMALL_PRINT, near=True)),
+        ]
 
     def observe(self, shape_accuracy: float) -> None:
         self.shape = 0.95 * self.shape + 0.05 * shape_accuracy
-        if self.shape > 0.75 and self.jitter < 7:
+        if self.shape > 0.75 and self.jitter < WANDERING:
             self.jitter, self.shape = self.jitter + 1.0, 0.6

@@ -18,7 +18,9 @@ from build_engines.train.__main__ import main
 from build_engines.train.course import Course, Measures
 from build_engines.train.language_stage import draw_questions
 from build_engines.train.packing import Packer
-from build_engines.train.symbols import slots_of
+from build_engines.train.stages import Plan
+from build_engines.train.starting import fit_table, said_by
+from build_engines.train.symbols import SlotTable, slots_of
 from build_engines.train.tokens import EOS, PROMPT, new_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -40,6 +42,46 @@ def test_every_stage_leaves_a_checkpoint_a_log_and_a_curve(tiny_training: Path) 
     assert set(card["accuracy_in_pytorch"]) == {"new", "held_out_pairs", "small_print"}
     assert 0 <= card["closer_view_at"] <= 1
     assert card["visual_tokens"] == [32, 128]
+
+
+@pytest.fixture(scope="module")
+def continued(tiny_training: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run that goes on from the tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("continued")
+    start = str(tiny_training / "checkpoint")
+    assert main(["--out", str(folder), "--start", start, "--tiny", "--eager", "--threads", "1"]) == 0
+    return folder
+
+
+def test_a_run_goes_on_from_a_published_checkpoint(tiny_training: Path, continued: Path) -> None:
+    """At low rates and in three steps, the weights stay near those that it started from."""
+    before, after = (
+        Blip2ForConditionalGeneration.from_pretrained(folder / "checkpoint", dtype=torch.float32).state_dict()
+        for folder in (tiny_training, continued)
+    )
+    torch.manual_seed(9)
+    for name, weight in before.items():
+        if weight.ndim < 2 or weight.std() == 0:
+            continue
+        moved, apart = (after[name] - weight).norm(), (torch.randn_like(weight) * weight.std() - weight).norm()
+        assert moved < 0.5 * apart, name
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items())
+    card = json.loads((continued / "checkpoint" / "model_card.json").read_text())
+    assert card["training_command"].endswith("--start checkpoint")
+
+
+def test_the_symbols_are_fitted_to_what_a_checkpoint_says(tiny_training: Path) -> None:
+    plan = Plan(tiny_training, tiny=True, start=tiny_training / "checkpoint")
+    said = said_by(plan.published(), plan)
+    torch.manual_seed(0)
+    table = SlotTable(said.prefixes.shape[-1])
+
+    def error() -> float:
+        return (table(*said.slots) - said.prefixes)[said.slots[2]].square().mean().item()
+
+    before = error()
+    fit_table(table, said)
+    assert error() < 0.5 * before
 
 
 def test_transformers_reads_the_checkpoint_and_answers(tiny_training: Path) -> None:

@@ -310,7 +310,8 @@ class Settings(BaseSettings):
         read = [ip_network(network) for network in listed(cls._are_networks(networks))]
         ipv4 = collapse_addresses(network for network in read if isinstance(network, IPv4Network))
         ipv6 = collapse_addresses(network for network in read if isinstance(network, IPv6Network))
-        for network in (*ipv4, *ipv6):
+        collapsed: list[IPv4Network | IPv6Network] = [*ipv4, *ipv6]
+        for network in collapsed:
             if network.prefixlen < LEAST_PROXY_PREFIX:
                 raise ValueError(
                     f"'{network}' is everybody or nearly so, and any of them could claim any address: name the "

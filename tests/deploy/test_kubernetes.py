@@ -379,7 +379,7 @@ def test_a_broken_copy_is_found(tmp_path: Path, file: str, good: str, bad: str, 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_no_network_is_believed_to_be_of_proxies_before_somebody_names_it(overlay: str):
-    gateways = [each for where, each in containers(objects(f"overlays/{overlay}")) if each["name"] == "gateway"]
+    gateways = [each for where, each in containers(objects(overlay)) if each["name"] == "gateway"]
     assert gateways
     for gateway in gateways:
         assert "GLIMPSE_TRUSTED_PROXIES" not in {variable["name"] for variable in gateway["env"]}

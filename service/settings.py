@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -33,6 +33,8 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
 ROUTE = re.compile(r"/[A-Za-z0-9._~:@/-]{1,500}")
 MIB = 1024 * 1024
+LEAST_PROXY_PREFIX = 7  # the widest private network is fc00::/7
+IPV4_IN_IPV6 = IPv6Network("::ffff:0:0/96")
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -83,8 +85,8 @@ class Settings(BaseSettings):
     # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
     max_connections: int = Field(4096, gt=0)
     max_connections_per_address: int = Field(3072, gt=0)
-    # Networks of the proxies and load balancers in front, such as 10.0.0.0/8, with commas between them. The callers'
-    # addresses are then those that they tell in X-Forwarded-For, and the limits of one address do not apply to them.
+    # Networks of the proxies and load balancers in front, such as 10.1.0.0/24, with commas between them. Each caller's
+    # address is then what the proxy says in X-Forwarded-For. The limits of one address do not apply to a proxy.
     trusted_proxies: str = ""
     # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
     # seconds' worth at once. What comes beyond that is closed at once.
@@ -192,7 +194,8 @@ class Settings(BaseSettings):
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
-    # Add the caller's address to the lines of its requests. Behind a proxy that is not listed above it is the proxy's.
+    # Add the caller's address to the log lines of its requests. Behind a proxy that trusted_proxies does not list, this
+    # is the proxy's address.
     log_client_address: bool = False
 
     # Traces go to an OTLP receiver over gRPC, for example http://localhost:4317. The models read the first setting from
@@ -304,10 +307,19 @@ class Settings(BaseSettings):
     @field_validator("trusted_proxies")
     @classmethod
     def _are_proxies(cls, networks: str) -> str:
-        for network in listed(cls._are_networks(networks)):
-            if not ip_network(network).prefixlen:
+        read = [ip_network(network) for network in listed(cls._are_networks(networks))]
+        ipv4 = collapse_addresses(network for network in read if isinstance(network, IPv4Network))
+        ipv6 = collapse_addresses(network for network in read if isinstance(network, IPv6Network))
+        collapsed: list[IPv4Network | IPv6Network] = [*ipv4, *ipv6]
+        for network in collapsed:
+            if network.prefixlen < LEAST_PROXY_PREFIX:
                 raise ValueError(
-                    f"{network!r} is everybody, who could then claim any address: name the proxies' networks"
+                    f"'{network}' is everybody or nearly so, and any of them could claim any address: name the "
+                    "proxies' networks"
+                )
+            if isinstance(network, IPv6Network) and network.overlaps(IPV4_IN_IPV6):
+                raise ValueError(
+                    f"'{network}' holds IPv4 addresses in IPv6's form: write them as IPv4, as in 10.1.0.0/24"
                 )
         return networks
 

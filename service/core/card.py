@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from service.core.confidence import Calibration
 from service.core.frame import AskedFit, Colour
+from service.core.precision import NotOffered
 from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
@@ -97,10 +98,15 @@ class ModelCard:
     def computed_in(self, precision: str) -> Self:
         """Return the card of the same models computed in another precision.
 
-        Its fingerprints differ, because a cache must not mix the features of two precisions.
+        Its fingerprints differ, because a cache must not mix the features of two precisions. Raises NotOffered for
+        models that were built for a GPU.
         """
         if precision == self.precision:
             return self
+        if self.precision != "fp32":
+            raise NotOffered(
+                f"the models were built in {self.precision} for a GPU. Unset it, or build with --profile embedded"
+            )
         return dataclasses.replace(
             self,
             precision=precision,

@@ -1,7 +1,7 @@
 """Find the address of a caller that a proxy stands in front of.
 
-Only X-Forwarded-For of a listed proxy counts. A proxy appends to it the address that it sees; what stands before that,
-the caller may have written itself. `Forwarded` is not read, because many proxies pass on what the caller wrote there.
+Only the X-Forwarded-For of a listed proxy counts. A proxy appends the address that it sees. The caller may have written
+the addresses before that one itself. `Forwarded` is not read, because many proxies pass on what the caller wrote there.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -44,6 +45,7 @@ class Metrics:
 
     def __init__(self, tenant_labels: int = 50) -> None:  # noqa: PLR0915 - one statement a metric
         self.registry = CollectorRegistry()
+        self._holders: defaultdict[tuple[Counter | Gauge, str, str], int] = defaultdict(int)
         ProcessCollector(registry=self.registry)
         self.registry.register(Resources())
         self.costs = Costs(tenant_labels)
@@ -273,6 +275,17 @@ class Metrics:
             self.generated_tokens,
         ):
             metric.labels(variant)
+
+    def hold(self, metric: Counter | Gauge, variant: str, upstream: str) -> None:
+        """Keep the series of a Triton until each that held them has released them."""
+        self._holders[metric, variant, upstream] += 1
+
+    def release(self, metric: Counter | Gauge, variant: str, upstream: str) -> None:
+        """Remove the series of a Triton, unless another holds them: a variant that changed begins before it ends."""
+        self._holders[metric, variant, upstream] -= 1
+        if not self._holders[metric, variant, upstream]:
+            del self._holders[metric, variant, upstream]
+            metric.remove_by_labels({"variant": variant, "upstream": upstream})
 
     def _begin_at_zero(self) -> None:
         """Make the series that alerts count: a rate does not see the first event of a series that begins with it."""

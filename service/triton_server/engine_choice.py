@@ -20,12 +20,10 @@ def choice(settings: Settings, card: ModelCard, *, gateways_elsewhere: bool = Fa
     """
     wanted = settings.precision
     if card.precision != "fp32":
-        if wanted not in ("auto", card.precision):
-            raise SettingsError(
-                f"GLIMPSE_PRECISION is {wanted}, but {settings.model_repository} was built in {card.precision} for a "
-                "GPU: unset it, or build with --profile embedded"
-            )
-        return Choice(card.precision, "as built")
+        try:
+            return Choice((card if wanted == "auto" else card.computed_in(wanted)).precision, "as built")
+        except NotOffered as exc:
+            raise SettingsError(f"GLIMPSE_PRECISION is {wanted}: {exc}") from exc
     if not settings.embedded or (gateways_elsewhere and wanted == "auto"):
         return Choice("fp32", "the gateway and Triton start apart") if wanted == "auto" else Choice(wanted, "as set")
     built = {

@@ -30,7 +30,7 @@ EJECTION_S, MOST_EJECTION_S = 5.0, 60.0  # the first time; each further one is l
 Draw = Callable[[int], int]  # a random number from 0 up to, without, its argument
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Load:
     """What is known of one Triton. Times are seconds of any one clock."""
 

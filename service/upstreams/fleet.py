@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from service.core.card import Engines, ModelCard
-from service.core.precision import Precision
+from service.core.precision import NotOffered, Precision
 from service.settings import Settings, SettingsError
 from service.telemetry.metrics import Metrics
 from service.text.prompt import PromptBuilder, token_bytes
@@ -62,12 +62,10 @@ def computed_in(card: ModelCard, precision: Precision | None, setting: str) -> M
     """
     if precision is None:
         return card
-    if card.precision not in ("fp32", precision):
-        raise SettingsError(
-            f"{setting} is {precision}, but the models were built in {card.precision} for a GPU: unset it, or build "
-            "with --profile embedded"
-        )
-    return card.computed_in(precision)
+    try:
+        return card.computed_in(precision)
+    except NotOffered as exc:
+        raise SettingsError(f"{setting} is {precision}: {exc}") from exc
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -154,6 +154,8 @@ class Pool:
         self._budget = budget
         self._metrics = metrics
         self._first_token_s = first_token_s
+        self._leaving: list[Member] = []  # whose address is gone, while they have calls in flight
+        self._shown: set[str] = set()  # addresses that have a gauge
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -335,7 +337,7 @@ class Pool:
                     member.breaker.left()  # the attempt's earlier calls took most of the budget
                 else:
                     member.breaker.failed(now, random.random())
-                balance.measured(member.load, kind, now - begun, now)
+                    balance.measured(member.load, kind, now - begun, now)
             case "failed":
                 member.breaker.failed(now, random.random())
             case "overloaded":
@@ -343,7 +345,8 @@ class Pool:
                 member.load.measure(OVERLOADED, now)
             case _:
                 member.breaker.left()
-        self._metrics.upstream_calls.labels(self.variant, member.address, outcome).inc()
+        if member.address in self._clients:  # else its series is gone
+            self._metrics.upstream_calls.labels(self.variant, member.address, outcome).inc()
 
     @contextmanager
     def _blaming(self, member: Member) -> Iterator[None]:
@@ -369,29 +372,45 @@ class Pool:
             await self.close()
 
     async def follow(self) -> None:
-        """Connect to every address that the configured names have now, and leave those that are gone."""
+        """Connect to every address that the configured names have now, and leave those that are gone.
+
+        A Triton that is gone gets no more calls. It may still answer those in flight: a pod leaves DNS before it ends.
+        So its connections close when it has answered them.
+        """
         now_there: set[str] = set()
         for group in self.groups:
             found = await resolved(group.names, tuple(group.members))
             for address in found:
                 if address not in self._clients:
                     client = self._clients[address] = self._client(address)
+                    self._metrics.hold(self._metrics.upstream_calls, self.variant, address)
                     await client.connect()
                 if address not in group.members:
                     told = dict.fromkeys(group.models, UNPROBED)
                     member = group.members[address] = Member(address, self._clients[address], faults=told)
-                    gauge = self._metrics.upstream_ready.labels(self.variant, address)
-                    gauge.set_function(partial(self._is_ready, address))
                     group.balance.loads.append(member.load)
             for address in group.members.keys() - set(found):
-                group.balance.loads.remove(group.members.pop(address).load)
+                member = group.members.pop(address)
+                group.balance.loads.remove(member.load)
+                self._leaving.append(member)
             now_there.update(found)
-        for address in self._clients.keys() - now_there:
-            with suppress(KeyError):
-                self._metrics.upstream_ready.remove(self.variant, address)
+        self._show(now_there)
+        self._leaving = [member for member in self._leaving if member.load.in_flight]
+        for address in self._clients.keys() - now_there - {member.address for member in self._leaving}:
+            self._metrics.release(self._metrics.upstream_calls, self.variant, address)
             task = asyncio.create_task(self._clients.pop(address).close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    def _show(self, addresses: set[str]) -> None:
+        """Have the gauge of these Tritons, and of no others."""
+        ready = self._metrics.upstream_ready
+        for address in addresses - self._shown:
+            self._metrics.hold(ready, self.variant, address)
+            ready.labels(self.variant, address).set_function(partial(self._is_ready, address))
+        for address in self._shown - addresses:
+            self._metrics.release(ready, self.variant, address)
+        self._shown = addresses
 
     async def probe(self, timeout_s: float, fresh_s: float = 0.0, *, only_out: bool = False) -> None:
         """Probe every Triton, all at the same time, or only those that are out."""
@@ -433,9 +452,9 @@ class Pool:
     async def close(self) -> None:
         """End the calls in flight with Unavailable, and close the connections."""
         clients = list(self._clients.values())
+        self._show(set())
         for address in self._clients:
-            with suppress(KeyError):
-                self._metrics.upstream_ready.remove(self.variant, address)
+            self._metrics.release(self._metrics.upstream_calls, self.variant, address)
         self._clients.clear()
         await asyncio.gather(*(client.close() for client in clients), *self._closing)
 

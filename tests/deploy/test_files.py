@@ -84,6 +84,11 @@ def test_the_stack_has_no_secret_and_asks_for_one() -> None:
         assert not re.fullmatch(r"\w*PASSWORD=.+", line)
 
 
+def test_the_stack_believes_no_network_to_be_of_proxies_before_somebody_names_it() -> None:
+    environment = yaml.safe_load(COMPOSE.read_text())["services"]["gateway"]["environment"]
+    assert environment["GLIMPSE_TRUSTED_PROXIES"] == "${TRUSTED_PROXIES:-}"
+
+
 def test_every_setting_in_the_files_is_one() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for file in (DOCKERFILE, COMPOSE):

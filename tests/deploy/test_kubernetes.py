@@ -377,6 +377,14 @@ def test_a_broken_copy_is_found(tmp_path: Path, file: str, good: str, bad: str, 
     assert fault in "\n".join(faults)
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_network_is_believed_to_be_of_proxies_before_somebody_names_it(overlay: str):
+    gateways = [each for where, each in containers(objects(overlay)) if each["name"] == "gateway"]
+    assert gateways
+    for gateway in gateways:
+        assert "GLIMPSE_TRUSTED_PROXIES" not in {variable["name"] for variable in gateway["env"]}
+
+
 def test_the_canary_is_a_set_of_its_own_behind_a_service_of_its_own():
     stable = of_kind(objects("overlays/cpu"), "Service")["glimpse-gateway"]["spec"]["selector"]
     (pod,) = [template for each in objects("canary") for template in templates(each)]

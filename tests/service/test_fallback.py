@@ -22,7 +22,7 @@ import pytest
 from service.triton_server.supervision import EmbeddedTriton
 from service.upstreams.variants import Variant, Variants
 from tests.support.fakes import png
-from tests.support.servers import StartGateway, eventually, free_ports
+from tests.support.servers import StartGateway, eventually, eventually_async, free_ports
 
 CLIENTS = 8
 DELAY_S = 1.5  # of one answer of the slow variant: less than a budget that its two calls exceed
@@ -178,8 +178,9 @@ async def test_calls_that_take_the_first_token_budget_together_move_to_the_next_
         with ExitStack() as parts:
             gateway = await asyncio.to_thread(parts.enter_context, start_gateway(settings))
             async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
-                while "slow" in "".join((await http.get("/health/ready")).json().get("degraded", {})):
-                    pass  # its probes are slow too
+                await eventually_async(  # its probes are slow too
+                    lambda: slow_answers(http), 60, "the slow variant answers its probes"
+                )
                 answers = [await ask(http, number) for number in range(12)]
                 metrics = (await http.get("/metrics")).text
     moved = [answer for answer in answers if answer.get("fallback_from") == "slow"]
@@ -190,6 +191,12 @@ async def test_calls_that_take_the_first_token_budget_together_move_to_the_next_
         'outcome="late",upstream="' + llm.address in metrics
     )  # the LLM's call was late, though shorter than all of it
     assert 'outcome="ok",upstream="' + vision.address in metrics
+
+
+async def slow_answers(http: httpx.AsyncClient) -> bool:
+    """Whether no Triton of the slow variant is out."""
+    degraded = (await http.get("/health/ready")).json().get("degraded", {})
+    return not any(each.startswith("slow/") for each in degraded)
 
 
 async def ask(http: httpx.AsyncClient, number: int) -> dict[str, str]:

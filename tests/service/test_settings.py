@@ -164,16 +164,31 @@ def test_keys_that_do_not_fit_together_are_told(told, said):
 
 
 @pytest.mark.parametrize(
-    "networks", ["10.1.0.9/16", "proxy.example", "10.0.0.0/8;10.1.0.0/16", "0.0.0.0/0", "10.0.0.0/8,::/0"]
+    "networks",
+    [
+        "10.1.0.9/16",
+        "proxy.example",
+        "10.0.0.0/8;10.1.0.0/16",
+        "0.0.0.0/0",
+        "10.0.0.0/8,::/0",
+        "0.0.0.0/1,128.0.0.0/1",
+        "0.0.0.0/1",
+        "128.0.0.0/2,192.0.0.0/2",
+        "2000::/4,3000::/4",
+        "::ffff:10.0.0.0/104",
+        "::ffff:192.0.2.7",
+    ],
 )
 def test_a_network_of_proxies_that_is_none_or_everybody_is_refused(networks):
-    with pytest.raises(SettingsError, match=r"GLIMPSE_TRUSTED_PROXIES: '.*' is (no network|everybody)"):
+    with pytest.raises(
+        SettingsError, match=r"GLIMPSE_TRUSTED_PROXIES: '.*' (is no network|is everybody|holds IPv4 addresses in IPv6)"
+    ):
         read_settings({"GLIMPSE_TRUSTED_PROXIES": networks})
 
 
 def test_networks_of_proxies_are_of_both_kinds_and_one_address_is_one():
-    told = read_settings({"GLIMPSE_TRUSTED_PROXIES": "10.1.0.0/16, fd12::/32,192.0.2.7"})
-    assert all(address in proxies_of(told) for address in ("10.1.2.3", "fd12::1", "192.0.2.7"))
+    told = read_settings({"GLIMPSE_TRUSTED_PROXIES": "10.0.0.0/8, fc00::/7,192.0.2.7"})
+    assert all(address in proxies_of(told) for address in ("10.1.2.3", "::ffff:10.1.2.3", "fd12::1", "192.0.2.7"))
     assert "192.0.2.8" not in proxies_of(told)
 
 

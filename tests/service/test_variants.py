@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -130,7 +131,9 @@ class Dawdling(FakeTriton):
 
     async def _work(self, call: str) -> None:
         await super()._work(call)
-        attempt_time()._seconds += 100.0
+        spent, now = attempt_time(), time.monotonic()
+        spent.leave(now + 100.0)
+        spent.enter(now)
         self.hangs = True
 
 

@@ -148,11 +148,12 @@ def test_a_variant_computes_in_the_precision_that_it_says(tmp_path: Path, reposi
         Variant.parse("x", {"models": "m", "tritons": ["a:1"], "precision": "fp64"})
     for_gpu = replace(built, precision="fp16")
     assert computed_in(for_gpu, None, "it") is for_gpu
-    with pytest.raises(SettingsError, match="it is int8, but the models were built in fp16"):
+    assert computed_in(for_gpu, "fp16", "it") is for_gpu
+    with pytest.raises(SettingsError, match=r"it is int8: the models were built in fp16 for a GPU\. Unset it"):
         computed_in(for_gpu, "int8", "it")
 
 
-def test_tritons_of_the_settings_are_one_variant_of_which_nobody_speaks(repository: Path) -> None:
+def test_tritons_of_the_settings_are_one_variant_whose_name_is_not_shown(repository: Path) -> None:
     settings = Settings(
         vision_url="127.0.0.1:11", llm_url="127.0.0.1:12", model_repository=repository, precision="bf16"
     )

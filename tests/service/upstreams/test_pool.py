@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from contextlib import aclosing
@@ -14,10 +15,12 @@ from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unava
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.telemetry.metrics import Metrics
+from service.upstreams.balance import LEAST_CALLS
 from service.upstreams.breaker import FAILURES_TO_OPEN
 from service.upstreams.pool import Pool
 from service.upstreams.retry_budget import RetryBudget
 from tests.service.upstreams.tritons import CARD, FakeTriton
+from tests.support.fakes import until
 
 IMAGE = np.zeros((3, 224, 224), np.uint8)
 QUESTION = Question(np.zeros(32, np.int32), np.zeros(32, np.int32))
@@ -51,6 +54,12 @@ class Setting:
         await self.pool.probe(1.0)
         return self
 
+    async def follow(self, *names: str) -> None:
+        """Let both groups have these Tritons, and let what closes close."""
+        self.pool.vision.names = self.pool.llm.names = names
+        await self.pool.follow()
+        await asyncio.sleep(0)
+
     async def see(self, timeout_s: float = 5.0) -> None:
         await self.pool.see(IMAGE, QUESTION, Budget(), timeout_s)
 
@@ -66,6 +75,11 @@ class Setting:
 
     def counted(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"glimpse_{name}", {"variant": "stable"} | labels) or 0.0
+
+    def shown(self, name: str) -> set[str]:
+        """Return the Tritons that a metric has series of."""
+        samples = (sample for metric in self.metrics.registry.collect() for sample in metric.samples)
+        return {sample.labels["upstream"] for sample in samples if sample.name == f"glimpse_{name}"}
 
 
 async def test_nobody_answers_before_a_probe_and_calls_are_shared_after_it():
@@ -170,6 +184,24 @@ async def test_what_is_over_before_the_llm_begins_is_not_the_llms_fault():
     assert setting.counted("upstream_calls_total", upstream=A, outcome="late") == FAILURES_TO_OPEN
 
 
+async def test_calls_that_the_shared_budget_cut_short_make_no_healthy_triton_look_slow():
+    setting = await Setting(first_token_s=100.0).started()
+    balance = setting.pool.llm.balance
+    for load in balance.loads * LEAST_CALLS:
+        balance.measured(load, "llm", 0.2, time.monotonic())
+    for triton in setting.tritons.values():
+        triton.hangs = True
+    for _ in range(20):
+        setting.budget.tokens = 0.0  # no other Triton is tried
+        begin_attempt()
+        spend(100.0)
+        with pytest.raises(FirstTokenLate):
+            await setting.generate()
+    for load in balance.loads:
+        balance.measured(load, "llm", 0.2, time.monotonic())
+    assert setting.pool.faults() == {}
+
+
 async def test_the_budget_ends_with_the_first_token():
     setting = await Setting(A, first_token_s=100.0).started()
     begin_attempt()
@@ -252,14 +284,82 @@ async def test_a_triton_that_is_ejected_is_told_and_does_not_count_as_dead():
 
 async def test_tritons_that_a_name_has_no_more_are_left():
     setting = await Setting().started()
-    setting.pool.vision.names = setting.pool.llm.names = (B, "127.0.0.1:3")
-    await setting.pool.follow()
+    await setting.follow(A, "127.0.0.1:3")
     await setting.pool.probe(1.0)
-    assert set(setting.pool.vision.members) == set(setting.pool.llm.members) == {B, "127.0.0.1:3"}
-    assert not setting.tritons[A].is_open
-    assert setting.tritons[B].is_open
+    for group in setting.pool.groups:
+        assert set(group.members) == {A, "127.0.0.1:3"}
+        assert all(
+            load is member.load for load, member in zip(group.balance.loads, group.members.values(), strict=True)
+        )
+    assert setting.tritons[A].is_open
+    assert not setting.tritons[B].is_open
     await setting.pool.close()
     assert not any(triton.is_open for triton in setting.tritons.values())
+
+
+async def test_a_triton_whose_address_is_gone_finishes_its_generation_and_gets_no_more_calls():
+    setting = await Setting(A).started()
+    generation = setting.pool.generate(
+        PROMPT, Sampling(), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
+    )
+    async with aclosing(generation) as tokens:
+        first = await anext(tokens)
+        for names in (B,), (A, B), (B,):  # a name may come back meanwhile
+            await setting.follow(*names)
+            assert setting.tritons[A].is_open
+            assert (setting.shown("upstream_ready") == {A, B}) == (A in names)
+        await setting.pool.probe(1.0)
+        await setting.see()
+        rest = [token async for ids in tokens for token in ids]
+    assert [*first, *rest] == setting.tritons[A].language.tokens
+    assert setting.calls() == {A: 0, B: 1}
+    await setting.follow(B)
+    assert not setting.tritons[A].is_open
+    assert setting.tritons[B].is_open
+
+
+async def test_a_triton_whose_address_is_gone_finishes_its_vision_calls():
+    setting = await Setting(A).started()
+    triton = setting.tritons[A]
+    triton.hangs = True
+    call = asyncio.create_task(setting.see())
+    await until(lambda: triton.calls)
+    await setting.follow(B)
+    assert triton.is_open
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    await setting.follow(B)
+    assert not triton.is_open
+
+
+async def test_the_series_of_a_triton_end_with_it():
+    setting = await Setting().started()
+    for _ in range(20):
+        await setting.see()
+    setting.tritons[A].fault = Unavailable("gone")
+    while not setting.counted("upstream_calls_total", upstream=A, outcome="failed"):
+        await setting.see()
+    assert setting.shown("upstream_calls_total") == setting.shown("upstream_ready") == {A, B}
+    await setting.follow(B)
+    assert setting.shown("upstream_calls_total") == setting.shown("upstream_ready") == {B}
+    setting.tritons[B].hangs = True
+    call = asyncio.create_task(setting.see())
+    await until(lambda: setting.tritons[B].hangs and setting.pool.vision.members[B].load.in_flight)
+    await setting.pool.close()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert setting.shown("upstream_calls_total") == setting.shown("upstream_ready") == set()
+
+
+async def test_series_stay_while_a_variant_that_changed_has_the_same_triton():
+    setting = await Setting(A).started()
+    await setting.see()
+    changed = Pool("stable", CARD, (A,), (A,), client=FakeTriton, budget=setting.budget, metrics=setting.metrics)
+    await changed.follow()
+    await setting.pool.close()
+    assert setting.shown("upstream_calls_total") == setting.shown("upstream_ready") == {A}
+    await changed.close()
+    assert setting.shown("upstream_calls_total") == setting.shown("upstream_ready") == set()
 
 
 async def test_a_name_stands_for_its_addresses_of_one_family():

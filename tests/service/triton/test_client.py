@@ -184,7 +184,8 @@ async def test_greedy_and_seeded_answers_repeat(asker: Asker) -> None:
     drawn = Sampling(max_tokens=8, temperature=1.5, top_k=50, top_p=0.95, seed=7, repetition_penalty=1.2)
     for sampling in (greedy, drawn):
         assert await asker.tokens(asker.prompt(), sampling) == await asker.tokens(asker.prompt(), sampling)
-    assert await asker.tokens(asker.prompt(), drawn) != await asker.tokens(asker.prompt(), replace(drawn, seed=8))
+    other_seeds = [await asker.tokens(asker.prompt(), replace(drawn, temperature=9.0, seed=seed)) for seed in range(4)]
+    assert len(set(map(tuple, other_seeds))) > 1
 
 
 async def test_end_id_is_the_last_token(asker: Asker) -> None:

@@ -33,7 +33,7 @@ export const EXAMPLES = [
   {
     file: "new_100.webp",
     alt: "A pink ring, circle and star, an orange triangle, a red star, a purple ring and a blue circle",
-    questions: ["how many pink objects do you see?", "what color is the small ring?", "is there a star?"],
+    questions: ["what is the shape of the orange object?", "what color is the small ring?", "is there a star?"],
   },
   {
     file: "new_042.webp",
@@ -41,10 +41,14 @@ export const EXAMPLES = [
     questions: ["is the small square above the large square?", "what shape is the pink object?", "read the pink star."],
   },
   {
-    file: "small_print_010.webp",
-    alt: "Small characters on small shapes, 448 pixels wide: u on cyan, 5 on a purple star, 9 on a blue star, 6 on blue",
+    file: "small_print_002.webp",
+    alt: "Small characters on small shapes, 448 pixels wide: 8 on a yellow cross, L on a yellow triangle, and a yellow ring",
     detail: "high", // the service answers these right with it
     hint: "These characters are too small for detail low. Compare it with detail high, below.",
-    questions: ["which character is on the purple star?", "what color is the square?", "which shape is the purple object?"],
+    questions: [
+      "which character is on the small cross?",
+      "which character is on the small triangle?",
+      "what is the shape of the medium yellow object?",
+    ],
   },
 ];

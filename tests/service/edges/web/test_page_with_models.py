@@ -76,8 +76,8 @@ async def test_a_closer_look_reads_small_print(gateway: Gateway, open_page: Open
     await example(visit, 5)
     await visit.page.click("#settings summary")
     await visit.page.check("#compare")
-    await visit.ask("which character is on the purple star?")
-    assert (await visit.answers())[1] == "5"
+    await visit.ask("which character is on the small cross?")
+    assert (await visit.answers())[1] == "8"
     assert "at twice the resolution" in await visit.page.inner_text("#caption")
 
 

@@ -142,7 +142,10 @@ class Sampler:
 
 
 def likeliest(logits: FloatArray, count: int) -> Likeliest:
-    """Find the `count` likeliest tokens of logits [V], or all of them if there are fewer. Of equals, the first ids."""
+    """Find the `count` likeliest tokens of logits [V], or all of them if there are fewer.
+
+    Equal tokens count in the order of their ids.
+    """
     first = max(logits.size - count, 0)
     least = np.partition(logits, first)[first]
     above, equal = np.flatnonzero(logits > least), np.flatnonzero(logits == least)

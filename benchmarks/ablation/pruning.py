@@ -29,7 +29,7 @@ from build_engines.model.allocation import (
     patch_around,
     spread_turns,
 )
-from build_engines.train.evaluation import Answers, Chain, Exam, View, firsts, peak_on_asked, read, view
+from build_engines.train.evaluation import Answers, Asked, Chain, Exam, View, in_parts, peak_on_asked, read, view
 
 CDPRUNER, DART, ATTENTION, RANDOM, EVENLY = "cdpruner", "dart", "attention", "random", "evenly"
 PIVOTS = 8  # of DART
@@ -138,27 +138,23 @@ METHODS: dict[str, Callable[[Candidates, int], Tensor]] = {
 def answer_pruned(chain: Chain, exam: Exam, arm: Pruned, seed: int = 0) -> Answers:
     """Ask every question under one arm, as `evaluation.answer` does. seed: for the random method."""
     noise = torch.Generator().manual_seed(seed)
-    first = firsts(exam)
-    parts = []
-    for start in range(0, len(exam.asked), AT_ONCE):
-        asked = exam.asked[start : start + AT_ONCE]
-        deciding = [first[one.scene] for one in asked] if arm.once else asked
-        seen = view(chain, exam, deciding, closer=arm.closer)
-        tokens, mask, levels = _spent(chain, seen, arm, noise)
-        groups = torch.ones(len(asked), 1, dtype=torch.int32)
-        weighed = seen.weighed
-        parts.append(
-            (
-                read(chain, tokens, mask, groups, asked),
-                ((mask > 0).sum(1) - 1).numpy(),
-                np.full(len(asked), GROUP),
-                peak_on_asked(exam, asked, weighed),
-                levels.to(torch.int8).numpy(),
-                weighed.tensions.numpy(),
-                weighed.weights.numpy(),
-            )
-        )
-    return Answers(exam, *(np.concatenate([part[i] for part in parts]) for i in range(len(parts[0]))))
+    return in_parts(exam, AT_ONCE, arm.once, lambda asked, deciding: _answer(chain, exam, asked, deciding, arm, noise))
+
+
+def _answer(
+    chain: Chain, exam: Exam, asked: list[Asked], deciding: list[Asked], arm: Pruned, noise: torch.Generator
+) -> tuple[np.ndarray, ...]:
+    seen = view(chain, exam, deciding, closer=arm.closer)
+    tokens, mask, levels = _spent(chain, seen, arm, noise)
+    return (
+        read(chain, tokens, mask, torch.ones(len(asked), 1, dtype=torch.int32), asked),
+        ((mask > 0).sum(1) - 1).numpy(),
+        np.full(len(asked), GROUP),
+        peak_on_asked(exam, asked, seen.weighed),
+        levels.to(torch.int8).numpy(),
+        seen.weighed.tensions.numpy(),
+        seen.weighed.weights.numpy(),
+    )
 
 
 def _spent(chain: Chain, seen: View, arm: Pruned, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

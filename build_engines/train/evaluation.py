@@ -13,7 +13,7 @@ The scenes' features are computed once for an exam, in FP32. Everything after th
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -176,19 +176,22 @@ def _as_shipped(pixels: np.ndarray) -> np.ndarray:
 def answer(chain: Chain, exam: Exam, arm: Arm, seed: int = 0) -> Answers:
     """Ask every question under one arm. seed: for the random policy."""
     noise = torch.Generator().manual_seed(seed)
-    first = firsts(exam)
+    return in_parts(exam, BATCH, arm.once, lambda asked, deciding: _answer(chain, exam, asked, deciding, arm, noise))
+
+
+def in_parts(
+    exam: Exam, size: int, once: bool, ask: Callable[[list[Asked], list[Asked]], tuple[np.ndarray, ...]]
+) -> Answers:
+    """Ask all questions, `size` at a time. ask(asked, deciding) -> the columns of Answers for the questions `asked`.
+
+    `deciding` are the questions that choose the tokens: `asked`, or with `once` the first question about each's scene.
+    """
+    first = {one.scene: one for one in reversed(exam.asked)}
     parts = []
-    for start in range(0, len(exam.asked), BATCH):
-        asked = exam.asked[start : start + BATCH]
-        deciding = [first[one.scene] for one in asked] if arm.once else asked
-        parts.append(_answer(chain, exam, asked, deciding, arm, noise))
-    columns = (np.concatenate([part[i] for part in parts]) for i in range(len(parts[0])))
-    return Answers(exam, *columns)
-
-
-def firsts(exam: Exam) -> dict[int, Asked]:
-    """The first question about each scene, by the scene's number."""
-    return {one.scene: one for one in reversed(exam.asked)}
+    for start in range(0, len(exam.asked), size):
+        asked = exam.asked[start : start + size]
+        parts.append(ask(asked, [first[one.scene] for one in asked] if once else asked))
+    return Answers(exam, *(np.concatenate([part[i] for part in parts]) for i in range(len(parts[0]))))
 
 
 class View(NamedTuple):

@@ -97,7 +97,7 @@ class FakeVision:
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
-        self.gated: tuple[str, ...] = ("see", "encode", "attend", "attend_448")  # who waits at the gate
+        self.gated: tuple[str, ...] = ("see", "encode", "attend", "attend_448")  # the calls that wait at the gate
         self.fault: Exception | None = None
         self.fault_of: dict[str, Exception] = {}  # by the call that raises it
         self.map = np.full((16, 16), 0.5, np.float32)

@@ -618,7 +618,7 @@ def test_the_refusals_say_why():
 
 @pytest.mark.parametrize(("late", "asked"), [(False, 0), (True, 1)])
 def test_only_a_sequence_that_had_to_wait_is_asked_before_its_prefill(late, asked):
-    """Asking is slow: who is admitted at the next iteration has just been heard of."""
+    """Asking is slow, and a sequence that is admitted in the next iteration was submitted a moment ago."""
     times: list[Sequence] = []
     batcher = Batcher(HistoryDecoder(max_rows=1), Limits(), lambda each: times.append(each) or False)
     first, second = sequence(1, max_tokens=2 if late else 1), sequence(2, max_tokens=1)

@@ -181,10 +181,10 @@ async def test_each_token_comes_with_its_log_probability_if_asked(asker: Asker, 
 
 async def test_greedy_and_seeded_answers_repeat(asker: Asker) -> None:
     greedy = Sampling(max_tokens=8)
-    drawn = Sampling(max_tokens=8, temperature=1.5, top_k=50, top_p=0.95, seed=7, repetition_penalty=1.2)
+    drawn = Sampling(max_tokens=8, temperature=9.0, top_k=50, top_p=0.95, seed=7, repetition_penalty=1.2)
     for sampling in (greedy, drawn):
         assert await asker.tokens(asker.prompt(), sampling) == await asker.tokens(asker.prompt(), sampling)
-    other_seeds = [await asker.tokens(asker.prompt(), replace(drawn, temperature=9.0, seed=seed)) for seed in range(4)]
+    other_seeds = [await asker.tokens(asker.prompt(), replace(drawn, seed=seed)) for seed in range(4)]
     assert len(set(map(tuple, other_seeds))) > 1
 
 

@@ -110,7 +110,8 @@ async def test_an_image_over_the_limit_of_plain_clients_comes_in_chunks(stub, la
 async def test_a_caller_that_cancels_ends_the_work_in_triton(http, stub, scene, triton: EmbeddedTriton):
     kept = await stub.PutImage(chunks(scene))
     saved = await value_of(http, 'glimpse_tokens_saved_total{reason="cancelled"}')
-    asked = question(kept.id, QUESTION, max_tokens=150, temperature=5.0, seed=1)  # a long answer
+    # A form that no short answer has: which answer the model prefers depends on its weights and on the CPU's rounding.
+    asked = question(kept.id, QUESTION, max_tokens=150, regex="[0-9]{200}")
     for _ in range(5):
         call = stub.StreamAnswer(asked)
         assert (await call.read()).delta

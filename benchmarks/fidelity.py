@@ -27,6 +27,7 @@ import numpy as np
 
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
+from service.core.models import Generation
 from service.core.request import Budget, Sampling
 from service.core.vision import CROPS, IMAGE_SIZE, CloserFeatures, FloatArray
 from service.settings import PROJECT
@@ -77,16 +78,15 @@ async def answer_to(models: Models, question: str, visual_tokens: FloatArray, ma
     """Answer greedily -> the text without the end token."""
     key = os.urandom(16)  # prevents two prompts from sharing a prefix
     ids: list[int] = []
-    tokens = models.client.generate(
+    generation = Generation(
         models.prompts.compose(question, [(visual_tokens, key)]),
         Sampling(max_tokens=max_tokens),
         end_id=models.card.end_id,
         pad_id=models.card.pad_id,
         request_id=key.hex(),
-        timeout_s=TIMEOUT_S,
         stall_timeout_s=TIMEOUT_S,
     )
-    async for some in tokens:
+    async for some in models.client.generate(generation, TIMEOUT_S):
         ids += some
     return str(models.prompts.tokenizer.decode([each for each in ids if each != models.card.end_id]))
 

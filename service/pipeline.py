@@ -26,6 +26,7 @@ from service.core.errors import (
     naming_image,
 )
 from service.core.estimate import Estimate
+from service.core.models import Generation, LanguageModel, VisionModel
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
 from service.core.variant import Route
@@ -41,14 +42,14 @@ from service.telemetry.metrics import Metrics
 from service.text.guide_checks import GuideChecks
 from service.text.prompt import Detokeniser, PromptBuilder
 from service.upstreams.attempts import Attempts
-from service.upstreams.models import Choice, LanguageModel, Model, Models
-from service.vision_stage import VisionModel, VisionStage, decoding_cost
+from service.upstreams.models import Choice, Model, Models
+from service.vision_stage import VisionStage, decoding_cost
 from service.vision_stage.estimating import Estimator
 
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
 
-__all__ = ["LanguageModel", "Pipeline", "Reservation"]  # the only names that a transport imports
+__all__ = ["Pipeline", "Reservation"]  # the only names that a transport imports
 
 
 class Pipeline:
@@ -330,17 +331,16 @@ class Pipeline:
         card, detokeniser = model.card, Detokeniser(model.spelled, sampling.stop)
         told: list[LogProb] | None = [] if sampling.log_probs or card.confidence is not None else None
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
-        tokens = model.language.generate(
+        generation = Generation(
             prompt,
             replace(sampling, log_probs=told is not None),
             end_id=card.end_id,
             pad_id=card.pad_id,
             request_id=f"{ticket.request.id}-{ticket.variant}" if ticket.fallback_from else ticket.request.id,
-            timeout_s=ticket.left_s,
             stall_timeout_s=self.settings.stall_timeout_s,
             log_probs=told,
         )
-        async with aclosing(tokens):
+        async with aclosing(model.language.generate(generation, ticket.left_s)) as tokens:
             while (ids := await self._next_tokens(tokens, card.end_id, ticket, reservation)) is not None:
                 if told is not None:
                     ticket.log_prob += sum(each.value for each in told)

@@ -28,6 +28,7 @@ from build_engines.repository import encoder_of
 from build_engines.verify.files import Wrong, read_configs
 from build_engines.verify.report import Report
 from service.core.card import ModelCard
+from service.core.models import Generation
 from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
 from service.text.prompt import PromptBuilder
@@ -132,10 +133,11 @@ async def answer(client: TritonClient, card: ModelCard, prompt: Prompt) -> list[
 def stream(
     client: TritonClient, card: ModelCard, prompt: Prompt, tokens: int = ANSWER_TOKENS, end_id: int | None = None
 ) -> Any:
-    return client.generate(
+    generation = Generation(
         prompt, Sampling(max_tokens=tokens), end_id=card.end_id if end_id is None else end_id, pad_id=card.pad_id,
-        request_id=f"verify-{time.monotonic_ns()}", timeout_s=TIMEOUT_S, stall_timeout_s=TIMEOUT_S,
+        request_id=f"verify-{time.monotonic_ns()}", stall_timeout_s=TIMEOUT_S,
     )  # fmt: skip
+    return client.generate(generation, TIMEOUT_S)
 
 
 def reference_answers(

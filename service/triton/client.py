@@ -14,9 +14,9 @@ import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 
-from service.core.answer import LogProb
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
+from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.core.tensors import DTYPES
@@ -95,32 +95,21 @@ class TritonClient:
         tensors["detail_features"] = dense(closer.features)[np.newaxis]
         return replace(codec.seen(await self._calls.infer("attend_448", tensors, timeout_s), budget), detail="high")
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        end_id: int,
-        pad_id: int,
-        request_id: str,
-        timeout_s: float,
-        stall_timeout_s: float,
-        log_probs: list[LogProb] | None = None,
-    ) -> AsyncGenerator[tuple[int, ...], None]:
+    async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated.
 
-        If `sampling` asks for log probabilities, each token's is appended to `log_probs` before the token is yielded.
         Closing the generator stops the sequence; the model then ends the stream. Raises Unavailable if no token follows
         the last one within `stall_timeout_s`.
         """
-        codec.require_consistent(prompt)
-        inputs = codec.llm_inputs(prompt, sampling, end_id, pad_id, self._text_type)
+        codec.require_consistent(generation.prompt)
+        request_id, log_probs = generation.request_id, generation.log_probs
+        inputs = codec.llm_inputs(generation, self._text_type)
 
         def stop() -> grpc.aio.UnaryStreamCall:
             return self._calls.stream("llm", codec.request("llm", inputs | {"stop": np.array([[True]])}, request_id))
 
         request = codec.request("llm", inputs, request_id)
-        responses = self._calls.responses("llm", request, timeout_s, stall_timeout_s, stop)
+        responses = self._calls.responses("llm", request, timeout_s, generation.stall_timeout_s, stop)
         async with contextlib.aclosing(responses):
             async for response in responses:
                 if log_probs is None:
@@ -196,16 +185,15 @@ class TritonClient:
                     visual_tokens=np.zeros((1, card.hidden_size), DTYPES[card.float_type]),
                     extra_ids=np.array([1, 0], np.uint64),
                 )
-                tokens = self.generate(
+                generation = Generation(
                     prompt,
                     Sampling(max_tokens=1),
                     end_id=card.end_id,
                     pad_id=card.pad_id,
                     request_id=f"probe-{uuid4().hex}",  # closing a stream stops by id, and another gateway probes too
-                    timeout_s=timeout_s,
                     stall_timeout_s=timeout_s,
                 )
-                async with contextlib.aclosing(tokens):
+                async with contextlib.aclosing(self.generate(generation, timeout_s)) as tokens:
                     async for _ in tokens:
                         pass
             case "vqa":

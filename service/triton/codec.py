@@ -10,9 +10,10 @@ from tritonclient.grpc import service_pb2
 
 from service.core.answer import LogProb
 from service.core.errors import InternalError
+from service.core.models import Generation
 from service.core.payer import NOBODY, PAYER, current
 from service.core.prompt import Prompt, Question
-from service.core.request import Budget, Sampling
+from service.core.request import Budget
 from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
 from service.core.vision import CELLS, GRID, Relevance, Seen, VisionFeatures
 from service.telemetry.tracing import TRACEPARENT, traceparent
@@ -87,16 +88,15 @@ def require_consistent(prompt: Prompt) -> None:
             raise InternalError("two different visual tokens have one extra id")
 
 
-def llm_inputs(
-    prompt: Prompt, sampling: Sampling, end_id: int, pad_id: int, text_type: str = "UINT8"
-) -> dict[str, npt.NDArray[Any]]:
+def llm_inputs(generation: Generation, text_type: str = "UINT8") -> dict[str, npt.NDArray[Any]]:
     """Make the LLM's inputs. Sampling inputs without an effect are left out, so that a greedy request is small."""
+    prompt, sampling = generation.prompt, generation.sampling
     numbers: dict[str, float] = {
         "input_lengths": prompt.input_ids.size,
         "request_output_len": sampling.max_tokens,
         "prompt_vocab_size": len(prompt.visual_tokens),
-        "end_id": end_id,
-        "pad_id": pad_id,
+        "end_id": generation.end_id,
+        "pad_id": generation.pad_id,
         "streaming": sampling.streaming,
         "temperature": sampling.temperature,
     }

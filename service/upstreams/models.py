@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from service.core.answer import LogProb
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
-from service.core.prompt import Prompt
-from service.core.request import Budget, Request, Sampling
+from service.core.models import LanguageModel
+from service.core.request import Budget, Request
 from service.core.variant import ANY, DEFAULT, Route, Served
 from service.text.prompt import PromptBuilder, token_bytes
 from service.upstreams.retry_budget import RetryBudget
 from service.upstreams.variants import EVERY, Sticky, assigned, words
 from service.vision_stage import VisionStage
 from service.vision_stage.estimating import Estimator
-
-
-class LanguageModel(Protocol):
-    """Generate an answer's tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
-
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        end_id: int,
-        pad_id: int,
-        request_id: str,
-        timeout_s: float,
-        stall_timeout_s: float,
-        log_probs: list[LogProb] | None = None,
-    ) -> AsyncGenerator[tuple[int, ...], None]:
-        """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels.
-
-        If `sampling` asks for log probabilities, each token's is appended to `log_probs` before the token is yielded.
-        """
-        ...
 
 
 class Health(Protocol):

@@ -17,12 +17,12 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from service.core.answer import LogProb
 from service.core.attempt_time import AttemptTime, attempt_time
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, FirstTokenLate, GlimpseError, InternalError, Overloaded, Unavailable
-from service.core.prompt import Prompt, Question
-from service.core.request import Budget, Sampling
+from service.core.models import Generation, LanguageModel, VisionModel
+from service.core.prompt import Question
+from service.core.request import Budget
 from service.core.variant import DEFAULT
 from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
 from service.telemetry.metrics import Metrics
@@ -40,35 +40,11 @@ UNPROBED = "it has not answered yet"
 T = TypeVar("T")
 
 
-class Triton(Protocol):
+class Triton(VisionModel, LanguageModel, Protocol):
     """The part of service.triton.TritonClient that is used here."""
 
     async def connect(self) -> None: ...
     async def close(self) -> None: ...
-    async def see(
-        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
-    ) -> tuple[VisionFeatures, Seen]: ...
-    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]: ...
-    async def attend(
-        self,
-        vision: VisionFeatures,
-        question: Question,
-        budget: Budget,
-        timeout_s: float,
-        closer: CloserFeatures | None = None,
-    ) -> Seen: ...
-    def generate(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        end_id: int,
-        pad_id: int,
-        request_id: str,
-        timeout_s: float,
-        stall_timeout_s: float,
-        log_probs: list[LogProb] | None = None,
-    ) -> AsyncGenerator[tuple[int, ...], None]: ...
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None: ...
 
 
@@ -217,39 +193,20 @@ class Pool:
                     raise
                 spent.begin_anew(time.monotonic())
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        end_id: int,
-        pad_id: int,
-        request_id: str,
-        timeout_s: float,
-        stall_timeout_s: float,
-        log_probs: list[LogProb] | None = None,
-    ) -> AsyncGenerator[tuple[int, ...], None]:
+    async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as LanguageModel does. Before the first token another Triton may take over.
 
         With a first-token budget tokens come one by one, because otherwise the first one's time is unknown.
         """
         deadline, tried, spent = time.monotonic() + timeout_s, list[Member](), attempt_time()
-        sampling = sampling if self._first_token_s is None else replace(sampling, streaming=True)
+        if self._first_token_s is not None:
+            generation = replace(generation, sampling=replace(generation.sampling, streaming=True))
         self._budget.request()
         while True:
             member, left_s = self.llm.pick(time.monotonic(), tried), deadline - time.monotonic()
-            generation = member.client.generate(
-                prompt,
-                sampling,
-                end_id=end_id,
-                pad_id=pad_id,
-                request_id=f"{request_id}.{len(tried)}" if tried else request_id,
-                timeout_s=left_s,
-                stall_timeout_s=stall_timeout_s,
-                log_probs=log_probs,
-            )
+            asked = replace(generation, request_id=f"{generation.request_id}.{len(tried)}") if tried else generation
             with held(member.load):
-                async with aclosing(generation) as tokens:
+                async with aclosing(member.client.generate(asked, left_s)) as tokens:
                     try:
                         with self._asking(member, "llm", left_s, spent) as most_s:
                             first = await self._first(tokens, left_s, most_s)

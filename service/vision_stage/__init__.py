@@ -4,6 +4,6 @@ stage      does the steps for every image of a request, and waits for vision slo
 plan       decides which step comes next for one image; pure
 """
 
-from service.vision_stage.stage import VisionModel, VisionStage, decoding_cost
+from service.vision_stage.stage import VisionStage, decoding_cost
 
-__all__ = ["VisionModel", "VisionStage", "decoding_cost"]
+__all__ = ["VisionStage", "decoding_cost"]

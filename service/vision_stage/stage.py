@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
 from service.core.frame import Fitting, fitting
-from service.core.prompt import Question
+from service.core.models import VisionModel
 from service.core.request import Budget, ImageId, Priority, Request
 from service.core.vision import (
     CLOSER_SIZE,
@@ -38,7 +38,6 @@ from service.core.vision import (
     CloserFeatures,
     Int8Rows,
     Seen,
-    UInt8Array,
     VisionFeatures,
 )
 from service.images import Images
@@ -66,34 +65,6 @@ from service.vision_stage.plan import (
 # the next question about the image needs it.
 ENCODE_TIMEOUT_S = 10.0
 NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
-
-
-class VisionModel(Protocol):
-    """Make visual tokens from an image and a question.
-
-    Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only.
-    """
-
-    async def see(
-        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
-    ) -> tuple[VisionFeatures, Seen]:
-        """Encode and attend in one call. `image` is uint8 [3, 224, 224]."""
-        ...
-
-    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
-        """Encode in one batch. `images` is uint8 [N, 3, 224, 224]."""
-        ...
-
-    async def attend(
-        self,
-        vision: VisionFeatures,
-        question: Question,
-        budget: Budget,
-        timeout_s: float,
-        closer: CloserFeatures | None = None,
-    ) -> Seen:
-        """Attend to features found before, and to those of the closer view if `closer` is given."""
-        ...
 
 
 class VisionStage:

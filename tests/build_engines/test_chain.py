@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, GenerationConfig
 
 from service.core.card import ModelCard
+from service.core.models import Generation
 from service.core.request import Budget, Sampling
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import PromptBuilder
@@ -70,16 +71,15 @@ async def test_served_tokens_are_those_of_transformers(
         pixels = decode((SCENES / image).read_bytes(), ImageLimits()).pixels
         _, seen = await client.see(pixels, prompts.question(question), FULL, timeout_s=10)
         assert seen.relevance.vision_tokens == 256
-        stream = client.generate(
+        generation = Generation(
             prompts.compose(question, [(seen.visual_tokens, image.encode())]),
             Sampling(max_tokens=LONGEST),
             end_id=card.end_id,
             pad_id=card.pad_id,
             request_id=f"{image} {question}",
-            timeout_s=10,
             stall_timeout_s=5,
         )
-        served = [token async for tokens in stream for token in tokens]
+        served = [token async for tokens in client.generate(generation, timeout_s=10) for token in tokens]
         assert served == transformers.answer(SCENES / image, question), (image, question)
         lengths.append(len(served))
     assert max(lengths) > 10  # the descriptions went through the KV cache many times

@@ -16,6 +16,7 @@ from service.admission.admission import Admission
 from service.app import gate_of, grpc_edge, http_edge, quotas_of, redis_tier, shared_images_of
 from service.core.answer import Delta, Finished, KeptImage, LogProb
 from service.core.card import Engines, ModelCard
+from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
@@ -182,22 +183,12 @@ class FakeLanguage:
     def say(self, answer: str) -> None:
         self.tokens = [*ids_of(answer), CARD.end_id]
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        end_id: int,
-        pad_id: int,
-        request_id: str,
-        timeout_s: float,
-        stall_timeout_s: float,
-        log_probs: list[LogProb] | None = None,
-    ) -> AsyncGenerator[tuple[int, ...], None]:
+    async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
         """Token number n has the log probability -n / 2, and the likeliest ones are ids 3, 4, ... at half of it."""
-        self.prompts.append(prompt)
+        sampling, log_probs = generation.sampling, generation.log_probs
+        self.prompts.append(generation.prompt)
         self.sampling.append(sampling)
-        self.request_ids.append(request_id)
+        self.request_ids.append(generation.request_id)
         self.open += 1
         try:
             for place, token in enumerate(self.tokens[: sampling.max_tokens]):

@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 
 from build_engines.verify import __main__ as verify
+from service.core.models import Generation
 from service.core.request import Sampling
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
@@ -96,10 +97,11 @@ async def test_its_tokens_are_those_of_transformers(
         pixels = decode(picture, ImageLimits()).pixels
         _, seen = await server.see(pixels, prompts.question(question), family.full, TIMEOUT_S)
         prompt = prompts.compose(question, [(seen.visual_tokens, picture)])
-        pieces = server.generate(
+        generation = Generation(
             prompt, Sampling(max_tokens=LONGEST), end_id=family.card.end_id, pad_id=family.card.pad_id,
-            request_id=question, timeout_s=TIMEOUT_S, stall_timeout_s=TIMEOUT_S,
+            request_id=question, stall_timeout_s=TIMEOUT_S,
         )  # fmt: skip
+        pieces = server.generate(generation, TIMEOUT_S)
         said.append([token async for piece in pieces for token in piece])
     assert said == expected
 

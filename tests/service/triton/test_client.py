@@ -28,6 +28,7 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
+from service.core.models import Generation
 from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
 from service.core.vision import CROPS, IMAGE_SIZE, MAX_VISION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures
@@ -69,16 +70,16 @@ class Asker:
         stall_timeout_s: float = 5,
         log_probs: list[LogProb] | None = None,
     ):
-        return self.client.generate(
+        generation = Generation(
             prompt,
             sampling,
             end_id=NEVER,
             pad_id=self.card.pad_id,
             request_id=f"test-{time.monotonic_ns()}",
-            timeout_s=timeout_s,
             stall_timeout_s=stall_timeout_s,
             log_probs=log_probs,
         )
+        return self.client.generate(generation, timeout_s)
 
     async def tokens(self, prompt: Prompt, sampling: Sampling) -> list[int]:
         return [token async for tokens in self.generate(prompt, sampling) for token in tokens]
@@ -190,16 +191,15 @@ async def test_greedy_and_seeded_answers_repeat(asker: Asker) -> None:
 
 async def test_end_id_is_the_last_token(asker: Asker) -> None:
     first, *_ = await asker.tokens(asker.prompt(), Sampling(max_tokens=1))
-    tokens = asker.client.generate(
+    generation = Generation(
         asker.prompt(),
         Sampling(max_tokens=8),
         end_id=first,
         pad_id=asker.card.pad_id,
         request_id="ends",
-        timeout_s=10,
         stall_timeout_s=5,
     )
-    assert [piece async for piece in tokens] == [(first,)]
+    assert [piece async for piece in asker.client.generate(generation, timeout_s=10)] == [(first,)]
 
 
 def inconsistent(prompt: Prompt) -> dict[str, Prompt]:
@@ -420,7 +420,7 @@ async def test_nothing_listens() -> None:
         with pytest.raises(Unavailable):
             await client.load("llm", timeout_s=2)
         tokens = client.generate(
-            card_free, Sampling(), end_id=0, pad_id=0, request_id="", timeout_s=5, stall_timeout_s=1
+            Generation(card_free, Sampling(), end_id=0, pad_id=0, request_id="", stall_timeout_s=1), timeout_s=5
         )
         with pytest.raises(Unavailable):
             await anext(tokens)

@@ -22,6 +22,7 @@ import pytest_asyncio
 
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
+from service.core.models import Generation
 from service.core.request import Budget, Sampling
 from service.core.vision import UInt8Array
 from service.text.prompt import PromptBuilder
@@ -153,16 +154,15 @@ class Load:
         await self._client.attend(vision, self._question, Budget(), timeout_s=5)
 
     async def speak(self) -> None:
-        tokens = self._client.generate(
+        generation = Generation(
             self._prompt,
             Sampling(max_tokens=200),
             end_id=-1,
             pad_id=self._card.pad_id,
             request_id=uuid4().hex,
-            timeout_s=5,
             stall_timeout_s=2,
         )
-        assert sum([len(piece) async for piece in tokens]) == 200
+        assert sum([len(piece) async for piece in self._client.generate(generation, timeout_s=5)]) == 200
 
     async def repeat(self, request: Callable[[], Awaitable[None]]) -> None:
         while True:

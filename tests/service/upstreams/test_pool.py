@@ -12,6 +12,7 @@ import pytest
 
 from service.core.attempt_time import attempt_time, begin_attempt
 from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unavailable
+from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.telemetry.metrics import Metrics
@@ -26,6 +27,10 @@ IMAGE = np.zeros((3, 224, 224), np.uint8)
 QUESTION = Question(np.zeros(32, np.int32), np.zeros(32, np.int32))
 PROMPT = Prompt(np.zeros(1, np.int32), np.zeros((0, 4), np.float32), np.zeros(1, np.uint64))
 A, B = "127.0.0.1:1", "127.0.0.1:2"
+
+
+def generation(**sampling: object) -> Generation:
+    return Generation(PROMPT, Sampling(**sampling), end_id=2, pad_id=1, request_id="q", stall_timeout_s=5.0)
 
 
 class Setting:
@@ -64,10 +69,7 @@ class Setting:
         await self.pool.see(IMAGE, QUESTION, Budget(), timeout_s)
 
     async def generate(self, **sampling: object) -> list[int]:
-        generation = self.pool.generate(
-            PROMPT, Sampling(**sampling), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
-        )
-        async with aclosing(generation) as tokens:
+        async with aclosing(self.pool.generate(generation(**sampling), timeout_s=5.0)) as tokens:
             return [token async for ids in tokens for token in ids]
 
     def calls(self) -> Counter[str]:
@@ -205,10 +207,7 @@ async def test_calls_that_the_shared_budget_cut_short_make_no_healthy_triton_loo
 async def test_the_budget_ends_with_the_first_token():
     setting = await Setting(A, first_token_s=100.0).started()
     begin_attempt()
-    generation = setting.pool.generate(
-        PROMPT, Sampling(), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
-    )
-    async with aclosing(generation) as tokens:
+    async with aclosing(setting.pool.generate(generation(), timeout_s=5.0)) as tokens:
         first = await anext(tokens)
         spend(1000.0)
         rest = [token async for ids in tokens for token in ids]
@@ -234,10 +233,7 @@ async def test_a_generation_stays_with_its_triton_and_is_not_repeated_after_a_to
     setting = await Setting(A).started()
     triton = setting.tritons[A]
     triton.fault, triton.fails_after = Unavailable("gone"), 1
-    generation = setting.pool.generate(
-        PROMPT, Sampling(), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
-    )
-    async with aclosing(generation) as tokens:
+    async with aclosing(setting.pool.generate(generation(), timeout_s=5.0)) as tokens:
         assert await anext(tokens) == tuple(triton.language.tokens[:1])
         with pytest.raises(Unavailable):
             await anext(tokens)
@@ -299,10 +295,7 @@ async def test_tritons_that_a_name_has_no_more_are_left():
 
 async def test_a_triton_whose_address_is_gone_finishes_its_generation_and_gets_no_more_calls():
     setting = await Setting(A).started()
-    generation = setting.pool.generate(
-        PROMPT, Sampling(), end_id=2, pad_id=1, request_id="q", timeout_s=5.0, stall_timeout_s=5.0
-    )
-    async with aclosing(generation) as tokens:
+    async with aclosing(setting.pool.generate(generation(), timeout_s=5.0)) as tokens:
         first = await anext(tokens)
         for names in (B,), (A, B), (B,):  # a name may come back meanwhile
             await setting.follow(*names)

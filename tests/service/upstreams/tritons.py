@@ -7,8 +7,7 @@ from collections.abc import AsyncGenerator
 
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded
-from service.core.prompt import Prompt
-from service.core.request import Sampling
+from service.core.models import Generation
 from tests.support.fakes import CARD, FakeLanguage, FakeVision, ids_of
 
 
@@ -49,23 +48,12 @@ class FakeTriton(FakeVision):
     async def attend(self, vision, question, budget, timeout_s, closer=None):  # type: ignore[no-untyped-def]
         return await bounded(super().attend(vision, question, budget, timeout_s, closer), timeout_s)
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        *,
-        end_id: int,
-        pad_id: int,
-        request_id: str,
-        timeout_s: float,
-        stall_timeout_s: float,
-        log_probs: list[float] | None = None,
-    ) -> AsyncGenerator[tuple[int, ...], None]:
-        self.generations.append(request_id)
-        self.language.sampling.append(sampling)
+    async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
+        self.generations.append(generation.request_id)
+        self.language.sampling.append(generation.sampling)
         if self.fails_after is None:
             await self._trouble()
-        for place, token in enumerate(self.language.tokens[: sampling.max_tokens]):
+        for place, token in enumerate(self.language.tokens[: generation.sampling.max_tokens]):
             if place == self.fails_after and self.fault is not None:
                 raise self.fault
             yield (token,)

@@ -1,0 +1,62 @@
+"""What the pipeline asks of the models, whoever serves them: see, attend, generate."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.core.answer import LogProb
+from service.core.prompt import Prompt, Question
+from service.core.request import Budget, Sampling
+from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
+
+
+class VisionModel(Protocol):
+    """Make visual tokens from an image and a question.
+
+    Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only.
+    """
+
+    async def see(
+        self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
+    ) -> tuple[VisionFeatures, Seen]:
+        """Encode and attend in one call. `image` is RGB, uint8 [3, 224, 224]."""
+        ...
+
+    async def encode(self, images: UInt8Array, timeout_s: float) -> list[VisionFeatures]:
+        """Encode one batch, without a question. `images` is RGB, uint8 [N, 3, 224, 224]."""
+        ...
+
+    async def attend(
+        self,
+        vision: VisionFeatures,
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+        closer: CloserFeatures | None = None,
+    ) -> Seen:
+        """Attend to features that an earlier `see` or `encode` gave, and to those of the closer view if it is given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer to generate."""
+
+    prompt: Prompt
+    sampling: Sampling
+    end_id: int  # the token that ends the answer
+    pad_id: int
+    request_id: str  # no two that run at the same time are equal: a stream is stopped by its id
+    stall_timeout_s: float  # the most that a token may take after the one before it
+    log_probs: list[LogProb] | None = None
+    """Each token's is appended before the token is yielded, if `sampling` asks for log probabilities."""
+
+
+class LanguageModel(Protocol):
+    """Generate an answer's tokens. Raises Unavailable, Overloaded, DeadlineExceeded, GlimpseError only."""
+
+    def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
+        """Yield token ids as they come, `end_id` included if it was generated. Closing the generator cancels."""
+        ...

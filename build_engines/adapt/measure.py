@@ -90,7 +90,7 @@ def _answered(student: Student, batch: Batch, cells: Tensor, tensions: Tensor) -
     ranked = _Ranked(cells, tensions)
     question = student.question(batch)
     visual, levels = _read(student, batch, ranked, question)
-    spent = CELL_COUNT + 3 * (levels == 1).sum(1) + 15 * (levels == 2).sum(1)
+    spent = (levels == 0).sum(1) + 4 * (levels == 1).sum(1) + 16 * (levels == 2).sum(1)
     if student.language is None:
         whole = student.whole(batch, question)
         value = functional.cosine_similarity(visual, whole, dim=2).mean(1)
@@ -109,7 +109,7 @@ def _read(student: Student, batch: Batch, ranked: _Ranked, question: tuple[Tenso
     """Visual tokens [R, 32, H] and levels [R, 64]."""
     allocation = student.allocator.allocation
     closely = batch.detail is not None
-    choice = choose(allocation, ranked.cells, ranked.tensions, batch.budget, closer=closely)
+    choice = choose(student.allocator, ranked.cells, ranked.tensions, batch.budget, closer=closely)
     tokens = allocation.sources(batch.features, student.allocator.detail(batch.features, batch.detail))
     return student.reader.visual(tokens, gates_of(allocation, choice), batch.owner, question), choice.levels
 

@@ -143,7 +143,7 @@ class Student(nn.Module):
         if batch.noise is not None:  # the Q-Former must get used to any choice, or the comparison would not be fair
             guided = (torch.arange(len(cells), device=cells.device) % 2 == 0)[:, None]
             cells, tensions = torch.where(guided, cells, batch.noise), torch.where(guided, tensions, tensions.detach())
-        choice = choose(allocation, cells, tensions, batch.budget, closer=closely)
+        choice = choose(self.allocator, cells, tensions, batch.budget, closer=closely)
         tokens = allocation.sources(batch.features, self.allocator.detail(batch.features, batch.detail))
         return self.reader.visual(tokens, gates_of(allocation, choice), batch.owner, question)
 

@@ -5,6 +5,9 @@ At level 1 it is its four patch features. At level 2 it is the sixteen patches o
 level 0 cost 64 tokens. The step to level 1 adds 3 tokens and the step to level 2 another 12. All costs are therefore
 counted in refinements of 3 tokens.
 
+With the closer view, a budget can be smaller than what the question calls for. The least relevant cells are then left
+out (level -1, no token), and their tokens refine other cells.
+
 Every operation has fixed sizes, so that TensorRT can build the graph. Cells are ordered by comparing all pairs instead
 of sorting. Tokens are packed by comparing running sums with a constant range.
 """
@@ -30,7 +33,11 @@ MOST_TOKENS = PATCH_COUNT  # of the 224-pixel view alone
 MAX_VISION_TOKENS = 400  # with the closer view
 GROUP = 32  # visual tokens of one group of queries
 MAX_VISUAL_TOKENS = 4 * GROUP
+REGIONS = MAX_VISUAL_TOKENS // GROUP - 1  # focus regions, each with a group of its own
 LEVELS = 3  # of detail
+LEFT_OUT = -1  # the level of a cell without a token
+OVERVIEW = 0.25  # share of the tokens that stays for one token a cell, however much detail is called for
+FEWEST_SEEN = 3  # cells more than that share: the peak of each focus region keeps a token
 REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds
 DEEP_COST = 4  # refinements that a cell's step from level 1 to level 2 costs: 12 tokens
 
@@ -117,7 +124,7 @@ class Allocation(nn.Module):
 
     sooner: Tensor
     neighbours: Tensor
-    offsets: Tensor
+    earlier: Tensor
     step: Tensor
     slots: Tensor
     patch_of: Tensor
@@ -132,9 +139,8 @@ class Allocation(nn.Module):
         turns = spread_turns()
         self.register_buffer("sooner", (turns.unsqueeze(1) < turns.unsqueeze(0)).float(), persistent=False)
         self.register_buffer("neighbours", (cell_distances().amax(2) == 1).float() / 8, persistent=False)
-        # refinements @ offsets: tokens that the refinements of earlier cells add.
-        offsets = REFINEMENT_COST * torch.ones(CELL_COUNT, CELL_COUNT).triu(1)
-        self.register_buffer("offsets", offsets, persistent=False)
+        # tokens @ earlier: tokens of the cells before each cell.
+        self.register_buffer("earlier", torch.ones(CELL_COUNT, CELL_COUNT).triu(1), persistent=False)
         self.register_buffer("cells", torch.arange(CELL_COUNT, dtype=torch.float32), persistent=False)
         # For the 64 steps to level 1, then the 64 to level 2: refinements, and cells that each step opens.
         step = torch.tensor([[1.0, 1.0], [DEEP_COST, 0.0]]).repeat_interleave(CELL_COUNT, dim=0)
@@ -164,6 +170,16 @@ class Allocation(nn.Module):
     def extra(self, particularize: Tensor, budget: Tensor, closer: bool) -> Tensor:
         """`affordable` vision tokens beyond one a cell, a real number [B, 1]."""
         return affordable(particularize, budget, closer)[:, :1] - CELL_COUNT
+
+    def saved(self, particularize: Tensor, extra: Tensor) -> Tensor:
+        """How many cells the closer view may leave out, a whole number, float [B, 1].
+
+        A question calls for `particularize` of all tokens from 64 to 400. Half of what `extra` lacks of that is saved,
+        as long as enough cells keep a token. It is 0 if the budget's range is the whole one.
+        """
+        lacking = particularize * (MAX_VISION_TOKENS - CELL_COUNT) - extra
+        seen = torch.floor(OVERVIEW * (CELL_COUNT + extra)) + FEWEST_SEEN
+        return torch.floor(torch.minimum(torch.relu(lacking) / 2, torch.relu(CELL_COUNT - seen)))
 
     def refinements(self, extra: Tensor) -> Tensor:
         """Round extra tokens, a real number [B, 1], down to whole refinements of 3 tokens, float [B, 1]."""
@@ -198,9 +214,42 @@ class Allocation(nn.Module):
         spread = turn < torch.minimum(share, unrefined)
         return Steps(taken, position, spread, turn, share > unrefined)
 
+    def spend(self, cell_relevance: Tensor, tensions: Tensor, extra: Tensor, regions: Tensor, closer: bool) -> Tensor:
+        """Spend `extra` tokens [B, 1] beyond one a cell -> level of each cell, int64 [B, 64] from -1.
+
+        cell_relevance float [B, 64] in [0, 1]; tensions float [B, 3]; regions int32 [B, 64]: all focus regions.
+        """
+        particularize, explore, diversify = tensions.split(1, dim=1)
+        gains = self.gains(cell_relevance, diversify)
+        if not closer:
+            return self.levels(gains, self.refinements(extra), explore)
+        refinements = self.refinements(extra + self.saved(particularize, extra))
+        levels = self.levels(gains, refinements, explore, closer)
+        return self.leave_out(levels, cell_relevance, extra, regions)
+
     def levels(self, gains: Tensor, refinements: Tensor, explore: Tensor, closer: bool = False) -> Tensor:
-        """Level of detail of each cell, int64 [B, 64]. The arguments are those of `steps`."""
+        """Level of detail of each cell, int64 [B, 64], with none left out. The arguments are those of `steps`."""
         return self.steps(gains, refinements, explore, closer).levels
+
+    def leave_out(self, levels: Tensor, cell_relevance: Tensor, extra: Tensor, regions: Tensor) -> Tensor:
+        """Leave out the least relevant cells of level 0 until the tokens fit -> levels int64 [B, 64] from -1.
+
+        levels int64 [B, 64] from 0; cell_relevance float [B, 64]; `extra` tokens beyond one a cell, float [B, 1]. The
+        peak of each focus region, int32 [B, 64], keeps a token.
+        """
+        spent = REFINEMENT_COST * self.refined(levels).sum(1, keepdim=True)
+        surplus = torch.relu(spent - torch.floor(extra))
+        worth = cell_relevance + 2.0 * (levels > 0).float()
+        for region in range(1, REGIONS + 1):
+            inside = torch.where(regions == region, cell_relevance, -1.0)
+            worth = worth + ((inside == inside.amax(1, keepdim=True)) & (regions == region)).float()
+        place = before(worth).sum(2)
+        return torch.where(place < CELL_COUNT - surplus, levels, LEFT_OUT)
+
+    def refined(self, levels: Tensor) -> Tensor:
+        """Refinements that levels int64 [B, 64] cost, float [B, 64]. A cell that is left out costs none."""
+        level = levels.float()
+        return torch.relu(level) + (DEEP_COST - 1) * torch.relu(level - 1.0)
 
     def sources(self, features: Tensor, closer: Tensor | None = None) -> Tensor:
         """Every candidate token: features, means of the cells, and the closer view's tokens if any.
@@ -220,22 +269,21 @@ class Allocation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Pack the tokens of all cells -> tokens [B, 1 + N, D] and mask int32 [B, 1 + N].
 
-        features [B, 257, D], levels int64 [B, 64], focus regions int32 [B, 64] (0 = none), detail: the closer view's
-        tokens [B, 1024, D]. The mask is 0 for padding, 1 for a token, and 1 + region for a token in a region. N is 256,
-        or 400 with detail.
+        features [B, 257, D], levels int64 [B, 64] from -1, focus regions int32 [B, 64] (0 = none), detail: the closer
+        view's tokens [B, 1024, D]. The mask is 0 for padding, 1 for a token, and 1 + region for a token in a region. N
+        is 256, or 400 with detail.
 
         With `closer`, detail is the closer view's features. Tokens are then computed only for packed features, less
         than half. CLS comes first, then the cells row by row, then padding (copies of CLS, masked). Without detail,
         levels are 0 and 1.
         """
-        level = levels.float()
-        refinements = level if detail is None else level + (DEEP_COST - 1) * torch.relu(level - 1.0)
+        refinements, seen = self.refined(levels), (levels > LEFT_OUT).float()
         slots = self.slots[: MOST_TOKENS if detail is None else MAX_VISION_TOKENS]
-        start = refinements @ self.offsets + self.cells  # [B, 64]
+        start = (REFINEMENT_COST * refinements + seen) @ self.earlier  # [B, 64]
         cell = (start.unsqueeze(1) <= slots.view(1, -1, 1)).float().sum(2).long() - 1  # [B, slots]
         # Index of a cell's first token in the tables by level, cell and place in the cell, less the slot it is packed
         # in.
-        table = (CELL_COUNT * DETAILS) * level + DETAILS * self.cells - start
+        table = (CELL_COUNT * DETAILS) * torch.relu(levels.float()) + DETAILS * self.cells - start
         place = (table.gather(1, cell) + slots).long()
         index = self.source_of[place]
         tokens = _rows(self.sources(features), functional.pad(index, (1, 0)))
@@ -244,7 +292,7 @@ class Allocation(nn.Module):
             found = _rows(detail, self.detail_at[place])
             found = torch.where(deep, found if closer is None else closer.look(around, found), around)
             tokens = torch.cat([tokens[:, :1], found], dim=1)
-        used = slots < CELL_COUNT + REFINEMENT_COST * refinements.sum(1, keepdim=True)
+        used = slots < (REFINEMENT_COST * refinements + seen).sum(1, keepdim=True)
         mask = used.int() if regions is None else torch.where(used, (1 + regions).gather(1, cell), 0)
         return tokens, functional.pad(mask, (1, 0), value=1)
 

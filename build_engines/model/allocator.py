@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from build_engines.model.allocation import GROUP, PATCH_COUNT, Allocation, cells_of
 from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.closer import CloserView
-from build_engines.model.focus import FocusRegions, query_groups
+from build_engines.model.focus import FocusRegions, query_groups, read_by
 from build_engines.model.knowing import ParticipatoryKnowing, mean_meaning, perspectival
 from build_engines.model.zero_shot import QFormerKnowing
 
@@ -148,14 +148,12 @@ class RelevanceAllocator(nn.Module):
         """Spend the budget. Raises ValueError for detail_features if there is no closer view."""
         if detail_features is not None and self.closer is None:
             raise ValueError("this allocator has no closer view: leave detail_features out")
-        closer = detail_features is not None
-        particularize, explore, diversify = weighed.tensions.split(1, dim=1)
-        cells = weighed.cells
-        gains = self.allocation.gains(cells, diversify)
-        refinements = self.allocation.refinements(self.allocation.extra(particularize, budget, closer))
-        levels = self.allocation.levels(gains, refinements, explore, closer)
+        closer, particularize = detail_features is not None, weighed.tensions[:, :1]
         groups = query_groups(particularize, budget, self.queries)
-        tokens, mask = self.allocation.pack(features, levels, self.focus(cells, groups), detail_features, self.closer)
+        regions = self.focus(weighed.cells)
+        extra = self.allocation.extra(particularize, budget, closer)
+        levels = self.allocation.spend(weighed.cells, weighed.tensions, extra, regions, closer)
+        tokens, mask = self.allocation.pack(features, levels, read_by(groups, regions), detail_features, self.closer)
         return Spent(tokens, mask, groups, levels.int())
 
 

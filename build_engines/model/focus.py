@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from build_engines.model.allocation import GROUP, MAX_VISUAL_TOKENS, affordable, cell_distances
+from build_engines.model.allocation import GROUP, REGIONS, affordable, cell_distances
 
-REGIONS = MAX_VISUAL_TOKENS // GROUP - 1
 OUTSIDE = 3.0  # distance to a peak of a cell outside its region: above a corner's squared distance (2) in the 3x3 cells
 
 
@@ -17,12 +16,17 @@ def query_groups(particularize: Tensor, budget: Tensor, queries: int = GROUP) ->
     return torch.floor(affordable(particularize, budget)[:, 1:] / queries + 0.5).int()
 
 
+def read_by(groups: Tensor, regions: Tensor) -> Tensor:
+    """Regions int32 [B, 64] that these query groups int32 [B, 1] read, 0 for the others."""
+    return torch.where(regions < groups, regions, 0)
+
+
 class FocusRegions(nn.Module):
-    """Cell relevance [B, 64] and query groups int32 [B, 1] -> each cell's region, int32 [B, 64], 0 for none.
+    """Cell relevance [B, 64] -> each cell's region, int32 [B, 64], 0 for none.
 
     The first peak is the most relevant cell. Each next peak is the most relevant cell outside the 3x3 cells around
     earlier peaks. The first cell wins a tie. A region is the 3x3 cells around its peak. A cell in several regions
-    belongs to the nearest peak, and to the earlier of two equally near peaks. Regions without a query group are 0.
+    belongs to the nearest peak, and to the earlier of two equally near peaks.
     """
 
     distance: Tensor
@@ -33,7 +37,7 @@ class FocusRegions(nn.Module):
         around = apart.amax(2) <= 1
         self.register_buffer("distance", torch.where(around, (apart * apart).sum(2), OUTSIDE), persistent=False)
 
-    def forward(self, cell_relevance: Tensor, groups: Tensor) -> Tensor:
+    def forward(self, cell_relevance: Tensor) -> Tensor:
         nearest = functional.embedding(cell_relevance.argmax(1), self.distance)
         regions = (nearest < OUTSIDE).float()
         for region in range(2, REGIONS + 1):
@@ -41,4 +45,4 @@ class FocusRegions(nn.Module):
             distance = functional.embedding(peak, self.distance)
             regions = torch.where(distance < nearest, float(region), regions)
             nearest = torch.minimum(nearest, distance)
-        return torch.where(regions < groups.float(), regions, 0.0).int()
+        return regions.int()

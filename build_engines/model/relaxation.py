@@ -8,7 +8,7 @@ would be worth (`gates.py`).
 
     allocator = RelevanceAllocator(participatory, balancing, closer)
     weighed = allocator.weigh(...)
-    choice = choose(allocator.allocation, weighed.cells, weighed.tensions, budget, temperature=0.5)
+    choice = choose(allocator, weighed.cells, weighed.tensions, budget, temperature=0.5)
     tokens, gates = allocator.allocation.sources(features, None), gates_of(allocator.allocation, choice)
     seen = QFormer(model).read(tokens, gates=gates)
 """
@@ -20,7 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from build_engines.model.allocation import CELL_COUNT, DEEP_COST, PATCH_COUNT, REFINEMENT_COST, Allocation, Steps
+from build_engines.model.allocation import (
+    CELL_COUNT,
+    DEEP_COST,
+    LEFT_OUT,
+    PATCH_COUNT,
+    REFINEMENT_COST,
+    Allocation,
+    Steps,
+)
+from build_engines.model.allocator import RelevanceAllocator
 
 SHARPNESS = 0.1  # in gain: a step this far above the threshold has a gate about three quarters open
 WIDTH = 2.0  # in steps: of the edge between taken and not taken
@@ -31,7 +40,7 @@ class Choice(NamedTuple):
 
     refined: Tensor  # [B, 64]: level 1 or 2
     deep: Tensor | None  # [B, 64]: level 2; None without a closer view
-    levels: Tensor  # int64 [B, 64]
+    levels: Tensor  # int64 [B, 64] from -1
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -53,7 +62,7 @@ def perturbed(gains: Tensor, temperature: float, generator: torch.Generator | No
 
 
 def choose(
-    allocation: Allocation,
+    allocator: RelevanceAllocator,
     cell_relevance: Tensor,
     tensions: Tensor,
     budget: Tensor,
@@ -76,18 +85,23 @@ def choose(
     A cell refined in its turn has the second gradient, in the number of turns. These numbers are real (tokens divided
     by cost), so that gradients reach particularize and explore.
     """
+    allocation = allocator.allocation
     particularize, explore, diversify = tensions.split(1, dim=1)
     gains = perturbed(allocation.gains(cell_relevance, diversify), temperature, generator)
     extra = allocation.extra(particularize, budget, closer)
     with torch.no_grad():
-        steps = allocation.steps(gains, allocation.refinements(extra), explore, closer)
-    affordable = extra / REFINEMENT_COST
+        saved = allocation.saved(particularize, extra) if closer else torch.zeros_like(extra)
+        steps = allocation.steps(gains, allocation.refinements(extra + saved), explore, closer)
+        levels = steps.levels
+        if closer:
+            levels = allocation.leave_out(levels, cell_relevance, extra, allocator.focus(cell_relevance))
+    affordable = (extra + saved) / REFINEMENT_COST
     share = affordable * explore
     by_rank = _rank_gates(steps, gains, affordable - share * ~steps.crowded)
     turns = steps.spread.float().sum(1, keepdim=True)
     by_turn = straight_through(steps.spread.float(), _edge(straight_through(turns, share), steps.turn))
     refined = by_rank[:, :CELL_COUNT] + by_turn  # never both
-    return Choice(refined, by_rank[:, CELL_COUNT:] if closer else None, steps.levels)
+    return Choice(refined, by_rank[:, CELL_COUNT:] if closer else None, levels)
 
 
 def _rank_gates(steps: Steps, gains: Tensor, affordable: Tensor) -> Tensor:
@@ -117,7 +131,8 @@ def gates_of(allocation: Allocation, choice: Choice) -> Tensor:
     has a closer view."""
     seen = torch.ones_like(choice.refined[:, :1])
     patches = choice.refined if choice.deep is None else choice.refined - choice.deep
-    gates = [seen, _by_place(patches, allocation.patch_of), 1 - choice.refined]
+    pooled = (1 - choice.refined) * (choice.levels > LEFT_OUT)
+    gates = [seen, _by_place(patches, allocation.patch_of), pooled]
     if choice.deep is not None:
         gates.append(_by_place(choice.deep, allocation.detail_of))
     return torch.cat(gates, dim=1)

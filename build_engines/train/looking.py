@@ -185,9 +185,7 @@ class Looking:
         guided = rows.guided[:, None]
         cells = torch.where(guided, cells, cells.detach())
         tensions = torch.where(guided, tensions, tensions.detach())
-        made = choose(
-            self.allocator.allocation, cells, tensions, rows.budget, closer=rows.closely, temperature=temperature
-        )
+        made = choose(self.allocator, cells, tensions, rows.budget, closer=rows.closely, temperature=temperature)
         return made, cells
 
     def read(self, rows: Rows, choice: Choice, cells: Tensor, groups: int = 1) -> Tensor:
@@ -197,7 +195,7 @@ class Looking:
         # Tokens belong to an image, gates to a question.
         candidates = self.allocator.allocation.sources(features, detail)
         gates = gates_of(self.allocator.allocation, choice)
-        regions = self.allocator.focus(cells.detach(), torch.full_like(rows.budget[:, :1], groups))
+        regions = self.allocator.focus(cells.detach())
         with mixed():
             outputs = [self.qformer.read(candidates, gates=gates, owner=rows.owner)]
             for region in range(1, groups):

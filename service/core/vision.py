@@ -25,7 +25,7 @@ CELLS = 8  # cells a side; a cell is 2x2 patches
 QUESTION_TOKENS = 32  # tokens of the question that the allocator reads
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
 TENSIONS = ("particularize", "explore", "diversify")
-TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail
+TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail from 0; at level -1, none
 MAX_VISION_TOKENS = 400  # of one image, with the closer view
 
 
@@ -101,7 +101,7 @@ class Relevance:
 
     map: FloatArray  # [16, 16] in [0, 1]
     scores: FloatArray  # [3, 16, 16] in [0, 1]: propositional, perspectival, participatory
-    levels: Int32Array  # [8, 8]: level of detail of each cell
+    levels: Int32Array  # [8, 8]: level of detail of each cell, -1 for one that is left out
     tensions: FloatArray  # [3] in [0, 1], those of TENSIONS
     area: Area = WHOLE  # where the maps lie in the image: left, top, right, bottom as shares of its sides
 
@@ -124,7 +124,7 @@ class Relevance:
     @property
     def vision_tokens(self) -> int:
         """Count the vision tokens at these levels, without CLS."""
-        return int(np.asarray(TOKENS_AT_LEVEL)[self.levels].sum())
+        return sum(tokens * int((self.levels == level).sum()) for level, tokens in enumerate(TOKENS_AT_LEVEL))
 
 
 @dataclass(frozen=True, slots=True)

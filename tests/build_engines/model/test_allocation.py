@@ -11,6 +11,7 @@ from build_engines.model.allocation import (
     CELL_COUNT,
     CELLS,
     DETAIL_COUNT,
+    LEFT_OUT,
     MAX_VISION_TOKENS,
     Allocation,
     before,
@@ -18,12 +19,14 @@ from build_engines.model.allocation import (
     spread_turns,
 )
 from build_engines.model.closer import CloserView
+from build_engines.model.focus import FocusRegions
 
-ALLOCATION = Allocation()
+ALLOCATION, FOCUS = Allocation(), FocusRegions()
 RELEVANCE = npst.arrays(np.float32, (1, CELL_COUNT), elements=st.sampled_from([0.0, 0.1, 0.5, 0.5001, 0.9, 1.0]))
 SHARE = st.sampled_from([0.0, 0.25, 0.3, 0.5, 1.0])
 MOST_REFINEMENTS = (MAX_VISION_TOKENS - CELL_COUNT) // 3  # with the closer view
 COST = torch.tensor([0, 1, 5])  # refinements of 3 tokens, by level
+TOKENS = torch.tensor([1, 4, 16, 0])  # by level; the last is that of -1
 
 
 def levels(relevance: np.ndarray, refinements: int, explore: float = 0.25, closer: bool = False) -> torch.Tensor:
@@ -190,3 +193,59 @@ def test_permuting_the_batch_permutes_the_result():
     mixed = ALLOCATION.pack(features[order], chosen, None, details[order], closer)
     assert torch.equal(straight[0][order], mixed[0])
     assert torch.equal(straight[1][order], mixed[1])
+
+
+TENSIONS = st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.25, 1.0]), st.floats(0, 1))
+
+
+def spend(
+    relevance: np.ndarray, tensions: tuple[float, float, float], extra: float, closer: bool = True
+) -> torch.Tensor:
+    cells = torch.from_numpy(relevance)
+    return ALLOCATION.spend(cells, torch.tensor([tensions]), torch.tensor([[extra]]), FOCUS(cells), closer)[0]
+
+
+@given(RELEVANCE, TENSIONS, st.integers(0, 336))
+@settings(max_examples=100, deadline=None)
+def test_cells_left_out_pay_for_detail_and_not_a_token_more(relevance, tensions, extra):
+    levels = spend(relevance, tensions, float(extra))
+    tokens = int(TOKENS[levels].sum())
+    assert extra - 12 < tokens - CELL_COUNT <= extra
+    if (levels == LEFT_OUT).any():
+        assert tokens == CELL_COUNT + extra  # what refinements leave unspent goes to cells first
+        peaks = {int(torch.where(FOCUS(torch.from_numpy(relevance))[0] == region, torch.from_numpy(relevance)[0], -1.0)
+                     .argmax()) for region in (1, 2, 3)}  # fmt: skip
+        seen = [cell for cell in range(CELL_COUNT) if levels[cell] == 0 and cell not in peaks]
+        assert all(levels[peak] > LEFT_OUT for peak in peaks)
+        assert not seen or relevance[0][seen].min() >= relevance[0][(levels == LEFT_OUT).numpy()].max()
+
+
+@given(RELEVANCE, TENSIONS)
+@settings(max_examples=40, deadline=None)
+def test_nothing_is_left_out_while_the_budget_has_what_the_question_calls_for(relevance, tensions):
+    called_for = ALLOCATION.extra(torch.tensor([[tensions[0]]]), torch.tensor([[64, 400, 32, 32]]), True)
+    assert (spend(relevance, tensions, float(called_for)) > LEFT_OUT).all()
+    assert (spend(relevance, tensions, 0.0, closer=False) == 0).all()
+
+
+def test_a_question_that_calls_for_detail_gets_it_within_64_tokens():
+    relevance = np.linspace(0, 1, CELL_COUNT, dtype=np.float32)[None]
+    levels = spend(relevance, (1.0, 0.0, 0.0), 0.0)
+    assert levels[-2:].tolist() == [2, 2]
+    assert int(TOKENS[levels].sum()) == CELL_COUNT
+    assert 19 <= (levels > LEFT_OUT).sum() < 32  # at least a quarter of 64, and 3
+    assert (spend(relevance, (0.0, 0.0, 0.0), 0.0) == 0).all()
+
+
+def test_left_out_cells_take_no_place_among_the_packed_tokens():
+    torch.manual_seed(3)
+    features, detail = torch.randn(1, 257, 4), torch.randn(1, DETAIL_COUNT, 4)
+    chosen = torch.randint(-1, 3, (1, CELL_COUNT), generator=torch.Generator().manual_seed(1))
+    chosen[0, 40:] = LEFT_OUT
+    tokens, mask = ALLOCATION.pack(features, chosen, None, detail)
+    patches, details = cells_of(features[:, 1:])[0], cells_of(detail, 4)[0]
+    expected = [features[0, 0]]
+    for cell, level in enumerate(chosen[0].tolist()):
+        expected += {-1: [], 0: [patches[cell].mean(0)], 1: list(patches[cell]), 2: list(details[cell])}[level]
+    assert int(mask.sum()) == len(expected)
+    assert torch.allclose(tokens[0, : len(expected)], torch.stack(expected), atol=1e-6)

@@ -74,7 +74,7 @@ def test_the_budget_is_kept_and_reached_within_one_cells_step(seed: int, asked: 
     detail = torch.randn(1, 1024, WIDTH) if closer else None
     with torch.inference_mode():
         _, mask, groups, _, _, levels, tensions = module(*inputs, budget, detail)
-    spent = int(torch.tensor(TOKENS_AT_LEVEL)[levels.long()].sum())
+    spent = int(torch.tensor((*TOKENS_AT_LEVEL, 0))[levels.long()].sum())  # level -1 is the last: none
     assert spent == int((mask > 0).sum()) - 1
     most = min(asked[1], 400 if closer else 256)
     least = min(asked[0], most)

@@ -44,13 +44,12 @@ def test_gated_tokens_say_what_the_packed_ones_say(closer: bool) -> None:
     module, (given, budget, detail) = allocator(), looked_at(closer)
     tokens, mask, _, _, _, levels, _ = module(*given, budget, detail)
     weighed = module.weigh(*given)
-    choice = choose(module.allocation, weighed.cells, weighed.tensions, budget, closer=closer)
+    choice = choose(module, weighed.cells, weighed.tensions, budget, closer=closer)
     candidates = module.allocation.sources(given[0], module.detail(given[0], detail))
     opened = gates_of(module.allocation, choice)
     assert torch.equal(choice.levels, levels.long())
     assert opened.sum(1).tolist() == (mask > 0).sum(1).tolist()
-    groups = torch.full((ROWS, 1), 4)
-    regions = module.focus(weighed.cells, groups)
+    regions = module.focus(weighed.cells)
     _, packed = module.allocation.pack(given[0], levels.long(), regions, detail)
     query = torch.randn(ROWS, 1, 5, WIDTH) / WIDTH
     for group in range(1, 5):
@@ -69,7 +68,7 @@ def test_a_gradient_reaches_all_that_is_trained(closer: bool, temperature: float
     weighed.tensions.retain_grad()
     noise = torch.Generator().manual_seed(5)
     choice = choose(
-        module.allocation, weighed.cells, weighed.tensions, budget,
+        module, weighed.cells, weighed.tensions, budget,
         closer=closer, temperature=temperature, generator=noise,
     )  # fmt: skip
     candidates = module.allocation.sources(given[0], module.detail(given[0], detail))

@@ -20,7 +20,7 @@ PAGES = [
     PROJECT / "README.md",
     PROJECT / "CONTRIBUTING.md",
     *sorted((PROJECT / "docs").glob("*.md")),
-    PROJECT / "deploy" / "kubernetes" / "README.md",
+    *sorted((PROJECT / "deploy").glob("*/README.md")),
 ]
 PYTHONS_OWN = {"venv", "pip", "pytest"}
 MOST_WORDS = 1_000  # of the README, without code and tables: two minutes and a half of reading

@@ -578,14 +578,27 @@ def test_a_redis_outside_takes_the_place_of_ours(tmp_path: Path):
     assert selects(way_out["spec"]["podSelector"], gateway["labels"])
 
 
+def readme_commands(word: str) -> str:
+    """The block of commands in the README that has this word."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (KUBERNETES / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if word in block]
+    return str(found)
+
+
+def test_the_readme_s_overlay_takes_images_from_a_registry(tmp_path: Path):
+    shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
+    commands = "docker() { echo $*; }\n" + readme_commands("overlays/mine/kustomization.yaml")
+    said = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = rendered(tmp_path / "deploy" / "kubernetes" / "overlays" / "mine")
+    ours = {container["image"] for where, container in containers(found) if where != "Deployment glimpse-redis"}
+    assert ours == {line.split()[1] for line in said.splitlines() if line.startswith("push")}
+    assert ours == {"REGISTRY/glimpse/gateway:0.1.0", "REGISTRY/glimpse/triton-cpu:0.1.0"}
+
+
 def test_the_readme_s_commands_make_objects_of_the_rules(tmp_path: Path):
     """Its loop, with a kubectl that keeps what it is given."""
-    page = (KUBERNETES / "README.md").read_text()
-    (loop,) = [
-        code for code in re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "PrometheusRule" in code
-    ]
     keep = f"kubectl() {{ cat >> {tmp_path}/kept.yaml; echo --- >> {tmp_path}/kept.yaml; }}\n"
-    subprocess.run(["bash", "-euc", keep + loop], cwd=PROJECT, check=True)
+    subprocess.run(["bash", "-euc", keep + readme_commands("PrometheusRule")], cwd=PROJECT, check=True)
     kept = [each for each in yaml.safe_load_all((tmp_path / "kept.yaml").read_text()) if each]
     files = sorted((PROJECT / "deploy" / "prometheus" / "rules").glob("*.yml"))
     assert [each["spec"] for each in kept] == [yaml.safe_load(path.read_text()) for path in files]

@@ -27,10 +27,14 @@ Unit = Literal["s", "short", "percentunit", "bytes", "reqps", "ops", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One expression of PromQL. `legend` names its series, with labels as {{label}}."""
+    """One expression of PromQL. `legend` names its series, with labels as {{label}}.
+
+    `exemplars` shows single requests as dots, each of which leads to its trace.
+    """
 
     expression: str
     legend: str
+    exemplars: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ def _built(panel: Panel, number: int) -> stat.Panel | timeseries.Panel:
             .legend_format(query.legend)
             .ref_id(chr(ord("A") + index))
             .datasource(SOURCE)
+            .exemplar(query.exemplars)
             .range()
         )
     return built

@@ -128,6 +128,14 @@ def test_grafana_finds_the_data_source_and_the_dashboards():
         assert "datasource" in {variable["name"] for variable in dashboard["templating"]["list"]}
 
 
+def test_the_runbook_names_dashboards_and_panels_that_exist():
+    page = re.sub(r"\s+", " ", (PROJECT / "docs" / "runbooks.md").read_text())
+    dashboards, panels = set(re.findall(r"(?<!\*)\*([\w:' ]+)\*(?!\*)", page)), set(re.findall(r'"([^"]+)"', page))
+    assert min(len(dashboards), len(panels)) > 4
+    assert dashboards <= {dashboard.title for dashboard in DASHBOARDS}
+    assert panels <= {panel.title for dashboard in DASHBOARDS for panel in dashboard.panels}
+
+
 @contextmanager
 def load(gateway: Gateway) -> Iterator[Callable[[], int]]:
     """New images and follow-ups, streamed or not, some closer; yields how many questions were answered."""

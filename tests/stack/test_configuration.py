@@ -24,11 +24,11 @@ ALLOWED = {
 def findings(folder: Path) -> set[str]:
     """The rules that files of the folder break."""
     command = [
-        PROJECT / ".venv" / "bin" / "trivy", "config", "--quiet", "--skip-check-update", "--skip-version-check",
+        ".venv/bin/trivy", "config", "--quiet", "--skip-check-update", "--skip-version-check",
         "--disable-telemetry", "--misconfig-scanners", "dockerfile,kubernetes",
-        "--format", "json", "--cache-dir", folder.parent / "cache", folder,
+        "--format", "json", "--cache-dir", str(folder.parent / "cache"), str(folder),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)["Results"]
     assert all(result["MisconfSummary"]["Successes"] for result in results)

@@ -96,13 +96,13 @@ def _built(panel: Panel, number: int) -> stat.Panel | timeseries.Panel:
     built.id(number).title(panel.title).description(panel.about).unit(panel.unit).datasource(SOURCE)
     built.min(0).span(panel.width).height(HEIGHT)
     for index, query in enumerate(panel.queries):
-        built.with_target(
+        target = (
             prometheus.Dataquery()
             .expr(query.expression)
             .legend_format(query.legend)
             .ref_id(chr(ord("A") + index))
             .datasource(SOURCE)
-            .exemplar(query.exemplars)
             .range()
         )
+        built.with_target(target.exemplar(True) if query.exemplars else target)
     return built

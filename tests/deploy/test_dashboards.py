@@ -63,7 +63,7 @@ def faults(dashboard: dict) -> list[str]:
 def with_exemplars() -> set[str]:
     """The expressions whose panels show exemplars."""
     targets = [target for each in committed().values() for panel in each["panels"] for target in panel["targets"]]
-    found = {filled_in(target["expr"]) for target in targets if target["exemplar"]}
+    found = {filled_in(target["expr"]) for target in targets if target.get("exemplar")}
     assert len(found) == 4  # first token and whole answer, of all and by variant
     return found
 

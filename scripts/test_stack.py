@@ -24,7 +24,7 @@ from docker_engine import Engine, NoEngine
 
 TARGETS = ("gateway", "triton-cpu", "all-in-one")
 TESTS = "tests/stack/test_stack.py"  # the first of these measures the time from nothing to an answer
-TESTS_OF_IMAGES = "tests/stack/test_images.py"
+TESTS_OF_IMAGES = ("tests/stack/test_images.py", "tests/stack/test_configuration.py")
 TESTS_OF_THE_OTHER_BASE = "tests/stack/test_other_base.py"
 TESTS_OF_BARE = "tests/stack/test_bare.py"
 BASE = next(iter(base_images.PYTHONS))
@@ -116,12 +116,12 @@ def run(engine, given, for_pytest, phases, threads):
         "STACK_BEGAN": str(time.time() - (time.monotonic() - phases.began)),
     }
     if given.one_base or for_pytest:
-        return run_tests(engine, [TESTS, TESTS_OF_IMAGES], told, for_pytest)
+        return run_tests(engine, [TESTS, *TESTS_OF_IMAGES], told, for_pytest)
     status = run_tests(engine, [TESTS], told)
     phases.ended("the tests of the stack")
     (other,) = (base for base in base_images.PYTHONS if base != given.base)
     built = threads.submit(build_other, engine, other)  # the tests of images wait more than they work
-    status = run_tests(engine, [TESTS_OF_IMAGES], told) or status
+    status = run_tests(engine, TESTS_OF_IMAGES, told) or status
     try:
         built.result()
     except NoEngine as exc:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ PAGES = [
     PROJECT / "README.md",
     PROJECT / "CONTRIBUTING.md",
     *sorted((PROJECT / "docs").glob("*.md")),
-    PROJECT / "deploy" / "kubernetes" / "README.md",
+    *sorted((PROJECT / "deploy").glob("*/README.md")),
 ]
 PYTHONS_OWN = {"venv", "pip", "pytest"}
 MOST_WORDS = 1_000  # of the README, without code and tables: two minutes and a half of reading
@@ -83,6 +85,29 @@ def test_every_module_that_is_run_is_there():
 
 def test_every_command_is_there():
     assert named(r"(?:`|/|\$ |0 )glimpse ([a-z]+)") <= get_command(app).commands.keys()
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """The words after `glimpse` of each command line in the page's code."""
+    text = page.read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```$|^((?:    .*\n)+)", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(map("".join, blocks)).replace("\\\n", " ").splitlines()
+    for line in lines + re.findall(r"`([^`]*\bglimpse [a-z][^`]*)`", text.replace("\n", " ")):
+        found = re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S* +)*(?:\.venv/bin/)?glimpse ([a-z].*)", line)
+        if found:
+            yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_every_option_of_a_command_is_there(page: Path):
+    for words in command_lines(page):
+        command, rest = get_command(app), list(words)
+        while hasattr(command, "commands") and rest:
+            command = command.commands[rest.pop(0)]
+        if command.context_settings.get("ignore_unknown_options"):  # passed on to a tool that reads them itself
+            continue
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= known | {"--help"}, words
 
 
 def test_every_target_of_make_is_there():

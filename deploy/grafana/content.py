@@ -7,13 +7,19 @@ from deploy.grafana.panels import CPU_PRICE, Dashboard, Panel, Query, Unit
 RATE = "[$__rate_interval]"
 
 
+# Histograms whose buckets name a trace: service/record/outcomes.py.
+WITH_EXEMPLARS = ("glimpse_time_to_first_token_seconds", "glimpse_e2e_request_latency_seconds")
+
+
 def quantiles(metric: str, *by: str, shares: tuple[float, ...] = (0.5, 0.95, 0.99)) -> list[Query]:
     """Estimate quantiles of a histogram from its buckets, for each value of the labels `by`."""
     labels = ", ".join(("le", *by))
     named = "".join(f" {{{{{label}}}}}" for label in by)
     return [
         Query(
-            f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket{RATE})))", f"p{share * 100:g}{named}"
+            f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket{RATE})))",
+            f"p{share * 100:g}{named}",
+            exemplars=metric in WITH_EXEMPLARS and share == shares[-1],
         )
         for share in shares
     ]

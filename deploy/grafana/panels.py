@@ -27,10 +27,14 @@ Unit = Literal["s", "short", "percentunit", "bytes", "reqps", "ops", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One expression of PromQL. `legend` names its series, with labels as {{label}}."""
+    """One expression of PromQL. `legend` names its series, with labels as {{label}}.
+
+    `exemplars` shows single requests as dots, each of which leads to its trace.
+    """
 
     expression: str
     legend: str
+    exemplars: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ def _built(panel: Panel, number: int) -> stat.Panel | timeseries.Panel:
     built.id(number).title(panel.title).description(panel.about).unit(panel.unit).datasource(SOURCE)
     built.min(0).span(panel.width).height(HEIGHT)
     for index, query in enumerate(panel.queries):
-        built.with_target(
+        target = (
             prometheus.Dataquery()
             .expr(query.expression)
             .legend_format(query.legend)
@@ -100,4 +104,5 @@ def _built(panel: Panel, number: int) -> stat.Panel | timeseries.Panel:
             .datasource(SOURCE)
             .range()
         )
+        built.with_target(target.exemplar(True) if query.exemplars else target)
     return built

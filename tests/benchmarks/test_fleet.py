@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.fleet import Fleet, Hardware, Traffic, needed, simulate
+from benchmarks.fleet import RATES, SIMULATED_REQUESTS, Fleet, Hardware, Traffic, needed, simulate
 
 HARDWARE, TRAFFIC = Hardware(), Traffic()
 
@@ -31,6 +31,13 @@ def test_a_fleet_is_as_busy_as_it_was_sized_for() -> None:
     assert found["refused"] == 0
     assert found["busiest"] == "gateways"
     assert found["busy"]["gateways"] == pytest.approx(0.65, abs=0.05)  # 9 gateways for 8.4
+
+
+def test_a_tenth_of_the_largest_run_takes_a_tenth_of_a_minute_of_one_core() -> None:
+    rate = RATES[-1]
+    assert rate == 100_000
+    fleet = needed(rate, HARDWARE, TRAFFIC)
+    assert simulate(fleet, HARDWARE, TRAFFIC, rate, requests=SIMULATED_REQUESTS // 10)["cpu_s"] <= 60 / 10
 
 
 def test_beyond_its_capacity_a_fleet_is_late() -> None:

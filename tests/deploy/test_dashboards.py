@@ -60,6 +60,14 @@ def faults(dashboard: dict) -> list[str]:
     return found + (["two panels have one id"] if len(set(ids)) < len(ids) else [])
 
 
+def with_exemplars() -> set[str]:
+    """The expressions whose panels show exemplars."""
+    targets = [target for each in committed().values() for panel in each["panels"] for target in panel["targets"]]
+    found = {filled_in(target["expr"]) for target in targets if target.get("exemplar")}
+    assert len(found) == 4  # first token and whole answer, of all and by variant
+    return found
+
+
 def rule_files() -> list:
     return sorted((PROJECT / "deploy" / "prometheus" / "rules").glob("*.yml"))
 
@@ -105,13 +113,27 @@ def test_two_equal_panels_still_have_two_ids_and_places():
 
 def test_grafana_finds_the_data_source_and_the_dashboards():
     provisioning = GRAFANA / "provisioning"
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    sources = yaml.safe_load((provisioning / "datasources" / "glimpse.yml").read_text())["datasources"]
+    source, traces = sources
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "glimpse.yml").read_text())["providers"]
     assert (source["type"], source["access"], provider["type"]) == ("prometheus", "proxy", "file")
     every = yaml.safe_load((PROJECT / "deploy" / "prometheus" / "prometheus.yml").read_text())["global"]
     assert source["jsonData"]["timeInterval"] == every["scrape_interval"]
+    (link,) = source["jsonData"]["exemplarTraceIdDestinations"]
+    assert (link["name"], link["datasourceUid"]) == ("trace_id", traces["uid"])
+    services = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
+    for each in sources:
+        assert httpx.URL(each["url"]).host in services
     for dashboard in committed().values():
         assert "datasource" in {variable["name"] for variable in dashboard["templating"]["list"]}
+
+
+def test_the_runbook_names_dashboards_and_panels_that_exist():
+    page = re.sub(r"\s+", " ", (PROJECT / "docs" / "runbooks.md").read_text())
+    dashboards, panels = set(re.findall(r"(?<!\*)\*([\w:' ]+)\*(?!\*)", page)), set(re.findall(r'"([^"]+)"', page))
+    assert min(len(dashboards), len(panels)) > 4
+    assert dashboards <= {dashboard.title for dashboard in DASHBOARDS}
+    assert panels <= {panel.title for dashboard in DASHBOARDS for panel in dashboard.panels}
 
 
 @contextmanager
@@ -152,7 +174,8 @@ def test_every_query_of_every_panel_has_data_from_a_service_under_load(
     redis = start_redis("--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru")
     variants = tmp_path / "variants.json"
     variants.write_bytes(Variants({"stable": Variant("stable", str(repository), (url,), (url,), 1.0)}).to_json())
-    settings = {"GLIMPSE_VARIANTS": str(variants), "GLIMPSE_REDIS_URL": redis.url}
+    traces = "http://127.0.0.1:9"  # nobody takes the spans: exemplars name the traces anyway
+    settings = {"GLIMPSE_VARIANTS": str(variants), "GLIMPSE_REDIS_URL": redis.url, "GLIMPSE_OTLP_ENDPOINT": traces}
     with start_gateway(settings) as gateway:
         jobs = {"glimpse": gateway.url.removeprefix("http://"), "triton": metrics}
         with load(gateway) as answered, started_prometheus(tmp_path, jobs) as prometheus:
@@ -174,6 +197,11 @@ def test_every_query_of_every_panel_has_data_from_a_service_under_load(
             finally:
                 assert [where for where, _ in missing] == []
             assert answered() > 10
+            for expression in with_exemplars():
+                assert all(
+                    re.fullmatch("[0-9a-f]{32}", each["trace_id"]) for each in prometheus.exemplars(expression, 60)
+                )
+                assert prometheus.exemplars(expression, 60)
             with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as response:
                 assert set(re.findall(r"^# TYPE (nv_\w+)", response.read().decode(), re.MULTILINE)) >= TRITON
             with urllib.request.urlopen(f"{prometheus.url}/api/v1/rules", timeout=5) as response:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from service.settings import PREFIX, Settings
+from tests.deploy.triton_options import faults_of_options
 from tests.support.paths import PROJECT
 
 BIN = PROJECT / ".venv" / "bin"
@@ -95,6 +98,41 @@ def test_every_setting_in_the_files_is_one() -> None:
         assert set(re.findall(rf"{PREFIX}[A-Z_]+[A-Z]", file.read_text())) <= known
 
 
+def test_the_tritons_of_gpus_have_options_that_exist() -> None:
+    commands = [
+        " ".join(service["command"])
+        for service in yaml.safe_load(COMPOSE.read_text())["services"].values()
+        if "tritonserver" in service.get("command", [])
+    ]
+    assert len(commands) == 2
+    assert [fault for command in commands for fault in faults_of_options(command)] == []
+
+
+def test_with_what_the_page_sets_gateways_and_tritons_of_gpus_serve_the_same_models() -> None:
+    page = (PROJECT / "docs" / "deployment.md").read_text()
+    (told,) = re.findall(r"^- The profile `gpu`: .*?(?=^- |\Z)", page, re.MULTILINE | re.DOTALL)
+    variables = dict(re.findall(r"`([A-Z_]+)=(\S+)`", told))
+    command = [BIN / "docker-compose", "--project-directory", PROJECT, "--file", COMPOSE, "--env-file", os.devnull]
+    environment = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "x", "TRITON_KEY": "y", **variables}
+    done = subprocess.run(
+        [*command, "config", "--format", "json"], env=environment, capture_output=True, text=True, check=True
+    )
+    services = json.loads(done.stdout)["services"]
+    assert services["triton"]["deploy"]["replicas"] == 0
+    gateway = services["gateway"]["environment"]
+    for setting, pool in (("GLIMPSE_VISION_URL", "triton-vision"), ("GLIMPSE_LLM_URL", "triton-llm")):
+        assert gateway[setting] == f"{pool}:8001"
+        assert mounted(services["gateway"], gateway["GLIMPSE_MODEL_REPOSITORY"]) == "/srv/engines"
+        assert mounted(services[pool], "/models") == "/srv/engines"
+        assert services[pool]["networks"]["back"]["aliases"] == ["triton"]  # the name that Prometheus asks for
+
+
+def mounted(service: dict[str, Any], target: str) -> str:
+    """What of the machine the container sees there."""
+    (source,) = [each["source"] for each in service["volumes"] if each["target"] == target]
+    return str(source)
+
+
 def faults_of_collector(text: str) -> list[str]:
     """What a pipeline names and nothing defines, and hosts that are no service of the stack. No collector runs here."""
     configuration = yaml.safe_load(text)
@@ -138,5 +176,5 @@ def test_every_image_is_pinned_and_every_container_of_the_stack_bounded() -> Non
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert service["pids_limit"] >= 512, name
-        assert service.get("mem_limit") or name.startswith("triton-"), name
+        assert service["mem_limit"], name
         assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])), name

@@ -21,7 +21,10 @@ from typer.main import get_command
 from service.admission.quota import UNITS
 from service.admission.scheduler import Kind, Resource
 from service.cli.main import app
+from service.edges.http import operations
 from service.settings import Settings, read_settings, secret_names
+from service.triton_server.supervision import EXIT_TIMEOUT_S
+from tests.deploy import triton_options
 from tests.deploy.metric_names import known_metrics, metrics_in
 from tests.support.paths import PROJECT
 
@@ -52,8 +55,12 @@ LABELS = {
 }
 GATEWAY_PORTS = {"http": Settings().http_port, "grpc": Settings().grpc_port}
 TRITON_PORTS = {"grpc": 8001, "metrics": 8002}
+ROUTES = {route.path for route in operations.router.routes}  # type: ignore[attr-defined]
+NAMESPACE, MONITORING, ELSEWHERE = "glimpse", "monitoring", "somebody-else-s"
+STRANGER = {"app": "somebody-else"}
 
 Object = dict[str, Any]
+Labels = dict[str, str]
 
 
 def rendered(folder: Path) -> list[Object]:
@@ -187,11 +194,17 @@ def faults_of_images(found: list[Object]) -> list[str]:
     return faults
 
 
+def command_of(container: Object) -> str:
+    """What the container runs, in one line."""
+    return " ".join([*container.get("command", ()), *container.get("args", ())]).replace("\\\n", " ")
+
+
 def faults_of_arguments(found: list[Object]) -> list[str]:
-    """Each `glimpse` command has these options and values."""
+    """Each `glimpse` command and each tritonserver has these options and values."""
     faults = []
     commands = get_command(app).commands  # type: ignore[attr-defined]
     for where, container in containers(found):
+        faults += [f"{where}: {fault}" for fault in triton_options.faults_of_options(command_of(container))]
         match container.get("args"):
             case ["glimpse", command, *arguments]:
                 try:
@@ -250,18 +263,51 @@ def faults_of_ports(found: list[Object]) -> list[str]:
     return faults
 
 
+def faults_of_probes(found: list[Object]) -> list[str]:
+    """Probes ask routes and ports that exist; so does Prometheus."""
+    faults = []
+    for where, container in containers(found):
+        ports = {port[key] for port in container.get("ports", ()) for key in ("name", "containerPort")}
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            for what, asked in container.get(kind, {}).items():
+                if what in ("httpGet", "grpc", "tcpSocket") and asked["port"] not in ports:
+                    faults.append(f"{where}: {kind} asks port {asked['port']}")
+                if what == "httpGet" and asked["path"] not in ROUTES:
+                    faults.append(f"{where}: {kind} asks {asked['path']}")
+    for monitor in of_kind(found, "ServiceMonitor").values():
+        faults += [
+            f"{name(monitor)} asks {each['path']}"
+            for each in monitor["spec"]["endpoints"]
+            if each["path"] not in ROUTES
+        ]
+    return faults
+
+
+def leads_nowhere(services: dict[str, Object], host: str, port: int) -> bool:
+    return port not in [each["port"] for each in services.get(host, {"spec": {"ports": []}})["spec"]["ports"]]
+
+
 def faults_of_names(found: list[Object]) -> list[str]:
     """What one object says of another: services, scaled Deployments, labels, priority classes."""
     faults, services = [], of_kind(found, "Service")
-    monitored = {service["metadata"]["labels"].get("glimpse/job") for service in services.values()}
     for each in found:
         spec = each.get("spec", {})
         if each["kind"] in ("HorizontalPodAutoscaler", "ScaledObject"):
             target = spec["scaleTargetRef"]
             if target["name"] not in of_kind(found, target.get("kind", "Deployment")):
                 faults.append(f"{name(each)} scales nothing")
-        if each["kind"] == "ServiceMonitor" and spec["selector"]["matchLabels"]["glimpse/job"] not in monitored:
-            faults.append(f"{name(each)} selects no Service")
+        if each["kind"] == "ServiceMonitor":
+            chosen = list(monitored(found, each))
+            if not chosen:
+                faults.append(f"{name(each)} selects no Service")
+            for service in chosen:
+                ports = {port["name"] for port in service["spec"]["ports"]}
+                faults += [f"{name(each)}: {name(service)} has no port {endpoint['port']}"
+                           for endpoint in spec["endpoints"] if endpoint["port"] not in ports]  # fmt: skip
+        if each["kind"] == "HTTPRoute":
+            backends = [(backend["name"], backend["port"]) for rule in spec["rules"] for backend in rule["backendRefs"]]
+            faults += [f"{name(each)}: {host} leads nowhere" for host, port in backends
+                       if leads_nowhere(services, host, port)]  # fmt: skip
         if each["kind"] == "PodDisruptionBudget":
             labels = [template["metadata"]["labels"] for other in found for template in templates(other)]
             if not any(spec["selector"]["matchLabels"].items() <= these.items() for these in labels):
@@ -271,12 +317,108 @@ def faults_of_names(found: list[Object]) -> list[str]:
             if priority is not None and priority not in of_kind(found, "PriorityClass"):
                 faults.append(f"{name(each)}: there is no priority class {priority}")
     for where, container in containers(found):
-        for variable in container.get("env", ()):
-            host, colon, port = variable.get("value", "").rpartition(":")
-            if variable["name"].endswith("_URL") and colon:
-                ports = [each["port"] for each in services.get(host, {"spec": {"ports": []}})["spec"]["ports"]]
-                if int(port) not in ports:
-                    faults.append(f"{where}: {variable['name']} leads nowhere")
+        faults += [f"{where}: {what} leads nowhere"
+                   for what, host, port in addresses(container) if leads_nowhere(services, host, port)]  # fmt: skip
+    return faults
+
+
+def monitored(found: list[Object], monitor: Object) -> Iterator[Object]:
+    """The Services that a ServiceMonitor selects."""
+    job = monitor["spec"]["selector"]["matchLabels"]["glimpse/job"]
+    yield from (
+        each for each in of_kind(found, "Service").values() if each["metadata"]["labels"].get("glimpse/job") == job
+    )
+
+
+def addresses(container: Object) -> Iterator[tuple[str, str, int]]:
+    """(what says it, host, port) of each address that a container is given."""
+    said = [(each["name"], each.get("value", "")) for each in container.get("env", ()) if each["name"].endswith("_URL")]
+    said += [(argument, argument.removeprefix("http://")) for argument in container.get("args", ())
+             if re.fullmatch(r"http://[\w.-]+:\d+", argument)]  # fmt: skip
+    for what, address in said:
+        host, colon, port = address.rpartition(":")
+        if colon:
+            yield what, host, int(port)
+
+
+def selects(selector: Object, labels: Labels) -> bool:
+    every = selector.get("matchLabels", {}).items() <= labels.items()
+    return every and all(labels.get(each["key"]) in each["values"] for each in selector.get("matchExpressions", ()))
+
+
+def lets(found: list[Object], way: str, pod: Labels, other: Labels, namespace: str, port: int) -> bool:
+    """Whether the policies let the pod call (`Egress`) the other one, or be called by it (`Ingress`)."""
+
+    def is_peer(peer: Object) -> bool:
+        if "namespaceSelector" in peer:
+            there = selects(peer["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
+        else:
+            there = namespace == NAMESPACE and "podSelector" in peer
+        return there and selects(peer.get("podSelector", {}), other)
+
+    policies = [
+        each["spec"]
+        for each in of_kind(found, "NetworkPolicy").values()
+        if way in each["spec"]["policyTypes"] and selects(each["spec"]["podSelector"], pod)
+    ]
+    key, side = way.lower(), "to" if way == "Egress" else "from"
+    return not policies or any(
+        (side not in rule or any(is_peer(peer) for peer in rule[side]))
+        and ("ports" not in rule or any(each["port"] == port for each in rule["ports"]))
+        for policy in policies
+        for rule in policy.get(key, ())
+    )
+
+
+def may_call(found: list[Object], caller: Labels, target: Labels, port: int, namespace: str = NAMESPACE) -> bool:
+    """Whether a pod, of this namespace or another one, reaches a pod of Glimpse."""
+    leaves = namespace != NAMESPACE or lets(found, "Egress", caller, target, NAMESPACE, port)
+    return leaves and lets(found, "Ingress", target, caller, namespace, port)
+
+
+def pods_behind(found: list[Object], service: Object, port: str) -> Iterator[tuple[Labels, int]]:
+    """(labels, number of the port) of each kind of pod that a Service chooses."""
+    for each in found:
+        for template in templates(each):
+            labels = template["metadata"]["labels"]
+            if service["spec"]["selector"].items() <= labels.items():
+                numbers = {known["name"]: known["containerPort"]
+                           for container in template["spec"]["containers"] for known in container["ports"]}  # fmt: skip
+                if port in numbers:
+                    yield labels, numbers[port]
+
+
+def faults_of_network(found: list[Object]) -> list[str]:
+    """The policies let through what Glimpse's parts say to each other, and strangers to the gateways alone."""
+    faults, services = [], of_kind(found, "Service")
+    calls = []
+    for each in found:
+        for template in templates(each):
+            said = [address for container in template["spec"]["containers"] for address in addresses(container)]
+            said += [("Redis", "glimpse-redis", 6379)] * (each["metadata"]["name"] == "glimpse-gateway")
+            calls += [(name(each), template["metadata"]["labels"], host) for _, host, _ in said if host in services]
+    for where, caller, host in calls:
+        port = services[host]["spec"]["ports"][0]["targetPort"]
+        faults += [f"{where} may not call {host}" for target, number in pods_behind(found, services[host], port)
+                   if not may_call(found, caller, target, number)]  # fmt: skip
+    for monitor in of_kind(found, "ServiceMonitor").values():
+        for service in monitored(found, monitor):
+            port = monitor["spec"]["endpoints"][0]["port"]
+            faults += [
+                f"Prometheus may not call {name(service)}"
+                for target, number in pods_behind(found, service, port)
+                if not may_call(found, {}, target, number, MONITORING)
+            ]
+    for each in found:
+        for template in templates(each):
+            labels = template["metadata"]["labels"]
+            numbers = [port["containerPort"] for container in template["spec"]["containers"]
+                       for port in container.get("ports", ())]  # fmt: skip
+            if labels["app.kubernetes.io/component"] != "gateway":
+                faults += [f"strangers may call {name(each)} at {number}"
+                           for number in numbers if may_call(found, STRANGER, labels, number, ELSEWHERE)]  # fmt: skip
+            if lets(found, "Egress", labels, STRANGER, ELSEWHERE, 443):
+                faults.append(f"{name(each)} may call anybody")
     return faults
 
 
@@ -299,24 +441,37 @@ def faults_of_metrics(found: list[Object]) -> list[str]:
     return faults
 
 
+def ends_after_s(container: Object) -> float:
+    """How long a container needs after its pod was deleted."""
+    notice_s = float(container["lifecycle"]["preStop"]["sleep"]["seconds"])
+    settings = {variable["name"]: variable.get("value") for variable in container.get("env", ())}
+    if container["name"] == "gateway":
+        stop_s = float(settings["GLIMPSE_STOP_NOTICE_S"]) + float(settings["GLIMPSE_STOP_GRACE_S"])
+        return notice_s + stop_s + 1 + 2  # to cut connections, to end the process
+    command = command_of(container)
+    if "glimpse triton" in command:
+        return notice_s + EXIT_TIMEOUT_S + 2  # as service/triton_server/supervision.py stops it
+    given = dict(triton_options.options(command))
+    return notice_s + (float(given.get("--exit-timeout-secs", triton_options.EXIT_TIMEOUT_S)) if given else 0)
+
+
 def faults_of_the_drain(found: list[Object]) -> list[str]:
-    """A pod is killed only after all that it does when it ends."""
+    """A pod goes on while callers learn that it ends, and is killed only after all that it does then."""
     faults = []
     for each in found:
+        ends_s = []
         for template in templates(each):
             for container in template["spec"]["containers"]:
-                if container["name"] != "gateway":
+                if container["name"] not in ("gateway", "triton"):
                     continue
-                settings = {variable["name"]: variable.get("value") for variable in container["env"]}
-                needed_s = (
-                    container["lifecycle"]["preStop"]["sleep"]["seconds"]
-                    + float(settings["GLIMPSE_STOP_NOTICE_S"])
-                    + float(settings["GLIMPSE_STOP_GRACE_S"])
-                    + 1  # to cut connections
-                    + 2  # to end the process
-                )
-                if template["spec"]["terminationGracePeriodSeconds"] < needed_s:
-                    faults.append(f"{name(each)} needs {needed_s:g} s to end")
+                if "preStop" not in container.get("lifecycle", {}):
+                    faults.append(f"{name(each)}: {container['name']} ends while it is called")
+                    continue
+                ends_s.append(ends_after_s(container))
+                if template["spec"]["terminationGracePeriodSeconds"] < ends_s[-1]:
+                    faults.append(f"{name(each)} needs {ends_s[-1]:g} s to end")
+        if ends_s != sorted(ends_s):
+            faults.append(f"{name(each)}: the worker ends before its leader")
     return faults
 
 
@@ -327,15 +482,17 @@ CHECKS: tuple[Callable[[list[Object]], list[str]], ...] = (
     faults_of_arguments,
     faults_of_environment,
     faults_of_ports,
+    faults_of_probes,
     faults_of_metrics,
     faults_of_the_drain,
 )
+CHECKS_OF_THE_WHOLE = (faults_of_names, faults_of_network)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_has_no_fault(overlay: str):
     found = objects(overlay)
-    checks = [*CHECKS, faults_of_names] if overlay in WHOLE else CHECKS
+    checks = [*CHECKS, *CHECKS_OF_THE_WHOLE] if overlay in WHOLE else CHECKS
     assert [fault for check in checks for fault in check(found)] == []
 
 
@@ -364,6 +521,28 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/monitoring.yaml", "endpoints:", "endpoint:", "endpoints"),
         ("base/routes.yaml", "weight: 100", "weight: -1", "-1 is less"),
         ("base/redis.yaml", "redis:7.2-bookworm", "redis:latest", "no version"),
+        ("base/gateway/deployment.yaml", "path: /health/ready", "path: /ready", "readinessProbe asks /ready"),
+        ("base/gateway/deployment.yaml", "port: http\n            periodSeconds: 5", "port: web", "asks port web"),
+        ("base/monitoring.yaml", "path: /metrics", "path: /stats", "asks /stats"),
+        ("base/monitoring.yaml", "port: metrics", "port: http", "has no port http"),
+        ("base/canary.yaml", "glimpse-gateway:8080", "glimpse-gateway:80", "leads nowhere"),
+        ("base/routes.yaml", "port: 8080", "port: 80", "glimpse-gateway leads nowhere"),
+        ("base/vision.yaml", "preStop:", "postStart:", "triton ends while it is called"),
+        ("base/network-policies.yaml", "values: [vision, llm]\n      ports:", "values: [vision]\n      ports:",
+         "Deployment glimpse-gateway may not call glimpse-llm"),
+        ("base/network-policies.yaml", "port: 8002", "port: 8003", "Prometheus may not call Service glimpse-vision"),
+        ("base/network-policies.yaml", "name: glimpse-redis\nspec:\n  podSelector:\n    matchLabels:\n      app",
+         "name: glimpse-redis\nspec:\n  podSelector:\n    matchLabels:\n      app2", "may not call glimpse-redis"),
+        ("base/network-policies.yaml", "gateway\n      ports:\n        - port: 8001",
+         "gateway\n    - ports:\n        - port: 8001", "strangers may call Deployment glimpse-llm at 8001"),
+        ("base/network-policies.yaml", "egress:\n    - to:\n        - namespace",
+         "egress:\n    - {}\n    - to:\n        - namespace", "glimpse-redis may call anybody"),
+        ("overlays/gpu/llm.yaml", "--load-model=llm", "--load-model=lm", "no call needs the model lm"),
+        ("overlays/gpu/vision.yaml", "--disable-auto-complete-config", "--no-auto", "no option --no-auto"),
+        ("overlays/gpu/vision.yaml", "- --allow-http=false", "- --log-info=true", "opens HTTP"),
+        ("overlays/gpu-multinode/llm.yaml", "restricted-protocol=shared-memory,", "restricted-protocol=",
+         "lets every caller load models"),
+        ("overlays/gpu-multinode/llm.yaml", "seconds: 45", "seconds: 20", "the worker ends before its leader"),
     ],
 )  # fmt: skip
 def test_a_broken_copy_is_found(tmp_path: Path, file: str, good: str, bad: str, fault: str):
@@ -372,8 +551,9 @@ def test_a_broken_copy_is_found(tmp_path: Path, file: str, good: str, bad: str, 
     text = broken.read_text()
     assert good in text
     broken.write_text(text.replace(good, bad))
-    found = rendered(tmp_path / "kubernetes" / "overlays" / "cpu")
-    faults = [each for check in (*CHECKS, faults_of_names) for each in check(found)]
+    overlay = "overlays/cpu" if file.startswith("base") else str(Path(file).parent)
+    found = rendered(tmp_path / "kubernetes" / overlay)
+    faults = faults_of_schemas(found) or [each for check in (*CHECKS, *CHECKS_OF_THE_WHOLE) for each in check(found)]
     assert fault in "\n".join(faults)
 
 
@@ -383,6 +563,48 @@ def test_no_network_is_believed_to_be_of_proxies_before_somebody_names_it(overla
     assert gateways
     for gateway in gateways:
         assert "GLIMPSE_TRUSTED_PROXIES" not in {variable["name"] for variable in gateway["env"]}
+
+
+def test_a_redis_outside_takes_the_place_of_ours(tmp_path: Path):
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    mine = tmp_path / "kubernetes" / "overlays" / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text("resources: [../cpu]\ncomponents: [../../outside-redis]\n")
+    found = rendered(mine)
+    assert [fault for check in (*CHECKS, *CHECKS_OF_THE_WHOLE) for fault in check(found)] == []
+    assert [name(each) for each in found if "redis" in name(each)] == ["NetworkPolicy glimpse-outside-redis"]
+    (way_out,) = [each for each in found if "redis" in name(each)]
+    (gateway,) = (of_kind(found, "Deployment")["glimpse-gateway"]["spec"]["template"]["metadata"],)
+    assert selects(way_out["spec"]["podSelector"], gateway["labels"])
+
+
+def readme_commands(word: str) -> str:
+    """The block of commands in the README that has this word."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (KUBERNETES / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if word in block]
+    return str(found)
+
+
+def test_the_readme_s_overlay_takes_images_from_a_registry(tmp_path: Path):
+    shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
+    commands = "docker() { echo $*; }\n" + readme_commands("overlays/mine/kustomization.yaml")
+    said = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = rendered(tmp_path / "deploy" / "kubernetes" / "overlays" / "mine")
+    ours = {container["image"] for where, container in containers(found) if where != "Deployment glimpse-redis"}
+    assert ours == {line.split()[1] for line in said.splitlines() if line.startswith("push")}
+    assert ours == {"REGISTRY/glimpse/gateway:0.1.0", "REGISTRY/glimpse/triton-cpu:0.1.0"}
+
+
+def test_the_readme_s_commands_make_objects_of_the_rules(tmp_path: Path):
+    """Its loop, with a kubectl that keeps what it is given."""
+    keep = f"kubectl() {{ cat >> {tmp_path}/kept.yaml; echo --- >> {tmp_path}/kept.yaml; }}\n"
+    subprocess.run(["bash", "-euc", keep + readme_commands("PrometheusRule")], cwd=PROJECT, check=True)
+    kept = [each for each in yaml.safe_load_all((tmp_path / "kept.yaml").read_text()) if each]
+    files = sorted((PROJECT / "deploy" / "prometheus" / "rules").glob("*.yml"))
+    assert [each["spec"] for each in kept] == [yaml.safe_load(path.read_text()) for path in files]
+    for each in kept:
+        assert each["kind"] == "PrometheusRule"
+        assert re.fullmatch(r"glimpse-[a-z-]+", each["metadata"]["name"])
 
 
 def test_the_canary_is_a_set_of_its_own_behind_a_service_of_its_own():

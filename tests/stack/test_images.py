@@ -159,7 +159,8 @@ def test_a_command_that_an_image_lacks_names_no_script_of_ours(docker: Docker) -
 def test_every_image_has_a_bill_of_materials(docker: Docker, target: str, tmp_path: Path) -> None:
     bill = tmp_path / "bill.json"
     command = [
-        ".venv/bin/trivy", "image", "--quiet", "--offline-scan", "--format", "cyclonedx", "--image-src", "docker",
+        ".venv/bin/trivy", "image", "--quiet", "--offline-scan", "--disable-telemetry",
+        "--format", "cyclonedx", "--image-src", "docker",
         "--cache-dir", str(tmp_path / "cache"), "--output", str(bill), f"glimpse/{target}:latest",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)

@@ -115,13 +115,13 @@ def test_the_back_has_no_way_out(stack: Stack) -> None:
             assert list(stack.docker.inspect(name)["NetworkSettings"]["Networks"]) == [f"{project}_back"]
 
 
-def test_prometheus_reads_every_gateway_and_every_triton(stack: Stack) -> None:
+def test_prometheus_reads_every_gateway_every_triton_and_the_balancer(stack: Stack) -> None:
     def up() -> dict[str, int]:
         answer = httpx.get(f"{stack.prometheus}/api/v1/query", params={"query": "up == 1"}, timeout=5, trust_env=False)
         jobs = [series["metric"]["job"] for series in answer.json()["data"]["result"]]
-        return {job: jobs.count(job) for job in ("glimpse", "triton")}
+        return {job: jobs.count(job) for job in ("glimpse", "triton", "balancer")}
 
-    eventually(lambda: up() == {"glimpse": 2, "triton": 2}, 180, "all targets up", EVERY_S)
+    eventually(lambda: up() == {"glimpse": 2, "triton": 2, "balancer": 1}, 180, "all targets up", EVERY_S)
 
 
 def test_a_killed_gateway_takes_only_its_own_requests(stack: Stack) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -41,10 +42,23 @@ class Prometheus:
         series = [found["result"]] if found["resultType"] == "scalar" else [each["value"] for each in found["result"]]
         return [float(value) for _, value in series]
 
+    def exemplars(self, expression: str, seconds: float) -> list[dict[str, str]]:
+        """The labels of each exemplar that the expression's series had in the last seconds."""
+        now = time.time()
+        asked = urllib.parse.urlencode({"query": expression, "start": now - seconds, "end": now})
+        with urllib.request.urlopen(f"{self.url}/api/v1/query_exemplars?{asked}", timeout=10) as response:
+            found = json.load(response)["data"]
+        return [each["labels"] for series in found for each in series["exemplars"]]
+
 
 @contextmanager
 def started_prometheus(folder: Path, jobs: Mapping[str, str]) -> Iterator[Prometheus]:
-    """Scrape these jobs, name and address, and evaluate the committed rules, every second."""
+    """Scrape these jobs, name and address, and evaluate the committed rules, every second.
+
+    It has the features that docker-compose.yml switches on.
+    """
+    stack = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())
+    features = [option for option in stack["services"]["prometheus"]["command"] if "--enable-feature" in option]
     configuration = yaml.safe_load((PROJECT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     configuration["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     configuration["rule_files"] = [str(PROJECT / "deploy" / "prometheus" / "rules" / "*.yml")]
@@ -60,6 +74,7 @@ def started_prometheus(folder: Path, jobs: Mapping[str, str]) -> Iterator[Promet
         f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}",
         "--log.level=warn",
+        *features,
     ]
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

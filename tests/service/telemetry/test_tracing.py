@@ -6,12 +6,14 @@ import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from service.settings import Settings
+from service.triton_server.supervision import EmbeddedTriton
 from tests.support.paths import PROJECT
 from tests.support.servers import Gateway, StartGateway, eventually
 from tests.support.traces import ReceivedSpan, Spans, otlp_receiver
@@ -130,6 +132,44 @@ def test_a_callers_decision_not_to_record_is_followed(traced: Traced) -> None:
     kept, _ = traced.ask({}, image=SCENE)
     traced.trace(kept, "answer", "llm")  # sent after the first one's would have been
     assert not traced.spans.of(dropped)
+
+
+def of(triton: EmbeddedTriton) -> dict[str, str]:
+    """The settings of a gateway in front of this Triton, which records nothing."""
+    return {"GLIMPSE_VISION_URL": triton.access.url, "GLIMPSE_LLM_URL": triton.access.url}
+
+
+def untraced(gateway: Gateway) -> None:
+    """Ask without a span of the caller."""
+    files = {"image": ("scene.webp", SCENE)}
+    assert httpx.post(f"{gateway.url}/v1/vqa", data={"question": QUESTION}, files=files, timeout=60).is_success
+
+
+def test_a_share_of_none_leaves_what_callers_record_and_gen_ai_is_off_by_default(
+    triton: EmbeddedTriton, start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    with (
+        otlp_receiver(tmp_path) as (endpoint, spans),
+        start_gateway({"GLIMPSE_OTLP_ENDPOINT": endpoint, "GLIMPSE_TRACE_SHARE": "0", **of(triton)}) as gateway,
+    ):
+        untraced(gateway)
+        traced = Traced(gateway, spans)
+        recorded, _ = traced.ask({}, image=SCENE)
+        answer = traced.trace(recorded, "answer")["answer"]
+        assert {span.trace_id for span in spans.received} == {recorded}
+        assert not [name for name in answer.attributes if name.startswith("gen_ai")]
+
+
+def test_without_an_endpoint_neither_recorder_nor_exporter_is_loaded(
+    triton: EmbeddedTriton, start_gateway: StartGateway
+) -> None:
+    """FastAPI and Redis's client import OpenTelemetry's interface, which records nothing by itself."""
+    with start_gateway({"PYTHONPROFILEIMPORTTIME": "1", **of(triton)}) as gateway:  # Python's log of every import
+        untraced(gateway)
+        imported = {line.rpartition("|")[2].strip() for line in gateway.log().splitlines() if "import time:" in line}
+    assert "service.telemetry.tracing" in imported
+    recorders = ("service.telemetry.spans", "opentelemetry.sdk.trace", "opentelemetry.exporter")
+    assert not [name for name in imported if name.startswith(recorders)]
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "http://localhost", "ftp://localhost:4317"])

@@ -32,10 +32,10 @@ ADAPTIVE = Named("adaptive", ADAPTIVE_ARM)
 def fixed(policy: str, tokens: int, closer: bool = False, split: str = NEW) -> Named:
     """Spend `tokens` on every question, at the cells that the policy ranks first.
 
-    With 64 tokens, or with 256 tokens of the 224-pixel view, all cells get the same level of detail. All policies
-    therefore share guided's arm.
+    With 64 or 256 tokens of the 224-pixel view, all cells get the same level of detail. All policies therefore share
+    guided's arm.
     """
-    if tokens == LEAST or (tokens == MOST and not closer):
+    if tokens in (LEAST, MOST) and not closer:
         policy = GUIDED
     name = f"{policy}, {tokens} tokens{', closer view' if closer else ''}{f', {split}' if split != NEW else ''}"
     return Named(name, Arm(policy, (tokens, tokens), closer=closer), split)

@@ -46,6 +46,7 @@ MAX_PIXELS = 1_000_000_000
 COLOURS = "viridis"  # rises evenly in lightness, so colour-blind eyes and grey printers read it too
 PADDING = (0xE8, 0xE8, 0xE8)
 INK, PALE = "#1a1a1a", "#5f5f5f"
+LEFT_OUT = (0.5, 0.5, 0.5, 0.9)  # over a cell without a token
 OPPOSITES = {"particularize": "compress", "explore": "exploit", "diversify": "focus"}
 WAYS = {
     "propositional": "how much is there",
@@ -161,22 +162,23 @@ def _levels(axes: Axes, picture: Array, levels: Array) -> None:
     """Draw the level of each cell.
 
     Cells with one token are pale. Cells seen closely are clear, with lines around their tokens. Cells of the closer
-    view have a thick border.
+    view have a thick border. Cells that are left out are grey.
     """
     side = IMAGE_SIDE / len(levels)
     axes.imshow(picture)
     veil = np.ones((*levels.shape, 4))
     veil[..., 3] = np.where(levels == 0, 0.72, 0.0)
+    veil[levels < 0] = LEFT_OUT
     axes.imshow(veil, extent=(0, IMAGE_SIDE, IMAGE_SIDE, 0), interpolation="nearest")
     for level, colour in enumerate((PALE, INK, INK)):
         lines = [line for row, column in np.argwhere(levels == level) for line in _cuts(row, column, level, side)]
         axes.add_collection(LineCollection(lines, colors=colour, linewidths=0.5))
     around = [line for row, column in np.argwhere(levels == 2) for line in _cuts(row, column, 0, side)]
     axes.add_collection(LineCollection(around, colors=INK, linewidths=2.0))
-    tokens, closely, closest = (4**levels).sum(), (levels > 0).sum(), (levels == 2).sum()
+    tokens, closely = (4 ** levels[levels >= 0]).sum(), (levels > 0).sum()
     text = f"{tokens} vision tokens: {closely} of {levels.size} cells seen closely"
-    if closest:
-        text += f", {closest} closest"
+    for number, said in (((levels == 2).sum(), "closest"), ((levels < 0).sum(), "left out")):
+        text += f", {number} {said}" if number else ""
     axes.set_xlabel(text, loc="left", fontsize=11, color=INK)
 
 

@@ -85,11 +85,12 @@ def test_tensions_are_told_in_words_below() -> None:
 
 def test_cells_are_cut_into_their_tokens() -> None:
     levels = np.zeros((8, 8), int)
-    levels[0, 0], levels[7, 7] = 1, 2
+    levels[0, 0], levels[7, 7], levels[3, 2] = 1, 2, -1
     axes = panels(explain(image_file(), QUESTION, answer(levels)))["level of detail"]
-    assert axes.get_xlabel() == "82 vision tokens: 2 of 64 cells seen closely, 1 closest"
+    assert axes.get_xlabel() == "81 vision tokens: 2 of 64 cells seen closely, 1 closest, 1 left out"
     lines = [lines.get_segments() for lines in axes.collections if isinstance(lines, LineCollection)]
-    assert [len(each) for each in lines] == [62 * 4, 6, 10, 4]
+    assert [len(each) for each in lines] == [61 * 4, 6, 10, 4]
+    assert np.allclose(layer(axes, 1)[3, 2], (0.5, 0.5, 0.5, 0.9))
     assert np.array(lines[2]).min() == IMAGE_SIDE * 7 / 8
 
 

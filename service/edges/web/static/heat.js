@@ -7,7 +7,8 @@ const RAMP = [
 ];
 const LONGEST = 896; // pixels of a canvas's longer side
 const FAINT = 0.45; // opacity of what is not relevant, so that the image stays readable
-const VEIL = "rgb(255 255 255 / 0.72)";
+const VEIL = "rgb(255 255 255 / 0.72)"; // over a cell of one token
+const LEFT_OUT = "rgb(128 128 128 / 0.9)"; // over a cell without one
 const INK = "#1a1a1a";
 
 /** A value in [0, 1] -> [red, green, blue]. */
@@ -77,12 +78,13 @@ function drawLevels(context, levels, place) {
   levels.forEach((row, y) =>
     row.forEach((level, x) => {
       const [left, top] = [x * wide, y * high];
-      context.strokeStyle = level ? INK : "rgb(0 0 0 / 0.25)";
+      context.strokeStyle = level > 0 ? INK : "rgb(0 0 0 / 0.25)";
       context.lineWidth = 1;
-      if (!level) {
-        context.fillStyle = VEIL;
+      if (level <= 0) {
+        context.fillStyle = level === 0 ? VEIL : LEFT_OUT;
         context.fillRect(left, top, wide, high);
       }
+      if (level < 0) return;
       const parts = 2 ** level;
       for (let i = 0; i < parts; i++) {
         for (let j = 0; j < parts; j++) {

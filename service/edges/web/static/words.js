@@ -23,8 +23,10 @@ export function lookedAt({ map, levels }) {
   const cells = levels.flat();
   const closely = cells.filter((level) => level > 0).length;
   const closest = cells.filter((level) => level === 2).length;
+  const leftOut = cells.filter((level) => level < 0).length;
   const twice = closest ? `, ${closest} of them at twice the resolution` : "";
-  return `Most relevant: ${placeOfPeak(map)}. ${closely} of ${cells.length} cells seen closely${twice}.`;
+  const without = leftOut ? ` ${leftOut} left out.` : "";
+  return `Most relevant: ${placeOfPeak(map)}. ${closely} of ${cells.length} cells seen closely${twice}.${without}`;
 }
 
 export const VIEWS = {
@@ -35,7 +37,8 @@ export const VIEWS = {
   participatory: { label: "Participatory", meaning: "What this question asks about." },
   levels: {
     label: "Levels",
-    meaning: "Pale cells are one token each. Clear cells are seen closely, with a line around each token.",
+    meaning:
+      "Pale cells are one token each. Clear cells are seen closely, with a line around each token. Grey cells are left out.",
   },
 };
 

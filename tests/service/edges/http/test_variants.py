@@ -196,6 +196,18 @@ async def test_a_service_without_variants_has_none_to_show_and_none_to_change(ke
     await caller.close()
 
 
+async def test_another_method_is_told_every_method_of_the_path(caller):
+    for method, path, allowed in (
+        ("OPTIONS", PATH, "GET, HEAD, PATCH"),
+        ("DELETE", PATH, "GET, HEAD, PATCH"),
+        ("GET", "/v1/vqa", "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("PATCH", "/v1/images/img_0", "DELETE"),
+    ):
+        said = await caller.http.request(method, path)
+        assert (said.status_code, said.headers["allow"]) == (405, allowed)
+
+
 async def test_openapi_describes_both(caller):
     spec = (await caller.http.get("/openapi.json")).json()
     get, patch = spec["paths"][PATH]["get"], spec["paths"][PATH]["patch"]

@@ -87,7 +87,7 @@ def methods_of(request: Request) -> list[str]:
     routes = request.app.router.routes
 
     def is_served(method: str) -> bool:
-        scope = request.scope | {"method": "GET" if method == "HEAD" else method}
+        scope = {**request.scope, "method": "GET" if method == "HEAD" else method}
         return any(route.matches(scope)[0] is Match.FULL for route in routes)
 
     return [method for method in METHODS if is_served(method)]

@@ -106,10 +106,10 @@ async def test_a_drained_variant_answers_nobody_at_either_gateway(callers, asker
     one, two = callers
     assert (await changed(two, draining={"next": True})).status_code == 200
 
-    async def drained() -> bool:
-        return (await split_of(one))["next"][1] and (await split_of(two))["next"][1]
+    async def drains(wanted: bool) -> bool:
+        return all([(await split_of(caller))["next"][1] is wanted for caller in callers])
 
-    await eventually_async(drained, 10, "both gateways drain it")
+    await eventually_async(lambda: drains(True), 10, "both gateways drain it")
     for caller in callers:
         asked = await caller.post(
             "/v1/vqa",
@@ -119,6 +119,7 @@ async def test_a_drained_variant_answers_nobody_at_either_gateway(callers, asker
         )
         assert (asked.status_code, asked.json()["error"]["code"]) == (400, "unknown_variant")
     assert (await changed(one, draining={"next": False})).status_code == 200
+    await eventually_async(lambda: drains(False), 10, "both gateways use it again")
 
 
 async def test_a_key_that_may_ask_may_not_look_or_change(callers, asker):

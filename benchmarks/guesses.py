@@ -50,12 +50,12 @@ class World:
     images: Sequence[str]  # ids of the other tenant's
 
 
-def make_keys(path: Path) -> tuple[str, str]:
-    """Write a file of two tenants' keys -> the keys."""
+def make_keys(path: Path, *scopes: Scope) -> tuple[str, str]:
+    """Write a file of two tenants' keys -> the keys. Without scopes they may ask and upload."""
     records, keys = [], []
     for tenant in ("guesser", "victim"):
         key, key_id, digest = new_key()
-        records.append(KeyRecord(key_id, digest, tenant, frozenset({Scope.ASK, Scope.UPLOAD}), time.time()))
+        records.append(KeyRecord(key_id, digest, tenant, frozenset(scopes or (Scope.ASK, Scope.UPLOAD)), time.time()))
         keys.append(key)
     replace_file(path, Keyring.of(records, {}).to_json())
     return keys[0], keys[1]

@@ -50,6 +50,7 @@ from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.engine_choice import choice
 from service.triton_server.supervision import EmbeddedTriton
+from service.upstreams.control import Control
 from service.upstreams.fleet import Fleet, Repository, read_repository
 from service.upstreams.models import Model, Models
 from service.upstreams.pool import Pool
@@ -297,6 +298,7 @@ def http_edge(
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
         lag_s=lambda: lag.seconds if lag else 0.0,
         access=access or NoGate(),
+        variants=Control(readiness) if isinstance(readiness, Fleet) and pipeline.has_variants else None,
         metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
         proxies=proxies_of(settings),

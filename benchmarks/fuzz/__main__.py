@@ -41,6 +41,7 @@ from benchmarks.fuzz.campaign import Campaign, Make, Target, report_of, run
 from benchmarks.fuzz.pictures import files
 from benchmarks.fuzz.sending import Mutant, request, send
 from benchmarks.guesses import make_keys
+from service.core.access import Scope
 
 FOLDER = PROJECT / "build" / "fuzz"
 # Caches so small that they are full before memory is compared: the image store must hold one image, and mutants are
@@ -118,7 +119,7 @@ async def replay(mutant: Mutant) -> dict[str, Any]:
 def against_schema(examples: int, seed: int, *, with_keys: bool, only: str, phases: str) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "keys.json"
-        key = make_keys(path)[0] if with_keys else ""
+        key = make_keys(path, Scope.ADMIN)[0] if with_keys else ""
         with target(**({"KEYS": str(path)} if key else {})) as to:
             return schema.run(f"http://{to.host}:{to.port}", examples, seed, FOLDER, key, only=only, phases=phases)
 

@@ -1,7 +1,7 @@
 """Count what was used in the last minute, by the `limits` library's sliding window, and how many requests are open.
 
 Both are counted in Redis for all gateways. While Redis is not in use, this gateway counts alone and allows its share:
-the limit divided by the number of gateways that it last knew of.
+the limit divided by the number of gateways that it last knew of. It begins with what it has charged itself before.
 
     glimpse:quota:{quota/...}     the library's counters
     glimpse:quota:open:{bucket}   sorted set: a request that is open, and when its place ends at the latest
@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from service.cache.redis_client import Lane, RedisFault, close_counters, counters, fault_of, granted
@@ -86,12 +87,49 @@ class Hit:
     back: Callable[[int], Awaitable[None]]
 
 
+class Tally:
+    """Count by key in two windows, which begin with the clock's minutes. The earlier one counts by the part of it that
+    the last minute still overlaps, as in the library's counters.
+
+    Its counters in memory look at every key at each count; these look at one.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0  # of the current window
+        self._before: Counter[tuple[str, str]] = Counter()
+        self._current: Counter[tuple[str, str]] = Counter()
+
+    def counts(self, key: tuple[str, str], now: float) -> tuple[int, float, int, float]:
+        """Return the two windows' counts and seconds until they count for nothing, as `left_of` takes them."""
+        self._turn(now)
+        rest_s = WINDOW_S - now % WINDOW_S
+        return self._before[key], rest_s, self._current[key], rest_s + WINDOW_S
+
+    def add(self, key: tuple[str, str], amount: int, now: float) -> Callable[[int], None]:
+        """Count an amount. The result gives a part of it back, whatever the time is then."""
+        self._turn(now)
+        window = self._current
+        window[key] += amount
+
+        def give_back(part: int) -> None:
+            window[key] -= part
+
+        return give_back
+
+    def _turn(self, now: float) -> None:
+        number = int(now // WINDOW_S)
+        if number != self._number:
+            self._before = self._current if number == self._number + 1 else Counter()
+            self._current, self._number = Counter(), number
+
+
 class Windows:
     """Count in this process. With more gateways than one it allows a share."""
 
-    def __init__(self, gateways: int = 1) -> None:
+    def __init__(self, gateways: int = 1, *, clock: Callable[[], float] = time.time) -> None:
         self.gateways = gateways
-        self._memory = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._clock = clock
+        self._tally = Tally()
         self._open: Counter[str] = Counter()
 
     async def run(self) -> None:
@@ -99,7 +137,15 @@ class Windows:
 
     async def hit(self, bucket: str, unit: str, limit: int, cost: int) -> Hit:
         """Charge a cost if it fits."""
-        return await hit(self._memory, (bucket, unit), self.share(limit), cost)
+        now, key, limit = self._clock(), (bucket, unit), self.share(limit)
+        counts = self._tally.counts(key, now)
+        fits = used(*counts) + cost <= limit
+        give_back = self._tally.add(key, cost if fits else 0, now)
+
+        async def back(amount: int) -> None:
+            give_back(amount)
+
+        return Hit(fits, left_of(limit, cost, *self._tally.counts(key, now)), back)
 
     def share(self, limit: int) -> int:
         return math.ceil(limit / self.gateways)
@@ -123,10 +169,18 @@ class SharedWindows(Windows):
     """Count in Redis for all gateways, and here while Redis is not in use."""
 
     def __init__(
-        self, url: str, tier: Tier, metrics: Metrics, *, timeout_s: float, open_s: float, gateways: int | None
+        self,
+        url: str,
+        tier: Tier,
+        metrics: Metrics,
+        *,
+        timeout_s: float,
+        open_s: float,
+        gateways: int | None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """`open_s`: how long a request can be open. `gateways`: their number, if the operator says it."""
-        super().__init__(gateways or 1)
+        super().__init__(gateways or 1, clock=clock)
         self._tier = tier
         self._metrics = metrics
         self._timeout_s = timeout_s
@@ -134,7 +188,6 @@ class SharedWindows(Windows):
         self._told_gateways = gateways
         self._me = secrets.token_hex(8)
         self._storage: RedisStorage = counters(url)
-        self._redis = SlidingWindowCounterRateLimiter(self._storage)
         self._lane = Lane(url, LANE_TIMEOUT_S)
         self._is_used = False  # from the first limit on
         self._here: set[str] = set()  # places that only this gateway knows of
@@ -160,11 +213,14 @@ class SharedWindows(Windows):
 
     async def hit(self, bucket: str, unit: str, limit: int, cost: int) -> Hit:
         self._is_used = True
-        found = await self._ask(hit(self._redis, (bucket, unit), limit, cost))
+        found = await self._ask(hit(self._storage, (bucket, unit), limit, cost))
         if found is None:
             return await super().hit(bucket, unit, limit, cost)
+        # Counted here too, for the share if Redis goes.
+        give_back = self._tally.add((bucket, unit), cost if found.fits else 0, self._clock())
 
         async def back(amount: int) -> None:
+            give_back(amount)
             await self._ask(found.back(amount))
 
         return Hit(found.fits, found.left, back)
@@ -232,16 +288,36 @@ def open_key(bucket: str) -> str:
     return f"glimpse:quota:open:{{{bucket}}}"
 
 
-async def hit(limiter: SlidingWindowCounterRateLimiter, names: tuple[str, str], limit: int, cost: int) -> Hit:
+async def hit(storage: RedisStorage, names: tuple[str, str], limit: int, cost: int) -> Hit:
     item = RateLimitItemPerMinute(limit, namespace="quota")
-    fits = await limiter.hit(item, *names, cost=cost)
+    fits = await SlidingWindowCounterRateLimiter(storage).hit(item, *names, cost=cost)
     # The minute of the library: two whole windows, of which the earlier one counts by the part that still overlaps.
-    counts = await limiter.storage.get_sliding_window(item.key_for(*names), WINDOW_S)  # type: ignore[attr-defined]
+    key = item.key_for(*names)
+    counts = await storage.get_sliding_window(key, WINDOW_S)
+    ends_at = time.monotonic() + counts[3]
 
     async def back(amount: int) -> None:
-        await limiter.hit(item, *names, cost=-amount)
+        await give_back(storage, key, amount, ends_at - time.monotonic())
 
     return Hit(fits, left_of(limit, cost, *counts), back)
+
+
+async def give_back(storage: RedisStorage, key: str, amount: int, left_s: float) -> None:
+    """Take an amount off the window in which it was charged, which counts for `left_s` more. So what a request charged
+    before the window's end and did not use is no credit in the next one.
+    """
+    _, before_ends_s, _, current_ends_s = await storage.get_sliding_window(key, WINDOW_S)
+    windows = {
+        storage._current_window_key(key): current_ends_s,
+        storage._previous_window_key(key): before_ends_s,
+    }
+    for window, ends_s in windows.items():
+        if left_s > 0 and abs(left_s - ends_s) < WINDOW_S / 2:  # the two end a whole window apart
+            await storage.incr(window, 1, -amount)
+
+
+def used(before: int, before_ends_s: float, current: int, _: float) -> int:
+    return math.floor(before * before_ends_s / WINDOW_S) + current
 
 
 def left_of(limit: int, cost: int, before: int, before_ends_s: float, current: int, current_ends_s: float) -> Left:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -23,6 +23,10 @@ Place = Annotated[
         "--variants", envvar="GLIMPSE_VARIANTS", help="The file of the variants, or redis for GLIMPSE_REDIS_URL."
     ),
 ]
+Url = Annotated[
+    str | None,
+    typer.Option(help="A gateway to ask in place of --variants. GLIMPSE_API_KEY is a key with the scope admin."),
+]
 RedisUrl = Annotated[str | None, typer.Option(envvar="GLIMPSE_REDIS_URL", help="The Redis of --variants redis.")]
 Name = Annotated[str, typer.Argument(help="The variant's name.")]
 
@@ -35,8 +39,11 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_variants(variants: Place = FILE, redis_url: RedisUrl = None) -> None:
+def list_variants(url: Url = None, variants: Place = FILE, redis_url: RedisUrl = None) -> None:
     """List the variants, their shares of the questions and their Tritons."""
+    if url:
+        show_states(asked(url))
+        return
     store = place_of(variants, redis_url)
     show(said(store.loaded()))
 
@@ -73,25 +80,32 @@ def add(
 @app.command()
 def weights(
     given: Annotated[list[str], typer.Argument(metavar="NAME=WEIGHT...", help="Weights, such as stable=95 next=5.")],
+    url: Url = None,
     variants: Place = FILE,
     redis_url: RedisUrl = None,
 ) -> None:
     """Set weights. Variants that are not named keep theirs."""
-    store = place_of(variants, redis_url)
     wanted = dict(weight_in(each) for each in given)
-    show(said(store.change(lambda before: before.weighted(wanted))))
+    if url:
+        show_states(asked(url, {"weights": wanted}))
+        return
+    show(said(place_of(variants, redis_url).change(lambda before: before.changed(wanted, {}))))
 
 
 @app.command()
 def drain(
     name: Name,
     undo: Annotated[bool, typer.Option("--undo", help="Let it get questions again.")] = False,
+    url: Url = None,
     variants: Place = FILE,
     redis_url: RedisUrl = None,
 ) -> None:
     """Send a variant no new questions. Those that it answers now go on."""
-    store = place_of(variants, redis_url)
-    show(said(store.change(lambda before: before.drained(name, draining=not undo))))
+    drains = {name: not undo}
+    if url:
+        show_states(asked(url, {"draining": drains}))
+        return
+    show(said(place_of(variants, redis_url).change(lambda before: before.changed({}, drains))))
 
 
 @app.command()
@@ -135,20 +149,46 @@ def said(work: Coroutine[Any, Any, T]) -> T:
     return finished(work, VariantsError)
 
 
+def asked(url: str, change: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Ask a gateway for the variants, after a change if there is one. Ends the command with one line if it refuses."""
+    require("httpx", "serve")
+    from service.cli.client import AskFailed, connected, plain_words, successful  # noqa: PLC0415
+
+    with plain_words(url), connected(url) as client:
+        path = "/v1/variants"
+        response = client.get(path) if change is None else client.patch(path, json=change)
+        try:
+            return list(successful(response).json()["data"])
+        except (LookupError, TypeError) as exc:
+            raise AskFailed(f"{url} does not answer as Glimpse does: check --url") from exc
+
+
+def show_states(states: Sequence[Mapping[str, Any]]) -> None:
+    for each in states:
+        out = f" ({each['tritons_out']} out)" if each["tritons_out"] else ""
+        told = [f"{each['tritons']} Tritons{out}", f"{each['in_flight']} in flight here"]
+        model = [f"model {each['model']}"] if each.get("model") else []
+        typer.echo("  ".join([each["name"], split_of(each["weight"], each["share"], each["draining"]), *told, *model]))
+    if not states:
+        typer.echo("no variants")
+
+
 def show(found: Variants) -> None:
-    total = sum(each.weight for each in found.variants.values() if not each.is_draining)
     for each in found.variants.values():
-        typer.echo(line_of(each, total))
+        typer.echo(line_of(each, found.shares[each.name]))
     if not found.variants:
         typer.echo("no variants")
 
 
-def line_of(variant: Variant, total: float) -> str:
-    share = f"{100 * variant.weight / total:.1f} %" if variant.weight and total else "0 %"
+def split_of(weight: float, share: float, is_draining: bool) -> str:
+    return "drains" if is_draining else f"weight {weight:g} ({f'{100 * share:.1f}' if share else '0'} %)"
+
+
+def line_of(variant: Variant, share: float) -> str:
     pools = (
         {"Tritons": variant.vision} if variant.vision == variant.llm else {"vision": variant.vision, "LLM": variant.llm}
     )
     told = (f"{pool} {' '.join(addresses)}" for pool, addresses in pools.items())
-    state = "drains" if variant.is_draining else f"weight {variant.weight:g} ({share})"
+    state = split_of(variant.weight, share, variant.is_draining)
     precision = [variant.precision] if variant.precision else []
     return "  ".join([variant.name, state, *told, f"models {variant.models}", *precision])

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import httpcore
 import httpx
@@ -30,6 +30,10 @@ MAX_URL_CHARS = 4096
 MAX_REDIRECTS = 3
 MAX_ADDRESSES = 4  # tried of one host
 CONNECT_S = 2.0  # for one address
+# Of an answer before its body, with all interim answers (1xx), of which HTTP allows any number. They are read in small
+# pieces, because a piece of nothing but interim answers takes long to parse.
+MAX_HEAD_BYTES = 32 * 1024
+HEAD_PIECE_BYTES = 4 * 1024
 FIRST_BYTES = 64  # enough to see that the file is no image
 # Parsing a piece of a body takes the same time however small it is. So a body may have this many pieces, and one more
 # for each PIECE_BYTES.
@@ -112,10 +116,57 @@ class SystemResolver:
         ]
 
 
+class Head:
+    """Count what a server sends before the body of its answer."""
+
+    def __init__(self) -> None:
+        self.is_read = False  # whether the body has begun
+        self._left = MAX_HEAD_BYTES
+
+    def take(self, nbytes: int) -> None:
+        """Raises RemoteProtocolError for a head that is too large."""
+        self._left -= nbytes
+        if self._left < 0:
+            raise httpcore.RemoteProtocolError(f"the answer's head has more than {MAX_HEAD_BYTES:,} bytes")
+
+
+class HeadLimit(httpcore.AsyncNetworkStream):
+    """A connection that bounds the head of the answer."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream, head: Head) -> None:
+        self._stream = stream
+        self._head = head
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        if self._head.is_read:
+            return await self._stream.read(max_bytes, timeout)
+        data = await self._stream.read(min(max_bytes, HEAD_PIECE_BYTES), timeout)
+        self._head.take(len(data))
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore.AsyncNetworkStream:
+        return HeadLimit(await self._stream.start_tls(ssl_context, server_hostname, timeout), self._head)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
 class PinnedBackend(httpcore.AsyncNetworkBackend):
     """Connect to addresses that were checked, whatever host the client names."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
+        self.head = Head()
         self._addresses = addresses
         self._network = httpcore.AnyIOBackend()
 
@@ -130,7 +181,8 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         last: Exception = httpcore.ConnectError("no address")
         for address in self._addresses:
             try:
-                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+                stream = await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+                return HeadLimit(stream, self.head)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
                 last = exc
         raise last
@@ -221,12 +273,14 @@ class ImageFetcher:
         url = httpcore.URL(
             scheme=target.scheme.encode(), host=target.host.encode(), port=target.port, target=target.path
         )
+        backend = PinnedBackend(addresses)
         waits = dict.fromkeys(("read", "write", "pool"), self.rules.timeout_s) | {"connect": CONNECT_S}
         try:
             async with (
-                httpcore.AsyncConnectionPool(self._tls, network_backend=PinnedBackend(addresses)) as pool,
+                httpcore.AsyncConnectionPool(self._tls, network_backend=backend) as pool,
                 pool.stream("GET", url, headers=list(HEADERS), extensions={"timeout": waits}) as response,
             ):
+                backend.head.is_read = True
                 yield response
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as exc:
             raise _broken(target.host, exc) from exc

@@ -7,6 +7,7 @@ Tritons that only GLIMPSE_VISION_URL and GLIMPSE_LLM_URL name are one variant wi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from service.upstreams.variants import Variant, Variants, VariantsError
 log = structlog.get_logger()
 
 LOOK_INTERVAL_S = 0.5  # a changed weight is in use so much later at most, plus the time that reading takes
+RETRY_S = 5.0  # between two tries to use variants whose models cannot be read
 STOPPING = "this server is stopping"
 
 
@@ -91,10 +93,12 @@ class Fleet:
         """
         self.models = Models([], named=named, sticky=variants.sticky)
         self.make: Callable[[Variant, Repository, Pool], Model] | None = None  # set once the pipeline is there
-        self._store = store
+        self.store = store
         self._settings = settings
         self._metrics = metrics
         self._stopping = False
+        self._unused: Variants | None = None  # what was read and is not in use yet
+        self._retry_at = 0.0  # by the monotonic clock
         self._trouble = ""  # as last logged
         if not any(not each.is_draining for each in variants.variants.values()):
             raise SettingsError("GLIMPSE_VARIANTS has no variant that may answer: add one with `glimpse variants add`")
@@ -129,6 +133,11 @@ class Fleet:
     def primary(self) -> Running:
         """Return the variant that gets most questions."""
         return max(self._running.values(), key=lambda each: (not each.variant.is_draining, each.variant.weight))
+
+    @property
+    def running(self) -> Mapping[str, Running]:
+        """Return the variants in use, by their names."""
+        return self._running
 
     @property
     def cards(self) -> list[ModelCard]:
@@ -194,7 +203,7 @@ class Fleet:
     async def run(self) -> None:
         """Watch the Tritons, and follow changes of the variants, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._store.run())
+            tasks.create_task(self.store.run())
             for each in self._running.values():
                 self._watch(each, tasks)
             while True:
@@ -209,9 +218,14 @@ class Fleet:
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         """Use the variants if they changed. What cannot be read or used leaves the last ones in use."""
         try:
-            variants = await self._store.changed()
-            if variants is not None:
-                await self._use(variants, tasks)
+            if (variants := await self.store.changed()) is not None:
+                self._unused, self._retry_at = variants, 0.0
+            if self._unused is not None:
+                if time.monotonic() < self._retry_at:
+                    return
+                self._retry_at = time.monotonic() + RETRY_S
+                await self._use(self._unused, tasks)
+                self._unused = None
         except (VariantsError, SettingsError) as error:
             self._metrics.variants_readable.set(0)
             if str(error) != self._trouble:

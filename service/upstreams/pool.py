@@ -154,6 +154,11 @@ class Pool:
         now = time.monotonic()
         return {address: fault for group in self.groups for address, fault in group.faults(now).items()}
 
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Return the Tritons' addresses, as far as they are known."""
+        return frozenset(address for group in self.groups for address in group.members)
+
     async def see(
         self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
     ) -> tuple[VisionFeatures, Seen]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from service.cache.admin import opened
 from service.cache.redis_client import Lane, RedisFault, granted
@@ -20,8 +21,12 @@ KEY = "glimpse:{variants}"  # a string: the same JSON as in a file. It has no ex
 REPLACE = (
     "if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end redis.call('SET', KEYS[1], ARGV[2]) return 1"
 )
-ATTEMPTS = 5
+ATTEMPTS = 20
+LOCK_S = 5.0  # how long a change of the file waits for another one
+LOOK_S = 0.01  # at the lock
 TIMEOUT_S = 1.0  # for one look
+
+Seen = tuple[int, int, int]  # of a file: inode, size, time of its last change
 
 
 class Store(Protocol):
@@ -35,6 +40,13 @@ class Store(Protocol):
 
     async def changed(self) -> Variants | None:
         """Return the variants if they are others than were last read, else None. Raises VariantsError."""
+        ...
+
+    async def change(self, how: Callable[[Variants], Variants]) -> Variants:
+        """Write what `how` makes of the variants, and nothing if another change came between -> what was written.
+
+        `how` may be called again, with what the other change wrote. Raises VariantsError, and what `how` raises.
+        """
         ...
 
 
@@ -53,22 +65,28 @@ class FixedVariants:
     async def changed(self) -> Variants | None:
         return None
 
+    async def change(self, how: Callable[[Variants], Variants]) -> Variants:  # noqa: ARG002
+        raise VariantsError("the settings say which Tritons there are: change GLIMPSE_VISION_URL and GLIMPSE_LLM_URL")
+
 
 class VariantsFile:
     """Read the file, and read it again when its inode, size or time of change is another."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: Seen | None = None
 
     async def loaded(self) -> Variants:
-        return await asyncio.to_thread(self._read) if self.path.exists() else Variants()
+        return await asyncio.to_thread(self._loaded)
 
     async def run(self) -> None:
         """Nothing has to run."""
 
     async def changed(self) -> Variants | None:
         return await asyncio.to_thread(self._changed)
+
+    def _loaded(self) -> Variants:
+        return self._read() if self.path.exists() else Variants()
 
     def _changed(self) -> Variants | None:
         with suppress(OSError):  # else `_read` says what is wrong
@@ -78,6 +96,10 @@ class VariantsFile:
         return self._read()
 
     def _read(self) -> Variants:
+        self._seen, variants = self._look()
+        return variants
+
+    def _look(self) -> tuple[Seen, Variants]:
         try:
             told, text = self.path.stat(), self.path.read_bytes()
         except OSError as exc:
@@ -85,22 +107,36 @@ class VariantsFile:
                 f"{self.path} cannot be read ({exc.strerror}): make it with `glimpse variants add`, or set "
                 "GLIMPSE_VARIANTS to another file"
             ) from exc
-        self._seen = (told.st_ino, told.st_size, told.st_mtime_ns)
         try:
-            return Variants.from_json(text)
+            return (told.st_ino, told.st_size, told.st_mtime_ns), Variants.from_json(text)
         except VariantsError as exc:
             raise VariantsError(f"{self.path}: {exc}") from exc
 
     async def change(self, how: Callable[[Variants], Variants]) -> Variants:
+        # One thread does all of it: if the caller is cancelled, the lock is held until the file is whole.
+        return await asyncio.to_thread(self._change, how)
+
+    def _change(self, how: Callable[[Variants], Variants]) -> Variants:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                changed = how(await self.loaded())
+                self._lock(lock)
+                changed = how(self._look()[1] if self.path.exists() else Variants())
                 replace_file(self.path, changed.to_json())
         except OSError as exc:
             raise VariantsError(f"{self.path} cannot be written ({exc.strerror})") from exc
         return changed
+
+    def _lock(self, lock: IO[str]) -> None:
+        """Raises VariantsError if others hold it for too long."""
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            if time.monotonic() > deadline:
+                raise VariantsError(f"{self.path} is locked by another command: try again")
+            time.sleep(LOOK_S)
 
 
 class VariantsInRedis:
@@ -119,8 +155,8 @@ class VariantsInRedis:
     async def loaded(self) -> Variants:
         async with redis_asked(self._url) as lane:
             text = await read(lane)
-        self._seen = text
-        return parsed(text)
+        variants, self._seen = parsed(text), text
+        return variants
 
     async def changed(self) -> Variants | None:
         with told():
@@ -129,8 +165,8 @@ class VariantsInRedis:
             return None
         if not text:
             raise VariantsError("the variants are no longer in Redis: the gateway goes on with the last ones")
-        self._seen = text
-        return parsed(text)
+        variants, self._seen = parsed(text), text
+        return variants
 
     async def change(self, how: Callable[[Variants], Variants]) -> Variants:
         async with redis_asked(self._url) as lane:

@@ -20,18 +20,30 @@ from typing import Any, Literal, Self
 import orjson
 
 from service.core.precision import PRECISIONS, Precision
+from service.core.variant import MOST_WEIGHT
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 ADDRESS = re.compile(r"unix:.+|(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}")
 EVERY = "glimpse"  # as a model's name: the weights decide
 FIELDS = frozenset({"models", "tritons", "vision", "llm", "precision", "weight", "draining"})
-MOST_WEIGHT = 1_000_000
 
 Sticky = Literal["session", "tenant"]
 
 
 class VariantsError(ValueError):
     """The variants are wrong or cannot be read; the message says why and what to do."""
+
+
+class UnknownVariant(VariantsError):
+    """No variant has this name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"there is no variant {name[:64]!r}: {words(known)}")
+        self.name = name
+
+
+class NoVariantLeft(VariantsError):
+    """A change would leave no variant that gets questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +74,7 @@ class Variant:
             raise VariantsError(
                 f"the variant {name} must be an object with these fields only: {', '.join(sorted(FIELDS))}"
             )
-        weight = told.get("weight", 0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_WEIGHT:
-            raise VariantsError(f"the weight of {name} must be a number from 0 to {MOST_WEIGHT:,}")
+        weight = parsed_weight(name, told.get("weight", 0))
         if not isinstance(told.get("models"), str) or not told["models"]:
             raise VariantsError(f"the variant {name} has no models: name the folder of its model repository")
         both = addresses(name, "tritons", told.get("tritons", []))
@@ -75,7 +85,7 @@ class Variant:
             raise VariantsError(f"draining of {name} must be true or false")
         if (precision := told.get("precision")) is not None and precision not in PRECISIONS:
             raise VariantsError(f"precision of {name} must be one of {', '.join(PRECISIONS)}, or left out")
-        return cls(name, told["models"], vision, llm, float(weight), bool(told.get("draining", False)), precision)
+        return cls(name, told["models"], vision, llm, weight, bool(told.get("draining", False)), precision)
 
     def told(self) -> dict[str, Any]:
         """Return the fields as `parse` takes them."""
@@ -119,12 +129,34 @@ class Variants:
 
     def weighted(self, weights: Mapping[str, float]) -> Self:
         """Set these weights; the other variants keep theirs. Raises VariantsError."""
-        changed = {name: replace(self.named(name), weight=float(weight)) for name, weight in weights.items()}
+        changed = {
+            name: replace(self.named(name), weight=parsed_weight(name, weight)) for name, weight in weights.items()
+        }
         return replace(self, variants={**self.variants, **changed})
 
     def drained(self, name: str, *, draining: bool = True) -> Self:
         """Raises VariantsError."""
         return self.added(replace(self.named(name), is_draining=draining))
+
+    def changed(self, weights: Mapping[str, float], draining: Mapping[str, bool]) -> Self:
+        """Set weights, and which variants drain. Raises UnknownVariant, NoVariantLeft, VariantsError."""
+        after = self.weighted(weights)
+        for name, drains in draining.items():
+            after = after.drained(name, draining=drains)
+        if not any(each.weight > 0 and not each.is_draining for each in after.variants.values()):
+            raise NoVariantLeft(
+                "no variant would get questions: leave one that does not drain a weight above 0, such as "
+                f"{next(iter(after.variants), 'stable')}=100"
+            )
+        return after
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """Return what part of the questions each variant gets, 0 to 1, if all of them answer."""
+        some = [each for each in self.variants.values() if not each.is_draining]
+        weights = {each.name: each.weight for each in some if each.weight > 0} or {each.name: 1.0 for each in some}
+        total = sum(weights.values())
+        return {name: weights.get(name, 0.0) / total if total else 0.0 for name in self.variants}
 
     def without(self, name: str) -> Self:
         """Raises VariantsError."""
@@ -134,8 +166,15 @@ class Variants:
     def named(self, name: str) -> Variant:
         """Raises VariantsError."""
         if name not in self.variants:
-            raise VariantsError(f"there is no variant {name[:64]!r}: {words(self.variants)}")
+            raise UnknownVariant(name, self.variants)
         return self.variants[name]
+
+
+def parsed_weight(name: str, told: object) -> float:
+    """Raises VariantsError."""
+    if isinstance(told, bool) or not isinstance(told, int | float) or not 0 <= told <= MOST_WEIGHT:
+        raise VariantsError(f"the weight of {name} must be a number from 0 to {MOST_WEIGHT:,}")
+    return float(told)
 
 
 def words(names: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ SCOPES: tuple[tuple[str, Scope | None], ...] = (
     ("/v1/chat", Scope.ASK),
     ("/v1/images", Scope.UPLOAD),
     ("/v1/files", Scope.UPLOAD),
+    ("/v1/variants", Scope.ADMIN),
     ("/v1/models", None),
     (METRICS, Scope.METRICS),
 )

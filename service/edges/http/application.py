@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service.core.access import QUOTA_HEADERS
 from service.core.errors import GlimpseError
 from service.edges.caller import KEY_HEADERS, SESSION_KEY, TENANT_KEY, TRACE_ID_KEY, VARIANT_KEY
-from service.edges.http import batch, estimate, images, openapi, operations, vqa
+from service.edges.http import batch, estimate, images, openapi, operations, variants, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
 from service.edges.http.respond import RequestScope, respond_to_error, respond_to_no_route
@@ -27,7 +27,7 @@ def http_api(edge: Edge) -> FastAPI:
         summary="Answers questions about images, and looks more closely at the parts that a question needs.",
     )
     api.state.edge = edge
-    for routes in (vqa, batch, estimate, images, chat, files, models, operations, front):
+    for routes in (vqa, batch, estimate, images, chat, files, models, variants, operations, front):
         api.include_router(routes.router)
     if predict.PREDICT in edge.aliases.values():
         api.include_router(predict.router)

@@ -78,6 +78,28 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
     return pieces.all()
 
 
+async def read_small_body(request: Request, max_bytes: int, limits: BodyLimits) -> bytes:
+    """Read an administrator's body, which is small: nothing is reserved, so that it is read under load too.
+
+    Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Cancelled.
+    """
+    encoding = encoding_of(request.headers.get("content-encoding", ""))
+    body = b""
+    try:
+        async with asyncio.timeout(limits.grace_s):
+            async for chunk in request.stream():
+                for piece in encoding.unpack(chunk):
+                    body += piece
+                    if len(body) > max_bytes:
+                        raise TooLarge(f"the body is over {max_bytes:,} bytes: change fewer variants at once")
+    except TimeoutError as exc:
+        raise SlowBody(f"the body did not come within {limits.grace_s:g} s: send it again") from exc
+    except ClientDisconnect as exc:
+        raise Cancelled("the caller went away while sending") from exc
+    encoding.end()
+    return body
+
+
 def _too_large(size: str, max_bytes: int) -> TooLarge:
     return TooLarge(
         f"the body {size}, the limit is {max_bytes:,} bytes: send smaller images, or one by one to POST /v1/images",

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from service.core.access import Authenticator, Grant
+from service.core.variant import VariantControl
 from service.edges import caller
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
@@ -62,6 +63,7 @@ class Edge:
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
     lag_s: Callable[[], float]  # how late the event loop is
     access: Authenticator
+    variants: VariantControl | None = None  # of a service with variants
     metrics_are_open: bool = False  # whether /metrics needs no key where other paths do
     log_client_address: bool = False  # to the log's lines of each request
     proxies: Proxies = NO_PROXIES  # in front of the service

@@ -30,6 +30,7 @@ from service.edges.http.schema import (
     VqaForm,
     VqaRequest,
 )
+from service.edges.http.variants import VariantList, VariantsUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +329,31 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
             | errors(400, 404, 500, 503),
         },
     ),
+    (
+        "/v1/variants",
+        "get",
+        {
+            "responses": {"200": {"description": "The variants", "content": {JSON: schema_of("VariantList")}}}
+            | errors(403)
+        },
+    ),
+    (
+        "/v1/variants",
+        "patch",
+        {
+            "requestBody": {
+                "required": True,
+                "content": {
+                    JSON: schema_of("VariantsUpdate")
+                    | {
+                        "example": {"weights": {"stable": 95, "next": 5}, "draining": {"next": False}},
+                    }
+                },
+            },
+            "responses": {"200": {"description": "Changed", "content": {JSON: schema_of("VariantList")}}}
+            | errors(400, 403, 404, 408, 413, 415, 503),
+        },
+    ),
     ("/health/live", "get", {"responses": {"200": {"description": "Alive", "content": {JSON: schema_of("Health")}}}}),
     (
         "/health/ready",
@@ -344,5 +370,6 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
 MODELS = (
     *(VqaRequest, VqaForm, VqaAnswer, VqaEvent, VqaEstimate),
     *(BatchQuestion, BatchLine, UploadedImage, DeletedImage, Health, ErrorBody),
+    *(VariantList, VariantsUpdate),
 )
 DESCRIPTION = Description(MODELS, OPERATIONS)

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
@@ -76,9 +77,20 @@ async def respond_to_no_route(request: Request, error: Exception) -> Response:
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     body = ErrorBody(error=WireError(message=f"{message}: see /docs", type=InvalidRequest.type, param=None, code=code))
     headers = dict(error.headers or {})
-    if headers.get("Allow") == "GET":
-        headers["Allow"] = "GET, HEAD"
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(methods_of(request))
     return JsonResponse(body, status_code=error.status_code, headers=headers)
+
+
+def methods_of(request: Request) -> list[str]:
+    """Return what may be asked of a path. The router names the methods of the first route alone."""
+    routes = request.app.router.routes
+
+    def is_served(method: str) -> bool:
+        scope = {**request.scope, "method": "GET" if method == "HEAD" else method}
+        return any(route.matches(scope)[0] is Match.FULL for route in routes)
+
+    return [method for method in METHODS if is_served(method)]
 
 
 def refuse_host(host: str) -> Response:

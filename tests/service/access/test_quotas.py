@@ -16,7 +16,8 @@ import pytest
 
 from service.access.keys import Limits
 from service.access.quotas import in_words
-from service.access.windows import left_of, wait_s
+from service.access.windows import Hit, Windows, give_back, hit, left_of, wait_s
+from service.cache.redis_client import close_counters, counters
 from service.core.access import UNLIMITED
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from tests.service.edges.http.test_vqa import ASKED, Caller, events, fault
@@ -29,8 +30,8 @@ from tests.support.keys import Keys, bearer
 async def _inside_a_minute() -> None:
     """Do not begin at a minute's end.
 
-    The library's windows in memory begin with the clock's minutes. When one ends, its part is rounded down, and one
-    request more than the quota may pass.
+    The windows in memory begin with the clock's minutes. When one ends, its part is rounded down, and one request more
+    than the quota may pass.
     """
     await until(lambda: time.time() % 60 < 50)
 
@@ -226,13 +227,74 @@ async def test_two_gateways_share_one_quota_through_redis_and_their_parts_withou
         assert [each.house.counted("glimpse_quota_gateways") for each in (one, two)] == [2, 2]
         assert one.house.counted("glimpse_quota_is_local") == 0
         redis_server.kill()
-        assert await statuses(one, times=30) == {200: 20, 429: 10}  # 40 for two
+        left = await statuses(one, times=30) + await statuses(two, times=30)  # each has charged about its 20 of 40
+        assert left[200] <= 4
+        for each in (one, two):
+            each.http.headers["x-tenant-id"] = "other"
+        assert await statuses(one, times=30) == {200: 20, 429: 10}
         assert await statuses(two, times=30) == {200: 20, 429: 10}
         assert one.house.counted("glimpse_quota_is_local") == 1
         redis_server.start()
         await until(lambda: one.house.shared.in_use)
         assert (await one.ask()).status_code == 200
         assert one.house.counted("glimpse_quota_is_local") == 0
+
+
+async def test_what_a_gateway_charged_in_redis_counts_in_its_part_when_redis_is_gone(redis_server):
+    settings = {"redis_url": redis_server.url, "redis_timeout_s": 5.0, "quota_gateways": 2}
+    quota = {"quota_requests_per_minute": 40, "quota_generated_tokens_per_minute": 2_000}
+    async with calling(**settings, **quota) as one, calling(**settings, **quota) as two:
+        assert await statuses(one, two, times=20, max_tokens=40) == {200: 20}
+        for each in (one, two):
+            await each.house.quotas.settle()  # tokens that were not used come back here too
+        redis_server.kill()
+        found = [await statuses(each, times=15, max_tokens=40) for each in (one, two)]
+        assert found == [{200: 10, 429: 5}] * 2  # 40 in all, as with Redis
+
+
+def test_what_is_given_back_is_no_credit_in_the_next_minute():
+    """A request that reserves much, ends in the next minute and used little."""
+    now = [59.0]
+    windows = Windows(clock=lambda: now[0])
+
+    def hit(cost: int) -> Hit:
+        return asyncio.run(windows.hit("tenant/acme", "generated_tokens", 100, cost))
+
+    reserved = hit(100)
+    assert not hit(1).fits
+    now[0] = 61.0
+    asyncio.run(reserved.back(99))
+    now[0] = 119.0
+    found = hit(100)
+    assert (found.fits, found.left.remaining) == (True, 0)
+    assert not hit(1).fits
+    now[0] = 200.0  # two windows later there is nothing to give back to
+    asyncio.run(found.back(100))
+    assert hit(100).fits
+    assert not hit(1).fits
+
+
+async def test_redis_takes_what_is_given_back_off_the_window_in_which_it_was_charged(redis_server):
+    storage, name = counters(redis_server.url), ("tenant/acme", "generated_tokens")
+    charged = await hit(storage, name, 100, 100)
+    assert charged.fits
+    (key,) = redis_server.client.keys("*")
+    counter = key.decode().removeprefix("glimpse:quota:").strip("{}")
+
+    async def counts() -> tuple[int, int]:
+        before, _, current, _ = await storage.get_sliding_window(counter, 60)
+        return before, current
+
+    await charged.back(30)
+    assert await counts() == (0, 70)
+    redis_server.client.pexpire(key, 59_000)  # its minute is over, and it counts for 59 s more
+    assert await counts() == (70, 0)
+    await give_back(storage, counter, 60, 59.0)
+    assert await counts() == (10, 0)
+    for left_s in (-1.0, 0.0, 200.0):  # of a window that is gone, or of none
+        await give_back(storage, counter, 10, left_s)
+    assert await counts() == (10, 0)
+    await close_counters(storage)
 
 
 async def test_places_are_counted_over_gateways_and_survive_a_redis_that_is_gone(redis_server):

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from service.core.access import Scope
+from service.core.errors import NotFound
+from service.core.variant import VariantsChange
 from service.upstreams.store import VariantsFile
+from tests.service.cli.conftest import serving
 from tests.service.cli.test_main import run
+from tests.service.edges.http.test_variants import FakeControl
+from tests.support.fakes import House
+from tests.support.keys import Keys
 
 
 @pytest.fixture
@@ -65,6 +75,8 @@ def test_a_variant_drains_comes_back_and_goes(place):
         (("weights", "next"), "is no weight"),
         (("weights", "next=-1"), "is no weight"),
         (("weights", "next=nan"), "is no weight"),
+        (("weights", "next=2000000"), "the weight of next must be a number from 0 to 1,000,000"),
+        (("weights", "stable=0", "next=0"), "no variant would get questions"),
         (("weights", "nobody=1"), "nobody"),
         (("drain", "nobody"), "nobody"),
         (("remove", "nobody"), "nobody"),
@@ -95,3 +107,47 @@ def test_a_file_that_is_none_and_a_redis_that_is_not_there_are_told_in_one_line(
     ):
         status, said, error = run("variants", "list", *options)
         assert (status, said, error.count("\n")) == (1, "", 1), options
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A service with variants, and the key of an administrator in the environment."""
+    keys = Keys(tmp_path)
+    monkeypatch.setenv("GLIMPSE_API_KEY", keys.make("ops", frozenset({Scope.ADMIN})))
+    asker = keys.make("acme")
+    house = House(keys=str(keys.path))
+    control = FakeControl()
+    house.edge = replace(house.edge, variants=control)
+    with serving(house) as server:
+        yield SimpleNamespace(option=("--url", server.url), control=control, asker=asker)
+
+
+def test_a_gateway_is_asked_in_place_of_the_file(remote, place):
+    status, said, error = run("variants", "list", *remote.option)
+    assert (status, error) == (0, "")
+    assert said.splitlines() == [
+        "stable  weight 95 (95.0 %)  2 Tritons (1 out)  3 in flight here  model tiny",
+        "next  drains  0 Tritons  0 in flight here",
+    ]
+    before = written(place)
+    assert run("variants", "weights", "stable=50", "next=0.5", *remote.option, *place)[1] == said
+    assert run("variants", "drain", "next", *remote.option)[1] == said
+    assert run("variants", "drain", "next", "--undo", *remote.option)[1] == said
+    assert [change for change, _ in remote.control.asked] == [
+        VariantsChange({"stable": 50, "next": 0.5}),
+        VariantsChange({}, {"next": True}),
+        VariantsChange({}, {"next": False}),
+    ]
+    assert written(place) == before
+
+
+def test_a_gateway_that_refuses_is_told_in_one_line(remote, monkeypatch):
+    remote.control.fault = NotFound("there is no variant 'nxt'", code="unknown_variant")
+    status, said, error = run("variants", "weights", "nxt=1", *remote.option)
+    assert (status, said, error) == (1, "", "glimpse: there is no variant 'nxt'\n")
+    monkeypatch.setenv("GLIMPSE_API_KEY", remote.asker)
+    for command in (("list",), ("weights", "next=1"), ("drain", "next")):
+        status, said, error = run("variants", *command, *remote.option)
+        assert (status, said, error.count("\n")) == (1, "", 1)
+        assert "no scope admin" in error
+    assert run("variants", "list", "--url", "http://127.0.0.1:1")[2].startswith("glimpse: nothing answers at")

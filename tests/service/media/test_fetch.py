@@ -429,6 +429,38 @@ async def test_a_slow_server_costs_no_more_than_the_time_limit(world, answer):
     assert "within 0.4 s" in error.message
 
 
+@pytest.mark.parametrize(
+    "endless",
+    [
+        b"HTTP/1.1 102 \r\n\r\n",  # interim answers, of which HTTP allows any number
+        b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n",
+        b"a",
+    ],
+)
+async def test_a_head_without_an_end_is_refused_before_it_costs_time(world, endless):
+    sent = 0
+
+    async def flood(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        while True:
+            writer.write(endless * 1000)
+            sent += 1000 * len(endless)
+            await writer.drain()
+
+    world.allowed.answers["/a.png"] = flood
+    reading = time.thread_time()
+    error = await failure(world.fetcher(timeout_s=30.0), world.url())
+    assert "broke off or did not answer in HTTP" in error.message
+    assert "head has more than 32,768 bytes" in error.cause
+    assert time.thread_time() - reading < 5  # unbounded, it is the whole time limit
+    assert sent < 20_000_000
+
+
+async def test_a_few_interim_answers_are_passed(world):
+    world.allowed.answers["/a.png"] = b"HTTP/1.1 103 Early Hints\r\nlink: </b>\r\n\r\n" * 20 + response(IMAGE)
+    assert await world.fetcher().fetch(world.url(), "", free) == IMAGE
+
+
 async def test_slow_redirects_share_one_time_limit(world):
     async def late(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.wait([asyncio.create_task(writer.wait_closed())], timeout=0.3)

@@ -111,6 +111,26 @@ async def test_a_closer_view_is_looked_at_where_the_model_has_one(http, card):
     assert np.array([1, 4, 16])[levels].sum() == high["vision"]["vision_tokens"]
 
 
+async def test_a_tight_budget_leaves_cells_out_and_still_reads_small_print(http, card):
+    """One token for each of the 64 cells reads about one question in seven."""
+    if not card.closer_view:
+        pytest.skip("the model has no closer view")
+    asked = [json.loads(line) for line in (SCENES / "questions.jsonl").read_text().splitlines()]
+    reading = [each for each in asked if (each["split"], each["type"]) == ("small_print", "read")][:40]
+    right = 0
+    for each in reading:
+        found = await answer(
+            http, (SCENES / each["image"]).read_bytes(), each["question"],
+            detail="high", explain=True, budget={"vision_tokens": [64, 64]},
+        )  # fmt: skip
+        levels = np.array(found["relevance"][0]["levels"])
+        tokens = sum(cost * (levels == level).sum() for level, cost in enumerate((1, 4, 16)))
+        assert tokens == found["vision"]["vision_tokens"] <= 64
+        assert (levels < 0).any()
+        right += found["answer"] == each["answer"]
+    assert right > len(reading) / 2
+
+
 def a_page(size: tuple[int, int], place: tuple[int, int]) -> bytes:
     """A committed scene, 300 pixels a side, on a page of its ground's colour."""
     with Pillow.open(SCENES / "new_003.webp") as picture:

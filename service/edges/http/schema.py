@@ -452,9 +452,7 @@ class WireRelevance(BaseModel):
 
     map: list[list[float]]
     scores: Scores
-    levels: list[list[int]] = Field(
-        description="Level of detail of each cell: 0 to 2, or -1 for one that is left out."
-    )
+    levels: list[list[int]] = Field(description="Level of detail of each cell: 0 to 2, or -1 for one that is left out.")
     tensions: Tensions
     area: tuple[float, float, float, float] = Field(
         description="Left, top, right and bottom as shares of the image's width and height. Padding lies below 0 and "

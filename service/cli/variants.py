@@ -109,7 +109,7 @@ def weight_in(text: str) -> tuple[str, float]:
     except ValueError:
         weight = -1.0
     if not equals or not 0 <= weight < float("inf"):
-        fail(f"{text!r} is no weight: write NAME=WEIGHT with a number from 0, such as stable=95")
+        fail(f"{text!r} is not a weight: write NAME=WEIGHT with a number from 0, such as stable=95")
     return name, weight
 
 

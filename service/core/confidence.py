@@ -168,7 +168,7 @@ class Calibration:
         """Read the field `confidence` of a card. Raises ValueError, which says what is wrong."""
         names = {each.name for each in fields(cls)}
         if not isinstance(told, Mapping) or set(told) != names:
-            raise ValueError(f"confidence has not the fields {', '.join(sorted(names))}")
+            raise ValueError(f"confidence does not have exactly the fields {', '.join(sorted(names))}")
         centre, scale = (_array(told[name], 3 * vision_width, name) for name in ("centre", "scale"))
         if (scale <= 0).any():
             raise ValueError("confidence.scale is not above 0")
@@ -184,7 +184,7 @@ class Calibration:
                 dict(told["fitted_on"]),
             )
         except (KeyError, TypeError) as exc:
-            raise ValueError(f"confidence is no calibration: {exc!r}") from exc
+            raise ValueError(f"confidence is not a calibration: {exc!r}") from exc
 
     def about(self) -> str:
         """Say what the confidence rests on, for the card's metadata."""
@@ -263,7 +263,7 @@ def _array(told: object, length: int, name: str) -> npt.NDArray[np.float32]:
     except (binascii.Error, ValueError) as exc:
         raise ValueError(f"confidence.{name} is not base64 of FP32 numbers") from exc
     if array.shape != (length,) or not np.isfinite(array).all():
-        raise ValueError(f"confidence.{name} has not {length} finite numbers")
+        raise ValueError(f"confidence.{name} does not have {length} finite numbers")
     return array
 
 

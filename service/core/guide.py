@@ -160,7 +160,7 @@ def _whole(name: str, value: object) -> int:
         return 0
     if isinstance(value, int | float) and value >= 0 and value == int(value):
         return int(value)
-    raise InvalidRequest(f"json_schema has a {name} that is no whole number: correct it", param="json_schema")
+    raise InvalidRequest(f"json_schema has a {name} that is not a whole number: correct it", param="json_schema")
 
 
 def _multiple(value: object) -> int:
@@ -170,4 +170,4 @@ def _multiple(value: object) -> int:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
         exact = Fraction(str(value))
         return exact.numerator if exact.denominator == 1 else int(exact * 10 ** len(str(exact.denominator)))
-    raise InvalidRequest("json_schema has a multipleOf that is no number above 0: correct it", param="json_schema")
+    raise InvalidRequest("json_schema has a multipleOf that is not a number above 0: correct it", param="json_schema")

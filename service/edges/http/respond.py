@@ -83,7 +83,7 @@ async def respond_to_no_route(request: Request, error: Exception) -> Response:
 
 def refuse_host(host: str) -> Response:
     """421 for a name that is none of this service's."""
-    message = f"{host[:100]!r} is no name of this service: ask localhost, or add the name to GLIMPSE_ALLOWED_HOSTS"
+    message = f"{host[:100]!r} is not a name of this service: ask localhost, or add the name to GLIMPSE_ALLOWED_HOSTS"
     body = ErrorBody(error=WireError(message=message, type=InvalidRequest.type, param="host", code="unknown_host"))
     return JsonResponse(body, status_code=421)
 

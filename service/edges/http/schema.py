@@ -291,7 +291,7 @@ class VqaRequest(Asked):
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
-        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        """Types are not converted: "16" is not a number. Raises InvalidRequest."""
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as exc:
@@ -363,7 +363,7 @@ NOTHING = ("null", ["null"])  # a form's words for a field that is left out
 
 
 def _is_file(part: FormPart) -> bool:
-    """Whether a form's image is a file: by its name, by its type, or as it is no text."""
+    """Whether a form's image is a file: by its name, by its type, or because it is not text."""
     content_type = part.headers.get(b"content-type", b"").lower()
     return part.is_file or content_type.startswith((b"image/", b"application/octet-stream")) or not _is_utf8(part)
 

@@ -233,7 +233,7 @@ class ChatRequest(Unsupported):
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
-        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        """Types are not converted: "16" is not a number. Raises InvalidRequest."""
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as exc:

@@ -62,9 +62,9 @@ def test_a_variant_drains_comes_back_and_goes(place):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("weights", "next"), "is no weight"),
-        (("weights", "next=-1"), "is no weight"),
-        (("weights", "next=nan"), "is no weight"),
+        (("weights", "next"), "is not a weight"),
+        (("weights", "next=-1"), "is not a weight"),
+        (("weights", "next=nan"), "is not a weight"),
         (("weights", "nobody=1"), "nobody"),
         (("drain", "nobody"), "nobody"),
         (("remove", "nobody"), "nobody"),

@@ -113,7 +113,7 @@ async def test_an_error_of_the_supervisors_own_is_told_once_and_ends_nothing(tmp
         async with supervised(client, tmp_path) as triton:
             await until(lambda: client.probes > 30)
             assert triton.ready
-    assert [line["event"] for line in lines].count("supervision failed and goes on") == 1
+    assert [line["event"] for line in lines].count("supervision_failed") == 1
 
 
 class Reporting(Probed):

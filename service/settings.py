@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     # address is then what the proxy says in X-Forwarded-For. The limits of one address do not apply to a proxy.
     trusted_proxies: str = ""
     # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
-    # seconds' worth at once. What comes beyond that is closed at once.
+    # seconds' worth at once. A connection beyond that gets no response and is closed after 10 s.
     replaced_connections_per_address_s: float = Field(10.0, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     # Elastic fidelity: requests look less closely if they wait longer than the target, or if contention with other
     # requests costs them too much time.
     elastic_fidelity: bool = True
-    fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait for a grant
+    fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait in a queue
 
     # Caches in the process's memory. Without keys tenants share them: a key names the image's content and not its
     # sender, so equal images are encoded once. A sender can then see from the answer's `cache` and its time whether

@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         prog="glimpse build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     llm = LlmEngine()
-    found.add_argument("checkpoint", help="directory or Hugging Face hub name of a BLIP-2 or InstructBLIP checkpoint")
+    found.add_argument(
+        "checkpoint", help="directory or Hugging Face hub name of a BLIP-2, InstructBLIP or IDEFICS checkpoint"
+    )
     found.add_argument("--profile", choices=list(PRECISIONS), default="embedded", help="how the repository is served")
     found.add_argument("--precision", choices=KNOWN, default="", help="[the profile's default]")
     found.add_argument("--out", type=Path, required=True, help="repository to write")

@@ -50,7 +50,7 @@ def add(
     llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.")] = None,
     weight: Annotated[float, typer.Option(min=0, help="0: only callers that name it get it.")] = 0.0,
     precision: Annotated[
-        str | None, typer.Option(help="In which its Tritons compute [as the models were built].")
+        str | None, typer.Option(help="Precision of its Tritons' computation [as the models were built].")
     ] = None,
     variants: Place = FILE,
     redis_url: RedisUrl = None,

@@ -1,7 +1,8 @@
 """What a connection may cost before the application sees a request: bytes, counts, time, and how many there are.
 
-uvicorn and httptools read HTTP, but bound neither a head nor the time for it, nor pipelined requests, nor writes to a
-client that does not read. A refusal here has the same body as any other error, and closes the connection.
+uvicorn and httptools read HTTP, but bound neither the headers nor the time for them (slowloris), nor pipelined
+requests, nor writes to a client that never reads. A refusal here has the same body as any other error, and closes the
+connection.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_body = False  # a head was whole, its message is not
         self._fields = self._field_bytes = 0  # headers and trailers of the message
         self._bodiless_bytes = 0  # that came since the last bytes of the body
-        self._deaf = False  # what comes is discarded
+        self._deaf = False  # bytes that arrive are discarded
         self._discarded_bytes = 0
         self._end_at: float | None = None  # the connection ends then, whatever the client does
         self._unsent, self._unsent_since = 0, 0.0

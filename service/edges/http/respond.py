@@ -49,7 +49,7 @@ class JsonResponse(Response):
 
 
 async def respond_to_error(_: Request, error: Exception) -> Response:
-    """Answer with a GlimpseError. This is the only place where an error gets its status."""
+    """Answer with a GlimpseError. `protocol.py` answers what never reaches the application."""
     assert isinstance(error, GlimpseError)
     return response_to(error)
 

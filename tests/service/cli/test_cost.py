@@ -86,7 +86,7 @@ def test_a_wrong_price_list_is_told(tmp_path, text, said):
         (("--range", "yesterday"), "write a number and a unit"),
         (("--prices", "/nowhere.toml"), "cannot read /nowhere.toml"),
         (("--prometheus", "http://127.0.0.1:1"), "no Prometheus answers"),
-        (("--prometheus", "ftp://x"), "no HTTP URL"),
+        (("--prometheus", "ftp://x"), "not an HTTP URL"),
     ],
 )
 def test_what_fails_is_told_in_one_line(arguments, said):

@@ -187,7 +187,7 @@ def bound(host: str, port: int, setting: str) -> socket.socket:
         listener.close()
         if exc.errno == errno.EADDRNOTAVAIL:
             raise StartFailed(
-                f"GLIMPSE_HTTP_HOST {host} is no address of this machine: `ip -brief address` shows its own, and "
+                f"GLIMPSE_HTTP_HOST {host} is not an address of this machine: `ip -brief address` shows its own, and "
                 "0.0.0.0 stands for all"
             ) from exc
         if exc.errno == errno.EACCES:

@@ -87,7 +87,7 @@ class Images:
             if was_there is None:
                 raise Unavailable(
                     "the image is deleted in this gateway's memory, but the store that gateways share does not answer: "
-                    "delete it again later, or it expires by itself"
+                    "try again in a few seconds, or wait until it expires"
                 )
             was_here = was_here or was_there
         if not was_here:

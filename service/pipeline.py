@@ -171,7 +171,9 @@ class Pipeline:
                         image = await self.images.identify(data, reservation.tenant)
                 use.images = 1
         except TimeoutError as exc:
-            raise DeadlineExceeded(f"the image was not decoded within {timeout_s:g} s: send it again later") from exc
+            raise DeadlineExceeded(
+                f"the image was not decoded within {timeout_s:g} s: try again in a few seconds"
+            ) from exc
         await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
@@ -369,7 +371,7 @@ class Pipeline:
         now = time.monotonic()
         if ids is None:
             if ticket.first_token is None:
-                raise Unavailable("the language model ended without a token: ask again")
+                raise Unavailable("the language model ended without a token: try again")
             return None
         if ticket.last_token is None:
             ticket.first_token = now

@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     # address is then what the proxy says in X-Forwarded-For. The limits of one address do not apply to a proxy.
     trusted_proxies: str = ""
     # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
-    # seconds' worth at once. What comes beyond that is closed at once.
+    # seconds' worth at once. A connection beyond that gets no response and is closed after 10 s.
     replaced_connections_per_address_s: float = Field(10.0, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     # Elastic fidelity: requests look less closely if they wait longer than the target, or if contention with other
     # requests costs them too much time.
     elastic_fidelity: bool = True
-    fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait for a grant
+    fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait in a queue
 
     # Caches in the process's memory. Without keys tenants share them: a key names the image's content and not its
     # sender, so equal images are encoded once. A sender can then see from the answer's `cache` and its time whether
@@ -208,7 +208,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_endpoint(cls, address: str | None) -> str | None:
         if address is not None and not ENDPOINT.fullmatch(address):
-            raise ValueError(f"{address!r} is no address of an OTLP receiver: write http://HOST:4317, or https://")
+            raise ValueError(f"{address!r} is not the address of an OTLP receiver: write http://HOST:4317, or https://")
         return address
 
     @field_validator("vision_url", "llm_url")
@@ -222,8 +222,8 @@ class Settings(BaseSettings):
         wrong = "://" in address or not colon or not HOST.fullmatch(bare) or (":" in bare and bare == host)
         if wrong or not port.isdecimal() or not 1 <= int(port) <= 65535:
             raise ValueError(
-                f"{address!r} is no gRPC address: write HOST:PORT without http://, such as triton:8001 or [::1]:8001 "
-                "(Triton's gRPC port, not its HTTP port)"
+                f"{address!r} is not a gRPC address: write HOST:PORT without http://, such as triton:8001 or "
+                "[::1]:8001 (Triton's gRPC port, not its HTTP port)"
             )
         return address
 
@@ -234,8 +234,8 @@ class Settings(BaseSettings):
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         if "://" in bare or not HOST.fullmatch(bare) or bare.count(":") == 1:
             raise ValueError(
-                f"{host!r} is no host: write an address of this machine without a port, such as 127.0.0.1, 0.0.0.0 or "
-                "::1; GLIMPSE_HTTP_PORT sets the port"
+                f"{host!r} is not a host: write an address of this machine without a port, such as 127.0.0.1, 0.0.0.0 "
+                "or ::1; GLIMPSE_HTTP_PORT sets the port"
             )
         try:
             found = socket.getaddrinfo(bare, None, type=socket.SOCK_STREAM)
@@ -250,7 +250,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_path(cls, path: str | None) -> str | None:
         if path is not None and not ROUTE.fullmatch(path):
-            raise ValueError(f"{path!r} is no path: write it from its first slash, such as /predict")
+            raise ValueError(f"{path!r} is not a path: write it from its first slash, such as /predict")
         return path
 
     @field_validator("cors_origins")
@@ -259,7 +259,7 @@ class Settings(BaseSettings):
         for origin in filter(None, (each.strip() for each in origins.split(","))):
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"{origin!r} is no origin: write https://HOST or http://HOST:PORT without a path, or *"
+                    f"{origin!r} is not an origin: write https://HOST or http://HOST:PORT without a path, or *"
                 )
         return origins
 
@@ -279,7 +279,7 @@ class Settings(BaseSettings):
         for host in listed(hosts):
             if host != "*" and (not HOST_PATTERN.fullmatch(host) or host.rpartition(".")[2].isdecimal()):
                 raise ValueError(
-                    f"{host!r} is no host: write names with commas between them, such as "
+                    f"{host!r} is not a host: write names with commas between them, such as "
                     "images.example.org,*.cdn.example.org, or * for every public host"
                 )
         return hosts
@@ -289,7 +289,7 @@ class Settings(BaseSettings):
     def _are_ports(cls, ports: str) -> str:
         for port in listed(ports):
             if not port.isdecimal() or not 1 <= int(port) <= 65535:
-                raise ValueError(f"{port!r} is no port: write numbers with commas between them, such as 443,8443")
+                raise ValueError(f"{port!r} is not a port: write numbers with commas between them, such as 443,8443")
         return ports
 
     @field_validator("image_url_private_networks")
@@ -300,7 +300,8 @@ class Settings(BaseSettings):
                 ip_network(network)
             except ValueError as exc:
                 raise ValueError(
-                    f"{network!r} is no network: write networks with commas between them, such as 10.1.0.0/16,fd12::/16"
+                    f"{network!r} is not a network: write networks with commas between them, such as "
+                    "10.1.0.0/16,fd12::/16"
                 ) from exc
         return networks
 

@@ -36,7 +36,7 @@ def called(pool: str, card: ModelCard) -> Sequence[str] | None:
             return [model for model in card.called if model != "llm"]
         case "llm":
             return ["llm"]
-    raise SettingsError(f"{pool!r} is no pool: choose vision, llm or both")
+    raise SettingsError(f"{pool!r} is not a pool: choose vision, llm or both")
 
 
 def read_card(settings: Settings) -> ModelCard:
@@ -74,7 +74,7 @@ async def serve(settings: Settings, ports: Ports, pool: str) -> None:
         ) as triton,
     ):
         log.info(
-            "triton ready", address=access.url, pool=pool, model=card.name, precision=card.precision, why=chosen.why
+            "triton_ready", address=access.url, pool=pool, model=card.name, precision=card.precision, why=chosen.why
         )
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(triton.supervise())

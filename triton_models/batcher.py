@@ -81,7 +81,7 @@ class Sequence:
     prompt: Prompt
     sampling: Sampling
     end_id: int
-    guide: Compiled | None = None  # the form of the answer
+    guide: Compiled | None = None  # constrains the answer
     owner: Any = None  # the caller's object: the batcher carries it and never reads it
     cancelled: bool = False  # any thread may set it; the sequence ends at the next iteration
     generated: int = 0
@@ -365,7 +365,8 @@ class Batcher:
         self.tokens += len(tokens)
         faults = dict.fromkeys(np.flatnonzero(~np.isfinite(log_probs)).tolist(), "the model's logits are not finite")
         faults |= {
-            place: f"the answer's form became too complex: {why}" for place, why in self._masks.faults(first).items()
+            place: f"the constraint on the answer became too complex: {why}"
+            for place, why in self._masks.faults(first).items()
         }
         finished = (tokens == self._end_ids[rows]) | (self._left[rows] <= 0)
         finished[list(faults)] = True

@@ -32,7 +32,7 @@ GPU_SECONDS = "glimpse_tenant_gpu_seconds_total"
 
 
 def payer_of(request: Any) -> Payer:
-    """Read who pays for a request. A request that no gateway sent is the service's own."""
+    """Read which tenant is charged for a request. A request that no gateway sent is the service's own."""
     return Payer.read(json.loads(request.parameters() or "{}").get(PAYER, ""))
 
 

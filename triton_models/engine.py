@@ -1,4 +1,4 @@
-"""The seam between the models' runners and the libraries that compute ONNX graphs.
+"""The interface between the models' runners and the libraries that compute ONNX graphs.
 
 ONNX Runtime (`session.py`) computes in FP32 and in integers, OpenVINO (`openvino_graph.py`) in BF16. OpenVINO is
 imported only if it computes: it takes time and memory.

@@ -322,7 +322,7 @@ class RequestReader:
 
 
 def _guide(inputs: Mapping[str, Any]) -> Guide | None:
-    """Read the form of the answer. Raises InvalidRequest."""
+    """Read the constraint on the answer. Raises InvalidRequest."""
     kind, text = (
         bytes(inputs[name].ravel()).decode(errors="replace") if name in inputs else ""
         for name in ("guided_decoding_guide_type", "guided_decoding_guide")

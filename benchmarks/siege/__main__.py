@@ -3,11 +3,11 @@
     python -m benchmarks.siege --seconds 60 --out benchmarks/results/siege.json
 
 Honest load (8 clients, a quarter of the questions about new images) runs undisturbed first, then under attack: 10,000
-idle connections, 3,000 half heads, 100 endless heads, 50 callers that pipeline and never read, 10 that announce a body
-and send none, two that repeat a scan bomb every second, and two that repeat a picture of 50,000,000 x 1 pixels.
-Attackers call from eight addresses of this machine. They and the honest clients have a process each; the attackers' is
-10 nicer, so that two cores measure what the service makes of an attack, and not what making the attack costs. An honest
-client pauses between an answer and its next question: the machine is busy, and not full.
+idle connections, 3,000 incomplete headers (slowloris), 100 endless headers, 50 clients that pipeline and never read, 10
+that announce a body and send none, two that repeat a scan bomb every second, and two that repeat a picture of
+50,000,000 x 1 pixels. Attackers call from eight addresses of this machine. They and the honest clients have a process
+each; the attackers' is 10 nicer, so that two cores measure what the service makes of an attack, and not what making the
+attack costs. An honest client pauses between an answer and its next question: the machine is busy, and not full.
 
 Bars: the honest p95 is at most 1.5 times the undisturbed one, no honest request fails, the gateway stays within 256 MB.
 """

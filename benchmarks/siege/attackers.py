@@ -38,9 +38,9 @@ class Attack:
     host: str
     port: int
     idle: int = 10_000  # one request each, then silence
-    half_heads: int = 3_000
+    half_heads: int = 3_000  # incomplete headers (slowloris)
     endless_heads: int = 100
-    deaf: int = 50  # pipeline requests and never read
+    deaf: int = 50  # clients that pipeline requests and never read
     announcers: int = 10  # of a body that never comes
     scan_bombs: int = 2
     narrow_images: int = 2

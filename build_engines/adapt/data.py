@@ -71,7 +71,7 @@ def read(folder: Path, limit: int | None = None) -> Data:
     questions that cannot be read.
     """
     if not folder.is_dir():
-        raise Refused(f"--data {folder} is no folder: give one with images and questions")
+        raise Refused(f"--data {folder} is not a folder: give one with images and questions")
     paths = images_below(folder)
     if not paths:
         raise Refused(f"--data {folder} has no images: add some ({', '.join(sorted(SUFFIXES))})")

@@ -62,7 +62,7 @@ def collected(
 
 
 def reference_material(chain: Chain, share: float = 1.0, kept: Path | None = None) -> list[Asked]:
-    """Ask about rendered scenes of all splits, and about pictures of other worlds."""
+    """Ask about rendered scenes of all splits, and about out-of-distribution images."""
     numbers = {split: max(2, round(number * share)) for split, number in SCENES.items()}
     pictures = [picture for split, number in numbers.items() for picture in scenes(split, number, FIRST)]
     files = [each.data for each in foreign("fit", max(2, round(FOREIGN_IMAGES * share)))]

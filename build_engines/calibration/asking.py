@@ -20,7 +20,7 @@ from service.core.confidence import Signals, Words
 from service.core.request import Budget
 
 ABSENT = "absent"  # questions about an object that is not there
-FOREIGN = "foreign"  # questions about a picture of another world
+FOREIGN = "foreign"  # questions about an out-of-distribution image
 SMALL_CLOSELY = "small_print_high"  # small print with detail high
 CLOSELY_EVERY = 3  # scenes of small print: this one is asked with detail high, the others with low
 WORDS = Words(

@@ -119,7 +119,7 @@ def _found(outcomes: Sequence[Outcome], words: Words) -> Logistic:
 
 
 def _right(calibration: Calibration, outcomes: Sequence[Outcome]) -> Logistic:
-    """Fit on all answers. None about another world or about an absent object is right."""
+    """Fit on all answers. None about an out-of-distribution image or an absent object is right."""
     signals = np.array([calibration.right_signals(each.signals) for each in outcomes])
     weights = np.array([WEIGHTS.get(each.task.group, 1.0) for each in outcomes])
     return regression(signals, np.array([each.right for each in outcomes]), weights)

@@ -42,7 +42,7 @@ PHOTOGRAPHS: dict[Use, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A picture of another world, as a file."""
+    """An out-of-distribution image, as a file."""
 
     kind: str
     name: str

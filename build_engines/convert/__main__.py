@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         prog="glimpse build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     llm = LlmEngine()
-    found.add_argument("checkpoint", help="directory or Hugging Face hub name of a BLIP-2 or InstructBLIP checkpoint")
+    found.add_argument(
+        "checkpoint", help="directory or Hugging Face hub name of a BLIP-2, InstructBLIP or IDEFICS checkpoint"
+    )
     found.add_argument("--profile", choices=list(PRECISIONS), default="embedded", help="how the repository is served")
     found.add_argument("--precision", choices=KNOWN, default="", help="[the profile's default]")
     found.add_argument("--out", type=Path, required=True, help="repository to write")
@@ -129,7 +131,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def check_out(out: Path) -> None:
     """Raises Refused if OUT is not empty and not a repository, because a build replaces all of it."""
     if out.exists() and not (out / "card.json").exists() and any(out.iterdir()):
-        raise Refused(f"{out} is no model repository and not empty: choose another --out")
+        raise Refused(f"{out} is not a model repository and is not empty: choose another --out")
 
 
 def code_files() -> list[Path]:
@@ -185,7 +187,7 @@ def until(steps: list[Step], last: str | None) -> list[Step]:
         return steps
     names = [step.name for step in steps]
     if last not in names:
-        raise Refused(f"--until {last} is no step: choose one of {', '.join(names)}")
+        raise Refused(f"--until {last} is not a step: choose one of {', '.join(names)}")
     return steps[: names.index(last) + 1]
 
 

@@ -52,7 +52,7 @@ def to_int8(name: str, model: onnx.ModelProto, folder: Path) -> dict[str, str]:
 def to_int4(model: onnx.ModelProto, folder: Path) -> dict[str, str]:
     """Convert the LLM's graph in place -> the products kept in FP32 with the reason, by node."""
     kept = {
-        product.node.name: f"its inputs are no multiple of {BLOCK}"
+        product.node.name: f"its inputs are not a multiple of {BLOCK}"
         for product in products(model)
         if _inputs(product) % BLOCK
     }

@@ -149,7 +149,7 @@ def _read(file: Path, form: str, content: Any = None, folder: Path | None = None
         found = form_of(content)
         if not found or form not in ("auto", found):
             reason = skipped.get(file.name) or f"its content is {found or 'of no known form'}"
-            raise NotReadable(f"{file} is no file of questions of the form {form}: {reason}")
+            raise NotReadable(f"{file} is not a file of questions of the format {form}: {reason}")
         entries = entries_of(content, file, folder or file.parent, skipped)
     if not entries:
         few = "".join(f". {place}: {reason}" for place, reason in list(skipped.items())[:3])

@@ -1,4 +1,4 @@
-"""Draw scenes as pictures of many kinds: the wide world.
+"""Draw scenes as pictures of many kinds: the varied renderer.
 
 `render` always draws in one way, so a model that learns from it alone knows little else. Here a scene's style is drawn
 at random: the aspect ratio and how the picture was fitted to the square, the ground, outlines, fonts, ink, and what a

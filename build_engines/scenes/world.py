@@ -40,7 +40,7 @@ NONE = -1  # no character, or a colour without a name
 _HELD_OUT = {(COLOUR_NAMES.index(c), SHAPES.index(s)) for c, s in HELD_OUT_PAIRS}
 TRAINING_PAIRS = tuple((c, s) for c in range(8) for s in range(6) if (c, s) not in _HELD_OUT)
 HELD_OUT = tuple(sorted(_HELD_OUT))
-# The wide world: other centres for the same names, as in CSS, paint programs and prints. They too are jittered.
+# Of the varied renderer: other centres for the same names, as in CSS, paint programs and prints. They too are jittered.
 WIDE_COLOURS: dict[str, tuple[tuple[float, float, float], ...]] = {
     "red": ((0, 1.0, 1.0), (356, 0.85, 0.85), (0, 0.8, 0.7), (6, 0.75, 0.92)),
     "orange": ((39, 1.0, 1.0), (33, 1.0, 1.0), (24, 0.9, 0.9), (30, 0.75, 0.95)),
@@ -210,7 +210,7 @@ def _wide_rgb(rng: np.random.Generator, colour: int) -> tuple[float, float, floa
 def _unnamed_rgb(rng: np.random.Generator, shape: int, wide: bool = False) -> tuple[float, float, float]:
     """A hue between the names, a dark colour or a grey; never near a colour held out for this shape.
 
-    wide: greys of any value, and never near a held-out colour of the wide world either.
+    wide: greys of any value, and never near a held-out colour of the varied renderer either.
     """
     held_out = [c for c, s in HELD_OUT_PAIRS if SHAPES.index(s) == shape]
     forbidden = [COLOURS[c][0] for c in held_out]

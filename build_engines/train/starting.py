@@ -38,7 +38,7 @@ class Said:
 
 @torch.no_grad()
 def said_by(published: Checkpoint, plan: Plan) -> Said:
-    """Run the checkpoint over scenes of the plain world, with all vision tokens."""
+    """Run the checkpoint over scenes of the plain renderer, with all vision tokens."""
     rng, model = np.random.default_rng(8), published.model
     scenes, outputs = [], []
     for _ in range(plan.size(SCENES, 8) // plan.size(AT_ONCE, 8)):

@@ -392,7 +392,7 @@ CAPACITY = Dashboard(
             ],
             "s",
             "Seconds that Triton's models computed, without the ensembles, which count their parts again. The LLM's "
-            "requests overlap in one batch, so its time is no CPU time.",
+            "requests overlap in one batch, so its time is not CPU time.",
             kind="stacked",
         ),
         Panel(

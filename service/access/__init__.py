@@ -5,5 +5,5 @@ key_file.py      the records in a file
 key_redis.py     the records in Redis
 gate.py          the records in use: reads them again when they change, and checks each caller's key
 quotas.py        what a tenant may use in a minute, by the `limits` library, in Redis or in this process
-concurrency.py   how many requests of a tenant may be open at once
+windows.py       how the uses of a minute and the open requests are counted: in Redis, or here if it is not in use
 """

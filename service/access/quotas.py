@@ -161,13 +161,13 @@ class LimitedAccount:
 
     def _over(self, bucket: Bucket, unit: str, cost: int, left: Left) -> QuotaExceeded:
         used = f"{bucket.whose} may use {left.limit:,} {WORDS[unit]} a minute here, and has {left.remaining:,} left"
-        needs = f"; this request may need {cost:,}: {MENDS[unit]}, or retry later" if unit in MENDS else ""
+        needs = f"; this request may need {cost:,}: {MENDS[unit]}, or try again later" if unit in MENDS else ""
         return self._refusal(unit, left.wait_s, used + needs)
 
     def _refusal(self, unit: str, wait_s: float, why: str) -> QuotaExceeded:
         self._quotas.metrics.quota_refusals.labels(unit).inc()
         retry_s = min(max(wait_s, LEAST_RETRY_S), MOST_RETRY_S)
-        message = f"The quota is used up: {why}. Retry after {math.ceil(retry_s)} s."
+        message = f"the quota is used up: {why}; try again in {math.ceil(retry_s)} s"
         return QuotaExceeded(message, retry_after_s=retry_s)
 
 

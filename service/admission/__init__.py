@@ -3,7 +3,7 @@
 All modules except `admission` and `batch_turns` are pure: `now` is an argument.
 
     request ─► Quota ─► Claim ─► ConcurrencyLimit ─► tenants ─► order ─► granted ─► over
-               429       429      429                  fairness   kind, age
+               429       429      waits               fairness   kind, age
 
 A request meets these checks, in this order:
 
@@ -12,7 +12,8 @@ A request meets these checks, in this order:
 2. **Queue time** (`scheduler.py`): a claim on vision slots or LLM tokens whose estimated queue time
    (`drain_rate.py`) leaves too little of its `timeout_s` is refused: 429 `deadline`.
 3. **Concurrency limit** (`concurrency_limit.py`): a request's first claim waits until one more request may be in
-   service. Missed deadlines narrow the limit, answers widen it (AIMD).
+   service. It is refused only if that wait leaves too little of its `timeout_s` (429 `deadline`). Missed deadlines
+   narrow the limit, answers widen it (AIMD).
 4. **Fairness between tenants, then order** (`scheduler.py`): the tenant that holds the least goes first. Inside a
    tenant the cheapest kind goes first, but older claims gain rank.
 5. **Fidelity** (`fidelity.py`): the level in force caps the tokens of a granted request. It follows the longest wait,

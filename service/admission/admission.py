@@ -107,7 +107,7 @@ class Admission:
             return
         no_room = self.quota.refusal(Cost(tokens=self.row_tokens), "")
         if no_room is not None or lag_s > MAX_LAG_S or time.monotonic() < self._refused_at + REFUSAL_PAUSE_S:
-            text = f"The server has {open_requests} open requests and cannot take more now. Retry later."
+            text = f"the server has {open_requests} open requests and cannot take more now: try again in a few seconds"
             raise self.refuse(no_room or Refusal("saturated", text, 1.0))
 
     def stop(self) -> None:
@@ -143,8 +143,8 @@ class Admission:
         if claim.granted_at is None:
             if time.monotonic() >= claim.deadline:
                 raise DeadlineExceeded(
-                    "The request waited in the queue for all of timeout_s. Raise timeout_s, or retry when the service "
-                    "is less busy.",
+                    "the request waited in the queue for all of timeout_s: raise timeout_s, or try again when the "
+                    "service is less busy",
                     param="timeout_s",
                 )
             raise self.refuse(self.scheduler.expired(claim))
@@ -356,4 +356,6 @@ class UntilEnd:
         except TimeoutError as exc:
             if not self._admission.ended:
                 raise
-            raise ShuttingDown("This server stopped before the request was done. Retry: another one answers.") from exc
+            raise ShuttingDown(
+                "this server stopped before the request was done: try again, another server answers"
+            ) from exc

@@ -12,6 +12,7 @@ from service.admission.drain_rate import DrainRate
 
 # A tenant may hold at most this many times what is left free. So one tenant gets 3/4 of all, and each of three 3/10.
 TENANT_SHARE = 3
+RETRY = "try again in a few seconds"
 UNITS = {"nbytes": "request bytes", "pixels": "image pixels to decode", "tokens": "LLM tokens"}
 
 
@@ -65,7 +66,7 @@ class Quota:
         A request that was admitted before (`inside`) may finish after a stop. `keep_free` must be left of the limits.
         """
         if self.closed and not inside:
-            return Refusal("shutting_down", "This server is stopping. Retry: another one answers.", 1.0)
+            return Refusal("shutting_down", "this server is stopping: try again, another server answers", 1.0)
         holds = self._tenants.get(tenant, Cost())
         for name, drain, ask, held, own, limit, kept in zip(
             Cost._fields, self._drains, cost, self.held, holds, self.limits, keep_free, strict=True
@@ -75,14 +76,12 @@ class Quota:
             most = limit - kept
             if held + ask > most:
                 wait_s = drain.seconds_for(held + ask - most)
-                text = f"The server is at its limit of {UNITS[name]} ({held:,} of {most:,} are in use). Retry later."
-                return Refusal("saturated", text, wait_s)
+                full = f"the server is at its limit of {UNITS[name]} ({held:,} of {most:,} are in use)"
+                return Refusal("saturated", f"{full}: {RETRY}", wait_s)
             if tenant and own + ask > TENANT_SHARE * (limit - held):
                 wait_s = drain.seconds_for(own + ask - TENANT_SHARE * (limit - held))
-                text = (
-                    f"Tenant {tenant} is at its share of {UNITS[name]} ({own:,} of {limit:,} are in use). Retry later."
-                )
-                return Refusal("tenant_share", text, wait_s)
+                full = f"tenant {tenant} is at its share of {UNITS[name]} ({own:,} of {limit:,} are in use)"
+                return Refusal("tenant_share", f"{full}: {RETRY}", wait_s)
         return None
 
     def reserve(

@@ -263,8 +263,8 @@ class Scheduler:
         if not wait_s or now + wait_s <= latest:
             return None
         text = (
-            f"The estimated queue time is {wait_s:.1f} s, which leaves too little of timeout_s for an answer. "
-            "Raise timeout_s or retry later."
+            f"the estimated queue time is {wait_s:.1f} s, which leaves too little of timeout_s for an answer: "
+            "raise timeout_s, or try again when the service is less busy"
         )
         return Refusal("deadline", text, wait_s)
 
@@ -286,7 +286,10 @@ class Scheduler:
 
     def expired(self, claim: Claim) -> Refusal:
         """Return the refusal for a claim that `schedule` reported as expired."""
-        text = "The request waited in the queue until too little of timeout_s was left. Raise timeout_s or retry later."
+        text = (
+            "the request waited in the queue until too little of timeout_s was left: raise timeout_s, or try again "
+            "when the service is less busy"
+        )
         return Refusal("deadline", text, self._pools[claim.resource].wait_s(claim))
 
     def release(self, claim: Claim, now: float, *, finished: bool = True) -> None:

@@ -1,8 +1,8 @@
 """Vision features in process memory: an LRU cache bounded in bytes. Each view of an image is an entry of its own.
 
-Concurrent requests for one new image share one encode. The first request leads and the others wait for its features.
-If the leader fails, or leaves before its encode was sent, one of the others takes the lead. An encode that was sent
-goes on when its leader leaves: the others wait for it, and its features are kept.
+Concurrent requests for one new image share one encode (single flight). The first request leads and the others wait for
+its features. If the leader fails, or leaves before its encode was sent, one of the others takes the lead. An encode
+that was sent goes on when its leader leaves: the others wait for it, and its features are kept.
 
 Gateways can share a second tier. Only leaders ask it, so an image is looked up there once, however many requests
 need it.

@@ -333,7 +333,7 @@ def unanswered(questions: Sequence[Question], answers: AnswersFile, not_now: Ite
             )
     if others := answers.answered.keys() - known:
         raise AskFailed(
-            f"{answers.path} has an answer for line {min(others)}, which is no question: choose another --out"
+            f"{answers.path} has an answer for line {min(others)}, which is not a question: choose another --out"
         )
     return left
 

@@ -87,9 +87,9 @@ def checked(url: str) -> httpx.URL:
     try:
         address = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError) as exc:
-        raise AskFailed(f"the service's address {url!r} is no URL ({first_line(exc)}): {mend}") from exc
+        raise AskFailed(f"the service's address {url!r} is not a URL ({first_line(exc)}): {mend}") from exc
     if address.scheme not in ("http", "https") or not address.host:
-        raise AskFailed(f"the service's address {url!r} is no HTTP URL: {mend}")
+        raise AskFailed(f"the service's address {url!r} is not an HTTP URL: {mend}")
     if address.port is not None and not 1 <= address.port <= 65535:
         raise AskFailed(f"the service's address {url!r} has no port that can be: {mend}, with PORT from 1 to 65535")
     return address

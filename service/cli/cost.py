@@ -58,7 +58,7 @@ class Prices:
         except OSError as exc:
             raise AskFailed(f"cannot read {path}: {exc.strerror}") from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-            raise AskFailed(f"{path} is no TOML: {exc}") from exc
+            raise AskFailed(f"{path} is not TOML: {exc}") from exc
         variants, currency = values.pop("variants", {}), values.pop("currency", "")
         if not isinstance(currency, str) or not isinstance(variants, dict):
             raise AskFailed(f'{path}: write currency = "EUR", and each variant\'s prices in a table [variants.NAME]')
@@ -75,7 +75,7 @@ class Prices:
         hours: dict[str, float] = {}
         for name, value in values.items():
             if name not in ("cpu_hour", "gpu_hour"):
-                raise AskFailed(f"{path}: {name} is no price: write cpu_hour and gpu_hour, or currency")
+                raise AskFailed(f"{path}: {name} is not a price: write cpu_hour and gpu_hour, or currency")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise AskFailed(f"{path}: {name} is {value!r}: write the price of an hour as a number")
             hours[name] = float(value)

@@ -22,7 +22,7 @@ def evaluate(
         typer.Option(help="Your own dataset: a folder with questions and images, or its file of questions."),
     ] = None,
     form: Annotated[
-        Format, typer.Option("--format", help="The form of --dataset; auto tells it by the content.")
+        Format, typer.Option("--format", help="The format of --dataset; auto detects it from the content.")
     ] = "auto",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Ask only this many questions of --dataset, drawn by --seed.")

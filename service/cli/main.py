@@ -72,7 +72,7 @@ def triton(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of gRPC.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Triton's metrics.")] = 8002,
     pool: Annotated[
-        Literal["vision", "llm", "both"], typer.Option(help="The models to serve: those before the LLM, it, or all.")
+        Literal["vision", "llm", "both"], typer.Option(help="What to serve: the vision models, the LLM, or both.")
     ] = "both",
 ) -> None:
     """Serve the models alone until Ctrl-C, for gateways elsewhere: start Triton and bring dead models back.
@@ -101,7 +101,7 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def build(context: typer.Context) -> None:
-    """Build a repository that Triton serves from a BLIP-2 or InstructBLIP checkpoint: `glimpse build --help`."""
+    """Build a repository for Triton from a BLIP-2, InstructBLIP or IDEFICS checkpoint: `glimpse build --help`."""
     become("build_engines.convert", context.args, goal="build", needs="torch")
 
 

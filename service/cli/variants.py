@@ -57,7 +57,7 @@ def add(
     llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.")] = None,
     weight: Annotated[float, typer.Option(min=0, help="0: only callers that name it get it.")] = 0.0,
     precision: Annotated[
-        str | None, typer.Option(help="In which its Tritons compute [as the models were built].")
+        str | None, typer.Option(help="Precision of its Tritons' computation [as the models were built].")
     ] = None,
     variants: Place = FILE,
     redis_url: RedisUrl = None,
@@ -123,7 +123,7 @@ def weight_in(text: str) -> tuple[str, float]:
     except ValueError:
         weight = -1.0
     if not equals or not 0 <= weight < float("inf"):
-        fail(f"{text!r} is no weight: write NAME=WEIGHT with a number from 0, such as stable=95")
+        fail(f"{text!r} is not a weight: write NAME=WEIGHT with a number from 0, such as stable=95")
     return name, weight
 
 

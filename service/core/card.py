@@ -105,7 +105,8 @@ class ModelCard:
             return self
         if self.precision != "fp32":
             raise NotOffered(
-                f"the models were built in {self.precision} for a GPU. Unset it, or build with --profile embedded"
+                f"the models were built in {self.precision} for a GPU: leave the precision out, or build with "
+                "--profile embedded"
             )
         return dataclasses.replace(
             self,

@@ -1,7 +1,7 @@
-"""Estimate how sure an answer is, from what the models leave behind anyway. Fitted by build_engines/calibration.
+"""Estimate how sure an answer is, from outputs that the models give anyway. Fitted by build_engines/calibration.
 
 Three probabilities, each a logistic regression of a few smooth signals:
-  - `familiar`: the image is of the world that the models were trained on. Its signal is the distance of the image's
+  - `familiar`: the image is of the kind that the models were trained on. Its signal is the distance of the image's
     features from those of the calibration's images, in standard deviations.
   - `found`: what the question names is in the image. Its signals are the peak of the participatory map, and the answer
     if the question asks for presence ("is there", "how many").
@@ -29,7 +29,7 @@ from service.core.vision import Seen, VisionFeatures, dense
 
 Reason = Literal["not_found", "unsure", "unfamiliar_image"]
 
-HALF = 0.5  # below it an image is rather of another world, or an object rather absent: no answer can be trusted then
+HALF = 0.5  # below it an image is rather out of distribution, or an object rather absent: no answer can be trusted
 TINY = 1e-6  # added to a probability before its logarithm
 LEAST, MOST = 0.01, 0.9999  # of a probability whose log odds are taken
 SPREAD = 1e-3  # added to a standard deviation before its logarithm
@@ -120,7 +120,7 @@ class Confidence:
 
     value: float  # that the answer is right
     found: float | None  # that what the question names is in the image; None if it names nothing
-    familiar: float  # that the images are of the world that the models were trained on
+    familiar: float  # that the images are of the kind that the models were trained on
     weakest: Reason  # why the value is no higher
 
 
@@ -168,7 +168,7 @@ class Calibration:
         """Read the field `confidence` of a card. Raises ValueError, which says what is wrong."""
         names = {each.name for each in fields(cls)}
         if not isinstance(told, Mapping) or set(told) != names:
-            raise ValueError(f"confidence has not the fields {', '.join(sorted(names))}")
+            raise ValueError(f"confidence does not have exactly the fields {', '.join(sorted(names))}")
         centre, scale = (_array(told[name], 3 * vision_width, name) for name in ("centre", "scale"))
         if (scale <= 0).any():
             raise ValueError("confidence.scale is not above 0")
@@ -184,7 +184,7 @@ class Calibration:
                 dict(told["fitted_on"]),
             )
         except (KeyError, TypeError) as exc:
-            raise ValueError(f"confidence is no calibration: {exc!r}") from exc
+            raise ValueError(f"confidence is not a calibration: {exc!r}") from exc
 
     def about(self) -> str:
         """Say what the confidence rests on, for the card's metadata."""
@@ -193,7 +193,7 @@ class Calibration:
         number = sum(asked.values()) if isinstance(asked, Mapping) else 0
         return (
             f"calibrated on {number} questions about {on.get('images', 0)} images, and on "
-            f"{on.get('foreign_images', 0)} pictures of other worlds"
+            f"{on.get('foreign_images', 0)} out-of-distribution images"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _array(told: object, length: int, name: str) -> npt.NDArray[np.float32]:
     except (binascii.Error, ValueError) as exc:
         raise ValueError(f"confidence.{name} is not base64 of FP32 numbers") from exc
     if array.shape != (length,) or not np.isfinite(array).all():
-        raise ValueError(f"confidence.{name} has not {length} finite numbers")
+        raise ValueError(f"confidence.{name} does not have {length} finite numbers")
     return array
 
 

@@ -1,4 +1,5 @@
-"""Define the form that an answer must have: one of some texts, a regular expression, or a JSON schema.
+"""Define constrained output (structured output, constrained decoding): one of some texts, a regular expression, or JSON
+of a schema.
 
 The bounds here keep a guide's compilation small. Whether it can be compiled is for `service.text.guides`.
 """
@@ -33,7 +34,7 @@ _VALUES = ("enum", "const", "default", "examples")  # of a schema, they hold val
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """The form of an answer, in TensorRT-LLM's words for guided decoding."""
+    """The constraint on an answer, in TensorRT-LLM's words for guided decoding."""
 
     kind: Literal["json_schema", "regex"]
     text: str  # the schema as JSON, or the regular expression
@@ -41,7 +42,7 @@ class Guide:
 
 
 def guide_of(choices: Sequence[str] | None, regex: str | None, json_schema: Mapping[str, Any] | None) -> Guide | None:
-    """Make the guide of a request; None without a form. Raises InvalidRequest for a form that is out of bounds."""
+    """Make the guide of a request; None without a constraint. Raises InvalidRequest for one that is out of bounds."""
     given = {"choices": choices, "regex": regex, "json_schema": json_schema}
     first, *more = [name for name, value in given.items() if value is not None] or [""]
     if more:
@@ -160,7 +161,7 @@ def _whole(name: str, value: object) -> int:
         return 0
     if isinstance(value, int | float) and value >= 0 and value == int(value):
         return int(value)
-    raise InvalidRequest(f"json_schema has a {name} that is no whole number: correct it", param="json_schema")
+    raise InvalidRequest(f"json_schema has a {name} that is not a whole number: correct it", param="json_schema")
 
 
 def _multiple(value: object) -> int:
@@ -170,4 +171,4 @@ def _multiple(value: object) -> int:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
         exact = Fraction(str(value))
         return exact.numerator if exact.denominator == 1 else int(exact * 10 ** len(str(exact.denominator)))
-    raise InvalidRequest("json_schema has a multipleOf that is no number above 0: correct it", param="json_schema")
+    raise InvalidRequest("json_schema has a multipleOf that is not a number above 0: correct it", param="json_schema")

@@ -1,4 +1,4 @@
-"""Say who pays for a request's work: a tenant and a variant, as labels of metrics and as a parameter for Triton."""
+"""Name the tenant and variant that a request's work is charged to: labels of metrics, and a parameter for Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOLD_S = 20.0
 
 
 class Payer(NamedTuple):
-    """A tenant's label and a variant's name."""
+    """Who is charged: a tenant's label and a variant's name."""
 
     tenant: str
     variant: str

@@ -54,7 +54,7 @@ class Sampling:
     streaming: bool = True  # tokens as they come; else all at the end, which takes a fraction of the CPU time
     log_probs: bool = False  # with each token's log probability
     top_log_probs: int = 0  # of so many of the likeliest tokens beside each token, at most MAX_TOP_LOG_PROBS
-    guide: Guide | None = None  # the form of the answer
+    guide: Guide | None = None  # constrains the answer
 
 
 @dataclass(frozen=True, slots=True)

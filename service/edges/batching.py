@@ -82,7 +82,7 @@ class Batch:
         while True:
             if (left_s := deadline - loop.time()) <= 0:
                 raise DeadlineExceeded(
-                    "The batch's time was over before this question was answered. Send the question again.",
+                    "the batch's time was over before this question was answered: try again",
                     param="timeout_s",
                 )
             asked = replace(request, id=f"vqa_{uuid.uuid4().hex}", timeout_s=min(left_s, request.timeout_s))

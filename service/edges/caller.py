@@ -141,7 +141,7 @@ async def present(gone: Callable[[], Coroutine[Any, Any, None]], timeout_s: floa
         if is_gone:
             raise Cancelled("the caller went away") from exc
         raise DeadlineExceeded(
-            f"There was no complete answer within timeout_s={timeout_s:g}. Raise timeout_s, or retry when the service "
-            "is less busy.",
+            f"there was no complete answer within timeout_s={timeout_s:g}: raise timeout_s, or try again when the "
+            "service is less busy",
             param="timeout_s",
         ) from exc

@@ -236,8 +236,8 @@ class ImageFetcher:
         except TimeoutError as exc:
             if not has_turn:
                 raise Overloaded(
-                    "The server fetches as many images from URLs as it may at once. Retry later, or send the image's "
-                    "bytes.",
+                    "the server already fetches as many images from URLs as it may at once: try again in a few "
+                    "seconds, or send the image's bytes",
                     code="saturated",
                 ) from exc
             raise _unreachable(
@@ -344,7 +344,7 @@ def target_of(url: str, rules: FetchRules) -> Target:
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as exc:
-        raise _refused(f"it is no valid URL: check it, {INSTEAD}") from exc
+        raise _refused(f"it is not a valid URL: check it, {INSTEAD}") from exc
     return _checked(parsed, rules)
 
 
@@ -355,7 +355,9 @@ def redirected(target: Target, location: bytes, rules: FetchRules) -> Target:
     try:
         joined = str(target.url.join(location.decode()))
     except (httpx.InvalidURL, ValueError) as exc:
-        raise _refused(f"{target.host} redirects to something that is no URL: {INSTEAD.removeprefix('or ')}") from exc
+        raise _refused(
+            f"{target.host} redirects to something that is not a URL: {INSTEAD.removeprefix('or ')}"
+        ) from exc
     return target_of(joined, rules)
 
 

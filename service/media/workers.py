@@ -36,7 +36,7 @@ CHUNK_BYTES = 1024 * 1024  # copied at once, so that the event loop is not held 
 CpuSpent = Callable[[float, float], None]  # CPU seconds of an image, and others of its decoder since the last image
 ATTEMPTS = 2  # a worker may be ended from outside; an image that ends two is at fault
 ERRORS: dict[str, type[GlimpseError]] = {error.__name__: error for error in (InvalidImage, TooLarge)}
-NO_START = "the image decoder does not start: ask again later"
+NO_START = "the image decoder does not start: try again in a few seconds"
 SENT_SMALLER = f"send it smaller, or save it anew (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)"
 
 

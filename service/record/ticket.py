@@ -121,8 +121,8 @@ class Ticket:
 
     def too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"There was no complete answer within timeout_s={self.request.timeout_s:g}. Raise timeout_s, or retry when "
-            "the service is less busy.",
+            f"there was no complete answer within timeout_s={self.request.timeout_s:g}: raise timeout_s, or try again "
+            "when the service is less busy",
             param="timeout_s",
         )
 

@@ -67,7 +67,7 @@ def _read(source: str, path: str) -> str:
         with Path(path).open("rb") as file:
             secret = file.read(SECRET_BYTES + 1).decode().strip("\r\n")
     except (OSError, ValueError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is no text"
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
         raise SecretFileError(
             f"{source}: {path} cannot be read ({reason}): name a file that this user can read"
         ) from exc

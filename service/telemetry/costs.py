@@ -76,7 +76,7 @@ class TenantLabels:
 
 @dataclass(slots=True)
 class Account:
-    """What one payer took since the gateway began."""
+    """What one tenant and variant took since the gateway began."""
 
     opened_at: float
     requests: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))  # by outcome: ok, failed
@@ -104,7 +104,7 @@ class Ended:
 
 
 class Costs(Collector):
-    """Keep an account for each payer. Used on the event loop's thread."""
+    """Keep an account for each tenant and variant that is charged. Used on the event loop's thread."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Costs(Collector):
         self._shared_s = 0.0  # of the process's CPU seconds, those that are in the accounts
 
     def payer(self, tenant: str, variant: str = DEFAULT) -> Payer:
-        """Return who pays for one more request of the tenant. Later work in this context is on its account."""
+        """Return the tenant and variant that one more request is charged to, and charge later work in this context."""
         payer = Payer(self._labels.of(tenant, self._clock()), variant)
         current.set(payer)
         return payer
@@ -134,7 +134,7 @@ class Costs(Collector):
         account.nominal_s += request.nominal_s
 
     def decoded(self, cpu_s: float, other_cpu_s: float) -> None:
-        """Charge a decoder's CPU seconds: an image's to the current payer, and others, as of its start, to nobody."""
+        """Charge a decoder's CPU seconds: an image's to the current tenant, and others, as of its start, to nobody."""
         self._account(current.get()).cpu_s[DECODER] += cpu_s
         self._account(NOBODY).cpu_s[DECODER] += other_cpu_s
 
@@ -169,7 +169,7 @@ class Costs(Collector):
         self._account(NOBODY).cpu_s[GATEWAY] += spent_s - charged_s
 
     def _account(self, payer: Payer) -> Account:
-        """Return the payer's account; without a label of its own it is that of the others."""
+        """Return the tenant's account; without a label of its own it is that of the others."""
         if payer.tenant not in self._labels:
             payer = Payer(OTHERS, payer.variant)
         if payer not in self._accounts:

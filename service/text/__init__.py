@@ -1,1 +1,1 @@
-"""What the LLM reads, and the form in which it must answer."""
+"""What the LLM reads, and the constraints on what it writes."""

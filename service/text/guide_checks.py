@@ -35,7 +35,7 @@ class GuideChecks:
             self._faults.popitem(last=False)
 
     async def is_complete(self, guide: Guide, text: str) -> bool:
-        """Return whether a text, without white space around it, is a whole answer of this form."""
+        """Return whether a text, without white space around it, is a whole answer that satisfies the guide."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._completes, guide, text)
 
     def _completes(self, guide: Guide, text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Compile guides, the forms of answers, into matchers that say which tokens may come next.
+"""Compile guides, the constraints on answers, into matchers that say which tokens may come next.
 
 The engine is llguidance. A matcher's mask has one bit a token; the end's token is allowed only where the form is
 complete. An answer may begin with one space, as text after a prompt does, and with no other white space: it is not part
@@ -48,7 +48,7 @@ Encode = Callable[[str], list[int]]
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer: where a form forces text, it allows that text's own tokens only."""
+    """What llguidance asks of a tokenizer: where a constraint forces text, it allows that text's own tokens only."""
 
     bos_token_id = None
 
@@ -119,7 +119,7 @@ class Guides:
         matcher = llguidance.LLMatcher(self._tokenizer, _grammar(guide), log_level=0, limits=LIMITS)
         if not (error := matcher.get_error()):
             mask = np.frombuffer(matcher.compute_bitmask(), np.int32)
-            error = matcher.get_error() and "no answer can have this form"
+            error = matcher.get_error() and "no answer can satisfy it"
         if error:
             raise InvalidRequest(f"{guide.field or guide.kind} cannot be followed: {_reason(error)}", param=guide.field)
         compiled = Compiled(matcher, mask)

@@ -67,7 +67,7 @@ async def _clean_up(folder: Path, proc: Proc) -> None:
         ended = await _end(f"{folder.name}-", proc)
         free_regions(f"{folder.name}-")
         shutil.rmtree(folder)
-        log.warning("removed what a killed gateway left", folder=str(folder), processes=ended)
+        log.warning("leftovers_removed", folder=str(folder), processes=ended)
     finally:
         os.close(descriptor)
 

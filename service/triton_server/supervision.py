@@ -161,14 +161,14 @@ class EmbeddedTriton:
             with self._surviving("processes"):
                 if self._server.exit_status is not None:
                     self._lose(self._names)
-                    log.error("triton died", status=self._server.exit_status)
+                    log.error("triton_died", status=self._server.exit_status)
                     await self._restart()
                 elif dead := self._dead():
                     await self._bring_back(dead)
                 elif unhealthy := self._client.unhealthy():
                     self._end(unhealthy)
                 elif self._hangs:
-                    log.error("triton hangs")
+                    log.error("triton_hangs")
                     await self._restart()
                 elif not self._noted:
                     self._note_processes()
@@ -192,10 +192,10 @@ class EmbeddedTriton:
             await self._stalls.noticed()
             stalled_s = self._stalls.total_s - stalled_s
             if stalled_s and took_s - stalled_s < self._canary_timeout_s / 2:
-                log.warning("canary failed while this process stood still", stalled_s=round(stalled_s, 2))
+                log.warning("canary_failed_while_stalled", stalled_s=round(stalled_s, 2))
                 return failures
             failures = failures + 1 if self.ready else 0  # otherwise the other watch is already at work
-            log.warning("canary failed", error=exc.message, failures=failures)
+            log.warning("canary_failed", error=exc.message, failures=failures)
             return failures
         return 0
 
@@ -206,7 +206,7 @@ class EmbeddedTriton:
             yield
         except Exception as exc:
             if self._complaints.get(watch) != repr(exc):
-                log.exception("supervision failed and goes on", watch=watch)
+                log.exception("supervision_failed", watch=watch)
             self._complaints[watch] = repr(exc)
         else:
             self._complaints.pop(watch, None)
@@ -223,7 +223,7 @@ class EmbeddedTriton:
             except OSError as exc:
                 unknown = str(exc)
         if unknown and unknown != self._complaints.get("status"):
-            log.warning("cannot ask about model processes, trying again", error=unknown)
+            log.warning("model_processes_unknown", error=unknown)
         self._complaints["status"] = unknown
         return dead
 
@@ -234,27 +234,27 @@ class EmbeddedTriton:
         """
         for process in self._models:
             if process.model in unhealthy:
-                log.error("model process does not report", model=process.model, pid=process.pid)
+                log.error("model_process_not_reporting", model=process.model, pid=process.pid)
                 self._server.end_model(process)
 
     async def _bring_back(self, dead: list[ModelProcess]) -> None:
         started = time.monotonic()
         models = sorted({process.model for process in dead})
         self._lose(models)
-        log.error("model process died", models=models)
+        log.error("model_process_died", models=models)
         try:
             async with asyncio.timeout(RELOAD_TIMEOUT_S):
                 await asyncio.gather(*(self._reload(model) for model in models))
                 await self._probe_all(RELOAD_TIMEOUT_S)
         except (GlimpseError, TimeoutError) as exc:
-            log.warning("reload failed, restarting triton", models=models, error=str(exc))
+            log.warning("reload_failed", models=models, error=str(exc))
             await self._restart()
         else:
             for process in dead:  # Triton keeps it, because the dead instance still counts requests in flight
                 with contextlib.suppress(OSError):
                     process.region.unlink(missing_ok=True)
             self._note_processes()
-            log.warning("model is back", models=models, after_s=round(time.monotonic() - started, 2))
+            log.warning("model_back", models=models, after_s=round(time.monotonic() - started, 2))
 
     def _lose(self, models: Iterable[str]) -> None:
         """End the requests that need these models; from now on the service is not ready."""
@@ -281,11 +281,11 @@ class EmbeddedTriton:
             try:
                 await self._start()
             except StartFailed as exc:
-                log.warning("triton did not restart", attempt=attempt, error=str(exc))
+                log.warning("triton_not_restarted", attempt=attempt, error=str(exc))
             except Exception:  # of our own: a server that is half started must not stay
-                log.exception("triton did not restart", attempt=attempt)
+                log.exception("triton_not_restarted", attempt=attempt)
             else:
-                log.warning("triton is back", after_s=round(time.monotonic() - started, 2))
+                log.warning("triton_back", after_s=round(time.monotonic() - started, 2))
                 return
 
     async def _start_despite_crashes(self) -> None:
@@ -296,7 +296,7 @@ class EmbeddedTriton:
             except Crashed as exc:
                 if attempt == START_ATTEMPTS:
                     raise
-                log.warning("triton crashed while starting", attempt=attempt, error=str(exc))
+                log.warning("triton_crashed_at_start", attempt=attempt, error=str(exc))
                 self._kill()
             else:
                 return
@@ -360,7 +360,7 @@ class EmbeddedTriton:
             self._server.close_regions()
             self._watch(self._server.models())
         except OSError as exc:
-            log.warning("cannot list the model processes, trying again", error=str(exc))
+            log.warning("model_processes_not_listed", error=str(exc))
             self._noted = False
         else:
             self._noted = True

@@ -67,7 +67,7 @@ class TritonLog:
             complaint = exc.strerror or str(exc)
             if complaint != self._complaint:
                 remedy = "Triton's log goes to stderr. Name a folder that can be written with GLIMPSE_LOG_DIR"
-                log.warning("triton's log cannot be written", path=str(self.path), error=complaint, remedy=remedy)
+                log.warning("triton_log_not_written", path=str(self.path), error=complaint, remedy=remedy)
             self._complaint = complaint
             return None
         self._complaint = ""

@@ -79,7 +79,7 @@ class Readiness:
                 self.set(model, error.message, error.cause)
             except Exception as error:  # a fault of our own must not end the watch, and with it the service
                 if self._probed[model] != BROKEN:
-                    log.exception("a probe failed and the watch goes on", model=model)
+                    log.exception("probe_crashed", model=model)
                 self.set(model, BROKEN, repr(error))
             else:
                 self.set(model, "")

@@ -68,7 +68,8 @@ class Variant:
         """Raises VariantsError."""
         if not NAME.fullmatch(name) or name == EVERY:
             raise VariantsError(
-                f"{name[:64]!r} is no name of a variant: write 1 to 63 small letters, digits and . _ -, and not {EVERY}"
+                f"{name[:64]!r} is not a valid name of a variant: write 1 to 63 small letters, digits and . _ -, and "
+                f"not {EVERY}"
             )
         if not isinstance(told, dict) or not told.keys() <= FIELDS:
             raise VariantsError(

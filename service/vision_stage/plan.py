@@ -1,5 +1,7 @@
 """Decide which step comes next for one image of a request. Pure: everything that it depends on is an argument.
 
+A `Look` is the state of that work: what is known of the image for this question so far.
+
     Recall         ask the visual cache for this image's visual tokens for this question
     See            find the features of the first view; if they are new, encode and attend in the same call
     Encode         find the features of the first view; if they are new, encode

@@ -92,7 +92,7 @@ async def test_no_caller_sees_an_error_while_a_triton_dies_and_another_stalls(
     with ExitStack() as parts:
         tritons = [parts.enter_context(alone(tmp_path / str(number), repository)) for number in range(4)]
         for triton in tritons:
-            eventually(lambda triton=triton: "triton ready" in triton.log.read_text(), 300, f"see {triton.log}")
+            eventually(lambda triton=triton: "triton_ready" in triton.log.read_text(), 300, f"see {triton.log}")
         pools = {"stable": tritons[:2], "next": tritons[2:]}
         variants = Variants(
             {

@@ -145,7 +145,7 @@ async def test_a_redis_that_is_gone_is_no_outage(redis_server):
         assert "to this server" in fault(await two.about(image), 404)["message"]
         assert not await shares(one)
         error = fault(await one.http.delete(f"/v1/images/{image}"), 503)
-        assert "delete it again later" in error["message"]
+        assert "wait until it expires" in error["message"]
         fault(await one.about(image), 404)
 
 

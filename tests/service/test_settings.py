@@ -71,7 +71,7 @@ def test_a_wrong_value_is_named(environ, message):
 )
 def test_an_address_that_is_none_is_told_what_to_write(name, address):
     environ = {"GLIMPSE_VISION_URL": "triton:8001", "GLIMPSE_LLM_URL": "triton:8001", name: address}
-    with pytest.raises(SettingsError, match=f"{name}: '{re.escape(address)}' is no gRPC address: write HOST:PORT"):
+    with pytest.raises(SettingsError, match=f"{name}: '{re.escape(address)}' is not a gRPC address: write HOST:PORT"):
         read_settings(environ)
 
 
@@ -92,7 +92,7 @@ def test_a_host_may_stand_in_brackets(host, meant):
 
 @pytest.mark.parametrize("host", ["http://127.0.0.1", "127.0.0.1:8080", "no such host", "[::1", "0.0.0.0/0"])
 def test_a_host_that_is_none_is_told(host):
-    with pytest.raises(SettingsError, match=f"GLIMPSE_HTTP_HOST: '{re.escape(host)}' is no host"):
+    with pytest.raises(SettingsError, match=f"GLIMPSE_HTTP_HOST: '{re.escape(host)}' is not a host"):
         read_settings({"GLIMPSE_HTTP_HOST": host})
 
 
@@ -181,7 +181,8 @@ def test_keys_that_do_not_fit_together_are_told(told, said):
 )
 def test_a_network_of_proxies_that_is_none_or_everybody_is_refused(networks):
     with pytest.raises(
-        SettingsError, match=r"GLIMPSE_TRUSTED_PROXIES: '.*' (is no network|is everybody|holds IPv4 addresses in IPv6)"
+        SettingsError,
+        match=r"GLIMPSE_TRUSTED_PROXIES: '.*' (is not a network|is everybody|holds IPv4 addresses in IPv6)",
     ):
         read_settings({"GLIMPSE_TRUSTED_PROXIES": networks})
 

@@ -45,7 +45,7 @@ def test_a_pool_has_the_models_that_a_gateway_calls_there(card: ModelCard) -> No
     assert called("both", card) is None
     assert called("llm", card) == ["llm"]
     assert called("vision", card) == ["see", "attend", "attend_448"]
-    with pytest.raises(SettingsError, match="'all' is no pool"):
+    with pytest.raises(SettingsError, match="'all' is not a pool"):
         called("all", card)
 
 
@@ -54,7 +54,7 @@ def test_a_pool_has_the_models_that_a_gateway_calls_there(card: ModelCard) -> No
 async def test_a_triton_alone_serves_its_pool_until_it_is_told_to_stop(tmp_path: Path, card: ModelCard) -> None:
     with alone(tmp_path, "llm") as (address, process):
         log = tmp_path / "log"
-        eventually(lambda: "triton ready" in log.read_text() or process.poll() is not None, 90, "triton ready")
+        eventually(lambda: "triton_ready" in log.read_text() or process.poll() is not None, 90, "triton ready")
         assert process.poll() is None, log.read_text()
         assert "Started GRPCInferenceService" in log.read_text()  # Triton's own lines go to stderr too
         assert glimpse("health", "--triton", address).returncode == 0

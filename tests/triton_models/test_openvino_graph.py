@@ -1,4 +1,4 @@
-"""OpenVINO computes what ONNX Runtime does, over the same seam."""
+"""OpenVINO computes what ONNX Runtime does, over the same interface."""
 
 from __future__ import annotations
 

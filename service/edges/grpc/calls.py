@@ -146,7 +146,7 @@ class Call:
             except TimeoutError as exc:
                 if refusals:
                     raise refusals[0] from exc
-                raise SlowBody(f"only {came:,} bytes of the message came in time: send it again") from exc
+                raise SlowBody(f"only {came:,} bytes of the message came in time: try again") from exc
             finally:
                 timer.cancel()
         return None if data is grpc.aio.EOF else data

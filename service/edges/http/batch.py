@@ -75,7 +75,7 @@ class Questions:
         if kind == JSON and begins == b"[":
             places = await items(body, most)
         elif kind == JSON and begins not in (b"{", b""):
-            raise InvalidRequest(f"the batch is no list of questions: send a JSON list, or lines as {JSON_LINES}")
+            raise InvalidRequest(f"the batch is not a list of questions: send a JSON list, or lines as {JSON_LINES}")
         else:
             places = lines(body, most)
         if not places:

@@ -71,7 +71,7 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
                     patience.reschedule(started + limits.patience_s(came))
     except TimeoutError as exc:
         waited_s = loop.time() - started
-        raise SlowBody(f"only {came:,} bytes of the body came within {waited_s:.2g} s: send it again") from exc
+        raise SlowBody(f"only {came:,} bytes of the body came within {waited_s:.2g} s: try again") from exc
     except ClientDisconnect as exc:
         raise Cancelled("the caller went away while sending") from exc
     encoding.end()

@@ -32,7 +32,7 @@ class Gzip:
             try:
                 piece = self._stream.decompress(chunk, PIECE_BYTES)
             except zlib.error as exc:
-                raise _bad_gzip("is no gzip data") from exc
+                raise _bad_gzip("is not gzip data") from exc
             if self._stream.unused_data:
                 raise _bad_gzip("goes on after its gzip data")
             chunk = self._stream.unconsumed_tail
@@ -60,7 +60,7 @@ def encoding_of(name: str) -> Plain | Gzip:
 
 def _bad_gzip(what: str) -> InvalidRequest:
     return InvalidRequest(
-        f"the body {what}, but its content-encoding is gzip: send it again, or leave the header out",
+        f"the body {what}, but its content-encoding is gzip: send gzip data, or leave the header out",
         param="content-encoding",
         code="invalid_encoding",
     )

@@ -193,7 +193,8 @@ EVENTS = events_of("VqaEvent") | {
         'data: {"id":"vqa_1","delta":"red"}\n\n'
         'data: {"id":"vqa_1","model":"glimpse-reference","finish_reason":"stop","image_ids":["img_1"],'
         '"usage":{"prompt_tokens":13,"completion_tokens":1,"image_tokens":32},'
-        '"vision":{"cache":"miss","vision_tokens":136,"visual_tokens":32,"detail":"low","reduced":false,"fit":"squash"},'
+        '"vision":{"cache":"miss","vision_tokens":133,"visual_tokens":32,"detail":"low","reduced":false,"fit":"squash",'
+        '"familiar":0.997},'
         '"timing_ms":{"queue":0.1,"load":1.6,"vision":24.9,"first_token":35.2,"total":35.6}}\n\n'
         "data: [DONE]\n\n"
     ),

@@ -1,7 +1,8 @@
 """What a connection may cost before the application sees a request: bytes, counts, time, and how many there are.
 
-uvicorn and httptools read HTTP, but bound neither a head nor the time for it, nor pipelined requests, nor writes to a
-client that does not read. A refusal here has the same body as any other error, and closes the connection.
+uvicorn and httptools read HTTP, but bound neither the headers nor the time for them (slowloris), nor pipelined
+requests, nor writes to a client that never reads. A refusal here has the same body as any other error, and closes the
+connection.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_body = False  # a head was whole, its message is not
         self._fields = self._field_bytes = 0  # headers and trailers of the message
         self._bodiless_bytes = 0  # that came since the last bytes of the body
-        self._deaf = False  # what comes is discarded
+        self._deaf = False  # bytes that arrive are discarded
         self._discarded_bytes = 0
         self._end_at: float | None = None  # the connection ends then, whatever the client does
         self._unsent, self._unsent_since = 0, 0.0
@@ -246,7 +247,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if spare is not None:
             spare.transport.abort()
         if not has_room:
-            self._refuse(503, "too_many_connections", "The server has too many connections. Retry later.")
+            self._refuse(503, "too_many_connections", "the server has too many connections: try again in a few seconds")
             transport.close()
 
     def has_sent(self) -> bool:
@@ -276,9 +277,7 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._head_since is not None and not self._deaf and now - self._head_since > self.limits.head_timeout_s:
             if self._head_bytes or self._begun:
                 limit_s = self.limits.head_timeout_s
-                self._refuse(
-                    408, "slow_head", f"The request's headers did not come within {limit_s:g} s. Send it again."
-                )
+                self._refuse(408, "slow_head", f"the request's headers did not come within {limit_s:g} s: try again")
             else:
                 self.transport.close()
 
@@ -332,7 +331,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             if self.parser.get_method() == b"CONNECT":
-                raise _Refused(405, "method_not_allowed", "CONNECT is not allowed: this is no proxy.") from upgrade
+                raise _Refused(
+                    405, "method_not_allowed", "CONNECT is not allowed: this service is not a proxy"
+                ) from upgrade
             head = self._head_without_upgrade()
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does, for pipelining
@@ -355,7 +356,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # one, or none while the connection is idle.
     def on_message_begin(self) -> None:
         if max(len(self.pipeline), self._answered) >= self.limits.max_queued_requests:
-            raise _Refused(429, "too_many_requests", "The connection has too many requests at once. Wait for answers.")
+            raise _Refused(429, "too_many_requests", "the connection has too many requests at once: wait for answers")
         self._unset_keepalive_if_required()  # of a request that was answered at once, in the same bytes
         super().on_message_begin()
         self._begun = True
@@ -366,7 +367,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.url) > self.limits.max_url_bytes:
             limit = self.limits.max_url_bytes
             raise _Refused(
-                414, "url_too_long", f"The URL is longer than {limit:,} bytes. Put what you send into the body."
+                414, "url_too_long", f"the URL is longer than {limit:,} bytes: put what you send into the body"
             )
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -374,7 +375,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._field_bytes += len(name) + len(value) + 4
         if self._fields > self.limits.max_headers:
             limit = self.limits.max_headers
-            raise _Refused(431, "too_many_headers", f"The request has more than {limit} headers. Send fewer.")
+            raise _Refused(431, "too_many_headers", f"the request has more than {limit} headers: send fewer")
         if self._field_bytes > self.limits.max_head_bytes:
             raise _head_too_large(self.limits)
         if not self._in_body:  # a trailer is no header
@@ -489,9 +490,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
 def _head_too_large(limits: ConnectionLimits) -> _Refused:
     return _Refused(
-        431, "head_too_large", f"The request's headers are larger than {limits.max_head_bytes:,} bytes. Send fewer."
+        431, "head_too_large", f"the request's headers are larger than {limits.max_head_bytes:,} bytes: send fewer"
     )
 
 
 def _not_http() -> _Refused:
-    return _Refused(400, "invalid_http", "This is no HTTP/1.1 request that can be read. Check the client.")
+    return _Refused(400, "invalid_http", "this is not a valid HTTP/1.1 request: check the client")

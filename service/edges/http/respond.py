@@ -50,7 +50,7 @@ class JsonResponse(Response):
 
 
 async def respond_to_error(_: Request, error: Exception) -> Response:
-    """Answer with a GlimpseError. This is the only place where an error gets its status."""
+    """Answer with a GlimpseError. `protocol.py` answers what never reaches the application."""
     assert isinstance(error, GlimpseError)
     return response_to(error)
 
@@ -95,7 +95,7 @@ def methods_of(request: Request) -> list[str]:
 
 def refuse_host(host: str) -> Response:
     """421 for a name that is none of this service's."""
-    message = f"{host[:100]!r} is no name of this service: ask localhost, or add the name to GLIMPSE_ALLOWED_HOSTS"
+    message = f"{host[:100]!r} is not a name of this service: ask localhost, or add the name to GLIMPSE_ALLOWED_HOSTS"
     body = ErrorBody(error=WireError(message=message, type=InvalidRequest.type, param="host", code="unknown_host"))
     return JsonResponse(body, status_code=421)
 

@@ -161,7 +161,7 @@ Temperature = Annotated[
 ]
 
 
-# The form of an answer: at most one of them is given.
+# Constrained output: at most one of them is given.
 Choices = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_CHOICES)]
 Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARS)]
 CHOICES: Any = Field(None, description="The answer is one of these texts.", examples=[["yes", "no"]])
@@ -291,7 +291,7 @@ class VqaRequest(Asked):
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
-        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        """Types are not converted: "16" is not a number. Raises InvalidRequest."""
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as exc:
@@ -363,7 +363,7 @@ NOTHING = ("null", ["null"])  # a form's words for a field that is left out
 
 
 def _is_file(part: FormPart) -> bool:
-    """Whether a form's image is a file: by its name, by its type, or as it is no text."""
+    """Whether a form's image is a file: by its name, by its type, or because it is not text."""
     content_type = part.headers.get(b"content-type", b"").lower()
     return part.is_file or content_type.startswith((b"image/", b"application/octet-stream")) or not _is_utf8(part)
 
@@ -483,7 +483,7 @@ REASON = sure_field("Why it abstained; with `abstained: true` only.")
 
 
 class TopLogprob(BaseModel):
-    """A token, and the model's own log probability of it, before form, penalty, temperature and filters."""
+    """A token, and the model's own log probability of it, before constraint, penalty, temperature and filters."""
 
     token: str = Field(description="Its text. Bytes that are part of a character are escaped, such as `\\\\xc3`.")
     logprob: float
@@ -661,7 +661,9 @@ class Model(BaseModel):
     owned_by: str = "glimpse"
     card: str | None = Field(None, description="The name of the models, if the id is a variant's.")
     fingerprint: str = Field(description="Of the vision encoder's weights.")
-    precision: str = Field(description="In which the models compute: fp32, bf16, int8, int4; fp16 or fp8 on a GPU.")
+    precision: str = Field(
+        description="Precision of the models' computation: fp32, bf16, int8, int4; fp16 or fp8 on a GPU."
+    )
     allocator_trained: bool = Field(description="Whether relevance depends on the question.")
     allocator: str = Field(
         description="How the allocator came about: `trained` on answers, `distilled` from the full view, `zero-shot` "

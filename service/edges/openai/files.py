@@ -28,7 +28,7 @@ async def keep_file(request: Request) -> Response:
         body, reservation = await read_upload(request)
         if not is_form(request):
             raise InvalidRequest(
-                "the body is no form: send the fields file and purpose as multipart/form-data",
+                "the body is not a form: send the fields file and purpose as multipart/form-data",
                 code="unsupported_content_type",
             )
         file = file_of(await parse_form(body, request.headers["content-type"]))

@@ -148,7 +148,7 @@ class NamedSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """The form of the answer: any text, a JSON object, or JSON of a schema."""
+    """A constraint on the answer: any text, a JSON object, or JSON of a schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -202,7 +202,7 @@ class ChatRequest(Unsupported):
     stream_options: StreamOptions | None = None
     logprobs: Flag = LOGPROBS
     top_logprobs: TopLogprobs | None = TOP_LOGPROBS
-    response_format: ResponseFormat | None = Field(None, description="The form of the answer.")
+    response_format: ResponseFormat | None = Field(None, description="A constraint on the answer.")
     user: str | None = Field(None, max_length=512, description="Your name of the end user. It has no effect.")
     safety_identifier: str | None = Field(None, max_length=512, description="As `user`.")
     # Ours.
@@ -233,7 +233,7 @@ class ChatRequest(Unsupported):
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
-        """Types are not converted: "16" is no number. Raises InvalidRequest."""
+        """Types are not converted: "16" is not a number. Raises InvalidRequest."""
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as exc:

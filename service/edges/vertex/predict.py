@@ -61,7 +61,7 @@ class Instances:
         body = body.removeprefix(BOM).strip()
         require_text(body)
         if not body.startswith(b"{"):
-            raise InvalidRequest(f"the body is no object: {SHAPE}")
+            raise InvalidRequest(f"the body is not an object: {SHAPE}")
         members: dict[bytes, bytes] = {}
         for start, end in await items(body, edge.batches.max_questions):
             named = MEMBER.match(body, start, end)
@@ -102,7 +102,9 @@ def parameters_in(given: bytes | None) -> bytes:
     if members is None:
         return b""
     if not isinstance(members, dict):
-        raise InvalidRequest("parameters is no object: send the fields that all instances share", param="parameters")
+        raise InvalidRequest(
+            "parameters is not an object: send the fields that all instances share", param="parameters"
+        )
     return orjson.dumps(members)[1:-1]
 
 

@@ -91,7 +91,8 @@ def test_the_calibration_goes_into_the_card_and_the_checkpoints_card(tmp_path: P
     assert again.confidence is not None
     assert again.confidence.to_json() == calibration.to_json()
     assert (
-        again.metadata["confidence"] == "calibrated on 80 questions about 10 images, and on 2 pictures of other worlds"
+        again.metadata["confidence"]
+        == "calibrated on 80 questions about 10 images, and on 2 out-of-distribution images"
     )
     assert json.loads((tmp_path / "model_card.json").read_text()) == {"name": "x", "confidence": calibration.to_json()}
 

@@ -53,7 +53,7 @@ def test_a_closed_house_takes_nobody_and_lets_everybody_out():
     quota = Quota(LIMITS)
     quota.reserve(Cost(tokens=5), "", 0.0)
     quota.closed = True
-    stopping = Refusal("shutting_down", "This server is stopping. Retry: another one answers.", 1.0)
+    stopping = Refusal("shutting_down", "this server is stopping: try again, another server answers", 1.0)
     assert quota.refusal(Cost(), "") == stopping
     assert quota.reserve(Cost(tokens=1), "", 0.5) == stopping
     assert quota.reserve(Cost(tokens=1), "", 0.5, inside=True) is None
@@ -147,10 +147,8 @@ def test_a_refusal_says_what_is_in_use_and_what_was_kept_free_counts_as_used():
     ):
         assert refusal is not None
         assert refusal.code == "saturated"
-        assert (
-            refusal.message
-            == f"The server is at its limit of {UNITS['tokens']} (3,000 of 4,500 are in use). Retry later."
-        )
+        full = f"the server is at its limit of {UNITS['tokens']} (3,000 of 4,500 are in use)"
+        assert refusal.message == f"{full}: try again in a few seconds"
     assert quota.held == Cost(tokens=3_000)
 
 
@@ -163,4 +161,5 @@ def test_a_tenant_may_hold_its_whole_share_and_not_one_more():
     refusal = quota.refusal(Cost(tokens=41), "a")
     assert refusal is not None
     assert refusal.code == "tenant_share"
-    assert refusal.message == f"Tenant a is at its share of {UNITS['tokens']} (2,390 of 4,000 are in use). Retry later."
+    share = f"tenant a is at its share of {UNITS['tokens']} (2,390 of 4,000 are in use)"
+    assert refusal.message == f"{share}: try again in a few seconds"

@@ -300,7 +300,8 @@ def test_who_waited_past_its_deadline_is_refused_by_name():
     refusal = house.scheduler.expired(late)
     assert refusal.code == "deadline"
     assert refusal.message == (
-        "The request waited in the queue until too little of timeout_s was left. Raise timeout_s or retry later."
+        "the request waited in the queue until too little of timeout_s was left: raise timeout_s, or try again "
+        "when the service is less busy"
     )
     assert late.over
     assert not first.over

@@ -96,7 +96,7 @@ def test_questions_may_be_added_but_not_changed(server, source, tmp_path):
     assert (status, "answer to another question or with other options for line 1" in told) == (1, True)
     source.write_text("".join(source.read_text().splitlines(keepends=True)[:3]))
     status, _, told = batch(source, out, server.url)
-    assert (status, "an answer for line 4, which is no question" in told) == (1, True)
+    assert (status, "an answer for line 4, which is not a question" in told) == (1, True)
 
 
 def test_failures_are_told_by_reason_and_asked_again(server, source, tmp_path):

@@ -67,12 +67,12 @@ def test_rows_have_their_money_and_the_dearest_comes_first(tmp_path):
         ("cpu_hour = -1", "cpu_hour is -1"),
         ("cpu_hour = true", "cpu_hour is True"),
         ("cpu_hour = inf", "cpu_hour is inf"),
-        ("disk_hour = 1", "disk_hour is no price"),
-        ("cpu_hour", "is no TOML"),
+        ("disk_hour = 1", "disk_hour is not a price"),
+        ("cpu_hour", "is not TOML"),
         ("currency = 1", "write currency"),
         ("variants = 1", "in a table [variants.NAME]"),
         ("[variants]\nlarge = 1", "in a table [variants.large]"),
-        ("[variants.large]\ncurrency = 'EUR'", "currency is no price"),
+        ("[variants.large]\ncurrency = 'EUR'", "currency is not a price"),
     ],
 )
 def test_a_wrong_price_list_is_told(tmp_path, text, said):
@@ -86,7 +86,7 @@ def test_a_wrong_price_list_is_told(tmp_path, text, said):
         (("--range", "yesterday"), "write a number and a unit"),
         (("--prices", "/nowhere.toml"), "cannot read /nowhere.toml"),
         (("--prometheus", "http://127.0.0.1:1"), "no Prometheus answers"),
-        (("--prometheus", "ftp://x"), "no HTTP URL"),
+        (("--prometheus", "ftp://x"), "not an HTTP URL"),
     ],
 )
 def test_what_fails_is_told_in_one_line(arguments, said):

@@ -213,7 +213,7 @@ def test_a_port_that_two_bind_at_once_is_told_to_the_second():
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "2001:db8::7", "192.0.2.1"])
 def test_a_host_that_is_another_machine_is_told(host):
-    with pytest.raises(StartFailed, match=f"GLIMPSE_HTTP_HOST {host} is no address of this machine"):
+    with pytest.raises(StartFailed, match=f"GLIMPSE_HTTP_HOST {host} is not an address of this machine"):
         bound(host, 0, "GLIMPSE_HTTP_PORT")
 
 

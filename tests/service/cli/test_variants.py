@@ -72,9 +72,9 @@ def test_a_variant_drains_comes_back_and_goes(place):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("weights", "next"), "is no weight"),
-        (("weights", "next=-1"), "is no weight"),
-        (("weights", "next=nan"), "is no weight"),
+        (("weights", "next"), "is not a weight"),
+        (("weights", "next=-1"), "is not a weight"),
+        (("weights", "next=nan"), "is not a weight"),
         (("weights", "next=2000000"), "the weight of next must be a number from 0 to 1,000,000"),
         (("weights", "stable=0", "next=0"), "no variant would get questions"),
         (("weights", "nobody=1"), "nobody"),

@@ -144,7 +144,7 @@ def test_a_card_keeps_its_calibration():
         ("found", {"weights": [math.nan] * len(FOUND_SIGNALS), "bias": 0.0}, "finite"),
         ("familiar", {"weights": [1.0]}, "weights and bias"),
         ("words", {"names": []}, "presence"),
-        ("fitted_on", 5, "no calibration"),
+        ("fitted_on", 5, "not a calibration"),
         ("extra", 1, "fields"),
     ],
 )
@@ -156,5 +156,5 @@ def test_a_malformed_calibration_says_what_is_wrong(field, value, said):
 
 
 def test_a_calibration_of_another_width_is_refused():
-    with pytest.raises(ValueError, match="centre has not 15 finite numbers"):
+    with pytest.raises(ValueError, match="centre does not have 15 finite numbers"):
         Calibration.from_json(calibrated(4).to_json(), 5)

@@ -58,15 +58,15 @@ REFUSED = {
         "1280 together",
     ),
     "long strings": ({"json_schema": {"maxLength": 4097}}, "json_schema", "a maxLength of 4097"),
-    "a count that is none": ({"json_schema": {"maxItems": "3"}}, "json_schema", "maxItems that is no whole number"),
-    "a fraction of an item": ({"json_schema": {"maxItems": 1.5}}, "json_schema", "maxItems that is no whole number"),
+    "a count that is none": ({"json_schema": {"maxItems": "3"}}, "json_schema", "maxItems that is not a whole number"),
+    "a fraction of an item": ({"json_schema": {"maxItems": 1.5}}, "json_schema", "maxItems that is not a whole number"),
     "a large multiple": ({"json_schema": {"multipleOf": 999_983}}, "json_schema", "product of all multipleOf"),
     "multiples of one another": (
         {"json_schema": {"allOf": [{"multipleOf": 97}, {"multipleOf": 0.89}]}},
         "json_schema",
         "product of all multipleOf",
     ),
-    "a multiple of nothing": ({"json_schema": {"multipleOf": 0}}, "json_schema", "no number above 0"),
+    "a multiple of nothing": ({"json_schema": {"multipleOf": 0}}, "json_schema", "not a number above 0"),
     "a pattern with a large count": ({"json_schema": {"pattern": "a{999}"}}, "json_schema", "repeats something 999"),
     "a pattern as a name": (
         {"json_schema": {"patternProperties": {"a{999}": {}}}},

@@ -143,14 +143,14 @@ def test_settings_become_rules():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("HOSTS", "https://images.example.org", "is no host: write names"),
-        ("HOSTS", "images.example.org:443", "is no host"),
-        ("HOSTS", "*example.org", "is no host"),
-        ("HOSTS", "10.0.0.1", "is no host"),
-        ("PORTS", "443;80", "is no port: write numbers"),
-        ("PORTS", "0", "is no port"),
-        ("PRIVATE_NETWORKS", "10.0.0.1/8", "is no network: write networks"),
-        ("PRIVATE_NETWORKS", "inner", "is no network"),
+        ("HOSTS", "https://images.example.org", "is not a host: write names"),
+        ("HOSTS", "images.example.org:443", "is not a host"),
+        ("HOSTS", "*example.org", "is not a host"),
+        ("HOSTS", "10.0.0.1", "is not a host"),
+        ("PORTS", "443;80", "is not a port: write numbers"),
+        ("PORTS", "0", "is not a port"),
+        ("PRIVATE_NETWORKS", "10.0.0.1/8", "is not a network: write networks"),
+        ("PRIVATE_NETWORKS", "inner", "is not a network"),
     ],
 )
 def test_a_wrong_setting_is_named(name, value, message):

@@ -51,7 +51,7 @@ def test_a_file_of_a_secret_that_cannot_be_used_is_named(tmp_path: Path) -> None
         ("", "Is a directory"),
         ("empty", "is empty"),
         ("long", "is too long"),
-        ("binary", "it is no text"),
+        ("binary", "it is not text"),
     ):
         with pytest.raises(SettingsError, match=rf"GLIMPSE_REDIS_URL_FILE: {tmp_path}.*{reason}"):
             read_settings({"GLIMPSE_REDIS_URL_FILE": str(tmp_path / name)})

@@ -137,7 +137,7 @@ REFUSED = {
     "a malformed expression": (guide(regex="(a"), "regex cannot be followed: unclosed group"),
     "one that closes ours": (guide(regex="a)|(b"), "regex cannot be followed: unopened group"),
     "one that looks around": (guide(regex="(?=a)b"), "regex cannot be followed: look-around"),
-    "one for white space": (guide(regex=" x"), "no answer can have this form"),
+    "one for white space": (guide(regex=" x"), "no answer can satisfy it"),
     "an unknown type": (guide(json_schema={"type": "strin"}), "Invalid type: strin"),
     "an unknown keyword": (guide(json_schema={"not": {}}), "Unimplemented keys"),
     "an address": (guide(json_schema={"$ref": "http://127.0.0.1:9/x"}), "not present in a registry"),

@@ -92,7 +92,7 @@ async def test_a_probe_with_a_fault_of_its_own_ends_no_watch() -> None:
         await until(lambda: prober.probes == 2)
         assert set(readiness.faults) == {"llm"}
         await until(lambda: readiness.ready)
-    assert [line["event"] for line in lines].count("a probe failed and the watch goes on") == 1
+    assert [line["event"] for line in lines].count("probe_crashed") == 1
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching

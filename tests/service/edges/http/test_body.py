@@ -70,12 +70,12 @@ async def test_any_other_encoding_is_refused_by_name(caller, encoding):
 
 
 BROKEN = {
-    "no gzip": (QUESTION, "is no gzip data"),
-    "zlib": (zlib.compress(QUESTION), "is no gzip data"),
+    "no gzip": (QUESTION, "is not gzip data"),
+    "zlib": (zlib.compress(QUESTION), "is not gzip data"),
     "cut": (gzip.compress(QUESTION)[:-1], "ends before"),
     "nothing": (b"", "ends before"),
     "more behind": (gzip.compress(QUESTION) + b"more", "goes on"),
-    "a wrong checksum": (gzip.compress(QUESTION)[:-8] + bytes(8), "is no gzip data"),
+    "a wrong checksum": (gzip.compress(QUESTION)[:-8] + bytes(8), "is not gzip data"),
 }
 
 

@@ -53,5 +53,5 @@ async def test_a_star_is_any_origin():
 
 @pytest.mark.parametrize("origin", ["app.example", "https://app.example/", "https://*.example", "null"])
 def test_what_is_no_origin_is_told_at_start(origin):
-    with pytest.raises(SettingsError, match=r"GLIMPSE_CORS_ORIGINS.* is no origin: write https://HOST"):
+    with pytest.raises(SettingsError, match=r"GLIMPSE_CORS_ORIGINS.* is not an origin: write https://HOST"):
         read_settings({"GLIMPSE_CORS_ORIGINS": origin})

@@ -262,7 +262,7 @@ def test_a_long_conversation_is_refused_by_its_count():
             "900 max_tokens: lower max_tokens",
             "900 max_completion_tokens: lower max_completion_tokens",
         ),
-        ("timeout_s", "timeout_s", "Raise timeout_s", "Raise timeout_s"),
+        ("timeout_s", "timeout_s", "raise timeout_s", "raise timeout_s"),
         ("other", "other", "other", "other"),
     ],
 )

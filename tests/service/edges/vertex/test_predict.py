@@ -74,8 +74,8 @@ async def test_a_wrong_parameter_is_told_in_each_prediction(http):
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        (b"[]", 400, "the body is no object"),
-        (b"", 400, "the body is no object"),
+        (b"[]", 400, "the body is not an object"),
+        (b"", 400, "the body is not an object"),
         (b"{}", 400, "instances is missing"),
         (b'{"instances": 1}', 400, "instances is missing or no list"),
         (b'{"instances": []}', 400, "instances is empty"),
@@ -83,7 +83,7 @@ async def test_a_wrong_parameter_is_told_in_each_prediction(http):
         (b'{"instances": [1], "question": "?"}', 400, "another field"),
         (b'{"instances": [1', 400, "does not end"),
         (b'{"instances": [1]} x', 400, "something follows"),
-        (b'{"instances": [1], "parameters": [2]}', 400, "parameters is no object"),
+        (b'{"instances": [1], "parameters": [2]}', 400, "parameters is not an object"),
         (b'{"instances": [1], "parameters": {a}}', 400, "parameters is not valid JSON"),
         (b'{"instances": [1,2,3,4,5,6]}', 413, "more than 5 questions"),
         (b'{"instances": [1], "parameters": {"question": "' + b"x" * 70_000 + b'"}}', 413, "parameters has"),
@@ -136,7 +136,7 @@ def test_the_platform_s_variables_are_settings_unless_the_operator_s_are_set():
 
 def test_a_platform_s_route_opens_the_service_to_nobody_else():
     """The variables prove no identity: who listens to other machines still needs keys, or says so."""
-    with pytest.raises(SettingsError, match="is no path"):
+    with pytest.raises(SettingsError, match="is not a path"):
         read_settings({"AIP_PREDICT_ROUTE": "predict"})
     assert read_settings({"AIP_PREDICT_ROUTE": "/predict", "GLIMPSE_HTTP_HOST": "0.0.0.0"}).without_keys is None
 

@@ -36,6 +36,7 @@ SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
 UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
+READ_REFUSALS = 32  # questions that are read and refused within as many pauses; after them new ones are refused unread
 BATCH_SHARE = 4  # one tenant's batches take at most this part of the requests that the LLM decodes at once
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
@@ -70,6 +71,7 @@ class Admission:
         self._open: set[Reservation] = set()
         self.ended = False
         self._refused_at = -math.inf  # when a question was read and its grant would have come too late
+        self._refusals_end = -math.inf  # when those refusals would be over, if each took REFUSAL_PAUSE_S
         for kind in Kind:
             metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
             metrics.requests_running.labels(kind).set_function(partial(scheduler.running, kind))
@@ -101,12 +103,18 @@ class Admission:
 
         A refusal after the body was read and parsed takes as much of the loop as an answer. If many callers are refused
         and ask again, that alone would take all of it, and neither answers nor refusals would be in time. So a crowd is
-        refused unread while the loop is late, while the quota has no room, and for a moment after a refusal.
+        refused unread while the loop is late, while the quota has no room, and for a moment after a refusal. Callers
+        that are refused at once are no crowd at any one moment, but their number is: it has a limit of its own.
         """
-        if open_requests <= UNHURRIED or self.quota.closed:
+        if self.quota.closed:
+            return
+        now = time.monotonic()
+        if now < self._refusals_end - READ_REFUSALS * REFUSAL_PAUSE_S:
+            raise self.refuse(Refusal("saturated", "The server refuses too many requests now. Retry later.", 1.0))
+        if open_requests <= UNHURRIED:
             return
         no_room = self.quota.refusal(Cost(tokens=self.row_tokens), "")
-        if no_room is not None or lag_s > MAX_LAG_S or time.monotonic() < self._refused_at + REFUSAL_PAUSE_S:
+        if no_room is not None or lag_s > MAX_LAG_S or now < self._refused_at + REFUSAL_PAUSE_S:
             text = f"The server has {open_requests} open requests and cannot take more now. Retry later."
             raise self.refuse(no_room or Refusal("saturated", text, 1.0))
 
@@ -135,6 +143,7 @@ class Admission:
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
             self._refused_at = now
+            self._refusals_end = max(now, self._refusals_end) + REFUSAL_PAUSE_S
             raise self.refuse(refusal)
         self.schedule(now)
         if claim.granted_at is None and not claim.over:

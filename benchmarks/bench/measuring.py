@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Measurement:
     cpu_s: dict[str, float]  # the system's, by role
     samples: list[Sample]
     results: list[dict[str, Any]]
-    load_lags_s: list[float] = field(default_factory=list)  # how late the load generator's own loop was
+    load_lags_s: list[float]  # how late the load generator's own loop was
 
 
 class Watch:

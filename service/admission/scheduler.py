@@ -267,8 +267,8 @@ class Scheduler:
         if now + wait_s <= latest:
             return None
         text = (
-            f"The estimated queue time is {wait_s + later_s:.1f} s, which leaves too little of timeout_s for an answer. "
-            "Raise timeout_s or retry later."
+            f"The estimated queue time is {wait_s + later_s:.1f} s, which leaves too little of timeout_s for an "
+            "answer. Raise timeout_s or retry later."
         )
         return Refusal("deadline", text, wait_s + later_s)
 

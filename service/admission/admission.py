@@ -36,7 +36,10 @@ SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
 UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
-READ_REFUSALS = 32  # questions that are read and refused within as many pauses; after them new ones are refused unread
+# Reading a question and refusing it takes about a millisecond of the loop. After a burst of READ_REFUSALS, such refusals
+# may come this often; while there are more, new questions are refused unread, however few are open.
+READ_REFUSALS = 32
+READ_REFUSAL_S = 0.004
 BATCH_SHARE = 4  # one tenant's batches take at most this part of the requests that the LLM decodes at once
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
@@ -71,7 +74,7 @@ class Admission:
         self._open: set[Reservation] = set()
         self.ended = False
         self._refused_at = -math.inf  # when a question was read and its grant would have come too late
-        self._refusals_end = -math.inf  # when those refusals would be over, if each took REFUSAL_PAUSE_S
+        self._refusals_end = -math.inf  # when those refusals would be over, if each took READ_REFUSAL_S
         for kind in Kind:
             metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
             metrics.requests_running.labels(kind).set_function(partial(scheduler.running, kind))
@@ -109,7 +112,7 @@ class Admission:
         if self.quota.closed:
             return
         now = time.monotonic()
-        if now < self._refusals_end - READ_REFUSALS * REFUSAL_PAUSE_S:
+        if now < self._refusals_end - READ_REFUSALS * READ_REFUSAL_S:
             raise self.refuse(Refusal("saturated", "The server refuses too many requests now. Retry later.", 1.0))
         if open_requests <= UNHURRIED:
             return
@@ -143,7 +146,7 @@ class Admission:
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
             self._refused_at = now
-            self._refusals_end = max(now, self._refusals_end) + REFUSAL_PAUSE_S
+            self._refusals_end = max(now, self._refusals_end) + READ_REFUSAL_S
             raise self.refuse(refusal)
         self.schedule(now)
         if claim.granted_at is None and not claim.over:

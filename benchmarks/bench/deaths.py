@@ -25,7 +25,6 @@ from benchmarks.bench.workloads import Workload
 STRAIN = 3.0  # arrivals, in capacities of one gateway with its Triton
 LEAST_S = 60.0
 CROWDS = (16, 200)  # clients that ask again at once when they are refused
-FIRST_DEATH, SECOND_DEATH = 0.25, 0.5  # in shares of the time
 POLL_S = 0.1
 Outage = tuple[float, float]  # seconds since the load began
 
@@ -36,9 +35,6 @@ def deaths(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     After a quarter of the time a gateway is killed, and its Triton ends. After half of it the other one's Triton is
     killed, and starts again. Requests that find their gateway dead ask the other one. While no Triton runs, nobody can
     answer, so this time does not count.
-
-    The goodput counts from the first death on, for the one gateway alone too: it is what the rest can do. Before that,
-    two gateways with two Tritons share the cores, and each has half the batch. That is told apart.
     """
     served = ready(model)
     folder = BUILD / "logs" / f"deaths_{model}"
@@ -57,10 +53,7 @@ def deaths(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     with gateways(served, folder, 2) as up, Killer(up, case.duration_s) as killer:
         measured = measure(up, plan(case, served, 4), began=killer.begin)
     outages = killer.outages
-    slo_s, death_s = served.slo_s, case.duration_s * FIRST_DEATH
-    alone = good_per_s(rest.results, [], slo_s, since_s=death_s)
-    left = good_per_s(measured.results, outages, slo_s, since_s=death_s)
-    both = good_per_s([result for result in measured.results if result["end"] <= death_s], [], slo_s)
+    alone, left = good_per_s(rest.results, [], served.slo_s), good_per_s(measured.results, outages, served.slo_s)
     for name, each in (("one gateway", rest), ("two gateways, deaths", measured)):
         note_run(name, each, served, runs)
     refused_ms = latencies(refusals_s(measured, outages))
@@ -71,7 +64,7 @@ def deaths(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     down_s = sum(end - begin for begin, end in outages)
     promises = [
         Verdict("goodput while parts die / of one gateway alone", left / alone if alone else 0.0, 0.9, True,
-                f"{left:.1f} and {alone:.1f} answers/s; no Triton for {down_s:.1f} s; {both:.1f} before a death"),
+                f"{left:.1f} and {alone:.1f} answers/s; no Triton for {down_s:.1f} s"),
         Verdict("slowest refusals (p99), ms", max(slowest.values()), 50, False, f"{slowest}"),
     ]  # fmt: skip
     return {
@@ -132,10 +125,10 @@ class Killer:
             self._thread.join()
 
     def _run(self) -> None:
-        if self._over.wait(FIRST_DEATH * self._duration_s):
+        if self._over.wait(self._duration_s / 4):
             return
         os.kill(self._first, signal.SIGKILL)
-        if self._over.wait((SECOND_DEATH - FIRST_DEATH) * self._duration_s):
+        if self._over.wait(self._duration_s / 4):
             return
         (triton,) = (process.pid for process in family(self._second) if process.role == "triton")
         os.kill(triton, signal.SIGKILL)
@@ -153,15 +146,12 @@ class Killer:
         return time.monotonic() - self._began
 
 
-def good_per_s(
-    results: Sequence[dict[str, Any]], outages: Sequence[Outage], slo_s: float, *, since_s: float = 0.0
-) -> float:
-    """Answers in time per second, of the time from `since_s` on in which somebody could answer."""
-    counted = [result for result in results if result["end"] >= since_s]
-    good = sum(result["outcome"] == "ok" and result["end"] - result["at"] <= slo_s for result in counted)
-    end_s = max((result["end"] for result in counted), default=since_s)
-    down_s = sum(max(0.0, min(end, end_s) - max(begin, since_s)) for begin, end in outages)
-    return good / (end_s - since_s - down_s) if end_s - since_s > down_s else 0.0
+def good_per_s(results: Sequence[dict[str, Any]], outages: Sequence[Outage], slo_s: float) -> float:
+    """Answers in time per second, of the time in which somebody could answer."""
+    good = sum(result["outcome"] == "ok" and result["end"] - result["at"] <= slo_s for result in results)
+    span_s = max((result["end"] for result in results), default=0.0)
+    down_s = sum(max(0.0, min(end, span_s) - begin) for begin, end in outages)
+    return good / (span_s - down_s) if span_s > down_s else 0.0
 
 
 def refusals_s(measured: Measurement, outages: Sequence[Outage]) -> list[float]:

@@ -91,8 +91,6 @@ def test_time_in_which_nobody_can_answer_does_not_count():
     assert good_per_s(results, [], 1.0) == pytest.approx(4 / 8)
     assert good_per_s(results, [(2.0, 6.0)], 1.0) == pytest.approx(4 / 4)
     assert good_per_s(results, [(6.0, 9.0)], 1.0) == pytest.approx(4 / 6)  # the load ended at 8
-    assert good_per_s(results, [], 1.0, since_s=4.0) == pytest.approx(2 / 4)
-    assert good_per_s(results, [(2.0, 6.0)], 1.0, since_s=4.0) == pytest.approx(2 / 2)
     assert good_per_s([], [], 1.0) == 0.0
     late = measured(*results, result(3.0, 4.0, "saturated"))
     assert refusals_s(late, [(2.0, 6.0)]) == [pytest.approx(0.1)]

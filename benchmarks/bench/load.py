@@ -35,6 +35,7 @@ from service.triton import TritonClient
 
 EXPIRED = "expired"  # outcome of a request that was admitted, waited in the queue and was dropped there
 WAITED = "waited in the queue"  # in Glimpse's message to such a request, and in no other refusal
+LAG_INTERVAL_S = 0.005
 WARM_PAUSES_S = (1.0, 3.0, 10.0)  # pauses after failed attempts of a warm-up request
 
 
@@ -318,6 +319,7 @@ class Load:
     def __init__(self, plan: Plan, asker: Asker, clock: Clock) -> None:
         self.plan = plan
         self.results: list[Result] = []
+        self.lags_s: list[float] = []
         self._asker = asker
         self._clock = clock
         self._asks = asks(plan.workload, plan.seed, plan.first_new)
@@ -343,6 +345,20 @@ class Load:
         self._clock.began = time.perf_counter()
 
     async def run(self) -> None:
+        """Ask until the plan's time is over, and measure meanwhile how late this process's own loop is."""
+        watch = asyncio.create_task(self._watch())
+        try:
+            await self._ask_all()
+        finally:
+            watch.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            due = self._clock.now() + LAG_INTERVAL_S
+            await asyncio.sleep(LAG_INTERVAL_S)
+            self.lags_s.append(max(self._clock.now() - due, 0.0))
+
+    async def _ask_all(self) -> None:
         if self.plan.requests is not None:
             self._asks = itertools.islice(self._asks, self.plan.requests)
         await (self._closed(self.plan.arrivals.clients) if self.plan.arrivals.clients else self._open())
@@ -398,7 +414,12 @@ async def measure(plan: Plan) -> dict[str, Any]:
             await load.run()
         spent = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime
-        return {"elapsed_s": clock.now(), "cpu_s": cpu_s, "results": [asdict(each) for each in load.results]}
+        return {
+            "elapsed_s": clock.now(),
+            "cpu_s": cpu_s,
+            "lags_s": load.lags_s,
+            "results": [asdict(each) for each in load.results],
+        }
 
 
 def main() -> None:

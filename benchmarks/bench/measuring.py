@@ -42,6 +42,7 @@ class Measurement:
     cpu_s: dict[str, float]  # the system's, by role
     samples: list[Sample]
     results: list[dict[str, Any]]
+    load_lags_s: list[float]  # how late the load generator's own loop was
 
 
 class Watch:
@@ -115,7 +116,13 @@ def measure(system: Running, plan: Plan, began: Callable[[], None] | None = None
             load.kill()
     found = orjson.loads(out.read_bytes())
     return Measurement(
-        plan, found["elapsed_s"], found["cpu_s"], cpu_by_role(before, after), watch.samples, found["results"]
+        plan,
+        found["elapsed_s"],
+        found["cpu_s"],
+        cpu_by_role(before, after),
+        watch.samples,
+        found["results"],
+        found["lags_s"],
     )
 
 

@@ -21,7 +21,7 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
     """Compute the figures of one measurement.
 
     Latencies are milliseconds of answered requests. Goodput counts answers within `slo_s` of their scheduled sending
-    time.
+    time. All latencies include how late the load generator itself was; `load_generator_lag_ms` tells that.
     """
     ok = [result for result in measured.results if result["outcome"] == "ok"]
     refused = [result for result in measured.results if result["outcome"] in REFUSALS]
@@ -52,6 +52,7 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
         "reduced": _share(result["reduced"] for result in ok),
         "cpu_ms_a_request": cpu_ms | {"all": round(sum(cpu_ms.values()), 2)},
         "load_generator_cpu_ms_a_request": round(measured.load_cpu_s * 1e3 / answered, 2),
+        "load_generator_lag_ms": latencies(measured.load_lags_s),
         "memory_mb": {role: round(held) for role, held in memory.items()} | {"all": round(sum(memory.values()))},
         "memory_growth": round(max(held[-quarter:]) / max(held[:quarter]) - 1, 4),
     }

@@ -253,20 +253,24 @@ class Scheduler:
             raise ValueError(f"the claim on {claim.resource} is {claim.amount}, more than its limit of {pool.limit}")
         claim.handicap_s = self._handicap(claim)
         in_service = claim.request in self.limit.contention
-        # A narrow limit holds back the claims ahead of a request in service, so it does not wait for them.
-        if not pool.standing or (in_service and self.limit.is_narrow):
+        # A narrow limit holds back the claims ahead of a request in service, so it does not wait for them. And the LLM
+        # comes last: a refusal would waste all the work that is done.
+        if in_service and (self.limit.is_narrow or claim.resource is Resource.LLM):
             return None
         wait_s = pool.wait_s(claim)
-        latest = claim.deadline - self._needed_s(claim.resource)
+        later_s = self._pools[Resource.LLM].wait_s(claim) if claim.resource is Resource.VISION else 0.0
+        if not wait_s and not later_s:
+            return None
+        latest = claim.deadline - self._needed_s(claim.resource) - later_s
         if not in_service:
             latest = min(latest, self.limit.latest_start(now, claim.deadline))
-        if not wait_s or now + wait_s <= latest:
+        if now + wait_s <= latest:
             return None
         text = (
-            f"the estimated queue time is {wait_s:.1f} s, which leaves too little of timeout_s for an answer: "
+            f"the estimated queue time is {wait_s + later_s:.1f} s, which leaves too little of timeout_s for an answer: "
             "raise timeout_s, or try again when the service is less busy"
         )
-        return Refusal("deadline", text, wait_s)
+        return Refusal("deadline", text, wait_s + later_s)
 
     def schedule(self, now: float) -> tuple[list[Claim], list[Claim]]:
         """Grant the claims that can start -> the granted claims, and the expired ones, which cannot end in time."""

@@ -42,6 +42,8 @@ def test_a_closed_loop_asks_again_when_it_is_answered(running: Running):
         assert result["tokens"] >= 1
     assert found.cpu_s["gateway"] > 0
     assert found.samples[0].memory_mb["gateway"] > 20
+    assert found.load_lags_s
+    assert min(found.load_lags_s) >= 0
 
 
 def test_a_dead_gateway_is_passed_over(gateway: Gateway, tmp_path: Path):

@@ -28,7 +28,7 @@ def measured(*results: dict) -> Measurement:
     samples = [
         Sample(float(n), {"gateway": 100.0 + n, "llm": 50.0}, {"gateway": 3}, {"gateway": 9}, 1) for n in range(4)
     ]
-    return Measurement(PLAN, 2.0, 0.02, {"gateway": 0.3, "llm": 0.6}, samples, list(results))
+    return Measurement(PLAN, 2.0, 0.02, {"gateway": 0.3, "llm": 0.6}, samples, list(results), [0.001, 0.003])
 
 
 def test_summary_counts_what_was_answered():
@@ -53,6 +53,7 @@ def test_summary_counts_what_was_answered():
     assert figures["cpu_ms_a_request"] == {"gateway": 150.0, "llm": 300.0, "all": 450.0}
     assert figures["memory_mb"] == {"gateway": 103, "llm": 50, "all": 153}
     assert figures["memory_growth"] == pytest.approx(0.02)
+    assert (figures["load_generator_lag_ms"]["p50"], figures["load_generator_lag_ms"]["max"]) == (2.0, 3.0)
 
 
 def test_first_tokens_are_of_the_answered_by_kind():

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from benchmarks.bench.orders import Fifo
-from service.admission.admission import MAX_LAG_S, UNHURRIED, Admission, Reservation
+from service.admission.admission import MAX_LAG_S, READ_REFUSALS, UNHURRIED, Admission, Reservation
 from service.admission.fidelity import LEVELS
 from service.admission.quota import Cost, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
@@ -265,3 +265,15 @@ async def test_a_crowd_is_refused_unread_for_a_moment_after_a_refusal():
         assert takes(house, UNHURRIED)
         assert not takes(house, UNHURRIED + 1)
         await until(lambda: takes(house, UNHURRIED + 1))
+
+
+async def test_callers_that_are_refused_at_once_are_refused_unread_however_few_are_open():
+    house = admission(Metrics())
+    now = time.monotonic()
+    keep_busy(house, now)
+    for count in range(4 * READ_REFUSALS):
+        assert takes(house, 1) or count >= READ_REFUSALS
+        with house.reservation("") as reservation, pytest.raises(Overloaded):
+            await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
+    assert not takes(house, 1)
+    await until(lambda: takes(house, 1))

@@ -336,6 +336,34 @@ def test_who_would_wait_past_its_deadline_is_refused_with_the_wait():
     assert house.scheduler.submit(claim(arrived=5.0, deadline=5.5), 5.0) is None  # the LLM is free
 
 
+def busy_llm() -> Scheduler:
+    """The LLM is taken, one claim waits for it, and its tokens come free every five seconds."""
+    scheduler = Scheduler(1, 10)
+    first, *_ = claims = [claim(deadline=100.0, request=number) for number in range(3)]
+    for each in claims:
+        assert scheduler.submit(each, 0.0) is None
+    scheduler.schedule(0.0)
+    scheduler.release(first, 5.0)
+    scheduler.schedule(5.0)
+    return scheduler
+
+
+@pytest.mark.parametrize(("deadline", "is_refused"), [(14.0, True), (16.0, False)])
+def test_a_new_image_is_refused_if_the_llm_would_take_it_too_late(deadline, is_refused):
+    refusal = busy_llm().submit(slot(arrived=5.0, deadline=deadline, request="new"), 5.0)
+    assert (refusal is not None) == is_refused
+    assert refusal is None or refusal.retry_after_s == pytest.approx(5.0, rel=0.1)
+
+
+@pytest.mark.parametrize("is_in_service", [True, False])
+def test_a_request_whose_image_is_seen_is_not_refused_for_the_llms_queue(is_in_service):
+    scheduler = busy_llm()
+    if is_in_service:
+        scheduler.limit.contention.start("late", 5.0, 9.0)
+    refusal = scheduler.submit(claim(arrived=5.0, deadline=9.0, request="late"), 5.0)
+    assert (refusal is None) == is_in_service
+
+
 def in_line(number: int, resource: Resource = Resource.LLM, amount: int = LLM_TOKENS, **more: object) -> Claim:
     """Of the request that came at second `number`."""
     came = float(number)

@@ -45,7 +45,7 @@ CONCENTRATED = 0.5  # share of the importance inside the quarter
 SAVE_EVERY = 8  # batches
 
 
-@dataclass
+@dataclass(eq=False)
 class Lessons:
     """What the teacher says to Q questions."""
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from torch import distributed
+from torch import distributed, multiprocessing
 
 from build_engines.adapt.chain import new_allocator
 from build_engines.adapt.train import Drawer, Student, Training, accelerator_of
@@ -23,11 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TWENTY = replace(SCHEDULE, steps=15, relevance_steps=5, closer_images=2)  # a share for each process
 
 
-def train(parts: Parts, drawer: Drawer, out: Path, environment: dict[str, str]) -> None:
+def train(rank: int, folder: Path, drawer: Drawer, out: Path, environments: list[dict[str, str]]) -> None:
     """In a process of its own, because accelerate keeps its state in the process."""
-    os.environ |= environment
-    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test, which the fork brought along
+    os.environ |= environments[rank]
     torch.set_num_threads(1)
+    parts = Parts(folder)
     student = Student(new_allocator(parts.checkpoint, True, 5), parts.reader, parts.language, parts.questions)
     Training(accelerator_of(), student, TWENTY, out).run(drawer)
     if distributed.is_initialized():
@@ -35,24 +33,24 @@ def train(parts: Parts, drawer: Drawer, out: Path, environment: dict[str, str]) 
 
 
 def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
-    """By DDP over gloo, with the environment that torchrun gives."""
+    """By DDP over gloo, with the environment that torchrun gives.
+
+    None is forked from this process. A PyTorch with CUDA that has exported a graph starts threads at its first backward
+    pass, even without a GPU, and then refuses backward passes in a fork.
+    """
     torch.set_num_threads(1)
-    parts = Parts(tmp_path)
+    parts = Parts.written(tmp_path)
     store = parts.store(tmp_path)
     store.fill(parts.checkpoint.vision_encoder(), ImageLimits())
     lessons = parts.teach(store, tmp_path)
     drawer = Drawer(store, parts.asked(store), lessons, TWENTY, torch.device("cpu"))
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
     environments = {"one": [{}], "two": [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]}
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     for name, several in environments.items():
         (tmp_path / name).mkdir()
-        context = multiprocessing.get_context("fork")
-        running = [context.Process(target=train, args=(parts, drawer, tmp_path / name, told)) for told in several]
-        for process in running:
-            process.start()
-        for process in running:
-            process.join()
-        assert [process.exitcode for process in running] == [0] * len(several)
+        told = (tmp_path, drawer, tmp_path / name, several)
+        multiprocessing.start_processes(train, told, nprocs=len(several), start_method="forkserver")
     one, two = (torch.load(tmp_path / name / "training.pt", weights_only=True)["student"] for name in environments)
     furthest = max(float((weight - two[name]).abs().max()) for name, weight in one.items())
     assert furthest < 1e-4

@@ -29,14 +29,19 @@ class Parts:
     """The parts of an adaptation, on a tiny checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        save_blip2_opt(folder / "checkpoint")
-        write_data(folder / "data")
+        """Read what `written` wrote."""
         self.found: Data = data.read(folder / "data")
         self.checkpoint = Checkpoint.load(folder / "checkpoint")
         self.checkpoint.model.requires_grad_(False)
         self.questions = Questions(prompts_of(self.checkpoint))
         self.reader = Reader(self.checkpoint.qformer(), False)
         self.language = Language(self.checkpoint.model.language_model, self.questions)
+
+    @classmethod
+    def written(cls, folder: Path) -> Parts:
+        save_blip2_opt(folder / "checkpoint")
+        write_data(folder / "data")
+        return cls(folder)
 
     def store(self, work: Path) -> FeatureStore:
         return FeatureStore(work, self.found.images, 48, 3, "encoder")
@@ -57,7 +62,7 @@ class Parts:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     torch.set_num_threads(1)
-    return Parts(tmp_path_factory.mktemp("parts"))
+    return Parts.written(tmp_path_factory.mktemp("parts"))
 
 
 def test_features_and_lessons_continue_after_a_kill(parts: Parts, tmp_path: Path) -> None:

@@ -16,20 +16,28 @@ from redis.crc import key_slot
 from structlog.testing import capture_logs
 
 from service.cache import admin as cache_admin
+from service.cache import redis_tier
 from service.cache.keys import FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
 from service.core.answer import Finished
 from service.core.card import ModelCard
+from service.core.errors import ShuttingDown
 from service.core.request import Budget, ImageBytes, Priority, Request, Sampling, Text
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, CloserFeatures, Int8Rows
 from service.media.store import Image
 from tests.support.fakes import CARD, CLOSER, House, cancelled, png, turns, until
 from tests.support.servers import RedisServer, StartRedis, eventually, eventually_async, free_ports
 
-SLACK_S = 0.9  # what a busy machine may add; without a budget it would be a second and more
+SLACK_S = 9.0  # what a busy machine may add
 STUCK_S = 60.0  # what does not come about within this time never will
 PATIENT = 5.0  # for tests in which Redis is well: a busy machine must not look like a slow Redis
+
+
+@pytest.fixture
+def patient_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request without a limit of its own would wait longer than SLACK_S for a Redis that does not answer."""
+    monkeypatch.setattr(redis_tier, "LANE_TIMEOUT_S", 3 * SLACK_S)
 
 
 @asynccontextmanager
@@ -170,7 +178,7 @@ async def test_many_new_images_over_two_gateways_are_encoded_once_each(redis_ser
         assert (one.vision.calls + other.vision.calls).count("see") == 20
 
 
-async def test_a_claim_whose_holder_goes_away_passes_to_another_gateway(redis_server):
+async def test_a_claim_whose_holder_stops_passes_to_another_gateway(redis_server):
     async with (
         gateway(redis_server.url, redis_flight_s=60) as one,
         gateway(redis_server.url, redis_flight_s=60) as other,
@@ -178,11 +186,15 @@ async def test_a_claim_whose_holder_goes_away_passes_to_another_gateway(redis_se
         one.vision.gate.clear()
         leader = asyncio.create_task(ask(one, 1))
         await until(lambda: one.vision.calls)
-        waiting = asyncio.create_task(ask(other, 1))
+        waiting = asyncio.create_task(timed(other, 1))
         await turns()
         assert not other.vision.calls
-        await cancelled(leader)
-        assert await waiting == "miss"
+        one.admission.end()
+        with pytest.raises(ShuttingDown):
+            await leader
+        result, seconds = await waiting
+        assert result == "miss"
+        assert seconds < SLACK_S  # for a claim that stays it would wait for half of its 30 s
 
 
 async def test_a_claim_of_a_gateway_that_died_is_waited_for_no_longer_than_said(redis_server):
@@ -287,6 +299,7 @@ async def test_a_write_that_has_to_wait_too_long_is_dropped_and_counted(redis_se
 # Faults.
 
 
+@pytest.mark.usefixtures("patient_lanes")
 async def test_absent_at_start_and_there_later(redis_server):
     redis_server.kill()
     with capture_logs() as logs:
@@ -308,8 +321,12 @@ async def test_absent_at_start_and_there_later(redis_server):
 
 
 async def test_killed_and_started_again_under_load(redis_server):
-    """A Redis that is gone refuses connections at once, so no request waits for `redis_timeout_s`."""
-    async with gateway(redis_server.url) as one, gateway(redis_server.url) as other:
+    """A Redis that is gone refuses connections at once, so no request waits for `redis_timeout_s`.
+
+    That is longer than any answer takes on a busy machine: four at once took 6 s beside four busy processes.
+    """
+    patience = {"redis_timeout_s": 4 * PATIENT}
+    async with gateway(redis_server.url, **patience) as one, gateway(redis_server.url, **patience) as other:
         houses = (one, other)
         timings: list[float] = []
         stopping = asyncio.Event()
@@ -341,12 +358,13 @@ async def test_killed_and_started_again_under_load(redis_server):
             await asyncio.to_thread(redis_server.start)
             await more("hit")
             stopping.set()
-        assert max(timings) < PATIENT
+        assert max(timings) < patience["redis_timeout_s"]
         for house in houses:
             assert house.outcomes().keys() == {"ok"}
             assert errors(house, "unreachable") >= 3  # what opens the breaker
 
 
+@pytest.mark.usefixtures("patient_lanes")
 async def test_paused(redis_server):
     async with gateway(redis_server.url, redis_timeout_s=0.05) as house:
         await ask(house, 1)
@@ -365,6 +383,7 @@ async def test_paused(redis_server):
         assert await ask(house, 1) == "hit"
 
 
+@pytest.mark.usefixtures("patient_lanes")
 async def test_a_gateway_stops_while_redis_is_paused_and_a_record_half_written(redis_server):
     async with gateway(redis_server.url) as house:
         vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
@@ -376,6 +395,7 @@ async def test_a_gateway_stops_while_redis_is_paused_and_a_record_half_written(r
     redis_server.resume()
 
 
+@pytest.mark.usefixtures("patient_lanes")
 async def test_paused_while_another_gateway_encodes(redis_server):
     async with gateway(redis_server.url, redis_timeout_s=0.2, redis_flight_s=60) as house:
         redis_server.client.set(flight_key(key(1)), "another")
@@ -721,6 +741,7 @@ async def test_a_slot_that_moved_is_followed(start_redis: StartRedis):
         assert house.vision.calls.count("see") == 1
 
 
+@pytest.mark.usefixtures("patient_lanes")
 async def test_without_one_node_of_a_cluster_every_request_is_answered(start_redis: StartRedis):
     cluster = Cluster(start_redis)
     for node in cluster.nodes:

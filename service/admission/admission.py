@@ -37,8 +37,8 @@ MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before 
 UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
 # Reading a question and refusing it takes about a millisecond of the loop. After a burst of READ_REFUSALS, this is the
-# least time between two such refusals; if there are more and the loop is late, new questions are refused unread, however
-# few are open.
+# least time between two such refusals. If there are more and the loop is late, new questions are refused unread,
+# however few are open.
 READ_REFUSALS = 32
 READ_REFUSAL_S = 0.004
 BATCH_SHARE = 4  # one tenant's batches take at most this part of the requests that the LLM decodes at once

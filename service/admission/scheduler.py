@@ -267,8 +267,8 @@ class Scheduler:
         if now + wait_s <= latest:
             return None
         text = (
-            f"the estimated queue time is {wait_s + later_s:.1f} s, which leaves too little of timeout_s for an answer: "
-            "raise timeout_s, or try again when the service is less busy"
+            f"the estimated queue time is {wait_s + later_s:.1f} s, which leaves too little of timeout_s for an "
+            "answer: raise timeout_s, or try again when the service is less busy"
         )
         return Refusal("deadline", text, wait_s + later_s)
 

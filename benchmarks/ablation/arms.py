@@ -71,7 +71,7 @@ def without_tensions() -> list[Named]:
 def rivals(split: str, tokens: int, closer: bool) -> list[Named]:
     """List the field's methods with as many tokens, each in both of its forms.
 
-    With 64 tokens a ranking decides nothing, as in `fixed`.
+    Where a method ranks cells, each cell keeps a token, so with 64 tokens a ranking decides nothing.
     """
     forms = {"kept": False} if tokens == LEAST else {"kept": False, "ranked": True}
     return [

@@ -26,6 +26,7 @@ from build_engines.model.knowing import mean_meaning
 from build_engines.model.relaxation import choose, gates_of
 from build_engines.train.selection import GUIDED, RANDOM, UNIFORM, select
 from build_engines.train.settling import SHARES, Curves, settle
+from service.core.vision import TOKENS_AT_LEVEL
 
 FIXED = "fixed"  # relevance without a question: the mean of the first two maps
 BUDGETS = (64, 80, 96, 112, 128, 192, 256)
@@ -90,7 +91,7 @@ def _answered(student: Student, batch: Batch, cells: Tensor, tensions: Tensor) -
     ranked = _Ranked(cells, tensions)
     question = student.question(batch)
     visual, levels = _read(student, batch, ranked, question)
-    spent = (levels == 0).sum(1) + 4 * (levels == 1).sum(1) + 16 * (levels == 2).sum(1)
+    spent = torch.stack([tokens * (levels == level).sum(1) for level, tokens in enumerate(TOKENS_AT_LEVEL)]).sum(0)
     if student.language is None:
         whole = student.whole(batch, question)
         value = functional.cosine_similarity(visual, whole, dim=2).mean(1)

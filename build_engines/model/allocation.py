@@ -36,8 +36,10 @@ MAX_VISUAL_TOKENS = 4 * GROUP
 REGIONS = MAX_VISUAL_TOKENS // GROUP - 1  # focus regions, each with a group of its own
 LEVELS = 3  # of detail
 LEFT_OUT = -1  # the level of a cell without a token
-OVERVIEW = 0.25  # share of the tokens that stays for one token a cell, however much detail is called for
-FEWEST_SEEN = 3  # cells more than that share: the peak of each focus region keeps a token
+# At least so many cells for each token that is spent, and so many more, keep a token. All refined cells and the peaks of
+# all focus regions are then among them.
+SEEN_PER_TOKEN = 0.25
+FEWEST_SEEN = 3
 REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds
 DEEP_COST = 4  # refinements that a cell's step from level 1 to level 2 costs: 12 tokens
 
@@ -171,6 +173,10 @@ class Allocation(nn.Module):
         """`affordable` vision tokens beyond one a cell, a real number [B, 1]."""
         return affordable(particularize, budget, closer)[:, :1] - CELL_COUNT
 
+    def spendable(self, particularize: Tensor, extra: Tensor, closer: bool) -> Tensor:
+        """Tokens that refinements may cost, a real number [B, 1]: `extra`, and those of cells that are left out."""
+        return extra + self.saved(particularize, extra) if closer else extra
+
     def saved(self, particularize: Tensor, extra: Tensor) -> Tensor:
         """How many cells the closer view may leave out, a whole number, float [B, 1].
 
@@ -178,7 +184,7 @@ class Allocation(nn.Module):
         as long as enough cells keep a token. It is 0 if the budget's range is the whole one.
         """
         lacking = particularize * (MAX_VISION_TOKENS - CELL_COUNT) - extra
-        seen = torch.floor(OVERVIEW * (CELL_COUNT + extra)) + FEWEST_SEEN
+        seen = torch.floor(SEEN_PER_TOKEN * (CELL_COUNT + extra)) + FEWEST_SEEN
         return torch.floor(torch.minimum(torch.relu(lacking) / 2, torch.relu(CELL_COUNT - seen)))
 
     def refinements(self, extra: Tensor) -> Tensor:
@@ -214,35 +220,31 @@ class Allocation(nn.Module):
         spread = turn < torch.minimum(share, unrefined)
         return Steps(taken, position, spread, turn, share > unrefined)
 
-    def spend(self, cell_relevance: Tensor, tensions: Tensor, extra: Tensor, regions: Tensor, closer: bool) -> Tensor:
+    def spend(self, cell_relevance: Tensor, tensions: Tensor, extra: Tensor, peaks: Tensor, closer: bool) -> Tensor:
         """Spend `extra` tokens [B, 1] beyond one a cell -> level of each cell, int64 [B, 64] from -1.
 
-        cell_relevance float [B, 64] in [0, 1]; tensions float [B, 3]; regions int32 [B, 64]: all focus regions.
+        cell_relevance float [B, 64] in [0, 1]; tensions float [B, 3]; peaks int64 [B, 3] of the focus regions.
         """
         particularize, explore, diversify = tensions.split(1, dim=1)
         gains = self.gains(cell_relevance, diversify)
-        if not closer:
-            return self.levels(gains, self.refinements(extra), explore)
-        refinements = self.refinements(extra + self.saved(particularize, extra))
+        refinements = self.refinements(self.spendable(particularize, extra, closer))
         levels = self.levels(gains, refinements, explore, closer)
-        return self.leave_out(levels, cell_relevance, extra, regions)
+        return self.leave_out(levels, cell_relevance, extra, peaks) if closer else levels
 
     def levels(self, gains: Tensor, refinements: Tensor, explore: Tensor, closer: bool = False) -> Tensor:
         """Level of detail of each cell, int64 [B, 64], with none left out. The arguments are those of `steps`."""
         return self.steps(gains, refinements, explore, closer).levels
 
-    def leave_out(self, levels: Tensor, cell_relevance: Tensor, extra: Tensor, regions: Tensor) -> Tensor:
+    def leave_out(self, levels: Tensor, cell_relevance: Tensor, extra: Tensor, peaks: Tensor) -> Tensor:
         """Leave out the least relevant cells of level 0 until the tokens fit -> levels int64 [B, 64] from -1.
 
-        levels int64 [B, 64] from 0; cell_relevance float [B, 64]; `extra` tokens beyond one a cell, float [B, 1]. The
-        peak of each focus region, int32 [B, 64], keeps a token.
+        levels int64 [B, 64] from 0; cell_relevance float [B, 64] in [0, 1]; `extra` tokens beyond one a cell, float
+        [B, 1]; peaks int64 [B, 3] of the focus regions, which keep a token.
         """
         spent = REFINEMENT_COST * self.refined(levels).sum(1, keepdim=True)
         surplus = torch.relu(spent - torch.floor(extra))
-        worth = cell_relevance + 2.0 * (levels > 0).float()
-        for region in range(1, REGIONS + 1):
-            inside = torch.where(regions == region, cell_relevance, -1.0)
-            worth = worth + ((inside == inside.amax(1, keepdim=True)) & (regions == region)).float()
+        is_peak = (peaks.unsqueeze(2) == self.cells.long()).float().sum(1)
+        worth = cell_relevance + 2.0 * is_peak + 4.0 * (levels > 0).float()
         place = before(worth).sum(2)
         return torch.where(place < CELL_COUNT - surplus, levels, LEFT_OUT)
 

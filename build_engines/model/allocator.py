@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from build_engines.model.allocation import GROUP, PATCH_COUNT, Allocation, cells_of
 from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.closer import CloserView
-from build_engines.model.focus import FocusRegions, query_groups, read_by
+from build_engines.model.focus import FocusRegions, query_groups
 from build_engines.model.knowing import ParticipatoryKnowing, mean_meaning, perspectival
 from build_engines.model.zero_shot import QFormerKnowing
 
@@ -152,8 +152,8 @@ class RelevanceAllocator(nn.Module):
         groups = query_groups(particularize, budget, self.queries)
         regions = self.focus(weighed.cells)
         extra = self.allocation.extra(particularize, budget, closer)
-        levels = self.allocation.spend(weighed.cells, weighed.tensions, extra, regions, closer)
-        tokens, mask = self.allocation.pack(features, levels, read_by(groups, regions), detail_features, self.closer)
+        levels = self.allocation.spend(weighed.cells, weighed.tensions, extra, regions.peaks, closer)
+        tokens, mask = self.allocation.pack(features, levels, regions.read_by(groups), detail_features, self.closer)
         return Spent(tokens, mask, groups, levels.int())
 
 

@@ -89,13 +89,13 @@ def choose(
     particularize, explore, diversify = tensions.split(1, dim=1)
     gains = perturbed(allocation.gains(cell_relevance, diversify), temperature, generator)
     extra = allocation.extra(particularize, budget, closer)
+    spendable = allocation.spendable(particularize, extra, closer)
     with torch.no_grad():
-        saved = allocation.saved(particularize, extra) if closer else torch.zeros_like(extra)
-        steps = allocation.steps(gains, allocation.refinements(extra + saved), explore, closer)
+        steps = allocation.steps(gains, allocation.refinements(spendable), explore, closer)
         levels = steps.levels
         if closer:
-            levels = allocation.leave_out(levels, cell_relevance, extra, allocator.focus(cell_relevance))
-    affordable = (extra + saved) / REFINEMENT_COST
+            levels = allocation.leave_out(levels, cell_relevance, extra, allocator.focus(cell_relevance).peaks)
+    affordable = spendable / REFINEMENT_COST
     share = affordable * explore
     by_rank = _rank_gates(steps, gains, affordable - share * ~steps.crowded)
     turns = steps.spread.float().sum(1, keepdim=True)

@@ -29,7 +29,7 @@ from build_engines.model.allocation import GROUP, MAX_VISION_TOKENS
 from build_engines.model.allocator import RelevanceAllocator, Weighed
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.model.focus import query_groups, read_by
+from build_engines.model.focus import query_groups
 from build_engines.model.qformer import QFormer
 from build_engines.model.vision import VisionEncoder
 from build_engines.scenes.held_out import COMMITTED, DIRECTORY, NEW, PAIRS, QUALITY, SMALL, held_out_scenes
@@ -264,8 +264,8 @@ def _answer(
     groups = query_groups(particularize, budget)
     regions = allocator.focus(cells)
     extra = allocation.extra(particularize, budget, arm.closer)
-    levels = allocation.spend(cells, tensions, extra, regions, arm.closer)
-    tokens, seen = allocation.pack(features, levels, read_by(groups, regions), detail)
+    levels = allocation.spend(cells, tensions, extra, regions.peaks, arm.closer)
+    tokens, seen = allocation.pack(features, levels, regions.read_by(groups), detail)
     return (
         read(chain, tokens, seen, groups, asked, arm.queries),
         ((seen > 0).sum(1) - 1).cpu().numpy(),  # without CLS

@@ -195,7 +195,7 @@ class Looking:
         # Tokens belong to an image, gates to a question.
         candidates = self.allocator.allocation.sources(features, detail)
         gates = gates_of(self.allocator.allocation, choice)
-        regions = self.allocator.focus(cells.detach())
+        regions = self.allocator.focus(cells.detach()).of_cell
         with mixed():
             outputs = [self.qformer.read(candidates, gates=gates, owner=rows.owner)]
             for region in range(1, groups):

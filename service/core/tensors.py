@@ -141,7 +141,7 @@ _BUDGET = Tensor("budget", "INT32", (4,), "least and most vision tokens, least a
 _RELEVANCE = (
     Tensor("relevance", "FP32", (PATCHES,), "in [0, 1], how relevant each patch is to the question"),
     Tensor("scores", "FP32", (3, PATCHES), "propositional, perspectival, participatory"),
-    Tensor("levels", "INT32", (CELLS * CELLS,), "level of detail of each of the 8x8 cells"),
+    Tensor("levels", "INT32", (CELLS * CELLS,), "level of detail of each of the 8x8 cells; -1: left out"),
     Tensor("tensions", "FP32", (len(TENSIONS),), ", ".join(TENSIONS)),
 )
 _VISUAL = (

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from build_engines.model.allocation import CELL_COUNT, CELLS
-from build_engines.model.focus import FocusRegions, query_groups, read_by
+from build_engines.model.focus import FocusRegions, query_groups
 
 FOCUS = FocusRegions()
 RELEVANCE = npst.arrays(np.float32, (1, CELL_COUNT), elements=st.sampled_from([0.0, 0.1, 0.5, 0.5001, 0.9, 1.0]))
 
 
 def regions(relevance: np.ndarray, groups: int = 4) -> np.ndarray:
-    return read_by(torch.tensor([[groups]]), FOCUS(torch.from_numpy(relevance)))[0].numpy()
+    return FOCUS(torch.from_numpy(relevance)).read_by(torch.tensor([[groups]]))[0].numpy()
 
 
 def in_words(relevance: np.ndarray) -> np.ndarray:
@@ -54,7 +54,7 @@ def test_no_region_is_empty_and_none_is_told_that_is_not_used(relevance, groups)
 @settings(max_examples=20, deadline=None)
 def test_a_batch_is_as_its_rows_alone(order):
     first = np.array(order, np.float32)[None] / CELL_COUNT
-    both = read_by(torch.tensor([[4], [2]]), FOCUS(torch.from_numpy(np.concatenate([first, 1 - first]))))
+    both = FOCUS(torch.from_numpy(np.concatenate([first, 1 - first]))).read_by(torch.tensor([[4], [2]]))
     assert np.array_equal(both[0], regions(first))
     assert np.array_equal(both[1], regions(1 - first, 2))
 

@@ -49,7 +49,7 @@ def test_gated_tokens_say_what_the_packed_ones_say(closer: bool) -> None:
     opened = gates_of(module.allocation, choice)
     assert torch.equal(choice.levels, levels.long())
     assert opened.sum(1).tolist() == (mask > 0).sum(1).tolist()
-    regions = module.focus(weighed.cells)
+    regions = module.focus(weighed.cells).of_cell
     _, packed = module.allocation.pack(given[0], levels.long(), regions, detail)
     query = torch.randn(ROWS, 1, 5, WIDTH) / WIDTH
     for group in range(1, 5):

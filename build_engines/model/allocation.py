@@ -36,8 +36,8 @@ MAX_VISUAL_TOKENS = 4 * GROUP
 REGIONS = MAX_VISUAL_TOKENS // GROUP - 1  # focus regions, each with a group of its own
 LEVELS = 3  # of detail
 LEFT_OUT = -1  # the level of a cell without a token
-# At least so many cells for each token that is spent, and so many more, keep a token. All refined cells and the peaks of
-# all focus regions are then among them.
+# At least so many cells for each token that is spent, and so many more, keep a token. All refined cells and the peaks
+# of all focus regions are then among them.
 SEEN_PER_TOKEN = 0.25
 FEWEST_SEEN = 3
 REFINEMENT_COST = 3  # tokens that a cell's step from level 0 to level 1 adds

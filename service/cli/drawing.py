@@ -46,6 +46,7 @@ MAX_PIXELS = 1_000_000_000
 COLOURS = "viridis"  # rises evenly in lightness, so colour-blind eyes and grey printers read it too
 PADDING = (0xE8, 0xE8, 0xE8)
 INK, PALE = "#1a1a1a", "#5f5f5f"
+LONG = 56  # characters that do not fit below the levels in the usual size
 LEFT_OUT = (0.5, 0.5, 0.5, 0.9)  # over a cell without a token
 OPPOSITES = {"particularize": "compress", "explore": "exploit", "diversify": "focus"}
 WAYS = {
@@ -179,7 +180,7 @@ def _levels(axes: Axes, picture: Array, levels: Array) -> None:
     text = f"{tokens} vision tokens: {closely} of {levels.size} cells seen closely"
     for number, said in (((levels == 2).sum(), "closest"), ((levels < 0).sum(), "left out")):
         text += f", {number} {said}" if number else ""
-    axes.set_xlabel(text, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel(text, loc="left", fontsize=11 if len(text) < LONG else 9, color=INK)
 
 
 def _cuts(row: int, column: int, level: int, side: float) -> list[list[tuple[float, float]]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image as Pillow
@@ -149,3 +150,13 @@ def test_the_square_that_was_seen_is_drawn_with_its_padding(area, colours) -> No
     said["relevance"][0]["area"] = area
     panel = layer(panels(explain(image_file((200, 30, 40), (300, 900)), QUESTION, said))["image"], 0)
     assert [tuple(panel[IMAGE_SIDE // 2, IMAGE_SIDE * part // 8]) for part in (1, 4, 7)] == colours
+
+
+def test_what_the_levels_say_fits_below_them() -> None:
+    levels = np.full((8, 8), -1)
+    levels[:4, :4], levels[0] = 1, 2
+    figure = explain(image_file(), QUESTION, answer(levels))
+    axes = panels(figure)["level of detail"]
+    assert axes.get_xlabel() == "176 vision tokens: 20 of 64 cells seen closely, 8 closest, 44 left out"
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    assert axes.xaxis.label.get_window_extent(renderer).x1 <= figure.bbox.x1

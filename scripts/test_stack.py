@@ -38,6 +38,7 @@ PROBE = (
     "--memory", "256m", "--pids-limit", "128", "--user", "10001",
 )  # fmt: skip
 DOWNLOAD = "python3 -m venv /tmp/venv && /tmp/venv/bin/python -m pip download -q --no-cache-dir --no-deps -d /tmp wheel"
+REACH_S = 15  # until one package index must have answered
 
 
 class Phases:
@@ -143,7 +144,7 @@ def run_bare(engine, for_pytest, phases, threads):
     except base_images.NoImages as exc:
         raise NoEngine(str(exc)) from exc
     phases.ended("the bare Debians")
-    probe(engine, images[0], "python3 -c 'import urllib.request as r; r.urlopen(\"https://pypi.org/simple/wheel/\")'")
+    probe(engine, images[0], reach(*base_images.INDEXES))
     told = {"DOCKER_HOST": engine.address, "STACK_BASE": BASE, "STACK_BARE": " ".join(images)}
     try:
         return run_tests(engine, [TESTS_OF_BARE], told, for_pytest)
@@ -214,11 +215,17 @@ def provide(engine, base, others):
     return True
 
 
+def reach(*urls):
+    """The shell's command that fails, soon, unless every index answers."""
+    asked = f'[r.urlopen(url, timeout={REACH_S}) for url in "{" ".join(urls)}".split()]'
+    return f"python3 -c 'import urllib.request as r; {asked}'"
+
+
 def probe(engine, base, download=DOWNLOAD):
     """Check what no code of ours can change. Raises NoEngine."""
     for what, command in (
         ("it cannot run a container as ours are run", ("python3", "-c", "print('ok')")),
-        ("its containers do not reach the package index", ("sh", "-c", download)),
+        ("its containers do not reach the package indexes", ("sh", "-c", download)),
     ):
         try:
             engine.docker(*PROBE, base, *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)

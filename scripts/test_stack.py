@@ -65,7 +65,7 @@ def main():
         with concurrent.futures.ThreadPoolExecutor(2) as threads, engine:
             phases.ended("the engine")
             if given.bare:
-                status = run_bare(engine, for_pytest, phases, threads)
+                status = run_bare(engine, for_pytest, phases)
             else:
                 status = run(engine, given, for_pytest, phases, threads)
     except NoEngine as exc:
@@ -134,17 +134,19 @@ def run(engine, given, for_pytest, phases, threads):
     return status
 
 
-def run_bare(engine, for_pytest, phases, threads):
+def run_bare(engine, for_pytest, phases):
     """Serve in a container with what the README asks for, and nothing else -> an exit status. Raises NoEngine."""
     if not engine.is_ours:
         print("  the images glimpse/bare stay in the engine that runs here", flush=True)
     try:
-        made = [threads.submit(base_images.make_bare, engine, base) for base in base_images.PYTHONS]
-        images = [each.result() for each in made]
+        first, *others = base_images.PYTHONS
+        images = [base_images.make_bare(engine, first)]
+        phases.ended("a bare Debian")
+        probe(engine, images[0], reach(*base_images.INDEXES))
+        images += [base_images.make_bare(engine, base) for base in others]
     except base_images.NoImages as exc:
         raise NoEngine(str(exc)) from exc
-    phases.ended("the bare Debians")
-    probe(engine, images[0], reach(*base_images.INDEXES))
+    phases.ended("all bare Debians")
     told = {"DOCKER_HOST": engine.address, "STACK_BASE": BASE, "STACK_BARE": " ".join(images)}
     try:
         return run_tests(engine, [TESTS_OF_BARE], told, for_pytest)

@@ -66,10 +66,10 @@ def test_a_container_s_probe_passes_only_if_every_index_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, answering() as good:
         mute = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         (closed,) = free_ports(1)
-        for urls, passes in ((f"{good!r}", True), (f"{good!r}, 'http://127.0.0.1:{closed}/'", False),
-                             (f"{good!r}, {mute!r}", False)):  # fmt: skip
-            command = run(f"import test_stack; test_stack.REACH_S = 0.5; print(test_stack.reach({urls}), end='')")
-            command = command.replace("python3", sys.executable, 1)
+        refused = f"http://127.0.0.1:{closed}/"
+        for urls, answer_s, passes in (((good,), 60, True), ((good, refused), 60, False), ((good, mute), 0.5, False)):
+            code = f"import test_stack; test_stack.REACH_S = {answer_s}; print(test_stack.reach(*{urls}), end='')"
+            command = run(code).replace("python3", sys.executable, 1)
             assert (subprocess.run(["sh", "-c", command], capture_output=True, check=False).returncode == 0) is passes
 
 

@@ -69,7 +69,7 @@ def main():
             else:
                 status = run(engine, given, for_pytest, phases, threads)
     except NoEngine as exc:
-        skipped("THE STACK", str(exc))
+        skipped("MAKE SERVE ON A BARE DEBIAN" if given.bare else "THE STACK", str(exc))
         return 0
     finally:
         engine.remove_files()  # once more: a thread may have written until now

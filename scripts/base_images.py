@@ -17,6 +17,8 @@ PYTHONS = {  # base: its Debian, its Python
     "python:3.11-slim-bookworm": ("bookworm", "3.11"),
 }
 REGISTRY = "https://registry-1.docker.io/v2/"
+DEBIAN = "http://deb.debian.org/debian"
+INDEXES = ("https://pypi.org/simple/wheel/", f"{DEBIAN}/dists/trixie/InRelease")  # what `make serve` downloads from
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 WITHOUT = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info")]
 # The services that run beside ours: what starts in each. The first three are Debian's, and Envoy is PyPI's.
@@ -63,6 +65,7 @@ def make_debian(engine, suite, packages, tag):
     command = [
         "mmdebstrap", "--quiet", "--variant=minbase", "--include=" + ",".join(packages), *WITHOUT,
         "--dpkgopt=force-unsafe-io",
+        *(f'--aptopt=Acquire::{option}' for option in ('Retries "1"', 'http::Timeout "15"')),  # no network: fail soon
         '--customize-hook=mkdir -p "$1/etc/ssl/certs"',
         f"--customize-hook=copy-in {CERTIFICATES} /etc/ssl/certs",
         f'--customize-hook=printf "[global]\\ncert = {CERTIFICATES}\\n" > "$1/etc/pip.conf"',

@@ -38,6 +38,7 @@ PROBE = (
     "--memory", "256m", "--pids-limit", "128", "--user", "10001",
 )  # fmt: skip
 DOWNLOAD = "python3 -m venv /tmp/venv && /tmp/venv/bin/python -m pip download -q --no-cache-dir --no-deps -d /tmp wheel"
+REACH_S = 15  # until one package index must have answered
 
 
 class Phases:
@@ -64,11 +65,11 @@ def main():
         with concurrent.futures.ThreadPoolExecutor(2) as threads, engine:
             phases.ended("the engine")
             if given.bare:
-                status = run_bare(engine, for_pytest, phases, threads)
+                status = run_bare(engine, for_pytest, phases)
             else:
                 status = run(engine, given, for_pytest, phases, threads)
     except NoEngine as exc:
-        skipped("THE STACK", str(exc))
+        skipped("MAKE SERVE ON A BARE DEBIAN" if given.bare else "THE STACK", str(exc))
         return 0
     finally:
         engine.remove_files()  # once more: a thread may have written until now
@@ -133,17 +134,19 @@ def run(engine, given, for_pytest, phases, threads):
     return status
 
 
-def run_bare(engine, for_pytest, phases, threads):
+def run_bare(engine, for_pytest, phases):
     """Serve in a container with what the README asks for, and nothing else -> an exit status. Raises NoEngine."""
     if not engine.is_ours:
         print("  the images glimpse/bare stay in the engine that runs here", flush=True)
     try:
-        made = [threads.submit(base_images.make_bare, engine, base) for base in base_images.PYTHONS]
-        images = [each.result() for each in made]
+        first, *others = base_images.PYTHONS
+        images = [base_images.make_bare(engine, first)]
+        phases.ended("a bare Debian")
+        probe(engine, images[0], reach(*base_images.INDEXES))
+        images += [base_images.make_bare(engine, base) for base in others]
     except base_images.NoImages as exc:
         raise NoEngine(str(exc)) from exc
-    phases.ended("the bare Debians")
-    probe(engine, images[0], "python3 -c 'import urllib.request as r; r.urlopen(\"https://pypi.org/simple/wheel/\")'")
+    phases.ended("all bare Debians")
     told = {"DOCKER_HOST": engine.address, "STACK_BASE": BASE, "STACK_BARE": " ".join(images)}
     try:
         return run_tests(engine, [TESTS_OF_BARE], told, for_pytest)
@@ -214,11 +217,17 @@ def provide(engine, base, others):
     return True
 
 
+def reach(*urls):
+    """The shell's command that fails, soon, unless every index answers."""
+    asked = f'[r.urlopen(url, timeout={REACH_S}) for url in "{" ".join(urls)}".split()]'
+    return f"python3 -c 'import urllib.request as r; {asked}'"
+
+
 def probe(engine, base, download=DOWNLOAD):
     """Check what no code of ours can change. Raises NoEngine."""
     for what, command in (
         ("it cannot run a container as ours are run", ("python3", "-c", "print('ok')")),
-        ("its containers do not reach the package index", ("sh", "-c", download)),
+        ("its containers do not reach the package indexes", ("sh", "-c", download)),
     ):
         try:
             engine.docker(*PROBE, base, *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)

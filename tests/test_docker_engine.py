@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from benchmarks.ports import free_ports
 from tests.support.paths import PROJECT
 
 
@@ -53,6 +59,31 @@ def test_a_skip_is_loud() -> None:
     said = run("import test_stack; test_stack.skipped('THE STACK', 'no engine')")
     assert "THE STACK WAS NOT TESTED: no engine" in said
     assert "=" * 80 in said
+
+
+def test_a_container_s_probe_passes_only_if_every_index_answers() -> None:
+    """One address answers, one refuses, one takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, answering() as good:
+        mute = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        (closed,) = free_ports(1)
+        refused = f"http://127.0.0.1:{closed}/"
+        for urls, answer_s, passes in (((good,), 60, True), ((good, refused), 60, False), ((good, mute), 0.5, False)):
+            code = f"import test_stack; test_stack.REACH_S = {answer_s}; print(test_stack.reach(*{urls}), end='')"
+            command = run(code).replace("python3", sys.executable, 1)
+            assert (subprocess.run(["sh", "-c", command], capture_output=True, check=False).returncode == 0) is passes
+
+
+@contextmanager
+def answering() -> Iterator[str]:
+    """The address of an HTTP server of this process."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/LICENSE"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize(

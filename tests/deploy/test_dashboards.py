@@ -193,7 +193,7 @@ def test_every_query_of_every_panel_has_data_from_a_service_under_load(
                 return not missing
 
             try:
-                eventually(all_answer, 60, "data for every query")
+                eventually(all_answer, 120, "data for every query")
             finally:
                 assert [where for where, _ in missing] == []
             assert answered() > 10

@@ -112,19 +112,53 @@ def test_with_what_the_page_sets_gateways_and_tritons_of_gpus_serve_the_same_mod
     page = (PROJECT / "docs" / "deployment.md").read_text()
     (told,) = re.findall(r"^- The profile `gpu`: .*?(?=^- |\Z)", page, re.MULTILINE | re.DOTALL)
     variables = dict(re.findall(r"`([A-Z_]+)=(\S+)`", told))
-    command = [BIN / "docker-compose", "--project-directory", PROJECT, "--file", COMPOSE, "--env-file", os.devnull]
-    environment = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "x", "TRITON_KEY": "y", **variables}
-    done = subprocess.run(
-        [*command, "config", "--format", "json"], env=environment, capture_output=True, text=True, check=True
-    )
-    services = json.loads(done.stdout)["services"]
+    services = services_of_gpus(variables)
     assert services["triton"]["deploy"]["replicas"] == 0
     gateway = services["gateway"]["environment"]
     for setting, pool in (("GLIMPSE_VISION_URL", "triton-vision"), ("GLIMPSE_LLM_URL", "triton-llm")):
         assert gateway[setting] == f"{pool}:8001"
         assert mounted(services["gateway"], gateway["GLIMPSE_MODEL_REPOSITORY"]) == "/srv/engines"
         assert mounted(services[pool], "/models") == "/srv/engines"
-        assert services[pool]["networks"]["back"]["aliases"] == ["triton"]  # the name that Prometheus asks for
+
+
+@pytest.mark.parametrize(
+    ("variables", "gateways_source"),
+    [({}, "engines"), ({"MODELS": "/engines"}, str(PROJECT / "engines"))],  # a volume, a folder
+    ids=["nothing set", "models"],
+)
+def test_without_engines_set_tritons_of_gpus_read_the_folder_of_the_build(
+    variables: dict[str, str], gateways_source: str
+) -> None:
+    services = services_of_gpus(variables)
+    for pool in ("triton-vision", "triton-llm"):
+        (mount,) = services[pool]["volumes"]
+        assert (mount["type"], mount["source"], mount["target"]) == ("bind", str(PROJECT / "engines"), "/models")
+        assert mount["bind"] == {"create_host_path": False}
+    assert mounted(services["gateway"], "/engines") == gateways_source
+
+
+def test_prometheus_finds_every_triton_by_a_name_that_no_gateway_calls() -> None:
+    services = services_of_gpus({})
+    configuration = yaml.safe_load((PROJECT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    (job,) = [each for each in configuration["scrape_configs"] if each["job_name"] == "triton"]
+    (found_by,) = job["dns_sd_configs"]
+    for service in ("triton", "triton-vision", "triton-llm"):
+        assert services[service]["networks"]["back"]["aliases"] == found_by["names"]
+    called = {services["gateway"]["environment"][f"GLIMPSE_{pool}_URL"] for pool in ("VISION", "LLM")}
+    assert called == {"triton:8001"}
+    assert "triton" not in found_by["names"]
+
+
+def services_of_gpus(variables: Mapping[str, str]) -> dict[str, Any]:
+    """The services as Compose reads them with the profile gpu and these variables."""
+    command = [
+        BIN / "docker-compose", "--project-directory", PROJECT, "--file", COMPOSE, "--env-file", os.devnull,
+        "--profile", "gpu", "config", "--format", "json",
+    ]  # fmt: skip
+    environment = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "x", "TRITON_KEY": "y", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    services: dict[str, Any] = json.loads(done.stdout)["services"]
+    return services
 
 
 def mounted(service: dict[str, Any], target: str) -> str:

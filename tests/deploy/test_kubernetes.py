@@ -451,8 +451,21 @@ def ends_after_s(container: Object) -> float:
     command = command_of(container)
     if "glimpse triton" in command:
         return notice_s + EXIT_TIMEOUT_S + 2  # as service/triton_server/supervision.py stops it
+    if "mpirun" in command:
+        return notice_s + 2 * sigkill_timeout_s(command) + 2  # before SIGTERM and after it; to end itself
+    return notice_s + exit_timeout_s(command)
+
+
+def exit_timeout_s(command: str) -> float:
+    """How long a tritonserver in the command may end its requests; 0 if there is none."""
     given = dict(triton_options.options(command))
-    return notice_s + (float(given.get("--exit-timeout-secs", triton_options.EXIT_TIMEOUT_S)) if given else 0)
+    return float(given.get("--exit-timeout-secs", triton_options.EXIT_TIMEOUT_S)) if given else 0
+
+
+def sigkill_timeout_s(command: str) -> float:
+    """How long Open MPI lets its ranks live, before SIGTERM and after it."""
+    given = re.search(r"-mca odls_base_sigkill_timeout (\d+)", command)
+    return float(given[1]) if given else 1  # its default
 
 
 def faults_of_the_drain(found: list[Object]) -> list[str]:
@@ -467,6 +480,9 @@ def faults_of_the_drain(found: list[Object]) -> list[str]:
                 if "preStop" not in container.get("lifecycle", {}):
                     faults.append(f"{name(each)}: {container['name']} ends while it is called")
                     continue
+                command = command_of(container)
+                if "mpirun" in command and sigkill_timeout_s(command) < exit_timeout_s(command):
+                    faults.append(f"{name(each)}: mpirun kills its ranks after {sigkill_timeout_s(command):g} s")
                 ends_s.append(ends_after_s(container))
                 if template["spec"]["terminationGracePeriodSeconds"] < ends_s[-1]:
                     faults.append(f"{name(each)} needs {ends_s[-1]:g} s to end")
@@ -542,7 +558,10 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("overlays/gpu/vision.yaml", "- --allow-http=false", "- --log-info=true", "opens HTTP"),
         ("overlays/gpu-multinode/llm.yaml", "restricted-protocol=shared-memory,", "restricted-protocol=",
          "lets every caller load models"),
-        ("overlays/gpu-multinode/llm.yaml", "seconds: 45", "seconds: 20", "the worker ends before its leader"),
+        ("overlays/gpu-multinode/llm.yaml", "seconds: 85", "seconds: 45", "the worker ends before its leader"),
+        ("overlays/gpu-multinode/llm.yaml", "odls_base_sigkill_timeout 35", "odls_base_verbose 1",
+         "mpirun kills its ranks after 1 s"),
+        ("overlays/gpu-multinode/llm.yaml", "Seconds: 100", "Seconds: 60", "needs 82 s to end"),
     ],
 )  # fmt: skip
 def test_a_broken_copy_is_found(tmp_path: Path, file: str, good: str, bad: str, fault: str):
@@ -593,6 +612,26 @@ def test_the_readme_s_overlay_takes_images_from_a_registry(tmp_path: Path):
     ours = {container["image"] for where, container in containers(found) if where != "Deployment glimpse-redis"}
     assert ours == {line.split()[1] for line in said.splitlines() if line.startswith("push")}
     assert ours == {"REGISTRY/glimpse/gateway:0.1.0", "REGISTRY/glimpse/triton-cpu:0.1.0"}
+
+
+def test_the_readme_s_canary_takes_its_image_from_the_registry_and_on_gpus_the_engines(tmp_path: Path):
+    shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
+    mine = tmp_path / "deploy" / "kubernetes" / "overlays" / "mine-canary"
+
+    def follow(word: str) -> tuple[str, list[Object]]:
+        commands = "docker() { echo $*; }\n" + readme_commands(word)
+        done = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout, rendered(mine)
+
+    said, found = follow("overlays/mine-canary/kustomization.yaml <<")
+    (gateway,) = [container for _, container in containers(found)]
+    assert said.splitlines()[-1] == f"push {gateway['image']}"
+    assert gateway["image"] == "REGISTRY/glimpse/gateway:next"
+    _, found = follow("gpu/gateway.yaml")
+    (stable,) = [each for where, each in containers(objects("overlays/gpu")) if each["name"] == "gateway"]
+    (canary,) = [container for _, container in containers(found)]
+    assert {**canary, "image": ""} == {**stable, "image": ""}
+    assert of_kind(found, "Deployment").keys() == {"glimpse-gateway-canary"}
 
 
 def test_the_readme_s_commands_make_objects_of_the_rules(tmp_path: Path):

@@ -154,7 +154,7 @@ def test_a_gateway_whose_states_have_other_fields_is_told_in_one_line():
         {"data": ["stable"]},
         {"data": [state]},
         {"data": [right, right | {"weight": "95"}]},
-        {"data": [right | {"share": None}]},
+        {"data": [right | {"share": "1"}]},
         {"data": [right | {"name": 7}]},
     ):
         with answering(json.dumps(told).encode()) as url:

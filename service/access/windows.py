@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
@@ -44,6 +44,16 @@ redis.call('EXPIRE', KEYS[1], tonumber(ARGV[2]) + 60)
 return 1
 """
 LEAVE = "return redis.call('ZREM', KEYS[1], ARGV[1])"
+# KEYS: two windows of the library's counter. ARGV: the most to take off; in how many ms the window ends in which it was
+# charged; by how many ms a window may end before or after that. After a flush of Redis, another window may match.
+GIVE_BACK = """
+for _, key in ipairs(KEYS) do
+    local count = tonumber(redis.call('GET', key) or 0)
+    if count > 0 and math.abs(redis.call('PTTL', key) - tonumber(ARGV[2])) < tonumber(ARGV[3]) then
+        redis.call('INCRBY', key, -math.min(count, tonumber(ARGV[1])))
+    end
+end
+"""
 BEAT = """
 local now = tonumber(redis.call('TIME')[1])
 redis.call('ZADD', KEYS[1], now, ARGV[1])
@@ -89,20 +99,20 @@ class Hit:
 
 class Tally:
     """Count by key in two windows, which begin with the clock's minutes. The earlier one counts by the part of it that
-    the last minute still overlaps, as in the library's counters.
+    the last minute still overlaps, as in the library's counters in Redis. A clock that goes back stands still.
 
-    Its counters in memory look at every key at each count; these look at one.
+    The library's counters in memory are not used: each of their counts takes time for the keys of all tenants.
     """
 
     def __init__(self) -> None:
         self._number = 0  # of the current window
+        self._latest = 0.0  # time that was told
         self._before: Counter[tuple[str, str]] = Counter()
         self._current: Counter[tuple[str, str]] = Counter()
 
     def counts(self, key: tuple[str, str], now: float) -> tuple[int, float, int, float]:
         """Return the two windows' counts and seconds until they count for nothing, as `left_of` takes them."""
-        self._turn(now)
-        rest_s = WINDOW_S - now % WINDOW_S
+        rest_s = WINDOW_S - self._turn(now) % WINDOW_S
         return self._before[key], rest_s, self._current[key], rest_s + WINDOW_S
 
     def add(self, key: tuple[str, str], amount: int, now: float) -> Callable[[int], None]:
@@ -116,17 +126,20 @@ class Tally:
 
         return give_back
 
-    def _turn(self, now: float) -> None:
-        number = int(now // WINDOW_S)
+    def _turn(self, now: float) -> float:
+        """Begin the window of this time, if it is a new one -> the time to count with."""
+        self._latest = max(self._latest, now)
+        number = int(self._latest // WINDOW_S)
         if number != self._number:
             self._before = self._current if number == self._number + 1 else Counter()
             self._current, self._number = Counter(), number
+        return self._latest
 
 
 class Windows:
     """Count in this process. With more gateways than one it allows a share."""
 
-    def __init__(self, gateways: int = 1, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, gateways: int = 1, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.gateways = gateways
         self._clock = clock
         self._tally = Tally()
@@ -177,7 +190,7 @@ class SharedWindows(Windows):
         timeout_s: float,
         open_s: float,
         gateways: int | None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`open_s`: how long a request can be open. `gateways`: their number, if the operator says it."""
         super().__init__(gateways or 1, clock=clock)
@@ -304,16 +317,17 @@ async def hit(storage: RedisStorage, names: tuple[str, str], limit: int, cost: i
 
 async def give_back(storage: RedisStorage, key: str, amount: int, left_s: float) -> None:
     """Take an amount off the window in which it was charged, which counts for `left_s` more. So what a request charged
-    before the window's end and did not use is no credit in the next one.
+    before the window's end and did not use is no credit in the next one. No count falls below 0.
     """
-    _, before_ends_s, _, current_ends_s = await storage.get_sliding_window(key, WINDOW_S)
-    windows = {
-        storage._current_window_key(key): current_ends_s,
-        storage._previous_window_key(key): before_ends_s,
-    }
-    for window, ends_s in windows.items():
-        if left_s > 0 and abs(left_s - ends_s) < WINDOW_S / 2:  # the two end a whole window apart
-            await storage.incr(window, 1, -amount)
+    if left_s <= 0:
+        return
+    current = storage.bridge.prefixed_key(f"{{{key}}}")
+    near_ms = WINDOW_S * 1000 // 2  # the two windows end a whole one apart
+    await (
+        cast(Any, storage.bridge)
+        .get_connection()
+        .eval(GIVE_BACK, 2, current, f"{current}/-1", amount, int(left_s * 1000), near_ms)
+    )
 
 
 def used(before: int, before_ends_s: float, current: int, _: float) -> int:

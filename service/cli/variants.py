@@ -42,7 +42,7 @@ app = typer.Typer(
 def list_variants(url: Url = None, variants: Place = FILE, redis_url: RedisUrl = None) -> None:
     """List the variants, their shares of the questions and their Tritons."""
     if url:
-        show_states(asked(url))
+        show_lines(asked(url))
         return
     store = place_of(variants, redis_url)
     show(said(store.loaded()))
@@ -55,7 +55,9 @@ def add(
     triton: Annotated[list[str] | None, typer.Option(help="HOST:PORT of a Triton; may be repeated.")] = None,
     vision: Annotated[list[str] | None, typer.Option(help="Likewise, of the vision models only.")] = None,
     llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.")] = None,
-    weight: Annotated[float, typer.Option(min=0, help="0: only callers that name it get it.")] = 0.0,
+    weight: Annotated[
+        float, typer.Option(min=0, help="0: only callers that name it get it, unless no variant has a weight.")
+    ] = 0.0,
     precision: Annotated[
         str | None, typer.Option(help="Precision of its Tritons' computation [as the models were built].")
     ] = None,
@@ -87,7 +89,7 @@ def weights(
     """Set weights. Variants that are not named keep theirs."""
     wanted = dict(weight_in(each) for each in given)
     if url:
-        show_states(asked(url, {"weights": wanted}))
+        show_lines(asked(url, {"weights": wanted}))
         return
     show(said(place_of(variants, redis_url).change(lambda before: before.changed(wanted, {}))))
 
@@ -103,7 +105,7 @@ def drain(
     """Send a variant no new questions. Those that it answers now go on."""
     drains = {name: not undo}
     if url:
-        show_states(asked(url, {"draining": drains}))
+        show_lines(asked(url, {"draining": drains}))
         return
     show(said(place_of(variants, redis_url).change(lambda before: before.changed({}, drains))))
 
@@ -149,35 +151,40 @@ def said(work: Coroutine[Any, Any, T]) -> T:
     return finished(work, VariantsError)
 
 
-def asked(url: str, change: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Ask a gateway for the variants, after a change if there is one. Ends the command with one line if it refuses."""
+def asked(url: str, change: Mapping[str, Any] | None = None) -> list[str]:
+    """Ask a gateway for the variants, after a change if there is one -> a line for each.
+
+    Ends the command with one line if it refuses, or does not answer as Glimpse does.
+    """
     require("httpx", "serve")
     from service.cli.client import AskFailed, connected, plain_words, successful  # noqa: PLC0415
 
     with plain_words(url), connected(url) as client:
         path = "/v1/variants"
         response = client.get(path) if change is None else client.patch(path, json=change)
+        said = successful(response).json()
         try:
-            return list(successful(response).json()["data"])
-        except (LookupError, TypeError) as exc:
-            raise AskFailed(f"{url} does not answer as Glimpse does: check --url") from exc
+            return [line_of_state(each) for each in said["data"]]
+        except (LookupError, TypeError, ValueError) as exc:
+            raise AskFailed(
+                f"{url} does not answer as this version of Glimpse does: check --url, or use the gateway's version"
+            ) from exc
 
 
-def show_states(states: Sequence[Mapping[str, Any]]) -> None:
-    for each in states:
-        out = f" ({each['tritons_out']} out)" if each["tritons_out"] else ""
-        told = [f"{each['tritons']} Tritons{out}", f"{each['in_flight']} in flight here"]
-        model = [f"model {each['model']}"] if each.get("model") else []
-        typer.echo("  ".join([each["name"], split_of(each["weight"], each["share"], each["draining"]), *told, *model]))
-    if not states:
-        typer.echo("no variants")
+def line_of_state(told: Mapping[str, Any]) -> str:
+    """Raises LookupError, TypeError or ValueError if a gateway of this version does not tell so."""
+    out = f" ({told['tritons_out']} out)" if told["tritons_out"] else ""
+    here = [f"{told['tritons']} Tritons{out}", f"{told['in_flight']} in flight here"]
+    model = [f"model {told['model']}"] if told.get("model") else []
+    return "  ".join([told["name"], split_of(told["weight"], told["share"], told["draining"]), *here, *model])
 
 
 def show(found: Variants) -> None:
-    for each in found.variants.values():
-        typer.echo(line_of(each, found.shares[each.name]))
-    if not found.variants:
-        typer.echo("no variants")
+    show_lines([line_of(each, found.shares[each.name]) for each in found.variants.values()])
+
+
+def show_lines(lines: Sequence[str]) -> None:
+    typer.echo("\n".join(lines) or "no variants")
 
 
 def split_of(weight: float, share: float, is_draining: bool) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from service.cache.admin import opened
 from service.cache.redis_client import Lane, RedisFault, granted
@@ -113,30 +114,49 @@ class VariantsFile:
             raise VariantsError(f"{self.path}: {exc}") from exc
 
     async def change(self, how: Callable[[Variants], Variants]) -> Variants:
-        # One thread does all of it: if the caller is cancelled, the lock is held until the file is whole.
-        return await asyncio.to_thread(self._change, how)
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            with suppress(BlockingIOError):
+                # One thread does all of it: if the caller is cancelled, the lock is held until the file is whole.
+                return await asyncio.to_thread(self._change, how)
+            if time.monotonic() > deadline:
+                raise VariantsError(f"{self.path} is locked by another command: try again")
+            await asyncio.sleep(LOOK_S)  # no thread waits: others, which follow the file, need them
 
     def _change(self, how: Callable[[Variants], Variants]) -> Variants:
+        """Raises BlockingIOError if others hold the lock, VariantsError, and what `how` raises."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
-                self._lock(lock)
+            with locked(self.path.with_name(f".{self.path.name}.lock")):
                 changed = how(self._look()[1] if self.path.exists() else Variants())
                 replace_file(self.path, changed.to_json())
+        except BlockingIOError:
+            raise
         except OSError as exc:
             raise VariantsError(f"{self.path} cannot be written ({exc.strerror})") from exc
         return changed
 
-    def _lock(self, lock: IO[str]) -> None:
-        """Raises VariantsError if others hold it for too long."""
-        deadline = time.monotonic() + LOCK_S
-        while True:
-            with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            if time.monotonic() > deadline:
-                raise VariantsError(f"{self.path} is locked by another command: try again")
-            time.sleep(LOOK_S)
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this file, which is made if need be. Whoever may write its folder may lock it too.
+
+    Raises BlockingIOError if others hold the lock, and OSError.
+    """
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # NFS locks only what may be written
+    except PermissionError:
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        folder = path.parent.stat()
+        with suppress(PermissionError):  # another user's, who has done so
+            os.fchmod(lock, folder.st_mode & 0o666 | 0o444)
+            os.fchown(lock, -1, folder.st_gid)
+            os.fchown(lock, folder.st_uid, -1)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 class VariantsInRedis:

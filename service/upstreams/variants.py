@@ -43,7 +43,7 @@ class UnknownVariant(VariantsError):
 
 
 class NoVariantLeft(VariantsError):
-    """A change would leave no variant that gets questions."""
+    """A change would leave no variant that gets questions, or none that has a weight and does not drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Variant:
     models: str  # folder of the model repository, for its card and tokenizers
     vision: tuple[str, ...]  # addresses of gRPC; a name may stand for several Tritons
     llm: tuple[str, ...]
-    weight: float = 0.0  # 0: only callers that name it get it
+    weight: float = 0.0  # 0: only callers that name it get it, unless no variant has a weight
     is_draining: bool = False  # gets no new questions
     precision: Precision | None = None  # in which its Tritons compute; None: as the models were built
 
@@ -140,22 +140,37 @@ class Variants:
         return self.added(replace(self.named(name), is_draining=draining))
 
     def changed(self, weights: Mapping[str, float], draining: Mapping[str, bool]) -> Self:
-        """Set weights, and which variants drain. Raises UnknownVariant, NoVariantLeft, VariantsError."""
-        after = self.weighted(weights)
+        """Set weights, and which variants drain. Raises UnknownVariant, NoVariantLeft, VariantsError.
+
+        Without any weight all variants that do not drain get questions. So weights that take the last one away were
+        hardly meant.
+        """
+        before = self
         for name, drains in draining.items():
-            after = after.drained(name, draining=drains)
-        if not any(each.weight > 0 and not each.is_draining for each in after.variants.values()):
+            before = before.drained(name, draining=drains)
+        after = before.weighted(weights)
+        drained = [each for each in after.variants.values() if each.is_draining]
+        if len(drained) == len(after.variants):
+            kept = next((each.name for each in drained if each.name not in draining), next(iter(draining), "NAME"))
+            raise NoVariantLeft(f"no variant would get questions, because all of them drain: {undrain(kept)}")
+        if before.weighing and not after.weighing:
+            least = next(each.name for each in after.variants.values() if not each.is_draining)
+            back = next((f", or {undrain(each.name)}" for each in drained if each.weight > 0), "")
             raise NoVariantLeft(
-                "no variant would get questions: leave one that does not drain a weight above 0, such as "
-                f"{next(iter(after.variants), 'stable')}=100"
+                "no variant that does not drain would have a weight: leave one of them a weight above 0, such as "
+                f"{least}=100{back}"
             )
         return after
 
     @property
+    def weighing(self) -> Mapping[str, float]:
+        """Return the weights above 0 of variants that do not drain."""
+        return {each.name: each.weight for each in self.variants.values() if each.weight > 0 and not each.is_draining}
+
+    @property
     def shares(self) -> Mapping[str, float]:
         """Return what part of the questions each variant gets, 0 to 1, if all of them answer."""
-        some = [each for each in self.variants.values() if not each.is_draining]
-        weights = {each.name: each.weight for each in some if each.weight > 0} or {each.name: 1.0 for each in some}
+        weights = self.weighing or {each.name: 1.0 for each in self.variants.values() if not each.is_draining}
         total = sum(weights.values())
         return {name: weights.get(name, 0.0) / total if total else 0.0 for name in self.variants}
 
@@ -176,6 +191,10 @@ def parsed_weight(name: str, told: object) -> float:
     if isinstance(told, bool) or not isinstance(told, int | float) or not 0 <= told <= MOST_WEIGHT:
         raise VariantsError(f"the weight of {name} must be a number from 0 to {MOST_WEIGHT:,}")
     return float(told)
+
+
+def undrain(name: str) -> str:
+    return f"let {name} get questions again (`glimpse variants drain {name} --undo`)"
 
 
 def words(names: Iterable[str]) -> str:

@@ -84,7 +84,7 @@ async def read_small_body(request: Request, max_bytes: int, limits: BodyLimits) 
     Raises SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Cancelled.
     """
     encoding = encoding_of(request.headers.get("content-encoding", ""))
-    body = b""
+    body = bytearray()
     try:
         async with asyncio.timeout(limits.grace_s):
             async for chunk in request.stream():
@@ -93,11 +93,11 @@ async def read_small_body(request: Request, max_bytes: int, limits: BodyLimits) 
                     if len(body) > max_bytes:
                         raise TooLarge(f"the body is over {max_bytes:,} bytes: change fewer variants at once")
     except TimeoutError as exc:
-        raise SlowBody(f"the body did not come within {limits.grace_s:g} s: send it again") from exc
+        raise SlowBody(f"the body did not come within {limits.grace_s:g} s: try again") from exc
     except ClientDisconnect as exc:
         raise Cancelled("the caller went away while sending") from exc
     encoding.end()
-    return body
+    return bytes(body)
 
 
 def _too_large(size: str, max_bytes: int) -> TooLarge:

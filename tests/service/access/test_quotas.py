@@ -33,7 +33,7 @@ async def _inside_a_minute() -> None:
     The windows in memory begin with the clock's minutes. When one ends, its part is rounded down, and one request more
     than the quota may pass.
     """
-    await until(lambda: time.time() % 60 < 50)
+    await until(lambda: time.monotonic() % 60 < 50)
 
 
 @asynccontextmanager
@@ -272,6 +272,38 @@ def test_what_is_given_back_is_no_credit_in_the_next_minute():
     asyncio.run(found.back(100))
     assert hit(100).fits
     assert not hit(1).fits
+
+
+def test_a_clock_that_goes_back_gives_no_quota_again():
+    now = [3600.0]
+    windows = Windows(clock=lambda: now[0])
+
+    def fits(cost: int) -> bool:
+        return asyncio.run(windows.hit("tenant/acme", "requests", 10, cost)).fits
+
+    assert fits(10)
+    for now[0] in (3599.0, 3500.0, 0.0, 3600.0, 3600.5):
+        assert not fits(1), now
+    now[0] = 3660.0 + 30
+    assert fits(5)
+    now[0] = 3650.0  # the earlier minute still counts by half, and not by more or less than it did
+    assert not fits(1)
+
+
+async def test_what_was_charged_before_a_flush_of_redis_is_no_credit_after_it(redis_server):
+    """A new window may end when the one before the flush would have."""
+    storage, name = counters(redis_server.url), ("tenant/acme", "generated_tokens")
+    for cost, remaining in ((0, 100), (30, 100)):
+        charged = await hit(storage, name, 100, 100)
+        assert charged.fits
+        redis_server.client.flushall()
+        if cost:
+            assert (await hit(storage, name, 100, cost)).fits
+        await charged.back(100)
+        found = await hit(storage, name, 100, 0)
+        assert found.left.remaining == remaining
+        redis_server.client.flushall()
+    await close_counters(storage)
 
 
 async def test_redis_takes_what_is_given_back_off_the_window_in_which_it_was_charged(redis_server):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,7 +79,7 @@ def test_a_variant_drains_comes_back_and_goes(place):
         (("weights", "next=-1"), "is not a weight"),
         (("weights", "next=nan"), "is not a weight"),
         (("weights", "next=2000000"), "the weight of next must be a number from 0 to 1,000,000"),
-        (("weights", "stable=0", "next=0"), "no variant would get questions"),
+        (("weights", "stable=0", "next=0"), "leave one of them a weight above 0, such as stable=100"),
         (("weights", "nobody=1"), "nobody"),
         (("drain", "nobody"), "nobody"),
         (("remove", "nobody"), "nobody"),
@@ -139,6 +142,53 @@ def test_a_gateway_is_asked_in_place_of_the_file(remote, place):
         VariantsChange({}, {"next": False}),
     ]
     assert written(place) == before
+
+
+def test_a_gateway_whose_states_have_other_fields_is_told_in_one_line():
+    """Another version, or another service that has the path."""
+    state = {"name": "stable", "weight": 95.0, "share": 1.0, "draining": False, "tritons": 2, "tritons_out": 0}
+    right = state | {"in_flight": 3}
+    for told in (
+        [],
+        {"data": None},
+        {"data": ["stable"]},
+        {"data": [state]},
+        {"data": [right, right | {"weight": "95"}]},
+        {"data": [right | {"share": "1"}]},
+        {"data": [right | {"name": 7}]},
+    ):
+        with answering(json.dumps(told).encode()) as url:
+            for command in (("list",), ("weights", "next=1"), ("drain", "next")):
+                status, said, error = run("variants", *command, "--url", url)
+                assert (status, said, error.count("\n")) == (1, "", 1), (told, error)
+                assert "does not answer as this version of Glimpse does" in error
+    with answering(b'{"data": []}') as url:
+        assert run("variants", "list", "--url", url)[:2] == (0, "no variants\n")
+
+
+@contextmanager
+def answering(body: bytes) -> Iterator[str]:
+    """Some service, which answers every request with this body."""
+
+    class Answerer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_PATCH = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answerer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def test_a_gateway_that_refuses_is_told_in_one_line(remote, monkeypatch):

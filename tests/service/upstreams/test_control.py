@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from structlog.testing import capture_logs
@@ -103,6 +107,59 @@ async def test_a_store_that_cannot_be_written_is_said_without_its_place(file, mo
         lock_path.mkdir()
         assert "cannot be written" in (await refused()).cause
         assert fleet.names == ["stable", "next"]  # it goes on with the last ones
+
+
+async def test_changes_that_wait_for_the_lock_hold_no_thread(file, monkeypatch):
+    """More of them than the pool of threads has: the file is still followed."""
+    monkeypatch.setattr(store_module, "LOCK_S", 60.0)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    with file.path.with_name(".variants.json.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = [asyncio.create_task(file.change(lambda before: before)) for _ in range(3)]
+        await asyncio.sleep(0)  # they begin
+        async with asyncio.timeout(10):
+            assert (await VariantsFile(file.path).loaded()).variants
+        assert not any(each.done() for each in waiting)
+    await asyncio.gather(*waiting)
+
+
+def test_whoever_may_write_the_folder_may_lock(tmp_path):
+    tmp_path.chmod(0o775)
+    umask = os.umask(0o077)
+    try:
+        asyncio.run(VariantsFile(tmp_path / "variants.json").change(lambda before: before))
+    finally:
+        os.umask(umask)
+    lock, folder = (tmp_path / ".variants.json.lock").stat(), tmp_path.stat()
+    assert (lock.st_uid, lock.st_gid, lock.st_mode & 0o777) == (folder.st_uid, folder.st_gid, 0o664)
+
+
+CHANGE_AS_ANOTHER = """
+import asyncio, concurrent.futures.thread, os, sys
+from pathlib import Path
+from service.upstreams.store import VariantsFile
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+asyncio.run(VariantsFile(Path(sys.argv[1])).change(lambda before: before))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+@pytest.mark.parametrize(("owner", "mode"), [(65534, 0o700), (0, 0o777)])
+def test_a_gateway_of_another_user_changes_what_root_wrote(owner, mode):
+    with TemporaryDirectory() as folder:  # pytest's folders are this user's alone
+        os.chown(folder, owner, owner)
+        Path(folder).chmod(mode)
+        path = Path(folder) / "variants.json"
+        asyncio.run(VariantsFile(path).change(lambda before: before))
+        path.chmod(0o644)
+        if not owner:
+            path.with_name(".variants.json.lock").chmod(0o444)  # nobody else may write it
+        command = [sys.executable, "-c", CHANGE_AS_ANOTHER, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert path.stat().st_uid == 65534
 
 
 async def test_changes_at_the_same_time_all_count(tmp_path, repository, start_redis: StartRedis):

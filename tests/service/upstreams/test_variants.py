@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.upstreams.variants import Variant, Variants, VariantsError, assigned
+from service.upstreams.variants import NoVariantLeft, Variant, Variants, VariantsError, assigned
 
 STABLE = Variant("stable", "/models/7", ("a:8001", "b:8001"), ("a:8001", "b:8001"), 95.0)
 NEXT = Variant("next", "/models/8", ("v:8001",), ("unix:/run/llm",), 5.0)
@@ -56,6 +56,47 @@ def test_changes_leave_the_other_variants_as_they_were():
     assert BOTH.added(Variant("third", "m", ("x:1",), ("x:1",))).variants.keys() == {"stable", "next", "third"}
     with pytest.raises(VariantsError, match="the variants are stable, next"):
         BOTH.weighted({"nxt": 1})
+
+
+def kept(*variants: tuple[str, float, bool]) -> Variants:
+    """Variants by name, weight and whether they drain."""
+    return Variants({name: Variant(name, "m", ("x:1",), ("x:1",), *rest) for name, *rest in variants})
+
+
+@pytest.mark.parametrize(
+    ("before", "weights", "draining", "shares"),
+    [
+        (kept(("stable", 0, False), ("next", 0, False)), {}, {"next": True}, {"stable": 1, "next": 0}),
+        (kept(("stable", 0, False), ("next", 0, True)), {}, {"next": False}, {"stable": 0.5, "next": 0.5}),
+        (kept(("stable", 100, True), ("next", 0, False)), {"stable": 100}, {}, {"stable": 0, "next": 1}),
+        (kept(("stable", 100, False), ("next", 0, False)), {"next": 0}, {"stable": True}, {"stable": 0, "next": 1}),
+        (kept(("stable", 0, False), ("next", 0, False)), {"stable": 0}, {}, {"stable": 0.5, "next": 0.5}),
+        (kept(("stable", 0, True), ("next", 0, True)), {}, {"next": False}, {"stable": 0, "next": 1}),
+    ],
+)
+def test_a_change_that_leaves_a_variant_which_gets_questions_is_made(before, weights, draining, shares):
+    assert before.changed(weights, draining).shares == shares
+
+
+@pytest.mark.parametrize(
+    ("before", "weights", "draining", "says"),
+    [
+        (kept(("stable", 9, False), ("next", 1, True)), {}, {"stable": True}, "variants drain next --undo"),
+        (kept(("stable", 9, False), ("next", 1, False)), {}, {"stable": True, "next": True}, "drain stable --undo"),
+        (kept(("stable", 9, True)), {"stable": 5}, {}, "drain stable --undo"),
+        (kept(("stable", 9, False), ("next", 0, False)), {"stable": 0}, {}, "such as stable=100$"),
+        (
+            kept(("stable", 9, True), ("next", 1, False)),
+            {"next": 0},
+            {},
+            "next=100, or let .*drain stable --undo",
+        ),
+        (kept(("stable", 9, False), ("next", 1, False)), {"next": 0}, {"stable": True}, "next=100, or let stable"),
+    ],
+)
+def test_a_change_after_which_nobody_gets_questions_or_has_a_weight_is_refused(before, weights, draining, says):
+    with pytest.raises(NoVariantLeft, match=says):
+        before.changed(weights, draining)
 
 
 def told(variant: Variant) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest_asyncio
 from service.core.access import Scope
 from service.core.errors import Unavailable
 from service.core.variant import VariantsChange, VariantState
+from service.edges.http.application import http_api
 from tests.service.edges.http.test_vqa import Caller, fault
 from tests.support.fakes import House
 from tests.support.keys import Keys, bearer
@@ -112,6 +114,22 @@ async def test_a_full_service_and_a_used_quota_do_not_keep_an_administrator_out(
             assert (await caller.http.patch(PATH, json={"weights": {"next": 1}})).status_code == 200
             assert (await caller.http.get(PATH)).status_code == 200
     assert len(control.asked) == 3
+
+
+async def test_a_change_that_drips_is_given_up_however_much_has_come(caller, control):
+    edge = caller.house.edge
+    caller.http._transport.app = http_api(replace(edge, bodies=replace(edge.bodies, grace_s=0.2, min_bytes_per_s=1)))
+
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    async with asyncio.timeout(10):
+        said = await caller.http.patch(PATH, content=drip())
+    error = fault(said, 408)
+    assert (error["code"], error["message"]) == ("slow_body", "the body did not come within 0.2 s: try again")
+    assert control.asked == []
 
 
 @pytest.mark.parametrize("scope", [each for each in Scope if each is not Scope.ADMIN])

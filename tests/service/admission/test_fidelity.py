@@ -414,3 +414,51 @@ def test_a_failed_trial_makes_the_next_wait_longer_and_a_success_makes_it_as_sho
     up = raised(fidelity, trial + TRIAL_S)  # late: this one has succeeded
     trial = lowered(fidelity, up)
     assert trial - up == pytest.approx(LEAST_HOLD_S, abs=0.2)
+
+
+LONG_S = 2.0  # a target that is no power of itself: its product and its quotient with a share differ
+
+
+def at_level_1(target_s: float) -> tuple[Fidelity, float]:
+    """A controller that has just risen, and when."""
+    fidelity, now = Fidelity(target_s, 0.0), 0.0
+    while not fidelity.observe(now, now - 2 * target_s):
+        now += 0.1
+    return fidelity, now
+
+
+@pytest.mark.parametrize(("wait_s", "level"), [(0.45, 0), (0.55, 1)])  # a quarter of LONG_S is calm
+def test_waits_are_calm_up_to_a_quarter_of_the_target(wait_s: float, level: int) -> None:
+    fidelity, risen = at_level_1(LONG_S)
+    for step in range(1, round(100 * LEAST_HOLD_S)):
+        now = risen + step / 50
+        fidelity.observe(now, now - wait_s)
+    assert fidelity.level == level
+
+
+@pytest.mark.parametrize(("came_s", "level"), [(LEAST_HOLD_S - 1.5, 1), (LEAST_HOLD_S - 0.2, 0)])
+def test_calm_ends_when_a_wait_grows_long_however_late_that_is_seen(came_s: float, level: int) -> None:
+    """The request came that long after the calm began. Its wait is not calm half a second later."""
+    fidelity, risen = at_level_1(LONG_S)
+    fidelity.observe(risen, None)
+    fidelity.observe(risen + came_s, risen + came_s)
+    assert fidelity.observe(risen + came_s + 1.9, None) == level
+
+
+def waits(fidelity: Fidelity, start: float, seconds: float, first_s: float, last_s: float) -> int:
+    """Let the longest wait go from one to the other -> the level then."""
+    for step in range(1, 101):
+        now = start + seconds * step / 100
+        fidelity.observe(now, now - (first_s + (last_s - first_s) * step / 100))
+    return fidelity.level
+
+
+def test_a_queue_that_shrinks_slowly_is_looked_at_less_closely_again() -> None:
+    fidelity, risen = at_level_1(TARGET_S)
+    assert waits(fidelity, risen, 8.0, 1.30, 1.29) == 2
+    assert waits(fidelity, risen + 8.0, 5.0, 1.29, 1.24) > 2
+
+
+def test_a_queue_that_soon_reaches_the_target_is_let_be() -> None:
+    fidelity, risen = at_level_1(TARGET_S)
+    assert waits(fidelity, risen, 1.2, 2.0, 1.55) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -73,7 +74,7 @@ def create(
       glimpse keys create --tenant acme --days 30 --requests 100
     """
     require("orjson", "serve")
-    from service.access.keys import KeyRecord, Keyring, new_key, parsed_tenant  # noqa: PLC0415
+    from service.access.keys import KeyRecord, Keyring, KeysError, new_key, parsed_tenant  # noqa: PLC0415
     from service.core.access import Scope  # noqa: PLC0415
 
     key, key_id, digest = new_key()
@@ -81,6 +82,8 @@ def create(
     limits = limits_of(requests, images, visual_tokens, generated_tokens, concurrent)
 
     def added(before: Keyring) -> Keyring:
+        if days is not None and not math.isfinite(days):  # JSON has no such number: the key would never expire
+            raise KeysError(f"--days is {days}: give a finite number, or leave it out")
         record = KeyRecord(
             id=key_id,
             sha256=digest,

@@ -60,6 +60,16 @@ def test_a_key_has_what_it_was_given(path):
     assert "5 requests per minute" in listed
 
 
+@pytest.mark.parametrize(
+    ("days", "status", "why"),
+    [("nan", 2, "greater than or equal to 0"), ("inf", 1, "--days is inf: give a finite number")],
+)
+def test_a_key_whose_end_is_no_time_is_not_made(path, days, status, why):
+    found, _, told = run("keys", "create", "--tenant", "acme", "--days", days, "--keys", path)
+    assert (found, why in told) == (status, True)
+    assert not Path(path).exists()
+
+
 def test_a_key_is_revoked(path):
     _, kept = created(path, "--tenant", "acme")
     _, gone = created(path, "--tenant", "acme")

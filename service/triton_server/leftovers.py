@@ -81,7 +81,7 @@ async def _end(region_prefix: str, proc: Proc) -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(0.02)
-        left = [pid for pid in left if proc.status(pid) is not None]
+        left = [pid for pid in left if not proc.is_gone(pid)]
     return len(found)
 
 

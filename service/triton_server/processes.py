@@ -82,6 +82,21 @@ class Proc:
             return None
         return None if state in DEAD else Status(int(group))
 
+    def is_gone(self, pid: int) -> bool:
+        """Whether no thread of it is left, so that its ports are free. Raises OSError if it cannot be asked.
+
+        The first thread of a killed process, whose state is the process's, may be dead while others still end.
+        """
+        try:
+            threads = [path.name for path in Path(f"/proc/{pid}/task").iterdir()]
+        except GONE:
+            return True
+        for thread in threads:
+            with contextlib.suppress(*GONE):
+                if self.read(pid, f"task/{thread}/stat").rpartition(")")[2].split()[0] not in DEAD:
+                    return False
+        return True
+
 
 class Exits:
     """Which of some processes may have ended: one system call for all of them, where /proc takes three for each."""

@@ -114,6 +114,26 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     os.close(held)
 
 
+ENDED_BUT_FOR_A_THREAD = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_of_which_a_thread_is_left_is_not_gone() -> None:
+    """Such a thread holds the process's ports."""
+    proc, child = Proc(), subprocess.Popen([sys.executable, "-c", ENDED_BUT_FOR_A_THREAD])
+    try:
+        eventually(lambda: proc.status(child.pid) is None, 20, "the first thread has ended")
+        assert not proc.is_gone(child.pid)
+    finally:
+        child.kill()
+    eventually(lambda: proc.is_gone(child.pid), 20, "all of it has ended")
+    child.wait()
+    assert proc.is_gone(child.pid)
+
+
 def test_the_first_start_after_a_kill_succeeds_although_triton_is_still_there(start_gateway: StartGateway) -> None:
     """Its Triton is stopped, so that it cannot end by itself and holds its port."""
     ports = {"GLIMPSE_TRITON_METRICS_PORT": str(free_ports(1)[0])}

@@ -570,7 +570,7 @@ async def test_openapi_describes_every_route_with_examples_that_are_valid(caller
     spec = (await caller.http.get("/openapi.json")).json()
     questions = {"/v1/vqa", "/v1/vqa/batch", "/v1/vqa/estimate", "/v1/chat/completions"}
     images = {"/v1/images", "/v1/images/{image_id}", "/v1/files", "/v1/files/{file_id}"}
-    service = {"/v1/models", "/v1/models/{model}", "/health/live", "/health/ready"}
+    service = {"/v1/models", "/v1/models/{model}", "/v1/variants", "/health/live", "/health/ready"}
     assert set(spec["paths"]) == questions | images | service
     for reference in references(spec):
         assert reference.removeprefix("#/components/schemas/") in spec["components"]["schemas"]

@@ -41,6 +41,12 @@ def fixed(policy: str, tokens: int, closer: bool = False, split: str = NEW) -> N
     return Named(name, Arm(policy, (tokens, tokens), closer=closer), split)
 
 
+def nothing_left_out(tokens: int, split: str) -> Named:
+    """Spend `tokens` on every question with the closer view, and leave no cell out: no question calls for more."""
+    named = fixed(GUIDED, tokens, True, split)
+    return Named(f"{named.name}, nothing left out", replace(named.arm, tensions={"particularize": 0.0}), split)
+
+
 def curves(closer: bool) -> list[Named]:
     """List every policy at every budget, and with the closer view if there is one."""
     arms = [fixed(policy, tokens) for tokens in BUDGETS for policy in POLICIES]

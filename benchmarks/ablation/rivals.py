@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.ablation.arms import CLOSER_MOST, LEAST, MOST, Named, fixed, rivals
+from benchmarks.ablation.arms import CLOSER_MOST, LEAST, MOST, Named, fixed, nothing_left_out, rivals
 from benchmarks.ablation.measuring import Ablation
 from benchmarks.ablation.plan import Plan
 from benchmarks.ablation.pruning import CDPRUNER, Pruned
@@ -24,6 +24,9 @@ def measure(plan: Plan) -> Json:
         "checkpoint": {"name": str(ablation.checkpoint.card["name"]), "fingerprint": ablation.fingerprint},
         "scenes": {split: ablation.scenes[split].number for split in splits},
         "same_tokens": {split: {tokens: _beside(ablation, split, tokens) for tokens in TOKENS} for split in splits},
+        "left_out": {split: {tokens: _left_out(ablation, split, tokens) for tokens in TOKENS} for split in splits}
+        if ablation.closer_view
+        else {},
         "many_questions": {split: _once(ablation, split) for split in splits},
     }
 
@@ -39,6 +42,14 @@ def _beside(ablation: Ablation, split: str, tokens: int) -> Json:
         "best_rival": best.named.name,
         "ours_less_best_rival": points(ours, best),
     }
+
+
+def _left_out(ablation: Ablation, split: str, tokens: int) -> Json:
+    """The closer view within this many tokens, with cells left out and without."""
+    ours, before = (
+        ablation.of_all(each) for each in (fixed(GUIDED, tokens, True, split), nothing_left_out(tokens, split))
+    )
+    return {"accuracy": {each.named.name: _row(each) for each in (ours, before)}, "gain": points(ours, before)}
 
 
 def _once(ablation: Ablation, split: str) -> Json:
@@ -78,6 +89,9 @@ def table(found: Json) -> str:
                 f"{split}, {tokens} tokens: ours less {each['best_rival']}: "
                 f"{less['value']:+.1f} points ({less['low']:+.1f} to {less['high']:+.1f})\n"
             )
+    for by_tokens in found["left_out"].values():
+        for each in by_tokens.values():
+            lines += [_line(name, row) for name, row in each["accuracy"].items()]
     for split, each in found["many_questions"].items():
         lines.append(f"{split}, {each['questions_an_image']} questions an image")
         lines += [_line(name, row) for name, row in each["accuracy"].items()]

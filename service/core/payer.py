@@ -19,7 +19,7 @@ HOLD_S = 20.0
 
 
 class Payer(NamedTuple):
-    """Who is charged: a tenant's label and a variant's name."""
+    """The tenant that pays for a request, by its label, and the variant that answered, by its name."""
 
     tenant: str
     variant: str

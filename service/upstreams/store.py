@@ -149,7 +149,7 @@ def locked(path: Path) -> Iterator[None]:
         lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         folder = path.parent.stat()
-        with suppress(PermissionError):  # another user's, who has done so
+        with suppress(PermissionError):  # the lock file belongs to another user, whose command did this
             os.fchmod(lock, folder.st_mode & 0o666 | 0o444)
             os.fchown(lock, -1, folder.st_gid)
             os.fchown(lock, folder.st_uid, -1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from service.access.keys import Keyring, KeysError
-from service.system.files import replace_file
+from service.system.files import locked, replace_file
 
 Seen = tuple[int, int, int]
 
@@ -62,8 +61,7 @@ class KeyFile:
         """Replace the file, which need not exist yet, in one step. Only its owner may read it. Raises KeysError."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(self.path, wait=True):
                 changed = how(self.read() if self.path.exists() else Keyring())
                 replace_file(self.path, changed.to_json())
         except OSError as exc:

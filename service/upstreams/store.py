@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -13,7 +11,7 @@ from typing import Protocol
 
 from service.cache.admin import opened
 from service.cache.redis_client import Lane, RedisFault, granted
-from service.system.files import replace_file
+from service.system.files import locked, replace_file
 from service.upstreams.variants import Variants, VariantsError
 
 IN_REDIS = "redis"  # as GLIMPSE_VARIANTS: the variants are in GLIMPSE_REDIS_URL
@@ -127,7 +125,7 @@ class VariantsFile:
         """Raises BlockingIOError if others hold the lock, VariantsError, and what `how` raises."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self.path.with_name(f".{self.path.name}.lock")):
+            with locked(self.path):
                 changed = how(self._look()[1] if self.path.exists() else Variants())
                 replace_file(self.path, changed.to_json())
         except BlockingIOError:
@@ -135,28 +133,6 @@ class VariantsFile:
         except OSError as exc:
             raise VariantsError(f"{self.path} cannot be written ({exc.strerror})") from exc
         return changed
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this file, which is made if need be. Whoever may write its folder may lock it too.
-
-    Raises BlockingIOError if others hold the lock, and OSError.
-    """
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # NFS locks only what may be written
-    except PermissionError:
-        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        folder = path.parent.stat()
-        with suppress(PermissionError):  # the lock file belongs to another user, whose command did this
-            os.fchmod(lock, folder.st_mode & 0o666 | 0o444)
-            os.fchown(lock, -1, folder.st_gid)
-            os.fchown(lock, folder.st_uid, -1)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(lock)
 
 
 class VariantsInRedis:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from structlog.testing import capture_logs
@@ -209,3 +213,28 @@ async def test_keys_in_redis_are_read_when_they_change_and_outlive_it(redis_serv
     redis_server.client.incr(VERSION)  # as far as it was before it was emptied
     await until(lambda: not knows())
     await cancelled(running)
+
+
+CHANGE_AS_ANOTHER = """
+import asyncio, concurrent.futures.thread, os, sys
+from pathlib import Path
+from service.access.key_file import KeyFile
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+asyncio.run(KeyFile(Path(sys.argv[1])).change(lambda ring: ring))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_the_owner_of_the_keys_changes_them_after_root_did():
+    with TemporaryDirectory() as folder:  # pytest's folders are this user's alone
+        os.chown(folder, 65534, 65534)
+        path = Path(folder) / "keys.json"
+        path.write_bytes(Keyring().to_json())
+        os.chown(path, 65534, 65534)
+        asyncio.run(KeyFile(path).change(lambda ring: ring))
+        command = [sys.executable, "-c", CHANGE_AS_ANOTHER, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert path.stat().st_uid == 65534

@@ -37,9 +37,9 @@ from build_engines.repository import (
 )
 from service.core.card import ModelCard
 from service.core.confidence import Calibration
-from service.core.frame import AskedFit, Colour
 from service.core.tensors import DETAIL, FLOAT, MODELS, QUESTION, VISION
 from service.core.tensors import Tensor as Described
+from service.core.viewport import AskedFit, Colour
 from service.core.vision import MAX_VISUAL_TOKENS
 
 OPSET = 18

@@ -17,7 +17,7 @@ class FeatureKey(Generic[Features]):
 
     fingerprint: str  # of the vision encoder's weights
     view: int  # pixels a side that the encoder saw
-    digest: str  # blake3 of the image's bytes, and the frame if it is not the whole image squashed
+    digest: str  # blake3 of the image's bytes, and the viewport if it is not the whole image squashed
 
 
 def first_view(fingerprint: str, digest: str) -> FeatureKey[VisionFeatures]:

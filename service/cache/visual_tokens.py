@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from service.cache.lru import Lru
 from service.core.card import ModelCard
-from service.core.frame import framed
 from service.core.request import Budget, Detail
+from service.core.viewport import viewed
 from service.core.vision import Seen
 from service.telemetry.metrics import Metrics
 
@@ -24,7 +24,7 @@ def visual_key(card: ModelCard, digest: str, question: str, budget: Budget, deta
 
 def embedding_key(card: ModelCard, digest: str, question: str, seen: Seen) -> bytes:
     """Make a key of these exact visual tokens. Features kept as int8 give different visual tokens."""
-    key = visual_key(card, framed(digest, seen.frame), question, seen.budget, seen.detail)
+    key = visual_key(card, viewed(digest, seen.viewport), question, seen.budget, seen.detail)
     return b"int8\0" + key if seen.is_rounded else key
 
 

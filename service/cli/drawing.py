@@ -21,7 +21,7 @@ from matplotlib.image import AxesImage
 from PIL import Image as Pillow
 
 from service.core.errors import GlimpseError
-from service.core.frame import WHOLE, Frame
+from service.core.viewport import WHOLE, Viewport
 from service.media.decoder import ImageLimits, decode
 from service.media.header import upright_size
 
@@ -86,19 +86,19 @@ def _as_seen(image: bytes, area: Sequence[float]) -> Array:
     """uint8 RGB: the square that the service saw, by its own decoder, but sharper than its view."""
     limits = ImageLimits(len(image), MAX_PIXELS)  # the service has taken it, whatever its limits are
     try:
-        return decode(image, limits, (IMAGE_SIDE,), _frame(image, area)).views[IMAGE_SIDE].transpose(1, 2, 0)
+        return decode(image, limits, (IMAGE_SIDE,), _viewport(image, area)).views[IMAGE_SIDE].transpose(1, 2, 0)
     except GlimpseError as exc:
         raise OSError(errno.EINVAL, exc.message) from exc
 
 
-def _frame(image: bytes, area: Sequence[float]) -> Frame | None:
+def _viewport(image: bytes, area: Sequence[float]) -> Viewport | None:
     """Return the square of which an answer told the area; None for the whole image, squashed."""
     size = upright_size(image)
     if size is None or tuple(area) == WHOLE:
         return None
     width, height = size
     left, top, right, _ = area
-    return Frame(round(left * width), round(top * height), round((right - left) * width), width, height, PADDING)
+    return Viewport(round(left * width), round(top * height), round((right - left) * width), width, height, PADDING)
 
 
 def tensions_in_words(tensions: Mapping[str, float]) -> str:

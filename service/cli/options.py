@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service.core.frame import FAR_FROM_SQUARE, AskedFit
+from service.core.viewport import FAR_FROM_SQUARE, AskedFit
 from service.system.environment import with_platform
 
 Url = Annotated[

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from service.core.confidence import Confidence, Reason
-from service.core.frame import Fit
 from service.core.variant import Served
+from service.core.viewport import Fit
 from service.core.vision import Relevance
 
 

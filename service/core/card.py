@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 from blake3 import blake3
 
 from service.core.confidence import Calibration
-from service.core.frame import AskedFit, Colour
 from service.core.precision import NotOffered
 from service.core.request import Detail
 from service.core.tensors import DETAIL, VISION, Tensor
+from service.core.viewport import AskedFit, Colour
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
 
 LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder or attends to images

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from service.core.frame import AskedFit
 from service.core.guide import Guide
 from service.core.variant import ANY, Route
+from service.core.viewport import AskedFit
 
 MAX_TOP_LOG_PROBS = 20  # OpenAI's
 Detail = Literal["low", "high", "auto"]  # without the closer view, with it, or as the question needs

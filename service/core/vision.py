@@ -9,8 +9,8 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from service.core.frame import WHOLE, Area, Frame
 from service.core.request import Budget
+from service.core.viewport import WHOLE, Area, Viewport
 
 FloatArray = npt.NDArray[np.floating]
 Int32Array = npt.NDArray[np.int32]
@@ -136,7 +136,7 @@ class Seen:
     budget: Budget  # the budget that was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
     is_rounded: bool = False  # made from features that were kept as int8
-    frame: Frame | None = None  # what was seen of the image; None: all of it, squashed
+    viewport: Viewport | None = None  # what was seen of the image; None: all of it, squashed
     strangeness: float = 0.0  # of the image: see core/confidence.py; 0 if the models are not calibrated
 
     @property

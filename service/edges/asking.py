@@ -13,7 +13,6 @@ from typing import Any
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, naming_image
-from service.core.frame import AskedFit
 from service.core.guide import guide_of
 from service.core.request import (
     Budget,
@@ -28,6 +27,7 @@ from service.core.request import (
     text_of,
 )
 from service.core.variant import ANY, Route
+from service.core.viewport import AskedFit
 from service.edges.image_text import source_of
 
 

@@ -23,7 +23,7 @@ from PIL import (
 from PIL import Image as Pillow
 
 from service.core.errors import InvalidImage, TooLarge
-from service.core.frame import Frame
+from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
@@ -93,12 +93,12 @@ class Decoded:
 
 
 def decode(
-    data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,), frame: Frame | None = None
+    data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
 ) -> Decoded:
     """Decode an image of one of FORMATS, of several pictures the first, to uint8 [3, size, size] RGB for each view.
 
     The whole picture is resized to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
-    picture of that size is not changed. With a frame, its square is resized instead, by one factor for both sides.
+    picture of that size is not changed. With a viewport, its square is resized instead, by one factor for both sides.
     Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK
     is converted without a colour profile, EXIF orientation is applied. A view does not depend on the other views.
     Raises InvalidImage, TooLarge.
@@ -113,7 +113,7 @@ def decode(
     # On hostile bytes a decoder may raise anything (OSError, SyntaxError, struct.error, ValueError). All of it means
     # that these bytes are no image.
     try:
-        pixels = _views(structure, views, frame)
+        pixels = _views(structure, views, viewport)
     except MemoryError as exc:
         raise TooLarge(
             f"decoding the {structure.format} takes too much memory: send it smaller, or save it anew "
@@ -159,7 +159,7 @@ def require_size(width: int, height: int, limits: ImageLimits) -> None:
         )
 
 
-def _views(structure: Structure, views: Sequence[int], frame: Frame | None) -> dict[int, UInt8Array]:
+def _views(structure: Structure, views: Sequence[int], viewport: Viewport | None) -> dict[int, UInt8Array]:
     """Decode once, or once a view if the JPEG is so large that the views need different scales."""
     if structure.is_short:
         raise ValueError("bytes are missing")
@@ -172,12 +172,12 @@ def _views(structure: Structure, views: Sequence[int], frame: Frame | None) -> d
                 if picture.size != whole:
                     raise ValueError(f"two sizes: {whole} and {picture.size}")
                 # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
-                picture.draft(None, _needed(whole, 2 * size, frame))
+                picture.draft(None, _needed(whole, 2 * size, viewport))
                 colours = _in_colour(picture)
-        if frame is None:
+        if viewport is None:
             found[size] = _squashed(colours, size, structure.orientation)
         else:
-            found[size] = _framed(colours, size, structure.orientation, frame)
+            found[size] = _viewed(colours, size, structure.orientation, viewport)
     return found
 
 
@@ -185,11 +185,11 @@ def _is_within(size: tuple[int, int], whole: tuple[int, int]) -> bool:
     return size[0] <= whole[0] and size[1] <= whole[1]
 
 
-def _needed(whole: tuple[int, int], size: int, frame: Frame | None) -> tuple[int, int]:
+def _needed(whole: tuple[int, int], size: int, viewport: Viewport | None) -> tuple[int, int]:
     """Return how large the whole picture must be so that the square has `size` pixels a side."""
-    if frame is None:
+    if viewport is None:
         return size, size
-    return max(1, whole[0] * size // frame.side), max(1, whole[1] * size // frame.side)
+    return max(1, whole[0] * size // viewport.side), max(1, whole[1] * size // viewport.side)
 
 
 def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
@@ -203,15 +203,15 @@ def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
     return np.ascontiguousarray(np.asarray(colours).transpose(2, 0, 1))
 
 
-def _framed(colours: Pillow.Image, size: int, orientation: int, frame: Frame) -> UInt8Array:
-    """Resize what the frame has of the picture, and put it on the frame's colour: [3, size, size] RGB, upright."""
+def _viewed(colours: Pillow.Image, size: int, orientation: int, viewport: Viewport) -> UInt8Array:
+    """Resize what the viewport has of the picture, on the colour of its padding: [3, size, size] RGB, upright."""
     if orientation in TURNS:
         colours = colours.transpose(TURNS[orientation])
-    left, right, at_x, wide = _along(frame.left, frame.side, frame.width, size)
-    top, bottom, at_y, high = _along(frame.top, frame.side, frame.height, size)
-    across, down = colours.width / frame.width, colours.height / frame.height  # below 1 if a draft was decoded
+    left, right, at_x, wide = _along(viewport.left, viewport.side, viewport.width, size)
+    top, bottom, at_y, high = _along(viewport.top, viewport.side, viewport.height, size)
+    across, down = colours.width / viewport.width, colours.height / viewport.height  # below 1 if a draft was decoded
     box = (left * across, top * down, right * across, bottom * down)
-    square = Pillow.new("RGB", (size, size), frame.colour)
+    square = Pillow.new("RGB", (size, size), viewport.colour)
     square.paste(_on_white(colours.resize((wide, high), Pillow.Resampling.BICUBIC, box)), (at_x, at_y))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from service.core.frame import Frame
+from service.core.viewport import Viewport
 from service.core.vision import IMAGE_SIZE
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.media.store import Image
@@ -22,9 +22,13 @@ class ImageReader:
         self.limits = limits
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), frame: Frame | None = None) -> Decoded:
+    async def decode(
+        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+    ) -> Decoded:
         """Decode in a thread. Raises InvalidImage, TooLarge."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, data, self.limits, views, frame)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, decode, data, self.limits, views, viewport
+        )
 
     async def identify(self, data: bytes) -> Image:
         """Hash the bytes. It does not check that they are an image."""
@@ -47,9 +51,11 @@ class WorkerReader(ImageReader):
         """Start the processes on the running event loop. The first image does so too."""
         self.workers.start()
 
-    async def decode(self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), frame: Frame | None = None) -> Decoded:
+    async def decode(
+        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+    ) -> Decoded:
         """Raises InvalidImage, TooLarge, Unavailable."""
-        return await self.workers.decode(data, views, frame)
+        return await self.workers.decode(data, views, viewport)
 
     def close(self) -> None:
         super().close()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.core.errors import GlimpseError
-from service.core.frame import Frame
+from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
 from service.media.decoder import ImageLimits, decode
 
@@ -82,13 +82,13 @@ def next_packet(control: socket.socket) -> bytes:
 
 def answered(request: Mapping[str, Any], memory: mmap.mmap, limits: WorkerLimits) -> dict[str, object]:
     """Decode the image in the memory and leave its views there, one behind the other."""
-    nbytes, views, told = request["nbytes"], request["views"], request["frame"]
-    frame = None if told is None else Frame(**told | {"colour": tuple(told["colour"])})
+    nbytes, views, told = request["nbytes"], request["views"], request["viewport"]
+    viewport = None if told is None else Viewport(**told | {"colour": tuple(told["colour"])})
     data = memory[PIXEL_BYTES : PIXEL_BYTES + nbytes]
     try:
         # The default action of the timer's signal ends the process, whatever the decoder is doing.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        decoded = decode(data, limits.image, views, frame)
+        decoded = decode(data, limits.image, views, viewport)
         signal.setitimer(signal.ITIMER_PROF, 0)
     except GlimpseError as error:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -21,7 +21,7 @@ import numpy as np
 import structlog
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge, Unavailable
-from service.core.frame import Frame
+from service.core.viewport import Viewport
 from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.media.decoder import Decoded, ImageLimits, require_bytes
 from service.media.worker import PACKET_BYTES, PIXEL_BYTES, WorkerLimits
@@ -91,7 +91,7 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    async def decode(self, data: bytes, views: Sequence[int], frame: Frame | None = None) -> Decoded | None:
+    async def decode(self, data: bytes, views: Sequence[int], viewport: Viewport | None = None) -> Decoded | None:
         """None if the process ended meanwhile. Raises InvalidImage, TooLarge."""
         view = memoryview(data)
         for start in range(0, len(data), CHUNK_BYTES):
@@ -103,7 +103,11 @@ class Worker:
             return None
         self._reply = asyncio.get_running_loop().create_future()
         try:
-            told = {"nbytes": len(data), "views": list(views), "frame": None if frame is None else asdict(frame)}
+            told = {
+                "nbytes": len(data),
+                "views": list(views),
+                "viewport": None if viewport is None else asdict(viewport),
+            }
             self._socket.send(json.dumps(told).encode())
             packet = await self._reply
         except OSError:
@@ -208,12 +212,12 @@ class DecodingWorkers:
             self._workers.append(self._worker(place))
             self._free.put_nowait(place)
 
-    async def decode(self, data: bytes, views: Sequence[int], frame: Frame | None = None) -> Decoded:
+    async def decode(self, data: bytes, views: Sequence[int], viewport: Viewport | None = None) -> Decoded:
         """A caller that leaves meanwhile leaves its worker to finish. Raises InvalidImage, TooLarge, Unavailable."""
         require_bytes(data, self.limits)
         self.start()
         place = await self._free.get()
-        job = asyncio.create_task(self._decode(place, data, sorted(views), frame))
+        job = asyncio.create_task(self._decode(place, data, sorted(views), viewport))
         self._jobs.add(job)
         job.add_done_callback(self._forget)
         return await asyncio.shield(job)
@@ -229,13 +233,13 @@ class DecodingWorkers:
             worker.end()
         self._free = asyncio.Queue()
 
-    async def _decode(self, place: int, data: bytes, views: Sequence[int], frame: Frame | None) -> Decoded:
+    async def _decode(self, place: int, data: bytes, views: Sequence[int], viewport: Viewport | None) -> Decoded:
         self._busy.add(place)
         try:
             for _ in range(ATTEMPTS):
                 if not self._workers[place].is_alive:
                     self._replace(place)
-                if (decoded := await self._attempt(self._workers[place], data, views, frame)) is not None:
+                if (decoded := await self._attempt(self._workers[place], data, views, viewport)) is not None:
                     return decoded
             raise InvalidImage("the image ends its decoder: save it anew with an image editor", param="image")
         finally:
@@ -245,7 +249,9 @@ class DecodingWorkers:
                     self._replace(place)
                 self._free.put_nowait(place)
 
-    async def _attempt(self, worker: Worker, data: bytes, views: Sequence[int], frame: Frame | None) -> Decoded | None:
+    async def _attempt(
+        self, worker: Worker, data: bytes, views: Sequence[int], viewport: Viewport | None
+    ) -> Decoded | None:
         """None if the worker was ended and not by the image's own fault. Raises InvalidImage, TooLarge, Unavailable."""
         try:
             async with asyncio.timeout(START_S):
@@ -255,7 +261,7 @@ class DecodingWorkers:
             raise Unavailable(NO_START) from exc
         try:
             async with asyncio.timeout(self.wall_s):
-                decoded = await worker.decode(data, views, frame)
+                decoded = await worker.decode(data, views, viewport)
         except TimeoutError as exc:
             log.warning("decoder_ended", reason="time", pid=worker.pid, status=worker.end())
             raise TooLarge(f"decoding takes more than {self.wall_s:g} s: {SENT_SMALLER}", param="image") from exc

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 from service.admission.admission import Reservation
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
-from service.core.frame import Fit
 from service.core.payer import NOBODY, Payer, pay_for
 from service.core.request import Request
 from service.core.variant import DEFAULT, Served
+from service.core.viewport import Fit
 from service.telemetry.tracing import Value
 
 if TYPE_CHECKING:

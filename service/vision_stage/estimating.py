@@ -13,8 +13,8 @@ from service.cache.keys import first_view
 from service.core.card import ModelCard
 from service.core.errors import InvalidImage, naming_image
 from service.core.estimate import Amounts, Estimate, EstimatedImage, NotAdmitted
-from service.core.frame import fitting, framed
 from service.core.request import Request
+from service.core.viewport import fitting, viewed
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
 from service.media.formats import SENT
@@ -68,8 +68,8 @@ class Estimator:
         width, height = size or (None, None)
         upright = upright_size(image.data)
         fit, colour = request.fit or self.card.fit, self.card.pad_colour
-        frame = None if upright is None else fitting(*upright, fit, colour).frame
-        known = self.features.holds(first_view(self.card.fingerprint, framed(image.digest, frame)))
+        viewport = None if upright is None else fitting(*upright, fit, colour).viewport
+        known = self.features.holds(first_view(self.card.fingerprint, viewed(image.digest, viewport)))
         return EstimatedImage(image.id, len(image.data), width, height, known)
 
     def _claims(self, request: Request, new: int, cost: Cost) -> list[Claim]:

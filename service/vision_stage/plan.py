@@ -27,9 +27,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from service.core.frame import Frame, framed
 from service.core.prompt import Question
 from service.core.request import Detail
+from service.core.viewport import Viewport, viewed
 from service.core.vision import GRID, IMAGE_SIZE, CloserFeatures, Relevance, Seen, VisionFeatures
 from service.media.decoder import Decoded
 from service.media.store import Image
@@ -93,8 +93,8 @@ class Look:
     number: int  # its place among the images of the request
     image: Image
     question: Question
-    frame: Frame | None = None  # what is seen of the image; None: all of it, squashed
-    tiles: tuple[Frame, ...] = ()  # of which one may be chosen; empty once that is decided
+    viewport: Viewport | None = None  # what is seen of the image; None: all of it, squashed
+    tiles: tuple[Viewport, ...] = ()  # of which one may be chosen; empty once that is decided
     overview: Seen | None = None  # the result with the whole image, if this is a look at a tile
     is_tile_denied: bool = False  # a tile was wanted but not possible
     detail: Literal["low", "high"] = "low"
@@ -115,12 +115,12 @@ class Look:
     @property
     def digest(self) -> str:
         """Return what cache keys have for what is seen of the image."""
-        return framed(self.image.digest, self.frame)
+        return viewed(self.image.digest, self.viewport)
 
     @property
     def has_more_pixels(self) -> bool:
         """Return whether the picture has more pixels than the first view; true if its header does not say."""
-        return self.image.larger_than(IMAGE_SIZE) if self.frame is None else self.frame.side > IMAGE_SIZE
+        return self.image.larger_than(IMAGE_SIZE) if self.viewport is None else self.viewport.side > IMAGE_SIZE
 
     def recall(self, detail: Literal["low", "high"], seen: Seen | None) -> None:
         """Record what the visual cache holds at this detail."""
@@ -131,18 +131,18 @@ class Look:
     def fall_back(self) -> None:
         """Record that there is no capacity for a closer look, or not even for the tile's first view."""
         if self.low is None and self.overview is not None:
-            self.frame, self.seen, self.overview, self.is_tile_denied = None, self.overview, None, True
+            self.viewport, self.seen, self.overview, self.is_tile_denied = None, self.overview, None, True
             self.detail, self.low, self.is_recalled = "low", self.seen, True
         else:
             self.detail, self.seen = "low", self.low
 
-    def choose(self, tile: Frame | None, is_possible: bool) -> None:
+    def choose(self, tile: Viewport | None, is_possible: bool) -> None:
         """Begin anew with one tile, or go on with the whole image."""
         self.tiles = ()
         if tile is None or not is_possible:
             self.is_tile_denied = tile is not None
             return
-        self.frame, self.overview = tile, self.seen
+        self.viewport, self.overview = tile, self.seen
         self.seen = self.vision = None
         self.is_recalled = False
 
@@ -192,7 +192,7 @@ def wants_closer(look: Look, situation: Situation) -> bool:
     return look.seen.relevance.particularize >= situation.closer_view_at and look.has_more_pixels
 
 
-def tile_of(relevance: Relevance, tiles: Sequence[Frame], closer_view_at: float | None) -> Frame | None:
+def tile_of(relevance: Relevance, tiles: Sequence[Viewport], closer_view_at: float | None) -> Viewport | None:
     """Return the tile that holds most of what the question is about; None if the whole page answers it better.
 
     That is so if no tile holds TILE_SHARE of it. But if `particularize` reaches `closer_view_at`, the allocator asks

@@ -28,9 +28,9 @@ from service.cache.keys import FeatureKey, Features, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_image
-from service.core.frame import Fitting, fitting
 from service.core.models import VisionModel
 from service.core.request import Budget, ImageId, Priority, Request
+from service.core.viewport import Fitting, fitting
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
@@ -116,7 +116,7 @@ class VisionStage:
             reservation.give_back(room, finished=False)
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
-        ticket.fit = next((look.frame.fit for look in looks.values() if look.frame is not None), "squash")
+        ticket.fit = next((look.viewport.fit for look in looks.values() if look.viewport is not None), "squash")
         ticket.reduced = any(self._is_reduced(look, ticket.request) for look in looks.values())
         return [result_of(looks[image.digest]) for image in images]
 
@@ -149,7 +149,7 @@ class VisionStage:
         tile = tile_of(result_of(look).relevance, look.tiles, closer_view_at)
         possible = tile is not None and (
             self.admission.fidelity.closer_view
-            or self.visual.holds(*self._keys(replace(look, frame=tile), "low", request))
+            or self.visual.holds(*self._keys(replace(look, viewport=tile), "low", request))
         )
         look.choose(tile, possible)
 
@@ -197,8 +197,8 @@ class VisionStage:
     def _keep(self, look: Look, seen: Seen, request: Request) -> None:
         if self.card.confidence is not None and look.vision is not None:
             seen = replace(seen, strangeness=self.card.confidence.strangeness(look.vision))
-        if look.frame is not None:
-            seen = replace(seen, frame=look.frame, relevance=replace(seen.relevance, area=look.frame.area))
+        if look.viewport is not None:
+            seen = replace(seen, viewport=look.viewport, relevance=replace(seen.relevance, area=look.viewport.area))
         look.seen = seen
         key = visual_key(self.card, look.digest, request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)
@@ -333,7 +333,7 @@ class VisionStage:
             naming = naming_image(look.number, len(ticket.request.images))
             with ticket.stage("load"), ticket.stage("decode_image"), naming:
                 views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
-                decoded = await self.reader.decode(look.image.data, views, look.frame)
+                decoded = await self.reader.decode(look.image.data, views, look.viewport)
             look.decoded = decoded if both else None
         self._remember(look.image, ticket.request)
         try:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.fits import bar, in_padding
 from benchmarks.pages import KINDS, SIZE_WORDS, SIZES, pages
-from service.core.frame import FAR_FROM_SQUARE
+from service.core.viewport import FAR_FROM_SQUARE
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image as Pillow
 
 from service.core.errors import InvalidImage, Overloaded
-from service.core.frame import WHOLE, fitting
 from service.core.request import Budget
+from service.core.viewport import WHOLE, fitting
 from service.core.vision import Relevance
 from service.edges.http.schema import WireRelevance
 from service.vision_stage.plan import TILE_SHARE, tile_of

@@ -24,8 +24,8 @@ from service.core.errors import (
     ShuttingDown,
     Unavailable,
 )
-from service.core.frame import Frame
 from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Priority, Request, Sampling, Text
+from service.core.viewport import Viewport
 from service.media.decoder import Decoded, ImageLimits
 from service.media.reader import ImageReader
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, image_source, png, turns, until
@@ -589,10 +589,10 @@ class GatedReader(ImageReader):
         self.gate = asyncio.Semaphore(0)
         self.asked: list[bytes] = []
 
-    async def decode(self, data: bytes, views: Sequence[int] = (224,), frame: Frame | None = None) -> Decoded:
+    async def decode(self, data: bytes, views: Sequence[int] = (224,), viewport: Viewport | None = None) -> Decoded:
         self.asked.append(data)
         await self.gate.acquire()
-        return await super().decode(data, views, frame)
+        return await super().decode(data, views, viewport)
 
 
 async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_share_them():

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.core.frame import fitting
 from service.core.prompt import Question
 from service.core.request import Budget
+from service.core.viewport import fitting
 from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures
 from service.media.store import Image
 from service.vision_stage.plan import (
@@ -198,12 +198,12 @@ def test_without_room_a_look_at_a_tile_falls_back_to_what_it_has():
     tiled = look(**KNOWN, tiles=TILES, seen=overview)
     assert next_step(tiled, situation("high", ALLOWED)) == ChooseTile()
     tiled.choose(TILES[1], True)
-    assert (tiled.frame, tiled.overview, tiled.seen, tiled.vision) == (TILES[1], overview, None, None)
+    assert (tiled.viewport, tiled.overview, tiled.seen, tiled.vision) == (TILES[1], overview, None, None)
     again = replace(tiled)
     tiled.fall_back()
-    assert (tiled.frame, tiled.seen, tiled.is_tile_denied) == (None, overview, True)
+    assert (tiled.viewport, tiled.seen, tiled.is_tile_denied) == (None, overview, True)
     assert isinstance(next_step(tiled, situation("high", ALLOWED)), Done)
     again.recall("low", low)
     again.recall("high", None)
     again.fall_back()
-    assert (again.frame, again.seen, again.detail, again.is_tile_denied) == (TILES[1], low, "low", False)
+    assert (again.viewport, again.seen, again.detail, again.is_tile_denied) == (TILES[1], low, "low", False)

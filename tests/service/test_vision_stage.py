@@ -13,8 +13,8 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.errors import Overloaded, TooLarge, Unavailable
-from service.core.frame import Frame
 from service.core.request import Budget, Sampling
+from service.core.viewport import Viewport
 from service.core.vision import Seen, UInt8Array, VisionFeatures
 from service.media.decoder import Decoded
 from service.media.store import Image
@@ -351,9 +351,9 @@ async def test_both_views_are_decoded_together_if_both_are_needed(house, detail)
     decoded = []
     decode = house.reader.decode
 
-    async def noted(data: bytes, views: tuple[int, ...], frame: Frame | None) -> Decoded:
+    async def noted(data: bytes, views: tuple[int, ...], viewport: Viewport | None) -> Decoded:
         decoded.append(views)
-        return await decode(data, views, frame)
+        return await decode(data, views, viewport)
 
     house.reader.decode = noted
     await answer(house, request(image=LARGE, detail=detail))

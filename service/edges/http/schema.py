@@ -22,9 +22,9 @@ from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Reason
 from service.core.errors import GlimpseError, InvalidRequest
-from service.core.frame import FAR_FROM_SQUARE, AskedFit, Fit
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import MAX_TOP_LOG_PROBS, Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
+from service.core.viewport import FAR_FROM_SQUARE, AskedFit, Fit
 from service.core.vision import FloatArray, Relevance
 from service.edges.asking import Fields
 from service.edges.http.body import FormPart

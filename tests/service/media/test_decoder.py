@@ -11,7 +11,7 @@ from PIL import Image as Pillow
 from PIL import ImageCms, ImageFilter
 
 from service.core.errors import InvalidImage, TooLarge
-from service.core.frame import Frame
+from service.core.viewport import Viewport
 from service.media.decoder import decode
 from service.media.header import upright_size
 from tests.support.pictures import LIMITS, encoded, picture
@@ -238,7 +238,7 @@ PAD = (9, 120, 200)
 @pytest.mark.parametrize("size", [(300, 900), (900, 300), (640, 360)])
 def test_a_padded_picture_keeps_its_proportions_in_the_middle_of_one_colour(size):
     image = picture(*size)
-    pixels = decode(encoded(image), LIMITS, frame=Frame.around(*size, PAD)).pixels.transpose(1, 2, 0)
+    pixels = decode(encoded(image), LIMITS, viewport=Viewport.around(*size, PAD)).pixels.transpose(1, 2, 0)
     wide, high = (round(224 * side / max(size)) for side in size)
     left, top = (round((max(size) - side) // 2 * 224 / max(size)) for side in size)
     inside = np.zeros((224, 224), bool)
@@ -252,7 +252,7 @@ def test_a_padded_picture_keeps_its_proportions_in_the_middle_of_one_colour(size
 def test_a_crop_is_what_pillow_crops_and_resizes(kind):
     image = picture(1800, 600)
     data = encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    seen_crop = decode(data, LIMITS, frame=Frame(450, 0, 600, 1800, 600, PAD)).pixels.transpose(1, 2, 0)
+    seen_crop = decode(data, LIMITS, viewport=Viewport(450, 0, 600, 1800, 600, PAD)).pixels.transpose(1, 2, 0)
     expected = image.crop((450, 0, 1050, 600)).resize((224, 224), Pillow.Resampling.BICUBIC)
     assert apart(seen_crop, expected) < 2
 
@@ -266,19 +266,19 @@ def test_a_frame_is_of_the_upright_picture(orientation):
     exif[0x0112] = orientation
     data = encoded(stored, "PNG", exif=exif)
     assert upright_size(data) == (400, 200)
-    for frame in (Frame.around(400, 200, PAD), Frame(150, 0, 200, 400, 200, PAD)):
-        turned = decode(data, LIMITS, frame=frame).pixels
-        assert np.array_equal(turned, decode(encoded(upright), LIMITS, frame=frame).pixels)
+    for viewport in (Viewport.around(400, 200, PAD), Viewport(150, 0, 200, 400, 200, PAD)):
+        turned = decode(data, LIMITS, viewport=viewport).pixels
+        assert np.array_equal(turned, decode(encoded(upright), LIMITS, viewport=viewport).pixels)
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 2), (7, 3)])
 def test_a_sliver_is_padded_too(size):
-    pixels = decode(encoded(picture(*size)), LIMITS, (224, 448), Frame.around(*size, PAD))
+    pixels = decode(encoded(picture(*size)), LIMITS, (224, 448), Viewport.around(*size, PAD))
     assert {view.shape for view in pixels.views.values()} == {(3, 224, 224), (3, 448, 448)}
 
 
 def test_transparent_pixels_are_white_and_the_padding_is_not():
     data = encoded(Pillow.new("RGBA", (100, 300), (10, 20, 30, 0)))
-    pixels = decode(data, LIMITS, frame=Frame.around(100, 300, PAD)).pixels
+    pixels = decode(data, LIMITS, viewport=Viewport.around(100, 300, PAD)).pixels
     assert pixels[:, 112, 112].tolist() == [255, 255, 255]
     assert pixels[:, 112, 0].tolist() == list(PAD)

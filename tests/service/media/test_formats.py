@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
-from service.core.frame import Frame
+from service.core.viewport import Viewport
 from service.media import decoder
 from service.media.decoder import ImageLimits, decode
 from service.media.formats import FORMATS, NAMES, format_of
@@ -133,7 +133,7 @@ def test_a_heic_is_as_large_as_what_its_decoder_leaves_of_it(aperture, size, pla
     decoded = decode(data, LIMITS)
     assert upright_size(data) == (decoded.width, decoded.height) == size
     assert all(map(near, corners(data), places))
-    padded = decode(data, LIMITS, frame=Frame.around(*size, WHITE)).pixels.transpose(1, 2, 0)
+    padded = decode(data, LIMITS, viewport=Viewport.around(*size, WHITE)).pixels.transpose(1, 2, 0)
     shown = (padded.astype(int).sum(axis=2) < 600).nonzero()
     assert [np.ptp(along) + 1 for along in shown] == [round(224 * side / max(size)) for side in reversed(size)]
 

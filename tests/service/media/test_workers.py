@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge, Unavailable
-from service.core.frame import Frame
+from service.core.viewport import Viewport
 from service.media.decoder import ImageLimits, decode
 from service.media.workers import DecodingWorkers
 from tests.support.fakes import until
@@ -95,10 +95,10 @@ async def test_a_worker_sees_what_the_decoder_sees(one, views):
             assert found.views[size].flags.owndata
 
 
-@pytest.mark.parametrize("frame", [Frame.around(500, 300, (1, 2, 3)), Frame(100, 0, 300, 500, 300, (1, 2, 3))])
-async def test_a_worker_sees_the_same_square(one, frame):
+@pytest.mark.parametrize("viewport", [Viewport.around(500, 300, (1, 2, 3)), Viewport(100, 0, 300, 500, 300, (1, 2, 3))])
+async def test_a_worker_sees_the_same_square(one, viewport):
     data = encoded(picture(500, 300))
-    found, expected = await one.decode(data, (224, 448), frame), decode(data, LIMITS, (224, 448), frame)
+    found, expected = await one.decode(data, (224, 448), viewport), decode(data, LIMITS, (224, 448), viewport)
     assert all(np.array_equal(found.views[size], expected.views[size]) for size in (224, 448))
 
 

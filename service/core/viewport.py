@@ -18,7 +18,7 @@ MOST_TILES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class Viewport:
     """A square, in pixels of the upright image. What lies outside the image is padding of one colour."""
 
     left: int
@@ -56,20 +56,20 @@ class Frame:
 class Fitting(NamedTuple):
     """How an image is looked at: what is seen first, and the tiles of which the question may choose one then."""
 
-    frame: Frame | None = None  # None: the whole image, squashed
-    tiles: tuple[Frame, ...] = ()
+    viewport: Viewport | None = None  # None: the whole image, squashed
+    tiles: tuple[Viewport, ...] = ()
 
 
 def fitting(width: int, height: int, fit: AskedFit, colour: Colour) -> Fitting:
-    """Fit an upright image. A square image is the same whatever the fit is; it has neither frame nor tiles."""
+    """Fit an upright image. A square image is the same whatever the fit is; it has neither viewport nor tiles."""
     if fit == "pad" and width != height:
-        return Fitting(Frame.around(width, height, colour))
+        return Fitting(Viewport.around(width, height, colour))
     if fit == "tiles" or (fit == "auto" and max(width, height) > FAR_FROM_SQUARE * min(width, height)):
         return Fitting(None, tiles_of(width, height, colour))
     return Fitting()
 
 
-def tiles_of(width: int, height: int, colour: Colour) -> tuple[Frame, ...]:
+def tiles_of(width: int, height: int, colour: Colour) -> tuple[Viewport, ...]:
     """Cover a page with squares along its longer side, each half over the next: 2 to MOST_TILES, or none.
 
     A tile is as wide as the page. On a page of more than 6.5 to 1 it is wider, and padded.
@@ -82,9 +82,9 @@ def tiles_of(width: int, height: int, colour: Colour) -> tuple[Frame, ...]:
     across = -((side - shorter) // 2)
     along = [round(number * (longer - side) / last) for number in range(last + 1)]
     places = [(across, start) if height > width else (start, across) for start in along]
-    return tuple(Frame(left, top, side, width, height, colour) for left, top in places)
+    return tuple(Viewport(left, top, side, width, height, colour) for left, top in places)
 
 
-def framed(digest: str, frame: Frame | None) -> str:
+def viewed(digest: str, viewport: Viewport | None) -> str:
     """Return the digest that cache keys have for what is seen of an image."""
-    return digest if frame is None else digest + frame.suffix
+    return digest if viewport is None else digest + viewport.suffix

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from service.core.frame import WHOLE, Fitting, Frame, fitting, framed
+from service.core.viewport import WHOLE, Fitting, Viewport, fitting, viewed
 
 GREY = (128, 127, 126)
 
@@ -16,10 +16,10 @@ GREY = (128, 127, 126)
     ],
 )
 def test_a_padded_image_lies_in_the_middle_of_its_square(width, height, square, area):
-    (frame, tiles) = fitting(width, height, "pad", GREY)
-    assert frame == Frame(*square, width, height, GREY)
-    assert frame.area == pytest.approx(area)
-    assert (frame.fit, tiles) == ("pad", ())
+    (viewport, tiles) = fitting(width, height, "pad", GREY)
+    assert viewport == Viewport(*square, width, height, GREY)
+    assert viewport.area == pytest.approx(area)
+    assert (viewport.fit, tiles) == ("pad", ())
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_padded_image_lies_in_the_middle_of_its_square(width, height, square, 
 def test_an_image_that_is_square_enough_or_squashed_has_no_frame_and_its_own_cache_keys(width, height, fit):
     fitted = fitting(width, height, fit, GREY)
     assert fitted == Fitting(None, ())
-    assert framed("d", fitted.frame) == "d"
+    assert viewed("d", fitted.viewport) == "d"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_an_image_that_is_square_enough_or_squashed_has_no_frame_and_its_own_cac
 )
 def test_a_page_is_squashed_first_and_has_tiles_along_its_longer_side(longer, side, count, fit):
     tall, wide = fitting(300, longer, fit, GREY), fitting(longer, 300, fit, GREY)
-    assert tall.frame is None
+    assert tall.viewport is None
     assert len(tall.tiles) == count
     assert {tile.side for tile in tall.tiles} == {side}
     starts = [tile.top for tile in tall.tiles]
@@ -72,18 +72,18 @@ def test_a_strip_has_twelve_tiles_that_are_padded_and_leave_no_gap(longer):
 
 
 def test_what_decides_the_pixels_is_in_the_cache_key():
-    frames = [
-        Frame.around(300, 900, GREY),
-        Frame.around(300, 900, (0, 0, 0)),
-        Frame(0, 0, 300, 300, 900, GREY),
-        Frame(0, 1, 300, 300, 900, GREY),
-        Frame(0, 0, 301, 300, 900, GREY),
-        Frame(1, 0, 300, 300, 900, GREY),
+    viewports = [
+        Viewport.around(300, 900, GREY),
+        Viewport.around(300, 900, (0, 0, 0)),
+        Viewport(0, 0, 300, 300, 900, GREY),
+        Viewport(0, 1, 300, 300, 900, GREY),
+        Viewport(0, 0, 301, 300, 900, GREY),
+        Viewport(1, 0, 300, 300, 900, GREY),
     ]
-    keys = {framed("d", frame) for frame in (*frames, None)}
-    assert len(keys) == len(frames) + 1
+    keys = {viewed("d", viewport) for viewport in (*viewports, None)}
+    assert len(keys) == len(viewports) + 1
     assert not any(":" in key for key in keys)  # the colon parts the names in Redis
 
 
 def test_the_area_of_the_whole_image_is_that_of_no_frame():
-    assert Frame(0, 0, 300, 300, 300, GREY).area == WHOLE
+    assert Viewport(0, 0, 300, 300, 300, GREY).area == WHOLE

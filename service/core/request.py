@@ -86,6 +86,19 @@ class ImageUrl:
 
 
 ImageSource = ImageBytes | ImageId | ImageUrl
+FrameSampling = Literal["uniform", "change"]  # evenly spaced; or those of them that differ from the one before
+MAX_FRAMES = 32  # of one clip
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A short video in its place in the prompt: a file with several pictures, or its frames in order."""
+
+    source: ImageSource | tuple[ImageSource, ...]
+    frames: int = 8  # at most so many are looked at, 1 to MAX_FRAMES
+    sampling: FrameSampling = "uniform"
+
+
 Part = Text | ImageSource
 
 

@@ -56,15 +56,20 @@ def add(
     vision: Annotated[list[str] | None, typer.Option(help="Likewise, of the vision models only.")] = None,
     llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.")] = None,
     weight: Annotated[
-        float, typer.Option(min=0, help="0: only callers that name it get it, unless no variant has a weight.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="0: only callers that name it get it, unless no variant has a weight. [the one that it has, or 0]",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Precision of its Tritons' computation [as the models were built].")
     ] = None,
     variants: Place = FILE,
     redis_url: RedisUrl = None,
 ) -> None:
-    """Add a variant, or give the one of this name other models or Tritons.
+    """Add a variant, or give the one of this name other models or Tritons. It keeps its weight, and drains if it did.
 
     \b
       glimpse variants add stable --models /models/7 --triton triton-a:8001 --triton triton-b:8001 --weight 100
@@ -74,9 +79,14 @@ def add(
     store = place_of(variants, redis_url)
     from service.upstreams.variants import Variant  # noqa: PLC0415
 
-    told: dict[str, Any] = {"models": models, "weight": weight, "tritons": triton or [], "precision": precision}
+    told: dict[str, Any] = {"models": models, "tritons": triton or [], "precision": precision}
     told |= {pool: given for pool, given in (("vision", vision), ("llm", llm)) if given}
-    show(said(store.change(lambda before: before.added(Variant.parse(name, told)))))
+
+    def replaced(before: Variants) -> Variants:
+        kept = {"weight": old.weight, "draining": old.is_draining} if (old := before.variants.get(name)) else {}
+        return before.replaced(Variant.parse(name, told | kept | ({} if weight is None else {"weight": weight})))
+
+    show(said(store.change(replaced)))
 
 
 @app.command()

@@ -175,9 +175,32 @@ class Variants:
         return {name: weights.get(name, 0.0) / total if total else 0.0 for name in self.variants}
 
     def without(self, name: str) -> Self:
-        """Raises VariantsError."""
+        """Remove a variant. Raises UnknownVariant, or NoVariantLeft if only this one gets questions."""
         gone = self.named(name)
-        return replace(self, variants={other: each for other, each in self.variants.items() if each is not gone})
+        after = replace(self, variants={other: each for other, each in self.variants.items() if each is not gone})
+        if self.takes_last_share(after):
+            other = next(iter(after.variants), "NAME")
+            raise NoVariantLeft(
+                f"only {name} gets questions: give another variant a weight before you remove it "
+                f"(`glimpse variants weights {other}=100`)"
+            )
+        return after
+
+    def replaced(self, variant: Variant) -> Self:
+        """Add a variant, or replace the one of this name. Raises NoVariantLeft if it takes the last weight away."""
+        after = self.added(variant)
+        if self.takes_last_share(after):
+            raise NoVariantLeft(
+                f"only {variant.name} gets questions, and it would have no weight: keep one above 0, such as "
+                "`--weight 100`"
+            )
+        return after
+
+    def takes_last_share(self, after: Variants) -> bool:
+        """Return whether nobody would get questions, or nobody by weight, though somebody does now."""
+        return (any(self.shares.values()) and not any(after.shares.values())) or bool(
+            self.weighing and not after.weighing
+        )
 
     def named(self, name: str) -> Variant:
         """Raises VariantsError."""

@@ -72,6 +72,27 @@ def test_a_variant_drains_comes_back_and_goes(place):
     assert set(written(place)) == {"stable"}
 
 
+def test_a_variant_that_gets_other_models_keeps_its_weight_and_drains_on(place):
+    assert run("variants", "drain", "next", *place)[0] == 0
+    for name in ("stable", "next"):
+        assert run("variants", "add", name, "--models", "/models/9", "--triton", "c:8001", *place)[0] == 0
+    assert written(place) == {"stable": (95, False), "next": (5, True)}
+    assert (
+        run("variants", "add", "next", "--models", "/models/9", "--triton", "c:8001", "--weight", "7", *place)[0] == 0
+    )
+    assert written(place)["next"] == (7, True)
+
+
+def test_the_last_variant_that_gets_questions_stays(place):
+    assert run("variants", "drain", "next", *place)[0] == 0
+    before = written(place)
+    for arguments in (("remove", "stable"), ("add", "stable", "--models", "/m", "--triton", "a:1", "--weight", "0")):
+        status, said, error = run("variants", *arguments, *place)
+        assert (status, said, error.count("\n")) == (1, "", 1)
+        assert "only stable gets questions" in error
+        assert written(place) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

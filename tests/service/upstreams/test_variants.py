@@ -99,6 +99,41 @@ def test_a_change_after_which_nobody_gets_questions_or_has_a_weight_is_refused(b
         before.changed(weights, draining)
 
 
+@pytest.mark.parametrize(
+    ("before", "name"),
+    [
+        (kept(("stable", 9, False)), "stable"),
+        (kept(("stable", 0, False)), "stable"),
+        (kept(("stable", 9, False), ("next", 1, True)), "stable"),
+        (kept(("stable", 9, False), ("next", 0, False)), "stable"),
+    ],
+)
+def test_the_only_variant_that_gets_questions_is_not_removed(before, name):
+    with pytest.raises(NoVariantLeft, match=f"only {name} gets questions"):
+        before.without(name)
+
+
+@pytest.mark.parametrize(
+    ("before", "left"),
+    [
+        (kept(("stable", 9, False), ("next", 1, False)), {"next": 1.0}),
+        (kept(("stable", 9, True), ("next", 0, False)), {"next": 1.0}),
+        (kept(("stable", 0, False), ("next", 0, False)), {"next": 1.0}),
+        (kept(("stable", 9, True)), {}),
+    ],
+)
+def test_a_variant_that_others_can_stand_in_for_is_removed(before, left):
+    assert before.without("stable").shares == left
+
+
+def test_a_replaced_variant_does_not_take_the_last_weight_away():
+    before = kept(("stable", 9, False), ("next", 0, False))
+    moved = Variant("stable", "other", ("y:1",), ("y:1",), 9)
+    assert before.replaced(moved).variants["stable"] == moved
+    with pytest.raises(NoVariantLeft, match="--weight 100"):
+        before.replaced(Variant("stable", "other", ("y:1",), ("y:1",), 0))
+
+
 def told(variant: Variant) -> dict[str, object]:
     return {name: getattr(variant, name) for name in Variant.__dataclass_fields__}
 

@@ -30,6 +30,7 @@ import uvloop
 from benchmarks.bench.http_client import Aborted, HttpClient, Response
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.workloads import KNOWN, Ask, Workload, asks, bursts, poisson
+from build_engines.evaluation.accuracy import is_right
 from service.core.errors import GlimpseError
 from service.triton import TritonClient
 
@@ -84,6 +85,7 @@ class Plan:
     timeout_s: float = 120.0
     pause_s: float = 0.0  # of a client of a closed loop, between an answer and its next request
     visual_tokens: tuple[int, int] | None = None  # the questions' budget; Glimpse only
+    scored: bool = False  # ask the questions as they are, and compare the answers with the right ones; Glimpse only
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -119,6 +121,7 @@ class Result:
     vision_tokens: int = 0
     visual_tokens: int = 0
     reduced: bool = False  # looked less closely than requested
+    right: bool | None = None  # None: not scored, or no answer
 
 
 class Asker(Protocol):
@@ -167,8 +170,9 @@ class GlimpseAsker:
         self._gateways = deque((client, dict[int, str]()) for client in clients)  # each knows other ids
 
     async def ask(self, ask: Ask, result: Result) -> None:
+        row = self._scenes.row(ask.images[0], ask.question)
         fields: dict[str, Any] = {
-            "question": self._scenes.question(ask.images[0], ask.question),
+            "question": row.question if self._plan.scored else self._scenes.question(ask.images[0], ask.question),
             "max_tokens": self._plan.max_tokens,
             "stream": True,
             "timeout_s": self._plan.timeout_s,
@@ -179,18 +183,21 @@ class GlimpseAsker:
         *others, last = self._gateways
         for client, ids in others:
             try:
-                await self._answer(client, ids, ask, fields, result)
+                answer = await self._answer(client, ids, ask, fields, result)
             except OSError:
                 if result.first is not None:
                     raise
             else:
-                return
-        await self._answer(*last, ask, fields, result)
+                break
+        else:
+            answer = await self._answer(*last, ask, fields, result)
+        if self._plan.scored:
+            result.right = is_right(answer, row)
 
     async def _answer(
         self, client: HttpClient, ids: dict[int, str], ask: Ask, fields: dict[str, Any], result: Result
-    ) -> None:
-        """Raises AskFailed, Aborted, OSError."""
+    ) -> str:
+        """Return the answer's text. Raises AskFailed, Aborted, OSError."""
         known = ids.get(ask.images[0]) if ask.follow_up else None
         if known:
             body, kind = json.dumps(fields | {"image": known}).encode(), "application/json"
@@ -203,7 +210,7 @@ class GlimpseAsker:
                 heard.token()
 
         response = await client.post("/v1/vqa", body, kind, piece, ask.cancel_after_s)
-        end = self._end_of(response)
+        pieces, end = self._events_of(response)
         result.tokens = end["usage"]["completion_tokens"]
         result.text_tokens = end["usage"]["prompt_tokens"]
         result.cache = end["vision"]["cache"]
@@ -215,10 +222,11 @@ class GlimpseAsker:
         for number, name in zip(ask.images, end["image_ids"], strict=True):
             if number < KNOWN:
                 ids[number] = name
+        return "".join(pieces)
 
     @staticmethod
-    def _end_of(response: Response) -> dict[str, Any]:
-        """Return the last event, which has all fields but the text. Raises AskFailed."""
+    def _events_of(response: Response) -> tuple[Iterator[str], dict[str, Any]]:
+        """Return the pieces of the text, and the last event, which has all other fields. Raises AskFailed."""
         if response.status != 200:
             error = json.loads(response.body)["error"]
             raise AskFailed(EXPIRED if WAITED in error["message"] else error["code"])
@@ -226,7 +234,7 @@ class GlimpseAsker:
         end: dict[str, Any] = json.loads(events[-1])
         if "error" in end:
             raise AskFailed(end["error"]["code"])
-        return end
+        return (json.loads(event)["delta"] for event in events[:-1] if b'"delta"' in event), end
 
 
 class PlainAsker:

@@ -57,6 +57,10 @@ def goodput(figures: Figures) -> float:
     return float(figures["goodput_per_s"])
 
 
+def right(figures: Figures) -> float:
+    return float(figures["right_per_s"])
+
+
 def percentile(what: str, which: str) -> Callable[[Figures], float]:
     return lambda figures: float(figures[what][which])
 
@@ -97,6 +101,17 @@ class Promises:
             self.verdicts.append(
                 Verdict(promise, found.value, wanted, at_least, f"rounds {found.low:g} to {found.high:g}")
             )
+
+    def accuracy_kept(self, case: Case, unloaded: Case, wanted: float) -> None:
+        """Judge how far the accuracy of Glimpse's answers lies below its accuracy in another case."""
+        here, there = (
+            rounds_of(self._report, "glimpse", each, lambda figures: float(figures["accuracy"]))
+            for each in (case, unloaded)
+        )
+        if here and there:
+            lost = statistics.median(there) - statistics.median(here)
+            promise = f"share of right answers lost, {case.label} against {unloaded.label}"
+            self.verdicts.append(Verdict(promise, lost, wanted, False, f"{here} against {there}"))
 
     def pooled_p95(self, system: str, other: str, case: Case, wanted: float, kind: str) -> None:
         """Judge the first-token p95 of one kind of request, over all rounds together."""
@@ -275,18 +290,25 @@ def encoder_images(up: Running) -> int:
 
 
 def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """Measure the capacity in a closed loop, then Poisson arrivals at 0.8 times and 3 times that rate."""
+    """Measure the capacity in a closed loop, then Poisson arrivals at 0.8 times and 3 times that rate.
+
+    The reference model's answers are scored, because less fidelity is only worth it if the answers stay right. Its
+    questions come again, so no answer is taken from the visual cache.
+    """
     ours = ("glimpse", "glimpse-no-fidelity")
     mixed = Workload("mixed")
     most = card_visual_tokens(model)
-    closed = Case(mixed, Arrivals(clients=2 * CLIENTS), seconds, visual_tokens=most)
-    first = compare(Comparison(model, ours, (closed,), rounds, engine=False))
+    scored = model == "reference"
+    settings = {"VISUAL_CACHE_BYTES": "0"} if scored else {}
+    closed = Case(mixed, Arrivals(clients=2 * CLIENTS), seconds, visual_tokens=most, scored=scored)
+    first = compare(Comparison(model, ours, (closed,), rounds, engine=False, settings=settings))
     capacity = statistics.median(rounds_of(first, "glimpse-no-fidelity", closed, rate))
     patient_s = ready(model).slo_s  # a later answer has no value for a client
-    bearable = Case(mixed, Arrivals(rate=0.8 * capacity), seconds, visual_tokens=most, timeout_s=patient_s)
+    bearable = replace(closed, arrivals=Arrivals(rate=0.8 * capacity), timeout_s=patient_s)
     strained = replace(bearable, arrivals=Arrivals(rate=3 * capacity), duration_s=max(seconds, OVERLOAD_S))
     beside = (*ours, "glimpse-no-limit")
-    found = compare(Comparison(model, beside, (replace(bearable, only=ours), strained), rounds, engine=False))
+    cases = (replace(bearable, only=ours), strained)
+    found = compare(Comparison(model, beside, cases, rounds, engine=False, settings=settings))
     found["runs"] = first["runs"] + found["runs"]
     found["table"] = table(found["runs"])
     found["capacity_requests_per_s"] = capacity
@@ -306,6 +328,9 @@ def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
     promises.verdicts.append(Verdict(what, grown["glimpse"], 0.05, False, f"{grown}"))
     promises.against("glimpse-no-fidelity", strained, 1.3, goodput, "goodput")
     promises.against("glimpse-no-limit", strained, 1.0, goodput, "goodput")
+    if scored:
+        promises.against("glimpse-no-fidelity", strained, 2.0, right, "right answers in time")
+        promises.accuracy_kept(strained, bearable, 0.02)
     return promises.into(found)
 
 

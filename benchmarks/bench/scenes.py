@@ -8,7 +8,7 @@ from typing import Self
 
 from PIL import Image
 
-from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, rows
+from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Row, rows
 
 JPEG_QUALITY = 90
 START = b"\xff\xd8"  # every JPEG begins with it
@@ -20,15 +20,15 @@ class Scenes:
     """Image n shows scene n modulo their number."""
 
     files: list[bytes]
-    questions: list[list[str]]  # by scene, those with short answers
+    rows: list[list[Row]]  # by scene: its questions with short answers
 
     @classmethod
     def load(cls, count: int = 64) -> Self:
         """Load the first `count` committed scenes."""
-        asked: dict[str, list[str]] = {}
+        asked: dict[str, list[Row]] = {}
         for row in rows(SCENES):
             if row.type != NOT_IN_TOTAL:
-                asked.setdefault(row.image, []).append(row.question)
+                asked.setdefault(row.image, []).append(row)
         names = sorted(asked)[:count]
         return cls([_jpeg(name) for name in names], [asked[name] for name in names])
 
@@ -46,8 +46,12 @@ class Scenes:
 
         Different numbers give different questions, so no answer can come from an exact repeat.
         """
-        fitting = self.questions[image % len(self.questions)]
-        return f"{fitting[number % len(fitting)]} ({number})"
+        return f"{self.row(image, number).question} ({number})"
+
+    def row(self, image: int, number: int) -> Row:
+        """Return a question that fits the image, and its answer. Equal numbers give equal questions."""
+        fitting = self.rows[image % len(self.rows)]
+        return fitting[number % len(fitting)]
 
 
 def _jpeg(name: str) -> bytes:

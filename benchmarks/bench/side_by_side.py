@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from benchmarks.bench.measuring import measure
 from benchmarks.bench.models import BUILD, PROJECT, Model, ready
 from benchmarks.bench.report import table
 from benchmarks.bench.summary import first_tokens, profile, summary
-from benchmarks.bench.systems import SYSTEMS, running
+from benchmarks.bench.systems import SYSTEMS, System, running
 from benchmarks.bench.workloads import KNOWN, Workload
 
 Figure = TypeVar("Figure")
@@ -43,6 +43,7 @@ class Case:
     warm_repeats: int = 0
     visual_tokens: tuple[int, int] | None = None
     timeout_s: float = 120.0  # how long a client waits
+    scored: bool = False  # answers are compared with the right ones
 
     @property
     def label(self) -> str:
@@ -57,6 +58,14 @@ class Comparison:
     rounds: int
     engine: bool = True  # measure the bare limit too
     every_first_token: bool = False  # also report each request's first token time, so that rounds can be pooled
+    settings: Mapping[str, str] = field(default_factory=dict)  # of every gateway, beside its own
+
+    @property
+    def compared(self) -> dict[str, System]:
+        """Return the systems by name, with all of their settings."""
+        return {
+            name: replace(SYSTEMS[name], settings={**self.settings, **SYSTEMS[name].settings}) for name in self.systems
+        }
 
 
 def say(what: str) -> None:
@@ -82,8 +91,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "title": model.title,
         "model": comparison.model,
         "machine": machine(),
-        "systems": {name: {"how": SYSTEMS[name].how, "settings": dict(SYSTEMS[name].settings)} for name in
-                    comparison.systems},
+        "systems": {name: {"how": system.how, "settings": dict(system.settings)} for name, system in
+                    comparison.compared.items()},
         "failed": failed,
         "engine": engine,
         "profile": profiles(comparison, runs, engine) if engine else {},
@@ -100,7 +109,7 @@ def turns(comparison: Comparison) -> Iterator[tuple[int, str]]:
 
 def turn(name: str, model: Model, comparison: Comparison, number: int) -> list[dict[str, Any]]:
     """Start one system, measure every case, stop it."""
-    system, cases = SYSTEMS[name], comparison.cases
+    system, cases = comparison.compared[name], comparison.cases
     found = []
     started = time.monotonic()
     with running(system, model, BUILD / "logs" / f"{model.name}_{name}") as up:
@@ -136,6 +145,7 @@ def plan(case: Case, model: Model, number: int) -> Plan:
         warm_repeats=case.warm_repeats,
         visual_tokens=case.visual_tokens,
         timeout_s=case.timeout_s,
+        scored=case.scored,
     )
 
 

@@ -55,6 +55,23 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
         "load_generator_lag_ms": latencies(measured.load_lags_s),
         "memory_mb": {role: round(held) for role, held in memory.items()} | {"all": round(sum(memory.values()))},
         "memory_growth": round(max(held[-quarter:]) / max(held[:quarter]) - 1, 4),
+    } | scored(ok, slo_s, span_s)
+
+
+def scored(ok: Sequence[Result], slo_s: float, span_s: float) -> dict[str, float | None]:
+    """Count the right answers among the answered requests; nothing if they were not scored.
+
+    `right_per_s` counts those within `slo_s`. `accuracy` is the share of right answers among all, and among those that
+    say that they are reduced.
+    """
+    known = [result for result in ok if result["right"] is not None]
+    if not known:
+        return {}
+    in_time = sum(result["right"] for result in known if result["end"] - result["at"] <= slo_s)
+    return {
+        "right_per_s": round(in_time / span_s, 3),
+        "accuracy": _share(result["right"] for result in known),
+        "accuracy_reduced": _share(result["right"] for result in known if result["reduced"]),
     }
 
 

@@ -209,7 +209,7 @@ def pool_of(scenes: Scenes) -> list[Question]:
 
 
 def _of_scene(scenes: Scenes, scene: int) -> Iterator[Question]:
-    first, second = scenes.questions[scene][:2]
+    first, second = (row.question for row in scenes.rows[scene][:2])
     yield Question(scene, first, "low")
     yield Question(scene, second, "low")
     yield Question(scene, "describe the image.", "low")

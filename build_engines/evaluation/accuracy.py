@@ -47,7 +47,11 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        return self.answer.strip().lower() == self.row.answer.strip().lower()
+        return is_right(self.answer, self.row)
+
+
+def is_right(answer: str, row: Row) -> bool:
+    return answer.strip().lower() == row.answer.strip().lower()
 
 
 def rows(scenes: Path, split: str | None = None) -> list[Row]:

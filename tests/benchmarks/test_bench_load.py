@@ -12,6 +12,7 @@ from benchmarks.bench.load import WAITED, Arrivals, Plan
 from benchmarks.bench.measuring import measure
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.scenes import Scenes
+from benchmarks.bench.summary import summary
 from benchmarks.bench.systems import Running
 from benchmarks.bench.torch_model import TorchModel
 from benchmarks.bench.workloads import KNOWN, Workload
@@ -44,6 +45,14 @@ def test_a_closed_loop_asks_again_when_it_is_answered(running: Running):
     assert found.samples[0].memory_mb["gateway"] > 20
     assert found.load_lags_s
     assert min(found.load_lags_s) >= 0
+
+
+def test_the_reference_models_answers_are_scored(running: Running):
+    asked = plan(Workload("mixed"), Arrivals(clients=2), first_new=KNOWN + 6000, scored=True, max_tokens=16)
+    found = measure(running, asked)
+    assert {result["outcome"] for result in found.results} == {"ok"}
+    assert sum(result["right"] for result in found.results) >= 9  # of 12; it answers 95 % of these scenes right
+    assert summary(found, IN_TIME_S)["accuracy"] >= 0.75
 
 
 def test_a_dead_gateway_is_passed_over(gateway: Gateway, tmp_path: Path):
@@ -95,11 +104,11 @@ def test_the_vqa_ensemble_is_asked_directly(triton: EmbeddedTriton, tmp_path: Pa
 @pytest.mark.filterwarnings("ignore")  # of transformers, about itself
 def test_pytorch_answers_a_batch_as_one_by_one():
     model, scenes = TorchModel.load(REFERENCE.checkpoint), Scenes.load(3)
-    asked = [(scenes.jpeg(number), scenes.questions[number][0]) for number in range(3)]
+    asked = [(scenes.jpeg(number), scenes.rows[number][0].question) for number in range(3)]
     alone = [model.answer([image], [question], 8)[0] for image, question in asked]
     assert model.answer(*zip(*asked, strict=True), 8) == alone
     assert all(text for text, _ in alone)
-    assert len(scenes.questions) == 3
+    assert len(scenes.rows) == 3
 
 
 def test_a_request_that_expired_in_the_queue_is_recognised_by_its_message():

@@ -20,7 +20,7 @@ PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst
 def result(at: float, end: float, outcome: str = "ok", **known: object) -> dict:
     """Make a result with 0.1 s to the first token."""
     defaults = {"follow_up": False, "gaps": [0.01], "tokens": 2, "cache": "miss", "visual_tokens": 32, "reduced": False,
-                "text_tokens": 13, "vision_tokens": 100}  # fmt: skip
+                "text_tokens": 13, "vision_tokens": 100, "right": None}  # fmt: skip
     return defaults | {"at": at, "sent": at, "first": at + 0.1, "end": end, "outcome": outcome} | known
 
 
@@ -54,6 +54,21 @@ def test_summary_counts_what_was_answered():
     assert figures["memory_mb"] == {"gateway": 103, "llm": 50, "all": 153}
     assert figures["memory_growth"] == pytest.approx(0.02)
     assert (figures["load_generator_lag_ms"]["p50"], figures["load_generator_lag_ms"]["max"]) == (2.0, 3.0)
+
+
+def test_right_answers_are_counted_in_time_and_of_those_that_say_that_they_are_reduced():
+    figures = summary(
+        measured(
+            result(0.0, 0.5, right=True),
+            result(0.0, 2.0, right=True),  # too late
+            result(0.0, 0.5, right=False, reduced=True),
+            result(0.0, 0.6, right=True, reduced=True),
+            result(0.5, 0.51, "saturated", first=None),
+        ),
+        slo_s=1.0,
+    )
+    assert (figures["right_per_s"], figures["accuracy"], figures["accuracy_reduced"]) == (1.0, 0.75, 0.5)
+    assert "accuracy" not in summary(measured(result(0.0, 0.5)), slo_s=1.0)
 
 
 def test_first_tokens_are_of_the_answered_by_kind():

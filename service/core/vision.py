@@ -24,6 +24,7 @@ TEXTURE_CHANNELS = 13
 CELLS = 8  # cells a side; a cell is 2x2 patches
 QUESTION_TOKENS = 32  # tokens of the question that the allocator reads
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
+CLIP_VISUAL_TOKENS = 64  # that a clip resampler makes of a whole clip
 TENSIONS = ("particularize", "explore", "diversify")
 TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail from 0; at level -1, none
 MAX_VISION_TOKENS = 400  # of one image, with the closer view
@@ -142,3 +143,17 @@ class Seen:
     @property
     def nbytes(self) -> int:
         return self.visual_tokens.nbytes + self.relevance.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SeenClip:
+    """The LLM's view of a whole clip for one question, if the models have a clip resampler."""
+
+    visual_tokens: FloatArray  # [count, H]
+    frames: tuple[Relevance, ...]  # of each frame; all have the clip's tensions
+    budget: Budget  # the budget that was allowed, of all frames together
+    is_rounded: bool = False  # made from features that were kept as int8
+
+    @property
+    def nbytes(self) -> int:
+        return self.visual_tokens.nbytes + sum(frame.nbytes for frame in self.frames)

@@ -212,7 +212,7 @@ _llm = Model(
     ),
     decoupled=True,
 )
-# All frames of one clip in one request, so it has no batch dimension: the first dimension of most tensors is the frames.
+# All frames of one clip in one request: it has no batch dimension, and the frames are the first one of most tensors.
 _attend_clip = Model(
     "attend_clip",
     (

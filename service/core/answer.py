@@ -40,6 +40,15 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameSeen:
+    """One frame of a clip that was looked at."""
+
+    index: int  # in the clip, from 0
+    time_s: float | None  # from the clip's start; None if it came as an image
+    relevance: Relevance | None
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """Everything about an answer except its text, known when the text is complete."""
 
@@ -57,6 +66,7 @@ class Finished:
     confidence: Confidence | None = None  # None if the models are not calibrated
     min_confidence: float | None = None  # of the request
     served: Served | None = None  # which variant answered
+    frames: tuple[FrameSeen, ...] = ()  # of the clip, in order
 
     @property
     def abstained(self) -> bool | None:

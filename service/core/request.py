@@ -99,7 +99,7 @@ class Clip:
     sampling: FrameSampling = "uniform"
 
 
-Part = Text | ImageSource
+Part = Text | ImageSource | Clip
 
 
 def text_of(parts: Iterable[Part]) -> str:
@@ -152,4 +152,4 @@ class Request:
     def __post_init__(self) -> None:
         parts = [part for exchange in self.exchanges for part in exchange.parts] + [*self.parts]
         object.__setattr__(self, "question", text_of(self.parts))
-        object.__setattr__(self, "images", tuple(part for part in parts if not isinstance(part, Text)))
+        object.__setattr__(self, "images", tuple(part for part in parts if not isinstance(part, Text | Clip)))

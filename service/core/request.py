@@ -151,12 +151,25 @@ class Request:
     clips: tuple[Clip, ...] = field(init=False)  # likewise; models read at most one
 
     def __post_init__(self) -> None:
-        parts = [part for exchange in self.exchanges for part in exchange.parts] + [*self.parts]
         object.__setattr__(self, "question", text_of(self.parts))
-        object.__setattr__(self, "images", tuple(part for part in parts if not isinstance(part, Text | Clip)))
-        object.__setattr__(self, "clips", tuple(part for part in parts if isinstance(part, Clip)))
+        object.__setattr__(self, "images", tuple(part for part in self.pictures if not isinstance(part, Clip)))
+        object.__setattr__(self, "clips", tuple(part for part in self.pictures if isinstance(part, Clip)))
+
+    @property
+    def pictures(self) -> tuple[ImageSource | Clip, ...]:
+        """Return the images and clips in the order of the prompt, those of earlier questions first."""
+        parts = [part for exchange in self.exchanges for part in exchange.parts] + [*self.parts]
+        return tuple(part for part in parts if not isinstance(part, Text))
 
     @property
     def clip(self) -> Clip | None:
         """Return the only clip of a request that was admitted."""
         return self.clips[0] if self.clips else None
+
+    @property
+    def sources(self) -> tuple[ImageSource, ...]:
+        """Return the images, and the clip's file or frames."""
+        if self.clip is None:
+            return self.images
+        source = self.clip.source
+        return (*self.images, *(source if isinstance(source, tuple) else (source,)))

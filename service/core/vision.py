@@ -141,6 +141,10 @@ class Seen:
     strangeness: float = 0.0  # of the image: see core/confidence.py; 0 if the models are not calibrated
 
     @property
+    def vision_tokens(self) -> int:
+        return self.relevance.vision_tokens
+
+    @property
     def nbytes(self) -> int:
         return self.visual_tokens.nbytes + self.relevance.nbytes
 
@@ -155,5 +159,40 @@ class SeenClip:
     is_rounded: bool = False  # made from features that were kept as int8
 
     @property
+    def vision_tokens(self) -> int:
+        return sum(frame.vision_tokens for frame in self.frames)
+
+    @property
     def nbytes(self) -> int:
         return self.visual_tokens.nbytes + sum(frame.nbytes for frame in self.frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A picture of a clip that is looked at."""
+
+    index: int  # in the clip, from 0
+    time_s: float | None  # after the clip's first frame; None if the frames came as images
+    at: float  # its time as a share of the clip, from 0 to 1
+    digest: str  # what cache keys have for it
+    image_id: str = ""  # of a frame that came as an image
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """The LLM's view of all that one request shows."""
+
+    images: tuple[Seen, ...]  # in the order of the prompt
+    frames: tuple[Frame, ...] = ()  # of the clip
+    of_frames: tuple[Seen, ...] = ()  # one a frame, if each is looked at as an image is
+    clip: SeenClip | None = None  # if all are looked at together
+
+    @property
+    def relevance(self) -> tuple[Relevance, ...]:
+        """Return the relevance of each frame."""
+        return tuple(each.relevance for each in self.of_frames) if self.clip is None else self.clip.frames
+
+    @property
+    def seen(self) -> tuple[Seen | SeenClip, ...]:
+        """Return everything that has visual tokens of its own."""
+        return (*self.images, *self.of_frames, *(() if self.clip is None else (self.clip,)))

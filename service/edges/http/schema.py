@@ -218,11 +218,13 @@ VIDEO_FRAMES: Any = Field(
     None,
     description=f"At most so many frames of the video are looked at. Left out: {Clip(()).frames} of a video, all of "
     "`frames`.",
+    examples=[16],
 )
 VIDEO_SAMPLING: Any = Field(
     None,
     description=f"Which frames: `uniform` takes them evenly spaced; `change` leaves out those of up to {MAX_FRAMES} "
     "that look like the one before. Left out: `uniform`.",
+    examples=["change"],
 )
 LOGPROBS: Any = Field(False, description="Tell each token's log probability.")
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS), WHOLE]
@@ -334,10 +336,14 @@ class VqaRequest(Asked):
         None, description="Several, each as `image`, in its place; the model reads them in this order."
     )
     video: ImageText | None = Field(
-        None, description="A short video: MP4, WebM, or an animated GIF or WebP, in one of the ways of `image`."
+        None,
+        description="A short video: MP4, WebM, or an animated GIF or WebP, in one of the ways of `image`.",
+        examples=["img_5b2e3c9a8b7c6d5e4f3a2b6d0f1c0a4f"],
     )
     frames: Annotated[tuple[ImageText, ...], Field(min_length=1, max_length=MAX_FRAMES)] | None = Field(
-        None, description="A video's frames in order, each as `image`, in place of `video`."
+        None,
+        description="A video's frames in order, each as `image`, in place of `video`.",
+        examples=[["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b", "img_2b6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a"]],
     )
 
     @classmethod

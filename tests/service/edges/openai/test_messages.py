@@ -140,7 +140,7 @@ def test_both_names_of_max_tokens_are_known(fields, most):
     ("messages", "param", "message"),
     [
         ([], "messages", "messages is empty: add the user's question"),
-        ([user(text("which?"))], "messages", 'messages have no image: add {"type": "image_url"'),
+        ([user(text("which?"))], "messages", 'messages have no image or video: add {"type": "image_url"'),
         ([user(image(), text(" "))], "messages.0.content", "messages.0.content is empty: say what you want to know"),
         ([user(image()), assistant("a")], "messages.1.role", "messages.1 must be the user's question: add one"),
         ([assistant("a"), ASKED], "messages.0.role", "messages.0 is the assistant's, and no message of the user's"),

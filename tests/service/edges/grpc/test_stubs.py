@@ -33,7 +33,7 @@ def test_every_method_has_a_handler_that_streams_as_the_proto_says():
 
 
 def test_a_question_has_the_fields_of_http():
-    """Images and videos stand in the parts, a call has a deadline, a stream is a method. OpenAI's chat has the other."""
+    """Images and videos stand in the parts, a call has a deadline, streams are a method. OpenAI's chat has `system`."""
     of_http = VqaRequest.model_fields.keys() - {*FILES, "images", "question", "timeout_s", "stream"}
     assert set(pb.AnswerRequest.DESCRIPTOR.fields_by_name) == of_http | {"parts", "system"}
 

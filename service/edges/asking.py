@@ -185,7 +185,7 @@ def _require_one_clip(fields: Fields, parts: Iterable[Part]) -> None:
         raise InvalidRequest(f"video is given {clips} times: ask about one video at a time", param="video")
     for name in ("video_frames", "video_sampling"):
         if not clips and getattr(fields, name) is not None:
-            raise InvalidRequest(f"{name} needs a video: send video or frames, or leave {name} out", param=name)
+            raise InvalidRequest(f"{name} needs a video: add one, or leave {name} out", param=name)
 
 
 def _looked_at(fields: Fields, parts: Iterable[Part]) -> tuple[Part, ...]:

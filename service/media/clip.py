@@ -5,13 +5,22 @@ GIF and WebP are decoded by Pillow, MP4, MOV, WebM and Matroska by FFmpeg's libr
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import accumulate
 from typing import NamedTuple
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
 from service.core.vision import UInt8Array
 from service.media.animation import pictures, read_animation
-from service.media.clip_header import CLIP_NAMES, MAX_FRAME_PIXELS, clip_cost, clip_format, is_clip
+from service.media.clip_header import (
+    CLIP_NAMES,
+    MAX_FRAME_PIXELS,
+    ClipFormat,
+    clip_cost,
+    clip_format,
+    is_clip,
+    video_header,
+)
 from service.media.decoder import ImageLimits, require_bytes
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
@@ -47,7 +56,7 @@ def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
     if kind is None:
         raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
     try:
-        return _animated(data, kind, limits, most)
+        return (_animated if kind in ("GIF", "WebP") else _filmed)(data, kind, limits, most)
     except GlimpseError:
         raise
     except MemoryError as exc:
@@ -93,7 +102,7 @@ def require_walk(frames: int, pixels: int) -> None:
         )
 
 
-def _animated(data: bytes, kind: str, limits: ImageLimits, most: int) -> DecodedClip:
+def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
     film = read_animation(data, "GIF" if kind == "GIF" else "WEBP")
     require_frame_size(film.width, film.height, limits)
     require_walk(len(film.shown_ms), film.walked_pixels)
@@ -105,3 +114,28 @@ def _animated(data: bytes, kind: str, limits: ImageLimits, most: int) -> Decoded
     )
     size = (film.height, film.width) if film.orientation in SIDEWAYS else (film.width, film.height)
     return DecodedClip(*size, begins_ms[-1] / 1000, frames)
+
+
+def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
+    from service.media.film import Film  # loads FFmpeg, which the gateway's own process never needs
+
+    told = video_header(data)
+    if told.is_encrypted:
+        raise InvalidImage("the video is encrypted: send one that is not", param="video")
+    if told.is_packed:
+        raise InvalidImage("the video's header is compressed, which is not read: save it anew", param="video")
+    require_frame_size(told.width, told.height, limits)
+    if told.is_short:
+        raise ValueError("bytes are missing")
+    with closing(Film(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
+        width, height = film.size
+        require_frame_size(width, height, limits)
+        wanted = spaced(film.count, most)
+        runs = film.runs(wanted)
+        walked = sum(run.end - run.start for run in runs)
+        require_walk(walked, walked * width * height)
+        times_s, duration_s = film.times_s()
+        pixels = dict(frame for run in runs for frame in film.frames(run))
+        frames = tuple(DecodedFrame(index, times_s[index], pixels[index]) for index in wanted)
+        size = (height, width) if film.orientation in SIDEWAYS else (width, height)
+    return DecodedClip(*size, duration_s, frames)

@@ -56,6 +56,7 @@ from service.upstreams.models import Choice, Model, Models
 from service.vision_stage import VisionStage, decoding_cost
 from service.vision_stage.clips import ClipMemory
 from service.vision_stage.estimating import Estimator
+from service.vision_stage.page_sizes import PageSizes
 
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
@@ -101,6 +102,7 @@ class Pipeline:
         )
         self.visual = VisualCache(settings.visual_cache_bytes, metrics)
         self.clips = ClipMemory()
+        self.page_sizes = PageSizes()
         self.guides = GuideChecks()
 
     def model(
@@ -117,8 +119,9 @@ class Pipeline:
             features=self.features,
             visual=self.visual,
             clips=self.clips,
+            page_sizes=self.page_sizes,
         )
-        estimator = Estimator(card, self.admission, self.features, self.reader.limits)
+        estimator = Estimator(card, self.admission, self.features, self.reader.limits, self.page_sizes)
         return Model(card, prompts, stage, language, estimator, **fields)
 
     @property
@@ -190,7 +193,7 @@ class Pipeline:
             ) from exc
         await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
-        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
+        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, decoded.pages)
 
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
         """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
@@ -208,7 +211,7 @@ class Pipeline:
                         param="image",
                         code="url_not_supported",
                     )
-                images.append(await self.load_one(source, request.tenant))
+                images.append((await self.load_one(source, request.tenant)).at(request.page))
         return choice.model.estimator.estimate(choice.request, images, choice.tokens, reservation)
 
     def require_turns(self, open_requests: int, lag_s: float) -> None:
@@ -296,7 +299,8 @@ class Pipeline:
                     known = fetched[source] if isinstance(source, ImageUrl) else source
                     loaded.append(await self.load_one(known, request.tenant))
         ticket.image_ids = tuple(image.id for image in loaded)
-        images, shown = loaded[: len(request.images)], loaded[len(request.images) :]
+        images = [image.at(request.page) for image in loaded[: len(request.images)]]
+        shown = loaded[len(request.images) :]
         if request.clip is None:
             return images, None
         if isinstance(request.clip.source, tuple):

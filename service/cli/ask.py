@@ -59,6 +59,7 @@ def ask(
         Detail | None, typer.Option(help="high adds a closer view of the image; auto adds it if the question needs it.")
     ] = None,
     fit: Fit = None,
+    page: Annotated[int | None, typer.Option(min=1, help="The page of a PDF or a TIFF [default: 1].")] = None,
     explain: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the model looked, and why; one question only.")
     ] = None,
@@ -94,6 +95,7 @@ def ask(
       glimpse ask photo.jpg "what does the label say?" --min-confidence 0.8
       glimpse ask photo.jpg "is there a red square?" --explain looked.png
       glimpse ask photo.jpg "is there a red square?" --explain looked.png --json | jq .relevance     # the numbers drawn
+      glimpse ask report.pdf "what does the sign say?" --page 3
       glimpse ask photos/*.jpg "is there a red square?"                          # a line for each file
       glimpse ask --batch questions.jsonl --out answers.jsonl                    # goes on where it was stopped
     """
@@ -107,6 +109,7 @@ def ask(
         "budget": budget(vision_tokens, visual_tokens),
         "detail": detail,
         "fit": fit,
+        "page": page,
         "explain": True if explain else None,
         "min_confidence": min_confidence,
         "timeout_s": timeout_s,
@@ -123,7 +126,7 @@ def ask(
         images, questions = sorted_out(words or [])
         require_sendable(asked, questions)
         if explain:
-            require_drawable(explain, images, questions)
+            require_drawable(explain, images, questions, page)
         sure = confidence or min_confidence is not None
         show = Show(as_json, explain, named=len(images) > 1, sure=sure)
         failed = False
@@ -237,7 +240,7 @@ def require_sendable(fields: dict[str, Any], questions: list[str]) -> None:
                 raise AskFailed(f"{name} is not UTF-8 text: {text!a}")
 
 
-def require_drawable(target: Path, images: list[str], questions: list[str]) -> None:
+def require_drawable(target: Path, images: list[str], questions: list[str], page: int | None) -> None:
     """Check before any request whether a picture can be drawn. Raises AskFailed."""
     require("matplotlib", "serve")
     if target.suffix.lower() != ".png":
@@ -246,6 +249,8 @@ def require_drawable(target: Path, images: list[str], questions: list[str]) -> N
         raise AskFailed(f"--explain draws over one image, not {len(images)}: ask about each one separately")
     if len(questions) > 1:
         raise AskFailed(f"--explain draws one question, not {len(questions)}: ask each one separately")
+    if page is not None or images[0].lower().endswith(".pdf"):
+        raise AskFailed("--explain draws over an image, not over a page: send the page as an image, or leave it out")
     if is_id(images[0]):
         raise AskFailed("--explain draws over the image: name its file, not its id")
 

@@ -95,3 +95,4 @@ class KeptImage:
     width: int
     height: int
     expires_at: float
+    pages: int = 1

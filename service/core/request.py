@@ -137,6 +137,7 @@ class Request:
     timeout_s: float
     detail: Detail = "low"
     fit: AskedFit | None = None  # of images that are not square; None: as the model's card says
+    page: int = 1  # of the one image, if it is a document
     exchanges: tuple[Exchange, ...] = ()  # earlier questions and answers, oldest first
     system: str = ""  # what the model is told before the first question
     trace_id: str = ""  # the caller's own id of the request

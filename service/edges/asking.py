@@ -49,7 +49,8 @@ class Fields:
 
     Images and the clip are in their places in `parts` and `turns`. Or they are in `image` or `images` and in `video` or
     `frames`, which come before everything else, the clip behind the images. A `str` in these four is an argument for
-    `source_of`. `video_frames` and `video_sampling` are those of the one clip, wherever it stands.
+    `source_of`. `video_frames` and `video_sampling` are those of the one clip, wherever it stands. `page` is that of
+    the one image.
     """
 
     parts: tuple[Part, ...]
@@ -59,6 +60,7 @@ class Fields:
     frames: tuple[ImageSource | str, ...] | None = None
     video_frames: int | None = None
     video_sampling: FrameSampling | None = None
+    page: int | None = None
     turns: tuple[Exchange, ...] = ()
     system: str = ""
     max_tokens: int = Sampling().max_tokens
@@ -104,7 +106,9 @@ def to_request(
         exchanges = (replace(first, parts=(*front, *first.parts)), *others)
     else:
         parts = (*front, *parts)
-    _require_one_clip(fields, (part for each in (parts, *(told.parts for told in exchanges)) for part in each))
+    shown = [part for each in (parts, *(told.parts for told in exchanges)) for part in each]
+    _require_one_clip(fields, shown)
+    _require_one_image(fields, shown)
     parts = _looked_at(fields, parts)
     exchanges = tuple(replace(told, parts=_looked_at(fields, told.parts)) for told in exchanges)
     return Request(
@@ -118,6 +122,7 @@ def to_request(
         ),
         detail=fields.detail,
         fit=fields.fit,
+        page=fields.page or 1,
         sampling=_sampling(fields),
         timeout_s=_timeout_s(fields, limits),
         priority=fields.priority,
@@ -186,6 +191,24 @@ def _require_one_clip(fields: Fields, parts: Iterable[Part]) -> None:
     for name in ("video_frames", "video_sampling"):
         if not clips and getattr(fields, name) is not None:
             raise InvalidRequest(f"{name} needs a video: add one, or leave {name} out", param=name)
+
+
+def _require_one_image(fields: Fields, parts: Sequence[Part]) -> None:
+    """A page is one of the only image. `parts` are those of all questions. Raises InvalidRequest."""
+    if fields.page is None:
+        return
+    for name in ("images", "video", "frames"):
+        if getattr(fields, name) is not None:
+            raise InvalidRequest(
+                f"page is about one image, and {name} is given: send the document alone, as image, or leave page out",
+                param="page",
+            )
+    images = sum(not isinstance(part, Text | Clip) for part in parts)
+    if images != 1 or len(parts) > images + sum(isinstance(part, Text) for part in parts):
+        raise InvalidRequest(
+            "page is about one image: send the document alone, without other images or a video, or leave page out",
+            param="page",
+        )
 
 
 def _looked_at(fields: Fields, parts: Iterable[Part]) -> tuple[Part, ...]:

@@ -6,7 +6,7 @@ too, so it imports neither settings nor asyncio.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
@@ -29,6 +29,7 @@ from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
 from service.media.formats import SENT
+from service.media.header import page_count, require_page
 from service.media.structure import Structure, structure_of
 
 try:
@@ -64,6 +65,7 @@ TURNS = {  # EXIF orientation -> the turn that brings the picture upright
 Pillow.MAX_IMAGE_PIXELS = None
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 Media = Literal["image", "video"]  # the field at fault, and the word for it in messages
 
 
@@ -83,6 +85,7 @@ class Decoded:
     views: Mapping[int, UInt8Array]  # by their size in pixels: [3, size, size] RGB
     width: int  # of the whole picture, upright
     height: int
+    pages: int = 1  # of the file
 
     @property
     def pixels(self) -> UInt8Array:
@@ -97,9 +100,15 @@ class Decoded:
 
 
 def decode(
-    data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+    data: bytes,
+    limits: ImageLimits,
+    views: Sequence[int] = (IMAGE_SIZE,),
+    viewport: Viewport | None = None,
+    page: int = 1,
 ) -> Decoded:
-    """Decode an image of one of FORMATS, of several pictures the first, to uint8 [3, size, size] RGB for each view.
+    """Decode an image of one of FORMATS to uint8 [3, size, size] RGB for each view.
+
+    Of several pictures it is the first, and of a TIFF the page.
 
     The whole picture is resized to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
     picture of that size is not changed. With a viewport, its square is resized instead, by one factor for both sides.
@@ -108,7 +117,8 @@ def decode(
     Raises InvalidImage, TooLarge.
     """
     require_bytes(data, limits)
-    structure = structure_of(data)
+    require_page(data, page)
+    structure = structure_of(data, page)
     if structure is None:
         raise InvalidImage(f"{found_in(data)}; {SENT}", param="image")
     if structure.format == "HEIF" and pi_heif is None:
@@ -130,7 +140,8 @@ def decode(
             param="image",
         ) from exc
     width, height = structure.width, structure.height
-    return Decoded(pixels, *((height, width) if structure.orientation in SIDEWAYS else (width, height)))
+    size = (height, width) if structure.orientation in SIDEWAYS else (width, height)
+    return Decoded(pixels, *size, page_count(data) or 1)
 
 
 def require_bytes(data: bytes, limits: ImageLimits, what: Media = "image") -> None:
@@ -196,7 +207,7 @@ def _needed(whole: tuple[int, int], size: int, viewport: Viewport | None) -> tup
     return max(1, whole[0] * size // viewport.side), max(1, whole[1] * size // viewport.side)
 
 
-def squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
+def squashed(colours: Pillow.Image, size: int, orientation: int = 1) -> UInt8Array:
     """Resize to [3, size, size] RGB, upright."""
     side = (size, size)
     if colours.size != side:
@@ -211,12 +222,25 @@ def _viewed(colours: Pillow.Image, size: int, orientation: int, viewport: Viewpo
     """Resize what the viewport has of the picture, on the colour of its padding: [3, size, size] RGB, upright."""
     if orientation in TURNS:
         colours = colours.transpose(TURNS[orientation])
+    across, down = colours.width / viewport.width, colours.height / viewport.height  # below 1 if a draft was decoded
+
+    def cut(box: Box, to: tuple[int, int]) -> Pillow.Image:
+        left, top, right, bottom = box
+        place = (left * across, top * down, right * across, bottom * down)
+        return _on_white(colours.resize(to, Pillow.Resampling.BICUBIC, place))
+
+    return viewed(viewport, size, cut)
+
+
+def viewed(viewport: Viewport, size: int, cut: Callable[[Box, tuple[int, int]], Pillow.Image]) -> UInt8Array:
+    """Put what the viewport has of a picture on the colour of its padding: [3, size, size] RGB.
+
+    `cut`: a box of the upright picture -> RGB of so many pixels.
+    """
     left, right, at_x, wide = _along(viewport.left, viewport.side, viewport.width, size)
     top, bottom, at_y, high = _along(viewport.top, viewport.side, viewport.height, size)
-    across, down = colours.width / viewport.width, colours.height / viewport.height  # below 1 if a draft was decoded
-    box = (left * across, top * down, right * across, bottom * down)
     square = Pillow.new("RGB", (size, size), viewport.colour)
-    square.paste(_on_white(colours.resize((wide, high), Pillow.Resampling.BICUBIC, box)), (at_x, at_y))
+    square.paste(cut((left, top, right, bottom), (wide, high)), (at_x, at_y))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 

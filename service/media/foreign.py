@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from service.media.formats import format_of
+from service.media.formats import format_of, is_pdf
 
 # The file's beginning behind white space, in any case -> its name. The first that matches.
 BEGINNINGS = (
     (rb"<svg\b|(<\?xml|<!--|<!doctype svg).*<svg\b", "an SVG drawing"),
     (rb"<!doctype html|<html\b|<head\b|<body\b", "an HTML page"),
     (rb"<\?xml", "an XML file"),
-    (rb"%pdf-", "a PDF document"),
     (rb"%!ps", "a PostScript file"),
     (rb"....ftyp(qt|mqt)", "a QuickTime video"),
     (rb"....ftyp", "an MP4 video"),
@@ -55,6 +54,7 @@ VIDEOS = {
     "a WebM or Matroska video": "send it as `video`",
     "an AVI video": "save it as MP4 and send it as `video`",
 }
+PDF_ADVICE = "pages of PDFs are read if the operator has run pip install 'glimpse[pdf]'"
 
 
 def found_in(data: bytes, wanted: Literal["image", "video"] = "image") -> str:
@@ -65,6 +65,9 @@ def found_in(data: bytes, wanted: Literal["image", "video"] = "image") -> str:
     image = format_of(data)
     if image is not None:
         return f"{refusal}: it looks like a {image.name} image"
+    if is_pdf(data):
+        advice = f" ({PDF_ADVICE})" if wanted == "image" else ""
+        return f"{refusal}: it looks like a PDF document{advice}"
     start = data[:READ_BYTES].removeprefix(b"\xef\xbb\xbf")
     start = start.lstrip() or start
     for beginning, name in NAMES:

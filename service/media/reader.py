@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from service.core.viewport import Viewport
 from service.core.vision import IMAGE_SIZE
 from service.media.clip import DecodedClip, decode_clip
-from service.media.decoder import Decoded, ImageLimits, decode
+from service.media.decoder import Decoded, ImageLimits
+from service.media.document import decode_page
 from service.media.store import Image
 from service.media.workers import CpuSpent, DecodingWorkers, uncounted
 
@@ -24,11 +25,11 @@ class ImageReader:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     async def decode(
-        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None, page: int = 1
     ) -> Decoded:
         """Decode in a thread. Raises InvalidImage, TooLarge."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, decode, data, self.limits, views, viewport
+            self._threads, decode_page, data, self.limits, views, viewport, page
         )
 
     async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
@@ -57,10 +58,10 @@ class WorkerReader(ImageReader):
         self.workers.start()
 
     async def decode(
-        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None, page: int = 1
     ) -> Decoded:
         """Raises InvalidImage, TooLarge, Unavailable."""
-        return await self.workers.decode(data, views, viewport)
+        return await self.workers.decode(data, views, viewport, page)
 
     def close(self) -> None:
         super().close()

@@ -22,7 +22,8 @@ from typing import Any
 from service.core.errors import GlimpseError
 from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
-from service.media.decoder import ImageLimits, decode
+from service.media.decoder import ImageLimits
+from service.media.document import decode_page
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
@@ -88,17 +89,22 @@ def answered(request: Mapping[str, Any], memory: mmap.mmap, limits: WorkerLimits
     try:
         # The default action of the timer's signal ends the process, whatever the decoder is doing.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        decoded = decode(data, limits.image, views, viewport)
+        decoded = decode_page(data, limits.image, views, viewport, request["page"])
         signal.setitimer(signal.ITIMER_PROF, 0)
     except GlimpseError as error:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        return {"error": type(error).__name__, "message": error.message}
+        return {
+            "error": type(error).__name__,
+            "message": error.message,
+            "param": error.param or "image",
+            "code": error.code,
+        }
     offset = 0
     for size in views:
         pixels = decoded.views[size]
         memory[offset : offset + pixels.nbytes] = pixels.tobytes()
         offset += pixels.nbytes
-    return {"size": [decoded.width, decoded.height]}
+    return {"size": [decoded.width, decoded.height], "pages": decoded.pages}
 
 
 def keep_freed_memory() -> None:

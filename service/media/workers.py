@@ -91,7 +91,9 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    async def decode(self, data: bytes, views: Sequence[int], viewport: Viewport | None = None) -> Decoded | None:
+    async def decode(
+        self, data: bytes, views: Sequence[int], viewport: Viewport | None = None, page: int = 1
+    ) -> Decoded | None:
         """None if the process ended meanwhile. Raises InvalidImage, TooLarge."""
         view = memoryview(data)
         for start in range(0, len(data), CHUNK_BYTES):
@@ -107,6 +109,7 @@ class Worker:
                 "nbytes": len(data),
                 "views": list(views),
                 "viewport": None if viewport is None else asdict(viewport),
+                "page": page,
             }
             self._socket.send(json.dumps(told).encode())
             packet = await self._reply
@@ -124,10 +127,10 @@ class Worker:
 
     def _decoded(self, reply: dict[str, object], views: Sequence[int]) -> Decoded:
         match reply:
-            case {"size": [int(width), int(height)]}:
-                return Decoded(self._views(views), width, height)
-            case {"error": str(name), "message": str(message)}:
-                raise ERRORS[name](message, param="image")
+            case {"size": [int(width), int(height)], "pages": int(pages)}:
+                return Decoded(self._views(views), width, height, pages)
+            case {"error": str(name), "message": str(message), "param": str(param), "code": str(code)}:
+                raise ERRORS[name](message, param=param, code=code)
         raise ValueError("a decoder's reply is neither a size nor an error")
 
     def _views(self, views: Sequence[int]) -> dict[int, UInt8Array]:
@@ -212,12 +215,14 @@ class DecodingWorkers:
             self._workers.append(self._worker(place))
             self._free.put_nowait(place)
 
-    async def decode(self, data: bytes, views: Sequence[int], viewport: Viewport | None = None) -> Decoded:
+    async def decode(
+        self, data: bytes, views: Sequence[int], viewport: Viewport | None = None, page: int = 1
+    ) -> Decoded:
         """A caller that leaves meanwhile leaves its worker to finish. Raises InvalidImage, TooLarge, Unavailable."""
         require_bytes(data, self.limits)
         self.start()
         place = await self._free.get()
-        job = asyncio.create_task(self._decode(place, data, sorted(views), viewport))
+        job = asyncio.create_task(self._decode(place, data, sorted(views), viewport, page))
         self._jobs.add(job)
         job.add_done_callback(self._forget)
         return await asyncio.shield(job)
@@ -233,13 +238,16 @@ class DecodingWorkers:
             worker.end()
         self._free = asyncio.Queue()
 
-    async def _decode(self, place: int, data: bytes, views: Sequence[int], viewport: Viewport | None) -> Decoded:
+    async def _decode(
+        self, place: int, data: bytes, views: Sequence[int], viewport: Viewport | None, page: int
+    ) -> Decoded:
         self._busy.add(place)
         try:
             for _ in range(ATTEMPTS):
                 if not self._workers[place].is_alive:
                     self._replace(place)
-                if (decoded := await self._attempt(self._workers[place], data, views, viewport)) is not None:
+                decoded = await self._attempt(self._workers[place], data, views, viewport, page)
+                if decoded is not None:
                     return decoded
             raise InvalidImage("the image ends its decoder: save it anew with an image editor", param="image")
         finally:
@@ -250,7 +258,7 @@ class DecodingWorkers:
                 self._free.put_nowait(place)
 
     async def _attempt(
-        self, worker: Worker, data: bytes, views: Sequence[int], viewport: Viewport | None
+        self, worker: Worker, data: bytes, views: Sequence[int], viewport: Viewport | None, page: int
     ) -> Decoded | None:
         """None if the worker was ended and not by the image's own fault. Raises InvalidImage, TooLarge, Unavailable."""
         try:
@@ -261,7 +269,7 @@ class DecodingWorkers:
             raise Unavailable(NO_START) from exc
         try:
             async with asyncio.timeout(self.wall_s):
-                decoded = await worker.decode(data, views, viewport)
+                decoded = await worker.decode(data, views, viewport, page)
         except TimeoutError as exc:
             log.warning("decoder_ended", reason="time", pid=worker.pid, status=worker.end())
             raise TooLarge(f"decoding takes more than {self.wall_s:g} s: {SENT_SMALLER}", param="image") from exc

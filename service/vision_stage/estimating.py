@@ -18,19 +18,28 @@ from service.core.viewport import fitting, viewed
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
 from service.media.formats import SENT
-from service.media.header import header_size, upright_size
+from service.media.header import header_size, require_page, upright_size
 from service.media.store import Image
 from service.vision_stage import decoding_cost
+from service.vision_stage.page_sizes import PageSizes
 
 
 class Estimator:
     """Read headers and ask admission, but reserve nothing."""
 
-    def __init__(self, card: ModelCard, admission: Admission, features: FeatureCache, limits: ImageLimits) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        admission: Admission,
+        features: FeatureCache,
+        limits: ImageLimits,
+        page_sizes: PageSizes,
+    ) -> None:
         self.card = card
         self.admission = admission
         self.features = features
         self.limits = limits
+        self.page_sizes = page_sizes
 
     def estimate(self, request: Request, images: Sequence[Image], tokens: int, reservation: Reservation) -> Estimate:
         """`tokens`: the most LLM tokens that the request can use. Its body's bytes are reserved already.
@@ -42,7 +51,7 @@ class Estimator:
             with naming_image(index, len(images)):
                 described.append(self._described(image, request))
         new = {image.id: image for image, each in zip(images, described, strict=True) if not each.known}
-        pixels = sum(decoding_cost(image.data, self.limits.max_pixels).pixels for image in new.values())
+        pixels = sum(decoding_cost(image.data, self.limits.max_pixels, image.page).pixels for image in new.values())
         cost = Cost(0, pixels, max(tokens, self.admission.row_tokens))
         refusal = reservation.refusal_of(cost, self._claims(request, len(new), cost))
         budget, count = self.admission.fidelity.cap(request.budget), len(images)
@@ -60,13 +69,14 @@ class Estimator:
 
     def _described(self, image: Image, request: Request) -> EstimatedImage:
         require_bytes(image.data, self.limits)
-        size = header_size(image.data)
+        require_page(image.data, image.page)
+        size = header_size(image.data, image.page)
         if size == (0, 0):
             raise InvalidImage(f"{found_in(image.data)}; {SENT}", param="image")
         if size is not None:
             require_size(*size, self.limits)
         width, height = size or (None, None)
-        upright = upright_size(image.data)
+        upright = upright_size(image.data, image.page) or self.page_sizes.get(image.digest)
         fit, colour = request.fit or self.card.fit, self.card.pad_colour
         viewport = None if upright is None else fitting(*upright, fit, colour).viewport
         known = self.features.holds(first_view(self.card.fingerprint, viewed(image.digest, viewport)))

@@ -31,7 +31,7 @@ from service.core.errors import Overloaded, naming_frame, naming_image
 from service.core.models import VisionModel
 from service.core.prompt import Question
 from service.core.request import MAX_FRAMES, Budget, ImageId, Priority, Request
-from service.core.viewport import Fitting, fitting
+from service.core.viewport import fitting
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
@@ -47,13 +47,15 @@ from service.core.vision import (
 from service.images import Images
 from service.media.clip import DecodedClip, clip_cost
 from service.media.decoder import Decoded
-from service.media.header import header_size, upright_size
+from service.media.formats import reads_as_pdf
+from service.media.header import header_size, require_page, upright_size
 from service.media.reader import ImageReader
 from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
 from service.vision_stage.changes import Change, changes_of, largest
 from service.vision_stage.clips import ClipMemory, Reel, changed_key, given_frames
+from service.vision_stage.page_sizes import PageSizes
 from service.vision_stage.plan import (
     Attend,
     ChooseTile,
@@ -139,6 +141,7 @@ class VisionStage:
         features: FeatureCache,
         visual: VisualCache,
         clips: ClipMemory,
+        page_sizes: PageSizes,
     ) -> None:
         self.vision = vision
         self.admission = admission
@@ -149,6 +152,7 @@ class VisionStage:
         self.features = features
         self.visual = visual
         self.clips = clips
+        self.page_sizes = page_sizes
 
     async def look(
         self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, reservation: Reservation
@@ -159,7 +163,7 @@ class VisionStage:
         has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
         encoded. Raises InvalidImage, TooLarge, Overloaded.
         """
-        looks = self._looks(images, ticket)
+        looks = await self._looks(images, ticket, reservation)
         shown = None if clip is None else await self._shown(clip, ticket, reservation)
         frames = {} if shown is None else shown.looks
         every = [*looks.values(), *frames.values()]
@@ -192,14 +196,18 @@ class VisionStage:
             return Sight(seen, shown.frames, clip=shown.seen)
         return Sight(seen, shown.frames, tuple(result_of(frames[frame.digest]) for frame in shown.frames))
 
-    def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
-        """Make one look for each different image, by digest: an image that is given twice is looked at once."""
+    async def _looks(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> dict[str, Look]:
+        """Make one look for each different image, by digest: an image that is given twice is looked at once.
+
+        Raises InvalidImage, TooLarge, Overloaded.
+        """
         question = self.prompts.question(ticket.request.question)
         looks: dict[str, Look] = {}
         for number, image in enumerate(images):
             if image.digest not in looks:
-                fitted = self._fitted(image, ticket.request)
-                looks[image.digest] = look = Look(number, image, question, *fitted)
+                require_page(image.data, image.page)
+                looks[image.digest] = look = Look(number, image, question)
+                await self._fit(look, ticket, reservation)
                 self._decide(look, ticket)
         return looks
 
@@ -289,11 +297,33 @@ class VisionStage:
             return True
         return shown.is_reduced
 
-    def _fitted(self, image: Image, request: Request) -> Fitting:
-        """Return what to see of the image. If its header has no size, the decoder refuses the image."""
-        fit = request.fit or self.card.fit
-        size = None if fit == "squash" else upright_size(image.data)
-        return Fitting() if size is None else fitting(*size, fit, self.card.pad_colour)
+    async def _fit(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+        """Find what to see of the image. If its header has no size, the decoder refuses the image.
+
+        Raises InvalidImage, TooLarge, Overloaded.
+        """
+        fit, image = ticket.request.fit or self.card.fit, look.image
+        size: tuple[int, int] | None
+        if fit == "squash":
+            return
+        if reads_as_pdf(image.data):
+            size = self.page_sizes.get(image.digest) or await self._measured(look, ticket, reservation)
+        else:
+            size = upright_size(image.data, image.page)
+        if size is not None:
+            look.viewport, look.tiles = fitting(*size, fit, self.card.pad_colour)
+
+    async def _measured(self, look: Look, ticket: Ticket, reservation: Reservation) -> tuple[int, int]:
+        """Let the renderer read the size of a PDF's page. Remember it. Raises InvalidImage, TooLarge, Overloaded."""
+        image = look.image
+        reservation.reserve(decoding_cost(image.data, self.reader.limits.max_pixels, image.page))
+        look.is_reserved = True
+        claim = await self._turn(Resource.VISION, 1, Kind.of(len(ticket.request.images)), ticket, reservation)
+        with ticket.stage("load"), ticket.stage("decode_image"), self._naming(look, ticket):
+            page = await self.reader.decode(image.data, (), page=image.page)
+        reservation.give_back(claim)
+        self.page_sizes.keep(image.digest, (page.width, page.height))
+        return page.width, page.height
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
         if not look.is_read:
@@ -486,7 +516,7 @@ class VisionStage:
         if look.film is not None:
             self._reserve_film(look.film, reservation)
         elif not look.is_reserved:
-            reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels))
+            reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels, look.image.page))
             look.is_reserved = True
         slots = min(images, self.admission.vision_slots)
         kind = Kind.of(max(images, len(ticket.request.images) + ticket.frames))
@@ -513,7 +543,7 @@ class VisionStage:
         both = view == IMAGE_SIZE and look.detail == "high"
         with ticket.stage("load"), ticket.stage("decode_image"), self._naming(look, ticket):
             views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
-            decoded = await self.reader.decode(look.image.data, views, look.viewport)
+            decoded = await self.reader.decode(look.image.data, views, look.viewport, look.image.page)
         look.decoded = decoded if both else None
         return decoded
 
@@ -565,7 +595,7 @@ class VisionStage:
         A question by id does not extend its lifetime.
         """
         if ImageId(image.id) not in request.sources:
-            self.images.keep(image, request.tenant)
+            self.images.keep(image.file, request.tenant)
 
 
 def _given_back(give_back: Callable[[], None], encode: asyncio.Task[Any]) -> None:
@@ -581,13 +611,14 @@ def result_of(look: Look) -> Seen:
     return look.seen
 
 
-def decoding_cost(data: bytes, max_pixels: int) -> Cost:
+def decoding_cost(data: bytes, max_pixels: int, page: int = 1) -> Cost:
     """Read the cost of decoding from the image's header.
 
     A narrow image costs what its longer side takes to resize, as if it were NARROW_PIXELS wide. The decoder refuses an
-    image of more than `max_pixels` before it spends anything. A header without a size costs `max_pixels`.
+    image of more than `max_pixels` before it spends anything. A header without a size costs `max_pixels`, as each page
+    of a PDF does: it may hold images of any size.
     """
-    size = header_size(data)
+    size = header_size(data, page)
     if size is None:
         return Cost(pixels=max_pixels)
     shorter, longer = sorted(size)

@@ -24,7 +24,7 @@ from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked, sur
 MAX_PARTS = 64  # of one question, as of a form
 OPTIONAL = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "regex", "json_schema"),
-    *("min_confidence", "video_frames"),
+    *("min_confidence", "video_frames", "page"),
 )
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
 FITS = {pb.FIT_SQUASH: "squash", pb.FIT_PAD: "pad", pb.FIT_TILES: "tiles", pb.FIT_AUTO: "auto"}
@@ -277,6 +277,6 @@ def frame_relevance_message(relevance: Relevance) -> pb.Relevance:
 
 
 def kept_message(kept: KeptImage) -> pb.PutImageResponse:
-    message = pb.PutImageResponse(id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height)
+    message = pb.PutImageResponse(id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, pages=kept.pages)
     message.expires_at.FromMilliseconds(round(kept.expires_at * 1e3))
     return message

@@ -24,7 +24,7 @@ router = APIRouter()
 
 @router.post("/v1/images")
 async def keep_image(request: Request) -> Response:
-    """Take an image or a video once, so that questions can name its id until it expires.
+    """Take an image, a document or a video once, so that questions can name its id until it expires.
 
     The body is the file, or a form.
     """

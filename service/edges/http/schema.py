@@ -67,7 +67,7 @@ def stop_schema(most: int) -> WithJsonSchema:
 PLAIN_FIELDS = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail", "fit"),
     *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence"),
-    *("video_frames", "video_sampling"),
+    *("video_frames", "video_sampling", "page"),
 )
 
 
@@ -162,7 +162,7 @@ TOP_NEEDS_LOGPROBS: dict[str, Any] = {
 }
 IMAGE, IMAGES = _given("image", "string"), _given("images", "array")
 VIDEO, FRAMES = _given("video", "string"), _given("frames", "array")
-# Images, a video or both; one field for each. video_frames and video_sampling need a video.
+# Images, a video or both; one field for each. video_frames and video_sampling need a video, page needs one image.
 SOMETHING_SEEN: dict[str, Any] = {
     "anyOf": [IMAGE, IMAGES, VIDEO, FRAMES],
     "allOf": [
@@ -172,11 +172,21 @@ SOMETHING_SEEN: dict[str, Any] = {
             "if": {"anyOf": [_given("video_frames", "integer"), _given("video_sampling", "string")]},
             "then": {"anyOf": [VIDEO, FRAMES]},
         },
+        {
+            "if": _given("page", "integer"),
+            "then": {"allOf": [IMAGE, *({"not": each} for each in (IMAGES, VIDEO, FRAMES))]},
+        },
     ],
 }
 SOMETHING_SEEN_BY_FORM: dict[str, Any] = {
     "anyOf": [{"required": [name]} for name in ("image", "video", "frames")],
     "not": {"required": ["video", "frames"]},
+    "if": {"required": ["page"]},
+    "then": {
+        "required": ["image"],
+        "properties": {"image": {"maxItems": 1}},
+        "allOf": [{"not": {"required": [name]}} for name in ("video", "frames")],
+    },
 }
 WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
 GREEDY_OR_DRAWN: dict[str, Any] = {"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}
@@ -212,6 +222,13 @@ FIT: Any = Field(
     description="How an image that is not square meets the square encoder: `squash` changes its proportions, `pad` "
     "keeps them, `tiles` looks at the whole and then at the part that the question is about, `auto` tiles an image "
     f"of more than {FAR_FROM_SQUARE:g} to 1 and squashes others. Left out: the model's own.",
+)
+MAX_PAGE = 1_000_000
+Page = Annotated[int, Field(ge=1, le=MAX_PAGE), WHOLE]
+PAGE: Any = Field(
+    None,
+    description="The page of the one image, if it is a TIFF or a PDF of several. Left out: 1. Only with `image`.",
+    examples=[2],
 )
 VideoFrames = Annotated[int, Field(ge=1, le=MAX_FRAMES), WHOLE]
 VIDEO_FRAMES: Any = Field(
@@ -290,6 +307,7 @@ class Asked(BaseModel):
         "has the pixels and the service has room.",
     )
     fit: AskedFit | None = FIT
+    page: Page | None = PAGE
     video_frames: VideoFrames | None = VIDEO_FRAMES
     video_sampling: FrameSampling | None = VIDEO_SAMPLING
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
@@ -373,6 +391,7 @@ class VqaForm(Asked):
         default_factory=list, description="As `image`, for the frames of a video in order; it repeats."
     )
     video_frames: VideoFrames | None = VIDEO_FRAMES
+    page: Page | None = PAGE
     turns: Annotated[
         Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None,
         BeforeValidator(_from_json_text('[{"question": "which shape?", "answer": "a circle"}]')),
@@ -418,7 +437,10 @@ class VqaForm(Asked):
         """`files` are those that `from_parts` gave."""
         video = files.video[0] if files.video else None
         return replace(
-            self._fields(None, files.image or None), video=video, frames=tuple(files.frames) if files.frames else None
+            self._fields(None, files.image if len(files.image) > 1 else None),
+            image=files.image[0] if len(files.image) == 1 else None,
+            video=video,
+            frames=tuple(files.frames) if files.frames else None,
         )
 
 
@@ -448,7 +470,7 @@ FILES = tuple(each.name for each in fields(FormFiles))
 NOTHING = ("null", ["null"])  # a form's words for a field that is left out
 
 
-FILE_TYPES = (b"image/", b"video/", b"application/octet-stream")
+FILE_TYPES = (b"image/", b"video/", b"application/pdf", b"application/octet-stream")
 
 
 def _is_file(part: FormPart) -> bool:
@@ -771,12 +793,18 @@ class UploadedImage(BaseModel):
     bytes: int
     width: int
     height: int
+    pages: int = Field(description="Of a TIFF or a PDF; of other files 1. `width` and `height` are those of the first.")
     expires_at: float = Field(description="Seconds since the epoch.")
 
     @classmethod
     def of(cls, kept: KeptImage) -> Self:
         return cls(
-            id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, expires_at=round(kept.expires_at, 3)
+            id=kept.id,
+            bytes=kept.nbytes,
+            width=kept.width,
+            height=kept.height,
+            pages=kept.pages,
+            expires_at=round(kept.expires_at, 3),
         )
 
 

@@ -99,8 +99,8 @@ async def parse_chat(body: Sequence[bytes], content_type: str, caller: Caller, e
 
 
 def is_image(depth: int, field: bytes, name: bytes) -> bool:
-    """`messages[].content[].image_url.url`, and that of a `video_url`."""
-    return (depth, field, name) == (6, b"messages", b"url")
+    """`messages[].content[].image_url.url`, that of a `video_url`, and `file.file_data`."""
+    return (depth, field) == (6, b"messages") and name in (b"url", b"file_data")
 
 
 async def images_of(chat: ChatRequest, cut: Question) -> dict[str, ImageSource]:

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from service.core.errors import GlimpseError, InvalidRequest
-from service.core.request import Clip, Detail, Exchange, ImageSource, Part, Text
+from service.core.request import Clip, Detail, Exchange, ImageId, ImageSource, Part, Text
 from service.edges.asking import Fields
 from service.edges.http.faults import UNSUPPORTED
 from service.edges.image_text import source_of
-from service.edges.openai.schema import PART_TYPES, ChatMessage, ChatRequest, ContentPart
+from service.edges.openai.schema import PART_TYPES, ChatMessage, ChatRequest, ContentPart, FileContent
 
 # Those that the core takes as they are.
 PLAIN_FIELDS = (
     *("temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "vision_tokens", "visual_tokens"),
     *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence", "fit"),
-    *("video_frames", "video_sampling"),
+    *("video_frames", "video_sampling", "page"),
 )
 SYSTEM = ("system", "developer")
 
@@ -153,6 +153,9 @@ class _Conversation:
             if part.video_url is not None:
                 yield self._video(f"{place}.video_url", part.video_url.url)
                 continue
+            if part.file is not None:
+                yield self._file(f"{place}.file", part.file)
+                continue
             if part.image_url is None:
                 yield Text(_text_of(place, part))
                 continue
@@ -161,6 +164,20 @@ class _Conversation:
                 self.details.append((f"{place}.image_url.detail", part.image_url.detail))
             with naming({"image": f"{place}.image_url"}):
                 yield self.read.get(part.image_url.url) or source_of(part.image_url.url)
+
+    def _file(self, place: str, file: FileContent) -> ImageSource:
+        """Return a file, which is seen as an image is. Raises InvalidRequest."""
+        if (file.file_data is None) == (file.file_id is None):
+            raise InvalidRequest(
+                f"{place} needs one of file_data and file_id: send the file's bytes or its id", param=place
+            )
+        if file.file_id is not None:
+            self.images.append(f"{place}.file_id")
+            return ImageId(file.file_id.strip())
+        self.images.append(f"{place}.file_data")
+        data = file.file_data or ""
+        with naming({"image": f"{place}.file_data"}):
+            return self.read.get(data) or source_of(data)
 
     def _video(self, place: str, url: str) -> Clip:
         if self.video:
@@ -181,6 +198,8 @@ def places_of_images(chat: ChatRequest) -> Iterator[tuple[str, str]]:
                 yield f"{place}.image_url", part.image_url.url
             if part.video_url is not None:
                 yield f"{place}.video_url", part.video_url.url
+            if part.file is not None and part.file.file_data is not None:
+                yield f"{place}.file.file_data", part.file.file_data
 
 
 def _content(content: str, message: ChatMessage) -> Iterator[tuple[str, ContentPart]]:

@@ -35,6 +35,7 @@ from service.edges.http.schema import (
     LEAST_TIMEOUT_S,
     LEAST_TOP_P,
     LOGPROBS,
+    PAGE,
     REASON,
     REGEX,
     TOP_LOGPROBS,
@@ -45,6 +46,7 @@ from service.edges.http.schema import (
     Choices,
     ErrorBody,
     Flag,
+    Page,
     Regex,
     TimingMs,
     TokenLogprob,
@@ -84,17 +86,29 @@ class VideoAddress(BaseModel):
     )
 
 
-PART_TYPES = ("text", "image_url", "video_url")
+class FileContent(BaseModel):
+    """A PDF or an image, as OpenAI's clients send files: either its bytes or its id."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="FileContent")
+
+    file_data: str | None = Field(
+        None, description="A `data:` URL with base64, such as `data:application/pdf;base64,...`."
+    )
+    file_id: str | None = Field(None, description="The id `img_...` of a file that was sent before.")
+    filename: str | None = Field(None, max_length=512, description="It has no effect.")
+
+
+PART_TYPES = ("text", "image_url", "video_url", "file")
 
 
 def _part_type(value: str) -> str:
     if value not in PART_TYPES:
-        raise unsupported('send parts of type "text", "image_url" and "video_url"')
+        raise unsupported('send parts of type "text", "image_url", "video_url" and "file"')
     return value
 
 
 class ContentPart(BaseModel):
-    """A text, an image or a video of a message."""
+    """A text, an image, a video or a file of a message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,7 +116,7 @@ class ContentPart(BaseModel):
     text: str | None = None
     image_url: ImageAddress | None = None
     video_url: VideoAddress | None = None
-    file: Refused = None
+    file: FileContent | None = None
     input_audio: Refused = None
     prompt_cache_breakpoint: Refused = None
     refusal: Refused = None
@@ -249,6 +263,7 @@ class ChatRequest(Unsupported):
         None, description="Least and most tokens that the LLM reads of each image; multiples of 32."
     )
     fit: AskedFit | None = FIT
+    page: Page | None = PAGE
     video_frames: VideoFrames | None = CHAT_VIDEO_FRAMES
     video_sampling: FrameSampling | None = VIDEO_SAMPLING
     timeout_s: float | None = Field(None, ge=LEAST_TIMEOUT_S, description="Seconds until the request is given up.")
@@ -275,6 +290,7 @@ NESTED = {
     "content": ("type", *PART_TYPES),
     "image_url": tuple(ImageAddress.model_fields),
     "video_url": tuple(VideoAddress.model_fields),
+    "file": tuple(FileContent.model_fields),
     "stream_options": ("include_usage",),
     "response_format": tuple(ResponseFormat.model_fields),
     "json_schema": ("name", "description", "schema", "strict"),
@@ -422,14 +438,16 @@ class KeptFile(BaseModel):
     """An image that was taken as a file."""
 
     id: str = Field(
-        description="Use it as `image_url.url` or `video_url.url` in messages, and as `image` or `video` in questions."
+        description="Use it as `image_url.url`, `video_url.url` or `file.file_id` in messages, and as `image` or "
+        "`video` in questions."
     )
     object: Literal["file"] = "file"
     bytes: int
     created_at: int = Field(description="Seconds since the epoch.")
     expires_at: int = Field(description="Seconds since the epoch.")
     filename: str
-    purpose: Literal["vision"] = "vision"
+    purpose: Literal["vision", "user_data"] = "vision"
     status: Literal["processed"] = "processed"
     width: int
     height: int
+    pages: int = Field(description="Of a TIFF or a PDF; of other files 1.")

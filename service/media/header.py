@@ -51,12 +51,12 @@ def upright_size(data: bytes, page: int = 1) -> tuple[int, int] | None:
 
 
 def page_count(data: bytes) -> int | None:
-    """Count the pages; None if only the decoder can, as of a PDF."""
-    if reads_as_pdf(data):
-        return None
+    """Count the pages; None if only the decoder can, as of a PDF, or if it refuses the file."""
     kind = format_of(data)
+    if kind is None:
+        return None
     try:
-        return tiff_pages(data) if kind is not None and kind.pillow == "TIFF" else 1
+        return tiff_pages(data) if kind.pillow == "TIFF" else 1
     except InvalidImage:  # of a kind that is not read; decode says so
         return None
 

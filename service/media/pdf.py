@@ -22,7 +22,7 @@ from PIL import Image as Pillow
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
 from service.core.viewport import MOST_TILES, Viewport
 from service.core.vision import CLOSER_SIZE, UInt8Array
-from service.media.decoder import Box, Decoded, ImageLimits, require_size, squashed, viewed
+from service.media.decoder import Box, Decoded, ImageLimits, squashed, viewed
 from service.media.pages import MAX_PAGES, page_not_found
 
 # A page's size in pixels: of its longer side, at which the smallest tile has the closer view's pixels.
@@ -51,7 +51,7 @@ def decode_pdf(
                 raise InvalidImage(f"page {page:,} of the PDF is damaged: save it anew", param="image")
             whole = _size(loaded, page)
             if views:
-                _require_small_images(loaded, limits)
+                _require_small_images(loaded, limits, page)
             return Decoded({size: _view(loaded, whole, size, viewport) for size in views}, *whole, pages)
     except GlimpseError:
         raise
@@ -97,13 +97,20 @@ def _size(page: Any, number: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _require_small_images(page: Any, limits: ImageLimits) -> None:
+def _require_small_images(page: Any, limits: ImageLimits, number: int) -> None:
     """Raises TooLarge. What is not looked through here has the limits of CPU time and memory only."""
     width, height = c_uint(), c_uint()
     for each in islice(_objects(page), MOST_OBJECTS):
         is_image = pdfium.FPDFPageObj_GetType(each) == pdfium.FPDF_PAGEOBJ_IMAGE
         if is_image and pdfium.FPDFImageObj_GetImagePixelSize(each, width, height):
-            require_size(width.value, height.value, limits)
+            pixels = width.value * height.value
+            if pixels > limits.max_pixels or max(width.value, height.value) > limits.max_side:
+                raise TooLarge(
+                    f"page {number:,} of the PDF has an image of {width.value}x{height.value} pixels "
+                    f"({pixels / 1e6:.1f} megapixels), the limit is {limits.max_pixels / 1e6:.1f}: save it with "
+                    "smaller images",
+                    param="image",
+                )
 
 
 def _objects(page: Any) -> Iterator[Any]:

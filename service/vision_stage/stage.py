@@ -320,7 +320,7 @@ class VisionStage:
         look.is_reserved = True
         claim = await self._turn(Resource.VISION, 1, Kind.of(len(ticket.request.images)), ticket, reservation)
         with ticket.stage("load"), ticket.stage("decode_image"), self._naming(look, ticket):
-            page = await self.reader.decode(image.data, (), page=image.page)
+            page = await self.reader.decode(image.data, (), None, image.page)
         reservation.give_back(claim)
         self.page_sizes.keep(image.digest, (page.width, page.height))
         return page.width, page.height

@@ -589,10 +589,12 @@ class GatedReader(ImageReader):
         self.gate = asyncio.Semaphore(0)
         self.asked: list[bytes] = []
 
-    async def decode(self, data: bytes, views: Sequence[int] = (224,), viewport: Viewport | None = None) -> Decoded:
+    async def decode(
+        self, data: bytes, views: Sequence[int] = (224,), viewport: Viewport | None = None, page: int = 1
+    ) -> Decoded:
         self.asked.append(data)
         await self.gate.acquire()
-        return await super().decode(data, views, viewport)
+        return await super().decode(data, views, viewport, page)
 
 
 async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_share_them():

@@ -19,7 +19,7 @@ from service.core.errors import (
     InvalidRequest,
     NotFound,
 )
-from tests.support import films
+from tests.support import documents, films
 from tests.support.fakes import png
 from tests.support.paths import SCENES
 
@@ -28,6 +28,7 @@ SCENE, OTHER = ((SCENES / f"new_{number:03}.webp").read_bytes() + b"cases" for n
 WIDE = png((20, 60, 200), (900, 300))
 LARGE = (SCENES / "small_print_004.webp").read_bytes() + b"cases"
 GIF = films.gif()
+PAGES = documents.pdf([documents.filled(documents.BLUE), documents.filled(documents.RED)])
 UNKNOWN = "img_00000000000000000000000000000000"
 SCHEMA = {
     "type": "object",
@@ -148,7 +149,14 @@ CASES = [
     Case(name="padded, detail high", images=(WIDE,), fields={"fit": "pad", "detail": "high"}),
     Case(name="tiled", images=(WIDE,), fields={"fit": "tiles", "explain": True}, question="is there a ring?"),
     Case(name="fitted by its proportions", images=(WIDE, SCENE), fields={"fit": "auto", "explain": True}),
+    Case(name="a page of a PDF", images=(PAGES,), question="what color is it?", fields={"page": 2}),
+    Case(name="a PDF, tiled", images=(PAGES,), question="what color is it?", fields={"fit": "tiles", "explain": True}),
     # Errors.
+    refused("a page that is not there", InvalidImage, "page_not_found", images=(PAGES,), fields={"page": 3}),
+    refused("a page of a picture", InvalidImage, "page_not_found", fields={"page": 2}),
+    refused("a page before the first", InvalidRequest, images=(PAGES,), fields={"page": 0}),
+    refused("a page of two images", InvalidRequest, images=(PAGES, SCENE), fields={"page": 1}),
+    refused("a page beside a video", InvalidRequest, images=(PAGES,), video=GIF, fields={"page": 1}),
     refused("no image", InvalidRequest, "missing_field", images=()),
     refused("no question", InvalidRequest, question=" "),
     refused("a question that is too long", InvalidRequest, question="w" * 2_001),

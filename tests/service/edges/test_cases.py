@@ -34,7 +34,9 @@ class Vqa:
 
     def body(self, case: Case) -> dict[str, Any]:
         body: dict[str, Any] = {"question": case.question} | dict(case.fields)
-        if case.images:
+        if "page" in case.fields and len(case.images) == 1:
+            body["image"] = in_base64(case.images[0])
+        elif case.images:
             body["images"] = [in_base64(each) for each in case.images]
         if case.video is not None:
             body["video"] = in_base64(case.video)

@@ -221,6 +221,6 @@ def test_the_frames_that_were_looked_at_are_told_and_explained_if_asked():
 
 
 def test_a_kept_image_has_its_id_size_and_end():
-    told = kept_message(KeptImage("img_1", 5, 3, 4, 1795885200.25))
-    assert (told.id, told.bytes, told.width, told.height) == ("img_1", 5, 3, 4)
+    told = kept_message(KeptImage("img_1", 5, 3, 4, 1795885200.25, 7))
+    assert (told.id, told.bytes, told.width, told.height, told.pages) == ("img_1", 5, 3, 4, 7)
     assert told.expires_at.ToMilliseconds() == 1795885200250

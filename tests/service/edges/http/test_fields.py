@@ -193,7 +193,7 @@ def test_a_form_holds_a_video_or_its_frames_beside_an_image():
     video, image = part("video", b"\0\0\0\x20ftypisom", file=True), part("image", b"img_0")
     read, files = from_parts([video, image, part("question", b"?"), part("video_frames", b"16")])
     asked = read.fields(files)
-    assert (asked.video, asked.images) == (ImageBytes(bytes(video.data)), (ImageId("img_0"),))
+    assert (asked.video, asked.image) == (ImageBytes(bytes(video.data)), ImageId("img_0"))
     assert (asked.video_frames, asked.frames) == (16, None)
     frames = [part("frames", b"img_1"), part("frames", png(), file=True), part("question", b"?")]
     read, files = from_parts([*frames, part("video_sampling", b"change")])

@@ -227,7 +227,7 @@ def test_both_names_of_max_tokens_are_known(fields, most):
         (
             [user({"type": "video"})],
             "messages.0.content.0.type",
-            'is not supported: send parts of type "text", "image_url" and "video_url"',
+            'is not supported: send parts of type "text", "image_url", "video_url" and "file"',
         ),
         ([user(image(size=3))], "messages.0.content.0.image_url.size", "the fields of image_url are url, detail"),
         ([user(image() | {"texts": "a"})], "messages.0.content.0.texts", "did you mean text?"),

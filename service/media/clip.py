@@ -6,8 +6,8 @@ GIF and WebP are decoded by Pillow, MP4, MOV, WebM and Matroska by FFmpeg's libr
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
 from service.core.vision import UInt8Array
@@ -30,7 +30,8 @@ MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of
 MAX_PIXELS_WALKED = 4_000_000_000  # in all of them: 64 s of 1920x1080 at 30 a second
 
 
-class DecodedFrame(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DecodedFrame:
     """One picture of a clip. `pixels` depend on the file and the index only, whatever else is decoded."""
 
     index: int  # among all pictures of the file in the order of their times
@@ -38,7 +39,8 @@ class DecodedFrame(NamedTuple):
     pixels: UInt8Array  # [3, 224, 224] RGB, upright
 
 
-class DecodedClip(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DecodedClip:
     width: int  # upright
     height: int
     duration_s: float
@@ -117,7 +119,7 @@ def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> 
 
 
 def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
-    from service.media.film import Film  # loads FFmpeg, which the gateway's own process never needs
+    from service.media.film import Film  # noqa: PLC0415 - loads FFmpeg, which the gateway's own process never needs
 
     told = video_header(data)
     if told.is_encrypted:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,6 +19,7 @@ from typing import Literal, NoReturn
 
 import av
 import numpy as np
+from av.buffer import Buffer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
@@ -38,7 +39,6 @@ MAX_PACKETS = 36_000  # 10 minutes of 60 pictures a second
 PROBE_BYTES = 1_000_000  # read to find what the streams are
 UNSPECIFIED = 2  # of FFmpeg's colour spaces
 HD_PIXELS = 1280 * 720  # from this size on, players take colours that are not specified as BT.709
-MATRIX = struct.Struct("<4i")  # of a display matrix's upper left: 16.16
 ORIENTATIONS = {  # EXIF's by the signs of a display matrix's a, b, c and d; x' = a x + c y, y' = b x + d y
     (1, 0, 0, 1): 1,
     (-1, 0, 0, 1): 2,
@@ -67,6 +67,7 @@ class Film:
         """Nothing but the bytes is opened. Raises InvalidImage, TooLarge, and whatever PyAV raises."""
         self._container = av.open(
             BytesIO(data),
+            mode="r",
             format=container,
             options={"threads": "1", "max_pixels": str(max_pixels)},
             container_options={
@@ -136,19 +137,20 @@ class Film:
 
         The picture of a number that the decoder does not show is the next that it shows. Raises InvalidImage.
         """
-        waiting, last = list(run.wanted), None
+        waiting = deque(run.wanted)
+        last: VideoFrame | None = None
         for frame in self._decoded(run.start):
             if frame.is_corrupt:
                 raise ValueError("a damaged frame")
             if frame.pts is None:
                 continue
-            last = None
-            while waiting and waiting[0] <= frame.pts:
-                last = self._seen(frame) if last is None else last
-                yield waiting.pop(0), last
-            if not waiting:
-                return
             last = frame
+            if waiting[0] <= frame.pts:
+                pixels = self._seen(frame)
+                while waiting and waiting[0] <= frame.pts:
+                    yield waiting.popleft(), pixels
+                if not waiting:
+                    return
         if last is None:
             raise ValueError("no frame")
         pixels = self._seen(last)
@@ -243,7 +245,7 @@ def _video(streams: list[VideoStream]) -> VideoStream:
 def _orientation(frame: VideoFrame) -> int:
     """EXIF's 1 to 8 of the display matrix, by which phones turn a video; the nearest quarter turn."""
     told = frame.side_data.get("DISPLAYMATRIX")
-    if told is None:
+    if not isinstance(told, Buffer):
         return 1
     raw = bytes(told)
     (a, b), (c, d) = struct.unpack_from("<2i", raw, 0), struct.unpack_from("<2i", raw, 12)
@@ -252,4 +254,4 @@ def _orientation(frame: VideoFrame) -> int:
     else:
         a = d = 0
     signs = tuple((value > 0) - (value < 0) for value in (a, b, c, d))
-    return ORIENTATIONS.get(signs, 1)  # type: ignore[call-overload, no-any-return]
+    return ORIENTATIONS.get(signs, 1)

@@ -24,6 +24,7 @@ from service.media.clip_header import (
 from service.media.decoder import ImageLimits, require_bytes
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
+from service.media.video_header import MAX_TRACKS
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
@@ -126,6 +127,11 @@ def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> De
         raise InvalidImage("the video is encrypted: send one that is not", param="video")
     if told.is_packed:
         raise InvalidImage("the video's header is compressed, which is not read: save it anew", param="video")
+    if told.tracks > MAX_TRACKS:
+        raise InvalidImage(
+            f"the video has {told.tracks} tracks, the limit is {MAX_TRACKS}: save it anew with its pictures only",
+            param="video",
+        )
     require_frame_size(told.width, told.height, limits)
     if told.is_short:
         raise ValueError("bytes are missing")

@@ -31,10 +31,10 @@ from PIL import Image as Pillow
 from service.core.errors import InvalidImage, TooLarge
 from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.media.decoder import squashed
+from service.media.video_header import MAX_TRACKS
 
 Container = Literal["mov", "matroska"]  # FFmpeg's names; each reads files of its kind only
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "mpeg4")  # FFmpeg's decoders of what phones and browsers write
-MAX_STREAMS = 32
 MAX_PACKETS = 36_000  # 10 minutes of 60 pictures a second
 PROBE_BYTES = 1_000_000  # read to find what the streams are
 UNSPECIFIED = 2  # of FFmpeg's colour spaces
@@ -74,7 +74,7 @@ class Film:
                 "codec_whitelist": ",".join(CODECS),
                 "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm",
                 "protocol_whitelist": "",
-                "max_streams": str(MAX_STREAMS),
+                "max_streams": str(MAX_TRACKS),
                 "probesize": str(PROBE_BYTES),
                 "fpsprobesize": "0",
                 "ignore_chapters": "1",

@@ -9,6 +9,7 @@ number only, whichever others are decoded, and a long clip costs what lies betwe
 
 from __future__ import annotations
 
+import gc
 import struct
 from bisect import bisect_right
 from collections import defaultdict, deque
@@ -18,13 +19,12 @@ from io import BytesIO
 from typing import Literal, NoReturn
 
 import av
-import numpy as np
 from av.buffer import Buffer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image as Pillow
 
@@ -84,6 +84,7 @@ class Film:
         )
         try:
             self._stream = _video(list(self._container.streams.video))
+            self._converter = VideoReformatter()
             self._codec: VideoCodecContext = self._stream.codec_context
             self._codec.thread_count = 1
             self._codec.options = {"max_pixels": str(max_pixels), "strict": "1"}
@@ -93,7 +94,7 @@ class Film:
         except BaseException:
             self.close()
             raise
-        self.orientation = 1  # EXIF's; known once a frame is decoded
+        self._orientation: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,11 +102,17 @@ class Film:
         return self._codec.width, self._codec.height
 
     @property
+    def orientation(self) -> int:
+        """EXIF's 1 to 8, of the first frame that was decoded; 1 before."""
+        return self._orientation or 1
+
+    @property
     def count(self) -> int:
         return len(self._places)
 
     def close(self) -> None:
         self._container.close()
+        gc.collect()  # in PyAV a frame and its side data refer to each other, and a frame of 4K has 12 MB
 
     def times_s(self) -> tuple[list[float], float]:
         """Return each frame's time from the first, and the duration with the last frame's. Raises InvalidImage."""
@@ -167,16 +174,17 @@ class Film:
 
     def _seen(self, frame: VideoFrame) -> UInt8Array:
         """Its sample aspect ratio is of no account: what is squashed to a square has none."""
-        self.orientation = _orientation(frame)
+        if self._orientation is None:
+            self._orientation = _orientation(frame)
         is_hd = frame.colorspace == UNSPECIFIED and frame.width * frame.height >= HD_PIXELS
-        colours = frame.reformat(
+        colours = self._converter.reformat(
+            frame,
             format="rgb24",
             interpolation=Interpolation.BICUBIC,
             src_colorspace=Colorspace.ITU709 if is_hd else None,
             threads=1,
         ).to_ndarray()
-        picture = Pillow.fromarray(np.ascontiguousarray(colours))
-        return squashed(picture, IMAGE_SIZE, self.orientation)
+        return squashed(Pillow.fromarray(colours), IMAGE_SIZE, self.orientation)
 
     def _read(self, nbytes: int) -> list[Packet[VideoStream]]:
         for stream in self._container.streams:

@@ -77,7 +77,7 @@ def sound(container: str = "mp4") -> bytes:
 
 def repeated(count: int, *, keyframes: bool, streams: int = 1) -> bytes:
     """An MP4 whose second picture is repeated, so that there are `count` more than the first."""
-    with av.open(BytesIO(film("mpeg4", count=3, size=(64, 48)))) as source:
+    with av.open(BytesIO(film("mpeg4", count=3, size=(16, 16)))) as source:
         packets = [packet for packet in source.demux(video=0) if packet.size]
         file = BytesIO()
         with av.open(file, "w", format="mp4") as out:

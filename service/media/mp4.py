@@ -25,6 +25,7 @@ def read_mp4(data: bytes) -> VideoHeader:
                 return found
             if first == 0:
                 seen = end
+            found.tracks += kind == b"trak"
             if kind in HOLDERS or (kind == b"mdia" and _is_video(data, start, end)):
                 waiting.append((start, end))
             elif kind == ENTRIES:

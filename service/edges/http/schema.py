@@ -372,7 +372,6 @@ class VqaForm(Asked):
     frames: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA | {"maxItems": MAX_FRAMES})] = Field(
         default_factory=list, description="As `image`, for the frames of a video in order; it repeats."
     )
-    video_frames: VideoFrames | None = VIDEO_FRAMES
     turns: Annotated[
         Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None,
         BeforeValidator(_from_json_text('[{"question": "which shape?", "answer": "a circle"}]')),

@@ -28,6 +28,18 @@ def decoder_of(language: OPTForCausalLM) -> Decode:
     return decode
 
 
+def answer_logits(
+    language: OPTForCausalLM, decode: Decode, prefix: Tensor, pack: Pack
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits float32 [n, V] of the n tokens of all answers, with each one's row and column in the pack."""
+    table = language.model.decoder.embed_tokens.weight
+    embeddings = torch.cat([prefix, functional.embedding(pack.ids, table)], dim=1)
+    mask = torch.where(pack.mask, 0.0, -1e4)
+    hidden = decode(embeddings, mask, pack.positions)[:, prefix.shape[1] :]
+    rows, columns = torch.nonzero(pack.targets != -100, as_tuple=True)
+    return functional.linear(hidden[rows, columns].float(), table), rows, columns
+
+
 def answer_loss(
     language: OPTForCausalLM, decode: Decode, prefix: Tensor, pack: Pack
 ) -> tuple[Tensor, dict[str, float], dict[str, int]]:
@@ -36,13 +48,8 @@ def answer_loss(
     Also returns exact matches under teacher forcing, and numbers of questions, both by type. Teacher-forced exact match
     equals greedy exact match: the first wrong token is wrong in both.
     """
-    table = language.model.decoder.embed_tokens.weight
-    embeddings = torch.cat([prefix, functional.embedding(pack.ids, table)], dim=1)
-    mask = torch.where(pack.mask, 0.0, -1e4)
-    hidden = decode(embeddings, mask, pack.positions)[:, prefix.shape[1] :]
-    rows, columns = torch.nonzero(pack.targets != -100, as_tuple=True)
+    logits, rows, columns = answer_logits(language, decode, prefix, pack)
     truth = pack.targets[rows, columns]
-    logits = functional.linear(hidden[rows, columns].float(), table)
     entropy = functional.cross_entropy(logits, truth, reduction="none")
     # A long answer (a description) counts as a few short ones, not as sixty.
     questions = torch.stack([rows, pack.owner[rows, columns]])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import Blip2ForConditionalGeneration
 
 from build_engines.calibration.checkpoint import calibrate_checkpoint
 from build_engines.model.allocator import RelevanceAllocator
@@ -45,17 +46,7 @@ KNOWS = (
 def publish(plan: Plan, stage: str) -> Path:
     """Write <out>/checkpoint from the stage `joint` or `allocator`, in FP16, with its accuracy and calibration."""
     tokenizer = new_tokenizer()
-    model = new_model(tokenizer, plan.config(tokenizer))
-    width = model.config.vision_config.hidden_size
-    participatory, weights = ParticipatoryKnowing(len(tokenizer), width), plan.finished(stage)
-    model.load_state_dict(merged(weights["model"]))
-    participatory.load_state_dict(weights["participatory"])
-    allocator = RelevanceAllocator(participatory)
-    if stage == "allocator":
-        balancing, closer = OpponentProcessing(participatory.coupling_width), CloserView(width)
-        balancing.load_state_dict(weights["balancing"])
-        closer.load_state_dict(weights["closer"])
-        allocator = RelevanceAllocator(participatory, balancing, closer)
+    model, allocator = finished_parts(plan, stage)
     card: dict[str, Any] = {
         "knows": KNOWS,
         "training_command": f"python -m build_engines.train --scale {plan.scale:g}"
@@ -71,6 +62,22 @@ def publish(plan: Plan, stage: str) -> Path:
     if not plan.tiny:
         calibrate_checkpoint(directory)
     return directory
+
+
+def finished_parts(plan: Plan, stage: str) -> tuple[Blip2ForConditionalGeneration, RelevanceAllocator]:
+    """The model and allocator that the stage `joint` or `allocator` left."""
+    tokenizer = new_tokenizer()
+    model = new_model(tokenizer, plan.config(tokenizer))
+    width = model.config.vision_config.hidden_size
+    participatory, weights = ParticipatoryKnowing(len(tokenizer), width), plan.finished(stage)
+    model.load_state_dict(merged(weights["model"]))
+    participatory.load_state_dict(weights["participatory"])
+    if stage == "joint":
+        return model, RelevanceAllocator(participatory)
+    balancing, closer = OpponentProcessing(participatory.coupling_width), CloserView(width)
+    balancing.load_state_dict(weights["balancing"])
+    closer.load_state_dict(weights["closer"])
+    return model, RelevanceAllocator(participatory, balancing, closer)
 
 
 def tell(directory: Path, facts: dict[str, Any]) -> None:

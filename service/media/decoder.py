@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from PIL import (
@@ -61,6 +62,9 @@ TURNS = {  # EXIF orientation -> the turn that brings the picture upright
 
 # Pillow's own limit warns at 89 and raises at 179 megapixels. ImageLimits is checked before it and is lower.
 Pillow.MAX_IMAGE_PIXELS = None
+
+
+Media = Literal["image", "video"]  # the field at fault, and the word for it in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +133,17 @@ def decode(
     return Decoded(pixels, *((height, width) if structure.orientation in SIDEWAYS else (width, height)))
 
 
-def require_bytes(data: bytes, limits: ImageLimits) -> None:
+def require_bytes(data: bytes, limits: ImageLimits, what: Media = "image") -> None:
     """Raises InvalidImage for no bytes, TooLarge for too many."""
     if not data:
         raise InvalidImage(
-            "the image is empty (0 bytes): check that the file was read before it was sent", param="image"
+            f"the {what} is empty (0 bytes): check that the file was read before it was sent", param=what
         )
     if len(data) > limits.max_bytes:
         raise TooLarge(
-            f"the image has {len(data):,} bytes, the limit is {limits.max_bytes:,}: send a smaller one "
+            f"the {what} has {len(data):,} bytes, the limit is {limits.max_bytes:,}: send a smaller one "
             f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
-            param="image",
+            param=what,
         )
 
 
@@ -173,9 +177,9 @@ def _views(structure: Structure, views: Sequence[int], viewport: Viewport | None
                     raise ValueError(f"two sizes: {whole} and {picture.size}")
                 # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
                 picture.draft(None, _needed(whole, 2 * size, viewport))
-                colours = _in_colour(picture)
+                colours = in_colour(picture)
         if viewport is None:
-            found[size] = _squashed(colours, size, structure.orientation)
+            found[size] = squashed(colours, size, structure.orientation)
         else:
             found[size] = _viewed(colours, size, structure.orientation, viewport)
     return found
@@ -192,7 +196,7 @@ def _needed(whole: tuple[int, int], size: int, viewport: Viewport | None) -> tup
     return max(1, whole[0] * size // viewport.side), max(1, whole[1] * size // viewport.side)
 
 
-def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
+def squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
     """Resize to [3, size, size] RGB, upright."""
     side = (size, size)
     if colours.size != side:
@@ -231,7 +235,7 @@ def _on_white(colours: Pillow.Image) -> Pillow.Image:
     return Pillow.alpha_composite(white, colours).convert("RGB")
 
 
-def _in_colour(picture: Pillow.Image) -> Pillow.Image:
+def in_colour(picture: Pillow.Image) -> Pillow.Image:
     """Convert to RGB, or to RGBA if something is transparent."""
     if picture.mode.startswith("I"):  # 16-bit grey: I;16, I;16B, or I with 16-bit values
         grey = np.asarray(picture).clip(0, 65535) >> 8

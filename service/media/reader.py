@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.core.viewport import Viewport
 from service.core.vision import IMAGE_SIZE
+from service.media.clip import DecodedClip, decode_clip
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.media.store import Image
 from service.media.workers import CpuSpent, DecodingWorkers, uncounted
@@ -29,6 +30,10 @@ class ImageReader:
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, decode, data, self.limits, views, viewport
         )
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        """Decode at most so many of a clip's frames in a thread. Raises InvalidImage, TooLarge."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode_clip, data, self.limits, most)
 
     async def identify(self, data: bytes) -> Image:
         """Hash the bytes. It does not check that they are an image."""

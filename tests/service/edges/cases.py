@@ -19,6 +19,7 @@ from service.core.errors import (
     InvalidRequest,
     NotFound,
 )
+from tests.support import films
 from tests.support.fakes import png
 from tests.support.paths import SCENES
 
@@ -26,6 +27,7 @@ from tests.support.paths import SCENES
 SCENE, OTHER = ((SCENES / f"new_{number:03}.webp").read_bytes() + b"cases" for number in (3, 7))
 WIDE = png((20, 60, 200), (900, 300))
 LARGE = (SCENES / "small_print_004.webp").read_bytes() + b"cases"
+GIF = films.gif()
 UNKNOWN = "img_00000000000000000000000000000000"
 SCHEMA = {
     "type": "object",
@@ -37,11 +39,13 @@ SCHEMA = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A question, in the words of POST /v1/vqa. Images come before everything else, in the earliest turn."""
+    """A question, in the words of POST /v1/vqa. Images and videos come before all else, in the earliest turn."""
 
     name: str
     question: str = "which shape is the large blue object?"
     images: tuple[bytes | str, ...] = (SCENE,)  # files, ids or addresses
+    video: bytes | str | None = None  # behind the images
+    frames: tuple[bytes | str, ...] | None = None  # in its place
     turns: tuple[tuple[str, str], ...] = ()  # earlier questions and answers
     fields: Mapping[str, object] = field(default_factory=dict)  # the others
     error: type[GlimpseError] | None = None
@@ -62,6 +66,7 @@ class Outcome:
     detail: str = ""
     fit: str = ""
     relevance: object = None
+    frames: object = None  # of the video, that were looked at
     abstained: bool | None = None
     reason: str = ""
     confidence: float | None = field(default=None, compare=False)  # differs a little between batches
@@ -178,5 +183,14 @@ CASES = [
     refused("an unknown detail", InvalidRequest, fields={"detail": "medium"}),
     refused("an unknown fit", InvalidRequest, fields={"fit": "stretch"}),
     refused("an unknown priority", InvalidRequest, fields={"priority": "high"}),
+    refused("a video twice", InvalidRequest, video=GIF, frames=(SCENE, OTHER)),
+    refused("no frames", InvalidRequest, images=(), frames=()),
+    refused("too many frames", InvalidRequest, images=(), frames=(SCENE,) * 33),
+    refused("a video that is not base64", InvalidImage, images=(), video="!"),
+    refused("frames to look at without a video", InvalidRequest, fields={"video_frames": 4}),
+    refused("a sampling without a video", InvalidRequest, fields={"video_sampling": "change"}),
+    refused("no frames to look at", InvalidRequest, images=(), video=GIF, fields={"video_frames": 0}),
+    refused("too many frames to look at", InvalidRequest, images=(), video=GIF, fields={"video_frames": 33}),
+    refused("an unknown sampling", InvalidRequest, images=(), video=GIF, fields={"video_sampling": "all"}),
     refused("an unknown field", InvalidRequest, "unknown_field", fields={"colour": "red"}),
 ]

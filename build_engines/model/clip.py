@@ -111,8 +111,8 @@ class ClipAttention(nn.Module):
     question_ids and question_mask int32 [32], clip_budget int32 [2] (least and most vision tokens, 64 to 256). T is 1
     to 32.
 
-    Outputs: visual_tokens [64, H], relevance [T, 256] in [0, 1], levels int32 [T, 64] (0: a pooled token, -1: left
-    out), tensions [3], the mean over the frames.
+    Outputs: visual_tokens [64, H], relevance [T, 256] and scores [T, 3, 256] in [0, 1] (`RelevanceAllocator`), levels
+    int32 [T, 64] (0: a pooled token, -1: left out), tensions [3], the mean over the frames.
     """
 
     def __init__(self, allocator: RelevanceAllocator, resampler: ClipResampler) -> None:
@@ -124,7 +124,7 @@ class ClipAttention(nn.Module):
     def forward(
         self, features: Tensor, saliency: Tensor, entropy: Tensor, texture: Tensor, times: Tensor,
         question_ids: Tensor, question_mask: Tensor, clip_budget: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         frames = times.shape[0]
         ids, mask = (asked.unsqueeze(0).expand(frames, -1) for asked in (question_ids, question_mask))
         weighed = self.allocator.weigh(features, saliency, entropy, texture, ids, mask)
@@ -132,7 +132,8 @@ class ClipAttention(nn.Module):
         kept = self.allocation(weighed.cells.unsqueeze(0), pooled, times, clip_budget.unsqueeze(0))
         tokens = self.resampler.tokens(features[:, 0].unsqueeze(0), pooled, times, kept)
         visual_tokens = self.resampler(tokens)[0]
-        return visual_tokens, weighed.relevance, kept.levels[0].int(), weighed.tensions.mean(0)
+        levels, tensions = kept.levels[0].int(), weighed.tensions.mean(0)
+        return visual_tokens, weighed.relevance, weighed.scores, levels, tensions
 
     @classmethod
     def started(cls, allocator: RelevanceAllocator, qformer: QFormer) -> Self:

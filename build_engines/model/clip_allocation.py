@@ -30,7 +30,7 @@ POSITIONS = 8  # in time, trained; other times lie between them
 LEAST_CHANGE, GREAT_CHANGE = 0.02, 0.22  # squared distance of features over the product of their lengths
 OFF_BEAT = 0.5  # of a change's worth, in a frame that is not the nearest to a trained position
 UNASKED = 0.25  # of a change's worth, at no relevance to the question
-FIRST_FRAME, LAST_STATE = 2.0, 1.0  # added to the worth of the cells of the first frame, and of those that settle
+FIRST_FRAME, LAST_STATE = 4.0, 2.0  # added to the worth of the cells of the first frame, and of those that settle
 STILL = -1.0  # added to the relevance of a cell that did not change
 TIE = 1e-6  # for each cell before: equal cells keep their order in every runtime
 MISSING = -3.0  # the worth of a slot that no cell can fill
@@ -69,31 +69,31 @@ class ClipAllocation(nn.Module):
         """
         frames = times.shape[0]
         distance = distances(pooled)
-        worth = self.worth(relevance, self.change(distance, times), settles(distance), times).flatten(1)
+        worth = self.worth(relevance, self.change(distance, times), settled(distance), times).flatten(1)
         worth = worth - TIE * torch.arange(CELL_COUNT * frames, device=worth.device)
         value, place = functional.pad(worth, (0, MOST_TOKENS), value=MISSING).topk(MOST_TOKENS, dim=1)
         most = budget[:, 1:].clamp(CELL_COUNT, MOST_TOKENS)
         least = torch.minimum(budget[:, :1], most)
         wanted = (value > STILL / 10) | (self.slots < least)
         seen = (self.slots < most) & wanted & (value > MISSING / 2)
-        cutoff = torch.where(seen, value, -MISSING).amin(1, keepdim=True)
+        cutoff = torch.where(seen, value, 2 * FIRST_FRAME).amin(1, keepdim=True)
         kept = (worth >= cutoff).float().unflatten(1, (frames, CELL_COUNT))
         later = kept.sum(1, keepdim=True) - kept.cumsum(1)
         place = torch.where(seen, place, 0)
         old = later.flatten(1).gather(1, place) > 0
         return Kept(place, seen, old, torch.where(kept > 0, 0, LEFT_OUT))
 
-    def worth(self, relevance: Tensor, change: Tensor, settles: Tensor, times: Tensor) -> Tensor:
+    def worth(self, relevance: Tensor, change: Tensor, since: Tensor, times: Tensor) -> Tensor:
         """What a token of each cell is worth, [B, T, 64]: above 0 for changed cells and those of the first frame.
 
-        relevance and change float, settles bool: [B, T, 64].
+        relevance and change float [B, T, 64]; since int64 [B, 1, 64]: see `settled`.
         """
         frame = torch.arange(times.shape[0], device=times.device).unsqueeze(1)
         novelty = ((change - LEAST_CHANGE) / (GREAT_CHANGE - LEAST_CHANGE)).clamp(0.0, 1.0)
         beat = torch.where(self.on_beat(times), 1.0, OFF_BEAT).unsqueeze(1)
         worth = novelty * (UNASKED + (1 - UNASKED) * relevance) * beat
-        still = STILL * (1 - relevance / 2)
-        worth = torch.where(settles, worth + LAST_STATE, torch.where(novelty > 0, worth, still))
+        worth = torch.where((novelty > 0) & (frame < since), worth, STILL * (1 - relevance / 2))
+        worth = torch.where(frame == since, LAST_STATE + relevance, worth)
         return torch.where(frame == 0, FIRST_FRAME + relevance, worth)
 
     def on_beat(self, times: Tensor) -> Tensor:
@@ -121,9 +121,8 @@ def distances(pooled: Tensor) -> Tensor:
     return (ours + theirs - 2 * cells @ cells.transpose(2, 3)) / torch.sqrt(ours * theirs).clamp(min=1e-6)
 
 
-def settles(distance: Tensor) -> Tensor:
-    """bool [B, T, 64]: whether a cell reaches its last state in a frame. Never in the first frame."""
+def settled(distance: Tensor) -> Tensor:
+    """int64 [B, 1, 64]: the frame in which a cell reaches its last state. From there on it is still."""
     frame = torch.arange(distance.shape[3], device=distance.device)
     differs = distance[:, :, -1] > LEAST_CHANGE  # [B, 64, T]: from the last frame
-    since = torch.where(differs, frame + 1, 0).amax(2, keepdim=True)
-    return ((frame == since) & (frame > 0)).transpose(1, 2)
+    return torch.where(differs, frame + 1, 0).amax(2).unsqueeze(1)

@@ -17,16 +17,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import OPTForCausalLM
 
 from build_engines.model.allocation import CELL_COUNT, MOST_TOKENS
-from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.clip import ClipResampler
 from build_engines.model.clip_allocation import POSITIONS, ClipAllocation
 from build_engines.model.qformer import QFormer
@@ -52,8 +50,8 @@ from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_ex
 from build_engines.train.language import Decode, answer_states, decoder_of, row_losses
 from build_engines.train.looks import Eye
 from build_engines.train.packing import Pack, Packer
-from build_engines.train.publishing import finished_parts
-from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam, set_threads
+from build_engines.train.publishing import parts_before_clips
+from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam
 from build_engines.train.tokens import new_tokenizer
 
 STEPS = 4000
@@ -74,7 +72,7 @@ VALIDATION_FROM = 100_000  # held-out scenes that no report uses
 class Watcher:
     """The parts of the model that answers about clips and groups of images."""
 
-    language: object
+    language: OPTForCausalLM
     decode: Decode  # in training, where every pack has the same length
     exact: Decode
     resampler: ClipResampler
@@ -120,7 +118,8 @@ def shares_right(right: Tensor, pack: Pack, name: str) -> Measures:
 
 def train_clips(plan: Plan) -> None:
     torch.manual_seed(9 + replicas.rank())
-    model, allocator = trained_before(plan)
+    model, allocator, _ = parts_before_clips(plan)
+    model, allocator = model.to(device()), allocator.to(device())
     tokenizer = new_tokenizer()
     torch.manual_seed(9)
     resampler = ClipResampler(QFormer(model)).to(device())
@@ -204,18 +203,6 @@ def learn_again(watcher: Watcher, again: list[Prefixed]) -> tuple[Tensor, Measur
     apart = functional.kl_div(logits.log_softmax(-1), taught, reduction="none", log_target=True).sum(-1)
     loss = TAUGHT_SHARE * (apart * weight).sum() + OLD_SHARE * (entropy * weight).sum()
     return loss, {"again": right.float().mean().item(), "again_kl": (apart * weight).sum().item()}
-
-
-def trained_before(plan: Plan) -> tuple[Blip2ForConditionalGeneration, RelevanceAllocator]:
-    """The model and allocator of the stage `allocator`, or of the published checkpoint.
-
-    Raises FileNotFoundError without either.
-    """
-    if plan.start and not (plan.out / "allocator.pt").exists():
-        published = plan.published()
-        return published.model.to(device()), published.allocator().to(device())
-    model, allocator = finished_parts(plan, "allocator")
-    return model.to(device()), allocator.to(device())
 
 
 class Shelves:

@@ -121,8 +121,8 @@ class SceneClip:
 def draw_clip(rng: np.random.Generator, world: World, frames: int) -> SceneClip:
     """Draw a clip. The number of frames changes neither the story nor what `rng` gives next. About 1 ms a frame.
 
-    The world gives the colours, sizes, characters and the renderer; the clip has 2 to 6 objects of it. Raises ValueError
-    for a world of small print, of nearer views or of unnamed colours.
+    The world gives the colours, sizes, characters and the renderer; the clip has 2 to 6 objects of it.
+    Raises ValueError for a world of small print, of nearer views or of unnamed colours.
     """
     return shoot(draw_story(rng, world), frames)
 

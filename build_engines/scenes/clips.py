@@ -437,7 +437,7 @@ def _order(rng: np.random.Generator, story: Story) -> Question | None:
     if None in names:
         return None
     one, other = (names[place] for place in order)
-    text = f"did the {one} {_pick(rng, _DID[first.kind])} {said} the {other} {_pick(rng, _PAST[second.kind])}?"
+    text = f"did the {one} {_DID[first.kind][0]} {said} the {other} {_PAST[second.kind][0]}?"
     right = (first.start < second.start) == (said == "before")
     return Question(text, "yes" if right else "no", "order", (first.index, second.index))
 

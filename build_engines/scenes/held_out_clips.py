@@ -77,7 +77,11 @@ def save(pixels: Iterable[np.ndarray], path: Path) -> None:
         stream = file.add_stream("libx264", rate=FRAMES_PER_S)
         stream.width = stream.height = IMAGE_SIZE
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(CONSTANT_RATE_FACTOR), "preset": "slow"}
+        stream.options = {
+            "crf": str(CONSTANT_RATE_FACTOR),
+            "preset": "slow",
+            "threads": "1",
+        }  # the same file every time
         for frame in pixels:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())

@@ -121,8 +121,8 @@ class SceneClip:
 def draw_clip(rng: np.random.Generator, world: World, frames: int) -> SceneClip:
     """Draw a clip. The number of frames changes neither the story nor what `rng` gives next. About 1 ms a frame.
 
-    The world gives the colours, sizes, characters and the renderer; the clip has 2 to 6 objects of it. Raises ValueError
-    for a world of small print, of nearer views or of unnamed colours.
+    The world gives the colours, sizes, characters and the renderer; the clip has 2 to 6 objects of it.
+    Raises ValueError for a world of small print, of nearer views or of unnamed colours.
     """
     return shoot(draw_story(rng, world), frames)
 
@@ -437,7 +437,7 @@ def _order(rng: np.random.Generator, story: Story) -> Question | None:
     if None in names:
         return None
     one, other = (names[place] for place in order)
-    text = f"did the {one} {_pick(rng, _DID[first.kind])} {said} the {other} {_pick(rng, _PAST[second.kind])}?"
+    text = f"did the {one} {_DID[first.kind][0]} {said} the {other} {_PAST[second.kind][0]}?"
     right = (first.start < second.start) == (said == "before")
     return Question(text, "yes" if right else "no", "order", (first.index, second.index))
 

@@ -263,11 +263,11 @@ def _images(rng: np.random.Generator, scenes: Scenes) -> Question | None:
 
 
 def _absent(scenes: Scenes) -> Iterator[Name]:
-    """Near misses: names of no object whose colour and shape both occur."""
+    """Near misses: names of no object whose colour and shape both occur. Held-out pairs are never named."""
     pairs = _all_pairs(scenes)
     for colour in sorted({colour for colour, _ in pairs}):
         for shape in sorted({shape for _, shape in pairs}):
-            if (colour, shape) not in pairs:
+            if (colour, shape) not in pairs and (colour, shape) not in HELD_OUT:
                 yield Name(NONE, colour, shape)
 
 

@@ -22,6 +22,7 @@ from build_engines.model.adapted import FIXED, WEIGHTS, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.checkpoint import (
     ALLOCATOR,
+    CLIP,
     FAMILIES,
     HUB_FILES,
     HUB_NAME,
@@ -79,6 +80,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         max_positions=text_positions(text),
         parameters=_parameters(wanted, family),
         closer_view=allocator.closer is not None and not zero_shot,
+        clip=(directory / CLIP).exists(),
         zero_shot=zero_shot,
         allocator=adapted,
         files=tuple(sorted({path for pattern in HUB_FILES for path in directory.glob(pattern) if path.is_file()})),

@@ -28,6 +28,7 @@ class Source:
     max_positions: int
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
     closer_view: bool = False  # whether its allocator has a closer view
+    clip: bool = False  # whether it has a clip resampler
     files: tuple[Path, ...] = ()  # everything that a build reads
     zero_shot: bool = False  # whether its Q-Former says where to look
     allocator: Path | None = None  # a folder that `glimpse adapt` wrote, in place of the checkpoint's own allocator

@@ -34,6 +34,7 @@ from transformers import (
 from build_engines.model.adapted import FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import SUMMARIES, OpponentProcessing
+from build_engines.model.clip import ClipAttention, ClipResampler
 from build_engines.model.closer import CloserView
 from build_engines.model.decoder import LlamaDecoder, OptDecoder, decoder_of
 from build_engines.model.encoder_decoder import T5Decoder, T5Encoder
@@ -63,6 +64,7 @@ LATENTS = 64  # of IDEFICS's resampler, which are its visual tokens of an image
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
 AROUND_IMAGE, IMAGE = "<fake_token_around_image>", "<image>"  # IDEFICS's words for an image
 T5_POSITIONS = 512  # of FlanT5's training, for a checkpoint that does not tell
+CLIP = "clip.safetensors"  # beside the checkpoint's own weights, if it has a clip resampler
 ALLOCATOR = WEIGHTS  # beside the checkpoint's own weights, if the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Module = TypeVar("Module", bound=nn.Module)
@@ -86,6 +88,7 @@ class Checkpoint:
     image_mean: list[float]
     image_std: list[float]
     card: dict[str, object]  # model_card.json; empty without this file
+    clip: ClipResampler | None = None  # what makes a whole clip's visual tokens
     allocator_state: str = FIXED  # how its allocator came about: `adapted`
     zero_shot: bool = False  # whether the Q-Former says where to look
 
@@ -119,6 +122,7 @@ class Checkpoint:
             closer=own.closer,
             image_mean=preprocessor.get("image_mean", CLIP_MEAN),
             image_std=preprocessor.get("image_std", CLIP_STD),
+            clip=load_clip(directory / CLIP, model),
             card={"name": Path(source).name} | _read_json(directory / "model_card.json", default={}),
             allocator_state=FIXED if own.participatory is None else TRAINED,
         )
@@ -230,6 +234,10 @@ class Checkpoint:
             return PerceiverResampler(self.model.model.perceiver_resampler).eval()
         return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
 
+    def clip_attention(self) -> ClipAttention | None:
+        """What attends to a whole clip; None without a clip resampler."""
+        return None if self.clip is None else ClipAttention(self.allocator(), self.clip).eval()
+
     def decoder(self) -> OptDecoder | LlamaDecoder | T5Decoder | IdeficsDecoder:
         """Raises ValueError for a language model family that has no graph."""
         if self.is_idefics:
@@ -278,7 +286,9 @@ class Checkpoint:
 
     def visual_fingerprint(self) -> str:
         """16 hex digits over everything that a visual token depends on."""
-        return _fingerprint(self.image_mean, self.image_std, self.vision_encoder(), self.allocator(), self.qformer())
+        clip = [] if self.clip is None else [self.clip]
+        parts = [self.vision_encoder(), self.allocator(), self.qformer(), *clip]
+        return _fingerprint(self.image_mean, self.image_std, *parts)
 
 
 def why_not(config: PreTrainedConfig) -> str:
@@ -347,7 +357,7 @@ def _seeing(family: type[Module], directory: Path) -> Module:
         model = family(AutoConfig.from_pretrained(directory))
     weights = {}
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name == ALLOCATOR:
+        if path.name in (ALLOCATOR, CLIP):
             continue
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -370,6 +380,30 @@ def save_allocator(allocator: RelevanceAllocator, path: Path) -> None:
     """Save the trained parts, weights rounded to FP16: keys `participatory.*`, `balancing.*`, `closer.*`."""
     weights = {name: weight.half().contiguous() for name, weight in allocator.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def save_clip(resampler: ClipResampler, path: Path) -> None:
+    """Save a clip resampler, weights rounded to FP16."""
+    weights = {name: weight.half().contiguous() for name, weight in resampler.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def load_clip(path: Path, model: Module) -> ClipResampler | None:
+    """Load the clip resampler in this file; None if the file does not exist.
+
+    Its layers have the sizes of the model's Q-Former. Raises ValueError for weights of other sizes, and for a model
+    that is no BLIP-2.
+    """
+    if not path.exists():
+        return None
+    if not isinstance(model, Blip2ForConditionalGeneration):
+        raise ValueError(f"{path} belongs to a BLIP-2 checkpoint: remove it")
+    resampler = ClipResampler(QFormer(model))
+    try:
+        resampler.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
+    except RuntimeError as exc:
+        raise ValueError(f"{path} does not fit the checkpoint's Q-Former: {exc}. Train it again") from exc
+    return resampler.eval()
 
 
 def load_allocator(path: Path) -> RelevanceAllocator:

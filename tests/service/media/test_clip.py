@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
+from io import BytesIO
 
+import av
 import numpy as np
 import pytest
 from PIL import Image as Pillow
@@ -13,7 +17,7 @@ from service.core.errors import InvalidImage, TooLarge
 from service.media.clip import DecodedClip, clip_cost, decode_clip, is_clip, spaced
 from service.media.clip_header import MAX_FRAME_PIXELS
 from service.media.decoder import ImageLimits, decode
-from service.media.film import Film
+from service.media.film import Film, _refused
 from tests.support.clips import (
     animation,
     changed,
@@ -26,6 +30,7 @@ from tests.support.clips import (
     sound,
     square_at,
 )
+from tests.support.paths import PROJECT
 from tests.support.pictures import LIMITS, encoded, picture
 
 pytestmark = pytest.mark.slow  # together: video is encoded
@@ -241,6 +246,13 @@ def sharing(data: bytes) -> bytes:
     )
 
 
+def alias(path: bytes) -> bytes:
+    """A MOV's reference to a file, as FFmpeg reads it."""
+    names = bytes(10) + bytes(28) + bytes(12) + bytes(64) + bytes(16) + bytes(4) + bytes(16)
+    told = names + struct.pack(">HH", 2, len(path)) + path + bytes(len(path) % 2) + struct.pack(">HH", 0xFFFF, 0)
+    return struct.pack(">I4sI", 12 + len(told), b"alis", 0) + told
+
+
 LOCKED = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "ab" * 16, "encryption_kid": "cd" * 16}
 REFUSED = {
     "nothing": (lambda: b"", InvalidImage, "the video is empty"),
@@ -315,6 +327,29 @@ def test_a_film_is_decoded_on_the_callers_thread_only(codec):
     next(frames)
     assert set(os.listdir("/proc/self/task")) == before
     opened.close()
+
+
+def test_a_video_opens_no_other_file():
+    """A MOV may keep its pictures in another file, which FFmpeg opens if it is told to."""
+    data, asked = film("mpeg4", "mov", count=3), []
+    led_away = changed(data, {b"dref": lambda _: struct.pack(">II", 0, 1) + alias(b"/etc/hostname")})
+
+    def opened(url: str, _flags: int, _options: object) -> BytesIO:
+        asked.append(url)
+        return BytesIO(data)
+
+    told = {"enable_drefs": "1", "use_absolute_path": "1"}
+    av.open(BytesIO(led_away), format="mov", container_options=told, io_open=opened).close()
+    assert asked == ["/etc/hostname"]
+    with pytest.raises(InvalidImage):
+        decode_clip(led_away, LIMITS, 3)
+    with pytest.raises(PermissionError):
+        _refused("/etc/hostname", 1, {})
+
+
+def test_the_gateways_process_does_not_load_ffmpeg():
+    code = "import sys, service.app, service.media.workers; sys.exit('av' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=PROJECT).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["MP4", "a fragmented MP4", "WebM", "VP9", "AV1", "GIF", "WebP"])

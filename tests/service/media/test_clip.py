@@ -6,13 +6,17 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from io import BytesIO
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge
 from service.media.clip import DecodedClip, clip_cost, decode_clip, is_clip, spaced
 from service.media.clip_header import MAX_FRAME_PIXELS
@@ -222,6 +226,39 @@ def test_clips_are_recognised_by_their_beginning(data, expected):
 )
 def test_a_clip_costs_the_pixels_of_its_frames_by_its_header(data, pixels):
     assert clip_cost(data, 8) == 8 * pixels
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(
+        [b"", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8X", b"\0\0\0\x08ftyp", b"\x1a\x45\xdf\xa3\x80", MP4[-900:], WEBM[:300]]
+    ),
+    st.binary(max_size=300),
+    st.integers(0, 900),
+)
+def test_whatever_the_bytes_are_their_header_is_read(start, noise, place):
+    for data in (start + noise, start[:place] + noise + start[place + len(noise) :], MP4[:32] + start[:place] + noise):
+        assert is_clip(data) in (True, False)
+        assert 0 < clip_cost(data, 8) <= 8 * MAX_FRAME_PIXELS
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        MP4[:32] + bombs.box(b"free") * 1_000_000,
+        MP4[:32] + bombs.box(b"moov", bombs.box(b"trak") * 1_000_000),
+        MP4[:32] + bombs.box(b"moov", bombs.box(b"trak", bombs.box(b"mdia", bombs.box(b"free") * 1_000_000))),
+        WEBM[:40] + b"\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\xec\x80" * 4_000_000,
+        b"GIF89a" + bytes(7) + b"!\xfe\0" * 3_000_000,
+    ],
+    ids=["boxes", "tracks", "boxes of a track", "elements", "extensions"],
+)
+def test_a_header_of_millions_of_parts_is_left_after_some(data):
+    begun = time.thread_time()
+    clip_cost(data, 8), is_clip(data)
+    assert time.thread_time() - begun < 0.1  # a walk of all takes seconds
+    with pytest.raises((InvalidImage, TooLarge)):
+        decode_clip(data, ImageLimits(), 8)
 
 
 def absurd(stsd: bytes) -> bytes:

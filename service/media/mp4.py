@@ -6,7 +6,7 @@ from service.media.fields import unpack
 from service.media.isobmff import boxes
 from service.media.video_header import VideoHeader
 
-MAX_BOXES = 8192  # a file in fragments of 1 s has two each
+MAX_BOXES = 4096  # a file in fragments of 1 s has two each
 HOLDERS = (b"moov", b"trak", b"minf", b"stbl")
 ENTRIES = b"stsd"
 MAX_IN_MEDIA = 16  # boxes of a track's media; encoders write three or four

@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from service.core.errors import GlimpseError
 from service.core.request import MAX_FRAMES
 from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, UInt8Array
-from service.media import film  # noqa: F401 - loads FFmpeg before the memory is limited
 from service.media.clip import decode_clip
 from service.media.decoder import ImageLimits, decode
 
@@ -58,6 +58,7 @@ class WorkerLimits:
 
 def main(limits: WorkerLimits) -> None:
     """Answer requests until the gateway closes the socket."""
+    import_module("service.media.film")  # loads FFmpeg, which the gateway does not, before the memory is limited
     end_with(limits.parent)
     for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for the gateway, which ends this process
         signal.signal(number, signal.SIG_IGN)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 YELLOW, BLUE = (250, 220, 10), (40, 80, 120)
-HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"stbl")
 
 
 def scene(index: int, count: int, width: int = 320, height: int = 240) -> Pillow.Image:

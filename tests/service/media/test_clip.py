@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
+import time
+from io import BytesIO
 
+import av
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge
 from service.media.clip import DecodedClip, clip_cost, decode_clip, is_clip, spaced
 from service.media.clip_header import MAX_FRAME_PIXELS
 from service.media.decoder import ImageLimits, decode
-from service.media.film import Film
+from service.media.film import Film, _refused
 from tests.support.clips import (
     animation,
     changed,
@@ -26,6 +34,7 @@ from tests.support.clips import (
     sound,
     square_at,
 )
+from tests.support.paths import PROJECT
 from tests.support.pictures import LIMITS, encoded, picture
 
 pytestmark = pytest.mark.slow  # together: video is encoded
@@ -219,6 +228,39 @@ def test_a_clip_costs_the_pixels_of_its_frames_by_its_header(data, pixels):
     assert clip_cost(data, 8) == 8 * pixels
 
 
+@settings(max_examples=300)
+@given(
+    st.sampled_from(
+        [b"", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8X", b"\0\0\0\x08ftyp", b"\x1a\x45\xdf\xa3\x80", MP4[-900:], WEBM[:300]]
+    ),
+    st.binary(max_size=300),
+    st.integers(0, 900),
+)
+def test_whatever_the_bytes_are_their_header_is_read(start, noise, place):
+    for data in (start + noise, start[:place] + noise + start[place + len(noise) :], MP4[:32] + start[:place] + noise):
+        assert is_clip(data) in (True, False)
+        assert 0 < clip_cost(data, 8) <= 8 * MAX_FRAME_PIXELS
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        MP4[:32] + bombs.box(b"free") * 1_000_000,
+        MP4[:32] + bombs.box(b"moov", bombs.box(b"trak") * 1_000_000),
+        MP4[:32] + bombs.box(b"moov", bombs.box(b"trak", bombs.box(b"mdia", bombs.box(b"free") * 1_000_000))),
+        WEBM[:40] + b"\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\xec\x80" * 4_000_000,
+        b"GIF89a" + bytes(7) + b"!\xfe\0" * 3_000_000,
+    ],
+    ids=["boxes", "tracks", "boxes of a track", "elements", "extensions"],
+)
+def test_a_header_of_millions_of_parts_is_left_after_some(data):
+    begun = time.thread_time()
+    clip_cost(data, 8), is_clip(data)
+    assert time.thread_time() - begun < 0.1  # a walk of all takes seconds
+    with pytest.raises((InvalidImage, TooLarge)):
+        decode_clip(data, ImageLimits(), 8)
+
+
 def absurd(stsd: bytes) -> bytes:
     return stsd[:40] + struct.pack(">HH", 65_500, 65_500) + stsd[44:]
 
@@ -239,6 +281,13 @@ def sharing(data: bytes) -> bytes:
             b"stco": lambda _: struct.pack(">II", 0, 200) + struct.pack(">I", offset) * 200,
         },
     )
+
+
+def alias(path: bytes) -> bytes:
+    """A MOV's reference to a file, as FFmpeg reads it."""
+    names = bytes(10) + bytes(28) + bytes(12) + bytes(64) + bytes(16) + bytes(4) + bytes(16)
+    told = names + struct.pack(">HH", 2, len(path)) + path + bytes(len(path) % 2) + struct.pack(">HH", 0xFFFF, 0)
+    return struct.pack(">I4sI", 12 + len(told), b"alis", 0) + told
 
 
 LOCKED = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "ab" * 16, "encryption_kid": "cd" * 16}
@@ -315,6 +364,29 @@ def test_a_film_is_decoded_on_the_callers_thread_only(codec):
     next(frames)
     assert set(os.listdir("/proc/self/task")) == before
     opened.close()
+
+
+def test_a_video_opens_no_other_file():
+    """A MOV may keep its pictures in another file, which FFmpeg opens if it is told to."""
+    data, asked = film("mpeg4", "mov", count=3), []
+    led_away = changed(data, {b"dref": lambda _: struct.pack(">II", 0, 1) + alias(b"/etc/hostname")})
+
+    def opened(url: str, _flags: int, _options: object) -> BytesIO:
+        asked.append(url)
+        return BytesIO(data)
+
+    told = {"enable_drefs": "1", "use_absolute_path": "1"}
+    av.open(BytesIO(led_away), format="mov", container_options=told, io_open=opened).close()
+    assert asked == ["/etc/hostname"]
+    with pytest.raises(InvalidImage):
+        decode_clip(led_away, LIMITS, 3)
+    with pytest.raises(PermissionError):
+        _refused("/etc/hostname", 1, {})
+
+
+def test_the_gateways_process_does_not_load_ffmpeg():
+    code = "import sys, service.app, service.media.workers; sys.exit('av' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=PROJECT).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["MP4", "a fragmented MP4", "WebM", "VP9", "AV1", "GIF", "WebP"])

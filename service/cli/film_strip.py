@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 
 from service.cli.drawing import COLOURS, DPI, GAP, INK, MAX_PIXELS, PALE, WIDTH, Array
 from service.core.errors import GlimpseError
-from service.core.request import MAX_FRAMES, Clip
+from service.core.request import MAX_FRAMES
 from service.core.viewport import WHOLE
 from service.core.vision import IMAGE_SIZE
 from service.media.clip import decode_clip
@@ -41,7 +41,7 @@ def explain_clip(
     of `POST /v1/vqa` with `explain`. Raises OSError if the frames cannot be decoded.
     """
     seen = answer["vision"]["frames"]
-    pictures = pictures_of(clip, [frame["index"] for frame in seen], most or Clip(()).frames)
+    pictures = pictures_of(clip, [frame["index"] for frame in seen], most or len(seen))
     columns = min(COLUMNS, max(len(seen), LEAST_COLUMNS))
     side = (WIDTH - BAR_ROOM - GAP * (columns + 1)) / columns
     block = WORDS + 2 * side + BETWEEN + GAP  # a row of frames, and the row of their maps

@@ -44,8 +44,9 @@ class FrameSeen:
     """One frame of a clip that was looked at."""
 
     index: int  # in the clip, from 0
-    time_s: float | None  # from the clip's start; None if it came as an image
-    relevance: Relevance | None
+    time_s: float | None  # after the clip's first frame; None if the frames came as images
+    relevance: Relevance
+    image_id: str = ""  # of a frame that came as an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ class Finished:
     confidence: Confidence | None = None  # None if the models are not calibrated
     min_confidence: float | None = None  # of the request
     served: Served | None = None  # which variant answered
-    frames: tuple[FrameSeen, ...] = ()  # of the clip, in order
+    frames: tuple[FrameSeen, ...] = ()  # of the clip, in order; `relevance` leaves them out
+    clip_id: str = ""  # of the clip's file
 
     @property
     def abstained(self) -> bool | None:
@@ -81,7 +83,7 @@ class Finished:
 
     @property
     def vision_tokens(self) -> int:
-        return sum(relevance.vision_tokens for relevance in self.relevance)
+        return sum(each.vision_tokens for each in (*self.relevance, *(frame.relevance for frame in self.frames)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,23 +5,34 @@ GIF and WebP are decoded by Pillow, MP4, MOV, WebM and Matroska by FFmpeg's libr
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
 from service.core.vision import UInt8Array
 from service.media.animation import pictures, read_animation
-from service.media.clip_header import CLIP_NAMES, MAX_FRAME_PIXELS, clip_cost, clip_format, is_clip
+from service.media.clip_header import (
+    CLIP_NAMES,
+    MAX_FRAME_PIXELS,
+    ClipFormat,
+    clip_cost,
+    clip_format,
+    is_clip,
+    video_header,
+)
 from service.media.decoder import ImageLimits, require_bytes
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
+from service.media.video_header import MAX_TRACKS
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
 MAX_PIXELS_WALKED = 4_000_000_000  # in all of them: 64 s of 1920x1080 at 30 a second
 
 
-class DecodedFrame(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DecodedFrame:
     """One picture of a clip. `pixels` depend on the file and the index only, whatever else is decoded."""
 
     index: int  # among all pictures of the file in the order of their times
@@ -29,7 +40,8 @@ class DecodedFrame(NamedTuple):
     pixels: UInt8Array  # [3, 224, 224] RGB, upright
 
 
-class DecodedClip(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DecodedClip:
     width: int  # upright
     height: int
     duration_s: float
@@ -47,7 +59,7 @@ def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
     if kind is None:
         raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
     try:
-        return _animated(data, kind, limits, most)
+        return (_animated if kind in ("GIF", "WebP") else _filmed)(data, kind, limits, most)
     except GlimpseError:
         raise
     except MemoryError as exc:
@@ -93,7 +105,7 @@ def require_walk(frames: int, pixels: int) -> None:
         )
 
 
-def _animated(data: bytes, kind: str, limits: ImageLimits, most: int) -> DecodedClip:
+def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
     film = read_animation(data, "GIF" if kind == "GIF" else "WEBP")
     require_frame_size(film.width, film.height, limits)
     require_walk(len(film.shown_ms), film.walked_pixels)
@@ -105,3 +117,33 @@ def _animated(data: bytes, kind: str, limits: ImageLimits, most: int) -> Decoded
     )
     size = (film.height, film.width) if film.orientation in SIDEWAYS else (film.width, film.height)
     return DecodedClip(*size, begins_ms[-1] / 1000, frames)
+
+
+def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
+    from service.media.film import Film  # noqa: PLC0415 - loads FFmpeg, which the gateway's own process never needs
+
+    told = video_header(data)
+    if told.is_encrypted:
+        raise InvalidImage("the video is encrypted: send one that is not", param="video")
+    if told.is_packed:
+        raise InvalidImage("the video's header is compressed, which is not read: save it anew", param="video")
+    if told.tracks > MAX_TRACKS:
+        raise InvalidImage(
+            f"the video has {told.tracks} tracks, the limit is {MAX_TRACKS}: save it anew with its pictures only",
+            param="video",
+        )
+    require_frame_size(told.width, told.height, limits)
+    if told.is_short:
+        raise ValueError("bytes are missing")
+    with closing(Film(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
+        width, height = film.size
+        require_frame_size(width, height, limits)
+        wanted = spaced(film.count, most)
+        runs = film.runs(wanted)
+        walked = sum(run.end - run.start for run in runs)
+        require_walk(walked, walked * width * height)
+        times_s, duration_s = film.times_s()
+        pixels = dict(frame for run in runs for frame in film.frames(run))
+        frames = tuple(DecodedFrame(index, times_s[index], pixels[index]) for index in wanted)
+        size = (height, width) if film.orientation in SIDEWAYS else (width, height)
+    return DecodedClip(*size, duration_s, frames)

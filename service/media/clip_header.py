@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from service.media.ebml import read_ebml
 from service.media.fields import unpack
 from service.media.formats import format_of
 from service.media.header import GIF_EXTENSION, GIF_FRAME, MAX_GIF_BLOCKS, gif_blocks_start, header_size
+from service.media.mp4 import read_mp4
+from service.media.video_header import VideoHeader
 
 ClipFormat = Literal["GIF", "WebP", "MP4", "WebM"]
 CLIP_NAMES = "MP4, MOV, WebM, or an animated GIF or WebP"
@@ -49,9 +52,19 @@ def is_clip(data: bytes) -> bool:
 
 def clip_cost(data: bytes, most: int) -> int:
     """Return the pixels of as many frames, by the file's headers; of the largest frames if they do not say."""
-    size = header_size(data)
-    pixels = MAX_FRAME_PIXELS if not size or not size[0] * size[1] else size[0] * size[1]
-    return most * min(pixels, MAX_FRAME_PIXELS)
+    kind = clip_format(data)
+    width, height = 0, 0
+    if kind in ("GIF", "WebP"):
+        width, height = header_size(data) or (0, 0)
+    elif kind is not None:
+        told = video_header(data)
+        width, height = told.width, told.height
+    return most * min(width * height or MAX_FRAME_PIXELS, MAX_FRAME_PIXELS)
+
+
+def video_header(data: bytes) -> VideoHeader:
+    """Of a file whose clip_format is MP4 or WebM."""
+    return read_ebml(data) if clip_format(data) == "WebM" else read_mp4(data)
 
 
 def _is_animated_gif(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Decode and hash images off the event loop."""
+"""Decode and hash images and clips off the event loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.core.viewport import Viewport
 from service.core.vision import IMAGE_SIZE
+from service.media.clip import DecodedClip, decode_clip
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.media.store import Image
 from service.media.workers import CpuSpent, DecodingWorkers, uncounted
@@ -30,6 +31,10 @@ class ImageReader:
             self._threads, decode, data, self.limits, views, viewport
         )
 
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        """Decode at most so many of a clip's frames in a thread. Raises InvalidImage, TooLarge."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode_clip, data, self.limits, most)
+
     async def identify(self, data: bytes) -> Image:
         """Hash the bytes. It does not check that they are an image."""
         if len(data) <= INLINE_HASH_BYTES:
@@ -41,7 +46,7 @@ class ImageReader:
 
 
 class WorkerReader(ImageReader):
-    """Decode in processes, which are ended when an image costs too much or the service stops; hash in threads."""
+    """Decode in processes, which are ended when a file costs too much or the service stops; hash in threads."""
 
     def __init__(self, limits: ImageLimits, workers: int, cpu_s: float, spent: CpuSpent = uncounted) -> None:
         super().__init__(limits, threads=1)
@@ -56,6 +61,10 @@ class WorkerReader(ImageReader):
     ) -> Decoded:
         """Raises InvalidImage, TooLarge, Unavailable."""
         return await self.workers.decode(data, views, viewport)
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        """`most` is at most MAX_FRAMES. Raises InvalidImage, TooLarge, Unavailable."""
+        return await self.workers.decode_clip(data, most)
 
     def close(self) -> None:
         super().close()

@@ -35,6 +35,19 @@ class Image:
         return told is None or max(told) > size
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedClip:
+    """A clip as it was sent: its file, or its frames as images."""
+
+    file: Image | None
+    images: tuple[Image, ...] = ()  # in order; none if there is a file
+
+    @property
+    def sent(self) -> tuple[Image, ...]:
+        """Return what was sent: one file or several."""
+        return self.images if self.file is None else (self.file,)
+
+
 def address_of(tenant: str, image_id: str) -> str:
     """Return where a tenant's image is kept, here and in Redis.
 

@@ -1,4 +1,4 @@
-"""Do the plan's steps for every image of a request.
+"""Do the plan's steps for every image of a request, and for every frame of its clip.
 
 Each image goes through the steps independently, several images of one request at the same time. Each has its own
 lookups, flights and vision slots, so two requests for the same images in another order cannot deadlock.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,39 +25,48 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
-from service.cache.visual_tokens import VisualCache, visual_key
+from service.cache.visual_tokens import VisualCache, clip_key, visual_key
 from service.core.card import ModelCard
-from service.core.errors import Overloaded, naming_image
+from service.core.errors import Overloaded, naming_frame, naming_image
 from service.core.models import VisionModel
-from service.core.request import Budget, ImageId, Priority, Request
+from service.core.prompt import Question
+from service.core.request import MAX_FRAMES, Budget, ImageId, Priority, Request
 from service.core.viewport import Fitting, fitting
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
     IMAGE_SIZE,
     CloserFeatures,
+    Frame,
     Int8Rows,
     Seen,
+    SeenClip,
+    Sight,
     VisionFeatures,
 )
 from service.images import Images
+from service.media.clip import DecodedClip, clip_cost
 from service.media.decoder import Decoded
 from service.media.header import header_size, upright_size
 from service.media.reader import ImageReader
-from service.media.store import Image
+from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
+from service.vision_stage.changes import Change, changes_of, largest
+from service.vision_stage.clips import ClipMemory, Reel, changed_key, given_frames
 from service.vision_stage.plan import (
     Attend,
     ChooseTile,
     Done,
     Encode,
     EncodeCloser,
+    Film,
     Look,
     Recall,
     See,
     Situation,
     next_step,
+    next_step_to_features,
     tile_of,
 )
 
@@ -65,6 +74,54 @@ from service.vision_stage.plan import (
 # the next question about the image needs it.
 ENCODE_TIMEOUT_S = 10.0
 NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
+
+
+OF_FRAME = Situation(
+    asks="low",
+    needs_closer=False,
+    offers_closer=False,
+    closer_view_at=1.0,
+    allows_closer=False,
+    holds_closer=False,
+)
+
+
+@dataclass(slots=True)
+class Shown:
+    """The clip of one request: the frames that are looked at, and the looks at them."""
+
+    clip: LoadedClip
+    most: int  # of its frames are found; then fewer may be chosen
+    question: Question
+    is_joined: bool  # the frames are attended to together
+    frames: tuple[Frame, ...] = ()
+    looks: dict[str, Look] = field(default_factory=dict)  # by digest: equal frames are looked at once
+    is_reduced: bool = False  # fewer frames are looked at than the request allows, because of load
+    seen: SeenClip | None = None
+    reel: Reel | None = None  # held so that what was decoded lasts as long as the request looks
+    film: Film | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.film = None if self.clip.file is None else Film(self.clip.file, self.most)
+
+    @property
+    def vision(self) -> list[VisionFeatures]:
+        """Return the features of each frame, once the looks have found them."""
+        found = (self.looks[frame.digest].vision for frame in self.frames)
+        return [each for each in found if each is not None]
+
+    def look(self, *, is_read: bool) -> None:
+        """Begin a look at each different frame. What earlier looks found of its features is kept."""
+        before, self.looks = self.looks, {}
+        for frame in self.frames:
+            if frame.digest in self.looks:
+                continue
+            file = self.clip.file
+            image = self.clip.images[frame.index] if file is None else replace(file, digest=frame.digest)
+            look = Look(frame.index, image, self.question, is_frame=True, film=self.film, is_read=is_read)
+            if frame.digest in before:
+                look.vision = before[frame.digest].vision
+            self.looks[frame.digest] = look
 
 
 class VisionStage:
@@ -81,6 +138,7 @@ class VisionStage:
         images: Images,
         features: FeatureCache,
         visual: VisualCache,
+        clips: ClipMemory,
     ) -> None:
         self.vision = vision
         self.admission = admission
@@ -90,24 +148,32 @@ class VisionStage:
         self.images = images
         self.features = features
         self.visual = visual
+        self.clips = clips
 
-    async def look(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> list[Seen]:
-        """Return the visual tokens of each image. The request then holds its LLM tokens.
+    async def look(
+        self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, reservation: Reservation
+    ) -> Sight:
+        """Return the visual tokens of each image, and of the clip. The request then holds its LLM tokens.
 
         LLM tokens are claimed before attending. This bounds how many requests attend at once, and a refused request
         has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
-        encoded. Raises Overloaded.
+        encoded. Raises InvalidImage, TooLarge, Overloaded.
         """
         looks = self._looks(images, ticket)
-        pending = list(looks.values())
+        shown = None if clip is None else await self._shown(clip, ticket, reservation)
+        frames = {} if shown is None else shown.looks
+        every = [*looks.values(), *frames.values()]
+        pending = every
         while True:
             for look in pending:
                 self._recall(look, ticket)
             pending = [look for look in pending if not look.is_done]
             await together(self._find, pending, ticket, reservation)
-            kind = Kind.of(sum(look.encoded for look in looks.values()))
+            kind = Kind.of(sum(look.encoded for look in every))
             room = await self._turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
             await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
+            if shown is not None and shown.is_joined and shown.seen is None:
+                shown.seen = await self._attend_clip(shown, ticket)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
@@ -117,8 +183,14 @@ class VisionStage:
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
         ticket.fit = next((look.viewport.fit for look in looks.values() if look.viewport is not None), "squash")
-        ticket.reduced = any(self._is_reduced(look, ticket.request) for look in looks.values())
-        return [result_of(looks[image.digest]) for image in images]
+        ticket.reduced = any(self._is_reduced(look, ticket.request) for look in every if look.is_read)
+        seen = tuple(result_of(looks[image.digest]) for image in images)
+        if shown is None:
+            return Sight(seen)
+        ticket.reduced = ticket.reduced or self._is_clip_reduced(shown, ticket.request)
+        if shown.is_joined:
+            return Sight(seen, shown.frames, clip=shown.seen)
+        return Sight(seen, shown.frames, tuple(result_of(frames[frame.digest]) for frame in shown.frames))
 
     def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
         """Make one look for each different image, by digest: an image that is given twice is looked at once."""
@@ -131,6 +203,92 @@ class VisionStage:
                 self._decide(look, ticket)
         return looks
 
+    async def _shown(self, clip: LoadedClip, ticket: Ticket, reservation: Reservation) -> Shown:
+        """Choose the frames that are looked at. Raises InvalidImage, TooLarge, Overloaded."""
+        request, question = ticket.request, self.prompts.question(ticket.request.question)
+        asked = self.prompts.frames(request)
+        most = min(asked, self.admission.fidelity.frames)
+        compares = request.clip is not None and request.clip.sampling == "change"
+        shown = Shown(clip, MAX_FRAMES if compares else most, question, self.card.clip is not None)
+        if shown.film is not None:
+            shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
+        shown.frames = await self._frames(shown, ticket, reservation)
+        has_more = shown.frames[-1].index >= len(shown.frames)
+        ticket.compared = len(shown.frames)
+        if compares:
+            changes = await self._changes(shown, ticket, reservation)
+            has_more = len(changes) > most
+            shown.frames = tuple(shown.frames[place] for place in largest(changes, most))
+        ticket.frames = len(shown.frames)
+        shown.is_reduced = most < asked and has_more
+        if shown.is_joined:
+            shown.seen = self.visual.get_clip(self._clip_key(shown, request))
+        if shown.seen is None:
+            shown.look(is_read=not shown.is_joined)
+            for look in shown.looks.values():
+                self._decide(look, ticket)
+        elif shown.film is not None:
+            self._remember(shown.film.file, request)
+        return shown
+
+    async def _frames(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> tuple[Frame, ...]:
+        """Name the clip's frames. A file is decoded if it is not known which frames it has."""
+        film = shown.film
+        if film is None:
+            return given_frames(shown.clip, shown.most)
+        known = self.clips.frames(film.file.digest, film.most)
+        if known is not None:
+            return known
+        self._reserve_film(film, reservation)
+        claim = await self._turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket, reservation)
+        known = self.clips.frames(film.file.digest, film.most)  # of another request that waited too
+        if known is None:
+            known = self.clips.keep(film.file, film.most, await self._decoded_film(film, ticket))
+        reservation.give_back(claim)
+        return known
+
+    async def _changes(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> Sequence[Change]:
+        """Find the frames that show something new, by the features of all."""
+        key = changed_key(self.card.fingerprint, shown.frames)
+        if (known := self.clips.changes(key)) is not None:
+            return known
+        ticket.frames = len(shown.frames)
+        shown.look(is_read=False)
+        for look in shown.looks.values():
+            self._decide(look, ticket)
+        await together(self._find, list(shown.looks.values()), ticket, reservation)
+        return self.clips.keep_changes(key, changes_of(shown.vision))
+
+    async def _attend_clip(self, shown: Shown, ticket: Ticket) -> SeenClip:
+        """Attend to all frames of the clip in one call. Keep what the request sees."""
+        request = ticket.request
+        vision, places = shown.vision, [frame.at for frame in shown.frames]
+        with ticket.stage("vision"), ticket.stage("attend"):
+            budget = self._allowed_clip(request)
+            seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
+            ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
+        seen = replace(seen, is_rounded=any(isinstance(each.features, Int8Rows) for each in vision))
+        self.visual.keep(self._clip_key(shown, request), seen)
+        return seen
+
+    def _asked_clip(self, request: Request) -> Budget:
+        """Return the budget of the whole clip, which the clip resampler can spend."""
+        assert self.card.clip is not None
+        (least, most), visual = self.card.clip.vision_tokens, self.card.clip.visual_tokens
+        low, high = (min(max(tokens, least), most) for tokens in request.budget.vision_tokens)
+        return Budget((low, high), (visual, visual))
+
+    def _allowed_clip(self, request: Request) -> Budget:
+        return self.admission.fidelity.cap(self._asked_clip(request))
+
+    def _clip_key(self, shown: Shown, request: Request) -> bytes:
+        return clip_key(self.card, shown.frames, request.question, self._allowed_clip(request))
+
+    def _is_clip_reduced(self, shown: Shown, request: Request) -> bool:
+        if shown.seen is not None and shown.seen.budget != self._asked_clip(request):
+            return True
+        return shown.is_reduced
+
     def _fitted(self, image: Image, request: Request) -> Fitting:
         """Return what to see of the image. If its header has no size, the decoder refuses the image."""
         fit = request.fit or self.card.fit
@@ -138,6 +296,9 @@ class VisionStage:
         return Fitting() if size is None else fitting(*size, fit, self.card.pad_colour)
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
+        if not look.is_read:
+            look.step = next_step_to_features(look)
+            return
         look.step = next_step(look, self._situation(look, ticket.request))
         if look.step == ChooseTile():
             self._choose_tile(look, ticket.request)
@@ -154,6 +315,8 @@ class VisionStage:
         look.choose(tile, possible)
 
     def _situation(self, look: Look, request: Request) -> Situation:
+        if look.is_frame:
+            return OF_FRAME
         needs_closer = request.budget.vision_tokens[0] > self.card.vision_tokens[1]
         may_want_closer = needs_closer or request.detail != "low"  # else the answers below cost time and matter not
         allows_closer = may_want_closer and self.admission.fidelity.closer_view
@@ -179,7 +342,7 @@ class VisionStage:
             look.recall(step.detail, self.visual.get(*self._keys(look, step.detail, ticket.request)))
             self._decide(look, ticket)
         if look.is_done:
-            self._remember(look.image, ticket.request)
+            self._remember_shown(look, ticket.request)
 
     def _keys(self, look: Look, detail: Literal["low", "high"], request: Request) -> list[bytes]:
         """Return the visual cache's keys that can answer the request, best first.
@@ -230,7 +393,7 @@ class VisionStage:
                 ticket.tell(hit=found.features is not None, view=IMAGE_SIZE)
             look.vision = found.features
             if look.vision is not None:
-                self._remember(look.image, ticket.request)
+                self._remember_shown(look, ticket.request)
                 return
             async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as (decoded, claim):
                 timeout_s = max(ticket.left_s, ENCODE_TIMEOUT_S)
@@ -320,22 +483,21 @@ class VisionStage:
         Raises Overloaded.
         """
         images = CROPS if view == CLOSER_SIZE else 1
-        if not look.is_reserved:
+        if look.film is not None:
+            self._reserve_film(look.film, reservation)
+        elif not look.is_reserved:
             reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels))
             look.is_reserved = True
         slots = min(images, self.admission.vision_slots)
-        kind = Kind.of(max(images, len(ticket.request.images)))
+        kind = Kind.of(max(images, len(ticket.request.images) + ticket.frames))
         claim = await self._turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
-        if (decoded := look.decoded) is None:
-            both = view == IMAGE_SIZE and look.detail == "high"
-            naming = naming_image(look.number, len(ticket.request.images))
-            with ticket.stage("load"), ticket.stage("decode_image"), naming:
-                views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
-                decoded = await self.reader.decode(look.image.data, views, look.viewport)
-            look.decoded = decoded if both else None
-        self._remember(look.image, ticket.request)
+        if look.film is not None:
+            decoded = await self._decoded_frame(look, look.film, ticket)
+        else:
+            decoded = await self._decoded(look, view, ticket)
+        self._remember_shown(look, ticket.request)
         try:
             with ticket.stage("vision"), ticket.stage("see"):
                 ticket.tell(images=images)
@@ -344,6 +506,39 @@ class VisionStage:
             reservation.give_back(claim, finished=False)
             raise
         reservation.give_back(claim)
+
+    async def _decoded(self, look: Look, view: int, ticket: Ticket) -> Decoded:
+        if (decoded := look.decoded) is not None:
+            return decoded
+        both = view == IMAGE_SIZE and look.detail == "high"
+        with ticket.stage("load"), ticket.stage("decode_image"), self._naming(look, ticket):
+            views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
+            decoded = await self.reader.decode(look.image.data, views, look.viewport)
+        look.decoded = decoded if both else None
+        return decoded
+
+    def _naming(self, look: Look, ticket: Ticket) -> AbstractContextManager[None]:
+        if look.is_frame:
+            return naming_frame(look.number, len(ticket.request.sources) - len(ticket.request.images))
+        return naming_image(look.number, len(ticket.request.images))
+
+    async def _decoded_frame(self, look: Look, film: Film, ticket: Ticket) -> Decoded:
+        """Take a frame's pixels from its file, which is decoded at most once for all of its frames."""
+        clip = await self._decoded_film(film, ticket)
+        pixels = next(frame.pixels for frame in clip.frames if frame.index == look.number)
+        return Decoded({IMAGE_SIZE: pixels}, clip.width, clip.height)
+
+    async def _decoded_film(self, film: Film, ticket: Ticket) -> DecodedClip:
+        async def decode() -> DecodedClip:
+            with ticket.stage("load"), ticket.stage("decode_clip"):
+                return await self.reader.decode_clip(film.file.data, film.most)
+
+        return await self.clips.reel(film.file.digest, film.most).load(decode)
+
+    def _reserve_film(self, film: Film, reservation: Reservation) -> None:
+        if not film.is_reserved:
+            reservation.reserve(Cost(pixels=clip_cost(film.file.data, film.most)))
+            film.is_reserved = True
 
     async def _turn(
         self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation
@@ -356,12 +551,20 @@ class VisionStage:
             await reservation.enter(claim)
         return claim
 
-    def _remember(self, image: Image, request: Request) -> None:
-        """Store an image that came with its question, so that later questions can name its id.
+    def _remember_shown(self, look: Look, request: Request) -> None:
+        """Store what was sent of a look, a clip's file once for all of its frames."""
+        if look.film is None:
+            self._remember(look.image, request)
+        elif not look.film.is_remembered:
+            look.film.is_remembered = True
+            self._remember(look.film.file, request)
 
-        A question by id does not extend the image's lifetime.
+    def _remember(self, image: Image, request: Request) -> None:
+        """Store an image or a clip's file that came with its question, so that later questions can name its id.
+
+        A question by id does not extend its lifetime.
         """
-        if ImageId(image.id) not in request.images:
+        if ImageId(image.id) not in request.sources:
             self.images.keep(image, request.tenant)
 
 

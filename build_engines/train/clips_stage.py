@@ -1,0 +1,315 @@
+"""Stage `clips`: the language model learns clips and several images, and the clip resampler learns with it.
+
+The encoder, the allocator and the Q-Former are frozen, so that an image keeps its visual tokens. A step has three parts:
+
+- clips of 4 to 32 frames through the resampler;
+- groups of two to four images, each seen by the Q-Former, one after the other in the prompt;
+- old questions, answered as the published language model answers them (a Kullback-Leibler term), so that nothing is
+  forgotten.
+
+The questions of a part are packed behind one prefix, whose tokens were chosen for one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import OPTForCausalLM
+
+from build_engines.model.allocation import CELL_COUNT, MOST_TOKENS
+from build_engines.model.clip import ClipResampler
+from build_engines.model.clip_allocation import POSITIONS, ClipAllocation
+from build_engines.model.qformer import QFormer
+from build_engines.scenes.held_out import NEW, PAIRS
+from build_engines.scenes.questions import Question
+from build_engines.scenes.world import World
+from build_engines.train import replicas
+from build_engines.train.architecture import QUERIES
+from build_engines.train.clip_store import (
+    FRAMES,
+    IMAGES,
+    WORLDS,
+    ClipLook,
+    Frozen,
+    Prefixed,
+    Shelf,
+    look_again,
+    look_at_clip,
+    look_at_group,
+)
+from build_engines.train.course import Course, Measures
+from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_exam, summarise
+from build_engines.train.language import Decode, answer_states, decoder_of, row_losses
+from build_engines.train.looks import Eye
+from build_engines.train.packing import Pack, Packer
+from build_engines.train.publishing import parts_before_clips
+from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam
+from build_engines.train.tokens import new_tokenizer
+
+STEPS = 4000
+CLIPS, GROUPS, AGAIN = 8, 6, 6  # a step, per replica
+STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 700, 500, 500  # per replica
+RENEW_EVERY = 3  # steps: a clip, a group and an old image
+TEXT_TOKENS = 144  # behind one prefix
+TAUGHT_SHARE, OLD_SHARE = 1.0, 0.2  # of the loss of old questions: as the published model, and as the truth is
+CHECK_STEPS = 250
+CHECKED_CLIPS, CHECKED_GROUPS, CHECKED_SCENES = 40, 40, 50
+CHECKED_FRAMES = (8, 4, 16)
+RATE_LANGUAGE, RATE_RESAMPLER = (0.004, 1e-3), (0.004, 1e-3)  # of Muon and of Adam
+RATE_NEW = 4e-3  # of the positions in time and the marks
+VALIDATION_FROM = 100_000  # held-out scenes that no report uses
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """The parts of the model that answers about clips and groups of images."""
+
+    language: OPTForCausalLM
+    decode: Decode  # in training, where every pack has the same length
+    exact: Decode
+    resampler: ClipResampler
+    allocation: ClipAllocation
+    packer: Packer
+
+    def watch(self, clips: list[ClipLook], relevance: Tensor, budget: tuple[int, int]) -> Tensor:
+        """Visual tokens [B, 64, H] of clips of the same number of frames. relevance [B, T, 64]."""
+        pooled = torch.stack([clip.pooled for clip in clips]).float()
+        cls = torch.stack([clip.cls for clip in clips]).float()
+        asked = torch.tensor([budget] * len(clips), device=pooled.device)
+        with torch.no_grad():
+            kept = self.allocation(relevance.float(), pooled, clips[0].times, asked)
+        tokens = self.resampler.tokens(cls, pooled, clips[0].times, kept)
+        with mixed() if self.resampler.training else nullcontext():
+            visual_tokens: Tensor = self.resampler(tokens)
+        return visual_tokens.float()
+
+    def losses(self, prefix: Tensor, images: list[list[Question]]) -> tuple[Tensor, Tensor, Tensor, Pack, Tensor]:
+        """Cross-entropy, weight and correctness [n] of the answers' tokens; the pack, and each token's logits."""
+        pack = self.packer.pack(images, prefix.shape[1])
+        with mixed():
+            states, rows, columns = answer_states(self.language, self.decode, prefix, pack)
+        logits = functional.linear(states, self.language.model.decoder.embed_tokens.weight)
+        truth = pack.targets[rows, columns]
+        entropy = functional.cross_entropy(logits, truth, reduction="none")
+        _, group, lengths = torch.unique(
+            torch.stack([rows, pack.owner[rows, columns]]), dim=1, return_inverse=True, return_counts=True
+        )
+        weight = lengths[group].float().pow(-0.6)
+        wrong = entropy.new_zeros(len(lengths)).index_add_(0, group, (logits.argmax(-1) != truth).float())
+        return entropy, weight / weight.sum(), wrong == 0, pack, logits
+
+
+def shares_right(right: Tensor, pack: Pack, name: str) -> Measures:
+    """Share of exactly right answers, by type."""
+    number, good = Counter[str](), Counter[str]()
+    for question, fine in zip([q for kept in pack.kept for q in kept], right.tolist(), strict=True):
+        number[question.type] += 1
+        good[question.type] += fine
+    return {f"{name}_{kind}": good[kind] / number[kind] for kind in number}
+
+
+def train_clips(plan: Plan) -> None:
+    torch.manual_seed(9 + replicas.rank())
+    model, allocator, _ = parts_before_clips(plan)
+    model, allocator = model.to(device()), allocator.to(device())
+    tokenizer = new_tokenizer()
+    torch.manual_seed(9)
+    resampler = ClipResampler(QFormer(model)).to(device())
+    language = model.language_model.to(device())
+    model.requires_grad_(False)
+    model.set_attn_implementation("eager")
+    published = copy.deepcopy(language).eval()
+    language.requires_grad_(True)
+    eye = Eye.training(model.vision_model, plan)
+    frozen = Frozen(eye, allocator.requires_grad_(False), QFormer(model), tokenizer)
+    exact = decoder_of(language)
+    watcher = Watcher(
+        language, faster(exact, plan), exact, resampler, ClipAllocation().to(device()), Packer(tokenizer, TEXT_TOKENS)
+    )
+    new = [resampler.positions.weight, resampler.marks]
+    body = language.model.decoder
+    others = [p for part in (body.embed_tokens, body.embed_positions, body.final_layer_norm) for p in part.parameters()]
+    seeing = [resampler.query_tokens, *resampler.layernorm.parameters(), *resampler.language_projection.parameters()]
+    optimizers = [
+        *muon_and_adam([body.layers], others, *RATE_LANGUAGE),
+        *muon_and_adam([resampler.layers], seeing, *RATE_RESAMPLER),
+        torch.optim.AdamW(new, lr=RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    modules = {"language": language, "resampler": resampler}
+    course = Course(plan.out, "clips", plan.steps(STEPS), modules, optimizers, decay_share=0.5)
+    course.resume()
+    if course.finished:
+        return
+    teacher = decoder_of(published)
+    shelves = Shelves(
+        plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer)
+    )
+
+    def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
+        if course.step % RENEW_EVERY == 0:
+            shelves.renew(rng)
+        clips = shelves.clips.draw(rng, plan.size(CLIPS, 2), shelves.clips.size(rng))
+        yield learn_clips(watcher, rng, clips)
+        images = shelves.groups.draw(rng, plan.size(GROUPS, 2), shelves.groups.size(rng))
+        yield learn_groups(watcher, images)
+        again = shelves.again.draw(rng, plan.size(AGAIN, 2), shelves.again.size(rng))
+        yield learn_again(watcher, again)
+
+    exams = Exams(plan, frozen)
+
+    def validate() -> Measures:
+        chain = Chain(eye, allocator, frozen.qformer, language, tokenizer)
+        return exams.validate(watcher, chain)
+
+    course.run(losses, validate, plan.size(CHECK_STEPS, 2))
+
+
+def learn_clips(watcher: Watcher, rng: np.random.Generator, clips: list[ClipLook]) -> tuple[Tensor, Measures]:
+    """Ask all questions about each clip. The cells are chosen for one of them, or for all together."""
+    chosen = []
+    for clip in clips:
+        row = int(rng.integers(len(clip.questions)))
+        chosen.append(clip.relevance[row] if rng.random() < 0.7 else clip.relevance.amax(0))
+    most = MOST_TOKENS if rng.random() < 0.7 else int(rng.integers(112, MOST_TOKENS))
+    prefix = watcher.watch(clips, torch.stack(chosen), (CELL_COUNT, most))
+    entropy, weight, right, pack, _ = watcher.losses(prefix, [clip.questions for clip in clips])
+    loss = (entropy * weight).sum()
+    measures = shares_right(right, pack, "clip") | {"clip_loss": loss.item()}
+    return loss, measures | {f"clip_at_{len(clips[0].times)}": right.float().mean().item()}
+
+
+def learn_groups(watcher: Watcher, groups: list[Prefixed]) -> tuple[Tensor, Measures]:
+    prefix = torch.stack([group.visual_tokens for group in groups]).float()
+    entropy, weight, right, pack, _ = watcher.losses(prefix, [group.questions for group in groups])
+    loss = (entropy * weight).sum()
+    number = prefix.shape[1] // QUERIES
+    measures = shares_right(right, pack, "several") | {f"several_of_{number}": right.float().mean().item()}
+    return loss, measures | {"several_loss": loss.item()}
+
+
+def learn_again(watcher: Watcher, again: list[Prefixed]) -> tuple[Tensor, Measures]:
+    """The Kullback-Leibler divergence to the published model, and a little of the truth."""
+    prefix = torch.stack([one.visual_tokens for one in again]).float()
+    entropy, weight, right, _, logits = watcher.losses(prefix, [one.questions for one in again])
+    taught = torch.cat([one.taught for one in again if one.taught is not None]).float().log_softmax(-1)
+    apart = functional.kl_div(logits.log_softmax(-1), taught, reduction="none", log_target=True).sum(-1)
+    loss = TAUGHT_SHARE * (apart * weight).sum() + OLD_SHARE * (entropy * weight).sum()
+    return loss, {"again": right.float().mean().item(), "again_kl": (apart * weight).sum().item()}
+
+
+class Shelves:
+    """What is kept, of three kinds."""
+
+    def __init__(self, plan: Plan, frozen: Frozen, teacher: Watcher) -> None:
+        @torch.no_grad()
+        def teach(seen: Tensor, questions: list[Question]) -> tuple[list[Question], Tensor]:
+            *_, pack, logits = teacher.losses(seen.unsqueeze(0), [questions])
+            return pack.kept[0], logits.half()
+
+        def again(rng: np.random.Generator, groups: int) -> Prefixed | None:
+            return look_again(frozen, rng, groups, teach)
+
+        def world(rng: np.random.Generator) -> World:
+            return WORLDS[int(rng.integers(len(WORLDS)))]
+
+        self.clips = Shelf(lambda rng, frames: look_at_clip(frozen, rng, world(rng), frames), FRAMES)
+        self.groups = Shelf(lambda rng, images: look_at_group(frozen, rng, world(rng), images), IMAGES)
+        self.again = Shelf(again, {1: 0.75, 2: 0.13, 3: 0.06, 4: 0.06})
+        path = plan.out / f"clips_kept_{replicas.rank()}.pt"
+        if path.exists():
+            self.clips.kept, self.groups.kept, self.again.kept = torch.load(path, weights_only=False)
+            return
+        rng = np.random.default_rng((9, replicas.rank()))
+        self.clips.fill(rng, plan.size(STORED_CLIPS, 4), "clips of")
+        self.groups.fill(rng, plan.size(STORED_GROUPS, 4), "groups of")
+        self.again.fill(rng, plan.size(STORED_AGAIN, 4), "old images read by")
+        torch.save((self.clips.kept, self.groups.kept, self.again.kept), path)
+
+    def renew(self, rng: np.random.Generator) -> None:
+        for shelf in (self.clips, self.groups, self.again):
+            shelf.renew(rng)
+
+
+class Exams:
+    """What the stage is validated on: clips and groups of its own seeds, and scenes of the old splits."""
+
+    def __init__(self, plan: Plan, frozen: Frozen) -> None:
+        self._plan, self._frozen, self._scenes = plan, frozen, dict[str, Exam]()
+        self._clips: dict[int, list[ClipLook]] = {}
+        self._groups: dict[int, list[Prefixed]] = {}
+
+    @torch.no_grad()
+    def validate(self, watcher: Watcher, chain: Chain) -> Measures:
+        self._prepare(chain)
+        watcher.resampler.eval()
+        measures: Measures = {}
+        for frames, clips in self._clips.items():
+            right, kinds = answer_clips(watcher, clips)
+            measures[f"clip_{frames}"] = round(float(right.mean()), 4)
+            if frames == POSITIONS:
+                measures |= by_kind(right, kinds, "clip")
+        for images, groups in self._groups.items():
+            right, kinds = answer_groups(watcher, groups)
+            measures[f"several_{images}"] = round(float(right.mean()), 4)
+            if images == 2:
+                measures |= by_kind(right, kinds, "several")
+        for split, exam in self._scenes.items():
+            measures[split] = summarise(answer(chain, exam, Arm()))["all"]["accuracy"]
+        watcher.resampler.train()
+        return measures
+
+    def _prepare(self, chain: Chain) -> None:
+        if self._scenes:
+            return
+        plan, frozen = self._plan, self._frozen
+        for frames in CHECKED_FRAMES:
+            rng = np.random.default_rng((99, 1))
+            drawn = (look_at_clip(frozen, rng, World(), frames) for _ in range(plan.size(CHECKED_CLIPS, 2)))
+            self._clips[frames] = [clip for clip in drawn if clip]
+        for images in IMAGES:
+            rng = np.random.default_rng((99, 2))
+            drawn = (look_at_group(frozen, rng, World(), images) for _ in range(plan.size(CHECKED_GROUPS, 2)))
+            self._groups[images] = [group for group in drawn if group]
+        for split in (NEW, PAIRS):
+            self._scenes[split] = held_out_exam(chain, split, plan.size(CHECKED_SCENES, 2), first=VALIDATION_FROM)
+
+
+def by_kind(right: np.ndarray, kinds: list[str], name: str) -> Measures:
+    return {
+        f"{name}_{kind}": round(float(right[[one == kind for one in kinds]].mean()), 3) for kind in sorted(set(kinds))
+    }
+
+
+@torch.no_grad()
+def answer_clips(
+    watcher: Watcher, clips: list[ClipLook], budget: tuple[int, int] = (CELL_COUNT, MOST_TOKENS), at_once: int = 32
+) -> tuple[np.ndarray, list[str]]:
+    """Ask each question on its own, as a request does: whether each answer is right, and its type."""
+    asked = [(clip, row) for clip in clips for row in range(len(clip.questions))]
+    right = []
+    for start in range(0, len(asked), at_once):
+        part = asked[start : start + at_once]
+        relevance = torch.stack([clip.relevance[row] for clip, row in part])
+        prefix = watcher.watch([clip for clip, _ in part], relevance, budget)
+        rows = watcher.packer.rows([clip.questions[row] for clip, row in part], prefix.shape[1])
+        right.append(row_losses(watcher.language, watcher.exact, prefix, rows)[1].cpu().numpy())
+    return np.concatenate(right), [clip.questions[row].type for clip, row in asked]
+
+
+@torch.no_grad()
+def answer_groups(watcher: Watcher, groups: list[Prefixed]) -> tuple[np.ndarray, list[str]]:
+    """As `answer_clips`. Every question of a group is asked behind the same visual tokens."""
+    right = []
+    for group in groups:
+        prefix = group.visual_tokens.float().expand(len(group.questions), -1, -1)
+        rows = watcher.packer.rows(group.questions, prefix.shape[1])
+        right.append(row_losses(watcher.language, watcher.exact, prefix, rows)[1].cpu().numpy())
+    return np.concatenate(right), [question.type for group in groups for question in group.questions]

@@ -80,8 +80,8 @@ class VideoAddress(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, title="VideoUrl")
 
     url: str = Field(
-        description="A `data:` URL with base64, or the id `img_...` of a video that was sent before: MP4, MOV, WebM, or "
-        "an animated GIF or WebP."
+        description="A `data:` URL with base64, or the id `img_...` of a video that was sent before. MP4, MOV, WebM, "
+        "or an animated GIF or WebP."
     )
 
 

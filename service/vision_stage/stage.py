@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -29,8 +29,7 @@ from service.cache.visual_tokens import VisualCache, clip_key, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded, naming_frame, naming_image
 from service.core.models import VisionModel
-from service.core.prompt import Question
-from service.core.request import MAX_FRAMES, Budget, ImageId, Priority, Request
+from service.core.request import Budget, ImageId, Priority, Request
 from service.core.viewport import Fitting, fitting
 from service.core.vision import (
     CLOSER_SIZE,
@@ -53,8 +52,9 @@ from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
 from service.vision_stage.changes import Change, changes_of, largest
-from service.vision_stage.clips import ClipMemory, Reel, changed_key, given_frames
+from service.vision_stage.clips import ClipMemory, Shown, changed_key, given_frames, most_found
 from service.vision_stage.plan import (
+    OF_FRAME,
     Attend,
     ChooseTile,
     Done,
@@ -74,54 +74,6 @@ from service.vision_stage.plan import (
 # the next question about the image needs it.
 ENCODE_TIMEOUT_S = 10.0
 NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
-
-
-OF_FRAME = Situation(
-    asks="low",
-    needs_closer=False,
-    offers_closer=False,
-    closer_view_at=1.0,
-    allows_closer=False,
-    holds_closer=False,
-)
-
-
-@dataclass(slots=True)
-class Shown:
-    """The clip of one request: the frames that are looked at, and the looks at them."""
-
-    clip: LoadedClip
-    most: int  # of its frames are found; then fewer may be chosen
-    question: Question
-    is_joined: bool  # the frames are attended to together
-    frames: tuple[Frame, ...] = ()
-    looks: dict[str, Look] = field(default_factory=dict)  # by digest: equal frames are looked at once
-    is_reduced: bool = False  # fewer frames are looked at than the request allows, because of load
-    seen: SeenClip | None = None
-    reel: Reel | None = None  # held so that what was decoded lasts as long as the request looks
-    film: Film | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.film = None if self.clip.file is None else Film(self.clip.file, self.most)
-
-    @property
-    def vision(self) -> list[VisionFeatures]:
-        """Return the features of each frame, once the looks have found them."""
-        found = (self.looks[frame.digest].vision for frame in self.frames)
-        return [each for each in found if each is not None]
-
-    def look(self, *, is_read: bool) -> None:
-        """Begin a look at each different frame. What earlier looks found of its features is kept."""
-        before, self.looks = self.looks, {}
-        for frame in self.frames:
-            if frame.digest in self.looks:
-                continue
-            file = self.clip.file
-            image = self.clip.images[frame.index] if file is None else replace(file, digest=frame.digest)
-            look = Look(frame.index, image, self.question, is_frame=True, film=self.film, is_read=is_read)
-            if frame.digest in before:
-                look.vision = before[frame.digest].vision
-            self.looks[frame.digest] = look
 
 
 class VisionStage:
@@ -209,7 +161,7 @@ class VisionStage:
         asked = self.prompts.frames(request)
         most = min(asked, self.admission.fidelity.frames)
         compares = request.clip is not None and request.clip.sampling == "change"
-        shown = Shown(clip, MAX_FRAMES if compares else most, question, self.card.clip is not None)
+        shown = Shown(clip, most_found(request, most), question, self.card.clip is not None)
         if shown.film is not None:
             shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
         shown.frames = await self._frames(shown, ticket, reservation)
@@ -274,9 +226,7 @@ class VisionStage:
     def _asked_clip(self, request: Request) -> Budget:
         """Return the budget of the whole clip, which the clip resampler can spend."""
         assert self.card.clip is not None
-        (least, most), visual = self.card.clip.vision_tokens, self.card.clip.visual_tokens
-        low, high = (min(max(tokens, least), most) for tokens in request.budget.vision_tokens)
-        return Budget((low, high), (visual, visual))
+        return self.card.clip.budget(request.budget)
 
     def _allowed_clip(self, request: Request) -> Budget:
         return self.admission.fidelity.cap(self._asked_clip(request))

@@ -54,7 +54,7 @@ from service.text.guide_checks import GuideChecks
 from service.text.prompt import Detokeniser, PromptBuilder
 from service.upstreams.attempts import Attempts
 from service.upstreams.models import Choice, Model, Models
-from service.vision_stage import VisionStage, decoding_cost
+from service.vision_stage import Pixels, VisionStage, decoding_cost
 from service.vision_stage.clips import ClipMemory
 from service.vision_stage.estimating import Estimator
 
@@ -104,6 +104,7 @@ class Pipeline:
         )
         self.visual = VisualCache(settings.visual_cache_bytes, metrics)
         self.clips = ClipMemory()
+        self.pixels = Pixels(reader, self.images, self.clips)
         self.guides = GuideChecks()
 
     def model(
@@ -115,8 +116,7 @@ class Pipeline:
             admission=self.admission,
             card=card,
             prompts=prompts,
-            reader=self.reader,
-            images=self.images,
+            pixels=self.pixels,
             features=self.features,
             visual=self.visual,
             clips=self.clips,

@@ -143,6 +143,13 @@ class Shown:
         self.film = None if self.clip.file is None else Film(self.clip.file, self.most)
 
     @property
+    def sent(self) -> list[Image]:
+        """Return the clip's file, or the images of the frames that are looked at."""
+        if self.clip.file is not None:
+            return [self.clip.file]
+        return [self.clip.images[frame.index] for frame in self.frames]
+
+    @property
     def vision(self) -> list[VisionFeatures]:
         """Return the features of each frame, once the looks have found them."""
         found = (self.looks[frame.digest].vision for frame in self.frames)

@@ -40,7 +40,7 @@ WORLDS = (World(), WIDE)
 CLOSE_SHARE = 0.25  # of the old images read by one group, which have a closer view
 LOSSY_SHARE = 0.5  # of all pictures, which were compressed
 
-# (visual tokens [P, H], questions) -> those that fit one pack, and the published model's logits of their answers' tokens
+# (visual tokens [P, H], questions) -> those that fit one pack, and the published model's logits of their answers
 Teach = Callable[[Tensor, list[Question]], tuple[list[Question], Tensor]]
 
 
@@ -107,7 +107,9 @@ class Prefixed:
     taught: Tensor | None = None
 
 
-def draw_kinds(rng: np.random.Generator, weights: dict[str, float], ask: Callable[[str], Question | None]) -> list[Question]:
+def draw_kinds(
+    rng: np.random.Generator, weights: dict[str, float], ask: Callable[[str], Question | None]
+) -> list[Question]:
     """Up to `QUESTIONS` different questions."""
     kinds, share = list(weights), np.array(list(weights.values()))
     found: dict[str, Question] = {}
@@ -139,9 +141,7 @@ def look_at_clip(frozen: Frozen, rng: np.random.Generator, world: World, frames:
     return clip_look(frozen, lossy(rng, clip.pixels), clip.times, questions) if questions else None
 
 
-def clip_look(
-    frozen: Frozen, pixels: Sequence[np.ndarray], times: np.ndarray, questions: list[Question]
-) -> ClipLook:
+def clip_look(frozen: Frozen, pixels: Sequence[np.ndarray], times: np.ndarray, questions: list[Question]) -> ClipLook:
     looks = pictures(frozen.eye, pixels)
     return ClipLook(
         looks.features[:, 0].half(),
@@ -159,7 +159,9 @@ def look_at_group(frozen: Frozen, rng: np.random.Generator, world: World, images
     if not questions:
         return None
     looks = pictures(frozen.eye, [lossy(rng, [scene.pixels])[0] for scene in scenes])
-    return Prefixed(frozen.see(looks, questions[0], (CELL_COUNT, MOST_TOKENS, GROUP, GROUP)).flatten(0, 1).half(), questions)
+    return Prefixed(
+        frozen.see(looks, questions[0], (CELL_COUNT, MOST_TOKENS, GROUP, GROUP)).flatten(0, 1).half(), questions
+    )
 
 
 def look_again(frozen: Frozen, rng: np.random.Generator, groups: int, teach: Teach) -> Prefixed | None:

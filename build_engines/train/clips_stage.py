@@ -1,6 +1,7 @@
 """Stage `clips`: the language model learns clips and several images, and the clip resampler learns with it.
 
-The encoder, the allocator and the Q-Former are frozen, so that an image keeps its visual tokens. A step has three parts:
+The encoder, the allocator and the Q-Former are frozen, so that an image keeps its visual tokens. A step has three
+parts:
 
 - clips of 4 to 32 frames through the resampler;
 - groups of two to four images, each seen by the Q-Former, one after the other in the prompt;
@@ -32,6 +33,7 @@ from build_engines.scenes.held_out import NEW, PAIRS
 from build_engines.scenes.questions import Question
 from build_engines.scenes.world import World
 from build_engines.train import replicas
+from build_engines.train.allocator_stage import SHORT
 from build_engines.train.architecture import QUERIES
 from build_engines.train.clip_store import (
     FRAMES,
@@ -149,9 +151,7 @@ def train_clips(plan: Plan) -> None:
     if course.finished:
         return
     teacher = decoder_of(published)
-    shelves = Shelves(
-        plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer)
-    )
+    shelves = Shelves(plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer))
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
         if course.step % RENEW_EVERY == 0:
@@ -253,16 +253,16 @@ class Exams:
         measures: Measures = {}
         for frames, clips in self._clips.items():
             right, kinds = answer_clips(watcher, clips)
-            measures[f"clip_{frames}"] = round(float(right.mean()), 4)
+            measures[f"new_clip_{frames}"] = round(float(right.mean()), 4)
             if frames == POSITIONS:
                 measures |= by_kind(right, kinds, "clip")
         for images, groups in self._groups.items():
             right, kinds = answer_groups(watcher, groups)
-            measures[f"several_{images}"] = round(float(right.mean()), 4)
+            measures[f"new_several_{images}"] = round(float(right.mean()), 4)
             if images == 2:
                 measures |= by_kind(right, kinds, "several")
         for split, exam in self._scenes.items():
-            measures[split] = summarise(answer(chain, exam, Arm()))["all"]["accuracy"]
+            measures[f"{SHORT[split]}_adaptive"] = summarise(answer(chain, exam, Arm()))["all"]["accuracy"]
         watcher.resampler.train()
         return measures
 

@@ -103,9 +103,7 @@ def test_relevance_decides_among_changes():
 
 
 def test_a_slow_change_in_many_frames_is_seen_in_frames_near_the_trained_positions():
-    few, many = (
-        kept(levels(*clip(frames, lambda time: int(7.99 * time)), (64, 256))) for frames in (8, 32)
-    )
+    few, many = (kept(levels(*clip(frames, lambda time: int(7.99 * time)), (64, 256))) for frames in (8, 32))
     assert len(many) >= len(few)
     ends = {cell: frame / 31 for frame, cell in many}  # the latest of each
     for cell in range(1, 7):

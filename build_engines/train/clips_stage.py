@@ -36,16 +36,19 @@ from build_engines.train import replicas
 from build_engines.train.allocator_stage import SHORT
 from build_engines.train.architecture import QUERIES
 from build_engines.train.clip_store import (
-    FRAMES,
+    DRAWN_FRAMES,
     IMAGES,
     WORLDS,
     ClipLook,
     Frozen,
     Prefixed,
     Shelf,
+    draw_clips,
     look_again,
     look_at_clip,
+    look_at_four,
     look_at_group,
+    regrouped,
 )
 from build_engines.train.course import Course, Measures
 from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_exam, summarise
@@ -56,13 +59,13 @@ from build_engines.train.publishing import parts_before_clips
 from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam
 from build_engines.train.tokens import new_tokenizer
 
-STEPS = 4000
+STEPS = 3700
 CLIPS, GROUPS, AGAIN = 8, 6, 6  # a step, per replica
-STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 700, 500, 500  # per replica
-RENEW_EVERY = 3  # steps: a clip, a group and an old image
+STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 640, 320, 500  # per replica
+RENEW_CLIPS, RENEW_OTHERS = 2, 6  # steps: a clip; a group and an old image
 TEXT_TOKENS = 144  # behind one prefix
 TAUGHT_SHARE, OLD_SHARE = 1.0, 0.2  # of the loss of old questions: as the published model, and as the truth is
-CHECK_STEPS = 250
+CHECK_STEPS = 350
 CHECKED_CLIPS, CHECKED_GROUPS, CHECKED_SCENES = 40, 40, 50
 CHECKED_FRAMES = (8, 4, 16)
 RATE_LANGUAGE, RATE_RESAMPLER = (0.004, 1e-3), (0.004, 1e-3)  # of Muon and of Adam
@@ -154,12 +157,15 @@ def train_clips(plan: Plan) -> None:
     shelves = Shelves(plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer))
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
-        if course.step % RENEW_EVERY == 0:
-            shelves.renew(rng)
-        clips = shelves.clips.draw(rng, plan.size(CLIPS, 2), shelves.clips.size(rng))
-        yield learn_clips(watcher, rng, clips)
-        images = shelves.groups.draw(rng, plan.size(GROUPS, 2), shelves.groups.size(rng))
-        yield learn_groups(watcher, images)
+        if course.step % RENEW_CLIPS == 0:
+            shelves.clips.renew(rng)
+        if course.step % RENEW_OTHERS == 0:
+            shelves.groups.renew(rng)
+            shelves.again.renew(rng)
+        yield learn_clips(watcher, rng, draw_clips(rng, shelves.clips, plan.size(CLIPS, 2)))
+        images = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
+        groups = [regrouped(rng, shelves.groups.kept[4], images) for _ in range(plan.size(GROUPS, 2))]
+        yield learn_groups(watcher, [group for group in groups if group.questions])
         again = shelves.again.draw(rng, plan.size(AGAIN, 2), shelves.again.size(rng))
         yield learn_again(watcher, again)
 
@@ -176,7 +182,7 @@ def learn_clips(watcher: Watcher, rng: np.random.Generator, clips: list[ClipLook
     """Ask all questions about each clip. The cells are chosen for one of them, or for all together."""
     chosen = []
     for clip in clips:
-        row = int(rng.integers(len(clip.questions)))
+        row = int(rng.integers(len(clip.relevance)))
         chosen.append(clip.relevance[row] if rng.random() < 0.7 else clip.relevance.amax(0))
     most = MOST_TOKENS if rng.random() < 0.7 else int(rng.integers(112, MOST_TOKENS))
     prefix = watcher.watch(clips, torch.stack(chosen), (CELL_COUNT, most))
@@ -220,8 +226,8 @@ class Shelves:
         def world(rng: np.random.Generator) -> World:
             return WORLDS[int(rng.integers(len(WORLDS)))]
 
-        self.clips = Shelf(lambda rng, frames: look_at_clip(frozen, rng, world(rng), frames), FRAMES)
-        self.groups = Shelf(lambda rng, images: look_at_group(frozen, rng, world(rng), images), IMAGES)
+        self.clips = Shelf(lambda rng, frames: look_at_clip(frozen, rng, world(rng), frames), DRAWN_FRAMES)
+        self.groups = Shelf(lambda rng, _: look_at_four(frozen, rng, world(rng)), {4: 1.0})
         self.again = Shelf(again, {1: 0.75, 2: 0.13, 3: 0.06, 4: 0.06})
         path = plan.out / f"clips_kept_{replicas.rank()}.pt"
         if path.exists():
@@ -232,10 +238,6 @@ class Shelves:
         self.groups.fill(rng, plan.size(STORED_GROUPS, 4), "groups of")
         self.again.fill(rng, plan.size(STORED_AGAIN, 4), "old images read by")
         torch.save((self.clips.kept, self.groups.kept, self.again.kept), path)
-
-    def renew(self, rng: np.random.Generator) -> None:
-        for shelf in (self.clips, self.groups, self.again):
-            shelf.renew(rng)
 
 
 class Exams:

@@ -318,6 +318,7 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         fit=_fit(told.pop("fit", "squash")),
         pad_colour=_colour(checkpoint.image_mean),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
+        frames=int(told.pop("frames", checkpoint.frames)),
         top_log_probs=True,
         clip=None if checkpoint.clip is None else ClipResampler.from_json(CARD),
         confidence=confidence,

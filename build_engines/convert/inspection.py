@@ -63,7 +63,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
     wanted = _wanted_shapes(directory, family, config)
     _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    if zero_shot and (family != INSTRUCT or adapted is not None):
+    if zero_shot and (family not in INSTRUCT or adapted is not None):
         raise Refused(
             "--zero-shot needs an InstructBLIP checkpoint, whose Q-Former reads the question, and no --allocator: "
             "leave it out"
@@ -145,7 +145,7 @@ def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
 
 
 def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
-    folders = [directory] + ([directory / "qformer_tokenizer"] if family == INSTRUCT else [])
+    folders = [directory] + ([directory / "qformer_tokenizer"] if family in INSTRUCT else [])
     for folder in folders:
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise Refused(f"{folder} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")

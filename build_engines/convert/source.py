@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from build_engines.model.adapted import FILES as ADAPTED
 
-INSTRUCT = "InstructBlipForConditionalGeneration"
+INSTRUCT = ("InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration")
 IDEFICS = "IdeficsForVisionText2Text"
 
 
@@ -51,7 +51,7 @@ class Source:
     @property
     def reads_question(self) -> bool:
         """Whether the Q-Former reads the question, as InstructBLIP's does."""
-        return self.family == INSTRUCT
+        return self.family in INSTRUCT
 
     def digests(self) -> dict[str, str]:
         """blake3 of each file, by its name in the checkpoint; the adapted allocator's as allocator/NAME."""

@@ -1,4 +1,4 @@
-"""Load BLIP-2, InstructBLIP and IDEFICS checkpoints in Hugging Face's format, and allocator weights.
+"""Load BLIP-2, InstructBLIP (also for video) and IDEFICS checkpoints in Hugging Face's format, and allocator weights.
 
 Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b`, `Salesforce/blip2-flan-t5-xl`,
 `Salesforce/instructblip-vicuna-7b` and `HuggingFaceM4/idefics-9b`.
@@ -26,6 +26,7 @@ from transformers import (
     Blip2ForConditionalGeneration,
     IdeficsForVisionText2Text,
     InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
     PreTrainedConfig,
     T5ForConditionalGeneration,
 )
@@ -50,8 +51,13 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 PROMPTS = {  # the prompts for questions that each family was trained with
     Blip2ForConditionalGeneration: "Question: {question} Answer:",
     InstructBlipForConditionalGeneration: "Question: {question} Short answer:",
+    InstructBlipVideoForConditionalGeneration: "Question: {question} Short answer:",
     IdeficsForVisionText2Text: "Question: {question} Answer:",
 }
+INSTRUCTED = (InstructBlipForConditionalGeneration, InstructBlipVideoForConditionalGeneration)
+VIDEO = InstructBlipVideoForConditionalGeneration
+FRAMES = 8  # of a clip, if a request does not say
+VIDEO_FRAMES = 4  # likewise, of InstructBlipVideo, whose processor takes no other number
 FAMILIES = {family.__name__: family for family in PROMPTS}
 QUERIES = 32  # in one group
 LATENTS = 64  # of IDEFICS's resampler, which are its visual tokens of an image
@@ -70,7 +76,12 @@ class Checkpoint:
     """The whole model in FP32 on the CPU, in eval mode."""
 
     directory: Path
-    model: Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration | IdeficsForVisionText2Text
+    model: (
+        Blip2ForConditionalGeneration
+        | InstructBlipForConditionalGeneration
+        | InstructBlipVideoForConditionalGeneration
+        | IdeficsForVisionText2Text
+    )
     participatory: ParticipatoryKnowing | None
     balancing: OpponentProcessing | None
     closer: CloserView | None
@@ -85,11 +96,10 @@ class Checkpoint:
     def load(cls, source: Path | str, allocator: Path | None = None, *, language: bool = True) -> Checkpoint:
         """Load a directory, or download a repository of the Hugging Face hub by name.
 
-        Reads config.json, the weights, and if present preprocessor_config.json or processor_config.json,
-        model_card.json and allocator.safetensors. `allocator` is a folder that `glimpse adapt` wrote, whose allocator
-        takes the place of the checkpoint's own. Without `language` the language model's weights stay on disk, and it
-        cannot be run. Raises OSError for a missing file and ValueError for another
-        architecture, or an allocator of another encoder.
+        Reads config.json, the weights, and if present model_card.json, allocator.safetensors and what the processor
+        wrote (`_preprocessor`). `allocator` is a folder that `glimpse adapt` wrote, whose allocator takes the place of
+        the checkpoint's own. Without `language` the language model's weights stay on disk, and it cannot be run. Raises
+        OSError for a missing file and ValueError for another architecture, or an allocator of another encoder.
         """
         directory = _directory(source)
         architectures = _read_json(directory / "config.json").get("architectures", [])
@@ -102,8 +112,7 @@ class Checkpoint:
         ).eval()
         if why := why_not(model.config):
             raise ValueError(f"{source} {why}")
-        preprocessor = _read_json(directory / "preprocessor_config.json", default={})
-        preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
+        preprocessor = _preprocessor(directory, video=issubclass(family, VIDEO))
         own = load_allocator(directory / ALLOCATOR)
         found = cls(
             directory=directory,
@@ -155,7 +164,12 @@ class Checkpoint:
     @property
     def reads_question(self) -> bool:
         """Whether the Q-Former reads the question, in its own tokenizer's ids."""
-        return isinstance(self.model, InstructBlipForConditionalGeneration)
+        return isinstance(self.model, INSTRUCTED)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip that are looked at, if a request does not say."""
+        return VIDEO_FRAMES if isinstance(self.model, VIDEO) else FRAMES
 
     @property
     def is_idefics(self) -> bool:
@@ -438,6 +452,19 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     found: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     return found
+
+
+def _preprocessor(directory: Path, *, video: bool) -> dict:
+    """Read what the image processor does, or the video processor. It may be told in several files; the last one wins.
+
+    preprocessor_config.json, video_preprocessor_config.json for a video, processor_config.json.
+    """
+    names = ["preprocessor_config.json", *(["video_preprocessor_config.json"] if video else [])]
+    told: dict[str, object] = {}
+    for name in names:
+        told |= _read_json(directory / name, default={})
+    whole = _read_json(directory / "processor_config.json", default={})
+    return told | whole.get("video_processor" if video else "image_processor", {})
 
 
 def _read_json(path: Path, default: dict[str, object] | None = None) -> dict:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
+)
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerAttention
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerAttention
 
@@ -67,13 +71,13 @@ class QFormer(nn.Module):
 
 
 class InstructQFormer(nn.Module):
-    """InstructBLIP's Q-Former, whose queries also read the question.
+    """InstructBLIP's Q-Former, whose queries also read the question. InstructBLIP-Video's reads one frame at a time.
 
     vision_tokens [B, N, D], attend int32 [B, N], question_ids and question_mask int32 [B, 32] -> visual_tokens [B, 32,
     H]. The ids are those of its own tokenizer, with [CLS] and [SEP].
     """
 
-    def __init__(self, model: InstructBlipForConditionalGeneration) -> None:
+    def __init__(self, model: InstructBlipForConditionalGeneration | InstructBlipVideoForConditionalGeneration) -> None:
         super().__init__()
         self.query_tokens = model.query_tokens
         self.words = model.qformer.embeddings.word_embeddings

@@ -71,6 +71,7 @@ class Vqa:
             said["vision"]["fit"],
             said.get("relevance"),
             said["vision"].get("frames"),
+            said.get("video_id", ""),
             said.get("abstained"),
             said.get("reason", ""),
             said.get("confidence"),
@@ -156,6 +157,7 @@ class OpenAiChat:
             ours.vision["fit"],
             getattr(ours, "relevance", None),
             ours.vision.get("frames"),
+            getattr(ours, "video_id", ""),
             getattr(ours, "abstained", None),
             getattr(ours, "reason", ""),
             getattr(ours, "confidence", None),
@@ -205,6 +207,7 @@ class Grpc:
             FITS[said.vision.fit],
             [relevance_in(each) for each in said.relevance] or None,
             [frame_in(each) for each in said.vision.frames] or None,
+            said.video_id,
             said.abstained if said.HasField("abstained") else None,
             REASONS[said.abstain_reason],
             said.confidence if said.HasField("confidence") else None,
@@ -285,7 +288,7 @@ NOT_IN_GRPC = ("not base64", "a video that is not base64", "a timeout that is to
 
 
 # OpenAI's chat has no list of frames.
-NOT_IN_CHAT = ("a video twice", "no frames", "too many frames")
+NOT_IN_CHAT = ("frames", "a video twice", "no frames", "too many frames")
 
 
 def videos_of(case: Case) -> list[pb.Part]:
@@ -326,6 +329,8 @@ def frame_in(message: pb.SeenFrame) -> dict[str, Any]:
     told: dict[str, Any] = {"index": message.index}
     if message.HasField("time_s"):
         told["time_s"] = round(message.time_s, 3)
+    if message.image_id:
+        told["image_id"] = message.image_id
     if message.HasField("relevance"):
         told["relevance"] = frame_relevance_in(message.relevance)
     return told

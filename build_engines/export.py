@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
 
 from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
-from build_engines.model.clip import CARD
 from build_engines.model.checkpoint import QUERIES, Checkpoint
+from build_engines.model.clip import CARD
 from build_engines.repository import (
     CLIP_GRAPH,
     GRAPHS,
@@ -74,8 +74,8 @@ def examples(tensors: Sequence[Described], sizes: Mapping[str, int] = MappingPro
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
     """The four graphs, with example inputs at batch 2.
 
-    And `relevance_allocator_448` if there is a closer view, `attend_clip` if there is a clip resampler, `llm_encoder` if
-    the LLM has a prompt reader.
+    And `relevance_allocator_448` if there is a closer view, `attend_clip` if there is a clip resampler, `llm_encoder`
+    if the LLM has a prompt reader.
     """
     vision = checkpoint.model.config.vision_config
     batch = {0: "batch"}
@@ -183,10 +183,8 @@ def _clip(checkpoint: Checkpoint) -> list[Graph]:
         dims = [frames if size == -1 else size for size in tensor.shape(sizes)]
         inputs[tensor.name] = torch.zeros(dims, dtype=TYPES[tensor.datatype])
     inputs |= {"times": torch.linspace(0, 1, frames), "clip_budget": torch.tensor([64, 256], dtype=torch.int32)}
-    of_frames = {"features", "saliency", "entropy", "texture", "times"}
-    return [
-        Graph(CLIP_GRAPH, attention, inputs, dict.fromkeys(of_frames, {0: "frames"}), names(MODELS[CLIP_GRAPH].outputs))
-    ]
+    of_frames = {name: {0: "frames"} for name in (*names(VISION), "times")}
+    return [Graph(CLIP_GRAPH, attention, inputs, of_frames, names(MODELS[CLIP_GRAPH].outputs))]
 
 
 def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_BYTES) -> None:

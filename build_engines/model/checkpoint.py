@@ -397,7 +397,7 @@ def load_clip(path: Path, model: Module) -> ClipResampler | None:
     if not path.exists():
         return None
     if not isinstance(model, Blip2ForConditionalGeneration):
-        raise ValueError(f"{path} belongs to a BLIP-2 checkpoint: remove it")
+        raise ValueError(f"{path} belongs to a BLIP-2 checkpoint: remove it")  # noqa: TRY004  (the file is wrong)
     resampler = ClipResampler(QFormer(model))
     try:
         resampler.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})

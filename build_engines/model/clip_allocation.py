@@ -10,9 +10,9 @@ changed: what is still has been seen. Changed cells are ranked in this order:
    therefore looked at like one of 8 frames first;
 3. within both, by how much they changed, and by their relevance to the question.
 
-A change is a distance of features, from the frame before or from any frame at most a seventh of the clip earlier. A slow
-movement in many frames then counts as much as a fast one in few. Every operation has fixed sizes except for the number
-of frames.
+A change is a distance of features, from the frame before or from any frame at most a seventh of the clip earlier. A
+slow movement in many frames then counts as much as a fast one in few. Every operation has fixed sizes except for the
+number of frames.
 """
 
 from __future__ import annotations

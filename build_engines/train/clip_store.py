@@ -17,16 +17,17 @@ from build_engines.model.allocation import CELL_COUNT, GROUP, MAX_VISION_TOKENS,
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.qformer import QFormer
-from build_engines.scenes.clips import CLIP_KINDS, ask_clip, draw_clip
+from build_engines.scenes.clips import CLIP_KINDS, Event, Story, ask_clip, ask_story, draw_clip
 from build_engines.scenes.questions import DESCRIBE, TYPES, Question
 from build_engines.scenes.render import compressed
-from build_engines.scenes.several import SEVERAL_KINDS, ask_several, draw_several
-from build_engines.scenes.world import SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World
+from build_engines.scenes.several import SEVERAL_KINDS, ask_groups, ask_several, draw_several
+from build_engines.scenes.world import SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, Thing, World
 from build_engines.train import replicas
 from build_engines.train.language_stage import WEIGHTS, denies_a_held_out_pair
 from build_engines.train.looks import Eye, Looks
 from build_engines.train.relevance import question_tensors
 from build_engines.train.store import questions_about
+from service.media.clip import spaced
 
 QUESTIONS = 8  # of a clip, a group or an image
 # Questions that take longer to learn are asked more often.
@@ -34,13 +35,17 @@ CLIP_WEIGHTS = dict.fromkeys(CLIP_KINDS, 1.0) | {"order": 2.5, "came": 1.5, "cou
 SEVERAL_WEIGHTS = dict.fromkeys(SEVERAL_KINDS, 1.0) | {"more": 1.5, "same": 1.5, "together": 1.5, "all": 1.5}
 OLD_WEIGHTS = WEIGHTS | {DESCRIBE: 0.5}
 SMALL_PRINT_WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"read": 6.0}
-FRAMES = {4: 0.12, 6: 0.1, 8: 0.5, 12: 0.1, 16: 0.13, 32: 0.05}  # of a clip, and their shares
+FRAMES = {4: 0.12, 6: 0.08, 8: 0.5, 12: 0.08, 16: 0.16, 32: 0.06}  # of a clip in training, and their shares
+DRAWN_FRAMES = {4: 0.06, 8: 0.64, 16: 0.24, 32: 0.06}  # of a kept clip
+# Of clips of which some frames are taken. Four frames of eight can be too far apart to tell what came first.
+TAKEN_FROM = {4: (4, 16, 32), 6: (8, 16, 32), 8: (8, 16, 32), 12: (16, 32), 16: (16, 32), 32: (32,)}
+APART_SHARE = 0.2  # of the groups whose images do not belong together
 IMAGES = {2: 0.6, 3: 0.25, 4: 0.15}  # of a group
 WORLDS = (World(), WIDE)
 CLOSE_SHARE = 0.25  # of the old images read by one group, which have a closer view
 LOSSY_SHARE = 0.5  # of all pictures, which were compressed
 
-# (visual tokens [P, H], questions) -> those that fit one pack, and the published model's logits of their answers' tokens
+# (visual tokens [P, H], questions) -> those that fit one pack, and the published model's logits of their answers
 Teach = Callable[[Tensor, list[Question]], tuple[list[Question], Tensor]]
 
 
@@ -84,7 +89,8 @@ class Frozen:
 class ClipLook:
     """A clip of T frames, with Q questions about it.
 
-    cls [T, D]; pooled [T, 64, D]; relevance [Q, T, 64] of each cell to each question; times float32 [T].
+    cls [T, D]; pooled [T, 64, D]; relevance [Q, T, 64] of each cell to each question; times float32 [T]. story: None
+    for a clip that was not drawn here.
     """
 
     cls: Tensor
@@ -92,6 +98,35 @@ class ClipLook:
     relevance: Tensor
     times: Tensor
     questions: list[Question]
+    story: Story | None = None
+
+    def at(self, frames: Sequence[int]) -> ClipLook:
+        """Some of the frames, in order."""
+        index = list(frames)
+        times = self.times[index]
+        return replace(
+            self, cls=self.cls[index], pooled=self.pooled[index], relevance=self.relevance[:, index], times=times
+        )
+
+    def asked_anew(self, rng: np.random.Generator) -> ClipLook:
+        """With other questions, whose relevance is that of the old ones; half of the clips are shown backwards."""
+        story, look = self.story, self
+        if story is None:
+            raise ValueError("only a drawn clip can be asked anew")
+        if rng.random() < 0.5:
+            story, look = backwards(story), self.at(range(len(self.times) - 1, -1, -1))
+            look = replace(look, times=1 - look.times)
+        return replace(
+            look, story=story, questions=draw_kinds(rng, CLIP_WEIGHTS, lambda kind: ask_story(rng, story, kind))
+        )
+
+
+@dataclass(frozen=True)
+class GroupLook:
+    """Four images that belong together: their objects, and the visual tokens of each, [4, 32, H]."""
+
+    scenes: list[tuple[Thing, ...]]
+    visual_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,7 +142,9 @@ class Prefixed:
     taught: Tensor | None = None
 
 
-def draw_kinds(rng: np.random.Generator, weights: dict[str, float], ask: Callable[[str], Question | None]) -> list[Question]:
+def draw_kinds(
+    rng: np.random.Generator, weights: dict[str, float], ask: Callable[[str], Question | None]
+) -> list[Question]:
     """Up to `QUESTIONS` different questions."""
     kinds, share = list(weights), np.array(list(weights.values()))
     found: dict[str, Question] = {}
@@ -136,12 +173,24 @@ def look_at_clip(frozen: Frozen, rng: np.random.Generator, world: World, frames:
     """Draw a clip and look at it. None if it gives no question."""
     clip = draw_clip(rng, world, frames)
     questions = draw_kinds(rng, CLIP_WEIGHTS, lambda kind: ask_clip(rng, clip, kind))
-    return clip_look(frozen, lossy(rng, clip.pixels), clip.times, questions) if questions else None
+    if not questions:
+        return None
+    return replace(clip_look(frozen, lossy(rng, clip.pixels), clip.times, questions), story=clip.story)
 
 
-def clip_look(
-    frozen: Frozen, pixels: Sequence[np.ndarray], times: np.ndarray, questions: list[Question]
-) -> ClipLook:
+def backwards(story: Story) -> Story:
+    """The same clip from its end to its start."""
+    things, events = list(story.things), []
+    for event in story.events:
+        kind = {"appeared": "vanished", "vanished": "appeared"}.get(event.kind, event.kind)
+        after = None
+        if event.after is not None:
+            things[event.index], after = event.after, things[event.index]
+        events.append(Event(kind, event.index, 1 - event.end, 1 - event.start, after))
+    return replace(story, things=tuple(things), events=tuple(sorted(events, key=lambda one: one.start)))
+
+
+def clip_look(frozen: Frozen, pixels: Sequence[np.ndarray], times: np.ndarray, questions: list[Question]) -> ClipLook:
     looks = pictures(frozen.eye, pixels)
     return ClipLook(
         looks.features[:, 0].half(),
@@ -159,7 +208,29 @@ def look_at_group(frozen: Frozen, rng: np.random.Generator, world: World, images
     if not questions:
         return None
     looks = pictures(frozen.eye, [lossy(rng, [scene.pixels])[0] for scene in scenes])
-    return Prefixed(frozen.see(looks, questions[0], (CELL_COUNT, MOST_TOKENS, GROUP, GROUP)).flatten(0, 1).half(), questions)
+    return Prefixed(
+        frozen.see(looks, questions[0], (CELL_COUNT, MOST_TOKENS, GROUP, GROUP)).flatten(0, 1).half(), questions
+    )
+
+
+def look_at_four(frozen: Frozen, rng: np.random.Generator, world: World) -> GroupLook:
+    """Draw four images that belong together, and look at each for a question about all of them."""
+    scenes = draw_several(rng, world, 4)
+    looks = pictures(frozen.eye, [lossy(rng, [scene.pixels])[0] for scene in scenes])
+    questions = draw_kinds(rng, SEVERAL_WEIGHTS, lambda kind: ask_several(rng, scenes, kind))
+    seen = frozen.see(looks, questions[0], (CELL_COUNT, MOST_TOKENS, GROUP, GROUP))
+    return GroupLook([scene.things for scene in scenes], seen.half())
+
+
+def regrouped(rng: np.random.Generator, kept: Sequence[GroupLook], images: int) -> Prefixed:
+    """So many images of one group, or of several, in a random order, with new questions."""
+    chosen = [kept[int(rng.integers(len(kept)))]] * images
+    if rng.random() < APART_SHARE:
+        chosen = [kept[int(place)] for place in rng.integers(len(kept), size=images)]
+    places = [int(place) for place in rng.permutation(4)[:images]]
+    scenes = [group.scenes[place] for group, place in zip(chosen, places, strict=True)]
+    tokens = torch.cat([group.visual_tokens[place] for group, place in zip(chosen, places, strict=True)])
+    return Prefixed(tokens, draw_kinds(rng, SEVERAL_WEIGHTS, lambda kind: ask_groups(rng, scenes, kind)))
 
 
 def look_again(frozen: Frozen, rng: np.random.Generator, groups: int, teach: Teach) -> Prefixed | None:
@@ -210,3 +281,13 @@ class Shelf:
     def draw(self, rng: np.random.Generator, number: int, size: int) -> list:
         kept = self.kept[size]
         return [kept[i] for i in rng.choice(len(kept), min(number, len(kept)), replace=False)]
+
+
+def draw_clips(rng: np.random.Generator, shelf: Shelf, number: int) -> list[ClipLook]:
+    """Clips of equally many frames, some of them of longer ones, with new questions."""
+    share = np.array(list(FRAMES.values()))
+    frames = list(FRAMES)[int(rng.choice(len(share), p=share / share.sum()))]
+    kept = [clip for size in TAKEN_FROM[frames] for clip in shelf.kept[size]]
+    chosen = [kept[i] for i in rng.choice(len(kept), min(number, len(kept)), replace=False)]
+    asked = [clip.at(spaced(len(clip.times), frames)).asked_anew(rng) for clip in chosen]
+    return [clip for clip in asked if clip.questions]

@@ -1,9 +1,11 @@
 """Stage `clips`: the language model learns clips and several images, and the clip resampler learns with it.
 
-The encoder, the allocator and the Q-Former are frozen, so that an image keeps its visual tokens. A step has three parts:
+The encoder, the allocator and the Q-Former are frozen, so that an image keeps its visual tokens. A step has four
+parts:
 
 - clips of 4 to 32 frames through the resampler;
 - groups of two to four images, each seen by the Q-Former, one after the other in the prompt;
+- clips and groups that are told by symbols (`symbols.py`): the language model sees each only once;
 - old questions, answered as the published language model answers them (a Kullback-Leibler term), so that nothing is
   forgotten.
 
@@ -28,22 +30,31 @@ from build_engines.model.allocation import CELL_COUNT, MOST_TOKENS
 from build_engines.model.clip import ClipResampler
 from build_engines.model.clip_allocation import POSITIONS, ClipAllocation
 from build_engines.model.qformer import QFormer
+from build_engines.scenes.clips import ask_story, draw_story
 from build_engines.scenes.held_out import NEW, PAIRS
 from build_engines.scenes.questions import Question
-from build_engines.scenes.world import World
+from build_engines.scenes.several import ask_groups, draw_groups
+from build_engines.scenes.world import Thing, World
 from build_engines.train import replicas
+from build_engines.train.allocator_stage import SHORT
 from build_engines.train.architecture import QUERIES
 from build_engines.train.clip_store import (
-    FRAMES,
+    CLIP_WEIGHTS,
+    DRAWN_FRAMES,
     IMAGES,
+    SEVERAL_WEIGHTS,
     WORLDS,
     ClipLook,
     Frozen,
     Prefixed,
     Shelf,
+    draw_clips,
+    draw_kinds,
     look_again,
     look_at_clip,
+    look_at_four,
     look_at_group,
+    regrouped,
 )
 from build_engines.train.course import Course, Measures
 from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_exam, summarise
@@ -52,15 +63,18 @@ from build_engines.train.looks import Eye
 from build_engines.train.packing import Pack, Packer
 from build_engines.train.publishing import parts_before_clips
 from build_engines.train.stages import Plan, device, faster, mixed, muon_and_adam
+from build_engines.train.starting import fit_table, said_by
+from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 
-STEPS = 4000
-CLIPS, GROUPS, AGAIN = 8, 6, 6  # a step, per replica
-STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 700, 500, 500  # per replica
-RENEW_EVERY = 3  # steps: a clip, a group and an old image
+STEPS = 3700
+CLIPS, GROUPS, AGAIN, SYMBOLS = 8, 4, 4, 10  # a step, per replica
+SYMBOL_NOISE = 0.1  # the standard deviation of a visual token from its symbol's vector
+STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 640, 320, 500  # per replica
+RENEW_CLIPS, RENEW_OTHERS = 2, 6  # steps: a clip; a group and an old image
 TEXT_TOKENS = 144  # behind one prefix
 TAUGHT_SHARE, OLD_SHARE = 1.0, 0.2  # of the loss of old questions: as the published model, and as the truth is
-CHECK_STEPS = 250
+CHECK_STEPS = 350
 CHECKED_CLIPS, CHECKED_GROUPS, CHECKED_SCENES = 40, 40, 50
 CHECKED_FRAMES = (8, 4, 16)
 RATE_LANGUAGE, RATE_RESAMPLER = (0.004, 1e-3), (0.004, 1e-3)  # of Muon and of Adam
@@ -149,17 +163,21 @@ def train_clips(plan: Plan) -> None:
     if course.finished:
         return
     teacher = decoder_of(published)
-    shelves = Shelves(
-        plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer)
-    )
+    shelves = Shelves(plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer))
+
+    table = fitted_symbols(plan, language.config.hidden_size).requires_grad_(False)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
-        if course.step % RENEW_EVERY == 0:
-            shelves.renew(rng)
-        clips = shelves.clips.draw(rng, plan.size(CLIPS, 2), shelves.clips.size(rng))
-        yield learn_clips(watcher, rng, clips)
-        images = shelves.groups.draw(rng, plan.size(GROUPS, 2), shelves.groups.size(rng))
-        yield learn_groups(watcher, images)
+        if course.step % RENEW_CLIPS == 0:
+            shelves.clips.renew(rng)
+        if course.step % RENEW_OTHERS == 0:
+            shelves.groups.renew(rng)
+            shelves.again.renew(rng)
+        yield learn_clips(watcher, rng, draw_clips(rng, shelves.clips, plan.size(CLIPS, 2)))
+        images = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
+        groups = [regrouped(rng, shelves.groups.kept[4], images) for _ in range(plan.size(GROUPS, 2))]
+        yield learn_groups(watcher, [group for group in groups if group.questions])
+        yield learn_symbols(watcher, table, rng, plan.size(SYMBOLS, 2), of_clips=course.step % 2 == 0)
         again = shelves.again.draw(rng, plan.size(AGAIN, 2), shelves.again.size(rng))
         yield learn_again(watcher, again)
 
@@ -176,7 +194,7 @@ def learn_clips(watcher: Watcher, rng: np.random.Generator, clips: list[ClipLook
     """Ask all questions about each clip. The cells are chosen for one of them, or for all together."""
     chosen = []
     for clip in clips:
-        row = int(rng.integers(len(clip.questions)))
+        row = int(rng.integers(len(clip.relevance)))
         chosen.append(clip.relevance[row] if rng.random() < 0.7 else clip.relevance.amax(0))
     most = MOST_TOKENS if rng.random() < 0.7 else int(rng.integers(112, MOST_TOKENS))
     prefix = watcher.watch(clips, torch.stack(chosen), (CELL_COUNT, most))
@@ -184,6 +202,50 @@ def learn_clips(watcher: Watcher, rng: np.random.Generator, clips: list[ClipLook
     loss = (entropy * weight).sum()
     measures = shares_right(right, pack, "clip") | {"clip_loss": loss.item()}
     return loss, measures | {f"clip_at_{len(clips[0].times)}": right.float().mean().item()}
+
+
+def learn_symbols(
+    watcher: Watcher, table: SlotTable, rng: np.random.Generator, number: int, of_clips: bool
+) -> tuple[Tensor, Measures]:
+    """Ask about clips or groups that nobody has drawn: their objects are told by symbols, as many as one wants."""
+    images = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
+    scenes: list[list[Thing]] = []
+    asked: list[list[Question]] = []
+    while len(asked) < number:
+        if of_clips:
+            story = draw_story(rng, World())
+            # When something happened is not told by the two states of a clip.
+            weights = {kind: weight for kind, weight in CLIP_WEIGHTS.items() if kind != "order"}
+            questions = draw_kinds(rng, weights, lambda kind, story=story: ask_story(rng, story, kind))
+            shown = [[thing for thing in story.scene(time) if thing is not None] for time in (0.0, 1.0)]
+        else:
+            shown = draw_groups(rng, World(), images)
+            questions = draw_kinds(rng, SEVERAL_WEIGHTS, lambda kind, shown=shown: ask_groups(rng, shown, kind))
+        if questions:
+            asked.append(questions)
+            scenes += shown
+    with torch.no_grad():
+        prefix = table(*slot_tensors(scenes)).unflatten(0, (number, -1)).flatten(1, 2)
+        prefix = prefix + SYMBOL_NOISE * torch.randn_like(prefix)
+    entropy, weight, right, pack, _ = watcher.losses(prefix, asked)
+    name = "told_clip" if of_clips else "told_several"
+    return (entropy * weight).sum(), shares_right(right, pack, name) | {name: right.float().mean().item()}
+
+
+def fitted_symbols(plan: Plan, width: int) -> SlotTable:
+    """The symbols' vectors, of the stage `language` or fitted to the published checkpoint's visual tokens."""
+    table = SlotTable(width).to(device())
+    if plan.start is None or (plan.out / "language.pt").exists():
+        table.load_state_dict(plan.finished("language")["table"])
+        return table
+    path = plan.out / "clips_symbols.pt"
+    if path.exists():
+        table.load_state_dict(torch.load(path))
+        return table
+    fit_table(table, said_by(plan.published(), plan))
+    if replicas.rank() == 0:
+        torch.save(table.state_dict(), path)
+    return table
 
 
 def learn_groups(watcher: Watcher, groups: list[Prefixed]) -> tuple[Tensor, Measures]:
@@ -220,8 +282,8 @@ class Shelves:
         def world(rng: np.random.Generator) -> World:
             return WORLDS[int(rng.integers(len(WORLDS)))]
 
-        self.clips = Shelf(lambda rng, frames: look_at_clip(frozen, rng, world(rng), frames), FRAMES)
-        self.groups = Shelf(lambda rng, images: look_at_group(frozen, rng, world(rng), images), IMAGES)
+        self.clips = Shelf(lambda rng, frames: look_at_clip(frozen, rng, world(rng), frames), DRAWN_FRAMES)
+        self.groups = Shelf(lambda rng, _: look_at_four(frozen, rng, world(rng)), {4: 1.0})
         self.again = Shelf(again, {1: 0.75, 2: 0.13, 3: 0.06, 4: 0.06})
         path = plan.out / f"clips_kept_{replicas.rank()}.pt"
         if path.exists():
@@ -232,10 +294,6 @@ class Shelves:
         self.groups.fill(rng, plan.size(STORED_GROUPS, 4), "groups of")
         self.again.fill(rng, plan.size(STORED_AGAIN, 4), "old images read by")
         torch.save((self.clips.kept, self.groups.kept, self.again.kept), path)
-
-    def renew(self, rng: np.random.Generator) -> None:
-        for shelf in (self.clips, self.groups, self.again):
-            shelf.renew(rng)
 
 
 class Exams:
@@ -253,16 +311,16 @@ class Exams:
         measures: Measures = {}
         for frames, clips in self._clips.items():
             right, kinds = answer_clips(watcher, clips)
-            measures[f"clip_{frames}"] = round(float(right.mean()), 4)
+            measures[f"new_clip_{frames}"] = round(float(right.mean()), 4)
             if frames == POSITIONS:
                 measures |= by_kind(right, kinds, "clip")
         for images, groups in self._groups.items():
             right, kinds = answer_groups(watcher, groups)
-            measures[f"several_{images}"] = round(float(right.mean()), 4)
+            measures[f"new_several_{images}"] = round(float(right.mean()), 4)
             if images == 2:
                 measures |= by_kind(right, kinds, "several")
         for split, exam in self._scenes.items():
-            measures[split] = summarise(answer(chain, exam, Arm()))["all"]["accuracy"]
+            measures[f"{SHORT[split]}_adaptive"] = summarise(answer(chain, exam, Arm()))["all"]["accuracy"]
         watcher.resampler.train()
         return measures
 

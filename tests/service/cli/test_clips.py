@@ -133,7 +133,7 @@ def test_the_strip_is_written_beside_the_answer(service, files, tmp_path, capsys
     ("words", "frames"),
     [
         (["mp4", "--frames", "3"], 3),
-        (["gif", "--frames", "4", "--sampling", "uniform"], 4),
+        (["gif", "--frames", "2", "--sampling", "uniform"], 2),
         (["png", "other", "--as-frames"], 2),
     ],
 )

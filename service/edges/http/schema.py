@@ -216,7 +216,7 @@ VideoFrames = Annotated[int, Field(ge=1, le=MAX_FRAMES), WHOLE]
 VIDEO_FRAMES: Any = Field(
     None,
     description="At most so many frames of the video are looked at. Left out: as many as the model says "
-    "(`GET /v1/models`), or all of `frames`.",
+    "(`GET /v1/models`) and as fit, or all of `frames`.",
     examples=[16],
 )
 VIDEO_SAMPLING: Any = Field(

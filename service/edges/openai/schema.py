@@ -192,7 +192,8 @@ class ResponseFormat(BaseModel):
 
 
 CHAT_VIDEO_FRAMES: Any = Field(
-    None, description="At most so many frames of the video are looked at. Left out: as many as the model says."
+    None,
+    description="At most so many frames of the video are looked at. Left out: as many as the model says and as fit.",
 )
 
 

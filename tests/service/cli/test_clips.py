@@ -14,12 +14,14 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image as Pillow
+from typer.testing import CliRunner
 
 from service.cli.ask import Show, Subject, ask_about, require_drawable, sorted_out
 from service.cli.batch import Asking, Images, Question, Service
 from service.cli.client import AskFailed
 from service.cli.drawing import png as encoded
 from service.cli.film_strip import explain_clip
+from service.cli.main import app
 from service.cli.pace import Pace
 from tests.support import films
 from tests.support.fakes import png
@@ -125,6 +127,26 @@ def test_the_strip_is_written_beside_the_answer(service, files, tmp_path, capsys
     assert capsys.readouterr().out == "right\n"
     with Pillow.open(tmp_path / "looked.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (1920, 909))
+
+
+@pytest.mark.parametrize(
+    ("words", "frames"),
+    [
+        (["mp4", "--frames", "3"], 3),
+        (["gif", "--frames", "2", "--sampling", "uniform"], 2),
+        (["png", "other", "--as-frames"], 2),
+    ],
+)
+def test_a_service_answers_about_a_video_and_it_is_drawn(server, files, tmp_path, words, frames):
+    named = [files.get(word, word) for word in words]
+    names, options = [each for each in named if "/" in each], [each for each in named if "/" not in each]
+    target = tmp_path / "looked.png"
+    asked = ["ask", *names, "which way?", *options, "--json", "--explain", str(target), "--url", server.url]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    seen = json.loads(result.stdout)["vision"]["frames"]
+    assert (len(seen), [len(each["relevance"]["map"]) for each in seen]) == (frames, [16] * frames)
+    assert target.stat().st_size > 10_000
 
 
 def test_frames_by_their_ids_cannot_be_drawn(files, tmp_path):

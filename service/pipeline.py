@@ -42,6 +42,8 @@ from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Req
 from service.core.variant import Route
 from service.core.vision import Sight
 from service.images import Images
+from service.media.clip_header import clip_cost, clip_format
+from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore, LoadedClip
@@ -53,13 +55,14 @@ from service.text.guide_checks import GuideChecks
 from service.text.prompt import Detokeniser, PromptBuilder
 from service.upstreams.attempts import Attempts
 from service.upstreams.models import Choice, Model, Models
-from service.vision_stage import VisionStage, decoding_cost
+from service.vision_stage import Pixels, VisionStage, decoding_cost
 from service.vision_stage.clips import ClipMemory
 from service.vision_stage.estimating import Estimator
-from service.vision_stage.page_sizes import PageSizes
 
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
+
+FILMS = ("MP4", "WebM")  # files that are clips and no images; a GIF or WebP is both
 
 __all__ = ["Pipeline", "Reservation"]  # the only names that a transport imports
 
@@ -102,7 +105,7 @@ class Pipeline:
         )
         self.visual = VisualCache(settings.visual_cache_bytes, metrics)
         self.clips = ClipMemory()
-        self.page_sizes = PageSizes()
+        self.pixels = Pixels(reader, self.images, self.clips)
         self.guides = GuideChecks()
 
     def model(
@@ -114,14 +117,14 @@ class Pipeline:
             admission=self.admission,
             card=card,
             prompts=prompts,
-            reader=self.reader,
-            images=self.images,
+            pixels=self.pixels,
             features=self.features,
             visual=self.visual,
             clips=self.clips,
-            page_sizes=self.page_sizes,
         )
-        estimator = Estimator(card, self.admission, self.features, self.reader.limits, self.page_sizes)
+        estimator = Estimator(
+            prompts, self.admission, self.features, self.clips, self.reader.limits, self.pixels.page_sizes
+        )
         return Model(card, prompts, stage, language, estimator, **fields)
 
     @property
@@ -170,22 +173,29 @@ class Pipeline:
                         yield self.finish(model, ticket, images, clip, seen, reservation)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
-        """Check and keep an image, so that questions can name it by its id. It waits for a vision slot, as a question's
-        image does.
+        """Check and keep an image or a video, so that questions can name it by its id.
+
+        It waits for a vision slot, as a question's image does. Of a video, the frames are decoded that a question looks
+        at if it does not say how many; they are not kept.
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
         self.metrics.costs.payer(reservation.tenant)
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
+        most = self.card.frames if clip_format(data) in FILMS else 0
         try:
             async with reservation.account.charged(Use(images=1)) as use:
                 with reservation.work():
-                    reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
+                    pixels = Cost(pixels=clip_cost(data, most))
+                    reservation.reserve(pixels if most else decoding_cost(data, self.settings.max_image_pixels))
                     async with asyncio.timeout(timeout_s):
                         await reservation.enter(claim)
-                        decoded = await self.reader.decode(data)
+                        film = await self.reader.decode_clip(data, most) if most else None
+                        decoded = film or await self.reader.decode(data)
                         image = await self.images.identify(data, reservation.tenant)
+                        if film is not None:
+                            self.clips.keep(image, most, film)
                 use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(
@@ -193,7 +203,8 @@ class Pipeline:
             ) from exc
         await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
-        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, decoded.pages)
+        pages = decoded.pages if isinstance(decoded, Decoded) else 1
+        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, pages)
 
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
         """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
@@ -202,17 +213,18 @@ class Pipeline:
         """
         if request.sampling.guide is not None:
             await self.guides.require(request.sampling.guide)
-        choice, images = self.models.choices(request)[0], []
-        for index, source in enumerate(request.images):
-            with naming_image(index, len(request.images)):
+        choice, loaded = self.models.choices(request)[0], []
+        for source, naming in places_of(request):
+            with naming():
                 if isinstance(source, ImageUrl):
                     raise InvalidRequest(
                         "image is a URL, and an estimate fetches none: send the image's bytes, or its id",
                         param="image",
                         code="url_not_supported",
                     )
-                images.append((await self.load_one(source, request.tenant)).at(request.page))
-        return choice.model.estimator.estimate(choice.request, images, choice.tokens, reservation)
+                loaded.append(await self.load_one(source, request.tenant))
+        images, clip = divided(request, loaded)
+        return choice.model.estimator.estimate(choice.request, images, clip, choice.tokens, reservation)
 
     def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
@@ -299,13 +311,7 @@ class Pipeline:
                     known = fetched[source] if isinstance(source, ImageUrl) else source
                     loaded.append(await self.load_one(known, request.tenant))
         ticket.image_ids = tuple(image.id for image in loaded)
-        images = [image.at(request.page) for image in loaded[: len(request.images)]]
-        shown = loaded[len(request.images) :]
-        if request.clip is None:
-            return images, None
-        if isinstance(request.clip.source, tuple):
-            return images, LoadedClip(None, tuple(shown))
-        return images, LoadedClip(shown[0])
+        return divided(request, loaded)
 
     async def fetch(self, sources: Sequence[Place], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
         """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.
@@ -467,6 +473,15 @@ def places_of(request: Request) -> list[Place]:
         return [*places, (request.clip.source, naming_video)]
     frames, of = request.clip.source, len(request.clip.source)
     return [*places, *((source, partial(naming_frame, index, of)) for index, source in enumerate(frames))]
+
+
+def divided(request: Request, loaded: Sequence[Image]) -> tuple[list[Image], LoadedClip | None]:
+    """Divide what was loaded from `places_of` into the images and the clip."""
+    of = len(request.images)
+    images, shown = [image.at(request.page) for image in loaded[:of]], tuple(loaded[of:])
+    if request.clip is None:
+        return images, None
+    return images, LoadedClip(None, shown) if isinstance(request.clip.source, tuple) else LoadedClip(shown[0])
 
 
 def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:

@@ -57,9 +57,9 @@ class VisualCache:
         seen: Seen | None = self._get(keys)
         return seen
 
-    def get_clip(self, key: bytes) -> SeenClip | None:
-        """Get a clip's visual tokens by its `clip_key`. Counts one hit or one miss."""
-        seen: SeenClip | None = self._get([key])
+    def get_clip(self, *keys: bytes) -> SeenClip | None:
+        """The same for keys that `clip_key` made."""
+        seen: SeenClip | None = self._get(keys)
         return seen
 
     def _get(self, keys: Sequence[bytes]) -> Any:

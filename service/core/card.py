@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from service.core.confidence import Calibration
 from service.core.precision import NotOffered
-from service.core.request import Detail
+from service.core.request import Budget, Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.viewport import AskedFit, Colour
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
@@ -55,6 +55,12 @@ class ClipResampler:
     frames: int  # the most
     trained_frames: int  # of the clips that it was trained on; its places in time are interpolated for other counts
     vision_tokens: tuple[int, int]  # least and most of all frames together
+
+    def budget(self, asked: Budget) -> Budget:
+        """Return the budget of a whole clip: what of the asked one it can spend."""
+        least, most = self.vision_tokens
+        low, high = (min(max(tokens, least), most) for tokens in asked.vision_tokens)
+        return Budget((low, high), (self.visual_tokens, self.visual_tokens))
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:

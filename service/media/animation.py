@@ -31,6 +31,7 @@ MAX_BLOCKS = 262_144  # of the whole file; 20 MB in blocks of 255 bytes are 78,0
 GIF_CONTROL = b"\xf9\x04"
 GIF_END = 0x3B
 WEBP_METADATA_FLAGS = 0x2C  # of VP8X: a profile, EXIF, XMP
+WEBP_ANIMATED, WEBP_TRANSPARENT = 0x02, 0x10
 SHORT_MS, SHOWN_MS = 10, 100  # browsers show a picture for 100 ms whose file says 10 or less
 
 
@@ -116,8 +117,10 @@ def _webp(data: bytes) -> Animation:
         if chunks > MAX_WEBP_CHUNKS:
             raise _too_much("WebP", f"more than {MAX_WEBP_CHUNKS:,} chunks")
         if name == b"VP8X":
-            flags = data[offset + 8 : offset + 9]
-            kept.append(data[offset : offset + 8] + bytes(each & ~WEBP_METADATA_FLAGS for each in flags))
+            (flags,) = unpack("<B", data, offset + 8)
+            if flags & WEBP_ANIMATED:  # what no picture covers is transparent, even if each picture is opaque
+                flags |= WEBP_TRANSPARENT
+            kept.append(data[offset : offset + 8] + bytes([flags & ~WEBP_METADATA_FLAGS]))
             kept.append(view[offset + 9 : min(end, last)])
         elif name in (b"ANIM", b"ALPH", b"VP8 ", b"VP8L", b"ANMF"):
             kept.append(view[offset : min(end, last)])

@@ -6,8 +6,8 @@ GIF and WebP are decoded by Pillow, MP4, MOV, WebM and Matroska by FFmpeg's libr
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
 from service.core.vision import UInt8Array
@@ -24,13 +24,15 @@ from service.media.clip_header import (
 from service.media.decoder import ImageLimits, require_bytes
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
+from service.media.video_header import MAX_TRACKS
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
 MAX_PIXELS_WALKED = 4_000_000_000  # in all of them: 64 s of 1920x1080 at 30 a second
 
 
-class DecodedFrame(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DecodedFrame:
     """One picture of a clip. `pixels` depend on the file and the index only, whatever else is decoded."""
 
     index: int  # among all pictures of the file in the order of their times
@@ -38,7 +40,8 @@ class DecodedFrame(NamedTuple):
     pixels: UInt8Array  # [3, 224, 224] RGB, upright
 
 
-class DecodedClip(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DecodedClip:
     width: int  # upright
     height: int
     duration_s: float
@@ -117,13 +120,18 @@ def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> 
 
 
 def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
-    from service.media.film import Film  # loads FFmpeg, which the gateway's own process never needs
+    from service.media.film import Film  # noqa: PLC0415 - loads FFmpeg, which the gateway's own process never needs
 
     told = video_header(data)
     if told.is_encrypted:
         raise InvalidImage("the video is encrypted: send one that is not", param="video")
     if told.is_packed:
         raise InvalidImage("the video's header is compressed, which is not read: save it anew", param="video")
+    if told.tracks > MAX_TRACKS:
+        raise InvalidImage(
+            f"the video has {told.tracks} tracks, the limit is {MAX_TRACKS}: save it anew with its pictures only",
+            param="video",
+        )
     require_frame_size(told.width, told.height, limits)
     if told.is_short:
         raise ValueError("bytes are missing")

@@ -28,6 +28,7 @@ def read_ebml(data: bytes) -> VideoHeader:
             steps += 1
             if steps > MAX_ELEMENTS or name == CLUSTER:  # tracks come before what is in them
                 break
+            found.tracks += name == TRACK
             if name in HOLDERS:
                 waiting.append((start, end))
             elif name == WIDTH:

@@ -9,36 +9,36 @@ number only, whichever others are decoded, and a long clip costs what lies betwe
 
 from __future__ import annotations
 
+import gc
 import struct
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal, NoReturn
 
 import av
-import numpy as np
+from av.buffer import Buffer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image as Pillow
 
 from service.core.errors import InvalidImage, TooLarge
 from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.media.decoder import squashed
+from service.media.video_header import MAX_TRACKS
 
 Container = Literal["mov", "matroska"]  # FFmpeg's names; each reads files of its kind only
 CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d", "mpeg4")  # FFmpeg's decoders of what phones and browsers write
-MAX_STREAMS = 32
 MAX_PACKETS = 36_000  # 10 minutes of 60 pictures a second
 PROBE_BYTES = 1_000_000  # read to find what the streams are
 UNSPECIFIED = 2  # of FFmpeg's colour spaces
 HD_PIXELS = 1280 * 720  # from this size on, players take colours that are not specified as BT.709
-MATRIX = struct.Struct("<4i")  # of a display matrix's upper left: 16.16
 ORIENTATIONS = {  # EXIF's by the signs of a display matrix's a, b, c and d; x' = a x + c y, y' = b x + d y
     (1, 0, 0, 1): 1,
     (-1, 0, 0, 1): 2,
@@ -67,13 +67,14 @@ class Film:
         """Nothing but the bytes is opened. Raises InvalidImage, TooLarge, and whatever PyAV raises."""
         self._container = av.open(
             BytesIO(data),
+            mode="r",
             format=container,
             options={"threads": "1", "max_pixels": str(max_pixels)},
             container_options={
                 "codec_whitelist": ",".join(CODECS),
                 "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm",
                 "protocol_whitelist": "",
-                "max_streams": str(MAX_STREAMS),
+                "max_streams": str(MAX_TRACKS),
                 "probesize": str(PROBE_BYTES),
                 "fpsprobesize": "0",
                 "ignore_chapters": "1",
@@ -83,6 +84,7 @@ class Film:
         )
         try:
             self._stream = _video(list(self._container.streams.video))
+            self._converter = VideoReformatter()
             self._codec: VideoCodecContext = self._stream.codec_context
             self._codec.thread_count = 1
             self._codec.options = {"max_pixels": str(max_pixels), "strict": "1"}
@@ -92,7 +94,7 @@ class Film:
         except BaseException:
             self.close()
             raise
-        self.orientation = 1  # EXIF's; known once a frame is decoded
+        self._orientation: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,11 +102,17 @@ class Film:
         return self._codec.width, self._codec.height
 
     @property
+    def orientation(self) -> int:
+        """EXIF's 1 to 8, of the first frame that was decoded; 1 before."""
+        return self._orientation or 1
+
+    @property
     def count(self) -> int:
         return len(self._places)
 
     def close(self) -> None:
         self._container.close()
+        gc.collect()  # in PyAV a frame and its side data refer to each other, and a frame of 4K has 12 MB
 
     def times_s(self) -> tuple[list[float], float]:
         """Return each frame's time from the first, and the duration with the last frame's. Raises InvalidImage."""
@@ -136,19 +144,20 @@ class Film:
 
         The picture of a number that the decoder does not show is the next that it shows. Raises InvalidImage.
         """
-        waiting, last = list(run.wanted), None
+        waiting = deque(run.wanted)
+        last: VideoFrame | None = None
         for frame in self._decoded(run.start):
             if frame.is_corrupt:
                 raise ValueError("a damaged frame")
             if frame.pts is None:
                 continue
-            last = None
-            while waiting and waiting[0] <= frame.pts:
-                last = self._seen(frame) if last is None else last
-                yield waiting.pop(0), last
-            if not waiting:
-                return
             last = frame
+            if waiting[0] <= frame.pts:
+                pixels = self._seen(frame)
+                while waiting and waiting[0] <= frame.pts:
+                    yield waiting.popleft(), pixels
+                if not waiting:
+                    return
         if last is None:
             raise ValueError("no frame")
         pixels = self._seen(last)
@@ -165,16 +174,17 @@ class Film:
 
     def _seen(self, frame: VideoFrame) -> UInt8Array:
         """Its sample aspect ratio is of no account: what is squashed to a square has none."""
-        self.orientation = _orientation(frame)
+        if self._orientation is None:
+            self._orientation = _orientation(frame)
         is_hd = frame.colorspace == UNSPECIFIED and frame.width * frame.height >= HD_PIXELS
-        colours = frame.reformat(
+        colours = self._converter.reformat(
+            frame,
             format="rgb24",
             interpolation=Interpolation.BICUBIC,
             src_colorspace=Colorspace.ITU709 if is_hd else None,
             threads=1,
         ).to_ndarray()
-        picture = Pillow.fromarray(np.ascontiguousarray(colours))
-        return squashed(picture, IMAGE_SIZE, self.orientation)
+        return squashed(Pillow.fromarray(colours), IMAGE_SIZE, self.orientation)
 
     def _read(self, nbytes: int) -> list[Packet[VideoStream]]:
         for stream in self._container.streams:
@@ -243,7 +253,7 @@ def _video(streams: list[VideoStream]) -> VideoStream:
 def _orientation(frame: VideoFrame) -> int:
     """EXIF's 1 to 8 of the display matrix, by which phones turn a video; the nearest quarter turn."""
     told = frame.side_data.get("DISPLAYMATRIX")
-    if told is None:
+    if not isinstance(told, Buffer):
         return 1
     raw = bytes(told)
     (a, b), (c, d) = struct.unpack_from("<2i", raw, 0), struct.unpack_from("<2i", raw, 12)
@@ -252,4 +262,4 @@ def _orientation(frame: VideoFrame) -> int:
     else:
         a = d = 0
     signs = tuple((value > 0) - (value < 0) for value in (a, b, c, d))
-    return ORIENTATIONS.get(signs, 1)  # type: ignore[call-overload, no-any-return]
+    return ORIENTATIONS.get(signs, 1)

@@ -60,11 +60,11 @@ PDF_ADVICE = "pages of PDFs are read if the operator has run pip install 'glimps
 def found_in(data: bytes, wanted: Literal["image", "video"] = "image") -> str:
     """Say in words what the bytes are, which are no image that is read, or no video."""
     refusal = f"not {'an image' if wanted == 'image' else 'a video'} that can be read"
-    if data.startswith(MANGLED):
-        return "an image whose bytes were changed as text on the way (curl sends files with --data-binary or -F)"
     image = format_of(data)
     if image is not None:
-        return f"{refusal}: it looks like a {image.name} image"
+        return f"{refusal}: it looks like an image ({image.name})"
+    if data.startswith(MANGLED):
+        return "an image whose bytes were changed as text on the way (curl sends files with --data-binary or -F)"
     if is_pdf(data):
         advice = f" ({PDF_ADVICE})" if wanted == "image" else ""
         return f"{refusal}: it looks like a PDF document{advice}"

@@ -6,7 +6,7 @@ from service.media.fields import unpack
 from service.media.isobmff import boxes
 from service.media.video_header import VideoHeader
 
-MAX_BOXES = 8192  # a file in fragments of 1 s has two each
+MAX_BOXES = 4096  # a file in fragments of 1 s has two each
 HOLDERS = (b"moov", b"trak", b"minf", b"stbl")
 ENTRIES = b"stsd"
 MAX_IN_MEDIA = 16  # boxes of a track's media; encoders write three or four
@@ -25,6 +25,7 @@ def read_mp4(data: bytes) -> VideoHeader:
                 return found
             if first == 0:
                 seen = end
+            found.tracks += kind == b"trak"
             if kind in HOLDERS or (kind == b"mdia" and _is_video(data, start, end)):
                 waiting.append((start, end))
             elif kind == ENTRIES:

@@ -1,4 +1,4 @@
-"""Decode and hash images off the event loop."""
+"""Decode and hash images and clips off the event loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ImageReader:
 
 
 class WorkerReader(ImageReader):
-    """Decode in processes, which are ended when an image costs too much or the service stops; hash in threads."""
+    """Decode in processes, which are ended when a file costs too much or the service stops; hash in threads."""
 
     def __init__(self, limits: ImageLimits, workers: int, cpu_s: float, spent: CpuSpent = uncounted) -> None:
         super().__init__(limits, threads=1)
@@ -62,6 +62,10 @@ class WorkerReader(ImageReader):
     ) -> Decoded:
         """Raises InvalidImage, TooLarge, Unavailable."""
         return await self.workers.decode(data, views, viewport, page)
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        """`most` is at most MAX_FRAMES. Raises InvalidImage, TooLarge, Unavailable."""
+        return await self.workers.decode_clip(data, most)
 
     def close(self) -> None:
         super().close()

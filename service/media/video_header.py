@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_TRACKS = 32  # that are read; phones write up to seven
+
 
 @dataclass(slots=True)
 class VideoHeader:
@@ -11,6 +13,7 @@ class VideoHeader:
 
     width: int = 0  # of the largest picture, as stored; 0 if it does not say
     height: int = 0
+    tracks: int = 0  # of pictures, sound and all else
     is_encrypted: bool = False
     is_short: bool = False  # it says that the file has more bytes than it has
     is_packed: bool = False  # its header is compressed

@@ -9,7 +9,9 @@ import numpy as np
 
 from service.core.vision import VisionFeatures, dense
 
-# The least change that keeps a frame. Chosen with the reference model's encoder: see docs/measurements.md.
+# The least difference that keeps a frame. Chosen with the reference model's encoder, on pairs of neighbouring frames of
+# 36 clips of build_engines/scenes/clips.py (12 frames each, with noise of 2 grey levels, saved as JPEG of quality 80):
+# none of 296 pairs without a change reaches it (the largest is 0.026), and 96 of 100 pairs with a change do.
 LEAST_CHANGE = 0.05
 CHANGED_PATCHES = 4  # a frame has changed as much as this many of its patches have at least: one cell's
 

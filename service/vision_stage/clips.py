@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from blake3 import blake3
 
-from service.core.vision import Frame
+from service.core.prompt import Question
+from service.core.request import MAX_FRAMES, Request
+from service.core.vision import Frame, SeenClip, VisionFeatures
 from service.media.clip import DecodedClip, DecodedFrame, spaced
 from service.media.store import Image, LoadedClip
 from service.vision_stage.changes import Change
+from service.vision_stage.plan import Film, Look
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -107,6 +110,11 @@ def frames_of(file: Image, decoded: Sequence[DecodedFrame]) -> tuple[Frame, ...]
     return tuple(frames)
 
 
+def most_found(request: Request, most: int) -> int:
+    """Return among how many frames, at most, `most` are chosen."""
+    return MAX_FRAMES if request.clip is not None and request.clip.sampling == "change" else most
+
+
 def given_frames(clip: LoadedClip, most: int) -> tuple[Frame, ...]:
     """Choose at most so many frames of a clip that came as images, evenly spaced."""
     count = len(clip.images)
@@ -114,3 +122,48 @@ def given_frames(clip: LoadedClip, most: int) -> tuple[Frame, ...]:
         Frame(index, None, index / max(count - 1, 1), clip.images[index].digest, clip.images[index].id)
         for index in spaced(count, most)
     )
+
+
+@dataclass(slots=True)
+class Shown:
+    """The clip of one request: the frames that are looked at, and the looks at them."""
+
+    clip: LoadedClip
+    most: int  # of its frames are found; then fewer may be chosen
+    question: Question
+    is_joined: bool  # the frames are attended to together
+    frames: tuple[Frame, ...] = ()
+    looks: dict[str, Look] = field(default_factory=dict)  # by digest: equal frames are looked at once
+    is_reduced: bool = False  # fewer frames are looked at than the request allows, because of load
+    seen: SeenClip | None = None
+    reel: Reel | None = None  # held so that what was decoded lasts as long as the request looks
+    film: Film | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.film = None if self.clip.file is None else Film(self.clip.file, self.most)
+
+    @property
+    def sent(self) -> list[Image]:
+        """Return the clip's file, or the images of the frames that are looked at."""
+        if self.clip.file is not None:
+            return [self.clip.file]
+        return [self.clip.images[frame.index] for frame in self.frames]
+
+    @property
+    def vision(self) -> list[VisionFeatures]:
+        """Return the features of each frame, once the looks have found them."""
+        found = (self.looks[frame.digest].vision for frame in self.frames)
+        return [each for each in found if each is not None]
+
+    def look(self, *, is_read: bool) -> None:
+        """Begin a look at each different frame. What earlier looks found of its features is kept."""
+        before, self.looks = self.looks, {}
+        for frame in self.frames:
+            if frame.digest in self.looks:
+                continue
+            file = self.clip.file
+            image = self.clip.images[frame.index] if file is None else replace(file, digest=frame.digest)
+            look = Look(frame.index, image, self.question, is_frame=True, film=self.film, is_read=is_read)
+            if frame.digest in before:
+                look.vision = before[frame.digest].vision
+            self.looks[frame.digest] = look

@@ -173,6 +173,17 @@ class Situation:
     holds_closer: bool  # the visual cache: a hit costs nothing, whatever the fidelity level
 
 
+# A frame of a clip is looked at with detail low, whatever is asked of the images beside the clip.
+OF_FRAME = Situation(
+    asks="low",
+    needs_closer=False,
+    offers_closer=False,
+    closer_view_at=1.0,
+    allows_closer=False,
+    holds_closer=False,
+)
+
+
 def next_step(look: Look, situation: Situation) -> Step:
     """Decide the next step; change nothing. Whatever each step brings, the steps of a look end in Done."""
     is_wanted = look.detail == "low" and wants_closer(look, situation)

@@ -13,24 +13,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from service.admission.admission import Admission, Reservation
-from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, clip_key, visual_key
 from service.core.card import ModelCard
-from service.core.errors import Overloaded, naming_frame, naming_image
+from service.core.errors import Overloaded
 from service.core.models import VisionModel
-from service.core.prompt import Question
-from service.core.request import MAX_FRAMES, Budget, ImageId, Priority, Request
+from service.core.request import Budget, Priority, Request
 from service.core.viewport import fitting
 from service.core.vision import (
     CLOSER_SIZE,
@@ -44,25 +42,22 @@ from service.core.vision import (
     Sight,
     VisionFeatures,
 )
-from service.images import Images
-from service.media.clip import DecodedClip, clip_cost
 from service.media.decoder import Decoded
 from service.media.formats import reads_as_pdf
-from service.media.header import header_size, require_page, upright_size
-from service.media.reader import ImageReader
+from service.media.header import require_page, upright_size
 from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
 from service.vision_stage.changes import Change, changes_of, largest
-from service.vision_stage.clips import ClipMemory, Reel, changed_key, given_frames
-from service.vision_stage.page_sizes import PageSizes
+from service.vision_stage.clips import ClipMemory, Shown, changed_key, given_frames, most_found
+from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import (
+    OF_FRAME,
     Attend,
     ChooseTile,
     Done,
     Encode,
     EncodeCloser,
-    Film,
     Look,
     Recall,
     See,
@@ -78,54 +73,6 @@ ENCODE_TIMEOUT_S = 10.0
 NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
 
 
-OF_FRAME = Situation(
-    asks="low",
-    needs_closer=False,
-    offers_closer=False,
-    closer_view_at=1.0,
-    allows_closer=False,
-    holds_closer=False,
-)
-
-
-@dataclass(slots=True)
-class Shown:
-    """The clip of one request: the frames that are looked at, and the looks at them."""
-
-    clip: LoadedClip
-    most: int  # of its frames are found; then fewer may be chosen
-    question: Question
-    is_joined: bool  # the frames are attended to together
-    frames: tuple[Frame, ...] = ()
-    looks: dict[str, Look] = field(default_factory=dict)  # by digest: equal frames are looked at once
-    is_reduced: bool = False  # fewer frames are looked at than the request allows, because of load
-    seen: SeenClip | None = None
-    reel: Reel | None = None  # held so that what was decoded lasts as long as the request looks
-    film: Film | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.film = None if self.clip.file is None else Film(self.clip.file, self.most)
-
-    @property
-    def vision(self) -> list[VisionFeatures]:
-        """Return the features of each frame, once the looks have found them."""
-        found = (self.looks[frame.digest].vision for frame in self.frames)
-        return [each for each in found if each is not None]
-
-    def look(self, *, is_read: bool) -> None:
-        """Begin a look at each different frame. What earlier looks found of its features is kept."""
-        before, self.looks = self.looks, {}
-        for frame in self.frames:
-            if frame.digest in self.looks:
-                continue
-            file = self.clip.file
-            image = self.clip.images[frame.index] if file is None else replace(file, digest=frame.digest)
-            look = Look(frame.index, image, self.question, is_frame=True, film=self.film, is_read=is_read)
-            if frame.digest in before:
-                look.vision = before[frame.digest].vision
-            self.looks[frame.digest] = look
-
-
 class VisionStage:
     """Look at the images of all requests. Made once by the pipeline."""
 
@@ -136,23 +83,19 @@ class VisionStage:
         admission: Admission,
         card: ModelCard,
         prompts: PromptBuilder,
-        reader: ImageReader,
-        images: Images,
+        pixels: Pixels,
         features: FeatureCache,
         visual: VisualCache,
         clips: ClipMemory,
-        page_sizes: PageSizes,
     ) -> None:
         self.vision = vision
         self.admission = admission
         self.card = card
         self.prompts = prompts
-        self.reader = reader
-        self.images = images
+        self.pixels = pixels
         self.features = features
         self.visual = visual
         self.clips = clips
-        self.page_sizes = page_sizes
 
     async def look(
         self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, reservation: Reservation
@@ -217,7 +160,7 @@ class VisionStage:
         asked = self.prompts.frames(request)
         most = min(asked, self.admission.fidelity.frames)
         compares = request.clip is not None and request.clip.sampling == "change"
-        shown = Shown(clip, MAX_FRAMES if compares else most, question, self.card.clip is not None)
+        shown = Shown(clip, most_found(request, most), question, self.card.clip is not None)
         if shown.film is not None:
             shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
         shown.frames = await self._frames(shown, ticket, reservation)
@@ -230,13 +173,15 @@ class VisionStage:
         ticket.frames = len(shown.frames)
         shown.is_reduced = most < asked and has_more
         if shown.is_joined:
-            shown.seen = self.visual.get_clip(self._clip_key(shown, request))
+            budgets = dict.fromkeys((self._asked_clip(request), self._allowed_clip(request)))
+            keys = [clip_key(self.card, shown.frames, request.question, budget) for budget in budgets]
+            shown.seen = self.visual.get_clip(*keys)
         if shown.seen is None:
             shown.look(is_read=not shown.is_joined)
             for look in shown.looks.values():
                 self._decide(look, ticket)
-        elif shown.film is not None:
-            self._remember(shown.film.file, request)
+        else:
+            self.pixels.remember_clip(shown, request)
         return shown
 
     async def _frames(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> tuple[Frame, ...]:
@@ -247,11 +192,11 @@ class VisionStage:
         known = self.clips.frames(film.file.digest, film.most)
         if known is not None:
             return known
-        self._reserve_film(film, reservation)
+        self.pixels.reserve_film(film, reservation)
         claim = await self._turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket, reservation)
         known = self.clips.frames(film.file.digest, film.most)  # of another request that waited too
         if known is None:
-            known = self.clips.keep(film.file, film.most, await self._decoded_film(film, ticket))
+            known = self.clips.keep(film.file, film.most, await self.pixels.of_film(film, ticket))
         reservation.give_back(claim)
         return known
 
@@ -276,21 +221,16 @@ class VisionStage:
             seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
             ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
         seen = replace(seen, is_rounded=any(isinstance(each.features, Int8Rows) for each in vision))
-        self.visual.keep(self._clip_key(shown, request), seen)
+        self.visual.keep(clip_key(self.card, shown.frames, request.question, seen.budget), seen)
         return seen
 
     def _asked_clip(self, request: Request) -> Budget:
         """Return the budget of the whole clip, which the clip resampler can spend."""
         assert self.card.clip is not None
-        (least, most), visual = self.card.clip.vision_tokens, self.card.clip.visual_tokens
-        low, high = (min(max(tokens, least), most) for tokens in request.budget.vision_tokens)
-        return Budget((low, high), (visual, visual))
+        return self.card.clip.budget(request.budget)
 
     def _allowed_clip(self, request: Request) -> Budget:
         return self.admission.fidelity.cap(self._asked_clip(request))
-
-    def _clip_key(self, shown: Shown, request: Request) -> bytes:
-        return clip_key(self.card, shown.frames, request.question, self._allowed_clip(request))
 
     def _is_clip_reduced(self, shown: Shown, request: Request) -> bool:
         if shown.seen is not None and shown.seen.budget != self._asked_clip(request):
@@ -303,27 +243,24 @@ class VisionStage:
         Raises InvalidImage, TooLarge, Overloaded.
         """
         fit, image = ticket.request.fit or self.card.fit, look.image
-        size: tuple[int, int] | None
         if fit == "squash":
             return
         if reads_as_pdf(image.data):
-            size = self.page_sizes.get(image.digest) or await self._measured(look, ticket, reservation)
+            known = self.pixels.page_sizes.get(image.digest)
+            size = known or await self._measured(look, ticket, reservation)
         else:
             size = upright_size(image.data, image.page)
         if size is not None:
             look.viewport, look.tiles = fitting(*size, fit, self.card.pad_colour)
 
-    async def _measured(self, look: Look, ticket: Ticket, reservation: Reservation) -> tuple[int, int]:
-        """Let the renderer read the size of a PDF's page. Remember it. Raises InvalidImage, TooLarge, Overloaded."""
-        image = look.image
-        reservation.reserve(decoding_cost(image.data, self.reader.limits.max_pixels, image.page))
-        look.is_reserved = True
-        claim = await self._turn(Resource.VISION, 1, Kind.of(len(ticket.request.images)), ticket, reservation)
-        with ticket.stage("load"), ticket.stage("decode_image"), self._naming(look, ticket):
-            page = await self.reader.decode(image.data, (), None, image.page)
+    async def _measured(self, look: Look, ticket: Ticket, reservation: Reservation) -> tuple[int, int] | None:
+        """Open a PDF for the size of its page. Raises InvalidImage, TooLarge, Overloaded."""
+        self.pixels.reserve(look, reservation)
+        kind = Kind.of(len(ticket.request.images))
+        claim = await self._turn(Resource.VISION, 1, kind, ticket, reservation)
+        size = await self.pixels.measured(look, ticket)
         reservation.give_back(claim)
-        self.page_sizes.keep(image.digest, (page.width, page.height))
-        return page.width, page.height
+        return size
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
         if not look.is_read:
@@ -372,7 +309,7 @@ class VisionStage:
             look.recall(step.detail, self.visual.get(*self._keys(look, step.detail, ticket.request)))
             self._decide(look, ticket)
         if look.is_done:
-            self._remember_shown(look, ticket.request)
+            self.pixels.remember(look, ticket.request)
 
     def _keys(self, look: Look, detail: Literal["low", "high"], request: Request) -> list[bytes]:
         """Return the visual cache's keys that can answer the request, best first.
@@ -423,7 +360,7 @@ class VisionStage:
                 ticket.tell(hit=found.features is not None, view=IMAGE_SIZE)
             look.vision = found.features
             if look.vision is not None:
-                self._remember_shown(look, ticket.request)
+                self.pixels.remember(look, ticket.request)
                 return
             async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as (decoded, claim):
                 timeout_s = max(ticket.left_s, ENCODE_TIMEOUT_S)
@@ -513,21 +450,14 @@ class VisionStage:
         Raises Overloaded.
         """
         images = CROPS if view == CLOSER_SIZE else 1
-        if look.film is not None:
-            self._reserve_film(look.film, reservation)
-        elif not look.is_reserved:
-            reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels, look.image.page))
-            look.is_reserved = True
+        self.pixels.reserve(look, reservation)
         slots = min(images, self.admission.vision_slots)
         kind = Kind.of(max(images, len(ticket.request.images) + ticket.frames))
         claim = await self._turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
-        if look.film is not None:
-            decoded = await self._decoded_frame(look, look.film, ticket)
-        else:
-            decoded = await self._decoded(look, view, ticket)
-        self._remember_shown(look, ticket.request)
+        decoded = await self.pixels.decoded(look, view, ticket)
+        self.pixels.remember(look, ticket.request)
         try:
             with ticket.stage("vision"), ticket.stage("see"):
                 ticket.tell(images=images)
@@ -536,39 +466,6 @@ class VisionStage:
             reservation.give_back(claim, finished=False)
             raise
         reservation.give_back(claim)
-
-    async def _decoded(self, look: Look, view: int, ticket: Ticket) -> Decoded:
-        if (decoded := look.decoded) is not None:
-            return decoded
-        both = view == IMAGE_SIZE and look.detail == "high"
-        with ticket.stage("load"), ticket.stage("decode_image"), self._naming(look, ticket):
-            views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
-            decoded = await self.reader.decode(look.image.data, views, look.viewport, look.image.page)
-        look.decoded = decoded if both else None
-        return decoded
-
-    def _naming(self, look: Look, ticket: Ticket) -> AbstractContextManager[None]:
-        if look.is_frame:
-            return naming_frame(look.number, len(ticket.request.sources) - len(ticket.request.images))
-        return naming_image(look.number, len(ticket.request.images))
-
-    async def _decoded_frame(self, look: Look, film: Film, ticket: Ticket) -> Decoded:
-        """Take a frame's pixels from its file, which is decoded at most once for all of its frames."""
-        clip = await self._decoded_film(film, ticket)
-        pixels = next(frame.pixels for frame in clip.frames if frame.index == look.number)
-        return Decoded({IMAGE_SIZE: pixels}, clip.width, clip.height)
-
-    async def _decoded_film(self, film: Film, ticket: Ticket) -> DecodedClip:
-        async def decode() -> DecodedClip:
-            with ticket.stage("load"), ticket.stage("decode_clip"):
-                return await self.reader.decode_clip(film.file.data, film.most)
-
-        return await self.clips.reel(film.file.digest, film.most).load(decode)
-
-    def _reserve_film(self, film: Film, reservation: Reservation) -> None:
-        if not film.is_reserved:
-            reservation.reserve(Cost(pixels=clip_cost(film.file.data, film.most)))
-            film.is_reserved = True
 
     async def _turn(
         self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation
@@ -580,22 +477,6 @@ class VisionStage:
         with ticket.stage("queue"):
             await reservation.enter(claim)
         return claim
-
-    def _remember_shown(self, look: Look, request: Request) -> None:
-        """Store what was sent of a look, a clip's file once for all of its frames."""
-        if look.film is None:
-            self._remember(look.image, request)
-        elif not look.film.is_remembered:
-            look.film.is_remembered = True
-            self._remember(look.film.file, request)
-
-    def _remember(self, image: Image, request: Request) -> None:
-        """Store an image or a clip's file that came with its question, so that later questions can name its id.
-
-        A question by id does not extend its lifetime.
-        """
-        if ImageId(image.id) not in request.sources:
-            self.images.keep(image.file, request.tenant)
 
 
 def _given_back(give_back: Callable[[], None], encode: asyncio.Task[Any]) -> None:
@@ -609,20 +490,6 @@ def result_of(look: Look) -> Seen:
     """Return the result of a look that is done."""
     assert look.seen is not None
     return look.seen
-
-
-def decoding_cost(data: bytes, max_pixels: int, page: int = 1) -> Cost:
-    """Read the cost of decoding from the image's header.
-
-    A narrow image costs what its longer side takes to resize, as if it were NARROW_PIXELS wide. The decoder refuses an
-    image of more than `max_pixels` before it spends anything. A header without a size costs `max_pixels`, as each page
-    of a PDF does: it may hold images of any size.
-    """
-    size = header_size(data, page)
-    if size is None:
-        return Cost(pixels=max_pixels)
-    shorter, longer = sorted(size)
-    return Cost(pixels=min(longer * max(shorter, NARROW_PIXELS), max_pixels))
 
 
 async def together(

@@ -99,9 +99,7 @@ class Counting(ImageReader):
 def counting(house: House) -> Counting:
     reader = Counting(house.reader.limits, threads=1)
     house.reader.close()
-    house.reader = house.pipeline.reader = house.pipeline.images._reader = reader
-    for model in house.pipeline.models.models:
-        model.vision_stage.reader = reader
+    house.reader = house.pipeline.pixels.reader = reader
     return reader
 
 

@@ -601,7 +601,7 @@ async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_sha
     house = House(vision_slots=2)
     house.reader.close()
     reader = GatedReader(house.reader.limits)
-    house.reader = house.pipeline.reader = house.pipeline.models.models[0].vision_stage.reader = reader
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = reader
 
     async def keep(shade: int) -> None:
         with house.pipeline.reservation("flood") as reservation:

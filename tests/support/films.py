@@ -23,9 +23,10 @@ def frame(index: int, count: int) -> Pillow.Image:
 
 
 def gif(count: int = 4) -> bytes:
+    """A GIF that repeats; one that stands still for a single frame."""
     first, *others = (frame(index, count) for index in range(count))
-    out = BytesIO()
-    first.save(out, "GIF", save_all=True, append_images=others, duration=1000 // FRAMES_PER_S, loop=0)
+    out, moving = BytesIO(), {"loop": 0} if others else {}
+    first.save(out, "GIF", save_all=True, append_images=others, duration=1000 // FRAMES_PER_S, **moving)
     return out.getvalue()
 
 

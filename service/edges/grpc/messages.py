@@ -207,6 +207,7 @@ def answer_message(
         answer="".join(texts),
         finish_reason=FINISH_REASONS[end.finish_reason],
         image_ids=end.image_ids,
+        video_id=end.clip_id,
         usage=pb.Usage(
             prompt_tokens=end.prompt_tokens,
             completion_tokens=end.completion_tokens,
@@ -257,11 +258,11 @@ def relevance_message(relevance: Relevance) -> pb.Relevance:
 
 
 def seen_frame_message(frame: FrameSeen, explain: bool) -> pb.SeenFrame:
-    told = frame.relevance if explain else None
     return pb.SeenFrame(
         index=frame.index,
         time_s=frame.time_s,
-        relevance=None if told is None else frame_relevance_message(told),
+        image_id=frame.image_id,
+        relevance=frame_relevance_message(frame.relevance) if explain else None,
     )
 
 

@@ -28,7 +28,6 @@ from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import (
     MAX_FRAMES,
     MAX_TOP_LOG_PROBS,
-    Clip,
     Detail,
     Exchange,
     FrameSampling,
@@ -233,8 +232,8 @@ PAGE: Any = Field(
 VideoFrames = Annotated[int, Field(ge=1, le=MAX_FRAMES), WHOLE]
 VIDEO_FRAMES: Any = Field(
     None,
-    description=f"At most so many frames of the video are looked at. Left out: {Clip(()).frames} of a video, all of "
-    "`frames`.",
+    description="At most so many frames of the video are looked at. Left out: as many as the model says "
+    "(`GET /v1/models`) and as fit, or all of `frames`.",
     examples=[16],
 )
 VIDEO_SAMPLING: Any = Field(
@@ -355,7 +354,7 @@ class VqaRequest(Asked):
     )
     video: ImageText | None = Field(
         None,
-        description="A short video: MP4, WebM, or an animated GIF or WebP, in one of the ways of `image`.",
+        description="A short video: MP4, MOV, WebM, or an animated GIF or WebP, in one of the ways of `image`.",
         examples=["img_5b2e3c9a8b7c6d5e4f3a2b6d0f1c0a4f"],
     )
     frames: Annotated[tuple[ImageText, ...], Field(min_length=1, max_length=MAX_FRAMES)] | None = Field(
@@ -390,8 +389,6 @@ class VqaForm(Asked):
     frames: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA | {"maxItems": MAX_FRAMES})] = Field(
         default_factory=list, description="As `image`, for the frames of a video in order; it repeats."
     )
-    video_frames: VideoFrames | None = VIDEO_FRAMES
-    page: Page | None = PAGE
     turns: Annotated[
         Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None,
         BeforeValidator(_from_json_text('[{"question": "which shape?", "answer": "a circle"}]')),
@@ -507,6 +504,11 @@ def sure_field(description: str) -> Any:
     return Field(None, description=description, exclude_if=lambda value: value is None)
 
 
+VIDEO_ID = Field(
+    None,
+    description="Id to ask again about the same video; with a video file only.",
+    exclude_if=lambda value: value is None,
+)
 VARIANT = Field(
     None,
     description="The variant that answered; without variants it is left out.",
@@ -559,17 +561,20 @@ class WireFrame(BaseModel):
         description="Seconds from its start; left out of `frames`.",
         exclude_if=lambda value: value is None,
     )
+    image_id: str | None = Field(
+        None, description="Its id as an image, with `frames` only.", exclude_if=lambda value: value is None
+    )
     relevance: FrameRelevance | None = Field(
         None, description="With `explain` only.", exclude_if=lambda value: value is None
     )
 
     @classmethod
     def of(cls, frame: FrameSeen, explain: bool) -> Self:
-        told = frame.relevance if explain else None
         return cls(
             index=frame.index,
             time_s=None if frame.time_s is None else round(frame.time_s, 3),
-            relevance=None if told is None else FrameRelevance.of(told),
+            image_id=frame.image_id or None,
+            relevance=FrameRelevance.of(frame.relevance) if explain else None,
         )
 
 
@@ -684,6 +689,7 @@ class VqaEnd(BaseModel):
     answer: str | None = Field(None, description="Left out, because the deltas are the answer.")
     finish_reason: Literal["stop", "length"]
     image_ids: list[str]
+    video_id: str | None = VIDEO_ID
     usage: Usage
     vision: Vision
     timing_ms: TimingMs
@@ -714,6 +720,7 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
     """Tell how the images were seen and what took how long: the fields that no other service has."""
     return {
         "image_ids": end.image_ids,
+        "video_id": end.clip_id or None,
         "vision": Vision(
             cache=end.cache,
             vision_tokens=end.vision_tokens,
@@ -849,6 +856,7 @@ class Model(BaseModel):
     default_vision_tokens: tuple[int, int] = Field(description="Used at detail `low` if it has none of vision tokens.")
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     fit: AskedFit = Field(description="How an image that is not square is fitted if a question does not say.")
+    video_frames: int = Field(description="The most frames of a video that are looked at if a question does not say.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
     calibrated: bool = Field(description="Whether answers carry a confidence; `metadata.confidence` says why.")
@@ -873,6 +881,7 @@ class Model(BaseModel):
             default_vision_tokens=card.unasked_vision_tokens("low"),
             closer_view=CloserView.of(card),
             fit=card.fit,
+            video_frames=card.frames,
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
             calibrated=card.confidence is not None,

@@ -19,7 +19,7 @@ from service.core import answer
 from service.core.answer import Finished
 from service.core.confidence import Reason
 from service.core.errors import InvalidRequest
-from service.core.request import Clip, Detail, FrameSampling, Priority, Sampling
+from service.core.request import Detail, FrameSampling, Priority, Sampling
 from service.core.viewport import AskedFit
 from service.edges.http.faults import UNNAMED, invalid_request
 from service.edges.http.schema import (
@@ -41,6 +41,7 @@ from service.edges.http.schema import (
     TOP_LOGPROBS,
     TOP_NEEDS_LOGPROBS,
     VARIANT,
+    VIDEO_ID,
     VIDEO_SAMPLING,
     WHOLE,
     Choices,
@@ -81,8 +82,8 @@ class VideoAddress(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, title="VideoUrl")
 
     url: str = Field(
-        description="A `data:` URL with base64, or the id `img_...` of a video that was sent before: MP4, WebM, or an "
-        "animated GIF or WebP."
+        description="A `data:` URL with base64, or the id `img_...` of a video that was sent before. MP4, MOV, WebM, "
+        "or an animated GIF or WebP."
     )
 
 
@@ -205,7 +206,8 @@ class ResponseFormat(BaseModel):
 
 
 CHAT_VIDEO_FRAMES: Any = Field(
-    None, description=f"At most so many frames of the video are looked at. Left out: {Clip(()).frames}."
+    None,
+    description="At most so many frames of the video are looked at. Left out: as many as the model says and as fit.",
 )
 
 
@@ -371,6 +373,7 @@ class SeenFields(WithNulls):
     """What no other service tells: ids, how the images were seen, and what took how long."""
 
     image_ids: list[str] = Field(description="Ids to ask again about the same images, in the messages' order.")
+    video_id: str | None = VIDEO_ID
     vision: Vision
     timing_ms: TimingMs
     confidence: float | None = CONFIDENCE
@@ -411,6 +414,7 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChunkChoice] = Field(description="None in the chunk with the usage.", max_length=1)
     usage: ChatUsage | None = Field(None, description="In the last chunk, with `stream_options.include_usage` only.")
     image_ids: list[str] | None = Field(None, description="With `finish_reason`, as the next three.")
+    video_id: str | None = VIDEO_ID
     vision: Vision | None = None
     timing_ms: TimingMs | None = None
     confidence: float | None = CONFIDENCE

@@ -29,6 +29,7 @@ WIDE = png((20, 60, 200), (900, 300))
 LARGE = (SCENES / "small_print_004.webp").read_bytes() + b"cases"
 GIF = films.gif()
 PAGES = documents.pdf([documents.filled(documents.BLUE), documents.filled(documents.RED)])
+FEW = MappingProxyType({"video_frames": 4})
 UNKNOWN = "img_00000000000000000000000000000000"
 SCHEMA = {
     "type": "object",
@@ -68,6 +69,7 @@ class Outcome:
     fit: str = ""
     relevance: object = None
     frames: object = None  # of the video, that were looked at
+    video_id: str = ""
     abstained: bool | None = None
     reason: str = ""
     confidence: float | None = field(default=None, compare=False)  # differs a little between batches
@@ -151,6 +153,14 @@ CASES = [
     Case(name="fitted by its proportions", images=(WIDE, SCENE), fields={"fit": "auto", "explain": True}),
     Case(name="a page of a PDF", images=(PAGES,), question="what color is it?", fields={"page": 2}),
     Case(name="a PDF, tiled", images=(PAGES,), question="what color is it?", fields={"fit": "tiles", "explain": True}),
+    Case(name="a video", images=(), video=GIF, fields=FEW, question="which shape moves?"),
+    Case(name="a video, explained", images=(), video=GIF, fields={**FEW, "explain": True}),
+    Case(name="a video behind an image", video=GIF, fields=FEW),
+    Case(name="a video by change", images=(), video=GIF, fields={"video_frames": 3, "video_sampling": "change"}),
+    Case(name="a WebM", images=(), video=films.video(), fields=FEW),
+    Case(name="an MP4", images=(), video=films.video(container="mp4"), fields=FEW),
+    Case(name="a video of an earlier turn", images=(), video=GIF, fields=FEW, turns=(("does it move?", "yes"),)),
+    Case(name="frames", images=(), frames=(SCENE, OTHER), fields={"explain": True}),
     # Errors.
     refused("a page that is not there", InvalidImage, "page_not_found", images=(PAGES,), fields={"page": 3}),
     refused("a page of a picture", InvalidImage, "page_not_found", fields={"page": 2}),
@@ -191,6 +201,9 @@ CASES = [
     refused("an unknown detail", InvalidRequest, fields={"detail": "medium"}),
     refused("an unknown fit", InvalidRequest, fields={"fit": "stretch"}),
     refused("an unknown priority", InvalidRequest, fields={"priority": "high"}),
+    refused("an unknown video", NotFound, "image_not_found", images=(), video=UNKNOWN),
+    refused("no video file", InvalidImage, images=(), video=b"hello"),
+    refused("half a video", InvalidImage, images=(), video=GIF[:400]),
     refused("a video twice", InvalidRequest, video=GIF, frames=(SCENE, OTHER)),
     refused("no frames", InvalidRequest, images=(), frames=()),
     refused("too many frames", InvalidRequest, images=(), frames=(SCENE,) * 33),

@@ -124,7 +124,7 @@ def test_a_clip_stands_behind_the_images_and_before_the_text():
 def test_a_clip_needs_no_image_beside_it():
     asked = Fields(parts=(Text("?"),), video=f" {b64encode(b'file').decode()}")
     request = to_request(asked, CARD, LIMITS)
-    assert request.parts == (Clip(ImageBytes(b"file"), frames=8, sampling="uniform"), Text("?"))
+    assert request.parts == (Clip(ImageBytes(b"file"), frames=None, sampling="uniform"), Text("?"))
     assert request.images == ()
 
 

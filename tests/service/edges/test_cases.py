@@ -71,8 +71,9 @@ class Vqa:
             said["vision"]["vision_tokens"],
             said["vision"]["detail"],
             said["vision"]["fit"],
-            said.get("relevance"),
+            said.get("relevance") or None,
             said["vision"].get("frames"),
+            said.get("video_id", ""),
             said.get("abstained"),
             said.get("reason", ""),
             said.get("confidence"),
@@ -156,8 +157,9 @@ class OpenAiChat:
             ours.vision["vision_tokens"],
             ours.vision["detail"],
             ours.vision["fit"],
-            getattr(ours, "relevance", None),
+            getattr(ours, "relevance", None) or None,
             ours.vision.get("frames"),
+            getattr(ours, "video_id", ""),
             getattr(ours, "abstained", None),
             getattr(ours, "reason", ""),
             getattr(ours, "confidence", None),
@@ -207,6 +209,7 @@ class Grpc:
             FITS[said.vision.fit],
             [relevance_in(each) for each in said.relevance] or None,
             [frame_in(each) for each in said.vision.frames] or None,
+            said.video_id,
             said.abstained if said.HasField("abstained") else None,
             REASONS[said.abstain_reason],
             said.confidence if said.HasField("confidence") else None,
@@ -287,7 +290,7 @@ NOT_IN_GRPC = ("not base64", "a video that is not base64", "a timeout that is to
 
 
 # OpenAI's chat has no list of frames.
-NOT_IN_CHAT = ("a video twice", "no frames", "too many frames")
+NOT_IN_CHAT = ("frames", "a video twice", "no frames", "too many frames")
 
 
 def videos_of(case: Case) -> list[pb.Part]:
@@ -328,6 +331,8 @@ def frame_in(message: pb.SeenFrame) -> dict[str, Any]:
     told: dict[str, Any] = {"index": message.index}
     if message.HasField("time_s"):
         told["time_s"] = round(message.time_s, 3)
+    if message.image_id:
+        told["image_id"] = message.image_id
     if message.HasField("relevance"):
         told["relevance"] = frame_relevance_in(message.relevance)
     return told
@@ -374,5 +379,7 @@ async def test_every_transport_says_the_same(case: Case, gateway: Gateway, card:
     for other in outcomes.values():
         assert other.logprobs == pytest.approx(first.logprobs, abs=0.001)
         assert (other.confidence, other.found) == pytest.approx((first.confidence, first.found), abs=0.001)
-    assert (first.confidence is None) is (case.error is not None)
+    is_sure = case.error is None and case.video is None and case.frames is None  # no model is calibrated for clips
+    assert (first.confidence is not None) is is_sure
+    assert bool(first.frames) is bool(case.error is None and (case.video or case.frames))
     assert bool(first.tokens) is (case.error is None and "logprobs" in case.fields)

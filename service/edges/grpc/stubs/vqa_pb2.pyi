@@ -224,14 +224,16 @@ class Vision(_message.Message):
     def __init__(self, cache: _Optional[_Union[Cache, str]] = ..., vision_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., reduced: _Optional[bool] = ..., familiar: _Optional[float] = ..., fit: _Optional[_Union[Fit, str]] = ..., frames: _Optional[_Iterable[_Union[SeenFrame, _Mapping]]] = ...) -> None: ...
 
 class SeenFrame(_message.Message):
-    __slots__ = ("index", "time_s", "relevance")
+    __slots__ = ("index", "time_s", "relevance", "image_id")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TIME_S_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
     index: int
     time_s: float
     relevance: Relevance
-    def __init__(self, index: _Optional[int] = ..., time_s: _Optional[float] = ..., relevance: _Optional[_Union[Relevance, _Mapping]] = ...) -> None: ...
+    image_id: str
+    def __init__(self, index: _Optional[int] = ..., time_s: _Optional[float] = ..., relevance: _Optional[_Union[Relevance, _Mapping]] = ..., image_id: _Optional[str] = ...) -> None: ...
 
 class TimingMs(_message.Message):
     __slots__ = ("queue", "load", "vision", "first_token", "total")
@@ -286,7 +288,7 @@ class TokenLogProb(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
 
 class AnswerResponse(_message.Message):
-    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "logprobs", "variant", "fallback_from")
+    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "logprobs", "variant", "fallback_from", "video_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +305,7 @@ class AnswerResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FROM_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     answer: str
@@ -319,7 +322,8 @@ class AnswerResponse(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogProb]
     variant: str
     fallback_from: str
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ..., variant: _Optional[str] = ..., fallback_from: _Optional[str] = ...) -> None: ...
+    video_id: str
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ..., variant: _Optional[str] = ..., fallback_from: _Optional[str] = ..., video_id: _Optional[str] = ...) -> None: ...
 
 class AnswerEvent(_message.Message):
     __slots__ = ("delta", "end")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,8 @@ def told(*frames: FrameSeen, explain: bool) -> dict[str, Any]:
 
 
 def test_the_frames_that_were_looked_at_are_told():
-    frames = (FrameSeen(0, 0.0, RELEVANCE), FrameSeen(7, 1.23456, RELEVANCE), FrameSeen(9, None, None))
-    plain = [{"index": 0, "time_s": 0.0}, {"index": 7, "time_s": 1.235}, {"index": 9}]
+    frames = (FrameSeen(0, 0.0, RELEVANCE), FrameSeen(7, 1.23456, RELEVANCE), FrameSeen(9, None, RELEVANCE, "img_9"))
+    plain = [{"index": 0, "time_s": 0.0}, {"index": 7, "time_s": 1.235}, {"index": 9, "image_id": "img_9"}]
     answer = VqaAnswer(answer="right", **told(*frames, explain=False))
     assert json.loads(answer.model_dump_json(exclude_none=True))["vision"]["frames"] == plain
     chat = SeenFields(**seen_fields(finished(*frames), explain=False))
@@ -98,21 +99,27 @@ def test_the_frames_that_were_looked_at_are_told():
 
 
 def test_each_frame_is_explained_if_asked():
-    answer = VqaAnswer(answer="right", **told(FrameSeen(0, 0.5, RELEVANCE), FrameSeen(1, 1.0, None), explain=True))
-    first, second = json.loads(answer.model_dump_json(exclude_none=True))["vision"]["frames"]
+    answer = VqaAnswer(answer="right", **told(FrameSeen(0, 0.5, RELEVANCE), explain=True))
+    (first,) = json.loads(answer.model_dump_json(exclude_none=True))["vision"]["frames"]
     assert first["relevance"] == {
         "map": [[0.3333] * 16] * 16,
         "levels": [[-1] * 8] * 8,
         "tensions": {"particularize": 0.1, "explore": 0.2, "diversify": 0.3},
         "area": [0, 0.3333, 1, 0.6667],
     }
-    assert second == {"index": 1, "time_s": 1.0}
 
 
 def test_an_answer_without_a_video_has_no_frames():
     answer = VqaAnswer(answer="a ring", **told(explain=True))
     assert "frames" not in json.loads(answer.model_dump_json(exclude_none=True))["vision"]
     assert "frames" not in answer.model_dump()["vision"]
+    assert "video_id" not in answer.model_dump()
+
+
+def test_the_id_of_a_video_file_is_told():
+    end = replace(finished(FrameSeen(0, 0.0, RELEVANCE)), clip_id="img_2")
+    assert VqaEnd(**VqaEnd.fields_of("vqa_1", "tiny", end, explain=False)).video_id == "img_2"
+    assert SeenFields(**seen_fields(end, explain=False)).model_dump()["video_id"] == "img_2"
 
 
 VALID = Draft202012Validator(VqaRequest.model_json_schema())

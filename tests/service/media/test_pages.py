@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -37,6 +39,7 @@ from tests.support.documents import (
     tiff,
     written,
 )
+from tests.support.paths import PROJECT
 from tests.support.pictures import LIMITS, encoded, picture
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -168,6 +171,11 @@ def test_without_the_extra_a_pdf_is_refused_with_what_the_operator_installs(monk
     with pytest.raises(InvalidImage, match=r"PDF document .*pip install 'glimpse\[pdf\]'\); send PNG"):
         decode_page(TWO, LIMITS)
     assert found_in(TWO, "video") == "not a video that can be read: it looks like a PDF document"
+
+
+def test_the_gateways_process_does_not_load_pdfium():
+    code = "import sys, service.app, service.media.workers; sys.exit('pypdfium2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=PROJECT).returncode == 0
 
 
 def test_a_page_has_a_digest_of_its_own_and_the_first_one_that_of_the_file():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from io import BytesIO
 
 import httpx
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image as Pillow
 
+from tests.support.documents import pdf, showing
 from tests.support.paths import PROJECT, SCENES
 from tests.support.servers import Gateway, eventually, eventually_async
 
@@ -439,3 +441,21 @@ async def test_more_frames_than_fit_are_refused_with_how_many_do(http, scenes, c
     assert refused.json()["error"]["param"] == "video_frames"
     told = int(re.search(r"(\d+) frames fit", refused.json()["error"]["message"])[1])
     assert fits - 2 <= told <= fits
+
+
+async def test_each_page_of_a_pdf_is_answered_by_what_it_shows(http):
+    """Scans of three scenes, as JPEG; the second is turned by its page."""
+    scenes = {"new_009.webp": "yellow", "new_029.webp": "purple", "new_105.webp": "green"}
+    scans = []
+    for name in scenes:
+        out = BytesIO()
+        Pillow.open(SCENES / name).convert("RGB").save(out, "JPEG", quality=95)
+        scans.append(out.getvalue())
+    turned = BytesIO()
+    Pillow.open(BytesIO(scans[1])).transpose(Pillow.Transpose.ROTATE_90).save(turned, "JPEG", quality=95)
+    pages = [showing(scans[0]), replace(showing(turned.getvalue()), extra=b"/Rotate 90"), showing(scans[2])]
+    kept = (await http.post("/v1/images", content=pdf(pages))).raise_for_status().json()
+    assert kept["pages"] == 3
+    said = [await answer(http, kept["id"], "what colour is the star?", page=page) for page in (1, 2, 3)]
+    assert [each["answer"] for each in said] == list(scenes.values())
+    assert (await answer(http, kept["id"], "what colour is the star?"))["answer"] == "yellow"

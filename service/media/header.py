@@ -16,7 +16,7 @@ from service.media.fields import unpack
 from service.media.formats import format_of, reads_as_pdf
 from service.media.isobmff import iso_orientation, iso_size
 from service.media.jpeg import jpeg_orientation, jpeg_size
-from service.media.pages import page_not_found
+from service.media.pages import MAX_TIFF_PAGES, page_not_found
 from service.media.tiff import tiff_orientation, tiff_pages, tiff_size
 
 MAX_PNG_CHUNKS = 16_384  # 20 MB in chunks of 8 KiB, as libpng writes them, are 2,442
@@ -66,6 +66,12 @@ def require_page(data: bytes, page: int) -> None:
     if page == 1:
         return
     pages = page_count(data)
+    if page > MAX_TIFF_PAGES == pages:
+        raise InvalidImage(
+            f"page is {page:,}, and of a TIFF the first {pages:,} are read: save it in parts, or as a PDF",
+            param="page",
+            code="page_not_found",
+        )
     if pages is not None and page > pages:
         raise page_not_found(page, pages)
 

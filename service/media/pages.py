@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from service.core.errors import InvalidImage
 
-MAX_PAGES = 10_000  # that are counted: a step each in a TIFF
+MAX_PAGES = 10_000  # of a PDF
+MAX_TIFF_PAGES = 2_000  # that are read: each takes a step, 0.8 µs, on the event loop
 
 
 def page_not_found(page: int, pages: int) -> InvalidImage:

@@ -13,7 +13,7 @@ from enum import IntEnum
 
 from service.core.errors import InvalidImage
 from service.media.fields import unpack
-from service.media.pages import MAX_PAGES
+from service.media.pages import MAX_TIFF_PAGES
 
 MAX_TAGS = 512  # of a page's directory; scanners and cameras write 15 to 60
 MAX_PARTS = 100_000  # strips or tiles; one row each of the longest side are 65,535
@@ -70,8 +70,8 @@ class Tiff:
 
 
 def tiff_pages(data: bytes) -> int:
-    """Count the pages, at most MAX_PAGES. A file that is cut short may say that it has one more."""
-    return max(1, len(_directories(data, MAX_PAGES)))
+    """Count the pages, at most MAX_TIFF_PAGES. A file that is cut short may say that it has one more."""
+    return max(1, len(_directories(data, MAX_TIFF_PAGES)))
 
 
 def tiff_size(data: bytes, page: int = 1) -> tuple[int, int]:
@@ -119,7 +119,7 @@ def _directories(data: bytes, most: int) -> list[int]:
 def _tags(data: bytes, wanted: Sequence[Tag], page: int, most: int = MAX_PARTS) -> Tags:
     """Return at most `most` values of each tag: those that it has where it stands first. Raises InvalidImage."""
     order = _order(data)
-    directories = _directories(data, min(page, MAX_PAGES))
+    directories = _directories(data, min(page, MAX_TIFF_PAGES))
     if len(directories) < page:
         return {}
     directory = directories[-1]

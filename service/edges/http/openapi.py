@@ -306,6 +306,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                 "content": {
                     "image/*": {"schema": FILE},
                     "video/*": {"schema": FILE},
+                    "application/pdf": {"schema": FILE},
                     FORM: {
                         "schema": {
                             "type": "object",

@@ -19,7 +19,7 @@ from service.media.decoder import ImageLimits, decode
 from service.media.document import decode_page
 from service.media.foreign import found_in
 from service.media.header import header_size, page_count, require_page, upright_size
-from service.media.pages import MAX_PAGES
+from service.media.pages import MAX_PAGES, MAX_TIFF_PAGES
 from service.media.pdf import PAGE_SIDE
 from service.media.store import Image
 from service.media.tiff import tiff_pages
@@ -146,12 +146,12 @@ def test_a_tiff_whose_pages_go_round_ends():
 
 
 def test_the_pages_of_a_tiff_are_counted_to_a_limit():
-    entry = 8 + 6 * np.arange(1, MAX_PAGES + 5)  # directories without a tag, each behind the one before
+    entry = 8 + 6 * np.arange(1, MAX_TIFF_PAGES + 5)  # directories without a tag, each behind the one before
     data = b"II*\0\x08\0\0\0" + b"".join(b"\0\0" + int(place).to_bytes(4, "little") for place in entry)
-    assert tiff_pages(data) == MAX_PAGES
-    assert header_size(data, MAX_PAGES) is header_size(data, 1_000_000) is None
-    with pytest.raises(InvalidImage, match="10,000 pages"):
-        decode(data, LIMITS, page=MAX_PAGES + 1)
+    assert tiff_pages(data) == MAX_TIFF_PAGES
+    assert header_size(data, MAX_TIFF_PAGES) is header_size(data, 1_000_000) is None
+    with pytest.raises(InvalidImage, match="of a TIFF the first 2,000 are read"):
+        decode(data, LIMITS, page=MAX_TIFF_PAGES + 1)
 
 
 def test_a_pdf_is_known_by_its_mark_and_has_no_size_before_it_is_opened():

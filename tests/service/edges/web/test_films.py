@@ -1,4 +1,4 @@
-"""The page with a video: a real Chromium shows its frames. The service's answers are this file's own."""
+"""The page with a video: a real Chromium shows its frames. Most answers are this file's own, so that they are known."""
 
 from __future__ import annotations
 
@@ -76,6 +76,17 @@ async def test_the_frames_that_were_looked_at_are_a_strip(visit: Visit, name: st
     await visit.page.locator("#views label", has_text="Image").click()
     shown = await visit.page.locator("#stage canvas").evaluate_all(PLACES)
     assert shown == pytest.approx([(16 + i * 80 / 9) / 112 for i in indices], abs=0.03)
+
+
+async def test_a_service_keeps_the_video_and_is_asked_by_its_id(visit: Visit) -> None:
+    await visit.choose(films.video(2), "clip.webm")
+    for question in ("which way?", "how fast?"):
+        await visit.ask(question)
+        assert await visit.answers() == ["a red square"]
+    assert len(visit.posted("/v1/images")) == 1
+    captions = await visit.page.locator("#stage figcaption").all_inner_texts()
+    assert captions == ["frame 0, 0.00 s", "frame 1, 0.20 s"]
+    assert "features from the cache" in await visit.page.locator(".facts").first.inner_text()
 
 
 async def test_each_frame_has_its_own_map_and_no_scores(visit: Visit) -> None:

@@ -26,8 +26,8 @@ RUN apt-get update \
 COPY pyproject.toml constraints.txt ./
 COPY scripts scripts
 RUN python3 -m venv /opt/glimpse \
- && python3 scripts/requirements.py gateway > gateway.txt \
- && python3 scripts/requirements.py serve > serve.txt \
+ && python3 scripts/requirements.py gateway pdf > gateway.txt \
+ && python3 scripts/requirements.py serve pdf > serve.txt \
  && python3 scripts/requirements.py group:triton > triton.txt \
  && /opt/glimpse/bin/pip install --constraint constraints.txt --requirement gateway.txt
 

@@ -26,7 +26,9 @@ from torch.export import Dim, ShapesCollection
 
 from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
+from build_engines.model.clip import CARD
 from build_engines.repository import (
+    CLIP_GRAPH,
     GRAPHS,
     LARGE_BYTES,
     MOST_INLINE_BYTES,
@@ -35,7 +37,7 @@ from build_engines.repository import (
     weights_file,
     write_repository,
 )
-from service.core.card import ModelCard
+from service.core.card import ClipResampler, ModelCard
 from service.core.confidence import Calibration
 from service.core.tensors import DETAIL, FLOAT, MODELS, QUESTION, VISION
 from service.core.tensors import Tensor as Described
@@ -72,7 +74,8 @@ def examples(tensors: Sequence[Described], sizes: Mapping[str, int] = MappingPro
 def graphs(checkpoint: Checkpoint) -> list[Graph]:
     """The four graphs, with example inputs at batch 2.
 
-    And `relevance_allocator_448` if there is a closer view, `llm_encoder` if the LLM has a prompt reader.
+    And `relevance_allocator_448` if there is a closer view, `attend_clip` if there is a clip resampler, `llm_encoder`
+    if the LLM has a prompt reader.
     """
     vision = checkpoint.model.config.vision_config
     batch = {0: "batch"}
@@ -87,6 +90,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
             names(VISION),
         ),
         *_allocators(checkpoint, question),
+        *_clip(checkpoint),
         Graph(
             "qformer",
             checkpoint.qformer(),
@@ -166,6 +170,21 @@ def _allocators(checkpoint: Checkpoint, question: dict[str, Tensor]) -> list[Gra
         Graph(name, checkpoint.allocator(), given, dict.fromkeys(given, batch), names(MODELS[name].outputs))
         for name, given in views.items()
     ]
+
+
+def _clip(checkpoint: Checkpoint) -> list[Graph]:
+    """The graph that attends to all frames of a clip, if there is a clip resampler. The number of frames is dynamic."""
+    attention = checkpoint.clip_attention()
+    if attention is None:
+        return []
+    frames, sizes = 4, {"D": checkpoint.model.config.vision_config.hidden_size}
+    inputs = {}
+    for tensor in MODELS[CLIP_GRAPH].inputs:
+        dims = [frames if size == -1 else size for size in tensor.shape(sizes)]
+        inputs[tensor.name] = torch.zeros(dims, dtype=TYPES[tensor.datatype])
+    inputs |= {"times": torch.linspace(0, 1, frames), "clip_budget": torch.tensor([64, 256], dtype=torch.int32)}
+    of_frames = {name: {0: "frames"} for name in (*names(VISION), "times")}
+    return [Graph(CLIP_GRAPH, attention, inputs, of_frames, names(MODELS[CLIP_GRAPH].outputs))]
 
 
 def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_BYTES) -> None:
@@ -299,7 +318,9 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         fit=_fit(told.pop("fit", "squash")),
         pad_colour=_colour(checkpoint.image_mean),
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
+        frames=int(told.pop("frames", checkpoint.frames)),
         top_log_probs=True,
+        clip=None if checkpoint.clip is None else ClipResampler.from_json(CARD),
         confidence=confidence,
         metadata=told | {"confidence": why},
     )
@@ -376,6 +397,7 @@ def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], 
             closer_view=told.closer_view,
             text_encoder=checkpoint.is_encoder_decoder,
             image_reader=checkpoint.is_idefics,
+            clip=checkpoint.clip is not None,
             large=large,
         )
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)

@@ -6,7 +6,8 @@
     │                                                             (llm/1/encoder.onnx if the LLM has a prompt reader)
     ├── prepare/  compose/  finish/                               config.pbtxt  1/model.py
     ├── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
-    └── relevance_allocator_448/  attend_448/                     the same files, if the checkpoint has a closer view
+    ├── relevance_allocator_448/  attend_448/                     the same files, if the checkpoint has a closer view
+    └── attend_clip/                                              the same, if the checkpoint has a clip resampler
 
 Shapes in the comments leave the batch dimension out; D is the vision width, H the LLM's hidden size. All but
 `write_repository` and `write_configs` are pure functions.
@@ -31,6 +32,7 @@ LARGE_BYTES = 100_000_000  # of a graph's weights: from here on its runs take mo
 MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobuf ends at 2 GiB
 CONFIG_TYPES = {"BYTES": "STRING"}  # a data type's name in config.pbtxt, if it has another one there
 CLOSER_GRAPHS = (*GRAPHS, "relevance_allocator_448")  # and of a checkpoint with a closer view
+CLIP_GRAPH = "attend_clip"  # of a checkpoint with a clip resampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Dimensions:
     closer_view: bool = False  # whether cells can be seen at level 2
     text_encoder: bool = False  # whether the LLM is an encoder-decoder, with a graph of its own for the encoder
     image_reader: bool = False  # whether the LLM attends to images, with a graph of its own for their keys and values
+    clip: bool = False  # whether a clip's frames are attended to together
     static: bool = False  # whether the Q-Former always reads all rows that there can be: the graph of a plan
 
     @property
@@ -108,7 +111,7 @@ class Model:
             name,
             title,
             runner,
-            max_batch=how.pop("max_batch", dimensions.vision_max_batch),
+            max_batch=how.pop("max_batch", dimensions.vision_max_batch if model.batched else 0),
             inputs=dimensions.sized(model.inputs),
             outputs=dimensions.sized(model.outputs),
             steps=model.steps,
@@ -119,7 +122,8 @@ class Model:
 
 def graphs_of(dimensions: Dimensions) -> tuple[str, ...]:
     """The models with a model.onnx."""
-    return CLOSER_GRAPHS if dimensions.closer_view else GRAPHS
+    graphs = CLOSER_GRAPHS if dimensions.closer_view else GRAPHS
+    return (*graphs, CLIP_GRAPH) if dimensions.clip else graphs
 
 
 def models(dimensions: Dimensions) -> list[Model]:
@@ -132,6 +136,9 @@ def models(dimensions: Dimensions) -> list[Model]:
             "onnx_model",
         ),
         of("attend_448", "Cached features of both views and a question to visual tokens."),
+    ]
+    clip = [
+        of(CLIP_GRAPH, "Cached features of all frames of a clip and a question to visual tokens.", "onnx_model"),
     ]
     return [
         of(
@@ -167,6 +174,7 @@ def models(dimensions: Dimensions) -> list[Model]:
         of("see", "An image and a question to visual tokens, and the features for the gateway's cache."),
         of("attend", "Cached features and a question to visual tokens."),
         *(closer_view if dimensions.closer_view else []),
+        *(clip if dimensions.clip else []),
         of("prepare", "Image bytes and a question's text to the chain's inputs.", "prepare"),
         of(
             "compose",
@@ -260,7 +268,7 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
     sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in files)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
-    for model in models(replace(dimensions, closer_view=True)):
+    for model in models(replace(dimensions, closer_view=True, clip=True)):
         if model.name not in kept and (repository / model.name).exists():
             shutil.rmtree(repository / model.name)  # from an earlier checkpoint
     write_configs(repository, dimensions)

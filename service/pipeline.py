@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from service.admission.admission import Admission, Reservation
@@ -14,27 +22,31 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.shared_images import SharedImages
-from service.cache.visual_tokens import VisualCache, embedding_key
+from service.cache.visual_tokens import VisualCache, clip_embedding_key, embedding_key
 from service.core.access import Accounts, NoQuotas, Use
-from service.core.answer import Delta, Finished, KeptImage, LogProb, TokenLogProb
+from service.core.answer import Delta, Finished, FrameSeen, KeptImage, LogProb, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Confidence, Signals
 from service.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Unavailable,
+    naming_frame,
     naming_image,
+    naming_video,
 )
 from service.core.estimate import Estimate
 from service.core.models import Generation, LanguageModel, VisionModel
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
 from service.core.variant import Route
-from service.core.vision import Seen
+from service.core.vision import Sight
 from service.images import Images
+from service.media.clip_header import clip_cost, clip_format
+from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
-from service.media.store import Image, ImageStore
+from service.media.store import Image, ImageStore, LoadedClip
 from service.record.outcomes import Outcomes
 from service.record.ticket import Ticket
 from service.settings import Settings
@@ -43,11 +55,14 @@ from service.text.guide_checks import GuideChecks
 from service.text.prompt import Detokeniser, PromptBuilder
 from service.upstreams.attempts import Attempts
 from service.upstreams.models import Choice, Model, Models
-from service.vision_stage import VisionStage, decoding_cost
+from service.vision_stage import Pixels, VisionStage, decoding_cost
+from service.vision_stage.clips import ClipMemory
 from service.vision_stage.estimating import Estimator
 
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
+
+FILMS = ("MP4", "WebM")  # files that are clips and no images; a GIF or WebP is both
 
 __all__ = ["Pipeline", "Reservation"]  # the only names that a transport imports
 
@@ -89,6 +104,8 @@ class Pipeline:
             settings.feature_cache_bytes, metrics, shared, as_int8=settings.feature_cache_dtype == "int8"
         )
         self.visual = VisualCache(settings.visual_cache_bytes, metrics)
+        self.clips = ClipMemory()
+        self.pixels = Pixels(reader, self.images, self.clips)
         self.guides = GuideChecks()
 
     def model(
@@ -100,12 +117,14 @@ class Pipeline:
             admission=self.admission,
             card=card,
             prompts=prompts,
-            reader=self.reader,
-            images=self.images,
+            pixels=self.pixels,
             features=self.features,
             visual=self.visual,
+            clips=self.clips,
         )
-        estimator = Estimator(card, self.admission, self.features, self.reader.limits)
+        estimator = Estimator(
+            prompts, self.admission, self.features, self.clips, self.reader.limits, self.pixels.page_sizes
+        )
         return Model(card, prompts, stage, language, estimator, **fields)
 
     @property
@@ -134,13 +153,14 @@ class Pipeline:
             choices = admitted.enter_context(self.admit(ticket, reservation))
             async with self.charged(ticket, choices, reservation) as use:
                 async with ticket.in_time(reservation):
-                    images = await self.load(ticket, reservation)
+                    images, clip = await self.load(ticket, reservation)
                 use.images = len(images)
-                for attempt in Attempts(self.models, choices, images[0].id, ticket, reservation, self.metrics):
+                for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
                         model = attempt.model
                         async with ticket.in_time(reservation):
-                            seen = await model.vision_stage.look(images, ticket, reservation)
+                            seen = await model.vision_stage.look(images, clip, ticket, reservation)
+                        use.images = len(images) + ticket.compared
                         prompt = self.compose(model, ticket.request, images, seen)
                         use.visual_tokens = len(prompt.visual_tokens)
                         ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
@@ -150,25 +170,32 @@ class Pipeline:
                                 attempt.sent = True
                                 ticket.answer.append(delta.text)
                                 yield delta
-                        yield self.finish(model, ticket, images, seen, reservation)
+                        yield self.finish(model, ticket, images, clip, seen, reservation)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
-        """Check and keep an image, so that questions can name it by its id. It waits for a vision slot, as a question's
-        image does.
+        """Check and keep an image or a video, so that questions can name it by its id.
+
+        It waits for a vision slot, as a question's image does. Of a video, the frames are decoded that a question looks
+        at if it does not say how many; they are not kept.
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
         self.metrics.costs.payer(reservation.tenant)
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
+        most = self.card.frames if clip_format(data) in FILMS else 0
         try:
             async with reservation.account.charged(Use(images=1)) as use:
                 with reservation.work():
-                    reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
+                    pixels = Cost(pixels=clip_cost(data, most))
+                    reservation.reserve(pixels if most else decoding_cost(data, self.settings.max_image_pixels))
                     async with asyncio.timeout(timeout_s):
                         await reservation.enter(claim)
-                        decoded = await self.reader.decode(data)
+                        film = await self.reader.decode_clip(data, most) if most else None
+                        decoded = film or await self.reader.decode(data)
                         image = await self.images.identify(data, reservation.tenant)
+                        if film is not None:
+                            self.clips.keep(image, most, film)
                 use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(
@@ -176,7 +203,8 @@ class Pipeline:
             ) from exc
         await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
-        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at)
+        pages = decoded.pages if isinstance(decoded, Decoded) else 1
+        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, pages)
 
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
         """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
@@ -185,17 +213,18 @@ class Pipeline:
         """
         if request.sampling.guide is not None:
             await self.guides.require(request.sampling.guide)
-        choice, images = self.models.choices(request)[0], []
-        for index, source in enumerate(request.images):
-            with naming_image(index, len(request.images)):
+        choice, loaded = self.models.choices(request)[0], []
+        for source, naming in places_of(request):
+            with naming():
                 if isinstance(source, ImageUrl):
                     raise InvalidRequest(
                         "image is a URL, and an estimate fetches none: send the image's bytes, or its id",
                         param="image",
                         code="url_not_supported",
                     )
-                images.append(await self.load_one(source, request.tenant))
-        return choice.model.estimator.estimate(choice.request, images, choice.tokens, reservation)
+                loaded.append(await self.load_one(source, request.tenant))
+        images, clip = divided(request, loaded)
+        return choice.model.estimator.estimate(choice.request, images, clip, choice.tokens, reservation)
 
     def require_turns(self, open_requests: int, lag_s: float) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
@@ -257,50 +286,54 @@ class Pipeline:
     @asynccontextmanager
     async def charged(self, ticket: Ticket, choices: Sequence[Choice], reservation: Reservation) -> AsyncIterator[Use]:
         """Charge what the request can use to its tenant's quota, and settle with what it used. Raises QuotaExceeded."""
-        request = ticket.request
-        images = len(request.images)
-        visual_tokens = max(choice.request.budget.visual_tokens[1] for choice in choices)
-        most = Use(images, images * visual_tokens, request.sampling.max_tokens)
+        most = Use(
+            max(choice.model.prompts.pictures(choice.request) for choice in choices),
+            max(choice.model.prompts.visual_tokens(choice.request) for choice in choices),
+            ticket.request.sampling.max_tokens,
+        )
         async with reservation.account.charged(most) as use:
             try:
                 yield use
             finally:
                 use.generated_tokens = ticket.completion_tokens
 
-    async def load(self, ticket: Ticket, reservation: Reservation) -> list[Image]:
-        """Return the images' bytes and digests. It decodes nothing, because a known image needs no pixels."""
-        images, sources = [], ticket.request.images
+    async def load(self, ticket: Ticket, reservation: Reservation) -> tuple[list[Image], LoadedClip | None]:
+        """Return the bytes and digests of the images and of the clip.
+
+        It decodes nothing, because a known image needs no pixels.
+        """
+        request = ticket.request
+        loaded, sources = [], places_of(request)
         with ticket.stage("load"):
             fetched = await self.fetch(sources, reservation)
-            for index, source in enumerate(sources):
-                with naming_image(index, len(sources)):
+            for source, naming in sources:
+                with naming():
                     known = fetched[source] if isinstance(source, ImageUrl) else source
-                    images.append(await self.load_one(known, ticket.request.tenant))
-        ticket.image_ids = tuple(image.id for image in images)
-        return images
+                    loaded.append(await self.load_one(known, request.tenant))
+        ticket.image_ids = tuple(image.id for image in loaded)
+        return divided(request, loaded)
 
-    async def fetch(self, sources: Sequence[ImageSource], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
+    async def fetch(self, sources: Sequence[Place], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
         """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.
 
         Raises InvalidRequest, InvalidImage, TooLarge, Overloaded.
         """
-        urls = dict.fromkeys(source for source in sources if isinstance(source, ImageUrl))
+        urls = {source: naming for source, naming in reversed(sources) if isinstance(source, ImageUrl)}
         if not urls:
             return {}
         try:
             async with asyncio.TaskGroup() as tasks:
                 fetches = {
-                    url: tasks.create_task(self.fetch_one(url, sources.index(url), len(sources), reservation))
-                    for url in urls
+                    url: tasks.create_task(self.fetch_one(url, naming, reservation)) for url, naming in urls.items()
                 }
         except BaseExceptionGroup as group:
             first = group.exceptions[0]
             raise first from first.__cause__
         return {url: fetch.result() for url, fetch in fetches.items()}
 
-    async def fetch_one(self, source: ImageUrl, index: int, of: int, reservation: Reservation) -> ImageBytes:
-        """Fetch an image, the one at `index` of `of`. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
-        with naming_image(index, of):
+    async def fetch_one(self, source: ImageUrl, naming: Naming, reservation: Reservation) -> ImageBytes:
+        """Fetch an image. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
+        with naming():
             if self.fetcher is None:
                 raise InvalidRequest(
                     "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
@@ -318,12 +351,20 @@ class Pipeline:
             case ImageId(image_id):
                 return await self.images.find(image_id, tenant)
 
-    def compose(self, model: Model, request: Request, images: Sequence[Image], seen: Sequence[Seen]) -> Prompt:
+    def compose(self, model: Model, request: Request, images: Sequence[Image], seen: Sight) -> Prompt:
+        card, question = model.card, request.question
         visual = [
-            (each.visual_tokens, embedding_key(model.card, image.digest, request.question, each))
-            for image, each in zip(images, seen, strict=True)
+            (each.visual_tokens, embedding_key(card, image.digest, question, each))
+            for image, each in zip(images, seen.images, strict=True)
         ]
-        return model.prompts.compose_request(request, visual)
+        if seen.clip is not None:
+            key = clip_embedding_key(card, seen.frames, question, seen.clip)
+            return model.prompts.compose_request(request, visual, [(seen.clip.visual_tokens, key)])
+        frames = [
+            (each.visual_tokens, embedding_key(card, frame.digest, question, each))
+            for frame, each in zip(seen.frames, seen.of_frames, strict=True)
+        ]
+        return model.prompts.compose_request(request, visual, frames)
 
     async def generate(
         self, model: Model, prompt: Prompt, ticket: Ticket, reservation: Reservation
@@ -331,7 +372,8 @@ class Pipeline:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         card, detokeniser = model.card, Detokeniser(model.spelled, sampling.stop)
-        told: list[LogProb] | None = [] if sampling.log_probs or card.confidence is not None else None
+        tells = sampling.log_probs or (card.confidence is not None and ticket.request.clip is None)
+        told: list[LogProb] | None = [] if tells else None
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
         generation = Generation(
             prompt,
@@ -385,7 +427,13 @@ class Pipeline:
         return said
 
     def finish(
-        self, model: Model, ticket: Ticket, images: Sequence[Image], seen: Sequence[Seen], reservation: Reservation
+        self,
+        model: Model,
+        ticket: Ticket,
+        images: Sequence[Image],
+        clip: LoadedClip | None,
+        seen: Sight,
+        reservation: Reservation,
     ) -> Finished:
         self.outcomes.answered(ticket, seen)
         return Finished(
@@ -397,21 +445,51 @@ class Pipeline:
             reduced=ticket.reduced,
             prompt_tokens=ticket.prompt_tokens,
             completion_tokens=ticket.completion_tokens,
-            visual_tokens=sum(len(each.visual_tokens) for each in seen),
-            relevance=tuple(each.relevance for each in seen),
+            visual_tokens=ticket.visual_tokens,
+            relevance=tuple(each.relevance for each in seen.images),
             timing_ms=ticket.timing_ms(),
             confidence=confidence(model, ticket, seen),
             min_confidence=ticket.request.min_confidence,
             served=reservation.served,
+            frames=tuple(
+                FrameSeen(frame.index, frame.time_s, relevance, frame.image_id)
+                for frame, relevance in zip(seen.frames, seen.relevance, strict=True)
+            ),
+            clip_id="" if clip is None or clip.file is None else clip.file.id,
         )
 
 
-def confidence(model: Model, ticket: Ticket, seen: Sequence[Seen]) -> Confidence | None:
-    """Estimate how sure the complete answer is; None if the models are not calibrated."""
-    if model.card.confidence is None:
+Naming = Callable[[], AbstractContextManager[None]]  # says in an error which of the request's sources is at fault
+Place = tuple[ImageSource, Naming]
+
+
+def places_of(request: Request) -> list[Place]:
+    """Return all that a request shows: its images, then its clip's file or frames."""
+    of = len(request.images)
+    places: list[Place] = [(source, partial(naming_image, index, of)) for index, source in enumerate(request.images)]
+    if request.clip is None:
+        return places
+    if not isinstance(request.clip.source, tuple):
+        return [*places, (request.clip.source, naming_video)]
+    frames, of = request.clip.source, len(request.clip.source)
+    return [*places, *((source, partial(naming_frame, index, of)) for index, source in enumerate(frames))]
+
+
+def divided(request: Request, loaded: Sequence[Image]) -> tuple[list[Image], LoadedClip | None]:
+    """Divide what was loaded from `places_of` into the images and the clip."""
+    of = len(request.images)
+    images, shown = [image.at(request.page) for image in loaded[:of]], tuple(loaded[of:])
+    if request.clip is None:
+        return images, None
+    return images, LoadedClip(None, shown) if isinstance(request.clip.source, tuple) else LoadedClip(shown[0])
+
+
+def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:
+    """Estimate how sure the complete answer is; None if the models are not calibrated, as for clips they never are."""
+    if model.card.confidence is None or seen.frames:
         return None
     question, answer = ticket.request.question, "".join(ticket.answer)
-    return model.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen))
+    return model.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen.images))
 
 
 def token_log_probs(spelled: Sequence[bytes], ids: Sequence[int], told: Sequence[LogProb]) -> list[TokenLogProb]:

@@ -45,6 +45,14 @@ def test_httpx(gateway: Gateway):
     assert (answer, long, set(batch), estimate) == ("8 133", LONG, RINGS, "True [32, 32]")
 
 
+def test_a_video(gateway: Gateway):
+    answer, times, *rest = run("python_video.py", gateway.url)
+    assert answer.startswith("answer: ")
+    assert times.startswith("0.0 s ")
+    assert len(times.split(" s")) == 5
+    assert rest == ["hit", "2 frames"]
+
+
 def test_grpc(gateway: Gateway):
     answer, long, *batch = run("python_grpc.py", gateway.rpc)
     assert (answer, long, set(batch)) == ("8 133", LONG, RINGS)

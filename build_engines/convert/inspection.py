@@ -22,6 +22,7 @@ from build_engines.model.adapted import FIXED, WEIGHTS, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.checkpoint import (
     ALLOCATOR,
+    CLIP,
     FAMILIES,
     HUB_FILES,
     HUB_NAME,
@@ -62,7 +63,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
     wanted = _wanted_shapes(directory, family, config)
     _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    if zero_shot and (family != INSTRUCT or adapted is not None):
+    if zero_shot and (family not in INSTRUCT or adapted is not None):
         raise Refused(
             "--zero-shot needs an InstructBLIP checkpoint, whose Q-Former reads the question, and no --allocator: "
             "leave it out"
@@ -79,6 +80,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         max_positions=text_positions(text),
         parameters=_parameters(wanted, family),
         closer_view=allocator.closer is not None and not zero_shot,
+        clip=(directory / CLIP).exists(),
         zero_shot=zero_shot,
         allocator=adapted,
         files=tuple(sorted({path for pattern in HUB_FILES for path in directory.glob(pattern) if path.is_file()})),
@@ -143,7 +145,7 @@ def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
 
 
 def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
-    folders = [directory] + ([directory / "qformer_tokenizer"] if family == INSTRUCT else [])
+    folders = [directory] + ([directory / "qformer_tokenizer"] if family in INSTRUCT else [])
     for folder in folders:
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise Refused(f"{folder} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")

@@ -60,20 +60,25 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def outputs(graph: Path | onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Every output for all samples. Inputs are cast to the graph's types."""
+def outputs(
+    graph: Path | onnxruntime.InferenceSession, feeds: Mapping[str, Array], batched: bool = True
+) -> dict[str, Array]:
+    """Every output for all samples, or for the only one if it has no batch dimension.
+
+    Inputs are cast to the graph's types.
+    """
     run = session(graph) if isinstance(graph, Path) else graph
     takes = {spec.name: _numpy_type(spec.type) for spec in run.get_inputs()}
     names = [spec.name for spec in run.get_outputs()]
     parts = [run.run(names, {name: array.astype(takes[name], copy=False) for name, array in part.items()})
-             for part in _batches({name: feeds[name] for name in takes})]  # fmt: skip
+             for part in _batches({name: feeds[name] for name in takes}, batched)]  # fmt: skip
     return {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def outputs_of_module(graph: Exported, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Every output of the PyTorch module for all samples."""
+def outputs_of_module(graph: Exported, feeds: Mapping[str, Array], batched: bool = True) -> dict[str, Array]:
+    """As `outputs`, of the PyTorch module."""
     parts = []
-    for part in _batches({name: feeds[name] for name in graph.inputs}):
+    for part in _batches({name: feeds[name] for name in graph.inputs}, batched):
         with torch.inference_mode():
             found = graph.module(*(torch.from_numpy(array) for array in part.values()))
         parts.append(found if isinstance(found, tuple) else (found,))
@@ -82,7 +87,10 @@ def outputs_of_module(graph: Exported, feeds: Mapping[str, Array]) -> dict[str, 
     }
 
 
-def _batches(feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+def _batches(feeds: Mapping[str, Array], batched: bool) -> Iterator[dict[str, Array]]:
+    if not batched:
+        yield dict(feeds)
+        return
     count = len(next(iter(feeds.values())))
     for start in range(0, count, BATCH):
         yield {name: array[start : start + BATCH] for name, array in feeds.items()}

@@ -31,7 +31,7 @@ from blake3 import blake3
 from build_engines.convert import plans, profiles, trtllm
 from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
 from build_engines.convert.source import Source
-from build_engines.repository import TEXT_ENCODER, graphs_of
+from build_engines.repository import CLIP_GRAPH, TEXT_ENCODER, graphs_of
 from service.core.precision import REDUCED
 from service.core.vision import CROPS
 
@@ -173,7 +173,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
     agreement: tuple[str, ...] = ()
     if on_cpu:
         agreement = ("agreement",)
-        chain = [name for name in graphs if name != "relevance_allocator_448"]
+        chain = [name for name in graphs if name not in ("relevance_allocator_448", CLIP_GRAPH)]
         yield Step("agreement", "agreement", f"answers to {options.agreement_questions} questions against FP32's",
                    needs=("card", *exported, *on_cpu.values()),
                    settings={"images": images, "count": options.agreement_questions,

@@ -53,6 +53,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         closer_view=source.closer_view,
         text_encoder=source.is_encoder_decoder,
         image_reader=source.is_idefics,
+        clip=source.clip and options.profile == "embedded",
         static=options.profile != "embedded",
     )
 

@@ -14,9 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from build_engines.convert.options import Refused
+from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
+from build_engines.repository import CLIP_GRAPH
 from build_engines.scenes.questions import TYPES, ask
 from build_engines.scenes.render import render
 from build_engines.scenes.world import World, sample_scene
+from service.core.prompt import Question
 from service.core.request import Budget
 from service.core.vision import CLOSER_SIZE, CloserFeatures, VisionFeatures
 from service.media.decoder import Decoded, ImageLimits, decode
@@ -73,6 +76,7 @@ def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBu
     opened = {name: Graph(path) for name, path in graphs.items() if name != "llm"}
     encoder, allocator, qformer = (opened[name] for name in ("vision_encoder", "relevance_allocator", "qformer"))
     found: dict[str, dict[str, list[Array]]] = {}
+    clips: dict[str, dict[str, Array]] = {}
     budgets, queries = cycle(VISION_BUDGETS), prompts.card.queries
     for start in tqdm(range(0, len(given), BATCH), desc="samples", unit="batch", mininterval=1.0):
         part = given[start : start + BATCH]
@@ -93,11 +97,20 @@ def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBu
             steps |= {"relevance_allocator": to_allocator, "llm": _llm(prompts, part, visual)}
             if "relevance_allocator_448" in opened:
                 steps["relevance_allocator_448"] = to_allocator | {"detail_features": _closer(encoder, image["image"])}
+        if start == 0 and CLIP_GRAPH in opened:
+            clips = _clip(seen, asked[0])
         for name, arrays in steps.items():
             kept = found.setdefault(name, {})
             for key, array in arrays.items():
                 kept.setdefault(key, []).append(array)
-    return {name: {key: np.concatenate(parts) for key, parts in kept.items()} for name, kept in found.items()}
+    return clips | {name: {key: np.concatenate(parts) for key, parts in kept.items()} for name, kept in found.items()}
+
+
+def _clip(seen: Mapping[str, Array], question: Question) -> dict[str, dict[str, Array]]:
+    """One clip, whose frames are the first images. It has no batch dimension."""
+    times = np.linspace(0, 1, len(seen["features"]), dtype=np.float32)
+    asked = {"question_ids": question.ids, "question_mask": question.mask}
+    return {CLIP_GRAPH: {**seen, **asked, "times": times, "clip_budget": np.array([CELL_COUNT, PATCH_COUNT], np.int32)}}
 
 
 def _run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:

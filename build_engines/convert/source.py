@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from build_engines.model.adapted import FILES as ADAPTED
 
-INSTRUCT = "InstructBlipForConditionalGeneration"
+INSTRUCT = ("InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration")
 IDEFICS = "IdeficsForVisionText2Text"
 
 
@@ -28,6 +28,7 @@ class Source:
     max_positions: int
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
     closer_view: bool = False  # whether its allocator has a closer view
+    clip: bool = False  # whether it has a clip resampler
     files: tuple[Path, ...] = ()  # everything that a build reads
     zero_shot: bool = False  # whether its Q-Former says where to look
     allocator: Path | None = None  # a folder that `glimpse adapt` wrote, in place of the checkpoint's own allocator
@@ -50,7 +51,7 @@ class Source:
     @property
     def reads_question(self) -> bool:
         """Whether the Q-Former reads the question, as InstructBLIP's does."""
-        return self.family == INSTRUCT
+        return self.family in INSTRUCT
 
     def digests(self) -> dict[str, str]:
         """blake3 of each file, by its name in the checkpoint; the adapted allocator's as allocator/NAME."""

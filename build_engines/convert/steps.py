@@ -32,6 +32,7 @@ from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.repository import MOST_INLINE_BYTES, TEXT_ENCODER, Model, encoder_of, runner, weights_file
 from service.core.card import ModelCard
+from service.core.tensors import MODELS
 from service.text.prompt import PromptBuilder
 
 MODEL, PLAN = "model.onnx", "model.plan"
@@ -93,6 +94,7 @@ class Maker:
             float_type=self.options.dtype,
             text_type=profiles.text_type(self.options),
             top_log_probs=self.options.profile != "tensorrt",
+            clip=told.clip if self.options.profile == "embedded" else None,  # elsewhere it was never measured
         )
         if self.options.precision in GPU_PRECISIONS:  # a CPU's precision is chosen at start, and FP32 is always there
             told = told.computed_in(self.options.precision)
@@ -168,7 +170,8 @@ class Maker:
         report = {}
         for name, made in tqdm(step.settings["graphs"].items(), desc="parity", unit="graph"):
             feeds = dict(np.load(self.folder("samples") / f"{name}.npz"))
-            feeds = {key: array[: samples.PARITY] for key, array in feeds.items()}
+            if MODELS[name].batched:
+                feeds = {key: array[: samples.PARITY] for key, array in feeds.items()}
             near = self._nearness(name, self.folder(made) / MODEL, feeds, step.settings)
             report[name] = {output: each.as_json() for output, each in near.items()}
         write(out / "parity.json", {"against": step.settings["against"], "samples": samples.PARITY, "graphs": report})
@@ -177,8 +180,9 @@ class Maker:
         self, name: str, graph: Path, feeds: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> dict[str, parity.Nearness]:
         if settings["against"] == "pytorch" and name != "llm":
-            ours = parity.outputs(graph, feeds)
-            theirs = parity.outputs_of_module(self.graphs(settings["static"])[name], feeds)
+            batched = MODELS[name].batched
+            ours = parity.outputs(graph, feeds, batched)
+            theirs = parity.outputs_of_module(self.graphs(settings["static"])[name], feeds, batched)
         elif name == "llm":
             # The tests compare the decoder with PyTorch. Here a graph is compared with its FP32 version.
             encoder = self._encoder()
@@ -186,8 +190,9 @@ class Maker:
             ours = {"logits": parity.logits(graph, feeds, reference.argmax(2), encoder)}
             theirs = {"logits": reference}
         else:
-            ours = parity.outputs(graph, feeds)
-            theirs = parity.outputs(self.folder(f"export {name}") / MODEL, feeds)
+            batched = MODELS[name].batched
+            ours = parity.outputs(graph, feeds, batched)
+            theirs = parity.outputs(self.folder(f"export {name}") / MODEL, feeds, batched)
         return {output: parity.nearness(ours[output], theirs[output]) for output in theirs}
 
     def _encoder(self) -> parity.Encoder | parity.Images | None:

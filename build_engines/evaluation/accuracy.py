@@ -3,9 +3,12 @@
     glimpse eval                          # asks the server at http://127.0.0.1:8080
     glimpse eval --vision-tokens 64 112   # accuracy with a smaller budget
     glimpse eval --detail auto            # may use the closer view if the question needs it
+    glimpse eval --split several          # two to four images a question
+    glimpse eval --split clips            # clips, looked at with 4, 8, 16 and 32 frames
 
 An answer is right if it matches exactly after stripping and lower-casing. Results are by question type and split, with
-the number of questions and the 95 % Wilson score interval (Wilson 1927).
+the number of questions, the 95 % Wilson score interval (Wilson 1927), and what the most frequent answer of each type
+would reach.
 """
 
 from __future__ import annotations
@@ -13,28 +16,44 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 SCENES = Path(__file__).parent / "scenes"
+# Splits that models without clips or several images cannot answer: asked only if they are named.
+CLIPS, SEVERAL = "clips", "several"
+FOLDERS = {split: Path(__file__).parent / split for split in (CLIPS, SEVERAL)}
+FRAMES = (4, 8, 16, 32)  # of a clip, each asked in turn
+TRAINED_FRAMES = 8  # of the reference model's clips, with which the other numbers are compared
 Z_95 = 1.959964  # standard normal quantile of 0.975
 NOT_IN_TOTAL = "describe"  # answers of many words are reported separately
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question on one committed scene."""
+    """One question on one committed scene, several of them, or a clip. Files lie beside questions.jsonl."""
 
     image: str
     question: str
     answer: str
     type: str
     split: str
+    images: tuple[str, ...] = ()
+    clip: str = ""
+
+    def seen(self, scenes: Path) -> dict[str, object]:
+        """The fields of the request that hold the files."""
+        if self.clip:
+            return {"video": _base64(scenes / self.clip)}
+        if self.images:
+            return {"images": [_base64(scenes / name) for name in self.images]}
+        return {"image": _base64(scenes / self.image)}
 
 
 @dataclass(frozen=True)
@@ -54,10 +73,19 @@ def is_right(answer: str, row: Row) -> bool:
     return answer.strip().lower() == row.answer.strip().lower()
 
 
+def _base64(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode()
+
+
+def folder_of(split: str | None) -> Path:
+    """Where a committed split lies."""
+    return FOLDERS.get(split or "", SCENES)
+
+
 def rows(scenes: Path, split: str | None = None) -> list[Row]:
     """Every question of questions.jsonl, or of one split."""
-    lines = (scenes / "questions.jsonl").read_text().splitlines()
-    found = [Row(**json.loads(line)) for line in lines]
+    lines = [json.loads(line) for line in (scenes / "questions.jsonl").read_text().splitlines()]
+    found = [Row(**{"image": ""} | line | {"images": tuple(line.get("images", ()))}) for line in lines]
     return [row for row in found if split in (None, row.split)]
 
 
@@ -79,7 +107,7 @@ def ask_all(
 
     def ask(row: Row) -> Outcome:
         body = dict(fields) | {
-            "image": base64.b64encode((scenes / row.image).read_bytes()).decode(),
+            **row.seen(scenes),
             "question": row.question,
             "max_tokens": 64 if row.type == NOT_IN_TOTAL else 8,
         }
@@ -93,7 +121,10 @@ def ask_all(
 
 
 def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, float]]]:
-    """n, accuracy, its interval and mean vision tokens, by split and type (and `all`)."""
+    """n, accuracy, its interval and mean vision tokens, by split and type (and `all`).
+
+    majority: the share that the most frequent answer would get right; in `all`, that of each question's type.
+    """
     groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         row = outcome.row
@@ -101,6 +132,12 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
         if row.type != NOT_IN_TOTAL:
             groups[row.split, "all"].append(outcome)
     table: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    frequent: Counter[tuple[str, str]] = Counter()
+    for (split, kind), group in groups.items():
+        if kind != "all":
+            most = max(Counter(outcome.row.answer for outcome in group).values())
+            frequent[split, kind] = most
+            frequent[split, "all"] += most if kind != NOT_IN_TOTAL else 0
     for (split, kind), group in sorted(groups.items()):
         right = sum(outcome.right for outcome in group)
         low, high = wilson(right, len(group))
@@ -109,6 +146,7 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
             "accuracy": round(right / len(group), 4),
             "low": round(low, 4),
             "high": round(high, 4),
+            "majority": round(frequent[split, kind] / len(group), 4),
             "vision_tokens": round(sum(outcome.vision_tokens for outcome in group) / len(group), 1),
         }
     return dict(table)
@@ -116,12 +154,15 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
 
 def as_markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
     """The summary as a Markdown table, as in the README."""
-    lines = ["| split | type | n | accuracy | 95 % interval | vision tokens |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| split | type | n | accuracy | 95 % interval | most frequent answer | vision tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for split, kinds in sorted(table.items(), reverse=True):
         for kind, row in sorted(kinds.items(), key=lambda item: (item[0] == "all", item[0])):
             lines.append(
                 f"| {split} | {kind} | {row['n']} | {row['accuracy']:.3f} | "
-                f"{row['low']:.3f} to {row['high']:.3f} | {row['vision_tokens']:.0f} |"
+                f"{row['low']:.3f} to {row['high']:.3f} | {row['majority']:.3f} | {row['vision_tokens']:.0f} |"
             )
     return "\n".join(lines)
 
@@ -135,17 +176,52 @@ def evaluate(
     fit: str | None = None,
     clients: int = 4,
     out: Path | None = None,
+    frames: Sequence[int] = FRAMES,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Ask the questions, print the table, and write it as JSON to `out` if given.
 
+    Questions about clips are asked with each number of `frames`, which the table tells apart as splits.
     Raises httpx.HTTPError if the server fails.
     """
     asked = {"budget": budget, "detail": detail, "fit": fit}
     fields = {name: value for name, value in asked.items() if value}
     model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-    table = summarise(ask_all(client, scenes, rows(scenes, split), fields, clients))
+    questions = rows(scenes, split)
+    clips = [row for row in questions if row.clip]
+    outcomes = list(ask_all(client, scenes, [row for row in questions if not row.clip], fields, clients))
+    by_frames = {
+        number: list(ask_all(client, scenes, clips, {**fields, "video_frames": number}, clients))
+        for number in (frames if clips else ())
+    }
+    for number, found in by_frames.items():
+        outcomes += [replace(one, row=replace(one.row, split=f"{one.row.split}, {number} frames")) for one in found]
+    table, differences = summarise(outcomes), compare_frames(by_frames)
     print(as_markdown(table))
+    for number, difference in differences.items():
+        told = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
+        print(f"{number} frames minus {TRAINED_FRAMES}: {told}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"model": model, "asked": fields, "accuracy": table}, indent=2) + "\n")
+        report = {"model": model, "asked": fields, "accuracy": table}
+        report |= {f"minus_{TRAINED_FRAMES}_frames": differences} if differences else {}
+        out.write_text(json.dumps(report, indent=2) + "\n")
     return table
+
+
+def compare_frames(by_frames: Mapping[int, Sequence[Outcome]]) -> dict[int, dict[str, float]]:
+    """Accuracy with each number of frames minus that with 8, with its 95 % interval (bootstrap over clips).
+
+    Every number has the same questions in the same order. Empty if none was asked with 8 frames.
+    """
+    from build_engines.evaluation.intervals import mean  # noqa: PLC0415 - imports this module
+
+    if TRAINED_FRAMES not in by_frames:
+        return {}
+    trained = by_frames[TRAINED_FRAMES]
+    _, clip = np.unique([one.row.clip for one in trained], return_inverse=True)
+    found = {}
+    for number, outcomes in by_frames.items():
+        changes = [float(one.right) - float(other.right) for one, other in zip(outcomes, trained, strict=True)]
+        if number != TRAINED_FRAMES and (difference := mean(changes, clip)):
+            found[number] = difference.as_json()
+    return found

@@ -1,4 +1,4 @@
-"""Load BLIP-2, InstructBLIP and IDEFICS checkpoints in Hugging Face's format, and allocator weights.
+"""Load BLIP-2, InstructBLIP (also for video) and IDEFICS checkpoints in Hugging Face's format, and allocator weights.
 
 Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b`, `Salesforce/blip2-flan-t5-xl`,
 `Salesforce/instructblip-vicuna-7b` and `HuggingFaceM4/idefics-9b`.
@@ -26,6 +26,7 @@ from transformers import (
     Blip2ForConditionalGeneration,
     IdeficsForVisionText2Text,
     InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
     PreTrainedConfig,
     T5ForConditionalGeneration,
 )
@@ -33,6 +34,7 @@ from transformers import (
 from build_engines.model.adapted import FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import SUMMARIES, OpponentProcessing
+from build_engines.model.clip import ClipAttention, ClipResampler
 from build_engines.model.closer import CloserView
 from build_engines.model.decoder import LlamaDecoder, OptDecoder, decoder_of
 from build_engines.model.encoder_decoder import T5Decoder, T5Encoder
@@ -49,14 +51,20 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 PROMPTS = {  # the prompts for questions that each family was trained with
     Blip2ForConditionalGeneration: "Question: {question} Answer:",
     InstructBlipForConditionalGeneration: "Question: {question} Short answer:",
+    InstructBlipVideoForConditionalGeneration: "Question: {question} Short answer:",
     IdeficsForVisionText2Text: "Question: {question} Answer:",
 }
+INSTRUCTED = (InstructBlipForConditionalGeneration, InstructBlipVideoForConditionalGeneration)
+VIDEO = InstructBlipVideoForConditionalGeneration
+FRAMES = 8  # of a clip, if a request does not say
+VIDEO_FRAMES = 4  # likewise, of InstructBlipVideo, whose processor takes no other number
 FAMILIES = {family.__name__: family for family in PROMPTS}
 QUERIES = 32  # in one group
 LATENTS = 64  # of IDEFICS's resampler, which are its visual tokens of an image
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
 AROUND_IMAGE, IMAGE = "<fake_token_around_image>", "<image>"  # IDEFICS's words for an image
 T5_POSITIONS = 512  # of FlanT5's training, for a checkpoint that does not tell
+CLIP = "clip.safetensors"  # beside the checkpoint's own weights, if it has a clip resampler
 ALLOCATOR = WEIGHTS  # beside the checkpoint's own weights, if the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Module = TypeVar("Module", bound=nn.Module)
@@ -68,13 +76,19 @@ class Checkpoint:
     """The whole model in FP32 on the CPU, in eval mode."""
 
     directory: Path
-    model: Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration | IdeficsForVisionText2Text
+    model: (
+        Blip2ForConditionalGeneration
+        | InstructBlipForConditionalGeneration
+        | InstructBlipVideoForConditionalGeneration
+        | IdeficsForVisionText2Text
+    )
     participatory: ParticipatoryKnowing | None
     balancing: OpponentProcessing | None
     closer: CloserView | None
     image_mean: list[float]
     image_std: list[float]
     card: dict[str, object]  # model_card.json; empty without this file
+    clip: ClipResampler | None = None  # what makes a whole clip's visual tokens
     allocator_state: str = FIXED  # how its allocator came about: `adapted`
     zero_shot: bool = False  # whether the Q-Former says where to look
 
@@ -82,11 +96,10 @@ class Checkpoint:
     def load(cls, source: Path | str, allocator: Path | None = None, *, language: bool = True) -> Checkpoint:
         """Load a directory, or download a repository of the Hugging Face hub by name.
 
-        Reads config.json, the weights, and if present preprocessor_config.json or processor_config.json,
-        model_card.json and allocator.safetensors. `allocator` is a folder that `glimpse adapt` wrote, whose allocator
-        takes the place of the checkpoint's own. Without `language` the language model's weights stay on disk, and it
-        cannot be run. Raises OSError for a missing file and ValueError for another
-        architecture, or an allocator of another encoder.
+        Reads config.json, the weights, and if present model_card.json, allocator.safetensors and what the processor
+        wrote (`_preprocessor`). `allocator` is a folder that `glimpse adapt` wrote, whose allocator takes the place of
+        the checkpoint's own. Without `language` the language model's weights stay on disk, and it cannot be run. Raises
+        OSError for a missing file and ValueError for another architecture, or an allocator of another encoder.
         """
         directory = _directory(source)
         architectures = _read_json(directory / "config.json").get("architectures", [])
@@ -99,8 +112,7 @@ class Checkpoint:
         ).eval()
         if why := why_not(model.config):
             raise ValueError(f"{source} {why}")
-        preprocessor = _read_json(directory / "preprocessor_config.json", default={})
-        preprocessor |= _read_json(directory / "processor_config.json", default={}).get("image_processor", {})
+        preprocessor = _preprocessor(directory, video=issubclass(family, VIDEO))
         own = load_allocator(directory / ALLOCATOR)
         found = cls(
             directory=directory,
@@ -110,6 +122,7 @@ class Checkpoint:
             closer=own.closer,
             image_mean=preprocessor.get("image_mean", CLIP_MEAN),
             image_std=preprocessor.get("image_std", CLIP_STD),
+            clip=load_clip(directory / CLIP, model),
             card={"name": Path(source).name} | _read_json(directory / "model_card.json", default={}),
             allocator_state=FIXED if own.participatory is None else TRAINED,
         )
@@ -151,7 +164,12 @@ class Checkpoint:
     @property
     def reads_question(self) -> bool:
         """Whether the Q-Former reads the question, in its own tokenizer's ids."""
-        return isinstance(self.model, InstructBlipForConditionalGeneration)
+        return isinstance(self.model, INSTRUCTED)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip that are looked at, if a request does not say."""
+        return VIDEO_FRAMES if isinstance(self.model, VIDEO) else FRAMES
 
     @property
     def is_idefics(self) -> bool:
@@ -216,6 +234,10 @@ class Checkpoint:
             return PerceiverResampler(self.model.model.perceiver_resampler).eval()
         return (InstructQFormer if self.reads_question else QFormer)(self.model).eval()
 
+    def clip_attention(self) -> ClipAttention | None:
+        """What attends to a whole clip; None without a clip resampler."""
+        return None if self.clip is None else ClipAttention(self.allocator(), self.clip).eval()
+
     def decoder(self) -> OptDecoder | LlamaDecoder | T5Decoder | IdeficsDecoder:
         """Raises ValueError for a language model family that has no graph."""
         if self.is_idefics:
@@ -264,7 +286,9 @@ class Checkpoint:
 
     def visual_fingerprint(self) -> str:
         """16 hex digits over everything that a visual token depends on."""
-        return _fingerprint(self.image_mean, self.image_std, self.vision_encoder(), self.allocator(), self.qformer())
+        clip = [] if self.clip is None else [self.clip]
+        parts = [self.vision_encoder(), self.allocator(), self.qformer(), *clip]
+        return _fingerprint(self.image_mean, self.image_std, *parts)
 
 
 def why_not(config: PreTrainedConfig) -> str:
@@ -333,7 +357,7 @@ def _seeing(family: type[Module], directory: Path) -> Module:
         model = family(AutoConfig.from_pretrained(directory))
     weights = {}
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name == ALLOCATOR:
+        if path.name in (ALLOCATOR, CLIP):
             continue
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -356,6 +380,30 @@ def save_allocator(allocator: RelevanceAllocator, path: Path) -> None:
     """Save the trained parts, weights rounded to FP16: keys `participatory.*`, `balancing.*`, `closer.*`."""
     weights = {name: weight.half().contiguous() for name, weight in allocator.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def save_clip(resampler: ClipResampler, path: Path) -> None:
+    """Save a clip resampler, weights rounded to FP16."""
+    weights = {name: weight.half().contiguous() for name, weight in resampler.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def load_clip(path: Path, model: Module) -> ClipResampler | None:
+    """Load the clip resampler in this file; None if the file does not exist.
+
+    Its layers have the sizes of the model's Q-Former. Raises ValueError for weights of other sizes, and for a model
+    that is no BLIP-2.
+    """
+    if not path.exists():
+        return None
+    if not isinstance(model, Blip2ForConditionalGeneration):
+        raise ValueError(f"{path} belongs to a BLIP-2 checkpoint: remove it")  # noqa: TRY004  (the file is wrong)
+    resampler = ClipResampler(QFormer(model))
+    try:
+        resampler.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
+    except RuntimeError as exc:
+        raise ValueError(f"{path} does not fit the checkpoint's Q-Former: {exc}. Train it again") from exc
+    return resampler.eval()
 
 
 def load_allocator(path: Path) -> RelevanceAllocator:
@@ -404,6 +452,19 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     found: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     return found
+
+
+def _preprocessor(directory: Path, *, video: bool) -> dict:
+    """Read what the image processor does, or the video processor. It may be told in several files; the last one wins.
+
+    preprocessor_config.json, video_preprocessor_config.json for a video, processor_config.json.
+    """
+    names = ["preprocessor_config.json", *(["video_preprocessor_config.json"] if video else [])]
+    told: dict[str, object] = {}
+    for name in names:
+        told |= _read_json(directory / name, default={})
+    whole = _read_json(directory / "processor_config.json", default={})
+    return told | whole.get("video_processor" if video else "image_processor", {})
 
 
 def _read_json(path: Path, default: dict[str, object] | None = None) -> dict:

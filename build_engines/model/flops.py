@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import Blip2Config, InstructBlipConfig, PretrainedConfig
+from transformers import Blip2Config, InstructBlipConfig, InstructBlipVideoConfig, PretrainedConfig
 
 from build_engines.model.allocation import CELL_COUNT, GROUP, MAX_VISION_TOKENS, PATCH_COUNT
 from build_engines.model.balancing import SUMMARIES, WAYS
@@ -77,7 +77,7 @@ def allocator(
     return total
 
 
-def qformer(config: Blip2Config | InstructBlipConfig, vision_tokens: Sequence[int]) -> int:
+def qformer(config: Blip2Config | InstructBlipConfig | InstructBlipVideoConfig, vision_tokens: Sequence[int]) -> int:
     """Count one run with 32 queries a group.
 
     vision_tokens: how many tokens each group reads, including CLS, the base group first.
@@ -87,7 +87,10 @@ def qformer(config: Blip2Config | InstructBlipConfig, vision_tokens: Sequence[in
     projection to the LLM's width H: 2 * 32 * D H.
     """
     own = config.qformer_config
-    width, read = own.hidden_size, GROUP + (QUESTION if isinstance(config, InstructBlipConfig) else 0)
+    width, read = (
+        own.hidden_size,
+        GROUP + (QUESTION if isinstance(config, InstructBlipConfig | InstructBlipVideoConfig) else 0),
+    )
     layer = 4 * product(read, width, width) + attention(read, read, width)
     layer += 2 * product(read, width, own.intermediate_size)
     reading = len(range(0, own.num_hidden_layers, own.cross_attention_frequency))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
+)
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerAttention
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerAttention
 
@@ -44,9 +48,9 @@ class QFormer(nn.Module):
         rows = vision_tokens.shape[0] if owner is None else owner.shape[0]
         hidden = self.layernorm(self.query_tokens).expand(rows, -1, -1)
         for layer in self.layers:
-            hidden = _attend(layer.attention, hidden, hidden, None)
+            hidden = attend_block(layer.attention, hidden, hidden, None)
             if layer.has_cross_attention:
-                hidden = _attend(layer.crossattention, hidden, vision_tokens, bias, gates, owner)
+                hidden = attend_block(layer.crossattention, hidden, vision_tokens, bias, gates, owner)
             hidden = layer.output_query(layer.intermediate_query(hidden), hidden)
         return hidden
 
@@ -58,22 +62,22 @@ class QFormer(nn.Module):
         hidden = self.layernorm(self.query_tokens).expand(vision_tokens.shape[0], -1, -1)
         shares = []
         for layer in self.layers:
-            hidden = _attend(layer.attention, hidden, hidden, None)
+            hidden = attend_block(layer.attention, hidden, hidden, None)
             if layer.has_cross_attention:
                 shares.append(_shares(layer.crossattention, hidden, vision_tokens))
-                hidden = _attend(layer.crossattention, hidden, vision_tokens, None)
+                hidden = attend_block(layer.crossattention, hidden, vision_tokens, None)
             hidden = layer.output_query(layer.intermediate_query(hidden), hidden)
         return torch.stack(shares).mean(0)
 
 
 class InstructQFormer(nn.Module):
-    """InstructBLIP's Q-Former, whose queries also read the question.
+    """InstructBLIP's Q-Former, whose queries also read the question. InstructBLIP-Video's reads one frame at a time.
 
     vision_tokens [B, N, D], attend int32 [B, N], question_ids and question_mask int32 [B, 32] -> visual_tokens [B, 32,
     H]. The ids are those of its own tokenizer, with [CLS] and [SEP].
     """
 
-    def __init__(self, model: InstructBlipForConditionalGeneration) -> None:
+    def __init__(self, model: InstructBlipForConditionalGeneration | InstructBlipVideoForConditionalGeneration) -> None:
         super().__init__()
         self.query_tokens = model.query_tokens
         self.words = model.qformer.embeddings.word_embeddings
@@ -97,7 +101,7 @@ class InstructQFormer(nn.Module):
         """As `QFormer.read`, with the question's ids and mask, each [B, 32]."""
         hidden, text_bias, count = self._begin(question)
         for layer in self.layers:
-            hidden = _attend(layer.attention, hidden, hidden, text_bias)
+            hidden = attend_block(layer.attention, hidden, hidden, text_bias)
             hidden = self._look(layer, hidden, count, vision_tokens, bias, gates, owner)
         return hidden[:, :count]
 
@@ -110,7 +114,7 @@ class InstructQFormer(nn.Module):
         looking = [number for number, layer in enumerate(self.layers) if layer.has_cross_attention]
         shares = []
         for layer in self.layers[: looking[-1] + 1]:
-            hidden = _attend(layer.attention, hidden, hidden, text_bias)
+            hidden = attend_block(layer.attention, hidden, hidden, text_bias)
             if layer.has_cross_attention:
                 shares.append(_shares(layer.crossattention, hidden[:, :count], vision_tokens))
             hidden = self._look(layer, hidden, count, vision_tokens, None, None, None)
@@ -132,13 +136,13 @@ class InstructQFormer(nn.Module):
         """The rest of a layer after its self-attention."""
         queries, words = hidden[:, :count], hidden[:, count:]
         if layer.has_cross_attention:
-            queries = _attend(layer.crossattention, queries, vision_tokens, bias, gates, owner)
+            queries = attend_block(layer.crossattention, queries, vision_tokens, bias, gates, owner)
         queries = layer.output_query(layer.intermediate_query(queries), queries)
         words = layer.output(layer.intermediate(words), words)
         return torch.cat([queries, words], dim=1)
 
 
-def _attend(
+def attend_block(
     block: Blip2QFormerAttention | InstructBlipQFormerAttention,
     hidden: Tensor,
     context: Tensor,

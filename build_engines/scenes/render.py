@@ -42,8 +42,8 @@ def render(things: list[Thing], rng: np.random.Generator, scale: int = 1) -> Pic
     canvas = background(rng, scale)
     coverage = np.zeros((len(things), GRID, GRID), np.float32)
     for index, thing in enumerate(things):
-        _draw(canvas, coverage[index], thing, rng, scale)
-    canvas *= _light(rng, side)
+        draw(canvas, coverage[index], thing, rng, scale)
+    canvas *= light(rng, side)
     canvas += noise(rng, float(rng.uniform(2, 9)), side)
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
     return Picture(pixels, coverage)
@@ -91,7 +91,7 @@ def background(rng: np.random.Generator, scale: int) -> np.ndarray:
     return canvas.astype(np.float32)
 
 
-def _light(rng: np.random.Generator, side: int) -> np.ndarray:
+def light(rng: np.random.Generator, side: int) -> np.ndarray:
     """[side, side, 3] gains: brightness, a slope across the image, and a slight colour cast."""
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     slope = rng.uniform(-0.1, 0.1, 2)
@@ -110,7 +110,7 @@ def noise(rng: np.random.Generator, amplitude: float, side: int) -> np.ndarray:
     return _noise_tile(side)[top : top + side, left : left + side] * amplitude
 
 
-def _draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.Generator, scale: int) -> None:
+def draw(canvas: np.ndarray, shares: np.ndarray, thing: Thing, rng: np.random.Generator, scale: int) -> None:
     """Blend one object into the canvas and its [16, 16] patch shares, both in place."""
     image_side = IMAGE_SIZE * scale
     outline_width = _OUTLINE * scale * min(1.0, thing.character_height / legible_height(0))

@@ -139,7 +139,7 @@ def sample_scene(
             if theme is not None and rng.random() < theme_share:
                 themed = (theme[0] if keeps_colour else colour, theme[1] if keeps_shape else shape)
                 colour, shape = (colour, shape) if themed in _HELD_OUT else themed
-        hue = _wide_rgb(rng, colour) if world.wide else _named_rgb(rng, colour)
+        hue = named_rgb(rng, colour, world.wide)
         if rng.random() < world.unnamed_share:
             colour, hue = NONE, _unnamed_rgb(rng, shape, world.wide)
         roomy = size > 0 or world.small_print is not None
@@ -187,7 +187,10 @@ def _free_place(
     return None
 
 
-def _named_rgb(rng: np.random.Generator, colour: int) -> tuple[float, float, float]:
+def named_rgb(rng: np.random.Generator, colour: int, wide: bool) -> tuple[float, float, float]:
+    """Draw a colour of this name, each part from 0 to 1; wide: of the varied renderer."""
+    if wide:
+        return _wide_rgb(rng, colour)
     hue, saturation, value = COLOURS[COLOUR_NAMES[colour]]
     return colorsys.hsv_to_rgb(
         (hue + float(rng.uniform(-6, 6))) / 360 % 1,

@@ -1,8 +1,9 @@
 """`python -m build_engines.train --out runs/reference`: train the reference model from scratch.
 
-Runs on a CPU or a GPU, in five resumable stages. `language` (the decoder, on symbols) and `vision` (the encoder, on
-dense losses) run at the same time, then `qformer`, `joint` and `allocator`. At the end the checkpoint is written,
-rounded to FP16, read back and evaluated.
+Runs on a CPU or a GPU, in six resumable stages. `language` (the decoder, on symbols) and `vision` (the encoder, on
+dense losses) run at the same time, then `qformer`, `joint`, `allocator` and `clips`. At the end the checkpoint is
+written, rounded to FP16, read back and evaluated. `--stages clips --start reference` teaches clips and several images
+to a published checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-STAGES = ("language", "vision", "qformer", "joint", "allocator")
+STAGES = ("language", "vision", "qformer", "joint", "allocator", "clips")
 
 
 def main(arguments: list[str] | None = None) -> int:

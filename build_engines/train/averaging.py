@@ -25,10 +25,13 @@ from build_engines.train.publishing import CALIBRATION_SCENES, closer_view_at, t
 def average(before: Path, after: Path, share: float, out: Path) -> None:
     """Write `before` with weights that are `share` of the way to those of `after`.
 
-    share: in [0, 1]. All else is copied from `before`. Raises ValueError if the two differ in more than their weights'
-    values.
+    share: in [0, 1]. A part that only `after` has is taken from there. All else is copied from `before`. Raises
+    ValueError if the two differ in more than their weights' values.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for file in after.glob("*.safetensors"):
+        if not (before / file.name).exists():
+            shutil.copyfile(file, out / file.name)
     for file in before.iterdir():
         if file.suffix != ".safetensors":
             shutil.copyfile(file, out / file.name)

@@ -18,6 +18,10 @@ PANELS = {
     "qformer": ("Q-Former's slots", ("slot_colour", "slot_shape", "slot_size", "slot_character")),
     "joint": ("Whole chain, answers", ("colour", "shape", "count", "exist", "relation", "size", "read")),
     "allocator": ("Answers by tokens", ("64", "112", "256", "adaptive", "random")),
+    "clips": (
+        "Clips by frames, groups by images",
+        ("clip_4", "clip_8", "clip_16", "several_2", "several_4", "adaptive"),
+    ),
 }
 COLOURS = {
     "colour": "#c0392b",
@@ -33,13 +37,20 @@ COLOURS = {
     "256": "#1c2833",
     "adaptive": "#c0392b",
     "random": "#7f8c8d",
+    "clip_4": "#148f77",
+    "clip_8": "#2471a3",
+    "clip_16": "#1c2833",
+    "several_2": "#b7950b",
+    "several_4": "#7d3c98",
 }
 
 
 def plot(log: Path, target: Path) -> None:
     """Plot new scenes solid, and scenes with held-out colour-shape pairs dashed."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(20, 4.2), sharey=True, constrained_layout=True)
+    figure, panels = pyplot.subplots(
+        1, len(PANELS), figsize=(4 * len(PANELS), 4.2), sharey=True, constrained_layout=True
+    )
     for panel, (stage, (title, names)) in zip(panels, PANELS.items(), strict=True):
         # A resumed stage repeats steps; the later record counts.
         rows = {record["step"]: record["valid"] for record in records if record["stage"] == stage}

@@ -28,6 +28,18 @@ def decoder_of(language: OPTForCausalLM) -> Decode:
     return decode
 
 
+def answer_states(
+    language: OPTForCausalLM, decode: Decode, prefix: Tensor, pack: Pack
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states from which the n tokens of all answers are told, float32 [n, H], and each one's row and column."""
+    table = language.model.decoder.embed_tokens.weight
+    embeddings = torch.cat([prefix, functional.embedding(pack.ids, table)], dim=1)
+    mask = torch.where(pack.mask, 0.0, -1e4)
+    hidden = decode(embeddings, mask, pack.positions)[:, prefix.shape[1] :]
+    rows, columns = torch.nonzero(pack.targets != -100, as_tuple=True)
+    return hidden[rows, columns].float(), rows, columns
+
+
 def answer_loss(
     language: OPTForCausalLM, decode: Decode, prefix: Tensor, pack: Pack
 ) -> tuple[Tensor, dict[str, float], dict[str, int]]:
@@ -36,13 +48,9 @@ def answer_loss(
     Also returns exact matches under teacher forcing, and numbers of questions, both by type. Teacher-forced exact match
     equals greedy exact match: the first wrong token is wrong in both.
     """
-    table = language.model.decoder.embed_tokens.weight
-    embeddings = torch.cat([prefix, functional.embedding(pack.ids, table)], dim=1)
-    mask = torch.where(pack.mask, 0.0, -1e4)
-    hidden = decode(embeddings, mask, pack.positions)[:, prefix.shape[1] :]
-    rows, columns = torch.nonzero(pack.targets != -100, as_tuple=True)
+    states, rows, columns = answer_states(language, decode, prefix, pack)
     truth = pack.targets[rows, columns]
-    logits = functional.linear(hidden[rows, columns].float(), table)
+    logits = functional.linear(states, language.model.decoder.embed_tokens.weight)
     entropy = functional.cross_entropy(logits, truth, reduction="none")
     # A long answer (a description) counts as a few short ones, not as sixty.
     questions = torch.stack([rows, pack.owner[rows, columns]])

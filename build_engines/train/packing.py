@@ -25,8 +25,9 @@ TEXT_TOKENS = 256  # per image, shared by its questions
 class Pack:
     """Questions packed by image.
 
-    ids, positions, targets: [B, 256] int64 (targets are -100 except at answers). mask: [B, 1, 288, 288] bool, True =
-    visible. owner: [B, 256] int64, the question's index in its image, -1 for padding. kept: each image's questions.
+    With P visual tokens and T of text, ids and targets are [B, T] int64 (targets are -100 except at answers), positions
+    [B, P + T] int64, mask [B, 1, P + T, P + T] bool, True = visible. owner: [B, T] int64, the question's index in its
+    image, -1 for padding. kept: each image's questions.
     """
 
     ids: Tensor
@@ -61,8 +62,8 @@ class Packer:
             lambda text: tuple(tokenizer.backend_tokenizer.encode(f" {text}", add_special_tokens=False).ids)
         )
 
-    def pack(self, images: Sequence[Sequence[Question]]) -> Pack:
-        """Pack the questions of each image. Questions that do not fit are left out."""
+    def pack(self, images: Sequence[Sequence[Question]], prefix: int = QUERIES) -> Pack:
+        """Pack the questions of each image after its `prefix` visual tokens. Questions that do not fit are left out."""
         number, length = len(images), self.text_tokens
         ids = np.full((number, length), PAD, np.int64)
         positions = np.zeros((number, length), np.int64)
@@ -78,7 +79,7 @@ class Packer:
                     continue
                 end = used + len(text)
                 ids[row, used:end] = text
-                positions[row, used:end] = np.arange(QUERIES, QUERIES + len(text))
+                positions[row, used:end] = np.arange(prefix, prefix + len(text))
                 targets[row, used + len(prompt) - 1 : end] = (*answer, EOS)
                 owner[row, used:end] = len(fitting)
                 used = end
@@ -86,9 +87,9 @@ class Packer:
             kept.append(fitting)
         return Pack(
             tensor(ids),
-            tensor(np.concatenate([np.tile(np.arange(QUERIES), (number, 1)), positions], axis=1)),
+            tensor(np.concatenate([np.tile(np.arange(prefix), (number, 1)), positions], axis=1)),
             tensor(targets),
-            tensor(_mask(owner)),
+            tensor(_mask(owner, prefix)),
             tensor(owner),
             kept,
         )
@@ -111,9 +112,9 @@ class Packer:
         return Row(tensor(ids), tensor(positions), tensor(targets), tensor(causal))
 
 
-def _mask(owner: np.ndarray) -> np.ndarray:
-    """[B, 1, 288, 288] bool: causal; a question sees the image and itself, the image only itself."""
-    groups = np.concatenate([np.full((len(owner), QUERIES), -2), owner], axis=1)
+def _mask(owner: np.ndarray, prefix: int) -> np.ndarray:
+    """[B, 1, P + T, P + T] bool: causal; a question sees the image and itself, the image only itself."""
+    groups = np.concatenate([np.full((len(owner), prefix), -2), owner], axis=1)
     same = groups[:, :, None] == groups[:, None, :]
     image = (groups == -2)[:, None, :]
     causal = np.tri(groups.shape[1], dtype=bool)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import Blip2ForConditionalGeneration
 
 from build_engines.calibration.checkpoint import calibrate_checkpoint
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
+from build_engines.model.checkpoint import CLIP, save_clip
+from build_engines.model.clip import ClipResampler
 from build_engines.model.closer import CloserView
 from build_engines.model.knowing import ParticipatoryKnowing
+from build_engines.model.qformer import QFormer
 from build_engines.scenes.held_out import NEW, SMALL
 from build_engines.scenes.world import HELD_OUT_PAIRS
 from build_engines.train.adapters import merged
@@ -32,6 +36,7 @@ TOLD = {
         "default_visual_tokens": [32, 32],
     },
 }
+TOLD["clips"] = TOLD["allocator"]
 
 # What GET /v1/models tells callers about the scenes of build_engines/scenes.
 KNOWS = (
@@ -42,20 +47,18 @@ KNOWS = (
 )
 
 
+class Parts(NamedTuple):
+    """What a stage leaves that answers questions."""
+
+    model: Blip2ForConditionalGeneration
+    allocator: RelevanceAllocator
+    clip: ClipResampler | None = None
+
+
 def publish(plan: Plan, stage: str) -> Path:
-    """Write <out>/checkpoint from the stage `joint` or `allocator`, in FP16, with its accuracy and calibration."""
+    """Write <out>/checkpoint from a stage that leaves a whole model, in FP16, with its accuracy and calibration."""
     tokenizer = new_tokenizer()
-    model = new_model(tokenizer, plan.config(tokenizer))
-    width = model.config.vision_config.hidden_size
-    participatory, weights = ParticipatoryKnowing(len(tokenizer), width), plan.finished(stage)
-    model.load_state_dict(merged(weights["model"]))
-    participatory.load_state_dict(weights["participatory"])
-    allocator = RelevanceAllocator(participatory)
-    if stage == "allocator":
-        balancing, closer = OpponentProcessing(participatory.coupling_width), CloserView(width)
-        balancing.load_state_dict(weights["balancing"])
-        closer.load_state_dict(weights["closer"])
-        allocator = RelevanceAllocator(participatory, balancing, closer)
+    parts = finished_parts(plan, stage)
     card: dict[str, Any] = {
         "knows": KNOWS,
         "training_command": f"python -m build_engines.train --scale {plan.scale:g}"
@@ -63,14 +66,51 @@ def publish(plan: Plan, stage: str) -> Path:
         "held_out_pairs": [" ".join(pair) for pair in HELD_OUT_PAIRS],
     }
     directory = plan.out / "checkpoint"
-    save_checkpoint(directory, model, allocator, tokenizer, card | TOLD[stage])
+    save_checkpoint(directory, parts.model, parts.allocator, tokenizer, card | TOLD[stage])
+    if parts.clip is not None:
+        save_clip(parts.clip, directory / CLIP)
+        counted = json.loads((directory / "model_card.json").read_text())["parameters"]
+        tell(directory, {"parameters": counted | {"clip": sum(p.numel() for p in parts.clip.parameters())}})
     chain = Chain.load(directory)
-    if allocator.closer is not None:
+    if parts.allocator.closer is not None:
         tell(directory, {"closer_view_at": closer_view_at(chain, plan.size(CALIBRATION_SCENES, 2))})
     tell(directory, {"accuracy_in_pytorch": committed_report(chain, 2 if plan.tiny else None)})
     if not plan.tiny:
         calibrate_checkpoint(directory)
     return directory
+
+
+def finished_parts(plan: Plan, stage: str) -> Parts:
+    """What the stage `joint`, `allocator` or `clips` left."""
+    if stage == "clips":
+        parts, weights = parts_before_clips(plan), plan.finished(stage)
+        parts.model.language_model.load_state_dict(weights["language"])
+        clip = ClipResampler(QFormer(parts.model))
+        clip.load_state_dict(weights["resampler"])
+        return parts._replace(clip=clip)
+    tokenizer = new_tokenizer()
+    model = new_model(tokenizer, plan.config(tokenizer))
+    width = model.config.vision_config.hidden_size
+    participatory, weights = ParticipatoryKnowing(len(tokenizer), width), plan.finished(stage)
+    model.load_state_dict(merged(weights["model"]))
+    participatory.load_state_dict(weights["participatory"])
+    if stage == "joint":
+        return Parts(model, RelevanceAllocator(participatory))
+    balancing, closer = OpponentProcessing(participatory.coupling_width), CloserView(width)
+    balancing.load_state_dict(weights["balancing"])
+    closer.load_state_dict(weights["closer"])
+    return Parts(model, RelevanceAllocator(participatory, balancing, closer))
+
+
+def parts_before_clips(plan: Plan) -> Parts:
+    """What the stage `clips` starts from: the stage `allocator`, or the published checkpoint if that was not run.
+
+    Raises FileNotFoundError without either.
+    """
+    if plan.start is None or (plan.out / "allocator.pt").exists():
+        return finished_parts(plan, "allocator")
+    published = plan.published()
+    return Parts(published.model, published.allocator())
 
 
 def tell(directory: Path, facts: dict[str, Any]) -> None:

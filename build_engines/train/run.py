@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from build_engines.train.allocator_stage import train_allocator
+from build_engines.train.clips_stage import train_clips
 from build_engines.train.curve import plot
 from build_engines.train.joint_stage import train_joint
 from build_engines.train.language_stage import train_language
@@ -26,9 +27,10 @@ STAGES: Mapping[str, Callable[..., Any]] = {
     "qformer": train_qformer,
     "joint": train_joint,
     "allocator": train_allocator,
+    "clips": train_clips,
 }
 ALONE = ("language", "vision")  # need no other stage's weights
-COMPLETE = ("joint", "allocator")  # leave a model that answers
+COMPLETE = ("joint", "allocator", "clips")  # leave a model that answers
 REPLICAS = 2  # processes of the later stages on a CPU; each adds its own part to the batch, so more is another training
 
 

@@ -29,6 +29,7 @@ class Level:
     vision_tokens: int
     visual_tokens: int
     closer_view: bool  # whether the 448-pixel view may be encoded
+    frames: int  # of a clip
 
     def cap(self, budget: Budget) -> Budget:
         return replace(
@@ -43,11 +44,11 @@ def _capped(budget: tuple[int, int], most: int) -> tuple[int, int]:
 
 
 LEVELS = (
-    Level(400, 128, closer_view=True),
-    Level(192, 96, closer_view=True),
-    Level(128, 64, closer_view=False),
-    Level(96, 32, closer_view=False),
-    Level(64, 32, closer_view=False),
+    Level(400, 128, closer_view=True, frames=32),
+    Level(192, 96, closer_view=True, frames=16),
+    Level(128, 64, closer_view=False, frames=8),
+    Level(96, 32, closer_view=False, frames=4),
+    Level(64, 32, closer_view=False, frames=4),
 )
 
 

@@ -17,6 +17,7 @@ from service.cli.batch import ask_batch
 from service.cli.client import (
     IMAGE_ID,
     IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
     AskFailed,
     answer,
     connected,
@@ -27,6 +28,8 @@ from service.cli.client import (
 )
 from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
+from service.core.request import MAX_FRAMES, FrameSampling
+from service.media.clip_header import is_clip
 
 
 def ask(
@@ -34,8 +37,8 @@ def ask(
         list[str] | None,
         typer.Argument(
             metavar="IMAGE... QUESTION...",
-            help="First the images: files, patterns such as 'photos/*.jpg', - for standard input, or ids img_... of "
-            "images sent before. Then one or more questions about each of them.",
+            help="First the images or videos: files, patterns such as 'photos/*.jpg', - for standard input, or ids "
+            "img_... of what was sent before. Then one or more questions about each of them.",
             show_default=False,
         ),
     ] = None,
@@ -59,6 +62,23 @@ def ask(
         Detail | None, typer.Option(help="high adds a closer view of the image; auto adds it if the question needs it.")
     ] = None,
     fit: Fit = None,
+    page: Annotated[int | None, typer.Option(min=1, help="The page of a PDF or a TIFF [default: 1].")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_FRAMES, help="Look at no more than so many frames of a video [default: 8 of a video file]."
+        ),
+    ] = None,
+    sampling: Annotated[
+        FrameSampling | None,
+        typer.Option(
+            help="Which frames of a video: uniform takes them evenly spaced, change leaves out those that look like "
+            "the one before."
+        ),
+    ] = None,
+    as_frames: Annotated[
+        bool, typer.Option("--as-frames", help="Take the images as the frames of one video, in this order.")
+    ] = False,
     explain: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw where the model looked, and why; one question only.")
     ] = None,
@@ -83,9 +103,10 @@ def ask(
     ] = None,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Questions of --batch asked at the same time.")] = 4,
 ) -> None:
-    """Ask a running service about images, and print the answers as they come.
+    """Ask a running service about images or videos, and print the answers as they come.
 
-    With several questions an image is sent once, and its features are computed once.
+    With several questions an image is sent once, and its features are computed once. Whether a file is a video, its
+    content says: a GIF or WebP that moves is one. An id is a video's with --frames or --sampling.
 
     \b
       glimpse ask photo.jpg "what colour is the small circle?"
@@ -94,7 +115,10 @@ def ask(
       glimpse ask photo.jpg "what does the label say?" --min-confidence 0.8
       glimpse ask photo.jpg "is there a red square?" --explain looked.png
       glimpse ask photo.jpg "is there a red square?" --explain looked.png --json | jq .relevance     # the numbers drawn
+      glimpse ask report.pdf "what does the sign say?" --page 3
       glimpse ask photos/*.jpg "is there a red square?"                          # a line for each file
+      glimpse ask clip.mp4 "which way does the square move?" --frames 16 --explain looked.png
+      glimpse ask before.png after.png "what is missing?" --as-frames            # one answer about both
       glimpse ask --batch questions.jsonl --out answers.jsonl                    # goes on where it was stopped
     """
     fields: dict[str, Any] = {
@@ -107,6 +131,9 @@ def ask(
         "budget": budget(vision_tokens, visual_tokens),
         "detail": detail,
         "fit": fit,
+        "page": page,
+        "video_frames": frames,
+        "video_sampling": sampling,
         "explain": True if explain else None,
         "min_confidence": min_confidence,
         "timeout_s": timeout_s,
@@ -115,28 +142,57 @@ def ask(
     address = url_of(url)
     with plain_words(address), connected(address) as client:
         if batch is not None or out is not None:
-            if words or as_json or explain or batch is None or out is None:
-                raise AskFailed("--batch needs --out, and takes no images, questions, --json or --explain beside it")
+            if words or as_json or explain or as_frames or batch is None or out is None:
+                raise AskFailed(
+                    "--batch needs --out, and takes no images, questions, --json, --explain or --as-frames beside it"
+                )
             require_sendable(asked, [])
             ask_batch(client, batch, out, asked, clients)
             return
         images, questions = sorted_out(words or [])
         require_sendable(asked, questions)
+        subjects = [Subject(tuple(images), as_frames)] if as_frames else [Subject((image,)) for image in images]
         if explain:
-            require_drawable(explain, images, questions)
+            require_drawable(explain, subjects, questions, page)
         sure = confidence or min_confidence is not None
-        show = Show(as_json, explain, named=len(images) > 1, sure=sure)
+        show = Show(as_json, explain, named=len(subjects) > 1, sure=sure)
         failed = False
-        for image in images:
+        for subject in subjects:
             try:
-                ask_about(client, image, questions, asked, show=show)
+                ask_about(client, subject, questions, asked, show=show)
             except AskFailed as exc:
-                if len(images) == 1:
+                if len(subjects) == 1:
                     raise
                 failed = True
-                typer.echo(f"glimpse: {image}: {exc}", err=True)
+                typer.echo(f"glimpse: {subject}: {exc}", err=True)
         if failed:
             raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What questions are about: an image, a video, or images that are the frames of a video. Files or ids."""
+
+    names: tuple[str, ...]
+    as_frames: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(self.names)
+
+    def read(self) -> tuple[bytes | None, ...]:
+        """Return the bytes of each file, None for an id. Raises AskFailed."""
+        return tuple(None if is_id(name) else read_image(name) for name in self.names)
+
+    def field(self, data: bytes | None, asked: Mapping[str, Any]) -> str:
+        """Return the field of a question that names it. `data` is that of the one file. Raises AskFailed."""
+        if self.as_frames:
+            return "frames"
+        as_video = "video_frames" in asked or "video_sampling" in asked
+        if data is None:
+            return "video" if as_video else "image"
+        if as_video and not is_clip(data):
+            raise AskFailed(f"{self} is no video: leave --frames and --sampling out, or take images as --as-frames")
+        return "video" if is_clip(data) else "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +206,24 @@ class Show:
 
 
 def ask_about(
-    client: httpx.Client, image: str, questions: Sequence[str], asked: Mapping[str, Any], *, show: Show
+    client: httpx.Client, subject: Subject, questions: Sequence[str], asked: Mapping[str, Any], *, show: Show
 ) -> None:
-    """Ask the questions about one image, which is sent once. Raises AskFailed."""
-    data = None if is_id(image) else read_image(image)
-    image_id = image if data is None else upload(client, data)
+    """Ask the questions about one subject, which is sent once. Raises AskFailed."""
+    files = subject.read()
+    field = subject.field(files[0], asked)
+    ids = [name if data is None else upload(client, data) for name, data in zip(subject.names, files, strict=True)]
     for question in questions:
-        body = {**asked, "image": image_id, "question": question}
+        body = {**asked, field: ids if subject.as_frames else ids[0], "question": question}
         if show.as_json or show.explain:
             said = answer(client, body)
             if show.as_json:
-                typer.echo(json.dumps({"file": image, **said} if show.named else said))
+                typer.echo(json.dumps({"file": str(subject), **said} if show.named else said))
             else:
                 typer.echo(said["answer"])
-            if show.explain and data is not None:
-                draw(data, question, said, show.explain)
+            if show.explain:
+                draw([data for data in files if data is not None], body, said, show.explain)
             continue
-        in_front = [f"{image}:"] * show.named + [question] * (len(questions) > 1)
+        in_front = [f"{subject}:"] * show.named + [question] * (len(questions) > 1)
         said_first = "".join(f"{word} " for word in in_front)
         if show.sure:
             said = answer(client, body)
@@ -198,7 +255,9 @@ def is_image(word: str) -> bool:
     if word == "-" or is_id(word):
         return True
     try:
-        return Path(word).is_file() or (" " not in word and Path(word).suffix.lower() in IMAGE_SUFFIXES)
+        return Path(word).is_file() or (
+            " " not in word and Path(word).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        )
     except (OSError, ValueError):  # a long question is no name of a file
         return False
 
@@ -237,24 +296,32 @@ def require_sendable(fields: dict[str, Any], questions: list[str]) -> None:
                 raise AskFailed(f"{name} is not UTF-8 text: {text!a}")
 
 
-def require_drawable(target: Path, images: list[str], questions: list[str]) -> None:
+def require_drawable(target: Path, subjects: Sequence[Subject], questions: list[str], page: int | None) -> None:
     """Check before any request whether a picture can be drawn. Raises AskFailed."""
     require("matplotlib", "serve")
     if target.suffix.lower() != ".png":
         raise AskFailed(f"{target} is not a .png file: write --explain {target.with_suffix('.png')}")
-    if len(images) > 1:
-        raise AskFailed(f"--explain draws over one image, not {len(images)}: ask about each one separately")
+    if len(subjects) > 1:
+        raise AskFailed(f"--explain draws over one image, not {len(subjects)}: ask about each one separately")
     if len(questions) > 1:
         raise AskFailed(f"--explain draws one question, not {len(questions)}: ask each one separately")
-    if is_id(images[0]):
+    if page is not None or any(name.lower().endswith(".pdf") for name in subjects[0].names):
+        raise AskFailed("--explain draws over an image, not over a page: send the page as an image, or leave it out")
+    if any(is_id(name) for name in subjects[0].names):
         raise AskFailed("--explain draws over the image: name its file, not its id")
 
 
-def draw(image: bytes, question: str, said: dict[str, Any], target: Path) -> None:
+def draw(files: Sequence[bytes], asked: Mapping[str, Any], said: dict[str, Any], target: Path) -> None:
     """Draw where the model looked into a file. Raises AskFailed."""
-    from service.cli import drawing  # noqa: PLC0415  (takes 0.3 s, so only this command imports it)
+    from service.cli import drawing, film_strip  # noqa: PLC0415  (takes 0.3 s, so only this command imports it)
 
+    question = asked["question"]
     try:
-        target.write_bytes(drawing.png(drawing.explain(image, question, said)))
+        if "image" in asked:
+            figure = drawing.explain(files[0], question, said)
+        else:
+            clip = files if "frames" in asked else files[0]
+            figure = film_strip.explain_clip(clip, question, said, asked.get("video_frames"))
+        target.write_bytes(drawing.png(figure))
     except OSError as exc:
         raise AskFailed(f"cannot write {target}: {exc.strerror}") from exc

@@ -26,6 +26,7 @@ from service.cli.client import IMAGE_ID, AskFailed, ImageRefused, message_of, re
 from service.cli.pace import Pace, Stopped
 from service.cli.terminal import INTERRUPTED
 
+ONE_FILE, SEVERAL_FILES = ("image", "video"), ("images", "frames")  # fields of a question that name files
 REFUSED = (429, 503)
 BAD_IMAGE = (400, 413, 415)
 RETRY_AFTER_S = 1.0  # if a refusal does not say
@@ -180,18 +181,21 @@ class Asking:
             self.forget(fields, body)
         said: dict[str, Any] = successful(response).json()
         asked = {"line": question.line, "asked": question.digest}
-        return asked | {name: fields[name] for name in ("image", "images", "question") if name in fields} | said
+        named = (*ONE_FILE, *SEVERAL_FILES, "question")
+        return asked | {name: fields[name] for name in named if name in fields} | said
 
     def with_ids(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         named: dict[str, Any] = {}
-        if fields.get("image") is not None:
-            named["image"] = self.images.named(fields["image"])
-        if isinstance(fields.get("images"), list):
-            named["images"] = [self.images.named(image) for image in fields["images"]]
+        for name in ONE_FILE:
+            if fields.get(name) is not None:
+                named[name] = self.images.named(fields[name])
+        for name in SEVERAL_FILES:
+            if isinstance(fields.get(name), list):
+                named[name] = [self.images.named(image) for image in fields[name]]
         return named
 
     def forget(self, fields: Mapping[str, Any], body: Mapping[str, Any]) -> None:
-        for name in ("image", "images"):
+        for name in (*ONE_FILE, *SEVERAL_FILES):
             given, sent = fields.get(name), body.get(name)
             if isinstance(given, list) and isinstance(sent, list):
                 for image, image_id in zip(given, sent, strict=True):

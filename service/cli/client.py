@@ -24,7 +24,10 @@ SURROUNDINGS = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_
 
 
 IMAGE_ID = re.compile(r"img_[0-9a-f]{32}")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".tif", ".tiff", ".bmp", ".heic"})
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".tif", ".tiff", ".bmp", ".heic", ".pdf"}
+)
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv"})
 
 
 class AskFailed(Exception):
@@ -115,7 +118,7 @@ def first_line(exc: Exception) -> str:
 
 
 def read_image(source: str) -> bytes:
-    """Read an image file, or standard input for "-". Raises AskFailed."""
+    """Read an image or a video file, or standard input for "-". Raises AskFailed."""
     if source == "-":
         if sys.stdin is None:
             raise AskFailed("standard input is closed: name the image's file, or pipe it in")
@@ -127,7 +130,7 @@ def read_image(source: str) -> bytes:
 
 
 def upload(client: httpx.Client, data: bytes) -> str:
-    """Send an image -> its id. Raises AskFailed."""
+    """Send an image or a video -> its id. Raises AskFailed."""
     return str(successful(client.post("/v1/images", content=data)).json()["id"])
 
 

@@ -76,7 +76,7 @@ def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """Encode the figure as a PNG of 1920 by 732 pixels."""
+    """Encode the figure as a PNG; of `explain`, 1920 by 732 pixels."""
     out = BytesIO()
     figure.savefig(out, format="png", dpi=DPI)
     return out.getvalue()

@@ -11,6 +11,7 @@ from service.cli.client import AskFailed, connected, plain_words
 from service.cli.measuring import Sample, measure
 from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
+from service.core.request import MAX_FRAMES
 
 Format = Literal["auto", "vqav2", "gqa", "textvqa", "docvqa", "coco-captions", "jsonl"]
 
@@ -42,7 +43,21 @@ def evaluate(
     scenes: Annotated[
         Path | None, typer.Option(help="Folder with questions.jsonl [default: the committed ones].")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Only this split of the scenes.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Only this split of the scenes. `clips` and `several` (images) are asked only if named here."
+        ),
+    ] = None,
+    frames: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=MAX_FRAMES,
+            help="Look at so many frames of each clip; may be given again [default: 4, 8, 16 and 32 in turn].",
+            show_default=False,
+        ),
+    ] = None,
     vision_tokens: Annotated[
         tuple[int, int] | None, typer.Option(metavar="LEAST MOST", help="Every question's budget of vision tokens.")
     ] = None,
@@ -71,6 +86,7 @@ def evaluate(
       glimpse eval
       glimpse eval --vision-tokens 64 112      # how well it answers if it looks less closely
       glimpse eval --detail auto               # or if it may look closer
+      glimpse eval --split clips --frames 8    # questions about short videos
       glimpse eval --dataset vqav2/ --limit 2000 --prompt "Question: {question} Short answer:"
       glimpse eval --dataset mine/questions.jsonl --out report/    # {"image": ..., "question": ..., "answer": ...}
 
@@ -89,8 +105,10 @@ def evaluate(
     address = url_of(url)
     with plain_words(address), connected(address) as client:
         if dataset is not None:
-            if scenes or split:
-                raise AskFailed("--scenes and --split belong to the committed scenes: leave them out, or --dataset")
+            if scenes or split or frames:
+                raise AskFailed(
+                    "--scenes, --split and --frames belong to the committed scenes: leave them out, or --dataset"
+                )
             sample = Sample(dataset, form, limit, seed, prompt)
             asked = {name: value for name, value in {**options, "max_tokens": max_tokens}.items() if value is not None}
             measure(client, sample, asked, out, clients)
@@ -99,13 +117,17 @@ def evaluate(
             raise AskFailed("--format, --limit, --prompt and --max-tokens belong to --dataset: name one")
         from build_engines.evaluation import accuracy  # noqa: PLC0415
 
+        folder = scenes or accuracy.folder_of(split)
+        if frames and not any(row.clip for row in accuracy.rows(folder, split)):
+            raise AskFailed("--frames belongs to clips: add --split clips, or leave it out")
         accuracy.evaluate(
             client,
-            scenes or accuracy.SCENES,
+            folder,
             split=split,
             budget=budget(vision_tokens, visual_tokens),
             detail=detail,
             fit=fit,
             clients=clients,
             out=out,
+            frames=tuple(frames or accuracy.FRAMES),
         )

@@ -40,6 +40,16 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameSeen:
+    """One frame of a clip that was looked at."""
+
+    index: int  # in the clip, from 0
+    time_s: float | None  # after the clip's first frame; None if the frames came as images
+    relevance: Relevance
+    image_id: str = ""  # of a frame that came as an image
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """Everything about an answer except its text, known when the text is complete."""
 
@@ -57,6 +67,8 @@ class Finished:
     confidence: Confidence | None = None  # None if the models are not calibrated
     min_confidence: float | None = None  # of the request
     served: Served | None = None  # which variant answered
+    frames: tuple[FrameSeen, ...] = ()  # of the clip, in order; `relevance` leaves them out
+    clip_id: str = ""  # of the clip's file
 
     @property
     def abstained(self) -> bool | None:
@@ -71,7 +83,7 @@ class Finished:
 
     @property
     def vision_tokens(self) -> int:
-        return sum(relevance.vision_tokens for relevance in self.relevance)
+        return sum(each.vision_tokens for each in (*self.relevance, *(frame.relevance for frame in self.frames)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +95,4 @@ class KeptImage:
     width: int
     height: int
     expires_at: float
+    pages: int = 1

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from service.core.confidence import Calibration
 from service.core.precision import NotOffered
-from service.core.request import Detail
+from service.core.request import Budget, Detail
 from service.core.tensors import DETAIL, VISION, Tensor
 from service.core.viewport import AskedFit, Colour
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
@@ -48,6 +48,26 @@ class ImageMarks:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipResampler:
+    """What `attend_clip` makes of a whole clip. Without it, each frame is looked at as an image is."""
+
+    visual_tokens: int  # of the clip
+    frames: int  # the most
+    trained_frames: int  # of the clips that it was trained on; its places in time are interpolated for other counts
+    vision_tokens: tuple[int, int]  # least and most of all frames together
+
+    def budget(self, asked: Budget) -> Budget:
+        """Return the budget of a whole clip: what of the asked one it can spend."""
+        least, most = self.vision_tokens
+        low, high = (min(max(tokens, least), most) for tokens in asked.vision_tokens)
+        return Budget((low, high), (self.visual_tokens, self.visual_tokens))
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Self:
+        return cls(**dict(told) | {"vision_tokens": tuple(told["vision_tokens"])})
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """The description of a model repository's models (`card.json` beside them)."""
 
@@ -76,6 +96,8 @@ class ModelCard:
     system_template: str = ""  # before the first question's template, with {system}; empty if the LLM has learnt none
     closer_view: bool = False  # whether the repository has `attend_448`, so that cells can be at level 2
     closer_view_at: float = 1.0  # detail "auto" looks closer if `particularize` reaches this
+    frames: int = 8  # the most frames of a clip that are looked at, if a request does not say
+    clip: ClipResampler | None = None  # None: the repository has no `attend_clip`
     fit: AskedFit = "squash"  # of images that are not square, if a request does not say: BLIP-2's own way
     pad_colour: Colour = (123, 117, 104)  # R, G, B of padding: the mean that the encoder subtracts; CLIP's and BLIP-2's
     # The id with which an encoder-decoder (FlanT5) begins its answer; None: the LLM is decoder-only. The encoder reads
@@ -151,8 +173,10 @@ class ModelCard:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """List the models that questions call. `see` and `attend` run every model of the 224-pixel view."""
-        return ("see", "attend", *(["attend_448"] if self.closer_view else []), "llm")
+        """List the models that questions call. `see` and `attend` run every model of an image's 224-pixel view."""
+        closer = ["attend_448"] if self.closer_view else []
+        clip = [] if self.clip is None else ["attend_clip"]
+        return ("see", "attend", *closer, *clip, "llm")
 
     def vision_tokens_for(self, detail: Detail) -> tuple[int, int]:
         """Return the least and the most vision tokens that a budget can ask for at this detail."""
@@ -177,13 +201,16 @@ class ModelCard:
             confidence = None if told is None else Calibration.from_json(told, fields["vision_width"])
             marks = fields.pop("image_marks", None)
             image_marks = None if marks is None else ImageMarks(**marks)
-            return cls(**fields | tuples, confidence=confidence, image_marks=image_marks)
+            clip = fields.pop("clip", None)
+            clip = None if clip is None else ClipResampler.from_json(clip)
+            return cls(**fields | tuples, confidence=confidence, image_marks=image_marks, clip=clip)
         except (TypeError, AttributeError, KeyError) as exc:
             raise ValueError(f"not a model card: {exc}") from exc
 
     def to_json(self) -> str:
         """Write the text of a card.json."""
         told: dict[str, Any] = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        told["clip"] = None if self.clip is None else dataclasses.asdict(self.clip)
         told["image_marks"] = None if self.image_marks is None else dataclasses.asdict(self.image_marks)
         told["confidence"] = None if self.confidence is None else self.confidence.to_json()
         return json.dumps(told, indent=2) + "\n"

@@ -21,6 +21,7 @@ GlimpseError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,6 +52,32 @@ def naming_image(index: int, of: int) -> Iterator[None]:
         if of > 1 and error.param == "image":
             error.param = f"images.{index}"
             error.message = f"image {index + 1} of {of}: {error.message}"
+            error.args = (error.message,)
+        raise
+
+
+@contextmanager
+def naming_video() -> Iterator[None]:
+    """Turn an error about `image` into one about `video`."""
+    try:
+        yield
+    except GlimpseError as error:
+        if error.param == "image":
+            error.param = "video"
+            error.message = re.sub(r"\Aimage\b", "video", error.message)
+            error.args = (error.message,)
+        raise
+
+
+@contextmanager
+def naming_frame(index: int, of: int) -> Iterator[None]:
+    """Add to an error about `image` which frame of a clip it is."""
+    try:
+        yield
+    except GlimpseError as error:
+        if error.param == "image":
+            error.param = f"frames.{index}"
+            error.message = f"frame {index + 1} of {of}: {error.message}"
             error.args = (error.message,)
         raise
 

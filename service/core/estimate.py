@@ -17,6 +17,16 @@ class EstimatedImage:
 
 
 @dataclass(frozen=True, slots=True)
+class EstimatedClip:
+    """A clip as it was sent."""
+
+    id: str  # of its file; empty if its frames came as images
+    nbytes: int
+    frames: int  # the most that would be looked at, at the load of now
+    known: bool  # all of their features are in this gateway's memory
+
+
+@dataclass(frozen=True, slots=True)
 class NotAdmitted:
     """Why the request would be refused now."""
 
@@ -40,10 +50,11 @@ class Estimate:
 
     prompt_tokens: int  # text tokens of the prompt
     max_tokens: int
-    vision_tokens: tuple[int, int]  # the least and the most, of all images together, at the load of now
+    vision_tokens: tuple[int, int]  # the least and the most, of all images and frames together, at the load of now
     visual_tokens: tuple[int, int]
     reduced: bool  # the most would be less than the request allows, because of load
     images: tuple[EstimatedImage, ...]
+    clip: EstimatedClip | None
     cost: Amounts
     limits: Amounts  # of all requests together
     refusal: NotAdmitted | None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from service.core.answer import LogProb
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
-from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
+from service.core.vision import CloserFeatures, Seen, SeenClip, UInt8Array, VisionFeatures
 
 
 class VisionModel(Protocol):
@@ -37,6 +37,20 @@ class VisionModel(Protocol):
         closer: CloserFeatures | None = None,
     ) -> Seen:
         """Attend to features that an earlier `see` or `encode` gave, and to those of the closer view if it is given."""
+        ...
+
+    async def attend_clip(
+        self,
+        frames: Sequence[VisionFeatures],
+        times: Sequence[float],
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+    ) -> SeenClip:
+        """Attend to the features of a clip's frames together, if the card has a clip resampler.
+
+        `times` are from 0, the first frame, to 1, the last one. `budget` is that of the whole clip.
+        """
         ...
 
 

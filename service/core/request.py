@@ -95,21 +95,21 @@ class Clip:
     """A short video in its place in the prompt: a file with several pictures, or its frames in order."""
 
     source: ImageSource | tuple[ImageSource, ...]
-    frames: int = 8  # at most so many are looked at, 1 to MAX_FRAMES
+    frames: int | None = None  # at most so many are looked at, 1 to MAX_FRAMES; None: as many as the model's card says
     sampling: FrameSampling = "uniform"
 
 
-Part = Text | ImageSource
+Part = Text | ImageSource | Clip
 
 
 def text_of(parts: Iterable[Part]) -> str:
-    """Join the texts with spaces, without the images between them."""
+    """Join the texts with spaces, without the pictures between them."""
     return " ".join(part.text for part in parts if isinstance(part, Text))
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """An earlier question, with the images in it, and its answer."""
+    """An earlier question, with the images and clips in it, and its answer."""
 
     parts: tuple[Part, ...]
     answer: str
@@ -128,15 +128,16 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question about one or more images, in the same form for every edge. `parts` have at least one text."""
+    """One question about images or a clip, in the same form for every edge. `parts` have at least one text."""
 
     id: str  # unique: Triton cancels by it
-    parts: tuple[Part, ...]  # the question: text, and images in their places
-    budget: Budget  # of each image
+    parts: tuple[Part, ...]  # the question: text, and images and clips in their places
+    budget: Budget  # of each image, and of each frame of a clip
     sampling: Sampling
     timeout_s: float
     detail: Detail = "low"
     fit: AskedFit | None = None  # of images that are not square; None: as the model's card says
+    page: int = 1  # of the one image, if it is a document
     exchanges: tuple[Exchange, ...] = ()  # earlier questions and answers, oldest first
     system: str = ""  # what the model is told before the first question
     trace_id: str = ""  # the caller's own id of the request
@@ -148,8 +149,28 @@ class Request:
     route: Route = ANY  # which variant may answer
     question: str = field(init=False)  # text of the last question; the allocator reads this
     images: tuple[ImageSource, ...] = field(init=False)  # in the order of the prompt, those of earlier questions first
+    clips: tuple[Clip, ...] = field(init=False)  # likewise; models read at most one
 
     def __post_init__(self) -> None:
-        parts = [part for exchange in self.exchanges for part in exchange.parts] + [*self.parts]
         object.__setattr__(self, "question", text_of(self.parts))
-        object.__setattr__(self, "images", tuple(part for part in parts if not isinstance(part, Text)))
+        object.__setattr__(self, "images", tuple(part for part in self.pictures if not isinstance(part, Clip)))
+        object.__setattr__(self, "clips", tuple(part for part in self.pictures if isinstance(part, Clip)))
+
+    @property
+    def pictures(self) -> tuple[ImageSource | Clip, ...]:
+        """Return the images and clips in the order of the prompt, those of earlier questions first."""
+        parts = [part for exchange in self.exchanges for part in exchange.parts] + [*self.parts]
+        return tuple(part for part in parts if not isinstance(part, Text))
+
+    @property
+    def clip(self) -> Clip | None:
+        """Return the only clip of a request that was admitted."""
+        return self.clips[0] if self.clips else None
+
+    @property
+    def sources(self) -> tuple[ImageSource, ...]:
+        """Return the images, and the clip's file or frames."""
+        if self.clip is None:
+            return self.images
+        source = self.clip.source
+        return (*self.images, *(source if isinstance(source, tuple) else (source,)))

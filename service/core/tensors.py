@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from service.core.vision import (
     CELLS,
+    CLIP_VISUAL_TOKENS,
     CROPS,
     GRID,
     IMAGE_SIZE,
@@ -94,6 +95,7 @@ class Model:
     outputs: tuple[Tensor, ...]
     steps: tuple[Step, ...] = ()
     decoupled: bool = False  # any number of responses to a request
+    batched: bool = True  # whether tensors have a batch dimension
 
     @property
     def through(self) -> tuple[str, ...]:
@@ -210,6 +212,22 @@ _llm = Model(
     ),
     decoupled=True,
 )
+# All frames of one clip in one request: it has no batch dimension, and the frames are the first one of most tensors.
+_attend_clip = Model(
+    "attend_clip",
+    (
+        *(replace(tensor, dims=(-1, *tensor.dims)) for tensor in VISION),
+        Tensor("times", "FP32", (-1,), "of each frame, from 0 (first) to 1 (last)"),
+        *QUESTION,
+        Tensor("clip_budget", "INT32", (2,), "least and most vision tokens of all frames together"),
+    ),
+    (
+        Tensor("visual_tokens", FLOAT, (CLIP_VISUAL_TOKENS, "H")),
+        *(replace(tensor, dims=(-1, *tensor.dims)) for tensor in _RELEVANCE[:-1]),
+        _RELEVANCE[-1],
+    ),
+    batched=False,
+)
 _prepare = Model("prepare", _TEXTS, (_IMAGE, *_ASKED, _PROMPT_IDS))
 _compose = Model(
     "compose",
@@ -242,6 +260,7 @@ MODELS: Mapping[str, Model] = {
             _SEEN,
             steps=(_step(_relevance_allocator_448), _step(_qformer)),
         ),
+        _attend_clip,  # only if its checkpoint has a clip resampler
         _prepare,
         _compose,
         _finish,

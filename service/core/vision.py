@@ -24,6 +24,7 @@ TEXTURE_CHANNELS = 13
 CELLS = 8  # cells a side; a cell is 2x2 patches
 QUESTION_TOKENS = 32  # tokens of the question that the allocator reads
 MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32 queries
+CLIP_VISUAL_TOKENS = 64  # that a clip resampler makes of a whole clip
 TENSIONS = ("particularize", "explore", "diversify")
 TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail from 0; at level -1, none
 MAX_VISION_TOKENS = 400  # of one image, with the closer view
@@ -140,5 +141,58 @@ class Seen:
     strangeness: float = 0.0  # of the image: see core/confidence.py; 0 if the models are not calibrated
 
     @property
+    def vision_tokens(self) -> int:
+        return self.relevance.vision_tokens
+
+    @property
     def nbytes(self) -> int:
         return self.visual_tokens.nbytes + self.relevance.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SeenClip:
+    """The LLM's view of a whole clip for one question, if the models have a clip resampler."""
+
+    visual_tokens: FloatArray  # [count, H]
+    frames: tuple[Relevance, ...]  # of each frame; all have the clip's tensions
+    budget: Budget  # the budget that was allowed, of all frames together
+    is_rounded: bool = False  # made from features that were kept as int8
+
+    @property
+    def vision_tokens(self) -> int:
+        return sum(frame.vision_tokens for frame in self.frames)
+
+    @property
+    def nbytes(self) -> int:
+        return self.visual_tokens.nbytes + sum(frame.nbytes for frame in self.frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A picture of a clip that is looked at."""
+
+    index: int  # in the clip, from 0
+    time_s: float | None  # after the clip's first frame; None if the frames came as images
+    at: float  # its time as a share of the clip, from 0 to 1
+    digest: str  # what cache keys have for it
+    image_id: str = ""  # of a frame that came as an image
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """The LLM's view of all that one request shows."""
+
+    images: tuple[Seen, ...]  # in the order of the prompt
+    frames: tuple[Frame, ...] = ()  # of the clip
+    of_frames: tuple[Seen, ...] = ()  # one a frame, if each is looked at as an image is
+    clip: SeenClip | None = None  # if all are looked at together
+
+    @property
+    def relevance(self) -> tuple[Relevance, ...]:
+        """Return the relevance of each frame."""
+        return tuple(each.relevance for each in self.of_frames) if self.clip is None else self.clip.frames
+
+    @property
+    def seen(self) -> tuple[Seen | SeenClip, ...]:
+        """Return everything that has visual tokens of its own."""
+        return (*self.images, *self.of_frames, *(() if self.clip is None else (self.clip,)))

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from service.core.card import ModelCard
-from service.core.errors import InvalidRequest, naming_image
+from service.core.errors import InvalidRequest, naming_frame, naming_image, naming_video
 from service.core.guide import guide_of
 from service.core.request import (
+    MAX_FRAMES,
     Budget,
+    Clip,
     Detail,
     Exchange,
+    FrameSampling,
     ImageSource,
     Part,
     Priority,
@@ -44,13 +47,20 @@ class QuestionLimits:
 class Fields:
     """Hold a question as it was sent. Types and ranges are checked; None stands for a field that was left out.
 
-    Images are in their places in `parts` and `turns`, or in `image` or `images`, which come before everything else. A
-    `str` in `image` or `images` is an argument for `source_of`.
+    Images and the clip are in their places in `parts` and `turns`. Or they are in `image` or `images` and in `video` or
+    `frames`, which come before everything else, the clip behind the images. A `str` in these four is an argument for
+    `source_of`. `video_frames` and `video_sampling` are those of the one clip, wherever it stands. `page` is that of
+    the one image.
     """
 
     parts: tuple[Part, ...]
     image: ImageSource | str | None = None
     images: tuple[ImageSource | str, ...] | None = None
+    video: ImageSource | str | None = None
+    frames: tuple[ImageSource | str, ...] | None = None
+    video_frames: int | None = None
+    video_sampling: FrameSampling | None = None
+    page: int | None = None
     turns: tuple[Exchange, ...] = ()
     system: str = ""
     max_tokens: int = Sampling().max_tokens
@@ -86,16 +96,21 @@ def to_request(
     route: Route = ANY,
 ) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
-    images = _images_in_front(fields)
+    front = _in_front(fields)
     parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), _system(fields, card)
     _require_text(text_of(parts), exchanges, system, limits.max_question_chars)
     _require_calibrated(fields, card)
     _require_likeliest(fields, card)
     if exchanges:
         first, *others = exchanges
-        exchanges = (replace(first, parts=(*images, *first.parts)), *others)
+        exchanges = (replace(first, parts=(*front, *first.parts)), *others)
     else:
-        parts = (*images, *parts)
+        parts = (*front, *parts)
+    shown = [part for each in (parts, *(told.parts for told in exchanges)) for part in each]
+    _require_one_clip(fields, shown)
+    _require_one_image(fields, shown)
+    parts = _looked_at(fields, parts)
+    exchanges = tuple(replace(told, parts=_looked_at(fields, told.parts)) for told in exchanges)
     return Request(
         id=f"vqa_{uuid.uuid4().hex}",
         parts=parts,
@@ -107,6 +122,7 @@ def to_request(
         ),
         detail=fields.detail,
         fit=fields.fit,
+        page=fields.page or 1,
         sampling=_sampling(fields),
         timeout_s=_timeout_s(fields, limits),
         priority=fields.priority,
@@ -124,6 +140,16 @@ def new_seed() -> int:
     return secrets.randbits(63)
 
 
+def _in_front(fields: Fields) -> tuple[ImageSource | Clip, ...]:
+    """Return what stands before all text: the images, then the clip. Raises InvalidRequest."""
+    front = (*_images_in_front(fields), *_clip_in_front(fields))
+    if not front and all(
+        isinstance(part, Text) for parts in (fields.parts, *(turn.parts for turn in fields.turns)) for part in parts
+    ):
+        raise InvalidRequest("the field image is missing", param="image", code="missing_field")
+    return front
+
+
 def _images_in_front(fields: Fields) -> tuple[ImageSource, ...]:
     if fields.image is not None and fields.images is not None:
         raise InvalidRequest("image and images are both given: leave one out", param="images")
@@ -131,11 +157,68 @@ def _images_in_front(fields: Fields) -> tuple[ImageSource, ...]:
         return tuple(_sources(fields.images))
     if fields.image is not None:
         return tuple(_sources([fields.image]))
-    if all(
-        isinstance(part, Text) for parts in (fields.parts, *(turn.parts for turn in fields.turns)) for part in parts
-    ):
-        raise InvalidRequest("the field image is missing", param="image", code="missing_field")
     return ()
+
+
+def _clip_in_front(fields: Fields) -> tuple[Clip, ...]:
+    if fields.video is not None and fields.frames is not None:
+        raise InvalidRequest("video and frames are both given: leave one out", param="frames")
+    if fields.frames is not None:
+        return (frames_clip(fields.frames, "frames"),)
+    if fields.video is not None:
+        with naming_video():
+            return (Clip(source_of(fields.video) if isinstance(fields.video, str) else fields.video),)
+    return ()
+
+
+def frames_clip(frames: Sequence[ImageSource | str], field: str) -> Clip:
+    """Make a clip of images in order; `field` is where they stand. Raises InvalidRequest."""
+    count = len(frames)
+    if not 1 <= count <= MAX_FRAMES:
+        raise InvalidRequest(f"{field} has {count:,} images: send 1 to {MAX_FRAMES}", param=field)
+    sources = []
+    for index, frame in enumerate(frames):
+        with naming_frame(index, count):
+            sources.append(source_of(frame) if isinstance(frame, str) else frame)
+    return Clip(tuple(sources), frames=count)
+
+
+def _require_one_clip(fields: Fields, parts: Iterable[Part]) -> None:
+    """`parts` are those of all questions. Raises InvalidRequest."""
+    clips = sum(isinstance(part, Clip) for part in parts)
+    if clips > 1:
+        raise InvalidRequest(f"video is given {clips} times: ask about one video at a time", param="video")
+    for name in ("video_frames", "video_sampling"):
+        if not clips and getattr(fields, name) is not None:
+            raise InvalidRequest(f"{name} needs a video: add one, or leave {name} out", param=name)
+
+
+def _require_one_image(fields: Fields, parts: Sequence[Part]) -> None:
+    """A page is one of the only image. `parts` are those of all questions. Raises InvalidRequest."""
+    if fields.page is None:
+        return
+    for name in ("images", "video", "frames"):
+        if getattr(fields, name) is not None:
+            raise InvalidRequest(
+                f"page is about one image, and {name} is given: send the document alone, as image, or leave page out",
+                param="page",
+            )
+    images = sum(not isinstance(part, Text | Clip) for part in parts)
+    if images != 1 or len(parts) > images + sum(isinstance(part, Text) for part in parts):
+        raise InvalidRequest(
+            "page is about one image: send the document alone, without other images or a video, or leave page out",
+            param="page",
+        )
+
+
+def _looked_at(fields: Fields, parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Give a clip the frames and the sampling that are asked for."""
+    return tuple(
+        replace(part, frames=fields.video_frames or part.frames, sampling=fields.video_sampling or part.sampling)
+        if isinstance(part, Clip)
+        else part
+        for part in parts
+    )
 
 
 def _sources(images: Iterable[ImageSource | str]) -> list[ImageSource]:

@@ -6,9 +6,10 @@ too, so it imports neither settings nor asyncio.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from PIL import (
@@ -28,6 +29,7 @@ from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
 from service.media.formats import SENT
+from service.media.header import page_count, require_page
 from service.media.structure import Structure, structure_of
 
 try:
@@ -63,6 +65,10 @@ TURNS = {  # EXIF orientation -> the turn that brings the picture upright
 Pillow.MAX_IMAGE_PIXELS = None
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Media = Literal["image", "video"]  # the field at fault, and the word for it in messages
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
     """The largest image that is decoded."""
@@ -79,6 +85,7 @@ class Decoded:
     views: Mapping[int, UInt8Array]  # by their size in pixels: [3, size, size] RGB
     width: int  # of the whole picture, upright
     height: int
+    pages: int = 1  # of the file
 
     @property
     def pixels(self) -> UInt8Array:
@@ -93,9 +100,15 @@ class Decoded:
 
 
 def decode(
-    data: bytes, limits: ImageLimits, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+    data: bytes,
+    limits: ImageLimits,
+    views: Sequence[int] = (IMAGE_SIZE,),
+    viewport: Viewport | None = None,
+    page: int = 1,
 ) -> Decoded:
-    """Decode an image of one of FORMATS, of several pictures the first, to uint8 [3, size, size] RGB for each view.
+    """Decode an image of one of FORMATS to uint8 [3, size, size] RGB for each view.
+
+    Of several pictures it is the first, and of a TIFF the page.
 
     The whole picture is resized to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
     picture of that size is not changed. With a viewport, its square is resized instead, by one factor for both sides.
@@ -104,7 +117,8 @@ def decode(
     Raises InvalidImage, TooLarge.
     """
     require_bytes(data, limits)
-    structure = structure_of(data)
+    require_page(data, page)
+    structure = structure_of(data, page)
     if structure is None:
         raise InvalidImage(f"{found_in(data)}; {SENT}", param="image")
     if structure.format == "HEIF" and pi_heif is None:
@@ -126,20 +140,21 @@ def decode(
             param="image",
         ) from exc
     width, height = structure.width, structure.height
-    return Decoded(pixels, *((height, width) if structure.orientation in SIDEWAYS else (width, height)))
+    size = (height, width) if structure.orientation in SIDEWAYS else (width, height)
+    return Decoded(pixels, *size, page_count(data) or 1)
 
 
-def require_bytes(data: bytes, limits: ImageLimits) -> None:
+def require_bytes(data: bytes, limits: ImageLimits, what: Media = "image") -> None:
     """Raises InvalidImage for no bytes, TooLarge for too many."""
     if not data:
         raise InvalidImage(
-            "the image is empty (0 bytes): check that the file was read before it was sent", param="image"
+            f"the {what} is empty (0 bytes): check that the file was read before it was sent", param=what
         )
     if len(data) > limits.max_bytes:
         raise TooLarge(
-            f"the image has {len(data):,} bytes, the limit is {limits.max_bytes:,}: send a smaller one "
+            f"the {what} has {len(data):,} bytes, the limit is {limits.max_bytes:,}: send a smaller one "
             f"(the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
-            param="image",
+            param=what,
         )
 
 
@@ -173,9 +188,9 @@ def _views(structure: Structure, views: Sequence[int], viewport: Viewport | None
                     raise ValueError(f"two sizes: {whole} and {picture.size}")
                 # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
                 picture.draft(None, _needed(whole, 2 * size, viewport))
-                colours = _in_colour(picture)
+                colours = in_colour(picture)
         if viewport is None:
-            found[size] = _squashed(colours, size, structure.orientation)
+            found[size] = squashed(colours, size, structure.orientation)
         else:
             found[size] = _viewed(colours, size, structure.orientation, viewport)
     return found
@@ -192,7 +207,7 @@ def _needed(whole: tuple[int, int], size: int, viewport: Viewport | None) -> tup
     return max(1, whole[0] * size // viewport.side), max(1, whole[1] * size // viewport.side)
 
 
-def _squashed(colours: Pillow.Image, size: int, orientation: int) -> UInt8Array:
+def squashed(colours: Pillow.Image, size: int, orientation: int = 1) -> UInt8Array:
     """Resize to [3, size, size] RGB, upright."""
     side = (size, size)
     if colours.size != side:
@@ -207,12 +222,25 @@ def _viewed(colours: Pillow.Image, size: int, orientation: int, viewport: Viewpo
     """Resize what the viewport has of the picture, on the colour of its padding: [3, size, size] RGB, upright."""
     if orientation in TURNS:
         colours = colours.transpose(TURNS[orientation])
+    across, down = colours.width / viewport.width, colours.height / viewport.height  # below 1 if a draft was decoded
+
+    def cut(box: Box, to: tuple[int, int]) -> Pillow.Image:
+        left, top, right, bottom = box
+        place = (left * across, top * down, right * across, bottom * down)
+        return _on_white(colours.resize(to, Pillow.Resampling.BICUBIC, place))
+
+    return viewed(viewport, size, cut)
+
+
+def viewed(viewport: Viewport, size: int, cut: Callable[[Box, tuple[int, int]], Pillow.Image]) -> UInt8Array:
+    """Put what the viewport has of a picture on the colour of its padding: [3, size, size] RGB.
+
+    `cut`: a box of the upright picture -> RGB of so many pixels.
+    """
     left, right, at_x, wide = _along(viewport.left, viewport.side, viewport.width, size)
     top, bottom, at_y, high = _along(viewport.top, viewport.side, viewport.height, size)
-    across, down = colours.width / viewport.width, colours.height / viewport.height  # below 1 if a draft was decoded
-    box = (left * across, top * down, right * across, bottom * down)
     square = Pillow.new("RGB", (size, size), viewport.colour)
-    square.paste(_on_white(colours.resize((wide, high), Pillow.Resampling.BICUBIC, box)), (at_x, at_y))
+    square.paste(cut((left, top, right, bottom), (wide, high)), (at_x, at_y))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
@@ -231,7 +259,7 @@ def _on_white(colours: Pillow.Image) -> Pillow.Image:
     return Pillow.alpha_composite(white, colours).convert("RGB")
 
 
-def _in_colour(picture: Pillow.Image) -> Pillow.Image:
+def in_colour(picture: Pillow.Image) -> Pillow.Image:
     """Convert to RGB, or to RGBA if something is transparent."""
     if picture.mode.startswith("I"):  # 16-bit grey: I;16, I;16B, or I with 16-bit values
         grey = np.asarray(picture).clip(0, 65535) >> 8

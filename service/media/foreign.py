@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
+
+from service.media.formats import format_of, is_pdf
 
 # The file's beginning behind white space, in any case -> its name. The first that matches.
 BEGINNINGS = (
     (rb"<svg\b|(<\?xml|<!--|<!doctype svg).*<svg\b", "an SVG drawing"),
     (rb"<!doctype html|<html\b|<head\b|<body\b", "an HTML page"),
     (rb"<\?xml", "an XML file"),
-    (rb"%pdf-", "a PDF document"),
     (rb"%!ps", "a PostScript file"),
     (rb"....ftyp(qt|mqt)", "a QuickTime video"),
     (rb"....ftyp", "an MP4 video"),
@@ -46,20 +48,35 @@ MANGLED = (
     b"\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd",
 )
 READ_BYTES = 1024
+VIDEOS = {
+    "an MP4 video": "send it as `video`",
+    "a QuickTime video": "send it as `video`",
+    "a WebM or Matroska video": "send it as `video`",
+    "an AVI video": "save it as MP4 and send it as `video`",
+}
+PDF_ADVICE = "pages of PDFs are read if the operator has run pip install 'glimpse[pdf]'"
 
 
-def found_in(data: bytes) -> str:
-    """Say in words what the bytes are, which are no image that is read."""
+def found_in(data: bytes, wanted: Literal["image", "video"] = "image") -> str:
+    """Say in words what the bytes are, which are no image that is read, or no video."""
+    refusal = f"not {'an image' if wanted == 'image' else 'a video'} that can be read"
+    image = format_of(data)
+    if image is not None:
+        return f"{refusal}: it looks like an image ({image.name})"
     if data.startswith(MANGLED):
         return "an image whose bytes were changed as text on the way (curl sends files with --data-binary or -F)"
+    if is_pdf(data):
+        advice = f" ({PDF_ADVICE})" if wanted == "image" else ""
+        return f"{refusal}: it looks like a PDF document{advice}"
     start = data[:READ_BYTES].removeprefix(b"\xef\xbb\xbf")
     start = start.lstrip() or start
     for beginning, name in NAMES:
         if beginning.match(start):
-            return f"not an image that can be read: it looks like {name}"
+            advice = f" ({VIDEOS[name]})" if wanted == "image" and name in VIDEOS else ""
+            return f"{refusal}: it looks like {name}{advice}"
     if _is_text(data[:READ_BYTES]):
-        return "not an image that can be read: it looks like plain text"
-    return f"not an image that can be read: its {len(data):,} bytes are of no format that is known here"
+        return f"{refusal}: it looks like plain text"
+    return f"{refusal}: its {len(data):,} bytes are of no format that is known here"
 
 
 def _is_text(start: bytes) -> bool:

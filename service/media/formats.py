@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 PillowFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP"]
@@ -38,10 +39,24 @@ FORMATS = (
     _format("BMP", "BMP", rb"BM....\0\0\0\0"),
 )
 
+HAS_PDFIUM = find_spec("pypdfium2") is not None  # the extra `pdf` is installed
+PDF_MARK = b"%PDF-"
+PDF_MARK_WITHIN_BYTES = 1024  # as readers of PDFs search for it
+
 
 def format_of(data: bytes) -> Format | None:
     """Return the format that the file begins like, or None."""
     return next((each for each in FORMATS if each.begins(data)), None)
+
+
+def is_pdf(data: bytes) -> bool:
+    """Whether the file is a PDF, whose first line may stand behind other bytes."""
+    return data.find(PDF_MARK, 0, PDF_MARK_WITHIN_BYTES) >= 0 and format_of(data) is None
+
+
+def reads_as_pdf(data: bytes) -> bool:
+    """Whether the file is a PDF, and PDFs are read here."""
+    return HAS_PDFIUM and is_pdf(data)
 
 
 _SENT = [each.name for each in FORMATS if not each.is_extra]

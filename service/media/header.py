@@ -13,10 +13,11 @@ from service.core.errors import InvalidImage
 from service.media.bmp import bmp_size
 from service.media.exif import SIDEWAYS, exif_orientation
 from service.media.fields import unpack
-from service.media.formats import format_of
+from service.media.formats import format_of, reads_as_pdf
 from service.media.isobmff import iso_orientation, iso_size
 from service.media.jpeg import jpeg_orientation, jpeg_size
-from service.media.tiff import tiff_orientation, tiff_size
+from service.media.pages import MAX_TIFF_PAGES, page_not_found
+from service.media.tiff import tiff_orientation, tiff_pages, tiff_size
 
 MAX_PNG_CHUNKS = 16_384  # 20 MB in chunks of 8 KiB, as libpng writes them, are 2,442
 MAX_WEBP_CHUNKS = 16_384
@@ -27,32 +28,60 @@ PNG_CHUNK = struct.Struct(">I4s")
 WEBP_CHUNK = struct.Struct("<4sI")
 
 
-def header_size(data: bytes) -> tuple[int, int] | None:
+def header_size(data: bytes, page: int = 1) -> tuple[int, int] | None:
     """Read width and height from the file's first bytes, before EXIF turns the picture.
 
-    (0, 0) if the file begins like no format that is decoded; None if it does but its size cannot be read. `decode`
-    refuses a picture that is larger.
+    (0, 0) if the file begins like no format that is decoded; None if it does but its size cannot be read, as a PDF's
+    never can. `decode` refuses a picture that is larger. Only a TIFF has a second page.
     """
     kind = format_of(data)
     if kind is None:
-        return 0, 0
+        return None if reads_as_pdf(data) else (0, 0)
     try:
-        width, height = SIZES[kind.pillow](data)
+        width, height = tiff_size(data, page) if kind.pillow == "TIFF" else SIZES[kind.pillow](data)
     except InvalidImage:  # its walk ended at a limit; decode says at which
         return None
     return (width, height) if width * height else None
 
 
-def upright_size(data: bytes) -> tuple[int, int] | None:
+def upright_size(data: bytes, page: int = 1) -> tuple[int, int] | None:
     """Return width and height as the picture is turned before it is seen; None and zeros are those of `header_size`."""
-    size = header_size(data)
-    return size[::-1] if size is not None and orientation_of(data) in SIDEWAYS else size
+    size = header_size(data, page)
+    return size[::-1] if size is not None and orientation_of(data, page) in SIDEWAYS else size
 
 
-def orientation_of(data: bytes) -> int:
+def page_count(data: bytes) -> int | None:
+    """Count the pages; None if only the decoder can, as of a PDF, or if it refuses the file."""
+    kind = format_of(data)
+    if kind is None:
+        return None
+    try:
+        return tiff_pages(data) if kind.pillow == "TIFF" else 1
+    except InvalidImage:  # of a kind that is not read; decode says so
+        return None
+
+
+def require_page(data: bytes, page: int) -> None:
+    """Raises InvalidImage if it is known that the file has no such page."""
+    if page == 1:
+        return
+    pages = page_count(data)
+    if page > MAX_TIFF_PAGES == pages:
+        raise InvalidImage(
+            f"page is {page:,}, and of a TIFF the first {pages:,} are read: save it in parts, or as a PDF",
+            param="page",
+            code="page_not_found",
+        )
+    if pages is not None and page > pages:
+        raise page_not_found(page, pages)
+
+
+def orientation_of(data: bytes, page: int = 1) -> int:
     """Return EXIF's 1 to 8, of a HEIF or AVIF what its properties say; 1 if nothing is told or it cannot be read."""
     kind = format_of(data)
     try:
+        if kind is not None and kind.pillow == "TIFF":
+            return tiff_orientation(data, page)
         return 1 if kind is None or kind.pillow not in ORIENTATIONS else ORIENTATIONS[kind.pillow](data)
     except InvalidImage:  # its walk ended at a limit; decode says at which
         return 1

@@ -87,19 +87,19 @@ def read_iso(data: bytes) -> IsoPicture:
 
 
 def _read(data: bytes) -> _Boxes:
-    found, boxes = _Boxes(), 0
+    found, steps = _Boxes(), 0
     waiting = [(0, len(data))]
     while waiting:
-        for kind, start, end in _boxes(data, *waiting.pop()):
-            boxes += 1
-            if boxes > MAX_BOXES:
+        for kind, start, end in boxes(data, *waiting.pop()):
+            steps += 1
+            if steps > MAX_BOXES:
                 raise _not_read(f"has more than {MAX_BOXES:,} boxes")
             if kind == b"meta":
                 waiting.append((start + 4, end))
             elif kind in CONTAINERS:
                 waiting.append((start, end))
                 if kind == b"ipco":
-                    for each in _boxes(data, start, end):
+                    for each in boxes(data, start, end):
                         found.count(1)
                         found.properties.append(each)
             elif kind in (b"moov", b"moof"):
@@ -109,7 +109,7 @@ def _read(data: bytes) -> _Boxes:
     return found
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Type, start and end of the boxes' contents."""
     while start + 8 <= end:
         (size,), kind, head = unpack(">I", data, start), data[start + 4 : start + 8], 8
@@ -129,7 +129,7 @@ def _read_box(data: bytes, found: _Boxes, kind: bytes, start: int, end: int) -> 
         (found.primary,) = unpack(">I" if version else ">H", data, start + 4)
     elif kind == b"iinf":
         start += 8 if version else 6
-        for name, at, _ in _boxes(data, start, end):
+        for name, at, _ in boxes(data, start, end):
             found.count(1)
             if name == b"infe":
                 long = unpack(">B", data, at)[0] >= 3
@@ -145,7 +145,7 @@ def _read_box(data: bytes, found: _Boxes, kind: bytes, start: int, end: int) -> 
 
 def _read_references(data: bytes, found: _Boxes, number: str, start: int, end: int) -> None:
     nbytes = 4 if number == ">I" else 2
-    for kind, at, _ in _boxes(data, start, end):
+    for kind, at, _ in boxes(data, start, end):
         (item,), (count,) = unpack(number, data, at), unpack(">H", data, at + nbytes)
         found.count(1 + count)
         to = [unpack(number, data, at + nbytes + 2 + nbytes * each)[0] for each in range(count)]

@@ -1,4 +1,4 @@
-"""Decode and hash images off the event loop."""
+"""Decode and hash images and clips off the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.core.viewport import Viewport
 from service.core.vision import IMAGE_SIZE
-from service.media.decoder import Decoded, ImageLimits, decode
+from service.media.clip import DecodedClip, decode_clip
+from service.media.decoder import Decoded, ImageLimits
+from service.media.document import decode_page
 from service.media.store import Image
 from service.media.workers import CpuSpent, DecodingWorkers, uncounted
 
@@ -23,12 +25,16 @@ class ImageReader:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     async def decode(
-        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None, page: int = 1
     ) -> Decoded:
         """Decode in a thread. Raises InvalidImage, TooLarge."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, decode, data, self.limits, views, viewport
+            self._threads, decode_page, data, self.limits, views, viewport, page
         )
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        """Decode at most so many of a clip's frames in a thread. Raises InvalidImage, TooLarge."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode_clip, data, self.limits, most)
 
     async def identify(self, data: bytes) -> Image:
         """Hash the bytes. It does not check that they are an image."""
@@ -41,7 +47,7 @@ class ImageReader:
 
 
 class WorkerReader(ImageReader):
-    """Decode in processes, which are ended when an image costs too much or the service stops; hash in threads."""
+    """Decode in processes, which are ended when a file costs too much or the service stops; hash in threads."""
 
     def __init__(self, limits: ImageLimits, workers: int, cpu_s: float, spent: CpuSpent = uncounted) -> None:
         super().__init__(limits, threads=1)
@@ -52,10 +58,14 @@ class WorkerReader(ImageReader):
         self.workers.start()
 
     async def decode(
-        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None
+        self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None, page: int = 1
     ) -> Decoded:
         """Raises InvalidImage, TooLarge, Unavailable."""
-        return await self.workers.decode(data, views, viewport)
+        return await self.workers.decode(data, views, viewport, page)
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        """`most` is at most MAX_FRAMES. Raises InvalidImage, TooLarge, Unavailable."""
+        return await self.workers.decode_clip(data, most)
 
     def close(self) -> None:
         super().close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from blake3 import blake3
@@ -13,26 +13,50 @@ from blake3 import blake3
 from service.media.header import header_size
 from service.settings import IMAGE_ENTRY_BYTES
 
+PAGE_MARK = ".p"  # in a digest, before the page's number
 ID = re.compile(r"img_[0-9a-f]{32}")
 MOST_NAMES = 100_000  # ids of contents that are remembered; beyond them, a content that is sent again has a new id
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image as it was sent."""
+    """An image as it was sent, or one page of it."""
 
-    data: bytes
+    data: bytes  # of all pages
     digest: str  # blake3 of `data`, 64 hexadecimal digits; mixed with the tenant if tenants share no features
     id: str = ""  # once it has one
+    page: int = 1  # that is looked at
 
     @classmethod
     def of(cls, data: bytes) -> Self:
         return cls(data, blake3(data).hexdigest())
 
+    def at(self, page: int) -> Self:
+        """Return another page of a file that is at its first one. Its digest is its own: that of what is seen."""
+        return self if page == 1 else replace(self, digest=f"{self.digest}{PAGE_MARK}{page}", page=page)
+
+    @property
+    def file(self) -> Self:
+        """Return the image as it was sent."""
+        return self if self.page == 1 else replace(self, digest=self.digest.partition(PAGE_MARK)[0], page=1)
+
     def larger_than(self, size: int) -> bool:
         """Whether a side has more pixels; true if the header does not say."""
-        told = header_size(self.data)
+        told = header_size(self.data, self.page)
         return told is None or max(told) > size
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedClip:
+    """A clip as it was sent: its file, or its frames as images."""
+
+    file: Image | None
+    images: tuple[Image, ...] = ()  # in order; none if there is a file
+
+    @property
+    def sent(self) -> tuple[Image, ...]:
+        """Return what was sent: one file or several."""
+        return self.images if self.file is None else (self.file,)
 
 
 def address_of(tenant: str, image_id: str) -> str:

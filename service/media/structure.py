@@ -55,13 +55,15 @@ class Structure:
     is_short: bool = False  # the bytes cannot hold so many pixels
 
 
-def structure_of(data: bytes) -> Structure | None:
-    """Find what the file's pixels need; None if it begins like no format that is decoded.
+def structure_of(data: bytes, page: int = 1) -> Structure | None:
+    """Find what the pixels of the file, or of a page of a TIFF, need; None if it begins like no format that is decoded.
 
     Raises InvalidImage if the file has more parts than an encoder writes, if it is of a kind that is not read, or if
     its size cannot be read.
     """
     kind = format_of(data)
+    if kind is not None and kind.pillow == "TIFF":
+        return _tiff(data, page)
     return None if kind is None else WALKS[kind.pillow](data)
 
 
@@ -146,9 +148,9 @@ def _iso(data: bytes) -> Structure:
     return _sized(Structure("HEIF", width, height, found.data))
 
 
-def _tiff(data: bytes) -> Structure:
-    found = read_tiff(data)
-    width, height, orientation = found.width, found.height, orientation_of(data)
+def _tiff(data: bytes, page: int = 1) -> Structure:
+    found = read_tiff(data, page)
+    width, height, orientation = found.width, found.height, orientation_of(data, page)
     return _sized(Structure("TIFF", width, height, found.data, orientation, is_short=found.is_short))
 
 

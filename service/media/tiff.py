@@ -1,4 +1,4 @@
-"""Walk a TIFF: its first picture, rebuilt from the tags and strips or tiles that the pixels need.
+"""Walk a TIFF: one of its pages, rebuilt from the tags and strips or tiles that the pixels need.
 
 A decoder so never follows an offset that a caller wrote. Source: TIFF 6.0, and Adobe's supplements on Deflate and
 predictors.
@@ -13,8 +13,9 @@ from enum import IntEnum
 
 from service.core.errors import InvalidImage
 from service.media.fields import unpack
+from service.media.pages import MAX_TIFF_PAGES
 
-MAX_TAGS = 512  # of the first directory; scanners and cameras write 15 to 60
+MAX_TAGS = 512  # of a page's directory; scanners and cameras write 15 to 60
 MAX_PARTS = 100_000  # strips or tiles; one row each of the longest side are 65,535
 MAX_SAMPLES = 5  # CMYK and alpha
 TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}  # BYTE, SHORT, LONG
@@ -68,21 +69,26 @@ class Tiff:
     is_short: bool
 
 
-def tiff_size(data: bytes) -> tuple[int, int]:
-    """Width and height of the first picture; zeros if they cannot be read. Raises InvalidImage."""
-    tags = _tags(data, (Tag.WIDTH, Tag.HEIGHT), most=1)
+def tiff_pages(data: bytes) -> int:
+    """Count the pages, at most MAX_TIFF_PAGES. A file that is cut short may say that it has one more."""
+    return max(1, len(_directories(data, MAX_TIFF_PAGES)))
+
+
+def tiff_size(data: bytes, page: int = 1) -> tuple[int, int]:
+    """Width and height of the page; zeros if they cannot be read. Raises InvalidImage."""
+    tags = _tags(data, (Tag.WIDTH, Tag.HEIGHT), page, most=1)
     return _one(tags, Tag.WIDTH, 0), _one(tags, Tag.HEIGHT, 0)
 
 
-def tiff_orientation(data: bytes) -> int:
-    """EXIF's 1 to 8 of the first picture. Raises InvalidImage."""
-    orientation = _one(_tags(data, (Tag.ORIENTATION,), most=1), Tag.ORIENTATION, 1)
+def tiff_orientation(data: bytes, page: int = 1) -> int:
+    """EXIF's 1 to 8 of the page. Raises InvalidImage."""
+    orientation = _one(_tags(data, (Tag.ORIENTATION,), page, most=1), Tag.ORIENTATION, 1)
     return orientation if 1 <= orientation <= 8 else 1
 
 
-def read_tiff(data: bytes) -> Tiff:
+def read_tiff(data: bytes, page: int = 1) -> Tiff:
     """Raises InvalidImage for a kind that is not read, or for more parts than an encoder writes."""
-    tags = _tags(data, tuple(Tag))
+    tags = _tags(data, tuple(Tag), page)
     width, height = _one(tags, Tag.WIDTH, 0), _one(tags, Tag.HEIGHT, 0)
     _require_kind(tags)
     is_tiled = Tag.TILE_OFFSETS in tags
@@ -98,10 +104,25 @@ def read_tiff(data: bytes) -> Tiff:
     return Tiff(width, height, rebuilt, short)
 
 
-def _tags(data: bytes, wanted: Sequence[Tag], most: int = MAX_PARTS) -> Tags:
-    """Return at most `most` values of each tag: those that it has where it stands first. Raises InvalidImage."""
+def _directories(data: bytes, most: int) -> list[int]:
+    """Return where the directories of the first pages lie, at most so many. A chain that comes back ends there."""
     order = _order(data)
     (directory,) = unpack(f"{order}I", data, 4)
+    found: dict[int, None] = {}
+    while directory and directory not in found and len(found) < most:
+        found[directory] = None
+        (tags,) = unpack(f"{order}H", data, directory)
+        (directory,) = unpack(f"{order}I", data, directory + 2 + 12 * tags)
+    return list(found)
+
+
+def _tags(data: bytes, wanted: Sequence[Tag], page: int, most: int = MAX_PARTS) -> Tags:
+    """Return at most `most` values of each tag: those that it has where it stands first. Raises InvalidImage."""
+    order = _order(data)
+    directories = _directories(data, min(page, MAX_TIFF_PAGES))
+    if len(directories) < page:
+        return {}
+    directory = directories[-1]
     (tags,) = unpack(f"{order}H", data, directory)
     if tags > MAX_TAGS:
         raise _not_read(f"has more than {MAX_TAGS} tags")

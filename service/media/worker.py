@@ -1,7 +1,7 @@
-"""A process that decodes images for the gateway, and that may be killed at any moment.
+"""A process that decodes images and clips for the gateway, and that may be killed at any moment.
 
 `python -m service.media.worker LIMITS`. The gateway's socket and the shared memory are file descriptors that LIMITS
-names. A request is one packet of JSON on the socket, its image is in the memory; the pixels go back the same way.
+names. A request is one packet of JSON on the socket, its file is in the memory; the pixels go back the same way.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from service.core.errors import GlimpseError
+from service.core.request import MAX_FRAMES
 from service.core.viewport import Viewport
-from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
-from service.media.decoder import ImageLimits, decode
+from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, UInt8Array
+from service.media.clip import decode_clip
+from service.media.decoder import ImageLimits
+from service.media.document import decode_page
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
@@ -31,15 +35,18 @@ KEPT_BYTES = 512 * 1024 * 1024
 IDLE_S = 2.0  # then freed memory goes back to the system
 PACKET_BYTES = 65_536
 VIEWS = (IMAGE_SIZE, CLOSER_SIZE)
-PIXEL_BYTES = -(-sum(3 * size * size for size in VIEWS) // mmap.PAGESIZE) * mmap.PAGESIZE  # the image lies behind them
+FRAME_BYTES = 3 * IMAGE_SIZE * IMAGE_SIZE  # of a clip
+MOST_BYTES = max(sum(3 * size * size for size in VIEWS), MAX_FRAMES * FRAME_BYTES)
+PIXEL_BYTES = -(-MOST_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE  # the file lies behind them
+CLIP_COST = 4  # a clip may take so many times the CPU time of an image
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """What one image may cost, and where the gateway is."""
+    """What one file may cost, and where the gateway is."""
 
     image: ImageLimits
-    cpu_s: float
+    cpu_s: float  # of an image
     memory_bytes: int  # beyond what the idle process takes
     parent: int  # process id
     control: int  # file descriptor of the socket
@@ -52,6 +59,7 @@ class WorkerLimits:
 
 def main(limits: WorkerLimits) -> None:
     """Answer requests until the gateway closes the socket."""
+    import_module("service.media.film")  # loads FFmpeg, which the gateway does not, before the memory is limited
     end_with(limits.parent)
     for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for the gateway, which ends this process
         signal.signal(number, signal.SIG_IGN)
@@ -81,24 +89,47 @@ def next_packet(control: socket.socket) -> bytes:
 
 
 def answered(request: Mapping[str, Any], memory: mmap.mmap, limits: WorkerLimits) -> dict[str, object]:
-    """Decode the image in the memory and leave its views there, one behind the other."""
-    nbytes, views, told = request["nbytes"], request["views"], request["viewport"]
-    viewport = None if told is None else Viewport(**told | {"colour": tuple(told["colour"])})
-    data = memory[PIXEL_BYTES : PIXEL_BYTES + nbytes]
+    """Decode the file in the memory, and leave its views or its frames there, one behind the other."""
+    is_clip = "frames" in request
+    data = memory[PIXEL_BYTES : PIXEL_BYTES + request["nbytes"]]
     try:
         # The default action of the timer's signal ends the process, whatever the decoder is doing.
-        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        decoded = decode(data, limits.image, views, viewport)
+        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s * (CLIP_COST if is_clip else 1))
+        reply, pixels = (clip_frames if is_clip else image_views)(request, data, limits.image)
         signal.setitimer(signal.ITIMER_PROF, 0)
     except GlimpseError as error:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        return {"error": type(error).__name__, "message": error.message}
+        return {
+            "error": type(error).__name__,
+            "message": error.message,
+            "param": error.param if error.param == "page" else None,
+            "code": error.code,
+        }
     offset = 0
-    for size in views:
-        pixels = decoded.views[size]
-        memory[offset : offset + pixels.nbytes] = pixels.tobytes()
-        offset += pixels.nbytes
-    return {"size": [decoded.width, decoded.height]}
+    for each in pixels:
+        memory[offset : offset + each.nbytes] = each.tobytes()
+        offset += each.nbytes
+    return reply
+
+
+Result = tuple[dict[str, object], list[UInt8Array]]  # what is told, and the pixels
+
+
+def image_views(request: Mapping[str, Any], data: bytes, limits: ImageLimits) -> Result:
+    views, told = request["views"], request["viewport"]
+    viewport = None if told is None else Viewport(**told | {"colour": tuple(told["colour"])})
+    decoded = decode_page(data, limits, views, viewport, request["page"])
+    return {"size": [decoded.width, decoded.height], "pages": decoded.pages}, [decoded.views[size] for size in views]
+
+
+def clip_frames(request: Mapping[str, Any], data: bytes, limits: ImageLimits) -> Result:
+    clip = decode_clip(data, limits, request["frames"])
+    told = {
+        "size": [clip.width, clip.height],
+        "duration_s": clip.duration_s,
+        "frames": [[frame.index, frame.time_s] for frame in clip.frames],
+    }
+    return told, [frame.pixels for frame in clip.frames]
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,6 @@
-"""Processes that decode. A decoder runs bytes from callers, so each image has a limit of CPU time, memory and time.
+"""Processes that decode. A decoder runs bytes from callers, so each file has a limit of CPU time, memory and time.
 
-A worker that passes a limit ends, and another takes its place. Image and pixels go through shared memory that has no
+A worker that passes a limit ends, and another takes its place. File and pixels go through shared memory that has no
 name, so nothing is left of it when the gateway ends.
 """
 
@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import structlog
@@ -23,25 +24,97 @@ import structlog
 from service.core.errors import GlimpseError, InvalidImage, TooLarge, Unavailable
 from service.core.viewport import Viewport
 from service.core.vision import IMAGE_SIZE, UInt8Array
-from service.media.decoder import Decoded, ImageLimits, require_bytes
-from service.media.worker import PACKET_BYTES, PIXEL_BYTES, WorkerLimits
+from service.media.clip import DecodedClip, DecodedFrame
+from service.media.decoder import Decoded, ImageLimits, Media, require_bytes
+from service.media.worker import CLIP_COST, FRAME_BYTES, PACKET_BYTES, PIXEL_BYTES, WorkerLimits
 
 log = structlog.get_logger()
 
 START_S = 30.0  # for a process to start; it takes about 0.3
-WALL_S = 20.0  # for one image; a worker that is stopped or starved passes it
-MEMORY_BYTES = 256 * 1024 * 1024  # for one image, and PIXEL_MEMORY_BYTES more for each pixel that is allowed
+WALL_S = 20.0  # for one file; a worker that is stopped or starved passes it
+MEMORY_BYTES = 256 * 1024 * 1024  # for one file, and PIXEL_MEMORY_BYTES more for each pixel that is allowed
 PIXEL_MEMORY_BYTES = 32  # a WebP takes 20: two canvases of 4, and 4 each for its own, Pillow's and one to resize
 CHUNK_BYTES = 1024 * 1024  # copied at once, so that the event loop is not held up
-CpuSpent = Callable[[float, float], None]  # CPU seconds of an image, and others of its decoder since the last image
-ATTEMPTS = 2  # a worker may be ended from outside; an image that ends two is at fault
+CpuSpent = Callable[[float, float], None]  # CPU seconds of a file, and others of its decoder since the last file
+ATTEMPTS = 2  # a worker may be ended from outside; a file that ends two is at fault
 ERRORS: dict[str, type[GlimpseError]] = {error.__name__: error for error in (InvalidImage, TooLarge)}
 NO_START = "the image decoder does not start: try again in a few seconds"
-SENT_SMALLER = f"send it smaller, or save it anew (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)"
+LESS: dict[Media, str] = {  # what a sender can do
+    "image": f"send it smaller, or save it anew (the model sees {IMAGE_SIZE}x{IMAGE_SIZE} pixels)",
+    "video": "send it shorter or smaller",
+}
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 def uncounted(cpu_s: float, other_cpu_s: float) -> None:
     """Take the CPU seconds where nobody counts them."""
+
+
+class Task(Protocol[T_co]):
+    """What is decoded of a file."""
+
+    @property
+    def what(self) -> Media: ...
+
+    @property
+    def cost(self) -> int:
+        """How many times the CPU time of an image it may take."""
+
+    def told(self) -> dict[str, object]:
+        """Return what the worker is told."""
+
+    def result(self, reply: dict[str, Any], memory: mmap.mmap) -> T_co:
+        """Copy the result from the shared memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTask:
+    """An image's views."""
+
+    views: Sequence[int]
+    viewport: Viewport | None = None
+    page: int = 1
+    what: Media = "image"
+    cost: int = 1
+
+    def told(self) -> dict[str, object]:
+        viewport = None if self.viewport is None else asdict(self.viewport)
+        return {"views": list(self.views), "viewport": viewport, "page": self.page}
+
+    def result(self, reply: dict[str, Any], memory: mmap.mmap) -> Decoded:
+        width, height = reply["size"]
+        found: dict[int, UInt8Array] = {}
+        offset = 0
+        for size in self.views:
+            found[size] = _pixels(memory, size, offset)
+            offset += found[size].nbytes
+        return Decoded(found, width, height, reply["pages"])
+
+
+@dataclass(frozen=True, slots=True)
+class ClipTask:
+    """At most so many of a clip's frames."""
+
+    most: int
+    what: Media = "video"
+    cost: int = CLIP_COST
+
+    def told(self) -> dict[str, object]:
+        return {"frames": self.most}
+
+    def result(self, reply: dict[str, Any], memory: mmap.mmap) -> DecodedClip:
+        width, height = reply["size"]
+        frames = tuple(
+            DecodedFrame(index, time_s, _pixels(memory, IMAGE_SIZE, place * FRAME_BYTES))
+            for place, (index, time_s) in enumerate(reply["frames"])
+        )
+        return DecodedClip(width, height, reply["duration_s"], frames)
+
+
+def _pixels(memory: mmap.mmap, size: int, offset: int) -> UInt8Array:
+    """[3, size, size]"""
+    return np.frombuffer(memory, np.uint8, 3 * size * size, offset).reshape(3, size, size).copy()
 
 
 class Worker:
@@ -91,7 +164,7 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    async def decode(self, data: bytes, views: Sequence[int], viewport: Viewport | None = None) -> Decoded | None:
+    async def run(self, data: bytes, task: Task[T]) -> T | None:
         """None if the process ended meanwhile. Raises InvalidImage, TooLarge."""
         view = memoryview(data)
         for start in range(0, len(data), CHUNK_BYTES):
@@ -103,12 +176,7 @@ class Worker:
             return None
         self._reply = asyncio.get_running_loop().create_future()
         try:
-            told = {
-                "nbytes": len(data),
-                "views": list(views),
-                "viewport": None if viewport is None else asdict(viewport),
-            }
-            self._socket.send(json.dumps(told).encode())
+            self._socket.send(json.dumps({"nbytes": len(data)} | task.told()).encode())
             packet = await self._reply
         except OSError:
             return None
@@ -120,24 +188,9 @@ class Worker:
         cpu_s, total_s = reply["cpu_s"]
         self._spent(cpu_s, total_s - cpu_s - self._told_cpu_s)
         self._told_cpu_s = total_s
-        return self._decoded(reply, views)
-
-    def _decoded(self, reply: dict[str, object], views: Sequence[int]) -> Decoded:
-        match reply:
-            case {"size": [int(width), int(height)]}:
-                return Decoded(self._views(views), width, height)
-            case {"error": str(name), "message": str(message)}:
-                raise ERRORS[name](message, param="image")
-        raise ValueError("a decoder's reply is neither a size nor an error")
-
-    def _views(self, views: Sequence[int]) -> dict[int, UInt8Array]:
-        found: dict[int, UInt8Array] = {}
-        offset = 0
-        for size in views:
-            pixels = np.frombuffer(self._memory, np.uint8, 3 * size * size, offset)
-            found[size] = pixels.reshape(3, size, size).copy()
-            offset += pixels.nbytes
-        return found
+        if "error" in reply:
+            raise ERRORS[reply["error"]](reply["message"], param=reply["param"] or task.what, code=reply["code"])
+        return task.result(reply, self._memory)
 
     def kill(self) -> None:
         self._process.kill()
@@ -177,7 +230,7 @@ class Worker:
 
 
 class DecodingWorkers:
-    """A few workers, each of which decodes one image at a time. Used from one event loop."""
+    """A few workers, each of which decodes one file at a time. Used from one event loop."""
 
     def __init__(
         self,
@@ -188,7 +241,7 @@ class DecodingWorkers:
         memory_bytes: int | None = None,
         spent: CpuSpent = uncounted,
     ) -> None:
-        """The last three are for one image. `memory_bytes` is beyond what an idle worker takes."""
+        """`cpu_s` is for an image, the next two are for a file. `memory_bytes` is beyond what an idle worker takes."""
         self.limits = limits
         self.count = count
         self.cpu_s = cpu_s
@@ -200,7 +253,7 @@ class DecodingWorkers:
         self._workers: list[Worker] = []
         self._free: asyncio.Queue[int] = asyncio.Queue()  # places in `_workers`
         self._busy: set[int] = set()
-        self._jobs: set[asyncio.Task[Decoded]] = set()
+        self._jobs: set[asyncio.Task[Any]] = set()
 
     @property
     def pids(self) -> list[int]:
@@ -212,12 +265,22 @@ class DecodingWorkers:
             self._workers.append(self._worker(place))
             self._free.put_nowait(place)
 
-    async def decode(self, data: bytes, views: Sequence[int], viewport: Viewport | None = None) -> Decoded:
+    async def decode(
+        self, data: bytes, views: Sequence[int], viewport: Viewport | None = None, page: int = 1
+    ) -> Decoded:
+        """Raises InvalidImage, TooLarge, Unavailable."""
+        return await self.run(data, ImageTask(sorted(views), viewport, page))
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        """`most` is at most MAX_FRAMES. Raises InvalidImage, TooLarge, Unavailable."""
+        return await self.run(data, ClipTask(most))
+
+    async def run(self, data: bytes, task: Task[T]) -> T:
         """A caller that leaves meanwhile leaves its worker to finish. Raises InvalidImage, TooLarge, Unavailable."""
-        require_bytes(data, self.limits)
+        require_bytes(data, self.limits, task.what)
         self.start()
         place = await self._free.get()
-        job = asyncio.create_task(self._decode(place, data, sorted(views), viewport))
+        job = asyncio.create_task(self._run(place, data, task))
         self._jobs.add(job)
         job.add_done_callback(self._forget)
         return await asyncio.shield(job)
@@ -233,15 +296,15 @@ class DecodingWorkers:
             worker.end()
         self._free = asyncio.Queue()
 
-    async def _decode(self, place: int, data: bytes, views: Sequence[int], viewport: Viewport | None) -> Decoded:
+    async def _run(self, place: int, data: bytes, task: Task[T]) -> T:
         self._busy.add(place)
         try:
             for _ in range(ATTEMPTS):
                 if not self._workers[place].is_alive:
                     self._replace(place)
-                if (decoded := await self._attempt(self._workers[place], data, views, viewport)) is not None:
-                    return decoded
-            raise InvalidImage("the image ends its decoder: save it anew with an image editor", param="image")
+                if (result := await self._attempt(self._workers[place], data, task)) is not None:
+                    return result
+            raise InvalidImage(f"the {task.what} ends its decoder: save it anew with an editor", param=task.what)
         finally:
             self._busy.discard(place)
             if self._workers:  # not closed meanwhile
@@ -249,10 +312,8 @@ class DecodingWorkers:
                     self._replace(place)
                 self._free.put_nowait(place)
 
-    async def _attempt(
-        self, worker: Worker, data: bytes, views: Sequence[int], viewport: Viewport | None
-    ) -> Decoded | None:
-        """None if the worker was ended and not by the image's own fault. Raises InvalidImage, TooLarge, Unavailable."""
+    async def _attempt(self, worker: Worker, data: bytes, task: Task[T]) -> T | None:
+        """None if the worker was ended and not by the file's own fault. Raises InvalidImage, TooLarge, Unavailable."""
         try:
             async with asyncio.timeout(START_S):
                 await worker.settled.wait()
@@ -261,17 +322,18 @@ class DecodingWorkers:
             raise Unavailable(NO_START) from exc
         try:
             async with asyncio.timeout(self.wall_s):
-                decoded = await worker.decode(data, views, viewport)
+                result = await worker.run(data, task)
         except TimeoutError as exc:
             log.warning("decoder_ended", reason="time", pid=worker.pid, status=worker.end())
-            raise TooLarge(f"decoding takes more than {self.wall_s:g} s: {SENT_SMALLER}", param="image") from exc
-        if decoded is not None:
-            return decoded
+            raise TooLarge(f"decoding takes more than {self.wall_s:g} s: {LESS[task.what]}", param=task.what) from exc
+        if result is not None:
+            return result
         status = worker.end()
         log.warning("decoder_ended", reason="signal" if status < 0 else "exit", pid=worker.pid, status=status)
         if status == -signal.SIGPROF:
-            self._spent(self.cpu_s, 0.0)
-            raise TooLarge(f"decoding takes more than {self.cpu_s:g} s of CPU time: {SENT_SMALLER}", param="image")
+            cpu_s = self.cpu_s * task.cost
+            self._spent(cpu_s, 0.0)
+            raise TooLarge(f"decoding takes more than {cpu_s:g} s of CPU time: {LESS[task.what]}", param=task.what)
         if not worker.is_started:
             raise Unavailable(NO_START)
         return None
@@ -288,7 +350,7 @@ class DecodingWorkers:
         if self._workers and place not in self._busy and self._workers[place].is_started:
             self._replace(place)
 
-    def _forget(self, job: asyncio.Task[Decoded]) -> None:
+    def _forget(self, job: asyncio.Task[Any]) -> None:
         self._jobs.discard(job)
         if not job.cancelled():
             job.exception()  # the caller has it, unless it left

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from service.core.errors import Cancelled, DeadlineExceeded, GlimpseError, Inter
 from service.core.payer import Payer
 from service.core.request import Request
 from service.core.variant import DEFAULT
-from service.core.vision import TENSIONS, Seen
+from service.core.vision import TENSIONS, Sight
 from service.record.ticket import Ticket
 from service.telemetry.costs import Ended
 from service.telemetry.metrics import Metrics
@@ -62,12 +62,15 @@ class Outcomes:
             if ticket.trace is not None:
                 _end_trace(ticket, ticket.trace)
 
-    def answered(self, ticket: Ticket, seen: Sequence[Seen]) -> None:
-        """Record that the request was answered, from these visual tokens of its images."""
+    def answered(self, ticket: Ticket, seen: Sight) -> None:
+        """Record that the request was answered, from these visual tokens of its images and its clip."""
         ticket.outcome = "ok"
-        for each in seen:
-            self.metrics.vision_tokens.observe(each.relevance.vision_tokens)
-            self.metrics.visual_tokens.observe(len(each.visual_tokens))
+        if seen.frames:
+            self.metrics.clip_frames.observe(len(seen.frames))
+        for shown in seen.seen:
+            self.metrics.vision_tokens.observe(shown.vision_tokens)
+            self.metrics.visual_tokens.observe(len(shown.visual_tokens))
+        for each in (*seen.images, *seen.of_frames):
             self.metrics.images_seen.labels(each.detail).inc()
             self.metrics.relevance_evenness.observe(each.relevance.evenness)
             for name, tension in zip(TENSIONS, each.relevance.tensions, strict=True):
@@ -75,8 +78,8 @@ class Outcomes:
         if ticket.reduced:
             self.metrics.reduced_answers.inc()
         ticket.tell(
-            vision_tokens=sum(each.relevance.vision_tokens for each in seen),
-            visual_tokens=sum(len(each.visual_tokens) for each in seen),
+            vision_tokens=sum(each.vision_tokens for each in seen.seen),
+            visual_tokens=ticket.visual_tokens,
         )
 
     def _count(self, ticket: Ticket) -> None:
@@ -119,6 +122,7 @@ def _log(ticket: Ticket, fault: Exception | None) -> None:
         detail=ticket.detail,
         fit=ticket.fit,
         reduced=ticket.reduced,
+        **({"frames": ticket.frames} if ticket.frames else {}),
         completion_tokens=ticket.completion_tokens,
         **{f"{name}_ms": value for name, value in ticket.timing_ms().items()},
         **({"variant": ticket.variant} if ticket.variant != DEFAULT else {}),
@@ -136,6 +140,7 @@ def _end_trace(ticket: Ticket, trace: Trace) -> None:
             "request_id": request.trace_id,
             "id": request.id,
             "images": len(request.images),
+            "frames": ticket.frames,
             "cache": ticket.cache,
             "detail": ticket.detail,
             "fit": ticket.fit,

@@ -123,6 +123,9 @@ class Metrics:
         self.images_seen = self._counter(
             "images_seen", "Images in answered questions, by detail: low, or high with a closer view.", "detail"
         )
+        self.clip_frames = self._histogram(
+            "clip_frames", "Frames that were looked at of a clip in an answered question.", (1, 2, 4, 8, 16, 32)
+        )
         self.relevance_evenness = self._histogram(
             "relevance_entropy_ratio",
             "Entropy of an image's relevance map divided by that of a uniform map, 0 to 1.",

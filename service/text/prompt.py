@@ -20,7 +20,7 @@ from tokenizers.models import Unigram
 from service.core.card import ImageMarks, ModelCard
 from service.core.errors import InvalidRequest
 from service.core.prompt import Prompt, Question
-from service.core.request import Part, Request, Text
+from service.core.request import MAX_FRAMES, Clip, Part, Request, Text
 from service.core.vision import QUESTION_TOKENS, FloatArray
 
 LLM_TOKENIZER = "tokenizer.json"
@@ -63,6 +63,8 @@ class PromptBuilder:
     Earlier questions come first, in the same template, each with its answer: "Question: a Answer: b Question: c
     Answer:". A system message, in the card's `system_template`, stands directly before the first question's template.
     The allocator and the Q-Former read the last question only.
+
+    A clip's visual tokens stand in its place without a text between its frames, as those of several images do.
 
     An image's visual tokens take the image's place in the prompt:
       - If the image comes before all text of its question, they come before the template: `<image> Question: a
@@ -117,18 +119,70 @@ class PromptBuilder:
         pieces = [self._prompt(question)] if self.card.image_marks is None else [None, self._prompt(question)]
         return [each for ids in self._layout(pieces) if ids is not None for each in ids]
 
+    def frames(self, request: Request) -> int:
+        """Return how many frames of the request's clip are looked at, at most; 0 without a clip.
+
+        If the request does not say, it is the card's number, or as many as fit into the model's positions.
+        """
+        if (clip := request.clip) is None:
+            return 0
+        most = self.card.frames if clip.frames is None else clip.frames
+        if self.card.clip is not None:
+            most = min(most, self.card.clip.frames)
+        if isinstance(clip.source, tuple):
+            most = min(most, len(clip.source))
+        if clip.frames is None:
+            return max(self._frames_that_fit(request, most), 1)
+        return most
+
+    def pictures(self, request: Request) -> int:
+        """Count the images, and the frames of the clip whose features are needed, at most."""
+        clip, frames = request.clip, self.frames(request)
+        if clip is not None and clip.sampling == "change":
+            frames = len(clip.source) if isinstance(clip.source, tuple) else MAX_FRAMES
+        return len(request.images) + frames
+
+    def visual_tokens(self, request: Request) -> int:
+        """Count the visual tokens of all images and of the clip, at the budget's most."""
+        return self._visual_tokens(request, self.frames(request))
+
+    def _visual_tokens(self, request: Request, frames: int) -> int:
+        each, images = request.budget.visual_tokens[1], len(request.images)
+        if self.card.clip is not None and frames:
+            return images * each + self.card.clip.visual_tokens
+        return (images + frames) * each
+
+    def _prompt_tokens(self, request: Request, frames: int) -> int:
+        """Count the text's tokens."""
+        pieces = _pieces(self.card, request, self._places(frames))
+        return sum(len(ids) for ids in self._layout(pieces) if ids is not None)
+
+    def _places(self, frames: int) -> int:
+        """Return how many places for visual tokens a clip of so many frames has in the prompt."""
+        return 1 if self.card.clip is not None else frames
+
+    def _frames_that_fit(self, request: Request, most: int) -> int:
+        """Return the most frames, up to `most`, for which the request has room; 0 if none has."""
+        room = self.card.max_positions - request.sampling.max_tokens
+        for frames in range(most, 0, -1):
+            if self._visual_tokens(request, frames) + self._prompt_tokens(request, frames) <= room:
+                return frames
+        return 0
+
     def require_room(self, request: Request) -> int:
         """Count visual tokens at the budget's most, prompt tokens and answer tokens together.
 
         Raises InvalidRequest if they exceed the model's positions.
         """
-        images, max_tokens = len(request.images), request.sampling.max_tokens
-        visual = images * request.budget.visual_tokens[1]
-        prompt = sum(len(ids) for ids in self._layout(_pieces(self.card, request)) if ids is not None)
+        images, max_tokens, frames = len(request.images), request.sampling.max_tokens, self.frames(request)
+        visual, prompt = self._visual_tokens(request, frames), self._prompt_tokens(request, frames)
         total = visual + prompt + max_tokens
         if total > self.card.max_positions:
             room = self.card.max_positions - visual - prompt
-            if room > 0:
+            fewer = self._frames_that_fit(request, frames - 1)
+            if fewer:
+                param, mend = "video_frames", f"{fewer} frames fit, so set video_frames to {fewer}"
+            elif room > 0:
                 param, mend = "max_tokens", f"lower max_tokens to {room}"
             elif images > 1:
                 param, mend = "images", "ask about fewer images"
@@ -136,10 +190,11 @@ class PromptBuilder:
                 param, mend = "turns", "leave the earliest turns out"
             else:
                 param, mend = "question", "shorten the question"
-            several = f" of {images} images" if images > 1 else ""
+            several = f"{images} images" if images > 1 or (images and frames) else ""
+            several = " and ".join(filter(None, [several, f"{frames} frames" if frames else ""]))
             raise InvalidRequest(
-                f"{visual} visual{several} + {prompt} prompt + {max_tokens} max_tokens = {total} tokens, "
-                f"{self.card.name} has room for {self.card.max_positions}: {mend}",
+                f"{visual} visual{several and f' of {several}'} + {prompt} prompt + {max_tokens} max_tokens = {total} "
+                f"tokens, {self.card.name} has room for {self.card.max_positions}: {mend}",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -149,13 +204,22 @@ class PromptBuilder:
         """Compose the prompt of some images and then one question. `images` are as for `compose_request`."""
         return self._composed([*[None] * len(images), self._prompt(question)], images)
 
-    def compose_request(self, request: Request, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
+    def compose_request(
+        self,
+        request: Request,
+        images: Sequence[tuple[FloatArray, bytes]],
+        clip: Sequence[tuple[FloatArray, bytes]] = (),
+    ) -> Prompt:
         """Compose a request's prompt.
 
         `images` has one entry for each of the request's images, in order: visual tokens [N, H] and a key. The key names
-        everything that decides them (image, question, budget, models).
+        everything that decides them (image, question, budget, models). `clip` has one entry for each frame of its clip
+        that is looked at, or one for all of them.
         """
-        return self._composed(_pieces(self.card, request), images)
+        following, ordered = iter(images), list[tuple[FloatArray, bytes]]()
+        for part in request.pictures:
+            ordered += clip if isinstance(part, Clip) else [next(following)]
+        return self._composed(_pieces(self.card, request, len(clip)), ordered)
 
     def _composed(self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
         visual_tokens = images[0][0] if len(images) == 1 else np.concatenate([tokens for tokens, _ in images])
@@ -234,8 +298,11 @@ def place_of_image(card: ModelCard, text_ids: Sequence[int] | npt.NDArray[np.int
     return 0 if card.image_marks is None else list(text_ids).index(card.image_marks.image)
 
 
-def _pieces(card: ModelCard, request: Request) -> list[Piece]:
-    """Return the whole conversation in order. Texts without an image between them are one piece."""
+def _pieces(card: ModelCard, request: Request, frames: int) -> list[Piece]:
+    """Return the whole conversation in order. Texts without an image between them are one piece.
+
+    `frames` is the number of places for visual tokens that the clip has.
+    """
     pieces: list[Piece] = []
 
     def add(*following: Piece) -> None:
@@ -247,14 +314,14 @@ def _pieces(card: ModelCard, request: Request) -> list[Piece]:
 
     before = card.system_template.replace("{system}", request.system) if request.system else ""
     for exchange in request.exchanges:
-        add(*_question_pieces(card, exchange.parts, before), f" {exchange.answer}")
+        add(*_question_pieces(card, exchange.parts, before, frames), f" {exchange.answer}")
         before = " " if card.image_marks is None else "\n"
-    add(*_question_pieces(card, request.parts, before))
+    add(*_question_pieces(card, request.parts, before, frames))
     return pieces
 
 
-def _question_pieces(card: ModelCard, parts: Sequence[Part], before: str) -> Iterator[Piece]:
-    """Yield one question in its template, after the text `before`, with its images in place.
+def _question_pieces(card: ModelCard, parts: Sequence[Part], before: str, frames: int) -> Iterator[Piece]:
+    """Yield one question in its template, after the text `before`, with its images and its clip in place.
 
     An image before all of a question's text comes before `before` too, but after it for an IDEFICS.
     """
@@ -262,11 +329,18 @@ def _question_pieces(card: ModelCard, parts: Sequence[Part], before: str) -> Ite
     if not card.interleaved:
         parts = sorted(parts, key=lambda part: isinstance(part, Text))
     inside = list(dropwhile(lambda part: not isinstance(part, Text), parts))
-    images = [None] * (len(parts) - len(inside))
+    images = [place for part in parts[: len(parts) - len(inside)] for place in _places_of(part, frames)]
     yield from [*images, before + head] if card.image_marks is None else [before, *images, head]
     for place, part in enumerate(inside):
-        yield (" " if place else "") + part.text if isinstance(part, Text) else None
+        if isinstance(part, Text):
+            yield (" " if place else "") + part.text
+        else:
+            yield from _places_of(part, frames)
     yield tail
+
+
+def _places_of(part: Part, frames: int) -> list[None]:
+    return [None] * (frames if isinstance(part, Clip) else 1)
 
 
 def visual_token_ids(key: bytes, count: int) -> npt.NDArray[np.uint64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -20,7 +20,16 @@ from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.core.tensors import DTYPES
-from service.core.vision import IMAGE_SIZE, QUESTION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures, dense
+from service.core.vision import (
+    IMAGE_SIZE,
+    QUESTION_TOKENS,
+    CloserFeatures,
+    Seen,
+    SeenClip,
+    UInt8Array,
+    VisionFeatures,
+    dense,
+)
 from service.triton import codec
 from service.triton.calls import Calls, Metadata
 from service.triton.contract import CALLED
@@ -94,6 +103,27 @@ class TritonClient:
             return codec.seen(await self._calls.infer("attend", tensors, timeout_s), budget)
         tensors["detail_features"] = dense(closer.features)[np.newaxis]
         return replace(codec.seen(await self._calls.infer("attend_448", tensors, timeout_s), budget), detail="high")
+
+    async def attend_clip(
+        self,
+        frames: Sequence[VisionFeatures],
+        times: Sequence[float],
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+    ) -> SeenClip:
+        """Attend to the features of a clip's frames together. `times` are from 0 to 1, `budget` is that of the clip."""
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "features": np.stack([dense(frame.features) for frame in frames]),
+            "saliency": np.stack([frame.saliency for frame in frames]),
+            "entropy": np.stack([frame.entropy for frame in frames]),
+            "texture": np.stack([frame.texture for frame in frames]),
+            "times": np.array(times, np.float32),
+            "question_ids": question.ids,
+            "question_mask": question.mask,
+            "clip_budget": np.array(budget.vision_tokens, np.int32),
+        }
+        return codec.seen_clip(await self._calls.infer("attend_clip", tensors, timeout_s), budget)
 
     async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated.
@@ -179,6 +209,10 @@ class TritonClient:
                 )
                 closer = CloserFeatures(**second) if model == "attend_448" else None
                 await self.attend(VisionFeatures(**first), question, budget, timeout_s, closer)
+            case "attend_clip":
+                shapes = card.feature_shapes[IMAGE_SIZE]
+                blank = VisionFeatures(**{name: np.zeros(s, DTYPES[card.type_of(name)]) for name, s in shapes.items()})
+                await self.attend_clip([blank], [0.0], question, budget, timeout_s)
             case "llm":
                 prompt = Prompt(
                     input_ids=np.array([card.vocab_size, card.end_id], np.int32),

@@ -15,7 +15,7 @@ from service.core.payer import NOBODY, PAYER, current
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget
 from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
-from service.core.vision import CELLS, GRID, Relevance, Seen, VisionFeatures
+from service.core.vision import CELLS, GRID, Relevance, Seen, SeenClip, VisionFeatures
 from service.telemetry.tracing import TRACEPARENT, traceparent
 from service.triton.contract import CALLED
 
@@ -27,7 +27,7 @@ _LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm
 
 
 def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
-    """Make a request. The first dimension of every tensor is the batch.
+    """Make a request. The first dimension of every tensor is the batch, if the model has one.
 
     The LLM gives log probabilities only if `return_log_probs` is among the tensors, and those of the likeliest tokens
     only if `num_top_log_probs` is. The models record their spans below
@@ -149,6 +149,20 @@ def seen(arrays: Arrays, budget: Budget) -> Seen:
         tensions=arrays["tensions"][0],
     )
     return Seen(arrays["visual_tokens"][0, :count].copy(), relevance, budget)  # without the rows after the count
+
+
+def seen_clip(arrays: Arrays, budget: Budget) -> SeenClip:
+    frames = zip(*(arrays[name] for name in ("relevance", "scores", "levels")), strict=True)
+    relevance = tuple(
+        Relevance(
+            map=places.reshape(GRID, GRID),
+            scores=scores.reshape(3, GRID, GRID),
+            levels=levels.reshape(CELLS, CELLS),
+            tensions=arrays["tensions"],
+        )
+        for places, scores, levels in frames
+    )
+    return SeenClip(arrays["visual_tokens"], relevance, budget)
 
 
 def tokens(response: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ CALLED: Mapping[str, Model] = {
     "attend": MODELS["attend"],
     "vision_encoder": MODELS["vision_encoder"],  # the four crops of a closer view in one request, as a batch
     "attend_448": MODELS["attend_448"],  # only if the model card has a closer view
+    "attend_clip": MODELS["attend_clip"],  # only if the model card has a clip resampler
     "llm": _read(
         MODELS["llm"], "output_ids", "output_log_probs", *LIKELIEST
     ),  # all but the first if a request asks for them
@@ -25,4 +26,4 @@ CALLED: Mapping[str, Model] = {
 
 _ENSEMBLES = ("see", "attend", "attend_448")
 # The models that run at the vision address (GLIMPSE_VISION_URL).
-VISION_MODELS = frozenset({*_ENSEMBLES, *(step for name in _ENSEMBLES for step in CALLED[name].through)})
+VISION_MODELS = frozenset({*_ENSEMBLES, "attend_clip", *(step for name in _ENSEMBLES for step in CALLED[name].through)})

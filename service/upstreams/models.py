@@ -10,7 +10,7 @@ from typing import Protocol
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
 from service.core.models import LanguageModel
-from service.core.request import Budget, Request
+from service.core.request import MAX_FRAMES, Budget, Clip, Request
 from service.core.variant import ANY, DEFAULT, Route, Served
 from service.text.prompt import PromptBuilder, token_bytes
 from service.upstreams.retry_budget import RetryBudget
@@ -61,6 +61,8 @@ class Model:
     def check(self, request: Request) -> int:
         """Return the most LLM tokens that the request can use. Raises InvalidRequest if the model cannot answer it."""
         budget, card = request.budget, self.card
+        if request.clip is not None:
+            self._check_clip(request, request.clip)
         if request.detail == "high" and not card.closer_view:
             raise InvalidRequest(
                 f'{card.name} has no closer view: leave detail out, or ask for "low" or "auto"',
@@ -73,11 +75,42 @@ class Model:
                 param="min_confidence",
                 code="confidence_not_supported",
             )
-        offered = card.vision_tokens_for(request.detail)
-        model = f"{card.name} with detail {request.detail}" if card.closer_view else card.name
+        detail = request.detail if request.images else "low"
+        offered = card.vision_tokens_for(detail)
+        model = f"{card.name} with detail {detail}" if card.closer_view else card.name
         require_range("budget.vision_tokens", budget.vision_tokens, offered, model)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
         return self.prompts.require_room(request)
+
+    def _check_clip(self, request: Request, clip: Clip) -> None:
+        """Raises InvalidRequest if the model cannot answer about the clip."""
+        if len(request.clips) > 1:
+            raise InvalidRequest(
+                f"video is given {len(request.clips)} times: ask about one video at a time", param="video"
+            )
+        most = MAX_FRAMES if self.card.clip is None else self.card.clip.frames
+        if clip.frames is not None and not 1 <= clip.frames <= most:
+            raise InvalidRequest(
+                f"video_frames is {clip.frames}: {self.card.name} looks at 1 to {most} frames", param="video_frames"
+            )
+        if request.min_confidence is not None:
+            raise InvalidRequest(
+                "min_confidence cannot be asked of a video: confidence is calibrated for images only. Leave it out",
+                param="min_confidence",
+                code="confidence_not_supported",
+            )
+        if request.images:  # what follows is about them
+            return
+        if request.detail == "high":
+            raise InvalidRequest(
+                'the frames of a video have no closer view: leave detail out, or ask for "low" or "auto"',
+                param="detail",
+                code="detail_not_supported",
+            )
+        if request.fit not in (None, "squash"):
+            raise InvalidRequest(
+                f'the frames of a video are seen squashed, and fit is "{request.fit}": leave fit out', param="fit"
+            )
 
 
 @dataclass(frozen=True, slots=True)

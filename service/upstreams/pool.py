@@ -24,7 +24,7 @@ from service.core.models import Generation, LanguageModel, VisionModel
 from service.core.prompt import Question
 from service.core.request import Budget
 from service.core.variant import DEFAULT
-from service.core.vision import CloserFeatures, Seen, UInt8Array, VisionFeatures
+from service.core.vision import CloserFeatures, Seen, SeenClip, UInt8Array, VisionFeatures
 from service.telemetry.metrics import Metrics
 from service.upstreams.balance import Balance, Load
 from service.upstreams.breaker import Breaker, State
@@ -180,6 +180,20 @@ class Pool:
         kind = "attend" if closer is None else "attend_448"
         return await self._call(
             kind, timeout_s, lambda triton, left_s: triton.attend(vision, question, budget, left_s, closer)
+        )
+
+    async def attend_clip(
+        self,
+        frames: Sequence[VisionFeatures],
+        times: Sequence[float],
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+    ) -> SeenClip:
+        return await self._call(
+            f"attend_clip {len(frames)}",
+            timeout_s,
+            lambda triton, left_s: triton.attend_clip(frames, times, question, budget, left_s),
         )
 
     async def _call(self, kind: str, timeout_s: float, ask: Callable[[Triton, float], Awaitable[T]]) -> T:

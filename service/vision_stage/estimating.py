@@ -10,29 +10,51 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache
 from service.cache.keys import first_view
-from service.core.card import ModelCard
-from service.core.errors import InvalidImage, naming_image
-from service.core.estimate import Amounts, Estimate, EstimatedImage, NotAdmitted
-from service.core.request import Request
+from service.core.errors import InvalidImage, naming_frame, naming_image
+from service.core.estimate import Amounts, Estimate, EstimatedClip, EstimatedImage, NotAdmitted
+from service.core.request import Budget, Request
 from service.core.viewport import fitting, viewed
+from service.core.vision import Frame
+from service.media.clip_header import CLIP_NAMES, clip_cost, clip_format
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
 from service.media.formats import SENT
-from service.media.header import header_size, upright_size
-from service.media.store import Image
+from service.media.header import header_size, require_page, upright_size
+from service.media.store import Image, LoadedClip
+from service.text.prompt import PromptBuilder
 from service.vision_stage import decoding_cost
+from service.vision_stage.clips import ClipMemory, given_frames, most_found
+from service.vision_stage.page_sizes import PageSizes
 
 
 class Estimator:
     """Read headers and ask admission, but reserve nothing."""
 
-    def __init__(self, card: ModelCard, admission: Admission, features: FeatureCache, limits: ImageLimits) -> None:
-        self.card = card
+    def __init__(
+        self,
+        prompts: PromptBuilder,
+        admission: Admission,
+        features: FeatureCache,
+        clips: ClipMemory,
+        limits: ImageLimits,
+        page_sizes: PageSizes,
+    ) -> None:
+        self.prompts = prompts
+        self.card = prompts.card
         self.admission = admission
         self.features = features
+        self.clips = clips
         self.limits = limits
+        self.page_sizes = page_sizes
 
-    def estimate(self, request: Request, images: Sequence[Image], tokens: int, reservation: Reservation) -> Estimate:
+    def estimate(
+        self,
+        request: Request,
+        images: Sequence[Image],
+        clip: LoadedClip | None,
+        tokens: int,
+        reservation: Reservation,
+    ) -> Estimate:
         """`tokens`: the most LLM tokens that the request can use. Its body's bytes are reserved already.
 
         Raises InvalidImage, TooLarge.
@@ -42,17 +64,26 @@ class Estimator:
             with naming_image(index, len(images)):
                 described.append(self._described(image, request))
         new = {image.id: image for image, each in zip(images, described, strict=True) if not each.known}
-        pixels = sum(decoding_cost(image.data, self.limits.max_pixels).pixels for image in new.values())
+        pixels = sum(decoding_cost(image.data, self.limits.max_pixels, image.page).pixels for image in new.values())
+        level = self.admission.fidelity
+        asked, budget = self.prompts.frames(request), level.cap(request.budget)
+        frames = min(asked, level.frames)
+        shown = None if clip is None else self._described_clip(clip, request, frames)
+        if clip is not None and shown is not None and not shown.known:
+            pixels += self._clip_pixels(clip, request, frames)
+            new |= {image.id: image for image in clip.sent}
         cost = Cost(0, pixels, max(tokens, self.admission.row_tokens))
         refusal = reservation.refusal_of(cost, self._claims(request, len(new), cost))
-        budget, count = self.admission.fidelity.cap(request.budget), len(images)
+        visual = self._visual_tokens(budget, len(images), frames)
+        vision = self._vision_tokens(budget, len(images), frames)
         return Estimate(
-            prompt_tokens=tokens - count * request.budget.visual_tokens[1] - request.sampling.max_tokens,
+            prompt_tokens=tokens - self.prompts.visual_tokens(request) - request.sampling.max_tokens,
             max_tokens=request.sampling.max_tokens,
-            vision_tokens=(count * budget.vision_tokens[0], count * budget.vision_tokens[1]),
-            visual_tokens=(count * budget.visual_tokens[0], count * budget.visual_tokens[1]),
-            reduced=budget != request.budget,
+            vision_tokens=vision,
+            visual_tokens=visual,
+            reduced=budget != request.budget or frames < asked,
             images=tuple(described),
+            clip=shown,
             cost=Amounts(reservation.nbytes, cost.pixels, cost.tokens),
             limits=Amounts(*self.admission.quota.limits),
             refusal=None if refusal is None else NotAdmitted(refusal.code, refusal.message, refusal.retry_after_s),
@@ -60,22 +91,65 @@ class Estimator:
 
     def _described(self, image: Image, request: Request) -> EstimatedImage:
         require_bytes(image.data, self.limits)
-        size = header_size(image.data)
+        require_page(image.data, image.page)
+        size = header_size(image.data, image.page)
         if size == (0, 0):
             raise InvalidImage(f"{found_in(image.data)}; {SENT}", param="image")
         if size is not None:
             require_size(*size, self.limits)
         width, height = size or (None, None)
-        upright = upright_size(image.data)
+        upright = upright_size(image.data, image.page) or self.page_sizes.get(image.digest)
         fit, colour = request.fit or self.card.fit, self.card.pad_colour
         viewport = None if upright is None else fitting(*upright, fit, colour).viewport
         known = self.features.holds(first_view(self.card.fingerprint, viewed(image.digest, viewport)))
         return EstimatedImage(image.id, len(image.data), width, height, known)
 
+    def _described_clip(self, clip: LoadedClip, request: Request, frames: int) -> EstimatedClip:
+        for place, image in enumerate(clip.images):
+            with naming_frame(place, len(clip.images)):
+                self._described(image, request)
+        if clip.file is not None:
+            require_bytes(clip.file.data, self.limits, "video")
+            if clip_format(clip.file.data) is None:
+                raise InvalidImage(f"{found_in(clip.file.data, 'video')}; send {CLIP_NAMES}", param="video")
+        named = self._named(clip, request, frames)
+        known = named is not None and all(
+            self.features.holds(first_view(self.card.fingerprint, frame.digest)) for frame in named
+        )
+        nbytes = sum(len(image.data) for image in clip.sent)
+        return EstimatedClip("" if clip.file is None else clip.file.id, nbytes, frames, known)
+
+    def _named(self, clip: LoadedClip, request: Request, frames: int) -> Sequence[Frame] | None:
+        """Return the frames whose features are needed; None for a file that was not decoded before."""
+        most = most_found(request, frames)
+        return given_frames(clip, most) if clip.file is None else self.clips.frames(clip.file.digest, most)
+
+    def _clip_pixels(self, clip: LoadedClip, request: Request, frames: int) -> int:
+        most = most_found(request, frames)
+        if clip.file is not None:
+            return clip_cost(clip.file.data, most)
+        return sum(
+            decoding_cost(clip.images[frame.index].data, self.limits.max_pixels).pixels
+            for frame in given_frames(clip, most)
+        )
+
+    def _vision_tokens(self, budget: Budget, images: int, frames: int) -> tuple[int, int]:
+        least, most = budget.vision_tokens
+        if self.card.clip is None or not frames:
+            return (images + frames) * least, (images + frames) * most
+        low, high = self.card.clip.budget(budget).vision_tokens
+        return images * least + low, images * most + high
+
+    def _visual_tokens(self, budget: Budget, images: int, frames: int) -> tuple[int, int]:
+        least, most = budget.visual_tokens
+        if self.card.clip is None or not frames:
+            return (images + frames) * least, (images + frames) * most
+        return images * least + self.card.clip.visual_tokens, images * most + self.card.clip.visual_tokens
+
     def _claims(self, request: Request, new: int, cost: Cost) -> list[Claim]:
         """Return the claims that the request would make, without making them."""
         now = time.monotonic()
-        kind = Kind.of(len(request.images)) if new else Kind.FOLLOW_UP
+        kind = Kind.of(self.prompts.pictures(request)) if new else Kind.FOLLOW_UP
         amounts = {Resource.LLM: cost.tokens} | ({Resource.VISION: 1} if new else {})
         return [
             Claim(resource, amount, kind, now, now + request.timeout_s, request.tenant, request.priority)

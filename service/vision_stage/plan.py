@@ -1,6 +1,7 @@
 """Decide which step comes next for one image of a request. Pure: everything that it depends on is an argument.
 
-A `Look` is the state of that work: what is known of the image for this question so far.
+A `Look` is the state of that work: what is known of the image for this question so far. A frame of a clip has a look
+of its own, as an image with detail low has.
 
     Recall         ask the visual cache for this image's visual tokens for this question
     See            find the features of the first view; if they are new, encode and attend in the same call
@@ -83,15 +84,25 @@ class Done:
     is_denied: bool = False  # a closer view was wanted but not possible
 
 
+@dataclass(slots=True, eq=False)
+class Film:
+    """The file of a request's clip, of which at most `most` frames are decoded."""
+
+    file: Image
+    most: int
+    is_reserved: bool = False  # its pixels are reserved
+    is_remembered: bool = False  # it can be asked about by its id
+
+
 Step = Recall | See | Encode | EncodeCloser | ChooseTile | Attend | Done
 
 
 @dataclass(slots=True)
 class Look:
-    """Hold one image of a request and its results so far."""
+    """Hold one image, or one frame of a clip, and its results so far."""
 
-    number: int  # its place among the images of the request
-    image: Image
+    number: int  # its place among the images of the request; of a frame, its index in the clip
+    image: Image  # of a frame, `digest` is the frame's
     question: Question
     viewport: Viewport | None = None  # what is seen of the image; None: all of it, squashed
     tiles: tuple[Viewport, ...] = ()  # of which one may be chosen; empty once that is decided
@@ -107,6 +118,9 @@ class Look:
     is_reserved: bool = False  # its pixels are reserved
     encoded: int = 0  # the most pictures that were encoded for one view of it: 4 for a closer view
     decoded: Decoded | None = None  # both views, until the closer one is encoded
+    is_frame: bool = False  # a frame is seen squashed, with detail low
+    film: Film | None = None  # the file of the frame; None if it came as an image
+    is_read: bool = True  # False: only its features are needed
 
     @property
     def is_done(self) -> bool:
@@ -159,6 +173,17 @@ class Situation:
     holds_closer: bool  # the visual cache: a hit costs nothing, whatever the fidelity level
 
 
+# A frame of a clip is looked at with detail low, whatever is asked of the images beside the clip.
+OF_FRAME = Situation(
+    asks="low",
+    needs_closer=False,
+    offers_closer=False,
+    closer_view_at=1.0,
+    allows_closer=False,
+    holds_closer=False,
+)
+
+
 def next_step(look: Look, situation: Situation) -> Step:
     """Decide the next step; change nothing. Whatever each step brings, the steps of a look end in Done."""
     is_wanted = look.detail == "low" and wants_closer(look, situation)
@@ -175,6 +200,11 @@ def next_step(look: Look, situation: Situation) -> Step:
     if look.vision is None:
         return Encode(is_optional)
     return EncodeCloser(is_optional) if look.closer is None else Attend()
+
+
+def next_step_to_features(look: Look) -> Encode | Done:
+    """Decide the next step of a look that only needs features."""
+    return Encode(is_optional=False) if look.vision is None else Done()
 
 
 def wants_closer(look: Look, situation: Situation) -> bool:

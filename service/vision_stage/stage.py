@@ -1,4 +1,4 @@
-"""Do the plan's steps for every image of a request.
+"""Do the plan's steps for every image of a request, and for every frame of its clip.
 
 Each image goes through the steps independently, several images of one request at the same time. Each has its own
 lookups, flights and vision slots, so two requests for the same images in another order cannot deadlock.
@@ -21,33 +21,38 @@ from typing import Any, Literal
 import numpy as np
 
 from service.admission.admission import Admission, Reservation
-from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
-from service.cache.visual_tokens import VisualCache, visual_key
+from service.cache.visual_tokens import VisualCache, clip_key, visual_key
 from service.core.card import ModelCard
-from service.core.errors import Overloaded, naming_image
+from service.core.errors import Overloaded
 from service.core.models import VisionModel
-from service.core.request import Budget, ImageId, Priority, Request
-from service.core.viewport import Fitting, fitting
+from service.core.request import Budget, Priority, Request
+from service.core.viewport import fitting
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
     IMAGE_SIZE,
     CloserFeatures,
+    Frame,
     Int8Rows,
     Seen,
+    SeenClip,
+    Sight,
     VisionFeatures,
 )
-from service.images import Images
 from service.media.decoder import Decoded
-from service.media.header import header_size, upright_size
-from service.media.reader import ImageReader
-from service.media.store import Image
+from service.media.formats import reads_as_pdf
+from service.media.header import require_page, upright_size
+from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
+from service.vision_stage.changes import Change, changes_of, largest
+from service.vision_stage.clips import ClipMemory, Shown, changed_key, given_frames, most_found
+from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import (
+    OF_FRAME,
     Attend,
     ChooseTile,
     Done,
@@ -58,6 +63,7 @@ from service.vision_stage.plan import (
     See,
     Situation,
     next_step,
+    next_step_to_features,
     tile_of,
 )
 
@@ -77,37 +83,44 @@ class VisionStage:
         admission: Admission,
         card: ModelCard,
         prompts: PromptBuilder,
-        reader: ImageReader,
-        images: Images,
+        pixels: Pixels,
         features: FeatureCache,
         visual: VisualCache,
+        clips: ClipMemory,
     ) -> None:
         self.vision = vision
         self.admission = admission
         self.card = card
         self.prompts = prompts
-        self.reader = reader
-        self.images = images
+        self.pixels = pixels
         self.features = features
         self.visual = visual
+        self.clips = clips
 
-    async def look(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> list[Seen]:
-        """Return the visual tokens of each image. The request then holds its LLM tokens.
+    async def look(
+        self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, reservation: Reservation
+    ) -> Sight:
+        """Return the visual tokens of each image, and of the clip. The request then holds its LLM tokens.
 
         LLM tokens are claimed before attending. This bounds how many requests attend at once, and a refused request
         has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
-        encoded. Raises Overloaded.
+        encoded. Raises InvalidImage, TooLarge, Overloaded.
         """
-        looks = self._looks(images, ticket)
-        pending = list(looks.values())
+        looks = await self._looks(images, ticket, reservation)
+        shown = None if clip is None else await self._shown(clip, ticket, reservation)
+        frames = {} if shown is None else shown.looks
+        every = [*looks.values(), *frames.values()]
+        pending = every
         while True:
             for look in pending:
                 self._recall(look, ticket)
             pending = [look for look in pending if not look.is_done]
             await together(self._find, pending, ticket, reservation)
-            kind = Kind.of(sum(look.encoded for look in looks.values()))
+            kind = Kind.of(sum(look.encoded for look in every))
             room = await self._turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
             await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
+            if shown is not None and shown.is_joined and shown.seen is None:
+                shown.seen = await self._attend_clip(shown, ticket)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
@@ -117,27 +130,142 @@ class VisionStage:
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
         ticket.fit = next((look.viewport.fit for look in looks.values() if look.viewport is not None), "squash")
-        ticket.reduced = any(self._is_reduced(look, ticket.request) for look in looks.values())
-        return [result_of(looks[image.digest]) for image in images]
+        ticket.reduced = any(self._is_reduced(look, ticket.request) for look in every if look.is_read)
+        seen = tuple(result_of(looks[image.digest]) for image in images)
+        if shown is None:
+            return Sight(seen)
+        ticket.reduced = ticket.reduced or self._is_clip_reduced(shown, ticket.request)
+        if shown.is_joined:
+            return Sight(seen, shown.frames, clip=shown.seen)
+        return Sight(seen, shown.frames, tuple(result_of(frames[frame.digest]) for frame in shown.frames))
 
-    def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
-        """Make one look for each different image, by digest: an image that is given twice is looked at once."""
+    async def _looks(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> dict[str, Look]:
+        """Make one look for each different image, by digest: an image that is given twice is looked at once.
+
+        Raises InvalidImage, TooLarge, Overloaded.
+        """
         question = self.prompts.question(ticket.request.question)
         looks: dict[str, Look] = {}
         for number, image in enumerate(images):
             if image.digest not in looks:
-                fitted = self._fitted(image, ticket.request)
-                looks[image.digest] = look = Look(number, image, question, *fitted)
+                require_page(image.data, image.page)
+                looks[image.digest] = look = Look(number, image, question)
+                await self._fit(look, ticket, reservation)
                 self._decide(look, ticket)
         return looks
 
-    def _fitted(self, image: Image, request: Request) -> Fitting:
-        """Return what to see of the image. If its header has no size, the decoder refuses the image."""
-        fit = request.fit or self.card.fit
-        size = None if fit == "squash" else upright_size(image.data)
-        return Fitting() if size is None else fitting(*size, fit, self.card.pad_colour)
+    async def _shown(self, clip: LoadedClip, ticket: Ticket, reservation: Reservation) -> Shown:
+        """Choose the frames that are looked at. Raises InvalidImage, TooLarge, Overloaded."""
+        request, question = ticket.request, self.prompts.question(ticket.request.question)
+        asked = self.prompts.frames(request)
+        most = min(asked, self.admission.fidelity.frames)
+        compares = request.clip is not None and request.clip.sampling == "change"
+        shown = Shown(clip, most_found(request, most), question, self.card.clip is not None)
+        if shown.film is not None:
+            shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
+        shown.frames = await self._frames(shown, ticket, reservation)
+        has_more = shown.frames[-1].index >= len(shown.frames)
+        ticket.compared = len(shown.frames)
+        if compares:
+            changes = await self._changes(shown, ticket, reservation)
+            has_more = len(changes) > most
+            shown.frames = tuple(shown.frames[place] for place in largest(changes, most))
+        ticket.frames = len(shown.frames)
+        shown.is_reduced = most < asked and has_more
+        if shown.is_joined:
+            budgets = dict.fromkeys((self._asked_clip(request), self._allowed_clip(request)))
+            keys = [clip_key(self.card, shown.frames, request.question, budget) for budget in budgets]
+            shown.seen = self.visual.get_clip(*keys)
+        if shown.seen is None:
+            shown.look(is_read=not shown.is_joined)
+            for look in shown.looks.values():
+                self._decide(look, ticket)
+        else:
+            self.pixels.remember_clip(shown, request)
+        return shown
+
+    async def _frames(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> tuple[Frame, ...]:
+        """Name the clip's frames. A file is decoded if it is not known which frames it has."""
+        film = shown.film
+        if film is None:
+            return given_frames(shown.clip, shown.most)
+        known = self.clips.frames(film.file.digest, film.most)
+        if known is not None:
+            return known
+        self.pixels.reserve_film(film, reservation)
+        claim = await self._turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket, reservation)
+        known = self.clips.frames(film.file.digest, film.most)  # of another request that waited too
+        if known is None:
+            known = self.clips.keep(film.file, film.most, await self.pixels.of_film(film, ticket))
+        reservation.give_back(claim)
+        return known
+
+    async def _changes(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> Sequence[Change]:
+        """Find the frames that show something new, by the features of all."""
+        key = changed_key(self.card.fingerprint, shown.frames)
+        if (known := self.clips.changes(key)) is not None:
+            return known
+        ticket.frames = len(shown.frames)
+        shown.look(is_read=False)
+        for look in shown.looks.values():
+            self._decide(look, ticket)
+        await together(self._find, list(shown.looks.values()), ticket, reservation)
+        return self.clips.keep_changes(key, changes_of(shown.vision))
+
+    async def _attend_clip(self, shown: Shown, ticket: Ticket) -> SeenClip:
+        """Attend to all frames of the clip in one call. Keep what the request sees."""
+        request = ticket.request
+        vision, places = shown.vision, [frame.at for frame in shown.frames]
+        with ticket.stage("vision"), ticket.stage("attend"):
+            budget = self._allowed_clip(request)
+            seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
+            ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
+        seen = replace(seen, is_rounded=any(isinstance(each.features, Int8Rows) for each in vision))
+        self.visual.keep(clip_key(self.card, shown.frames, request.question, seen.budget), seen)
+        return seen
+
+    def _asked_clip(self, request: Request) -> Budget:
+        """Return the budget of the whole clip, which the clip resampler can spend."""
+        assert self.card.clip is not None
+        return self.card.clip.budget(request.budget)
+
+    def _allowed_clip(self, request: Request) -> Budget:
+        return self.admission.fidelity.cap(self._asked_clip(request))
+
+    def _is_clip_reduced(self, shown: Shown, request: Request) -> bool:
+        if shown.seen is not None and shown.seen.budget != self._asked_clip(request):
+            return True
+        return shown.is_reduced
+
+    async def _fit(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+        """Find what to see of the image. If its header has no size, the decoder refuses the image.
+
+        Raises InvalidImage, TooLarge, Overloaded.
+        """
+        fit, image = ticket.request.fit or self.card.fit, look.image
+        if fit == "squash":
+            return
+        if reads_as_pdf(image.data):
+            known = self.pixels.page_sizes.get(image.digest)
+            size = known or await self._measured(look, ticket, reservation)
+        else:
+            size = upright_size(image.data, image.page)
+        if size is not None:
+            look.viewport, look.tiles = fitting(*size, fit, self.card.pad_colour)
+
+    async def _measured(self, look: Look, ticket: Ticket, reservation: Reservation) -> tuple[int, int] | None:
+        """Open a PDF for the size of its page. Raises InvalidImage, TooLarge, Overloaded."""
+        self.pixels.reserve(look, reservation)
+        kind = Kind.of(len(ticket.request.images))
+        claim = await self._turn(Resource.VISION, 1, kind, ticket, reservation)
+        size = await self.pixels.measured(look, ticket)
+        reservation.give_back(claim)
+        return size
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
+        if not look.is_read:
+            look.step = next_step_to_features(look)
+            return
         look.step = next_step(look, self._situation(look, ticket.request))
         if look.step == ChooseTile():
             self._choose_tile(look, ticket.request)
@@ -154,6 +282,8 @@ class VisionStage:
         look.choose(tile, possible)
 
     def _situation(self, look: Look, request: Request) -> Situation:
+        if look.is_frame:
+            return OF_FRAME
         needs_closer = request.budget.vision_tokens[0] > self.card.vision_tokens[1]
         may_want_closer = needs_closer or request.detail != "low"  # else the answers below cost time and matter not
         allows_closer = may_want_closer and self.admission.fidelity.closer_view
@@ -179,7 +309,7 @@ class VisionStage:
             look.recall(step.detail, self.visual.get(*self._keys(look, step.detail, ticket.request)))
             self._decide(look, ticket)
         if look.is_done:
-            self._remember(look.image, ticket.request)
+            self.pixels.remember(look, ticket.request)
 
     def _keys(self, look: Look, detail: Literal["low", "high"], request: Request) -> list[bytes]:
         """Return the visual cache's keys that can answer the request, best first.
@@ -230,7 +360,7 @@ class VisionStage:
                 ticket.tell(hit=found.features is not None, view=IMAGE_SIZE)
             look.vision = found.features
             if look.vision is not None:
-                self._remember(look.image, ticket.request)
+                self.pixels.remember(look, ticket.request)
                 return
             async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as (decoded, claim):
                 timeout_s = max(ticket.left_s, ENCODE_TIMEOUT_S)
@@ -320,22 +450,14 @@ class VisionStage:
         Raises Overloaded.
         """
         images = CROPS if view == CLOSER_SIZE else 1
-        if not look.is_reserved:
-            reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels))
-            look.is_reserved = True
+        self.pixels.reserve(look, reservation)
         slots = min(images, self.admission.vision_slots)
-        kind = Kind.of(max(images, len(ticket.request.images)))
+        kind = Kind.of(max(images, len(ticket.request.images) + ticket.frames))
         claim = await self._turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
-        if (decoded := look.decoded) is None:
-            both = view == IMAGE_SIZE and look.detail == "high"
-            naming = naming_image(look.number, len(ticket.request.images))
-            with ticket.stage("load"), ticket.stage("decode_image"), naming:
-                views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
-                decoded = await self.reader.decode(look.image.data, views, look.viewport)
-            look.decoded = decoded if both else None
-        self._remember(look.image, ticket.request)
+        decoded = await self.pixels.decoded(look, view, ticket)
+        self.pixels.remember(look, ticket.request)
         try:
             with ticket.stage("vision"), ticket.stage("see"):
                 ticket.tell(images=images)
@@ -356,14 +478,6 @@ class VisionStage:
             await reservation.enter(claim)
         return claim
 
-    def _remember(self, image: Image, request: Request) -> None:
-        """Store an image that came with its question, so that later questions can name its id.
-
-        A question by id does not extend the image's lifetime.
-        """
-        if ImageId(image.id) not in request.images:
-            self.images.keep(image, request.tenant)
-
 
 def _given_back(give_back: Callable[[], None], encode: asyncio.Task[Any]) -> None:
     """End an encode that its caller has left. What went wrong concerns nobody any more."""
@@ -376,19 +490,6 @@ def result_of(look: Look) -> Seen:
     """Return the result of a look that is done."""
     assert look.seen is not None
     return look.seen
-
-
-def decoding_cost(data: bytes, max_pixels: int) -> Cost:
-    """Read the cost of decoding from the image's header.
-
-    A narrow image costs what its longer side takes to resize, as if it were NARROW_PIXELS wide. The decoder refuses an
-    image of more than `max_pixels` before it spends anything. A header without a size costs `max_pixels`.
-    """
-    size = header_size(data)
-    if size is None:
-        return Cost(pixels=max_pixels)
-    shorter, longer = sorted(size)
-    return Cost(pixels=min(longer * max(shorter, NARROW_PIXELS), max_pixels))
 
 
 async def together(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from transformers import (
     IdeficsProcessor,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
+    InstructBlipVideoForConditionalGeneration,
 )
 
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
@@ -38,11 +40,14 @@ from service.media.decoder import ImageLimits, decode
 from service.text.prompt import PromptBuilder, load_tokenizer
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import (
+    VideoProcessor,
     save_blip2_flan_t5,
     save_blip2_opt,
     save_idefics,
     save_instructblip_flan_t5,
     save_instructblip_vicuna,
+    save_instructblip_video_flan_t5,
+    save_instructblip_video_vicuna,
 )
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.cross_decoder import OnnxCrossDecoder
@@ -72,6 +77,11 @@ class Family:
         return ModelCard.from_json((self.repository / "card.json").read_text())
 
     @property
+    def frames(self) -> int:
+        """Pictures that a question is about."""
+        return self.card.frames if self.processor is VideoProcessor else 1
+
+    @property
     def full(self) -> Budget:
         """Every patch, and one group of visual tokens."""
         return Budget(vision_tokens=(256, 256), visual_tokens=(self.card.queries,) * 2)
@@ -85,6 +95,12 @@ SAVED: dict[str, tuple[Callable[[Path], None], type, type]] = {
     "blip2-flan-t5": (save_blip2_flan_t5, Blip2ForConditionalGeneration, Blip2Processor),
     "instructblip-flan-t5": (
         save_instructblip_flan_t5, InstructBlipForConditionalGeneration, InstructBlipProcessor
+    ),
+    "instructblip-video-vicuna": (
+        save_instructblip_video_vicuna, InstructBlipVideoForConditionalGeneration, VideoProcessor
+    ),
+    "instructblip-video-flan-t5": (
+        save_instructblip_video_flan_t5, InstructBlipVideoForConditionalGeneration, VideoProcessor
     ),
     "idefics": (save_idefics, IdeficsForVisionText2Text, IdeficsProcessor),
 }  # fmt: skip
@@ -103,11 +119,11 @@ def family(request: pytest.FixtureRequest, exports: SharedExports, tmp_path_fact
     return Family(folder / request.param, folder / "repository", model, processor)
 
 
-def pictures() -> list[bytes]:
-    """One picture a question, of the encoder's size, so that no resampling differs."""
+def pictures(frames: int = 1) -> list[bytes]:
+    """One picture a question, or a clip of so many, of the encoder's size, so that no resampling differs."""
     generator = np.random.default_rng(5)
     files = []
-    for _ in QUESTIONS:
+    for _ in range(len(QUESTIONS) * frames):
         out = BytesIO()
         coarse = generator.integers(0, 256, (14, 14, 3), np.uint8)
         Pillow.fromarray(coarse).resize((224, 224), Pillow.Resampling.NEAREST).save(out, "PNG")
@@ -120,11 +136,15 @@ def of_transformers(family: Family, **wishes: float) -> list[list[int]]:
     model = family.model.from_pretrained(family.directory, dtype=torch.float32).eval()
     processor = family.processor.from_pretrained(family.directory)
     said = []
-    for picture, question in zip(pictures(), QUESTIONS, strict=True):
+    shown = batched(pictures(family.frames), family.frames)
+    for clip, question in zip(shown, QUESTIONS, strict=True):
         text = family.card.prompt_template.replace("{question}", question)
-        image = Pillow.open(BytesIO(picture))
-        told = {"text": [image, text]} if family.processor is IdeficsProcessor else {"images": image, "text": text}
-        given = processor(**told, return_tensors="pt")
+        image = Pillow.open(BytesIO(clip[0]))
+        if family.processor is VideoProcessor:
+            given = processor([decode(picture, ImageLimits()).pixels for picture in clip], text)
+        else:
+            told = {"text": [image, text]} if family.processor is IdeficsProcessor else {"images": image, "text": text}
+            given = processor(**told, return_tensors="pt")
         tokens = model.generate(**given, max_new_tokens=LONGEST, do_sample=False, **wishes)[0].tolist()
         if model.config.get_text_config().is_encoder_decoder:
             tokens = tokens[1:]  # the decoder's start token
@@ -138,22 +158,26 @@ def seen(family: Family, prompts: PromptBuilder) -> list[Prompt]:
     models = {
         name: Graph(family.repository / name / "1" / "model.onnx") for name in ("vision_encoder", "relevance_allocator")
     }
-    questions = [prompts.question(question) for question in QUESTIONS]
+    questions = [prompts.question(question) for question in QUESTIONS for _ in range(family.frames)]
     asked = {
         "question_ids": np.stack([question.ids for question in questions]),
         "question_mask": np.stack([question.mask for question in questions]),
     }
-    pixels = np.stack([decode(picture, ImageLimits()).pixels for picture in pictures()])
+    pixels = np.stack([decode(picture, ImageLimits()).pixels for picture in pictures(family.frames)])
     vision = ["features", "saliency", "entropy", "texture"]
     found = dict(zip(vision, models["vision_encoder"].run({"image": pixels}, vision), strict=True))
     chosen = ["vision_tokens", "vision_mask", "query_groups"]
-    budget = np.stack([family.full.to_array()] * len(QUESTIONS))
+    budget = np.stack([family.full.to_array()] * len(questions))
     tokens = models["relevance_allocator"].run(found | asked | {"budget": budget}, chosen)
     runner = GroupRunner(family.repository / "qformer" / "1" / "model.onnx")
     visual = runner.run(dict(zip(chosen, tokens, strict=True)) | asked)
-    assert visual["visual_count"].tolist() == [[family.card.queries]] * len(QUESTIONS)
-    rows = zip(QUESTIONS, visual["visual_tokens"], strict=True)
-    return [prompts.compose(question, [(row[: family.card.queries], b"")]) for question, row in rows]
+    assert visual["visual_count"].tolist() == [[family.card.queries]] * len(questions)
+    shown = batched([(row[: family.card.queries], b"") for row in visual["visual_tokens"]], family.frames)
+    return [prompts.compose(question, clip) for question, clip in zip(QUESTIONS, shown, strict=True)]
+
+
+def batched(each: list[Any], size: int) -> list[list[Any]]:
+    return [each[start : start + size] for start in range(0, len(each), size)]
 
 
 def opened(family: Family, max_rows: int) -> OnnxDecoder | OnnxEncoderDecoder | OnnxCrossDecoder:

@@ -49,9 +49,7 @@ class Service:
         self.house = House(card, vision_slots=1, llm_tokens=CARD.max_positions)
         self.house.reader.close()
         self.reader = CountingReader(self.house.reader)
-        self.house.reader = self.house.pipeline.reader = self.house.pipeline.models.models[0].vision_stage.reader = (
-            self.reader
-        )
+        self.house.reader = self.house.pipeline.reader = self.house.pipeline.pixels.reader = self.reader
         self.app = http_api(self.house.edge)
 
     def ask(self, number: int, **fields: object) -> Caller:

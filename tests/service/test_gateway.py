@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from io import BytesIO
 
 import httpx
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image as Pillow
 
+from tests.support.documents import pdf, showing
 from tests.support.paths import PROJECT, SCENES
 from tests.support.servers import Gateway, eventually, eventually_async
 
@@ -379,3 +381,81 @@ async def test_in_a_crowd_requests_look_less_closely_but_who_will_not(start_gate
         assert f"glimpse_reduced_answers_total {len(reduced)}.0" in text
         assert "glimpse_fidelity_changes_total 0.0" not in text
     assert re.search(r"event=fidelity fidelity_level=1 ", gateway.log_path.read_text())
+
+
+def a_clip(images: list[bytes]) -> bytes:
+    """An animated WebP of these images, without loss."""
+    pictures = [Pillow.open(BytesIO(image)).convert("RGB") for image in images]
+    out = BytesIO()
+    pictures[0].save(out, "WEBP", save_all=True, append_images=pictures[1:], duration=250, lossless=True)
+    return out.getvalue()
+
+
+async def test_a_clip_is_answered_and_asking_again_encodes_nothing(http, scenes, card):
+    files, asked = {"video": a_clip(scenes[:4])}, {"question": QUESTIONS[0], "max_tokens": "8", "explain": "true"}
+    said = (await http.post("/v1/vqa", files=files, data=asked)).raise_for_status().json()
+    seen = said["vision"]["frames"]
+    assert [(frame["index"], frame["time_s"]) for frame in seen] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+    assert said["answer"]
+    assert said["vision"]["cache"] == "miss"
+    each = [tokens_at(np.array(frame["relevance"]["levels"])) for frame in seen]
+    assert sum(each) == said["vision"]["vision_tokens"]
+    visual = 4 * card.default_visual_tokens[0] if card.clip is None else card.clip.visual_tokens
+    assert said["usage"]["image_tokens"] == visual
+    again = {"video": said["video_id"], "question": QUESTIONS[1], "max_tokens": 8}
+    told = (await http.post("/v1/vqa", json=again)).raise_for_status().json()
+    assert told["vision"]["cache"] == "hit"
+    assert told["video_id"] == said["video_id"]
+
+
+async def test_frames_that_come_as_images_are_seen_as_those_of_a_file(http, scenes):
+    kept = [(await http.post("/v1/images", content=image)).json()["id"] for image in scenes[4:8]]
+    body = {"question": QUESTIONS[0], "max_tokens": 8}
+    of_file = await http.post("/v1/vqa", files={"video": a_clip(scenes[4:8])}, data=body)
+    of_images = await http.post("/v1/vqa", json=body | {"frames": kept})
+    assert of_images.json()["answer"] == of_file.json()["answer"]
+    assert [frame["image_id"] for frame in of_images.json()["vision"]["frames"]] == kept
+
+
+async def test_of_a_clip_that_hardly_changes_few_frames_are_read(http, scenes):
+    """Noise and JPEG's loss are no change, another scene is one."""
+    grain = np.random.default_rng(3)
+    images = []
+    for scene in [scenes[10]] * 5 + [scenes[11]] * 3:
+        pixels = np.asarray(Pillow.open(BytesIO(scene)).convert("RGB")) + grain.normal(0, 1.5, (224, 224, 3))
+        out = BytesIO()
+        Pillow.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+        images.append(out.getvalue())
+    body = {"question": QUESTIONS[0], "max_tokens": "8", "video_sampling": "change"}
+    said = (await http.post("/v1/vqa", files={"video": a_clip(images)}, data=body)).raise_for_status().json()
+    assert [frame["index"] for frame in said["vision"]["frames"]] == [0, 5]
+
+
+async def test_more_frames_than_fit_are_refused_with_how_many_do(http, scenes, card):
+    if card.clip is not None:
+        pytest.skip(f"{card.name} reads any number of frames in as many visual tokens")
+    fits = (card.max_positions - 64) // 32
+    body = {"question": QUESTIONS[0], "video_frames": "16"}
+    refused = await http.post("/v1/vqa", files={"video": a_clip(scenes[:2])}, data=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "video_frames"
+    told = int(re.search(r"(\d+) frames fit", refused.json()["error"]["message"])[1])
+    assert fits - 2 <= told <= fits
+
+
+async def test_each_page_of_a_pdf_is_answered_by_what_it_shows(http):
+    """Scans of three scenes, as JPEG; the second is turned by its page."""
+    scenes = {"new_009.webp": "yellow", "new_029.webp": "purple", "new_105.webp": "green"}
+    scans = []
+    for name in scenes:
+        out = BytesIO()
+        Pillow.open(SCENES / name).convert("RGB").save(out, "JPEG", quality=95)
+        scans.append(out.getvalue())
+    turned = BytesIO()
+    Pillow.open(BytesIO(scans[1])).transpose(Pillow.Transpose.ROTATE_90).save(turned, "JPEG", quality=95)
+    pages = [showing(scans[0]), replace(showing(turned.getvalue()), extra=b"/Rotate 90"), showing(scans[2])]
+    kept = (await http.post("/v1/images", content=pdf(pages))).raise_for_status().json()
+    assert kept["pages"] == 3
+    said = [await answer(http, kept["id"], "what colour is the star?", page=page) for page in (1, 2, 3)]
+    assert [each["answer"] for each in said] == list(scenes.values())
+    assert (await answer(http, kept["id"], "what colour is the star?"))["answer"] == "yellow"

@@ -589,17 +589,19 @@ class GatedReader(ImageReader):
         self.gate = asyncio.Semaphore(0)
         self.asked: list[bytes] = []
 
-    async def decode(self, data: bytes, views: Sequence[int] = (224,), viewport: Viewport | None = None) -> Decoded:
+    async def decode(
+        self, data: bytes, views: Sequence[int] = (224,), viewport: Viewport | None = None, page: int = 1
+    ) -> Decoded:
         self.asked.append(data)
         await self.gate.acquire()
-        return await super().decode(data, views, viewport)
+        return await super().decode(data, views, viewport, page)
 
 
 async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_share_them():
     house = House(vision_slots=2)
     house.reader.close()
     reader = GatedReader(house.reader.limits)
-    house.reader = house.pipeline.reader = house.pipeline.models.models[0].vision_stage.reader = reader
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = reader
 
     async def keep(shade: int) -> None:
         with house.pipeline.reservation("flood") as reservation:

@@ -351,9 +351,9 @@ async def test_both_views_are_decoded_together_if_both_are_needed(house, detail)
     decoded = []
     decode = house.reader.decode
 
-    async def noted(data: bytes, views: tuple[int, ...], viewport: Viewport | None) -> Decoded:
+    async def noted(data: bytes, views: tuple[int, ...], viewport: Viewport | None, page: int) -> Decoded:
         decoded.append(views)
-        return await decode(data, views, viewport)
+        return await decode(data, views, viewport, page)
 
     house.reader.decode = noted
     await answer(house, request(image=LARGE, detail=detail))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from io import BytesIO
@@ -15,11 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from service.admission.admission import Admission
 from service.app import gate_of, grpc_edge, http_edge, quotas_of, redis_tier, shared_images_of
 from service.core.answer import Delta, Finished, KeptImage, LogProb
-from service.core.card import Engines, ModelCard
+from service.core.card import ClipResampler, Engines, ModelCard
 from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
-from service.core.vision import CloserFeatures, Relevance, Seen, VisionFeatures, dense
+from service.core.vision import CloserFeatures, Relevance, Seen, SeenClip, VisionFeatures, dense
 from service.media.decoder import ImageLimits
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
@@ -69,6 +69,9 @@ CARD = ModelCard(
 )
 
 
+# With a clip resampler, which reads a whole clip.
+CLIPS = replace(CARD, max_positions=400, clip=ClipResampler(64, 32, 8, (64, 256)))
+
 # The same with a closer view and focus groups.
 CLOSER = replace(CARD, closer_view=True, closer_view_at=0.6, visual_tokens=(32, 128))
 
@@ -104,6 +107,8 @@ class FakeVision:
         self.map = np.full((16, 16), 0.5, np.float32)
         self.calls: list[str] = []
         self.budgets: list[Budget] = []
+        self.sees_patches = False  # a patch's features are then its colour
+        self.times: list[list[float]] = []
         self.particularize = 0.5
 
     def close(self, *calls: str) -> None:
@@ -138,6 +143,23 @@ class FakeVision:
         assert dense(closer.features).shape == (1024, 4)
         return replace(self._seen(vision, budget, 2), detail="high")
 
+    async def attend_clip(
+        self,
+        frames: Sequence[VisionFeatures],
+        times: Sequence[float],
+        question: Question,
+        budget: Budget,
+        timeout_s: float,
+    ) -> SeenClip:
+        """The visual tokens are the mean of the frames."""
+        await self._work(f"attend_clip {len(frames)}")
+        self.budgets.append(budget)
+        self.times.append(list(times))
+        seen = [self._seen(frame, Budget(), 0) for frame in frames]
+        mean = np.mean([each.visual_tokens.mean() for each in seen])
+        tokens = np.full((budget.visual_tokens[1], 4), mean, np.float32)
+        return SeenClip(tokens, tuple(each.relevance for each in seen), budget)
+
     async def _work(self, call: str) -> None:
         self.calls.append(call)
         if call.split(maxsplit=1)[0] in self.gated:
@@ -148,8 +170,12 @@ class FakeVision:
             raise fault
 
     def _features(self, image: np.ndarray) -> VisionFeatures:
+        features = np.full((257, 4), image.mean(), np.float32)
+        if self.sees_patches:
+            patches = image.reshape(3, 16, 14, 16, 14).mean((2, 4)).reshape(3, 256).T
+            features[1:] = np.concatenate([patches, 255 - patches[:, :1]], axis=1)
         return VisionFeatures(
-            np.full((257, 4), image.mean(), np.float32),
+            features,
             np.zeros(256, np.float32),
             np.zeros(256, np.float32),
             np.zeros((13, 16, 16), np.float32),

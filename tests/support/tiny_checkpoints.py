@@ -1,14 +1,20 @@
-"""Random BLIP-2, InstructBLIP and IDEFICS checkpoints of under a megabyte, saved by transformers as real ones are."""
+"""Random checkpoints of under a megabyte, of every family that is built, saved by transformers as real ones are."""
 
 from __future__ import annotations
 
 import json
 import string
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 from transformers import (
+    AddedToken,
+    AutoTokenizer,
     BertTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -23,16 +29,30 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
+    InstructBlipVideoConfig,
+    InstructBlipVideoForConditionalGeneration,
     LlamaTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     T5Tokenizer,
 )
+
+from service.core.vision import UInt8Array
+
+
+class Saved(Protocol):
+    """A processor, which is saved beside its model."""
+
+    def save_pretrained(self, directory: Path) -> object: ...
+
 
 VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
           "image_size": 224, "patch_size": 14, "qkv_bias": True}  # fmt: skip
 QFORMER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
            "cross_attention_frequency": 2, "encoder_hidden_size": 48}  # fmt: skip
 IMAGE = BlipImageProcessor(size={"height": 224, "width": 224})
+VIDEO_TOKEN = "<video>"
+MEAN, STD = [0.4, 0.45, 0.5], [0.2, 0.25, 0.3]  # other than CLIP's, to see that they are read
 LETTERS = string.ascii_letters + "?:"
 
 
@@ -70,6 +90,77 @@ def save_instructblip_vicuna(directory: Path) -> None:
         image_token_index=image_id,
     )
     _save(InstructBlipForConditionalGeneration(config), processor, directory)
+
+
+def save_instructblip_video_vicuna(directory: Path) -> None:
+    """As an InstructBLIP-Video with a Vicuna."""
+    tokenizer, words = with_video_token(_letters("</s>")), _words()
+    text = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 330, "max_position_embeddings": 256,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    config = InstructBlipVideoConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER | {"vocab_size": len(words), "max_position_embeddings": 64},
+        text_config=text,
+        num_query_tokens=32,
+        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+    )
+    _save(InstructBlipVideoForConditionalGeneration(config), VideoProcessor(tokenizer, words), directory)
+
+
+def save_instructblip_video_flan_t5(directory: Path) -> None:
+    """The same with a FlanT5."""
+    tokenizer, words = with_video_token(_unigram()), _words()
+    config = InstructBlipVideoConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER | {"vocab_size": len(words), "max_position_embeddings": 64},
+        text_config=FLAN_T5,
+        num_query_tokens=32,
+        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+        use_decoder_only_language_model=False,
+    )
+    _save_flan_t5(InstructBlipVideoForConditionalGeneration(config), VideoProcessor(tokenizer, words), directory)
+
+
+def with_video_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Add the token of a frame's places, as InstructBlipVideoProcessor does."""
+    tokenizer.add_tokens([AddedToken(VIDEO_TOKEN, normalized=False, special=True)], special_tokens=True)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class VideoProcessor:
+    """Does for one clip what InstructBlipVideoProcessor does, whose part for pixels needs torchvision."""
+
+    tokenizer: PreTrainedTokenizerBase
+    qformer_tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> VideoProcessor:
+        words = AutoTokenizer.from_pretrained(directory / "qformer_tokenizer")
+        return cls(AutoTokenizer.from_pretrained(directory), words)
+
+    def save_pretrained(self, directory: Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+        self.qformer_tokenizer.save_pretrained(directory / "qformer_tokenizer")
+        told = {"video_processor_type": "InstructBlipVideoVideoProcessor", "size": {"height": 224, "width": 224},
+                "image_mean": MEAN, "image_std": STD}  # fmt: skip
+        processor = {"processor_class": "InstructBlipVideoProcessor", "num_query_tokens": 32, "video_processor": told}
+        (directory / "processor_config.json").write_text(json.dumps(processor, indent=2))
+
+    def __call__(self, frames: Sequence[UInt8Array], text: str) -> dict[str, torch.Tensor]:
+        """`frames` are RGB [3, 224, 224]: nothing has to be resized."""
+        words, prompt = self.qformer_tokenizer([text]), self.tokenizer([text])
+        places = self.tokenizer(VIDEO_TOKEN * 32 * len(frames), add_special_tokens=False)
+        pixels = torch.from_numpy(np.stack(frames)).float() / 255
+        mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
+        return {
+            "pixel_values": ((pixels - mean) / std).unsqueeze(0),
+            "qformer_input_ids": torch.tensor(words["input_ids"]),
+            "qformer_attention_mask": torch.tensor(words["attention_mask"]),
+            "input_ids": torch.tensor([places["input_ids"] + prompt["input_ids"][0]]),
+            "attention_mask": torch.tensor([places["attention_mask"] + prompt["attention_mask"][0]]),
+        }
 
 
 def save_idefics(directory: Path) -> None:
@@ -152,7 +243,7 @@ def _unigram() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=2)
 
 
-def _save_flan_t5(model: PreTrainedModel, processor: Blip2Processor | InstructBlipProcessor, directory: Path) -> None:
+def _save_flan_t5(model: PreTrainedModel, processor: Saved, directory: Path) -> None:
     """With the published text_config: transformers itself writes that T5's embeddings are tied."""
     language = model.language_model
     language.lm_head.weight = torch.nn.Parameter(torch.empty_like(language.shared.weight))
@@ -163,9 +254,7 @@ def _save_flan_t5(model: PreTrainedModel, processor: Blip2Processor | InstructBl
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _save(
-    model: PreTrainedModel, processor: Blip2Processor | InstructBlipProcessor | IdeficsProcessor, directory: Path
-) -> None:
+def _save(model: PreTrainedModel, processor: Saved, directory: Path) -> None:
     """With weights that leave no part without a say: norms that are not 1, biases that are not 0."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

@@ -11,11 +11,11 @@ import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
-from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
+from service.core.answer import Delta, Finished, FrameSeen, KeptImage, TokenLogProb
 from service.core.errors import GlimpseError, InvalidRequest, status_of
-from service.core.request import Exchange, ImageBytes, ImageId, ImageUrl, Part, Text
+from service.core.request import Clip, Exchange, ImageBytes, ImageId, ImageSource, ImageUrl, Part, Text
 from service.core.vision import Relevance
-from service.edges.asking import Fields
+from service.edges.asking import Fields, frames_clip
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.wire import fields_in, require_few_fields, varint
 from service.edges.http.faults import invalid_request
@@ -24,10 +24,11 @@ from service.edges.http.schema import MAX_TURNS, NESTED, SCHEMA_TEXT, Asked, sur
 MAX_PARTS = 64  # of one question, as of a form
 OPTIONAL = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "regex", "json_schema"),
-    "min_confidence",
+    *("min_confidence", "video_frames", "page"),
 )
 DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high", pb.DETAIL_AUTO: "auto"}
 FITS = {pb.FIT_SQUASH: "squash", pb.FIT_PAD: "pad", pb.FIT_TILES: "tiles", pb.FIT_AUTO: "auto"}
+VIDEO_SAMPLINGS = {pb.VIDEO_SAMPLING_UNIFORM: "uniform", pb.VIDEO_SAMPLING_CHANGE: "change"}
 PRIORITIES = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_LOW: "low"}
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 CACHES = {"hit": pb.CACHE_HIT, "miss": pb.CACHE_MISS}
@@ -128,6 +129,8 @@ def fields_of(
         given["detail"] = DETAILS.get(message.detail, message.detail)
     if message.fit:
         given["fit"] = FITS.get(message.fit, message.fit)
+    if message.video_sampling:
+        given["video_sampling"] = VIDEO_SAMPLINGS.get(message.video_sampling, message.video_sampling)
     if message.priority:
         given["priority"] = PRIORITIES.get(message.priority, message.priority)
     if message.HasField("budget"):
@@ -150,23 +153,40 @@ def budget_of(budget: pb.Budget) -> dict[str, tuple[int, int]]:
 
 
 def parts_of(parts: Sequence[pb.Part], where: str) -> tuple[Part, ...]:
-    """Return texts and images in their places. Raises InvalidRequest."""
+    """Return texts, images and videos in their places. Raises InvalidRequest."""
     if len(parts) > MAX_PARTS:
         raise InvalidRequest(f"{where} may hold at most {MAX_PARTS} items", param=where)
     return tuple(part_of(part, f"{where}.{index}") for index, part in enumerate(parts))
 
 
 def part_of(part: pb.Part, where: str) -> Part:
-    match part.WhichOneof("part"):
+    kind = part.WhichOneof("part")
+    match kind:
         case "text":
             return Text(part.text)
-        case "image":
-            return ImageBytes(part.image)
-        case "image_id":
-            return ImageId(part.image_id.strip())
-        case "image_url":
-            return ImageUrl(part.image_url.strip())
-    raise InvalidRequest(f"{where} is empty: set its text, image, image_id or image_url", param=where)
+        case "image" | "image_id" | "image_url":
+            return source_in(part, kind)
+        case "video" | "video_id" | "video_url":
+            return Clip(source_in(part, kind))
+        case "frames":
+            where = f"{where}.frames"
+            return frames_clip([frame_of(each, f"{where}.{i}") for i, each in enumerate(part.frames.frames)], where)
+    raise InvalidRequest(f"{where} is empty: set its text, image or video", param=where)
+
+
+def frame_of(frame: pb.Frame, where: str) -> ImageSource:
+    kind = frame.WhichOneof("frame")
+    if kind is None:
+        raise InvalidRequest(f"{where} is empty: set its image, image_id or image_url", param=where)
+    return source_in(frame, kind)
+
+
+def source_in(message: pb.Part | pb.Frame, name: str) -> ImageSource:
+    """Return the file, the id or the URL in a field, whose name says which of them it is."""
+    value = getattr(message, name)
+    if name.endswith("_id"):
+        return ImageId(value.strip())
+    return ImageUrl(value.strip()) if name.endswith("_url") else ImageBytes(value)
 
 
 def answer_message(
@@ -187,6 +207,7 @@ def answer_message(
         answer="".join(texts),
         finish_reason=FINISH_REASONS[end.finish_reason],
         image_ids=end.image_ids,
+        video_id=end.clip_id,
         usage=pb.Usage(
             prompt_tokens=end.prompt_tokens,
             completion_tokens=end.completion_tokens,
@@ -200,6 +221,7 @@ def answer_message(
             reduced=end.reduced,
             fit=SEEN_FITS[end.fit],
             familiar=None if end.confidence is None else end.confidence.familiar,
+            frames=[seen_frame_message(frame, explain) for frame in end.frames],
         ),
         timing_ms=pb.TimingMs(**end.timing_ms),
         relevance=[relevance_message(each) for each in end.relevance] if explain else [],
@@ -228,12 +250,27 @@ def event_message(
 
 def relevance_message(relevance: Relevance) -> pb.Relevance:
     propositional, perspectival, participatory = (score.ravel().tolist() for score in relevance.scores)
+    message = frame_relevance_message(relevance)
+    message.propositional.extend(propositional)
+    message.perspectival.extend(perspectival)
+    message.participatory.extend(participatory)
+    return message
+
+
+def seen_frame_message(frame: FrameSeen, explain: bool) -> pb.SeenFrame:
+    return pb.SeenFrame(
+        index=frame.index,
+        time_s=frame.time_s,
+        image_id=frame.image_id,
+        relevance=frame_relevance_message(frame.relevance) if explain else None,
+    )
+
+
+def frame_relevance_message(relevance: Relevance) -> pb.Relevance:
+    """Write it without its three scores, as of a frame."""
     particularize, explore, diversify = relevance.tensions.tolist()
     return pb.Relevance(
         map=relevance.map.ravel().tolist(),
-        propositional=propositional,
-        perspectival=perspectival,
-        participatory=participatory,
         levels=relevance.levels.ravel().tolist(),
         tensions=pb.Tensions(particularize=particularize, explore=explore, diversify=diversify),
         area=[round(place, 4) for place in relevance.area],
@@ -241,6 +278,6 @@ def relevance_message(relevance: Relevance) -> pb.Relevance:
 
 
 def kept_message(kept: KeptImage) -> pb.PutImageResponse:
-    message = pb.PutImageResponse(id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height)
+    message = pb.PutImageResponse(id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, pages=kept.pages)
     message.expires_at.FromMilliseconds(round(kept.expires_at * 1e3))
     return message

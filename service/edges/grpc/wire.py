@@ -12,7 +12,10 @@ from service.core.errors import InvalidRequest, TooLarge
 from service.edges.grpc.stubs import vqa_pb2 as pb
 
 MAX_FIELDS = 1024  # of a question and its turns, repeated ones counted each time
+PARTS = pb.AnswerRequest.PARTS_FIELD_NUMBER
 TURNS = pb.AnswerRequest.TURNS_FIELD_NUMBER
+PARTS_OF_TURN = pb.Turn.PARTS_FIELD_NUMBER
+FRAMES = pb.Part.FRAMES_FIELD_NUMBER
 KNOWN = frozenset(field.number for field in pb.AnswerRequest.DESCRIPTOR.fields)
 
 
@@ -29,10 +32,30 @@ def require_few_fields(data: bytes) -> None:
                 "server",
                 code="unknown_field",
             )
-        inner = fields_in(data, start, end) if number == TURNS else ()
+        inner: Iterator[object] = iter(())
+        if number == TURNS:
+            inner = _fields_of_turn(data, start, end)
+        elif number == PARTS:
+            inner = _frames_of_part(data, start, end)
         for _ in inner:
             count = _one_more(count)
         count = _one_more(count)
+
+
+def _fields_of_turn(data: bytes, at: int, end: int) -> Iterator[object]:
+    """Yield once for each field of a turn and for each frame in it."""
+    for number, start, stop in fields_in(data, at, end):
+        yield number
+        if number == PARTS_OF_TURN:
+            yield from _frames_of_part(data, start, stop)
+
+
+def _frames_of_part(data: bytes, at: int, end: int) -> Iterator[object]:
+    """Yield once for each frame of a part. Its other fields make no messages, and each takes the place of another."""
+    for number, start, stop in fields_in(data, at, end):
+        if number == FRAMES:
+            yield number
+            yield from fields_in(data, start, stop)
 
 
 def _one_more(count: int) -> int:

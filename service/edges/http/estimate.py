@@ -46,6 +46,13 @@ class WireEstimatedImage(BaseModel):
     known: bool = Field(description="Its features are in memory: nothing has to be decoded or encoded.")
 
 
+class WireEstimatedVideo(BaseModel):
+    id: str | None = Field(description="Of its file; null if its frames came as images.")
+    bytes: int
+    frames: int = Field(description="The most that would be looked at.")
+    known: bool = Field(description="The features of all of them are in memory: nothing has to be decoded or encoded.")
+
+
 class VqaEstimate(WithNulls):
     """What a question would take. Nothing is decoded, encoded or reserved for it."""
 
@@ -54,10 +61,13 @@ class VqaEstimate(WithNulls):
     refusal: WireNotAdmitted | None = Field(description="Why not.")
     prompt_tokens: int = Field(description="Text tokens of the prompt.")
     image_tokens: tuple[int, int] = Field(description="The least and the most visual tokens that the LLM would read.")
-    vision_tokens: tuple[int, int] = Field(description="The least and the most vision tokens, all images together.")
+    vision_tokens: tuple[int, int] = Field(
+        description="The least and the most vision tokens, all images and frames together."
+    )
     max_tokens: int
     reduced: bool = Field(description="It would be looked at less closely than the request allows, because of load.")
     images: list[WireEstimatedImage]
+    video: WireEstimatedVideo | None
     cost: WireAmounts = Field(description="What would be reserved.")
     limits: WireAmounts = Field(description="Of all requests together.")
 
@@ -80,6 +90,9 @@ class VqaEstimate(WithNulls):
                 )
                 for each in estimate.images
             ],
+            video=None
+            if (clip := estimate.clip) is None
+            else WireEstimatedVideo(id=clip.id or None, bytes=clip.nbytes, frames=clip.frames, known=clip.known),
             cost=WireAmounts.of(estimate.cost),
             limits=WireAmounts.of(estimate.limits),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -21,12 +22,15 @@ UNSUPPORTED = "unsupported_parameter"  # the type of a fault, and its code
 
 # What callers of other services write.
 SYNONYMS = dict.fromkeys(("file", "files", "photo", "picture", "pic", "img", "upload", "image_url"), "image")
+SYNONYMS |= dict.fromkeys(("clip", "movie", "video_url"), "video")
+SYNONYMS |= dict.fromkeys(("num_frames", "max_frames", "nframes"), "video_frames")
 SYNONYMS |= dict.fromkeys(("prompt", "query", "text", "q", "message"), "question")
 SYNONYMS |= dict.fromkeys(("history", "messages"), "turns")
 SYNONYMS |= dict.fromkeys(("max_new_tokens", "max_completion_tokens"), "max_tokens")
 
 LISTS = {
     "images": 'a list of images, such as ["img_...", "img_..."]',
+    "frames": 'a list of images, such as ["img_...", "img_..."]',
     "choices": 'a list of texts, such as ["yes", "no"]',
     "turns": 'a list of turns, such as [{"question": "which shape?", "answer": "a circle"}]',
     "vision_tokens": "a list of the least and the most, such as [64, 128]",
@@ -42,6 +46,10 @@ STARTS = {
     b"%PDF": "a PDF",
     b"II*\0": "a TIFF",
     b"MM\0*": "a TIFF",
+}
+VIDEOS = {
+    re.compile(rb"....ftyp(?!avif|avis|hei|hev|mif1|msf1)", re.DOTALL): "an MP4",  # those others are images
+    re.compile(rb"\x1a\x45\xdf\xa3"): "a WebM",
 }
 
 
@@ -110,7 +118,8 @@ def require_text(body: bytes) -> None:
 
 def kind_of(body: bytes) -> str:
     """`a JPEG` and so on if the body is a file; empty if it is not known for one."""
-    return next((kind for start, kind in STARTS.items() if body.startswith(start)), "")
+    image = next((kind for start, kind in STARTS.items() if body.startswith(start)), "")
+    return image or next((kind for start, kind in VIDEOS.items() if start.match(body)), "")
 
 
 def shown(value: object) -> str:
@@ -120,9 +129,10 @@ def shown(value: object) -> str:
 
 
 def _sent_bare(kind: str) -> InvalidRequest:
+    field = "video" if kind in VIDEOS.values() else "image"
     return InvalidRequest(
-        f"the body is {kind}, where JSON or a form is expected: send image and question as a form (curl -F image=@FILE "
-        "-F question=...), or the file alone to POST /v1/images (curl --data-binary @FILE)",
+        f"the body is {kind}, where JSON or a form is expected: send {field} and question as a form (curl -F "
+        f"{field}=@FILE -F question=...), or the file alone to POST /v1/images (curl --data-binary @FILE)",
         code="unsupported_content_type",
     )
 

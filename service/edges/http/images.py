@@ -1,4 +1,4 @@
-"""Serve POST /v1/images: take an image once, so that questions can name it by its id."""
+"""Serve POST /v1/images: take an image or a video once, so that questions can name it by its id."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ router = APIRouter()
 
 @router.post("/v1/images")
 async def keep_image(request: Request) -> Response:
-    """Take an image once, so that questions can name its id until it expires. The body is the file, or a form."""
+    """Take an image, a document or a video once, so that questions can name its id until it expires.
+
+    The body is the file, or a form.
+    """
     body, reservation = await read_upload(request)
     image = await image_of(body, request.headers["content-type"]) if is_form(request) else body
     return JsonResponse(UploadedImage.of(await kept(image, request, reservation)))
@@ -67,7 +70,7 @@ async def kept(image: Sequence[bytes], request: Request, reservation: Reservatio
 async def image_of(body: Sequence[bytes], content_type: str) -> Sequence[bytes]:
     """Return the one file of a form, in pieces. Raises InvalidRequest."""
     parts = await parse_form(body, content_type)
-    if [part.name for part in parts] != ["image"]:
+    if [part.name for part in parts] not in (["image"], ["video"]):
         names = ", ".join(part.name for part in parts) or "none"
         raise InvalidRequest(
             f"the form must have the one field image, it has {names}: use curl -F image=@FILE", param="image"

@@ -1,7 +1,7 @@
 """Bound a body of JSON before objects are made of it: those take many times its size, and time in which nothing runs.
 
-Only images are large. They are cut out, and everything else in a question is small, with few values. A parser then
-reads the rest.
+Only images and videos are large. They are cut out, and everything else in a question is small, with few values. A
+parser then reads the rest.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Question:
 
 
 def is_image_of_vqa(depth: int, field: bytes, _: bytes) -> bool:
-    """`image`, and what is in the list `images`."""
-    return (depth, field) in ((1, b"image"), (2, b"images"))
+    """`image` and `video`, and what is in the lists `images` and `frames`."""
+    return (depth, field) in ((1, b"image"), (1, b"video"), (2, b"images"), (2, b"frames"))
 
 
 async def split(

@@ -305,11 +305,13 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                 "required": True,
                 "content": {
                     "image/*": {"schema": FILE},
+                    "video/*": {"schema": FILE},
+                    "application/pdf": {"schema": FILE},
                     FORM: {
                         "schema": {
                             "type": "object",
-                            "properties": {"image": FILE},
-                            "required": ["image"],
+                            "properties": {"image": FILE, "video": FILE},
+                            "oneOf": [{"required": ["image"]}, {"required": ["video"]}],
                             "additionalProperties": False,
                         }
                     },

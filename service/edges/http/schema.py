@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -18,12 +20,23 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.core.answer import Delta, Finished, KeptImage, TokenLogProb
+from service.core.answer import Delta, Finished, FrameSeen, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Reason
-from service.core.errors import GlimpseError, InvalidRequest
+from service.core.errors import GlimpseError, InvalidRequest, naming_video
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
-from service.core.request import MAX_TOP_LOG_PROBS, Detail, Exchange, ImageBytes, ImageSource, Priority, Sampling, Text
+from service.core.request import (
+    MAX_FRAMES,
+    MAX_TOP_LOG_PROBS,
+    Detail,
+    Exchange,
+    FrameSampling,
+    ImageBytes,
+    ImageSource,
+    Priority,
+    Sampling,
+    Text,
+)
 from service.core.viewport import FAR_FROM_SQUARE, AskedFit, Fit
 from service.core.vision import FloatArray, Relevance
 from service.edges.asking import Fields
@@ -53,6 +66,7 @@ def stop_schema(most: int) -> WithJsonSchema:
 PLAIN_FIELDS = (
     *("max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "detail", "fit"),
     *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence"),
+    *("video_frames", "video_sampling", "page"),
 )
 
 
@@ -131,7 +145,8 @@ TURNS_AS_TEXT = {
 }
 NOT_BLANK = r"\S"  # said in the schema, and checked by the core
 ImageText = Annotated[str, Field(json_schema_extra={"pattern": NOT_BLANK})]
-FILES_SCHEMA = {"type": "array", "items": {"type": "string", "format": "binary", "minLength": 1}, "minItems": 1}
+FILE_SCHEMA = {"type": "string", "format": "binary", "minLength": 1}
+FILES_SCHEMA = {"type": "array", "items": FILE_SCHEMA, "minItems": 1}
 
 
 def _given(name: str, kind: str) -> dict[str, Any]:
@@ -143,6 +158,34 @@ def _given(name: str, kind: str) -> dict[str, Any]:
 TOP_NEEDS_LOGPROBS: dict[str, Any] = {
     "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
     "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+}
+IMAGE, IMAGES = _given("image", "string"), _given("images", "array")
+VIDEO, FRAMES = _given("video", "string"), _given("frames", "array")
+# Images, a video or both; one field for each. video_frames and video_sampling need a video, page needs one image.
+SOMETHING_SEEN: dict[str, Any] = {
+    "anyOf": [IMAGE, IMAGES, VIDEO, FRAMES],
+    "allOf": [
+        {"not": {"allOf": [IMAGE, IMAGES]}},
+        {"not": {"allOf": [VIDEO, FRAMES]}},
+        {
+            "if": {"anyOf": [_given("video_frames", "integer"), _given("video_sampling", "string")]},
+            "then": {"anyOf": [VIDEO, FRAMES]},
+        },
+        {
+            "if": _given("page", "integer"),
+            "then": {"allOf": [IMAGE, *({"not": each} for each in (IMAGES, VIDEO, FRAMES))]},
+        },
+    ],
+}
+SOMETHING_SEEN_BY_FORM: dict[str, Any] = {
+    "anyOf": [{"required": [name]} for name in ("image", "video", "frames")],
+    "not": {"required": ["video", "frames"]},
+    "if": {"required": ["page"]},
+    "then": {
+        "required": ["image"],
+        "properties": {"image": {"maxItems": 1}},
+        "allOf": [{"not": {"required": [name]}} for name in ("video", "frames")],
+    },
 }
 WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
 GREEDY_OR_DRAWN: dict[str, Any] = {"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}
@@ -178,6 +221,26 @@ FIT: Any = Field(
     description="How an image that is not square meets the square encoder: `squash` changes its proportions, `pad` "
     "keeps them, `tiles` looks at the whole and then at the part that the question is about, `auto` tiles an image "
     f"of more than {FAR_FROM_SQUARE:g} to 1 and squashes others. Left out: the model's own.",
+)
+MAX_PAGE = 1_000_000
+Page = Annotated[int, Field(ge=1, le=MAX_PAGE), WHOLE]
+PAGE: Any = Field(
+    None,
+    description="The page of the one image, if it is a TIFF or a PDF of several. Left out: 1. Only with `image`.",
+    examples=[2],
+)
+VideoFrames = Annotated[int, Field(ge=1, le=MAX_FRAMES), WHOLE]
+VIDEO_FRAMES: Any = Field(
+    None,
+    description="At most so many frames of the video are looked at. Left out: as many as the model says "
+    "(`GET /v1/models`) and as fit, or all of `frames`.",
+    examples=[16],
+)
+VIDEO_SAMPLING: Any = Field(
+    None,
+    description=f"Which frames: `uniform` takes them evenly spaced; `change` leaves out those of up to {MAX_FRAMES} "
+    "that look like the one before. Left out: `uniform`.",
+    examples=["change"],
 )
 LOGPROBS: Any = Field(False, description="Tell each token's log probability.")
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS), WHOLE]
@@ -243,6 +306,9 @@ class Asked(BaseModel):
         "has the pixels and the service has room.",
     )
     fit: AskedFit | None = FIT
+    page: Page | None = PAGE
+    video_frames: VideoFrames | None = VIDEO_FRAMES
+    video_sampling: FrameSampling | None = VIDEO_SAMPLING
     budget: WireBudget | None = Field(None, description="How closely to look, in tokens.")
     timeout_s: float | None = Field(None, ge=LEAST_TIMEOUT_S, description="Seconds until the request is given up.")
     priority: Priority | None = Field(
@@ -274,11 +340,9 @@ class Asked(BaseModel):
 
 
 class VqaRequest(Asked):
-    """A question about one image or several, as JSON."""
+    """A question about images, a video or both, as JSON."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"oneOf": [_given("image", "string"), _given("images", "array")], **TOP_NEEDS_LOGPROBS}
-    )
+    model_config = ConfigDict(json_schema_extra={**SOMETHING_SEEN, **TOP_NEEDS_LOGPROBS})
 
     image: ImageText | None = Field(
         None,
@@ -287,6 +351,16 @@ class VqaRequest(Asked):
     )
     images: Annotated[tuple[ImageText, ...], Field(min_length=1)] | None = Field(
         None, description="Several, each as `image`, in its place; the model reads them in this order."
+    )
+    video: ImageText | None = Field(
+        None,
+        description="A short video: MP4, MOV, WebM, or an animated GIF or WebP, in one of the ways of `image`.",
+        examples=["img_5b2e3c9a8b7c6d5e4f3a2b6d0f1c0a4f"],
+    )
+    frames: Annotated[tuple[ImageText, ...], Field(min_length=1, max_length=MAX_FRAMES)] | None = Field(
+        None,
+        description="A video's frames in order, each as `image`, in place of `video`.",
+        examples=[["img_6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a2b", "img_2b6d0f1c0a4f5b2e3c9a8b7c6d5e4f3a"]],
     )
 
     @classmethod
@@ -298,16 +372,22 @@ class VqaRequest(Asked):
             raise invalid_request(exc, cls.model_fields, NESTED) from exc
 
     def fields(self) -> Fields:
-        return self._fields(self.image, self.images)
+        return replace(self._fields(self.image, self.images), video=self.video, frames=self.frames)
 
 
 class VqaForm(Asked):
-    """A question about one image or several, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
+    """A question about images, a video or both, as a form: `curl -F image=@x.png -F image=@y.png -F question=...`."""
 
-    model_config = ConfigDict(json_schema_extra={"required": ["question", "image"]})
+    model_config = ConfigDict(json_schema_extra={"required": ["question"], **SOMETHING_SEEN_BY_FORM})
 
     image: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA)] = Field(
         default_factory=list, description="The file, or what JSON's `image` may hold; it may repeat."
+    )
+    video: Annotated[list[bytes], WithJsonSchema(FILE_SCHEMA)] = Field(
+        default_factory=list, description="The file, or what JSON's `video` may hold."
+    )
+    frames: Annotated[list[bytes], WithJsonSchema(FILES_SCHEMA | {"maxItems": MAX_FRAMES})] = Field(
+        default_factory=list, description="As `image`, for the frames of a video in order; it repeats."
     )
     turns: Annotated[
         Annotated[tuple[WireTurn, ...], Field(max_length=MAX_TURNS)] | None,
@@ -328,19 +408,16 @@ class VqaForm(Asked):
     explain: FormFlag = Field(False, description=Asked.model_fields["explain"].description)
 
     @classmethod
-    async def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, list[ImageSource]]:
-        """Read a form -> its fields, and its images in order. Raises InvalidRequest."""
+    async def from_parts(cls, parts: Sequence[FormPart]) -> tuple[Self, FormFiles]:
+        """Read a form -> its fields and its files. Raises InvalidRequest."""
         fields: dict[str, Any] = {}
-        images: list[ImageSource] = []
+        files = FormFiles()
         for part in parts:
             name = part.name
             if name not in cls.model_fields:
                 fields[name] = None  # refused below by its name, whatever it holds
-            elif name == "image":
-                if _is_file(part):
-                    images.append(ImageBytes(await joined(part.content.all())))
-                elif (text := await joined(part.content.all()))[:64].strip() != b"null":
-                    images.append(await read_image(text))
+            elif name in FILES:
+                await files.take(name, part)
             elif name in ("stop", "choices"):
                 fields.setdefault(name, []).append(_text(part))
             elif name in fields:
@@ -349,23 +426,54 @@ class VqaForm(Asked):
                 fields[name] = _text(part)
         given = {name: value for name, value in fields.items() if name == "question" or value not in NOTHING}
         try:
-            return cls.model_validate(given), images
+            return cls.model_validate(given), files
         except ValidationError as exc:
             raise invalid_request(exc, cls.model_fields, NESTED) from exc
 
-    def fields(self, images: Sequence[ImageSource]) -> Fields:
-        """`images` are those that `from_parts` gave."""
-        return self._fields(None, images or None)
+    def fields(self, files: FormFiles) -> Fields:
+        """`files` are those that `from_parts` gave."""
+        video = files.video[0] if files.video else None
+        return replace(
+            self._fields(None, files.image if len(files.image) > 1 else None),
+            image=files.image[0] if len(files.image) == 1 else None,
+            video=video,
+            frames=tuple(files.frames) if files.frames else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FormFiles:
+    """Hold the files of a form, by the names of their fields."""
+
+    image: list[ImageSource] = field(default_factory=list)
+    video: list[ImageSource] = field(default_factory=list)
+    frames: list[ImageSource] = field(default_factory=list)
+
+    async def take(self, name: str, part: FormPart) -> None:
+        """Add a file, or what stands for one as text. Raises InvalidRequest."""
+        taken: list[ImageSource] = getattr(self, name)
+        if name == "video" and taken:
+            raise InvalidRequest("video is given twice: send one video, or its frames in order as frames", param=name)
+        content = await joined(part.content.all())
+        if _is_file(part):
+            taken.append(ImageBytes(content))
+        elif content[:64].strip() != b"null":
+            with naming_video() if name == "video" else nullcontext():
+                taken.append(await read_image(content))
 
 
 NESTED: Mapping[str, Collection[str]] = {"turns": WireTurn.model_fields, "budget": WireBudget.model_fields}
+FILES = tuple(each.name for each in fields(FormFiles))
 NOTHING = ("null", ["null"])  # a form's words for a field that is left out
 
 
+FILE_TYPES = (b"image/", b"video/", b"application/pdf", b"application/octet-stream")
+
+
 def _is_file(part: FormPart) -> bool:
-    """Whether a form's image is a file: by its name, by its type, or because it is not text."""
+    """Whether a form's image or video is a file: by its name, by its type, or because it is not text."""
     content_type = part.headers.get(b"content-type", b"").lower()
-    return part.is_file or content_type.startswith((b"image/", b"application/octet-stream")) or not _is_utf8(part)
+    return part.is_file or content_type.startswith(FILE_TYPES) or not _is_utf8(part)
 
 
 def _is_utf8(part: FormPart) -> bool:
@@ -396,6 +504,11 @@ def sure_field(description: str) -> Any:
     return Field(None, description=description, exclude_if=lambda value: value is None)
 
 
+VIDEO_ID = Field(
+    None,
+    description="Id to ask again about the same video; with a video file only.",
+    exclude_if=lambda value: value is None,
+)
 VARIANT = Field(
     None,
     description="The variant that answered; without variants it is left out.",
@@ -406,6 +519,63 @@ FALLBACK_FROM = Field(
     description="The variant that should have answered, if it failed before its first token.",
     exclude_if=lambda value: value is None,
 )
+
+
+class Tensions(BaseModel):
+    particularize: float
+    explore: float
+    diversify: float
+
+    @classmethod
+    def of(cls, relevance: Relevance) -> Self:
+        particularize, explore, diversify = _rounded(relevance.tensions)
+        return cls(particularize=particularize, explore=explore, diversify=diversify)
+
+
+class FrameRelevance(BaseModel):
+    """Where one frame was looked at closely: `map`, `levels`, `tensions` and `area` as an image's."""
+
+    map: list[list[float]]
+    levels: list[list[int]]
+    tensions: Tensions
+    area: tuple[float, float, float, float]
+
+    @classmethod
+    def of(cls, relevance: Relevance) -> Self:
+        return cls(
+            map=_rounded(relevance.map),
+            levels=relevance.levels.tolist(),
+            tensions=Tensions.of(relevance),
+            area=tuple(round(place, 4) for place in relevance.area),
+        )
+
+
+class WireFrame(BaseModel):
+    """One frame of a video that was looked at."""
+
+    model_config = ConfigDict(title="Frame")
+
+    index: int = Field(description="In the video, from 0.")
+    time_s: float | None = Field(
+        None,
+        description="Seconds from its start; left out of `frames`.",
+        exclude_if=lambda value: value is None,
+    )
+    image_id: str | None = Field(
+        None, description="Its id as an image, with `frames` only.", exclude_if=lambda value: value is None
+    )
+    relevance: FrameRelevance | None = Field(
+        None, description="With `explain` only.", exclude_if=lambda value: value is None
+    )
+
+    @classmethod
+    def of(cls, frame: FrameSeen, explain: bool) -> Self:
+        return cls(
+            index=frame.index,
+            time_s=None if frame.time_s is None else round(frame.time_s, 3),
+            image_id=frame.image_id or None,
+            relevance=FrameRelevance.of(frame.relevance) if explain else None,
+        )
 
 
 class Vision(BaseModel):
@@ -419,6 +589,11 @@ class Vision(BaseModel):
     fit: Fit = Field(description="How the LLM saw images that are not square; `tiles` if it saw a part of one.")
     familiar: float | None = sure_field(
         "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated."
+    )
+    frames: list[WireFrame] | None = Field(
+        None,
+        description="The frames of the video that were looked at, in order; with a video only.",
+        exclude_if=lambda value: value is None,
     )
 
 
@@ -434,12 +609,6 @@ class Scores(BaseModel):
     propositional: list[list[float]]
     perspectival: list[list[float]]
     participatory: list[list[float]]
-
-
-class Tensions(BaseModel):
-    particularize: float
-    explore: float
-    diversify: float
 
 
 class WireRelevance(BaseModel):
@@ -462,12 +631,11 @@ class WireRelevance(BaseModel):
     @classmethod
     def of(cls, relevance: Relevance) -> Self:
         propositional, perspectival, participatory = (_rounded(score) for score in relevance.scores)
-        particularize, explore, diversify = _rounded(relevance.tensions)
         return cls(
             map=_rounded(relevance.map),
             scores=Scores(propositional=propositional, perspectival=perspectival, participatory=participatory),
             levels=relevance.levels.tolist(),
-            tensions=Tensions(particularize=particularize, explore=explore, diversify=diversify),
+            tensions=Tensions.of(relevance),
             area=tuple(round(place, 4) for place in relevance.area),
         )
 
@@ -521,6 +689,7 @@ class VqaEnd(BaseModel):
     answer: str | None = Field(None, description="Left out, because the deltas are the answer.")
     finish_reason: Literal["stop", "length"]
     image_ids: list[str]
+    video_id: str | None = VIDEO_ID
     usage: Usage
     vision: Vision
     timing_ms: TimingMs
@@ -551,6 +720,7 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
     """Tell how the images were seen and what took how long: the fields that no other service has."""
     return {
         "image_ids": end.image_ids,
+        "video_id": end.clip_id or None,
         "vision": Vision(
             cache=end.cache,
             vision_tokens=end.vision_tokens,
@@ -559,6 +729,7 @@ def seen_fields(end: Finished, explain: bool) -> dict[str, Any]:
             reduced=end.reduced,
             fit=end.fit,
             familiar=None if end.confidence is None else round(end.confidence.familiar, 4),
+            frames=[WireFrame.of(frame, explain) for frame in end.frames] or None,
         ),
         "timing_ms": TimingMs(**end.timing_ms),
         **sure_fields(end),
@@ -625,16 +796,22 @@ class VqaAnswer(VqaEnd):
 
 
 class UploadedImage(BaseModel):
-    id: str = Field(description="Use it as `image` in questions.")
+    id: str = Field(description="Use it as `image` in questions, or as `video` if it is one.")
     bytes: int
     width: int
     height: int
+    pages: int = Field(description="Of a TIFF or a PDF; of other files 1. `width` and `height` are those of the first.")
     expires_at: float = Field(description="Seconds since the epoch.")
 
     @classmethod
     def of(cls, kept: KeptImage) -> Self:
         return cls(
-            id=kept.id, bytes=kept.nbytes, width=kept.width, height=kept.height, expires_at=round(kept.expires_at, 3)
+            id=kept.id,
+            bytes=kept.nbytes,
+            width=kept.width,
+            height=kept.height,
+            pages=kept.pages,
+            expires_at=round(kept.expires_at, 3),
         )
 
 
@@ -679,6 +856,7 @@ class Model(BaseModel):
     default_vision_tokens: tuple[int, int] = Field(description="Used at detail `low` if it has none of vision tokens.")
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     fit: AskedFit = Field(description="How an image that is not square is fitted if a question does not say.")
+    video_frames: int = Field(description="The most frames of a video that are looked at if a question does not say.")
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
     calibrated: bool = Field(description="Whether answers carry a confidence; `metadata.confidence` says why.")
@@ -703,6 +881,7 @@ class Model(BaseModel):
             default_vision_tokens=card.unasked_vision_tokens("low"),
             closer_view=CloserView.of(card),
             fit=card.fit,
+            video_frames=card.frames,
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
             calibrated=card.confidence is not None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import orjson
 from fastapi import APIRouter
@@ -12,7 +14,7 @@ from starlette.responses import Response
 
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import TooLarge, naming_image
+from service.core.errors import TooLarge, naming_frame, naming_image, naming_video
 from service.core.request import ImageSource
 from service.edges.asking import Fields, to_request
 from service.edges.caller import Caller
@@ -20,17 +22,19 @@ from service.edges.http.answering import Asked, EventStream, media_type_of, read
 from service.edges.http.body import BOM, FormPart, parse_form
 from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.faults import no_question, require_text
-from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, split
+from service.edges.http.json_bounds import BYTES_PER_CHAR, MAX_TEXT_BYTES, Question, split
 from service.edges.http.respond import JsonResponse
-from service.edges.http.schema import TokenLogprob, VqaAnswer, VqaEnd, VqaForm, VqaRequest
+from service.edges.http.schema import FILES, TokenLogprob, VqaAnswer, VqaEnd, VqaForm, VqaRequest
 from service.edges.slices import joined
+
+Image = ImageSource | str
 
 router = APIRouter()
 
 
 @router.post("/v1/vqa")
 async def ask(request: Request) -> Response:
-    """Answer a question about one or more images.
+    """Answer a question about images, a video or both.
 
     With `stream` the answer comes as server-sent events: `{"id", "delta"}` for each piece of text, then one event with
     all fields except the text, then `[DONE]`. An error after the first event is an event `{"error": {...}}`.
@@ -69,8 +73,8 @@ async def parse_question(body: Sequence[bytes], content_type: str, edge: Edge) -
         case "multipart/form-data":
             parts = await parse_form(body, content_type)
             await require_small_parts(parts, edge.questions.max_question_chars)
-            form, images = await VqaForm.from_parts(parts)
-            return form, form.fields(images)
+            form, files = await VqaForm.from_parts(parts)
+            return form, form.fields(files)
         case other:
             raise no_question(body[0] if body else b"", other)
 
@@ -85,28 +89,41 @@ async def parse_json(
     question = await split(body, max_question_chars, kind.model_fields)
     parsed = kind.from_json(question.rest)
     fields = parsed.fields()
-    if not question.images:
-        return parsed, fields
+    return parsed, await with_large_images(fields, question) if question.images else fields
 
-    async def found(image: ImageSource | str, index: int, of: int) -> ImageSource | str:
+
+async def with_large_images(fields: Fields, question: Question) -> Fields:
+    """Put in the images that were cut out of the body. Raises InvalidRequest."""
+
+    async def found(image: Image, naming: AbstractContextManager[None]) -> Image:
         if not isinstance(image, str) or image not in question.images:
             return image
-        with naming_image(index, of):
+        with naming:
             return await question.read(image)
 
+    async def all_found(
+        given: Sequence[Image], naming: Callable[[int, int], AbstractContextManager[None]]
+    ) -> tuple[Image, ...]:
+        return tuple([await found(each, naming(index, len(given))) for index, each in enumerate(given)])
+
+    read: dict[str, Any] = {}
     if fields.image is not None:
-        return parsed, replace(fields, image=await found(fields.image, 0, 1))
-    given = fields.images or ()
-    images = [await found(image, index, len(given)) for index, image in enumerate(given)]
-    return parsed, replace(fields, images=tuple(images))
+        read["image"] = await found(fields.image, nullcontext())
+    if fields.images is not None:
+        read["images"] = await all_found(fields.images, naming_image)
+    if fields.video is not None:
+        read["video"] = await found(fields.video, naming_video())
+    if fields.frames is not None:
+        read["frames"] = await all_found(fields.frames, naming_frame)
+    return replace(fields, **read)
 
 
 async def require_small_parts(parts: list[FormPart], max_question_chars: int) -> None:
-    """All but the images. Raises TooLarge."""
+    """All but the images and videos. Raises TooLarge."""
     for part in parts:
         if part.name in ("turns", "budget", "json_schema"):
             await split(part.data, max_question_chars)
-        elif part.name != "image" and part.content.nbytes > MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars:
+        elif part.name not in FILES and part.content.nbytes > MAX_TEXT_BYTES + BYTES_PER_CHAR * max_question_chars:
             raise TooLarge(f"{part.name} has {part.content.nbytes:,} bytes: shorten it", param=part.name)
 
 

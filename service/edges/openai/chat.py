@@ -53,7 +53,7 @@ class Chat:
 
 @router.post("/v1/chat/completions")
 async def complete(request: Request) -> Response:
-    """Answer the last message of a conversation about one or more images, as OpenAI's API does.
+    """Answer the last message of a conversation about images, a video or both, as OpenAI's API does.
 
     With `stream` the answer comes as server-sent events: chunks, then `[DONE]`. An error after the first chunk is an
     event `{"error": {...}}`.
@@ -99,12 +99,12 @@ async def parse_chat(body: Sequence[bytes], content_type: str, caller: Caller, e
 
 
 def is_image(depth: int, field: bytes, name: bytes) -> bool:
-    """`messages[].content[].image_url.url`."""
-    return (depth, field, name) == (6, b"messages", b"url")
+    """`messages[].content[].image_url.url`, that of a `video_url`, and `file.file_data`."""
+    return (depth, field) == (6, b"messages") and name in (b"url", b"file_data")
 
 
 async def images_of(chat: ChatRequest, cut: Question) -> dict[str, ImageSource]:
-    """Read the images that were cut out of a large body -> by their names. Raises InvalidRequest."""
+    """Read the images and videos that were cut out of a large body -> by their names. Raises InvalidRequest."""
     images: dict[str, ImageSource] = {}
     for place, url in places_of_images(chat):
         if url in cut.images:

@@ -81,7 +81,7 @@ OPERATIONS: list[tuple[str, str, dict[str, Any]]] = [
                     FORM: {
                         "schema": {
                             "type": "object",
-                            "properties": {"file": FILE, "purpose": {"const": "vision"}},
+                            "properties": {"file": FILE, "purpose": {"enum": ["vision", "user_data"]}},
                             "required": ["file", "purpose"],
                             "additionalProperties": False,
                         }

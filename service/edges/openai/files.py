@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -16,7 +17,7 @@ from service.edges.http.respond import JsonResponse
 from service.edges.openai.messages import naming
 from service.edges.openai.schema import DeletedFile, KeptFile
 
-PURPOSE = b"vision"
+PURPOSES: dict[bytes, Literal["vision", "user_data"]] = {b"vision": "vision", b"user_data": "user_data"}
 
 router = APIRouter()
 
@@ -31,7 +32,7 @@ async def keep_file(request: Request) -> Response:
                 "the body is not a form: send the fields file and purpose as multipart/form-data",
                 code="unsupported_content_type",
             )
-        file = file_of(await parse_form(body, request.headers["content-type"]))
+        file, purpose = file_of(await parse_form(body, request.headers["content-type"]))
         image = await kept(file.content.all(), request, reservation)
     return JsonResponse(
         KeptFile(
@@ -40,8 +41,10 @@ async def keep_file(request: Request) -> Response:
             created_at=int(time.time()),
             expires_at=int(image.expires_at),
             filename=file.options.get(b"filename", b"").decode(errors="replace"),
+            purpose=purpose,
             width=image.width,
             height=image.height,
+            pages=image.pages,
         )
     )
 
@@ -53,8 +56,8 @@ async def delete_file(request: Request) -> Response:
         return JsonResponse(DeletedFile(id=await deleted(request, request.path_params["file_id"])))
 
 
-def file_of(parts: list[FormPart]) -> FormPart:
-    """Return the form's file, whose purpose must be vision. Raises InvalidRequest."""
+def file_of(parts: list[FormPart]) -> tuple[FormPart, Literal["vision", "user_data"]]:
+    """Return the form's file and its purpose. Raises InvalidRequest."""
     fields: dict[str, FormPart] = {}
     for part in parts:
         name = part.name
@@ -74,6 +77,6 @@ def file_of(parts: list[FormPart]) -> FormPart:
     for name in ("file", "purpose"):
         if name not in fields:
             raise InvalidRequest(f"the field {name} is missing", param=name, code="missing_field")
-    if fields["purpose"].data != PURPOSE:
-        raise InvalidRequest("purpose is not supported: send vision", param="purpose", code=UNSUPPORTED)
-    return fields["file"]
+    if fields["purpose"].data not in PURPOSES:
+        raise InvalidRequest("purpose is not supported: send vision or user_data", param="purpose", code=UNSUPPORTED)
+    return fields["file"], PURPOSES[fields["purpose"].data]

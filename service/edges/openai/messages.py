@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from service.core.errors import GlimpseError, InvalidRequest
-from service.core.request import Detail, Exchange, ImageSource, Part, Text
+from service.core.request import Clip, Detail, Exchange, ImageId, ImageSource, Part, Text
 from service.edges.asking import Fields
 from service.edges.http.faults import UNSUPPORTED
 from service.edges.image_text import source_of
-from service.edges.openai.schema import ChatMessage, ChatRequest, ContentPart
+from service.edges.openai.schema import PART_TYPES, ChatMessage, ChatRequest, ContentPart, FileContent
 
 # Those that the core takes as they are.
 PLAIN_FIELDS = (
     *("temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "vision_tokens", "visual_tokens"),
     *("timeout_s", "priority", "stream", "choices", "regex", "json_schema", "min_confidence", "fit"),
+    *("video_frames", "video_sampling", "page"),
 )
 SYSTEM = ("system", "developer")
 
@@ -89,12 +90,13 @@ def _max_tokens(chat: ChatRequest) -> tuple[str, int] | None:
 class _Conversation:
     """Collect messages in order. Several messages of the user in succession are one question."""
 
-    read: Mapping[str, ImageSource]  # images, by their URLs
+    read: Mapping[str, ImageSource]  # images and videos, by their URLs
     system: list[str] = field(default_factory=list)
     turns: list[Exchange] = field(default_factory=list)
     asked: list[Part] = field(default_factory=list)  # of the question that has no answer yet
     names: dict[str, str] = field(default_factory=lambda: {"images": "messages", "turns": "messages"})
     images: list[str] = field(default_factory=list)  # their places, in order
+    video: str = ""  # its place
     details: list[tuple[str, Detail]] = field(default_factory=list)  # that are given, each with its place
     is_asked: bool = False
 
@@ -126,15 +128,18 @@ class _Conversation:
         """Check the whole. Raises InvalidRequest."""
         if not self.is_asked:
             raise InvalidRequest(f"{last} must be the user's question: add one", param=f"{last}.role")
-        if not self.images:
+        if not self.images and not self.video:
             raise InvalidRequest(
-                'messages have no image: add {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}} '
-                "to the content of the user's message",
+                'messages have no image or video: add {"type": "image_url", "image_url": {"url": '
+                '"data:image/png;base64,..."}} to the content of the user\'s message',
                 param="messages",
                 code="missing_field",
             )
         self.names |= {f"images.{index}": place for index, place in enumerate(self.images)}
-        self.names["image"] = self.images[0]  # of one image; an error about several has its index
+        if self.images:
+            self.names["image"] = self.images[0]  # of one image; an error about several has its index
+        if self.video:
+            self.names["video"] = self.video
         for place, detail in self.details:
             if detail != self.details[0][1]:
                 raise InvalidRequest(
@@ -145,6 +150,12 @@ class _Conversation:
 
     def _parts(self, content: str, message: ChatMessage) -> Iterator[Part]:
         for place, part in _content(content, message):
+            if part.video_url is not None:
+                yield self._video(f"{place}.video_url", part.video_url.url)
+                continue
+            if part.file is not None:
+                yield self._file(f"{place}.file", part.file)
+                continue
             if part.image_url is None:
                 yield Text(_text_of(place, part))
                 continue
@@ -154,13 +165,41 @@ class _Conversation:
             with naming({"image": f"{place}.image_url"}):
                 yield self.read.get(part.image_url.url) or source_of(part.image_url.url)
 
+    def _file(self, place: str, file: FileContent) -> ImageSource:
+        """Return a file, which is seen as an image is. Raises InvalidRequest."""
+        if (file.file_data is None) == (file.file_id is None):
+            raise InvalidRequest(
+                f"{place} needs one of file_data and file_id: send the file's bytes or its id", param=place
+            )
+        if file.file_id is not None:
+            self.images.append(f"{place}.file_id")
+            return ImageId(file.file_id.strip())
+        self.images.append(f"{place}.file_data")
+        data = file.file_data or ""
+        with naming({"image": f"{place}.file_data"}):
+            return self.read.get(data) or source_of(data)
+
+    def _video(self, place: str, url: str) -> Clip:
+        if self.video:
+            raise InvalidRequest(
+                f"{place} is a second video beside {self.video}: ask about one video at a time", param=place
+            )
+        self.video = place
+        with naming({"image": place}):
+            return Clip(self.read.get(url) or source_of(url))
+
 
 def places_of_images(chat: ChatRequest) -> Iterator[tuple[str, str]]:
-    """Yield the place and the URL of each image."""
+    """Yield the place and the URL of each image and video."""
     for index, message in enumerate(chat.messages):
         for number, part in enumerate(message.content if isinstance(message.content, tuple) else ()):
+            place = f"messages.{index}.content.{number}"
             if part.image_url is not None:
-                yield f"messages.{index}.content.{number}.image_url", part.image_url.url
+                yield f"{place}.image_url", part.image_url.url
+            if part.video_url is not None:
+                yield f"{place}.video_url", part.video_url.url
+            if part.file is not None and part.file.file_data is not None:
+                yield f"{place}.file.file_data", part.file.file_data
 
 
 def _content(content: str, message: ChatMessage) -> Iterator[tuple[str, ContentPart]]:
@@ -169,15 +208,16 @@ def _content(content: str, message: ChatMessage) -> Iterator[tuple[str, ContentP
         yield content, ContentPart(type="text", text=message.content)
         return
     for index, part in enumerate(message.content or ()):
-        place, other = f"{content}.{index}", "image_url" if part.type == "text" else "text"
+        place = f"{content}.{index}"
         if getattr(part, part.type) is None:
             raise InvalidRequest(
                 f"the field {place}.{part.type} is missing", param=f"{place}.{part.type}", code="missing_field"
             )
-        if getattr(part, other) is not None:
-            raise InvalidRequest(
-                f"{place} has the type {part.type}: send {other} as a part of its own", param=f"{place}.{other}"
-            )
+        for other in PART_TYPES:
+            if other != part.type and getattr(part, other) is not None:
+                raise InvalidRequest(
+                    f"{place} has the type {part.type}: send {other} as a part of its own", param=f"{place}.{other}"
+                )
         yield place, part
 
 
@@ -188,7 +228,10 @@ def _text(content: str, message: ChatMessage) -> str:
 
 def _text_of(place: str, part: ContentPart) -> str:
     if part.text is None:
+        kind = part.type.removesuffix("_url")
         raise InvalidRequest(
-            f"{place} is an image: images go into messages of the user", param=f"{place}.image_url", code=UNSUPPORTED
+            f"{place} is {'an' if kind == 'image' else 'a'} {kind}: {kind}s go into messages of the user",
+            param=f"{place}.{part.type}",
+            code=UNSUPPORTED,
         )
     return part.text

@@ -19,7 +19,7 @@ from service.core import answer
 from service.core.answer import Finished
 from service.core.confidence import Reason
 from service.core.errors import InvalidRequest
-from service.core.request import Detail, Priority, Sampling
+from service.core.request import Detail, FrameSampling, Priority, Sampling
 from service.core.viewport import AskedFit
 from service.edges.http.faults import UNNAMED, invalid_request
 from service.edges.http.schema import (
@@ -35,20 +35,25 @@ from service.edges.http.schema import (
     LEAST_TIMEOUT_S,
     LEAST_TOP_P,
     LOGPROBS,
+    PAGE,
     REASON,
     REGEX,
     TOP_LOGPROBS,
     TOP_NEEDS_LOGPROBS,
     VARIANT,
+    VIDEO_ID,
+    VIDEO_SAMPLING,
     WHOLE,
     Choices,
     ErrorBody,
     Flag,
+    Page,
     Regex,
     TimingMs,
     TokenLogprob,
     Tokens,
     TopLogprobs,
+    VideoFrames,
     Vision,
     WireRelevance,
     WithNulls,
@@ -71,21 +76,48 @@ class ImageAddress(BaseModel):
     detail: Detail | None = Field(None, description="One for all images of a request. Left out: `low`.")
 
 
+class VideoAddress(BaseModel):
+    """A video, as vLLM's clients send it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="VideoUrl")
+
+    url: str = Field(
+        description="A `data:` URL with base64, or the id `img_...` of a video that was sent before. MP4, MOV, WebM, "
+        "or an animated GIF or WebP."
+    )
+
+
+class FileContent(BaseModel):
+    """A PDF or an image, as OpenAI's clients send files: either its bytes or its id."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="FileContent")
+
+    file_data: str | None = Field(
+        None, description="A `data:` URL with base64, such as `data:application/pdf;base64,...`."
+    )
+    file_id: str | None = Field(None, description="The id `img_...` of a file that was sent before.")
+    filename: str | None = Field(None, max_length=512, description="It has no effect.")
+
+
+PART_TYPES = ("text", "image_url", "video_url", "file")
+
+
 def _part_type(value: str) -> str:
-    if value not in ("text", "image_url"):
-        raise unsupported('send parts of type "text" and "image_url"')
+    if value not in PART_TYPES:
+        raise unsupported('send parts of type "text", "image_url", "video_url" and "file"')
     return value
 
 
 class ContentPart(BaseModel):
-    """A text or an image of a message."""
+    """A text, an image, a video or a file of a message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Annotated[str, AfterValidator(_part_type)] = Field(json_schema_extra={"enum": ["text", "image_url"]})
+    type: Annotated[str, AfterValidator(_part_type)] = Field(json_schema_extra={"enum": list(PART_TYPES)})
     text: str | None = None
     image_url: ImageAddress | None = None
-    file: Refused = None
+    video_url: VideoAddress | None = None
+    file: FileContent | None = None
     input_audio: Refused = None
     prompt_cache_breakpoint: Refused = None
     refusal: Refused = None
@@ -119,7 +151,9 @@ class ChatMessage(BaseModel):
     role: Annotated[str, AfterValidator(_role)] = Field(
         json_schema_extra={"enum": ["system", "developer", "user", "assistant"]}
     )
-    content: Content | None = Field(None, description="Only a user's message may have images.")
+    content: Content | None = Field(
+        None, description="Only a user's message may have images or the one video of a conversation."
+    )
     annotations: Annotated[object, Only([])] = None
     audio: Refused = None
     function_call: Refused = None
@@ -171,8 +205,17 @@ class ResponseFormat(BaseModel):
         return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
 
 
+CHAT_VIDEO_FRAMES: Any = Field(
+    None,
+    description="At most so many frames of the video are looked at. Left out: as many as the model says and as fit.",
+)
+
+
 class ChatRequest(Unsupported):
-    """A conversation about images, as OpenAI's clients send it. A field that is left out means what /v1/vqa says."""
+    """A conversation about images or a video, as OpenAI's clients send it.
+
+    A field that is left out means what /v1/vqa says.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, json_schema_extra=TOP_NEEDS_LOGPROBS)
 
@@ -222,6 +265,9 @@ class ChatRequest(Unsupported):
         None, description="Least and most tokens that the LLM reads of each image; multiples of 32."
     )
     fit: AskedFit | None = FIT
+    page: Page | None = PAGE
+    video_frames: VideoFrames | None = CHAT_VIDEO_FRAMES
+    video_sampling: FrameSampling | None = VIDEO_SAMPLING
     timeout_s: float | None = Field(None, ge=LEAST_TIMEOUT_S, description="Seconds until the request is given up.")
     priority: Priority | None = Field(
         Priority.NORMAL, description="`low` lets your other requests go first while the service is busy."
@@ -243,8 +289,10 @@ class ChatRequest(Unsupported):
 SUPPORTED = tuple(name for name in ChatRequest.model_fields if name not in Unsupported.model_fields)
 NESTED = {
     "messages": ("role", "content"),
-    "content": ("type", "text", "image_url"),
+    "content": ("type", *PART_TYPES),
     "image_url": tuple(ImageAddress.model_fields),
+    "video_url": tuple(VideoAddress.model_fields),
+    "file": tuple(FileContent.model_fields),
     "stream_options": ("include_usage",),
     "response_format": tuple(ResponseFormat.model_fields),
     "json_schema": ("name", "description", "schema", "strict"),
@@ -325,6 +373,7 @@ class SeenFields(WithNulls):
     """What no other service tells: ids, how the images were seen, and what took how long."""
 
     image_ids: list[str] = Field(description="Ids to ask again about the same images, in the messages' order.")
+    video_id: str | None = VIDEO_ID
     vision: Vision
     timing_ms: TimingMs
     confidence: float | None = CONFIDENCE
@@ -365,6 +414,7 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChunkChoice] = Field(description="None in the chunk with the usage.", max_length=1)
     usage: ChatUsage | None = Field(None, description="In the last chunk, with `stream_options.include_usage` only.")
     image_ids: list[str] | None = Field(None, description="With `finish_reason`, as the next three.")
+    video_id: str | None = VIDEO_ID
     vision: Vision | None = None
     timing_ms: TimingMs | None = None
     confidence: float | None = CONFIDENCE
@@ -391,13 +441,17 @@ class DeletedFile(BaseModel):
 class KeptFile(BaseModel):
     """An image that was taken as a file."""
 
-    id: str = Field(description="Use it as `image_url.url` in messages, and as `image` in questions.")
+    id: str = Field(
+        description="Use it as `image_url.url`, `video_url.url` or `file.file_id` in messages, and as `image` or "
+        "`video` in questions."
+    )
     object: Literal["file"] = "file"
     bytes: int
     created_at: int = Field(description="Seconds since the epoch.")
     expires_at: int = Field(description="Seconds since the epoch.")
     filename: str
-    purpose: Literal["vision"] = "vision"
+    purpose: Literal["vision", "user_data"] = "vision"
     status: Literal["processed"] = "processed"
     width: int
     height: int
+    pages: int = Field(description="Of a TIFF or a PDF; of other files 1.")

@@ -26,6 +26,7 @@ POLICY = "; ".join(
         "script-src 'self'",
         "style-src 'self'",
         "img-src 'self'",
+        "media-src blob:",  # a video that the visitor chose, to show its frames
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",

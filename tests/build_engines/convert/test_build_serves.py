@@ -25,14 +25,14 @@ from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
-from tests.build_engines.test_checkpoints import LONGEST, QUESTIONS, SAVED, Family, of_transformers, pictures
+from tests.build_engines.test_checkpoints import LONGEST, QUESTIONS, SAVED, Family, batched, of_transformers, pictures
 from tests.support.servers import StartGateway, free_ports
 from tests.support.shared_exports import SharedExports
 
 pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 60.0
-ASKED = list(zip(pictures(), QUESTIONS, strict=True))
+Asked = list[tuple[list[bytes], str]]  # pictures and a question: one picture, or the frames of a clip
 
 
 @pytest.fixture(scope="module", params=SAVED)
@@ -44,6 +44,12 @@ def family(request: pytest.FixtureRequest, exports: SharedExports, tmp_path_fact
     save(checkpoint)
     assert exports.build(str(checkpoint), "--profile", "embedded", "--out", str(repository)) == 0
     return Family(checkpoint, repository, model, processor)
+
+
+@pytest.fixture(scope="module")
+def questions(family: Family) -> Asked:
+    """What of_transformers asks."""
+    return list(zip(batched(pictures(family.frames), family.frames), QUESTIONS, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +88,31 @@ def service(family: Family, address: str, start_gateway: StartGateway) -> Iterat
         yield gateway.url
 
 
-async def asked(service: str, picture: bytes, question: str, **more: object) -> dict[str, Any]:
-    body = {"image": base64.b64encode(picture).decode(), "question": question, "max_tokens": LONGEST, "temperature": 0}
+def about(shown: list[bytes], question: str) -> dict[str, Any]:
+    """A question about one picture, or about the frames of a clip."""
+    encoded = [base64.b64encode(picture).decode() for picture in shown]
+    pictures = {"frames": encoded} if len(shown) > 1 else {"image": encoded[0]}
+    return {**pictures, "question": question, "max_tokens": LONGEST, "temperature": 0}
+
+
+async def asked(service: str, shown: list[bytes], question: str, **more: object) -> dict[str, Any]:
+    body = about(shown, question)
     async with httpx.AsyncClient(base_url=service, timeout=TIMEOUT_S) as http:
         return (await http.post("/v1/vqa", json=body | more)).raise_for_status().json()
 
 
 async def test_its_tokens_are_those_of_transformers(
-    family: Family, expected: list[list[int]], server: TritonClient
+    family: Family, questions: Asked, expected: list[list[int]], server: TritonClient
 ) -> None:
     prompts = PromptBuilder.load(family.card, family.repository)
     said = []
-    for picture, question in ASKED:
-        pixels = decode(picture, ImageLimits()).pixels
-        _, seen = await server.see(pixels, prompts.question(question), family.full, TIMEOUT_S)
-        prompt = prompts.compose(question, [(seen.visual_tokens, picture)])
+    for shown, question in questions:
+        looked_at = []
+        for picture in shown:
+            pixels = decode(picture, ImageLimits()).pixels
+            _, seen = await server.see(pixels, prompts.question(question), family.full, TIMEOUT_S)
+            looked_at.append((seen.visual_tokens, picture))
+        prompt = prompts.compose(question, looked_at)
         generation = Generation(
             prompt, Sampling(max_tokens=LONGEST), end_id=family.card.end_id, pad_id=family.card.pad_id,
             request_id=question, stall_timeout_s=TIMEOUT_S,
@@ -107,13 +123,13 @@ async def test_its_tokens_are_those_of_transformers(
 
 
 async def test_the_gateways_answers_are_those_of_transformers(
-    family: Family, expected: list[list[int]], service: str
+    family: Family, questions: Asked, expected: list[list[int]], service: str
 ) -> None:
     card = family.card
     spelled = token_bytes(PromptBuilder.load(card, family.repository).tokenizer)
     full = asdict(family.full)
-    for (picture, question), tokens in zip(ASKED, expected, strict=True):
-        found = await asked(service, picture, question, budget=full)
+    for (shown, question), tokens in zip(questions, expected, strict=True):
+        found = await asked(service, shown, question, budget=full)
         text = Detokeniser(spelled)
         assert found["answer"] == text.push(token for token in tokens if token != card.end_id) + text.finish()
         assert found["finish_reason"] == ("stop" if card.end_id in tokens else "length")
@@ -130,10 +146,10 @@ def test_it_is_verified_with_itself_as_the_reference(family: Family, address: st
 
 
 async def test_concurrent_answers_in_all_forms_are_those_of_single_requests(
-    family: Family, expected: list[list[int]], service: str
+    family: Family, questions: Asked, expected: list[list[int]], service: str
 ) -> None:
     """Mixed batches: whole, short, guided and streamed answers, and one whose caller leaves."""
-    card, full = family.card, asdict(family.full)
+    card, full, choices = family.card, asdict(family.full), ["red", "a circle"]
     spelled = token_bytes(PromptBuilder.load(card, family.repository).tokenizer)
 
     def text(tokens: list[int]) -> str:
@@ -142,9 +158,9 @@ async def test_concurrent_answers_in_all_forms_are_those_of_single_requests(
 
     async with httpx.AsyncClient(base_url=service, timeout=TIMEOUT_S) as http:
 
-        async def leaves(picture: bytes, question: str) -> None:
-            body = {"image": base64.b64encode(picture).decode(), "question": question, "max_tokens": 99}
-            async with http.stream("POST", "/v1/vqa", json=body | {"temperature": 0, "stream": True}) as response:
+        async def leaves(shown: list[bytes], question: str) -> None:
+            body = about(shown, question) | {"max_tokens": 50, "stream": True}
+            async with http.stream("POST", "/v1/vqa", json=body) as response:
                 response.raise_for_status()
                 async for line in response.aiter_lines():
                     if line.startswith("data:"):
@@ -152,23 +168,25 @@ async def test_concurrent_answers_in_all_forms_are_those_of_single_requests(
 
         for _ in range(2):
             whole, short, chosen, _ = await asyncio.gather(
-                asyncio.gather(*(asked(service, *each, budget=full) for each in ASKED)),
-                asyncio.gather(*(asked(service, *each, budget=full, max_tokens=2) for each in ASKED)),
-                asyncio.gather(*(asked(service, *each, budget=full, choices=["red", "a circle"]) for each in ASKED)),
-                asyncio.gather(*(leaves(*each) for each in ASKED)),
+                asyncio.gather(*(asked(service, *each, budget=full) for each in questions)),
+                asyncio.gather(*(asked(service, *each, budget=full, max_tokens=2) for each in questions)),
+                asyncio.gather(
+                    *(asked(service, *each, budget=full, choices=["red", "a circle"]) for each in questions)
+                ),
+                asyncio.gather(*(leaves(*each) for each in questions)),
             )
             assert [found["answer"] for found in whole] == [text(tokens) for tokens in expected]
             assert [found["answer"] for found in short] == [text(tokens[:2]) for tokens in expected]
-            assert {found["answer"] for found in chosen} <= {"red", "a circle"}
+            assert {found["answer"] for found in chosen} <= set(choices)
             assert {found["finish_reason"] for found in chosen} == {"stop"}
         told = (await http.get("/v1/models")).raise_for_status().json()["data"][0]
         assert told["architecture"] == card.architecture
 
 
-async def test_the_ensemble_says_what_the_gateway_says(server: TritonClient, service: str) -> None:
-    """With the default budget."""
-    for picture, question in ASKED:
+async def test_the_ensemble_says_what_the_gateway_says(questions: Asked, server: TritonClient, service: str) -> None:
+    """With the default budget, about one picture."""
+    for (picture, *_), question in questions:
         text = Detokeniser(())
         pieces = server.answer(picture, question, max_tokens=LONGEST, timeout_s=TIMEOUT_S)
         said = "".join([text.push_bytes(piece) async for piece in pieces]) + text.finish()
-        assert said == (await asked(service, picture, question))["answer"]
+        assert said == (await asked(service, [picture], question))["answer"]

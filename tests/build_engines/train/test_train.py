@@ -36,7 +36,7 @@ def test_no_training_question_names_a_held_out_pair() -> None:
 
 def test_every_stage_leaves_a_checkpoint_a_log_and_a_curve(tiny_training: Path) -> None:
     stages = [json.loads(line)["stage"] for line in (tiny_training / "log.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(stages)) == ["language", "vision", "qformer", "joint", "allocator"]
+    assert list(dict.fromkeys(stages)) == ["language", "vision", "qformer", "joint", "allocator", "clips"]
     assert (tiny_training / "learning_curve.png").stat().st_size > 10_000
     card = json.loads((tiny_training / "checkpoint" / "model_card.json").read_text())
     assert set(card["accuracy_in_pytorch"]) == {"new", "held_out_pairs", "small_print"}

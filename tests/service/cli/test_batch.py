@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_told(arguments):
     status, _, told = run("ask", *arguments)
     assert (status, told) == (
         1,
-        "glimpse: --batch needs --out, and takes no images, questions, --json or --explain beside it\n",
+        "glimpse: --batch needs --out, and takes no images, questions, --json, --explain or --as-frames beside it\n",
     )
 
 

@@ -174,7 +174,7 @@ def test_the_same_command_goes_on_inside_the_folder_of_the_dataset(server, folde
     ("arguments", "said"),
     [
         (["--dataset", "nowhere"], "nowhere does not exist: give a folder"),
-        (["--dataset", ".", "--split", "new"], "--scenes and --split belong to the committed scenes"),
+        (["--dataset", ".", "--split", "new"], "--scenes, --split and --frames belong to the committed scenes"),
         (["--limit", "3"], "belong to --dataset: name one"),
     ],
 )

@@ -27,6 +27,7 @@ from service.core.request import Budget
 from service.core.vision import VisionFeatures
 from service.triton_server.installation import StartFailed
 from tests.support.calibrations import calibrated
+from tests.support.documents import filled, pdf
 from tests.support.fakes import CARD, CLOSER, png
 from tests.support.paths import PROJECT
 from tests.support.servers import free_ports
@@ -125,6 +126,21 @@ def test_every_option_reaches_the_service(server, image):
     assert (sampling.seed, sampling.stop) == (9, (".", "!"))
     assert server.house.vision.budgets[0] == Budget((64, 100), (32, 64))
     assert server.house.vision.calls[-1] == "attend_448"
+
+
+def test_a_page_of_a_document_is_asked_about(server, tmp_path):
+    document = tmp_path / "two.pdf"
+    document.write_bytes(pdf([filled((255, 255, 255)), filled((0, 0, 0))]))
+    for page in ("1", "2"):
+        status, _, _ = run("ask", str(document), "what colour?", "--page", page, "--url", server.url)
+        assert status == 0
+    first, second = (prompt.visual_tokens[0, 0] for prompt in server.house.language.prompts)
+    assert first > second == 0
+    status, _, told = run("ask", str(document), "what colour?", "--page", "3", "--url", server.url)
+    assert (status, "page is 3, and the document has 2 pages" in told) == (1, True)
+    drawing = str(tmp_path / "x.png")
+    status, _, told = run("ask", str(document), "what colour?", "--explain", drawing, "--url", server.url)
+    assert (status, "--explain draws over an image, not over a page" in told) == (1, True)
 
 
 def test_a_page_is_fitted_as_the_option_says(server, tmp_path):

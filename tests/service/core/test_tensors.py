@@ -62,21 +62,24 @@ def called(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, card: ModelCard) -> Path:
-    """The configurations of the committed checkpoint, and those of a closer view whether it has one or not."""
+    """The configurations of the committed checkpoint, and those of a closer view and a clip resampler, as if it had
+    both."""
     folder = tmp_path_factory.mktemp("written")
-    write_configs(folder, Dimensions(card.vision_width, card.hidden_size, closer_view=True))
+    write_configs(folder, Dimensions(card.vision_width, card.hidden_size, closer_view=True, clip=True))
     return folder
 
 
 def test_every_model_of_the_repository_is_known(repository: Path, card: ModelCard) -> None:
     on_disk = {path.parent.name for path in repository.glob("*/config.pbtxt")}
-    assert on_disk == {model.name for model in models(Dimensions(1, 1, closer_view=card.closer_view))}
+    here = Dimensions(1, 1, closer_view=card.closer_view, clip=card.clip is not None)
+    assert on_disk == {model.name for model in models(here)}
     assert on_disk >= {*card.called, "vision_encoder", "vqa"}
-    assert set(CALLED) - on_disk <= {"attend_448"}
+    assert set(CALLED) - on_disk <= {"attend_448", "attend_clip"}
 
 
 def test_committed_configurations_are_what_the_writer_writes(repository: Path, card: ModelCard) -> None:
-    for model in models(Dimensions(card.vision_width, card.hidden_size, closer_view=card.closer_view)):
+    clip = card.clip is not None
+    for model in models(Dimensions(card.vision_width, card.hidden_size, closer_view=card.closer_view, clip=clip)):
         assert (repository / model.name / "config.pbtxt").read_text() == config(model)
         if not model.steps:
             assert (repository / model.name / "1" / "model.py").read_text() == runner(model)
@@ -92,7 +95,7 @@ def test_client_and_configuration_name_the_same_tensors(written: Path, card: Mod
     assert {name: given.get(name) for name in read} == read
     assert {name for name, (_, _, optional) in accepted.items() if not optional} <= sent.keys()
     assert parsed.model_transaction_policy.decoupled == (model.decoupled and not parsed.ensemble_scheduling.step)
-    assert parsed.max_batch_size > 0
+    assert (parsed.max_batch_size > 0) == model.batched
 
 
 def test_client_knows_what_each_path_goes_through(written: Path, called: str) -> None:

@@ -19,6 +19,7 @@ from service.core.errors import (
     InvalidRequest,
     NotFound,
 )
+from tests.support import documents, films
 from tests.support.fakes import png
 from tests.support.paths import SCENES
 
@@ -26,6 +27,9 @@ from tests.support.paths import SCENES
 SCENE, OTHER = ((SCENES / f"new_{number:03}.webp").read_bytes() + b"cases" for number in (3, 7))
 WIDE = png((20, 60, 200), (900, 300))
 LARGE = (SCENES / "small_print_004.webp").read_bytes() + b"cases"
+GIF = films.gif()
+PAGES = documents.pdf([documents.filled(documents.BLUE), documents.filled(documents.RED)])
+FEW = MappingProxyType({"video_frames": 4})
 UNKNOWN = "img_00000000000000000000000000000000"
 SCHEMA = {
     "type": "object",
@@ -37,11 +41,13 @@ SCHEMA = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A question, in the words of POST /v1/vqa. Images come before everything else, in the earliest turn."""
+    """A question, in the words of POST /v1/vqa. Images and videos come before all else, in the earliest turn."""
 
     name: str
     question: str = "which shape is the large blue object?"
     images: tuple[bytes | str, ...] = (SCENE,)  # files, ids or addresses
+    video: bytes | str | None = None  # behind the images
+    frames: tuple[bytes | str, ...] | None = None  # in its place
     turns: tuple[tuple[str, str], ...] = ()  # earlier questions and answers
     fields: Mapping[str, object] = field(default_factory=dict)  # the others
     error: type[GlimpseError] | None = None
@@ -62,6 +68,8 @@ class Outcome:
     detail: str = ""
     fit: str = ""
     relevance: object = None
+    frames: object = None  # of the video, that were looked at
+    video_id: str = ""
     abstained: bool | None = None
     reason: str = ""
     confidence: float | None = field(default=None, compare=False)  # differs a little between batches
@@ -143,7 +151,22 @@ CASES = [
     Case(name="padded, detail high", images=(WIDE,), fields={"fit": "pad", "detail": "high"}),
     Case(name="tiled", images=(WIDE,), fields={"fit": "tiles", "explain": True}, question="is there a ring?"),
     Case(name="fitted by its proportions", images=(WIDE, SCENE), fields={"fit": "auto", "explain": True}),
+    Case(name="a page of a PDF", images=(PAGES,), question="what color is it?", fields={"page": 2}),
+    Case(name="a PDF, tiled", images=(PAGES,), question="what color is it?", fields={"fit": "tiles", "explain": True}),
+    Case(name="a video", images=(), video=GIF, fields=FEW, question="which shape moves?"),
+    Case(name="a video, explained", images=(), video=GIF, fields={**FEW, "explain": True}),
+    Case(name="a video behind an image", video=GIF, fields=FEW),
+    Case(name="a video by change", images=(), video=GIF, fields={"video_frames": 3, "video_sampling": "change"}),
+    Case(name="a WebM", images=(), video=films.video(), fields=FEW),
+    Case(name="an MP4", images=(), video=films.video(container="mp4"), fields=FEW),
+    Case(name="a video of an earlier turn", images=(), video=GIF, fields=FEW, turns=(("does it move?", "yes"),)),
+    Case(name="frames", images=(), frames=(SCENE, OTHER), fields={"explain": True}),
     # Errors.
+    refused("a page that is not there", InvalidImage, "page_not_found", images=(PAGES,), fields={"page": 3}),
+    refused("a page of a picture", InvalidImage, "page_not_found", fields={"page": 2}),
+    refused("a page before the first", InvalidRequest, images=(PAGES,), fields={"page": 0}),
+    refused("a page of two images", InvalidRequest, images=(PAGES, SCENE), fields={"page": 1}),
+    refused("a page beside a video", InvalidRequest, images=(PAGES,), video=GIF, fields={"page": 1}),
     refused("no image", InvalidRequest, "missing_field", images=()),
     refused("no question", InvalidRequest, question=" "),
     refused("a question that is too long", InvalidRequest, question="w" * 2_001),
@@ -178,5 +201,17 @@ CASES = [
     refused("an unknown detail", InvalidRequest, fields={"detail": "medium"}),
     refused("an unknown fit", InvalidRequest, fields={"fit": "stretch"}),
     refused("an unknown priority", InvalidRequest, fields={"priority": "high"}),
+    refused("an unknown video", NotFound, "image_not_found", images=(), video=UNKNOWN),
+    refused("no video file", InvalidImage, images=(), video=b"hello"),
+    refused("half a video", InvalidImage, images=(), video=GIF[:400]),
+    refused("a video twice", InvalidRequest, video=GIF, frames=(SCENE, OTHER)),
+    refused("no frames", InvalidRequest, images=(), frames=()),
+    refused("too many frames", InvalidRequest, images=(), frames=(SCENE,) * 33),
+    refused("a video that is not base64", InvalidImage, images=(), video="!"),
+    refused("frames to look at without a video", InvalidRequest, fields={"video_frames": 4}),
+    refused("a sampling without a video", InvalidRequest, fields={"video_sampling": "change"}),
+    refused("no frames to look at", InvalidRequest, images=(), video=GIF, fields={"video_frames": 0}),
+    refused("too many frames to look at", InvalidRequest, images=(), video=GIF, fields={"video_frames": 33}),
+    refused("an unknown sampling", InvalidRequest, images=(), video=GIF, fields={"video_sampling": "all"}),
     refused("an unknown field", InvalidRequest, "unknown_field", fields={"colour": "red"}),
 ]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from service.core.errors import InvalidImage, InvalidRequest
-from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl, Sampling, Text
+from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Sampling, Text
 from service.edges.asking import Fields, QuestionLimits, to_request
 from service.edges.image_text import source_of
 from tests.support.calibrations import calibrated
@@ -111,6 +111,67 @@ def test_the_text_of_an_image_is_its_bytes_its_id_or_its_url(text, source):
     assert to_request(Fields(parts=(Text("?"),), image=text), CARD, LIMITS).images == (source,)
 
 
+def test_a_clip_stands_behind_the_images_and_before_the_text():
+    clip = Clip(ImageBytes(b"a film"))
+    request = to_request(replace(QUESTION, video=ImageBytes(b"a film")), CARD, LIMITS)
+    assert request.parts == (IMAGE, clip, Text("what colour?"))
+    assert request.images == (IMAGE,)
+    told = to_request(replace(QUESTION, video=ImageBytes(b"a film"), turns=(TURN,)), CARD, LIMITS)
+    assert told.exchanges == (Exchange((IMAGE, clip, Text("which shape?")), "a circle"),)
+    assert told.parts == (Text("what colour?"),)
+
+
+def test_a_clip_needs_no_image_beside_it():
+    asked = Fields(parts=(Text("?"),), video=f" {b64encode(b'file').decode()}")
+    request = to_request(asked, CARD, LIMITS)
+    assert request.parts == (Clip(ImageBytes(b"file"), frames=None, sampling="uniform"), Text("?"))
+    assert request.images == ()
+
+
+def test_all_frames_that_are_sent_are_looked_at_unless_the_caller_says_fewer():
+    asked = Fields(parts=(Text("?"),), frames=(IMAGE, "img_1", *[IMAGE] * 10))
+    (clip, _) = to_request(asked, CARD, LIMITS).parts
+    assert clip == Clip((IMAGE, ImageId("img_1"), *[IMAGE] * 10), frames=12)
+    (clip, _) = to_request(replace(asked, video_frames=5, video_sampling="change"), CARD, LIMITS).parts
+    assert (clip.frames, clip.sampling) == (5, "change")
+
+
+def test_how_a_clip_is_looked_at_holds_wherever_it_stands():
+    clip = Clip(ImageId("img_1"))
+    looked_at = Clip(ImageId("img_1"), frames=16, sampling="change")
+    here = Fields(parts=(Text("what"), clip, Text("?")), video_frames=16, video_sampling="change")
+    assert to_request(here, CARD, LIMITS).parts == (Text("what"), looked_at, Text("?"))
+    before = replace(here, parts=(Text("?"),), turns=(Exchange((clip, Text("which?")), "a ring"),))
+    assert to_request(before, CARD, LIMITS).exchanges[0].parts == (looked_at, Text("which?"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"video": "img_1", "frames": ("img_1",)}, "frames", "video and frames are both given: leave one out"),
+        ({"video": "!"}, "video", "video is neither base64, nor a data: URL, nor an image id"),
+        ({"video": "data:video/mp4,a"}, "video", "video is a data: URL without base64"),
+        ({"frames": ("img_1", "!")}, "frames.1", "frame 2 of 2: image is neither base64"),
+        ({"frames": ()}, "frames", "frames has 0 images: send 1 to 32"),
+        ({"frames": (IMAGE,) * 33}, "frames", "frames has 33 images: send 1 to 32"),
+        ({"video_frames": 4}, "video_frames", "video_frames needs a video: add one, or leave video_frames out"),
+        ({"video_sampling": "uniform"}, "video_sampling", "video_sampling needs a video: add one, or leave"),
+        ({"video": "img_1", "parts": (Clip(IMAGE), Text("?"))}, "video", "video is given 2 times: ask about one video"),
+        (
+            {"parts": (Clip(IMAGE), Text("?")), "turns": (Exchange((Clip(IMAGE), Text("?")), "a"),)},
+            "video",
+            "video is given 2 times: ask about one video at a time",
+        ),
+    ],
+)
+def test_a_clip_that_breaks_a_rule_is_named(changes, param, message):
+    with pytest.raises(InvalidRequest) as caught:
+        to_request(replace(QUESTION, **changes), CARD, LIMITS)
+    assert caught.value.param == param
+    assert caught.value.message.startswith(message)
+    assert caught.value.args == (caught.value.message,)
+
+
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
@@ -129,6 +190,13 @@ def test_the_text_of_an_image_is_its_bytes_its_id_or_its_url(text, source):
         ({"turns": (Exchange((Text("a?"),), " "),)}, "turns.0.answer", "turns.0.answer is empty"),
         ({"system": "s" * 90}, "system", "system, question and turns have 102 characters, the limit is 100: shorten"),
         ({"timeout_s": 121.0}, "timeout_s", "timeout_s is 121, the limit is 120: lower it"),
+        ({"page": 1}, "page", "page is about one image, and images is given: send the document alone"),
+        ({"images": None, "image": IMAGE, "video": IMAGE, "page": 2}, "page", "one image, and video is given"),
+        ({"images": None, "image": IMAGE, "frames": (IMAGE,), "page": 2}, "page", "one image, and frames is given"),
+        ({"images": None, "parts": (IMAGE, IMAGE, Text("which?")), "page": 2}, "page", "without other images"),
+        ({"images": None, "parts": (IMAGE, Clip(IMAGE), Text("which?")), "page": 2}, "page", "or a video, or leave"),
+        ({"images": None, "parts": (Clip(IMAGE), Text("which?")), "page": 2}, "page", "page is about one image"),
+        ({"images": None, "image": IMAGE, "turns": (TURN,), "parts": (IMAGE, Text("?")), "page": 1}, "page", "alone"),
     ],
 )
 def test_a_field_that_breaks_a_rule_is_named(changes, param, message):

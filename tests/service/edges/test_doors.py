@@ -19,6 +19,7 @@ from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.http.application import http_api
 from service.edges.http.batch import LINES
 from tests.service.edges.grpc.test_batch import results_of
+from tests.support import films
 from tests.support.calls import Service, chunks, failure, question, served, streamed
 from tests.support.fakes import CARD, House, png
 from tests.support.keys import Keys, bearer
@@ -179,6 +180,9 @@ DOORS: dict[str, Ask] = {
     ),
     "chat": chat,
     "chat's earlier turn": lambda http, image, headers: chat(http, image, headers, turn=True),
+    "frames": lambda http, image, headers: http.post(
+        "/v1/vqa", json={"question": "what?", "frames": [FILE, image]}, headers=headers
+    ),
     "delete": lambda http, image, headers: http.delete(f"/v1/images/{image}", headers=headers),
     "delete a file": lambda http, image, headers: http.delete(f"/v1/files/{image}", headers=headers),
 }
@@ -208,6 +212,30 @@ async def test_another_tenants_image_is_behind_no_door(house, keys, door):
         own = await DOORS[door](http, image, ours)
         assert own.status_code == 200, own.text
         assert '"error"' not in own.text
+    house.reader.close()
+
+
+@pytest.mark.parametrize("door", ["vqa", "chat"])
+async def test_another_tenants_video_is_behind_no_door(house, keys, door):
+    ours, theirs = bearer(keys.make("acme")), bearer(keys.make("other"))
+    await house.gate.look()
+
+    def ask(http: httpx.AsyncClient, video: str, headers: dict[str, str]) -> Any:
+        if door == "vqa":
+            body = {"question": "what?", "video": video, "video_frames": 2}
+            return http.post("/v1/vqa", json=body, headers=headers)
+        content = [{"type": "video_url", "video_url": {"url": video}}, {"type": "text", "text": "what?"}]
+        body = {"model": CARD.name, "messages": [{"role": "user", "content": content}], "video_frames": 2}
+        return http.post("/v1/chat/completions", json=body, headers=headers)
+
+    async with calling(house) as http:
+        video = (await ask(http, base64.b64encode(films.gif()).decode(), ours)).json()["video_id"]
+        found, unknown = [error_of(await ask(http, each, theirs)) for each in (video, UNKNOWN)]
+        assert found["code"] == "image_not_found"
+        assert found["message"].replace(video, UNKNOWN) == unknown["message"]
+        assert found["param"] == unknown["param"]
+        own = await ask(http, video, ours)
+        assert (own.status_code, own.json()["vision"]["cache"]) == (200, "hit")
     house.reader.close()
 
 

@@ -17,8 +17,10 @@ import pytest
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge, Unavailable
 from service.core.viewport import Viewport
+from service.media.clip import decode_clip
 from service.media.decoder import ImageLimits, decode
 from service.media.workers import DecodingWorkers
+from tests.support.clips import animation, film, many_gif_frames, scene
 from tests.support.fakes import until
 from tests.support.paths import PROJECT
 from tests.support.pictures import LIMITS, encoded, picture
@@ -240,6 +242,65 @@ async def test_closing_ends_workers_that_decode_and_leaves_nothing():
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
     assert shared_memories() == 0
+
+
+@pytest.mark.parametrize("most", [1, 8, 32])
+async def test_a_worker_sees_a_clips_frames_as_the_decoder_does(one, most):
+    for data in (
+        film(count=40),
+        film("libvpx", "webm", count=12),
+        animation("GIF", [scene(each, 40) for each in range(40)]),
+    ):
+        found, expected = await one.decode_clip(data, most), decode_clip(data, LIMITS, most)
+        assert (found.width, found.height, found.duration_s) == (320, 240, expected.duration_s)
+        assert len(found.frames) == min(most, 12 if data.startswith(b"\x1a") else 40)
+        for ours, theirs in zip(found.frames, expected.frames, strict=True):
+            assert (ours.index, ours.time_s) == (theirs.index, theirs.time_s)
+            assert np.array_equal(ours.pixels, theirs.pixels)
+            assert ours.pixels.flags.owndata
+    assert (await one.decode(SMALL, (224,))).width == 300
+
+
+@pytest.mark.parametrize("data", [b"", b"no video", bytes(2_000_001), many_gif_frames(2, 3000, 3000)])
+async def test_a_worker_refuses_the_clips_that_the_decoder_refuses_and_goes_on(one, data):
+    with pytest.raises((InvalidImage, TooLarge)) as expected:
+        decode_clip(data, LIMITS, 8)
+    one.start()
+    before = one.pids
+    with pytest.raises(type(expected.value)) as caught:
+        await one.decode_clip(data, 8)
+    assert (caught.value.message, caught.value.param) == (expected.value.message, "video")
+    assert one.pids == before
+
+
+async def test_a_clip_may_take_the_cpu_time_of_four_images_and_no_more():
+    async with workers(SERVED, cpu_s=0.05) as found:
+        found.start()
+        (before,) = found.pids
+        with pytest.raises(TooLarge, match=r"more than 0\.2 s of CPU time: send it shorter or smaller") as caught:
+            await found.decode_clip(many_gif_frames(150, 4000, 2000), 32)
+        assert caught.value.param == "video"
+        assert not is_running(before)
+        assert len((await found.decode_clip(film(count=5), 32)).frames) == 5
+
+
+async def test_a_clip_that_takes_too_much_memory_is_refused():
+    data = film(count=2, size=(3840, 2160), options={"preset": "ultrafast"})
+    async with workers(SERVED, memory_bytes=60_000_000) as found:
+        with pytest.raises((TooLarge, InvalidImage)):
+            await found.decode_clip(data, 2)
+        assert (await found.decode(SMALL, (224,))).width == 300
+
+
+async def test_the_memory_of_a_clips_frames_is_free_for_the_next_clip():
+    data = film(count=16, size=(1920, 1080), options={"preset": "ultrafast"})
+    async with workers(SERVED) as found:
+        await found.decode_clip(data, 16)
+        (pid,) = found.pids
+        held = resident_mb(pid)
+        for _ in range(3):
+            await found.decode_clip(data, 16)
+        assert resident_mb(pid) < held + 40  # all frames would be 150
 
 
 def read_link(path: Path) -> str:

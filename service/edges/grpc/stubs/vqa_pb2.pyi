@@ -25,6 +25,12 @@ class Fit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FIT_TILES: _ClassVar[Fit]
     FIT_AUTO: _ClassVar[Fit]
 
+class VideoSampling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VIDEO_SAMPLING_UNSPECIFIED: _ClassVar[VideoSampling]
+    VIDEO_SAMPLING_UNIFORM: _ClassVar[VideoSampling]
+    VIDEO_SAMPLING_CHANGE: _ClassVar[VideoSampling]
+
 class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PRIORITY_UNSPECIFIED: _ClassVar[Priority]
@@ -58,6 +64,9 @@ FIT_SQUASH: Fit
 FIT_PAD: Fit
 FIT_TILES: Fit
 FIT_AUTO: Fit
+VIDEO_SAMPLING_UNSPECIFIED: VideoSampling
+VIDEO_SAMPLING_UNIFORM: VideoSampling
+VIDEO_SAMPLING_CHANGE: VideoSampling
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_NORMAL: Priority
 PRIORITY_LOW: Priority
@@ -73,16 +82,40 @@ CACHE_HIT: Cache
 CACHE_MISS: Cache
 
 class Part(_message.Message):
-    __slots__ = ("text", "image", "image_id", "image_url")
+    __slots__ = ("text", "image", "image_id", "image_url", "video", "video_id", "video_url", "frames")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_URL_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_URL_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     text: str
     image: bytes
     image_id: str
     image_url: str
-    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., image_id: _Optional[str] = ..., image_url: _Optional[str] = ...) -> None: ...
+    video: bytes
+    video_id: str
+    video_url: str
+    frames: Frames
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., image_id: _Optional[str] = ..., image_url: _Optional[str] = ..., video: _Optional[bytes] = ..., video_id: _Optional[str] = ..., video_url: _Optional[str] = ..., frames: _Optional[_Union[Frames, _Mapping]] = ...) -> None: ...
+
+class Frames(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("image", "image_id", "image_url")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_URL_FIELD_NUMBER: _ClassVar[int]
+    image: bytes
+    image_id: str
+    image_url: str
+    def __init__(self, image: _Optional[bytes] = ..., image_id: _Optional[str] = ..., image_url: _Optional[str] = ...) -> None: ...
 
 class Turn(_message.Message):
     __slots__ = ("parts", "answer")
@@ -109,7 +142,7 @@ class Budget(_message.Message):
     def __init__(self, vision_tokens: _Optional[_Union[Range, _Mapping]] = ..., visual_tokens: _Optional[_Union[Range, _Mapping]] = ...) -> None: ...
 
 class AnswerRequest(_message.Message):
-    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain", "choices", "regex", "json_schema", "min_confidence", "logprobs", "top_logprobs", "system", "fit")
+    __slots__ = ("parts", "turns", "budget", "detail", "max_tokens", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop", "priority", "explain", "choices", "regex", "json_schema", "min_confidence", "logprobs", "top_logprobs", "system", "fit", "video_frames", "video_sampling", "page")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +164,9 @@ class AnswerRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     turns: _containers.RepeatedCompositeFieldContainer[Turn]
     budget: Budget
@@ -152,7 +188,10 @@ class AnswerRequest(_message.Message):
     top_logprobs: int
     system: str
     fit: Fit
-    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ..., choices: _Optional[_Iterable[str]] = ..., regex: _Optional[str] = ..., json_schema: _Optional[str] = ..., min_confidence: _Optional[float] = ..., logprobs: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., system: _Optional[str] = ..., fit: _Optional[_Union[Fit, str]] = ...) -> None: ...
+    video_frames: int
+    video_sampling: VideoSampling
+    page: int
+    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., detail: _Optional[_Union[Detail, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., explain: _Optional[bool] = ..., choices: _Optional[_Iterable[str]] = ..., regex: _Optional[str] = ..., json_schema: _Optional[str] = ..., min_confidence: _Optional[float] = ..., logprobs: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., system: _Optional[str] = ..., fit: _Optional[_Union[Fit, str]] = ..., video_frames: _Optional[int] = ..., video_sampling: _Optional[_Union[VideoSampling, str]] = ..., page: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "image_tokens")
@@ -165,7 +204,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., image_tokens: _Optional[int] = ...) -> None: ...
 
 class Vision(_message.Message):
-    __slots__ = ("cache", "vision_tokens", "visual_tokens", "detail", "reduced", "familiar", "fit")
+    __slots__ = ("cache", "vision_tokens", "visual_tokens", "detail", "reduced", "familiar", "fit", "frames")
     CACHE_FIELD_NUMBER: _ClassVar[int]
     VISION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +212,7 @@ class Vision(_message.Message):
     REDUCED_FIELD_NUMBER: _ClassVar[int]
     FAMILIAR_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     cache: Cache
     vision_tokens: int
     visual_tokens: int
@@ -180,7 +220,20 @@ class Vision(_message.Message):
     reduced: bool
     familiar: float
     fit: Fit
-    def __init__(self, cache: _Optional[_Union[Cache, str]] = ..., vision_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., reduced: _Optional[bool] = ..., familiar: _Optional[float] = ..., fit: _Optional[_Union[Fit, str]] = ...) -> None: ...
+    frames: _containers.RepeatedCompositeFieldContainer[SeenFrame]
+    def __init__(self, cache: _Optional[_Union[Cache, str]] = ..., vision_tokens: _Optional[int] = ..., visual_tokens: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., reduced: _Optional[bool] = ..., familiar: _Optional[float] = ..., fit: _Optional[_Union[Fit, str]] = ..., frames: _Optional[_Iterable[_Union[SeenFrame, _Mapping]]] = ...) -> None: ...
+
+class SeenFrame(_message.Message):
+    __slots__ = ("index", "time_s", "relevance", "image_id")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
+    RELEVANCE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    time_s: float
+    relevance: Relevance
+    image_id: str
+    def __init__(self, index: _Optional[int] = ..., time_s: _Optional[float] = ..., relevance: _Optional[_Union[Relevance, _Mapping]] = ..., image_id: _Optional[str] = ...) -> None: ...
 
 class TimingMs(_message.Message):
     __slots__ = ("queue", "load", "vision", "first_token", "total")
@@ -235,7 +288,7 @@ class TokenLogProb(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ...) -> None: ...
 
 class AnswerResponse(_message.Message):
-    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "logprobs", "variant", "fallback_from")
+    __slots__ = ("id", "model", "answer", "finish_reason", "image_ids", "usage", "vision", "timing_ms", "relevance", "confidence", "found", "abstained", "abstain_reason", "logprobs", "variant", "fallback_from", "video_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +305,7 @@ class AnswerResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FROM_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     answer: str
@@ -268,7 +322,8 @@ class AnswerResponse(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogProb]
     variant: str
     fallback_from: str
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ..., variant: _Optional[str] = ..., fallback_from: _Optional[str] = ...) -> None: ...
+    video_id: str
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., answer: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., image_ids: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., vision: _Optional[_Union[Vision, _Mapping]] = ..., timing_ms: _Optional[_Union[TimingMs, _Mapping]] = ..., relevance: _Optional[_Iterable[_Union[Relevance, _Mapping]]] = ..., confidence: _Optional[float] = ..., found: _Optional[float] = ..., abstained: _Optional[bool] = ..., abstain_reason: _Optional[_Union[AbstainReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogProb, _Mapping]]] = ..., variant: _Optional[str] = ..., fallback_from: _Optional[str] = ..., video_id: _Optional[str] = ...) -> None: ...
 
 class AnswerEvent(_message.Message):
     __slots__ = ("delta", "end")
@@ -285,18 +340,20 @@ class PutImageRequest(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class PutImageResponse(_message.Message):
-    __slots__ = ("id", "bytes", "width", "height", "expires_at")
+    __slots__ = ("id", "bytes", "width", "height", "expires_at", "pages")
     ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
     id: str
     bytes: int
     width: int
     height: int
     expires_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., bytes: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    pages: int
+    def __init__(self, id: _Optional[str] = ..., bytes: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pages: _Optional[int] = ...) -> None: ...
 
 class BatchRequest(_message.Message):
     __slots__ = ("index", "question", "timeout_s")

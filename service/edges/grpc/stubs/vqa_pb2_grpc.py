@@ -92,7 +92,7 @@ class VisualQuestionAnsweringServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PutImage(self, request_iterator, context):
-        """Takes an image once, in chunks, so that questions can name it by its id.
+        """Takes an image or a video once, in chunks, so that questions can name it by its id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -9,7 +9,7 @@ export class Entry {
     this.picture = picture;
     this.question = question;
     const named = settings.length > 1;
-    this.runs = settings.map((setting) => new Run(setting, question, picture.name, named));
+    this.runs = settings.map((setting) => new Run(setting, question, picture, named));
     this.showButton = element("button", { type: "button", text: "Show on the image", "aria-pressed": "false", hidden: true });
     this.showButton.addEventListener("click", () => onShow(this));
     const runs = element("div", { class: "runs" }, ...this.runs.map((run) => run.place));
@@ -20,7 +20,7 @@ export class Entry {
 
   /** Whether the stage shows this entry. */
   set shown(is) {
-    this.showButton.hidden = !this.runs.some((run) => run.relevance);
+    this.showButton.hidden = !this.runs.some((run) => run.looks.length);
     this.showButton.setAttribute("aria-pressed", String(is));
     this.showButton.textContent = is ? "Shown on the image" : "Show on the image";
     this.place.classList.toggle("shown", is);
@@ -29,12 +29,12 @@ export class Entry {
 
 /** One setting's answer to a question. */
 export class Run {
-  constructor(setting, question, file, named) {
+  constructor(setting, question, picture, named) {
     this.fields = { question, ...setting.fields };
     this.name = setting.name;
     this.label = `${setting.name}: ${setting.words}`;
-    this.file = file;
-    this.relevance = null;
+    this.file = { name: picture.name, field: picture.field };
+    this.looks = []; // once it has ended: {bitmap, label, relevance} of the image, or of each frame
     this.text = element("p", { class: "answer", "aria-busy": "true" });
     this.below = element("div");
     const isPlain = !named && !Object.keys(setting.fields).length;
@@ -50,10 +50,11 @@ export class Run {
     this.text.append(delta);
   }
 
-  /** The answer is complete: `end` has its fields without the text. */
-  finish(end) {
-    this.relevance = end.relevance[0];
-    this.below.replaceChildren(facts(end), timings(end.timing_ms), tensions(this.relevance.tensions), code(this));
+  /** The answer is complete: `end` has its fields without the text, `looks` what it looked at. */
+  finish(end, looks) {
+    this.looks = looks;
+    const why = looks[0]?.relevance ? [tensions(looks[0].relevance.tensions)] : [];
+    this.below.replaceChildren(facts(end), timings(end.timing_ms), ...why, code(this));
     this.stop();
   }
 
@@ -71,6 +72,7 @@ function facts({ vision, finish_reason: reason }) {
     `${vision.vision_tokens} vision tokens`,
     `${vision.visual_tokens} visual tokens`,
     `detail ${vision.detail}`,
+    ...(vision.frames ? [`${vision.frames.length} frames`] : []),
     ...(vision.fit === "squash" ? [] : [`fit ${vision.fit}`]),
   ];
   if (vision.reduced) said.push("looked less closely because of load");

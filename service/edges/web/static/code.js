@@ -5,7 +5,7 @@ const quoted = JSON.stringify; // also a string of Python
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function curl({ file, fields }) {
-  const parts = [`-F ${shell(`image=@"${file.replaceAll(/["\\]/g, "\\$&")}"`)}`];
+  const parts = [`-F ${shell(`${file.field}=@"${file.name.replaceAll(/["\\]/g, "\\$&")}"`)}`];
   for (const [name, value] of Object.entries(fields)) {
     const text = typeof value === "object" ? JSON.stringify(value) : String(value);
     parts.push(`--form-string ${shell(`${name}=${text}`)}`);
@@ -19,9 +19,9 @@ function python({ file, fields }) {
   return `import httpx, json
 
 with httpx.Client(base_url=${quoted(addressOf(""))}, timeout=30) as glimpse:
-    with open(${quoted(file)}, "rb") as image:
-        kept = glimpse.post("v1/images", content=image.read()).raise_for_status().json()
-    body = {"image": kept["id"]${body.join("")}}
+    with open(${quoted(file.name)}, "rb") as ${file.field}:
+        kept = glimpse.post("v1/images", content=${file.field}.read()).raise_for_status().json()
+    body = {${quoted(file.field)}: kept["id"]${body.join("")}}
     with glimpse.stream("POST", "v1/vqa", json=body) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
@@ -33,9 +33,9 @@ function javascript({ file, fields }) {
   return `import { readFile } from "node:fs/promises"; // in a page: await input.files[0].arrayBuffer()
 
 const service = ${quoted(addressOf(""))};
-const image = await readFile(${quoted(file)});
-const kept = await (await fetch(service + "v1/images", { method: "POST", body: image })).json();
-const body = JSON.stringify({ image: kept.id, ...${quoted(fields)} });
+const ${file.field} = await readFile(${quoted(file.name)});
+const kept = await (await fetch(service + "v1/images", { method: "POST", body: ${file.field} })).json();
+const body = JSON.stringify({ ${file.field}: kept.id, ...${quoted(fields)} });
 const headers = { "content-type": "application/json" };
 const answer = await fetch(service + "v1/vqa", { method: "POST", headers, body });
 let text = "";

@@ -1,4 +1,4 @@
-// The page: an image, a question, and the answer as it comes.
+// The page: an image or a video, a question, and the answer as it comes.
 import * as api from "./api.js";
 import { Entry } from "./answers.js";
 import { byId, element } from "./dom.js";
@@ -6,7 +6,7 @@ import * as model from "./model.js";
 import { NotAnImage, Picture, takeFiles } from "./picture.js";
 import * as settings from "./settings.js";
 import * as stage from "./stage.js";
-import { lookedAt, troubleInWords } from "./words.js";
+import { allLookedAt, troubleInWords } from "./words.js";
 
 const LOOK_AGAIN_MS = 3000; // at a service that is not ready
 
@@ -27,7 +27,7 @@ async function take(file, example = null) {
     return showTrouble({ title: "Wrong file", text: error.message, retryAfterS: 0 });
   }
   showPicture();
-  byId("said").textContent = `Image: ${picture.description}.`;
+  byId("said").textContent = `${picture.field === "video" ? "Video" : "Image"}: ${picture.description}.`;
 }
 
 function showPicture(entry = null) {
@@ -63,7 +63,7 @@ async function ask() {
   try {
     for (const run of entry.runs) await answer(entry, run, running.signal);
   } catch (error) {
-    for (const run of entry.runs) if (!run.relevance) run.stop(error.name === "AbortError" ? "Stopped." : "No answer.");
+    for (const run of entry.runs) if (!run.looks.length) run.stop(error.name === "AbortError" ? "Stopped." : "No answer.");
     if (error.name !== "AbortError") showTrouble(troubleInWords(error), ask);
     if (isAboutKey(error)) askForKey("");
     if (error instanceof api.Unreachable || error.status === 503) showHealth();
@@ -75,14 +75,14 @@ async function ask() {
 
 async function answer(entry, run, signal) {
   await entry.picture.withId(async (image) => {
-    for await (const event of api.ask({ image, ...run.fields }, signal)) {
+    for await (const event of api.ask({ [entry.picture.field]: image, ...run.fields }, signal)) {
       if (event.delta !== undefined) run.add(event.delta);
-      else run.finish(event);
+      else run.finish(event, await entry.picture.looks(event));
     }
   }, signal);
   showPicture(entry);
   const name = entry.runs.length > 1 ? ` ${run.name}` : "";
-  byId("said").textContent = `Answer${name}: ${run.answer}. ${lookedAt(run.relevance)}`;
+  byId("said").textContent = `Answer${name}: ${run.answer}. ${allLookedAt(run.looks)}`;
 }
 
 /** Whether there is all that a question needs; else say what is missing. */
@@ -97,7 +97,7 @@ function isAskable(question) {
     return false;
   }
   if (!picture) {
-    showTrouble({ title: "No image yet", text: "Drop, paste or choose an image, or take an example.", retryAfterS: 0 });
+    showTrouble({ title: "No image yet", text: "Drop, paste or choose an image or a video, or take an example.", retryAfterS: 0 });
     return false;
   }
   for (const control of byId("settings").querySelectorAll("input")) {

@@ -1,13 +1,16 @@
-// Take an image that is dropped, pasted, chosen or photographed, and keep it with the service.
+// Take an image or a video that is dropped, pasted, chosen or photographed, and keep it with the service.
 import { keepImage, Refused } from "./api.js";
 import { byId } from "./dom.js";
 
 const MARGIN_S = 30; // an id that expires sooner is not used
+const WITHIN_S = 0.002; // the service rounds the time of a frame to milliseconds
 
-/** The file is not an image that this browser can show. */
+/** The file is not an image or a video that this browser can show. */
 export class NotAnImage extends Error {}
 
 export class Picture {
+  field = "image"; // of a question
+
   constructor(file, bitmap, example = null) {
     this.file = file;
     this.bitmap = bitmap;
@@ -20,8 +23,13 @@ export class Picture {
     try {
       return new Picture(file, await createImageBitmap(file), example);
     } catch {
-      throw new NotAnImage(`${file.name || "This file"} is not an image that this page can show. Choose a PNG, JPEG, WebP or GIF.`);
+      return Film.of(file);
     }
+  }
+
+  /** What a question looked at -> [{bitmap, label, relevance}]. `end` is its answer. */
+  async looks(end) {
+    return [{ bitmap: this.bitmap, label: "", relevance: end.relevance[0] }];
   }
 
   get name() {
@@ -43,6 +51,51 @@ export class Picture {
       return use(this.kept.id);
     }
   }
+}
+
+/** A short video. Its first frame is shown until a question has looked at some. */
+class Film extends Picture {
+  field = "video";
+
+  constructor(file, video, bitmap) {
+    super(file, bitmap);
+    this.video = video;
+  }
+
+  /** Read a file. Throws NotAnImage. */
+  static async of(file) {
+    const video = document.createElement("video");
+    video.muted = true;
+    video.preload = "auto";
+    try {
+      await happened(video, "loadeddata", () => (video.src = URL.createObjectURL(file)));
+      return new Film(file, video, await createImageBitmap(video));
+    } catch {
+      URL.revokeObjectURL(video.src);
+      const name = file.name || "This file";
+      throw new NotAnImage(
+        `${name} is not an image or a video that this page can show. Choose a PNG, JPEG, WebP or GIF, or an MP4 or WebM.`,
+      );
+    }
+  }
+
+  async looks(end) {
+    const looks = [];
+    for (const { index, time_s: time = 0, relevance } of end.vision.frames ?? []) {
+      await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S));
+      looks.push({ bitmap: await createImageBitmap(this.video), label: `frame ${index}, ${time.toFixed(2)} s`, relevance });
+    }
+    return looks;
+  }
+}
+
+/** Wait for an event that `cause` leads to. Throws what the element says is wrong. */
+function happened(element, event, cause) {
+  return new Promise((resolve, reject) => {
+    element.addEventListener(event, resolve, { once: true });
+    element.addEventListener("error", () => reject(element.error), { once: true });
+    cause();
+  });
 }
 
 /** Call `taken` with each file that the visitor brings. */

@@ -29,6 +29,11 @@ export function lookedAt({ map, levels }) {
   return `Most relevant: ${placeOfPeak(map)}. ${closely} of ${cells.length} cells seen closely${twice}.${without}`;
 }
 
+/** What was looked at: one image, or the frames of a video. */
+export function allLookedAt(looks) {
+  return looks.length === 1 && looks[0].relevance ? lookedAt(looks[0].relevance) : `${looks.length} frames looked at.`;
+}
+
 export const VIEWS = {
   image: { label: "Image", meaning: "The image as it was sent." },
   map: { label: "Relevance", meaning: "How much each place matters for this question, all three ways together." },

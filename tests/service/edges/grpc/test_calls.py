@@ -20,6 +20,7 @@ from service.admission.scheduler import Resource
 from service.core.errors import Overloaded, Unavailable
 from service.edges.grpc import calls
 from service.edges.grpc.stubs import vqa_pb2 as pb
+from tests.support import films
 from tests.support.calls import Service, chunks, failure, question, served, streamed
 from tests.support.fakes import SPELLED, House, png, until
 
@@ -78,6 +79,17 @@ async def test_a_stream_is_deltas_and_then_the_rest(service):
     assert (text, end.answer, end.finish_reason) == ("a red ring", "", pb.FINISH_REASON_STOP)
     assert len(end.relevance) == 1
     assert service.house.language.sampling[0].streaming
+
+
+async def test_a_video_is_kept_in_chunks_and_asked_about_by_its_id(service):
+    film = films.video()
+    kept = await service.stub.PutImage(chunks(film, size=100))
+    assert (kept.bytes, kept.width, kept.height) == (len(film), films.SIDE, films.SIDE)
+    asked = pb.AnswerRequest(parts=[pb.Part(video_id=kept.id), pb.Part(text="what?")], video_frames=2)
+    for cache in (pb.CACHE_MISS, pb.CACHE_HIT):
+        said = await service.stub.Answer(asked)
+        assert (said.video_id, list(said.image_ids), said.vision.cache) == (kept.id, [], cache)
+        assert [frame.index for frame in said.vision.frames] == [0, 9]
 
 
 async def test_an_image_is_sent_once_in_chunks_and_asked_about_by_its_id(service):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from service.core.answer import Delta, Finished, KeptImage
+from service.core.answer import Delta, Finished, FrameSeen, KeptImage
 from service.core.errors import InvalidRequest
-from service.core.request import Exchange, ImageBytes, ImageId, ImageUrl, Priority, Text
+from service.core.request import Clip, Exchange, ImageBytes, ImageId, ImageUrl, Priority, Text
 from service.core.vision import Relevance
 from service.edges.asking import Fields
 from service.edges.grpc.messages import (
@@ -58,6 +58,8 @@ def test_every_field_is_taken():
             logprobs=True,
             top_logprobs=3,
             system="be brief",
+            video_frames=16,
+            video_sampling=pb.VIDEO_SAMPLING_CHANGE,
         ),
         stream=True,
         timeout_s=3.0,
@@ -83,6 +85,8 @@ def test_every_field_is_taken():
         log_probs=True,
         top_log_probs=3,
         system="be brief",
+        video_frames=16,
+        video_sampling="change",
     )
 
 
@@ -100,8 +104,35 @@ def test_texts_and_images_keep_their_places_in_questions_and_turns():
 
 
 @pytest.mark.parametrize(
+    ("part", "clip"),
+    [
+        (pb.Part(video=b"a film"), Clip(ImageBytes(b"a film"))),
+        (pb.Part(video_id=" img_1 "), Clip(ImageId("img_1"))),
+        (pb.Part(video_url="https://x/y.mp4"), Clip(ImageUrl("https://x/y.mp4"))),
+        (
+            pb.Part(
+                frames=pb.Frames(frames=[pb.Frame(image=b"one"), pb.Frame(image_id="img_2"), pb.Frame(image_url="u")])
+            ),
+            Clip((ImageBytes(b"one"), ImageId("img_2"), ImageUrl("u")), frames=3),
+        ),
+    ],
+)
+def test_a_video_keeps_its_place(part, clip):
+    turn = pb.Turn(parts=[part, pb.Part(text="which shape?")], answer="a circle")
+    asked = fields(pb.AnswerRequest(parts=[pb.Part(text="in"), part], turns=[turn]))
+    assert asked.parts == (Text("in"), clip)
+    assert asked.turns == (Exchange((clip, Text("which shape?")), "a circle"),)
+
+
+@pytest.mark.parametrize(
     ("given", "param"),
     [
+        ({"video_frames": 0}, "video_frames"),
+        ({"video_frames": 33}, "video_frames"),
+        ({"video_sampling": 9}, "video_sampling"),
+        ({"parts": [pb.Part(frames=pb.Frames())]}, "parts.0.frames"),
+        ({"parts": [pb.Part(frames=pb.Frames(frames=[pb.Frame(image_id="img_1")] * 33))]}, "parts.0.frames"),
+        ({"parts": [pb.Part(frames=pb.Frames(frames=[pb.Frame(image=b"x"), pb.Frame()]))]}, "parts.0.frames.1"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"temperature": -0.1}, "temperature"),
@@ -170,7 +201,27 @@ def test_an_answer_tells_everything_that_is_known():
     assert (last.answer, len(last.relevance), last.usage) == ("", 0, told.usage)
 
 
+def test_the_frames_that_were_looked_at_are_told_and_explained_if_asked():
+    relevance = Relevance(
+        np.full((16, 16), 0.5, np.float32),
+        np.zeros((3, 16, 16), np.float32),
+        np.zeros((8, 8), np.int32),
+        np.array([0.25, 0.5, 0.75], np.float32),
+    )
+    timing = {"queue": 0.1, "load": 0.2, "vision": 0.3, "first_token": 0.4, "total": 0.5}
+    frames = (FrameSeen(0, 0.0, relevance), FrameSeen(7, None, relevance, "img_7"))
+    end = Finished("stop", (), "hit", "low", False, 12, 3, 64, (), timing, frames=frames, clip_id="img_1")
+    assert answer_message("vqa_1", "tiny", (), end, explain=False).video_id == "img_1"
+    plain = answer_message("vqa_1", "tiny", (), end, explain=False).vision.frames
+    assert list(plain) == [pb.SeenFrame(index=0, time_s=0.0), pb.SeenFrame(index=7, image_id="img_7")]
+    first, second = answer_message("vqa_1", "tiny", (), end, explain=True).vision.frames
+    assert (first.index, first.time_s, list(first.relevance.map)) == (0, 0.0, [0.5] * 256)
+    assert (list(first.relevance.levels), list(first.relevance.propositional)) == ([0] * 64, [])
+    assert first.relevance.tensions == pb.Tensions(particularize=0.25, explore=0.5, diversify=0.75)
+    assert (second.HasField("time_s"), second.relevance) == (False, first.relevance)
+
+
 def test_a_kept_image_has_its_id_size_and_end():
-    told = kept_message(KeptImage("img_1", 5, 3, 4, 1795885200.25))
-    assert (told.id, told.bytes, told.width, told.height) == ("img_1", 5, 3, 4)
+    told = kept_message(KeptImage("img_1", 5, 3, 4, 1795885200.25, 7))
+    assert (told.id, told.bytes, told.width, told.height, told.pages) == ("img_1", 5, 3, 4, 7)
     assert told.expires_at.ToMilliseconds() == 1795885200250

@@ -7,7 +7,7 @@ from google.protobuf import descriptor_pb2
 from service.edges.grpc.calls import Calls
 from service.edges.grpc.server import VisualQuestionAnswering
 from service.edges.grpc.stubs import vqa_pb2 as pb
-from service.edges.http.schema import UploadedImage, VqaAnswer, VqaRequest
+from service.edges.http.schema import FILES, UploadedImage, VqaAnswer, VqaRequest
 from tests.support.fakes import House
 from tests.support.paths import PROJECT
 
@@ -33,8 +33,8 @@ def test_every_method_has_a_handler_that_streams_as_the_proto_says():
 
 
 def test_a_question_has_the_fields_of_http():
-    """Images stand in the parts, a call has a deadline, and a stream is a method. OpenAI's chat has the other one."""
-    of_http = VqaRequest.model_fields.keys() - {"image", "images", "question", "timeout_s", "stream"}
+    """Images and videos stand in the parts, a call has a deadline, streams are a method. OpenAI's chat has `system`."""
+    of_http = VqaRequest.model_fields.keys() - {*FILES, "images", "question", "timeout_s", "stream"}
     assert set(pb.AnswerRequest.DESCRIPTOR.fields_by_name) == of_http | {"parts", "system"}
 
 

@@ -26,6 +26,17 @@ def test_the_fields_of_turns_count():
         require_few_fields(turn * 2)
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_the_frames_of_videos_count(in_turn):
+    """Each is two bytes, and dozens in memory."""
+    parts = [pb.Part(frames=pb.Frames(frames=[pb.Frame()] * (MAX_FIELDS // 4)))] * 3
+    few = pb.AnswerRequest(turns=[pb.Turn(parts=parts)]) if in_turn else pb.AnswerRequest(parts=parts)
+    data = few.SerializeToString()
+    require_few_fields(data)
+    with pytest.raises(TooLarge):
+        require_few_fields(data * 2)
+
+
 def test_a_field_of_another_version_is_not_ignored():
     newer = pb.AnswerRequest(explain=True).SerializeToString() + b"\xf8\x07\x01"  # field 127
     with pytest.raises(InvalidRequest, match="no field number 127") as caught:

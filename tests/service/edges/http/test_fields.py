@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from service.core.errors import InvalidRequest
-from service.core.request import ImageBytes, ImageSource, Sampling
+from service.core.request import ImageBytes, ImageId, Sampling
 from service.edges.asking import Fields
 from service.edges.http.body import FormPart
 from service.edges.http.faults import no_question, require_text, shown
-from service.edges.http.schema import VqaForm, VqaRequest
+from service.edges.http.schema import FormFiles, VqaForm, VqaRequest
 from tests.support.fakes import png
 
 ASKED = {"image": "img_0", "question": "what colour?"}
@@ -38,14 +38,14 @@ def part(name: str, data: bytes, *, file: bool = False, content_type: bytes = b"
     return made
 
 
-def from_parts(parts: list[FormPart]) -> tuple[VqaForm, list[ImageSource]]:
+def from_parts(parts: list[FormPart]) -> tuple[VqaForm, FormFiles]:
     return asyncio.run(VqaForm.from_parts(parts))
 
 
 def form(**fields: str) -> Fields:
     parts = [part(name, value.encode()) for name, value in (ASKED | fields).items()]
-    read, images = from_parts(parts)
-    return read.fields(images)
+    read, files = from_parts(parts)
+    return read.fields(files)
 
 
 def refused(*parts: FormPart, **changes: object) -> str:
@@ -185,8 +185,57 @@ def test_a_file_in_another_field_is_told_the_fields_name(name):
     ],
 )
 def test_an_image_without_a_file_name_is_a_file(image):
-    _, images = from_parts([image, part("question", b"?")])
-    assert images == [ImageBytes(bytes(image.data))]
+    _, files = from_parts([image, part("question", b"?")])
+    assert files.image == [ImageBytes(bytes(image.data))]
+
+
+def test_a_form_holds_a_video_or_its_frames_beside_an_image():
+    video, image = part("video", b"\0\0\0\x20ftypisom", file=True), part("image", b"img_0")
+    read, files = from_parts([video, image, part("question", b"?"), part("video_frames", b"16")])
+    asked = read.fields(files)
+    assert (asked.video, asked.image) == (ImageBytes(bytes(video.data)), ImageId("img_0"))
+    assert (asked.video_frames, asked.frames) == (16, None)
+    frames = [part("frames", b"img_1"), part("frames", png(), file=True), part("question", b"?")]
+    read, files = from_parts([*frames, part("video_sampling", b"change")])
+    asked = read.fields(files)
+    assert asked.frames == (ImageId("img_1"), ImageBytes(png()))
+    assert (asked.video, asked.images, asked.video_sampling) == (None, None, "change")
+
+
+@pytest.mark.parametrize("content_type", [b"video/mp4", b"application/octet-stream"])
+def test_a_part_of_a_videos_type_is_a_file(content_type):
+    _, files = from_parts([part("video", b"text", content_type=content_type), part("question", b"?")])
+    assert files.video == [ImageBytes(b"text")]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([part("video", b"img_1")] * 2, "video is given twice: send one video, or its frames in order as frames"),
+        ([part("video", b"!")], "video is neither base64, nor a data: URL, nor an image id"),
+        ([part("video_frames", b"33")], "video_frames should be less than or equal to 32; it is '33'"),
+        ([part("video_sampling", b"all")], "video_sampling should be 'uniform' or 'change'; it is 'all'"),
+    ],
+)
+def test_a_wrong_part_of_a_video_is_named(parts, message):
+    assert refused(part("question", b"?"), *parts).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video_frames": 0}, "video_frames should be greater than or equal to 1; it is 0"),
+        ({"video_frames": 33}, "video_frames should be less than or equal to 32; it is 33"),
+        ({"video_sampling": "all"}, "video_sampling should be 'uniform' or 'change'; it is 'all'"),
+        ({"frames": []}, "frames must hold at least 1 item; it is []"),
+        ({"frames": ["img_0"] * 33}, "frames may hold at most 32 items"),
+        ({"frames": "img_0"}, "frames must be a list of images, such as ["),
+        ({"num_frames": 4}, "there is no field 'num_frames': did you mean video_frames?"),
+        ({"video_url": "img_0"}, "there is no field 'video_url': did you mean video?"),
+    ],
+)
+def test_a_wrong_field_of_a_video_is_named(changes, message):
+    assert refused(**changes).startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest_asyncio
 from service.edges.http.application import http_api
 from service.edges.http.docs import STATIC
 from service.edges.http.openapi import BATCH_EXAMPLES, EVENTS, EXAMPLES
-from service.edges.http.schema import VqaEvent
+from service.edges.http.schema import FILES, VqaEvent
 from tests.support.fakes import House
 from tests.support.paths import PROJECT
 from tests.support.servers import Gateway
@@ -156,9 +156,10 @@ async def test_what_is_refused_is_not_valid_by_the_schema(spec):
     for content in images["requestBody"]["content"].values():
         file = content["schema"].get("properties", {}).get("image", content["schema"])
         assert (file["format"], file["minLength"]) == ("binary", 1)
-    assert sorted(schemas["VqaForm"]["required"]) == ["image", "question"]
-    files = schemas["VqaForm"]["properties"]["image"]
-    assert (files["minItems"], files["items"]["minLength"]) == (1, 1)
+    assert schemas["VqaForm"]["required"] == ["question"]
+    for name in ("image", "frames"):
+        files = schemas["VqaForm"]["properties"][name]
+        assert (files["minItems"], files["items"]["minLength"]) == (1, 1)
     for name in ("VqaRequest", "VqaForm"):
         question, timeout_s = (schemas[name]["properties"][field] for field in ("question", "timeout_s"))
         assert (question["pattern"], question["maxLength"]) == (r"\S", 2_000)
@@ -190,7 +191,7 @@ async def test_every_optional_field_may_be_null_by_the_schema(spec):
     schemas = spec["components"]["schemas"]
     for name in ("VqaRequest", "VqaForm"):
         for field, schema in schemas[name]["properties"].items():
-            if field != "question" and (name, field) != ("VqaForm", "image"):
+            if field != "question" and (name, field) not in [("VqaForm", file) for file in FILES]:
                 assert {"type": "null"} in schema["anyOf"], field
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.errors import GlimpseError, InvalidRequest, NotFound
-from service.core.request import Exchange, ImageBytes, ImageId, ImageSource, ImageUrl, Priority, Request, Text
+from service.core.request import Clip, Exchange, ImageBytes, ImageId, ImageSource, ImageUrl, Priority, Request, Text
 from service.edges.asking import QuestionLimits, to_request
 from service.edges.openai.messages import fields_of, naming
 from service.edges.openai.schema import MAX_MESSAGES, SUPPORTED, ChatRequest
@@ -27,6 +27,10 @@ def text(said: str) -> dict[str, Any]:
 
 def image(url: str = "img_1", **fields: object) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url} | fields}
+
+
+def video(url: str = "img_2", **fields: object) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url} | fields}
 
 
 def user(*content: Any) -> dict[str, Any]:
@@ -90,6 +94,17 @@ def test_messages_of_the_user_in_succession_are_one_question():
     assert asked.parts == (ImageId("img_1"), Text("which shape?"))
 
 
+def test_a_video_keeps_its_place_among_images_and_text():
+    film = f"data:video/mp4;base64,{b64encode(b'a film').decode()}"
+    asked = request(user(text("what is "), image(), text("in"), video(film), text("?")))
+    clip = Clip(ImageBytes(b"a film"))
+    assert asked.parts == (Text("what is"), ImageId("img_1"), Text("in"), clip, Text("?"))
+    looked_at = request(user(video(), text("what?")), assistant("a"), user(text("?")), video_frames=16)
+    assert looked_at.exchanges[0].parts == (Clip(ImageId("img_2"), frames=16), Text("what?"))
+    change = request(user(video("https://x/y.webm"), text("?")), video_sampling="change")
+    assert change.parts == (Clip(ImageUrl("https://x/y.webm"), sampling="change"), Text("?"))
+
+
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_system_messages_come_before_everything(role):
     asked = request(system("be short", role), system([text("say"), text("please")]), ASKED)
@@ -140,7 +155,7 @@ def test_both_names_of_max_tokens_are_known(fields, most):
     ("messages", "param", "message"),
     [
         ([], "messages", "messages is empty: add the user's question"),
-        ([user(text("which?"))], "messages", 'messages have no image: add {"type": "image_url"'),
+        ([user(text("which?"))], "messages", 'messages have no image or video: add {"type": "image_url"'),
         ([user(image(), text(" "))], "messages.0.content", "messages.0.content is empty: say what you want to know"),
         ([user(image()), assistant("a")], "messages.1.role", "messages.1 must be the user's question: add one"),
         ([assistant("a"), ASKED], "messages.0.role", "messages.0 is the assistant's, and no message of the user's"),
@@ -187,6 +202,33 @@ def test_both_names_of_max_tokens_are_known(fields, most):
             "messages.0.content.0.image_url.detail",
             "messages.0.content.0.image_url.detail should be 'low', 'high' or 'auto'; it is 'original'",
         ),
+        ([user(video(fps=3))], "messages.0.content.0.video_url.fps", "the fields of video_url are url"),
+        (
+            [user(video(), text("?")), assistant("a"), user(video(), text("?"))],
+            "messages.2.content.0.video_url",
+            "messages.2.content.0.video_url is a second video beside messages.0.content.0.video_url: ask about one",
+        ),
+        (
+            [user(text("?"), video("!"))],
+            "messages.0.content.1.video_url",
+            "messages.0.content.1.video_url is neither base64, nor a data: URL, nor an image id",
+        ),
+        (
+            [user(video() | {"image_url": {"url": "img_1"}})],
+            "messages.0.content.0.image_url",
+            "messages.0.content.0 has the type video_url: send image_url as a part of its own",
+        ),
+        ([system([video()]), ASKED], "messages.0.content.0.video_url", "messages.0.content.0 is a video: videos go"),
+        (
+            [user({"type": "video", "video": "img_1"})],
+            "messages.0.content.0.video",
+            "there is no field 'messages.0.content.0.video': did you mean video_url?",
+        ),
+        (
+            [user({"type": "video"})],
+            "messages.0.content.0.type",
+            'is not supported: send parts of type "text", "image_url", "video_url" and "file"',
+        ),
         ([user(image(size=3))], "messages.0.content.0.image_url.size", "the fields of image_url are url, detail"),
         ([user(image() | {"texts": "a"})], "messages.0.content.0.texts", "did you mean text?"),
         ([ASKED | {"rôle": "user"}], "messages.0.rôle", "did you mean role?"),
@@ -212,6 +254,9 @@ def test_a_message_that_breaks_a_rule_is_named(messages, param, message):
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
+        ({"video_frames": 33}, "video_frames", "video_frames should be less than or equal to 32; it is 33"),
+        ({"video_frames": 3}, "video_frames", "video_frames needs a video: add one, or leave video_frames out"),
+        ({"video_sampling": "all"}, "video_sampling", "video_sampling should be 'uniform' or 'change'; it is 'all'"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "are both given: leave max_tokens out"),
         (
             {"max_completion_tokens": 0},

@@ -96,7 +96,6 @@ def test_a_value_of_another_type_is_not_neutral(name, value):
         ([ASKED, assistant("a") | {"audio": {"id": "a"}}, ASKED], "messages.1.audio"),
         ([ASKED, assistant([{"type": "refusal", "refusal": "no"}]), ASKED], "messages.1.content.0.type"),
         ([user({"type": "input_audio", "input_audio": {"data": ""}})], "messages.0.content.0.type"),
-        ([user({"type": "file", "file": {"file_id": "img_1"}})], "messages.0.content.0.type"),
         (
             [user(text("?") | {"prompt_cache_breakpoint": {"mode": "explicit"}})],
             "messages.0.content.0.prompt_cache_breakpoint",

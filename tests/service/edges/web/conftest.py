@@ -52,7 +52,8 @@ class Visit:
             self.faults.append(message.text)
 
     def _note(self, request: Request) -> None:
-        self.requests.append(request)
+        if not request.url.startswith("blob:"):  # a file that the visitor chose, in the browser's own memory
+            self.requests.append(request)
 
     def posted(self, path: str) -> list[Request]:
         return [each for each in self.requests if each.method == "POST" and urlsplit(each.url).path == path]

@@ -1,0 +1,149 @@
+"""Decode a clip: a file with several pictures, to frames that are evenly spaced over it.
+
+GIF and WebP are decoded by Pillow, MP4, MOV, WebM and Matroska by FFmpeg's libraries (PyAV).
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import accumulate
+
+from service.core.errors import GlimpseError, InvalidImage, TooLarge
+from service.core.vision import UInt8Array
+from service.media.animation import pictures, read_animation
+from service.media.clip_header import (
+    CLIP_NAMES,
+    MAX_FRAME_PIXELS,
+    ClipFormat,
+    clip_cost,
+    clip_format,
+    is_clip,
+    video_header,
+)
+from service.media.decoder import ImageLimits, require_bytes
+from service.media.exif import SIDEWAYS
+from service.media.foreign import found_in
+from service.media.video_header import MAX_TRACKS
+
+__all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
+MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
+MAX_PIXELS_WALKED = 4_000_000_000  # in all of them: 64 s of 1920x1080 at 30 a second
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedFrame:
+    """One picture of a clip. `pixels` depend on the file and the index only, whatever else is decoded."""
+
+    index: int  # among all pictures of the file in the order of their times
+    time_s: float  # from the first picture
+    pixels: UInt8Array  # [3, 224, 224] RGB, upright
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedClip:
+    width: int  # upright
+    height: int
+    duration_s: float
+    frames: tuple[DecodedFrame, ...]
+
+
+def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
+    """Decode at most so many frames, evenly spaced by their number, the first and the last among them.
+
+    By number and not by time: each picture comes at most once, and a still picture that is shown for long does not
+    crowd out the others; the times are told. Raises InvalidImage, TooLarge.
+    """
+    require_bytes(data, limits, "video")
+    kind = clip_format(data)
+    if kind is None:
+        raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
+    try:
+        return (_animated if kind in ("GIF", "WebP") else _filmed)(data, kind, limits, most)
+    except GlimpseError:
+        raise
+    except MemoryError as exc:
+        raise TooLarge(
+            f"decoding the {kind} takes too much memory: send it smaller, or save it anew", param="video"
+        ) from exc
+    except Exception as exc:  # on hostile bytes a decoder may raise anything
+        raise InvalidImage(
+            f"the {kind} is damaged or cut short ({len(data):,} bytes arrived): send the whole file", param="video"
+        ) from exc
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of `count` numbers, the first and the last among them; of one, the first."""
+    kept = min(count, most)
+    return [round(place * (count - 1) / max(kept - 1, 1)) for place in range(kept)]
+
+
+def require_frame_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Raises TooLarge."""
+    most = min(limits.max_pixels, MAX_FRAME_PIXELS)
+    if width * height > most or max(width, height) > limits.max_side:
+        raise TooLarge(
+            f"the video has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels), the limit is "
+            f"{most / 1e6:.1f}: send it smaller",
+            param="video",
+        )
+
+
+def require_walk(frames: int, pixels: int) -> None:
+    """Raises TooLarge."""
+    if frames > MAX_FRAMES_WALKED:
+        raise TooLarge(
+            f"{frames:,} pictures of the video would have to be decoded, the limit is {MAX_FRAMES_WALKED:,}: cut it, "
+            "or save it anew with more keyframes",
+            param="video",
+        )
+    if pixels > MAX_PIXELS_WALKED:
+        raise TooLarge(
+            f"{frames:,} pictures of the video would have to be decoded, {pixels / 1e6:,.0f} megapixels; the limit is "
+            f"{MAX_PIXELS_WALKED / 1e6:,.0f}: send it shorter or smaller",
+            param="video",
+        )
+
+
+def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
+    film = read_animation(data, "GIF" if kind == "GIF" else "WEBP")
+    require_frame_size(film.width, film.height, limits)
+    require_walk(len(film.shown_ms), film.walked_pixels)
+    begins_ms = [0, *accumulate(film.shown_ms)]
+    wanted = spaced(len(film.shown_ms), most)
+    frames = tuple(
+        DecodedFrame(index, begins_ms[index] / 1000, pixels)
+        for index, pixels in zip(wanted, pictures(film, wanted), strict=True)
+    )
+    size = (film.height, film.width) if film.orientation in SIDEWAYS else (film.width, film.height)
+    return DecodedClip(*size, begins_ms[-1] / 1000, frames)
+
+
+def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
+    from service.media.film import Film  # noqa: PLC0415 - loads FFmpeg, which the gateway's own process never needs
+
+    told = video_header(data)
+    if told.is_encrypted:
+        raise InvalidImage("the video is encrypted: send one that is not", param="video")
+    if told.is_packed:
+        raise InvalidImage("the video's header is compressed, which is not read: save it anew", param="video")
+    if told.tracks > MAX_TRACKS:
+        raise InvalidImage(
+            f"the video has {told.tracks} tracks, the limit is {MAX_TRACKS}: save it anew with its pictures only",
+            param="video",
+        )
+    require_frame_size(told.width, told.height, limits)
+    if told.is_short:
+        raise ValueError("bytes are missing")
+    with closing(Film(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
+        width, height = film.size
+        require_frame_size(width, height, limits)
+        wanted = spaced(film.count, most)
+        runs = film.runs(wanted)
+        walked = sum(run.end - run.start for run in runs)
+        require_walk(walked, walked * width * height)
+        times_s, duration_s = film.times_s()
+        pixels = dict(frame for run in runs for frame in film.frames(run))
+        frames = tuple(DecodedFrame(index, times_s[index], pixels[index]) for index in wanted)
+        size = (height, width) if film.orientation in SIDEWAYS else (width, height)
+    return DecodedClip(*size, duration_s, frames)

@@ -1,0 +1,121 @@
+"""Get the pixels that a look needs: reserve their cost, decode them, and remember the file that had them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from service.admission.admission import Reservation
+from service.admission.quota import Cost
+from service.core.errors import naming_frame, naming_image
+from service.core.request import ImageId, Request
+from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
+from service.images import Images
+from service.media.clip import DecodedClip
+from service.media.clip_header import clip_cost
+from service.media.decoder import Decoded
+from service.media.header import header_size
+from service.media.reader import ImageReader
+from service.media.store import Image
+from service.record.ticket import Ticket
+from service.vision_stage.clips import ClipMemory, Shown
+from service.vision_stage.page_sizes import PageSizes
+from service.vision_stage.plan import Film, Look
+
+NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
+
+
+class Pixels:
+    """Decode the images and clips of all requests. Made once by the pipeline."""
+
+    def __init__(self, reader: ImageReader, images: Images, clips: ClipMemory) -> None:
+        self.reader = reader
+        self.page_sizes = PageSizes()
+        self._images = images
+        self._clips = clips
+
+    def reserve(self, look: Look, reservation: Reservation) -> None:
+        """Reserve the cost of decoding, once. Raises Overloaded."""
+        if look.film is not None:
+            self.reserve_film(look.film, reservation)
+        elif not look.is_reserved:
+            reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels, look.image.page))
+            look.is_reserved = True
+
+    def reserve_film(self, film: Film, reservation: Reservation) -> None:
+        """The same for all frames of a file."""
+        if not film.is_reserved:
+            reservation.reserve(Cost(pixels=clip_cost(film.file.data, film.most)))
+            film.is_reserved = True
+
+    async def decoded(self, look: Look, view: int, ticket: Ticket) -> Decoded:
+        """Decode the image for this view. Raises InvalidImage, TooLarge, Unavailable."""
+        if look.film is not None:
+            return await self._frame(look, look.film, ticket)
+        if (decoded := look.decoded) is not None:
+            return decoded
+        both = view == IMAGE_SIZE and look.detail == "high"
+        with ticket.stage("load"), ticket.stage("decode_image"), naming(look, ticket.request):
+            views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
+            decoded = await self.reader.decode(look.image.data, views, look.viewport, look.image.page)
+        look.decoded = decoded if both else None
+        return decoded
+
+    async def measured(self, look: Look, ticket: Ticket) -> tuple[int, int]:
+        """Let the renderer read the size of a PDF's page. Remember it. Raises InvalidImage, TooLarge, Unavailable."""
+        with ticket.stage("load"), ticket.stage("decode_image"), naming(look, ticket.request):
+            page = await self.reader.decode(look.image.data, (), None, look.image.page)
+        self.page_sizes.keep(look.image.digest, (page.width, page.height))
+        return page.width, page.height
+
+    async def _frame(self, look: Look, film: Film, ticket: Ticket) -> Decoded:
+        clip = await self.of_film(film, ticket)
+        pixels = next(frame.pixels for frame in clip.frames if frame.index == look.number)
+        return Decoded({IMAGE_SIZE: pixels}, clip.width, clip.height)
+
+    async def of_film(self, film: Film, ticket: Ticket) -> DecodedClip:
+        """Decode a clip's file, once for all requests that need it at this moment."""
+
+        async def decode() -> DecodedClip:
+            with ticket.stage("load"), ticket.stage("decode_clip"):
+                return await self.reader.decode_clip(film.file.data, film.most)
+
+        return await self._clips.reel(film.file.digest, film.most).load(decode)
+
+    def remember(self, look: Look, request: Request) -> None:
+        """Store what the look is at, so that later questions can name its id: of a frame, the clip's file, once."""
+        if look.film is None:
+            self._remember(look.image, request)
+        elif not look.film.is_remembered:
+            look.film.is_remembered = True
+            self._remember(look.film.file, request)
+
+    def remember_clip(self, shown: Shown, request: Request) -> None:
+        """The same for a clip whose visual tokens are known."""
+        for image in shown.sent:
+            self._remember(image, request)
+
+    def _remember(self, image: Image, request: Request) -> None:
+        """A question by id does not extend the file's lifetime."""
+        if ImageId(image.id) not in request.sources:
+            self._images.keep(image.file, request.tenant)
+
+
+def naming(look: Look, request: Request) -> AbstractContextManager[None]:
+    """Say in an error which image, or which frame that came as an image, is at fault."""
+    if look.is_frame:
+        return naming_frame(look.number, len(request.sources) - len(request.images))
+    return naming_image(look.number, len(request.images))
+
+
+def decoding_cost(data: bytes, max_pixels: int, page: int = 1) -> Cost:
+    """Read the cost of decoding from the image's header.
+
+    A narrow image costs what its longer side takes to resize, as if it were NARROW_PIXELS wide. The decoder refuses an
+    image of more than `max_pixels` before it spends anything. A header without a size costs `max_pixels`, as each page
+    of a PDF does: it may hold images of any size.
+    """
+    size = header_size(data, page)
+    if size is None:
+        return Cost(pixels=max_pixels)
+    shorter, longer = sorted(size)
+    return Cost(pixels=min(longer * max(shorter, NARROW_PIXELS), max_pixels))

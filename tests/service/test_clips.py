@@ -13,11 +13,13 @@ from structlog.testing import capture_logs
 
 from service.admission.quota import Cost
 from service.core.answer import Finished
-from service.core.errors import InvalidImage, InvalidRequest, Overloaded
+from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded
+from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
 from service.media.clip import DecodedClip
 from service.media.reader import ImageReader
 from tests.service.test_pipeline import answer, nothing_is_held, request, shades
+from tests.support import clips
 from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD, CLIPS, CLOSER, House, Strain, cancelled, png, until
 
@@ -99,7 +101,7 @@ class Counting(ImageReader):
 def counting(house: House) -> Counting:
     reader = Counting(house.reader.limits, threads=1)
     house.reader.close()
-    house.reader = house.pipeline.pixels.reader = reader
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = reader
     return reader
 
 
@@ -430,3 +432,61 @@ async def test_a_long_clip_costs_a_resampler_no_more_visual_tokens(whole):
     assert len(end.frames) == 32
     assert end.visual_tokens == 64
     assert whole.vision.calls.count("encode 1") == 8  # of 32 frames, 8 are different
+
+
+async def estimated(house: House, asked: Request) -> Estimate:
+    with house.admission.reservation("") as reservation:
+        return await house.pipeline.estimate(asked, reservation)
+
+
+async def test_an_estimate_counts_the_frames_and_decodes_nothing(house):
+    reader = counting(house)
+    new = await estimated(house, about(film(), frames=4))
+    assert (new.visual_tokens, new.vision_tokens) == ((128, 128), (4 * 64, 4 * 256))
+    assert new.cost.pixels == 4 * 32 * 24
+    assert (new.clip.frames, new.clip.known, new.clip.nbytes) == (4, False, len(film()))
+    assert reader.clips == 0
+    _, end = await answer(house, about(film(), frames=4))
+    known = await estimated(house, about(ImageId(end.clip_id), frames=4))
+    assert (known.clip.known, known.cost.pixels, known.clip.id) == (True, 0, end.clip_id)
+    assert known.prompt_tokens == end.prompt_tokens
+    house.admission.controller = Strain(4)
+    strained = await estimated(house, about(film()))
+    assert (strained.clip.frames, strained.reduced) == (4, True)
+
+
+async def test_an_estimate_of_frames_counts_those_that_are_new(house):
+    await answer(house, request(image=png((30, 30, 30))))
+    told = await estimated(house, about(given(240, 30, 90)))
+    assert (told.clip.frames, told.clip.known, told.clip.id) == (3, False, "")
+    assert told.images == ()
+    with pytest.raises(InvalidImage) as wrong:
+        await estimated(house, about(png()))
+    assert wrong.value.param == "video"
+
+
+async def test_an_estimate_for_a_resampler_has_its_budget(whole):
+    told = await estimated(whole, about(film()))
+    assert (told.visual_tokens, told.vision_tokens) == ((64, 64), (64, 256))
+
+
+async def test_a_video_is_checked_and_kept_once(house):
+    reader = counting(house)
+    kept = await house.keep_image(clips.film(count=12))
+    assert (kept.width, kept.height) == (320, 240)
+    assert reader.clips == 1
+    _, end = await answer(house, about(ImageId(kept.id)))
+    assert (len(end.frames), end.clip_id) == (8, kept.id)
+    with pytest.raises(InvalidImage) as broken:
+        await house.keep_image(clips.film(count=12)[:400])
+    assert broken.value.param == "video"
+    assert nothing_is_held(house)
+
+
+async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
+    house = House(ROOMY, quota_images_per_minute=12)
+    asked = about(film(), frames=8, tenant="a")
+    with house.pipeline.reservation("a") as reservation:
+        assert [event async for event in house.pipeline.answer(asked, reservation)]
+    with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="images"):
+        [event async for event in house.pipeline.answer(asked, reservation)]

@@ -148,6 +148,7 @@ def test_committed_splits_are_found_by_their_names():
         asked = rows(folder_of(split), split)
         assert len(asked) >= 280
         assert {row.split for row in asked} == {split}
+        assert {row.type for row in asked}.isdisjoint({"all", "describe"})  # the table's own
         assert all((FOLDERS[split] / name).is_file() for row in asked for name in (row.images or (row.clip,)))
     assert folder_of(None) == folder_of("new") == SCENES
 

@@ -27,7 +27,7 @@ from build_engines.scenes.world import (
     sample_scene,
 )
 
-SEVERAL_KINDS = ("more", "which", "all", "same", "images", "together", "only")
+SEVERAL_KINDS = ("more", "which", "both", "same", "images", "together", "only")
 ORDINALS = ("first", "second", "third", "fourth")
 FEWEST, MOST = 2, 6  # objects of an image
 EDITED_SHARE = 0.67  # of the groups that are edits of one scene
@@ -227,7 +227,7 @@ def _together_word(scenes: Scenes) -> str:
     return "both" if len(scenes) == 2 else "all"
 
 
-def _all(rng: np.random.Generator, scenes: Scenes) -> Question | None:
+def _both(rng: np.random.Generator, scenes: Scenes) -> Question | None:
     """Half of the answers are yes. What is not in all images is in some."""
     wanted = rng.random() < 0.5
     names = [name for name in _any_names(rng, scenes) if all(_counts(scenes, name)) == wanted]
@@ -236,7 +236,7 @@ def _all(rng: np.random.Generator, scenes: Scenes) -> Question | None:
     name = _pick(rng, names)
     subject = f"is the {name.text()}" if max(_counts(scenes, name)) == 1 else f"is there {_with_article(name)}"
     text = f"{subject} in {_together_word(scenes)} images?"
-    return Question(text, "yes" if wanted else "no", "all", _asked(scenes, name.fits))
+    return Question(text, "yes" if wanted else "no", "both", _asked(scenes, name.fits))
 
 
 def _same(rng: np.random.Generator, scenes: Scenes) -> Question | None:
@@ -300,7 +300,7 @@ def _only(rng: np.random.Generator, scenes: Scenes) -> Question | None:
 _DRAW: dict[str, Callable[[np.random.Generator, Scenes], Question | None]] = {
     "more": _more,
     "which": _which,
-    "all": _all,
+    "both": _both,
     "same": _same,
     "images": _images,
     "together": _together,

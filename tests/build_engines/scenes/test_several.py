@@ -58,7 +58,7 @@ def answer_which(scenes: Scenes, article: str, name: str) -> str:
     return ORDINALS[place]
 
 
-def answer_all(scenes: Scenes, article: str, name: str, which: str) -> str:
+def answer_both(scenes: Scenes, article: str, name: str, which: str) -> str:
     found = counts(scenes, name)
     assert which == ("both" if len(scenes) == 2 else "all")
     assert any(found)
@@ -89,7 +89,7 @@ PLURAL = r"(.+?)(?:(?<=cross)es|s)"
 ANSWERED = {
     rf"which image has (more|the most) {PLURAL}\?": answer_more,
     r"(?:which image has|in which image is) (the|an?) (.+)\?": answer_which,
-    r"is (?:there )?(the|an?) (.+) in (both|all) images\?": answer_all,
+    r"is (?:there )?(the|an?) (.+) in (both|all) images\?": answer_both,
     rf"do (both|all) images have the same number of {PLURAL}\?": answer_same,
     r"how many images (?:have|show) an? (.+)\?": answer_images,
     rf"how many {PLURAL} are there in (both|all) images(?: together)?\?": answer_together,
@@ -136,7 +136,7 @@ def test_answers_are_balanced() -> None:
     for images in (2, 3, 4):
         drawn = groups(8, 700, images)
         answers = {kind: Counter(q.answer for s in drawn if (q := ask_groups(rng, s, kind))) for kind in SEVERAL_KINDS}
-        for kind in ("all", "same"):
+        for kind in ("both", "same"):
             assert 0.36 <= answers[kind]["yes"] / answers[kind].total() <= 0.6
         for kind in ("more", "which"):
             assert max(answers[kind].values()) / answers[kind].total() < 1.25 / images
@@ -226,7 +226,7 @@ def test_committed_groups_are_enough_and_small() -> None:
     assert min(kinds.values()) >= 30
     assert len({tuple(row["images"]) for row in rows}) == COMMITTED
     assert {len(row["images"]) for row in rows} == {2, 3, 4}
-    for kind in ("all", "same"):
+    for kind in ("both", "same"):
         yes = sum(row["answer"] == "yes" for row in rows if row["type"] == kind)
         assert abs(2 * yes - kinds[kind]) <= 4
     files = {path.name: path.stat().st_size for path in DIRECTORY.iterdir()}

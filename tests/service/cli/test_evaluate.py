@@ -175,6 +175,9 @@ def test_the_same_command_goes_on_inside_the_folder_of_the_dataset(server, folde
     [
         (["--dataset", "nowhere"], "nowhere does not exist: give a folder"),
         (["--dataset", ".", "--split", "new"], "--scenes, --split and --frames belong to the committed scenes"),
+        (["--dataset", ".", "--frames", "8"], "--scenes, --split and --frames belong to the committed scenes"),
+        (["--frames", "8"], "--frames belongs to clips: add --split clips"),
+        (["--split", "several", "--frames", "8"], "--frames belongs to clips: add --split clips"),
         (["--limit", "3"], "belong to --dataset: name one"),
     ],
 )

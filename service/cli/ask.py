@@ -28,7 +28,7 @@ from service.cli.client import (
 )
 from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
-from service.core.request import MAX_FRAMES, FrameSampling
+from service.core.frames import MAX_FRAMES, FrameSampling
 from service.media.clip_header import is_clip
 
 

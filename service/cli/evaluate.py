@@ -11,7 +11,7 @@ from service.cli.client import AskFailed, connected, plain_words
 from service.cli.measuring import Sample, measure
 from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
-from service.core.request import MAX_FRAMES
+from service.core.frames import MAX_FRAMES
 
 Format = Literal["auto", "vqav2", "gqa", "textvqa", "docvqa", "coco-captions", "jsonl"]
 

@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 
 from service.cli.drawing import COLOURS, DPI, GAP, INK, MAX_PIXELS, PALE, WIDTH, Array
 from service.core.errors import GlimpseError
-from service.core.request import MAX_FRAMES
+from service.core.frames import MAX_FRAMES
 from service.core.viewport import WHOLE
 from service.core.vision import IMAGE_SIZE
 from service.media.clip import decode_clip

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from service.core.frames import FrameSampling
 from service.core.guide import Guide
 from service.core.variant import ANY, Route
 from service.core.viewport import AskedFit
@@ -86,8 +87,6 @@ class ImageUrl:
 
 
 ImageSource = ImageBytes | ImageId | ImageUrl
-FrameSampling = Literal["uniform", "change"]  # evenly spaced; or those of them that differ from the one before
-MAX_FRAMES = 32  # of one clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,9 @@ class Clip:
     """A short video in its place in the prompt: a file with several pictures, or its frames in order."""
 
     source: ImageSource | tuple[ImageSource, ...]
-    frames: int | None = None  # at most so many are looked at, 1 to MAX_FRAMES; None: as many as the model's card says
+    frames: int | None = (
+        None  # at most so many are looked at, 1 to frames.MAX_FRAMES; None: as many as the model's card says
+    )
     sampling: FrameSampling = "uniform"
 
 

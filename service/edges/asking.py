@@ -13,14 +13,13 @@ from typing import Any
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, naming_frame, naming_image, naming_video
+from service.core.frames import MAX_FRAMES, FrameSampling
 from service.core.guide import guide_of
 from service.core.request import (
-    MAX_FRAMES,
     Budget,
     Clip,
     Detail,
     Exchange,
-    FrameSampling,
     ImageSource,
     Part,
     Priority,

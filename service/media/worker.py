@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import Any
 
 from service.core.errors import GlimpseError
-from service.core.request import MAX_FRAMES
+from service.core.frames import MAX_FRAMES
 from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, UInt8Array
 from service.media.clip import decode_clip

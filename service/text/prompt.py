@@ -19,8 +19,9 @@ from tokenizers.models import Unigram
 
 from service.core.card import ImageMarks, ModelCard
 from service.core.errors import InvalidRequest
+from service.core.frames import MAX_FRAMES
 from service.core.prompt import Prompt, Question
-from service.core.request import MAX_FRAMES, Clip, Part, Request, Text
+from service.core.request import Clip, Part, Request, Text
 from service.core.vision import QUESTION_TOKENS, FloatArray
 
 LLM_TOKENIZER = "tokenizer.json"

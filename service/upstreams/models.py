@@ -9,8 +9,9 @@ from typing import Protocol
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
+from service.core.frames import MAX_FRAMES
 from service.core.models import LanguageModel
-from service.core.request import MAX_FRAMES, Budget, Clip, Request
+from service.core.request import Budget, Clip, Request
 from service.core.variant import ANY, DEFAULT, Route, Served
 from service.text.prompt import PromptBuilder, token_bytes
 from service.upstreams.retry_budget import RetryBudget

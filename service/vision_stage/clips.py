@@ -15,8 +15,9 @@ from weakref import WeakValueDictionary
 
 from blake3 import blake3
 
+from service.core.frames import MAX_FRAMES
 from service.core.prompt import Question
-from service.core.request import MAX_FRAMES, Request
+from service.core.request import Request
 from service.core.vision import Frame, SeenClip, VisionFeatures
 from service.media.clip import DecodedClip, DecodedFrame, spaced
 from service.media.store import Image, LoadedClip

@@ -24,13 +24,12 @@ from service.core.answer import Delta, Finished, FrameSeen, KeptImage, TokenLogP
 from service.core.card import ModelCard
 from service.core.confidence import Reason
 from service.core.errors import GlimpseError, InvalidRequest, naming_video
+from service.core.frames import MAX_FRAMES, FrameSampling
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import (
-    MAX_FRAMES,
     MAX_TOP_LOG_PROBS,
     Detail,
     Exchange,
-    FrameSampling,
     ImageBytes,
     ImageSource,
     Priority,

@@ -19,7 +19,8 @@ from service.core import answer
 from service.core.answer import Finished
 from service.core.confidence import Reason
 from service.core.errors import InvalidRequest
-from service.core.request import Detail, FrameSampling, Priority, Sampling
+from service.core.frames import FrameSampling
+from service.core.request import Detail, Priority, Sampling
 from service.core.viewport import AskedFit
 from service.edges.http.faults import UNNAMED, invalid_request
 from service.edges.http.schema import (

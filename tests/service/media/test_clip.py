@@ -207,6 +207,7 @@ def test_a_still_picture_is_a_clip_of_one_frame(kind):
         (b"#EXTM3U\n", False), (b"ffconcat version 1.0\nfile x", False),
         (GIF.replace(b"NETSCAPE2.0", b"netscape2.0"), True),
     ],
+    ids=map(str, range(15)),  # the encoders write other bytes in each process
 )  # fmt: skip
 def test_clips_are_recognised_by_their_beginning(data, expected):
     assert is_clip(data) is expected
@@ -223,6 +224,7 @@ def test_clips_are_recognised_by_their_beginning(data, expected):
         (WEBM[:60], MAX_FRAME_PIXELS),
         (film(container="mp4", container_options={"movflags": "frag_keyframe+empty_moov"}), 320 * 240),
     ],
+    ids=map(str, range(7)),
 )
 def test_a_clip_costs_the_pixels_of_its_frames_by_its_header(data, pixels):
     assert clip_cost(data, 8) == 8 * pixels
@@ -424,6 +426,7 @@ def test_damaged_clips_decode_or_are_refused_and_nothing_else(kind):
     ("data", "advice"),
     [(MP4, "an MP4 video (send it as `video`); send PNG"), (WEBM, "a WebM or Matroska video (send it as `video`)"),
      (b"RIFF\0\0\1\0AVI LIST", "an AVI video (save it as MP4 and send it as `video`)")],
+    ids=["MP4", "WebM", "AVI"],
 )  # fmt: skip
 def test_a_video_that_is_sent_as_an_image_is_refused_with_the_field_to_send_it_in(data, advice):
     with pytest.raises(InvalidImage) as caught:

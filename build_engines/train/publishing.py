@@ -48,8 +48,8 @@ KNOWS = (
 TOLD["clips"] = TOLD["allocator"] | {
     "knows": KNOWS.replace(
         " It knows nothing else",
-        " In clips of them, objects move, appear, vanish or change their colour, and questions ask what happened. Two to "
-        "four images can be compared. It knows nothing else",
+        " In clips of them, objects move, appear, vanish or change their colour, and questions ask what happened. "
+        "Two to four images can be compared. It knows nothing else",
     )
 }
 

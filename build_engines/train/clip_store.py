@@ -31,10 +31,8 @@ from service.media.clip import spaced
 
 QUESTIONS = 8  # of a clip, a group or an image
 # Questions that take longer to learn are asked more often.
-CLIP_WEIGHTS = {
-    **dict.fromkeys(CLIP_KINDS, 1.0),
-    **{"count": 3.0, "order": 3.0, "came": 2.0, "appeared": 2.0, "vanished": 2.0, "way": 1.5},
-}
+SLOWLY_LEARNED = {"count": 3.0, "order": 3.0, "came": 2.0, "appeared": 2.0, "vanished": 2.0, "way": 1.5}
+CLIP_WEIGHTS = dict.fromkeys(CLIP_KINDS, 1.0) | SLOWLY_LEARNED
 SEVERAL_WEIGHTS = dict.fromkeys(SEVERAL_KINDS, 1.0) | {"more": 1.5, "same": 1.5, "together": 1.5, "all": 1.5}
 OLD_WEIGHTS = WEIGHTS | {DESCRIBE: 0.5}
 SMALL_PRINT_WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"read": 6.0}

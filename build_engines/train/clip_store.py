@@ -31,7 +31,8 @@ from service.media.clip import spaced
 
 QUESTIONS = 8  # of a clip, a group or an image
 # Questions that take longer to learn are asked more often.
-CLIP_WEIGHTS = dict.fromkeys(CLIP_KINDS, 1.0) | {"order": 2.5, "came": 1.5, "count": 1.5, "moved": 1.5, "way": 1.5}
+SLOWLY_LEARNED = {"count": 3.0, "order": 3.0, "came": 2.0, "appeared": 2.0, "vanished": 2.0, "way": 1.5}
+CLIP_WEIGHTS = dict.fromkeys(CLIP_KINDS, 1.0) | SLOWLY_LEARNED
 SEVERAL_WEIGHTS = dict.fromkeys(SEVERAL_KINDS, 1.0) | {"more": 1.5, "same": 1.5, "together": 1.5, "all": 1.5}
 OLD_WEIGHTS = WEIGHTS | {DESCRIBE: 0.5}
 SMALL_PRINT_WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"read": 6.0}
@@ -287,7 +288,7 @@ def draw_clips(rng: np.random.Generator, shelf: Shelf, number: int) -> list[Clip
     """Clips of equally many frames, some of them of longer ones, with new questions."""
     share = np.array(list(FRAMES.values()))
     frames = list(FRAMES)[int(rng.choice(len(share), p=share / share.sum()))]
-    kept = [clip for size in TAKEN_FROM[frames] for clip in shelf.kept[size]]
+    kept = [clip for size in TAKEN_FROM[frames] for clip in shelf.kept.get(size, ())]
     chosen = [kept[i] for i in rng.choice(len(kept), min(number, len(kept)), replace=False)]
     asked = [clip.at(spaced(len(clip.times), frames)).asked_anew(rng) for clip in chosen]
     return [clip for clip in asked if clip.questions]

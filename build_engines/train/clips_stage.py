@@ -30,7 +30,7 @@ from build_engines.model.allocation import CELL_COUNT, MOST_TOKENS
 from build_engines.model.clip import ClipResampler
 from build_engines.model.clip_allocation import POSITIONS, ClipAllocation
 from build_engines.model.qformer import QFormer
-from build_engines.scenes.clips import ask_story, draw_story
+from build_engines.scenes.clips import Story, ask_story, draw_story
 from build_engines.scenes.held_out import NEW, PAIRS
 from build_engines.scenes.questions import Question
 from build_engines.scenes.several import ask_groups, draw_groups
@@ -58,6 +58,7 @@ from build_engines.train.clip_store import (
 )
 from build_engines.train.course import Course, Measures
 from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_exam, summarise
+from build_engines.train.events import EventTable, told_clips
 from build_engines.train.language import Decode, answer_states, decoder_of, row_losses
 from build_engines.train.looks import Eye
 from build_engines.train.packing import Pack, Packer
@@ -67,17 +68,17 @@ from build_engines.train.starting import fit_table, said_by
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 
-STEPS = 3700
-CLIPS, GROUPS, AGAIN, SYMBOLS = 8, 4, 4, 10  # a step, per replica
+STEPS = 2900
+CLIPS, ASKED_CLIPS, GROUPS, AGAIN, SYMBOLS = 18, 5, 3, 3, 9  # a step, per replica
 SYMBOL_NOISE = 0.1  # the standard deviation of a visual token from its symbol's vector
 STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 640, 320, 500  # per replica
-RENEW_CLIPS, RENEW_OTHERS = 2, 6  # steps: a clip; a group and an old image
+RENEW_CLIPS, RENEW_OTHERS = 5, 15  # steps: a clip; a group and an old image
 TEXT_TOKENS = 144  # behind one prefix
 TAUGHT_SHARE, OLD_SHARE = 1.0, 0.2  # of the loss of old questions: as the published model, and as the truth is
-CHECK_STEPS = 350
+CHECK_STEPS = 1000
 CHECKED_CLIPS, CHECKED_GROUPS, CHECKED_SCENES = 40, 40, 50
 CHECKED_FRAMES = (8, 4, 16)
-RATE_LANGUAGE, RATE_RESAMPLER = (0.004, 1e-3), (0.004, 1e-3)  # of Muon and of Adam
+RATE_LANGUAGE, RATE_RESAMPLER = (0.004, 1e-3), (0.01, 1e-3)  # of Muon and of Adam
 RATE_NEW = 4e-3  # of the positions in time and the marks
 VALIDATION_FROM = 100_000  # held-out scenes that no report uses
 
@@ -148,6 +149,7 @@ def train_clips(plan: Plan) -> None:
     watcher = Watcher(
         language, faster(exact, plan), exact, resampler, ClipAllocation().to(device()), Packer(tokenizer, TEXT_TOKENS)
     )
+    events = EventTable(language.config.hidden_size).to(device())
     new = [resampler.positions.weight, resampler.marks]
     body = language.model.decoder
     others = [p for part in (body.embed_tokens, body.embed_positions, body.final_layer_norm) for p in part.parameters()]
@@ -156,16 +158,17 @@ def train_clips(plan: Plan) -> None:
         *muon_and_adam([body.layers], others, *RATE_LANGUAGE),
         *muon_and_adam([resampler.layers], seeing, *RATE_RESAMPLER),
         torch.optim.AdamW(new, lr=RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(events.parameters(), lr=RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    modules = {"language": language, "resampler": resampler}
-    course = Course(plan.out, "clips", plan.steps(STEPS), modules, optimizers, decay_share=0.5)
+    modules = {"language": language, "resampler": resampler, "events": events}
+    course = Course(plan.out, "clips", plan.steps(STEPS), modules, optimizers, decay_share=0.3)
     course.resume()
     if course.finished:
         return
     teacher = decoder_of(published)
     shelves = Shelves(plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer))
 
-    table = fitted_symbols(plan, language.config.hidden_size).requires_grad_(False)
+    symbols = Symbols(fitted_symbols(plan, language.config.hidden_size).requires_grad_(False), events)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
         if course.step % RENEW_CLIPS == 0:
@@ -173,11 +176,11 @@ def train_clips(plan: Plan) -> None:
         if course.step % RENEW_OTHERS == 0:
             shelves.groups.renew(rng)
             shelves.again.renew(rng)
-        yield learn_clips(watcher, rng, draw_clips(rng, shelves.clips, plan.size(CLIPS, 2)))
+        yield learn_clips(watcher, symbols, rng, draw_clips(rng, shelves.clips, plan.size(CLIPS, 2)))
         images = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
         groups = [regrouped(rng, shelves.groups.kept[4], images) for _ in range(plan.size(GROUPS, 2))]
         yield learn_groups(watcher, [group for group in groups if group.questions])
-        yield learn_symbols(watcher, table, rng, plan.size(SYMBOLS, 2), of_clips=course.step % 2 == 0)
+        yield learn_symbols(watcher, symbols, rng, plan.size(SYMBOLS, 2), of_clips=course.step % 2 == 0)
         again = shelves.again.draw(rng, plan.size(AGAIN, 2), shelves.again.size(rng))
         yield learn_again(watcher, again)
 
@@ -190,46 +193,63 @@ def train_clips(plan: Plan) -> None:
     course.run(losses, validate, plan.size(CHECK_STEPS, 2))
 
 
-def learn_clips(watcher: Watcher, rng: np.random.Generator, clips: list[ClipLook]) -> tuple[Tensor, Measures]:
-    """Ask all questions about each clip. The cells are chosen for one of them, or for all together."""
+def learn_clips(
+    watcher: Watcher, symbols: Symbols, rng: np.random.Generator, clips: list[ClipLook]
+) -> tuple[Tensor, Measures]:
+    """Make visual tokens of clips, and ask all questions about the first `ASKED_CLIPS`.
+
+    The cells are chosen for one question, or for all together.
+    """
     chosen = []
     for clip in clips:
         row = int(rng.integers(len(clip.relevance)))
         chosen.append(clip.relevance[row] if rng.random() < 0.7 else clip.relevance.amax(0))
     most = MOST_TOKENS if rng.random() < 0.7 else int(rng.integers(112, MOST_TOKENS))
     prefix = watcher.watch(clips, torch.stack(chosen), (CELL_COUNT, most))
-    entropy, weight, right, pack, _ = watcher.losses(prefix, [clip.questions for clip in clips])
+    told, measures = symbols.events.loss(
+        prefix, symbols.table, told_clips([clip.story for clip in clips if clip.story])
+    )
+    asked = clips[:ASKED_CLIPS]
+    entropy, weight, right, pack, _ = watcher.losses(prefix[: len(asked)], [clip.questions for clip in asked])
     loss = (entropy * weight).sum()
-    measures = shares_right(right, pack, "clip") | {"clip_loss": loss.item()}
-    return loss, measures | {f"clip_at_{len(clips[0].times)}": right.float().mean().item()}
+    measures |= shares_right(right, pack, "clip") | {"clip_loss": loss.item()}
+    return loss + told, measures | {f"clip_at_{len(clips[0].times)}": right.float().mean().item()}
 
 
 def learn_symbols(
-    watcher: Watcher, table: SlotTable, rng: np.random.Generator, number: int, of_clips: bool
+    watcher: Watcher, symbols: Symbols, rng: np.random.Generator, number: int, of_clips: bool
 ) -> tuple[Tensor, Measures]:
-    """Ask about clips or groups that nobody has drawn: their objects are told by symbols, as many as one wants."""
+    """Ask about clips or groups that nobody has drawn: symbols tell them, as many as one wants."""
     images = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
+    stories: list[Story] = []
     scenes: list[list[Thing]] = []
     asked: list[list[Question]] = []
     while len(asked) < number:
         if of_clips:
             story = draw_story(rng, World())
-            # When something happened is not told by the two states of a clip.
-            weights = {kind: weight for kind, weight in CLIP_WEIGHTS.items() if kind != "order"}
-            questions = draw_kinds(rng, weights, lambda kind, story=story: ask_story(rng, story, kind))
-            shown = [[thing for thing in story.scene(time) if thing is not None] for time in (0.0, 1.0)]
+            questions = draw_kinds(rng, CLIP_WEIGHTS, lambda kind, story=story: ask_story(rng, story, kind))
+            stories += [story] if questions else []
         else:
             shown = draw_groups(rng, World(), images)
             questions = draw_kinds(rng, SEVERAL_WEIGHTS, lambda kind, shown=shown: ask_groups(rng, shown, kind))
-        if questions:
-            asked.append(questions)
-            scenes += shown
-    with torch.no_grad():
-        prefix = table(*slot_tensors(scenes)).unflatten(0, (number, -1)).flatten(1, 2)
-        prefix = prefix + SYMBOL_NOISE * torch.randn_like(prefix)
+            scenes += shown if questions else []
+        asked += [questions] if questions else []
+    if of_clips:
+        prefix = symbols.events(symbols.table, told_clips(stories))
+    else:
+        prefix = symbols.table(*slot_tensors(scenes)).unflatten(0, (number, images)).flatten(1, 2)
+    prefix = prefix + SYMBOL_NOISE * torch.randn_like(prefix)
     entropy, weight, right, pack, _ = watcher.losses(prefix, asked)
     name = "told_clip" if of_clips else "told_several"
     return (entropy * weight).sum(), shares_right(right, pack, name) | {name: right.float().mean().item()}
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The vectors of objects, which stay as they are, and of events, which are learned."""
+
+    table: SlotTable
+    events: EventTable
 
 
 def fitted_symbols(plan: Plan, width: int) -> SlotTable:

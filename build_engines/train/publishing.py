@@ -36,7 +36,6 @@ TOLD = {
         "default_visual_tokens": [32, 32],
     },
 }
-TOLD["clips"] = TOLD["allocator"]
 
 # What GET /v1/models tells callers about the scenes of build_engines/scenes.
 KNOWS = (
@@ -45,6 +44,14 @@ KNOWS = (
     "Questions can be about colour, shape, size, number, position and the character. It knows nothing else: an answer "
     "about a photograph means nothing."
 )
+
+TOLD["clips"] = TOLD["allocator"] | {
+    "knows": KNOWS.replace(
+        " It knows nothing else",
+        " In clips of them, objects move, appear, vanish or change their colour, and questions ask what happened. "
+        "Two to four images can be compared. It knows nothing else",
+    )
+}
 
 
 class Parts(NamedTuple):

@@ -26,12 +26,13 @@ class Slots:
     """The symbols of one scene.
 
     attributes: [32, 4] int64 (colour, shape, size, character + 1; IGNORED if empty). places: [32, 3] float32 (x, y in
-    [-1, 1] and the diameter in units of 64 pixels). filled: [32] bool.
+    [-1, 1] and the diameter in units of 64 pixels). filled: [32] bool. cells: that of each object, in their order.
     """
 
     attributes: np.ndarray
     places: np.ndarray
     filled: np.ndarray
+    cells: list[int]
 
 
 def slots_of(things: list[Thing]) -> Slots:
@@ -39,6 +40,7 @@ def slots_of(things: list[Thing]) -> Slots:
     attributes = np.full((QUERIES, len(HEADS)), IGNORED, np.int64)
     places = np.zeros((QUERIES, 3), np.float32)
     filled = np.zeros(QUERIES, bool)
+    cells: list[int] = []
     for thing in things:
         cell = min(
             (cell for cell in range(QUERIES) if not filled[cell]),
@@ -48,10 +50,11 @@ def slots_of(things: list[Thing]) -> Slots:
             ),
         )
         filled[cell] = True
+        cells.append(cell)
         colour = thing.colour if thing.colour >= 0 else IGNORED
         attributes[cell] = colour, thing.shape, thing.size, thing.character + 1
         places[cell] = thing.x / 112 - 1, thing.y / 112 - 1, thing.diameter / 64
-    return Slots(attributes, places, filled)
+    return Slots(attributes, places, filled, cells)
 
 
 def slot_tensors(scenes: list[list[Thing]]) -> tuple[Tensor, Tensor, Tensor]:

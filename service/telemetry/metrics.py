@@ -108,8 +108,8 @@ class Metrics:
         )
         self.stage = self._seconds(
             "stage_seconds",
-            "Seconds in each stage of an answered question: queue; load (includes decode_image); vision (includes "
-            "lookup, see or encode, attend); prefill and decode, or generate if the answer is not streamed.",
+            "Seconds in each stage of an answered question: queue; load (includes decode_image, decode_clip); vision "
+            "(includes lookup, see or encode, attend); prefill and decode, or generate if the answer is not streamed.",
             "stage",
         )
         self.prompt_tokens = self._counter(

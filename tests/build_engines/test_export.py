@@ -14,7 +14,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph, card, graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import CLOSER_GRAPHS, GRAPHS
+from build_engines.repository import CLIP_GRAPH, CLOSER_GRAPHS, GRAPHS
 from tests.support.calibrations import calibrated
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt
@@ -90,6 +90,40 @@ def test_committed_graphs_match_pytorch(reference, name, batch):
     assert_parity(graph, ROOT / "model_repository" / graph.name / "1" / "model.onnx", batch)
 
 
+@pytest.mark.parametrize("frames", [1, 3, 8, 32])
+def test_the_committed_clip_graph_matches_pytorch(reference, frames):
+    graph = named(reference, CLIP_GRAPH)
+    of_frames = {name: tensor[:1].expand(frames, *tensor.shape[1:]) for name, tensor in graph.inputs.items()}
+    given = replace(graph, inputs={name: of_frames[name] if name in graph.dynamic else tensor
+                                   for name, tensor in graph.inputs.items()})  # fmt: skip
+    inputs = random_inputs(given, frames)
+    features = inputs["features"][:1].repeat(frames, 1, 1)
+    features[frames // 2 :, 60:90] += inputs["features"][-1:, 60:90]  # something changes half-way
+    inputs |= {
+        "features": features,
+        "times": torch.linspace(0, 1, frames) if frames > 1 else torch.zeros(1),
+        "question_ids": torch.randint(5, 400, (32,), dtype=torch.int32),
+        "question_mask": (torch.arange(32) < 9).int(),
+        "clip_budget": torch.tensor([64, 200], dtype=torch.int32),
+    }
+    with torch.inference_mode():
+        expected = graph.module(*inputs.values())
+    path = ROOT / "model_repository" / CLIP_GRAPH / "1" / "model.onnx"
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
+    for name, ours, theirs in zip(graph.outputs, found, expected, strict=True):
+        assert ours.shape == tuple(theirs.shape), name
+        assert np.abs(ours - theirs.numpy()).max() <= TOLERANCE, name
+
+
+def test_a_card_tells_of_the_clip_resampler(reference, tiny):
+    told = card(reference).clip
+    assert told is not None
+    assert (told.visual_tokens, told.frames, told.trained_frames, told.vision_tokens) == (64, 32, 8, (64, 256))
+    assert card(tiny).clip is None
+    assert CLIP_GRAPH not in {graph.name for graph in graphs(tiny)}
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_exporter_keeps_any_blip2s_answers(tiny: Checkpoint, exports: SharedExports, name: str):
     graph = named(tiny, name)
@@ -106,7 +140,7 @@ def test_only_what_varies_is_dynamic(reference):
         for value in model.graph.input:
             dims = value.type.tensor_type.shape.dim
             found = [dim.dim_param or dim.dim_value for dim in dims]
-            varies = graph.dynamic[value.name]
+            varies = graph.dynamic.get(value.name, {})
             assert found == [varies.get(axis, size) for axis, size in enumerate(graph.inputs[value.name].shape)]
 
 

@@ -12,14 +12,27 @@ import torch
 from safetensors.torch import load_file
 
 from build_engines.model.checkpoint import Checkpoint
+from build_engines.scenes.clips import Story, draw_story, way_of
 from build_engines.scenes.questions import Question
 from build_engines.scenes.world import World
 from build_engines.train.averaging import average
 from build_engines.train.clip_evaluation import parts_of, told
-from build_engines.train.clip_store import Prefixed, Shelf, look_again, look_at_clip, look_at_group
-from build_engines.train.clips_stage import Watcher, answer_clips, learn_again, learn_clips
+from build_engines.train.clip_store import (
+    Prefixed,
+    Shelf,
+    backwards,
+    draw_clips,
+    look_again,
+    look_at_clip,
+    look_at_four,
+    look_at_group,
+    regrouped,
+)
+from build_engines.train.clips_stage import Symbols, Watcher, answer_clips, learn_again, learn_clips
+from build_engines.train.events import CODES, EventTable, told_clips
 from build_engines.train.publishing import finished_parts
 from build_engines.train.stages import Plan
+from build_engines.train.symbols import SlotTable
 from build_engines.train.tokens import EOS
 
 pytestmark = pytest.mark.slow
@@ -111,7 +124,9 @@ def test_every_question_about_a_clip_trains_the_resampler(checkpoint: Checkpoint
     rng = np.random.default_rng(3)
     clips = [clip for clip in (look_at_clip(frozen, rng, World(), frames) for _ in range(3)) if clip]
     watcher.resampler.requires_grad_(True).train()
-    loss, measures = learn_clips(watcher, rng, clips)
+    width = checkpoint.visual_width
+    symbols = Symbols(SlotTable(width), EventTable(width))
+    loss, measures = learn_clips(watcher, symbols, rng, clips)
     loss.backward()
     assert f"clip_at_{frames}" in measures
     for name in ("positions.weight", "query_tokens", "marks"):
@@ -123,12 +138,98 @@ def test_every_question_about_a_clip_trains_the_resampler(checkpoint: Checkpoint
     assert len(right) == len(kinds) == sum(len(clip.questions) for clip in clips)
 
 
+def a_story() -> Story:
+    """A story in which one object moves, one vanishes, and one stays."""
+    rng = np.random.default_rng(2)
+    while True:
+        story = draw_story(rng, World())
+        kinds = {event.kind for event in story.events}
+        if {"moved", "vanished"} <= kinds and len(story.things) > len(story.events):
+            return story
+
+
+def test_symbols_tell_what_happens_to_each_object_and_when() -> None:
+    story = a_story()
+    told = told_clips([story])
+    moved, gone = (next(event for event in story.events if event.kind == kind) for kind in ("moved", "vanished"))
+    way = CODES.index(way_of(moved, story.things[moved.index]))
+    codes, times = told.codes[0], told.times[0]
+    assert (codes[:32] == way).any()
+    assert (codes[32:] == way).any()
+    assert (codes[:32] == CODES.index("vanished")).any()
+    assert not (codes[32:] == CODES.index("vanished")).any()
+    (place,) = (codes[:32] == CODES.index("vanished")).nonzero()[:1, 0].tolist()
+    assert any(times[place].item() == pytest.approx(2 * event.start - 1, abs=1e-5) for event in story.events)
+    assert gone.kind == "vanished"
+    for half, time in ((slice(0, 32), 0.0), (slice(32, 64), 1.0)):
+        assert int(told.filled[0, half].sum()) == sum(thing is not None for thing in story.scene(time))
+    assert not told.codes[~told.filled].any()
+
+
+def test_the_way_of_events_into_visual_tokens_is_learned() -> None:
+    torch.manual_seed(0)
+    table, events = SlotTable(24).requires_grad_(False), EventTable(24)
+    rng = np.random.default_rng(6)
+    told = told_clips([draw_story(rng, World()) for _ in range(24)])
+    optimizer = torch.optim.Adam(events.parameters(), lr=0.02)
+    for _ in range(150):
+        loss, measures = events.loss(events(table, told), table, told)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert measures["apart"] == pytest.approx(0.0, abs=1e-6)
+    assert measures["event"] > 0.9
+    assert events.loss(torch.zeros(24, 64, 24), table, told)[1]["apart"] > 0.1
+
+
+def test_a_clip_shown_backwards_tells_the_same_story_from_its_end() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        story = draw_story(rng, World())
+        turned = backwards(story)
+        for time in np.linspace(0.01, 0.99, 11):
+            for ours, theirs in zip(story.scene(time), turned.scene(1 - time), strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is not None and theirs is not None:
+                    assert (ours.x, ours.y) == pytest.approx((theirs.x, theirs.y))
+                    assert ours.colour == theirs.colour
+        assert backwards(turned).things == story.things
+
+
+def test_kept_clips_are_asked_anew_with_fewer_frames(checkpoint: Checkpoint) -> None:
+    frozen, _ = parts_of(checkpoint)
+    rng = np.random.default_rng(3)
+    shelf = Shelf(lambda rng, frames: look_at_clip(frozen, rng, World(), frames), {16: 0.5, 32: 0.5})
+    shelf.fill(rng, 4, "clips")
+    for _ in range(12):
+        clips = draw_clips(rng, shelf, 2) if all(shelf.kept[size] for size in (16, 32)) else []
+        assert len({len(clip.times) for clip in clips}) <= 1
+        for clip in clips:
+            assert clip.times[0] == 0
+            assert clip.times[-1] == 1
+            assert (clip.times.diff() > 0).all()
+            assert clip.relevance.shape[1:] == clip.pooled.shape[:2]
+
+
 def test_a_group_has_the_visual_tokens_of_each_image_in_turn(checkpoint: Checkpoint) -> None:
     frozen, _ = parts_of(checkpoint)
     group = look_at_group(frozen, np.random.default_rng(8), World(), 3)
     assert isinstance(group, Prefixed)
     assert group.visual_tokens.shape == (96, checkpoint.visual_width)
     assert not torch.equal(group.visual_tokens[:32], group.visual_tokens[32:64])
+
+
+def test_kept_images_make_new_groups(checkpoint: Checkpoint) -> None:
+    frozen, _ = parts_of(checkpoint)
+    rng = np.random.default_rng(8)
+    four = look_at_four(frozen, rng, World())
+    assert four.visual_tokens.shape == (4, 32, checkpoint.visual_width)
+    for images in (2, 3, 4):
+        group = regrouped(rng, [four], images)
+        parts = group.visual_tokens.unflatten(0, (images, 32))
+        places = [next(i for i in range(4) if torch.equal(part, four.visual_tokens[i])) for part in parts]
+        assert len(set(places)) == images
+        assert group.questions
 
 
 def test_a_shelf_renews_the_oldest_entry_of_a_size() -> None:

@@ -11,7 +11,6 @@ Triton's dynamic batching joins the calls.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from service.admission.admission import Admission, Reservation
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
-from service.cache.visual_tokens import VisualCache, clip_key, visual_key
+from service.cache.visual_tokens import VisualCache, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded
 from service.core.models import VisionModel
@@ -35,10 +34,8 @@ from service.core.vision import (
     CROPS,
     IMAGE_SIZE,
     CloserFeatures,
-    Frame,
     Int8Rows,
     Seen,
-    SeenClip,
     Sight,
     VisionFeatures,
 )
@@ -48,8 +45,8 @@ from service.media.header import require_page, upright_size
 from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
-from service.vision_stage.changes import Change, changes_of, largest
-from service.vision_stage.clips import ClipMemory, Shown, changed_key, given_frames, most_found
+from service.vision_stage.clip_stage import ClipStage
+from service.vision_stage.clips import ClipMemory
 from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import (
     OF_FRAME,
@@ -66,11 +63,11 @@ from service.vision_stage.plan import (
     next_step_to_features,
     tile_of,
 )
+from service.vision_stage.turns import together, turn
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
 # the next question about the image needs it.
 ENCODE_TIMEOUT_S = 10.0
-NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
 
 
 class VisionStage:
@@ -95,7 +92,15 @@ class VisionStage:
         self.pixels = pixels
         self.features = features
         self.visual = visual
-        self.clips = clips
+        self.clip_stage = ClipStage(
+            vision=vision,
+            admission=admission,
+            card=card,
+            prompts=prompts,
+            pixels=pixels,
+            visual=visual,
+            clips=clips,
+        )
 
     async def look(
         self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, reservation: Reservation
@@ -107,9 +112,11 @@ class VisionStage:
         encoded. Raises InvalidImage, TooLarge, Overloaded.
         """
         looks = await self._looks(images, ticket, reservation)
-        shown = None if clip is None else await self._shown(clip, ticket, reservation)
+        shown = None if clip is None else await self.clip_stage.shown(clip, self._find_all, ticket, reservation)
         frames = {} if shown is None else shown.looks
         every = [*looks.values(), *frames.values()]
+        for look in every:
+            self._decide(look, ticket)
         pending = every
         while True:
             for look in pending:
@@ -117,10 +124,10 @@ class VisionStage:
             pending = [look for look in pending if not look.is_done]
             await together(self._find, pending, ticket, reservation)
             kind = Kind.of(sum(look.encoded for look in every))
-            room = await self._turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
+            room = await turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
             await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
             if shown is not None and shown.is_joined and shown.seen is None:
-                shown.seen = await self._attend_clip(shown, ticket)
+                shown.seen = await self.clip_stage.attend(shown, ticket)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
@@ -134,7 +141,7 @@ class VisionStage:
         seen = tuple(result_of(looks[image.digest]) for image in images)
         if shown is None:
             return Sight(seen)
-        ticket.reduced = ticket.reduced or self._is_clip_reduced(shown, ticket.request)
+        ticket.reduced = ticket.reduced or self.clip_stage.is_reduced(shown, ticket.request)
         if shown.is_joined:
             return Sight(seen, shown.frames, clip=shown.seen)
         return Sight(seen, shown.frames, tuple(result_of(frames[frame.digest]) for frame in shown.frames))
@@ -151,91 +158,7 @@ class VisionStage:
                 require_page(image.data, image.page)
                 looks[image.digest] = look = Look(number, image, question)
                 await self._fit(look, ticket, reservation)
-                self._decide(look, ticket)
         return looks
-
-    async def _shown(self, clip: LoadedClip, ticket: Ticket, reservation: Reservation) -> Shown:
-        """Choose the frames that are looked at. Raises InvalidImage, TooLarge, Overloaded."""
-        request, question = ticket.request, self.prompts.question(ticket.request.question)
-        asked = self.prompts.frames(request)
-        most = min(asked, self.admission.fidelity.frames)
-        compares = request.clip is not None and request.clip.sampling == "change"
-        shown = Shown(clip, most_found(request, most), question, self.card.clip is not None)
-        if shown.film is not None:
-            shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
-        shown.frames = await self._frames(shown, ticket, reservation)
-        has_more = shown.frames[-1].index >= len(shown.frames)
-        ticket.compared = len(shown.frames)
-        if compares:
-            changes = await self._changes(shown, ticket, reservation)
-            has_more = len(changes) > most
-            shown.frames = tuple(shown.frames[place] for place in largest(changes, most))
-        ticket.frames = len(shown.frames)
-        shown.is_reduced = most < asked and has_more
-        if shown.is_joined:
-            budgets = dict.fromkeys((self._asked_clip(request), self._allowed_clip(request)))
-            keys = [clip_key(self.card, shown.frames, request.question, budget) for budget in budgets]
-            shown.seen = self.visual.get_clip(*keys)
-        if shown.seen is None:
-            shown.look(is_read=not shown.is_joined)
-            for look in shown.looks.values():
-                self._decide(look, ticket)
-        else:
-            self.pixels.remember_clip(shown, request)
-        return shown
-
-    async def _frames(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> tuple[Frame, ...]:
-        """Name the clip's frames. A file is decoded if it is not known which frames it has."""
-        film = shown.film
-        if film is None:
-            return given_frames(shown.clip, shown.most)
-        known = self.clips.frames(film.file.digest, film.most)
-        if known is not None:
-            return known
-        self.pixels.reserve_film(film, reservation)
-        claim = await self._turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket, reservation)
-        known = self.clips.frames(film.file.digest, film.most)  # of another request that waited too
-        if known is None:
-            known = self.clips.keep(film.file, film.most, await self.pixels.of_film(film, ticket))
-        reservation.give_back(claim)
-        return known
-
-    async def _changes(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> Sequence[Change]:
-        """Find the frames that show something new, by the features of all."""
-        key = changed_key(self.card.fingerprint, shown.frames)
-        if (known := self.clips.changes(key)) is not None:
-            return known
-        ticket.frames = len(shown.frames)
-        shown.look(is_read=False)
-        for look in shown.looks.values():
-            self._decide(look, ticket)
-        await together(self._find, list(shown.looks.values()), ticket, reservation)
-        return self.clips.keep_changes(key, changes_of(shown.vision))
-
-    async def _attend_clip(self, shown: Shown, ticket: Ticket) -> SeenClip:
-        """Attend to all frames of the clip in one call. Keep what the request sees."""
-        request = ticket.request
-        vision, places = shown.vision, [frame.at for frame in shown.frames]
-        with ticket.stage("vision"), ticket.stage("attend"):
-            budget = self._allowed_clip(request)
-            seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
-            ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
-        seen = replace(seen, is_rounded=any(isinstance(each.features, Int8Rows) for each in vision))
-        self.visual.keep(clip_key(self.card, shown.frames, request.question, seen.budget), seen)
-        return seen
-
-    def _asked_clip(self, request: Request) -> Budget:
-        """Return the budget of the whole clip, which the clip resampler can spend."""
-        assert self.card.clip is not None
-        return self.card.clip.budget(request.budget)
-
-    def _allowed_clip(self, request: Request) -> Budget:
-        return self.admission.fidelity.cap(self._asked_clip(request))
-
-    def _is_clip_reduced(self, shown: Shown, request: Request) -> bool:
-        if shown.seen is not None and shown.seen.budget != self._asked_clip(request):
-            return True
-        return shown.is_reduced
 
     async def _fit(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         """Find what to see of the image. If its header has no size, the decoder refuses the image.
@@ -257,7 +180,7 @@ class VisionStage:
         """Open a PDF for the size of its page. Raises InvalidImage, TooLarge, Overloaded."""
         self.pixels.reserve(look, reservation)
         kind = Kind.of(len(ticket.request.images))
-        claim = await self._turn(Resource.VISION, 1, kind, ticket, reservation)
+        claim = await turn(Resource.VISION, 1, kind, ticket, reservation)
         size = await self.pixels.measured(look, ticket)
         reservation.give_back(claim)
         return size
@@ -332,6 +255,11 @@ class VisionStage:
         look.seen = seen
         key = visual_key(self.card, look.digest, request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)
+
+    async def _find_all(self, looks: Sequence[Look], ticket: Ticket, reservation: Reservation) -> None:
+        for look in looks:
+            self._decide(look, ticket)
+        await together(self._find, looks, ticket, reservation)
 
     async def _find(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
         """Do all steps up to Attend or Done. Raises Overloaded."""
@@ -453,7 +381,7 @@ class VisionStage:
         self.pixels.reserve(look, reservation)
         slots = min(images, self.admission.vision_slots)
         kind = Kind.of(max(images, len(ticket.request.images) + ticket.frames))
-        claim = await self._turn(Resource.VISION, slots, kind, ticket, reservation)
+        claim = await turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
         decoded = await self.pixels.decoded(look, view, ticket)
@@ -467,17 +395,6 @@ class VisionStage:
             raise
         reservation.give_back(claim)
 
-    async def _turn(
-        self, resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation
-    ) -> Claim:
-        """Wait for capacity; the reservation holds it from now on. Raises Overloaded."""
-        ticket.kind = kind
-        request = ticket.request
-        claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, request.tenant, request.priority)
-        with ticket.stage("queue"):
-            await reservation.enter(claim)
-        return claim
-
 
 def _given_back(give_back: Callable[[], None], encode: asyncio.Task[Any]) -> None:
     """End an encode that its caller has left. What went wrong concerns nobody any more."""
@@ -490,23 +407,3 @@ def result_of(look: Look) -> Seen:
     """Return the result of a look that is done."""
     assert look.seen is not None
     return look.seen
-
-
-async def together(
-    step: Callable[[Look, Ticket, Reservation], Coroutine[Any, Any, None]],
-    looks: Sequence[Look],
-    ticket: Ticket,
-    reservation: Reservation,
-) -> None:
-    """Do a step for all looks at the same time. The first failure cancels the other looks, and is raised."""
-    if len(looks) <= 1:  # without tasks, which cost 0.1 ms
-        for look in looks:
-            await step(look, ticket, reservation)
-        return
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for look in looks:
-                tasks.create_task(step(look, ticket, reservation))
-    except BaseExceptionGroup as group:
-        first = group.exceptions[0]
-        raise first from first.__cause__

@@ -1,0 +1,43 @@
+"""Wait for capacity, and take a step for several looks at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from service.admission.admission import Reservation
+from service.admission.scheduler import Claim, Kind, Resource
+from service.record.ticket import Ticket
+from service.vision_stage.plan import Look
+
+
+async def turn(resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation) -> Claim:
+    """Wait for capacity; the reservation holds it from now on. Raises Overloaded."""
+    ticket.kind = kind
+    request = ticket.request
+    claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, request.tenant, request.priority)
+    with ticket.stage("queue"):
+        await reservation.enter(claim)
+    return claim
+
+
+async def together(
+    step: Callable[[Look, Ticket, Reservation], Coroutine[Any, Any, None]],
+    looks: Sequence[Look],
+    ticket: Ticket,
+    reservation: Reservation,
+) -> None:
+    """Do a step for all looks at the same time. The first failure cancels the other looks, and is raised."""
+    if len(looks) <= 1:  # without tasks, which cost 0.1 ms
+        for look in looks:
+            await step(look, ticket, reservation)
+        return
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for look in looks:
+                tasks.create_task(step(look, ticket, reservation))
+    except BaseExceptionGroup as group:
+        first = group.exceptions[0]
+        raise first from first.__cause__

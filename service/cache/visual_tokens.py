@@ -27,8 +27,7 @@ def visual_key(card: ModelCard, digest: str, question: str, budget: Budget, deta
 
 def embedding_key(card: ModelCard, digest: str, question: str, seen: Seen) -> bytes:
     """Make a key of these exact visual tokens. Features kept as int8 give different visual tokens."""
-    key = visual_key(card, viewed(digest, seen.viewport), question, seen.budget, seen.detail)
-    return b"int8\0" + key if seen.is_rounded else key
+    return _exactly(visual_key(card, viewed(digest, seen.viewport), question, seen.budget, seen.detail), seen)
 
 
 def clip_key(card: ModelCard, frames: Sequence[Frame], question: str, budget: Budget) -> bytes:
@@ -40,8 +39,12 @@ def clip_key(card: ModelCard, frames: Sequence[Frame], question: str, budget: Bu
 
 def clip_embedding_key(card: ModelCard, frames: Sequence[Frame], question: str, seen: SeenClip) -> bytes:
     """Make a key of these exact visual tokens of a clip."""
-    key = clip_key(card, frames, question, seen.budget)
-    return b"int8\0" + key if seen.is_rounded else key
+    return _exactly(clip_key(card, frames, question, seen.budget), seen)
+
+
+def _exactly(key: bytes, seen: Seen | SeenClip) -> bytes:
+    """Add which features were kept as int8 to the key."""
+    return f"int8 {','.join(map(str, seen.rounded))}\0".encode() + key if seen.rounded else key
 
 
 class VisualCache:

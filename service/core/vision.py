@@ -96,6 +96,11 @@ class CloserFeatures:
         return self.features.nbytes
 
 
+def rounded_among(views: Sequence[VisionFeatures | CloserFeatures]) -> tuple[int, ...]:
+    """Return the places of the views whose features were kept as int8."""
+    return tuple(place for place, view in enumerate(views) if isinstance(view.features, Int8Rows))
+
+
 @dataclass(frozen=True, slots=True)
 class Relevance:
     """The places in an image where the model looked closely for one question, and why."""
@@ -136,7 +141,7 @@ class Seen:
     relevance: Relevance
     budget: Budget  # the budget that was allowed
     detail: Literal["low", "high"] = "low"  # high with the closer view
-    is_rounded: bool = False  # made from features that were kept as int8
+    rounded: tuple[int, ...] = ()  # views whose features were kept as int8: 0 the first one, 1 the closer one
     viewport: Viewport | None = None  # what was seen of the image; None: all of it, squashed
     strangeness: float = 0.0  # of the image: see core/confidence.py; 0 if the models are not calibrated
 
@@ -156,7 +161,7 @@ class SeenClip:
     visual_tokens: FloatArray  # [count, H]
     frames: tuple[Relevance, ...]  # of each frame; all have the clip's tensions
     budget: Budget  # the budget that was allowed, of all frames together
-    is_rounded: bool = False  # made from features that were kept as int8
+    rounded: tuple[int, ...] = ()  # places of the frames whose features were kept as int8
 
     @property
     def vision_tokens(self) -> int:

@@ -11,7 +11,7 @@ from service.cache.visual_tokens import VisualCache, clip_key
 from service.core.card import ModelCard
 from service.core.models import VisionModel
 from service.core.request import Budget, Request
-from service.core.vision import Frame, Int8Rows, SeenClip
+from service.core.vision import Frame, SeenClip, rounded_among
 from service.media.store import LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
@@ -110,7 +110,7 @@ class ClipStage:
             budget = self._allowed(request)
             seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
             ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
-        seen = replace(seen, is_rounded=any(isinstance(each.features, Int8Rows) for each in vision))
+        seen = replace(seen, rounded=rounded_among(vision))
         self.visual.keep(clip_key(self.card, shown.frames, request.question, seen.budget), seen)
         return seen
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -135,9 +135,10 @@ class Shown:
     is_joined: bool  # the frames are attended to together
     frames: tuple[Frame, ...] = ()
     looks: dict[str, Look] = field(default_factory=dict)  # by digest: equal frames are looked at once
+    encoded_before: int = 0  # frames, by looks that others have replaced
     is_reduced: bool = False  # fewer frames are looked at than the request allows, because of load
     seen: SeenClip | None = None
-    reel: Reel | None = None  # held so that what was decoded lasts as long as the request looks
+    reel: Reel | None = None  # held so that what was decoded lasts until all features are found
     film: Film | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,19 +153,26 @@ class Shown:
 
     @property
     def vision(self) -> list[VisionFeatures]:
-        """Return the features of each frame, once the looks have found them."""
-        found = (self.looks[frame.digest].vision for frame in self.frames)
-        return [each for each in found if each is not None]
+        """Return the features of each frame, once the looks have found all of them."""
+        found = [self.looks[frame.digest].vision for frame in self.frames]
+        known = [each for each in found if each is not None]
+        assert len(known) == len(found)
+        return known
+
+    @property
+    def encoded(self) -> int:
+        """Count the frames that were encoded for this request."""
+        return self.encoded_before + sum(look.encoded for look in self.looks.values())
 
     def look(self, *, is_read: bool) -> None:
         """Begin a look at each different frame. What earlier looks found of its features is kept."""
+        self.encoded_before = self.encoded
         before, self.looks = self.looks, {}
         for frame in self.frames:
             if frame.digest in self.looks:
                 continue
-            file = self.clip.file
-            image = self.clip.images[frame.index] if file is None else replace(file, digest=frame.digest)
-            look = Look(frame.index, image, self.question, is_frame=True, film=self.film, is_read=is_read)
+            image = self.clip.file or self.clip.images[frame.index]
+            look = Look(frame.index, image, self.question, frame=frame, film=self.film, is_read=is_read)
             if frame.digest in before:
                 look.vision = before[frame.digest].vision
             self.looks[frame.digest] = look

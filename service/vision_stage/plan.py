@@ -31,7 +31,7 @@ import numpy.typing as npt
 from service.core.prompt import Question
 from service.core.request import Detail
 from service.core.viewport import Viewport, viewed
-from service.core.vision import GRID, IMAGE_SIZE, CloserFeatures, Relevance, Seen, VisionFeatures
+from service.core.vision import GRID, IMAGE_SIZE, CloserFeatures, Frame, Relevance, Seen, VisionFeatures
 from service.media.decoder import Decoded
 from service.media.store import Image
 
@@ -102,7 +102,7 @@ class Look:
     """Hold one image, or one frame of a clip, and its results so far."""
 
     number: int  # its place among the images of the request; of a frame, its index in the clip
-    image: Image  # of a frame, `digest` is the frame's
+    image: Image  # of a frame, the clip's file, or the image that the frame came as
     question: Question
     viewport: Viewport | None = None  # what is seen of the image; None: all of it, squashed
     tiles: tuple[Viewport, ...] = ()  # of which one may be chosen; empty once that is decided
@@ -118,7 +118,7 @@ class Look:
     is_reserved: bool = False  # its pixels are reserved
     encoded: int = 0  # the most pictures that were encoded for one view of it: 4 for a closer view
     decoded: Decoded | None = None  # both views, until the closer one is encoded
-    is_frame: bool = False  # a frame is seen squashed, with detail low
+    frame: Frame | None = None  # that is looked at, squashed and with detail low; None: the image itself
     film: Film | None = None  # the file of the frame; None if it came as an image
     is_read: bool = True  # False: only its features are needed
 
@@ -127,9 +127,13 @@ class Look:
         return isinstance(self.step, Done)
 
     @property
+    def is_frame(self) -> bool:
+        return self.frame is not None
+
+    @property
     def digest(self) -> str:
         """Return what cache keys have for what is seen of the image."""
-        return viewed(self.image.digest, self.viewport)
+        return self.frame.digest if self.frame is not None else viewed(self.image.digest, self.viewport)
 
     @property
     def has_more_pixels(self) -> bool:

@@ -11,7 +11,7 @@ Triton's dynamic batching joins the calls.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from service.admission.admission import Admission, Reservation
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
-from service.cache.visual_tokens import VisualCache, visual_key
+from service.cache.visual_tokens import VisualCache, embedding_key, visual_key
 from service.core.card import ModelCard
 from service.core.errors import Overloaded
 from service.core.models import VisionModel
@@ -34,10 +34,10 @@ from service.core.vision import (
     CROPS,
     IMAGE_SIZE,
     CloserFeatures,
-    Int8Rows,
     Seen,
     Sight,
     VisionFeatures,
+    rounded_among,
 )
 from service.media.decoder import Decoded
 from service.media.formats import reads_as_pdf
@@ -46,7 +46,7 @@ from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
 from service.vision_stage.clip_stage import ClipStage
-from service.vision_stage.clips import ClipMemory
+from service.vision_stage.clips import ClipMemory, Shown
 from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import (
     OF_FRAME,
@@ -113,8 +113,7 @@ class VisionStage:
         """
         looks = await self._looks(images, ticket, reservation)
         shown = None if clip is None else await self.clip_stage.shown(clip, self._find_all, ticket, reservation)
-        frames = {} if shown is None else shown.looks
-        every = [*looks.values(), *frames.values()]
+        every = [*looks.values(), *([] if shown is None else shown.looks.values())]
         for look in every:
             self._decide(look, ticket)
         pending = every
@@ -123,7 +122,10 @@ class VisionStage:
                 self._recall(look, ticket)
             pending = [look for look in pending if not look.is_done]
             await together(self._find, pending, ticket, reservation)
-            kind = Kind.of(sum(look.encoded for look in every))
+            if shown is not None:
+                shown.reel = None  # its pixels are needed no more, however long the LLM's queue is
+            encoded = sum(look.encoded for look in looks.values()) + (0 if shown is None else shown.encoded)
+            kind = Kind.of(encoded)
             room = await turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
             await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
             if shown is not None and shown.is_joined and shown.seen is None:
@@ -138,13 +140,29 @@ class VisionStage:
         ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
         ticket.fit = next((look.viewport.fit for look in looks.values() if look.viewport is not None), "squash")
         ticket.reduced = any(self._is_reduced(look, ticket.request) for look in every if look.is_read)
-        seen = tuple(result_of(looks[image.digest]) for image in images)
+        if shown is not None and self.clip_stage.is_reduced(shown, ticket.request):
+            ticket.reduced = True
+        return self._sight(images, looks, shown, ticket.request.question)
+
+    def _sight(self, images: Sequence[Image], looks: Mapping[str, Look], shown: Shown | None, question: str) -> Sight:
+        """Put the results in the order of the prompt.
+
+        A picture that is both an image and a frame has two looks, and a GPU's results for them can differ in their last
+        bits. Their embedding key is the same, so the frame gets the image's visual tokens.
+        """
+        first: dict[bytes, Seen] = {}
+
+        def result(digest: str, look: Look) -> Seen:
+            seen = result_of(look)
+            return first.setdefault(embedding_key(self.card, digest, question, seen), seen)
+
+        seen = tuple(result(image.digest, looks[image.digest]) for image in images)
         if shown is None:
             return Sight(seen)
-        ticket.reduced = ticket.reduced or self.clip_stage.is_reduced(shown, ticket.request)
         if shown.is_joined:
             return Sight(seen, shown.frames, clip=shown.seen)
-        return Sight(seen, shown.frames, tuple(result_of(frames[frame.digest]) for frame in shown.frames))
+        of_frames = tuple(result(frame.digest, shown.looks[frame.digest]) for frame in shown.frames)
+        return Sight(seen, shown.frames, of_frames)
 
     async def _looks(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> dict[str, Look]:
         """Make one look for each different image, by digest: an image that is given twice is looked at once.
@@ -358,8 +376,8 @@ class VisionStage:
         with ticket.stage("vision"), ticket.stage("attend"):
             seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
             ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
-        rounded = any(isinstance(view.features, Int8Rows) for view in (look.vision, look.closer) if view is not None)
-        self._keep(look, replace(seen, is_rounded=rounded), ticket.request)
+        views = [view for view in (look.vision, look.closer) if view is not None]
+        self._keep(look, replace(seen, rounded=rounded_among(views)), ticket.request)
 
     def _asked(self, detail: Literal["low", "high"], request: Request) -> Budget:
         """Return the request's budget, limited to the tokens that the views of this detail have."""

@@ -1,6 +1,8 @@
 """A clip is looked at frame by frame, or as a whole, and what is known of it is not worked out again."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -12,12 +14,17 @@ from PIL import ImageDraw
 from structlog.testing import capture_logs
 
 from service.admission.quota import Cost
+from service.admission.scheduler import Claim, Kind, Resource
+from service.cache.features import FeatureCache
 from service.core.answer import Finished
+from service.core.card import Engines
 from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded
 from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
 from service.media.clip import DecodedClip
 from service.media.reader import ImageReader
+from service.media.store import Image
+from service.triton.codec import require_consistent
 from tests.service.test_pipeline import answer, nothing_is_held, request, shades
 from tests.support import clips
 from tests.support.calibrations import calibrated
@@ -490,3 +497,57 @@ async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
         assert [event async for event in house.pipeline.answer(asked, reservation)]
     with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="images"):
         [event async for event in house.pipeline.answer(asked, reservation)]
+
+
+async def test_a_question_whose_comparison_encoded_frames_is_no_follow_up_to_the_llm(house):
+    house.vision.sees_patches = True
+    clip = square_at(0, 0, 0, 90, 90)
+    await answer(house, about(clip, sampling="change"))
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="multi_image") == 1
+    await answer(house, about(clip, "and then?", sampling="change"))
+    assert house.counted("glimpse_request_queue_time_seconds_count", kind="follow_up") == 1
+
+
+async def test_a_clip_s_pixels_are_not_held_while_its_question_waits_for_the_llm(house):
+    scheduler = house.admission.scheduler
+    claim = Claim(Resource.LLM, house.admission.row_tokens * Engines().llm_rows, Kind.FOLLOW_UP, 0.0, 1e9)
+    scheduler.submit(claim, 0.0)
+    scheduler.schedule(0.0)
+    house.vision.close("see")
+    asked = asyncio.create_task(answer(house, about(film())))
+    await until(lambda: encodes(house))
+    reel = weakref.ref(house.pipeline.clips.reel(Image.of(film()).digest, 8))
+    gc.collect()
+    assert reel() is not None
+    house.vision.gate.set()
+    await until(lambda: house.admission.scheduler.waiting(Kind.MULTI_IMAGE) and encodes(house) == 8)
+    gc.collect()
+    assert reel() is None
+    scheduler.release(claim, 1.0)
+    await cancelled(asked)
+
+
+async def test_a_picture_that_is_an_image_and_a_frame_has_the_same_visual_tokens(house):
+    """Two calls of a GPU for one picture can differ in their last bits."""
+    house.vision.jitter = 1e-3
+    parts = (ImageBytes(png((77, 77, 77))), Clip(given(250, 77, 77)), Text("which?"))
+    await answer(house, request(parts=parts))
+    prompt = house.language.prompts[-1]
+    require_consistent(prompt)
+    assert shades(house) == pytest.approx([77, 250, 77], abs=0.1)
+    image, _, frame, _ = np.split(prompt.visual_tokens, 4)
+    assert np.array_equal(image, frame)
+
+
+async def test_the_frames_that_were_rounded_decide_which_visual_tokens_of_a_clip_are_the_same():
+    """A frame whose features this request encoded is exact, and one that was kept is rounded."""
+    house = House(CLIPS, feature_cache_dtype="int8")
+    for known in (40, 250):
+        house.pipeline.features = house.pipeline.models.models[0].vision_stage.features = FeatureCache(
+            10_000_000, house.metrics, as_int8=True
+        )
+        await answer(house, request(image=png((known,) * 3)))
+        await answer(house, about(given(250, 40)))
+    one, other = (set(prompt.extra_ids.tolist()) - {0} for prompt in house.language.prompts[1::2])
+    assert len(one) == len(other) == 64
+    assert not one & other

@@ -110,6 +110,7 @@ class FakeVision:
         self.sees_patches = False  # a patch's features are then its colour
         self.times: list[list[float]] = []
         self.particularize = 0.5
+        self.jitter = 0.0  # added to the visual tokens of each call, times its number
 
     def close(self, *calls: str) -> None:
         """These wait until the gate is set."""
@@ -189,7 +190,8 @@ class FakeVision:
             np.diag([level] * 8).astype(np.int32),
             np.array([self.particularize, 0.5, 0.5], np.float32),
         )
-        return Seen(np.full((budget.visual_tokens[1], 4), dense(vision.features).mean(), np.float32), relevance, budget)
+        shade = dense(vision.features).mean() + self.jitter * len(self.calls)
+        return Seen(np.full((budget.visual_tokens[1], 4), shade, np.float32), relevance, budget)
 
 
 class FakeLanguage:

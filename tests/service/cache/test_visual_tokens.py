@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from service.cache.visual_tokens import ENTRY_BYTES, VisualCache, embedding_key, visual_key
+from service.cache.visual_tokens import ENTRY_BYTES, VisualCache, clip_embedding_key, embedding_key, visual_key
 from service.core.request import Budget
-from service.core.vision import Relevance, Seen
+from service.core.vision import Frame, Relevance, Seen, SeenClip
 from service.telemetry.metrics import Metrics
 from tests.support.fakes import CARD
 
@@ -53,7 +53,16 @@ def test_visual_tokens_are_named_by_what_they_were_made_with_and_whether_it_was_
     exact = embedding_key(CARD, "d", "q", seen())
     assert exact == visual_key(CARD, "d", "q", BUDGET, "low")
     assert embedding_key(CARD, "d", "q", seen(detail="high")) == visual_key(CARD, "d", "q", BUDGET, "high")
-    assert embedding_key(CARD, "d", "q", seen(is_rounded=True)) == b"int8\0" + exact
+    assert embedding_key(CARD, "d", "q", seen(rounded=(0,))) == b"int8 0\0" + exact
+
+
+def test_rounding_some_views_or_frames_and_rounding_others_make_different_visual_tokens():
+    some = [(), (0,), (1,), (0, 1), (11,)]
+    assert len({embedding_key(CARD, "d", "q", seen(detail="high", rounded=each)) for each in some}) == len(some)
+    clip = SeenClip(np.zeros((64, 4), np.float32), (), BUDGET)
+    frames = [Frame(index, None, index / 11, f"{index}") for index in range(12)]
+    keys = {clip_embedding_key(CARD, frames, "q", replace(clip, rounded=each)) for each in some}
+    assert len(keys) == len(some)
 
 
 def test_the_first_key_that_has_something_gives_it_and_one_lookup_is_counted():

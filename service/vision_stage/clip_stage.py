@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
@@ -100,7 +101,9 @@ class ClipStage:
         ticket.frames = len(shown.frames)
         shown.look(is_read=False)
         await find(list(shown.looks.values()), ticket, reservation)
-        return self.clips.keep_changes(key, changes_of(shown.vision))
+        with ticket.stage("vision"):
+            changes = await asyncio.to_thread(changes_of, shown.vision)
+        return self.clips.keep_changes(key, changes)
 
     async def attend(self, shown: Shown, ticket: Ticket) -> SeenClip:
         """Attend to all frames of the clip in one call. Keep what the request sees."""

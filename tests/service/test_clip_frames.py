@@ -10,7 +10,15 @@ import pytest
 from service.core.vision import Int8Rows, VisionFeatures
 from service.media.clip import DecodedClip, DecodedFrame
 from service.media.store import Image, LoadedClip
-from service.vision_stage.changes import CHANGED_PATCHES, LEAST_CHANGE, Change, changes_of, difference, largest
+from service.vision_stage.changes import (
+    CHANGED_PATCHES,
+    LEAST_CHANGE,
+    Change,
+    changes_of,
+    difference,
+    directions,
+    largest,
+)
 from service.vision_stage.clips import MOST_KNOWN, ClipMemory, changed_key, frames_of, given_frames
 
 FILE = Image.of(b"a file")
@@ -55,17 +63,37 @@ def test_given_frames_are_spread_evenly_over_all_of_them():
 
 
 def test_a_difference_is_that_of_a_few_patches():
-    assert difference(features(), features()) == 0
-    assert difference(features(), features(*range(CHANGED_PATCHES - 1))) == 0
-    assert difference(features(), features(*range(CHANGED_PATCHES))) == pytest.approx(1)
-    blank = VisionFeatures(np.zeros((257, 2), np.float32), np.zeros(256), np.zeros(256), np.zeros((13, 16, 16)))
-    assert difference(blank, features()) == 0
+    still = directions(features())
+    assert difference(still, still) == 0
+    assert difference(still, directions(features(*range(CHANGED_PATCHES - 1)))) == 0
+    assert difference(still, directions(features(*range(CHANGED_PATCHES)))) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, np.nan])
+@pytest.mark.parametrize("as_int8", [False, True])
+def test_a_patch_without_a_direction_does_not_differ(value, as_int8):
+    blank = features(*range(9))
+    blank.features[1:10] = value
+    if as_int8:
+        blank = replace(blank, features=Int8Rows.of(blank.features))
+    assert difference(directions(blank), directions(features())) == 0
+
+
+def test_a_frame_is_compared_once_with_the_last_one_kept():
+    """Frames with equal pixels have the same features, which are not compared with themselves."""
+    still, moved = features(), features(*range(9))
+    assert changes_of([still, still, moved, moved, still]) == [
+        Change(0, np.inf),
+        Change(2, pytest.approx(1)),
+        Change(4, pytest.approx(1)),
+    ]
 
 
 def test_features_kept_as_int8_differ_as_the_exact_ones():
     exact = features(*range(9))
     rounded = VisionFeatures(Int8Rows.of(exact.features), exact.saliency, exact.entropy, exact.texture)
-    assert difference(rounded, features()) == pytest.approx(difference(exact, features()), abs=1e-3)
+    other = directions(features())
+    assert difference(directions(rounded), other) == pytest.approx(difference(directions(exact), other), abs=1e-3)
 
 
 def test_each_frame_is_compared_with_the_last_one_kept():

@@ -2,10 +2,12 @@
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from service.core.card import Engines
 from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded
 from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
+from service.core.vision import VisionFeatures
 from service.media.clip import DecodedClip
 from service.media.reader import ImageReader
 from service.media.store import Image
@@ -551,3 +554,27 @@ async def test_the_frames_that_were_rounded_decide_which_visual_tokens_of_a_clip
     one, other = (set(prompt.extra_ids.tolist()) - {0} for prompt in house.language.prompts[1::2])
     assert len(one) == len(other) == 64
     assert not one & other
+
+
+class Watched(np.ndarray):
+    """Features that tell which threads convert them."""
+
+    threads: ClassVar[set[threading.Thread]] = set()
+
+    def astype(self, *args, **kwargs):
+        self.threads.add(threading.current_thread())
+        return super().astype(*args, **kwargs)
+
+
+async def test_frames_are_compared_in_a_thread(house):
+    """On the loop, 32 frames would keep all other requests waiting."""
+    plain = house.vision._features
+
+    def watched(image: np.ndarray) -> VisionFeatures:
+        features = plain(image)
+        return replace(features, features=features.features.view(Watched))
+
+    house.vision._features = watched
+    await answer(house, about(film(), sampling="change"))
+    assert Watched.threads
+    assert threading.main_thread() not in Watched.threads

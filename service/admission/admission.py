@@ -302,14 +302,24 @@ class Reservation:
         self._admission.release([claim], now, finished=finished)
         self._admission.schedule(now)
 
-    def hand_over(self, claim: Claim) -> Callable[[], None]:
-        """Let go of a granted claim whose work goes on without the request -> the call that gives the claim back."""
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the service ends its requests."""
+        return self._admission.ended
+
+    def hand_over(self, claim: Claim, cost: Cost = NOTHING) -> Callable[[], None]:
+        """Let go of a granted claim, and of a reserved cost, whose work goes on without the request.
+
+        Returns the call that gives both back.
+        """
         self._claims.remove(claim)
+        self._cost = self._cost.minus(cost)
         self._pause_or_resume()
         admission = self._admission
 
         def give_back() -> None:
             now = time.monotonic()
+            admission.quota.give_back(cost, self.tenant, now)
             admission.release([claim], now, finished=True)
             admission.schedule(now)
 

@@ -87,7 +87,8 @@ class ClipStage:
         claim = await turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket, reservation)
         known = self.clips.frames(film.file.digest, film.most)  # of another request that waited too
         if known is None:
-            known = self.clips.keep(film.file, film.most, await self.pixels.of_film(film, ticket))
+            clip = await self.pixels.of_film(film, claim, ticket, reservation)
+            known = self.clips.frames(film.file.digest, film.most) or self.clips.keep(film.file, film.most, clip)
         reservation.give_back(claim)
         return known
 

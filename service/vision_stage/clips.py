@@ -26,6 +26,7 @@ from service.vision_stage.plan import Film, Look
 
 K = TypeVar("K")
 V = TypeVar("V")
+Decode = Callable[[], Awaitable[DecodedClip]]
 MOST_KNOWN = 4096  # clips whose frames are remembered; 32 frames take about 5 kB
 
 
@@ -33,14 +34,22 @@ MOST_KNOWN = 4096  # clips whose frames are remembered; 32 frames take about 5 k
 class Reel:
     """The decoded frames of one file, for all requests that need them at this moment. They are decoded once."""
 
-    decoded: DecodedClip | None = None
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _decoding: asyncio.Task[DecodedClip] | None = None
 
-    async def load(self, decode: Callable[[], Awaitable[DecodedClip]]) -> DecodedClip:
-        async with self._lock:
-            if self.decoded is None:
-                self.decoded = await decode()
-        return self.decoded
+    def decoding(self, decode: Decode) -> tuple[asyncio.Task[DecodedClip], bool]:
+        """Return the decoding, and whether it begins now. One that failed begins again.
+
+        Do not cancel it: other requests may wait for it.
+        """
+        known = self._decoding
+        if known is not None and not (known.done() and (known.cancelled() or known.exception() is not None)):
+            return known, False
+        self._decoding = asyncio.create_task(self._run(decode))
+        return self._decoding, True
+
+    async def _run(self, decode: Decode) -> DecodedClip:
+        """A method, so that the reel lasts until the decoding ends, even if no request waits for it."""
+        return await decode()
 
 
 class Latest(Generic[K, V]):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AbstractContextManager
 
 from service.admission.admission import Reservation
 from service.admission.quota import Cost
+from service.admission.scheduler import Claim
 from service.core.errors import naming_frame, naming_image
 from service.core.request import ImageId, Request
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
@@ -20,6 +22,7 @@ from service.record.ticket import Ticket
 from service.vision_stage.clips import ClipMemory, Shown
 from service.vision_stage.page_sizes import PageSizes
 from service.vision_stage.plan import Film, Look
+from service.vision_stage.turns import to_its_end
 
 NARROW_PIXELS = 8  # Pillow's bicubic filter has 32 bytes of weights for each pixel of a side, 8 pixels' worth
 
@@ -43,14 +46,17 @@ class Pixels:
 
     def reserve_film(self, film: Film, reservation: Reservation) -> None:
         """The same for all frames of a file."""
-        if not film.is_reserved:
-            reservation.reserve(Cost(pixels=clip_cost(film.file.data, film.most)))
-            film.is_reserved = True
+        if not film.pixels:
+            pixels = clip_cost(film.file.data, film.most)
+            reservation.reserve(Cost(pixels=pixels))
+            film.pixels = pixels
 
-    async def decoded(self, look: Look, view: int, ticket: Ticket) -> Decoded:
-        """Decode the image for this view. Raises InvalidImage, TooLarge, Unavailable."""
+    async def decoded(self, look: Look, view: int, claim: Claim, ticket: Ticket, reservation: Reservation) -> Decoded:
+        """Decode the image for this view. The claim is of vision slots. Raises InvalidImage, TooLarge, Unavailable."""
         if look.film is not None:
-            return await self._frame(look, look.film, ticket)
+            clip = await self.of_film(look.film, claim, ticket, reservation)
+            pixels = next(frame.pixels for frame in clip.frames if frame.index == look.number)
+            return Decoded({IMAGE_SIZE: pixels}, clip.width, clip.height)
         if (decoded := look.decoded) is not None:
             return decoded
         both = view == IMAGE_SIZE and look.detail == "high"
@@ -67,19 +73,23 @@ class Pixels:
         self.page_sizes.keep(look.image.digest, (page.width, page.height))
         return page.width, page.height
 
-    async def _frame(self, look: Look, film: Film, ticket: Ticket) -> Decoded:
-        clip = await self.of_film(film, ticket)
-        pixels = next(frame.pixels for frame in clip.frames if frame.index == look.number)
-        return Decoded({IMAGE_SIZE: pixels}, clip.width, clip.height)
+    async def of_film(self, film: Film, claim: Claim, ticket: Ticket, reservation: Reservation) -> DecodedClip:
+        """Decode a clip's file, once for all requests that need it at this moment.
 
-    async def of_film(self, film: Film, ticket: Ticket) -> DecodedClip:
-        """Decode a clip's file, once for all requests that need it at this moment."""
+        If the request that began it leaves, it goes on with that request's claim and pixels. Raises InvalidImage,
+        TooLarge, Unavailable.
+        """
 
         async def decode() -> DecodedClip:
-            with ticket.stage("load"), ticket.stage("decode_clip"):
-                return await self.reader.decode_clip(film.file.data, film.most)
+            clip = await self.reader.decode_clip(film.file.data, film.most)
+            self._clips.keep(film.file, film.most, clip)
+            return clip
 
-        return await self._clips.reel(film.file.digest, film.most).load(decode)
+        decoding, is_new = self._clips.reel(film.file.digest, film.most).decoding(decode)
+        with ticket.stage("load"), ticket.stage("decode_clip"):
+            if not is_new:
+                return await asyncio.shield(decoding)
+            return await to_its_end(decoding, claim, reservation, Cost(pixels=film.pixels))
 
     def remember(self, look: Look, request: Request) -> None:
         """Store what the look is at, so that later questions can name its id: of a frame, the clip's file, once."""

@@ -90,7 +90,7 @@ class Film:
 
     file: Image
     most: int
-    is_reserved: bool = False  # its pixels are reserved
+    pixels: int = 0  # that are reserved to decode it
     is_remembered: bool = False  # it can be asked about by its id
 
 

@@ -11,10 +11,9 @@ Triton's dynamic batching joins the calls.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -63,7 +62,7 @@ from service.vision_stage.plan import (
     next_step_to_features,
     tile_of,
 )
-from service.vision_stage.turns import together, turn
+from service.vision_stage.turns import to_its_end, together, turn
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
 # the next question about the image needs it.
@@ -314,7 +313,7 @@ class VisionStage:
                     work = self._see(look, decoded, ticket.request, timeout_s)
                 else:
                     work = self._encode(decoded, timeout_s)
-                look.vision = await self._to_its_end(work, found, claim, reservation)
+                look.vision = await self._encoded(work, found, claim, reservation)
                 if look.seen is not None:
                     relevance, visual_tokens = look.seen.relevance, look.seen.visual_tokens
                     ticket.tell(vision_tokens=relevance.vision_tokens, visual_tokens=len(visual_tokens))
@@ -330,7 +329,7 @@ class VisionStage:
                 return
             async with self._encoding(look, CLOSER_SIZE, ticket, reservation) as (decoded, claim):
                 work = self._encode_closer(decoded, max(ticket.left_s, ENCODE_TIMEOUT_S))
-                look.closer = await self._to_its_end(work, found, claim, reservation)
+                look.closer = await self._encoded(work, found, claim, reservation)
 
     async def _see(self, look: Look, decoded: Decoded, request: Request, timeout_s: float) -> VisionFeatures:
         """Encode and attend in one call. Keep what the request sees."""
@@ -346,23 +345,13 @@ class VisionStage:
     async def _encode_closer(self, decoded: Decoded, timeout_s: float) -> CloserFeatures:
         return CloserFeatures.joined(await self.vision.encode(decoded.crops, timeout_s))
 
-    async def _to_its_end(
+    async def _encoded(
         self, work: Coroutine[Any, Any, Features], found: Found[Features], claim: Claim, reservation: Reservation
     ) -> Features:
-        """Run an encode. If its caller leaves, it goes on: it holds its vision slots, and its features are kept.
-
-        The service's end is its end too.
-        """
+        """Run an encode. If its caller leaves, it goes on: it holds its vision slots, and its features are kept."""
         encode = asyncio.create_task(work)
         found.expect(encode)
-        try:
-            return await asyncio.shield(encode)
-        except asyncio.CancelledError:
-            if self.admission.ended:
-                encode.cancel()
-            elif not encode.done():
-                encode.add_done_callback(partial(_given_back, reservation.hand_over(claim)))
-            raise
+        return await to_its_end(encode, claim, reservation)
 
     def _lookup(
         self, key: FeatureKey[Features], ticket: Ticket, reservation: Reservation
@@ -402,7 +391,7 @@ class VisionStage:
         claim = await turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
-        decoded = await self.pixels.decoded(look, view, ticket)
+        decoded = await self.pixels.decoded(look, view, claim, ticket, reservation)
         self.pixels.remember(look, ticket.request)
         try:
             with ticket.stage("vision"), ticket.stage("see"):
@@ -412,13 +401,6 @@ class VisionStage:
             reservation.give_back(claim, finished=False)
             raise
         reservation.give_back(claim)
-
-
-def _given_back(give_back: Callable[[], None], encode: asyncio.Task[Any]) -> None:
-    """End an encode that its caller has left. What went wrong concerns nobody any more."""
-    if not encode.cancelled():
-        encode.exception()
-    give_back()
 
 
 def result_of(look: Look) -> Seen:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from service.admission.admission import Reservation
+from service.admission.quota import NOTHING, Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.record.ticket import Ticket
 from service.vision_stage.plan import Look
+
+Result = TypeVar("Result")
 
 
 async def turn(resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation) -> Claim:
@@ -21,6 +25,30 @@ async def turn(resource: Resource, amount: int, kind: Kind, ticket: Ticket, rese
     with ticket.stage("queue"):
         await reservation.enter(claim)
     return claim
+
+
+async def to_its_end(
+    work: asyncio.Task[Result], claim: Claim, reservation: Reservation, cost: Cost = NOTHING
+) -> Result:
+    """Wait for work that the request has begun. If the request leaves, the work goes on, with the claim and the cost.
+
+    The service's end is its end too.
+    """
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        if reservation.has_ended:
+            work.cancel()
+        elif not work.done():
+            work.add_done_callback(partial(_given_back, reservation.hand_over(claim, cost)))
+        raise
+
+
+def _given_back(give_back: Callable[[], None], work: asyncio.Task[Any]) -> None:
+    """End work that its request has left. What went wrong concerns nobody any more."""
+    if not work.cancelled():
+        work.exception()
+    give_back()
 
 
 async def together(

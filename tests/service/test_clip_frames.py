@@ -148,12 +148,30 @@ async def test_what_was_decoded_lasts_as_long_as_somebody_holds_it():
         return decoded(1, 2)
 
     reel = memory.reel("digest", 4)
-    await asyncio.gather(reel.load(decode), memory.reel("digest", 4).load(decode))
+    (one, begins), (other, again) = reel.decoding(decode), memory.reel("digest", 4).decoding(decode)
+    assert (begins, again) == (True, False)
+    assert await one is await other
     assert len(calls) == 1
-    del reel
+    del reel, one, other
     gc.collect()
-    await memory.reel("digest", 4).load(decode)
+    await memory.reel("digest", 4).decoding(decode)[0]
     assert len(calls) == 2
+
+
+async def test_a_decoding_that_nobody_waits_for_is_found_until_it_ends():
+    memory, goes_on = ClipMemory(), asyncio.Event()
+
+    async def decode() -> DecodedClip:
+        await goes_on.wait()
+        return decoded(1)
+
+    memory.reel("digest", 4).decoding(decode)
+    await asyncio.sleep(0)
+    gc.collect()
+    decoding, begins = memory.reel("digest", 4).decoding(decode)
+    assert not begins
+    goes_on.set()
+    assert len((await decoding).frames) == 1
 
 
 async def test_a_decoding_that_fails_is_tried_again_by_the_next():
@@ -166,5 +184,7 @@ async def test_a_decoding_that_fails_is_tried_again_by_the_next():
         return decoded(1)
 
     with pytest.raises(ValueError):
-        await reel.load(fails)
-    assert await reel.load(works) is reel.decoded
+        await reel.decoding(fails)[0]
+    decoding, begins = reel.decoding(works)
+    assert begins
+    assert len((await decoding).frames) == 1

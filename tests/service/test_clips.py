@@ -20,7 +20,7 @@ from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache
 from service.core.answer import Finished
 from service.core.card import Engines
-from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded
+from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ShuttingDown
 from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
 from service.core.vision import VisionFeatures
@@ -578,3 +578,70 @@ async def test_frames_are_compared_in_a_thread(house):
     await answer(house, about(film(), sampling="change"))
     assert Watched.threads
     assert threading.main_thread() not in Watched.threads
+
+
+class Held(Counting):
+    """Decodes clips when `goes_on` is set."""
+
+    goes_on: asyncio.Event
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        clip = await super().decode_clip(data, most)
+        await self.goes_on.wait()
+        return clip
+
+
+def held(house: House) -> Held:
+    reader = Held(house.reader.limits, threads=1)
+    reader.goes_on = asyncio.Event()
+    house.reader.close()
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = reader
+    return reader
+
+
+async def test_a_decoding_goes_on_when_the_request_that_began_it_leaves(house):
+    reader = held(house)
+    leads = asyncio.create_task(answer(house, about(film())))
+    await until(lambda: reader.clips)
+    follows = asyncio.create_task(answer(house, about(film(), "how many?")))
+    await until(lambda: house.admission.scheduler.used(Resource.VISION) == 2)
+    await cancelled(leads)
+    assert house.admission.scheduler.used(Resource.VISION) == 2
+    assert house.admission.quota.held.pixels == 2 * 8 * 32 * 24  # those of the decoding too
+    reader.goes_on.set()
+    _, end = await follows
+    assert (reader.clips, len(end.frames)) == (1, 8)
+    assert nothing_is_held(house)
+
+
+async def test_what_was_decoded_for_a_request_that_has_left_is_known_later(house):
+    reader = held(house)
+    leaves = asyncio.create_task(answer(house, about(film())))
+    await until(lambda: reader.clips)
+    await cancelled(leaves)
+    assert house.admission.scheduler.used(Resource.VISION) == 1
+    reader.goes_on.set()
+    await until(lambda: nothing_is_held(house))
+    assert len(house.pipeline.clips.frames(Image.of(film()).digest, 8)) == 8
+
+
+async def test_a_decoding_ends_with_the_service(house):
+    reader = held(house)
+    asked = asyncio.create_task(answer(house, about(film())))
+    await until(lambda: reader.clips)
+    decoding, _ = house.pipeline.clips.reel(Image.of(film()).digest, 8).decoding(lambda: None)
+    house.admission.end()
+    with pytest.raises(ShuttingDown):
+        await asked
+    with pytest.raises(asyncio.CancelledError):
+        await decoding
+    assert nothing_is_held(house)
+
+
+async def test_a_file_that_cannot_be_decoded_is_tried_once_for_all_that_wait(house):
+    reader = counting(house)
+    broken = (about(film()[:200], f"question {number}?") for number in range(house.admission.vision_slots))
+    ends = await asyncio.gather(*(answer(house, each) for each in broken), return_exceptions=True)
+    assert all(isinstance(each, InvalidImage) and each.param == "video" for each in ends)
+    assert reader.clips == 1
+    assert nothing_is_held(house)

@@ -36,15 +36,18 @@ from service.core.errors import (
     naming_video,
 )
 from service.core.estimate import Estimate
+from service.core.frames import MAX_FRAMES
 from service.core.models import Generation, LanguageModel, VisionModel
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
 from service.core.variant import Route
 from service.core.vision import Sight
 from service.images import Images
-from service.media.clip_header import clip_cost, clip_format
+from service.media.clip import DecodedClip
+from service.media.clip_header import clip_format
 from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
+from service.media.formats import format_of
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore, LoadedClip
 from service.record.outcomes import Outcomes
@@ -58,11 +61,10 @@ from service.upstreams.models import Choice, Model, Models
 from service.vision_stage import Pixels, VisionStage, decoding_cost
 from service.vision_stage.clips import ClipMemory
 from service.vision_stage.estimating import Estimator
+from service.vision_stage.plan import Film
 
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
-
-FILMS = ("MP4", "WebM")  # files that are clips and no images; a GIF or WebP is both
 
 __all__ = ["Pipeline", "Reservation"]  # the only names that a transport imports
 
@@ -176,26 +178,20 @@ class Pipeline:
         """Check and keep an image or a video, so that questions can name it by its id.
 
         It waits for a vision slot, as a question's image does. Of a video, the frames are decoded that a question looks
-        at if it does not say how many; they are not kept.
+        at if it does not say how many. Their pixels are not kept, but which frames the video has is remembered.
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
         self.metrics.costs.payer(reservation.tenant)
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
-        most = self.card.frames if clip_format(data) in FILMS else 0
+        is_film = clip_format(data) is not None and format_of(data) is None  # a GIF or a WebP is an image too
         try:
             async with reservation.account.charged(Use(images=1)) as use:
                 with reservation.work():
-                    pixels = Cost(pixels=clip_cost(data, most))
-                    reservation.reserve(pixels if most else decoding_cost(data, self.settings.max_image_pixels))
                     async with asyncio.timeout(timeout_s):
-                        await reservation.enter(claim)
-                        film = await self.reader.decode_clip(data, most) if most else None
-                        decoded = film or await self.reader.decode(data)
-                        image = await self.images.identify(data, reservation.tenant)
-                        if film is not None:
-                            self.clips.keep(image, most, film)
+                        check = self._check_film if is_film else self._check_image
+                        image, decoded = await check(data, claim, reservation)
                 use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(
@@ -205,6 +201,20 @@ class Pipeline:
         expires_at = time.time() + self.settings.image_ttl_s
         pages = decoded.pages if isinstance(decoded, Decoded) else 1
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, pages)
+
+    async def _check_image(self, data: bytes, claim: Claim, reservation: Reservation) -> tuple[Image, Decoded]:
+        reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
+        await reservation.enter(claim)
+        decoded = await self.reader.decode(data)
+        return await self.images.identify(data, reservation.tenant), decoded
+
+    async def _check_film(self, data: bytes, claim: Claim, reservation: Reservation) -> tuple[Image, DecodedClip]:
+        image = await self.images.identify(data, reservation.tenant)
+        of_clip = MAX_FRAMES if self.card.clip is None else self.card.clip.frames
+        film = Film(image, min(self.card.frames, of_clip))
+        self.pixels.reserve_film(film, reservation)
+        await reservation.enter(claim)
+        return image, await self.pixels.decoded_film(film, claim, reservation)
 
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
         """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
+from service.core.frames import MAX_FRAMES
 from service.core.vision import UInt8Array
 from service.media.animation import pictures, read_animation
 from service.media.clip_header import (
@@ -46,6 +47,8 @@ class DecodedClip:
     height: int
     duration_s: float
     frames: tuple[DecodedFrame, ...]
+    count: int  # pictures in the file
+    times_s: tuple[float, ...]  # of the `choosable` ones, from the first picture
 
 
 def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
@@ -76,6 +79,11 @@ def spaced(count: int, most: int) -> list[int]:
     """Return at most so many of `count` numbers, the first and the last among them; of one, the first."""
     kept = min(count, most)
     return [round(place * (count - 1) / max(kept - 1, 1)) for place in range(kept)]
+
+
+def choosable(count: int) -> list[int]:
+    """Return all of `count` numbers that `spaced` gives for any number of frames: at most 528, in order."""
+    return sorted({number for most in range(1, MAX_FRAMES + 1) for number in spaced(count, most)})
 
 
 def require_frame_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -116,7 +124,9 @@ def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> 
         for index, pixels in zip(wanted, pictures(film, wanted), strict=True)
     )
     size = (film.height, film.width) if film.orientation in SIDEWAYS else (film.width, film.height)
-    return DecodedClip(*size, begins_ms[-1] / 1000, frames)
+    count = len(film.shown_ms)
+    times_s = tuple(begins_ms[index] / 1000 for index in choosable(count))
+    return DecodedClip(*size, begins_ms[-1] / 1000, frames, count, times_s)
 
 
 def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
@@ -146,4 +156,4 @@ def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> De
         pixels = dict(frame for run in runs for frame in film.frames(run))
         frames = tuple(DecodedFrame(index, times_s[index], pixels[index]) for index in wanted)
         size = (height, width) if film.orientation in SIDEWAYS else (width, height)
-    return DecodedClip(*size, duration_s, frames)
+    return DecodedClip(*size, duration_s, frames, film.count, tuple(times_s[index] for index in choosable(film.count)))

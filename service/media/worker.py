@@ -128,6 +128,8 @@ def clip_frames(request: Mapping[str, Any], data: bytes, limits: ImageLimits) ->
         "size": [clip.width, clip.height],
         "duration_s": clip.duration_s,
         "frames": [[frame.index, frame.time_s] for frame in clip.frames],
+        "count": clip.count,
+        "times_s": clip.times_s,
     }
     return told, [frame.pixels for frame in clip.frames]
 

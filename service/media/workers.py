@@ -109,7 +109,7 @@ class ClipTask:
             DecodedFrame(index, time_s, _pixels(memory, IMAGE_SIZE, place * FRAME_BYTES))
             for place, (index, time_s) in enumerate(reply["frames"])
         )
-        return DecodedClip(width, height, reply["duration_s"], frames)
+        return DecodedClip(width, height, reply["duration_s"], frames, reply["count"], tuple(reply["times_s"]))
 
 
 def _pixels(memory: mmap.mmap, size: int, offset: int) -> UInt8Array:

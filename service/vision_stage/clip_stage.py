@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from service.admission.admission import Admission, Reservation
 from service.admission.scheduler import Kind, Resource
+from service.cache.features import FeatureCache
+from service.cache.keys import first_view
 from service.cache.visual_tokens import VisualCache, clip_key
 from service.core.card import ModelCard
 from service.core.models import VisionModel
@@ -17,7 +19,7 @@ from service.media.store import LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
 from service.vision_stage.changes import Change, changes_of, largest
-from service.vision_stage.clips import ClipMemory, Shown, changed_key, given_frames, most_found
+from service.vision_stage.clips import ClipMemory, Shown, changed_key, given_frames, most_found, some_of
 from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import Look
 from service.vision_stage.turns import turn
@@ -36,6 +38,7 @@ class ClipStage:
         card: ModelCard,
         prompts: PromptBuilder,
         pixels: Pixels,
+        features: FeatureCache,
         visual: VisualCache,
         clips: ClipMemory,
     ) -> None:
@@ -44,6 +47,7 @@ class ClipStage:
         self.card = card
         self.prompts = prompts
         self.pixels = pixels
+        self.features = features
         self.visual = visual
         self.clips = clips
 
@@ -52,43 +56,80 @@ class ClipStage:
         request, question = ticket.request, self.prompts.question(ticket.request.question)
         asked = self.prompts.frames(request)
         most = min(asked, self.admission.fidelity.frames)
-        compares = request.clip is not None and request.clip.sampling == "change"
-        shown = Shown(clip, most_found(request, most), question, self.card.clip is not None)
+        shown = Shown(clip, self._most_found(clip, asked, most, request), question, self.card.clip is not None)
         if shown.film is not None:
             shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
-        shown.frames = await self._frames(shown, ticket, reservation)
-        has_more = shown.frames[-1].index >= len(shown.frames)
-        ticket.compared = len(shown.frames)
+        compares = request.clip is not None and request.clip.sampling == "change"
+        needed = shown.most if compares else most
+        shown.frames = found = await self._frames(shown, needed, ticket, reservation)
+        ticket.compared = len(found)
         if compares:
             changes = await self._changes(shown, find, ticket, reservation)
-            has_more = len(changes) > most
-            shown.frames = tuple(shown.frames[place] for place in largest(changes, most))
+            shown.frames = tuple(found[place] for place in largest(changes, asked))
+            fewer = tuple(found[place] for place in largest(changes, most))
+        else:
+            fewer = some_of(found, most)
+            shown.is_reduced = shown.most < asked and found[-1].index >= len(found)
+        if len(fewer) < len(shown.frames) and not self._costs_little(shown.frames, request):
+            shown.frames, shown.is_reduced = fewer, True
         ticket.frames = len(shown.frames)
-        shown.is_reduced = most < asked and has_more
         if shown.is_joined:
-            budgets = dict.fromkeys((self._asked(request), self._allowed(request)))
-            keys = [clip_key(self.card, shown.frames, request.question, budget) for budget in budgets]
-            shown.seen = self.visual.get_clip(*keys)
+            shown.seen = self.visual.get_clip(*self._keys(shown.frames, request))
         if shown.seen is None:
             shown.look(is_read=not shown.is_joined)
         else:
             self.pixels.remember_clip(shown, request)
         return shown
 
-    async def _frames(self, shown: Shown, ticket: Ticket, reservation: Reservation) -> tuple[Frame, ...]:
-        """Name the clip's frames. A file is decoded if it is not known which frames it has."""
+    def _most_found(self, clip: LoadedClip, asked: int, most: int, request: Request) -> int:
+        """Return among how many frames those that are looked at are chosen.
+
+        Under strain, they are some of those that would be looked at without it: their features may be known. But if
+        that many frames of a file would have to be decoded for it, only as many are decoded as are looked at.
+        """
+        wide = most_found(request, asked)
+        if clip.file is None or most == asked or self.clips.has_compared(clip.file.digest, wide):
+            return wide
+        named = self.clips.frames(clip.file.digest, wide)
+        is_held = named is not None and self._holds(some_of(named, most))
+        return wide if is_held else most_found(request, most)
+
+    def _costs_little(self, frames: Sequence[Frame], request: Request) -> bool:
+        """Return whether strain is no reason for fewer frames.
+
+        That is so if they need no encode and, with a clip resampler, no more visual tokens.
+        """
+        is_joined = self.card.clip is not None
+        return is_joined and (self.visual.holds(*self._keys(frames, request)) or self._holds(frames))
+
+    def _holds(self, frames: Sequence[Frame]) -> bool:
+        """Return whether this process has the features of all frames."""
+        return all(self.features.holds(first_view(self.card.fingerprint, frame.digest)) for frame in frames)
+
+    def _keys(self, frames: Sequence[Frame], request: Request) -> list[bytes]:
+        """Return the visual cache's keys that can answer the request, best first."""
+        budgets = dict.fromkeys((self._asked(request), self._allowed(request)))
+        return [clip_key(self.card, frames, request.question, budget) for budget in budgets]
+
+    async def _frames(self, shown: Shown, needed: int, ticket: Ticket, reservation: Reservation) -> tuple[Frame, ...]:
+        """Name the clip's frames, of which so many are needed.
+
+        A file is decoded if it is not known which frames it has. It is also decoded if it is not known which of them
+        have equal pixels, and features are missing: so each scene is encoded once.
+        """
         film = shown.film
         if film is None:
             return given_frames(shown.clip, shown.most)
-        known = self.clips.frames(film.file.digest, film.most)
-        if known is not None:
+        digest = film.file.digest
+        known = self.clips.frames(digest, film.most)
+        if known is not None and (self.clips.has_compared(digest, film.most) or self._holds(some_of(known, needed))):
             return known
         self.pixels.reserve_film(film, reservation)
         claim = await turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket, reservation)
-        known = self.clips.frames(film.file.digest, film.most)  # of another request that waited too
-        if known is None:
+        known = self.clips.frames(digest, film.most)
+        if known is None or not self.clips.has_compared(digest, film.most):  # by another request that waited too
             clip = await self.pixels.of_film(film, claim, ticket, reservation)
-            known = self.clips.frames(film.file.digest, film.most) or self.clips.keep(film.file, film.most, clip)
+            known = self.clips.frames(digest, film.most) or self.clips.keep(film.file, film.most, clip)
         reservation.give_back(claim)
         return known
 

@@ -7,10 +7,9 @@ cache, nothing of it is decoded.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from blake3 import blake3
@@ -19,15 +18,13 @@ from service.core.frames import MAX_FRAMES
 from service.core.prompt import Question
 from service.core.request import Request
 from service.core.vision import Frame, SeenClip, VisionFeatures
-from service.media.clip import DecodedClip, DecodedFrame, spaced
+from service.media.clip import DecodedClip, DecodedFrame, choosable, spaced
 from service.media.store import Image, LoadedClip
 from service.vision_stage.changes import Change
+from service.vision_stage.latest import Latest
 from service.vision_stage.plan import Film, Look
 
-K = TypeVar("K")
-V = TypeVar("V")
 Decode = Callable[[], Awaitable[DecodedClip]]
-MOST_KNOWN = 4096  # clips whose frames are remembered; 32 frames take about 5 kB
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -52,29 +49,26 @@ class Reel:
         return await decode()
 
 
-class Latest(Generic[K, V]):
-    """The MOST_KNOWN values that were used last."""
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The pictures of a file that can be chosen, whatever number of frames is asked for."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[K, V] = OrderedDict()
+    count: int  # of all pictures
+    times_s: array[float]  # of those that are `choosable`; about 4 kB
 
-    def get(self, key: K) -> V | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def keep(self, key: K, value: V) -> None:
-        self._kept[key] = value
-        self._kept.move_to_end(key)
-        if len(self._kept) > MOST_KNOWN:
-            self._kept.popitem(last=False)
+    def frames(self, digest: str, most: int) -> tuple[Frame, ...]:
+        """Name at most so many frames."""
+        times_s = dict(zip(choosable(self.count), self.times_s, strict=True))
+        wanted = spaced(self.count, most)
+        return _named(digest, [(index, times_s[index]) for index in wanted], wanted)
 
 
 class ClipMemory:
-    """Remember which frames clips have. Made once by the pipeline, for all variants."""
+    """Remember which frames clips have: 32 frames take about 5 kB. Made once by the pipeline, for all variants."""
 
     def __init__(self) -> None:
-        self._frames: Latest[tuple[str, int], tuple[Frame, ...]] = Latest()  # by digest and most
+        self._frames: Latest[tuple[str, int], tuple[Frame, ...]] = Latest()  # by digest and most, of those decoded
+        self._timelines: Latest[str, Timeline] = Latest()  # by digest
         self._changes: Latest[bytes, tuple[Change, ...]] = Latest()
         self._reels: WeakValueDictionary[tuple[str, int], Reel] = WeakValueDictionary()
 
@@ -83,12 +77,23 @@ class ClipMemory:
         return self._reels.setdefault((digest, most), Reel())
 
     def frames(self, digest: str, most: int) -> tuple[Frame, ...] | None:
-        """Return the frames of a file that was decoded before, at most so many; None for another file."""
-        return self._frames.get((digest, most))
+        """Return the frames of a file that was decoded before, at most so many; None for another file.
+
+        If that many were not decoded, each frame has a name of its own, even if its pixels equal another's.
+        """
+        compared, timeline = self._frames.get((digest, most)), self._timelines.get(digest)
+        if compared is not None or timeline is None:
+            return compared
+        return timeline.frames(digest, most)
+
+    def has_compared(self, digest: str, most: int) -> bool:
+        """Return whether exactly so many frames were decoded, so that those with equal pixels have one name."""
+        return self._frames.get((digest, most)) is not None
 
     def keep(self, file: Image, most: int, decoded: DecodedClip) -> tuple[Frame, ...]:
         """Remember the frames of a decoded file -> the same frames."""
         frames = frames_of(file, decoded.frames)
+        self._timelines.keep(file.digest, Timeline(decoded.count, array("d", decoded.times_s)))
         self._frames.keep((file.digest, most), frames)
         return frames
 
@@ -111,12 +116,17 @@ def changed_key(fingerprint: str, frames: Sequence[Frame]) -> bytes:
 def frames_of(file: Image, decoded: Sequence[DecodedFrame]) -> tuple[Frame, ...]:
     """Name the frames of a file for the caches. Frames with equal pixels have the name of the first one of them."""
     first: dict[bytes, int] = {}
-    last_s = decoded[-1].time_s
+    names = [first.setdefault(blake3(frame.pixels.data).digest(), frame.index) for frame in decoded]
+    return _named(file.digest, [(frame.index, frame.time_s) for frame in decoded], names)
+
+
+def _named(digest: str, pictures: Sequence[tuple[int, float]], names: Sequence[int]) -> tuple[Frame, ...]:
+    """`pictures`: the index and the time of each. `names`: the index of the picture whose name it has."""
+    last_s = pictures[-1][1]
     frames = []
-    for place, frame in enumerate(decoded):
-        index = first.setdefault(blake3(frame.pixels.data).digest(), frame.index)
-        at = frame.time_s / last_s if last_s > 0 else place / max(len(decoded) - 1, 1)
-        frames.append(Frame(frame.index, frame.time_s, at, f"{file.digest}#{index}"))
+    for place, ((index, time_s), name) in enumerate(zip(pictures, names, strict=True)):
+        at = time_s / last_s if last_s > 0 else place / max(len(pictures) - 1, 1)
+        frames.append(Frame(index, time_s, at, f"{digest}#{name}"))
     return tuple(frames)
 
 
@@ -132,6 +142,11 @@ def given_frames(clip: LoadedClip, most: int) -> tuple[Frame, ...]:
         Frame(index, None, index / max(count - 1, 1), clip.images[index].digest, clip.images[index].id)
         for index in spaced(count, most)
     )
+
+
+def some_of(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
+    """Choose at most so many of these frames, evenly spaced."""
+    return tuple(frames[place] for place in spaced(len(frames), most))
 
 
 @dataclass(slots=True)

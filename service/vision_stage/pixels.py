@@ -74,7 +74,12 @@ class Pixels:
         return page.width, page.height
 
     async def of_film(self, film: Film, claim: Claim, ticket: Ticket, reservation: Reservation) -> DecodedClip:
-        """Decode a clip's file, once for all requests that need it at this moment.
+        """The same for a clip's file."""
+        with ticket.stage("load"), ticket.stage("decode_clip"):
+            return await self.decoded_film(film, claim, reservation)
+
+    async def decoded_film(self, film: Film, claim: Claim, reservation: Reservation) -> DecodedClip:
+        """Decode a clip's file, once for all requests that need it at this moment. Remember its frames.
 
         If the request that began it leaves, it goes on with that request's claim and pixels. Raises InvalidImage,
         TooLarge, Unavailable.
@@ -86,10 +91,9 @@ class Pixels:
             return clip
 
         decoding, is_new = self._clips.reel(film.file.digest, film.most).decoding(decode)
-        with ticket.stage("load"), ticket.stage("decode_clip"):
-            if not is_new:
-                return await asyncio.shield(decoding)
-            return await to_its_end(decoding, claim, reservation, Cost(pixels=film.pixels))
+        if not is_new:
+            return await asyncio.shield(decoding)
+        return await to_its_end(decoding, claim, reservation, Cost(pixels=film.pixels))
 
     def remember(self, look: Look, request: Request) -> None:
         """Store what the look is at, so that later questions can name its id: of a frame, the clip's file, once."""

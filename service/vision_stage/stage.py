@@ -97,6 +97,7 @@ class VisionStage:
             card=card,
             prompts=prompts,
             pixels=pixels,
+            features=features,
             visual=visual,
             clips=clips,
         )

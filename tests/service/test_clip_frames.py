@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from service.core.vision import Int8Rows, VisionFeatures
-from service.media.clip import DecodedClip, DecodedFrame
+from service.media.clip import DecodedClip, DecodedFrame, choosable, spaced
 from service.media.store import Image, LoadedClip
 from service.vision_stage.changes import (
     CHANGED_PATCHES,
@@ -19,7 +19,8 @@ from service.vision_stage.changes import (
     directions,
     largest,
 )
-from service.vision_stage.clips import MOST_KNOWN, ClipMemory, changed_key, frames_of, given_frames
+from service.vision_stage.clips import ClipMemory, changed_key, frames_of, given_frames
+from service.vision_stage.latest import MOST_KNOWN
 
 FILE = Image.of(b"a file")
 
@@ -29,7 +30,9 @@ def decoded(*greys: int, seconds: float = 1.0) -> DecodedClip:
         DecodedFrame(3 * number, number * seconds, np.full((3, 224, 224), grey, np.uint8))
         for number, grey in enumerate(greys)
     )
-    return DecodedClip(32, 24, seconds * len(greys), frames)
+    count = frames[-1].index + 1
+    times_s = tuple(index * seconds / 3 for index in choosable(count))
+    return DecodedClip(32, 24, seconds * len(greys), frames, count, times_s)
 
 
 def features(*turned: int) -> VisionFeatures:
@@ -127,7 +130,20 @@ def test_what_is_remembered_of_clips_is_bounded():
     memory.keep(Image(b"", "one more"), 4, decoded(1))
     assert memory.frames(FILE.digest, 4) is not None
     assert memory.frames("0", 4) is None
-    assert memory.frames(FILE.digest, 8) is None
+
+
+def test_a_file_that_was_decoded_once_has_names_for_any_number_of_frames():
+    memory = ClipMemory()
+    memory.keep(FILE, 4, decoded(*[5] * 12))
+    assert memory.has_compared(FILE.digest, 4)
+    assert [frame.digest[-2:] for frame in memory.frames(FILE.digest, 4)] == ["#0"] * 12
+    for most in (1, 2, 3, *range(5, 33)):
+        frames = memory.frames(FILE.digest, most)
+        assert [frame.index for frame in frames] == spaced(34, most)
+        assert all(frame.digest == f"{FILE.digest}#{frame.index}" for frame in frames)
+        assert [frame.time_s for frame in frames] == pytest.approx([frame.index / 3 for frame in frames])
+    assert not memory.has_compared(FILE.digest, 8)
+    assert memory.frames("another", 8) is None
 
 
 def test_a_choice_is_that_of_an_encoder_and_of_all_frames():

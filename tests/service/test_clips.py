@@ -19,7 +19,7 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache
 from service.core.answer import Finished
-from service.core.card import Engines
+from service.core.card import ClipResampler, Engines
 from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ShuttingDown
 from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
@@ -99,12 +99,14 @@ def encodes(house: House) -> int:
 
 
 class Counting(ImageReader):
-    """Counts the clips that it decodes."""
+    """Counts the clips that it decodes, and how many frames of each are wanted."""
 
     clips = 0
+    wanted = 0
 
     async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
         self.clips += 1
+        self.wanted += most
         return await super().decode_clip(data, most)
 
 
@@ -645,3 +647,108 @@ async def test_a_file_that_cannot_be_decoded_is_tried_once_for_all_that_wait(hou
     assert all(isinstance(each, InvalidImage) and each.param == "video" for each in ends)
     assert reader.clips == 1
     assert nothing_is_held(house)
+
+
+LONG = tuple(range(0, 240, 6))  # 40 frames: among 4 of them that are evenly spaced are others than among 8
+
+
+async def test_under_strain_the_frames_are_some_of_those_that_are_known(house):
+    reader = counting(house)
+    _, before = await answer(house, about(film(LONG)))
+    house.admission.controller = Strain(3)
+    _, end = await answer(house, about(film(LONG), "how many?"))
+    assert (reader.clips, encodes(house)) == (1, 8)
+    assert indices(end) == [indices(before)[place] for place in (0, 2, 5, 7)]
+    assert end.reduced
+    frames = given(*LONG)
+    house.admission.controller = Strain(0)
+    _, before = await answer(house, about(frames, frames=8))
+    house.admission.controller = Strain(3)
+    _, end = await answer(house, about(frames, "how many?", frames=8))
+    assert encodes(house) == 16
+    assert set(indices(end)) < set(indices(before))
+
+
+async def test_under_strain_frames_whose_features_are_known_are_not_decoded_again(house):
+    """The 4 frames of an earlier question are among the 8 that this one asks for."""
+    reader = counting(house)
+    _, before = await answer(house, about(film(), frames=4))
+    house.admission.controller = Strain(3)
+    _, end = await answer(house, about(film(), "how many?"))
+    assert (reader.clips, encodes(house)) == (1, 4)
+    assert indices(end) == indices(before) == [0, 2, 5, 7]
+    assert end.reduced
+
+
+async def test_under_strain_a_new_file_is_decoded_for_fewer_frames(house):
+    reader = counting(house)
+    house.admission.controller = Strain(3)
+    _, end = await answer(house, about(film(LONG)))
+    assert (reader.clips, reader.wanted, len(end.frames), end.reduced) == (1, 4, 4, True)
+    _, short = await answer(house, about(film((1, 200, 9))))
+    assert len(short.frames) == 3
+
+
+async def test_under_strain_a_resampler_reads_all_frames_whose_features_are_known(whole):
+    reader = counting(whole)
+    await answer(whole, about(film(LONG)))
+    whole.admission.controller = Strain(3)
+    _, end = await answer(whole, about(film(LONG), "how many?"))
+    assert (reader.clips, encodes(whole), len(end.frames)) == (1, 8, 8)
+    assert whole.vision.calls[-1] == "attend_clip 8"
+
+
+async def test_under_strain_a_repeat_of_a_whole_clip_needs_only_the_llm():
+    house = House(CLIPS, visual_cache_bytes=10_000_000, feature_cache_bytes=0)
+    await answer(house, about(film(LONG)))
+    calls = list(house.vision.calls)
+    house.admission.controller = Strain(3)
+    _, end = await answer(house, about(film(LONG)))
+    assert house.vision.calls == calls
+    assert (len(end.frames), end.reduced) == (8, False)
+
+
+async def test_under_strain_changes_that_are_known_to_a_resampler_are_all_read(whole):
+    whole.vision.sees_patches = True
+    clip = square_at(0, 90, 0, 90, 180, 0)
+    _, before = await answer(whole, about(clip, sampling="change"))
+    whole.admission.controller = Strain(3)
+    _, end = await answer(whole, about(clip, "how many?", sampling="change"))
+    assert len(before.frames) == 6
+    assert indices(end) == indices(before)
+
+
+async def test_other_numbers_of_known_frames_need_no_decoding(house):
+    reader = counting(house)
+    await answer(house, about(film()))
+    _, end = await answer(house, about(film(), frames=3))
+    assert (reader.clips, encodes(house)) == (1, 8)
+    assert [frame.time_s for frame in end.frames] == pytest.approx([0, 0.4, 0.7])
+
+
+async def test_a_scene_that_comes_back_is_encoded_once_of_any_number_of_frames(house):
+    await answer(house, about(film((90, 200) * 6), frames=1))
+    _, end = await answer(house, about(film((90, 200) * 6), frames=12))
+    assert len(end.frames) == 12
+    assert encodes(house) == 2
+
+
+async def test_an_upload_and_a_question_decode_a_video_once(house):
+    reader, data = held(house), clips.film(count=12)
+    kept = asyncio.create_task(house.keep_image(data))
+    await until(lambda: reader.clips)
+    asked = asyncio.create_task(answer(house, about(data)))
+    await until(lambda: house.admission.scheduler.used(Resource.VISION) == 2)
+    reader.goes_on.set()
+    _, end = await asked
+    assert (await kept).id == end.clip_id
+    assert reader.clips == 1
+    assert nothing_is_held(house)
+
+
+async def test_an_upload_decodes_no_more_frames_than_a_resampler_reads():
+    house = House(replace(CLIPS, clip=ClipResampler(64, 4, 8, (64, 256))))
+    reader = counting(house)
+    await house.keep_image(clips.film(count=12))
+    assert reader.wanted == 4
+    house.reader.close()

@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge
-from service.media.clip import DecodedClip, clip_cost, decode_clip, is_clip, spaced
+from service.media.clip import DecodedClip, choosable, clip_cost, decode_clip, is_clip, spaced
 from service.media.clip_header import MAX_FRAME_PIXELS
 from service.media.decoder import ImageLimits, decode
 from service.media.film import Film, _refused
@@ -432,3 +432,19 @@ def test_a_video_that_is_sent_as_an_image_is_refused_with_the_field_to_send_it_i
     with pytest.raises(InvalidImage) as caught:
         decode(data, LIMITS)
     assert advice in caught.value.message
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 32])
+def test_the_times_of_all_frames_that_can_be_chosen_are_told(most):
+    data = film(count=45)
+    told = decode_clip(data, LIMITS, 2)
+    assert told.count == 45
+    times_s = dict(zip(choosable(told.count), told.times_s, strict=True))
+    for frame in decode_clip(data, LIMITS, most).frames:
+        assert times_s[frame.index] == frame.time_s
+
+
+def test_few_frames_of_a_long_clip_can_be_chosen():
+    assert len(choosable(1_000_000)) <= 528
+    assert choosable(3) == [0, 1, 2]
+    assert choosable(1) == [0]

@@ -253,6 +253,7 @@ async def test_a_worker_sees_a_clips_frames_as_the_decoder_does(one, most):
     ):
         found, expected = await one.decode_clip(data, most), decode_clip(data, LIMITS, most)
         assert (found.width, found.height, found.duration_s) == (320, 240, expected.duration_s)
+        assert (found.count, found.times_s) == (expected.count, expected.times_s)
         assert len(found.frames) == min(most, 12 if data.startswith(b"\x1a") else 40)
         for ours, theirs in zip(found.frames, expected.frames, strict=True):
             assert (ours.index, ours.time_s) == (theirs.index, theirs.time_s)

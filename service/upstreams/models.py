@@ -54,7 +54,7 @@ class Model:
         """Return the request with this model's defaults for what its caller left out."""
         (gave_vision, gave_visual), budget = request.gave_budget, request.budget
         own = Budget(
-            budget.vision_tokens if gave_vision else self.card.vision_tokens_for(request.detail),
+            budget.vision_tokens if gave_vision else self.card.unasked_vision_tokens(request.seen_detail),
             budget.visual_tokens if gave_visual else self.card.default_visual_tokens,
         )
         return request if own == budget else replace(request, budget=own)
@@ -76,7 +76,7 @@ class Model:
                 param="min_confidence",
                 code="confidence_not_supported",
             )
-        detail = request.detail if request.images else "low"
+        detail = request.seen_detail
         offered = card.vision_tokens_for(detail)
         model = f"{card.name} with detail {detail}" if card.closer_view else card.name
         require_range("budget.vision_tokens", budget.vision_tokens, offered, model)

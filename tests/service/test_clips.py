@@ -246,6 +246,19 @@ async def test_what_a_clip_has_not_is_refused(changes, param):
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize("with_image", [False, True])
+async def test_a_video_with_detail_auto_is_answered_by_a_model_with_a_closer_view(with_image):
+    house = House(replace(CLOSER, max_positions=4000, default_vision_tokens=(96, 192)))
+    asked = about(film(), detail="auto", gave_budget=(False, False))
+    if with_image:
+        asked = replace(asked, parts=(ImageBytes(png()), *asked.parts))
+    (model,) = house.pipeline.models.models
+    adapted = model.adapted(asked)
+    assert adapted.budget.vision_tokens == ((96, 400) if with_image else (96, 192))
+    _, end = await answer(house, adapted)
+    assert len(end.frames) == 8
+
+
 async def test_two_clips_are_refused(house):
     clip = Clip(ImageBytes(film()))
     with pytest.raises(InvalidRequest, match="one video at a time") as refused:

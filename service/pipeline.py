@@ -158,9 +158,7 @@ class Pipeline:
                 for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
                         model = attempt.model
-                        async with ticket.in_time(reservation):
-                            seen = await model.vision_stage.look(images, clip, ticket, reservation)
-                        use.images = len(images) + ticket.compared
+                        seen = await self.look(model, images, clip, ticket, reservation, use)
                         prompt = self.compose(model, ticket.request, images, seen)
                         use.visual_tokens = len(prompt.visual_tokens)
                         ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
@@ -350,6 +348,27 @@ class Pipeline:
                 return await self.images.identify(data, tenant)
             case ImageId(image_id):
                 return await self.images.find(image_id, tenant)
+
+    async def look(
+        self,
+        model: Model,
+        images: Sequence[Image],
+        clip: LoadedClip | None,
+        ticket: Ticket,
+        reservation: Reservation,
+        use: Use,
+    ) -> Sight:
+        """Look at all that the request shows. If that fails, the frames that were encoded count as used.
+
+        Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded, Unavailable.
+        """
+        try:
+            async with ticket.in_time(reservation):
+                seen = await model.vision_stage.look(images, clip, ticket, reservation)
+        finally:
+            use.images = len(images) + min(ticket.encoded_frames, ticket.compared)
+        use.images = len(images) + ticket.compared
+        return seen
 
     def compose(self, model: Model, request: Request, images: Sequence[Image], seen: Sight) -> Prompt:
         card, question = model.card, request.question

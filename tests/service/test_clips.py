@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from io import BytesIO
 
@@ -11,9 +12,10 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from structlog.testing import capture_logs
 
+from service.admission.admission import Reservation
 from service.admission.quota import Cost
 from service.core.answer import Finished
-from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded
+from service.core.errors import DeadlineExceeded, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded
 from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
 from service.media.clip import DecodedClip
@@ -503,3 +505,32 @@ async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
         assert [event async for event in house.pipeline.answer(asked, reservation)]
     with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="images"):
         [event async for event in house.pipeline.answer(asked, reservation)]
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["the caller leaves", "the deadline passes"])
+async def test_frames_that_were_encoded_are_charged_although_the_look_fails(leaves):
+    house = House(ROOMY, quota_images_per_minute=8, vision_slots=3)
+    await answer(house, request())  # starts the decoder
+    house.vision.calls.clear()
+    house.vision.close("see")
+    with house.pipeline.reservation("a") as reservation:
+        asked = about(film(), frames=8, tenant="a", timeout_s=30.0 if leaves else 1.0)
+        answering = asyncio.create_task(drained(house, asked, reservation))
+        await until(lambda: encodes(house) == 3)
+        if leaves:
+            await cancelled(answering)
+        else:
+            with pytest.raises(DeadlineExceeded):
+                await answering
+    house.vision.gate.set()
+    await house.quotas.settle()
+    with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="has 5 left"):
+        await drained(house, about(film(), frames=6, tenant="a"), reservation)
+    with house.pipeline.reservation("a") as reservation:
+        await drained(house, about(film(), frames=5, tenant="a"), reservation)
+
+
+async def drained(house: House, asked: Request, reservation: Reservation) -> None:
+    async with aclosing(house.pipeline.answer(asked, reservation)) as events:
+        async for _ in events:
+            pass

@@ -6,18 +6,21 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, Self
 
 from blake3 import blake3
 
 from service.core.confidence import Calibration
+from service.core.frames import MAX_FRAMES
 from service.core.precision import NotOffered
 from service.core.request import Budget, Detail
-from service.core.tensors import DETAIL, VISION, Tensor
+from service.core.tensors import DETAIL, DTYPES, MAX_MESSAGE_BYTES, VISION, Tensor
 from service.core.viewport import AskedFit, Colour
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
 
 LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder or attends to images
+OTHER_MESSAGE_BYTES = 64 * 1024  # of a request for `attend_clip`, beside its features
 TUPLES = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens", "pad_colour")
 
 
@@ -170,6 +173,14 @@ class ModelCard:
     def type_of(self, feature: str) -> str:
         """Return Triton's type of one array in `feature_shapes`."""
         return next(self.sized(tensor).datatype for tensor in VISION if tensor.name == feature)
+
+    @property
+    def most_frames(self) -> int:
+        """Count the frames of one clip that can be looked at. The features of those that are joined go in a message."""
+        if self.clip is None:
+            return MAX_FRAMES
+        frame = sum(prod(tensor.dims) * DTYPES[tensor.datatype].itemsize for tensor in map(self.sized, VISION))
+        return min(self.clip.frames, (MAX_MESSAGE_BYTES - OTHER_MESSAGE_BYTES) // frame)
 
     @property
     def called(self) -> tuple[str, ...]:

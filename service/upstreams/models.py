@@ -9,7 +9,6 @@ from typing import Protocol
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
-from service.core.frames import MAX_FRAMES
 from service.core.models import LanguageModel
 from service.core.request import Budget, Clip, Request
 from service.core.variant import ANY, DEFAULT, Route, Served
@@ -89,7 +88,7 @@ class Model:
             raise InvalidRequest(
                 f"video is given {len(request.clips)} times: ask about one video at a time", param="video"
             )
-        most = MAX_FRAMES if self.card.clip is None else self.card.clip.frames
+        most = self.card.most_frames
         if clip.frames is not None and not 1 <= clip.frames <= most:
             raise InvalidRequest(
                 f"video_frames is {clip.frames}: {self.card.name} looks at 1 to {most} frames", param="video_frames"

@@ -449,6 +449,17 @@ async def test_a_long_clip_costs_a_resampler_no_more_visual_tokens(whole):
     assert whole.vision.calls.count("encode 1") == 8  # of 32 frames, 8 are different
 
 
+async def test_frames_beyond_one_message_are_refused_before_anything_is_decoded():
+    house = House(replace(CLIPS, vision_width=8192))
+    reader = counting(house)
+    with pytest.raises(InvalidRequest, match="video_frames is 32: tiny looks at 1 to 7 frames") as refused:
+        await answer(house, about(film(), frames=32))
+    assert refused.value.param == "video_frames"
+    assert reader.clips == 0
+    _, end = await answer(house, about(film()))
+    assert len(end.frames) == 7
+
+
 async def estimated(house: House, asked: Request) -> Estimate:
     with house.admission.reservation("") as reservation:
         return await house.pipeline.estimate(asked, reservation)

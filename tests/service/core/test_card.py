@@ -1,10 +1,12 @@
 import json
 from dataclasses import asdict, replace
+from math import prod
 
 import pytest
 
 from service.core.card import ModelCard
-from tests.support.fakes import CARD, CLOSER
+from service.core.tensors import DTYPES
+from tests.support.fakes import CARD, CLIPS, CLOSER
 
 
 def test_a_card_comes_back_from_its_json_with_its_budgets_as_pairs():
@@ -67,3 +69,16 @@ def test_the_closer_view_is_called_where_there_is_one():
 )
 def test_a_budget_can_ask_for_more_where_the_closer_view_may_be_looked_at(card, detail, vision_tokens):
     assert card.vision_tokens_for(detail) == vision_tokens
+
+
+@pytest.mark.parametrize(
+    ("width", "float_type", "frames"),
+    [(1408, "FP32", 32), (1408, "FP16", 32), (2048, "FP32", 31), (4096, "FP32", 15), (4096, "FP16", 31)],
+)
+def test_a_clip_has_no_more_frames_than_one_message_holds(width, float_type, frames):
+    card = replace(CLIPS, vision_width=width, float_type=float_type)
+    assert card.most_frames == frames
+    assert CARD.most_frames == 32
+    assert replace(CLIPS, clip=replace(CLIPS.clip, frames=12)).most_frames == 12
+    frame = sum(prod(shape) * DTYPES[card.type_of(name)].itemsize for name, shape in card.feature_shapes[224].items())
+    assert frames * frame < 64 * 2**20 - 2000

@@ -185,8 +185,9 @@ class Pipeline:
         try:
             async with reservation.account.charged(Use(images=1)) as use:
                 with reservation.work():
-                    pixels = Cost(pixels=clip_cost(data, most))
-                    reservation.reserve(pixels if most else decoding_cost(data, self.settings.max_image_pixels))
+                    max_pixels = self.settings.max_image_pixels
+                    film_cost = Cost(pixels=clip_cost(data, most, max_pixels))
+                    reservation.reserve(film_cost if most else decoding_cost(data, max_pixels))
                     async with asyncio.timeout(timeout_s):
                         await reservation.enter(claim)
                         film = await self.reader.decode_clip(data, most) if most else None

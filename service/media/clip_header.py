@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from service.core.vision import IMAGE_SIZE
 from service.media.ebml import read_ebml
 from service.media.fields import unpack
 from service.media.formats import format_of
@@ -50,8 +51,13 @@ def is_clip(data: bytes) -> bool:
     return True
 
 
-def clip_cost(data: bytes, most: int) -> int:
-    """Return the pixels of as many frames, by the file's headers; of the largest frames if they do not say."""
+def clip_cost(data: bytes, most: int, max_pixels: int) -> int:
+    """Return the pixels that a decoder of at most `most` frames holds at once, by the file's headers.
+
+    They are those of one frame, the largest that is allowed if the headers do not say, and of the frames as the model
+    sees them. The decoder refuses a frame of more than `max_pixels`. The cost is at most that too, so that a server
+    with room for one image has room for one clip.
+    """
     kind = clip_format(data)
     width, height = 0, 0
     if kind in ("GIF", "WebP"):
@@ -59,7 +65,8 @@ def clip_cost(data: bytes, most: int) -> int:
     elif kind is not None:
         told = video_header(data)
         width, height = told.width, told.height
-    return most * min(width * height or MAX_FRAME_PIXELS, MAX_FRAME_PIXELS)
+    frame = min(width * height or MAX_FRAME_PIXELS, MAX_FRAME_PIXELS)
+    return min(frame + most * IMAGE_SIZE * IMAGE_SIZE, max_pixels)
 
 
 def video_header(data: bytes) -> VideoHeader:

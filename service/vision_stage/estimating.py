@@ -127,7 +127,7 @@ class Estimator:
     def _clip_pixels(self, clip: LoadedClip, request: Request, frames: int) -> int:
         most = most_found(request, frames)
         if clip.file is not None:
-            return clip_cost(clip.file.data, most)
+            return clip_cost(clip.file.data, most, self.limits.max_pixels)
         return sum(
             decoding_cost(clip.images[frame.index].data, self.limits.max_pixels).pixels
             for frame in given_frames(clip, most)

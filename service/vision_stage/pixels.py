@@ -44,7 +44,8 @@ class Pixels:
     def reserve_film(self, film: Film, reservation: Reservation) -> None:
         """The same for all frames of a file."""
         if not film.is_reserved:
-            reservation.reserve(Cost(pixels=clip_cost(film.file.data, film.most)))
+            pixels = clip_cost(film.file.data, film.most, self.reader.limits.max_pixels)
+            reservation.reserve(Cost(pixels=pixels))
             film.is_reserved = True
 
     async def decoded(self, look: Look, view: int, ticket: Ticket) -> Decoded:

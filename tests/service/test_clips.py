@@ -350,12 +350,27 @@ async def test_two_clips_of_the_same_frames_in_another_order_do_not_wait_for_eac
     assert encodes(house) == 8
 
 
-async def test_a_clip_costs_the_pixels_of_its_frames_and_counts_as_its_frames():
-    house = House(ROOMY, max_pixels_in_flight=32 * 24 * 7, max_image_pixels=32 * 24)
+async def test_a_clip_costs_the_pixels_that_its_decoder_holds_at_once():
+    one = 32 * 24 + 8 * 224 * 224
+    house = House(ROOMY, max_pixels_in_flight=2 * one - 1, max_image_pixels=one)
+    house.vision.close("see")
+    first = asyncio.create_task(answer(house, about(film())))
+    await until(lambda: encodes(house) > 0)
+    assert house.admission.quota.held.pixels == one
     with pytest.raises(Overloaded, match="pixels"):
-        await answer(house, about(film()))
-    await answer(house, about(film(), frames=7))
+        await answer(house, about(film(GREYS[::-1])))
+    house.vision.gate.set()
+    await first
+    await answer(house, about(film(GREYS[::-1])))
     assert house.admission.quota.held == Cost()
+
+
+async def test_where_an_image_has_room_a_clip_has(house):
+    house = House(ROOMY, max_pixels_in_flight=32 * 24, max_image_pixels=32 * 24)
+    assert (await estimated(house, about(film()))).refusal is None
+    _, end = await answer(house, about(film()))
+    assert len(end.frames) == 8
+    assert nothing_is_held(house)
 
 
 async def test_the_log_and_the_metrics_tell_the_frames(house):
@@ -469,7 +484,7 @@ async def test_an_estimate_counts_the_frames_and_decodes_nothing(house):
     reader = counting(house)
     new = await estimated(house, about(film(), frames=4))
     assert (new.visual_tokens, new.vision_tokens) == ((128, 128), (4 * 64, 4 * 256))
-    assert new.cost.pixels == 4 * 32 * 24
+    assert new.cost.pixels == 32 * 24 + 4 * 224 * 224
     assert (new.clip.frames, new.clip.known, new.clip.nbytes) == (4, False, len(film()))
     assert reader.clips == 0
     _, end = await answer(house, about(film(), frames=4))

@@ -226,8 +226,9 @@ def test_clips_are_recognised_by_their_beginning(data, expected):
     ],
     ids=map(str, range(7)),
 )
-def test_a_clip_costs_the_pixels_of_its_frames_by_its_header(data, pixels):
-    assert clip_cost(data, 8) == 8 * pixels
+def test_a_clip_costs_the_pixels_that_its_decoder_holds_at_once_by_its_header(data, pixels):
+    assert clip_cost(data, 8, 50_000_000) == pixels + 8 * 224 * 224
+    assert clip_cost(data, 8, 410_000) == 410_000  # no more than an image may cost, for which there is room
 
 
 @settings(max_examples=300)
@@ -241,7 +242,7 @@ def test_a_clip_costs_the_pixels_of_its_frames_by_its_header(data, pixels):
 def test_whatever_the_bytes_are_their_header_is_read(start, noise, place):
     for data in (start + noise, start[:place] + noise + start[place + len(noise) :], MP4[:32] + start[:place] + noise):
         assert is_clip(data) in (True, False)
-        assert 0 < clip_cost(data, 8) <= 8 * MAX_FRAME_PIXELS
+        assert 8 * 224 * 224 < clip_cost(data, 8, 50_000_000) <= MAX_FRAME_PIXELS + 8 * 224 * 224
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_whatever_the_bytes_are_their_header_is_read(start, noise, place):
 )
 def test_a_header_of_millions_of_parts_is_left_after_some(data):
     begun = time.thread_time()
-    clip_cost(data, 8), is_clip(data)
+    clip_cost(data, 8, 50_000_000), is_clip(data)
     assert time.thread_time() - begun < 0.1  # a walk of all takes seconds
     with pytest.raises((InvalidImage, TooLarge)):
         decode_clip(data, ImageLimits(), 8)

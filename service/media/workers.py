@@ -253,8 +253,7 @@ class DecodingWorkers:
         self._spent = spent
         self._workers: list[Worker] = []
         self._free: asyncio.Queue[int] = asyncio.Queue()  # places in `_workers`
-        # A clip may take seconds. With two workers or more, one is always there for images.
-        self._clip_turns = asyncio.Semaphore(max(count - 1, 1))
+        self._clip_turns = self._turns()
         self._busy: set[int] = set()
         self._jobs: set[asyncio.Task[Any]] = set()
 
@@ -300,7 +299,11 @@ class DecodingWorkers:
             worker.kill()
         for worker in workers:
             worker.end()
-        self._free = asyncio.Queue()
+        self._free, self._clip_turns = asyncio.Queue(), self._turns()
+
+    def _turns(self) -> asyncio.Semaphore:
+        """Make the turns of clips, which may take seconds. With two workers or more, images always have one."""
+        return asyncio.Semaphore(max(self.count - 1, 1))
 
     async def _run(self, place: int, data: bytes, task: Task[T], turn: AsyncExitStack) -> T:
         """Hold the turn until the worker is free again."""

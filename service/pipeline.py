@@ -42,7 +42,7 @@ from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Req
 from service.core.variant import Route
 from service.core.vision import Sight
 from service.images import Images
-from service.media.clip_header import clip_cost, clip_format
+from service.media.clip_header import clip_cost, clip_format, require_clip
 from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
 from service.media.reader import ImageReader
@@ -198,7 +198,7 @@ class Pipeline:
                 use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(
-                f"the image was not decoded within {timeout_s:g} s: try again in a few seconds"
+                f"the {'video' if most else 'image'} was not decoded within {timeout_s:g} s: try again in a few seconds"
             ) from exc
         await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
@@ -310,7 +310,10 @@ class Pipeline:
                     known = fetched[source] if isinstance(source, ImageUrl) else source
                     loaded.append(await self.load_one(known, request.tenant))
         ticket.image_ids = tuple(image.id for image in loaded)
-        return divided(request, loaded)
+        images, clip = divided(request, loaded)
+        if clip is not None and clip.file is not None:
+            require_clip(clip.file.data)
+        return images, clip
 
     async def fetch(self, sources: Sequence[Place], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
         """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.

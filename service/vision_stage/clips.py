@@ -62,7 +62,11 @@ class Latest(Generic[K, V]):
 
 
 class ClipMemory:
-    """Remember which frames clips have. Made once by the pipeline, for all variants."""
+    """Remember which frames clips have. Made once by the pipeline, for all variants.
+
+    Tenants share it without shares of their own. Each of a tenant's entries costs a decode in its turn, and an entry
+    that it pushes out costs another tenant one decode: what features are known stays in the feature cache.
+    """
 
     def __init__(self) -> None:
         self._frames: Latest[tuple[str, int], tuple[Frame, ...]] = Latest()  # by digest and most

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from service.admission.admission import Reservation
 from service.admission.quota import Cost
 from service.core.answer import Finished
-from service.core.errors import DeadlineExceeded, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded
+from service.core.errors import DeadlineExceeded, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, TooLarge
 from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
 from service.media.clip import DecodedClip
@@ -357,7 +357,7 @@ async def test_a_clip_costs_the_pixels_that_its_decoder_holds_at_once():
     first = asyncio.create_task(answer(house, about(film())))
     await until(lambda: encodes(house) > 0)
     assert house.admission.quota.held.pixels == one
-    with pytest.raises(Overloaded, match="pixels"):
+    with pytest.raises(Overloaded, match="limit of pixels to decode"):
         await answer(house, about(film(GREYS[::-1])))
     house.vision.gate.set()
     await first
@@ -506,6 +506,30 @@ async def test_an_estimate_of_frames_counts_those_that_are_new(house):
     assert wrong.value.param == "video"
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+async def test_what_is_no_video_is_refused_before_it_costs_anything(house, by_id):
+    junk: ImageBytes | ImageId = ImageBytes(png())
+    if by_id:
+        junk = ImageId((await house.keep_image(png())).id)
+    house.admission.quota.limits = Cost(10**9, 0, 10**9)  # whatever needs pixels is refused
+    with pytest.raises(InvalidImage, match=r"not a video .* an image \(PNG\); send MP4") as wrong:
+        await answer(house, about(junk))
+    assert wrong.value.param == "video"
+    assert nothing_is_held(house)
+
+
+async def test_an_estimate_refuses_what_the_answer_would_by_the_header(house):
+    large = replace(house.reader.limits, max_pixels=32 * 24 - 1)
+    house.pipeline.models.models[0].estimator.limits = house.reader.limits = large
+    with pytest.raises(TooLarge, match="the video has 32x24 pixels") as estimate:
+        await estimated(house, about(film()))
+    house.reader.close()
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = ImageReader(large, threads=1)
+    with pytest.raises(TooLarge) as told:
+        await answer(house, about(film()))
+    assert (estimate.value.message, estimate.value.param) == (told.value.message, "video")
+
+
 async def test_an_estimate_for_a_resampler_has_its_budget(whole):
     told = await estimated(whole, about(film()))
     assert (told.visual_tokens, told.vision_tokens) == ((64, 64), (64, 256))
@@ -524,12 +548,33 @@ async def test_a_video_is_checked_and_kept_once(house):
     assert nothing_is_held(house)
 
 
+@pytest.mark.parametrize(("data", "what"), [(clips.film(count=2), "video"), (png(), "image")])
+async def test_an_upload_that_is_not_decoded_in_time_says_what_it_is(data, what):
+    house = House(ROOMY, default_timeout_s=0.05)
+    house.pipeline.reader = Stalled(house.reader.limits, threads=1)
+    with pytest.raises(DeadlineExceeded, match=rf"^the {what} was not decoded within 0\.05 s"):
+        await house.keep_image(data)
+    assert nothing_is_held(house)
+
+
+class Stalled(ImageReader):
+    """Decodes nothing."""
+
+    async def decode(self, *_):
+        await asyncio.Event().wait()
+
+    decode_clip = decode
+
+
 async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
     house = House(ROOMY, quota_images_per_minute=12)
     asked = about(film(), frames=8, tenant="a")
     with house.pipeline.reservation("a") as reservation:
         assert [event async for event in house.pipeline.answer(asked, reservation)]
-    with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="images"):
+    with (
+        house.pipeline.reservation("a") as reservation,
+        pytest.raises(QuotaExceeded, match="send fewer images, or lower video_frames"),
+    ):
         [event async for event in house.pipeline.answer(asked, reservation)]
 
 

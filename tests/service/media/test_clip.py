@@ -302,6 +302,17 @@ def test_the_size_of_a_film_in_thousands_of_fragments_is_read():
     assert video_header(fragmented + b"\0\0\1\0mdat").is_short  # few enough to be walked to the end
 
 
+@pytest.mark.parametrize(("width", "height"), [(65_535, 2), (2, 65_535)])
+def test_a_side_beyond_the_limit_is_named(width, height):
+    film = bytearray(GIF)
+    film[6:10] = struct.pack("<HH", width, height)
+    with pytest.raises(
+        TooLarge, match=r"^the video has \d+x\d+ pixels, the limit of a side is 65,534: cut it"
+    ) as wrong:
+        decode_clip(bytes(film), ImageLimits(max_side=65_534), 1)
+    assert "megapixels" not in wrong.value.message
+
+
 def absurd(stsd: bytes) -> bytes:
     return stsd[:40] + struct.pack(">HH", 65_500, 65_500) + stsd[44:]
 

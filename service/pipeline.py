@@ -36,7 +36,6 @@ from service.core.errors import (
     naming_video,
 )
 from service.core.estimate import Estimate
-from service.core.frames import MAX_FRAMES
 from service.core.models import Generation, LanguageModel, VisionModel
 from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
@@ -44,7 +43,7 @@ from service.core.variant import Route
 from service.core.vision import Sight
 from service.images import Images
 from service.media.clip import DecodedClip
-from service.media.clip_header import clip_format
+from service.media.clip_header import clip_format, require_clip
 from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
 from service.media.formats import format_of
@@ -160,9 +159,7 @@ class Pipeline:
                 for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
                         model = attempt.model
-                        async with ticket.in_time(reservation):
-                            seen = await model.vision_stage.look(images, clip, ticket, reservation)
-                        use.images = len(images) + ticket.compared
+                        seen = await self.look(model, images, clip, ticket, reservation, use)
                         prompt = self.compose(model, ticket.request, images, seen)
                         use.visual_tokens = len(prompt.visual_tokens)
                         ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
@@ -195,7 +192,7 @@ class Pipeline:
                 use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(
-                f"the image was not decoded within {timeout_s:g} s: try again in a few seconds"
+                f"the {'video' if is_film else 'image'} was not decoded within {timeout_s:g} s: try again in a few seconds"
             ) from exc
         await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
@@ -210,8 +207,7 @@ class Pipeline:
 
     async def _check_film(self, data: bytes, claim: Claim, reservation: Reservation) -> tuple[Image, DecodedClip]:
         image = await self.images.identify(data, reservation.tenant)
-        of_clip = MAX_FRAMES if self.card.clip is None else self.card.clip.frames
-        film = Film(image, min(self.card.frames, of_clip))
+        film = Film(image, min(self.card.frames, self.card.most_frames))
         self.pixels.reserve_film(film, reservation)
         await reservation.enter(claim)
         return image, await self.pixels.decoded_film(film, claim, reservation)
@@ -321,7 +317,10 @@ class Pipeline:
                     known = fetched[source] if isinstance(source, ImageUrl) else source
                     loaded.append(await self.load_one(known, request.tenant))
         ticket.image_ids = tuple(image.id for image in loaded)
-        return divided(request, loaded)
+        images, clip = divided(request, loaded)
+        if clip is not None and clip.file is not None:
+            require_clip(clip.file.data)
+        return images, clip
 
     async def fetch(self, sources: Sequence[Place], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
         """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.
@@ -360,6 +359,27 @@ class Pipeline:
                 return await self.images.identify(data, tenant)
             case ImageId(image_id):
                 return await self.images.find(image_id, tenant)
+
+    async def look(
+        self,
+        model: Model,
+        images: Sequence[Image],
+        clip: LoadedClip | None,
+        ticket: Ticket,
+        reservation: Reservation,
+        use: Use,
+    ) -> Sight:
+        """Look at all that the request shows. If that fails, the frames that were encoded count as used.
+
+        Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded, Unavailable.
+        """
+        try:
+            async with ticket.in_time(reservation):
+                seen = await model.vision_stage.look(images, clip, ticket, reservation)
+        finally:
+            use.images = len(images) + min(ticket.encoded_frames, ticket.compared)
+        use.images = len(images) + ticket.compared
+        return seen
 
     def compose(self, model: Model, request: Request, images: Sequence[Image], seen: Sight) -> Prompt:
         card, question = model.card, request.question

@@ -25,8 +25,8 @@ MOST_BEHIND = 10_000  # settlements that wait; further ones are lost, which the 
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0
 WORDS = {unit: unit.replace("_", " ") for unit in IN_HEADERS}
 MENDS = {
-    "images": "send fewer images",
-    "visual_tokens": "lower budget.visual_tokens or send fewer images",
+    "images": "send fewer images, or lower video_frames",
+    "visual_tokens": "lower budget.visual_tokens or video_frames, or send fewer images",
     "generated_tokens": "lower max_tokens",
 }
 

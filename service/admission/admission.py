@@ -194,6 +194,7 @@ class Admission:
                 reason=self._strain if level > before else "calm",
                 vision_tokens=most.vision_tokens,
                 visual_tokens=most.visual_tokens,
+                frames=most.frames,
             )
         self._strain = min(waits, key=waits.__getitem__, default="calm")
         return level

@@ -13,14 +13,14 @@ from service.admission.drain_rate import DrainRate
 # A tenant may hold at most this many times what is left free. So one tenant gets 3/4 of all, and each of three 3/10.
 TENANT_SHARE = 3
 RETRY = "try again in a few seconds"
-UNITS = {"nbytes": "request bytes", "pixels": "image pixels to decode", "tokens": "LLM tokens"}
+UNITS = {"nbytes": "request bytes", "pixels": "pixels to decode", "tokens": "LLM tokens"}
 
 
 class Cost(NamedTuple):
     """Say what a request takes, according to its headers and metadata."""
 
     nbytes: int = 0  # of its body
-    pixels: int = 0  # of images that must be decoded
+    pixels: int = 0  # of images and clips that must be decoded
     tokens: int = 0  # of the LLM: visual, prompt and max_tokens
 
     def plus(self, other: Cost) -> Cost:

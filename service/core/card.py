@@ -6,18 +6,21 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, Self
 
 from blake3 import blake3
 
 from service.core.confidence import Calibration
+from service.core.frames import MAX_FRAMES
 from service.core.precision import NotOffered
 from service.core.request import Budget, Detail
-from service.core.tensors import DETAIL, VISION, Tensor
+from service.core.tensors import DETAIL, DTYPES, MAX_MESSAGE_BYTES, VISION, Tensor
 from service.core.viewport import AskedFit, Colour
-from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
+from service.core.vision import CLIP_VISUAL_TOKENS, CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
 
 LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder or attends to images
+OTHER_MESSAGE_BYTES = 64 * 1024  # of a request for `attend_clip`, beside its features
 TUPLES = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens", "pad_colour")
 
 
@@ -64,7 +67,18 @@ class ClipResampler:
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:
-        return cls(**dict(told) | {"vision_tokens": tuple(told["vision_tokens"])})
+        """Raises ValueError for a clip resampler that the gateway cannot use; TypeError, KeyError for other fields."""
+        found = cls(**dict(told) | {"vision_tokens": tuple(told["vision_tokens"])})
+        if found.visual_tokens != CLIP_VISUAL_TOKENS:
+            raise ValueError(f"clip.visual_tokens is {found.visual_tokens}, and {CLIP_VISUAL_TOKENS} are read")
+        for name in ("frames", "trained_frames"):
+            count = getattr(found, name)
+            if type(count) is not int or not 1 <= count <= MAX_FRAMES:
+                raise ValueError(f"clip.{name} is {count}: 1 to {MAX_FRAMES} are possible")
+        least, most = found.vision_tokens
+        if not 1 <= least <= most:
+            raise ValueError(f"clip.vision_tokens is [{least}, {most}], which is not [least, most]")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +186,15 @@ class ModelCard:
         return next(self.sized(tensor).datatype for tensor in VISION if tensor.name == feature)
 
     @property
+    def most_frames(self) -> int:
+        """Count the frames of one clip that can be looked at. The features of those that are joined go in a message."""
+        if self.clip is None:
+            return MAX_FRAMES
+        shapes = self.feature_shapes[IMAGE_SIZE]
+        frame = sum(prod(shape) * DTYPES[self.type_of(name)].itemsize for name, shape in shapes.items())
+        return min(self.clip.frames, (MAX_MESSAGE_BYTES - OTHER_MESSAGE_BYTES) // frame)
+
+    @property
     def called(self) -> tuple[str, ...]:
         """List the models that questions call. `see` and `attend` run every model of an image's 224-pixel view."""
         closer = ["attend_448"] if self.closer_view else []
@@ -204,7 +227,7 @@ class ModelCard:
             clip = fields.pop("clip", None)
             clip = None if clip is None else ClipResampler.from_json(clip)
             return cls(**fields | tuples, confidence=confidence, image_marks=image_marks, clip=clip)
-        except (TypeError, AttributeError, KeyError) as exc:
+        except (TypeError, AttributeError, KeyError, ValueError) as exc:
             raise ValueError(f"not a model card: {exc}") from exc
 
     def to_json(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
@@ -127,6 +127,11 @@ class Priority(StrEnum):
     LOW = "low"  # may wait for the others
 
 
+def seen_detail(asked: Detail, images: Sequence[ImageSource]) -> Detail:
+    """Return the detail at which pictures can be seen: the frames of a clip have no closer view."""
+    return asked if images else "low"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One question about images or a clip, in the same form for every edge. `parts` have at least one text."""
@@ -162,6 +167,11 @@ class Request:
         """Return the images and clips in the order of the prompt, those of earlier questions first."""
         parts = [part for exchange in self.exchanges for part in exchange.parts] + [*self.parts]
         return tuple(part for part in parts if not isinstance(part, Text))
+
+    @property
+    def seen_detail(self) -> Detail:
+        """Return the detail at which its pictures can be seen, which decides the vision tokens it can ask for."""
+        return seen_detail(self.detail, self.images)
 
     @property
     def clip(self) -> Clip | None:

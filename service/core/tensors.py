@@ -32,6 +32,7 @@ PATCHES = GRID * GRID
 PATCH_SLOTS = PATCHES + 1  # CLS and every patch of the 224-pixel view
 VISION_SLOTS = MAX_VISION_TOKENS + 1  # CLS and the most vision tokens, with the closer view
 
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one request to Triton, and of one response
 FLOAT = "F"  # the checkpoint's float: FP32, or FP16 on GPUs
 LIKELIEST = frozenset(("num_top_log_probs", "top_ids", "top_log_probs"))  # tensors of `llm` without TensorRT-LLM
 TEXT = "T"  # a text: UINT8 [-1], its UTF-8 bytes, or BYTES [1], a string, which TensorRT-LLM takes

@@ -26,6 +26,7 @@ from service.core.request import (
     Request,
     Sampling,
     Text,
+    seen_detail,
     text_of,
 )
 from service.core.variant import ANY, Route
@@ -108,6 +109,7 @@ def to_request(
     shown = [part for each in (parts, *(told.parts for told in exchanges)) for part in each]
     _require_one_clip(fields, shown)
     _require_one_image(fields, shown)
+    images = [part for part in shown if not isinstance(part, Text | Clip)]
     parts = _looked_at(fields, parts)
     exchanges = tuple(replace(told, parts=_looked_at(fields, told.parts)) for told in exchanges)
     return Request(
@@ -116,7 +118,7 @@ def to_request(
         exchanges=exchanges,
         system=system,
         budget=Budget(
-            fields.vision_tokens or card.unasked_vision_tokens(fields.detail),
+            fields.vision_tokens or card.unasked_vision_tokens(seen_detail(fields.detail, images)),
             fields.visual_tokens or card.default_visual_tokens,
         ),
         detail=fields.detail,

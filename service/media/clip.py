@@ -14,18 +14,16 @@ from service.core.frames import MAX_FRAMES
 from service.core.vision import UInt8Array
 from service.media.animation import pictures, read_animation
 from service.media.clip_header import (
-    CLIP_NAMES,
     MAX_FRAME_PIXELS,
     ClipFormat,
     clip_cost,
-    clip_format,
     is_clip,
-    video_header,
+    require_clip,
+    told_of,
 )
 from service.media.decoder import ImageLimits, require_bytes
 from service.media.exif import SIDEWAYS
-from service.media.foreign import found_in
-from service.media.video_header import MAX_TRACKS
+from service.media.video_header import MAX_TRACKS, VideoHeader
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
@@ -58,9 +56,7 @@ def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
     crowd out the others; the times are told. Raises InvalidImage, TooLarge.
     """
     require_bytes(data, limits, "video")
-    kind = clip_format(data)
-    if kind is None:
-        raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
+    kind = require_clip(data)
     try:
         return (_animated if kind in ("GIF", "WebP") else _filmed)(data, kind, limits, most)
     except GlimpseError:
@@ -89,12 +85,32 @@ def choosable(count: int) -> list[int]:
 def require_frame_size(width: int, height: int, limits: ImageLimits) -> None:
     """Raises TooLarge."""
     most = min(limits.max_pixels, MAX_FRAME_PIXELS)
-    if width * height > most or max(width, height) > limits.max_side:
+    if max(width, height) > limits.max_side:
+        raise TooLarge(
+            f"the video has {width}x{height} pixels, the limit of a side is {limits.max_side:,}: cut it, or send it "
+            "smaller",
+            param="video",
+        )
+    if width * height > most:
         raise TooLarge(
             f"the video has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels), the limit is "
             f"{most / 1e6:.1f}: send it smaller",
             param="video",
         )
+
+
+def require_told(told: VideoHeader, limits: ImageLimits) -> None:
+    """Refuse what is not decoded, by what the headers say. Raises InvalidImage, TooLarge."""
+    if told.is_encrypted:
+        raise InvalidImage("the video is encrypted: send one that is not", param="video")
+    if told.is_packed:
+        raise InvalidImage("the video's header is compressed, which is not read: save it anew", param="video")
+    if told.tracks > MAX_TRACKS:
+        raise InvalidImage(
+            f"the video has {told.tracks} tracks, the limit is {MAX_TRACKS}: save it anew with its pictures only",
+            param="video",
+        )
+    require_frame_size(told.width, told.height, limits)
 
 
 def require_walk(frames: int, pixels: int) -> None:
@@ -132,17 +148,8 @@ def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> 
 def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
     from service.media.film import Film  # noqa: PLC0415 - loads FFmpeg, which the gateway's own process never needs
 
-    told = video_header(data)
-    if told.is_encrypted:
-        raise InvalidImage("the video is encrypted: send one that is not", param="video")
-    if told.is_packed:
-        raise InvalidImage("the video's header is compressed, which is not read: save it anew", param="video")
-    if told.tracks > MAX_TRACKS:
-        raise InvalidImage(
-            f"the video has {told.tracks} tracks, the limit is {MAX_TRACKS}: save it anew with its pictures only",
-            param="video",
-        )
-    require_frame_size(told.width, told.height, limits)
+    told = told_of(data)
+    require_told(told, limits)
     if told.is_short:
         raise ValueError("bytes are missing")
     with closing(Film(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:

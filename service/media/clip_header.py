@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from service.core.errors import InvalidImage
+from service.core.vision import IMAGE_SIZE
 from service.media.ebml import read_ebml
 from service.media.fields import unpack
+from service.media.foreign import found_in
 from service.media.formats import format_of
 from service.media.header import GIF_EXTENSION, GIF_FRAME, MAX_GIF_BLOCKS, gif_blocks_start, header_size
 from service.media.mp4 import read_mp4
@@ -50,16 +53,34 @@ def is_clip(data: bytes) -> bool:
     return True
 
 
-def clip_cost(data: bytes, most: int) -> int:
-    """Return the pixels of as many frames, by the file's headers; of the largest frames if they do not say."""
+def clip_cost(data: bytes, most: int, max_pixels: int) -> int:
+    """Return the pixels that a decoder of at most `most` frames holds at once, by the file's headers.
+
+    They are those of one frame, the largest that is allowed if the headers do not say, and of the frames as the model
+    sees them. The decoder refuses a frame of more than `max_pixels`. The cost is at most that too, so that a server
+    with room for one image has room for one clip.
+    """
+    told = told_of(data)
+    frame = min(told.width * told.height or MAX_FRAME_PIXELS, MAX_FRAME_PIXELS)
+    return min(frame + most * IMAGE_SIZE * IMAGE_SIZE, max_pixels)
+
+
+def told_of(data: bytes) -> VideoHeader:
+    """What the headers of a clip of any format say; zeros if they say nothing."""
+    match clip_format(data):
+        case None:
+            return VideoHeader()
+        case "GIF" | "WebP":
+            return VideoHeader(*(header_size(data) or (0, 0)))
+    return video_header(data)
+
+
+def require_clip(data: bytes) -> ClipFormat:
+    """Return the format that the file begins like. Raises InvalidImage if decode_clip does not read it."""
     kind = clip_format(data)
-    width, height = 0, 0
-    if kind in ("GIF", "WebP"):
-        width, height = header_size(data) or (0, 0)
-    elif kind is not None:
-        told = video_header(data)
-        width, height = told.width, told.height
-    return most * min(width * height or MAX_FRAME_PIXELS, MAX_FRAME_PIXELS)
+    if kind is None:
+        raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
+    return kind
 
 
 def video_header(data: bytes) -> VideoHeader:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from service.media.video_header import VideoHeader
+from service.media.video_header import Steps, VideoHeader
 
-MAX_ELEMENTS = 4096
+MAX_ELEMENTS = 4096  # of the whole walk
 HEADER, SEGMENT, TRACKS, TRACK, VIDEO, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x1F43B675
 WIDTH, HEIGHT = 0xB0, 0xBA
 ENCODINGS, ENCODING, ENCRYPTION = 0x6D80, 0x6240, 0x5035
@@ -15,18 +15,16 @@ HOLDERS = (TRACKS, TRACK, VIDEO, ENCODINGS, ENCODING)
 
 def read_ebml(data: bytes) -> VideoHeader:
     """The largest picture of the tracks; zeros if they do not say."""
-    found = VideoHeader()
+    found, steps = VideoHeader(), Steps(MAX_ELEMENTS)
     waiting: list[tuple[int, int]] = []
-    for name, start, end, told_end in _elements(data, 0, len(data)):
+    for name, start, end, told_end in steps.of(_elements(data, 0, len(data))):
         if name == SEGMENT:
             found.is_short = told_end is not None and told_end > len(data)
             waiting.append((start, end))
             break
-    steps = 0
     while waiting:
-        for name, start, end, _ in _elements(data, *waiting.pop()):
-            steps += 1
-            if steps > MAX_ELEMENTS or name == CLUSTER:  # tracks come before what is in them
+        for name, start, end, _ in steps.of(_elements(data, *waiting.pop())):
+            if name == CLUSTER:  # tracks come before what is in them
                 break
             found.tracks += name == TRACK
             if name in HOLDERS:

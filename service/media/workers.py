@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -252,6 +253,7 @@ class DecodingWorkers:
         self._spent = spent
         self._workers: list[Worker] = []
         self._free: asyncio.Queue[int] = asyncio.Queue()  # places in `_workers`
+        self._clip_turns = self._turns()
         self._busy: set[int] = set()
         self._jobs: set[asyncio.Task[Any]] = set()
 
@@ -279,8 +281,11 @@ class DecodingWorkers:
         """A caller that leaves meanwhile leaves its worker to finish. Raises InvalidImage, TooLarge, Unavailable."""
         require_bytes(data, self.limits, task.what)
         self.start()
-        place = await self._free.get()
-        job = asyncio.create_task(self._run(place, data, task))
+        async with AsyncExitStack() as turn:
+            if task.what == "video":
+                await turn.enter_async_context(self._clip_turns)
+            place = await self._free.get()
+            job = asyncio.create_task(self._run(place, data, task, turn.pop_all()))
         self._jobs.add(job)
         job.add_done_callback(self._forget)
         return await asyncio.shield(job)
@@ -294,9 +299,18 @@ class DecodingWorkers:
             worker.kill()
         for worker in workers:
             worker.end()
-        self._free = asyncio.Queue()
+        self._free, self._clip_turns = asyncio.Queue(), self._turns()
 
-    async def _run(self, place: int, data: bytes, task: Task[T]) -> T:
+    def _turns(self) -> asyncio.Semaphore:
+        """Make the turns of clips, which may take seconds. With two workers or more, images always have one."""
+        return asyncio.Semaphore(max(self.count - 1, 1))
+
+    async def _run(self, place: int, data: bytes, task: Task[T], turn: AsyncExitStack) -> T:
+        """Hold the turn until the worker is free again."""
+        async with turn:
+            return await self._decode(place, data, task)
+
+    async def _decode(self, place: int, data: bytes, task: Task[T]) -> T:
         self._busy.add(place)
         try:
             for _ in range(ATTEMPTS):

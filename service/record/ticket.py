@@ -57,6 +57,7 @@ class Ticket:
     encoded: int = 0  # encoded images; a closer view counts as its crops
     frames: int = 0  # of its clip that are looked at; known once it is known which
     compared: int = 0  # frames of its clip among which they were chosen
+    encoded_frames: int = 0  # of its clip, in all attempts
     cache: Literal["hit", "miss"] = "miss"  # final once every image was looked up
     detail: Literal["low", "high"] = "low"  # high once a closer view was used
     fit: Fit = "squash"  # another once an image was fitted otherwise

@@ -127,9 +127,7 @@ class PromptBuilder:
         """
         if (clip := request.clip) is None:
             return 0
-        most = self.card.frames if clip.frames is None else clip.frames
-        if self.card.clip is not None:
-            most = min(most, self.card.clip.frames)
+        most = min(self.card.frames if clip.frames is None else clip.frames, self.card.most_frames)
         if isinstance(clip.source, tuple):
             most = min(most, len(clip.source))
         if clip.frames is None:

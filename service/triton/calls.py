@@ -17,16 +17,15 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from service.core.errors import InternalError, Unavailable
-from service.core.tensors import Arrays
+from service.core.tensors import MAX_MESSAGE_BYTES, Arrays
 from service.triton import codec
 from service.triton.contract import CALLED, VISION_MODELS
 from service.triton.errors import MESSAGES, translate, translated, unhealthy_model
 from service.triton.streams import LINGER_S, Stream
 
-_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),  # a proxy of the environment is for the web, and knows no address of this machine
     # A lost connection makes a name be asked again, so that a Triton with a new address is found.
     ("grpc.dns_min_time_between_resolutions_ms", 2_000),
@@ -53,6 +52,7 @@ class Calls:
         self._llm_url = llm_url
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._stubs: dict[str, service_pb2_grpc.GRPCInferenceServiceStub] = {}
+        self._infers: dict[str, grpc.aio.UnaryUnaryMultiCallable] = {}  # of requests that are serialised already
         self._streams: dict[str, grpc.aio.UnaryStreamMultiCallable] = {}
         self._open: dict[str, set[grpc.aio.Call]] = {model: set() for model in CALLED}
         self._abandoned: set[grpc.aio.Call] = set()
@@ -66,6 +66,10 @@ class Calls:
         for url in {self._vision_url, self._llm_url} - self._channels.keys():
             self._channels[url] = channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
             self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            self._infers[url] = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                response_deserializer=service_pb2.ModelInferResponse.FromString,
+            )
             # A stream carries one request. With unary_stream its header, request and end leave in one packet; with
             # stream_stream they would be three packets and two tasks.
             self._streams[url] = channel.unary_stream(
@@ -85,6 +89,7 @@ class Calls:
             await channel.close()
         self._channels.clear()
         self._stubs.clear()
+        self._infers.clear()
         self._streams.clear()
 
     @property
@@ -155,10 +160,14 @@ class Calls:
 
     async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
         """Run one unary inference. If its caller leaves, the call still runs to its end: see streams."""
+        return await self.infer_message(model, codec.message(model, tensors), timeout_s)
+
+    async def infer_message(self, model: str, message: bytes, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
+        """`infer` for a request that is serialised already."""
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
         begun = time.monotonic()
-        call = self._stub(model).ModelInfer(codec.request(model, tensors), timeout=timeout_s + LINGER_S)
+        call = self._of(self._infers, model)(message, timeout=timeout_s + LINGER_S)
         task = asyncio.create_task(_response(call))
         self._keep(task)
         with self._in_flight(model, call):

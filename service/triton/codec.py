@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from service.core.payer import NOBODY, PAYER, current
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget
 from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
-from service.core.vision import CELLS, GRID, Relevance, Seen, SeenClip, VisionFeatures
+from service.core.vision import CELLS, GRID, Relevance, Seen, SeenClip, VisionFeatures, dense
 from service.telemetry.tracing import TRACEPARENT, traceparent
 from service.triton.contract import CALLED
 
@@ -49,6 +50,27 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
     if (payer := current.get()) != NOBODY:
         request.parameters[PAYER].string_param = str(payer)
     return request
+
+
+def message(model: str, tensors: Arrays) -> bytes:
+    """Make a request and serialise it."""
+    wire: bytes = request(model, tensors).SerializeToString()
+    return wire
+
+
+def clip_message(frames: Sequence[VisionFeatures], times: Sequence[float], question: Question, budget: Budget) -> bytes:
+    """Make and serialise a request for `attend_clip`. It takes tens of milliseconds: use a thread."""
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "features": np.stack([dense(frame.features) for frame in frames]),
+        "saliency": np.stack([frame.saliency for frame in frames]),
+        "entropy": np.stack([frame.entropy for frame in frames]),
+        "texture": np.stack([frame.texture for frame in frames]),
+        "times": np.array(times, np.float32),
+        "question_ids": question.ids,
+        "question_mask": question.mask,
+        "clip_budget": np.array(budget.vision_tokens, np.int32),
+    }
+    return message("attend_clip", tensors)
 
 
 def _wanted(model: str, tensors: Arrays) -> list[service_pb2.ModelInferRequest.InferRequestedOutputTensor]:

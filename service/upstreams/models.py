@@ -9,7 +9,6 @@ from typing import Protocol
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
-from service.core.frames import MAX_FRAMES
 from service.core.models import LanguageModel
 from service.core.request import Budget, Clip, Request
 from service.core.variant import ANY, DEFAULT, Route, Served
@@ -54,7 +53,7 @@ class Model:
         """Return the request with this model's defaults for what its caller left out."""
         (gave_vision, gave_visual), budget = request.gave_budget, request.budget
         own = Budget(
-            budget.vision_tokens if gave_vision else self.card.vision_tokens_for(request.detail),
+            budget.vision_tokens if gave_vision else self.card.unasked_vision_tokens(request.seen_detail),
             budget.visual_tokens if gave_visual else self.card.default_visual_tokens,
         )
         return request if own == budget else replace(request, budget=own)
@@ -76,7 +75,7 @@ class Model:
                 param="min_confidence",
                 code="confidence_not_supported",
             )
-        detail = request.detail if request.images else "low"
+        detail = request.seen_detail
         offered = card.vision_tokens_for(detail)
         model = f"{card.name} with detail {detail}" if card.closer_view else card.name
         require_range("budget.vision_tokens", budget.vision_tokens, offered, model)
@@ -89,7 +88,7 @@ class Model:
             raise InvalidRequest(
                 f"video is given {len(request.clips)} times: ask about one video at a time", param="video"
             )
-        most = MAX_FRAMES if self.card.clip is None else self.card.clip.frames
+        most = self.card.most_frames
         if clip.frames is not None and not 1 <= clip.frames <= most:
             raise InvalidRequest(
                 f"video_frames is {clip.frames}: {self.card.name} looks at 1 to {most} frames", param="video_frames"

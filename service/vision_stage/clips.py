@@ -64,7 +64,11 @@ class Timeline:
 
 
 class ClipMemory:
-    """Remember which frames clips have: 32 frames take about 5 kB. Made once by the pipeline, for all variants."""
+    """Remember which frames clips have: 32 frames take about 5 kB. Made once by the pipeline, for all variants.
+
+    Tenants share it without shares of their own. Each of a tenant's entries costs a decode in its turn, and an entry
+    that it pushes out costs another tenant one decode: what features are known stays in the feature cache.
+    """
 
     def __init__(self) -> None:
         self._frames: Latest[tuple[str, int], tuple[Frame, ...]] = Latest()  # by digest and most, of those decoded

@@ -15,7 +15,8 @@ from service.core.estimate import Amounts, Estimate, EstimatedClip, EstimatedIma
 from service.core.request import Budget, Request
 from service.core.viewport import fitting, viewed
 from service.core.vision import Frame
-from service.media.clip_header import CLIP_NAMES, clip_cost, clip_format
+from service.media.clip import require_told
+from service.media.clip_header import clip_cost, require_clip, told_of
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
 from service.media.formats import SENT
@@ -110,8 +111,8 @@ class Estimator:
                 self._described(image, request)
         if clip.file is not None:
             require_bytes(clip.file.data, self.limits, "video")
-            if clip_format(clip.file.data) is None:
-                raise InvalidImage(f"{found_in(clip.file.data, 'video')}; send {CLIP_NAMES}", param="video")
+            require_clip(clip.file.data)
+            require_told(told_of(clip.file.data), self.limits)
         named = self._named(clip, request, frames)
         known = named is not None and all(
             self.features.holds(first_view(self.card.fingerprint, frame.digest)) for frame in named
@@ -127,7 +128,7 @@ class Estimator:
     def _clip_pixels(self, clip: LoadedClip, request: Request, frames: int) -> int:
         most = most_found(request, frames)
         if clip.file is not None:
-            return clip_cost(clip.file.data, most)
+            return clip_cost(clip.file.data, most, self.limits.max_pixels)
         return sum(
             decoding_cost(clip.images[frame.index].data, self.limits.max_pixels).pixels
             for frame in given_frames(clip, most)

@@ -47,7 +47,7 @@ class Pixels:
     def reserve_film(self, film: Film, reservation: Reservation) -> None:
         """The same for all frames of a file."""
         if not film.pixels:
-            pixels = clip_cost(film.file.data, film.most)
+            pixels = clip_cost(film.file.data, film.most, self.reader.limits.max_pixels)
             reservation.reserve(Cost(pixels=pixels))
             film.pixels = pixels
 

@@ -391,6 +391,7 @@ class VisionStage:
         kind = Kind.of(max(images, len(ticket.request.images) + ticket.frames))
         claim = await turn(Resource.VISION, slots, kind, ticket, reservation)
         ticket.encoded += images
+        ticket.encoded_frames += look.is_frame
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
         decoded = await self.pixels.decoded(look, view, claim, ticket, reservation)
         self.pixels.remember(look, ticket.request)

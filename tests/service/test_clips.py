@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from io import BytesIO
 from typing import ClassVar
@@ -15,12 +16,21 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from structlog.testing import capture_logs
 
+from service.admission.admission import Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache
 from service.core.answer import Finished
 from service.core.card import ClipResampler, Engines
-from service.core.errors import InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ShuttingDown
+from service.core.errors import (
+    DeadlineExceeded,
+    InvalidImage,
+    InvalidRequest,
+    Overloaded,
+    QuotaExceeded,
+    ShuttingDown,
+    TooLarge,
+)
 from service.core.estimate import Estimate
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
 from service.core.vision import VisionFeatures
@@ -258,6 +268,19 @@ async def test_what_a_clip_has_not_is_refused(changes, param):
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize("with_image", [False, True])
+async def test_a_video_with_detail_auto_is_answered_by_a_model_with_a_closer_view(with_image):
+    house = House(replace(CLOSER, max_positions=4000, default_vision_tokens=(96, 192)))
+    asked = about(film(), detail="auto", gave_budget=(False, False))
+    if with_image:
+        asked = replace(asked, parts=(ImageBytes(png()), *asked.parts))
+    (model,) = house.pipeline.models.models
+    adapted = model.adapted(asked)
+    assert adapted.budget.vision_tokens == ((96, 400) if with_image else (96, 192))
+    _, end = await answer(house, adapted)
+    assert len(end.frames) == 8
+
+
 async def test_two_clips_are_refused(house):
     clip = Clip(ImageBytes(film()))
     with pytest.raises(InvalidRequest, match="one video at a time") as refused:
@@ -347,12 +370,27 @@ async def test_two_clips_of_the_same_frames_in_another_order_do_not_wait_for_eac
     assert encodes(house) == 8
 
 
-async def test_a_clip_costs_the_pixels_of_its_frames_and_counts_as_its_frames():
-    house = House(ROOMY, max_pixels_in_flight=32 * 24 * 7, max_image_pixels=32 * 24)
-    with pytest.raises(Overloaded, match="pixels"):
-        await answer(house, about(film()))
-    await answer(house, about(film(), frames=7))
+async def test_a_clip_costs_the_pixels_that_its_decoder_holds_at_once():
+    one = 32 * 24 + 8 * 224 * 224
+    house = House(ROOMY, max_pixels_in_flight=2 * one - 1, max_image_pixels=one)
+    house.vision.close("see")
+    first = asyncio.create_task(answer(house, about(film())))
+    await until(lambda: encodes(house) > 0)
+    assert house.admission.quota.held.pixels == one
+    with pytest.raises(Overloaded, match="limit of pixels to decode"):
+        await answer(house, about(film(GREYS[::-1])))
+    house.vision.gate.set()
+    await first
+    await answer(house, about(film(GREYS[::-1])))
     assert house.admission.quota.held == Cost()
+
+
+async def test_where_an_image_has_room_a_clip_has(house):
+    house = House(ROOMY, max_pixels_in_flight=32 * 24, max_image_pixels=32 * 24)
+    assert (await estimated(house, about(film()))).refusal is None
+    _, end = await answer(house, about(film()))
+    assert len(end.frames) == 8
+    assert nothing_is_held(house)
 
 
 async def test_the_log_and_the_metrics_tell_the_frames(house):
@@ -446,6 +484,17 @@ async def test_a_long_clip_costs_a_resampler_no_more_visual_tokens(whole):
     assert whole.vision.calls.count("encode 1") == 8  # of 32 frames, 8 are different
 
 
+async def test_frames_beyond_one_message_are_refused_before_anything_is_decoded():
+    house = House(replace(CLIPS, vision_width=8192))
+    reader = counting(house)
+    with pytest.raises(InvalidRequest, match="video_frames is 32: tiny looks at 1 to 7 frames") as refused:
+        await answer(house, about(film(), frames=32))
+    assert refused.value.param == "video_frames"
+    assert reader.clips == 0
+    _, end = await answer(house, about(film()))
+    assert len(end.frames) == 7
+
+
 async def estimated(house: House, asked: Request) -> Estimate:
     with house.admission.reservation("") as reservation:
         return await house.pipeline.estimate(asked, reservation)
@@ -455,7 +504,7 @@ async def test_an_estimate_counts_the_frames_and_decodes_nothing(house):
     reader = counting(house)
     new = await estimated(house, about(film(), frames=4))
     assert (new.visual_tokens, new.vision_tokens) == ((128, 128), (4 * 64, 4 * 256))
-    assert new.cost.pixels == 4 * 32 * 24
+    assert new.cost.pixels == 32 * 24 + 4 * 224 * 224
     assert (new.clip.frames, new.clip.known, new.clip.nbytes) == (4, False, len(film()))
     assert reader.clips == 0
     _, end = await answer(house, about(film(), frames=4))
@@ -477,6 +526,30 @@ async def test_an_estimate_of_frames_counts_those_that_are_new(house):
     assert wrong.value.param == "video"
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+async def test_what_is_no_video_is_refused_before_it_costs_anything(house, by_id):
+    junk: ImageBytes | ImageId = ImageBytes(png())
+    if by_id:
+        junk = ImageId((await house.keep_image(png())).id)
+    house.admission.quota.limits = Cost(10**9, 0, 10**9)  # whatever needs pixels is refused
+    with pytest.raises(InvalidImage, match=r"not a video .* an image \(PNG\); send MP4") as wrong:
+        await answer(house, about(junk))
+    assert wrong.value.param == "video"
+    assert nothing_is_held(house)
+
+
+async def test_an_estimate_refuses_what_the_answer_would_by_the_header(house):
+    large = replace(house.reader.limits, max_pixels=32 * 24 - 1)
+    house.pipeline.models.models[0].estimator.limits = house.reader.limits = large
+    with pytest.raises(TooLarge, match="the video has 32x24 pixels") as estimate:
+        await estimated(house, about(film()))
+    house.reader.close()
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = ImageReader(large, threads=1)
+    with pytest.raises(TooLarge) as told:
+        await answer(house, about(film()))
+    assert (estimate.value.message, estimate.value.param) == (told.value.message, "video")
+
+
 async def test_an_estimate_for_a_resampler_has_its_budget(whole):
     told = await estimated(whole, about(film()))
     assert (told.visual_tokens, told.vision_tokens) == ((64, 64), (64, 256))
@@ -495,12 +568,33 @@ async def test_a_video_is_checked_and_kept_once(house):
     assert nothing_is_held(house)
 
 
+@pytest.mark.parametrize(("data", "what"), [(clips.film(count=2), "video"), (png(), "image")])
+async def test_an_upload_that_is_not_decoded_in_time_says_what_it_is(data, what):
+    house = House(ROOMY, default_timeout_s=0.05)
+    house.pipeline.reader = house.pipeline.pixels.reader = Stalled(house.reader.limits, threads=1)
+    with pytest.raises(DeadlineExceeded, match=rf"^the {what} was not decoded within 0\.05 s"):
+        await house.keep_image(data)
+    assert nothing_is_held(house)
+
+
+class Stalled(ImageReader):
+    """Decodes nothing."""
+
+    async def decode(self, *_):
+        await asyncio.Event().wait()
+
+    decode_clip = decode
+
+
 async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
     house = House(ROOMY, quota_images_per_minute=12)
     asked = about(film(), frames=8, tenant="a")
     with house.pipeline.reservation("a") as reservation:
         assert [event async for event in house.pipeline.answer(asked, reservation)]
-    with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="images"):
+    with (
+        house.pipeline.reservation("a") as reservation,
+        pytest.raises(QuotaExceeded, match="send fewer images, or lower video_frames"),
+    ):
         [event async for event in house.pipeline.answer(asked, reservation)]
 
 
@@ -609,7 +703,7 @@ async def test_a_decoding_goes_on_when_the_request_that_began_it_leaves(house):
     await until(lambda: house.admission.scheduler.used(Resource.VISION) == 2)
     await cancelled(leads)
     assert house.admission.scheduler.used(Resource.VISION) == 2
-    assert house.admission.quota.held.pixels == 2 * 8 * 32 * 24  # those of the decoding too
+    assert house.admission.quota.held.pixels == 2 * (32 * 24 + 8 * 224**2)  # those of the decoding too
     reader.goes_on.set()
     _, end = await follows
     assert (reader.clips, len(end.frames)) == (1, 8)
@@ -752,3 +846,32 @@ async def test_an_upload_decodes_no_more_frames_than_a_resampler_reads():
     await house.keep_image(clips.film(count=12))
     assert reader.wanted == 4
     house.reader.close()
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["the caller leaves", "the deadline passes"])
+async def test_frames_that_were_encoded_are_charged_although_the_look_fails(leaves):
+    house = House(ROOMY, quota_images_per_minute=8, vision_slots=3)
+    await answer(house, request())  # starts the decoder
+    house.vision.calls.clear()
+    house.vision.close("see")
+    with house.pipeline.reservation("a") as reservation:
+        asked = about(film(), frames=8, tenant="a", timeout_s=30.0 if leaves else 1.0)
+        answering = asyncio.create_task(drained(house, asked, reservation))
+        await until(lambda: encodes(house) == 3)
+        if leaves:
+            await cancelled(answering)
+        else:
+            with pytest.raises(DeadlineExceeded):
+                await answering
+    house.vision.gate.set()
+    await house.quotas.settle()
+    with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="has 5 left"):
+        await drained(house, about(film(), frames=6, tenant="a"), reservation)
+    with house.pipeline.reservation("a") as reservation:
+        await drained(house, about(film(), frames=5, tenant="a"), reservation)
+
+
+async def drained(house: House, asked: Request, reservation: Reservation) -> None:
+    async with aclosing(house.pipeline.answer(asked, reservation)) as events:
+        async for _ in events:
+            pass

@@ -55,6 +55,7 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
             "fidelity_level": 1,
             "vision_tokens": 192,
             "visual_tokens": 96,
+            "frames": 16,
         },
     ]
 

@@ -1,10 +1,12 @@
 import json
 from dataclasses import asdict, replace
+from math import prod
 
 import pytest
 
 from service.core.card import ModelCard
-from tests.support.fakes import CARD, CLOSER
+from service.core.tensors import DTYPES
+from tests.support.fakes import CARD, CLIPS, CLOSER
 
 
 def test_a_card_comes_back_from_its_json_with_its_budgets_as_pairs():
@@ -27,6 +29,29 @@ def test_what_is_no_card_says_what_is_missing_or_unknown(change, said):
     text = json.dumps({name: value for name, value in fields.items() if value is not None})
     with pytest.raises(ValueError, match=f"^not a model card: .*{said}"):
         ModelCard.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"visual_tokens": 32}, "clip.visual_tokens is 32, and 64 are read"),
+        ({"frames": 0}, "clip.frames is 0: 1 to 32 are possible"),
+        ({"frames": 33}, "clip.frames is 33: 1 to 32 are possible"),
+        ({"frames": "8"}, "clip.frames is 8: 1 to 32"),
+        ({"frames": 8.0}, r"clip.frames is 8\.0: 1 to 32"),
+        ({"trained_frames": 0}, "clip.trained_frames is 0: 1 to 32 are possible"),
+        ({"trained_frames": 64}, "clip.trained_frames is 64: 1 to 32 are possible"),
+        ({"vision_tokens": [256, 64]}, r"clip.vision_tokens is \[256, 64\]"),
+        ({"vision_tokens": [64]}, "not enough values"),
+        ({"zzz": 1}, "'zzz'"),
+    ],
+)
+def test_a_clip_resampler_that_cannot_be_used_is_no_card(change, said):
+    fields = json.loads(CLIPS.to_json())
+    assert ModelCard.from_json(json.dumps(fields)) == CLIPS
+    fields["clip"] |= change
+    with pytest.raises(ValueError, match=f"^not a model card: .*{said}"):
+        ModelCard.from_json(json.dumps(fields))
 
 
 @pytest.mark.parametrize("text", ["[]", "1", "null"])
@@ -67,3 +92,16 @@ def test_the_closer_view_is_called_where_there_is_one():
 )
 def test_a_budget_can_ask_for_more_where_the_closer_view_may_be_looked_at(card, detail, vision_tokens):
     assert card.vision_tokens_for(detail) == vision_tokens
+
+
+@pytest.mark.parametrize(
+    ("width", "float_type", "frames"),
+    [(1408, "FP32", 32), (1408, "FP16", 32), (2048, "FP32", 31), (4096, "FP32", 15), (4096, "FP16", 31)],
+)
+def test_a_clip_has_no_more_frames_than_one_message_holds(width, float_type, frames):
+    card = replace(CLIPS, vision_width=width, float_type=float_type)
+    assert card.most_frames == frames
+    assert CARD.most_frames == 32
+    assert replace(CLIPS, clip=replace(CLIPS.clip, frames=12)).most_frames == 12
+    frame = sum(prod(shape) * DTYPES[card.type_of(name)].itemsize for name, shape in card.feature_shapes[224].items())
+    assert frames * frame < 64 * 2**20 - 2000

@@ -43,6 +43,14 @@ def test_the_default_budget_depends_on_the_detail():
     assert to_request(narrow, CLOSER, LIMITS).budget == Budget((64, 100), (32, 96))
 
 
+def test_the_default_budget_of_a_video_is_that_of_frames_whatever_its_detail():
+    video = replace(QUESTION, images=None, video=IMAGE, detail="auto")
+    assert to_request(video, CLOSER, LIMITS).budget.vision_tokens == (64, 256)
+    assert to_request(replace(video, images=(IMAGE,)), CLOSER, LIMITS).budget.vision_tokens == (64, 400)
+    earlier = replace(video, turns=(Exchange((IMAGE, Text("a")), "b"),))
+    assert to_request(earlier, CLOSER, LIMITS).budget.vision_tokens == (64, 400)
+
+
 @pytest.mark.parametrize(("stream", "stop", "streaming"), [(True, (), True), (False, (".",), True), (False, (), False)])
 def test_tokens_are_streamed_for_a_stream_and_for_stop_strings(stream, stop, streaming):
     assert to_request(replace(QUESTION, stream=stream, stop=stop), CARD, LIMITS).sampling.streaming is streaming

@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge
 from service.media.clip import DecodedClip, choosable, clip_cost, decode_clip, is_clip, spaced
-from service.media.clip_header import MAX_FRAME_PIXELS
+from service.media.clip_header import MAX_FRAME_PIXELS, video_header
 from service.media.decoder import ImageLimits, decode
 from service.media.film import Film, _refused
 from tests.support.clips import (
@@ -226,8 +226,9 @@ def test_clips_are_recognised_by_their_beginning(data, expected):
     ],
     ids=map(str, range(7)),
 )
-def test_a_clip_costs_the_pixels_of_its_frames_by_its_header(data, pixels):
-    assert clip_cost(data, 8) == 8 * pixels
+def test_a_clip_costs_the_pixels_that_its_decoder_holds_at_once_by_its_header(data, pixels):
+    assert clip_cost(data, 8, 50_000_000) == pixels + 8 * 224 * 224
+    assert clip_cost(data, 8, 410_000) == 410_000  # no more than an image may cost, for which there is room
 
 
 @settings(max_examples=300)
@@ -241,7 +242,7 @@ def test_a_clip_costs_the_pixels_of_its_frames_by_its_header(data, pixels):
 def test_whatever_the_bytes_are_their_header_is_read(start, noise, place):
     for data in (start + noise, start[:place] + noise + start[place + len(noise) :], MP4[:32] + start[:place] + noise):
         assert is_clip(data) in (True, False)
-        assert 0 < clip_cost(data, 8) <= 8 * MAX_FRAME_PIXELS
+        assert 8 * 224 * 224 < clip_cost(data, 8, 50_000_000) <= MAX_FRAME_PIXELS + 8 * 224 * 224
 
 
 @pytest.mark.parametrize(
@@ -257,10 +258,59 @@ def test_whatever_the_bytes_are_their_header_is_read(start, noise, place):
 )
 def test_a_header_of_millions_of_parts_is_left_after_some(data):
     begun = time.thread_time()
-    clip_cost(data, 8), is_clip(data)
+    clip_cost(data, 8, 50_000_000), is_clip(data)
     assert time.thread_time() - begun < 0.1  # a walk of all takes seconds
     with pytest.raises((InvalidImage, TooLarge)):
         decode_clip(data, ImageLimits(), 8)
+
+
+class Counted(bytes):
+    """Bytes that count how often a part of them is read."""
+
+    reads = 0
+
+    def __getitem__(self, at):
+        self.reads += 1
+        return super().__getitem__(at)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x1a\x45\xdf\xa3\x80" + b"\xec\x80" * 200_000,
+        b"\x1a\x45\xdf\xa3\x80" + b"\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\xae\x80" * 200_000,
+        MP4[:32] + bombs.box(b"free") * 200_000,
+        MP4[:32] + bombs.box(b"moov", bombs.box(b"mdia", bombs.box(b"free") * 16) * 200_000),
+        MP4[:32] + bombs.box(b"moov", bombs.box(b"stsd", bytes(8) + bombs.box(b"free") * 16) * 200_000),
+    ],
+    ids=["before the segment", "tracks", "boxes", "media", "entries"],
+)
+def test_the_steps_of_a_header_are_bounded_together(data):
+    counted = Counted(data)
+    video_header(counted)
+    assert 4096 <= counted.reads < 20_000  # an element is read with four reads, a box with one or two
+
+
+def test_the_size_of_a_film_in_thousands_of_fragments_is_read():
+    fragmented = film(container_options={"movflags": "frag_keyframe+empty_moov"})
+    fragment = fragmented[fragmented.index(b"moof") - 4 : fragmented.index(b"mfra") - 4]
+    assert len(fragment) > 100
+    many = fragmented + (bombs.box(b"moof") + bombs.box(b"mdat")) * 3000
+    assert video_header(many).width == 320
+    assert video_header(many).tracks == 1
+    assert not video_header(many).is_short
+    assert video_header(fragmented + b"\0\0\1\0mdat").is_short  # few enough to be walked to the end
+
+
+@pytest.mark.parametrize(("width", "height"), [(65_535, 2), (2, 65_535)])
+def test_a_side_beyond_the_limit_is_named(width, height):
+    film = bytearray(GIF)
+    film[6:10] = struct.pack("<HH", width, height)
+    with pytest.raises(
+        TooLarge, match=r"^the video has \d+x\d+ pixels, the limit of a side is 65,534: cut it"
+    ) as wrong:
+        decode_clip(bytes(film), ImageLimits(max_side=65_534), 1)
+    assert "megapixels" not in wrong.value.message
 
 
 def absurd(stsd: bytes) -> bytes:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow  # together: every test starts processes
 
 SMALL = encoded(picture(300, 200), "JPEG")
 SERVED = ImageLimits()
+MP4 = film()
 
 
 @cache
@@ -272,6 +273,27 @@ async def test_a_worker_refuses_the_clips_that_the_decoder_refuses_and_goes_on(o
         await one.decode_clip(data, 8)
     assert (caught.value.message, caught.value.param) == (expected.value.message, "video")
     assert one.pids == before
+
+
+async def test_slow_clips_leave_a_worker_to_images():
+    async with workers(count=2) as found:
+        await found.decode(SMALL, (224,))
+        os.kill(found.pids[1], signal.SIGSTOP)  # the next one to work
+        first = asyncio.create_task(found.decode_clip(MP4, 2))
+        await asyncio.sleep(0)
+        second, left = (asyncio.create_task(found.decode_clip(MP4, 2)) for _ in range(2))
+        await asyncio.sleep(0)
+        assert (await found.decode(SMALL, (224,))).width == 300
+        first.cancel()  # its worker is not free before it is done
+        left.cancel()
+        assert (await found.decode(SMALL, (224,))).width == 300
+        assert not second.done()
+        os.kill(found.pids[1], signal.SIGCONT)
+        assert len((await second).frames) == 2
+        clips = await asyncio.gather(*(found.decode_clip(MP4, 2) for _ in range(4)))  # all turns are back
+        assert [len(clip.frames) for clip in clips] == [2] * 4
+    async with workers(count=1) as found:
+        assert len((await found.decode_clip(MP4, 2)).frames) == 2
 
 
 async def test_a_clip_may_take_the_cpu_time_of_four_images_and_no_more():

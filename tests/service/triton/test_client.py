@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 import httpx
@@ -31,7 +33,16 @@ from service.core.errors import (
 from service.core.models import Generation
 from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
-from service.core.vision import CROPS, IMAGE_SIZE, MAX_VISION_TOKENS, CloserFeatures, Seen, UInt8Array, VisionFeatures
+from service.core.vision import (
+    CROPS,
+    IMAGE_SIZE,
+    MAX_VISION_TOKENS,
+    CloserFeatures,
+    Int8Rows,
+    Seen,
+    UInt8Array,
+    VisionFeatures,
+)
 from service.text.prompt import PromptBuilder
 from service.triton import CALLED, TritonClient
 from service.triton.errors import ERROR_CODES, ERROR_TEXTS, MESSAGES, translate
@@ -520,9 +531,36 @@ class Hollow(service_pb2_grpc.GRPCInferenceServiceServicer):
         return response
 
 
+class AttendsClips(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that attends to clips, and keeps the last request."""
+
+    asked: service_pb2.ModelInferRequest
+
+    async def ModelInfer(self, request, context):
+        self.asked = request
+        response = service_pb2.ModelInferResponse()
+        frames = request.inputs[0].shape[0]
+        for output in CALLED["attend_clip"].outputs:
+            tensor = output.sized("FP32", {"H": 4})
+            shape = [frames if size == -1 else size for size in tensor.dims]
+            response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
+            response.raw_output_contents.append(bytes(4 * int(np.prod(shape))))
+        return response
+
+
+class WatchedRows(Int8Rows):
+    """Rows that note which threads made floats of them."""
+
+    threads: ClassVar[set[int]] = set()
+
+    def dense(self):
+        self.threads.add(threading.get_ident())
+        return super().dense()
+
+
 @asynccontextmanager
 async def served(servicer: service_pb2_grpc.GRPCInferenceServiceServicer) -> AsyncIterator[TritonClient]:
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -544,6 +582,24 @@ async def test_a_response_without_its_outputs_is_a_model_that_does_not_answer(
         assert client.failing("see")
         with pytest.raises(Unavailable):
             await client.probe("attend", card)
+
+
+async def test_a_clip_s_megabytes_are_made_beside_the_event_loop(prompts: PromptBuilder) -> None:
+    rows = WatchedRows.of(np.linspace(-1, 1, 257 * 1024, dtype=np.float32).reshape(257, -1))
+    places = np.linspace(0, 1, 256, dtype=np.float32)
+    frame = VisionFeatures(rows, places, places, np.zeros((13, 16, 16), np.float32))
+    servicer, question = AttendsClips(), prompts.question(QUESTION)
+    async with served(servicer) as client:
+        seen = await client.attend_clip([frame] * 8, [0.0, 1.0] * 4, question, Budget((64, 256), (64, 64)), 20)
+    assert len(seen.frames) == 8
+    assert WatchedRows.threads
+    assert threading.get_ident() not in WatchedRows.threads
+    sent = dict(zip((tensor.name for tensor in servicer.asked.inputs), servicer.asked.raw_input_contents, strict=True))
+    assert sent.keys() == {tensor.name for tensor in CALLED["attend_clip"].inputs}
+    np.testing.assert_array_equal(
+        np.frombuffer(sent["features"], np.float32).reshape(8, 257, 1024)[5], Int8Rows.dense(rows)
+    )
+    assert np.frombuffer(sent["clip_budget"], np.int32).tolist() == [64, 256]
 
 
 async def test_who_stops_listening_cancels_no_call(asker: Asker, prompts: PromptBuilder, pixels: UInt8Array) -> None:

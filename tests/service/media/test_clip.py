@@ -424,8 +424,8 @@ def test_damaged_clips_decode_or_are_refused_and_nothing_else(kind):
 
 @pytest.mark.parametrize(
     ("data", "advice"),
-    [(MP4, "an MP4 video (send it as `video`); send PNG"), (WEBM, "a WebM or Matroska video (send it as `video`)"),
-     (b"RIFF\0\0\1\0AVI LIST", "an AVI video (save it as MP4 and send it as `video`)")],
+    [(MP4, "an MP4 video (send it as a video); send PNG"), (WEBM, "a WebM or Matroska video (send it as a video)"),
+     (b"RIFF\0\0\1\0AVI LIST", "an AVI video (save it as MP4 and send it as a video)")],
     ids=["MP4", "WebM", "AVI"],
 )  # fmt: skip
 def test_a_video_that_is_sent_as_an_image_is_refused_with_the_field_to_send_it_in(data, advice):

@@ -42,7 +42,7 @@ from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Req
 from service.core.variant import Route
 from service.core.vision import Sight
 from service.images import Images
-from service.media.clip_header import clip_cost, clip_format
+from service.media.clip_header import FILMS, clip_cost, clip_format
 from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
 from service.media.foreign import Wanted
@@ -63,7 +63,6 @@ from service.vision_stage.estimating import Estimator
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
 
-FILMS = ("MP4", "WebM")  # files that are clips and no images; a GIF or WebP is both
 
 __all__ = ["Pipeline", "Reservation"]  # the only names that a transport imports
 

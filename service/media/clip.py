@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
 from service.core.vision import UInt8Array
@@ -25,6 +27,9 @@ from service.media.decoder import ImageLimits, require_bytes
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
 from service.media.video_header import MAX_TRACKS
+
+if TYPE_CHECKING:
+    from service.media.film import Film
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
@@ -58,8 +63,9 @@ def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
     kind = clip_format(data)
     if kind is None:
         raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
+    decoded = _animated if kind in ("GIF", "WebP") else partial(_filmed, _film())
     try:
-        return (_animated if kind in ("GIF", "WebP") else _filmed)(data, kind, limits, most)
+        return decoded(data, kind, limits, most)
     except GlimpseError:
         raise
     except MemoryError as exc:
@@ -119,9 +125,14 @@ def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> 
     return DecodedClip(*size, begins_ms[-1] / 1000, frames)
 
 
-def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
-    from service.media.film import Film  # noqa: PLC0415 - loads FFmpeg, which the gateway's own process never needs
+def _film() -> type[Film]:
+    """Load FFmpeg, which the gateway's own process never needs. Raises ImportError without PyAV."""
+    from service.media.film import Film  # noqa: PLC0415
 
+    return Film
+
+
+def _filmed(read: type[Film], data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
     told = video_header(data)
     if told.is_encrypted:
         raise InvalidImage("the video is encrypted: send one that is not", param="video")
@@ -135,7 +146,7 @@ def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> De
     require_frame_size(told.width, told.height, limits)
     if told.is_short:
         raise ValueError("bytes are missing")
-    with closing(Film(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
+    with closing(read(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
         width, height = film.size
         require_frame_size(width, height, limits)
         wanted = spaced(film.count, most)

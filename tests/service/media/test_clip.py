@@ -22,6 +22,7 @@ from service.media.clip import DecodedClip, clip_cost, decode_clip, is_clip, spa
 from service.media.clip_header import MAX_FRAME_PIXELS
 from service.media.decoder import ImageLimits, decode
 from service.media.film import Film, _refused
+from tests.support import films
 from tests.support.clips import (
     animation,
     changed,
@@ -420,6 +421,13 @@ def test_damaged_clips_decode_or_are_refused_and_nothing_else(kind):
             refused += 1
     assert 0 < refused < 150
     assert len(decode_clip(data, LIMITS, 4).frames) == 4
+
+
+def test_a_missing_pyav_is_no_damage_of_the_file(monkeypatch):
+    monkeypatch.setitem(sys.modules, "service.media.film", None)  # as Python has a module that cannot be imported
+    with pytest.raises(ImportError):
+        decode_clip(WEBM, LIMITS, 4)
+    assert len(decode_clip(films.gif(), LIMITS, 4).frames) == 4
 
 
 @pytest.mark.parametrize(

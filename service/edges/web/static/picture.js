@@ -3,6 +3,7 @@ import { keepImage, Refused } from "./api.js";
 import { byId } from "./dom.js";
 
 const MARGIN_S = 30; // an id that expires sooner is not used
+const LONGEST_SIDE = 640; // of a frame that is kept, in pixels
 const WITHIN_S = 0.002; // the service rounds the time of a frame to milliseconds
 
 /** The file is not an image or a video that this browser can show. */
@@ -30,6 +31,11 @@ export class Picture {
   /** What a question looked at -> [{bitmap, label, relevance}]. `end` is its answer. */
   async looks(end) {
     return [{ bitmap: this.bitmap, label: "", relevance: end.relevance[0] }];
+  }
+
+  /** Free what the picture holds. It cannot be shown again. */
+  close() {
+    this.bitmap.close();
   }
 
   get name() {
@@ -60,6 +66,7 @@ class Film extends Picture {
   constructor(file, video, bitmap) {
     super(file, bitmap);
     this.video = video;
+    this.frames = new Map(); // bitmaps by their times, for all questions
   }
 
   /** Read a file. Throws NotAnImage. */
@@ -69,7 +76,7 @@ class Film extends Picture {
     video.preload = "auto";
     try {
       await happened(video, "loadeddata", () => (video.src = URL.createObjectURL(file)));
-      return new Film(file, video, await createImageBitmap(video));
+      return new Film(file, video, await frameOf(video));
     } catch {
       URL.revokeObjectURL(video.src);
       const name = file.name || "This file";
@@ -79,23 +86,51 @@ class Film extends Picture {
     }
   }
 
-  async looks(end) {
+  async looks(end, signal) {
     const looks = [];
     for (const { index, time_s: time = 0, relevance } of end.vision.frames ?? []) {
-      await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S));
-      looks.push({ bitmap: await createImageBitmap(this.video), label: `frame ${index}, ${time.toFixed(2)} s`, relevance });
+      looks.push({ bitmap: await this.at(time, signal), label: `frame ${index}, ${time.toFixed(2)} s`, relevance });
     }
     return looks;
   }
+
+  /** The frame at a time. Throws if the video cannot be read there, or `signal` is aborted. */
+  async at(time, signal) {
+    if (!this.frames.has(time)) {
+      await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S), signal);
+      this.frames.set(time, await frameOf(this.video));
+    }
+    return this.frames.get(time);
+  }
+
+  close() {
+    super.close();
+    for (const bitmap of this.frames.values()) bitmap.close();
+    URL.revokeObjectURL(this.video.src);
+    this.video.removeAttribute("src");
+    this.video.load();
+  }
 }
 
-/** Wait for an event that `cause` leads to. Throws what the element says is wrong. */
-function happened(element, event, cause) {
+/** What a video shows now, not larger than a page needs. */
+function frameOf(video) {
+  const { videoWidth: width, videoHeight: height } = video;
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+  const [resizeWidth, resizeHeight] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+  return createImageBitmap(video, { resizeWidth, resizeHeight, resizeQuality: "medium" });
+}
+
+/** Wait for an event that `cause` leads to. Throws what the element says is wrong, or that `signal` is aborted. */
+function happened(element, event, cause, signal) {
+  const over = new AbortController();
+  const listening = { signal: over.signal };
   return new Promise((resolve, reject) => {
-    element.addEventListener(event, resolve, { once: true });
-    element.addEventListener("error", () => reject(element.error), { once: true });
+    signal?.throwIfAborted();
+    element.addEventListener(event, resolve, listening);
+    element.addEventListener("error", () => reject(element.error), listening);
+    signal?.addEventListener("abort", () => reject(signal.reason), listening);
     cause();
-  });
+  }).finally(() => over.abort());
 }
 
 /** Call `taken` with each file that the visitor brings. */

@@ -10,7 +10,7 @@ from playwright.async_api import Route
 
 from tests.service.edges.web.conftest import Visit
 from tests.service.edges.web.test_page import DROP
-from tests.support import films
+from tests.support import clips, films
 from tests.support.fakes import png
 
 pytestmark = [pytest.mark.needs("chromium"), pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
@@ -119,8 +119,77 @@ async def test_an_image_after_a_video_has_all_its_views_again(visit: Visit) -> N
     assert await visit.answers() == ["a red square"]
     assert await visit.page.locator("#views label:visible").count() == 6
     assert await visit.page.locator("#stage.strip").count() == 0
-    await visit.page.get_by_text("Show on the image").click()  # the video's
+    await visit.page.get_by_text("Show on the frames").click()  # the video's
     assert await visit.page.locator("#stage.strip canvas").count() == 2
+
+
+async def test_two_settings_of_a_video_differ_by_their_tokens_only(visit: Visit) -> None:
+    await visit.page.click("#settings summary")
+    await visit.page.check("#compare")
+    assert await visit.page.locator("#detail-b").input_value() == "high"
+    await visit.choose(films.video(2), "clip.webm")
+    await visit.page.wait_for_selector("#stage canvas[aria-label^='clip.webm']")
+    for name in ("detail", "fit"):
+        assert await visit.page.locator(f"#{name}-a, #{name}-b").evaluate_all("(all) => all.every((s) => s.disabled)")
+    assert (
+        await visit.page.locator("#why-not-b").inner_text() == "Frames of a video are seen at detail low, and squashed."
+    )
+    await visit.ask("which way?")
+    assert await visit.answers() == ["a red square", "a red square"]
+    first, second = (each.post_data_json for each in visit.posted("/v1/vqa"))
+    assert ("detail" in first, "detail" in second, "budget" in first) == (False, False, False)
+    assert second["budget"] == {"vision_tokens": [64, 64]}
+    await visit.choose(png())
+    await visit.page.wait_for_selector("#stage canvas[aria-label^='photo.png']")
+    assert await visit.page.locator("#detail-b").is_enabled()
+
+
+SEEK = "Object.defineProperty(HTMLMediaElement.prototype, 'currentTime', { set() { %s } })"
+
+
+async def test_an_answer_stays_if_its_frames_cannot_be_shown(visit: Visit) -> None:
+    await answered(visit, [0, 5])
+    await visit.choose(films.video(6), "clip.webm")
+    await visit.page.evaluate(SEEK % "this.dispatchEvent(new Event('error'))")
+    await visit.ask("which way?")
+    assert await visit.answers() == ["to the right"]
+    assert "This browser cannot show the frames of this video." in await visit.page.inner_text(".run")
+    assert "2 frames" in await visit.page.inner_text(".facts")
+    assert await visit.page.locator("#trouble strong").count() == 0
+
+
+async def test_stop_ends_the_search_for_frames(visit: Visit) -> None:
+    await answered(visit, [0, 5])
+    await visit.choose(films.video(6), "clip.webm")
+    await visit.page.evaluate(SEEK % "")
+    await visit.ask("which way?")
+    await visit.page.wait_for_selector(".facts")
+    await visit.page.click("#stop")
+    assert await visit.answers() == ["to the right"]
+    assert "Stopped before its frames were shown." in await visit.page.inner_text(".run")
+
+
+async def test_a_video_is_freed_once_no_answer_shows_it(visit: Visit) -> None:
+    await visit.page.evaluate(
+        "() => { const revoke = URL.revokeObjectURL; window.freed = [];"
+        " URL.revokeObjectURL = (url) => { window.freed.push(url); revoke.call(URL, url); }; }"
+    )
+    for name, question in (("first.webm", None), ("second.webm", "which way?"), ("third.webm", None)):
+        await visit.choose(films.video(2), name)
+        await visit.page.wait_for_selector(f"#stage canvas[aria-label^='{name}']")
+        if question:
+            await visit.ask(question)
+            await visit.answers()
+    assert len(await visit.page.evaluate("window.freed")) == 1  # the first: the second's answer can be shown again
+    await visit.page.get_by_text("Show on the frames").click()
+    assert await visit.page.locator("#stage canvas").count() == 2
+
+
+async def test_frames_are_kept_no_larger_than_the_page_needs(visit: Visit) -> None:
+    await visit.choose(clips.film(count=2, size=(1280, 720)), "clip.mp4")
+    await visit.page.wait_for_selector("#stage canvas[aria-label^='clip.mp4']")
+    size = await visit.page.locator("#stage canvas").evaluate("(canvas) => [canvas.width, canvas.height]")
+    assert size == [640, 360]
 
 
 async def test_a_file_that_is_no_video_is_told(visit: Visit) -> None:

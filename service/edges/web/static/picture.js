@@ -1,9 +1,9 @@
 // Take an image or a video that is dropped, pasted, chosen or photographed, and keep it with the service.
 import { keepImage, Refused } from "./api.js";
 import { byId } from "./dom.js";
+import { LONGEST } from "./heat.js";
 
 const MARGIN_S = 30; // an id that expires sooner is not used
-const LONGEST_SIDE = 640; // of a frame that is kept, in pixels
 const WITHIN_S = 0.002; // the service rounds the time of a frame to milliseconds
 
 /** The file is not an image or a video that this browser can show. */
@@ -22,7 +22,10 @@ export class Picture {
   /** Read a file. Throws NotAnImage. */
   static async of(file, example = null) {
     try {
-      return new Picture(file, await createImageBitmap(file), example);
+      const whole = await createImageBitmap(file);
+      const bitmap = await shrunk(whole, whole.width, whole.height);
+      whole.close();
+      return new Picture(file, bitmap, example);
     } catch {
       return Film.of(file);
     }
@@ -112,12 +115,16 @@ class Film extends Picture {
   }
 }
 
-/** What a video shows now, not larger than a page needs. */
+/** What a video shows now. */
 function frameOf(video) {
-  const { videoWidth: width, videoHeight: height } = video;
-  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+  return shrunk(video, video.videoWidth, video.videoHeight);
+}
+
+/** A bitmap of an image or a video, not larger than a canvas of the page. */
+function shrunk(source, width, height) {
+  const scale = Math.min(1, LONGEST / Math.max(width, height));
   const [resizeWidth, resizeHeight] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
-  return createImageBitmap(video, { resizeWidth, resizeHeight, resizeQuality: "medium" });
+  return createImageBitmap(source, { resizeWidth, resizeHeight, resizeQuality: "high" });
 }
 
 /** Wait for an event that `cause` leads to. Throws what the element says is wrong, or that `signal` is aborted. */

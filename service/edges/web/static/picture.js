@@ -23,7 +23,7 @@ export class Picture {
   static async of(file, example = null) {
     try {
       const whole = await createImageBitmap(file);
-      const bitmap = await shrunk(whole, whole.width, whole.height);
+      const bitmap = await shrunk(whole);
       whole.close();
       return new Picture(file, bitmap, example);
     } catch {
@@ -79,7 +79,7 @@ class Film extends Picture {
     video.preload = "auto";
     try {
       await happened(video, "loadeddata", () => (video.src = URL.createObjectURL(file)));
-      return new Film(file, video, await frameOf(video));
+      return new Film(file, video, frameOf(video));
     } catch {
       URL.revokeObjectURL(video.src);
       const name = file.name || "This file";
@@ -101,7 +101,7 @@ class Film extends Picture {
   async at(time, signal) {
     if (!this.frames.has(time)) {
       await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S), signal);
-      this.frames.set(time, await frameOf(this.video));
+      this.frames.set(time, frameOf(this.video));
     }
     return this.frames.get(time);
   }
@@ -115,16 +115,24 @@ class Film extends Picture {
   }
 }
 
-/** What a video shows now. */
+/** What a video shows now, not larger than a canvas of the page. */
 function frameOf(video) {
-  return shrunk(video, video.videoWidth, video.videoHeight);
+  const [width, height] = within(video.videoWidth, video.videoHeight);
+  const canvas = new OffscreenCanvas(width, height);
+  canvas.getContext("2d").drawImage(video, 0, 0, width, height);
+  return canvas.transferToImageBitmap();
 }
 
-/** A bitmap of an image or a video, not larger than a canvas of the page. */
-function shrunk(source, width, height) {
+/** An image, not larger than a canvas of the page. */
+function shrunk(image) {
+  const [resizeWidth, resizeHeight] = within(image.width, image.height);
+  return createImageBitmap(image, { resizeWidth, resizeHeight, resizeQuality: "high" });
+}
+
+/** The sides in pixels of what a canvas of the page shows. */
+function within(width, height) {
   const scale = Math.min(1, LONGEST / Math.max(width, height));
-  const [resizeWidth, resizeHeight] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
-  return createImageBitmap(source, { resizeWidth, resizeHeight, resizeQuality: "high" });
+  return [width, height].map((side) => Math.max(1, Math.round(side * scale)));
 }
 
 /** Wait for an event that `cause` leads to. Throws what the element says is wrong, or that `signal` is aborted. */

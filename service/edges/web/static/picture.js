@@ -22,10 +22,7 @@ export class Picture {
   /** Read a file. Throws NotAnImage. */
   static async of(file, example = null) {
     try {
-      const whole = await createImageBitmap(file);
-      const bitmap = await shrunk(whole);
-      whole.close();
-      return new Picture(file, bitmap, example);
+      return new Picture(file, await bitmapOf(file), example);
     } catch {
       return Film.of(file);
     }
@@ -79,7 +76,7 @@ class Film extends Picture {
     video.preload = "auto";
     try {
       await happened(video, "loadeddata", () => (video.src = URL.createObjectURL(file)));
-      return new Film(file, video, frameOf(video));
+      return new Film(file, video, await bitmapOf(video));
     } catch {
       URL.revokeObjectURL(video.src);
       const name = file.name || "This file";
@@ -101,7 +98,7 @@ class Film extends Picture {
   async at(time, signal) {
     if (!this.frames.has(time)) {
       await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S), signal);
-      this.frames.set(time, frameOf(this.video));
+      this.frames.set(time, await bitmapOf(this.video));
     }
     return this.frames.get(time);
   }
@@ -115,24 +112,15 @@ class Film extends Picture {
   }
 }
 
-/** What a video shows now, not larger than a canvas of the page. */
-function frameOf(video) {
-  const [width, height] = within(video.videoWidth, video.videoHeight);
-  const canvas = new OffscreenCanvas(width, height);
-  canvas.getContext("2d").drawImage(video, 0, 0, width, height);
-  return canvas.transferToImageBitmap();
-}
-
-/** An image, not larger than a canvas of the page. */
-function shrunk(image) {
-  const [resizeWidth, resizeHeight] = within(image.width, image.height);
-  return createImageBitmap(image, { resizeWidth, resizeHeight, resizeQuality: "high" });
-}
-
-/** The sides in pixels of what a canvas of the page shows. */
-function within(width, height) {
-  const scale = Math.min(1, LONGEST / Math.max(width, height));
-  return [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+/** An image file, or what a video shows now, not larger than a canvas of the page. */
+async function bitmapOf(source) {
+  const whole = await createImageBitmap(source);
+  const scale = LONGEST / Math.max(whole.width, whole.height);
+  if (scale >= 1) return whole;
+  const [resizeWidth, resizeHeight] = [whole.width, whole.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const bitmap = await createImageBitmap(whole, { resizeWidth, resizeHeight, resizeQuality: "high" });
+  whole.close();
+  return bitmap;
 }
 
 /** Wait for an event that `cause` leads to. Throws what the element says is wrong, or that `signal` is aborted. */

@@ -46,7 +46,7 @@ from service.media.clip import DecodedClip
 from service.media.clip_header import clip_format, require_clip
 from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
-from service.media.formats import format_of
+from service.media.foreign import Wanted
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore, LoadedClip
 from service.record.outcomes import Outcomes
@@ -182,7 +182,7 @@ class Pipeline:
         self.metrics.costs.payer(reservation.tenant)
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
-        is_film = clip_format(data) is not None and format_of(data) is None  # a GIF or a WebP is an image too
+        is_film = clip_format(data) in FILMS
         try:
             async with reservation.account.charged(Use(images=1)) as use:
                 with reservation.work():
@@ -192,7 +192,8 @@ class Pipeline:
                 use.images = 1
         except TimeoutError as exc:
             raise DeadlineExceeded(
-                f"the {'video' if is_film else 'image'} was not decoded within {timeout_s:g} s: try again in a few seconds"
+                f"the {'video' if is_film else 'image'} was not decoded within {timeout_s:g} s: try again in a few "
+                "seconds"
             ) from exc
         await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
@@ -220,11 +221,11 @@ class Pipeline:
         if request.sampling.guide is not None:
             await self.guides.require(request.sampling.guide)
         choice, loaded = self.models.choices(request)[0], []
-        for source, naming in places_of(request):
+        for source, naming, _ in places_of(request):
             with naming():
                 if isinstance(source, ImageUrl):
                     raise InvalidRequest(
-                        "image is a URL, and an estimate fetches none: send the image's bytes, or its id",
+                        "image is a URL, and an estimate fetches none: send the bytes, or an id",
                         param="image",
                         code="url_not_supported",
                     )
@@ -312,7 +313,7 @@ class Pipeline:
         loaded, sources = [], places_of(request)
         with ticket.stage("load"):
             fetched = await self.fetch(sources, reservation)
-            for source, naming in sources:
+            for source, naming, _ in sources:
                 with naming():
                     known = fetched[source] if isinstance(source, ImageUrl) else source
                     loaded.append(await self.load_one(known, request.tenant))
@@ -327,21 +328,24 @@ class Pipeline:
 
         Raises InvalidRequest, InvalidImage, TooLarge, Overloaded.
         """
-        urls = {source: naming for source, naming in reversed(sources) if isinstance(source, ImageUrl)}
+        urls = {
+            source: (naming, wanted) for source, naming, wanted in reversed(sources) if isinstance(source, ImageUrl)
+        }
         if not urls:
             return {}
         try:
             async with asyncio.TaskGroup() as tasks:
                 fetches = {
-                    url: tasks.create_task(self.fetch_one(url, naming, reservation)) for url, naming in urls.items()
+                    url: tasks.create_task(self.fetch_one(url, naming, wanted, reservation))
+                    for url, (naming, wanted) in urls.items()
                 }
         except BaseExceptionGroup as group:
             first = group.exceptions[0]
             raise first from first.__cause__
         return {url: fetch.result() for url, fetch in fetches.items()}
 
-    async def fetch_one(self, source: ImageUrl, naming: Naming, reservation: Reservation) -> ImageBytes:
-        """Fetch an image. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
+    async def fetch_one(self, source: ImageUrl, naming: Naming, wanted: Wanted, reservation: Reservation) -> ImageBytes:
+        """Fetch a file. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
         with naming():
             if self.fetcher is None:
                 raise InvalidRequest(
@@ -350,7 +354,9 @@ class Pipeline:
                     param="image",
                     code="url_not_supported",
                 )
-            return ImageBytes(await self.fetcher.fetch(source.url, reservation.tenant, reservation.reserve_bytes))
+            return ImageBytes(
+                await self.fetcher.fetch(source.url, reservation.tenant, reservation.reserve_bytes, wanted)
+            )
 
     async def load_one(self, source: ImageBytes | ImageId, tenant: str) -> Image:
         """Return the bytes and digest of one image. Raises NotFound for an unknown id."""
@@ -490,19 +496,21 @@ class Pipeline:
 
 
 Naming = Callable[[], AbstractContextManager[None]]  # says in an error which of the request's sources is at fault
-Place = tuple[ImageSource, Naming]
+Place = tuple[ImageSource, Naming, Wanted]
 
 
 def places_of(request: Request) -> list[Place]:
     """Return all that a request shows: its images, then its clip's file or frames."""
     of = len(request.images)
-    places: list[Place] = [(source, partial(naming_image, index, of)) for index, source in enumerate(request.images)]
+    places: list[Place] = [
+        (source, partial(naming_image, index, of), "image") for index, source in enumerate(request.images)
+    ]
     if request.clip is None:
         return places
     if not isinstance(request.clip.source, tuple):
-        return [*places, (request.clip.source, naming_video)]
+        return [*places, (request.clip.source, naming_video, "video")]
     frames, of = request.clip.source, len(request.clip.source)
-    return [*places, *((source, partial(naming_frame, index, of)) for index, source in enumerate(frames))]
+    return [*places, *((source, partial(naming_frame, index, of), "image") for index, source in enumerate(frames))]
 
 
 def divided(request: Request, loaded: Sequence[Image]) -> tuple[list[Image], LoadedClip | None]:

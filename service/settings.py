@@ -124,7 +124,8 @@ class Settings(BaseSettings):
     batch_timeout_s: float = Field(600.0, gt=0)  # for all questions of a batch; each has its own timeout too
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
     decode_workers: int = Field(2, gt=0)  # processes that decode images and clips
-    decode_cpu_s: float = Field(2.0, gt=0)  # CPU time to decode one image, a quarter of a clip's; beyond it, 413
+    # CPU time to decode one image. A clip may take four times as much. Beyond it, 413.
+    decode_cpu_s: float = Field(2.0, gt=0)
 
     # Images from URLs that callers name. Without a host here none is fetched. Hosts with commas between them: names,
     # *.example.org for all names below one, or * for every public host. TLS is verified with the system's certificate

@@ -152,13 +152,20 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
     return dict(table)
 
 
+def frames_of(split: str) -> int:
+    """Read the number in a split's name such as "clips, 16 frames"; 0 if there is none."""
+    number = split.partition(", ")[2].partition(" ")[0]
+    return int(number) if number.isdigit() else 0
+
+
 def as_markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
     """The summary as a Markdown table, as in the README."""
     lines = [
         "| split | type | n | accuracy | 95 % interval | most frequent answer | vision tokens |",
         "|---|---|---|---|---|---|---|",
     ]
-    for split, kinds in sorted(table.items(), reverse=True):
+    by_frames = sorted(table.items(), key=lambda item: frames_of(item[0]))
+    for split, kinds in sorted(by_frames, key=lambda item: item[0].partition(",")[0], reverse=True):
         for kind, row in sorted(kinds.items(), key=lambda item: (item[0] == "all", item[0])):
             lines.append(
                 f"| {split} | {kind} | {row['n']} | {row['accuracy']:.3f} | "

@@ -29,7 +29,10 @@ from service.cli.client import (
 from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
 from service.core.frames import MAX_FRAMES, FrameSampling
-from service.media.clip_header import is_clip
+from service.media.clip_header import FILMS, clip_format, is_clip
+from service.media.formats import is_pdf
+
+NO_PAGE = "--explain draws over an image, not over a page: send the page as an image, or leave it out"
 
 
 def ask(
@@ -211,6 +214,7 @@ def ask_about(
     """Ask the questions about one subject, which is sent once. Raises AskFailed."""
     files = subject.read()
     field = subject.field(files[0], asked)
+    require_askable(subject, field, files, asked, show)
     ids = [name if data is None else upload(client, data) for name, data in zip(subject.names, files, strict=True)]
     for question in questions:
         body = {**asked, field: ids if subject.as_frames else ids[0], "question": question}
@@ -221,7 +225,7 @@ def ask_about(
             else:
                 typer.echo(said["answer"])
             if show.explain:
-                draw([data for data in files if data is not None], body, said, show.explain)
+                draw(subject, [data for data in files if data is not None], body, said, show.explain)
             continue
         in_front = [f"{subject}:"] * show.named + [question] * (len(questions) > 1)
         said_first = "".join(f"{word} " for word in in_front)
@@ -305,13 +309,42 @@ def require_drawable(target: Path, subjects: Sequence[Subject], questions: list[
         raise AskFailed(f"--explain draws over one image, not {len(subjects)}: ask about each one separately")
     if len(questions) > 1:
         raise AskFailed(f"--explain draws one question, not {len(questions)}: ask each one separately")
-    if page is not None or any(name.lower().endswith(".pdf") for name in subjects[0].names):
-        raise AskFailed("--explain draws over an image, not over a page: send the page as an image, or leave it out")
+    if page is not None:
+        raise AskFailed(NO_PAGE)
     if any(is_id(name) for name in subjects[0].names):
         raise AskFailed("--explain draws over the image: name its file, not its id")
 
 
-def draw(files: Sequence[bytes], asked: Mapping[str, Any], said: dict[str, Any], target: Path) -> None:
+def require_askable(
+    subject: Subject, field: str, files: Sequence[bytes | None], asked: Mapping[str, Any], show: Show
+) -> None:
+    """Check by the files' content, before anything is sent, what the service or the drawing would refuse.
+
+    Raises AskFailed.
+    """
+    if field != "image" and show.sure:
+        raise AskFailed(
+            f"{subject} is a video, and confidence is calibrated for images only: leave --confidence and "
+            "--min-confidence out"
+        )
+    if field != "image" and "page" in asked:
+        raise AskFailed(f"{subject} is a video, which has no pages: leave --page out")
+    if subject.as_frames and len(files) > MAX_FRAMES:
+        raise AskFailed(f"--as-frames takes 1 to {MAX_FRAMES} images, and {len(files)} are named: leave some out")
+    if subject.as_frames:
+        for name, data in zip(subject.names, files, strict=True):
+            if data is not None and (clip_format(data) in FILMS or is_pdf(data)):
+                kind = "a document" if is_pdf(data) else "a video"
+                raise AskFailed(f"{name} is {kind}: --as-frames takes images")
+    if show.explain and any(data is not None and is_pdf(data) for data in files):
+        raise AskFailed(NO_PAGE)
+    if show.explain and field == "video" and files[0] is not None and clip_format(files[0]) in FILMS:
+        require("av", "serve")
+
+
+def draw(
+    subject: Subject, files: Sequence[bytes], asked: Mapping[str, Any], said: dict[str, Any], target: Path
+) -> None:
     """Draw where the model looked into a file. Raises AskFailed."""
     from service.cli import drawing, film_strip  # noqa: PLC0415  (takes 0.3 s, so only this command imports it)
 
@@ -322,6 +355,10 @@ def draw(files: Sequence[bytes], asked: Mapping[str, Any], said: dict[str, Any],
         else:
             clip = files if "frames" in asked else files[0]
             figure = film_strip.explain_clip(clip, question, said, asked.get("video_frames"))
-        target.write_bytes(drawing.png(figure))
+        picture = drawing.png(figure)
+    except OSError as exc:
+        raise AskFailed(f"cannot draw {subject}: {exc.strerror or exc}") from exc
+    try:
+        target.write_bytes(picture)
     except OSError as exc:
         raise AskFailed(f"cannot write {target}: {exc.strerror}") from exc

@@ -56,7 +56,7 @@ class Question:
             raise AskFailed('no JSON object such as {"image": "x.jpg", "question": "how many?"}')
         if fields.get("stream"):
             raise AskFailed("a batch sends no streams: leave stream out")
-        return {**self.options, **fields}
+        return {**applicable(self.options, fields), **fields}
 
     @property
     def digest(self) -> str:
@@ -66,6 +66,15 @@ class Question:
         except AskFailed:
             asked = self.text
         return hashlib.blake2b(asked + self.about, digest_size=8).hexdigest()
+
+
+def applicable(options: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the options that a line cannot have: --frames without a video, --page without the one image."""
+    has_video = any(fields.get(name) is not None for name in ("video", "frames"))
+    not_of_this = () if has_video else ("video_frames", "video_sampling")
+    if has_video or fields.get("image") is None:
+        not_of_this = (*not_of_this, "page")
+    return {name: value for name, value in options.items() if name not in not_of_this}
 
 
 class Service:

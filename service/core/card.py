@@ -60,7 +60,10 @@ class ClipResampler:
     vision_tokens: tuple[int, int]  # least and most of all frames together
 
     def budget(self, asked: Budget) -> Budget:
-        """Return the budget of a whole clip: what of the asked one it can spend."""
+        """Return the budget of a whole clip: what of the asked one it can spend.
+
+        Its visual tokens are always the same. A question about a clip alone was refused if it asked for others.
+        """
         least, most = self.vision_tokens
         low, high = (min(max(tokens, least), most) for tokens in asked.vision_tokens)
         return Budget((low, high), (self.visual_tokens, self.visual_tokens))

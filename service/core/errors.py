@@ -64,8 +64,21 @@ def naming_video() -> Iterator[None]:
     except GlimpseError as error:
         if error.param == "image":
             error.param = "video"
-            error.message = re.sub(r"\Aimage\b", "video", error.message)
+            error.message = re.sub(r"\A(the )?image\b", r"\1video", error.message)
             error.args = (error.message,)
+        raise
+
+
+@contextmanager
+def naming_field(name: str) -> Iterator[None]:
+    """Turn an error about `image` or `video` into one about the field that holds either."""
+    try:
+        yield
+    except GlimpseError as error:
+        if error.param in ("image", "video"):
+            error.message = re.sub(rf"\A{error.param}\b", name, error.message)
+            error.args = (error.message,)
+            error.param = name
         raise
 
 

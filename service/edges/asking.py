@@ -198,16 +198,17 @@ def _require_one_image(fields: Fields, parts: Sequence[Part]) -> None:
     """A page is one of the only image. `parts` are those of all questions. Raises InvalidRequest."""
     if fields.page is None:
         return
-    for name in ("images", "video", "frames"):
+    for name in ("video", "frames"):
         if getattr(fields, name) is not None:
             raise InvalidRequest(
                 f"page is about one image, and {name} is given: send the document alone, as image, or leave page out",
                 param="page",
             )
     images = sum(not isinstance(part, Text | Clip) for part in parts)
-    if images != 1 or len(parts) > images + sum(isinstance(part, Text) for part in parts):
+    if images != 1 or fields.images is not None or len(parts) > images + sum(isinstance(part, Text) for part in parts):
         raise InvalidRequest(
-            "page is about one image: send the document alone, without other images or a video, or leave page out",
+            "page is about one image: send the document alone as image, without other images or a video, or leave page "
+            "out",
             param="page",
         )
 

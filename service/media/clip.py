@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from service.core.errors import GlimpseError, InvalidImage, TooLarge
 from service.core.frames import MAX_FRAMES
@@ -24,6 +26,9 @@ from service.media.clip_header import (
 from service.media.decoder import ImageLimits, require_bytes
 from service.media.exif import SIDEWAYS
 from service.media.video_header import MAX_TRACKS, VideoHeader
+
+if TYPE_CHECKING:
+    from service.media.film import Film
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
@@ -57,8 +62,9 @@ def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
     """
     require_bytes(data, limits, "video")
     kind = require_clip(data)
+    decoded = _animated if kind in ("GIF", "WebP") else partial(_filmed, _film())
     try:
-        return (_animated if kind in ("GIF", "WebP") else _filmed)(data, kind, limits, most)
+        return decoded(data, kind, limits, most)
     except GlimpseError:
         raise
     except MemoryError as exc:
@@ -145,14 +151,19 @@ def _animated(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> 
     return DecodedClip(*size, begins_ms[-1] / 1000, frames, count, times_s)
 
 
-def _filmed(data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
-    from service.media.film import Film  # noqa: PLC0415 - loads FFmpeg, which the gateway's own process never needs
+def _film() -> type[Film]:
+    """Load FFmpeg, which the gateway's own process never needs. Raises ImportError without PyAV."""
+    from service.media.film import Film  # noqa: PLC0415
 
+    return Film
+
+
+def _filmed(read: type[Film], data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
     told = told_of(data)
     require_told(told, limits)
     if told.is_short:
         raise ValueError("bytes are missing")
-    with closing(Film(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
+    with closing(read(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
         width, height = film.size
         require_frame_size(width, height, limits)
         wanted = spaced(film.count, most)

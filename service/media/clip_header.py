@@ -16,6 +16,7 @@ from service.media.mp4 import read_mp4
 from service.media.video_header import VideoHeader
 
 ClipFormat = Literal["GIF", "WebP", "MP4", "WebM"]
+FILMS: tuple[ClipFormat, ...] = ("MP4", "WebM")  # files that are clips and no images; a GIF or WebP is both
 CLIP_NAMES = "MP4, MOV, WebM, or an animated GIF or WebP"
 MAX_FRAME_PIXELS = 4096 * 2304  # of one picture: 4K. The largest of video's common sizes whose decoding fits the limits
 STARTS: tuple[tuple[ClipFormat, re.Pattern[bytes]], ...] = (

@@ -1,4 +1,4 @@
-"""Fetch images from URLs that callers name, and from nowhere that the operator did not allow.
+"""Fetch images, videos and documents from URLs that callers name, and from nowhere that the operator did not allow.
 
 A URL is a caller's way to make this server open a connection. So each hop is checked by itself: scheme, host, port and
 every address of the host. The connection then goes to an address that was checked, and no second look-up happens. The
@@ -22,8 +22,9 @@ import httpx
 
 from service.core.errors import GlimpseError, InvalidImage, InvalidRequest, Overloaded, TooLarge
 from service.media.addresses import Network, is_allowed
-from service.media.foreign import found_in
-from service.media.formats import SENT, format_of
+from service.media.clip_header import CLIP_NAMES, clip_format
+from service.media.foreign import Wanted, found_in
+from service.media.formats import PDF_MARK_WITHIN_BYTES, SENT, format_of, reads_as_pdf
 from service.telemetry.metrics import Metrics
 
 MAX_URL_CHARS = 4096
@@ -34,7 +35,7 @@ CONNECT_S = 2.0  # for one address
 # pieces, because a piece of nothing but interim answers takes long to parse.
 MAX_HEAD_BYTES = 32 * 1024
 HEAD_PIECE_BYTES = 4 * 1024
-FIRST_BYTES = 64  # enough to see that the file is no image
+FIRST_BYTES = PDF_MARK_WITHIN_BYTES  # enough to see that the file is nothing that is read
 # Parsing a piece of a body takes the same time however small it is. So a body may have this many pieces, and one more
 # for each PIECE_BYTES.
 FREE_PIECES = 1_000
@@ -43,7 +44,7 @@ PIECES_PER_TURN = 32  # of the event loop
 REDIRECTS = (301, 302, 303, 307, 308)
 HEADERS = (
     (b"user-agent", b"Glimpse"),
-    (b"accept", b"image/*"),
+    (b"accept", b"image/*, video/*, application/pdf"),
     (b"accept-encoding", b"identity"),
     (b"connection", b"close"),
 )
@@ -52,7 +53,7 @@ HOST = re.compile(rf"(?:{LABEL}\.)*{LABEL}")
 # Resolvers read a host as an IPv4 address if its last label is a number: 127.1, 2130706433, 0x7f.1, 017700000001.
 ENDS_IN_A_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 REFUSED, UNREACHABLE = "image_url_refused", "image_url_unreachable"
-INSTEAD = "or send the image's bytes"
+INSTEAD = "or send the file's bytes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,27 +213,27 @@ class ImageFetcher:
         if self._system is not None:
             self._system.close()
 
-    async def fetch(self, url: str, tenant: str, reserve: Callable[[int], None]) -> bytes:
-        """Return the file's bytes, which begin like an image that can be decoded.
+    async def fetch(self, url: str, tenant: str, reserve: Callable[[int], None], wanted: Wanted = "image") -> bytes:
+        """Return the file's bytes, which begin like an image or a document that can be decoded, or like a video.
 
         `reserve` is called with a number of bytes before they are kept, and may raise. Raises InvalidRequest for a URL
         that is not allowed or does not answer, InvalidImage, TooLarge, Overloaded.
         """
         try:
-            data = await self._fetch(url, tenant, reserve)
+            data = await self._fetch(url, tenant, reserve, wanted)
         except GlimpseError as error:
             self._metrics.image_fetches.labels(error.code).inc()
             raise
         self._metrics.image_fetches.labels("ok").inc()
         return data
 
-    async def _fetch(self, url: str, tenant: str, reserve: Callable[[int], None]) -> bytes:
+    async def _fetch(self, url: str, tenant: str, reserve: Callable[[int], None], wanted: Wanted) -> bytes:
         target = target_of(url, self.rules)
         has_turn = False
         try:
             async with asyncio.timeout(self.rules.timeout_s), self._turn(tenant):
                 has_turn = True
-                return await self._follow(target, reserve)
+                return await self._follow(target, reserve, wanted)
         except TimeoutError as exc:
             if not has_turn:
                 raise Overloaded(
@@ -244,12 +245,12 @@ class ImageFetcher:
                 f"{target.host} did not send the image within {self.rules.timeout_s:g} s: check the URL, {INSTEAD}"
             ) from exc
 
-    async def _follow(self, target: Target, reserve: Callable[[int], None]) -> bytes:
+    async def _follow(self, target: Target, reserve: Callable[[int], None], wanted: Wanted) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             addresses = await self._addresses(target)
             async with self._response(target, addresses) as response:
                 if response.status not in REDIRECTS:
-                    return await self._body(target.host, response, reserve)
+                    return await self._body(target.host, response, reserve, wanted)
                 location = _header(response, b"location")
             target = redirected(target, location, self.rules)
         raise _refused(
@@ -285,7 +286,9 @@ class ImageFetcher:
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as exc:
             raise _broken(target.host, exc) from exc
 
-    async def _body(self, host: str, response: httpcore.Response, reserve: Callable[[int], None]) -> bytes:
+    async def _body(
+        self, host: str, response: httpcore.Response, reserve: Callable[[int], None], wanted: Wanted
+    ) -> bytes:
         """Read the body up to the limits. Raises InvalidRequest, InvalidImage, TooLarge, and what `reserve` raises."""
         if response.status != 200:
             raise _unreachable(f"{host} answered with status {response.status}: check the URL, {INSTEAD}")
@@ -304,12 +307,12 @@ class ImageFetcher:
             reserve(len(piece))
             body += piece
             if not is_known and len(body) >= FIRST_BYTES:
-                require_image(host, body)
+                require_wanted(host, body, wanted)
                 is_known = True
             if pieces % PIECES_PER_TURN == 0:
                 await asyncio.sleep(0)
         if not is_known:
-            require_image(host, body)
+            require_wanted(host, body, wanted)
         return bytes(body)
 
     def _too_large(self, host: str) -> TooLarge:
@@ -361,12 +364,15 @@ def redirected(target: Target, location: bytes, rules: FetchRules) -> Target:
     return target_of(joined, rules)
 
 
-def require_image(host: str, start: bytes | bytearray) -> None:
+def require_wanted(host: str, start: bytes | bytearray, wanted: Wanted) -> None:
     """Look at the bytes, not at what the server calls them. Raises InvalidImage."""
     head = bytes(start)
     if not head:
         raise InvalidImage(f"the file at {host} is empty: check the URL, {INSTEAD}", param="image")
-    if format_of(head) is None:
+    if wanted == "video":
+        if clip_format(head) is None:
+            raise InvalidImage(f"the file at {host} is {found_in(head, wanted)}; send {CLIP_NAMES}", param="image")
+    elif format_of(head) is None and not reads_as_pdf(head):
         raise InvalidImage(f"the file at {host} is {found_in(head)}; {SENT}", param="image")
 
 

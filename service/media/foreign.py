@@ -38,6 +38,7 @@ BEGINNINGS = (
     (rb"[{\[]\s*[\"{\[\]}]", "JSON"),
     (rb"ivborw0kggo|/9j/|r0lgodd?|uklgr", "an image in base64: decode it first"),
 )
+Wanted = Literal["image", "video"]  # an image may be a document's page
 NAMES = tuple((re.compile(beginning, re.DOTALL | re.IGNORECASE), name) for beginning, name in BEGINNINGS)
 # `curl -d` and other text modes remove the line breaks of a file, or make two bytes of each byte over 127.
 MANGLED = (
@@ -49,15 +50,15 @@ MANGLED = (
 )
 READ_BYTES = 1024
 VIDEOS = {
-    "an MP4 video": "send it as `video`",
-    "a QuickTime video": "send it as `video`",
-    "a WebM or Matroska video": "send it as `video`",
-    "an AVI video": "save it as MP4 and send it as `video`",
+    "an MP4 video": "send it as a video",
+    "a QuickTime video": "send it as a video",
+    "a WebM or Matroska video": "send it as a video",
+    "an AVI video": "save it as MP4 and send it as a video",
 }
 PDF_ADVICE = "pages of PDFs are read if the operator has run pip install 'glimpse[pdf]'"
 
 
-def found_in(data: bytes, wanted: Literal["image", "video"] = "image") -> str:
+def found_in(data: bytes, wanted: Wanted = "image") -> str:
     """Say in words what the bytes are, which are no image that is read, or no video."""
     refusal = f"not {'an image' if wanted == 'image' else 'a video'} that can be read"
     image = format_of(data)

@@ -80,6 +80,7 @@ class Model:
         model = f"{card.name} with detail {detail}" if card.closer_view else card.name
         require_range("budget.vision_tokens", budget.vision_tokens, offered, model)
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
+        self._check_clip_tokens(request)
         return self.prompts.require_room(request)
 
     def _check_clip(self, request: Request, clip: Clip) -> None:
@@ -89,6 +90,12 @@ class Model:
                 f"video is given {len(request.clips)} times: ask about one video at a time", param="video"
             )
         most = self.card.most_frames
+        if isinstance(clip.source, tuple) and clip.frames == len(clip.source) > most:
+            raise InvalidRequest(
+                f"frames has {clip.frames} images: {self.card.name} looks at {most} frames at most. Send fewer, or say "
+                "how many with video_frames",
+                param="frames",
+            )
         if clip.frames is not None and not 1 <= clip.frames <= most:
             raise InvalidRequest(
                 f"video_frames is {clip.frames}: {self.card.name} looks at 1 to {most} frames", param="video_frames"
@@ -110,6 +117,22 @@ class Model:
         if request.fit not in (None, "squash"):
             raise InvalidRequest(
                 f'the frames of a video are seen squashed, and fit is "{request.fit}": leave fit out', param="fit"
+            )
+
+    def _check_clip_tokens(self, request: Request) -> None:
+        """Raises InvalidRequest if a question about a clip alone asks for visual tokens that its resampler never makes.
+
+        Beside images, the budget is about them.
+        """
+        resampler, (_, gave_visual) = self.card.clip, request.gave_budget
+        if request.clip is None or resampler is None or request.images or not gave_visual:
+            return
+        least, most = request.budget.visual_tokens
+        if not least <= resampler.visual_tokens <= most:
+            raise InvalidRequest(
+                f"budget.visual_tokens [{least}, {most}] is without {resampler.visual_tokens}, which is what "
+                f"{self.card.name} makes of a video: leave visual_tokens out",
+                param="budget.visual_tokens",
             )
 
 

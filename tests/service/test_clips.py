@@ -91,6 +91,7 @@ def square_at(*lefts: int) -> bytes:
 def about(source: object, question: str = "what moves?", **changes: object) -> Request:
     """A question about a clip: a file's bytes, an id, or images. `frames` and `sampling` are those of the clip."""
     clip = {name: changes.pop(name) for name in ("frames", "sampling") if name in changes}
+    changes.setdefault("gave_budget", (True, False))
     if isinstance(source, bytes):
         source = ImageBytes(source)
     return request(parts=(Clip(source, **clip), Text(question)), **changes)
@@ -477,6 +478,33 @@ async def test_a_whole_clip_stands_beside_images(whole):
     assert (end.visual_tokens, len(end.relevance), len(end.frames)) == (96, 1, 2)
 
 
+@pytest.mark.parametrize("visual_tokens", [(32, 32), (96, 128)])
+async def test_visual_tokens_that_a_resampler_never_makes_are_refused(visual_tokens):
+    house = House(replace(CLIPS, visual_tokens=(32, 128), max_positions=600))
+    budget = Budget((64, 256), visual_tokens)
+    with pytest.raises(InvalidRequest, match=r"is without 64, which is what tiny makes of a video") as refused:
+        await answer(house, about(film(), budget=budget, gave_budget=(True, True)))
+    assert refused.value.param == "budget.visual_tokens"
+    image, clip = ImageBytes(png((77, 77, 77))), Clip(ImageBytes(film((250, 40))))
+    _, end = await answer(house, request(parts=(image, clip, Text("which?")), budget=budget))  # it is the image's
+    assert visual_tokens[0] <= end.visual_tokens - 64 <= visual_tokens[1]
+    _, end = await answer(house, about(film(), budget=Budget((64, 256), (32, 64)), gave_budget=(True, True)))
+    assert end.visual_tokens == 64
+    _, end = await answer(house, about(film(), budget=budget, gave_budget=(True, False)))  # the model's default
+    assert end.visual_tokens == 64
+    house.reader.close()
+
+
+async def test_more_frames_than_the_resampler_reads_are_refused_by_the_field_that_was_sent(whole):
+    small = House(replace(CLIPS, clip=replace(CLIPS.clip, frames=8)))
+    nine = tuple(ImageBytes(png((number, 0, 0))) for number in range(9))
+    for source, changes, param in [(nine, {"frames": 9}, "frames"), (film(), {"frames": 9}, "video_frames")]:
+        with pytest.raises(InvalidRequest, match="9") as refused:
+            await answer(small, about(source, **changes))
+        assert refused.value.param == param
+    small.reader.close()
+
+
 async def test_a_long_clip_costs_a_resampler_no_more_visual_tokens(whole):
     _, end = await answer(whole, about(film(GREYS * 4), frames=32))
     assert len(end.frames) == 32
@@ -571,17 +599,22 @@ async def test_a_video_is_checked_and_kept_once(house):
 @pytest.mark.parametrize(("data", "what"), [(clips.film(count=2), "video"), (png(), "image")])
 async def test_an_upload_that_is_not_decoded_in_time_says_what_it_is(data, what):
     house = House(ROOMY, default_timeout_s=0.05)
-    house.pipeline.reader = house.pipeline.pixels.reader = Stalled(house.reader.limits, threads=1)
+    house.pipeline.reader = house.pipeline.pixels.reader = stalled = Stalled(house.reader.limits, threads=1)
+    stalled.goes_on = asyncio.Event()
     with pytest.raises(DeadlineExceeded, match=rf"^the {what} was not decoded within 0\.05 s"):
         await house.keep_image(data)
-    assert nothing_is_held(house)
+    stalled.goes_on.set()
+    await until(lambda: nothing_is_held(house))
 
 
 class Stalled(ImageReader):
-    """Decodes nothing."""
+    """Refuses everything when `goes_on` is set."""
+
+    goes_on: asyncio.Event
 
     async def decode(self, *_):
-        await asyncio.Event().wait()
+        await self.goes_on.wait()
+        raise InvalidImage("refused")
 
     decode_clip = decode
 

@@ -169,8 +169,8 @@ def part_of(part: pb.Part, where: str) -> Part:
         case "video" | "video_id" | "video_url":
             return Clip(source_in(part, kind))
         case "frames":
-            where = f"{where}.frames"
-            return frames_clip([frame_of(each, f"{where}.{i}") for i, each in enumerate(part.frames.frames)], where)
+            frames = part.frames.frames  # named as they are when they are loaded: there is one clip
+            return frames_clip([frame_of(each, f"frames.{i}") for i, each in enumerate(frames)], "frames")
     raise InvalidRequest(f"{where} is empty: set its text, image or video", param=where)
 
 

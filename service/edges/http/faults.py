@@ -22,6 +22,8 @@ UNSUPPORTED = "unsupported_parameter"  # the type of a fault, and its code
 
 # What callers of other services write.
 SYNONYMS = dict.fromkeys(("file", "files", "photo", "picture", "pic", "img", "upload", "image_url"), "image")
+SYNONYMS |= dict.fromkeys(("pdf", "document", "doc"), "image")
+SYNONYMS |= dict.fromkeys(("page_number", "page_index", "page_no", "pages"), "page")
 SYNONYMS |= dict.fromkeys(("clip", "movie", "video_url"), "video")
 SYNONYMS |= dict.fromkeys(("num_frames", "max_frames", "nframes"), "video_frames")
 SYNONYMS |= dict.fromkeys(("prompt", "query", "text", "q", "message"), "question")

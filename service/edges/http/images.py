@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.core.answer import KeptImage
-from service.core.errors import InvalidRequest
+from service.core.errors import InvalidRequest, naming_field
 from service.edges.http.body import FORM, parse_form, read_body
 from service.edges.http.edge import caller_of, edge_of, present, reserved
 from service.edges.http.respond import JsonResponse
@@ -29,8 +29,11 @@ async def keep_image(request: Request) -> Response:
     The body is the file, or a form.
     """
     body, reservation = await read_upload(request)
-    image = await image_of(body, request.headers["content-type"]) if is_form(request) else body
-    return JsonResponse(UploadedImage.of(await kept(image, request, reservation)))
+    if not is_form(request):
+        return JsonResponse(UploadedImage.of(await kept(body, request, reservation)))
+    field, image = await image_of(body, request.headers["content-type"])
+    with naming_field(field):
+        return JsonResponse(UploadedImage.of(await kept(image, request, reservation)))
 
 
 @router.delete("/v1/images/{image_id}")
@@ -67,12 +70,12 @@ async def kept(image: Sequence[bytes], request: Request, reservation: Reservatio
         return await edge.pipeline.keep_image(data, reservation)
 
 
-async def image_of(body: Sequence[bytes], content_type: str) -> Sequence[bytes]:
-    """Return the one file of a form, in pieces. Raises InvalidRequest."""
+async def image_of(body: Sequence[bytes], content_type: str) -> tuple[str, Sequence[bytes]]:
+    """Return the name and the file of a form's one field, in pieces. Raises InvalidRequest."""
     parts = await parse_form(body, content_type)
     if [part.name for part in parts] not in (["image"], ["video"]):
         names = ", ".join(part.name for part in parts) or "none"
         raise InvalidRequest(
-            f"the form must have the one field image, it has {names}: use curl -F image=@FILE", param="image"
+            f"the form must have one field, image or video, and it has {names}: use curl -F image=@FILE", param="image"
         )
-    return parts[0].content.all()
+    return parts[0].name, parts[0].content.all()

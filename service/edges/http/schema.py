@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +22,7 @@ from pydantic import (
 from service.core.answer import Delta, Finished, FrameSeen, KeptImage, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Reason
-from service.core.errors import GlimpseError, InvalidRequest, naming_video
+from service.core.errors import GlimpseError, InvalidRequest, naming_frame, naming_image, naming_video
 from service.core.frames import MAX_FRAMES, FrameSampling
 from service.core.guide import MAX_CHOICES, MAX_REGEX_CHARS
 from service.core.request import (
@@ -148,7 +147,7 @@ FILE_SCHEMA = {"type": "string", "format": "binary", "minLength": 1}
 FILES_SCHEMA = {"type": "array", "items": FILE_SCHEMA, "minItems": 1}
 
 
-def _given(name: str, kind: str) -> dict[str, Any]:
+def having(name: str, kind: str) -> dict[str, Any]:
     """The schema of an object that has this field, and not as null."""
     return {"required": [name], "properties": {name: {"type": kind}}}
 
@@ -158,33 +157,36 @@ TOP_NEEDS_LOGPROBS: dict[str, Any] = {
     "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
     "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
 }
-IMAGE, IMAGES = _given("image", "string"), _given("images", "array")
-VIDEO, FRAMES = _given("video", "string"), _given("frames", "array")
+IMAGE, IMAGES = having("image", "string"), having("images", "array")
+VIDEO, FRAMES = having("video", "string"), having("frames", "array")
+ABOUT_A_VIDEO: dict[str, Any] = {"anyOf": [having("video_frames", "integer"), having("video_sampling", "string")]}
 # Images, a video or both; one field for each. video_frames and video_sampling need a video, page needs one image.
 SOMETHING_SEEN: dict[str, Any] = {
     "anyOf": [IMAGE, IMAGES, VIDEO, FRAMES],
     "allOf": [
         {"not": {"allOf": [IMAGE, IMAGES]}},
         {"not": {"allOf": [VIDEO, FRAMES]}},
+        {"if": ABOUT_A_VIDEO, "then": {"anyOf": [VIDEO, FRAMES]}},
         {
-            "if": {"anyOf": [_given("video_frames", "integer"), _given("video_sampling", "string")]},
-            "then": {"anyOf": [VIDEO, FRAMES]},
-        },
-        {
-            "if": _given("page", "integer"),
+            "if": having("page", "integer"),
             "then": {"allOf": [IMAGE, *({"not": each} for each in (IMAGES, VIDEO, FRAMES))]},
         },
     ],
 }
 SOMETHING_SEEN_BY_FORM: dict[str, Any] = {
     "anyOf": [{"required": [name]} for name in ("image", "video", "frames")],
-    "not": {"required": ["video", "frames"]},
-    "if": {"required": ["page"]},
-    "then": {
-        "required": ["image"],
-        "properties": {"image": {"maxItems": 1}},
-        "allOf": [{"not": {"required": [name]}} for name in ("video", "frames")],
-    },
+    "allOf": [
+        {"not": {"required": ["video", "frames"]}},
+        {"if": ABOUT_A_VIDEO, "then": {"anyOf": [{"required": [name]} for name in ("video", "frames")]}},
+        {
+            "if": having("page", "integer"),
+            "then": {
+                "required": ["image"],
+                "properties": {"image": {"maxItems": 1}},
+                "allOf": [{"not": {"required": [name]}} for name in ("video", "frames")],
+            },
+        },
+    ],
 }
 WHOLE = BeforeValidator(_whole)  # stands after a Field, whose bounds would else be missing in the JSON Schema
 GREEDY_OR_DRAWN: dict[str, Any] = {"anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE}]}
@@ -256,7 +258,11 @@ class WireTurn(BaseModel):
 
 
 class WireBudget(BaseModel):
-    """The least and the most tokens for each image. A part that is left out is the model's default."""
+    """The least and the most tokens for each image, or each frame of a video.
+
+    With a clip resampler (`clip` of `GET /v1/models`), those of all frames together. A part that is left out is the
+    model's default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="Budget")
 
@@ -416,7 +422,7 @@ class VqaForm(Asked):
             if name not in cls.model_fields:
                 fields[name] = None  # refused below by its name, whatever it holds
             elif name in FILES:
-                await files.take(name, part)
+                await files.take(name, part, sum(each.name == name for each in parts))
             elif name in ("stop", "choices"):
                 fields.setdefault(name, []).append(_text(part))
             elif name in fields:
@@ -448,8 +454,8 @@ class FormFiles:
     video: list[ImageSource] = field(default_factory=list)
     frames: list[ImageSource] = field(default_factory=list)
 
-    async def take(self, name: str, part: FormPart) -> None:
-        """Add a file, or what stands for one as text. Raises InvalidRequest."""
+    async def take(self, name: str, part: FormPart, of: int) -> None:
+        """Add a file, or what stands for one as text; the form has `of` such fields. Raises InvalidRequest."""
         taken: list[ImageSource] = getattr(self, name)
         if name == "video" and taken:
             raise InvalidRequest("video is given twice: send one video, or its frames in order as frames", param=name)
@@ -457,7 +463,12 @@ class FormFiles:
         if _is_file(part):
             taken.append(ImageBytes(content))
         elif content[:64].strip() != b"null":
-            with naming_video() if name == "video" else nullcontext():
+            naming = {
+                "image": naming_image(len(taken), of),
+                "video": naming_video(),
+                "frames": naming_frame(len(taken), of),
+            }
+            with naming[name]:
                 taken.append(await read_image(content))
 
 
@@ -830,6 +841,21 @@ class CloserView(BaseModel):
         return cls(vision_tokens=card.vision_tokens_for("high"), auto_at=card.closer_view_at)
 
 
+class ClipReading(BaseModel):
+    """What the clip resampler reads and makes of all frames of a video together."""
+
+    visual_tokens: int = Field(description="Visual tokens of the whole video, whatever the budget is.")
+    vision_tokens: tuple[int, int] = Field(description="The least and the most of all frames together.")
+    frames: int = Field(description="The most frames of a video that are looked at.")
+
+    @classmethod
+    def of(cls, card: ModelCard) -> Self | None:
+        clip = card.clip
+        if clip is None:
+            return None
+        return cls(visual_tokens=clip.visual_tokens, vision_tokens=clip.vision_tokens, frames=clip.frames)
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -856,6 +882,9 @@ class Model(BaseModel):
     closer_view: CloserView | None = Field(None, description="Left out if the model has no closer view.")
     fit: AskedFit = Field(description="How an image that is not square is fitted if a question does not say.")
     video_frames: int = Field(description="The most frames of a video that are looked at if a question does not say.")
+    clip: ClipReading | None = Field(
+        None, description="Left out if the model has no clip resampler: then it looks at each frame as at an image."
+    )
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
     calibrated: bool = Field(description="Whether answers carry a confidence; `metadata.confidence` says why.")
@@ -881,6 +910,7 @@ class Model(BaseModel):
             closer_view=CloserView.of(card),
             fit=card.fit,
             video_frames=card.frames,
+            clip=ClipReading.of(card),
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
             calibrated=card.confidence is not None,

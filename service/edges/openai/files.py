@@ -1,4 +1,4 @@
-"""Serve POST /v1/files: take an image once, for clients of OpenAI's API. Another name of POST /v1/images."""
+"""Serve POST /v1/files: take a file once, for clients of OpenAI's API. Another name of POST /v1/images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.core.errors import InvalidRequest
+from service.core.errors import InvalidRequest, naming_field
 from service.edges.http.body import FormPart, parse_form
 from service.edges.http.faults import UNSUPPORTED
 from service.edges.http.images import deleted, is_form, kept, read_upload
@@ -24,8 +24,11 @@ router = APIRouter()
 
 @router.post("/v1/files")
 async def keep_file(request: Request) -> Response:
-    """Take an image once, so that messages can name its id until it expires. The form has `file` and `purpose`."""
-    with naming({"image": "file"}):
+    """Take an image, a document or a video once, so that messages can name its id until it expires.
+
+    The form has `file` and `purpose`.
+    """
+    with naming_field("file"):
         body, reservation = await read_upload(request)
         if not is_form(request):
             raise InvalidRequest(

@@ -59,6 +59,7 @@ from service.edges.http.schema import (
     WireRelevance,
     WithNulls,
     greedy_or_drawn,
+    having,
     stop_schema,
     stops,
 )
@@ -91,7 +92,12 @@ class VideoAddress(BaseModel):
 class FileContent(BaseModel):
     """A PDF or an image, as OpenAI's clients send files: either its bytes or its id."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, title="FileContent")
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        title="FileContent",
+        json_schema_extra={"oneOf": [having("file_data", "string"), having("file_id", "string")]},
+    )
 
     file_data: str | None = Field(
         None, description="A `data:` URL with base64, such as `data:application/pdf;base64,...`."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ from tests.support.servers import Gateway
 
 def outcome(kind: str, answer: str, said: str, tokens: int = 100) -> Outcome:
     return Outcome(Row("a.webp", "?", answer, kind, "new"), said, tokens)
+
+
+def test_numbers_of_frames_stand_in_their_order_behind_other_splits_names():
+    outcomes = [replace(outcome("all", "1", "1"), row=Row("a", "?", "1", "count", split)) for split in SPLITS]
+    lines = as_markdown(summarise(outcomes)).splitlines()[2:]
+    assert list(dict.fromkeys(line.split(" | ")[0] for line in lines)) == [f"| {split}" for split in SPLITS]
+
+
+SPLITS = ["new", "clips, 4 frames", "clips, 8 frames", "clips, 16 frames", "clips, 32 frames"]
 
 
 @pytest.mark.parametrize(

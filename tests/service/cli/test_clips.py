@@ -24,6 +24,7 @@ from service.cli.film_strip import explain_clip
 from service.cli.main import app
 from service.cli.pace import Pace
 from tests.support import films
+from tests.support.documents import filled, pdf
 from tests.support.fakes import png
 
 PLAIN = Show(as_json=False, explain=None, named=False, sure=False)
@@ -82,6 +83,7 @@ def files(tmp_path: Path) -> dict[str, str]:
         "png": png(),
         "other": png((1, 2, 3)),
     }
+    contents |= {"document": pdf([filled((255, 255, 255))])}
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     return {name: str(tmp_path / name) for name in contents}
@@ -115,6 +117,61 @@ def test_an_image_has_no_frames_to_choose_from(service, files, asked):
     with pytest.raises(AskFailed, match=r"png is no video: leave --frames and --sampling out, or take images as"):
         ask_about(service.client, Subject((files["png"],)), ["?"], asked, show=PLAIN)
     assert not service.kept
+
+
+SURE = Show(as_json=False, explain=None, named=False, sure=True)
+DRAWN = Show(as_json=False, explain=Path("nowhere") / "x.png", named=False, sure=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "as_frames", "asked", "show", "told"),
+    [
+        (
+            ["film"],
+            False,
+            {},
+            SURE,
+            "film is a video, and confidence is calibrated for images only: leave --confidence",
+        ),
+        (["png", "other"], True, {}, SURE, "confidence is calibrated for images only"),
+        (["film"], False, {"page": 2}, PLAIN, "film is a video, which has no pages: leave --page out"),
+        (["png"] * 33, True, {}, PLAIN, "--as-frames takes 1 to 32 images, and 33 are named"),
+        (["png", "film"], True, {}, PLAIN, "film is a video: --as-frames takes images"),
+        (["document", "png"], True, {}, PLAIN, "document is a document: --as-frames takes images"),
+        (["document"], False, {}, DRAWN, "--explain draws over an image, not over a page"),
+    ],
+)
+def test_what_would_be_refused_is_told_before_anything_is_sent(service, files, names, as_frames, asked, show, told):
+    subject = Subject(tuple(files[name] for name in names), as_frames)
+    with pytest.raises(AskFailed, match=told):
+        ask_about(service.client, subject, ["?"], asked, show=show)
+    assert not service.kept
+    assert not service.asked
+
+
+def test_a_clip_that_cannot_be_drawn_is_told_as_that(service, files, tmp_path):
+    service.answer = said([0, 99])
+    show = Show(as_json=False, explain=tmp_path / "looked.png", named=False, sure=False)
+    with pytest.raises(AskFailed, match=r"^cannot draw .*gif: the service looked at other frames than"):
+        ask_about(service.client, Subject((files["gif"],)), ["?"], {"explain": True}, show=show)
+    assert not (tmp_path / "looked.png").exists()
+
+
+def test_options_of_a_batch_are_for_the_lines_that_can_have_them():
+    options = {"video_frames": 4, "video_sampling": "change", "page": 2, "max_tokens": 3}
+    lines: dict[str, dict[str, Any]] = {"image": {"image": "a.pdf"}, "images": {"images": ["a.png"]}}
+    lines |= {"video": {"video": "a.mp4"}, "frames": {"frames": ["a.png"]}}
+    given = {
+        name: set(Question(1, json.dumps(line).encode(), options).fields()) - set(line) for name, line in lines.items()
+    }
+    assert given == {
+        "image": {"page", "max_tokens"},
+        "images": {"max_tokens"},
+        "video": {"video_frames", "video_sampling", "max_tokens"},
+        "frames": {"video_frames", "video_sampling", "max_tokens"},
+    }
+    own = Question(1, b'{"image": "a.png", "video_frames": 2}', options).fields()
+    assert own["video_frames"] == 2  # the service says what is wrong with it
 
 
 def test_a_missing_video_is_told_from_a_question():
@@ -151,8 +208,8 @@ def test_a_service_answers_about_a_video_and_it_is_drawn(server, files, tmp_path
 
 def test_frames_by_their_ids_cannot_be_drawn(files, tmp_path):
     with pytest.raises(AskFailed, match="name its file, not its id"):
-        require_drawable(tmp_path / "x.png", [Subject((files["png"], ID + "7"), True)], ["?"])
-    require_drawable(tmp_path / "x.png", [Subject((files["png"], files["other"]), True)], ["?"])
+        require_drawable(tmp_path / "x.png", [Subject((files["png"], ID + "7"), True)], ["?"], None)
+    require_drawable(tmp_path / "x.png", [Subject((files["png"], files["other"]), True)], ["?"], None)
 
 
 def test_a_batch_sends_the_files_of_videos_once(service, files):

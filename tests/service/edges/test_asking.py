@@ -198,7 +198,7 @@ def test_a_clip_that_breaks_a_rule_is_named(changes, param, message):
         ({"turns": (Exchange((Text("a?"),), " "),)}, "turns.0.answer", "turns.0.answer is empty"),
         ({"system": "s" * 90}, "system", "system, question and turns have 102 characters, the limit is 100: shorten"),
         ({"timeout_s": 121.0}, "timeout_s", "timeout_s is 121, the limit is 120: lower it"),
-        ({"page": 1}, "page", "page is about one image, and images is given: send the document alone"),
+        ({"page": 1}, "page", "page is about one image: send the document alone as image"),
         ({"images": None, "image": IMAGE, "video": IMAGE, "page": 2}, "page", "one image, and video is given"),
         ({"images": None, "image": IMAGE, "frames": (IMAGE,), "page": 2}, "page", "one image, and frames is given"),
         ({"images": None, "parts": (IMAGE, IMAGE, Text("which?")), "page": 2}, "page", "without other images"),

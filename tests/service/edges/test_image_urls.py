@@ -14,8 +14,11 @@ from structlog.testing import capture_logs
 from service.app import image_fetcher
 from service.edges.http.application import http_api
 from service.media.fetch import FetchRules, ImageFetcher
+from service.media.formats import HAS_PDFIUM
 from service.settings import Settings, SettingsError, read_settings
 from service.telemetry.metrics import Metrics
+from tests.support import films
+from tests.support.documents import filled, pdf
 from tests.support.fakes import House, png
 from tests.support.image_hosts import ImageHost, Names, image_host, redirect, response
 
@@ -67,6 +70,29 @@ async def test_an_image_from_a_url_is_answered_about_cached_and_kept_as_if_it_wa
     assert [answer["vision"]["cache"] for answer in (first, again, by_id)] == ["miss", "hit", "hit"]
     assert first["image_ids"] == again["image_ids"] == by_id["image_ids"]
     assert caller.holds_nothing()
+
+
+@pytest.mark.skipif(not HAS_PDFIUM, reason="needs the extra pdf")
+async def test_each_field_takes_by_url_what_it_takes_as_bytes(caller):
+    files = {"/red.png": RED, "/a.pdf": pdf([filled((220, 30, 40))]), "/a.webm": films.video(), "/a.gif": films.gif()}
+    caller.host.answers |= {path: response(data) for path, data in files.items()}
+
+    async def asked(**fields: object) -> httpx.Response:
+        return await caller.http.post("/v1/vqa", json={"question": "what?"} | fields)
+
+    for fields in ({"image": "/a.pdf"}, {"video": "/a.webm"}, {"video": "/a.gif"}, {"image": "/a.gif"}):
+        answer = await asked(**{name: caller.url(path) for name, path in fields.items()})
+        assert answer.status_code == 200, answer.text
+    for field, path, found in [
+        ("image", "/a.webm", "a WebM or Matroska video (send it as a video)"),
+        ("video", "/a.pdf", "not a video that can be read: it looks like a PDF document"),
+        ("video", "/red.png", "it looks like an image (PNG)"),
+    ]:
+        error = (await asked(**{field: caller.url(path)})).json()["error"]
+        assert (error["param"], error["code"]) == (field, "invalid_image")
+        assert found in error["message"]
+    gone = (await asked(video=caller.url("/gone.webm"))).json()["error"]
+    assert gone["message"].startswith("the video's URL does not lead to it")
 
 
 async def test_several_urls_are_each_fetched_once_and_read_in_order(caller):

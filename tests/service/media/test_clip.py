@@ -22,6 +22,7 @@ from service.media.clip import DecodedClip, choosable, clip_cost, decode_clip, i
 from service.media.clip_header import MAX_FRAME_PIXELS, video_header
 from service.media.decoder import ImageLimits, decode
 from service.media.film import Film, _refused
+from tests.support import films
 from tests.support.clips import (
     animation,
     changed,
@@ -472,10 +473,17 @@ def test_damaged_clips_decode_or_are_refused_and_nothing_else(kind):
     assert len(decode_clip(data, LIMITS, 4).frames) == 4
 
 
+def test_a_missing_pyav_is_no_damage_of_the_file(monkeypatch):
+    monkeypatch.setitem(sys.modules, "service.media.film", None)  # as Python has a module that cannot be imported
+    with pytest.raises(ImportError):
+        decode_clip(WEBM, LIMITS, 4)
+    assert len(decode_clip(films.gif(), LIMITS, 4).frames) == 4
+
+
 @pytest.mark.parametrize(
     ("data", "advice"),
-    [(MP4, "an MP4 video (send it as `video`); send PNG"), (WEBM, "a WebM or Matroska video (send it as `video`)"),
-     (b"RIFF\0\0\1\0AVI LIST", "an AVI video (save it as MP4 and send it as `video`)")],
+    [(MP4, "an MP4 video (send it as a video); send PNG"), (WEBM, "a WebM or Matroska video (send it as a video)"),
+     (b"RIFF\0\0\1\0AVI LIST", "an AVI video (save it as MP4 and send it as a video)")],
     ids=["MP4", "WebM", "AVI"],
 )  # fmt: skip
 def test_a_video_that_is_sent_as_an_image_is_refused_with_the_field_to_send_it_in(data, advice):

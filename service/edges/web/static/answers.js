@@ -10,7 +10,7 @@ export class Entry {
     this.question = question;
     const named = settings.length > 1;
     this.runs = settings.map((setting) => new Run(setting, question, picture, named));
-    this.showButton = element("button", { type: "button", text: "Show on the image", "aria-pressed": "false", hidden: true });
+    this.showButton = element("button", { type: "button", text: `Show on the ${this.shownOn}`, "aria-pressed": "false", hidden: true });
     this.showButton.addEventListener("click", () => onShow(this));
     const runs = element("div", { class: "runs" }, ...this.runs.map((run) => run.place));
     this.place = element("li", { class: "card entry" }, element("h3", { text: question }), runs, this.showButton);
@@ -18,11 +18,15 @@ export class Entry {
     byId("answers").prepend(this.place);
   }
 
+  get shownOn() {
+    return this.picture.field === "video" ? "frames" : "image";
+  }
+
   /** Whether the stage shows this entry. */
   set shown(is) {
     this.showButton.hidden = !this.runs.some((run) => run.looks.length);
     this.showButton.setAttribute("aria-pressed", String(is));
-    this.showButton.textContent = is ? "Shown on the image" : "Show on the image";
+    this.showButton.textContent = `${is ? "Shown" : "Show"} on the ${this.shownOn}`;
     this.place.classList.toggle("shown", is);
   }
 }
@@ -34,7 +38,8 @@ export class Run {
     this.name = setting.name;
     this.label = `${setting.name}: ${setting.words}`;
     this.file = { name: picture.name, field: picture.field };
-    this.looks = []; // once it has ended: {bitmap, label, relevance} of the image, or of each frame
+    this.end = null; // the fields of the answer
+    this.looks = []; // after that: {bitmap, label, relevance} of the image, or of each frame
     this.text = element("p", { class: "answer", "aria-busy": "true" });
     this.below = element("div");
     const isPlain = !named && !Object.keys(setting.fields).length;
@@ -50,12 +55,22 @@ export class Run {
     this.text.append(delta);
   }
 
-  /** The answer is complete: `end` has its fields without the text, `looks` what it looked at. */
-  finish(end, looks) {
-    this.looks = looks;
-    const why = looks[0]?.relevance ? [tensions(looks[0].relevance.tensions)] : [];
+  get isFinished() {
+    return this.end !== null;
+  }
+
+  /** The answer is complete: `end` has its fields without the text. */
+  finish(end) {
+    this.end = end;
+    const relevance = end.relevance?.[0] ?? end.vision.frames?.[0]?.relevance;
+    const why = relevance ? [tensions(relevance.tensions)] : [];
     this.below.replaceChildren(facts(end), timings(end.timing_ms), ...why, code(this));
     this.stop();
+  }
+
+  /** Say more below the answer. */
+  tell(text) {
+    this.below.prepend(element("p", { class: "small", text }));
   }
 
   /** No more text comes. */
@@ -68,7 +83,7 @@ export class Run {
 
 function facts({ vision, finish_reason: reason }) {
   const said = [
-    vision.cache === "hit" ? "features from the cache" : "image encoded anew",
+    vision.cache === "hit" ? "features from the cache" : `${vision.frames ? "frames" : "image"} encoded anew`,
     `${vision.vision_tokens} vision tokens`,
     `${vision.visual_tokens} visual tokens`,
     `detail ${vision.detail}`,

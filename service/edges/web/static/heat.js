@@ -5,7 +5,7 @@ const RAMP = [
   [68, 1, 84], [72, 36, 117], [65, 68, 135], [53, 95, 141], [42, 120, 142], [33, 145, 140],
   [34, 168, 132], [68, 191, 112], [122, 209, 81], [189, 223, 38], [253, 231, 37],
 ];
-const LONGEST = 896; // pixels of a canvas's longer side
+export const LONGEST = 896; // pixels of a canvas's longer side
 const FAINT = 0.45; // opacity of what is not relevant, so that the image stays readable
 const VEIL = "rgb(255 255 255 / 0.72)"; // over a cell of one token
 const LEFT_OUT = "rgb(128 128 128 / 0.9)"; // over a cell without one

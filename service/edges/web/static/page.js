@@ -13,6 +13,7 @@ const LOOK_AGAIN_MS = 3000; // at a service that is not ready
 let picture = null;
 let card = null;
 let chosenSettings = () => [{ name: "A", words: "detail low", fields: {} }]; // until the card is there
+let fitSettings = () => {}; // to an image, or to a video
 let running = null; // an AbortController
 let nextLook = 0; // a timer's id
 const entries = [];
@@ -20,6 +21,7 @@ const entries = [];
 /** Put an image on the stage. */
 async function take(file, example = null) {
   clearTrouble();
+  const before = picture;
   try {
     picture = await Picture.of(file, example);
   } catch (error) {
@@ -27,11 +29,20 @@ async function take(file, example = null) {
     return showTrouble({ title: "Wrong file", text: error.message, retryAfterS: 0 });
   }
   showPicture();
+  release(before);
   byId("said").textContent = `${picture.field === "video" ? "Video" : "Image"}: ${picture.description}.`;
+}
+
+/** Free a picture that is not shown and that no answer shows. */
+function release(old) {
+  const isAsked = running && entries.at(-1).picture === old;
+  const isNeeded = entries.some((each) => each.picture === old && each.runs.some((run) => run.looks.length));
+  if (old && old !== picture && !isAsked && !isNeeded) old.close();
 }
 
 function showPicture(entry = null) {
   if (entry) picture = entry.picture;
+  fitSettings(picture.field === "video");
   stage.show(picture, entry?.runs);
   for (const each of entries) each.shown = each === entry;
   model.showQuestions(picture.example, (question) => {
@@ -63,13 +74,14 @@ async function ask() {
   try {
     for (const run of entry.runs) await answer(entry, run, running.signal);
   } catch (error) {
-    for (const run of entry.runs) if (!run.looks.length) run.stop(error.name === "AbortError" ? "Stopped." : "No answer.");
+    for (const run of entry.runs) if (!run.isFinished) run.stop(error.name === "AbortError" ? "Stopped." : "No answer.");
     if (error.name !== "AbortError") showTrouble(troubleInWords(error), ask);
     if (isAboutKey(error)) askForKey("");
     if (error instanceof api.Unreachable || error.status === 503) showHealth();
   } finally {
     running = null;
     showRunning(false);
+    release(entry.picture);
   }
 }
 
@@ -77,9 +89,15 @@ async function answer(entry, run, signal) {
   await entry.picture.withId(async (image) => {
     for await (const event of api.ask({ [entry.picture.field]: image, ...run.fields }, signal)) {
       if (event.delta !== undefined) run.add(event.delta);
-      else run.finish(event, await entry.picture.looks(event));
+      else run.finish(event);
     }
   }, signal);
+  if (!run.isFinished) return;
+  try {
+    run.looks = await entry.picture.looks(run.end, signal);
+  } catch {
+    run.tell(signal.aborted ? "Stopped before its frames were shown." : "This browser cannot show the frames of this video.");
+  }
   showPicture(entry);
   const name = entry.runs.length > 1 ? ` ${run.name}` : "";
   byId("said").textContent = `Answer${name}: ${run.answer}. ${allLookedAt(run.looks)}`;
@@ -165,7 +183,8 @@ async function showModel() {
   }
   byId("key-form").hidden = true;
   model.describe(card);
-  chosenSettings = settings.start(card);
+  ({ chosen: chosenSettings, about: fitSettings } = settings.start(card));
+  fitSettings(picture?.field === "video");
   byId("settings").hidden = false;
   if (picture) showForeign();
   return true;

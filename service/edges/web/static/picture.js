@@ -1,6 +1,7 @@
 // Take an image or a video that is dropped, pasted, chosen or photographed, and keep it with the service.
 import { keepImage, Refused } from "./api.js";
 import { byId } from "./dom.js";
+import { LONGEST } from "./heat.js";
 
 const MARGIN_S = 30; // an id that expires sooner is not used
 const WITHIN_S = 0.002; // the service rounds the time of a frame to milliseconds
@@ -21,7 +22,7 @@ export class Picture {
   /** Read a file. Throws NotAnImage. */
   static async of(file, example = null) {
     try {
-      return new Picture(file, await createImageBitmap(file), example);
+      return new Picture(file, await bitmapOf(file), example);
     } catch {
       return Film.of(file);
     }
@@ -30,6 +31,11 @@ export class Picture {
   /** What a question looked at -> [{bitmap, label, relevance}]. `end` is its answer. */
   async looks(end) {
     return [{ bitmap: this.bitmap, label: "", relevance: end.relevance[0] }];
+  }
+
+  /** Free what the picture holds. It cannot be shown again. */
+  close() {
+    this.bitmap.close();
   }
 
   get name() {
@@ -60,6 +66,7 @@ class Film extends Picture {
   constructor(file, video, bitmap) {
     super(file, bitmap);
     this.video = video;
+    this.frames = new Map(); // bitmaps by their times, for all questions
   }
 
   /** Read a file. Throws NotAnImage. */
@@ -69,7 +76,7 @@ class Film extends Picture {
     video.preload = "auto";
     try {
       await happened(video, "loadeddata", () => (video.src = URL.createObjectURL(file)));
-      return new Film(file, video, await createImageBitmap(video));
+      return new Film(file, video, await bitmapOf(video));
     } catch {
       URL.revokeObjectURL(video.src);
       const name = file.name || "This file";
@@ -79,23 +86,54 @@ class Film extends Picture {
     }
   }
 
-  async looks(end) {
+  async looks(end, signal) {
     const looks = [];
     for (const { index, time_s: time = 0, relevance } of end.vision.frames ?? []) {
-      await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S));
-      looks.push({ bitmap: await createImageBitmap(this.video), label: `frame ${index}, ${time.toFixed(2)} s`, relevance });
+      looks.push({ bitmap: await this.at(time, signal), label: `frame ${index}, ${time.toFixed(2)} s`, relevance });
     }
     return looks;
   }
+
+  /** The frame at a time. Throws if the video cannot be read there, or `signal` is aborted. */
+  async at(time, signal) {
+    if (!this.frames.has(time)) {
+      await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S), signal);
+      this.frames.set(time, await bitmapOf(this.video));
+    }
+    return this.frames.get(time);
+  }
+
+  close() {
+    super.close();
+    for (const bitmap of this.frames.values()) bitmap.close();
+    URL.revokeObjectURL(this.video.src);
+    this.video.removeAttribute("src");
+    this.video.load();
+  }
 }
 
-/** Wait for an event that `cause` leads to. Throws what the element says is wrong. */
-function happened(element, event, cause) {
+/** An image file, or what a video shows now, not larger than a canvas of the page. */
+async function bitmapOf(source) {
+  const whole = await createImageBitmap(source);
+  const scale = LONGEST / Math.max(whole.width, whole.height);
+  if (scale >= 1) return whole;
+  const [resizeWidth, resizeHeight] = [whole.width, whole.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const bitmap = await createImageBitmap(whole, { resizeWidth, resizeHeight, resizeQuality: "high" });
+  whole.close();
+  return bitmap;
+}
+
+/** Wait for an event that `cause` leads to. Throws what the element says is wrong, or that `signal` is aborted. */
+function happened(element, event, cause, signal) {
+  const over = new AbortController();
+  const listening = { signal: over.signal };
   return new Promise((resolve, reject) => {
-    element.addEventListener(event, resolve, { once: true });
-    element.addEventListener("error", () => reject(element.error), { once: true });
+    signal?.throwIfAborted();
+    element.addEventListener(event, resolve, listening);
+    element.addEventListener("error", () => reject(element.error), listening);
+    signal?.addEventListener("abort", () => reject(signal.reason), listening);
     cause();
-  });
+  }).finally(() => over.abort());
 }
 
 /** Call `taken` with each file that the visitor brings. */

@@ -15,6 +15,8 @@ const FITS = {
   auto: "auto: tiles beyond 1.5 to 1, else squash",
 };
 
+const ONLY_LOW = "Frames of a video are seen at detail low, and squashed.";
+
 /** One setting's controls in `place`. */
 class Setting {
   constructor(place, name, card) {
@@ -30,23 +32,37 @@ class Setting {
     this.visual = new Range(`visual-${name}`, "Visual tokens", "read by the LLM", 32);
     const row = element("p", { class: "control" }, element("label", { for: `detail-${name}`, text: "Detail" }), this.detail);
     const fit = element("p", { class: "control" }, element("label", { for: `fit-${name}`, text: "Image not square" }), this.fit);
+    this.isVideo = false;
+    this.whyNot = element("p", { class: "small", id: `why-not-${name}`, text: ONLY_LOW, hidden: true });
+    for (const select of [this.detail, this.fit]) select.setAttribute("aria-describedby", this.whyNot.id);
     this.legend = element("legend", { text: "Setting" });
-    place.replaceChildren(element("fieldset", { class: "setting" }, this.legend, row, fit, this.vision.row, this.visual.row));
+    place.replaceChildren(
+      element("fieldset", { class: "setting" }, this.legend, row, fit, this.whyNot, this.vision.row, this.visual.row),
+    );
     this.name = name.toUpperCase();
     this.showLimits();
   }
 
   showLimits() {
-    const { budget, closer_view: closer, default_visual_tokens: visual } = this.card;
-    const closely = closer && this.detail.value !== "low";
+    const { budget, clip, closer_view: closer, default_visual_tokens: visual } = this.card;
+    const closely = closer && !this.isVideo && this.detail.value !== "low";
     const vision = closely ? closer.vision_tokens : budget.vision_tokens;
     this.vision.allow(vision, vision);
-    this.visual.allow(budget.visual_tokens, visual);
+    if (this.isVideo && clip) this.visual.allow([clip.visual_tokens, clip.visual_tokens], [clip.visual_tokens, clip.visual_tokens]);
+    else this.visual.allow(budget.visual_tokens, visual);
+  }
+
+  /** Say whether the question is about a video, which has neither a closer view nor a fit. */
+  about(isVideo) {
+    this.isVideo = isVideo;
+    this.detail.disabled = this.fit.disabled = isVideo;
+    this.whyNot.hidden = !isVideo;
+    this.showLimits();
   }
 
   /** A first choice that differs from the model's own. */
   lookElsewise() {
-    if (this.card.closer_view) this.detail.value = "high";
+    if (this.card.closer_view && !this.isVideo) this.detail.value = "high";
     else this.vision.most.value = this.card.budget.vision_tokens[0];
     this.showLimits();
   }
@@ -57,16 +73,16 @@ class Setting {
     if (this.vision.value) budget.vision_tokens = this.vision.value;
     if (this.visual.value) budget.visual_tokens = this.visual.value;
     const fields = {};
-    if (this.detail.value !== "low") fields.detail = this.detail.value;
-    if (this.fit.value) fields.fit = this.fit.value;
+    if (!this.isVideo && this.detail.value !== "low") fields.detail = this.detail.value;
+    if (!this.isVideo && this.fit.value) fields.fit = this.fit.value;
     if (Object.keys(budget).length) fields.budget = budget;
     return fields;
   }
 
   /** In a few words, such as "detail high, 64 to 128 vision tokens". */
   get words() {
-    const words = [`detail ${this.detail.value}`];
-    if (this.fit.value) words.push(`fit ${this.fit.value}`);
+    const words = [`detail ${this.isVideo ? "low" : this.detail.value}`];
+    if (!this.isVideo && this.fit.value) words.push(`fit ${this.fit.value}`);
     for (const [range, what] of [[this.vision, "vision tokens"], [this.visual, "visual tokens"]]) {
       if (range.value) words.push(`${[...new Set(range.value)].join(" to ")} ${what}`);
     }
@@ -112,18 +128,27 @@ class Range {
   }
 }
 
-/** Make the controls for this model -> a function that gives the settings to ask with. */
+/** Make the controls for this model -> the settings to ask with, and what is to be told when another file is taken. */
 export function start(card) {
   const first = new Setting(byId("setting-a"), "a", card);
   const second = new Setting(byId("setting-b"), "b", card);
   const compare = byId("compare");
+  const differ = () => {
+    if (compare.checked && second.words === first.words) second.lookElsewise();
+  };
   const showSecond = () => {
     byId("setting-b").hidden = !compare.checked;
     first.legend.textContent = compare.checked ? "Setting A" : "Setting";
     second.legend.textContent = "Setting B";
-    if (compare.checked && second.words === first.words) second.lookElsewise();
+    differ();
   };
   compare.addEventListener("change", showSecond);
   showSecond();
-  return () => (compare.checked ? [first, second] : [first]);
+  return {
+    chosen: () => (compare.checked ? [first, second] : [first]),
+    about(isVideo) {
+      for (const setting of [first, second]) setting.about(isVideo);
+      differ();
+    },
+  };
 }

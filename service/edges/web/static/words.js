@@ -31,11 +31,12 @@ export function lookedAt({ map, levels }) {
 
 /** What was looked at: one image, or the frames of a video. */
 export function allLookedAt(looks) {
+  if (!looks.length) return "";
   return looks.length === 1 && looks[0].relevance ? lookedAt(looks[0].relevance) : `${looks.length} frames looked at.`;
 }
 
 export const VIEWS = {
-  image: { label: "Image", meaning: "The image as it was sent." },
+  image: { label: "Image", meaning: "As it was sent." },
   map: { label: "Relevance", meaning: "How much each place matters for this question, all three ways together." },
   propositional: { label: "Propositional", meaning: "How much is there: detail that any question could need." },
   perspectival: { label: "Perspectival", meaning: "What stands out to the vision encoder." },
@@ -66,7 +67,7 @@ const TITLES = {
   400: "The service cannot use this",
   401: "The service does not know this key",
   403: "The key does not allow this",
-  404: "The service no longer has this image",
+  404: "The service no longer has this file",
   408: "The upload was too slow",
   413: "This is too large",
   415: "The service cannot use this",
@@ -75,7 +76,7 @@ const TITLES = {
   503: "The service is not ready",
   504: "The answer took too long",
 };
-const CODES = { invalid_image: "This file is not an image that the service reads", shutting_down: "The service is stopping" };
+const CODES = { invalid_image: "This file is not an image or a video that the service reads", shutting_down: "The service is stopping" };
 
 /** An error -> {title, text, retryAfterS}. */
 export function troubleInWords(error) {

@@ -16,14 +16,16 @@ from service.core.errors import InvalidRequest
 from service.core.request import ImageBytes
 from service.core.vision import Relevance
 from service.edges.asking import QuestionLimits, to_request
+from service.edges.http.application import http_api
 from service.edges.http.batch_schema import BatchQuestion
+from service.edges.http.body import FormPart
 from service.edges.http.faults import require_text
 from service.edges.http.images import image_of
-from service.edges.http.schema import VqaAnswer, VqaEnd, VqaRequest, seen_fields
+from service.edges.http.schema import VqaAnswer, VqaEnd, VqaForm, VqaRequest, seen_fields
 from service.edges.http.vqa import parse_json
 from service.edges.openai.schema import SeenFields
 from tests.support import films
-from tests.support.fakes import CARD
+from tests.support.fakes import CARD, House
 
 CHARS = 2000
 LIMITS = QuestionLimits(max_question_chars=CHARS, default_timeout_s=30, max_timeout_s=120)
@@ -76,8 +78,8 @@ def test_a_video_in_place_of_json_is_named(container, kind):
 @pytest.mark.parametrize("name", ["image", "video"])
 async def test_a_form_keeps_a_video_by_either_name(name):
     head = f'--b\r\ncontent-disposition: form-data; name="{name}"; filename="x"\r\n\r\n'.encode()
-    kept = await image_of([head + b"a film\r\n--b--\r\n"], "multipart/form-data; boundary=b")
-    assert b"".join(kept) == b"a film"
+    field, kept = await image_of([head + b"a film\r\n--b--\r\n"], "multipart/form-data; boundary=b")
+    assert (field, b"".join(kept)) == (name, b"a film")
 
 
 def finished(*frames: FrameSeen) -> Finished:
@@ -150,6 +152,66 @@ def test_the_schema_says_what_is_taken(fields, is_valid):
     asked = {"question": "?"} | fields
     assert VALID.is_valid(asked) is is_valid
     assert is_taken(asked) is is_valid
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_valid"),
+    [
+        ({"video": "img_1", "video_frames": 4}, True),
+        ({"frames": ["img_1", "img_2"], "video_sampling": "change"}, True),
+        ({"image": ["img_1"], "video": "img_2", "video_frames": 32}, True),
+        ({"image": ["img_1"], "page": 2}, True),
+        ({"video": "img_1", "page": None}, True),
+        ({"image": ["img_1", "img_2"], "page": None}, True),
+        ({"image": ["img_1"], "video_frames": None}, True),
+        ({}, False),
+        ({"video": "img_1", "frames": ["img_1"]}, False),
+        ({"image": ["img_1"], "video_frames": 8}, False),
+        ({"image": ["img_1"], "video_sampling": "uniform"}, False),
+        ({"video": "img_1", "page": 1}, False),
+        ({"image": ["img_1"], "video": "img_2", "page": 1}, False),
+        ({"image": ["img_1", "img_2"], "page": 1}, False),
+        ({"frames": ["img_1"] * 33}, False),
+    ],
+)
+async def test_the_schema_of_a_form_says_what_is_taken(fields, is_valid):
+    spec = http_api(House().edge).openapi()
+    form_schema = {**spec, "$ref": "#/components/schemas/VqaForm"}
+    assert Draft202012Validator(form_schema).is_valid({"question": "?"} | fields) is is_valid
+    values = [
+        (name, each) for name, value in fields.items() for each in (value if isinstance(value, list) else [value])
+    ]
+    parts = [form_part(name, "null" if value is None else str(value)) for name, value in [("question", "?"), *values]]
+    try:
+        form, files = await VqaForm.from_parts(parts)
+        to_request(form.fields(files), CARD, LIMITS)
+        was_taken = True
+    except InvalidRequest:
+        was_taken = False
+    assert was_taken is is_valid
+
+
+def form_part(name: str, value: str) -> FormPart:
+    part = FormPart({b"content-disposition": f'form-data; name="{name}"'.encode()})
+    part.content.add(value.encode())
+    return part
+
+
+async def test_a_form_s_frame_that_cannot_be_read_is_named():
+    parts = [form_part("question", "?"), form_part("frames", "img_1"), form_part("frames", "no base64!")]
+    with pytest.raises(InvalidRequest, match=r"^frame 2 of 2: image is neither base64") as refused:
+        await VqaForm.from_parts(parts)
+    assert refused.value.param == "frames.1"
+
+
+async def test_a_form_with_two_images_and_a_page_is_told_of_what_it_sent():
+    form, files = await VqaForm.from_parts([form_part(*each) for each in TWO_IMAGES_AND_A_PAGE])
+    with pytest.raises(InvalidRequest, match=r"^page is about one image: send the document alone") as refused:
+        to_request(form.fields(files), CARD, LIMITS)
+    assert "images is given" not in refused.value.message
+
+
+TWO_IMAGES_AND_A_PAGE = [("question", "?"), ("image", "img_1"), ("image", "img_2"), ("page", "2")]
 
 
 def is_taken(asked: dict[str, Any]) -> bool:

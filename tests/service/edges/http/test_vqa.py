@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 from service.admission.quota import Cost
 from service.core.errors import Overloaded, Unavailable
 from service.edges.http.application import http_api
-from tests.support.fakes import CARD, CLOSER, SPELLED, FakeProber, House, cancelled, png, turns, until
+from tests.support import films
+from tests.support.fakes import CARD, CLIPS, CLOSER, SPELLED, FakeProber, House, cancelled, png, turns, until
 
 IMAGE = base64.b64encode(png()).decode()
 ASKED = {"image": IMAGE, "question": "what colour?"}
@@ -422,7 +423,10 @@ async def test_a_field_given_twice_is_refused(caller):
 async def test_an_upload_needs_one_image(caller):
     assert "empty" in fault(await caller.http.post("/v1/images", content=b""), 400)["message"]
     form = {"file": png()}
-    assert "the one field image, it has file" in fault(await caller.http.post("/v1/images", files=form), 400)["message"]
+    assert (
+        "one field, image or video, and it has file"
+        in fault(await caller.http.post("/v1/images", files=form), 400)["message"]
+    )
 
 
 async def test_too_many_bytes_are_413(caller):
@@ -547,6 +551,29 @@ async def test_the_model_tells_what_it_offers(caller):
     assert model["budget"] == {"vision_tokens": [64, 256], "visual_tokens": [32, 32]}
     assert model["default_visual_tokens"] == [32, 32]
     assert "closer_view" not in model
+    assert "clip" not in model
+
+
+async def test_a_model_with_a_clip_resampler_tells_what_it_makes_of_a_video():
+    whole = Caller(House(CLIPS))
+    (model,) = (await whole.http.get("/v1/models")).json()["data"]
+    assert model["clip"] == {"visual_tokens": 64, "vision_tokens": [64, 256], "frames": 32}
+    await whole.close()
+
+
+@pytest.mark.parametrize("field", ["image", "video"])
+async def test_a_form_s_damaged_video_is_told_by_the_field_that_was_sent(caller, field):
+    cut = films.video()[:60]
+    answer = await caller.http.post("/v1/images", files={field: ("clip.webm", cut)})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    kept = await caller.http.post("/v1/files", files={"file": ("clip.webm", cut)}, data={"purpose": "vision"})
+    assert kept.json()["error"]["param"] == "file"
+
+
+async def test_a_form_of_an_image_s_bytes_has_one_field(caller):
+    answer = await caller.http.post("/v1/images", files={"photo": ("x.png", png())})
+    assert "one field, image or video, and it has photo" in answer.json()["error"]["message"]
 
 
 async def test_a_model_with_a_closer_view_tells_when_auto_takes_it():

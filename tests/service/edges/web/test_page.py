@@ -159,7 +159,7 @@ async def test_an_image_that_the_service_does_not_read_is_told(visit: Visit):
     await visit.choose(icon(), "old.ico")
     await visit.ask("what is there?")
     await visit.page.wait_for_selector(TROUBLE)
-    assert await visit.page.inner_text(TROUBLE) == "This file is not an image that the service reads"
+    assert await visit.page.inner_text(TROUBLE) == "This file is not an image or a video that the service reads"
 
 
 async def test_a_full_service_is_asked_again_after_its_time(visit: Visit, service: Kept):

@@ -32,6 +32,7 @@ from build_engines.scenes.world import (
 )
 
 CLIP_KINDS = ("moved", "way", "appeared", "vanished", "came", "recoloured", "before", "order", "happened", "count")
+WHEN = "when"  # a kind that only training asks
 EVENTS = ("moved", "appeared", "vanished", "recoloured")
 WAYS = ("left", "right", "up", "down")
 FEWEST, MOST = 2, 6  # objects
@@ -442,6 +443,16 @@ def _order(rng: np.random.Generator, story: Story) -> Question | None:
     return Question(text, "yes" if right else "no", "order", (first.index, second.index))
 
 
+def _when(rng: np.random.Generator, story: Story) -> Question | None:
+    """Ask in which quarter of the clip something happened: 1 to 4. Training only, so that "before" can be learned."""
+    event = story.events[int(rng.integers(len(story.events)))]
+    name = _name(rng, story, event.index)
+    if name is None:
+        return None
+    quarter = 1 + min(3, int(2 * (event.start + event.end)))
+    return Question(f"when did the {name} {_DID[event.kind][0]}?", NUMBERS[quarter], WHEN, (event.index,))
+
+
 def _happened(rng: np.random.Generator, story: Story) -> Question | None:
     """Ask whether something happened, to anything or to one object. Half of the answers are yes."""
     wanted = rng.random() < 0.5
@@ -488,6 +499,7 @@ _DRAW: dict[str, Callable[[np.random.Generator, Story], Question | None]] = {
     "recoloured": _recoloured,
     "before": _before,
     "order": _order,
+    WHEN: _when,
     "happened": _happened,
     "count": _count,
 }

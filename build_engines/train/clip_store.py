@@ -17,7 +17,7 @@ from build_engines.model.allocation import CELL_COUNT, GROUP, MAX_VISION_TOKENS,
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.qformer import QFormer
-from build_engines.scenes.clips import CLIP_KINDS, Event, Story, ask_clip, ask_story, draw_clip
+from build_engines.scenes.clips import CLIP_KINDS, WHEN, Event, Story, ask_clip, ask_story, draw_clip
 from build_engines.scenes.questions import DESCRIBE, TYPES, Question
 from build_engines.scenes.render import compressed
 from build_engines.scenes.several import SEVERAL_KINDS, ask_groups, ask_several, draw_several
@@ -31,9 +31,9 @@ from service.media.clip import spaced
 
 QUESTIONS = 8  # of a clip, a group or an image
 # Questions that take longer to learn are asked more often.
-SLOWLY_LEARNED = {"count": 3.0, "order": 3.0, "came": 2.0, "appeared": 2.0, "vanished": 2.0, "way": 1.5}
-CLIP_WEIGHTS = dict.fromkeys(CLIP_KINDS, 1.0) | SLOWLY_LEARNED
-SEVERAL_WEIGHTS = dict.fromkeys(SEVERAL_KINDS, 1.0) | {"more": 1.5, "same": 1.5, "together": 1.5, "all": 1.5}
+SLOWLY = {"order": 4.0, "count": 3.0, "came": 2.0, "way": 2.0, WHEN: 2.0, "vanished": 1.5, "appeared": 1.0}
+CLIP_WEIGHTS = SLOWLY | {"happened": 0.8, "moved": 0.6, "recoloured": 0.5, "before": 0.5}
+SEVERAL_WEIGHTS = {"only": 2.5, "together": 2.5, "same": 2.0, "more": 1.0, "images": 1.0, "all": 0.7, "which": 0.4}
 OLD_WEIGHTS = WEIGHTS | {DESCRIBE: 0.5}
 SMALL_PRINT_WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"read": 6.0}
 FRAMES = {4: 0.12, 6: 0.08, 8: 0.5, 12: 0.08, 16: 0.16, 32: 0.06}  # of a clip in training, and their shares
@@ -171,9 +171,9 @@ def lossy(rng: np.random.Generator, pixels: Sequence[np.ndarray]) -> list[np.nda
 
 
 def look_at_clip(frozen: Frozen, rng: np.random.Generator, world: World, frames: int) -> ClipLook | None:
-    """Draw a clip and look at it. None if it gives no question."""
+    """Draw a clip and look at it, with as many questions of each kind. None if it gives none."""
     clip = draw_clip(rng, world, frames)
-    questions = draw_kinds(rng, CLIP_WEIGHTS, lambda kind: ask_clip(rng, clip, kind))
+    questions = draw_kinds(rng, dict.fromkeys(CLIP_KINDS, 1.0), lambda kind: ask_clip(rng, clip, kind))
     if not questions:
         return None
     return replace(clip_look(frozen, lossy(rng, clip.pixels), clip.times, questions), story=clip.story)
@@ -205,7 +205,7 @@ def clip_look(frozen: Frozen, pixels: Sequence[np.ndarray], times: np.ndarray, q
 def look_at_group(frozen: Frozen, rng: np.random.Generator, world: World, images: int) -> Prefixed | None:
     """Draw a group of images and look at them for one of the questions. None if they give none."""
     scenes = draw_several(rng, world, images)
-    questions = draw_kinds(rng, SEVERAL_WEIGHTS, lambda kind: ask_several(rng, scenes, kind))
+    questions = draw_kinds(rng, dict.fromkeys(SEVERAL_KINDS, 1.0), lambda kind: ask_several(rng, scenes, kind))
     if not questions:
         return None
     looks = pictures(frozen.eye, [lossy(rng, [scene.pixels])[0] for scene in scenes])

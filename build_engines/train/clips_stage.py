@@ -68,14 +68,14 @@ from build_engines.train.starting import fit_table, said_by
 from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 
-STEPS = 2900
+STEPS = 3100
 CLIPS, ASKED_CLIPS, GROUPS, AGAIN, SYMBOLS = 18, 5, 3, 3, 9  # a step, per replica
 SYMBOL_NOISE = 0.1  # the standard deviation of a visual token from its symbol's vector
 STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 640, 320, 500  # per replica
 RENEW_CLIPS, RENEW_OTHERS = 5, 15  # steps: a clip; a group and an old image
 TEXT_TOKENS = 144  # behind one prefix
 TAUGHT_SHARE, OLD_SHARE = 1.0, 0.2  # of the loss of old questions: as the published model, and as the truth is
-CHECK_STEPS = 1000
+CHECK_STEPS = 2700
 CHECKED_CLIPS, CHECKED_GROUPS, CHECKED_SCENES = 40, 40, 50
 CHECKED_FRAMES = (8, 4, 16)
 RATE_LANGUAGE, RATE_RESAMPLER = (0.004, 1e-3), (0.01, 1e-3)  # of Muon and of Adam

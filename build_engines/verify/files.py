@@ -197,7 +197,8 @@ def check_graph(path: Path, name: str, config: Any, card: ModelCard) -> None:
         for entry in constant.external_data:
             if entry.key == "location" and not (path.parent / entry.value).exists():
                 raise Wrong(f"its weights file {entry.value} is missing")
-    ins, outs = dict(_ends(model.graph.input)), dict(_ends(model.graph.output))
+    batched = config.max_batch_size > 0
+    ins, outs = dict(_ends(model.graph.input, batched)), dict(_ends(model.graph.output, batched))
     if name == "llm":
         _check_language_model(path, ins, outs, card)
     elif name == "qformer" and "attend" in ins:  # a runner forms the groups of this graph
@@ -238,14 +239,15 @@ def _check_language_model(path: Path, ins: Mapping[str, Any], outs: Mapping[str,
         raise Wrong("its keys and values must be pairs of past_* and new_*")
 
 
-def _ends(values: Any) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+def _ends(values: Any, batched: bool = True) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Name, data type and shape of each tensor, without the batch dimension if there is one."""
     for value in values:
         tensor = value.type.tensor_type
         dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-        if dims[0] != -1:
+        if batched and dims[0] != -1:
             raise Wrong(f"the batch of {value.name} is fixed at {dims[0]}")
-        yield value.name, (ONNX_TYPES.get(dtype, dtype), tuple(dims[1:]))
+        yield value.name, (ONNX_TYPES.get(dtype, dtype), tuple(dims[1:] if batched else dims))
 
 
 def built_with(repository: Path) -> dict[str, str]:

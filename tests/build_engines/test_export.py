@@ -93,19 +93,20 @@ def test_committed_graphs_match_pytorch(reference, name, batch):
 @pytest.mark.parametrize("frames", [1, 3, 8, 32])
 def test_the_committed_clip_graph_matches_pytorch(reference, frames):
     graph = named(reference, CLIP_GRAPH)
-    of_frames = {name: tensor[:1].expand(frames, *tensor.shape[1:]) for name, tensor in graph.inputs.items()}
-    given = replace(graph, inputs={name: of_frames[name] if name in graph.dynamic else tensor
-                                   for name, tensor in graph.inputs.items()})  # fmt: skip
-    inputs = random_inputs(given, frames)
-    features = inputs["features"][:1].repeat(frames, 1, 1)
-    features[frames // 2 :, 60:90] += inputs["features"][-1:, 60:90]  # something changes half-way
-    inputs |= {
+    generator = torch.Generator().manual_seed(frames)
+    features = torch.randn(1, 257, 160, generator=generator).repeat(frames, 1, 1)
+    features[frames // 2 :, 60:90] += torch.randn(30, 160, generator=generator)  # something changes half-way
+    inputs = {
         "features": features,
+        "saliency": torch.rand(frames, 256, generator=generator),
+        "entropy": torch.rand(frames, 256, generator=generator),
+        "texture": torch.rand(frames, 13, 16, 16, generator=generator),
         "times": torch.linspace(0, 1, frames) if frames > 1 else torch.zeros(1),
-        "question_ids": torch.randint(5, 400, (32,), dtype=torch.int32),
+        "question_ids": torch.randint(5, 400, (32,), generator=generator, dtype=torch.int32),
         "question_mask": (torch.arange(32) < 9).int(),
         "clip_budget": torch.tensor([64, 200], dtype=torch.int32),
     }
+    assert list(inputs) == list(graph.inputs)
     with torch.inference_mode():
         expected = graph.module(*inputs.values())
     path = ROOT / "model_repository" / CLIP_GRAPH / "1" / "model.onnx"

@@ -43,7 +43,7 @@ from service.core.variant import Route
 from service.core.vision import Sight
 from service.images import Images
 from service.media.clip import DecodedClip
-from service.media.clip_header import clip_format, require_clip
+from service.media.clip_header import FILMS, clip_format, require_clip
 from service.media.decoder import Decoded
 from service.media.fetch import ImageFetcher
 from service.media.foreign import Wanted

@@ -33,7 +33,7 @@ QUESTIONS = 8  # of a clip, a group or an image
 # Questions that take longer to learn are asked more often.
 SLOWLY = {"order": 4.0, "count": 3.0, "came": 2.0, "way": 2.0, WHEN: 2.0, "vanished": 1.5, "appeared": 1.0}
 CLIP_WEIGHTS = SLOWLY | {"happened": 0.8, "moved": 0.6, "recoloured": 0.5, "before": 0.5}
-SEVERAL_WEIGHTS = {"only": 2.5, "together": 2.5, "same": 2.0, "more": 1.0, "images": 1.0, "all": 0.7, "which": 0.4}
+SEVERAL_WEIGHTS = {"only": 2.5, "together": 2.5, "same": 2.0, "more": 1.0, "images": 1.0, "both": 0.7, "which": 0.4}
 OLD_WEIGHTS = WEIGHTS | {DESCRIBE: 0.5}
 SMALL_PRINT_WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"read": 6.0}
 FRAMES = {4: 0.12, 6: 0.08, 8: 0.5, 12: 0.08, 16: 0.16, 32: 0.06}  # of a clip in training, and their shares

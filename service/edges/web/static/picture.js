@@ -4,6 +4,7 @@ import { byId } from "./dom.js";
 import { LONGEST } from "./heat.js";
 
 const MARGIN_S = 30; // an id that expires sooner is not used
+const PRESENTED_MS = 200; // the longest that a frame may take after its seek
 const WITHIN_S = 0.002; // the service rounds the time of a frame to milliseconds
 
 /** The file is not an image or a video that this browser can show. */
@@ -76,7 +77,7 @@ class Film extends Picture {
     video.preload = "auto";
     try {
       await happened(video, "loadeddata", () => (video.src = URL.createObjectURL(file)));
-      return new Film(file, video, await bitmapOf(video));
+      return new Film(file, video, frameOf(video));
     } catch {
       URL.revokeObjectURL(video.src);
       const name = file.name || "This file";
@@ -97,8 +98,10 @@ class Film extends Picture {
   /** The frame at a time. Throws if the video cannot be read there, or `signal` is aborted. */
   async at(time, signal) {
     if (!this.frames.has(time)) {
+      const presented = presentation(this.video);
       await happened(this.video, "seeked", () => (this.video.currentTime = time + WITHIN_S), signal);
-      this.frames.set(time, await bitmapOf(this.video));
+      await presented;
+      this.frames.set(time, frameOf(this.video));
     }
     return this.frames.get(time);
   }
@@ -112,15 +115,36 @@ class Film extends Picture {
   }
 }
 
-/** An image file, or what a video shows now, not larger than a canvas of the page. */
-async function bitmapOf(source) {
-  const whole = await createImageBitmap(source);
-  const scale = LONGEST / Math.max(whole.width, whole.height);
-  if (scale >= 1) return whole;
-  const [resizeWidth, resizeHeight] = [whole.width, whole.height].map((side) => Math.max(1, Math.round(side * scale)));
+/** An image file, not larger than a canvas of the page. */
+async function bitmapOf(file) {
+  const whole = await createImageBitmap(file);
+  const [resizeWidth, resizeHeight] = within(whole.width, whole.height);
+  if (resizeWidth === whole.width) return whole;
   const bitmap = await createImageBitmap(whole, { resizeWidth, resizeHeight, resizeQuality: "high" });
   whole.close();
   return bitmap;
+}
+
+/** What a video shows now, not larger than a canvas of the page. createImageBitmap of a video may never end in Chromium. */
+function frameOf(video) {
+  const [width, height] = within(video.videoWidth, video.videoHeight);
+  const canvas = new OffscreenCanvas(width, height);
+  canvas.getContext("2d").drawImage(video, 0, 0, width, height);
+  return canvas.transferToImageBitmap();
+}
+
+/** The sides in pixels of what a canvas of the page shows. */
+function within(width, height) {
+  const scale = Math.min(1, LONGEST / Math.max(width, height));
+  return [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+}
+
+/** Wait for the next frame that a video presents: a canvas copies the one before until then. Not all browsers tell. */
+function presentation(video) {
+  return new Promise((resolve) => {
+    video.requestVideoFrameCallback?.(resolve);
+    setTimeout(resolve, PRESENTED_MS);
+  });
 }
 
 /** Wait for an event that `cause` leads to. Throws what the element says is wrong, or that `signal` is aborted. */

@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 
 from build_engines.export import graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.model.clip import CARD, ClipResampler
+from build_engines.model.clip import CARD
 from build_engines.repository import CLIP_GRAPH, Dimensions, write_configs
 from service.core.card import ClipResampler as ClipCard
 from service.core.card import ModelCard
@@ -41,12 +41,7 @@ QUESTION = "what changed colour?"
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    """The reference model with a clip resampler that is not trained, unless it has one."""
-    found = Checkpoint.load(PROJECT / "reference")
-    if found.clip is not None:
-        return found
-    torch.manual_seed(5)
-    return dataclasses.replace(found, clip=ClipResampler(found.qformer()).eval())
+    return Checkpoint.load(PROJECT / "reference_clips")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,11 @@ def reference() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
+def clips() -> Checkpoint:
+    return Checkpoint.load(ROOT / "reference_clips")
+
+
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Checkpoint:
     """A random BLIP-2 of odd sizes without allocator weights, in Hugging Face's format."""
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
@@ -91,8 +96,8 @@ def test_committed_graphs_match_pytorch(reference, name, batch):
 
 
 @pytest.mark.parametrize("frames", [1, 3, 8, 32])
-def test_the_committed_clip_graph_matches_pytorch(reference, frames):
-    graph = named(reference, CLIP_GRAPH)
+def test_the_clip_graph_matches_pytorch(clips, exports: SharedExports, frames):
+    graph = named(clips, CLIP_GRAPH)
     generator = torch.Generator().manual_seed(frames)
     features = torch.randn(1, 257, 160, generator=generator).repeat(frames, 1, 1)
     features[frames // 2 :, 60:90] += torch.randn(30, 160, generator=generator)  # something changes half-way
@@ -109,20 +114,20 @@ def test_the_committed_clip_graph_matches_pytorch(reference, frames):
     assert list(inputs) == list(graph.inputs)
     with torch.inference_mode():
         expected = graph.module(*inputs.values())
-    path = ROOT / "model_repository" / CLIP_GRAPH / "1" / "model.onnx"
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exports.path(graph), providers=["CPUExecutionProvider"])
     found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
     for name, ours, theirs in zip(graph.outputs, found, expected, strict=True):
         assert ours.shape == tuple(theirs.shape), name
         assert np.abs(ours - theirs.numpy()).max() <= TOLERANCE, name
 
 
-def test_a_card_tells_of_the_clip_resampler(reference, tiny):
-    told = card(reference).clip
+def test_a_card_tells_of_the_clip_resampler(clips, reference, tiny):
+    told = card(clips).clip
     assert told is not None
     assert (told.visual_tokens, told.frames, told.trained_frames, told.vision_tokens) == (64, 32, 8, (64, 256))
-    assert card(tiny).clip is None
-    assert CLIP_GRAPH not in {graph.name for graph in graphs(tiny)}
+    for other in (reference, tiny):
+        assert card(other).clip is None
+        assert CLIP_GRAPH not in {graph.name for graph in graphs(other)}
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -41,6 +41,7 @@ def source(card: ModelCard, closer_view: bool = True) -> Source:
         max_positions=card.max_positions,
         parameters={"vision_encoder": 1, "qformer": 1, "llm": 1},
         closer_view=closer_view,
+        clip=True,
     )
 
 
@@ -54,6 +55,12 @@ def parsed(asked: Options, card: ModelCard) -> dict[str, model_config_pb2.ModelC
         model.name: text_format.Parse(configuration(asked, source(card), model), model_config_pb2.ModelConfig())
         for model in served(asked, source(card))
     }
+
+
+def test_only_the_cpus_profile_attends_to_whole_clips(card: ModelCard) -> None:
+    for profile, precision in (*PROFILES, ("embedded", "fp32")):
+        names = {model.name for model in served(options(profile, precision), source(card))}
+        assert ("attend_clip" in names) == (profile == "embedded")
 
 
 @pytest.mark.parametrize(("profile", "precision"), PROFILES)
@@ -71,7 +78,7 @@ def test_the_gateways_tensors_are_those_of_the_configurations(card: ModelCard, p
 
     for name, model in CALLED.items():
         if name not in configs:
-            assert (name, profile) == ("vqa", "tensorrt")
+            assert name == "attend_clip" or (name, profile) == ("vqa", "tensorrt")  # GPUs look frame by frame
             continue
         accepted, given = specs(configs[name].input), specs(configs[name].output)
         without = LIKELIEST if profile == "tensorrt" else ()  # the card says so, and top_logprobs is refused

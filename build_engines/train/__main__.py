@@ -1,9 +1,9 @@
 """`python -m build_engines.train --out runs/reference`: train the reference model from scratch.
 
-Runs on a CPU or a GPU, in six resumable stages. `language` (the decoder, on symbols) and `vision` (the encoder, on
-dense losses) run at the same time, then `qformer`, `joint`, `allocator` and `clips`. At the end the checkpoint is
-written, rounded to FP16, read back and evaluated. `--stages clips --start reference` teaches clips and several images
-to a published checkpoint.
+Runs on a CPU or a GPU, in five resumable stages. `language` (the decoder, on symbols) and `vision` (the encoder, on
+dense losses) run at the same time, then `qformer`, `joint` and `allocator`. At the end the checkpoint is written,
+rounded to FP16, read back and evaluated. A sixth stage runs only if it is named: `--stages clips --start reference`
+teaches clips and several images to a published checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-STAGES = ("language", "vision", "qformer", "joint", "allocator", "clips")
+BY_DEFAULT = ("language", "vision", "qformer", "joint", "allocator")
+STAGES = (*BY_DEFAULT, "clips")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="factor of the number of steps (default: 1, the shipped model)"
     )
-    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--stages", default=",".join(BY_DEFAULT), help="comma-separated (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="total CPU threads (default: %(default)s)"

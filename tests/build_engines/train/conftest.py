@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from build_engines.train.__main__ import main
+from build_engines.train.__main__ import STAGES, main
 from tests.support.once import Once
 
 
@@ -13,6 +13,7 @@ def tiny_training(once: Once) -> Path:
     """Run every stage with tiny sizes. Tests that go on with it copy it."""
 
     def train(folder: Path) -> None:
-        assert main(["--out", str(folder / "tiny"), "--tiny", "--eager", "--threads", "1"]) == 0
+        every = ["--stages", ",".join(STAGES)]
+        assert main(["--out", str(folder / "tiny"), *every, "--tiny", "--eager", "--threads", "1"]) == 0
 
     return once.made("training", train) / "tiny"

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.scenes.questions import ANSWERS, TYPES, Question
 from build_engines.scenes.world import HELD_OUT_PAIRS, World, sample_scene
-from build_engines.train.__main__ import main
+from build_engines.train.__main__ import BY_DEFAULT, STAGES, main
 from build_engines.train.course import Course, Measures
 from build_engines.train.language_stage import draw_questions
 from build_engines.train.packing import Packer
@@ -37,6 +37,7 @@ def test_no_training_question_names_a_held_out_pair() -> None:
 def test_every_stage_leaves_a_checkpoint_a_log_and_a_curve(tiny_training: Path) -> None:
     stages = [json.loads(line)["stage"] for line in (tiny_training / "log.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(stages)) == ["language", "vision", "qformer", "joint", "allocator", "clips"]
+    assert STAGES[:-1] == BY_DEFAULT  # clips cost questions about one image something
     assert (tiny_training / "learning_curve.png").stat().st_size > 10_000
     card = json.loads((tiny_training / "checkpoint" / "model_card.json").read_text())
     assert set(card["accuracy_in_pytorch"]) == {"new", "held_out_pairs", "small_print"}
@@ -49,7 +50,8 @@ def continued(tiny_training: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A tiny run that goes on from the tiny checkpoint."""
     folder = tmp_path_factory.mktemp("continued")
     start = str(tiny_training / "checkpoint")
-    assert main(["--out", str(folder), "--start", start, "--tiny", "--eager", "--threads", "1"]) == 0
+    every = ",".join(STAGES)
+    assert main(["--out", str(folder), "--start", start, "--stages", every, "--tiny", "--eager", "--threads", "1"]) == 0
     return folder
 
 

@@ -6,7 +6,6 @@ import re
 from typing import Literal
 
 from service.core.errors import InvalidImage
-from service.core.vision import IMAGE_SIZE
 from service.media.ebml import read_ebml
 from service.media.fields import unpack
 from service.media.foreign import found_in
@@ -16,6 +15,7 @@ from service.media.mp4 import read_mp4
 from service.media.video_header import VideoHeader
 
 ClipFormat = Literal["GIF", "WebP", "MP4", "WebM"]
+FRAME_PIXELS = 224 * 224  # of a decoded frame. Not imported: the command line reads this module without NumPy
 FILMS: tuple[ClipFormat, ...] = ("MP4", "WebM")  # files that are clips and no images; a GIF or WebP is both
 CLIP_NAMES = "MP4, MOV, WebM, or an animated GIF or WebP"
 MAX_FRAME_PIXELS = 4096 * 2304  # of one picture: 4K. The largest of video's common sizes whose decoding fits the limits
@@ -63,7 +63,7 @@ def clip_cost(data: bytes, most: int, max_pixels: int) -> int:
     """
     told = told_of(data)
     frame = min(told.width * told.height or MAX_FRAME_PIXELS, MAX_FRAME_PIXELS)
-    return min(frame + most * IMAGE_SIZE * IMAGE_SIZE, max_pixels)
+    return min(frame + most * FRAME_PIXELS, max_pixels)
 
 
 def told_of(data: bytes) -> VideoHeader:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -643,8 +644,8 @@ async def test_a_question_whose_comparison_encoded_frames_is_no_follow_up_to_the
 async def test_a_clip_s_pixels_are_not_held_while_its_question_waits_for_the_llm(house):
     scheduler = house.admission.scheduler
     claim = Claim(Resource.LLM, house.admission.row_tokens * Engines().llm_rows, Kind.FOLLOW_UP, 0.0, 1e9)
-    scheduler.submit(claim, 0.0)
-    scheduler.schedule(0.0)
+    scheduler.submit(claim, time.monotonic())
+    scheduler.schedule(time.monotonic())
     house.vision.close("see")
     asked = asyncio.create_task(answer(house, about(film())))
     await until(lambda: encodes(house))
@@ -655,7 +656,7 @@ async def test_a_clip_s_pixels_are_not_held_while_its_question_waits_for_the_llm
     await until(lambda: house.admission.scheduler.waiting(Kind.MULTI_IMAGE) and encodes(house) == 8)
     gc.collect()
     assert reel() is None
-    scheduler.release(claim, 1.0)
+    scheduler.release(claim, time.monotonic())
     await cancelled(asked)
 
 

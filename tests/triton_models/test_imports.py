@@ -23,6 +23,7 @@ OURS = (
     "service.media.header",
     "service.media.isobmff",
     "service.media.jpeg",
+    "service.media.pages",
     "service.media.structure",
     "service.media.tiff",
     "service.text.prompt",

@@ -177,14 +177,16 @@ SOMETHING_SEEN_BY_FORM: dict[str, Any] = {
     "anyOf": [{"required": [name]} for name in ("image", "video", "frames")],
     "allOf": [
         {"not": {"required": ["video", "frames"]}},
-        {"if": ABOUT_A_VIDEO, "then": {"anyOf": [{"required": [name]} for name in ("video", "frames")]}},
+        {"anyOf": [{"not": ABOUT_A_VIDEO}, *({"required": [name]} for name in ("video", "frames"))]},
         {
-            "if": having("page", "integer"),
-            "then": {
-                "required": ["image"],
-                "properties": {"image": {"maxItems": 1}},
-                "allOf": [{"not": {"required": [name]}} for name in ("video", "frames")],
-            },
+            "anyOf": [
+                {"not": having("page", "integer")},
+                {
+                    "required": ["image"],
+                    "properties": {"image": {"maxItems": 1}},
+                    "allOf": [{"not": {"required": [name]}} for name in ("video", "frames")],
+                },
+            ]
         },
     ],
 }

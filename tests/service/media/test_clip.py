@@ -18,8 +18,9 @@ from PIL import Image as Pillow
 
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge
+from service.core.vision import IMAGE_SIZE
 from service.media.clip import DecodedClip, choosable, clip_cost, decode_clip, is_clip, spaced
-from service.media.clip_header import MAX_FRAME_PIXELS, video_header
+from service.media.clip_header import FRAME_PIXELS, MAX_FRAME_PIXELS, video_header
 from service.media.decoder import ImageLimits, decode
 from service.media.film import Film, _refused
 from tests.support import films
@@ -506,3 +507,7 @@ def test_few_frames_of_a_long_clip_can_be_chosen():
     assert len(choosable(1_000_000)) <= 528
     assert choosable(3) == [0, 1, 2]
     assert choosable(1) == [0]
+
+
+def test_a_decoded_frame_has_the_pixels_that_the_encoder_sees():
+    assert FRAME_PIXELS == IMAGE_SIZE**2

@@ -4,6 +4,7 @@
 #   all-in-one  both in one container: `glimpse serve`
 # BASE is a Debian with Python 3.11 to 3.13 and its shared library: python:3.11-slim-bookworm works as well.
 # docs/deployment.md says how to build and run them.
+# MEDIA are the extras of the gateway's image: "pdf video" for MP4 and WebM too, which is 90 MB more.
 ARG BASE=python:3.13-slim-trixie
 
 # hadolint ignore=DL3006
@@ -25,8 +26,10 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml constraints.txt ./
 COPY scripts scripts
+ARG MEDIA=pdf
+# hadolint ignore=SC2086
 RUN python3 -m venv /opt/glimpse \
- && python3 scripts/requirements.py gateway pdf > gateway.txt \
+ && python3 scripts/requirements.py gateway ${MEDIA} > gateway.txt \
  && python3 scripts/requirements.py serve pdf > serve.txt \
  && python3 scripts/requirements.py group:triton > triton.txt \
  && /opt/glimpse/bin/pip install --constraint constraints.txt --requirement gateway.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Literal
 
 from service.core.errors import InvalidImage
@@ -17,6 +18,7 @@ from service.media.video_header import VideoHeader
 ClipFormat = Literal["GIF", "WebP", "MP4", "WebM"]
 FRAME_PIXELS = 224 * 224  # of a decoded frame. Not imported: the command line reads this module without NumPy
 FILMS: tuple[ClipFormat, ...] = ("MP4", "WebM")  # files that are clips and no images; a GIF or WebP is both
+HAS_PYAV = find_spec("av") is not None  # the extra `video`; it is loaded by the decoding processes only
 CLIP_NAMES = "MP4, MOV, WebM, or an animated GIF or WebP"
 MAX_FRAME_PIXELS = 4096 * 2304  # of one picture: 4K. The largest of video's common sizes whose decoding fits the limits
 STARTS: tuple[tuple[ClipFormat, re.Pattern[bytes]], ...] = (
@@ -81,6 +83,12 @@ def require_clip(data: bytes) -> ClipFormat:
     kind = clip_format(data)
     if kind is None:
         raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
+    if kind in FILMS and not HAS_PYAV:
+        raise InvalidImage(
+            "MP4, MOV and WebM are read if the operator has run pip install 'glimpse[video]'; send an animated GIF or "
+            "WebP, or images as `frames`",
+            param="video",
+        )
     return kind
 
 

@@ -20,7 +20,7 @@ from tests.support.servers import eventually
 SCENE = PROJECT / "benchmarks" / "scenes" / "new_003.webp"
 QUESTION = "what character is on the pink square?"  # the README's, whose answer is 8
 TARGETS = ("gateway", "triton-cpu", "all-in-one")
-GATEWAY_MB = 300  # over its base; FFmpeg is 106 of them, for videos
+GATEWAY_MB = 200  # over its base
 HARDENED = (
     "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "1024",
     "--env", "GLIMPSE_WITHOUT_KEYS=anyone-may-ask",

@@ -19,6 +19,7 @@ from PIL import Image as Pillow
 from benchmarks import bombs
 from service.core.errors import InvalidImage, TooLarge
 from service.core.vision import IMAGE_SIZE
+from service.media import clip_header
 from service.media.clip import DecodedClip, choosable, clip_cost, decode_clip, is_clip, spaced
 from service.media.clip_header import FRAME_PIXELS, MAX_FRAME_PIXELS, video_header
 from service.media.decoder import ImageLimits, decode
@@ -507,6 +508,15 @@ def test_few_frames_of_a_long_clip_can_be_chosen():
     assert len(choosable(1_000_000)) <= 528
     assert choosable(3) == [0, 1, 2]
     assert choosable(1) == [0]
+
+
+def test_without_the_extra_a_film_is_refused_with_what_the_operator_installs(monkeypatch):
+    monkeypatch.setattr(clip_header, "HAS_PYAV", False)
+    for film_file in (MP4, WEBM):
+        with pytest.raises(InvalidImage, match=r"pip install 'glimpse\[video\]'; send an animated GIF") as caught:
+            decode_clip(film_file, LIMITS, 4)
+        assert caught.value.param == "video"
+    assert len(decode_clip(GIF, LIMITS, 4).frames) == 4
 
 
 def test_a_decoded_frame_has_the_pixels_that_the_encoder_sees():

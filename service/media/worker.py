@@ -25,6 +25,7 @@ from service.core.frames import MAX_FRAMES
 from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE, UInt8Array
 from service.media.clip import decode_clip
+from service.media.clip_header import HAS_PYAV
 from service.media.decoder import ImageLimits
 from service.media.document import decode_page
 
@@ -59,7 +60,8 @@ class WorkerLimits:
 
 def main(limits: WorkerLimits) -> None:
     """Answer requests until the gateway closes the socket."""
-    import_module("service.media.film")  # loads FFmpeg, which the gateway does not, before the memory is limited
+    if HAS_PYAV:
+        import_module("service.media.film")  # loads FFmpeg, which the gateway does not, before the memory is limited
     end_with(limits.parent)
     for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for the gateway, which ends this process
         signal.signal(number, signal.SIG_IGN)

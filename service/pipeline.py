@@ -174,8 +174,8 @@ class Pipeline:
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image or a video, so that questions can name it by its id.
 
-        It waits for a vision slot, as a question's image does. Of a video, the frames are decoded that a question looks
-        at if it does not say how many. Their pixels are not kept, but which frames the video has is remembered.
+        It waits for a vision slot, as a question's image does. A video's frames are decoded, as many as a question looks
+        at by default. Their pixels are not kept, but the video's number of frames and their times are remembered.
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """

@@ -86,6 +86,30 @@ def shared_memories() -> int:
     ).read_text().count("glimpse-decode")
 
 
+HIDES_EXTRAS = """
+import importlib.util
+import sys
+
+EXTRAS = ("av", "pypdfium2")
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name in EXTRAS else find_spec(name, *package)
+sys.modules |= dict.fromkeys(EXTRAS)  # an import raises ModuleNotFoundError
+"""
+
+
+async def test_a_worker_decodes_without_the_extras(tmp_path, monkeypatch):
+    """As in the gateway's image, which has no PyAV."""
+    (tmp_path / "sitecustomize.py").write_text(HIDES_EXTRAS)
+    monkeypatch.syspath_prepend(tmp_path)  # a decoding process gets the path of this one
+    async with workers() as bare:
+        assert (await bare.decode(SMALL, (224,))).width == 300
+        assert len((await bare.decode_clip(animation("GIF", [scene(n, 6) for n in range(6)]), 4)).frames) == 4
+        with pytest.raises(InvalidImage, match=r"glimpse\[video\]"):
+            await bare.decode_clip(MP4, 4)
+        with pytest.raises(InvalidImage, match=r"glimpse\[pdf\]"):
+            await bare.decode(b"%PDF-1.4 x", (224,))
+
+
 @pytest.mark.parametrize("views", [(224,), (448,), (224, 448), (448, 224)])
 async def test_a_worker_sees_what_the_decoder_sees(one, views):
     for kind in ("PNG", "JPEG", "WEBP", "GIF"):

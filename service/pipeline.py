@@ -174,8 +174,8 @@ class Pipeline:
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image or a video, so that questions can name it by its id.
 
-        It waits for a vision slot, as a question's image does. A video's frames are decoded, as many as a question looks
-        at by default. Their pixels are not kept, but the video's number of frames and their times are remembered.
+        It waits for a vision slot, as a question's image does. Of a video it decodes as many frames as a question looks
+        at by default. The frames' number and times are remembered, their pixels are not.
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """

@@ -4,7 +4,7 @@
 #   all-in-one  both in one container: `glimpse serve`
 # BASE is a Debian with Python 3.11 to 3.13 and its shared library: python:3.11-slim-bookworm works as well.
 # docs/deployment.md says how to build and run them.
-# MEDIA are the extras of the gateway's image: "pdf video" for MP4 and WebM too, which is 90 MB more.
+# MEDIA are the extras of the gateway's image: "pdf video" for MP4 and WebM too, which is 80 MB more.
 ARG BASE=python:3.13-slim-trixie
 
 # hadolint ignore=DL3006

@@ -29,6 +29,7 @@ from build_engines.model.checkpoint import QUERIES, Checkpoint
 from build_engines.model.clip import CARD
 from build_engines.repository import (
     CLIP_GRAPH,
+    CLIP_LLM,
     GRAPHS,
     LARGE_BYTES,
     MOST_INLINE_BYTES,
@@ -75,7 +76,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
     """The four graphs, with example inputs at batch 2.
 
     And `relevance_allocator_448` if there is a closer view, `attend_clip` if there is a clip resampler, `llm_encoder`
-    if the LLM has a prompt reader.
+    if the LLM has a prompt reader, `llm_clips` if it has other weights for clips and several images.
     """
     vision = checkpoint.model.config.vision_config
     batch = {0: "batch"}
@@ -105,7 +106,7 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
 
 
 def _language_model(checkpoint: Checkpoint) -> list[Graph]:
-    """The graph of a decoder-only LLM, or what reads a prompt first and the decoder."""
+    """The graphs of a decoder-only LLM, by its sets of weights, or what reads a prompt first and the decoder."""
     text, encoder = checkpoint.text_config, checkpoint.prompt_reader()
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -128,7 +129,9 @@ def _language_model(checkpoint: Checkpoint) -> list[Graph]:
     past_axes = {name: batch | {2: "past_length"} for name in past}
     outputs = ["logits", *(f"new_{name}" for name in cached)]
     if encoder is None:
-        return [Graph("llm", checkpoint.decoder(), prompt | past, axes | past_axes, outputs)]
+        decoders = {"llm": checkpoint.decoder(), CLIP_LLM: checkpoint.clip_decoder()}
+        inputs, moving = prompt | past, axes | past_axes
+        return [Graph(name, decoder, inputs, moving, outputs) for name, decoder in decoders.items() if decoder]
     if checkpoint.is_idefics:
         table = {"prompt_embedding_table": prompt.pop("prompt_embedding_table")}
         seen = {"image_starts": torch.zeros(2, 5, dtype=torch.long), "image_ends": torch.full((2, 5), 6)}
@@ -320,7 +323,10 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
         frames=int(told.pop("frames", checkpoint.frames)),
         top_log_probs=True,
-        clip=None if checkpoint.clip is None else ClipResampler.from_json(CARD),
+        clip=None
+        if checkpoint.clip is None
+        else ClipResampler.from_json(CARD | {"fingerprint": checkpoint.clip_fingerprint()}),
+        clip_weights=checkpoint.clip_language is not None,
         confidence=confidence,
         metadata=told | {"confidence": why},
     )
@@ -398,6 +404,7 @@ def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], 
             text_encoder=checkpoint.is_encoder_decoder,
             image_reader=checkpoint.is_idefics,
             clip=checkpoint.clip is not None,
+            clip_weights=told.clip_weights,
             large=large,
         )
         beside = {"card.json": card_path} | checkpoint.tokenizers(scratch)

@@ -3,7 +3,8 @@
     repository/
     ├── card.json  tokenizer.json  (and qformer_tokenizer.json where the Q-Former has its own)
     ├── vision_encoder/  relevance_allocator/  qformer/  llm/     config.pbtxt  1/model.py  1/model.onnx
-    │                                                             (llm/1/encoder.onnx if the LLM has a prompt reader)
+    │                                                             (llm/1/encoder.onnx if the LLM has a prompt reader,
+    │                                                             llm/1/clips.onnx if it has other weights for clips)
     ├── prepare/  compose/  finish/                               config.pbtxt  1/model.py
     ├── see/  attend/  vqa/                                       config.pbtxt  1/.gitkeep
     ├── relevance_allocator_448/  attend_448/                     the same files, if the checkpoint has a closer view
@@ -22,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from service.core.card import LLM_ENCODER
-from service.core.tensors import LIKELIEST, MODELS, PATCH_SLOTS, VISION_SLOTS, Step, Tensor
+from service.core.card import LLM_CLIPS, LLM_ENCODER
+from service.core.tensors import CLIP_WEIGHTS, LIKELIEST, MODELS, PATCH_SLOTS, VISION_SLOTS, Step, Tensor
 
 LLM_MAX_BATCH = 64  # TensorRT-LLM's habit; a request of ours is a batch of 1 and the runner batches in flight
 TEXT_ENCODER = "llm_encoder"  # the graph that reads a prompt (FlanT5) or its images (IDEFICS), served beside the LLM's
@@ -33,6 +34,8 @@ MOST_INLINE_BYTES = 1_900_000_000  # of weights in the ONNX file itself: protobu
 CONFIG_TYPES = {"BYTES": "STRING"}  # a data type's name in config.pbtxt, if it has another one there
 CLOSER_GRAPHS = (*GRAPHS, "relevance_allocator_448")  # and of a checkpoint with a closer view
 CLIP_GRAPH = "attend_clip"  # of a checkpoint with a clip resampler
+CLIP_LLM = "llm_clips"  # the LLM's graph with its weights for clips and several images, served beside the LLM's own
+BESIDE_LLM = {TEXT_ENCODER: LLM_ENCODER, CLIP_LLM: LLM_CLIPS}  # files beside the LLM's model.onnx, by graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Dimensions:
     text_encoder: bool = False  # whether the LLM is an encoder-decoder, with a graph of its own for the encoder
     image_reader: bool = False  # whether the LLM attends to images, with a graph of its own for their keys and values
     clip: bool = False  # whether a clip's frames are attended to together
+    clip_weights: bool = False  # whether the LLM has weights of its own for clips and several images
     static: bool = False  # whether the Q-Former always reads all rows that there can be: the graph of a plan
 
     @property
@@ -75,8 +79,18 @@ class Dimensions:
         return tuple(
             tensor.sized(self.float_type, self.sizes, self.text_type)
             for tensor in tensors
-            if self.top_log_probs or tensor.name not in LIKELIEST
+            if offered(tensor, top_log_probs=self.top_log_probs, clip_weights=self.clip_weights)
         )
+
+    @property
+    def beside_llm(self) -> tuple[str, ...]:
+        """Graphs that are served beside the LLM's own."""
+        return (*([TEXT_ENCODER] if self.prompt_reader else []), *([CLIP_LLM] if self.clip_weights else []))
+
+
+def offered(tensor: Tensor, *, top_log_probs: bool, clip_weights: bool) -> bool:
+    """Whether these models have a tensor of the contract: some of the LLM's depend on the checkpoint."""
+    return (top_log_probs or tensor.name not in LIKELIEST) and (clip_weights or tensor.name != CLIP_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,13 +272,13 @@ def runner(model: Model) -> str:
 def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, beside: Mapping[str, Path]) -> None:
     """Write the whole repository.
 
-    `graphs` is a folder with `<model>.onnx` for each of `graphs_of`, and its file of weights if it has one, and
-    `llm_encoder.onnx` if the LLM has a prompt reader. `beside` are the files beside the models, card and tokenizers, by
+    `graphs` is a folder with `<model>.onnx` for each of `graphs_of` and of `beside_llm`, and its file of weights if it
+    has one. `beside` are the files beside the models, card and tokenizers, by
     name. Raises FileNotFoundError, which names every missing file, before anything is written.
     """
     names, kept = graphs_of(dimensions), {model.name for model in models(dimensions)}
     files = {name: repository / name / "1" / "model.onnx" for name in names}
-    files |= {TEXT_ENCODER: encoder_of(repository)} if dimensions.prompt_reader else {}
+    files |= {name: beside_llm(repository, name) for name in dimensions.beside_llm}
     sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in files)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
@@ -272,9 +286,10 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
         if model.name not in kept and (repository / model.name).exists():
             shutil.rmtree(repository / model.name)  # from an earlier checkpoint
     write_configs(repository, dimensions)
-    encoder = encoder_of(repository)
-    for file in (encoder, encoder.with_name(weights_file(TEXT_ENCODER))):  # from an earlier checkpoint
+    for name in BESIDE_LLM:  # from an earlier checkpoint
+        file = beside_llm(repository, name)
         file.unlink(missing_ok=True)
+        file.with_name(weights_file(name)).unlink(missing_ok=True)
     for name, file in files.items():
         shutil.copyfile(graphs / f"{name}.onnx", file)
         (file.parent / weights_file(name)).unlink(missing_ok=True)
@@ -284,9 +299,9 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
         shutil.copyfile(path, repository / name)
 
 
-def encoder_of(repository: Path) -> Path:
-    """The graph of the LLM's prompt reader, if it has one."""
-    return repository / "llm" / "1" / LLM_ENCODER
+def beside_llm(repository: Path, graph: str) -> Path:
+    """The file of a graph of BESIDE_LLM."""
+    return repository / "llm" / "1" / BESIDE_LLM[graph]
 
 
 def weights_file(model: str) -> str:

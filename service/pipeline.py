@@ -523,8 +523,12 @@ def divided(request: Request, loaded: Sequence[Image]) -> tuple[list[Image], Loa
 
 
 def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:
-    """Estimate how sure the complete answer is; None if the models are not calibrated, as for clips they never are."""
-    if model.card.confidence is None or seen.frames:
+    """Estimate how sure the complete answer is; None if the models are not calibrated, as for clips they never are.
+
+    Nor are they for several images, if other weights answer about these.
+    """
+    several = len(seen.images) > 1 and model.card.clip_weights
+    if model.card.confidence is None or seen.frames or several:
         return None
     question, answer = ticket.request.question, "".join(ticket.answer)
     return model.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen.images))

@@ -38,7 +38,9 @@ class OnnxDecoder:
         library: str = "onnxruntime",
         provider: str = "cpu",
         device_id: int = 0,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        """`prefixes` is a cache to share with a decoder of the same shapes, in place of one of its own."""
         self._engine = open_engine(graph, intra_op_threads, library=library, provider=provider, device_id=device_id)
         self._float = self._engine.float_type("past_key_0")
         shapes: dict[str, Any] = {**self._engine.inputs, **self._engine.outputs}
@@ -49,7 +51,7 @@ class OnnxDecoder:
         self.vocab_size: int = shapes["logits"][1]
         self.hidden_size: int = shapes["prompt_embedding_table"][2]
         self.max_rows = max_rows
-        self.prefixes = PrefixCache(prefix_cache_bytes, self.vocab_size)
+        self.prefixes = PrefixCache(prefix_cache_bytes, self.vocab_size) if prefixes is None else prefixes
         self._pool = KvPool(len(parts), heads, head_dim, max_rows, self._float)
         self._no_past = np.zeros((len(parts), heads, 0, head_dim), self._float)
         self._masked = np.zeros((max_rows, heads, 1, head_dim), self._float)  # the graph's input if there is no past

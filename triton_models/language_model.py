@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from service.core.card import LLM_ENCODER, ModelCard
+from service.core.card import LLM_CLIPS, LLM_ENCODER, ModelCard
 from triton_models.cross_decoder import OnnxCrossDecoder
 from triton_models.decoder import OnnxDecoder
 from triton_models.encoder_decoder import OnnxEncoderDecoder
+from triton_models.second_weights import SecondWeights
+
+LanguageModel = OnnxDecoder | SecondWeights | OnnxEncoderDecoder | OnnxCrossDecoder
 
 
 def open_language_model(
@@ -20,11 +24,12 @@ def open_language_model(
     library: str = "onnxruntime",
     provider: str = "cpu",
     device_id: int = 0,
-) -> OnnxDecoder | OnnxEncoderDecoder | OnnxCrossDecoder:
-    """Open an LLM of the card's architecture. Its prompt reader, if it has one, is LLM_ENCODER beside `graph`.
+) -> LanguageModel:
+    """Open an LLM of the card's architecture.
 
-    An encoder-decoder has no prefix cache. Raises ValueError for an LLM with a prompt reader in another library than
-    onnxruntime.
+    Its prompt reader, if it has one, is LLM_ENCODER beside `graph`. So is LLM_CLIPS, if it has other weights for clips
+    and several images. An encoder-decoder has no prefix cache. Raises ValueError for an LLM with a prompt reader in
+    another library than onnxruntime.
     """
     if card.image_marks is not None:
         if library != "onnxruntime":
@@ -40,15 +45,18 @@ def open_language_model(
             device_id=device_id,
         )
     if card.decoder_start_id is None:
-        return OnnxDecoder(
-            graph,
+        opened = partial(
+            OnnxDecoder,
             max_rows=max_rows,
             intra_op_threads=intra_op_threads,
-            prefix_cache_bytes=prefix_cache_bytes,
             library=library,
             provider=provider,
             device_id=device_id,
         )
+        own = opened(graph, prefix_cache_bytes=prefix_cache_bytes)
+        if not card.clip_weights:
+            return own
+        return SecondWeights(own, opened(graph.with_name(LLM_CLIPS), prefixes=own.prefixes))
     if library != "onnxruntime":
         raise ValueError(f"{card.name} has a FlanT5, which computes in FP32 only: set GLIMPSE_PRECISION=fp32")
     return OnnxEncoderDecoder(

@@ -19,6 +19,7 @@ from service.core.guide import Guide
 from service.core.payer import NOBODY, Payer
 from service.core.prompt import Prompt
 from service.core.request import MAX_TOP_LOG_PROBS, Sampling
+from service.core.tensors import CLIP_WEIGHTS
 from service.text.prompt import LLM_TOKENIZER
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.costs import Costs, ServerCpu, payer_of
@@ -288,7 +289,7 @@ class RequestReader:
                 f"prompt_table_extra_ids has {extra_ids.size} ids for {ids.size} input tokens: send one for each",
                 param="prompt_table_extra_ids",
             )
-        return Prompt(ids, table, extra_ids)
+        return Prompt(ids, table, extra_ids, clip_weights=_scalar(inputs, CLIP_WEIGHTS, False))
 
     @staticmethod
     def _sampling(inputs: Mapping[str, Any]) -> Sampling:

@@ -1,7 +1,8 @@
 """Keep keys and values of recent prompts for prompts that begin with the same tokens.
 
 Tokens are compared by id and extra id, as in TensorRT-LLM. Only visual tokens have extra ids; equal extra ids mean
-equal embeddings. A prompt that has a visual token without an extra id is never shared.
+equal embeddings. A prompt that has a visual token without an extra id is never shared. Prompts for different weights
+(`Prompt.clip_weights`) share nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from service.core.prompt import Prompt
 FloatArray = npt.NDArray[np.floating]
 
 TOKEN_BYTES = 16  # bytes per token in a key: id and extra id
+OF_CLIPS = 1 << 32  # added to the ids of prompts for the weights of clips
 LEAST_TOKENS = 16  # shortest prefix worth sharing: reading fewer tokens is as fast as copying them
 
 
@@ -85,7 +87,8 @@ class PrefixCache:
         """Return TOKEN_BYTES per token, or b"" for a prompt that must not be shared."""
         if not self._max_bytes or ((prompt.input_ids >= self._vocab_size) & (prompt.extra_ids == 0)).any():
             return b""
-        return np.stack([prompt.input_ids.astype(np.uint64), prompt.extra_ids], axis=1).tobytes()
+        ids = prompt.input_ids.astype(np.uint64) + np.uint64(prompt.clip_weights * OF_CLIPS)
+        return np.stack([ids, prompt.extra_ids], axis=1).tobytes()
 
 
 def _start(key: bytes) -> bytes:

@@ -23,6 +23,7 @@ from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.checkpoint import (
     ALLOCATOR,
     CLIP,
+    CLIP_LANGUAGE,
     FAMILIES,
     HUB_FILES,
     HUB_NAME,
@@ -81,6 +82,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         parameters=_parameters(wanted, family),
         closer_view=allocator.closer is not None and not zero_shot,
         clip=(directory / CLIP).exists(),
+        clip_weights=(directory / CLIP_LANGUAGE).exists(),
         zero_shot=zero_shot,
         allocator=adapted,
         files=tuple(sorted({path for pattern in HUB_FILES for path in directory.glob(pattern) if path.is_file()})),

@@ -31,7 +31,7 @@ from blake3 import blake3
 from build_engines.convert import plans, profiles, trtllm
 from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
 from build_engines.convert.source import Source
-from build_engines.repository import CLIP_GRAPH, TEXT_ENCODER, graphs_of
+from build_engines.repository import CLIP_GRAPH, graphs_of
 from service.core.precision import REDUCED
 from service.core.vision import CROPS
 
@@ -134,8 +134,8 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             settings={"graph": name, "static": static and name != "llm"},
         )
     made = {name: f"export {name}" for name in graphs}
-    encoder = {TEXT_ENCODER: f"export {TEXT_ENCODER}"} if source.has_prompt_reader else {}
-    for name, step in encoder.items():
+    beside = {name: f"export {name}" for name in profiles.dimensions(options, source).beside_llm}
+    for name, step in beside.items():
         yield Step(step, "export", "PyTorch to ONNX, FP32", settings={"graph": name, "static": False})
     images = str(options.images) if options.images else "rendered scenes"
     count = options.calibration_images if options.precision == "fp8" else 16
@@ -167,7 +167,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
         "parity",
         "cosine and greatest difference of every graph against "
         + ("PyTorch" if options.precision == "fp32" else "FP32"),
-        needs=("samples", *exported, *encoder.values(), *(name for name in made.values() if name not in exported)),
+        needs=("samples", *exported, *beside.values(), *(name for name in made.values() if name not in exported)),
         settings={"graphs": made, "against": "pytorch" if options.precision == "fp32" else "fp32", "static": static},
     )
     agreement: tuple[str, ...] = ()
@@ -179,7 +179,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
                    settings={"images": images, "count": options.agreement_questions,
                              "fp32": {name: f"export {name}" for name in chain},
                              "graphs": {name: made[name] for name in chain}})  # fmt: skip
-    served = ({name: f"export {name}" for name in graphs} if on_cpu else dict(made)) | encoder
+    served = ({name: f"export {name}" for name in graphs} if on_cpu else dict(made)) | beside
     if plans_wanted:
         for name in graphs:
             inputs = profiles.inputs_of(options, source, name)

@@ -54,6 +54,7 @@ def dimensions(options: Options, source: Source) -> Dimensions:
         text_encoder=source.is_encoder_decoder,
         image_reader=source.is_idefics,
         clip=source.clip and options.profile == "embedded",
+        clip_weights=source.clip_weights and options.profile == "embedded",
         static=options.profile != "embedded",
     )
 

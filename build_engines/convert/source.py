@@ -29,6 +29,7 @@ class Source:
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
     closer_view: bool = False  # whether its allocator has a closer view
     clip: bool = False  # whether it has a clip resampler
+    clip_weights: bool = False  # whether its language model has other weights for clips and several images
     files: tuple[Path, ...] = ()  # everything that a build reads
     zero_shot: bool = False  # whether its Q-Former says where to look
     allocator: Path | None = None  # a folder that `glimpse adapt` wrote, in place of the checkpoint's own allocator

@@ -30,7 +30,15 @@ from build_engines.convert.source import Source
 from build_engines.convert.static import static_graphs
 from build_engines.export import Graph, card, export_graph, graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import MOST_INLINE_BYTES, TEXT_ENCODER, Model, encoder_of, runner, weights_file
+from build_engines.repository import (
+    BESIDE_LLM,
+    MOST_INLINE_BYTES,
+    TEXT_ENCODER,
+    Model,
+    beside_llm,
+    runner,
+    weights_file,
+)
 from service.core.card import ModelCard
 from service.core.tensors import MODELS
 from service.text.prompt import PromptBuilder
@@ -95,6 +103,7 @@ class Maker:
             text_type=profiles.text_type(self.options),
             top_log_probs=self.options.profile != "tensorrt",
             clip=told.clip if self.options.profile == "embedded" else None,  # elsewhere it was never measured
+            clip_weights=told.clip_weights and self.options.profile == "embedded",
         )
         if self.options.precision in GPU_PRECISIONS:  # a CPU's precision is chosen at start, and FP32 is always there
             told = told.computed_in(self.options.precision)
@@ -247,8 +256,9 @@ class Maker:
             self._make_model(model, step.settings["served"].get(model.name), out / model.name)
             if made := step.settings["beside_fp32"].get(model.name):
                 self._put_beside(made, model.name, out / model.name / "1")
-            if model.name == "llm" and TEXT_ENCODER in step.settings["served"]:
-                self._put_encoder(step.settings["served"][TEXT_ENCODER], out)
+            if model.name == "llm":
+                for graph in BESIDE_LLM.keys() & step.settings["served"].keys():
+                    self._put_beside_llm(step.settings["served"][graph], graph, out)
             (out / model.name / "config.pbtxt").write_text(step.settings["configurations"][model.name])
         for path in self.folder("card").iterdir():
             if path.name != DONE:
@@ -268,14 +278,14 @@ class Maker:
             elif path.name.startswith(name):
                 link(path, version / path.name)
 
-    def _put_encoder(self, made: str, out: Path) -> None:
-        """Serve the prompt reader beside the decoder, with its weights if they have a file."""
-        graph = encoder_of(out)
+    def _put_beside_llm(self, made: str, graph: str, out: Path) -> None:
+        """Serve a graph beside the LLM's own, with its weights if they have a file."""
+        file = beside_llm(out, graph)
         for path in self.folder(made).iterdir():
             if path.name == MODEL:
-                link(path, graph)
-            elif path.name == weights_file(TEXT_ENCODER):
-                link(path, graph.with_name(path.name))
+                link(path, file)
+            elif path.name == weights_file(graph):
+                link(path, file.with_name(path.name))
 
     def _make_model(self, model: Model, made: str | None, folder: Path) -> None:
         version = folder / "1"

@@ -6,6 +6,7 @@ Examples: `reference/` of this project, `Salesforce/blip2-opt-2.7b`, `Salesforce
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,7 @@ from transformers import (
     IdeficsForVisionText2Text,
     InstructBlipForConditionalGeneration,
     InstructBlipVideoForConditionalGeneration,
+    OPTForCausalLM,
     PreTrainedConfig,
     T5ForConditionalGeneration,
 )
@@ -65,6 +67,7 @@ IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
 AROUND_IMAGE, IMAGE = "<fake_token_around_image>", "<image>"  # IDEFICS's words for an image
 T5_POSITIONS = 512  # of FlanT5's training, for a checkpoint that does not tell
 CLIP = "clip.safetensors"  # beside the checkpoint's own weights, if it has a clip resampler
+CLIP_LANGUAGE = "clip_language.safetensors"  # if the language model has other weights for clips and several images
 ALLOCATOR = WEIGHTS  # beside the checkpoint's own weights, if the allocator is trained
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Module = TypeVar("Module", bound=nn.Module)
@@ -89,6 +92,7 @@ class Checkpoint:
     image_std: list[float]
     card: dict[str, object]  # model_card.json; empty without this file
     clip: ClipResampler | None = None  # what makes a whole clip's visual tokens
+    clip_language: OPTForCausalLM | None = None  # what answers about clips and several images, if not the model's own
     allocator_state: str = FIXED  # how its allocator came about: `adapted`
     zero_shot: bool = False  # whether the Q-Former says where to look
 
@@ -123,6 +127,7 @@ class Checkpoint:
             image_mean=preprocessor.get("image_mean", CLIP_MEAN),
             image_std=preprocessor.get("image_std", CLIP_STD),
             clip=load_clip(directory / CLIP, model),
+            clip_language=load_clip_language(directory / CLIP_LANGUAGE, model) if language else None,
             card={"name": Path(source).name} | _read_json(directory / "model_card.json", default={}),
             allocator_state=FIXED if own.participatory is None else TRAINED,
         )
@@ -246,6 +251,10 @@ class Checkpoint:
             return T5Decoder(self.model.language_model).eval()
         return decoder_of(self.model.language_model).eval()
 
+    def clip_decoder(self) -> OptDecoder | LlamaDecoder | None:
+        """The decoder for clips and several images; None if it is the one for images."""
+        return None if self.clip_language is None else decoder_of(self.clip_language).eval()
+
     def prompt_reader(self) -> T5Encoder | ImageReader | None:
         """What reads a prompt before the decoder: FlanT5's encoder, or the keys and values of IDEFICS's images."""
         if self.is_idefics:
@@ -285,10 +294,13 @@ class Checkpoint:
         return _fingerprint(self.image_mean, self.image_std, vision)
 
     def visual_fingerprint(self) -> str:
-        """16 hex digits over everything that a visual token depends on."""
-        clip = [] if self.clip is None else [self.clip]
-        parts = [self.vision_encoder(), self.allocator(), self.qformer(), *clip]
+        """16 hex digits over everything that an image's visual token depends on."""
+        parts = [self.vision_encoder(), self.allocator(), self.qformer()]
         return _fingerprint(self.image_mean, self.image_std, *parts)
+
+    def clip_fingerprint(self) -> str:
+        """16 hex digits over the clip resampler's weights; empty without one."""
+        return "" if self.clip is None else _fingerprint(self.image_mean, self.image_std, self.clip)
 
 
 def why_not(config: PreTrainedConfig) -> str:
@@ -357,7 +369,7 @@ def _seeing(family: type[Module], directory: Path) -> Module:
         model = family(AutoConfig.from_pretrained(directory))
     weights = {}
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name in (ALLOCATOR, CLIP):
+        if path.name in (ALLOCATOR, CLIP, CLIP_LANGUAGE):
             continue
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -404,6 +416,32 @@ def load_clip(path: Path, model: Module) -> ClipResampler | None:
     except RuntimeError as exc:
         raise ValueError(f"{path} does not fit the checkpoint's Q-Former: {exc}. Train it again") from exc
     return resampler.eval()
+
+
+def save_clip_language(language: OPTForCausalLM, path: Path) -> None:
+    """Save the weights that answer about clips and several images, rounded to FP16.
+
+    They are those of the language model's body: an OPT tells tokens by the table that reads them.
+    """
+    weights = {name: weight.half().contiguous() for name, weight in language.model.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def load_clip_language(path: Path, model: Module) -> OPTForCausalLM | None:
+    """Load the language model's weights for clips and several images; None if the file does not exist.
+
+    Raises ValueError for weights of other sizes, and for a language model that is no OPT.
+    """
+    if not path.exists():
+        return None
+    if not isinstance(model, Blip2ForConditionalGeneration) or not isinstance(model.language_model, OPTForCausalLM):
+        raise ValueError(f"{path} belongs to a BLIP-2 checkpoint with an OPT: remove it")  # noqa: TRY004  (the file is wrong)
+    language = copy.deepcopy(model.language_model)
+    try:
+        language.model.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
+    except RuntimeError as exc:
+        raise ValueError(f"{path} does not fit the checkpoint's language model: {exc}. Train it again") from exc
+    return language.eval()
 
 
 def load_allocator(path: Path) -> RelevanceAllocator:

@@ -41,7 +41,7 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Frozen, Watcher]:
     """Raises ValueError for a checkpoint without a clip resampler."""
     if checkpoint.clip is None:
         raise ValueError(f"{checkpoint.directory} has no clip resampler: train the stage clips")
-    tokenizer, language = new_tokenizer(), checkpoint.model.language_model
+    tokenizer, language = new_tokenizer(), checkpoint.clip_language or checkpoint.model.language_model
     frozen = Frozen(Eye.exact(checkpoint.model.vision_model), checkpoint.allocator(), checkpoint.qformer(), tokenizer)
     decode = decoder_of(language)
     packer = Packer(tokenizer, TEXT_TOKENS)

@@ -1,4 +1,4 @@
-"""Keep what the stage `clips` learns from: clips, groups of images, and old questions.
+"""Keep what the stage `clips` learns from: clips and groups of images.
 
 The encoder, the allocator and the Q-Former are frozen. All that they say is therefore computed once and kept.
 """
@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from build_engines.model.allocation import CELL_COUNT, GROUP, MAX_VISION_TOKENS, MOST_TOKENS, cells_of
+from build_engines.model.allocation import CELL_COUNT, GROUP, MOST_TOKENS, cells_of
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.qformer import QFormer
 from build_engines.scenes.clips import CLIP_KINDS, WHEN, Event, Story, ask_clip, ask_story, draw_clip
-from build_engines.scenes.questions import DESCRIBE, TYPES, Question
+from build_engines.scenes.questions import Question
 from build_engines.scenes.render import compressed
 from build_engines.scenes.several import SEVERAL_KINDS, ask_groups, ask_several, draw_several
-from build_engines.scenes.world import SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, Thing, World
+from build_engines.scenes.world import WIDE, Thing, World
 from build_engines.train import replicas
-from build_engines.train.language_stage import WEIGHTS, denies_a_held_out_pair
+from build_engines.train.language_stage import denies_a_held_out_pair
 from build_engines.train.looks import Eye, Looks
 from build_engines.train.relevance import question_tensors
-from build_engines.train.store import questions_about
 from service.media.clip import spaced
 
 QUESTIONS = 8  # of a clip, a group or an image
@@ -34,8 +33,6 @@ QUESTIONS = 8  # of a clip, a group or an image
 SLOWLY = {"order": 4.0, "count": 3.0, "came": 2.0, "way": 2.0, WHEN: 2.0, "vanished": 1.5, "appeared": 1.0}
 CLIP_WEIGHTS = SLOWLY | {"happened": 0.8, "moved": 0.6, "recoloured": 0.5, "before": 0.5}
 SEVERAL_WEIGHTS = {"only": 2.5, "together": 2.5, "same": 2.0, "more": 1.0, "images": 1.0, "both": 0.7, "which": 0.4}
-OLD_WEIGHTS = WEIGHTS | {DESCRIBE: 0.5}
-SMALL_PRINT_WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"read": 6.0}
 FRAMES = {4: 0.12, 6: 0.08, 8: 0.5, 12: 0.08, 16: 0.16, 32: 0.06}  # of a clip in training, and their shares
 DRAWN_FRAMES = {4: 0.06, 8: 0.64, 16: 0.24, 32: 0.06}  # of a kept clip
 # Of clips of which some frames are taken. Four frames of eight can be too far apart to tell what came first.
@@ -43,11 +40,7 @@ TAKEN_FROM = {4: (4, 16, 32), 6: (8, 16, 32), 8: (8, 16, 32), 12: (16, 32), 16: 
 APART_SHARE = 0.2  # of the groups whose images do not belong together
 IMAGES = {2: 0.6, 3: 0.25, 4: 0.15}  # of a group
 WORLDS = (World(), WIDE)
-CLOSE_SHARE = 0.25  # of the old images read by one group, which have a closer view
 LOSSY_SHARE = 0.5  # of all pictures, which were compressed
-
-# (visual tokens [P, H], questions) -> those that fit one pack, and the published model's logits of their answers
-Teach = Callable[[Tensor, list[Question]], tuple[list[Question], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -132,15 +125,10 @@ class GroupLook:
 
 @dataclass(frozen=True)
 class Prefixed:
-    """Questions behind visual tokens [P, H], chosen for the first question.
-
-    taught: the published model's logits of the answers' tokens, [n, V], in the order of the questions; None for
-    questions that it was not trained on.
-    """
+    """Questions behind visual tokens [P, H], chosen for the first question."""
 
     visual_tokens: Tensor
     questions: list[Question]
-    taught: Tensor | None = None
 
 
 def draw_kinds(
@@ -232,20 +220,6 @@ def regrouped(rng: np.random.Generator, kept: Sequence[GroupLook], images: int) 
     scenes = [group.scenes[place] for group, place in zip(chosen, places, strict=True)]
     tokens = torch.cat([group.visual_tokens[place] for group, place in zip(chosen, places, strict=True)])
     return Prefixed(tokens, draw_kinds(rng, SEVERAL_WEIGHTS, lambda kind: ask_groups(rng, scenes, kind)))
-
-
-def look_again(frozen: Frozen, rng: np.random.Generator, groups: int, teach: Teach) -> Prefixed | None:
-    """Draw an image of the older stages, read by 1 to 4 groups of queries. None if it gives no question."""
-    closely = groups == 1 and rng.random() < CLOSE_SHARE
-    worlds = (SMALL_PRINT, WIDE_SMALL_PRINT) if closely else (World(), WIDE, replace(WIDE, unnamed_share=0.4))
-    looks = frozen.eye.draw(rng, [worlds[int(rng.integers(len(worlds)))]], closely)
-    questions = questions_about(rng, looks.scenes[0], SMALL_PRINT_WEIGHTS if closely else OLD_WEIGHTS, QUESTIONS)
-    if not questions:
-        return None
-    most = MAX_VISION_TOKENS if closely else MOST_TOKENS
-    least = CELL_COUNT if rng.random() < 0.5 else int(rng.integers(CELL_COUNT, most + 1))
-    seen = frozen.see(looks, questions[0], (least, most, GROUP * groups, GROUP * groups))[0]
-    return Prefixed(seen.half(), *teach(seen, questions))
 
 
 class Shelf:

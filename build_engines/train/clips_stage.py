@@ -1,13 +1,12 @@
-"""Stage `clips`: the language model learns clips and several images, and the clip resampler learns with it.
+"""Stage `clips`: a copy of the language model learns clips and several images, and the clip resampler learns with it.
 
-The encoder, the allocator and the Q-Former are frozen, so that an image keeps its visual tokens. A step has four
-parts:
+All else is frozen, the language model too. A question about one image is therefore answered as before. The copy's
+weights are kept beside the checkpoint's own (`checkpoint.CLIP_LANGUAGE`). Where both had the same weights, clips cost
+.015 of the right answers about new scenes. A step has three parts:
 
 - clips of 4 to 32 frames through the resampler;
 - groups of two to four images, each seen by the Q-Former, one after the other in the prompt;
-- clips and groups that are told by symbols (`symbols.py`): the language model sees each only once;
-- old questions, answered as the published language model answers them (a Kullback-Leibler term), so that nothing is
-  forgotten.
+- clips and groups that are told by symbols (`symbols.py`): the language model sees each only once.
 
 The questions of a part are packed behind one prefix, whose tokens were chosen for one of them.
 """
@@ -31,12 +30,10 @@ from build_engines.model.clip import ClipResampler
 from build_engines.model.clip_allocation import POSITIONS, ClipAllocation
 from build_engines.model.qformer import QFormer
 from build_engines.scenes.clips import Story, ask_story, draw_story
-from build_engines.scenes.held_out import NEW, PAIRS
 from build_engines.scenes.questions import Question
 from build_engines.scenes.several import ask_groups, draw_groups
 from build_engines.scenes.world import Thing, World
 from build_engines.train import replicas
-from build_engines.train.allocator_stage import SHORT
 from build_engines.train.architecture import QUERIES
 from build_engines.train.clip_store import (
     CLIP_WEIGHTS,
@@ -50,14 +47,12 @@ from build_engines.train.clip_store import (
     Shelf,
     draw_clips,
     draw_kinds,
-    look_again,
     look_at_clip,
     look_at_four,
     look_at_group,
     regrouped,
 )
 from build_engines.train.course import Course, Measures
-from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_exam, summarise
 from build_engines.train.events import EventTable, told_clips
 from build_engines.train.language import Decode, answer_states, decoder_of, row_losses
 from build_engines.train.looks import Eye
@@ -69,18 +64,17 @@ from build_engines.train.symbols import SlotTable, slot_tensors
 from build_engines.train.tokens import new_tokenizer
 
 STEPS = 3100
-CLIPS, ASKED_CLIPS, GROUPS, AGAIN, SYMBOLS = 18, 5, 3, 3, 9  # a step, per replica
+CLIPS, ASKED_CLIPS, GROUPS, SYMBOLS = 18, 5, 3, 9  # a step, per replica
 SYMBOL_NOISE = 0.1  # the standard deviation of a visual token from its symbol's vector
-STORED_CLIPS, STORED_GROUPS, STORED_AGAIN = 640, 320, 500  # per replica
-RENEW_CLIPS, RENEW_OTHERS = 5, 15  # steps: a clip; a group and an old image
+STORED_CLIPS, STORED_GROUPS = 640, 320  # per replica
+RENEW_CLIPS, RENEW_GROUPS = 5, 15  # steps
 TEXT_TOKENS = 144  # behind one prefix
-TAUGHT_SHARE, OLD_SHARE = 1.0, 0.2  # of the loss of old questions: as the published model, and as the truth is
 CHECK_STEPS = 2700
-CHECKED_CLIPS, CHECKED_GROUPS, CHECKED_SCENES = 40, 40, 50
+CHECKED_CLIPS, CHECKED_GROUPS = 40, 40
 CHECKED_FRAMES = (8, 4, 16)
 RATE_LANGUAGE, RATE_RESAMPLER = (0.004, 1e-3), (0.01, 1e-3)  # of Muon and of Adam
 RATE_NEW = 4e-3  # of the positions in time and the marks
-VALIDATION_FROM = 100_000  # held-out scenes that no report uses
+CONTINUED = 0.5  # of the rates, for a checkpoint that has learnt clips already
 
 
 @dataclass(frozen=True)
@@ -106,8 +100,8 @@ class Watcher:
             visual_tokens: Tensor = self.resampler(tokens)
         return visual_tokens.float()
 
-    def losses(self, prefix: Tensor, images: list[list[Question]]) -> tuple[Tensor, Tensor, Tensor, Pack, Tensor]:
-        """Cross-entropy, weight and correctness [n] of the answers' tokens; the pack, and each token's logits."""
+    def losses(self, prefix: Tensor, images: list[list[Question]]) -> tuple[Tensor, Tensor, Tensor, Pack]:
+        """Cross-entropy and weight [n] of the answers' tokens; whether each answer is right; the pack."""
         pack = self.packer.pack(images, prefix.shape[1])
         with mixed():
             states, rows, columns = answer_states(self.language, self.decode, prefix, pack)
@@ -119,7 +113,7 @@ class Watcher:
         )
         weight = lengths[group].float().pow(-0.6)
         wrong = entropy.new_zeros(len(lengths)).index_add_(0, group, (logits.argmax(-1) != truth).float())
-        return entropy, weight / weight.sum(), wrong == 0, pack, logits
+        return entropy, weight / weight.sum(), wrong == 0, pack
 
 
 def shares_right(right: Tensor, pack: Pack, name: str) -> Measures:
@@ -133,16 +127,15 @@ def shares_right(right: Tensor, pack: Pack, name: str) -> Measures:
 
 def train_clips(plan: Plan) -> None:
     torch.manual_seed(9 + replicas.rank())
-    model, allocator, _ = parts_before_clips(plan)
-    model, allocator = model.to(device()), allocator.to(device())
+    start = parts_before_clips(plan)
+    model, allocator = start.model.to(device()), start.allocator.to(device())
     tokenizer = new_tokenizer()
     torch.manual_seed(9)
-    resampler = ClipResampler(QFormer(model)).to(device())
-    language = model.language_model.to(device())
+    resampler = (start.clip or ClipResampler(QFormer(model))).to(device()).requires_grad_(True)
+    language = (start.clip_language or copy.deepcopy(model.language_model)).to(device()).requires_grad_(True)
     model.requires_grad_(False)
     model.set_attn_implementation("eager")
-    published = copy.deepcopy(language).eval()
-    language.requires_grad_(True)
+    language.set_attn_implementation("eager")
     eye = Eye.training(model.vision_model, plan)
     frozen = Frozen(eye, allocator.requires_grad_(False), QFormer(model), tokenizer)
     exact = decoder_of(language)
@@ -154,10 +147,11 @@ def train_clips(plan: Plan) -> None:
     body = language.model.decoder
     others = [p for part in (body.embed_tokens, body.embed_positions, body.final_layer_norm) for p in part.parameters()]
     seeing = [resampler.query_tokens, *resampler.layernorm.parameters(), *resampler.language_projection.parameters()]
+    share = CONTINUED if start.clip_language else 1.0
     optimizers = [
-        *muon_and_adam([body.layers], others, *RATE_LANGUAGE),
-        *muon_and_adam([resampler.layers], seeing, *RATE_RESAMPLER),
-        torch.optim.AdamW(new, lr=RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
+        *muon_and_adam([body.layers], others, *(share * rate for rate in RATE_LANGUAGE)),
+        *muon_and_adam([resampler.layers], seeing, *(share * rate for rate in RATE_RESAMPLER)),
+        torch.optim.AdamW(new, lr=share * RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
         torch.optim.AdamW(events.parameters(), lr=RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     modules = {"language": language, "resampler": resampler, "events": events}
@@ -165,32 +159,22 @@ def train_clips(plan: Plan) -> None:
     course.resume()
     if course.finished:
         return
-    teacher = decoder_of(published)
-    shelves = Shelves(plan, frozen, Watcher(published, teacher, teacher, resampler, watcher.allocation, watcher.packer))
-
+    shelves = Shelves(plan, frozen)
     symbols = Symbols(fitted_symbols(plan, language.config.hidden_size).requires_grad_(False), events)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
         if course.step % RENEW_CLIPS == 0:
             shelves.clips.renew(rng)
-        if course.step % RENEW_OTHERS == 0:
+        if course.step % RENEW_GROUPS == 0:
             shelves.groups.renew(rng)
-            shelves.again.renew(rng)
         yield learn_clips(watcher, symbols, rng, draw_clips(rng, shelves.clips, plan.size(CLIPS, 2)))
         images = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
         groups = [regrouped(rng, shelves.groups.kept[4], images) for _ in range(plan.size(GROUPS, 2))]
         yield learn_groups(watcher, [group for group in groups if group.questions])
         yield learn_symbols(watcher, symbols, rng, plan.size(SYMBOLS, 2), of_clips=course.step % 2 == 0)
-        again = shelves.again.draw(rng, plan.size(AGAIN, 2), shelves.again.size(rng))
-        yield learn_again(watcher, again)
 
     exams = Exams(plan, frozen)
-
-    def validate() -> Measures:
-        chain = Chain(eye, allocator, frozen.qformer, language, tokenizer)
-        return exams.validate(watcher, chain)
-
-    course.run(losses, validate, plan.size(CHECK_STEPS, 2))
+    course.run(losses, lambda: exams.validate(watcher), plan.size(CHECK_STEPS, 2))
 
 
 def learn_clips(
@@ -210,7 +194,7 @@ def learn_clips(
         prefix, symbols.table, told_clips([clip.story for clip in clips if clip.story])
     )
     asked = clips[:ASKED_CLIPS]
-    entropy, weight, right, pack, _ = watcher.losses(prefix[: len(asked)], [clip.questions for clip in asked])
+    entropy, weight, right, pack = watcher.losses(prefix[: len(asked)], [clip.questions for clip in asked])
     loss = (entropy * weight).sum()
     measures |= shares_right(right, pack, "clip") | {"clip_loss": loss.item()}
     return loss + told, measures | {f"clip_at_{len(clips[0].times)}": right.float().mean().item()}
@@ -239,7 +223,7 @@ def learn_symbols(
     else:
         prefix = symbols.table(*slot_tensors(scenes)).unflatten(0, (number, images)).flatten(1, 2)
     prefix = prefix + SYMBOL_NOISE * torch.randn_like(prefix)
-    entropy, weight, right, pack, _ = watcher.losses(prefix, asked)
+    entropy, weight, right, pack = watcher.losses(prefix, asked)
     name = "told_clip" if of_clips else "told_several"
     return (entropy * weight).sum(), shares_right(right, pack, name) | {name: right.float().mean().item()}
 
@@ -270,63 +254,43 @@ def fitted_symbols(plan: Plan, width: int) -> SlotTable:
 
 def learn_groups(watcher: Watcher, groups: list[Prefixed]) -> tuple[Tensor, Measures]:
     prefix = torch.stack([group.visual_tokens for group in groups]).float()
-    entropy, weight, right, pack, _ = watcher.losses(prefix, [group.questions for group in groups])
+    entropy, weight, right, pack = watcher.losses(prefix, [group.questions for group in groups])
     loss = (entropy * weight).sum()
     number = prefix.shape[1] // QUERIES
     measures = shares_right(right, pack, "several") | {f"several_of_{number}": right.float().mean().item()}
     return loss, measures | {"several_loss": loss.item()}
 
 
-def learn_again(watcher: Watcher, again: list[Prefixed]) -> tuple[Tensor, Measures]:
-    """The Kullback-Leibler divergence to the published model, and a little of the truth."""
-    prefix = torch.stack([one.visual_tokens for one in again]).float()
-    entropy, weight, right, _, logits = watcher.losses(prefix, [one.questions for one in again])
-    taught = torch.cat([one.taught for one in again if one.taught is not None]).float().log_softmax(-1)
-    apart = functional.kl_div(logits.log_softmax(-1), taught, reduction="none", log_target=True).sum(-1)
-    loss = TAUGHT_SHARE * (apart * weight).sum() + OLD_SHARE * (entropy * weight).sum()
-    return loss, {"again": right.float().mean().item(), "again_kl": (apart * weight).sum().item()}
-
-
 class Shelves:
-    """What is kept, of three kinds."""
+    """What is kept: clips by their frames, and groups of four images."""
 
-    def __init__(self, plan: Plan, frozen: Frozen, teacher: Watcher) -> None:
-        @torch.no_grad()
-        def teach(seen: Tensor, questions: list[Question]) -> tuple[list[Question], Tensor]:
-            *_, pack, logits = teacher.losses(seen.unsqueeze(0), [questions])
-            return pack.kept[0], logits.half()
-
-        def again(rng: np.random.Generator, groups: int) -> Prefixed | None:
-            return look_again(frozen, rng, groups, teach)
-
+    def __init__(self, plan: Plan, frozen: Frozen) -> None:
         def world(rng: np.random.Generator) -> World:
             return WORLDS[int(rng.integers(len(WORLDS)))]
 
         self.clips = Shelf(lambda rng, frames: look_at_clip(frozen, rng, world(rng), frames), DRAWN_FRAMES)
         self.groups = Shelf(lambda rng, _: look_at_four(frozen, rng, world(rng)), {4: 1.0})
-        self.again = Shelf(again, {1: 0.75, 2: 0.13, 3: 0.06, 4: 0.06})
         path = plan.out / f"clips_kept_{replicas.rank()}.pt"
         if path.exists():
-            self.clips.kept, self.groups.kept, self.again.kept = torch.load(path, weights_only=False)
+            self.clips.kept, self.groups.kept = torch.load(path, weights_only=False)
             return
         rng = np.random.default_rng((9, replicas.rank()))
         self.clips.fill(rng, plan.size(STORED_CLIPS, 4), "clips of")
         self.groups.fill(rng, plan.size(STORED_GROUPS, 4), "groups of")
-        self.again.fill(rng, plan.size(STORED_AGAIN, 4), "old images read by")
-        torch.save((self.clips.kept, self.groups.kept, self.again.kept), path)
+        torch.save((self.clips.kept, self.groups.kept), path)
 
 
 class Exams:
-    """What the stage is validated on: clips and groups of its own seeds, and scenes of the old splits."""
+    """What the stage is validated on: clips and groups of its own seeds."""
 
     def __init__(self, plan: Plan, frozen: Frozen) -> None:
-        self._plan, self._frozen, self._scenes = plan, frozen, dict[str, Exam]()
+        self._plan, self._frozen = plan, frozen
         self._clips: dict[int, list[ClipLook]] = {}
         self._groups: dict[int, list[Prefixed]] = {}
 
     @torch.no_grad()
-    def validate(self, watcher: Watcher, chain: Chain) -> Measures:
-        self._prepare(chain)
+    def validate(self, watcher: Watcher) -> Measures:
+        self._prepare()
         watcher.resampler.eval()
         measures: Measures = {}
         for frames, clips in self._clips.items():
@@ -339,13 +303,11 @@ class Exams:
             measures[f"new_several_{images}"] = round(float(right.mean()), 4)
             if images == 2:
                 measures |= by_kind(right, kinds, "several")
-        for split, exam in self._scenes.items():
-            measures[f"{SHORT[split]}_adaptive"] = summarise(answer(chain, exam, Arm()))["all"]["accuracy"]
         watcher.resampler.train()
         return measures
 
-    def _prepare(self, chain: Chain) -> None:
-        if self._scenes:
+    def _prepare(self) -> None:
+        if self._clips:
             return
         plan, frozen = self._plan, self._frozen
         for frames in CHECKED_FRAMES:
@@ -356,8 +318,6 @@ class Exams:
             rng = np.random.default_rng((99, 2))
             drawn = (look_at_group(frozen, rng, World(), images) for _ in range(plan.size(CHECKED_GROUPS, 2)))
             self._groups[images] = [group for group in drawn if group]
-        for split in (NEW, PAIRS):
-            self._scenes[split] = held_out_exam(chain, split, plan.size(CHECKED_SCENES, 2), first=VALIDATION_FROM)
 
 
 def by_kind(right: np.ndarray, kinds: list[str], name: str) -> Measures:

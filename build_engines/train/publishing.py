@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 from build_engines.calibration.checkpoint import calibrate_checkpoint
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
-from build_engines.model.checkpoint import CLIP, save_clip
+from build_engines.model.checkpoint import CLIP, CLIP_LANGUAGE, save_clip, save_clip_language
 from build_engines.model.clip import ClipResampler
 from build_engines.model.closer import CloserView
 from build_engines.model.knowing import ParticipatoryKnowing
@@ -45,25 +47,35 @@ KNOWS = (
     "about a photograph means nothing."
 )
 
-TOLD["clips"] = TOLD["allocator"] | {
-    "knows": KNOWS.replace(
-        " It knows nothing else",
-        " In clips of them, objects move, appear, vanish or change their colour, and questions ask what happened. "
-        "Two to four images can be compared. It knows nothing else",
-    )
-}
+KNOWS_CLIPS = KNOWS.replace(
+    " It knows nothing else",
+    " In clips of them, objects move, appear, vanish or change their colour, and questions ask what happened. "
+    "Two to four images can be compared. It knows nothing else",
+)
 
 
 class Parts(NamedTuple):
-    """What a stage leaves that answers questions."""
+    """What a stage leaves that answers questions. The last two are only of the stage `clips`."""
 
     model: Blip2ForConditionalGeneration
     allocator: RelevanceAllocator
     clip: ClipResampler | None = None
+    clip_language: OPTForCausalLM | None = None
 
 
 def publish(plan: Plan, stage: str) -> Path:
-    """Write <out>/checkpoint from a stage that leaves a whole model, in FP16, with its accuracy and calibration."""
+    """Write <out>/checkpoint from a stage that leaves a whole model, in FP16, with its accuracy and calibration.
+
+    The stage `clips` changes nothing for questions about one image: what was measured of these stays as it was.
+    """
+    directory = plan.out / "checkpoint"
+    if stage == "clips":
+        if goes_on(plan):
+            shutil.copytree(plan.published().directory, directory, dirs_exist_ok=True)
+        else:
+            publish(plan, "allocator")
+        add_clips(directory, finished_parts(plan, stage))
+        return directory
     tokenizer = new_tokenizer()
     parts = finished_parts(plan, stage)
     card: dict[str, Any] = {
@@ -72,12 +84,7 @@ def publish(plan: Plan, stage: str) -> Path:
         + (f" --start {plan.start.name}" if plan.start else ""),
         "held_out_pairs": [" ".join(pair) for pair in HELD_OUT_PAIRS],
     }
-    directory = plan.out / "checkpoint"
     save_checkpoint(directory, parts.model, parts.allocator, tokenizer, card | TOLD[stage])
-    if parts.clip is not None:
-        save_clip(parts.clip, directory / CLIP)
-        counted = json.loads((directory / "model_card.json").read_text())["parameters"]
-        tell(directory, {"parameters": counted | {"clip": sum(p.numel() for p in parts.clip.parameters())}})
     chain = Chain.load(directory)
     if parts.allocator.closer is not None:
         tell(directory, {"closer_view_at": closer_view_at(chain, plan.size(CALIBRATION_SCENES, 2))})
@@ -87,14 +94,26 @@ def publish(plan: Plan, stage: str) -> Path:
     return directory
 
 
+def add_clips(directory: Path, parts: Parts) -> None:
+    """Write what the stage `clips` left into a checkpoint, and tell its card."""
+    counted = json.loads((directory / "model_card.json").read_text())["parameters"]
+    for name, part, save in (
+        (CLIP, parts.clip, save_clip),
+        (CLIP_LANGUAGE, parts.clip_language, save_clip_language),
+    ):
+        save(part, directory / name)
+        counted[Path(name).stem] = sum(p.numel() for p in part.parameters())
+    tell(directory, {"knows": KNOWS_CLIPS, "parameters": counted})
+
+
 def finished_parts(plan: Plan, stage: str) -> Parts:
     """What the stage `joint`, `allocator` or `clips` left."""
     if stage == "clips":
         parts, weights = parts_before_clips(plan), plan.finished(stage)
-        parts.model.language_model.load_state_dict(weights["language"])
-        clip = ClipResampler(QFormer(parts.model))
+        clip, language = ClipResampler(QFormer(parts.model)), copy.deepcopy(parts.model.language_model)
         clip.load_state_dict(weights["resampler"])
-        return parts._replace(clip=clip)
+        language.load_state_dict(weights["language"])
+        return parts._replace(clip=clip, clip_language=language)
     tokenizer = new_tokenizer()
     model = new_model(tokenizer, plan.config(tokenizer))
     width = model.config.vision_config.hidden_size
@@ -114,10 +133,15 @@ def parts_before_clips(plan: Plan) -> Parts:
 
     Raises FileNotFoundError without either.
     """
-    if plan.start is None or (plan.out / "allocator.pt").exists():
+    if not goes_on(plan):
         return finished_parts(plan, "allocator")
     published = plan.published()
-    return Parts(published.model, published.allocator())
+    return Parts(published.model, published.allocator(), published.clip, published.clip_language)
+
+
+def goes_on(plan: Plan) -> bool:
+    """Whether the stage `clips` starts from the published checkpoint."""
+    return plan.start is not None and not (plan.out / "allocator.pt").exists()
 
 
 def tell(directory: Path, facts: dict[str, Any]) -> None:

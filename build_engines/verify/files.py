@@ -18,10 +18,10 @@ from build_engines.convert.plans import HEADER_BYTES, version_of_plan
 from build_engines.convert.precision import CACHED
 from build_engines.convert.run import digests
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
-from build_engines.repository import CONFIG_TYPES
+from build_engines.repository import CONFIG_TYPES, offered
 from build_engines.verify.report import Report
-from service.core.card import LLM_ENCODER, ModelCard
-from service.core.tensors import LIKELIEST, Tensor
+from service.core.card import LLM_CLIPS, LLM_ENCODER, ModelCard
+from service.core.tensors import Tensor
 from service.core.vision import QUESTION_TOKENS
 from service.text.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
 from service.triton import CALLED
@@ -138,7 +138,8 @@ def check_contract(configs: Mapping[str, Any], card: ModelCard) -> None:
         return sized.datatype, sized.dims, sized.optional
 
     def used(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [each for each in tensors if card.top_log_probs or each.name not in LIKELIEST]
+        offers = {"top_log_probs": card.top_log_probs, "clip_weights": card.clip_weights}
+        return [each for each in tensors if offered(each, **offers)]
 
     for name in {*card.called, "vision_encoder", *("vqa" for _ in configs if "vqa" in configs)}:
         if name not in configs:
@@ -217,6 +218,14 @@ def _check_language_model(path: Path, ins: Mapping[str, Any], outs: Mapping[str,
     """Check a decoder-only LLM's graph, or both of an LLM with a prompt reader."""
     if outs.get("logits") != ("FP32", (card.vocab_size,)):
         raise Wrong(f"its logits are {outs.get('logits')}, the vocabulary has {card.vocab_size}")
+    if card.clip_weights:
+        beside = path.with_name(LLM_CLIPS)
+        if not beside.exists():
+            raise Wrong(f"it has no {LLM_CLIPS} beside it, but the card has clip_weights. Build again")
+        onnx.checker.check_model(beside)
+        other = onnx.load(beside, load_external_data=False).graph
+        if (dict(_ends(other.input)), dict(_ends(other.output))) != (dict(ins), dict(outs)):
+            raise Wrong(f"{LLM_CLIPS} has other tensors than {path.name}. Build again")
     if card.decoder_start_id is not None or card.image_marks is not None:
         encoder = path.with_name(LLM_ENCODER)
         if not encoder.exists():

@@ -34,7 +34,8 @@ def clip_key(card: ModelCard, frames: Sequence[Frame], question: str, budget: Bu
     """Make a key of everything that decides the visual tokens of a clip whose frames are attended to together."""
     shown = [f"{frame.digest}@{frame.at}" for frame in frames]
     tokens = map(str, budget.vision_tokens)
-    return "\0".join([card.visual_fingerprint, "clip", *tokens, str(len(shown)), *shown, question]).encode()
+    own = "" if card.clip is None else card.clip.fingerprint
+    return "\0".join([card.visual_fingerprint, "clip", own, *tokens, str(len(shown)), *shown, question]).encode()
 
 
 def clip_embedding_key(card: ModelCard, frames: Sequence[Frame], question: str, seen: SeenClip) -> bytes:

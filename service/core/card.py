@@ -20,6 +20,7 @@ from service.core.viewport import AskedFit, Colour
 from service.core.vision import CLIP_VISUAL_TOKENS, CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
 
 LLM_ENCODER = "encoder.onnx"  # beside the LLM's model.onnx, if it is an encoder-decoder or attends to images
+LLM_CLIPS = "clips.onnx"  # beside it, if the LLM has weights of its own for clips and several images
 OTHER_MESSAGE_BYTES = 64 * 1024  # of a request for `attend_clip`, beside its features
 TUPLES = ("vision_tokens", "visual_tokens", "default_visual_tokens", "default_vision_tokens", "pad_colour")
 
@@ -58,6 +59,7 @@ class ClipResampler:
     frames: int  # the most
     trained_frames: int  # of the clips that it was trained on; its places in time are interpolated for other counts
     vision_tokens: tuple[int, int]  # least and most of all frames together
+    fingerprint: str = ""  # of its weights
 
     def budget(self, asked: Budget) -> Budget:
         """Return the budget of a whole clip: what of the asked one it can spend.
@@ -90,7 +92,7 @@ class ModelCard:
 
     name: str
     fingerprint: str  # of the vision encoder's weights: keys the feature cache
-    visual_fingerprint: str  # of all weights up to the visual tokens: keys the LLM's reuse of their keys and values
+    visual_fingerprint: str  # of all weights up to an image's visual tokens: keys the LLM's reuse of keys and values
     vocab_size: int  # V: visual ids start here
     hidden_size: int  # H: the width of a visual token; that of the LLM, or D if `image_marks` are given
     vision_width: int  # D
@@ -115,6 +117,7 @@ class ModelCard:
     closer_view_at: float = 1.0  # detail "auto" looks closer if `particularize` reaches this
     frames: int = 8  # the most frames of a clip that are looked at, if a request does not say
     clip: ClipResampler | None = None  # None: the repository has no `attend_clip`
+    clip_weights: bool = False  # whether the LLM has weights of its own for clips and several images
     fit: AskedFit = "squash"  # of images that are not square, if a request does not say: BLIP-2's own way
     pad_colour: Colour = (123, 117, 104)  # R, G, B of padding: the mean that the encoder subtracts; CLIP's and BLIP-2's
     # The id with which an encoder-decoder (FlanT5) begins its answer; None: the LLM is decoder-only. The encoder reads

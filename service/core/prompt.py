@@ -25,3 +25,4 @@ class Prompt:
     input_ids: Int32Array  # [T]
     visual_tokens: FloatArray  # [N, H]
     extra_ids: npt.NDArray[np.uint64]  # [T]: 0 for text, >= 1 for visual; equal ids mean equal embeddings
+    clip_weights: bool = False  # whether the weights for clips and several images answer

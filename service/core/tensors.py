@@ -35,6 +35,7 @@ VISION_SLOTS = MAX_VISION_TOKENS + 1  # CLS and the most vision tokens, with the
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one request to Triton, and of one response
 FLOAT = "F"  # the checkpoint's float: FP32, or FP16 on GPUs
 LIKELIEST = frozenset(("num_top_log_probs", "top_ids", "top_log_probs"))  # tensors of `llm` without TensorRT-LLM
+CLIP_WEIGHTS = "clip_weights"  # an input of an `llm` that has weights of its own for clips and several images
 TEXT = "T"  # a text: UINT8 [-1], its UTF-8 bytes, or BYTES [1], a string, which TensorRT-LLM takes
 
 DATATYPES: Mapping[np.dtype[Any], str] = {
@@ -180,6 +181,7 @@ _LLM_SAMPLING = (
 )
 _LLM_LOG_PROBS = Tensor("return_log_probs", "BOOL", (1,), "TensorRT-LLM gives them only if true", optional=True)
 _LLM_TOP = Tensor("num_top_log_probs", "INT32", (1,), "likeliest tokens to tell beside each token", optional=True)
+_LLM_CLIPS = Tensor(CLIP_WEIGHTS, "BOOL", (1,), "true: the weights for clips and several images", optional=True)
 _LLM_GUIDE = (
     Tensor("guided_decoding_guide_type", TEXT, (-1,), "the answer's form: json_schema or regex", optional=True),
     Tensor("guided_decoding_guide", TEXT, (-1,), "UTF-8: the schema or the regular expression", optional=True),
@@ -202,7 +204,7 @@ _relevance_allocator_448 = Model(
 _qformer = Model("qformer", (*_chosen("R"), *QUESTION), _VISUAL)
 _llm = Model(
     "llm",
-    (*_LLM_PROMPT, *_LLM_SAMPLING, _LLM_LOG_PROBS, _LLM_TOP, *_LLM_GUIDE, _LLM_STOP),
+    (*_LLM_PROMPT, *_LLM_SAMPLING, _LLM_LOG_PROBS, _LLM_TOP, _LLM_CLIPS, *_LLM_GUIDE, _LLM_STOP),
     (
         _OUTPUT_IDS,
         Tensor("sequence_length", "INT32", (-1,), "of each beam, so far"),

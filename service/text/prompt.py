@@ -218,9 +218,13 @@ class PromptBuilder:
         following, ordered = iter(images), list[tuple[FloatArray, bytes]]()
         for part in request.pictures:
             ordered += clip if isinstance(part, Clip) else [next(following)]
-        return self._composed(_pieces(self.card, request, len(clip)), ordered)
+        several = len(request.images) > 1 or bool(clip)
+        return self._composed(_pieces(self.card, request, len(clip)), ordered, several=several)
 
-    def _composed(self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
+    def _composed(
+        self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]], *, several: bool = False
+    ) -> Prompt:
+        """`several`: whether the prompt has a clip or more than one image."""
         visual_tokens = images[0][0] if len(images) == 1 else np.concatenate([tokens for tokens, _ in images])
         visual_ids = np.arange(self.card.vocab_size, self.card.vocab_size + len(visual_tokens), dtype=np.int32)
         rows, following = 0, iter(images)
@@ -235,7 +239,8 @@ class PromptBuilder:
             else:
                 input_ids.append(np.array(text, np.int32))
                 extra_ids.append(np.zeros(len(text), np.uint64))
-        return Prompt(np.concatenate(input_ids), visual_tokens, np.concatenate(extra_ids))
+        weights = several and self.card.clip_weights
+        return Prompt(np.concatenate(input_ids), visual_tokens, np.concatenate(extra_ids), clip_weights=weights)
 
     def _layout(self, pieces: Iterable[Piece]) -> Iterator[list[int] | None]:
         """Yield the ids of each text, and None at the place of an image.

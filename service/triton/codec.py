@@ -15,7 +15,7 @@ from service.core.models import Generation
 from service.core.payer import NOBODY, PAYER, current
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget
-from service.core.tensors import DATATYPES, DTYPES, VISION, Arrays
+from service.core.tensors import CLIP_WEIGHTS, DATATYPES, DTYPES, VISION, Arrays
 from service.core.vision import CELLS, GRID, Relevance, Seen, SeenClip, VisionFeatures, dense
 from service.telemetry.tracing import TRACEPARENT, traceparent
 from service.triton.contract import CALLED
@@ -128,6 +128,8 @@ def llm_inputs(generation: Generation, text_type: str = "UINT8") -> dict[str, np
         numbers["return_log_probs"] = True
         if sampling.top_log_probs:
             numbers["num_top_log_probs"] = sampling.top_log_probs
+    if prompt.clip_weights:
+        numbers[CLIP_WEIGHTS] = True
     if sampling.repetition_penalty != 1.0:
         numbers["repetition_penalty"] = sampling.repetition_penalty
     if sampling.guide is not None:

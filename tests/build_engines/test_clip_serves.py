@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import shutil
-from collections.abc import AsyncIterator, Iterator
 from io import BytesIO
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import pytest_asyncio
 import torch
 from PIL import Image as Pillow
 
-from build_engines.export import graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.model.clip import CARD
-from build_engines.repository import CLIP_GRAPH, Dimensions, write_configs
-from service.core.card import ClipResampler as ClipCard
-from service.core.card import ModelCard
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import PromptBuilder
 from service.triton import TritonClient
-from service.triton_server.access import Access, Ports
-from service.triton_server.supervision import EmbeddedTriton
 from tests.support.paths import PROJECT, SCENES
-from tests.support.servers import StartGateway, free_ports
-from tests.support.shared_exports import SharedExports
+from tests.support.servers import Gateway
 
 pytestmark = pytest.mark.slow
 
@@ -41,46 +28,7 @@ QUESTION = "what changed colour?"
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return Checkpoint.load(PROJECT / "reference_clips")
-
-
-@pytest.fixture(scope="module")
-def built(checkpoint: Checkpoint, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The committed repository, with that clip resampler."""
-    folder = tmp_path_factory.mktemp("clips") / "repository"
-    shutil.copytree(PROJECT / "model_repository", folder)
-    card = ModelCard.from_json((folder / "card.json").read_text())
-    card = dataclasses.replace(card, clip=ClipCard.from_json(CARD))
-    (folder / "card.json").write_text(card.to_json())
-    told = Dimensions(card.vision_width, card.hidden_size, closer_view=card.closer_view, clip=True)
-    write_configs(folder, told)
-    (graph,) = (each for each in graphs(checkpoint) if each.name == CLIP_GRAPH)
-    exports.write(graph, folder / CLIP_GRAPH / "1" / "model.onnx")
-    return folder
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def address(built: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """gRPC address of a Triton that serves it."""
-    access = Access.choose(Ports(metrics=free_ports(1)[0]))
-    log_path = tmp_path_factory.mktemp("triton") / "triton.log"
-    card = ModelCard.from_json((built / "card.json").read_text())
-    async with (
-        TritonClient(access.url, access.url) as client,
-        EmbeddedTriton(built, client=client, card=card, log_path=log_path, access=access),
-    ):
-        yield access.url
-
-
-@pytest.fixture(scope="module")
-def service(built: Path, address: str, start_gateway: StartGateway) -> Iterator[str]:
-    settings = {
-        "GLIMPSE_MODEL_REPOSITORY": str(built),
-        "GLIMPSE_VISION_URL": address,
-        "GLIMPSE_LLM_URL": address,
-    }
-    with start_gateway(settings) as gateway:
-        yield gateway.url
+    return Checkpoint.load(PROJECT / "reference")
 
 
 def scenes(count: int) -> list[bytes]:
@@ -99,38 +47,38 @@ async def features(client: TritonClient, count: int) -> list[VisionFeatures]:
     return [each for start in range(0, count, 8) for each in await client.encode(pixels[start : start + 8], TIMEOUT_S)]
 
 
-async def test_triton_gives_what_pytorch_gives(checkpoint: Checkpoint, built: Path, address: str) -> None:
-    card = ModelCard.from_json((built / "card.json").read_text())
-    question = PromptBuilder.load(card, built).question(QUESTION)
+async def test_triton_gives_what_pytorch_gives(
+    checkpoint: Checkpoint, client: TritonClient, prompts: PromptBuilder
+) -> None:
+    question = prompts.question(QUESTION)
     attention = checkpoint.clip_attention()
     assert attention is not None
-    async with TritonClient(address, address) as client:
-        every = await features(client, 32)
-        for count, most in ((1, 256), (4, 256), (8, 100), (32, 256)):
-            times = np.linspace(0, 1, count).tolist()
-            seen = await client.attend_clip(every[:count], times, question, Budget((64, most)), TIMEOUT_S)
-            stacked = [np.stack([getattr(each, name) for each in every[:count]])
-                       for name in ("features", "saliency", "entropy", "texture")]  # fmt: skip
-            with torch.no_grad():
-                visual, relevance, scores, levels, tensions = attention(
-                    *map(torch.from_numpy, stacked),
-                    torch.tensor(times),
-                    torch.from_numpy(question.ids),
-                    torch.from_numpy(question.mask),
-                    torch.tensor([64, most], dtype=torch.int32),
-                )
-            assert np.abs(seen.visual_tokens - visual.numpy()).max() < 1e-3
-            assert len(seen.frames) == count
-            for frame, place in zip(seen.frames, range(count), strict=True):
-                assert np.abs(frame.map.ravel() - relevance[place].numpy()).max() < 1e-4
-                assert np.abs(frame.scores.reshape(3, 256) - scores[place].numpy()).max() < 1e-4
-                assert np.array_equal(frame.levels.ravel(), levels[place].numpy())
-                assert np.abs(frame.tensions - tensions.numpy()).max() < 1e-4
-            assert 64 <= seen.vision_tokens <= most
+    every = await features(client, 32)
+    for count, most in ((1, 256), (4, 256), (8, 100), (32, 256)):
+        times = np.linspace(0, 1, count).tolist()
+        seen = await client.attend_clip(every[:count], times, question, Budget((64, most)), TIMEOUT_S)
+        stacked = [np.stack([getattr(each, name) for each in every[:count]])
+                   for name in ("features", "saliency", "entropy", "texture")]  # fmt: skip
+        with torch.no_grad():
+            visual, relevance, scores, levels, tensions = attention(
+                *map(torch.from_numpy, stacked),
+                torch.tensor(times),
+                torch.from_numpy(question.ids),
+                torch.from_numpy(question.mask),
+                torch.tensor([64, most], dtype=torch.int32),
+            )
+        assert np.abs(seen.visual_tokens - visual.numpy()).max() < 1e-3
+        assert len(seen.frames) == count
+        for frame, place in zip(seen.frames, range(count), strict=True):
+            assert np.abs(frame.map.ravel() - relevance[place].numpy()).max() < 1e-4
+            assert np.abs(frame.scores.reshape(3, 256) - scores[place].numpy()).max() < 1e-4
+            assert np.array_equal(frame.levels.ravel(), levels[place].numpy())
+            assert np.abs(frame.tensions - tensions.numpy()).max() < 1e-4
+        assert 64 <= seen.vision_tokens <= most
 
 
-async def test_the_gateway_reads_a_whole_clip_in_64_visual_tokens(service: str) -> None:
-    async with httpx.AsyncClient(base_url=service, timeout=TIMEOUT_S) as http:
+async def test_the_gateway_reads_a_whole_clip_in_64_visual_tokens(gateway: Gateway) -> None:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=TIMEOUT_S) as http:
 
         async def asked(question: str, frames: int) -> dict:
             body = {"question": question, "max_tokens": "8", "video_frames": str(frames), "explain": "true"}

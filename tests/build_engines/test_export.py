@@ -14,7 +14,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph, card, graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import CLIP_GRAPH, CLOSER_GRAPHS, GRAPHS
+from build_engines.repository import CLIP_GRAPH, CLIP_LLM, CLOSER_GRAPHS, GRAPHS, beside_llm
 from tests.support.calibrations import calibrated
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt
@@ -28,11 +28,6 @@ TOLERANCE = 1e-3  # max abs difference in FP32
 @pytest.fixture(scope="module")
 def reference() -> Checkpoint:
     return Checkpoint.load(ROOT / "reference")
-
-
-@pytest.fixture(scope="module")
-def clips() -> Checkpoint:
-    return Checkpoint.load(ROOT / "reference_clips")
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +90,14 @@ def test_committed_graphs_match_pytorch(reference, name, batch):
     assert_parity(graph, ROOT / "model_repository" / graph.name / "1" / "model.onnx", batch)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_committed_decoder_for_clips_matches_pytorch(reference, batch):
+    assert_parity(named(reference, CLIP_LLM), beside_llm(ROOT / "model_repository", CLIP_LLM), batch)
+
+
 @pytest.mark.parametrize("frames", [1, 3, 8, 32])
-def test_the_clip_graph_matches_pytorch(clips, exports: SharedExports, frames):
-    graph = named(clips, CLIP_GRAPH)
+def test_the_committed_clip_graph_matches_pytorch(reference, frames):
+    graph = named(reference, CLIP_GRAPH)
     generator = torch.Generator().manual_seed(frames)
     features = torch.randn(1, 257, 160, generator=generator).repeat(frames, 1, 1)
     features[frames // 2 :, 60:90] += torch.randn(30, 160, generator=generator)  # something changes half-way
@@ -114,20 +114,23 @@ def test_the_clip_graph_matches_pytorch(clips, exports: SharedExports, frames):
     assert list(inputs) == list(graph.inputs)
     with torch.inference_mode():
         expected = graph.module(*inputs.values())
-    session = onnxruntime.InferenceSession(exports.path(graph), providers=["CPUExecutionProvider"])
+    committed = ROOT / "model_repository" / CLIP_GRAPH / "1" / "model.onnx"
+    session = onnxruntime.InferenceSession(committed, providers=["CPUExecutionProvider"])
     found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
     for name, ours, theirs in zip(graph.outputs, found, expected, strict=True):
         assert ours.shape == tuple(theirs.shape), name
         assert np.abs(ours - theirs.numpy()).max() <= TOLERANCE, name
 
 
-def test_a_card_tells_of_the_clip_resampler(clips, reference, tiny):
-    told = card(clips).clip
+def test_a_card_tells_of_the_clip_resampler_and_of_the_weights_for_clips(reference, tiny):
+    told = card(reference).clip
     assert told is not None
     assert (told.visual_tokens, told.frames, told.trained_frames, told.vision_tokens) == (64, 32, 8, (64, 256))
-    for other in (reference, tiny):
-        assert card(other).clip is None
-        assert CLIP_GRAPH not in {graph.name for graph in graphs(other)}
+    assert told.fingerprint == reference.clip_fingerprint() != ""
+    assert card(reference).clip_weights
+    assert card(tiny).clip is None
+    assert not card(tiny).clip_weights
+    assert not {CLIP_GRAPH, CLIP_LLM} & {graph.name for graph in graphs(tiny)}
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -408,7 +408,7 @@ class Pipeline:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         card, detokeniser = model.card, Detokeniser(model.spelled, sampling.stop)
-        tells = sampling.log_probs or (card.confidence is not None and ticket.request.clip is None)
+        tells = sampling.log_probs or card.tells_confidence(ticket.request)
         told: list[LogProb] | None = [] if tells else None
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
         generation = Generation(
@@ -523,12 +523,8 @@ def divided(request: Request, loaded: Sequence[Image]) -> tuple[list[Image], Loa
 
 
 def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:
-    """Estimate how sure the complete answer is; None if the models are not calibrated, as for clips they never are.
-
-    Nor are they for several images, if other weights answer about these.
-    """
-    several = len(seen.images) > 1 and model.card.clip_weights
-    if model.card.confidence is None or seen.frames or several:
+    """Estimate how sure the complete answer is; None if the models are not calibrated for such questions."""
+    if model.card.confidence is None or not model.card.tells_confidence(ticket.request):
         return None
     question, answer = ticket.request.question, "".join(ticket.answer)
     return model.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen.images))

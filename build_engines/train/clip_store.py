@@ -18,12 +18,12 @@ from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.qformer import QFormer
 from build_engines.scenes.clips import CLIP_KINDS, WHEN, Event, Story, ask_clip, ask_story, draw_clip
-from build_engines.scenes.questions import Question
+from build_engines.scenes.questions import DESCRIBE, Question
 from build_engines.scenes.render import compressed
 from build_engines.scenes.several import SEVERAL_KINDS, ask_groups, ask_several, draw_several
 from build_engines.scenes.world import WIDE, Thing, World
 from build_engines.train import replicas
-from build_engines.train.language_stage import denies_a_held_out_pair
+from build_engines.train.language_stage import WEIGHTS, denies_a_held_out_pair, draw_questions
 from build_engines.train.looks import Eye, Looks
 from build_engines.train.relevance import question_tensors
 from service.media.clip import spaced
@@ -38,6 +38,8 @@ DRAWN_FRAMES = {4: 0.06, 8: 0.64, 16: 0.24, 32: 0.06}  # of a kept clip
 # Of clips of which some frames are taken. Four frames of eight can be too far apart to tell what came first.
 TAKEN_FROM = {4: (4, 16, 32), 6: (8, 16, 32), 8: (8, 16, 32), 12: (16, 32), 16: (16, 32), 32: (32,)}
 APART_SHARE = 0.2  # of the groups whose images do not belong together
+LAST_SHARE = 0.25  # of the groups whose questions are about the last image alone, as in a conversation
+LAST_WEIGHTS = WEIGHTS | {DESCRIBE: 0.5}
 IMAGES = {2: 0.6, 3: 0.25, 4: 0.15}  # of a group
 WORLDS = (World(), WIDE)
 LOSSY_SHARE = 0.5  # of all pictures, which were compressed
@@ -219,6 +221,8 @@ def regrouped(rng: np.random.Generator, kept: Sequence[GroupLook], images: int) 
     places = [int(place) for place in rng.permutation(4)[:images]]
     scenes = [group.scenes[place] for group, place in zip(chosen, places, strict=True)]
     tokens = torch.cat([group.visual_tokens[place] for group, place in zip(chosen, places, strict=True)])
+    if rng.random() < LAST_SHARE:
+        return Prefixed(tokens, draw_questions(rng, list(scenes[-1]), LAST_WEIGHTS, QUESTIONS))
     return Prefixed(tokens, draw_kinds(rng, SEVERAL_WEIGHTS, lambda kind: ask_groups(rng, scenes, kind)))
 
 

@@ -14,7 +14,7 @@ from blake3 import blake3
 from service.core.confidence import Calibration
 from service.core.frames import MAX_FRAMES
 from service.core.precision import NotOffered
-from service.core.request import Budget, Detail
+from service.core.request import Budget, Detail, Request
 from service.core.tensors import DETAIL, DTYPES, MAX_MESSAGE_BYTES, VISION, Tensor
 from service.core.viewport import AskedFit, Colour
 from service.core.vision import CLIP_VISUAL_TOKENS, CLOSER_SIZE, IMAGE_SIZE, MAX_VISION_TOKENS, MAX_VISUAL_TOKENS
@@ -206,6 +206,11 @@ class ModelCard:
         closer = ["attend_448"] if self.closer_view else []
         clip = [] if self.clip is None else ["attend_clip"]
         return ("see", "attend", *closer, *clip, "llm")
+
+    def tells_confidence(self, request: Request) -> bool:
+        """Whether the answer has a confidence. It was calibrated on images, and for one set of the LLM's weights."""
+        other_weights = self.clip_weights and len(request.images) > 1
+        return self.confidence is not None and request.clip is None and not other_weights
 
     def vision_tokens_for(self, detail: Detail) -> tuple[int, int]:
         """Return the least and the most vision tokens that a budget can ask for at this detail."""

@@ -75,6 +75,13 @@ class Model:
                 param="min_confidence",
                 code="confidence_not_supported",
             )
+        if request.min_confidence is not None and not card.tells_confidence(request):
+            what = "a video" if request.clip is not None else "several images"
+            raise InvalidRequest(
+                f"min_confidence cannot be asked of {what}: confidence is calibrated for one image only. Leave it out",
+                param="min_confidence",
+                code="confidence_not_supported",
+            )
         detail = request.seen_detail
         offered = card.vision_tokens_for(detail)
         model = f"{card.name} with detail {detail}" if card.closer_view else card.name
@@ -99,12 +106,6 @@ class Model:
         if clip.frames is not None and not 1 <= clip.frames <= most:
             raise InvalidRequest(
                 f"video_frames is {clip.frames}: {self.card.name} looks at 1 to {most} frames", param="video_frames"
-            )
-        if request.min_confidence is not None:
-            raise InvalidRequest(
-                "min_confidence cannot be asked of a video: confidence is calibrated for images only. Leave it out",
-                param="min_confidence",
-                code="confidence_not_supported",
             )
         if request.images:  # what follows is about them
             return

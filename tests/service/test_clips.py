@@ -909,3 +909,33 @@ async def drained(house: House, asked: Request, reservation: Reservation) -> Non
     async with aclosing(house.pipeline.answer(asked, reservation)) as events:
         async for _ in events:
             pass
+
+
+@pytest.mark.parametrize("clip_weights", [False, True])
+async def test_clips_and_several_images_are_answered_by_the_weights_for_them(clip_weights):
+    """One image is not, also beside earlier questions about it. Only its answer has a confidence."""
+    house = House(replace(ROOMY, clip_weights=clip_weights, confidence=calibrated(4)))
+    image, other, blue = ImageBytes(png()), ImageBytes(png((1, 2, 3))), Text("blue?")
+    earlier = (Exchange((image, Text("red?")), "yes"),)
+    for parts, exchanges, several in (
+        ((image, blue), (), False),
+        ((blue,), earlier, False),
+        ((image, other, blue), (), True),
+        ((image, image, blue), (), True),
+        ((other, blue), earlier, True),
+        ((Clip(ImageBytes(film())), blue), (), True),
+        ((image, Clip(ImageBytes(film())), blue), (), True),
+    ):
+        _, end = await answer(house, request(parts=parts, exchanges=exchanges))
+        assert house.language.prompts[-1].clip_weights == (clip_weights and several)
+        of_clip = any(isinstance(part, Clip) for part in parts)
+        assert (end.confidence is None) == (of_clip or (clip_weights and several))
+
+
+async def test_a_least_confidence_of_several_images_is_refused_where_other_weights_answer():
+    asked = request(parts=(ImageBytes(png()), ImageBytes(png()), Text("same?")), min_confidence=0.5)
+    _, end = await answer(House(replace(ROOMY, confidence=calibrated(4))), asked)
+    assert end.abstained is not None
+    with pytest.raises(InvalidRequest, match="of several images: confidence is calibrated for one image") as refused:
+        await answer(House(replace(ROOMY, clip_weights=True, confidence=calibrated(4))), asked)
+    assert (refused.value.param, refused.value.code) == ("min_confidence", "confidence_not_supported")

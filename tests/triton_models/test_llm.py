@@ -97,6 +97,15 @@ def test_the_likeliest_tokens_come_beside_each_token_if_asked(model, streaming):
     assert "num_top_log_probs" in str(error(too_many))
 
 
+def test_a_request_chooses_the_weights_that_answer_it(model):
+    answers = []
+    for wishes in ({}, {"clip_weights": np.array([[False]])}, {"clip_weights": np.array([[True]])}):
+        asked = request(**wishes)
+        model.execute([asked])
+        answers.append(tokens(asked))
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_the_end_id_is_sent_last(model):
     asked = request()
     model.execute([asked])

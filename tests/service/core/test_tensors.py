@@ -62,24 +62,30 @@ def called(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, card: ModelCard) -> Path:
-    """The configurations of the committed checkpoint, and those of a closer view and a clip resampler, as if it had
-    both."""
+    """The configurations of the committed checkpoint, which has all that a checkpoint can have."""
     folder = tmp_path_factory.mktemp("written")
-    write_configs(folder, Dimensions(card.vision_width, card.hidden_size, closer_view=True, clip=True))
+    write_configs(folder, dimensions(card))
     return folder
+
+
+def dimensions(card: ModelCard) -> Dimensions:
+    return Dimensions(
+        card.vision_width,
+        card.hidden_size,
+        closer_view=card.closer_view,
+        clip=card.clip is not None,
+        clip_weights=card.clip_weights,
+    )
 
 
 def test_every_model_of_the_repository_is_known(repository: Path, card: ModelCard) -> None:
     on_disk = {path.parent.name for path in repository.glob("*/config.pbtxt")}
-    here = Dimensions(1, 1, closer_view=card.closer_view, clip=card.clip is not None)
-    assert on_disk == {model.name for model in models(here)}
-    assert on_disk >= {*card.called, "vision_encoder", "vqa"}
-    assert set(CALLED) - on_disk <= {"attend_448", "attend_clip"}
+    assert on_disk == {model.name for model in models(dimensions(card))}
+    assert on_disk >= {*card.called, "vision_encoder", "vqa", *CALLED}
 
 
 def test_committed_configurations_are_what_the_writer_writes(repository: Path, card: ModelCard) -> None:
-    clip = card.clip is not None
-    for model in models(Dimensions(card.vision_width, card.hidden_size, closer_view=card.closer_view, clip=clip)):
+    for model in models(dimensions(card)):
         assert (repository / model.name / "config.pbtxt").read_text() == config(model)
         if not model.steps:
             assert (repository / model.name / "1" / "model.py").read_text() == runner(model)
@@ -191,3 +197,9 @@ def test_what_may_run_at_once_is_read_from_the_configurations(repository: Path, 
     (tmp_path / "llm" / "config.pbtxt").write_text("max_batch_size: many")
     with pytest.raises(ValueError, match=r"config\.pbtxt"):
         read_engines(tmp_path)
+
+
+def test_only_an_llm_with_weights_for_clips_has_their_input() -> None:
+    for clip_weights in (False, True):
+        (llm,) = (model for model in models(Dimensions(1, 1, clip_weights=clip_weights)) if model.name == "llm")
+        assert ("clip_weights" in {tensor.name for tensor in llm.inputs}) == clip_weights

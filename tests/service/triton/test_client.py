@@ -191,6 +191,20 @@ async def test_each_token_comes_with_its_log_probability_if_asked(asker: Asker, 
     assert tokens == await asker.tokens(asker.prompt(), sampling)
 
 
+async def test_the_prompt_chooses_the_weights_that_answer_it(asker: Asker) -> None:
+    assert asker.card.clip_weights
+    sure = []
+    for clips in (False, True, False):
+        told: list[LogProb] = []
+        async for _ in asker.generate(
+            replace(asker.prompt(), clip_weights=clips), Sampling(max_tokens=1, log_probs=True), log_probs=told
+        ):
+            pass
+        sure.append(told[0].value)
+    assert sure[0] == pytest.approx(sure[2])
+    assert sure[0] != pytest.approx(sure[1], abs=1e-4)
+
+
 async def test_greedy_and_seeded_answers_repeat(asker: Asker) -> None:
     greedy = Sampling(max_tokens=8)
     drawn = Sampling(max_tokens=8, temperature=9.0, top_k=50, top_p=0.95, seed=7, repetition_penalty=1.2)

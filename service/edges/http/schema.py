@@ -887,9 +887,14 @@ class Model(BaseModel):
     clip: ClipReading | None = Field(
         None, description="Left out if the model has no clip resampler: then it looks at each frame as at an image."
     )
+    clip_weights: bool = Field(
+        description="Whether the LLM answers about a video or several images with weights of its own for them."
+    )
     interleaved: bool = Field(description="Whether images stand inside a question's text, or always before it.")
     system_messages: bool = Field(description="Whether the model takes a system message.")
-    calibrated: bool = Field(description="Whether answers carry a confidence; `metadata.confidence` says why.")
+    calibrated: bool = Field(
+        description="Whether answers about one image carry a confidence; `metadata.confidence` says why."
+    )
     images_shared: bool = Field(
         description="Whether every gateway knows an image's id, or only the one that got the image."
     )
@@ -913,6 +918,7 @@ class Model(BaseModel):
             fit=card.fit,
             video_frames=card.frames,
             clip=ClipReading.of(card),
+            clip_weights=card.clip_weights,
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
             calibrated=card.confidence is not None,

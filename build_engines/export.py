@@ -292,7 +292,8 @@ def card(checkpoint: Checkpoint) -> ModelCard:
             "choose a default within them"
         )
     fingerprint = checkpoint.visual_fingerprint()
-    confidence, why = _calibration(told.pop("confidence", None), vision.hidden_size, fingerprint)
+    clip_fingerprint = checkpoint.clip_fingerprint()
+    confidence, why = _calibration(told.pop("confidence", None), vision.hidden_size, fingerprint, clip_fingerprint)
     return ModelCard(
         name=str(told.pop("name")),
         fingerprint=checkpoint.vision_fingerprint(),
@@ -325,7 +326,7 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         top_log_probs=True,
         clip=None
         if checkpoint.clip is None
-        else ClipResampler.from_json(CARD | {"fingerprint": checkpoint.clip_fingerprint()}),
+        else ClipResampler.from_json(CARD | {"fingerprint": clip_fingerprint}),
         clip_weights=checkpoint.clip_language is not None,
         confidence=confidence,
         metadata=told | {"confidence": why},
@@ -357,13 +358,20 @@ def _tokens(told: object) -> tuple[int, int]:
     )
 
 
-def _calibration(told: object, vision_width: int, fingerprint: str) -> tuple[Calibration | None, str]:
-    """Read the checkpoint's calibration -> it, and what to say about it. None if it is of other weights."""
+def _calibration(
+    told: object, vision_width: int, fingerprint: str, clip_fingerprint: str
+) -> tuple[Calibration | None, str]:
+    """Read the checkpoint's calibration -> it, and what to say about it.
+
+    None if it is of other weights. If only the weights for clips are others, so is the part about clips.
+    """
     if told is None:
         return None, "absent: this checkpoint is not calibrated; `glimpse calibrate` does it"
     calibration = Calibration.from_json(told, vision_width)
     if calibration.fitted_on.get("weights") != fingerprint:
         return None, "absent: the checkpoint's calibration is of other weights; `glimpse calibrate` fits a new one"
+    if calibration.fitted_on.get("clip_weights") != clip_fingerprint:
+        calibration = dataclasses.replace(calibration, several=None)
     return calibration, calibration.about()
 
 

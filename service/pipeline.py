@@ -524,10 +524,14 @@ def divided(request: Request, loaded: Sequence[Image]) -> tuple[list[Image], Loa
 
 def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:
     """Estimate how sure the complete answer is; None if the models are not calibrated for such questions."""
-    if model.card.confidence is None or not model.card.tells_confidence(ticket.request):
+    card, request = model.card, ticket.request
+    if card.confidence is None or not card.tells_confidence(request):
         return None
-    question, answer = ticket.request.question, "".join(ticket.answer)
-    return model.card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen.images))
+    if card.uses_clip_weights(request):
+        strangeness = max(each.strangeness for each in seen.seen)
+        return card.confidence.confidence_of_several(ticket.log_prob, strangeness, is_clip=request.clip is not None)
+    question, answer = request.question, "".join(ticket.answer)
+    return card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen.images))
 
 
 def token_log_probs(spelled: Sequence[bytes], ids: Sequence[int], told: Sequence[LogProb]) -> list[TokenLogProb]:

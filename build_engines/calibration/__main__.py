@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,9 +24,10 @@ from build_engines.calibration.chain import Chain
 from build_engines.calibration.fitting import Asked, TooFew, fitted
 from build_engines.calibration.foreign import foreign
 from build_engines.calibration.kept import Kept
+from build_engines.calibration.several import with_several
+from build_engines.calibration.writing import write
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
-from service.core.card import ModelCard
-from service.core.confidence import Calibration, Words, summary
+from service.core.confidence import Words, summary
 
 FIRST = 600_000  # scenes that nothing else uses
 SCENES = {NEW: 240, PAIRS: 200, SMALL: 260}
@@ -91,18 +91,6 @@ def words_of(path: Path | None) -> Words:
     return Words(frozenset(given["names"]), tuple(given["presence"]), frozenset(given["denials"]))
 
 
-def write(calibration: Calibration, repository: Path, checkpoint: Path | None) -> None:
-    """Write the calibration and what it was fitted on."""
-    path = repository / "card.json"
-    card = ModelCard.from_json(path.read_text())
-    metadata = dict(card.metadata) | {"confidence": calibration.about()}
-    path.write_text(replace(card, confidence=calibration, metadata=metadata).to_json())
-    if checkpoint is not None:
-        path = checkpoint / "model_card.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | {"confidence": calibration.to_json()}, indent=2) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
@@ -114,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
             files = sorted(given.foreign.iterdir()) if given.foreign else []
             material = collected(chain, list(told(given.questions)), [path.read_bytes() for path in files], kept)
         calibration = fitted(material, words_of(given.words), {"weights": chain.card.visual_fingerprint})
+        if given.questions is None:
+            calibration = with_several(calibration, chain)
     except (TooFew, ValueError, OSError) as error:
         print(f"glimpse calibrate: {error}", file=sys.stderr)
         return 2

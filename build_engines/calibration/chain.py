@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from service.core.card import ModelCard
+from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
 from service.core.vision import (
     CELLS,
@@ -17,6 +18,7 @@ from service.core.vision import (
     GRID,
     IMAGE_SIZE,
     CloserFeatures,
+    FloatArray,
     Relevance,
     Seen,
     UInt8Array,
@@ -24,7 +26,8 @@ from service.core.vision import (
 )
 from service.media.decoder import ImageLimits, decode
 from service.text.prompt import PromptBuilder
-from triton_models.batcher import Batcher, Limits, Sequence
+from triton_models.batcher import Batcher, Limits
+from triton_models.batcher import Sequence as Running
 from triton_models.language_model import open_language_model
 from triton_models.query_groups import GroupRunner
 from triton_models.session import Graph
@@ -64,6 +67,7 @@ class Chain:
         self.prompts = PromptBuilder.load(self.card, repository)
         self._encoder, self._allocator = graph("vision_encoder"), graph("relevance_allocator")
         self._closer = graph("relevance_allocator_448") if self.card.closer_view else None
+        self._clip = graph("attend_clip") if self.card.clip is not None else None
         self._qformer = GroupRunner(repository / "qformer" / "1" / "model.onnx", threads)
         self._decoder = open_language_model(
             repository / "llm" / "1" / "model.onnx", self.card, max_rows=32, intra_op_threads=threads
@@ -109,14 +113,39 @@ class Chain:
         tokens = visual["visual_tokens"][0, : int(visual["visual_count"][0, 0])].copy()
         return Seen(tokens, relevance, budget, "low" if view.closer is None else "high")
 
+    def attend_clip(
+        self, frames: Sequence[VisionFeatures], times: Sequence[float], question: str, budget: Budget
+    ) -> FloatArray:
+        """Make visual tokens [64, H] of a whole clip. Only for a card with a clip resampler."""
+        asked = self.prompts.question(question)
+        feeds = {name: np.stack([getattr(frame, name) for frame in frames]) for name in VISION} | {
+            "times": np.array(times, np.float32),
+            "question_ids": asked.ids,
+            "question_mask": asked.mask,
+            "clip_budget": np.array(budget.vision_tokens, np.int32),
+        }
+        if self._clip is None:
+            raise ValueError(f"{self.card.name} has no clip resampler")
+        (visual_tokens,) = self._clip.run(feeds, ["visual_tokens"])
+        return visual_tokens
+
     def answer(self, asked: Iterable[tuple[Seen, str]], max_tokens: int = 64) -> list[Said]:
-        """Answer questions, each about what was seen for it. They share batches."""
+        """Answer questions, each about what was seen of one image for it. They share batches."""
+        return self.answer_prompts(
+            (
+                self.prompts.compose(question, [(seen.visual_tokens, str(number).encode())])
+                for number, (seen, question) in enumerate(asked)
+            ),
+            max_tokens,
+        )
+
+    def answer_prompts(self, prompts: Iterable[Prompt], max_tokens: int = 64) -> list[Said]:
+        """Answer prompts. They share batches."""
         card, sequences, ids = self.card, [], {}
-        for number, (seen, question) in enumerate(asked):
-            prompt = self.prompts.compose(question, [(seen.visual_tokens, str(number).encode())])
+        for number, prompt in enumerate(prompts):
             room = card.max_positions - prompt.input_ids.size
             sampling = Sampling(max_tokens=min(max_tokens, room), streaming=False, log_probs=True)
-            sequences.append(Sequence(str(number), prompt, sampling, card.end_id, owner=number))
+            sequences.append(Running(str(number), prompt, sampling, card.end_id, owner=number))
             ids[number] = []
         waiting = list(reversed(sequences))
         while waiting or self._batcher.running or self._batcher.waiting:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from build_engines.calibration.__main__ import reference_material, write
+from build_engines.calibration.__main__ import reference_material
 from build_engines.calibration.asking import WORDS
 from build_engines.calibration.chain import Chain
 from build_engines.calibration.fitting import TooFew, fitted
+from build_engines.calibration.several import with_several
+from build_engines.calibration.writing import write
 from build_engines.export import export
 
 
@@ -24,6 +26,7 @@ def calibrate_checkpoint(checkpoint: Path, share: float = 1.0) -> bool:
         chain = Chain.load(repository)
         try:
             calibration = fitted(reference_material(chain, share), WORDS, {"weights": chain.card.visual_fingerprint})
+            calibration = with_several(calibration, chain, share)
         except TooFew as error:
             print(f"not calibrated: {error}")
             return False

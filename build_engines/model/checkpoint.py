@@ -299,8 +299,9 @@ class Checkpoint:
         return _fingerprint(self.image_mean, self.image_std, *parts)
 
     def clip_fingerprint(self) -> str:
-        """16 hex digits over the clip resampler's weights; empty without one."""
-        return "" if self.clip is None else _fingerprint(self.image_mean, self.image_std, self.clip)
+        """16 hex digits over all weights that only clips and several images use; empty without a clip resampler."""
+        language = [] if self.clip_language is None else [self.clip_language]
+        return "" if self.clip is None else _fingerprint(self.image_mean, self.image_std, self.clip, *language)
 
 
 def why_not(config: PreTrainedConfig) -> str:

@@ -44,14 +44,14 @@ class HeldOutClip:
     questions: list[Question]
 
 
-def held_out_clips(number: int = COMMITTED, frames: int = FRAMES) -> Iterator[HeldOutClip]:
-    """Yield the same clips every time, each with two or three events.
+def held_out_clips(number: int = COMMITTED, frames: int = FRAMES, first: int = 0) -> Iterator[HeldOutClip]:
+    """Yield the same clips every time, each with two or three events. `first` is the first one's seed.
 
     Kinds and answers are balanced over the clips so far. A clip thus depends on those before it, but not on those
     after it.
     """
-    balance = Balance(CLIP_KINDS, MOST_OF_A_KIND)
-    for index in range(number):
+    balance = Balance(CLIP_KINDS, MOST_OF_A_KIND * max(1, number // COMMITTED))
+    for index in range(first, first + number):
         rng = np.random.default_rng((SEED, SPLIT, index))
         stories = [_eventful(rng, REPEATED[index % len(REPEATED)]) for _ in range(STORIES)]
         story = max(stories, key=lambda one: balance.worth(partial(ask_story, rng, one)))

@@ -39,10 +39,13 @@ class HeldOutGroup:
     questions: list[Question]
 
 
-def held_out_groups(number: int = COMMITTED) -> Iterator[HeldOutGroup]:
-    """Yield the same groups every time. Kinds and answers are balanced over the groups so far."""
-    balances = {size: Balance(SEVERAL_KINDS, most=COMMITTED) for size in SIZES}
-    for index in range(number):
+def held_out_groups(number: int = COMMITTED, first: int = 0) -> Iterator[HeldOutGroup]:
+    """Yield the same groups every time. Kinds and answers are balanced over the groups so far.
+
+    `first` is the first one's seed.
+    """
+    balances = {size: Balance(SEVERAL_KINDS, most=max(COMMITTED, number)) for size in SIZES}
+    for index in range(first, first + number):
         rng = np.random.default_rng((SEED, SPLIT, index))
         size = SIZES[index % len(SIZES)]
         scenes = draw_several(rng, World(), size)

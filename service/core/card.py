@@ -59,7 +59,7 @@ class ClipResampler:
     frames: int  # the most
     trained_frames: int  # of the clips that it was trained on; its places in time are interpolated for other counts
     vision_tokens: tuple[int, int]  # least and most of all frames together
-    fingerprint: str = ""  # of its weights
+    fingerprint: str = ""  # of its weights, and of the LLM's for clips and several images
 
     def budget(self, asked: Budget) -> Budget:
         """Return the budget of a whole clip: what of the asked one it can spend.
@@ -207,10 +207,17 @@ class ModelCard:
         clip = [] if self.clip is None else ["attend_clip"]
         return ("see", "attend", *closer, *clip, "llm")
 
+    def uses_clip_weights(self, request: Request) -> bool:
+        """Whether the LLM answers with its weights for clips and several images."""
+        return self.clip_weights and (request.clip is not None or len(request.images) > 1)
+
     def tells_confidence(self, request: Request) -> bool:
-        """Whether the answer has a confidence. It was calibrated on images, and for one set of the LLM's weights."""
-        other_weights = self.clip_weights and len(request.images) > 1
-        return self.confidence is not None and request.clip is None and not other_weights
+        """Whether the answer has a confidence. What one image's is calibrated on says nothing of a clip."""
+        if self.confidence is None:
+            return False
+        if self.uses_clip_weights(request):
+            return self.confidence.several is not None
+        return request.clip is None
 
     def vision_tokens_for(self, detail: Detail) -> tuple[int, int]:
         """Return the least and the most vision tokens that a budget can ask for at this detail."""

@@ -10,6 +10,10 @@ Three probabilities, each a logistic regression of a few smooth signals:
 
 The confidence is `right`, in proportion less if one of the other two is below HALF. A question for presence may have a
 right answer about an absent object, so `found` is left out there.
+
+If an LLM has weights of its own for clips and several images, a fourth regression, `several`, takes the place of
+`right` for their answers. Its signals are the LLM's own probability of the answer, and whether it is about a clip.
+Nothing is said of what is found.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ PLAIN_SIGNALS = (
     *("log_odds_mass", "log_odds_particularize", "mass_particularize", "log_odds_closer"),
 )
 RIGHT_SIGNALS = (*PLAIN_SIGNALS, "log_familiar", "log_found")
+SEVERAL_SIGNALS = ("log_odds", "log_odds_squared", "clip", "log_odds_clip")
 FOUND_SIGNALS = ("peak", "denied", "affirmed", "log_odds_denied", "log_odds_affirmed", "log_odds_other")
 
 
@@ -135,6 +140,7 @@ class Calibration:
     right: Logistic  # of RIGHT_SIGNALS
     words: Words
     fitted_on: Mapping[str, object]  # numbers of questions and images, for people
+    several: Logistic | None = None  # of SEVERAL_SIGNALS; None: such answers have no confidence
 
     def strangeness(self, vision: VisionFeatures) -> float:
         """Measure how far an image is from the familiar ones: the logarithm of the mean squared z-score."""
@@ -157,6 +163,21 @@ class Calibration:
             weakest=min(doubts, key=lambda reason: doubts[reason]),
         )
 
+    def confidence_of_several(self, log_prob: float, strangeness: float, *, is_clip: bool) -> Confidence | None:
+        """How sure an answer by the weights for clips and several images is.
+
+        strangeness: that of the least familiar image or frame. None if such answers were not calibrated.
+        """
+        if self.several is None:
+            return None
+        familiar, right = self.familiar.of([strangeness]), self.several.of(several_signals(log_prob, is_clip=is_clip))
+        return Confidence(
+            value=right * min(1.0, familiar / HALF),
+            found=None,
+            familiar=familiar,
+            weakest="unfamiliar_image" if familiar < right else "unsure",
+        )
+
     def right_signals(self, signals: Signals) -> tuple[float, ...]:
         """RIGHT_SIGNALS of an answer."""
         familiar = self.familiar.of([signals.strangeness])
@@ -167,7 +188,7 @@ class Calibration:
     def from_json(cls, told: object, vision_width: int) -> Self:
         """Read the field `confidence` of a card. Raises ValueError, which says what is wrong."""
         names = {each.name for each in fields(cls)}
-        if not isinstance(told, Mapping) or set(told) != names:
+        if not isinstance(told, Mapping) or set(told) | {"several"} != names:
             raise ValueError(f"confidence does not have exactly the fields {', '.join(sorted(names))}")
         centre, scale = (_array(told[name], 3 * vision_width, name) for name in ("centre", "scale"))
         if (scale <= 0).any():
@@ -182,6 +203,7 @@ class Calibration:
                 Logistic.from_json(told["right"], len(RIGHT_SIGNALS)),
                 Words(frozenset(words["names"]), tuple(words["presence"]), frozenset(words["denials"])),
                 dict(told["fitted_on"]),
+                Logistic.from_json(several, len(SEVERAL_SIGNALS)) if (several := told.get("several")) else None,
             )
         except (KeyError, TypeError) as exc:
             raise ValueError(f"confidence is not a calibration: {exc!r}") from exc
@@ -201,8 +223,13 @@ class Calibration:
             "centre": _text(self.centre),
             "scale": _text(self.scale),
             **{
-                name: {"weights": list(each.weights), "bias": each.bias}
-                for name, each in (("familiar", self.familiar), ("found", self.found), ("right", self.right))
+                name: None if each is None else {"weights": list(each.weights), "bias": each.bias}
+                for name, each in (
+                    ("familiar", self.familiar),
+                    ("found", self.found),
+                    ("right", self.right),
+                    ("several", self.several),
+                )
             },
             "words": {
                 "names": sorted(self.words.names),
@@ -235,6 +262,12 @@ def plain_signals(signals: Signals) -> tuple[float, ...]:
     )
 
 
+def several_signals(log_prob: float, *, is_clip: bool) -> tuple[float, ...]:
+    """SEVERAL_SIGNALS of an answer. log_prob: as in Signals."""
+    odds = _odds_of(log_prob)
+    return (odds, odds**2, float(is_clip), odds * is_clip)
+
+
 def found_signals(signals: Signals, words: Words) -> tuple[float, ...]:
     """FOUND_SIGNALS of an answer."""
     odds, presence = _answer_odds(signals), words.ask_for_presence(signals.question)
@@ -244,7 +277,11 @@ def found_signals(signals: Signals, words: Words) -> tuple[float, ...]:
 
 
 def _answer_odds(signals: Signals) -> float:
-    return _log_odds(math.exp(min(0.0, signals.log_prob)))
+    return _odds_of(signals.log_prob)
+
+
+def _odds_of(log_prob: float) -> float:
+    return _log_odds(math.exp(min(0.0, log_prob)))
 
 
 def _log_odds(probability: float) -> float:

@@ -199,9 +199,13 @@ class PromptBuilder:
             )
         return total
 
-    def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]]) -> Prompt:
-        """Compose the prompt of some images and then one question. `images` are as for `compose_request`."""
-        return self._composed([*[None] * len(images), self._prompt(question)], images)
+    def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]], *, is_clip: bool = False) -> Prompt:
+        """Compose the prompt of some images, or of a clip, and then one question.
+
+        `images` are as for `compose_request`; a clip has one entry, or one for each frame.
+        """
+        weights = self.card.clip_weights and (is_clip or len(images) > 1)
+        return self._composed([*[None] * len(images), self._prompt(question)], images, clip_weights=weights)
 
     def compose_request(
         self,
@@ -218,13 +222,12 @@ class PromptBuilder:
         following, ordered = iter(images), list[tuple[FloatArray, bytes]]()
         for part in request.pictures:
             ordered += clip if isinstance(part, Clip) else [next(following)]
-        several = len(request.images) > 1 or bool(clip)
-        return self._composed(_pieces(self.card, request, len(clip)), ordered, several=several)
+        weights = self.card.uses_clip_weights(request)
+        return self._composed(_pieces(self.card, request, len(clip)), ordered, clip_weights=weights)
 
     def _composed(
-        self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]], *, several: bool = False
+        self, pieces: Iterable[Piece], images: Sequence[tuple[FloatArray, bytes]], *, clip_weights: bool
     ) -> Prompt:
-        """`several`: whether the prompt has a clip or more than one image."""
         visual_tokens = images[0][0] if len(images) == 1 else np.concatenate([tokens for tokens, _ in images])
         visual_ids = np.arange(self.card.vocab_size, self.card.vocab_size + len(visual_tokens), dtype=np.int32)
         rows, following = 0, iter(images)
@@ -239,8 +242,7 @@ class PromptBuilder:
             else:
                 input_ids.append(np.array(text, np.int32))
                 extra_ids.append(np.zeros(len(text), np.uint64))
-        weights = several and self.card.clip_weights
-        return Prompt(np.concatenate(input_ids), visual_tokens, np.concatenate(extra_ids), clip_weights=weights)
+        return Prompt(np.concatenate(input_ids), visual_tokens, np.concatenate(extra_ids), clip_weights)
 
     def _layout(self, pieces: Iterable[Piece]) -> Iterator[list[int] | None]:
         """Yield the ids of each text, and None at the place of an image.

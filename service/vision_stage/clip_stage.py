@@ -14,7 +14,7 @@ from service.cache.visual_tokens import VisualCache, clip_key
 from service.core.card import ModelCard
 from service.core.models import VisionModel
 from service.core.request import Budget, Request
-from service.core.vision import Frame, SeenClip, rounded_among
+from service.core.vision import Frame, SeenClip, VisionFeatures, rounded_among
 from service.media.store import LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
@@ -155,9 +155,14 @@ class ClipStage:
             budget = self._allowed(request)
             seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
             ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
-        seen = replace(seen, rounded=rounded_among(vision))
+        strangeness = await asyncio.to_thread(self._strangeness, vision)
+        seen = replace(seen, rounded=rounded_among(vision), strangeness=strangeness)
         self.visual.keep(clip_key(self.card, shown.frames, request.question, seen.budget), seen)
         return seen
+
+    def _strangeness(self, vision: Sequence[VisionFeatures]) -> float:
+        calibration = self.card.confidence
+        return 0.0 if calibration is None else max(calibration.strangeness(frame) for frame in vision)
 
     def _asked(self, request: Request) -> Budget:
         """Return the budget of the whole clip, which the clip resampler can spend."""

@@ -911,10 +911,12 @@ async def drained(house: House, asked: Request, reservation: Reservation) -> Non
             pass
 
 
-@pytest.mark.parametrize("clip_weights", [False, True])
-async def test_clips_and_several_images_are_answered_by_the_weights_for_them(clip_weights):
-    """One image is not, also beside earlier questions about it. Only its answer has a confidence."""
-    house = House(replace(ROOMY, clip_weights=clip_weights, confidence=calibrated(4)))
+@pytest.mark.parametrize(
+    ("clip_weights", "calibrated_for"), [(False, False), (False, True), (True, False), (True, True)]
+)
+async def test_clips_and_several_images_are_answered_by_the_weights_for_them(clip_weights, calibrated_for):
+    """One image is not, also beside earlier questions about it. Each has a confidence if it was calibrated for it."""
+    house = House(replace(ROOMY, clip_weights=clip_weights, confidence=calibrated(4, several=calibrated_for)))
     image, other, blue = ImageBytes(png()), ImageBytes(png((1, 2, 3))), Text("blue?")
     earlier = (Exchange((image, Text("red?")), "yes"),)
     for parts, exchanges, several in (
@@ -929,7 +931,25 @@ async def test_clips_and_several_images_are_answered_by_the_weights_for_them(cli
         _, end = await answer(house, request(parts=parts, exchanges=exchanges))
         assert house.language.prompts[-1].clip_weights == (clip_weights and several)
         of_clip = any(isinstance(part, Clip) for part in parts)
-        assert (end.confidence is None) == (of_clip or (clip_weights and several))
+        is_sure = calibrated_for if clip_weights and several else not of_clip
+        assert (end.confidence is not None) == is_sure
+        assert house.language.sampling[-1].log_probs == is_sure
+
+
+async def test_a_clips_confidence_comes_from_the_answer_and_the_least_familiar_frame():
+    house = House(replace(CLIPS, clip_weights=True, confidence=calibrated(4, several=True)))
+    house.language.say("")
+    _, image = await answer(house, request(parts=(ImageBytes(png()), ImageBytes(png()), Text("same?"))))
+    _, clip = await answer(house, about(film()))
+    assert image.confidence is not None
+    assert clip.confidence is not None
+    assert clip.confidence.found is None
+    assert clip.confidence.value < image.confidence.value
+    calibration = house.pipeline.models.models[0].card.confidence
+    strangest = max(map(calibration.strangeness, house.vision.shown))
+    assert clip.confidence.familiar == pytest.approx(calibration.familiar.of([strangest]))
+    _, again = await answer(house, about(film()))
+    assert again.confidence == clip.confidence
 
 
 async def test_a_least_confidence_of_several_images_is_refused_where_other_weights_answer():
@@ -939,3 +959,5 @@ async def test_a_least_confidence_of_several_images_is_refused_where_other_weigh
     with pytest.raises(InvalidRequest, match="of several images: confidence is calibrated for one image") as refused:
         await answer(House(replace(ROOMY, clip_weights=True, confidence=calibrated(4))), asked)
     assert (refused.value.param, refused.value.code) == ("min_confidence", "confidence_not_supported")
+    _, end = await answer(House(replace(ROOMY, clip_weights=True, confidence=calibrated(4, several=True))), asked)
+    assert end.abstained is not None

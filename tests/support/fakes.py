@@ -109,6 +109,7 @@ class FakeVision:
         self.budgets: list[Budget] = []
         self.sees_patches = False  # a patch's features are then its colour
         self.times: list[list[float]] = []
+        self.shown: list[VisionFeatures] = []  # the frames of the last clip that was attended to
         self.particularize = 0.5
         self.jitter = 0.0  # added to the visual tokens of each call, times its number
 
@@ -156,6 +157,7 @@ class FakeVision:
         await self._work(f"attend_clip {len(frames)}")
         self.budgets.append(budget)
         self.times.append(list(times))
+        self.shown = list(frames)
         seen = [self._seen(frame, Budget(), 0) for frame in frames]
         mean = np.mean([each.visual_tokens.mean() for each in seen])
         tokens = np.full((budget.visual_tokens[1], 4), mean, np.float32)

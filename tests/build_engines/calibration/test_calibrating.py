@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from build_engines.calibration.__main__ import collected, main, write
+from build_engines.calibration.__main__ import collected, main
 from build_engines.calibration.asking import told
 from build_engines.calibration.chain import Chain, View
+from build_engines.calibration.writing import write
 from service.core.card import ModelCard
 from service.core.request import Budget
 from tests.support.calibrations import calibrated

@@ -158,3 +158,26 @@ def test_a_malformed_calibration_says_what_is_wrong(field, value, said):
 def test_a_calibration_of_another_width_is_refused():
     with pytest.raises(ValueError, match="centre does not have 15 finite numbers"):
         Calibration.from_json(calibrated(4).to_json(), 5)
+
+
+def test_answers_about_several_images_have_a_regression_of_their_own() -> None:
+    calibration = calibrated(4, several=True)
+    sure, unsure = (calibration.confidence_of_several(math.log(p), 0.0, is_clip=False) for p in (0.9, 0.4))
+    clip = calibration.confidence_of_several(math.log(0.9), 0.0, is_clip=True)
+    strange = calibration.confidence_of_several(math.log(0.9), 3.0, is_clip=False)
+    assert sure is not None and unsure is not None and clip is not None and strange is not None  # noqa: PT018
+    assert sure.value == pytest.approx(0.9)
+    assert unsure.value == pytest.approx(0.4)
+    assert clip.value == pytest.approx(1 / (1 + math.exp(-(math.log(9) - 1))))
+    assert strange.value == pytest.approx(0.9 * strange.familiar / 0.5)
+    assert (sure.found, sure.weakest, strange.weakest) == (None, "unsure", "unfamiliar_image")
+    assert calibrated(4).confidence_of_several(0.0, 0.0, is_clip=True) is None
+
+
+def test_a_card_without_that_regression_is_read() -> None:
+    told = calibrated(4, several=True).to_json()
+    assert Calibration.from_json(told, 4).several == calibrated(4, several=True).several
+    del told["several"]
+    assert Calibration.from_json(told, 4).several is None
+    with pytest.raises(ValueError, match="4 signals has 4 finite weights"):
+        Calibration.from_json(told | {"several": {"weights": [1.0], "bias": 0.0}}, 4)

@@ -1,0 +1,143 @@
+"""Fit how sure the answers about clips and several images are, if the LLM has weights of its own for them.
+
+    python -m build_engines.calibration.several model_repository --checkpoint reference
+
+adds it to a calibration that was fitted before (`glimpse calibrate` does both), and prints how well it holds: the
+expected calibration error on the half of the clips and groups that it was not fitted on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from build_engines.calibration.asking import as_webp
+from build_engines.calibration.chain import Chain
+from build_engines.calibration.fitting import LEAST_QUESTIONS, TooFew, regression
+from build_engines.calibration.writing import write
+from build_engines.scenes.held_out_clips import held_out_clips
+from build_engines.scenes.held_out_several import held_out_groups
+from build_engines.scenes.questions import Question
+from service.core.card import ModelCard
+from service.core.confidence import Calibration, Logistic, several_signals
+from service.core.prompt import Prompt
+from service.core.request import Budget
+
+FIRST = 600_000  # seed of clips and groups that nothing else uses
+CLIPS, GROUPS = 160, 200
+FRAMES = (8, 4, 16)  # of each clip in turn
+BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answer about a clip or a group of images."""
+
+    of: int  # which clip or group: its questions are not independent
+    is_clip: bool
+    log_prob: float  # as in Signals
+    right: bool
+
+
+def answered(chain: Chain, share: float = 1.0) -> list[Answered]:
+    """Ask about clips and groups of images. `share` is that of the usual number."""
+    clips, groups = (max(2, round(share * number)) for number in (CLIPS, GROUPS))
+    found = []
+    for index, (is_clip, prompts, questions) in enumerate(
+        tqdm([*_of_clips(chain, clips), *_of_groups(chain, groups)], desc="clips and groups")
+    ):
+        for said, question in zip(chain.answer_prompts(prompts), questions, strict=True):
+            right = said.text.lower() == question.answer.strip().lower()
+            found.append(Answered(index, is_clip, said.log_prob, right))
+    return found
+
+
+def _of_clips(chain: Chain, number: int) -> Iterator[tuple[bool, list[Prompt], list[Question]]]:
+    assert chain.card.clip is not None
+    budget = chain.card.clip.budget(Budget(chain.card.unasked_vision_tokens("low")))
+    for index in range(number):
+        frames = FRAMES[index % len(FRAMES)]
+        (held_out,) = held_out_clips(1, frames, FIRST + index)
+        views = [chain.look(as_webp(pixels)).vision for pixels in held_out.clip.pixels]
+        prompts = []
+        for question in held_out.questions:
+            visual = chain.attend_clip(views, list(held_out.clip.times), question.text, budget)
+            prompts.append(chain.prompts.compose(question.text, [(visual, b"clip")], is_clip=True))
+        yield True, prompts, held_out.questions
+
+
+def _of_groups(chain: Chain, number: int) -> Iterator[tuple[bool, list[Prompt], list[Question]]]:
+    budget = Budget(chain.card.unasked_vision_tokens("low"), chain.card.default_visual_tokens)
+    for group in held_out_groups(number, FIRST):
+        views = [chain.look(as_webp(scene.pixels)) for scene in group.scenes]
+        prompts = []
+        for question in group.questions:
+            seen = [chain.attend(view, question.text, budget).visual_tokens for view in views]
+            images = [(tokens, str(place).encode()) for place, tokens in enumerate(seen)]
+            prompts.append(chain.prompts.compose(question.text, images))
+        yield False, prompts, group.questions
+
+
+def fit(answers: Sequence[Answered]) -> Logistic:
+    """Raises TooFew."""
+    right = np.array([each.right for each in answers])
+    if min(right.sum(), (~right).sum()) < LEAST_QUESTIONS:
+        raise TooFew(
+            f"{right.sum()} of {len(right)} answers about clips and groups are right: {LEAST_QUESTIONS} right and "
+            f"{LEAST_QUESTIONS} wrong ones are needed"
+        )
+    return regression(np.array([several_signals(each.log_prob, is_clip=each.is_clip) for each in answers]), right)
+
+
+def with_several(calibration: Calibration, chain: Chain, share: float = 1.0) -> Calibration:
+    """Add the regression if the LLM has weights of its own for clips and several images. Raises TooFew."""
+    if not chain.card.clip_weights:
+        return calibration
+    return _added(calibration, chain.card, answered(chain, share))
+
+
+def _added(calibration: Calibration, card: ModelCard, answers: Sequence[Answered]) -> Calibration:
+    questions = calibration.fitted_on.get("questions")
+    told = dict(questions) if isinstance(questions, Mapping) else {}
+    told |= {"clips": sum(each.is_clip for each in answers), "several": sum(not each.is_clip for each in answers)}
+    weights = "" if card.clip is None else card.clip.fingerprint
+    about = dict(calibration.fitted_on) | {"questions": told, "clip_weights": weights}
+    return replace(calibration, several=fit(answers), fitted_on=about)
+
+
+def calibration_error(answers: Iterable[Answered], regressed: Logistic) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over BINS bins of equally many answers.
+
+    Guo et al. 2017, https://arxiv.org/abs/1706.04599; with equal-mass bins.
+    """
+    told = sorted((regressed.of(several_signals(each.log_prob, is_clip=each.is_clip)), each.right) for each in answers)
+    bins = np.array_split(np.array(told), BINS)
+    return float(sum(len(part) * abs(part[:, 0].mean() - part[:, 1].mean()) for part in bins) / len(told))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repository", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="write it into its model_card.json too")
+    options = parser.parse_args()
+    chain = Chain.load(options.repository)
+    calibration = chain.card.confidence
+    if calibration is None:
+        parser.error(f"{options.repository} is not calibrated: use glimpse calibrate, which does both")
+    answers = answered(chain)
+    halves = [[each for each in answers if each.of % 2 == half] for half in (0, 1)]
+    for name, is_clip in (("clips", True), ("several", False)):
+        left = [each for each in halves[1] if each.is_clip is is_clip]
+        error = calibration_error(left, fit(halves[0]))
+        right = np.mean([each.right for each in left])
+        print(f"{name}: {len(left)} answers, {right:.3f} right, expected calibration error {error:.3f}")
+    write(_added(calibration, chain.card, answers), options.repository, options.checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -115,7 +115,8 @@ def calibration_error(answers: Iterable[Answered], regressed: Logistic) -> float
 
     Guo et al. 2017, https://arxiv.org/abs/1706.04599; with equal-mass bins.
     """
-    told = sorted((regressed.of(several_signals(each.log_prob, is_clip=each.is_clip)), each.right) for each in answers)
+    told = [(regressed.of(several_signals(each.log_prob, is_clip=each.is_clip)), each.right) for each in answers]
+    told.sort(key=lambda pair: pair[0])  # equal ones stay as they came
     bins = np.array_split(np.array(told), BINS)
     return float(sum(len(part) * abs(part[:, 0].mean() - part[:, 1].mean()) for part in bins) / len(told))
 

@@ -324,9 +324,7 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         question_tokenizer="qformer_tokenizer.json" if checkpoint.reads_question else "tokenizer.json",
         frames=int(told.pop("frames", checkpoint.frames)),
         top_log_probs=True,
-        clip=None
-        if checkpoint.clip is None
-        else ClipResampler.from_json(CARD | {"fingerprint": clip_fingerprint}),
+        clip=None if checkpoint.clip is None else ClipResampler.from_json(CARD | {"fingerprint": clip_fingerprint}),
         clip_weights=checkpoint.clip_language is not None,
         confidence=confidence,
         metadata=told | {"confidence": why},

@@ -278,7 +278,7 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
     """
     names, kept = graphs_of(dimensions), {model.name for model in models(dimensions)}
     files = {name: repository / name / "1" / "model.onnx" for name in names}
-    files |= {name: beside_llm(repository, name) for name in dimensions.beside_llm}
+    files |= {name: file_beside_llm(repository, name) for name in dimensions.beside_llm}
     sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in files)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
@@ -287,7 +287,7 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
             shutil.rmtree(repository / model.name)  # from an earlier checkpoint
     write_configs(repository, dimensions)
     for name in BESIDE_LLM:  # from an earlier checkpoint
-        file = beside_llm(repository, name)
+        file = file_beside_llm(repository, name)
         file.unlink(missing_ok=True)
         file.with_name(weights_file(name)).unlink(missing_ok=True)
     for name, file in files.items():
@@ -299,7 +299,7 @@ def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, bes
         shutil.copyfile(path, repository / name)
 
 
-def beside_llm(repository: Path, graph: str) -> Path:
+def file_beside_llm(repository: Path, graph: str) -> Path:
     """The file of a graph of BESIDE_LLM."""
     return repository / "llm" / "1" / BESIDE_LLM[graph]
 

@@ -24,7 +24,7 @@ from build_engines.calibration.chain import Chain
 from build_engines.calibration.fitting import Asked, TooFew, fitted
 from build_engines.calibration.foreign import foreign
 from build_engines.calibration.kept import Kept
-from build_engines.calibration.several import with_several
+from build_engines.calibration.several import keeping_several, with_several
 from build_engines.calibration.writing import write
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from service.core.confidence import Words, summary
@@ -104,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
         calibration = fitted(material, words_of(given.words), {"weights": chain.card.visual_fingerprint})
         if given.questions is None:
             calibration = with_several(calibration, chain)
+        elif chain.card.confidence is not None:
+            calibration = keeping_several(calibration, chain.card.confidence)
     except (TooFew, ValueError, OSError) as error:
         print(f"glimpse calibrate: {error}", file=sys.stderr)
         return 2

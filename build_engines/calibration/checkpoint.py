@@ -32,3 +32,13 @@ def calibrate_checkpoint(checkpoint: Path, share: float = 1.0) -> bool:
             return False
         write(calibration, repository, checkpoint)
     return True
+
+
+def calibrate_several(checkpoint: Path) -> None:
+    """Calibrate answers about clips and several images only. Nothing is done without a calibration of one image."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder)
+        export(checkpoint, repository)
+        chain = Chain.load(repository)
+        if chain.card.confidence is not None:
+            write(with_several(chain.card.confidence, chain), repository, checkpoint)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain as chain_of
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from service.core.card import ModelCard
 from service.core.confidence import Calibration, Logistic, several_signals
 from service.core.prompt import Prompt
 from service.core.request import Budget
+from service.core.vision import VisionFeatures
 
 FIRST = 600_000  # seed of clips and groups that nothing else uses
 CLIPS, GROUPS = 160, 200
@@ -41,24 +43,36 @@ class Answered:
     of: int  # which clip or group: its questions are not independent
     is_clip: bool
     log_prob: float  # as in Signals
+    strangeness: float  # of the least familiar image or frame
     right: bool
 
 
-def answered(chain: Chain, share: float = 1.0) -> list[Answered]:
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One clip or group of images, its questions, and the prompt of each."""
+
+    is_clip: bool
+    views: list[VisionFeatures]
+    questions: list[Question]
+    prompts: list[Prompt]
+
+
+def answered(chain: Chain, calibration: Calibration, share: float = 1.0) -> list[Answered]:
     """Ask about clips and groups of images. `share` is that of the usual number."""
     clips, groups = (max(2, round(share * number)) for number in (CLIPS, GROUPS))
     found = []
-    for index, (is_clip, prompts, questions) in enumerate(
-        tqdm([*_of_clips(chain, clips), *_of_groups(chain, groups)], desc="clips and groups")
-    ):
-        for said, question in zip(chain.answer_prompts(prompts), questions, strict=True):
+    asked = chain_of(_of_clips(chain, clips), _of_groups(chain, groups))
+    for index, shown in enumerate(tqdm(asked, desc="clips and groups", total=clips + groups)):
+        strangeness = max(map(calibration.strangeness, shown.views))
+        for said, question in zip(chain.answer_prompts(shown.prompts), shown.questions, strict=True):
             right = said.text.lower() == question.answer.strip().lower()
-            found.append(Answered(index, is_clip, said.log_prob, right))
+            found.append(Answered(index, shown.is_clip, said.log_prob, strangeness, right))
     return found
 
 
-def _of_clips(chain: Chain, number: int) -> Iterator[tuple[bool, list[Prompt], list[Question]]]:
-    assert chain.card.clip is not None
+def _of_clips(chain: Chain, number: int) -> Iterator[Shown]:
+    if chain.card.clip is None:  # then each frame is looked at as an image is, and nobody has learnt from that
+        return
     budget = chain.card.clip.budget(Budget(chain.card.unasked_vision_tokens("low")))
     for index in range(number):
         frames = FRAMES[index % len(FRAMES)]
@@ -68,10 +82,10 @@ def _of_clips(chain: Chain, number: int) -> Iterator[tuple[bool, list[Prompt], l
         for question in held_out.questions:
             visual = chain.attend_clip(views, list(held_out.clip.times), question.text, budget)
             prompts.append(chain.prompts.compose(question.text, [(visual, b"clip")], is_clip=True))
-        yield True, prompts, held_out.questions
+        yield Shown(True, views, held_out.questions, prompts)
 
 
-def _of_groups(chain: Chain, number: int) -> Iterator[tuple[bool, list[Prompt], list[Question]]]:
+def _of_groups(chain: Chain, number: int) -> Iterator[Shown]:
     budget = Budget(chain.card.unasked_vision_tokens("low"), chain.card.default_visual_tokens)
     for group in held_out_groups(number, FIRST):
         views = [chain.look(as_webp(scene.pixels)) for scene in group.scenes]
@@ -80,7 +94,7 @@ def _of_groups(chain: Chain, number: int) -> Iterator[tuple[bool, list[Prompt], 
             seen = [chain.attend(view, question.text, budget).visual_tokens for view in views]
             images = [(tokens, str(place).encode()) for place, tokens in enumerate(seen)]
             prompts.append(chain.prompts.compose(question.text, images))
-        yield False, prompts, group.questions
+        yield Shown(False, [view.vision for view in views], group.questions, prompts)
 
 
 def fit(answers: Sequence[Answered]) -> Logistic:
@@ -95,10 +109,23 @@ def fit(answers: Sequence[Answered]) -> Logistic:
 
 
 def with_several(calibration: Calibration, chain: Chain, share: float = 1.0) -> Calibration:
-    """Add the regression if the LLM has weights of its own for clips and several images. Raises TooFew."""
+    """Add the regression if the LLM has weights of its own for clips and several images.
+
+    Too few right or too few wrong answers are told, and add nothing.
+    """
     if not chain.card.clip_weights:
         return calibration
-    return _added(calibration, chain.card, answered(chain, share))
+    try:
+        return _added(calibration, chain.card, answered(chain, calibration, share))
+    except TooFew as error:
+        print(f"clips and several images are not calibrated: {error}")
+        return calibration
+
+
+def keeping_several(calibration: Calibration, before: Calibration) -> Calibration:
+    """Keep the regression that a calibration of the same repository had before."""
+    weights = {name: value for name, value in before.fitted_on.items() if name == "clip_weights"}
+    return replace(calibration, several=before.several, fitted_on=dict(calibration.fitted_on) | weights)
 
 
 def _added(calibration: Calibration, card: ModelCard, answers: Sequence[Answered]) -> Calibration:
@@ -110,12 +137,16 @@ def _added(calibration: Calibration, card: ModelCard, answers: Sequence[Answered
     return replace(calibration, several=fit(answers), fitted_on=about)
 
 
-def calibration_error(answers: Iterable[Answered], regressed: Logistic) -> float:
+def calibration_error(answers: Iterable[Answered], calibration: Calibration) -> float:
     """Expected calibration error: mean distance of confidence and accuracy over BINS bins of equally many answers.
 
     Guo et al. 2017, https://arxiv.org/abs/1706.04599; with equal-mass bins.
     """
-    told = [(regressed.of(several_signals(each.log_prob, is_clip=each.is_clip)), each.right) for each in answers]
+    told = []
+    for each in answers:
+        sure = calibration.confidence_of_several(each.log_prob, each.strangeness, is_clip=each.is_clip)
+        if sure is not None:
+            told.append((sure.value, each.right))
     told.sort(key=lambda pair: pair[0])  # equal ones stay as they came
     bins = np.array_split(np.array(told), BINS)
     return float(sum(len(part) * abs(part[:, 0].mean() - part[:, 1].mean()) for part in bins) / len(told))
@@ -130,11 +161,11 @@ def main() -> None:
     calibration = chain.card.confidence
     if calibration is None:
         parser.error(f"{options.repository} is not calibrated: use glimpse calibrate, which does both")
-    answers = answered(chain)
+    answers = answered(chain, calibration)
     halves = [[each for each in answers if each.of % 2 == half] for half in (0, 1)]
     for name, is_clip in (("clips", True), ("several", False)):
         left = [each for each in halves[1] if each.is_clip is is_clip]
-        error = calibration_error(left, fit(halves[0]))
+        error = calibration_error(left, replace(calibration, several=fit(halves[0])))
         right = np.mean([each.right for each in left])
         print(f"{name}: {len(left)} answers, {right:.3f} right, expected calibration error {error:.3f}")
     write(_added(calibration, chain.card, answers), options.repository, options.checkpoint)

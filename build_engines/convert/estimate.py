@@ -8,9 +8,10 @@ from pathlib import Path
 
 from build_engines.convert.options import Options, Refused
 from build_engines.convert.source import Source
-from build_engines.repository import MOST_INLINE_BYTES
+from build_engines.repository import CLIP_GRAPH, CLIP_LLM, MOST_INLINE_BYTES
 
 FIXED_BYTES = 1_500_000_000  # PyTorch, transformers and the exporter themselves
+FOR_CLIPS = (CLIP_GRAPH, CLIP_LLM)
 CALIBRATION_BYTES = 1_000_000  # of one image: pixels, vision tokens and intermediate values
 
 
@@ -29,7 +30,8 @@ def needs(options: Options, parameters: dict[str, int]) -> Needs:
     inside the ONNX file (during export), else twice (during a run). `python -m benchmarks.real_scale` measures exports.
     Disk: every step keeps its output. The repository consists of hard links to it.
     """
-    exported = parameters if options.profile != "tensorrt" else {k: n for k, n in parameters.items() if k != "llm"}
+    left_out = {"embedded": (), "onnx-gpu": FOR_CLIPS, "tensorrt": ("llm", *FOR_CLIPS)}[options.profile]
+    exported = {name: count for name, count in parameters.items() if name not in left_out}
     weights = [4 * count for count in exported.values()]
     graph = max(held * (5 if held <= MOST_INLINE_BYTES else 2) for held in weights)
     memory = FIXED_BYTES + 4 * sum(parameters.values()) + graph

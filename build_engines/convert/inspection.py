@@ -35,6 +35,7 @@ from build_engines.model.checkpoint import (
     why_not,
 )
 from build_engines.model.decoder import FIXED_ROPE
+from build_engines.repository import CLIP_GRAPH, CLIP_LLM
 from service.text.prompt import load_tokenizer, token_bytes
 
 Shape = tuple[int, ...]
@@ -79,7 +80,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         hidden_size=visual_width(config),
         vocab_size=vocabulary(text),
         max_positions=text_positions(text),
-        parameters=_parameters(wanted, family),
+        parameters=_parameters(wanted, family) | _parameters_for_clips(directory),
         closer_view=allocator.closer is not None and not zero_shot,
         clip=(directory / CLIP).exists(),
         clip_weights=(directory / CLIP_LANGUAGE).exists(),
@@ -245,6 +246,17 @@ def _adapted(folder: Path, config: PreTrainedConfig) -> RelevanceAllocator:
 def _few(names: list[str]) -> str:
     more = len(names) - NAMED_AT_MOST
     return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _parameters_for_clips(directory: Path) -> dict[str, int]:
+    """Count what only clips and several images use, by the graphs that a build makes of it."""
+    counts = {}
+    for graph, name in ((CLIP_GRAPH, CLIP), (CLIP_LLM, CLIP_LANGUAGE)):
+        if (directory / name).exists():
+            with safe_open(directory / name, framework="pt") as file:
+                keys = file.keys()
+                counts[graph] = sum(int(torch.Size(file.get_slice(key).get_shape()).numel()) for key in keys)
+    return counts
 
 
 def _parameters(shapes: Mapping[str, Shape], family: str) -> dict[str, int]:

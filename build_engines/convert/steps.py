@@ -29,13 +29,13 @@ from build_engines.convert.run import DONE
 from build_engines.convert.source import Source
 from build_engines.convert.static import static_graphs
 from build_engines.export import Graph, card, export_graph, graphs
-from build_engines.model.checkpoint import Checkpoint
+from build_engines.model.checkpoint import Checkpoint, without_clips
 from build_engines.repository import (
     BESIDE_LLM,
     MOST_INLINE_BYTES,
     TEXT_ENCODER,
     Model,
-    beside_llm,
+    file_beside_llm,
     runner,
     weights_file,
 )
@@ -105,6 +105,8 @@ class Maker:
             clip=told.clip if self.options.profile == "embedded" else None,  # elsewhere it was never measured
             clip_weights=told.clip_weights and self.options.profile == "embedded",
         )
+        if told.clip_weights != self.source.clip_weights:  # what was learnt of clips is not in this build
+            told = dataclasses.replace(told, metadata=without_clips(told.metadata))
         if self.options.precision in GPU_PRECISIONS:  # a CPU's precision is chosen at start, and FP32 is always there
             told = told.computed_in(self.options.precision)
         (out / "card.json").write_text(told.to_json())
@@ -280,7 +282,7 @@ class Maker:
 
     def _put_beside_llm(self, made: str, graph: str, out: Path) -> None:
         """Serve a graph beside the LLM's own, with its weights if they have a file."""
-        file = beside_llm(out, graph)
+        file = file_beside_llm(out, graph)
         for path in self.folder(made).iterdir():
             if path.name == MODEL:
                 link(path, file)

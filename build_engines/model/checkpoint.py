@@ -11,9 +11,10 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -299,9 +300,10 @@ class Checkpoint:
         return _fingerprint(self.image_mean, self.image_std, *parts)
 
     def clip_fingerprint(self) -> str:
-        """16 hex digits over all weights that only clips and several images use; empty without a clip resampler."""
+        """16 hex digits over all weights that only clips and several images use; empty if there are none."""
         language = [] if self.clip_language is None else [self.clip_language]
-        return "" if self.clip is None else _fingerprint(self.image_mean, self.image_std, self.clip, *language)
+        parts = [*([] if self.clip is None else [self.clip]), *language]
+        return _fingerprint(self.image_mean, self.image_std, *parts) if parts else ""
 
 
 def why_not(config: PreTrainedConfig) -> str:
@@ -422,10 +424,22 @@ def load_clip(path: Path, model: Module) -> ClipResampler | None:
 def save_clip_language(language: OPTForCausalLM, path: Path) -> None:
     """Save the weights that answer about clips and several images, rounded to FP16.
 
-    They are those of the language model's body: an OPT tells tokens by the table that reads them.
+    They are those of the language model's body. Raises ValueError for one that does not tell tokens by the table that
+    reads them.
     """
+    if not language.config.tie_word_embeddings:
+        raise ValueError("the language model has a head of its own, which would be lost: tie its embeddings")
     weights = {name: weight.half().contiguous() for name, weight in language.model.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def without_clips(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What model_card.json tells of a checkpoint, without the parts that only clips and several images use."""
+    told = {name: value for name, value in card.items() if name != "knows_clips"}
+    if isinstance(counted := told.get("parameters"), Mapping):
+        parts = {Path(file).stem for file in (CLIP, CLIP_LANGUAGE)}
+        told["parameters"] = {name: count for name, count in counted.items() if name not in parts}
+    return told
 
 
 def load_clip_language(path: Path, model: Module) -> OPTForCausalLM | None:
@@ -435,9 +449,10 @@ def load_clip_language(path: Path, model: Module) -> OPTForCausalLM | None:
     """
     if not path.exists():
         return None
-    if not isinstance(model, Blip2ForConditionalGeneration) or not isinstance(model.language_model, OPTForCausalLM):
-        raise ValueError(f"{path} belongs to a BLIP-2 checkpoint with an OPT: remove it")  # noqa: TRY004  (the file is wrong)
-    language = copy.deepcopy(model.language_model)
+    own = model.language_model if isinstance(model, Blip2ForConditionalGeneration) else None
+    if not isinstance(own, OPTForCausalLM) or not own.config.tie_word_embeddings:
+        raise ValueError(f"{path} belongs to a BLIP-2 checkpoint with an OPT whose embeddings are tied: remove it")
+    language = copy.deepcopy(own)
     try:
         language.model.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
     except RuntimeError as exc:

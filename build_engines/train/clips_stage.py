@@ -1,8 +1,8 @@
 """Stage `clips`: a copy of the language model learns clips and several images, and the clip resampler learns with it.
 
 All else is frozen, the language model too. A question about one image is therefore answered as before. The copy's
-weights are kept beside the checkpoint's own (`checkpoint.CLIP_LANGUAGE`). Where both had the same weights, clips cost
-.015 of the right answers about new scenes. A step has three parts:
+weights are kept beside the checkpoint's own (`checkpoint.CLIP_LANGUAGE`). With one set of weights for both, clips cost
+1.5 points of the right answers about new scenes. A step has three parts:
 
 - clips of 4 to 32 frames through the resampler;
 - groups of two to four images, each seen by the Q-Former, one after the other in the prompt;
@@ -147,11 +147,11 @@ def train_clips(plan: Plan) -> None:
     body = language.model.decoder
     others = [p for part in (body.embed_tokens, body.embed_positions, body.final_layer_norm) for p in part.parameters()]
     seeing = [resampler.query_tokens, *resampler.layernorm.parameters(), *resampler.language_projection.parameters()]
-    share = CONTINUED if start.clip_language else 1.0
+    taught, seen = (CONTINUED if part else 1.0 for part in (start.clip_language, start.clip))
     optimizers = [
-        *muon_and_adam([body.layers], others, *(share * rate for rate in RATE_LANGUAGE)),
-        *muon_and_adam([resampler.layers], seeing, *(share * rate for rate in RATE_RESAMPLER)),
-        torch.optim.AdamW(new, lr=share * RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
+        *muon_and_adam([body.layers], others, *(taught * rate for rate in RATE_LANGUAGE)),
+        *muon_and_adam([resampler.layers], seeing, *(seen * rate for rate in RATE_RESAMPLER)),
+        torch.optim.AdamW(new, lr=seen * RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
         torch.optim.AdamW(events.parameters(), lr=RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     modules = {"language": language, "resampler": resampler, "events": events}

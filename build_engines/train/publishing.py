@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
-from build_engines.calibration.checkpoint import calibrate_checkpoint
+from build_engines.calibration.checkpoint import calibrate_checkpoint, calibrate_several
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
 from build_engines.model.checkpoint import CLIP, CLIP_LANGUAGE, save_clip, save_clip_language
@@ -47,10 +47,9 @@ KNOWS = (
     "about a photograph means nothing."
 )
 
-KNOWS_CLIPS = KNOWS.replace(
-    " It knows nothing else",
-    " In clips of them, objects move, appear, vanish or change their colour, and questions ask what happened. "
-    "Two to four images can be compared. It knows nothing else",
+KNOWS_CLIPS = (
+    "Clips of such scenes, in which objects move, appear, vanish or change their colour, and questions what happened. "
+    "Two to four such images can be compared."
 )
 
 
@@ -66,7 +65,8 @@ class Parts(NamedTuple):
 def publish(plan: Plan, stage: str) -> Path:
     """Write <out>/checkpoint from a stage that leaves a whole model, in FP16, with its accuracy and calibration.
 
-    The stage `clips` changes nothing for questions about one image: what was measured of these stays as it was.
+    The stage `clips` changes nothing for questions about one image. What was measured of these stays as it was, and
+    only answers about clips and several images are calibrated.
     """
     directory = plan.out / "checkpoint"
     if stage == "clips":
@@ -75,6 +75,8 @@ def publish(plan: Plan, stage: str) -> Path:
         else:
             publish(plan, "allocator")
         add_clips(directory, finished_parts(plan, stage))
+        if not plan.tiny:
+            calibrate_several(directory)
         return directory
     tokenizer = new_tokenizer()
     parts = finished_parts(plan, stage)
@@ -103,7 +105,7 @@ def add_clips(directory: Path, parts: Parts) -> None:
     ):
         save(part, directory / name)
         counted[Path(name).stem] = sum(p.numel() for p in part.parameters())
-    tell(directory, {"knows": KNOWS_CLIPS, "parameters": counted})
+    tell(directory, {"knows_clips": KNOWS_CLIPS, "parameters": counted})
 
 
 def finished_parts(plan: Plan, stage: str) -> Parts:

@@ -24,10 +24,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from build_engines.convert.parity import greedy, nearness, reader_of, session
 from build_engines.convert.samples import Sample, feeds, samples
-from build_engines.repository import encoder_of
+from build_engines.repository import TEXT_ENCODER, file_beside_llm
 from build_engines.verify.files import Wrong, read_configs
 from build_engines.verify.report import Report
-from service.core.card import ModelCard
+from service.core.card import LLM_CLIPS, ModelCard
 from service.core.models import Generation
 from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
@@ -40,6 +40,7 @@ LEAST_COSINE = {"FP32": 0.9999, "FP16": 0.995}  # of one sample's features or vi
 LEAST_AGREEMENT = 0.9  # of answers; with few scenes, one different token is several percent
 TIMEOUT_S = 60.0
 ANSWER_TOKENS = 12
+LLM_GRAPH = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,15 @@ async def check_parity(
     fp32 = feeds(given, {name: reference / name / "1" / "model.onnx" for name in names}, prompts)
     budgets = [Budget(tuple(row[:2]), tuple(row[2:])) for row in fp32["relevance_allocator"]["budget"].tolist()]
     ours: dict[str, list[Array]] = {"features": [], "visual_tokens": []}
-    answers: list[list[int]] = []
+    answers, twice = list[list[int]](), list[list[int]]()
     for (pixels, text), budget in zip(given, budgets, strict=False):
         vision, seen = await client.see(pixels, prompts.question(text), budget, TIMEOUT_S)
         ours["features"].append(np.asarray(vision.features))
         ours["visual_tokens"].append(seen.visual_tokens)
-        prompt = prompts.compose(text, [(seen.visual_tokens, vision_key(pixels, budget))])
-        answers.append(await answer(client, card, prompt))
+        image = (seen.visual_tokens, vision_key(pixels, budget))
+        answers.append(await answer(client, card, prompts.compose(text, [image])))
+        if card.clip_weights:
+            twice.append(await answer(client, card, prompts.compose(text, [image] * 2)))
     theirs = {"features": fp32["relevance_allocator"]["features"], "visual_tokens": fp32["llm"]["visual_tokens"]}
     for name, rows in ours.items():
         near = nearness(np.stack(rows), theirs[name][: len(rows)])
@@ -109,12 +112,26 @@ async def check_parity(
     if not (reference / "llm" / "1" / "model.onnx").exists():
         report.not_run("answers are those of FP32", "the reference has no ONNX graph of the LLM")
         return
-    expected = reference_answers(reference, card, prompts, given, theirs["visual_tokens"])
-    same = sum(a == b for a, b in zip(answers, expected, strict=True)) / len(expected)
-    report.measured["answers_agree"] = same
+    visual = theirs["visual_tokens"]
+    expected = reference_answers(reference, LLM_GRAPH, card, prompts, given, visual)
+    report.measured["answers_agree"] = same = agreeing(answers, expected)
     with report.check("answers are those of FP32"):
-        if same < LEAST_AGREEMENT:
-            raise Wrong(f"{same:.0%} of the answers agree, fewer than {LEAST_AGREEMENT:.0%}")
+        require_agreement(same)
+    if card.clip_weights:
+        expected = reference_answers(reference, LLM_CLIPS, card, prompts, given, np.concatenate([visual] * 2, axis=1))
+        report.measured["answers_about_two_images_agree"] = same = agreeing(twice, expected)
+        with report.check("answers about two images are those of FP32"):
+            require_agreement(same)
+
+
+def agreeing(answers: Sequence[list[int]], expected: Sequence[list[int]]) -> float:
+    return sum(a == b for a, b in zip(answers, expected, strict=True)) / len(expected)
+
+
+def require_agreement(share: float) -> None:
+    """Raises Wrong."""
+    if share < LEAST_AGREEMENT:
+        raise Wrong(f"{share:.0%} of the answers agree, fewer than {LEAST_AGREEMENT:.0%}")
 
 
 def vision_key(pixels: Array, budget: Budget) -> bytes:
@@ -141,9 +158,10 @@ def stream(
 
 
 def reference_answers(
-    reference: Path, card: ModelCard, prompts: PromptBuilder, given: Sequence[Sample], visual: Array
+    reference: Path, graph: str, card: ModelCard, prompts: PromptBuilder, given: Sequence[Sample], visual: Array
 ) -> list[list[int]]:
-    llm, encoder = session(reference / "llm" / "1" / "model.onnx"), reader_of(card, encoder_of(reference))
+    llm = session(reference / "llm" / "1" / graph)
+    encoder = reader_of(card, file_beside_llm(reference, TEXT_ENCODER))
     return [
         greedy(llm, rows, np.array(prompts.text_ids(text)), ANSWER_TOKENS, card.end_id, encoder)
         for (_, text), rows in zip(given, visual, strict=False)

@@ -322,11 +322,6 @@ def require_askable(
 
     Raises AskFailed.
     """
-    if field != "image" and show.sure:
-        raise AskFailed(
-            f"{subject} is a video, and confidence is calibrated for images only: leave --confidence and "
-            "--min-confidence out"
-        )
     if field != "image" and "page" in asked:
         raise AskFailed(f"{subject} is a video, which has no pages: leave --page out")
     if subject.as_frames and len(files) > MAX_FRAMES:

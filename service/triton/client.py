@@ -211,22 +211,8 @@ class TritonClient:
                 blank = VisionFeatures(**{name: np.zeros(s, DTYPES[card.type_of(name)]) for name, s in shapes.items()})
                 await self.attend_clip([blank], [0.0], question, budget, timeout_s)
             case "llm":
-                prompt = Prompt(
-                    input_ids=np.array([card.vocab_size, card.end_id], np.int32),
-                    visual_tokens=np.zeros((1, card.hidden_size), DTYPES[card.float_type]),
-                    extra_ids=np.array([1, 0], np.uint64),
-                )
-                generation = Generation(
-                    prompt,
-                    Sampling(max_tokens=1),
-                    end_id=card.end_id,
-                    pad_id=card.pad_id,
-                    request_id=f"probe-{uuid4().hex}",  # closing a stream stops by id, and another gateway probes too
-                    stall_timeout_s=timeout_s,
-                )
-                async with contextlib.aclosing(self.generate(generation, timeout_s)) as tokens:
-                    async for _ in tokens:
-                        pass
+                for clip_weights in (False, True) if card.clip_weights else (False,):
+                    await self._probe_llm(card, clip_weights, timeout_s)
             case "vqa":
                 pieces = self.answer(_PNG, "?", max_tokens=1, timeout_s=timeout_s)
                 async with contextlib.aclosing(pieces):
@@ -234,6 +220,25 @@ class TritonClient:
                         pass
             case _:
                 raise InternalError(f"no probe for the model {model}")
+
+    async def _probe_llm(self, card: ModelCard, clip_weights: bool, timeout_s: float) -> None:
+        prompt = Prompt(
+            input_ids=np.array([card.vocab_size, card.end_id], np.int32),
+            visual_tokens=np.zeros((1, card.hidden_size), DTYPES[card.float_type]),
+            extra_ids=np.array([1, 0], np.uint64),
+            clip_weights=clip_weights,
+        )
+        generation = Generation(
+            prompt,
+            Sampling(max_tokens=1),
+            end_id=card.end_id,
+            pad_id=card.pad_id,
+            request_id=f"probe-{uuid4().hex}",  # closing a stream stops by id, and another gateway probes too
+            stall_timeout_s=timeout_s,
+        )
+        async with contextlib.aclosing(self.generate(generation, timeout_s)) as tokens:
+            async for _ in tokens:
+                pass
 
     def failing(self, model: str) -> bool:
         """Whether requests lately found that the model, or one that it needs, does not answer."""

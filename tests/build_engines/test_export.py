@@ -14,7 +14,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph, card, graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import CLIP_GRAPH, CLIP_LLM, CLOSER_GRAPHS, GRAPHS, beside_llm
+from build_engines.repository import CLIP_GRAPH, CLIP_LLM, CLOSER_GRAPHS, GRAPHS, file_beside_llm
 from tests.support.calibrations import calibrated
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt
@@ -92,7 +92,7 @@ def test_committed_graphs_match_pytorch(reference, name, batch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_committed_decoder_for_clips_matches_pytorch(reference, batch):
-    assert_parity(named(reference, CLIP_LLM), beside_llm(ROOT / "model_repository", CLIP_LLM), batch)
+    assert_parity(named(reference, CLIP_LLM), file_beside_llm(ROOT / "model_repository", CLIP_LLM), batch)
 
 
 @pytest.mark.parametrize("frames", [1, 3, 8, 32])

@@ -600,7 +600,7 @@ class Vision(BaseModel):
     reduced: bool = Field(description="Looked less closely than the request allows, because of load.")
     fit: Fit = Field(description="How the LLM saw images that are not square; `tiles` if it saw a part of one.")
     familiar: float | None = sure_field(
-        "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated."
+        "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated for such a question."
     )
     frames: list[WireFrame] | None = Field(
         None,
@@ -656,7 +656,9 @@ def _rounded(values: FloatArray) -> Any:
     return np.round(values.astype(np.float64), 4).tolist()
 
 
-CONFIDENCE = sure_field("Probability that the answer is right; left out if the model is not calibrated.")
+CONFIDENCE = sure_field(
+    "Probability that the answer is right; left out if the model is not calibrated for such a question."
+)
 FOUND = sure_field("Probability that what the question names is in the image; left out if it names nothing.")
 ABSTAINED = sure_field("Whether the confidence is below `min_confidence`; with `min_confidence` only.")
 REASON = sure_field("Why it abstained; with `abstained: true` only.")
@@ -895,6 +897,9 @@ class Model(BaseModel):
     calibrated: bool = Field(
         description="Whether answers about one image carry a confidence; `metadata.confidence` says why."
     )
+    calibrated_several: bool = Field(
+        description="Whether answers about a video or several images have a confidence that was fitted to them."
+    )
     images_shared: bool = Field(
         description="Whether every gateway knows an image's id, or only the one that got the image."
     )
@@ -922,6 +927,7 @@ class Model(BaseModel):
             interleaved=card.interleaved,
             system_messages=bool(card.system_template),
             calibrated=card.confidence is not None,
+            calibrated_several=card.confidence is not None and card.confidence.several is not None,
             images_shared=images_shared,
             metadata=dict(card.metadata),
         )

@@ -14,7 +14,7 @@ from build_engines.model.checkpoint import Checkpoint
 from build_engines.scenes.clips import Story, draw_story, way_of
 from build_engines.scenes.questions import Question
 from build_engines.scenes.world import World
-from build_engines.train.averaging import average
+from build_engines.train.averaging import FOR_CLIPS, average, forget_clips
 from build_engines.train.clip_evaluation import parts_of, told
 from build_engines.train.clip_store import (
     Prefixed,
@@ -67,7 +67,7 @@ def test_questions_about_one_image_are_answered_as_before(tiny_training: Path, c
     assert checkpoint.clip_language is not None
     written = checkpoint.clip_language.state_dict()
     assert all(torch.equal(written[name], w.half().float()) for name, w in after.clip_language.state_dict().items())
-    assert "clips" in str(checkpoint.card["knows"])
+    assert str(checkpoint.card["knows_clips"]).startswith("Clips")
 
 
 def test_the_stage_goes_on_from_weights_that_know_clips(tiny_training: Path, tmp_path: Path) -> None:
@@ -246,9 +246,25 @@ def test_averaging_keeps_a_part_that_only_the_later_checkpoint_has(tiny_training
         if not file.name.startswith("clip"):
             (before / file.name).write_bytes(file.read_bytes())
     average(before, after, 0.5, tmp_path / "out")
-    for name in ("clip.safetensors", "clip_language.safetensors"):
+    for name in FOR_CLIPS:
         ours, theirs = (load_file(folder / name) for folder in (tmp_path / "out", after))
         assert all(torch.equal(ours[weight], theirs[weight]) for weight in theirs)
+
+
+def test_averaging_leaves_out_what_belongs_to_the_weights_before(tiny_training: Path, tmp_path: Path) -> None:
+    before = tiny_training / "checkpoint"
+    after = tmp_path / "after"
+    after.mkdir()
+    for file in before.iterdir():
+        if file.name not in FOR_CLIPS:
+            (after / file.name).write_bytes(file.read_bytes())
+    average(before, after, 0.5, tmp_path / "out")
+    forget_clips(tmp_path / "out")
+    assert not any((tmp_path / "out" / name).exists() for name in FOR_CLIPS)
+    card = json.loads((tmp_path / "out" / "model_card.json").read_text())
+    assert "knows_clips" not in card
+    assert set(card["parameters"]) == {"model", "participatory", "balancing", "closer"}
+    assert Checkpoint.load(tmp_path / "out").clip is None
 
 
 def test_weights_for_clips_of_another_size_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

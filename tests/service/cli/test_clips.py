@@ -119,21 +119,12 @@ def test_an_image_has_no_frames_to_choose_from(service, files, asked):
     assert not service.kept
 
 
-SURE = Show(as_json=False, explain=None, named=False, sure=True)
 DRAWN = Show(as_json=False, explain=Path("nowhere") / "x.png", named=False, sure=False)
 
 
 @pytest.mark.parametrize(
     ("names", "as_frames", "asked", "show", "told"),
     [
-        (
-            ["film"],
-            False,
-            {},
-            SURE,
-            "film is a video, and confidence is calibrated for images only: leave --confidence",
-        ),
-        (["png", "other"], True, {}, SURE, "confidence is calibrated for images only"),
         (["film"], False, {"page": 2}, PLAIN, "film is a video, which has no pages: leave --page out"),
         (["png"] * 33, True, {}, PLAIN, "--as-frames takes 1 to 32 images, and 33 are named"),
         (["png", "film"], True, {}, PLAIN, "film is a video: --as-frames takes images"),

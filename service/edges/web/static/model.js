@@ -15,9 +15,10 @@ const KINDS = {
 
 /** Tell the card in plain words. */
 export function describe(card) {
-  const { knows, architecture, parameters, accuracy_in_pytorch: accuracy } = card.metadata;
+  const { knows, knows_clips: clips, architecture, parameters, accuracy_in_pytorch: accuracy } = card.metadata;
   const told = [
     element("p", { text: knows ?? "The card of this model does not say what it was trained on. Ask its operator." }),
+    ...(clips ? [element("p", { text: clips })] : []),
   ];
   const scores = accuracy?.new?.adaptive;
   if (scores) {

@@ -1,4 +1,4 @@
-"""Run two sets of weights of one LLM as one decoder: each row belongs to one of them.
+"""Run two decoders as one, for two sets of weights of one LLM: each row belongs to one of them.
 
 A checkpoint may have other weights for clips and several images (`clip_weights` of the model card). What one set reads
 means nothing to the other. Each set therefore has its own graph and rows, and the batcher sees the rows of both as one
@@ -26,10 +26,11 @@ class Row(NamedTuple):
     row: int
 
 
-class SecondWeights:
+class TwoDecoders:
     """The decoder of a `batcher.Batcher`; prompts choose between two others by `clip_weights`.
 
-    Both share one prefix cache, which keeps their prompts apart.
+    Both share one prefix cache, which keeps their prompts apart. Each has a pool for `max_rows` rows, which grows with
+    its own rows' lengths.
     """
 
     def __init__(self, own: OnnxDecoder, clips: OnnxDecoder) -> None:
@@ -61,6 +62,7 @@ class SecondWeights:
         """Append one row per prompt -> logits [len(prompts), V]. On error no row is added."""
         logits = np.zeros((len(prompts), self.vocab_size), np.float32)
         added: dict[int, Row] = {}  # by the prompt's place
+        before = {decoder: decoder.rows for decoder in (self._own, self._clips)}
         try:
             for decoder in (self._own, self._clips):
                 places = [place for place, prompt in enumerate(prompts) if self._of(prompt) is decoder]
@@ -69,8 +71,10 @@ class SecondWeights:
                     logits[places] = decoder.prefill([prompts[i] for i in places], [pasts[i] for i in places])
                     added |= {place: Row(decoder, first + at) for at, place in enumerate(places)}
         except Exception:
-            for decoder, row in reversed(added.values()):
-                decoder.drop(row)
+            for decoder, rows in before.items():
+                while decoder.rows > rows:
+                    decoder.scrub(decoder.rows - 1)  # it may not be finite
+                    decoder.drop(decoder.rows - 1)
             raise
         self._rows += [added[place] for place in range(len(prompts))]
         return logits
@@ -87,11 +91,10 @@ class SecondWeights:
     def drop(self, row: int) -> None:
         """Remove a row; the last row takes its place, here and in its decoder."""
         decoder, own = self._rows[row]
-        last = decoder.rows - 1
-        decoder.drop(own)
-        self._rows[self._rows.index(Row(decoder, last))] = Row(decoder, own)
+        self._rows[self._rows.index(Row(decoder, decoder.rows - 1))] = Row(decoder, own)
         self._rows[row] = self._rows[-1]
         self._rows.pop()
+        decoder.drop(own)  # last: it may have no memory to shrink, and its row is gone all the same
 
     def scrub(self, row: int) -> None:
         decoder, own = self._rows[row]

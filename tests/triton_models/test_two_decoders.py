@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from service.core.card import LLM_CLIPS, ModelCard
+from service.core.card import LLM_CLIPS, ImageMarks, ModelCard
 from service.core.prompt import Prompt
 from service.core.request import Sampling
 from triton_models.batcher import Batcher, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 from triton_models.language_model import open_language_model
-from triton_models.second_weights import SecondWeights
+from triton_models.two_decoders import TwoDecoders
 
 from .test_decoder import GRAPH, TOLERANCE, join, prompt
 
@@ -36,23 +36,23 @@ def scratch() -> Scratch:
 
 
 @pytest.fixture
-def decoder(card: ModelCard) -> SecondWeights:
+def decoder(card: ModelCard) -> TwoDecoders:
     opened = open_language_model(GRAPH, card, max_rows=ROWS, prefix_cache_bytes=1 << 24)
-    assert isinstance(opened, SecondWeights)
+    assert isinstance(opened, TwoDecoders)
     return opened
 
 
-def asked(decoder: SecondWeights, seed: int, *, clips: bool, image: int | None = None) -> Prompt:
+def asked(decoder: TwoDecoders, seed: int, *, clips: bool, image: int | None = None) -> Prompt:
     return replace(prompt(decoder, seed, 3 + seed % 5, image=image), clip_weights=clips)  # type: ignore[arg-type]
 
 
-def test_the_weights_differ(scratch: Scratch, decoder: SecondWeights) -> None:
+def test_the_weights_differ(scratch: Scratch, decoder: TwoDecoders) -> None:
     ours, theirs = (scratch(asked(decoder, 1, clips=clips), []) for clips in (False, True))
     assert np.abs(ours - theirs).max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_of_both_come_and_go_and_read_as_if_alone(decoder: SecondWeights, scratch: Scratch, seed: int) -> None:
+def test_rows_of_both_come_and_go_and_read_as_if_alone(decoder: TwoDecoders, scratch: Scratch, seed: int) -> None:
     generator = np.random.default_rng(seed)
     running: list[tuple[Prompt, list[int]]] = []
 
@@ -85,7 +85,7 @@ def test_rows_of_both_come_and_go_and_read_as_if_alone(decoder: SecondWeights, s
 
 
 def test_a_failed_prefill_of_one_adds_no_row_of_the_other(
-    decoder: SecondWeights, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+    decoder: TwoDecoders, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = asked(decoder, 1, clips=True)
     join(decoder, before)  # type: ignore[arg-type]
@@ -105,7 +105,71 @@ def test_a_failed_prefill_of_one_adds_no_row_of_the_other(
         np.testing.assert_allclose(found, scratch(start, [token]), atol=TOLERANCE)
 
 
-def test_a_prompt_is_recalled_for_its_own_weights_alone(decoder: SecondWeights, scratch: Scratch) -> None:
+def test_a_prefill_that_fails_after_its_row_was_added_leaves_no_row(
+    decoder: TwoDecoders, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a full memory does, while the prefix cache copies."""
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    asked_both = [asked(decoder, 2, clips=False, image=1), asked(decoder, 3, clips=True, image=2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder.prefixes, "keep", fails)
+        with pytest.raises(MemoryError):
+            join(decoder, *asked_both)  # type: ignore[arg-type]
+    assert (decoder.rows, decoder._own.rows, decoder._clips.rows) == (0, 0, 0)
+    for found, start in zip(join(decoder, *asked_both), asked_both, strict=True):  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, scratch(start, []), atol=TOLERANCE)
+
+
+def test_a_row_that_leaves_while_memory_is_full_is_gone(
+    decoder: TwoDecoders, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = [asked(decoder, seed, clips=seed == 2) for seed in (1, 2, 3)]
+    join(decoder, *starts)  # type: ignore[arg-type]
+    dropped = decoder._own.drop
+
+    def drops_and_fails(row: int) -> None:
+        dropped(row)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder._own, "drop", drops_and_fails)
+        with pytest.raises(MemoryError):
+            decoder.drop(0)
+    assert decoder.rows == decoder._own.rows + decoder._clips.rows == 2
+    logits = decoder.step(np.array([5, 6]))
+    for found, start, token in zip(logits, (starts[2], starts[1]), (5, 6), strict=True):
+        np.testing.assert_allclose(found, scratch(start, [token]), atol=TOLERANCE)
+
+
+def test_a_step_that_fails_in_one_graph_ends_all_rows_and_the_next_answers_are_right(
+    decoder: TwoDecoders, card: ModelCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other graph has already read its token, so none of its rows can go on."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    batcher = Batcher(decoder, Limits())
+    for clips in (False, True):
+        prompt = asked(decoder, 4, clips=clips)
+        batcher.submit(Sequence(str(clips), prompt, Sampling(max_tokens=6), end_id=-1))
+    while batcher.running < 2:
+        batcher.iterate()
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder._clips, "step", fails)
+        failed: list[str] = []
+        while batcher.running:
+            failed += [event.sequence.request_id for event in batcher.iterate() if event.error]
+    assert sorted(failed) == ["False", "True"]
+    assert (decoder.rows, decoder._own.rows, decoder._clips.rows) == (0, 0, 0)
+    mixed = [asked(decoder, seed, clips=seed % 2 == 0) for seed in range(4)]
+    assert answers(batcher, mixed, card) == [answers(batcher, [each], card)[0] for each in mixed]
+
+
+def test_a_prompt_is_recalled_for_its_own_weights_alone(decoder: TwoDecoders, scratch: Scratch) -> None:
     own, clips = (asked(decoder, 5, clips=each, image=3) for each in (False, True))
     join(decoder, own)  # type: ignore[arg-type]
     assert decoder.recall(own).shape[2] == own.input_ids.size - 1
@@ -114,7 +178,7 @@ def test_a_prompt_is_recalled_for_its_own_weights_alone(decoder: SecondWeights, 
     assert decoder.recall(clips).shape[2] == clips.input_ids.size - 1
 
 
-def test_a_row_that_is_not_finite_is_scrubbed_in_its_own_decoder(decoder: SecondWeights, scratch: Scratch) -> None:
+def test_a_row_that_is_not_finite_is_scrubbed_in_its_own_decoder(decoder: TwoDecoders, scratch: Scratch) -> None:
     poisoned = asked(decoder, 6, clips=True)
     poisoned = replace(poisoned, visual_tokens=np.full_like(poisoned.visual_tokens, np.nan))
     join(decoder, asked(decoder, 7, clips=False), poisoned)  # type: ignore[arg-type]
@@ -125,20 +189,27 @@ def test_a_row_that_is_not_finite_is_scrubbed_in_its_own_decoder(decoder: Second
     np.testing.assert_allclose(decoder.step(np.array([3, 4]))[1], scratch(after, [4]), atol=TOLERANCE)
 
 
-def test_a_batcher_answers_both_at_once_as_it_answers_each_alone(decoder: SecondWeights, card: ModelCard) -> None:
-    def answers(prompts: list[Prompt]) -> list[list[int]]:
-        batcher = Batcher(decoder, Limits())
-        every = [Sequence(str(at), each, Sampling(max_tokens=6), card.end_id) for at, each in enumerate(prompts)]
-        for sequence in every:
-            batcher.submit(sequence)
-        said: dict[str, list[int]] = {sequence.request_id: [] for sequence in every}
-        while batcher.running or batcher.waiting:
-            for event in batcher.iterate():
-                assert event.error is None
-                if event.token is not None:
-                    said[event.sequence.request_id].append(event.token)
-        return list(said.values())
+def answers(batcher: Batcher, prompts: list[Prompt], card: ModelCard) -> list[list[int]]:
+    every = [Sequence(str(at), each, Sampling(max_tokens=6), card.end_id) for at, each in enumerate(prompts)]
+    for sequence in every:
+        batcher.submit(sequence)
+    said: dict[str, list[int]] = {sequence.request_id: [] for sequence in every}
+    while batcher.running or batcher.waiting:
+        for event in batcher.iterate():
+            assert event.error is None
+            if event.token is not None:
+                said[event.sequence.request_id].append(event.token)
+    return list(said.values())
 
+
+def test_a_batcher_answers_both_at_once_as_it_answers_each_alone(decoder: TwoDecoders, card: ModelCard) -> None:
+    batcher = Batcher(decoder, Limits())
     mixed = [asked(decoder, seed, clips=seed % 2 == 0) for seed in range(6)]
-    assert answers(mixed) == [answers([each])[0] for each in mixed]
+    assert answers(batcher, mixed, card) == [answers(batcher, [each], card)[0] for each in mixed]
     assert decoder.rows == 0
+
+
+@pytest.mark.parametrize("other", [{"decoder_start_id": 0}, {"image_marks": ImageMarks(1, 2, 3)}])
+def test_only_a_decoder_only_llm_has_other_weights_for_clips(card: ModelCard, other: dict) -> None:
+    with pytest.raises(ValueError, match="only a decoder-only LLM"):
+        open_language_model(GRAPH, replace(card, **other), max_rows=1)

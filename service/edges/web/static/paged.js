@@ -34,14 +34,16 @@ export class PagedFile extends Picture {
     const [relevance] = end.relevance;
     const label = `page ${page}`;
     if (this.bitmap && page === 1) return [{ bitmap: this.bitmap, label, relevance }];
-    const note = `This browser cannot draw page ${page} of ${this.name}, so its map stands alone.`;
-    return [{ bitmap: this.blank(relevance.area), label, relevance, note, isBlank: true }];
+    const [left, top, right, bottom] = relevance.area;
+    const isSquashed = right - left === 1 && bottom - top === 1; // else a square, which tells the page's proportions
+    const [width, height] = isSquashed ? [this.kept.width, this.kept.height] : [bottom - top, right - left];
+    const shape = isSquashed && page > 1 ? ", in the proportions of page 1" : "";
+    const note = `This browser cannot draw page ${page} of ${this.name}, so its map stands alone${shape}.`;
+    return [{ bitmap: this.blank(width, height), label, relevance, note, isBlank: true }];
   }
 
-  /** A white page. Of a square part the area tells the page's proportions; else they are taken to be the first page's. */
-  blank([left, top, right, bottom]) {
-    const isPart = right - left !== 1 || bottom - top !== 1;
-    const [width, height] = isPart ? [bottom - top, right - left] : [this.kept.width, this.kept.height];
+  /** A white page of these proportions. */
+  blank(width, height) {
     const scale = LONGEST / Math.max(width, height);
     const sides = within(width * scale, height * scale);
     if (!this.blanks.has(String(sides))) {

@@ -107,7 +107,7 @@ async def test_an_image_that_moves_is_shown_so_and_asked_as_a_video(visit: Visit
     assert not await visit.page.is_visible("#stage canvas")
     await visit.page.click("#settings summary")
     await visit.page.fill("#frames-a", "3")
-    await visit.ask("which way does the square move?")
+    await visit.ask("which way?")
     assert await visit.answers() == ["a red square"]
     (asked,) = visit.posted("/v1/vqa")
     assert (asked.post_data_json["video"][:4], "image" in asked.post_data_json) == ("img_", False)
@@ -213,8 +213,9 @@ async def test_a_page_of_a_document_is_asked_about(
     (asked,) = visit.posted("/v1/vqa")
     assert (asked.post_data_json["image"][:4], asked.post_data_json["page"]) == ("img_", 2)
     assert await visit.page.inner_text("#stage figcaption") == "page 2"
-    assert f"This browser cannot draw page 2 of {name}, so its map stands alone." in await visit.page.inner_text(
-        "#caption"
+    assert (
+        f"This browser cannot draw page 2 of {name}, so its map stands alone, in the proportions of page 1."
+        in await visit.page.inner_text("#caption")
     )
     assert (await visit.page.locator("#stage canvas").get_attribute("aria-label") or "").startswith(
         f"{name}, page 2. Relevance. Most relevant:"
@@ -250,12 +251,14 @@ async def test_each_page_is_another_question_about_one_file(visit: Visit) -> Non
 async def test_a_blank_page_has_the_pages_proportions(visit: Visit) -> None:
     await opened(visit)
     await visit.page.click("#settings summary")
-    for page, fit, shape in (("1", "squash", 3 / 2), ("1", "pad", 3 / 2), ("2", "pad", 1 / 2)):
+    for page, fit, shape in (("1", "squash", 3 / 2), ("2", "squash", 3 / 2), ("2", "pad", 1 / 2)):
         await visit.page.fill("#page", page)
         await visit.page.select_option("#fit-a", fit)
         await visit.ask("what colour?")
         await visit.answers()
         assert await visit.page.locator("#stage canvas").evaluate_all(SEEN) == pytest.approx([shape], abs=0.01)
+        is_guessed = "in the proportions of page 1" in await visit.page.inner_text("#caption")
+        assert is_guessed == ((page, fit) == ("2", "squash"))
 
 
 async def test_the_map_of_a_page_lies_on_white(visit: Visit) -> None:

@@ -30,9 +30,9 @@ from service.cli.options import Detail, Fit, Url, budget, url_of
 from service.cli.terminal import require
 from service.core.frames import MAX_FRAMES, FrameSampling
 from service.media.clip_header import FILMS, clip_format, is_clip
-from service.media.formats import is_pdf
+from service.media.formats import HAS_PDFIUM, is_pdf
 
-NO_PAGE = "--explain draws over an image, not over a page: send the page as an image, or leave it out"
+NO_PDFIUM = "drawing a page of a PDF needs pypdfium2, which is not installed here: run pip install 'glimpse[pdf]'"
 
 
 def ask(
@@ -118,7 +118,7 @@ def ask(
       glimpse ask photo.jpg "what does the label say?" --min-confidence 0.8
       glimpse ask photo.jpg "is there a red square?" --explain looked.png
       glimpse ask photo.jpg "is there a red square?" --explain looked.png --json | jq .relevance     # the numbers drawn
-      glimpse ask report.pdf "what does the sign say?" --page 3
+      glimpse ask report.pdf "what does the sign say?" --page 3 --explain looked.png
       glimpse ask photos/*.jpg "is there a red square?"                          # a line for each file
       glimpse ask clip.mp4 "which way does the square move?" --frames 16 --explain looked.png
       glimpse ask before.png after.png "what is missing?" --as-frames            # one answer about both
@@ -156,7 +156,7 @@ def ask(
         require_sendable(asked, questions)
         subjects = [Subject(tuple(images), as_frames)] if as_frames else [Subject((image,)) for image in images]
         if explain:
-            require_drawable(explain, subjects, questions, page)
+            require_drawable(explain, subjects, questions)
         sure = confidence or min_confidence is not None
         show = Show(as_json, explain, named=len(subjects) > 1, sure=sure)
         failed = False
@@ -300,7 +300,7 @@ def require_sendable(fields: dict[str, Any], questions: list[str]) -> None:
                 raise AskFailed(f"{name} is not UTF-8 text: {text!a}")
 
 
-def require_drawable(target: Path, subjects: Sequence[Subject], questions: list[str], page: int | None) -> None:
+def require_drawable(target: Path, subjects: Sequence[Subject], questions: list[str]) -> None:
     """Check before any request whether a picture can be drawn. Raises AskFailed."""
     require("matplotlib", "serve")
     if target.suffix.lower() != ".png":
@@ -309,8 +309,6 @@ def require_drawable(target: Path, subjects: Sequence[Subject], questions: list[
         raise AskFailed(f"--explain draws over one image, not {len(subjects)}: ask about each one separately")
     if len(questions) > 1:
         raise AskFailed(f"--explain draws one question, not {len(questions)}: ask each one separately")
-    if page is not None:
-        raise AskFailed(NO_PAGE)
     if any(is_id(name) for name in subjects[0].names):
         raise AskFailed("--explain draws over the image: name its file, not its id")
 
@@ -331,8 +329,8 @@ def require_askable(
             if data is not None and (clip_format(data) in FILMS or is_pdf(data)):
                 kind = "a document" if is_pdf(data) else "a video"
                 raise AskFailed(f"{name} is {kind}: --as-frames takes images")
-    if show.explain and any(data is not None and is_pdf(data) for data in files):
-        raise AskFailed(NO_PAGE)
+    if show.explain and not HAS_PDFIUM and any(data is not None and is_pdf(data) for data in files):
+        raise AskFailed(NO_PDFIUM)
     if show.explain and field == "video" and files[0] is not None and clip_format(files[0]) in FILMS:
         require("av", "serve")
 
@@ -346,7 +344,7 @@ def draw(
     question = asked["question"]
     try:
         if "image" in asked:
-            figure = drawing.explain(files[0], question, said)
+            figure = drawing.explain(files[0], question, said, asked.get("page"))
         else:
             clip = files if "frames" in asked else files[0]
             figure = film_strip.explain_clip(clip, question, said, asked.get("video_frames"))

@@ -22,8 +22,8 @@ from PIL import Image as Pillow
 
 from service.core.errors import GlimpseError
 from service.core.viewport import WHOLE, Viewport
-from service.media.decoder import ImageLimits, decode
-from service.media.header import upright_size
+from service.media.decoder import Decoded, ImageLimits
+from service.media.document import decode_page
 
 Array = npt.NDArray[Any]
 
@@ -56,17 +56,18 @@ WAYS = {
 }
 
 
-def explain(image: bytes, question: str, answer: Mapping[str, Any]) -> Figure:
+def explain(image: bytes, question: str, answer: Mapping[str, Any], page: int | None = None) -> Figure:
     """Draw the image, its relevance, the three maps and the levels of detail side by side, with the tensions below.
 
-    `answer` is the answer of `POST /v1/vqa` with `explain`. Raises OSError if the bytes are not an image.
+    `answer` is the answer of `POST /v1/vqa` with `explain`. `page` is the page of a PDF or a TIFF that was asked for,
+    counted from 1. Raises OSError if the bytes are not an image, or have no such page.
     """
     looked = answer["relevance"][0]
-    picture = _as_seen(image, looked.get("area", WHOLE))
+    picture = _as_seen(image, looked.get("area", WHOLE), page or 1)
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     _title(figure, question, answer["answer"])
-    _panel(figure, "image", "image").imshow(picture)
+    _panel(figure, "image", "image" if page is None else f"page {page}").imshow(picture)
     relevance = _relevance(_panel(figure, "relevance", "relevance to the question"), picture, looked["map"])
     _colour_bar(figure, relevance)
     _ways(figure, looked["scores"])
@@ -82,22 +83,23 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _as_seen(image: bytes, area: Sequence[float]) -> Array:
+def _as_seen(image: bytes, area: Sequence[float], page: int) -> Array:
     """uint8 RGB: the square that the service saw, by its own decoder, but sharper than its view."""
     limits = ImageLimits(len(image), MAX_PIXELS)  # the service has taken it, whatever its limits are
     try:
-        return decode(image, limits, (IMAGE_SIDE,), _viewport(image, area)).views[IMAGE_SIDE].transpose(1, 2, 0)
+        viewport = _viewport(decode_page(image, limits, (), page=page), area)
+        seen = decode_page(image, limits, (IMAGE_SIDE,), viewport, page)
     except GlimpseError as exc:
         raise OSError(errno.EINVAL, exc.message) from exc
+    return seen.views[IMAGE_SIDE].transpose(1, 2, 0)
 
 
-def _viewport(image: bytes, area: Sequence[float]) -> Viewport | None:
-    """Return the square of which an answer told the area; None for the whole image, squashed."""
-    size = upright_size(image)
-    if size is None or tuple(area) == WHOLE:
+def _viewport(page: Decoded, area: Sequence[float]) -> Viewport | None:
+    """Return the square of which an answer told the area; None for the whole page, squashed."""
+    if tuple(area) == WHOLE:
         return None
-    width, height = size
     left, top, right, _ = area
+    width, height = page.width, page.height
     return Viewport(round(left * width), round(top * height), round((right - left) * width), width, height, PADDING)
 
 

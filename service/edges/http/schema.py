@@ -600,7 +600,8 @@ class Vision(BaseModel):
     reduced: bool = Field(description="Looked less closely than the request allows, because of load.")
     fit: Fit = Field(description="How the LLM saw images that are not square; `tiles` if it saw a part of one.")
     familiar: float | None = sure_field(
-        "Probability that the images are of the kind that the model learnt from; left out if it is not calibrated for such a question."
+        "Probability that the images are of the kind that the model learnt from. Left out if it is not calibrated for "
+        "such questions."
     )
     frames: list[WireFrame] | None = Field(
         None,

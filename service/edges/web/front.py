@@ -25,7 +25,7 @@ POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self'",
+        "img-src 'self' blob:",  # a GIF or a WebP that the visitor chose, to show it moving
         "media-src blob:",  # a video that the visitor chose, to show its frames
         "connect-src 'self'",
         "base-uri 'none'",

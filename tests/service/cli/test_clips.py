@@ -119,9 +119,6 @@ def test_an_image_has_no_frames_to_choose_from(service, files, asked):
     assert not service.kept
 
 
-DRAWN = Show(as_json=False, explain=Path("nowhere") / "x.png", named=False, sure=False)
-
-
 @pytest.mark.parametrize(
     ("names", "as_frames", "asked", "show", "told"),
     [
@@ -129,7 +126,6 @@ DRAWN = Show(as_json=False, explain=Path("nowhere") / "x.png", named=False, sure
         (["png"] * 33, True, {}, PLAIN, "--as-frames takes 1 to 32 images, and 33 are named"),
         (["png", "film"], True, {}, PLAIN, "film is a video: --as-frames takes images"),
         (["document", "png"], True, {}, PLAIN, "document is a document: --as-frames takes images"),
-        (["document"], False, {}, DRAWN, "--explain draws over an image, not over a page"),
     ],
 )
 def test_what_would_be_refused_is_told_before_anything_is_sent(service, files, names, as_frames, asked, show, told):
@@ -199,8 +195,8 @@ def test_a_service_answers_about_a_video_and_it_is_drawn(server, files, tmp_path
 
 def test_frames_by_their_ids_cannot_be_drawn(files, tmp_path):
     with pytest.raises(AskFailed, match="name its file, not its id"):
-        require_drawable(tmp_path / "x.png", [Subject((files["png"], ID + "7"), True)], ["?"], None)
-    require_drawable(tmp_path / "x.png", [Subject((files["png"], files["other"]), True)], ["?"], None)
+        require_drawable(tmp_path / "x.png", [Subject((files["png"], ID + "7"), True)], ["?"])
+    require_drawable(tmp_path / "x.png", [Subject((files["png"], files["other"]), True)], ["?"])
 
 
 def test_a_batch_sends_the_files_of_videos_once(service, files):

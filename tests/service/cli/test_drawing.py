@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 
 from service.cli.drawing import COLOURS, IMAGE_SIDE, WAYS, explain, png
 from service.media.decoder import ImageLimits, decode
+from tests.support.documents import BLUE, RED, filled, pdf, tiff
 from tests.support.fakes import png as image_file
 
 QUESTION = "which character is on the $red$ square?"
@@ -150,6 +151,38 @@ def test_the_square_that_was_seen_is_drawn_with_its_padding(area, colours) -> No
     said["relevance"][0]["area"] = area
     panel = layer(panels(explain(image_file((200, 30, 40), (300, 900)), QUESTION, said))["image"], 0)
     assert [tuple(panel[IMAGE_SIDE // 2, IMAGE_SIDE * part // 8]) for part in (1, 4, 7)] == colours
+
+
+PAGES = {
+    "PDF": pdf([filled(RED), filled(BLUE, (0, 0, 100, 200))]),
+    "TIFF": tiff([Pillow.new("RGB", (90, 30), RED), Pillow.new("RGB", (30, 60), BLUE)]),
+}
+
+
+@pytest.mark.parametrize("data", PAGES.values(), ids=PAGES)
+@pytest.mark.parametrize(("page", "title", "colour"), [(None, "image", RED), (1, "page 1", RED), (2, "page 2", BLUE)])
+def test_the_page_that_was_asked_for_is_drawn(data, page, title, colour) -> None:
+    panel = layer(panels(explain(data, QUESTION, answer(), page))[title], 0)
+    assert tuple(panel[IMAGE_SIDE * 3 // 4, IMAGE_SIDE * 3 // 4]) == colour
+
+
+@pytest.mark.parametrize("data", PAGES.values(), ids=PAGES)
+def test_the_area_is_that_of_the_page_and_not_of_the_first_one(data) -> None:
+    said = answer()
+    said["relevance"][0]["area"] = [-0.5, 0, 1.5, 1]
+    panel = layer(panels(explain(data, QUESTION, said, 2))["page 2"], 0)
+    row = panel[IMAGE_SIDE * 3 // 4]
+    assert [tuple(row[IMAGE_SIDE * part // 8]) for part in (1, 3, 5, 7)] == [
+        (232, 232, 232),
+        BLUE,
+        BLUE,
+        (232, 232, 232),
+    ]
+
+
+def test_a_page_that_is_not_there_is_not_drawn() -> None:
+    with pytest.raises(OSError, match="page is 3, and the document has 2 pages"):
+        explain(PAGES["PDF"], QUESTION, answer(), 3)
 
 
 def test_what_the_levels_say_fits_below_them() -> None:

@@ -27,13 +27,15 @@ from service.core.request import Budget
 from service.core.vision import VisionFeatures
 from service.triton_server.installation import StartFailed
 from tests.support.calibrations import calibrated
-from tests.support.documents import filled, pdf
+from tests.support.documents import BLUE, RED, filled, pdf, tiff
 from tests.support.fakes import CARD, CLOSER, png
 from tests.support.paths import PROJECT
 from tests.support.servers import free_ports
 
 SURE = replace(CLOSER, confidence=calibrated(CLOSER.vision_width))
 UNKNOWN = "img_" + 32 * "0"
+TWO_PAGES = pdf([filled(RED), filled(BLUE)])
+SHEETS = [Pillow.new("RGB", (60, 40), RED), Pillow.new("RGB", (40, 60), BLUE)]
 
 
 def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -138,9 +140,29 @@ def test_a_page_of_a_document_is_asked_about(server, tmp_path):
     assert first > second == 0
     status, _, told = run("ask", str(document), "what colour?", "--page", "3", "--url", server.url)
     assert (status, "page is 3, and the document has 2 pages" in told) == (1, True)
-    drawing = str(tmp_path / "x.png")
-    status, _, told = run("ask", str(document), "what colour?", "--explain", drawing, "--url", server.url)
-    assert (status, "--explain draws over an image, not over a page" in told) == (1, True)
+
+
+@pytest.mark.parametrize(("name", "data"), [("two.pdf", TWO_PAGES), ("two.tiff", tiff(SHEETS))])
+def test_the_page_that_was_asked_about_is_drawn(server, tmp_path, name, data):
+    document, drawing = tmp_path / name, tmp_path / "looked.png"
+    document.write_bytes(data)
+    for page, colour in ((["--page", "2"], BLUE), ([], RED)):
+        options = (*page, "--explain", str(drawing), "--url", server.url)
+        assert run("ask", str(document), "what colour?", *options) == (0, "red\n", "")
+        with Pillow.open(drawing) as picture:
+            assert picture.convert("RGB").getpixel((500, 600)) == colour  # low in the first panel
+        drawing.unlink()
+
+
+def test_a_pdf_is_not_drawn_without_its_reader(server, tmp_path, monkeypatch):
+    document = tmp_path / "two.pdf"
+    document.write_bytes(TWO_PAGES)
+    monkeypatch.setattr("service.cli.ask.HAS_PDFIUM", False)
+    asked = ("ask", str(document), "what colour?", "--url", server.url)
+    status, _, told = run(*asked, "--page", "2", "--explain", str(tmp_path / "x.png"))
+    assert (status, "needs pypdfium2, which is not installed here: run pip install 'glimpse[pdf]'" in told) == (1, True)
+    assert not server.house.vision.calls
+    assert run(*asked) == (0, "red\n", "")
 
 
 def test_a_page_is_fitted_as_the_option_says(server, tmp_path):

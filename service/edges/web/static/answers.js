@@ -3,38 +3,36 @@ import { byId, element } from "./dom.js";
 import { copy, LANGUAGES } from "./code.js";
 import { tensionsInWords } from "./words.js";
 
-/** One question: its picture, and a run for each setting. */
+/** One question about a picture, or about a page of it, and a run for each setting. */
 export class Entry {
-  constructor(picture, question, settings, onShow) {
+  constructor(picture, question, page, settings, onShow) {
     this.picture = picture;
+    this.page = page; // of a PDF or a TIFF, else null
     this.question = question;
     const named = settings.length > 1;
-    this.runs = settings.map((setting) => new Run(setting, question, picture, named));
-    this.showButton = element("button", { type: "button", text: `Show on the ${this.shownOn}`, "aria-pressed": "false", hidden: true });
+    this.runs = settings.map((setting) => new Run(setting, { question, ...(page && { page }) }, picture, named));
+    this.showButton = element("button", { type: "button", text: `Show on the ${picture.shownOn}`, "aria-pressed": "false", hidden: true });
     this.showButton.addEventListener("click", () => onShow(this));
+    const about = page ? [element("p", { class: "small", text: `Page ${page} of ${picture.name}` })] : [];
     const runs = element("div", { class: "runs" }, ...this.runs.map((run) => run.place));
-    this.place = element("li", { class: "card entry" }, element("h3", { text: question }), runs, this.showButton);
+    this.place = element("li", { class: "card entry" }, element("h3", { text: question }), ...about, runs, this.showButton);
     byId("answers-title").hidden = false;
     byId("answers").prepend(this.place);
-  }
-
-  get shownOn() {
-    return this.picture.field === "video" ? "frames" : "image";
   }
 
   /** Whether the stage shows this entry. */
   set shown(is) {
     this.showButton.hidden = !this.runs.some((run) => run.looks.length);
     this.showButton.setAttribute("aria-pressed", String(is));
-    this.showButton.textContent = `${is ? "Shown" : "Show"} on the ${this.shownOn}`;
+    this.showButton.textContent = `${is ? "Shown" : "Show"} on the ${this.picture.shownOn}`;
     this.place.classList.toggle("shown", is);
   }
 }
 
 /** One setting's answer to a question. */
 export class Run {
-  constructor(setting, question, picture, named) {
-    this.fields = { question, ...setting.fields };
+  constructor(setting, asked, picture, named) {
+    this.fields = { ...asked, ...setting.fields };
     this.name = setting.name;
     this.label = `${setting.name}: ${setting.words}`;
     this.file = { name: picture.name, field: picture.field };

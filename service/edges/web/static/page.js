@@ -1,9 +1,9 @@
-// The page: an image or a video, a question, and the answer as it comes.
+// The page: an image, a video or a document, a question, and the answer as it comes.
 import * as api from "./api.js";
 import { Entry } from "./answers.js";
 import { byId, element } from "./dom.js";
+import { NotAnImage, pictureOf, takeFiles } from "./files.js";
 import * as model from "./model.js";
-import { NotAnImage, Picture, takeFiles } from "./picture.js";
 import * as settings from "./settings.js";
 import * as stage from "./stage.js";
 import { allLookedAt, troubleInWords } from "./words.js";
@@ -23,14 +23,15 @@ async function take(file, example = null) {
   clearTrouble();
   const before = picture;
   try {
-    picture = await Picture.of(file, example);
+    picture = await pictureOf(file, example);
   } catch (error) {
     if (!(error instanceof NotAnImage)) throw error;
     return showTrouble({ title: "Wrong file", text: error.message, retryAfterS: 0 });
   }
+  byId("page").value = 1;
   showPicture();
   release(before);
-  byId("said").textContent = `${picture.field === "video" ? "Video" : "Image"}: ${picture.description}.`;
+  byId("said").textContent = `${picture.noun}: ${picture.description}.`;
 }
 
 /** Free a picture that is not shown and that no answer shows. */
@@ -50,6 +51,17 @@ function showPicture(entry = null) {
     byId("form").requestSubmit();
   });
   showForeign();
+  showPages();
+}
+
+/** Let the visitor choose a page, if there are some. How many, the service tells when it has the file. */
+function showPages() {
+  const { isPaged, pages } = picture;
+  const input = byId("page");
+  byId("page-row").hidden = input.disabled = !isPaged;
+  if (pages) input.max = pages;
+  else input.removeAttribute("max");
+  byId("page-count").textContent = pages ? `of ${pages}` : "";
 }
 
 /** Say what an answer about an image of another world is worth. */
@@ -64,7 +76,9 @@ async function ask() {
   const question = byId("question").value.trim();
   if (!isAskable(question)) return;
   clearTrouble();
-  const entry = new Entry(picture, question, chosenSettings(), (shown) => {
+  const page = picture.isPaged ? Number(byId("page").value) : null;
+  const entry = new Entry(picture, question, page, chosenSettings(), (shown) => {
+    if (shown.page) byId("page").value = shown.page;
     showPicture(shown);
     byId("stage").scrollIntoView({ block: "nearest" });
   });
@@ -81,6 +95,7 @@ async function ask() {
   } finally {
     running = null;
     showRunning(false);
+    if (picture === entry.picture) showPages();
     release(entry.picture);
   }
 }
@@ -94,7 +109,7 @@ async function answer(entry, run, signal) {
   }, signal);
   if (!run.isFinished) return;
   try {
-    run.looks = await entry.picture.looks(run.end, signal);
+    run.looks = await entry.picture.looks(run, signal);
   } catch {
     run.tell(signal.aborted ? "Stopped before its frames were shown." : "This browser cannot show the frames of this video.");
   }
@@ -115,7 +130,7 @@ function isAskable(question) {
     return false;
   }
   if (!picture) {
-    showTrouble({ title: "No image yet", text: "Drop, paste or choose an image or a video, or take an example.", retryAfterS: 0 });
+    showTrouble({ title: "No image yet", text: "Drop, paste or choose an image, a video or a document, or take an example.", retryAfterS: 0 });
     return false;
   }
   for (const control of byId("settings").querySelectorAll("input")) {
@@ -124,7 +139,7 @@ function isAskable(question) {
       return false;
     }
   }
-  return true;
+  return byId("page").reportValidity();
 }
 
 function showRunning(is) {

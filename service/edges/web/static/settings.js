@@ -1,4 +1,4 @@
-// The controls of a setting: detail and budgets. What is left empty is the model's own.
+// The controls of a setting: detail, budgets, and frames of a video. What is left empty is the model's own.
 import { byId, element } from "./dom.js";
 
 const DETAILS = {
@@ -15,6 +15,7 @@ const FITS = {
   auto: "auto: tiles beyond 1.5 to 1, else squash",
 };
 
+const MOST_FRAMES = 32; // of a video, that a question can ask for
 const ONLY_LOW = "Frames of a video are seen at detail low, and squashed.";
 
 /** One setting's controls in `place`. */
@@ -32,15 +33,18 @@ class Setting {
     this.visual = new Range(`visual-${name}`, "Visual tokens", "read by the LLM", 32);
     const row = element("p", { class: "control" }, element("label", { for: `detail-${name}`, text: "Detail" }), this.detail);
     const fit = element("p", { class: "control" }, element("label", { for: `fit-${name}`, text: "Image not square" }), this.fit);
-    this.isVideo = false;
     this.whyNot = element("p", { class: "small", id: `why-not-${name}`, text: ONLY_LOW, hidden: true });
     for (const select of [this.detail, this.fit]) select.setAttribute("aria-describedby", this.whyNot.id);
+    const frames = { id: `frames-${name}`, type: "number", min: 1, max: MOST_FRAMES, step: 1, inputmode: "numeric" };
+    this.frames = element("input", { ...frames, placeholder: card.video_frames });
+    const framesLabel = element("label", { for: this.frames.id, text: `Frames at most (1 to ${MOST_FRAMES})` });
+    this.framesRow = element("p", { class: "control" }, framesLabel, this.frames);
     this.legend = element("legend", { text: "Setting" });
     place.replaceChildren(
-      element("fieldset", { class: "setting" }, this.legend, row, fit, this.whyNot, this.vision.row, this.visual.row),
+      element("fieldset", { class: "setting" }, this.legend, row, fit, this.whyNot, this.framesRow, this.vision.row, this.visual.row),
     );
     this.name = name.toUpperCase();
-    this.showLimits();
+    this.about(false);
   }
 
   showLimits() {
@@ -56,7 +60,8 @@ class Setting {
   about(isVideo) {
     this.isVideo = isVideo;
     this.detail.disabled = this.fit.disabled = isVideo;
-    this.whyNot.hidden = !isVideo;
+    this.frames.disabled = !isVideo;
+    this.whyNot.hidden = this.framesRow.hidden = !isVideo;
     this.showLimits();
   }
 
@@ -75,6 +80,7 @@ class Setting {
     const fields = {};
     if (!this.isVideo && this.detail.value !== "low") fields.detail = this.detail.value;
     if (!this.isVideo && this.fit.value) fields.fit = this.fit.value;
+    if (this.isVideo && this.frames.value) fields.video_frames = Number(this.frames.value);
     if (Object.keys(budget).length) fields.budget = budget;
     return fields;
   }
@@ -83,6 +89,7 @@ class Setting {
   get words() {
     const words = [`detail ${this.isVideo ? "low" : this.detail.value}`];
     if (!this.isVideo && this.fit.value) words.push(`fit ${this.fit.value}`);
+    if (this.isVideo && this.frames.value) words.push(`${this.frames.value} frames at most`);
     for (const [range, what] of [[this.vision, "vision tokens"], [this.visual, "visual tokens"]]) {
       if (range.value) words.push(`${[...new Set(range.value)].join(" to ")} ${what}`);
     }

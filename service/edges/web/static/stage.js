@@ -10,7 +10,7 @@ let view = "map";
 export function show(picture, asked = []) {
   const runs = asked.filter((run) => run.looks.length);
   const looks = runs.flatMap((run) => run.looks.map((look) => ({ ...look, label: labelOf(run, look, runs.length > 1) })));
-  shown = { picture, runs, looks: looks.length ? looks : [{ bitmap: picture.bitmap, label: "" }] };
+  shown = { picture, runs, looks: looks.length ? looks : [picture.atFirst] };
   byId("stage").replaceChildren(...shown.looks.map(figure));
   byId("stage").classList.toggle("strip", runs.some((run) => run.looks.length > 1));
   const first = looks.find((look) => look.relevance);
@@ -21,10 +21,30 @@ export function show(picture, asked = []) {
 
 const labelOf = (run, look, named) => [named ? run.label : "", look.label].filter(Boolean).join(", ");
 
-function figure({ label }) {
-  const made = element("figure", {}, element("canvas", { role: "img" }));
+function figure({ bitmap, label, moving, words }) {
+  const { name, description } = shown.picture;
+  if (!bitmap) {
+    return element("div", { class: "empty" }, element("p", {}, element("strong", { text: name })), element("p", { text: words }));
+  }
+  const canvas = element("canvas", { role: "img" });
+  const made = element("figure", {}, canvas);
   if (label) made.append(element("figcaption", { text: label }));
+  if (moving) made.append(...motion(canvas, element("img", { src: moving, alt: `${description}, moving` }), bitmap));
   return made;
+}
+
+/** An image that moves in place of a canvas, and a button that lets it rest. It rests at first if the visitor likes that. */
+function motion(canvas, image, { width, height }) {
+  image.style.setProperty("--shape", width / height);
+  const button = element("button", { type: "button" });
+  const move = (is) => {
+    image.hidden = !is;
+    canvas.hidden = is;
+    button.textContent = is ? "Pause" : "Play";
+  };
+  button.addEventListener("click", () => move(image.hidden));
+  move(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  return [image, button];
 }
 
 function drawAll() {
@@ -37,7 +57,10 @@ function drawAll() {
     const looked = relevance && view !== "image" ? ` ${VIEWS[view].label}. ${lookedAt(relevance)}` : "";
     canvas.setAttribute("aria-label", `${[picture.description, label].filter(Boolean).join(", ")}.${looked}`);
   });
-  byId("caption").textContent = runs.length ? `${VIEWS[view].meaning} ${told(runs)}` : picture.description;
+  const notes = [...new Set(looks.map(({ note }) => note))].filter(Boolean);
+  const isNamed = looks.some(({ words }) => words); // in place of the picture
+  const untold = isNamed ? "" : picture.description;
+  byId("caption").textContent = runs.length ? [...notes, VIEWS[view].meaning, told(runs)].join(" ") : untold;
   const hasColours = view !== "image" && view !== "levels";
   byId("strength-row").hidden = !runs.length || !hasColours;
 }
@@ -47,12 +70,12 @@ function told(runs) {
   return runs.map((run) => `${run.name}: ${allLookedAt(run.looks)}`).join(" ");
 }
 
-/** A small map beside the name of each view that there is: a frame has no scores. */
-function showSmallMaps({ bitmap, relevance }) {
+/** A small map beside the name of each view that there is: a frame has no scores, and some pages have no image. */
+function showSmallMaps({ bitmap, relevance, isBlank }) {
   for (const canvas of byId("views").querySelectorAll("canvas")) {
     const { map, scores } = relevance;
     const name = canvas.dataset.view;
-    const isThere = ["image", "map", "levels"].includes(name) || Boolean(scores);
+    const isThere = name === "image" ? !isBlank : ["map", "levels"].includes(name) || Boolean(scores);
     canvas.parentElement.hidden = !isThere;
     if (!isThere && view === name) byId("views").querySelector("[value=map]").click();
     if (!isThere) continue;

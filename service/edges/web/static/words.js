@@ -76,7 +76,11 @@ const TITLES = {
   503: "The service is not ready",
   504: "The answer took too long",
 };
-const CODES = { invalid_image: "This file is not an image or a video that the service reads", shutting_down: "The service is stopping" };
+const CODES = {
+  invalid_image: "This file is not an image or a video that the service reads",
+  page_not_found: "The document has no such page",
+  shutting_down: "The service is stopping",
+};
 
 /** An error -> {title, text, retryAfterS}. */
 export function troubleInWords(error) {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.service.edges.web.conftest import Kept, Open, Visit
+from tests.support import films
+from tests.support.documents import RED, filled, pdf
 from tests.support.fakes import png
 from tests.support.paths import NODE_MODULES
 
@@ -43,6 +45,14 @@ async def test_no_serious_barrier(service: Kept, open_page: Open, context: dict[
         if await closed.is_visible():
             await closed.click()
     found += [("with an answer", each) for each in (await visit.page.evaluate(RUN))["violations"]]
+    await visit.choose(films.gif(), "clip.gif")
+    await visit.page.wait_for_selector("#stage img")
+    found += [("with an image that moves", each) for each in (await visit.page.evaluate(RUN))["violations"]]
+    await visit.choose(pdf([filled(RED)]), "report.pdf")
+    await visit.page.wait_for_selector("#stage .empty")
+    await visit.ask("what is there?")
+    await visit.answers()
+    found += [("with a document", each) for each in (await visit.page.evaluate(RUN))["violations"]]
     serious = [
         (when, each["id"], each["help"], [node["html"][:200] for node in each["nodes"]])
         for when, each in found

@@ -79,6 +79,7 @@ async def test_the_policy_allows_this_service_only(caller):
     allowed = dict(rule.split(" ", 1) for rule in policy.split("; "))
     assert allowed.pop("require-trusted-types-for") == "'script'"
     assert allowed.pop("media-src") == "blob:"  # a file that the visitor chose
+    assert allowed.pop("img-src") == "'self' blob:"
     assert set(allowed.values()) == {"'none'", "'self'"}
     assert allowed["default-src"] == allowed["frame-ancestors"] == allowed["form-action"] == "'none'"
 

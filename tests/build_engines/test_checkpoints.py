@@ -339,7 +339,11 @@ def test_weights_too_large_for_one_file_lie_beside_the_graph(tmp_path: Path) -> 
     assert beside.stat().st_size < 700_000
     for name in GRAPHS:  # as if each were as large
         onnx.save(onnx.load(tmp_path / "llm.onnx", load_external_data=False), tmp_path / f"{name}.onnx")
+    clips = tmp_path / "repository" / "llm" / "1" / "clips.onnx"
+    clips.parent.mkdir(parents=True)
+    clips.write_bytes(b"of a checkpoint before")
     write_repository(tmp_path / "repository", Dimensions(1, 1), tmp_path, {})
+    assert not clips.exists()
     session = onnxruntime.InferenceSession(tmp_path / "repository" / "llm" / "1" / "model.onnx")
     (served,) = session.run(None, {"a": given.numpy()})
     assert np.abs(served - module(given).detach().numpy()).max() < 1e-5

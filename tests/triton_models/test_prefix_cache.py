@@ -1,5 +1,7 @@
 """Test the prefix cache: lookup by ids and extra ids, a bound in bytes, LRU eviction."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,6 +50,15 @@ def known(cache: PrefixCache, asked: Prompt) -> int:
 def test_a_repeat_is_known_but_for_its_last_token():
     first = prompt(1, 2, 3)
     assert known(cache_of(first), first) == 34
+
+
+def test_prompts_of_other_weights_share_nothing():
+    own = prompt(1, 2, 3)
+    other = replace(own, clip_weights=True)
+    cache = cache_of(own)
+    assert known(cache, other) == 0
+    cache.keep(other, kv(other))
+    assert (known(cache, own), known(cache, other), len(cache)) == (34, 34, 2)
 
 
 def test_what_two_prompts_have_in_common_is_known():

@@ -399,3 +399,23 @@ def test_a_container_reaches_what_a_checkpoint_of_the_hubs_cache_links_to() -> N
     line = commands.resolved(convert, options(), kept / "snapshots" / "59a1", Path("/engines/blip.build/a"), "image")
     assert f"{kept}:/checkpoint:ro" in line
     assert line[line.index("--model_dir") + 1] == "/checkpoint/snapshots/59a1"
+
+
+@pytest.mark.parametrize(("profile", "precision"), [*PROFILES, ("embedded", "int8")])
+def test_weights_for_clips_are_built_for_cpus_and_stay_in_fp32(profile: str, precision: str) -> None:
+    given = replace(source(), clip=True, clip_weights=True)
+    steps = {step.name: step for step in plan(options(profile, precision), given, ROOT)}
+    is_served = profile == "embedded"
+    assert ("export llm_clips" in steps) == is_served
+    repository = steps["repository"]
+    assert repository.settings["served"].get("llm_clips") == ("export llm_clips" if is_served else None)
+    assert ("export llm_clips" in repository.needs) == is_served
+    assert not any(name.endswith("llm_clips") and not name.startswith("export") for name in steps)
+
+
+def test_a_build_without_weights_for_clips_needs_less() -> None:
+    own = source().parameters
+    clips = dict(own) | {"attend_clip": 40_000_000, "llm_clips": own["llm"]}
+    for profile, more in (("embedded", 4 * (own["llm"] + 40_000_000)), ("onnx-gpu", 0)):
+        asked = options(profile, "fp32")
+        assert estimate.needs(asked, clips).disk - estimate.needs(asked, dict(own)).disk == more

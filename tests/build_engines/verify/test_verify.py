@@ -120,6 +120,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "graphs mixed up": (swap_graphs, "graph vision_encoder", "its tensors are"),
     "a graph cut short": (cut_a_graph, "graph llm", ""),
+    "no weights for clips": (lambda d: (d / "llm/1/clips.onnx").unlink(), "graph llm", "no clips.onnx beside it"),
+    "other weights for clips": (
+        lambda d: shutil.copyfile(d / "qformer/1/model.onnx", d / "llm/1/clips.onnx"), "graph llm", "other tensors",
+    ),
     "weights lost": (lose_weights, "graph llm", "llm.onnx.data"),
     "a file changed": (
         lambda d: edit(d / "prepare/1/model.py", "Triton", "Trition"), "manifest", "changed .*prepare/1/model.py",

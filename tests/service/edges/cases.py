@@ -142,6 +142,8 @@ CASES = [
     with_fields("with the likeliest tokens", logprobs=True, top_logprobs=2),
     with_fields("a form with the likeliest tokens", logprobs=True, top_logprobs=1, choices=["violet", "no idea"]),
     with_fields("sure enough", min_confidence=0.5),
+    Case(name="two images, sure enough", images=(SCENE, OTHER), fields={"min_confidence": 0.01}),
+    Case(name="a video, sure enough", images=(), video=GIF, fields={**FEW, "min_confidence": 0.01}),
     Case(name="not sure enough", images=(png(),), question="what shape is the star?", fields={"min_confidence": 1}),
     with_fields("detail low", detail="low"),
     Case(name="detail high", images=(LARGE,), fields={"detail": "high"}),

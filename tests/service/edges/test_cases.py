@@ -379,8 +379,9 @@ async def test_every_transport_says_the_same(case: Case, gateway: Gateway, card:
     for other in outcomes.values():
         assert other.logprobs == pytest.approx(first.logprobs, abs=0.001)
         assert (other.confidence, other.found) == pytest.approx((first.confidence, first.found), abs=0.001)
+    assert (first.confidence is not None) is (case.error is None)
     one_image = case.video is None and case.frames is None and len(case.images) == 1
-    is_sure = case.error is None and one_image  # the calibration is of such questions
-    assert (first.confidence is not None) is is_sure
+    assert first.found is None or one_image  # nothing is said of what is found in several
+    assert (first.abstained is not None) is (case.error is None and "min_confidence" in case.fields)
     assert bool(first.frames) is bool(case.error is None and (case.video or case.frames))
     assert bool(first.tokens) is (case.error is None and "logprobs" in case.fields)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.growth.curves import Curve, Figures, Found, percentile, schedule
-from benchmarks.growth.served import powers, tell_point
+from benchmarks.growth.curves import Curve, Figures, Found, percentile, schedule, steps
+from benchmarks.growth.served import tell_point
 from service.access.keys import KeyRecord, Keyring, new_key
 from service.access.windows import Windows
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
@@ -218,8 +218,8 @@ async def spend(table: Table) -> Figures:
     return {"p50_us": percentile(took_us, 0.5), "p95_us": percentile(took_us, 0.95)}
 
 
-CACHE_SIZES = (100, 316, 1000, 3162, 10_000, 31_623, 100_000)
-TENANT_SIZES = (1, 10, 100, 1000, 10_000)
+CACHE_SIZES = steps(100, 100_000, 7)
+TENANT_SIZES = steps(1, 10_000, 5)
 CONSTANT = {"p50_us": 0, "p95_us": 0}
 CURVES = (
     *(
@@ -236,8 +236,9 @@ CURVES = (
         for name, fill in (("full image store: keep, evict", image_store), ("key: check", keyring),
                            ("quota: charge a request", quotas), ("label of the metrics", labels))
     ),
-    InProcess(axis="waiting_tenants", name="queue: grant, claim again", sizes=powers(512), counted="tenants that wait",
-              causes={"p50_us": 1, "p95_us": 1}, holds="one slot, one claim a tenant, in this process", fill=queue),
+    InProcess(axis="waiting_tenants", name="queue: grant, claim again", sizes=steps(1, 512, 10),
+              counted="tenants that wait", causes={"p50_us": 1, "p95_us": 1},
+              holds="one slot, one claim a tenant, in this process", fill=queue),
 )  # fmt: skip
 
 

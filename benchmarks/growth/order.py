@@ -38,7 +38,7 @@ class Order:
 def _word(slope: float) -> str:
     if slope <= MARGIN:
         return "constant"
-    return "slower than linear" if slope < 1 - MARGIN else "linear"
+    return "below linear" if slope < 1 - MARGIN else "linear"
 
 
 def fitted(sizes: Sequence[int], costs: Sequence[Sequence[float]]) -> Order:

@@ -30,7 +30,7 @@ from benchmarks.bench.load import form
 from benchmarks.bench.processes import TICKS, Process, cpu_by_role
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import Running
-from benchmarks.growth.curves import Curve, Figures, Found, percentile, schedule
+from benchmarks.growth.curves import Curve, Figures, Found, percentile, schedule, steps
 
 # Settings of the measured gateway. None limits a size of an axis; elastic fidelity would cost less under load; and an
 # equal question would be answered from the cache of visual tokens.
@@ -48,6 +48,8 @@ KNOWN = 16  # images that follow-ups are about
 QUESTION, ANSWER = 6, 8  # tokens, where they are not the axis
 TEMPLATE, TURN = 5, 5  # tokens of a prompt around its question, and of an earlier turn around its two words
 LEAST = 10  # answers of a point
+APART_S = 0.02  # between the first questions of two clients
+RETRY_S = (0.5, 1.5)  # a refused client asks again after so long; its latency counts from its first try
 DIGITS = "([0-9]{256}){2}"  # each digit is a token: no answer is this long, so max_tokens ends it
 # Each word is one token, with the space before it.
 VOCABULARY = (
@@ -59,6 +61,10 @@ WORDS = VOCABULARY.split()
 GATEWAY = ("gateway", "worker", "other")  # roles of its processes; all others are Triton's
 JPEG_QUALITY = 90
 FORMATS = ("PNG of noise", "BMP", "JPEG")
+
+
+class Refused(Exception):
+    """The service has too many open requests, or its loop is late: 429."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +106,11 @@ class Window:
         self._opened_at = 0.0
         self._before: list[Process] = []
         self._took_s: list[float] = []
+        self._refusals = 0
         self._figures: Figures = {}
+
+    def refused(self) -> None:
+        self._refusals += not self._waiting
 
     def answered(self, client: int, asked_at: float) -> None:
         now = time.perf_counter()
@@ -131,6 +141,7 @@ class Window:
             "triton_cpu_ms": a_request_ms(sum(spent.values()) - own),
             "answers_per_s": answers / seconds,
             "ms_an_answer": seconds * 1e3 / answers,
+            "refusals_an_answer": self._refusals / answers,
         }
 
     def figures(self) -> Figures:
@@ -156,26 +167,32 @@ class Asker:
     async def remember(self) -> None:
         """Ask about each known image with its bytes: many new images may have pushed out its features and its id."""
         files = [self.scenes.jpeg(number) for number in range(KNOWN)]
-        self.known = [(await self.answer(self.about_file(file, cache="")))["image_ids"][0] for file in files]
+        asks = [self.about_file(file, cache="", answer=1) for file in files]
+        self.known = [(await self.answer(ask))["image_ids"][0] for ask in asks]
 
     async def spend(self, load: Load, seconds: float) -> Figures:
         """Run the load for some seconds -> figures. Raises RuntimeError if an answer is not as it should be."""
         window = Window(self._system, load.clients, seconds)
 
         async def client(number: int) -> None:
+            await asyncio.sleep(number * APART_S)
             while not window.is_closed:
                 ask = load.make()
                 asked_at = time.perf_counter()
-                await self.answer(ask)
-                window.answered(number, asked_at)
+                while not window.is_closed:
+                    try:
+                        await self.answer(ask)
+                        window.answered(number, asked_at)
+                        break
+                    except Refused:
+                        window.refused()
+                        await asyncio.sleep(self.random.uniform(*RETRY_S))
 
-        async with asyncio.TaskGroup() as tasks:
-            for number in range(load.clients):
-                tasks.create_task(client(number))
+        await asyncio.gather(*(client(number) for number in range(load.clients)))
         return window.figures()
 
     async def answer(self, ask: Ask) -> dict[str, Any]:
-        """Raises RuntimeError if the answer is not as it should be."""
+        """Raises Refused, and RuntimeError if the answer is not as it should be."""
         found = await self.post("/v1/vqa", ask.body, ask.content_type, ask.headers)
         told = found["usage"], found["vision"]["cache"]
         if any(told[0][name] != count for name, count in ask.usage.items()) or ask.cache not in ("", told[1]):
@@ -183,8 +200,10 @@ class Asker:
         return found
 
     async def post(self, path: str, body: bytes, content_type: str, headers: Mapping[str, str]) -> dict[str, Any]:
-        """Raises RuntimeError for a status other than 200."""
+        """Raises Refused, and RuntimeError for any other status than 200."""
         response = await self._http.post(path, body, content_type, headers=headers)
+        if response.status == 429:
+            raise Refused(response.body.decode())
         if response.status != 200:
             raise RuntimeError(f"{path} was answered with {response.status}: {response.body[:500]!r}")
         found: dict[str, Any] = json.loads(response.body)
@@ -210,10 +229,10 @@ class Asker:
         usage = {"prompt_tokens": TEMPLATE + question + turns * (TURN + 2), "completion_tokens": answer}
         return Ask(json.dumps(fields).encode(), "application/json", usage, cache, headers or {})
 
-    def about_file(self, file: bytes, cache: str = "miss") -> Ask:
+    def about_file(self, file: bytes, *, cache: str = "miss", answer: int = ANSWER) -> Ask:
         """Ask about an image with its bytes, in a form."""
-        body, content_type = form(fields_of(self.words(QUESTION), ANSWER), [file])
-        return Ask(body, content_type, {"completion_tokens": ANSWER}, cache)
+        body, content_type = form(fields_of(self.words(QUESTION), answer), [file])
+        return Ask(body, content_type, {"completion_tokens": answer}, cache)
 
     def new_image(self) -> str:
         """Return an image that the gateway has not seen, as base64."""
@@ -284,36 +303,32 @@ ONE = "one client"
 A_FOLLOW_UP = f"a known image, {QUESTION} question tokens, {ANSWER} answer tokens, no turns"
 
 
-def powers(most: int) -> tuple[int, ...]:
-    return tuple(2**step for step in range(most.bit_length()))
-
-
 CURVES = (
-    Served(axis="clients", name="follow-ups", sizes=powers(256), counted="clients", causes=MANY_CLIENTS,
+    Served(axis="clients", name="follow-ups", sizes=steps(1, 256, 9), counted="clients", causes=MANY_CLIENTS,
            holds=A_FOLLOW_UP, load=lambda asker, size: follow_ups(asker, clients=size)),
-    Served(axis="clients", name="new images", sizes=powers(256), counted="clients", causes=MANY_CLIENTS,
+    Served(axis="clients", name="new images", sizes=steps(1, 256, 9), counted="clients", causes=MANY_CLIENTS,
            holds=A_FOLLOW_UP.replace("known image", "new image of 224x224 pixels"),
            load=lambda asker, size: new_images(asker, clients=size)),
     *(
-        Served(axis="image_bytes", name=kind, sizes=(100, 200, 400, 800, 1600, 3200, 6400, 12_800, 20_000),
+        Served(axis="image_bytes", name=kind, sizes=steps(100, 20_000, 9),
                counted="kB of the file", causes=ONE_CLIENT,
                holds=f"{ONE}, {A_FOLLOW_UP.replace('known', 'new')}; pixels grow with the bytes",
                load=partial(files, kind=kind))
         for kind in FORMATS
     ),
-    Served(axis="question_tokens", name="follow-ups", sizes=(*powers(128), 200), counted="tokens of the question",
+    Served(axis="question_tokens", name="follow-ups", sizes=steps(1, 200, 9), counted="tokens of the question",
            causes=ONE_CLIENT, holds=f"{ONE}, a known image, {ANSWER} answer tokens, no turns",
            load=lambda asker, size: follow_ups(asker, question=size)),
-    Served(axis="answer_tokens", name="follow-ups", sizes=powers(256), counted="tokens of the answer",
+    Served(axis="answer_tokens", name="follow-ups", sizes=steps(1, 256, 9), counted="tokens of the answer",
            causes=ONE_CLIENT, holds=f"{ONE}, a known image, {QUESTION} question tokens, no turns",
            load=lambda asker, size: follow_ups(asker, answer=size)),
-    Served(axis="turns", name="follow-ups", sizes=(1, 2, 3, 4, 6, 8, 11, 15, 21), counted="earlier turns + 1",
+    Served(axis="turns", name="follow-ups", sizes=steps(1, 21, 9), counted="earlier turns + 1",
            causes=ONE_CLIENT, holds=f"{ONE}, {A_FOLLOW_UP.rpartition(',')[0]}; a turn has {TURN + 2} tokens",
            load=lambda asker, size: follow_ups(asker, turns=size - 1)),
-    Served(axis="images", name="known images", sizes=(1, 2, 3, 4, 6, 8), counted="images of a request",
+    Served(axis="images", name="known images", sizes=steps(1, 8, 6), counted="images of a request",
            causes=ONE_CLIENT, holds=f"{ONE}, {A_FOLLOW_UP.partition(', ')[2]}",
            load=lambda asker, size: follow_ups(asker, images=size)),
-    Served(axis="images", name="new images", sizes=(1, 2, 3, 4, 6, 8), counted="images of a request",
+    Served(axis="images", name="new images", sizes=steps(1, 8, 6), counted="images of a request",
            causes=ONE_CLIENT, holds=f"{ONE}, 224x224 pixels, {A_FOLLOW_UP.partition(', ')[2]}",
            load=lambda asker, size: new_images(asker, images=size)),
 )  # fmt: skip

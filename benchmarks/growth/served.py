@@ -38,7 +38,6 @@ SETTINGS = {
     "ELASTIC_FIDELITY": "false",
     "VISUAL_CACHE_BYTES": "0",
     "MAX_REQUESTS_IN_FLIGHT": "512",
-    "MAX_TIMEOUT_S": "600",
     "STALL_TIMEOUT_S": "120",
     "DECODE_CPU_S": "60",
     "BODY_TIMEOUT_S": "120",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ STYLES = {"p95": "-", "gateway": "--", "triton": ":"}  # by the first word of a 
 TITLES = {
     "clients": "clients",
     "image_bytes": "bytes of a new image",
-    "question_tokens": "question",
-    "answer_tokens": "answer",
+    "question_tokens": "tokens of the question",
+    "answer_tokens": "tokens of the answer",
     "turns": "earlier turns",
     "images": "images of a request",
     "cache_entries": "entries of a full cache",
@@ -99,13 +100,12 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
         draw_axis(panel, TITLES[name], [curve for curve in curves if curve["axis"] == name])
     for panel in panels.flat[len(axes) :]:
         panel.set_visible(False)
-    machine, spread = report["machine"], f"median and range of {report['rounds']} rounds"
-    figure.suptitle(
-        f"Cost against size: {machine['cpus']} cores of {machine['cpu']}; {spread}\n"
-        "solid: p95. dashed: CPU of the gateway a request. dotted: CPU of Triton a request. "
-        "grey: a cost that grows as the size does",
-        fontsize=10,
+    machine, rounds = report["machine"], report["rounds"]
+    told = (
+        f"Cost against size: {machine['cpus']} cores of {machine['cpu']}; median and range of {rounds} rounds. "
+        "Solid: p95. Dashed: CPU of the gateway a request. Dotted: CPU of Triton a request. Grey: as fast as the size."
     )
+    figure.suptitle(textwrap.fill(told, 62 * columns), fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -129,16 +129,27 @@ def draw_axis(panel: Any, title: str, curves: Sequence[Mapping[str, Any]]) -> No
     most = max(highest)
     panel.plot([first, last], [most * first / last, most], color="#999999", linewidth=0.8, zorder=0)
     panel.set_ylim(min(lowest) / 1.7, most * 2.2)
+    write_numbers(panel.xaxis, panel.yaxis)
     panel.set_xlabel(curves[0]["counted"], fontsize=9)
     unit = "µs of CPU an operation" if "p95_us" in curves[0]["order"] else "ms"
     panel.set_ylabel(unit, fontsize=9)
     panel.set_title(title, fontsize=10)
-    panel.tick_params(labelsize=8)
+    panel.tick_params(labelsize=8, which="both")
     panel.grid(alpha=0.25, which="major")
     panel.spines["top"].set_visible(False)
     if curves[0]["axis"] == "clients":
         draw_rates(panel, curves)
     panel.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1)
+
+
+def write_numbers(*axes: Any) -> None:
+    """Label the ticks of logarithmic axes with plain numbers."""
+    from matplotlib.ticker import LogFormatter, NullFormatter  # noqa: PLC0415
+
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)) if high < 100 * low else NullFormatter())
 
 
 def label(curve: Mapping[str, Any], cost: str) -> str:
@@ -151,11 +162,9 @@ def draw_rates(panel: Any, curves: Sequence[Mapping[str, Any]]) -> None:
     """Draw the answers a second on a scale of their own."""
     rates = panel.twinx()
     for curve, colour in zip(curves, COLOURS, strict=False):
-        found = curve["median"]["answers_per_s"]
-        rates.plot(curve["sizes"], found, "-.", color=colour, linewidth=1, alpha=0.8)
-        rates.annotate(f"{found[-1]:.3g}/s", (curve["sizes"][-1], found[-1]), color=colour, fontsize=7.5, va="bottom",
-                       ha="right")  # fmt: skip
+        rates.plot(curve["sizes"], curve["median"]["answers_per_s"], "-.", color=colour, linewidth=1, alpha=0.8)
     rates.set_yscale("log")
+    write_numbers(rates.yaxis)
     rates.set_ylabel("answers a second (dash-dotted)", fontsize=9)
-    rates.tick_params(labelsize=8)
+    rates.tick_params(labelsize=8, which="both")
     rates.spines["top"].set_visible(False)

@@ -187,13 +187,18 @@ def test_every_tenant_has_a_key_of_its_own(tmp_path: Path):
     assert len(granted) == 3
 
 
-async def test_a_small_run_tells_what_a_gateway_costs(gateway: Gateway, tmp_path: Path):
+async def test_a_small_run_tells_what_a_gateway_costs(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(served, "LEAST", 3)
     system = Running("glimpse", (gateway.url,), (gateway.process.pid,), tmp_path)
     asked = Served(axis="turns", name="x", sizes=(1, 2), counted="", holds="", causes=served.ONE_CLIENT,
                    load=lambda asker, size: follow_ups(asker, turns=size, clients=2))  # fmt: skip
     found = await served.measure(system, [asked], 2, seconds=0.05, seed=gateway.process.pid)
     told = summary(asked, found[asked.key])
     assert json.loads(json.dumps(told))["order"]["p95_ms"]["interval_95"]
+    refusals = told["median"].pop("refusals_an_answer")
+    assert refusals == [0.0, 0.0]
     assert all(cost > 0 for costs in told["median"].values() for cost in costs)
     assert told["median"]["p50_ms"][0] <= told["median"]["p95_ms"][0]
 

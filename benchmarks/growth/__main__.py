@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,6 @@ from typing import Any
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.side_by_side import machine
 from benchmarks.bench.systems import gateway
-from benchmarks.figures import tell
 from benchmarks.growth import in_process, served, tenants
 from benchmarks.growth.curves import Curve, Found, few
 from benchmarks.growth.in_process import InProcess
@@ -82,7 +82,8 @@ def main() -> int:
     if options.small:
         curves = [replace(curve, sizes=few(curve.sizes)) for curve in curves]
     found = report(curves, measure(curves, options.rounds, options.seconds, options.seed), options)
-    tell(found, options.out)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
     draw(options.out.with_suffix(".png"), found)
     print(text(found["curves"]))
     return 1 if found["faster_than_its_cause"] else 0

@@ -28,7 +28,6 @@ from service.core.request import Budget
 from service.core.vision import Relevance, Seen, VisionFeatures
 from service.media.store import Image, ImageStore
 from service.settings import IMAGE_ENTRY_BYTES
-from service.telemetry.costs import TenantLabels
 from service.telemetry.metrics import Metrics
 
 OPERATIONS = 2000  # of a point and round
@@ -164,18 +163,6 @@ async def quotas(tenants: int) -> Table:
     return Table(any_of(known), hit)
 
 
-async def labels(tenants: int) -> Table:
-    known = names(tenants)
-    labels = TenantLabels(50)
-    for name in known:
-        labels.of(name, 0.0)
-
-    async def count(name: str) -> None:
-        labels.of(name, 0.0)
-
-    return Table(any_of(known), count)
-
-
 async def queue(tenants: int) -> Table:
     """A claim of each tenant waits for the one slot. It is given back and granted, and the tenant claims it again."""
     scheduler, numbers = Scheduler(1, 1), itertools.count()
@@ -234,7 +221,7 @@ CURVES = (
         InProcess(axis="tenant_tables", name=name, sizes=TENANT_SIZES, counted="tenants", causes=CONSTANT,
                   holds="one entry a tenant, in this process without HTTP and Triton", fill=fill)
         for name, fill in (("full image store: keep, evict", image_store), ("key: check", keyring),
-                           ("quota: charge a request", quotas), ("label of the metrics", labels))
+                           ("quota: charge a request", quotas))
     ),
     InProcess(axis="waiting_tenants", name="queue: grant, claim again", sizes=steps(1, 512, 10),
               counted="tenants that wait", causes={"p50_us": 1, "p95_us": 1},

@@ -7,7 +7,7 @@ request: no redirects, no cookies, no proxies, keep-alive connections to one add
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import httptools
@@ -33,12 +33,19 @@ class HttpClient:
         self._idle: list[_Connection] = []
 
     async def post(
-        self, path: str, body: bytes, content_type: str, piece: Piece | None = None, abort_after_s: float | None = None
+        self,
+        path: str,
+        body: bytes,
+        content_type: str,
+        piece: Piece | None = None,
+        abort_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Response:
         """Send a POST request -> its response. Raises OSError, Aborted."""
+        more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         head = (
             f"POST {path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\ncontent-type: {content_type}\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
+            f"{more}content-length: {len(body)}\r\n\r\n"
         )
         return await self.send(head.encode() + body, piece, abort_after_s)
 

@@ -1,4 +1,7 @@
+import random
 import re
+import time
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -165,3 +168,35 @@ def test_the_bytes_are_those_of_the_kept_images_and_within_the_limit(steps: list
     for tenant in "abc":
         store.put(image("last"), now + 1000, tenant)
     assert (len(store), store.nbytes) == (3, 3 * (100 + IMAGE_ENTRY_BYTES))
+
+
+def test_the_tenant_with_the_most_bytes_always_loses_the_image() -> None:
+    store, drawn, owner = small_store(40), random.Random(3), dict[str, str]()
+    for number in range(2000):
+        name, tenant = f"i{number}", drawn.choice("abcdefgh")
+        if owner and drawn.random() < 0.2:
+            gone = drawn.choice(list(owner))
+            store.forget(address_of(owner.pop(gone), gone))
+        before = Counter(owner.values()) + Counter([tenant])
+        store.put(image(name), 0, tenant)
+        owner[name] = tenant
+        lost = [each for each in owner if store.get(each, 0, owner[each]) is None]
+        assert [before[owner.pop(each)] for each in lost] == [max(before.values())] * (sum(before.values()) > 40)
+
+
+def test_making_room_takes_no_time_for_each_tenant() -> None:
+    def put_s(tenants: int) -> float:
+        """CPU seconds of a put into a full store, in the best of some tries."""
+        store = small_store(tenants)
+        for number in range(tenants):
+            store.put(image(str(number)), 0, str(number))
+        tries = []
+        for step in range(5):
+            new = [(image(f"n{step}-{number}"), str(number)) for number in range(50)]
+            began = time.thread_time()
+            for each, tenant in new:
+                store.put(each, 0, tenant)
+            tries.append(time.thread_time() - began)
+        return min(tries)
+
+    assert put_s(20_000) < 15 * put_s(20)

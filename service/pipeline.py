@@ -15,6 +15,7 @@ from contextlib import (
 )
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from service.admission.admission import Admission, Reservation
@@ -528,7 +529,7 @@ def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:
     if card.confidence is None or not card.tells_confidence(request):
         return None
     if card.uses_clip_weights(request):
-        strangeness = max(each.strangeness for each in seen.seen)
+        strangeness = fmean(each.strangeness for each in seen.seen)
         return card.confidence.confidence_of_several(ticket.log_prob, strangeness, is_clip=request.clip is not None)
     question, answer = request.question, "".join(ticket.answer)
     return card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen.images))

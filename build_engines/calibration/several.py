@@ -3,7 +3,7 @@
     python -m build_engines.calibration.several model_repository --checkpoint reference
 
 adds it to a calibration that was fitted before (`glimpse calibrate` does both), and prints how well it holds: the
-expected calibration error on the half of the clips and groups that it was not fitted on.
+expected calibration error on each half of the clips and groups, fitted on the other half.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain as chain_of
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from tqdm import tqdm
@@ -43,7 +44,7 @@ class Answered:
     of: int  # which clip or group: its questions are not independent
     is_clip: bool
     log_prob: float  # as in Signals
-    strangeness: float  # of the least familiar image or frame
+    strangeness: float  # the mean over the images or frames
     right: bool
 
 
@@ -63,7 +64,7 @@ def answered(chain: Chain, calibration: Calibration, share: float = 1.0) -> list
     found = []
     asked = chain_of(_of_clips(chain, clips), _of_groups(chain, groups))
     for index, shown in enumerate(tqdm(asked, desc="clips and groups", total=clips + groups)):
-        strangeness = max(map(calibration.strangeness, shown.views))
+        strangeness = fmean(map(calibration.strangeness, shown.views))
         for said, question in zip(chain.answer_prompts(shown.prompts), shown.questions, strict=True):
             right = said.text.lower() == question.answer.strip().lower()
             found.append(Answered(index, shown.is_clip, said.log_prob, strangeness, right))
@@ -164,10 +165,11 @@ def main() -> None:
     answers = answered(chain, calibration)
     halves = [[each for each in answers if each.of % 2 == half] for half in (0, 1)]
     for name, is_clip in (("clips", True), ("several", False)):
-        left = [each for each in halves[1] if each.is_clip is is_clip]
-        error = calibration_error(left, replace(calibration, several=fit(halves[0])))
-        right = np.mean([each.right for each in left])
-        print(f"{name}: {len(left)} answers, {right:.3f} right, expected calibration error {error:.3f}")
+        for fitted, others in (halves, reversed(halves)):
+            left = [each for each in others if each.is_clip is is_clip]
+            error = calibration_error(left, replace(calibration, several=fit(fitted)))
+            right = np.mean([each.right for each in left])
+            print(f"{name}: {len(left)} answers, {right:.3f} right, expected calibration error {error:.3f}")
     write(_added(calibration, chain.card, answers), options.repository, options.checkpoint)
 
 

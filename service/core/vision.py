@@ -162,7 +162,7 @@ class SeenClip:
     frames: tuple[Relevance, ...]  # of each frame; all have the clip's tensions
     budget: Budget  # the budget that was allowed, of all frames together
     rounded: tuple[int, ...] = ()  # places of the frames whose features were kept as int8
-    strangeness: float = 0.0  # of the least familiar frame: see core/confidence.py; 0 if the models are not calibrated
+    strangeness: float = 0.0  # the mean over the frames: see core/confidence.py; 0 if the models are not calibrated
 
     @property
     def vision_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from service.admission.admission import Admission, Reservation
 from service.admission.scheduler import Kind, Resource
@@ -162,7 +163,7 @@ class ClipStage:
 
     def _strangeness(self, vision: Sequence[VisionFeatures]) -> float:
         calibration = self.card.confidence
-        return 0.0 if calibration is None else max(calibration.strangeness(frame) for frame in vision)
+        return 0.0 if calibration is None else fmean(map(calibration.strangeness, vision))
 
     def _asked(self, request: Request) -> Budget:
         """Return the budget of the whole clip, which the clip resampler can spend."""

@@ -936,7 +936,7 @@ async def test_clips_and_several_images_are_answered_by_the_weights_for_them(cli
         assert house.language.sampling[-1].log_probs == is_sure
 
 
-async def test_a_clips_confidence_comes_from_the_answer_and_the_least_familiar_frame():
+async def test_a_clips_confidence_comes_from_the_answer_and_how_familiar_its_frames_are():
     house = House(replace(CLIPS, clip_weights=True, confidence=calibrated(4, several=True)))
     house.language.say("")
     _, image = await answer(house, request(parts=(ImageBytes(png()), ImageBytes(png()), Text("same?"))))
@@ -946,8 +946,8 @@ async def test_a_clips_confidence_comes_from_the_answer_and_the_least_familiar_f
     assert clip.confidence.found is None
     assert clip.confidence.value < image.confidence.value
     calibration = house.pipeline.models.models[0].card.confidence
-    strangest = max(map(calibration.strangeness, house.vision.shown))
-    assert clip.confidence.familiar == pytest.approx(calibration.familiar.of([strangest]))
+    mean = np.mean([calibration.strangeness(frame) for frame in house.vision.shown])
+    assert clip.confidence.familiar == pytest.approx(calibration.familiar.of([mean]))
     _, again = await answer(house, about(film()))
     assert again.confidence == clip.confidence
 

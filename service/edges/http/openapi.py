@@ -161,7 +161,11 @@ EXAMPLES = {
     "short": _example("A question", "8"),
     "stream": _example("Streamed", LONG_ANSWER, question="describe the image.", stream=True),
     "several images": _example(
-        "About several images", "yes", image=None, images=[SCENE, OTHER_SCENE], question="is there a blue square?"
+        "About several images",
+        "first",
+        image=None,
+        images=[SCENE, OTHER_SCENE],
+        question="which image has a blue square?",
     ),
     "turns": _example(
         "With what was said before",

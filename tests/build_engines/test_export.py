@@ -14,7 +14,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.export import Graph, card, graphs
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.repository import CLIP_GRAPH, CLIP_LLM, CLOSER_GRAPHS, GRAPHS, file_beside_llm
+from build_engines.repository import BESIDE_LLM, CLIP_GRAPH, CLIP_LLM, CLOSER_GRAPHS, GRAPHS, file_beside_llm
 from tests.support.calibrations import calibrated
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt
@@ -90,9 +90,15 @@ def test_committed_graphs_match_pytorch(reference, name, batch):
     assert_parity(graph, ROOT / "model_repository" / graph.name / "1" / "model.onnx", batch)
 
 
+def committed(name: str) -> Path:
+    """The file of a graph in the committed repository."""
+    repository = ROOT / "model_repository"
+    return file_beside_llm(repository, name) if name in BESIDE_LLM else repository / name / "1" / "model.onnx"
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_committed_decoder_for_clips_matches_pytorch(reference, batch):
-    assert_parity(named(reference, CLIP_LLM), file_beside_llm(ROOT / "model_repository", CLIP_LLM), batch)
+    assert_parity(named(reference, CLIP_LLM), committed(CLIP_LLM), batch)
 
 
 @pytest.mark.parametrize("frames", [1, 3, 8, 32])
@@ -114,8 +120,7 @@ def test_the_committed_clip_graph_matches_pytorch(reference, frames):
     assert list(inputs) == list(graph.inputs)
     with torch.inference_mode():
         expected = graph.module(*inputs.values())
-    committed = ROOT / "model_repository" / CLIP_GRAPH / "1" / "model.onnx"
-    session = onnxruntime.InferenceSession(committed, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(committed(CLIP_GRAPH), providers=["CPUExecutionProvider"])
     found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
     for name, ours, theirs in zip(graph.outputs, found, expected, strict=True):
         assert ours.shape == tuple(theirs.shape), name
@@ -145,7 +150,7 @@ def test_exporter_keeps_any_blip2s_answers(tiny: Checkpoint, exports: SharedExpo
 
 def test_only_what_varies_is_dynamic(reference):
     for graph in graphs(reference):
-        model = onnx.load(ROOT / "model_repository" / graph.name / "1" / "model.onnx")
+        model = onnx.load(committed(graph.name))
         for value in model.graph.input:
             dims = value.type.tensor_type.shape.dim
             found = [dim.dim_param or dim.dim_value for dim in dims]
@@ -154,7 +159,7 @@ def test_only_what_varies_is_dynamic(reference):
 
 
 def test_exported_files_hold_no_paths_of_the_machine_that_made_them():
-    for graph in (ROOT / "model_repository").glob("*/1/model.onnx"):
+    for graph in (ROOT / "model_repository").glob("*/1/*.onnx"):
         assert b"site-packages" not in graph.read_bytes()
 
 

@@ -44,7 +44,7 @@ def alone(folder: Path, pool: str) -> Iterator[tuple[str, subprocess.Popen[bytes
 def test_a_pool_has_the_models_that_a_gateway_calls_there(card: ModelCard) -> None:
     assert called("both", card) is None
     assert called("llm", card) == ["llm"]
-    assert called("vision", card) == ["see", "attend", "attend_448"]
+    assert called("vision", card) == ["see", "attend", "attend_448", "attend_clip"]
     with pytest.raises(SettingsError, match="'all' is not a pool"):
         called("all", card)
 

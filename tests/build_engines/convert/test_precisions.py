@@ -81,7 +81,7 @@ def in_integers(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             continue
         (folder / model.name / "1").mkdir(parents=True)
         (folder / model.name / "config.pbtxt").symlink_to(model / "config.pbtxt")
-        for file in (model / "1").glob("model.*"):
+        for file in [each for each in (model / "1").iterdir() if each.is_file()]:
             (folder / model.name / "1" / file.name).symlink_to(file)
         graph = named(onnx.load(model / "1" / "model.onnx"))
         kept = to_int4(graph, model) if model.name == "llm" else to_int8(model.name, graph, model)

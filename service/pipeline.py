@@ -175,7 +175,7 @@ class Pipeline:
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image or a video, so that questions can name it by its id.
 
-        It waits for a vision slot, as a question's image does. Of a video it decodes as many frames as a question looks
+        It waits for a vision slot, as a question's image does. It decodes as many frames of a video as a question looks
         at by default. The frames' number and times are remembered, their pixels are not.
 
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.

@@ -44,7 +44,7 @@ SETTINGS = {
 }
 TIMEOUT_S = 120.0  # of a question
 KNOWN = 16  # images that follow-ups are about
-QUESTION, ANSWER = 6, 8  # tokens, where they are not the axis
+QUESTION, ANSWER = 6, 8  # tokens on every other axis
 TEMPLATE, TURN = 5, 5  # tokens of a prompt around its question, and of an earlier turn around its two words
 LEAST = 10  # answers of a point
 APART_S = 0.02  # between the first questions of two clients

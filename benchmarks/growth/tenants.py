@@ -52,7 +52,7 @@ class OfTenants(Curve):
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    headers: Mapping[str, str]  # that say who asks
+    headers: Mapping[str, str]  # with the tenant's name or key
     image: str = ""  # the id of its picture
 
 

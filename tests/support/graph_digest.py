@@ -12,7 +12,10 @@ from transformers import PreTrainedConfig
 
 from build_engines.export import Graph
 
-WHERE_IT_LAY = "_name_or_path"  # of a transformers' configuration: the folder that it was read from
+WHERE_IT_LAY = (
+    "_name_or_path",
+    "name_or_path",
+)  # of transformers: the folder that a configuration or model was read from
 
 
 class _Canonical(pickle.Pickler):
@@ -25,10 +28,11 @@ class _Canonical(pickle.Pickler):
             facts = (str(obj.dtype), tuple(obj.shape), obj.requires_grad, blake2b(values).hexdigest())
             return tuple, (facts,)
         if isinstance(obj, PreTrainedConfig):
-            told = {key: value for key, value in vars(obj).items() if key != WHERE_IT_LAY}
+            told = {key: value for key, value in vars(obj).items() if key not in WHERE_IT_LAY}
             return type(obj), (), sorted(told.items())
         if isinstance(obj, torch.nn.Module):
-            return type(obj), (), [(name, _ordered(value)) for name, value in vars(obj).items()]
+            told = {name: value for name, value in vars(obj).items() if name not in WHERE_IT_LAY}
+            return type(obj), (), [(name, _ordered(value)) for name, value in told.items()]
         return NotImplemented
 
 

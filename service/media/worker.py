@@ -7,6 +7,7 @@ names. A request is one packet of JSON on the socket, its file is in the memory;
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -69,6 +70,7 @@ def main(limits: WorkerLimits) -> None:
     most = address_space_bytes() + limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     keep_freed_memory()
+    gc.freeze()  # each film is followed by a garbage collection, which would look at all these modules
     control = socket.socket(fileno=limits.control)
     with control, mmap.mmap(limits.memory, limits.shared_bytes) as memory:
         control.send(b"ready")

@@ -290,17 +290,17 @@ class TritonAsker:
             await pieces.aclose()
 
 
-def form(fields: dict[str, Any], images: list[bytes]) -> tuple[bytes, str]:
-    """Return a multipart/form-data body and its content type."""
+def form(fields: dict[str, Any], images: list[bytes], name: str = "image") -> tuple[bytes, str]:
+    """Return a multipart/form-data body, whose files have this field's name, and its content type."""
     boundary = b"glimpse-bench-7f3a"
     parts = [
         b'--%b\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n'
-        % (boundary, name.encode(), (value if isinstance(value, str) else json.dumps(value)).encode())
-        for name, value in fields.items()
+        % (boundary, key.encode(), (value if isinstance(value, str) else json.dumps(value)).encode())
+        for key, value in fields.items()
     ]
     parts += [
-        b'--%b\r\ncontent-disposition: form-data; name="image"; filename="i.jpg"\r\ncontent-type: image/jpeg\r\n\r\n%b'
-        b"\r\n" % (boundary, image)
+        b'--%b\r\ncontent-disposition: form-data; name="%b"; filename="i.jpg"\r\ncontent-type: image/jpeg\r\n\r\n%b'
+        b"\r\n" % (boundary, name.encode(), image)
         for image in images
     ]
     return b"".join([*parts, b"--%b--\r\n" % boundary]), f"multipart/form-data; boundary={boundary.decode()}"

@@ -1,6 +1,7 @@
-"""Send mutated images or bodies to a gateway of its own, and report what it may not do.
+"""Send mutated images, clips or bodies to a gateway of its own, and report what it may not do.
 
     python -m benchmarks.fuzz images --count 50000 --seed 1 --out benchmarks/results/fuzz_images.json
+    python -m benchmarks.fuzz clips --count 5000 --seed 1    # videos, and pages of documents
     python -m benchmarks.fuzz bodies --count 20000 --seed 1 --out benchmarks/results/fuzz_bodies.json
     python -m benchmarks.fuzz decoders --count 50000   # the images without HTTP: decoding workers alone
     python -m benchmarks.fuzz cost                     # CPU seconds of the costliest images of 20 MB
@@ -36,7 +37,7 @@ from benchmarks.bench.load import form
 from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.systems import System, running
 from benchmarks.figures import tell
-from benchmarks.fuzz import bodies, cost, decoders, images, schema
+from benchmarks.fuzz import bodies, clips, cost, decoders, images, schema
 from benchmarks.fuzz.campaign import Campaign, Make, Target, report_of, run
 from benchmarks.fuzz.pictures import files
 from benchmarks.fuzz.sending import Mutant, request, send
@@ -96,7 +97,8 @@ async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
 async def mutants(kind: str, seed: int, count: int, connections: int) -> dict[str, Any]:
     with target() as to:
         ids = await warm_up(to, WARM_QUESTIONS, connections)
-        make: Make = images.mutant if kind == "images" else partial(bodies.mutant, image_ids=ids)
+        makers: dict[str, Make] = {"images": images.mutant, "clips": clips.mutant}
+        make = makers.get(kind) or partial(bodies.mutant, image_ids=ids)
         campaign = Campaign(seed, FOLDER)
         wrong = await run(make, count, to, campaign, connections)
         settings = {"settings": SETTINGS, "parameters": PARAMETERS, "questions_before": WARM_QUESTIONS}
@@ -126,7 +128,7 @@ def against_schema(examples: int, seed: int, *, with_keys: bool, only: str, phas
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", nargs="?", choices=("images", "bodies", "decoders", "cost", "schema"))
+    parser.add_argument("kind", nargs="?", choices=("images", "clips", "bodies", "decoders", "cost", "schema"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=1000, help="mutants [1000]")
     parser.add_argument("--connections", type=int, default=8, help="kept open, each with one request at a time [8]")
@@ -146,7 +148,7 @@ def main() -> int:
     if told.replay:
         kept = json.loads(told.replay.with_suffix(".json").read_text())
         report = uvloop.run(replay(Mutant(told.replay.read_bytes(), tuple(kept["done"]), kept["is_whole"])))
-    elif told.kind in ("images", "bodies"):
+    elif told.kind in ("images", "clips", "bodies"):
         report = uvloop.run(mutants(told.kind, told.seed, told.count, told.connections))
     elif told.kind == "decoders":
         report = asyncio.run(decoders.run(told.seed, told.count, FOLDER))

@@ -21,6 +21,7 @@ LARGE_SIDES = (65_536, 70_000, 50_000_000, 2**24 - 1, 2**24, 2**31 - 1, 2**31, 2
 REPEATS = (2, 3, 10, 40, 300, 2000)
 MAGIC = (b"\xff\xd8\xff", PNG_SIGNATURE, b"GIF89a", b"GIF87a", b"RIFF\x10\0\0\0WEBP", b"BM", b"II*\0", b"%PDF", b"<svg")
 JPEG_TABLES = (0xC4, 0xDB, 0xDD, 0xCC)  # Huffman, quantisation, restarts, arithmetic
+LENGTHS = {"JPEG": (">H", 2), "PNG": (">I", 0), "WEBP": ("<I", 4), "MP4": (">I", 0), "EBML": (">B", 1)}  # in a part
 QUESTION = "what is it?"
 
 Mutation = Callable[[Random, bytes], bytes]
@@ -105,7 +106,7 @@ def edit_length(random: Random, data: bytes) -> bytes:
         return data
     chosen = random.randrange(len(parts))
     part = bytearray(parts[chosen])
-    layout, at = {"JPEG": (">H", 2), "PNG": (">I", 0), "WEBP": ("<I", 4)}.get(format_of(data), ("<B", len(part) // 2))
+    layout, at = LENGTHS.get(format_of(data), ("<B", len(part) // 2))
     if len(part) < at + struct.calcsize(layout):
         return data
     (length,) = struct.unpack_from(layout, part, at)
@@ -122,7 +123,7 @@ def change_inside(random: Random, data: bytes) -> bytes:
     if not parts:
         return data
     chosen = random.randrange(len(parts))
-    head = {"JPEG": 4, "PNG": 8, "WEBP": 8, "GIF": 2}.get(format_of(data), 0)
+    head = {"JPEG": 4, "PNG": 8, "WEBP": 8, "GIF": 2, "MP4": 8, "EBML": 2}.get(format_of(data), 0)
     part = parts[chosen]
     parts[chosen] = part[:head] + random.choice((flip_bits, set_bytes))(random, part[head:])
     return first + b"".join(parts)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from benchmarks.fuzz import bodies, decoders, images
+from benchmarks.fuzz import bodies, clips, decoders, images
 from benchmarks.fuzz.campaign import Campaign, Make, Target, run
 from benchmarks.fuzz.pictures import files
 from benchmarks.fuzz.sending import Mutant, request
@@ -44,6 +44,12 @@ async def test_mutated_images_are_answered_or_refused(target, tmp_path):
     campaign = await sent(images.mutant, 300, target, tmp_path)
     assert campaign.outcomes["200"] > 30
     assert campaign.outcomes["400 invalid_image"] > 100
+
+
+async def test_mutated_clips_and_documents_are_answered_or_refused(target, tmp_path):
+    campaign = await sent(clips.mutant, 150, target, tmp_path)
+    assert campaign.outcomes["200"] > 15
+    assert campaign.outcomes["400 invalid_image"] > 30
 
 
 async def test_mutated_bodies_are_answered_or_refused(target, image_ids, tmp_path):

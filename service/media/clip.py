@@ -78,7 +78,7 @@ def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
 
 
 def spaced(count: int, most: int) -> list[int]:
-    """Return at most `most` of the numbers below `count`, evenly spaced from the first to the last; if one, the first."""
+    """Return at most `most` numbers below `count`, evenly spaced from the first to the last; if one, the first."""
     kept = min(count, most)
     return [round(place * (count - 1) / max(kept - 1, 1)) for place in range(kept)]
 

@@ -62,8 +62,8 @@ class Images:
     async def find(self, image_id: str, tenant: str) -> Image:
         """Return the tenant's image.
 
-        Raises NotFound for an id that is unknown, expired or another tenant's: there is no way to tell which, also by
-        the time that it takes.
+        Raises NotFound for an id that is unknown, expired or another tenant's. Neither the error nor the
+        time that it takes tells which.
         """
         kept = self.store.get(image_id, time.monotonic(), tenant)
         self._metrics.image_lookups.labels("memory", "miss" if kept is None else "hit").inc()

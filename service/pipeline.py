@@ -433,7 +433,7 @@ class Pipeline:
                     untold.clear()
                 if detokeniser.stopped:
                     guide, said = sampling.guide, "".join(ticket.answer)
-                    # A form that a stop string cut is as unfinished as one that max_tokens cut.
+                    # A constrained output that a stop string cut is as unfinished as one that max_tokens cut.
                     is_whole = guide is None or await self.guides.is_complete(guide, said)
                     ticket.finish_reason = "stop" if is_whole else "length"
                     return

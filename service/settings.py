@@ -67,8 +67,8 @@ class Settings(BaseSettings):
     # API keys: a file that `glimpse keys` writes, or the word redis for keys in redis_url. With keys every request
     # needs one, except for health, the page, the API's description and, if it is open, /metrics.
     keys: str | None = None
-    metrics_without_key: bool = False
-    # Lets a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
+    metrics_without_key: bool = False  # let anyone read /metrics without a key
+    # Let a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
     without_keys: Literal["anyone-may-ask"] | None = None
 
     # Vertex AI's routes of a custom container. Its variables AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set them, and
@@ -76,20 +76,20 @@ class Settings(BaseSettings):
     vertex_predict_route: str | None = None
     vertex_health_route: str | None = None
 
-    # After SIGTERM the service is not ready, but accepts connections for this time and answers questions with 503.
-    # Load balancers take it out meanwhile. Then its listener closes, and requests in flight have the grace to finish.
+    # After SIGTERM the service is not ready, but accepts connections for the notice and answers questions with 503, so
+    # that load balancers take it out. Then its listener closes, and requests in flight have the grace to finish.
     stop_notice_s: float = Field(1.0, ge=0)
     stop_grace_s: float = Field(10.0, ge=0)
 
-    # Connections in all and from one address. Beyond them idle ones are closed, and
-    # if there are none, new ones get 503. The limit of open files may allow fewer: the log says so.
+    # Most connections, in all and from one address. Beyond them, an idle one is closed for each new one; if none is
+    # idle, the new one gets 503. The limit of open files may allow fewer: the log says so.
     max_connections: int = Field(4096, gt=0)
     max_connections_per_address: int = Field(3072, gt=0)
     # Networks of the proxies and load balancers in front, such as 10.1.0.0/24, with commas between them. Each caller's
     # address is then what the proxy says in X-Forwarded-For. The limits of one address do not apply to a proxy.
     trusted_proxies: str = ""
-    # While all connections are taken, one address (of IPv6 a /64) may replace so many idle ones a second, after ten
-    # seconds' worth at once. A connection beyond that gets no response and is closed after 10 s.
+    # How many idle connections one address (of IPv6 a /64) may replace each second while all are taken; ten seconds'
+    # worth may come at once. A connection beyond that gets no response and is closed after 10 s.
     replaced_connections_per_address_s: float = Field(10.0, gt=0)
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
@@ -99,16 +99,17 @@ class Settings(BaseSettings):
     # Variants: a file that `glimpse variants` writes, or the word redis for variants in redis_url. Each has its own
     # models and Tritons. A change is in use within a second.
     variants: str | None = None
-    # How long the calls of one question to Tritons may take together, until its first token. Then another Triton gets
-    # the call that was under way, or another variant the question, each with a new budget. None: only failures move a
+    # How long the calls of one question to Tritons may take together until its first token. After that, another Triton
+    # gets the current call, or another variant the question, each with a new budget. None: only failures move a
     # question. With a budget, the LLM sends tokens one by one.
     first_token_budget_ms: int | None = Field(None, gt=0)
     triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)
     triton_start_timeout_s: float = Field(60.0, gt=0)
     model_repository: Path = PROJECT / "model_repository"
-    # In which the embedded Triton's models compute on a CPU. auto: bf16 or int8 if the CPU is made for it and the
-    # repository's card shows that the answers stay the same; else fp32. With Triton elsewhere: what runs there.
+    # Precision in which the embedded Triton's models compute on a CPU. auto: bf16 or int8 if the CPU is fast in it and
+    # the repository's card shows that nearly all answers stay the same; else fp32. If Triton runs elsewhere: name the
+    # precision that it uses.
     precision: Wanted = "auto"
     probe_interval_s: float = Field(5.0, gt=0)  # time between two real inferences that probe a model
     probe_timeout_s: float = Field(5.0, gt=0)
@@ -152,17 +153,19 @@ class Settings(BaseSettings):
     vision_slots: int | None = Field(None, gt=0)  # images in decode and encode
     llm_tokens: int | None = Field(None, gt=0)  # visual tokens, prompt tokens and max_tokens of all LLM requests
 
-    # Quotas of each tenant, unless its own stand with the keys. None: no limit. Redis counts them for all gateways.
+    # Default quotas of each tenant; `glimpse keys limit` sets a tenant's own. None: no limit. Redis counts them for all
+    # gateways.
     quota_requests_per_minute: int | None = Field(None, gt=0)
     quota_images_per_minute: int | None = Field(None, gt=0)
     quota_visual_tokens_per_minute: int | None = Field(None, gt=0)
     quota_generated_tokens_per_minute: int | None = Field(None, gt=0)
     quota_concurrent_requests: int | None = Field(None, gt=0)
-    # Without Redis a gateway allows this part of a quota: one by so many gateways. None: as many as Redis last showed.
+    # The number of gateways: without Redis, each allows the quota divided by it. None: the number that Redis last
+    # showed.
     quota_gateways: int | None = Field(None, gt=0)
 
-    # Elastic fidelity: requests look less closely if they wait longer than the target, or if contention with other
-    # requests costs them too much time.
+    # Elastic fidelity: look less closely at images if requests wait longer than the target, or if contention costs them
+    # too much time.
     elastic_fidelity: bool = True
     fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait in a queue
 
@@ -179,7 +182,7 @@ class Settings(BaseSettings):
     # With keys, tenants share no features: equal images of two tenants are encoded twice, and none can tell by the time
     # what another has sent. True shares them.
     share_features: bool = False
-    share_images: bool = True  # keep images in Redis for all gateways; else an id is known where its image was sent
+    share_images: bool = True  # keep images in Redis for all gateways; else only the gateway that got one knows its id
 
     # Redis: gateways share vision features through it. Without an address each gateway keeps only its own.
     # Addresses: redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or
@@ -189,7 +192,7 @@ class Settings(BaseSettings):
     redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
-    # Tenants with metrics of their own: those that ask most. The others share the label (others).
+    # How many tenants have metrics of their own: those with the most requests. The others share the label (others).
     tenant_labels: int = Field(50, ge=0, le=1000)
 
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr

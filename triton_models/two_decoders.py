@@ -1,8 +1,8 @@
 """Run two decoders as one, for two sets of weights of one LLM: each row belongs to one of them.
 
-A checkpoint may have other weights for clips and several images (`clip_weights` of the model card). What one set reads
-means nothing to the other. Each set therefore has its own graph and rows, and the batcher sees the rows of both as one
-batch. A step runs each graph that has rows.
+A checkpoint may have other weights for clips and several images (`clip_weights` of the model card). The keys and values
+of one set mean nothing to the other. Each set therefore has its own graph and rows, and the batcher sees the rows of
+both as one batch. A step runs each graph that has rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make and collect pictures of no world that the model knows: noise, plain colours, pages of text, photographs.
+"""Make and collect out-of-distribution pictures: noise, plain colours, pages of text, photographs.
 
 The kinds for fitting and the kinds for measuring share no photograph and no seed.
 """

@@ -1,4 +1,4 @@
-"""Keep what the questions about each picture brought in a file, so that a run that was stopped goes on."""
+"""Keep the answers about each picture in a file, so that a stopped run resumes."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m build_engines.calibration.several model_repository --checkpoint reference
 
-adds it to a calibration that was fitted before (`glimpse calibrate` does both), and prints how well it holds: the
-expected calibration error on each half of the clips and groups, fitted on the other half.
+adds it to a calibration that was fitted before (`glimpse calibrate` does both). It prints the expected calibration
+error on each half of the clips and groups, fitted on the other half.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def fit(answers: Sequence[Answered]) -> Logistic:
 def with_several(calibration: Calibration, chain: Chain, share: float = 1.0) -> Calibration:
     """Add the regression if the LLM has weights of its own for clips and several images.
 
-    Too few right or too few wrong answers are told, and add nothing.
+    If too few answers are right or too few are wrong, print so and add nothing.
     """
     if not chain.card.clip_weights:
         return calibration

@@ -25,7 +25,7 @@ VISION = ("vision_encoder", "relevance_allocator", "qformer")
 def agreement(
     fp32: Mapping[str, Path], ours: Mapping[str, Path], card: ModelCard, prompts: PromptBuilder, asked: Sequence[Sample]
 ) -> dict[str, Any]:
-    """Ask both chains of graphs, by model, with the card's default budget -> what stands in the card's `precisions`."""
+    """Ask both chains of graphs, by model, with the card's default budget -> an entry of the card's `precisions`."""
     visual = {id(graphs): visual_tokens(graphs, card, prompts, asked) for graphs in (fp32, ours)}
     questions = [question for _, question in asked]
     theirs, own = (answers(graphs["llm"], card, prompts, questions, visual[id(graphs)]) for graphs in (fp32, ours))

@@ -1,8 +1,8 @@
 """Charge what requests use to their tenants' quotas: a minute's requests, images and tokens, and open requests.
 
-A request is charged when it comes. Before its work begins, the most images and tokens that it can use are charged; when
-it ends, what it did not use is given back. So a tenant never gets more than its quota, and an answer that was cut short
-costs what was made of it.
+A request is charged when it arrives. Before its work begins, it is charged the most images and tokens that it can use;
+when it ends, what it did not use is given back. So a tenant never gets more than its quota, and an answer that was cut
+short costs what was made of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keep a batch's answers in a file that survives the end of the program, however it comes."""
+"""Keep a batch's answers in a file that survives the end of the program, even a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many requests a program has open at once, and how it gives way to a service that is full."""
+"""Limit how many requests a program has open at once, and back off when the service is full."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from service.core.vision import Relevance
 
 
 class LogProb(NamedTuple):
-    """The model's own log probability of a token, before penalty, form, temperature and filters."""
+    """The model's own log probability of a token, before penalty, constraint, temperature and filters."""
 
     value: float
     top: tuple[tuple[int, float], ...] = ()  # ids and log probabilities of the likeliest tokens there, if asked for

@@ -212,7 +212,7 @@ class ModelCard:
         return self.clip_weights and (request.clip is not None or len(request.images) > 1)
 
     def tells_confidence(self, request: Request) -> bool:
-        """Whether the answer has a confidence. What one image's is calibrated on says nothing of a clip."""
+        """Whether the answer has a confidence. One image's calibration says nothing about a clip."""
         if self.confidence is None:
             return False
         if self.uses_clip_weights(request):

@@ -166,8 +166,8 @@ class Calibration:
     def confidence_of_several(self, log_prob: float, strangeness: float, *, is_clip: bool) -> Confidence | None:
         """How sure an answer by the weights for clips and several images is.
 
-        strangeness: the mean over the images, or over a clip's frames. The greatest of 32 says little: among so many
-        of the models' own world one is strange by chance. None if such answers were not calibrated.
+        strangeness: the mean over the images, or over a clip's frames. The greatest of 32 says little: among so
+        many familiar images, one is strange by chance. None if such answers were not calibrated.
         """
         if self.several is None:
             return None

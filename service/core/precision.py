@@ -101,7 +101,7 @@ def _listed(flags: frozenset[str]) -> str:
 
 
 def graph_name(model: str, precision: str, files: Collection[str]) -> str:
-    """The file of a model's graph in a precision: FP32's where there is no other, or it is not reduced."""
+    """The file of a model's graph in a precision: FP32's if there is no other, or if the model is not reduced."""
     own = f"model.{precision}.onnx"
     fallback = "model.int8.onnx" if precision == "int4" else own
     if model in REDUCED:

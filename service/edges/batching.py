@@ -73,7 +73,7 @@ class Batch:
             raise first from first.__cause__
 
     async def answer(self, request: Request) -> tuple[Request, Delta, Finished]:
-        """Answer one question -> it as it was asked at last, its text and its end. Raises GlimpseError.
+        """Answer one question -> the question as last asked, its text and its end. Raises GlimpseError.
 
         If there is no room, it is asked again after the time that the refusal says, as long as its timeout allows.
         """

@@ -1,4 +1,4 @@
-"""How late the event loop is: the time by which what is due waits for what runs."""
+"""Measure how late the event loop is: how long a callback that is due waits for those that run."""
 
 from __future__ import annotations
 

@@ -55,10 +55,10 @@ class DecodedClip:
 
 
 def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
-    """Decode at most so many frames, evenly spaced by their number, the first and the last among them.
+    """Decode at most `most` frames, evenly spaced by their number, the first and the last among them.
 
-    By number and not by time: each picture comes at most once, and a still picture that is shown for long does not
-    crowd out the others; the times are told. Raises InvalidImage, TooLarge.
+    They are spaced by number, not by time. So each picture comes at most once, and one that is shown for long does not
+    crowd out the others. Raises InvalidImage, TooLarge.
     """
     require_bytes(data, limits, "video")
     kind = require_clip(data)
@@ -78,7 +78,7 @@ def decode_clip(data: bytes, limits: ImageLimits, most: int) -> DecodedClip:
 
 
 def spaced(count: int, most: int) -> list[int]:
-    """Return at most so many of `count` numbers, the first and the last among them; of one, the first."""
+    """Return at most `most` numbers below `count`, evenly spaced from the first to the last; if one, the first."""
     kept = min(count, most)
     return [round(place * (count - 1) / max(kept - 1, 1)) for place in range(kept)]
 

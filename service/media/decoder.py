@@ -108,13 +108,12 @@ def decode(
 ) -> Decoded:
     """Decode an image of one of FORMATS to uint8 [3, size, size] RGB for each view.
 
-    Of several pictures it is the first, and of a TIFF the page.
+    The first picture of a file is decoded, or the chosen page of a TIFF.
 
     The whole picture is resized to a square with Pillow's bicubic filter, as BLIP-2's BlipImageProcessor does. A
     picture of that size is not changed. With a viewport, its square is resized instead, by one factor for both sides.
-    Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK
-    is converted without a colour profile, EXIF orientation is applied. A view does not depend on the other views.
-    Raises InvalidImage, TooLarge.
+    Transparent pixels become white, 16-bit samples keep their upper 8 bits, CMYK is converted without a colour profile,
+    EXIF orientation is applied. A view does not depend on the other views. Raises InvalidImage, TooLarge.
     """
     require_bytes(data, limits)
     require_page(data, page)

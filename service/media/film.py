@@ -2,9 +2,9 @@
 
 Importing this module loads FFmpeg, so the gateway's own process never does: only its decoding processes.
 
-All packets of the video are read first and nothing is decoded: that gives the number of frames and their times. Then
-each wanted frame is decoded from the keyframe before it, with an empty decoder. So a frame depends on the file and its
-number only, whichever others are decoded, and a long clip costs what lies between the keyframes and the frames.
+First, all packets of the video are read without decoding any. They give the number of frames and their times. Then
+each wanted frame is decoded from the keyframe before it, with an empty decoder. So a frame's pixels depend only on the
+file and its number. A long clip costs only what lies between the wanted frames and the keyframes before them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ORIENTATIONS = {  # EXIF's by the signs of a display matrix's a, b, c and d; x' 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is decoded from one keyframe on."""
+    """The wanted frames that are decoded from one keyframe on."""
 
     start: int  # place of its packet
     end: int  # behind the packet of the last wanted frame
@@ -61,7 +61,7 @@ class Run:
 
 
 class Film:
-    """The packets of a file's video, in the order in which they are decoded. Close it."""
+    """The packets of a file's video, in the order in which they are decoded. The caller closes it."""
 
     def __init__(self, data: bytes, container: Container, max_pixels: int) -> None:
         """Nothing but the bytes is opened. Raises InvalidImage, TooLarge, and whatever PyAV raises."""
@@ -142,7 +142,7 @@ class Film:
     def frames(self, run: Run) -> Iterator[tuple[int, UInt8Array]]:
         """Decode the wanted frames of a run to [3, 224, 224] RGB, upright.
 
-        The picture of a number that the decoder does not show is the next that it shows. Raises InvalidImage.
+        If the decoder does not show a frame, the next picture that it shows takes its place. Raises InvalidImage.
         """
         waiting = deque(run.wanted)
         last: VideoFrame | None = None

@@ -1,4 +1,4 @@
-"""What files are that are not read, so that a message can name them."""
+"""Recognise the formats that are not read, so that a message can name them."""
 
 from __future__ import annotations
 

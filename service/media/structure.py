@@ -1,7 +1,7 @@
 """What an image file is made of, found without a decoder.
 
 The walk is bounded whatever the bytes are, and it copies only what the pixels need. So a decoder never sees metadata,
-later frames or trailing bytes, and what those cost is known before: nothing.
+later frames or trailing bytes, and those cost nothing.
 """
 
 from __future__ import annotations

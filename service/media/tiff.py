@@ -1,6 +1,6 @@
 """Walk a TIFF: one of its pages, rebuilt from the tags and strips or tiles that the pixels need.
 
-A decoder so never follows an offset that a caller wrote. Source: TIFF 6.0, and Adobe's supplements on Deflate and
+So a decoder never follows an offset that a caller wrote. Source: TIFF 6.0, and Adobe's supplements on Deflate and
 predictors.
 """
 

@@ -1,4 +1,4 @@
-"""Processes that decode. A decoder runs bytes from callers, so each file has a limit of CPU time, memory and time.
+"""Decode in worker processes. A decoder reads callers' bytes, so each file has limits of CPU time, memory and time.
 
 A worker that passes a limit ends, and another takes its place. File and pixels go through shared memory that has no
 name, so nothing is left of it when the gateway ends.

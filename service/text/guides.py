@@ -1,8 +1,8 @@
 """Compile guides, the constraints on answers, into matchers that say which tokens may come next.
 
-The engine is llguidance. A matcher's mask has one bit a token; the end's token is allowed only where the form is
-complete. An answer may begin with one space, as text after a prompt does, and with no other white space: it is not part
-of the answer. JSON has no white space but one space after a comma or a colon.
+The engine is llguidance. A matcher's mask has one bit a token; the end token is allowed only where the constraint is
+satisfied. An answer may begin with one space, as text after a prompt does, and with no other white space: it is not
+part of the answer. JSON has no white space but one space after a comma or a colon.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class Timeline:
 class ClipMemory:
     """Remember which frames clips have: 32 frames take about 5 kB. Made once by the pipeline, for all variants.
 
-    Tenants share it without shares of their own. Each of a tenant's entries costs a decode in its turn, and an entry
-    that it pushes out costs another tenant one decode: what features are known stays in the feature cache.
+    Tenants share it, and no tenant has a part of its own. An entry costs the tenant that adds it a decode, in its turn.
+    An entry that is evicted costs another tenant one decode; its features stay in the feature cache.
     """
 
     def __init__(self) -> None:

@@ -229,9 +229,9 @@ def wants_closer(look: Look, situation: Situation) -> bool:
 def tile_of(relevance: Relevance, tiles: Sequence[Viewport], closer_view_at: float | None) -> Viewport | None:
     """Return the tile that holds most of what the question is about; None if the whole page answers it better.
 
-    That is so if no tile holds TILE_SHARE of it. But if `particularize` reaches `closer_view_at`, the allocator asks
-    for a closer look, and the best tile is returned; None: the model has no closer view. Relevance counts squared: a
-    few clear places more than a faint ground.
+    The whole page does if no tile holds TILE_SHARE of it. But if `particularize` reaches `closer_view_at`, the
+    allocator asks for a closer look, and the best tile is returned. `closer_view_at` is None if the model has no closer
+    view. Relevance is squared, so that a few clear places count more than a faint background.
     """
     mass = relevance.map.astype(np.float64) ** 2
     held = [

@@ -32,7 +32,7 @@ async def to_its_end(
 ) -> Result:
     """Wait for work that the request has begun. If the request leaves, the work goes on, with the claim and the cost.
 
-    The service's end is its end too.
+    It ends with the service.
     """
     try:
         return await asyncio.shield(work)

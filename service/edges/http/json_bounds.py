@@ -1,4 +1,4 @@
-"""Bound a body of JSON before objects are made of it: those take many times its size, and time in which nothing runs.
+"""Bound a JSON body before it is parsed: its objects take many times its size, and parsing blocks the event loop.
 
 Only images and videos are large. They are cut out, and everything else in a question is small, with few values. A
 parser then reads the rest.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import shutil
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,6 +22,8 @@ from service.edges.http.protocol import limited_protocol
 from tests.support.fakes import CLOSER, FakeProber, House
 
 PATIENCE_MS = 60_000  # a busy machine takes seconds to start a page
+# A file's bytes in the page from `text`, which is base64: Playwright sends a list as an object for each item.
+BYTES = "Uint8Array.from(atob(text), (each) => each.charCodeAt(0))"
 BLOCKED = (
     "document.addEventListener('securitypolicyviolation', (e) => console.error(e.violatedDirective, e.blockedURI))"
 )
@@ -80,6 +84,11 @@ class Visit:
         assert {f"{urlsplit(each.url).scheme}://{urlsplit(each.url).netloc}" for each in self.requests} == {self.url}
 
 
+def text_of(content: bytes) -> str:
+    """BYTES reads it."""
+    return base64.b64encode(content).decode()
+
+
 Open = Callable[..., Awaitable[Visit]]
 
 
@@ -123,7 +132,7 @@ class Kept:
         self.running = asyncio.create_task(self.server.serve(sockets=[listener]))
 
     async def stop(self) -> None:
-        self.server.should_exit = True
+        self.server.handle_exit(signal.SIGTERM, None)
         await self.running
 
 

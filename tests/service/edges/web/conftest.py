@@ -21,6 +21,9 @@ from service.edges.http.application import http_api
 from service.edges.http.protocol import limited_protocol
 from tests.support.fakes import CLOSER, FakeProber, House
 
+# Root has no sandbox. The pages are our own. A process in reserve for the next page is never used: each page has a
+# context of its own.
+ARGUMENTS = ["--no-sandbox", "--disable-features=SpareRendererForSitePerProcess"]
 PATIENCE_MS = 60_000  # a busy machine takes seconds to start a page
 # A file's bytes in the page from `text`, which is base64: Playwright sends a list as an object for each item.
 BYTES = "Uint8Array.from(atob(text), (each) => each.charCodeAt(0))"
@@ -33,8 +36,7 @@ BY_BROWSER = "Failed to load resource"  # one for each error status, which tests
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Browser]:
     async with async_playwright() as driver:
-        # Root has no sandbox. The pages are our own.
-        browser = await driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = await driver.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
         yield browser
         await browser.close()
 

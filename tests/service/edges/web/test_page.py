@@ -164,6 +164,7 @@ async def test_an_image_that_the_service_does_not_read_is_told(visit: Visit):
 
 async def test_a_full_service_is_asked_again_after_its_time(visit: Visit, service: Kept):
     service.house.vision.fault = Overloaded("the service is full: retry after 8 s", retry_after_s=8.0)
+    await visit.page.clock.install()
     await visit.choose(png())
     await visit.ask("what is there?")
     assert await visit.page.inner_text(TROUBLE) == "The service is full"
@@ -171,7 +172,8 @@ async def test_a_full_service_is_asked_again_after_its_time(visit: Visit, servic
     assert await again.is_disabled()
     assert "Ask again in" in await again.inner_text()
     service.house.vision.fault = None
-    await again.click()  # waits until it can
+    await visit.page.clock.run_for(8_000)
+    await again.click()
     assert await visit.answers() == ["a red square"]
     assert not await visit.page.inner_text("#trouble")
 

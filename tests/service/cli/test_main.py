@@ -15,7 +15,6 @@ import typer
 from PIL import Image as Pillow
 from typer.testing import CliRunner
 
-from service.__main__ import bound
 from service.cache.keys import AS_INT8, FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import record_key
@@ -25,6 +24,7 @@ from service.cli.terminal import require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
+from service.serving import bound
 from service.triton_server.installation import StartFailed
 from tests.support.calibrations import calibrated
 from tests.support.documents import BLUE, RED, filled, pdf, tiff

@@ -16,9 +16,9 @@ import pytest_asyncio
 import uvicorn
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, async_playwright
 
-from service.__main__ import Server
 from service.edges.http.application import http_api
 from service.edges.http.protocol import limited_protocol
+from service.serving import Server
 from tests.support.fakes import CLOSER, FakeProber, House
 
 # Root has no sandbox. The pages are our own. A process in reserve for the next page is never used: each page has a

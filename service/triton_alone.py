@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import structlog
 import uvloop
 
-from service.__main__ import configure_log, stream_to
 from service.core.card import ModelCard
+from service.logs import configure_log, stream_to
 from service.settings import Settings, SettingsError, read_settings
 from service.system.output import Output
 from service.triton import TritonClient

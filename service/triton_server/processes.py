@@ -194,12 +194,15 @@ class ServerProcess:
                 os.kill(model.pid, signal.SIGKILL)
 
     async def stop(self, timeout_s: float) -> None:
-        """Send SIGTERM, wait up to `timeout_s`, then kill what is left."""
+        """Send SIGTERM, wait up to `timeout_s` until no model is left, then kill what is left.
+
+        Triton ends its requests, then its models. It looks for models that are left only once a second.
+        """
         try:
             if self._process and self.exit_status is None:
                 self._process.send_signal(signal.SIGTERM)
                 deadline = time.monotonic() + timeout_s
-                while self.exit_status is None and time.monotonic() < deadline:  # noqa: ASYNC110
+                while self._has_models() and time.monotonic() < deadline:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         finally:
             self.kill()
@@ -215,6 +218,15 @@ class ServerProcess:
             self._process.wait()
         with contextlib.suppress(OSError):
             free_regions(self.shared_memory_prefix)
+
+    def _has_models(self) -> bool:
+        """Whether the server runs and has a model process, or cannot be asked for them."""
+        if self.exit_status is not None:
+            return False
+        try:
+            return bool(self.models())
+        except OSError:
+            return True
 
     def _group(self) -> Iterator[int]:
         """The living processes of the server's group. Raises OSError if they cannot be asked for."""

@@ -1,4 +1,4 @@
-"""Two variants with two Tritons each, under load, while one Triton dies and another stalls.
+"""Two variants under load, while one of the first variant's two Tritons dies and the other stalls.
 
 No caller sees an error that a healthy variant could have prevented: one before the first token.
 """
@@ -26,7 +26,7 @@ from tests.support.servers import StartGateway, eventually, eventually_async, fr
 
 CLIENTS = 8
 DELAY_S = 1.5  # of one answer of the slow variant: less than a budget that its two calls exceed
-BUDGET_MS = 4_000  # the machine is slow while four Tritons and other tests share it
+BUDGET_MS = 4_000  # the machine is slow while three Tritons and other tests share it
 
 
 @dataclass
@@ -90,7 +90,7 @@ async def test_no_caller_sees_an_error_while_a_triton_dies_and_another_stalls(
     start_gateway: StartGateway, repository: Path, tmp_path: Path
 ) -> None:
     with ExitStack() as parts:
-        tritons = [parts.enter_context(alone(tmp_path / str(number), repository)) for number in range(4)]
+        tritons = [parts.enter_context(alone(tmp_path / str(number), repository)) for number in range(3)]
         for triton in tritons:
             eventually(lambda triton=triton: "triton_ready" in triton.log.read_text(), 300, f"see {triton.log}")
         pools = {"stable": tritons[:2], "next": tritons[2:]}
@@ -181,7 +181,7 @@ async def test_calls_that_take_the_first_token_budget_together_move_to_the_next_
                 await eventually_async(  # its probes are slow too
                     lambda: slow_answers(http), 60, "the slow variant answers its probes"
                 )
-                answers = [await ask(http, number) for number in range(12)]
+                answers = [await ask(http, number) for number in range(6)]
                 metrics = (await http.get("/metrics")).text
     moved = [answer for answer in answers if answer.get("fallback_from") == "slow"]
     assert {answer["variant"] for answer in answers} == {"next"}

@@ -11,9 +11,9 @@ import httpx
 import pytest
 import structlog
 
-from service.__main__ import configure_log
 from service.edges.grpc.calls import address_in
 from service.edges.grpc.stubs.vqa_pb2_grpc import VisualQuestionAnsweringStub
+from service.logs import configure_log
 from service.settings import Settings
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.calls import question

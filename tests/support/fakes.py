@@ -29,6 +29,7 @@ from service.telemetry.metrics import Metrics
 from service.text.prompt import PromptBuilder, token_bytes
 from service.upstreams.models import Models
 from service.upstreams.readiness import Readiness
+from tests.support.samples import sample
 
 
 def byte_level_tokenizer() -> Tokenizer:
@@ -305,7 +306,7 @@ class House:
             return await self.pipeline.keep_image(data, reservation)
 
     def counted(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+        return sample(self.metrics, name, labels) or 0.0
 
     def outcomes(self) -> dict[str, float]:
         """How often each outcome was counted; those that never happened are left out."""

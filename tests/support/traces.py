@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ def otlp_receiver(folder: Path) -> Iterator[tuple[str, Spans]]:
             cwd=folder,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if name != "SSL_CERT_DIR"},  # it reads authorities
         )
     try:
         eventually(lambda: listens(ports[1]), 10, "rotel listens")

@@ -23,6 +23,7 @@ from service.core.errors import Unauthenticated, Unavailable
 from service.telemetry.metrics import Metrics
 from tests.support.fakes import cancelled, until
 from tests.support.keys import ASKING, Keys
+from tests.support.samples import sample
 
 
 def ring_of(*made: tuple[str, str, str], **fields: object) -> Keyring:
@@ -164,14 +165,14 @@ async def test_a_change_of_the_file_is_noticed_and_a_bad_file_changes_nothing(tm
         gate.grant(second)
     await gate.look()
     assert gate.grant(second).tenant == "beta"
-    assert metrics.registry.get_sample_value("glimpse_keys") == 2
+    assert sample(metrics, "glimpse_keys") == 2
     keys.path.write_text("{")
     with capture_logs() as logs:
         await gate.look()
         await gate.look()
     assert [line["event"] for line in logs] == ["keys_not_read"]
     assert gate.grant(first).tenant == "acme"
-    assert metrics.registry.get_sample_value("glimpse_keys_readable") == 0
+    assert sample(metrics, "glimpse_keys_readable") == 0
     keys.path.unlink()
     await gate.look()
     assert gate.grant(first).tenant == "acme"
@@ -179,7 +180,7 @@ async def test_a_change_of_the_file_is_noticed_and_a_bad_file_changes_nothing(tm
     await gate.look()
     with pytest.raises(Unauthenticated):
         gate.grant(first)
-    assert metrics.registry.get_sample_value("glimpse_keys_readable") == 1
+    assert sample(metrics, "glimpse_keys_readable") == 1
 
 
 async def test_keys_in_redis_are_read_when_they_change_and_outlive_it(redis_server):

@@ -20,6 +20,7 @@ from service.core.request import Priority
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.support.fakes import CARD, cancelled, turns, until
+from tests.support.samples import sample
 
 IMPATIENT_S = 1e-4  # a target that whoever waits at all is over
 
@@ -42,11 +43,11 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
     with house.reservation("") as first, house.reservation("") as second, capture_logs() as lines:
         slot = await enter(first)
         waiting = asyncio.create_task(enter(second))
-        await until(lambda: metrics.registry.get_sample_value("glimpse_fidelity_level") == 1)
+        await until(lambda: sample(metrics, "glimpse_fidelity_level") == 1)
         assert house.fidelity == LEVELS[1]
         first.give_back(slot)
         await waiting
-    assert metrics.registry.get_sample_value("glimpse_fidelity_changes_total") == 1
+    assert sample(metrics, "glimpse_fidelity_changes_total") == 1
     assert lines == [
         {
             "event": "fidelity",

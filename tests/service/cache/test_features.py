@@ -9,6 +9,7 @@ from service.cache.keys import FeatureKey
 from service.core.errors import Unavailable
 from service.core.vision import Int8Rows, VisionFeatures
 from service.telemetry.metrics import Metrics
+from tests.support.samples import sample
 
 
 def key(name: str) -> FeatureKey:
@@ -23,7 +24,7 @@ def features(value: float = 0.0) -> VisionFeatures:
 def lookups(metrics: Metrics) -> dict[str, float]:
     every = ("hit", "miss", "shared")
     name = "glimpse_feature_cache_lookups_total"
-    return {r: metrics.registry.get_sample_value(name, {"tier": "memory", "result": r}) or 0 for r in every}
+    return {r: sample(metrics, name, {"tier": "memory", "result": r}) or 0 for r in every}
 
 
 class Asker:
@@ -189,8 +190,8 @@ async def test_the_least_recently_used_goes_first_and_bytes_stay_in_bounds():
     await asker.ask("b")
     assert asker.encodes == 5
     memory = {"tier": "memory"}
-    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_evictions_total", memory) == 2
-    assert asker.metrics.registry.get_sample_value("glimpse_feature_cache_bytes", memory) == 60
+    assert sample(asker.metrics, "glimpse_feature_cache_evictions_total", memory) == 2
+    assert sample(asker.metrics, "glimpse_feature_cache_bytes", memory) == 60
 
 
 async def test_features_larger_than_the_cache_still_reach_those_who_wait():

@@ -3,6 +3,7 @@ from hypothesis import strategies as st
 
 from service.cache.lru import Lru
 from service.telemetry.metrics import Metrics
+from tests.support.samples import sample
 
 
 def lru(max_bytes: int) -> tuple[Lru[str, int], Metrics]:
@@ -11,7 +12,7 @@ def lru(max_bytes: int) -> tuple[Lru[str, int], Metrics]:
 
 
 def counted(metrics: Metrics, name: str) -> float | None:
-    return metrics.registry.get_sample_value(f"glimpse_visual_cache_{name}")
+    return sample(metrics, f"glimpse_visual_cache_{name}")
 
 
 def test_the_least_recently_used_goes_first():

@@ -9,6 +9,7 @@ from service.core.request import Budget
 from service.core.vision import Frame, Relevance, Seen, SeenClip
 from service.telemetry.metrics import Metrics
 from tests.support.fakes import CARD
+from tests.support.samples import sample
 
 BUDGET = Budget((64, 128), (32, 64))
 ASKED = {"card": CARD, "digest": "d", "question": "q", "budget": BUDGET, "detail": "low"}
@@ -36,7 +37,7 @@ def seen(rows: int = 32, **changes: object) -> Seen:
 
 
 def counted(metrics: Metrics, name: str, **labels: str) -> float | None:
-    return metrics.registry.get_sample_value(f"glimpse_visual_cache_{name}", labels)
+    return sample(metrics, f"glimpse_visual_cache_{name}", labels)
 
 
 def test_every_part_tells_two_keys_apart():

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image as Pillow
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from service.__main__ import bound
 from service.cache.keys import AS_INT8, FeatureKey
 from service.cache.records import pack
 from service.cache.redis_tier import record_key
@@ -25,6 +25,7 @@ from service.cli.terminal import require
 from service.core.errors import Unavailable
 from service.core.request import Budget
 from service.core.vision import VisionFeatures
+from service.serving import bound
 from service.triton_server.installation import StartFailed
 from tests.support.calibrations import calibrated
 from tests.support.documents import BLUE, RED, filled, pdf, tiff
@@ -38,11 +39,17 @@ TWO_PAGES = pdf([filled(RED), filled(BLUE)])
 SHEETS = [Pillow.new("RGB", (60, 40), RED), Pillow.new("RGB", (40, 60), BLUE)]
 
 
+COMMAND = get_command(app)  # to make it takes 0.1 s
+
+
 def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments), input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    with CliRunner().isolation(stdin) as (out, err, _):
+        with pytest.raises(SystemExit) as ended:
+            COMMAND.main(arguments, prog_name="glimpse")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out.getvalue().decode(), err.getvalue().decode()
 
 
 def test_ask_prints_the_answer(server, image):

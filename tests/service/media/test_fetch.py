@@ -24,6 +24,7 @@ from service.telemetry.metrics import Metrics
 from tests.support.fakes import until
 from tests.support.image_hosts import ImageHost, Names, image_host, redirect, response
 from tests.support.pictures import encoded, picture
+from tests.support.samples import sample
 
 IMAGE = encoded(picture(40, 30))
 ALLOWED, INNER = "127.0.0.1", "127.0.0.2"
@@ -575,8 +576,7 @@ async def test_outcomes_are_counted(world):
     await fetcher.fetch(world.url(), "", free)
     await failure(fetcher, world.url("inner.test"))
     counted = [
-        metrics.registry.get_sample_value("glimpse_image_fetches_total", {"outcome": outcome})
-        for outcome in ("ok", "image_url_refused")
+        sample(metrics, "glimpse_image_fetches_total", {"outcome": outcome}) for outcome in ("ok", "image_url_refused")
     ]
     assert counted == [1, 1]
 

@@ -310,7 +310,7 @@ def mutants(count: int) -> Iterator[bytes]:
 async def test_mutants_are_drawn_or_refused():
     """Some make PDFium take all the memory that there is, and end their worker at its limit."""
     drawn = refused = 0
-    async with workers(LIMITS, cpu_s=2) as found:
+    async with workers(LIMITS, cpu_s=2, memory_bytes=256 << 20) as found:
         for data in mutants(400):
             try:
                 decoded = await found.decode(data, (224,))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -71,6 +73,32 @@ def test_what_a_server_makes_is_for_its_user_alone(tmp_path: Path) -> None:
     server.start(["/bin/mkdir", str(tmp_path / "made")], dict(os.environ), subprocess.DEVNULL)
     eventually(lambda: server.exit_status == 0, 10, "made")
     assert (tmp_path / "made").stat().st_mode & 0o077 == 0
+
+
+MODEL = """trap 'touch ended; exit' TERM
+touch begun
+while :; do sleep 0.05; done
+"""
+SERVER = """./triton_python_backend_stub llm/1/model.py region &
+trap 'kill $!' TERM
+while :; do sleep 0.05; done
+"""
+
+
+def test_a_server_without_models_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one tells its model to end, and would never end itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "triton_python_backend_stub").symlink_to("/bin/sh")
+    (tmp_path / "llm" / "1").mkdir(parents=True)
+    (tmp_path / "llm" / "1" / "model.py").write_text(MODEL)
+    server = ServerProcess("glimpse-test-none-", Proc())
+    server.start(["/bin/sh", "-c", SERVER], dict(os.environ), subprocess.DEVNULL)
+    eventually(Path("begun").exists, 20, "the model runs")
+    (model,) = server.models()
+    asyncio.run(asyncio.wait_for(server.stop(120), 60))
+    assert Path("ended").exists()
+    assert server.has_lost(model)
+    assert server.exit_status == -signal.SIGKILL
 
 
 def test_one_call_tells_who_may_have_ended() -> None:

@@ -20,6 +20,7 @@ from service.upstreams.store import VariantsFile, VariantsInRedis
 from service.upstreams.variants import Variant, Variants, VariantsError
 from tests.service.upstreams.tritons import FakeTriton
 from tests.support.fakes import House, until
+from tests.support.samples import sample
 
 PORTS = {"stable": "127.0.0.1:11", "next": "127.0.0.1:12", "third": "127.0.0.1:13"}
 
@@ -43,7 +44,7 @@ class FakeFleet(Fleet):
         return self.tritons.setdefault(address, FakeTriton(address))
 
     def metric(self, name: str) -> float | None:
-        return self._metrics.registry.get_sample_value(f"glimpse_{name}")
+        return sample(self._metrics, f"glimpse_{name}")
 
     @property
     def names(self) -> list[str]:

@@ -22,6 +22,7 @@ from service.upstreams.pool import Pool
 from service.upstreams.retry_budget import RetryBudget
 from tests.service.upstreams.tritons import CARD, FakeTriton
 from tests.support.fakes import until
+from tests.support.samples import sample
 
 IMAGE = np.zeros((3, 224, 224), np.uint8)
 QUESTION = Question(np.zeros(32, np.int32), np.zeros(32, np.int32))
@@ -76,7 +77,7 @@ class Setting:
         return Counter({address: len(triton.calls) for address, triton in self.tritons.items()})
 
     def counted(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(f"glimpse_{name}", {"variant": "stable"} | labels) or 0.0
+        return sample(self.metrics, f"glimpse_{name}", {"variant": "stable"} | labels) or 0.0
 
     def shown(self, name: str) -> set[str]:
         """Return the Tritons that a metric has series of."""

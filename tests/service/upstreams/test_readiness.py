@@ -13,6 +13,7 @@ from service.core.errors import Unavailable
 from service.telemetry.metrics import Metrics
 from service.upstreams.readiness import Readiness
 from tests.support.fakes import CARD, FakeProber, until
+from tests.support.samples import sample
 
 
 async def probed(readiness: Readiness) -> None:
@@ -28,10 +29,10 @@ async def test_what_requests_find_counts_before_any_probe() -> None:
     failing.add("llm")
     assert not readiness.ready
     assert readiness.faults == {"llm": "requests to the model llm fail"}
-    assert metrics.registry.get_sample_value("glimpse_ready") == 0
+    assert sample(metrics, "glimpse_ready") == 0
     failing.clear()
     assert readiness.ready
-    assert metrics.registry.get_sample_value("glimpse_ready") == 1
+    assert sample(metrics, "glimpse_ready") == 1
 
 
 async def test_a_probes_fault_is_told_rather_than_the_requests() -> None:

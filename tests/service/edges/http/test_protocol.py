@@ -18,12 +18,12 @@ import pytest
 import uvicorn
 import uvloop
 
-from service.__main__ import Server
 from service.admission.admission import MAX_LAG_S, UNHURRIED
 from service.edges.http.application import http_api
 from service.edges.http.edge import ConnectionLimits
 from service.edges.http.protocol import limited_protocol
 from service.edges.proxies import NO_PROXIES, Proxies
+from service.serving import Server
 from tests.support.fakes import CLOSER, House, png
 from tests.support.servers import eventually
 

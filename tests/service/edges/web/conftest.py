@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import shutil
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,12 +16,17 @@ import pytest_asyncio
 import uvicorn
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, async_playwright
 
-from service.__main__ import Server
 from service.edges.http.application import http_api
 from service.edges.http.protocol import limited_protocol
+from service.serving import Server
 from tests.support.fakes import CLOSER, FakeProber, House
 
+# Root has no sandbox. The pages are our own. A process in reserve for the next page is never used: each page has a
+# context of its own.
+ARGUMENTS = ["--no-sandbox", "--disable-features=SpareRendererForSitePerProcess"]
 PATIENCE_MS = 60_000  # a busy machine takes seconds to start a page
+# A file's bytes in the page from `text`, which is base64: Playwright sends a list as an object for each item.
+BYTES = "Uint8Array.from(atob(text), (each) => each.charCodeAt(0))"
 BLOCKED = (
     "document.addEventListener('securitypolicyviolation', (e) => console.error(e.violatedDirective, e.blockedURI))"
 )
@@ -29,8 +36,7 @@ BY_BROWSER = "Failed to load resource"  # one for each error status, which tests
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Browser]:
     async with async_playwright() as driver:
-        # Root has no sandbox. The pages are our own.
-        browser = await driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = await driver.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
         yield browser
         await browser.close()
 
@@ -80,6 +86,11 @@ class Visit:
         assert {f"{urlsplit(each.url).scheme}://{urlsplit(each.url).netloc}" for each in self.requests} == {self.url}
 
 
+def text_of(content: bytes) -> str:
+    """BYTES reads it."""
+    return base64.b64encode(content).decode()
+
+
 Open = Callable[..., Awaitable[Visit]]
 
 
@@ -123,7 +134,7 @@ class Kept:
         self.running = asyncio.create_task(self.server.serve(sockets=[listener]))
 
     async def stop(self) -> None:
-        self.server.should_exit = True
+        self.server.handle_exit(signal.SIGTERM, None)
         await self.running
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as Pillow
 
 from service.media import formats
-from tests.service.edges.web.conftest import Kept, Open, Visit
+from tests.service.edges.web.conftest import BYTES, Kept, Open, Visit, text_of
 from tests.service.edges.web.test_films import PLACES, take
 from tests.service.edges.web.test_page import DROP, PHONE, TROUBLE
 from tests.support import films
@@ -23,10 +23,10 @@ COUNT = 10
 PDF = pdf([filled(RED), filled(BLUE, (0, 0, 100, 200)), filled(GREEN)])
 TIFF = tiff([Pillow.new("RGB", (60, 40), RED), Pillow.new("RGB", (40, 60), BLUE)])
 MOVING = "#stage img"
-KINDS = """async (files) => {
+KINDS = """async (texts) => {
     const { kindOf } = await import("./page/kinds.js");
-    return Promise.all(files.map((bytes) => kindOf(new File([new Uint8Array(bytes)], "file"))));
-}"""
+    return Promise.all(texts.map((text) => kindOf(new File([BYTES], "file"))));
+}""".replace("BYTES", BYTES)
 SEEN = "(canvases) => canvases.map((canvas) => canvas.width / canvas.height)"
 
 
@@ -89,7 +89,7 @@ TOLD: dict[str, tuple[bytes, dict[str, Any]]] = {
 
 
 async def test_the_bytes_of_a_file_say_what_it_is(visit: Visit) -> None:
-    told = await visit.page.evaluate(KINDS, [list(data) for data, _ in TOLD.values()])
+    told = await visit.page.evaluate(KINDS, [text_of(data) for data, _ in TOLD.values()])
     assert dict(zip(TOLD, told, strict=True)) == {name: kind for name, (_, kind) in TOLD.items()}
 
 
@@ -100,7 +100,7 @@ async def test_an_image_that_moves_is_shown_so_and_asked_as_a_video(visit: Visit
     if way == "choose":
         await visit.choose(content, name)
     else:
-        await visit.page.evaluate(DROP, [name, list(content), way])
+        await visit.page.evaluate(DROP, [name, text_of(content), way])
     await visit.page.wait_for_selector(MOVING)
     assert await visit.page.get_attribute(MOVING, "alt") == f"{name}, moving"
     assert await visit.page.locator(MOVING).evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 112

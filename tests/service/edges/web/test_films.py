@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.async_api import Route
 
-from tests.service.edges.web.conftest import Visit
+from tests.service.edges.web.conftest import Visit, text_of
 from tests.service.edges.web.test_page import DROP
 from tests.support import clips, films
 from tests.support.fakes import png
@@ -68,7 +68,7 @@ async def test_the_frames_that_were_looked_at_are_a_strip(visit: Visit, name: st
     indices = [0, 3, 6, 9]
     await answered(visit, indices)
     if way == "drop":
-        await visit.page.evaluate(DROP, [name, list(film), way])
+        await visit.page.evaluate(DROP, [name, text_of(film), way])
         await visit.page.wait_for_selector(f"#stage canvas[aria-label^='{name}']")
     else:
         await take(visit, film, name)

@@ -11,7 +11,7 @@ from playwright.async_api import Browser
 
 from service.core.errors import Overloaded, Unavailable
 from service.media.store import ImageStore
-from tests.service.edges.web.conftest import Kept, Open, Visit, kept
+from tests.service.edges.web.conftest import BYTES, Kept, Open, Visit, kept, text_of
 from tests.support.fakes import png, until
 from tests.support.keys import Keys
 
@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.needs("chromium"), pytest.mark.slow, pytest.mark.async
 
 PHONE = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
 TROUBLE = "#trouble strong"
-DROP = """([name, bytes, kind]) => {
+DROP = """([name, text, kind]) => {
     const data = new DataTransfer();
-    data.items.add(new File([new Uint8Array(bytes)], name));
+    data.items.add(new File([BYTES], name));
     const event = kind === "drop" ? new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true })
         : new ClipboardEvent(kind, { clipboardData: data, bubbles: true, cancelable: true });
     document.body.dispatchEvent(event);
-}"""
+}""".replace("BYTES", BYTES)
 
 
 def icon() -> bytes:
@@ -77,7 +77,7 @@ async def test_an_image_is_sent_once_for_many_questions_and_earlier_ones_stay(vi
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
 async def test_an_image_is_dropped_or_pasted(visit: Visit, way: str):
-    await visit.page.evaluate(DROP, ["dropped.png", list(png()), way])
+    await visit.page.evaluate(DROP, ["dropped.png", text_of(png()), way])
     await visit.page.wait_for_selector("#stage canvas[aria-label^='dropped.png']")
     await visit.ask("what is there?")
     assert await visit.answers() == ["a red square"]
@@ -164,6 +164,7 @@ async def test_an_image_that_the_service_does_not_read_is_told(visit: Visit):
 
 async def test_a_full_service_is_asked_again_after_its_time(visit: Visit, service: Kept):
     service.house.vision.fault = Overloaded("the service is full: retry after 8 s", retry_after_s=8.0)
+    await visit.page.clock.install()
     await visit.choose(png())
     await visit.ask("what is there?")
     assert await visit.page.inner_text(TROUBLE) == "The service is full"
@@ -171,7 +172,8 @@ async def test_a_full_service_is_asked_again_after_its_time(visit: Visit, servic
     assert await again.is_disabled()
     assert "Ask again in" in await again.inner_text()
     service.house.vision.fault = None
-    await again.click()  # waits until it can
+    await visit.page.clock.run_for(8_000)
+    await again.click()
     assert await visit.answers() == ["a red square"]
     assert not await visit.page.inner_text("#trouble")
 

@@ -21,7 +21,7 @@ def main(scheduling: type[Scheduler] | None = None) -> int:
     try:
         settings = read_settings()
         configure_log(settings, stream_to(output, sys.stderr))
-        gc.disable()  # until it is ready: what the start makes is no garbage
+        gc.disable()  # while modules are imported: they are no garbage
         from service.serving import run  # noqa: PLC0415 - takes a second, which wrong settings need not wait
 
         run(settings, output, scheduling)

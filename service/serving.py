@@ -80,6 +80,7 @@ class Server(uvicorn.Server):
 def run(settings: Settings, output: Output, scheduling: type[Scheduler] | None = None) -> None:
     """Serve until SIGINT or SIGTERM. Raises SettingsError and StartFailed."""
     app = build(settings, scheduling or Scheduler)
+    gc.enable()  # callers may come before it is ready
     with bound(settings.http_host, settings.http_port, "GLIMPSE_HTTP_PORT") as listener:
         uvloop.run(serve(app, listener, stream_to(output, sys.stdout)))
 
@@ -143,7 +144,6 @@ async def run_behind(app: App, listener: socket.socket, rpc_port: int, out: Stre
         gc.collect()
         gc.freeze()  # the objects of the start are never collected
         gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
-        gc.enable()
         event = "ready" if app.settings.embedded else "listening"
         url, model = url_of(listener), app.card.name
         tell(app.settings, out, event, greeting(app, url, rpc_port), url=url, grpc_port=rpc_port, model=model)

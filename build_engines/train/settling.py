@@ -76,7 +76,7 @@ def needed(scores: Tensor) -> Tensor:
     return (REFINEMENT_COST * relevant.float().sum(1) / ROOM).clamp(max=1.0)
 
 
-def settle(balancing: OpponentProcessing, curves: Curves) -> None:
+def settle(balancing: OpponentProcessing, curves: Curves, steps: int = STEPS) -> None:
     """Train `balancing` in place. The weights, explore and diversify keep their values."""
     gain, prior = gains(curves.losses), needed(curves.scores)
     with torch.no_grad():  # particularize is learned anew
@@ -89,9 +89,9 @@ def settle(balancing: OpponentProcessing, curves: Curves) -> None:
     weight = 1.0 / torch.bincount(group, minlength=2 * number).clamp(min=1).float()[group]
     weight = weight / weight.sum()
     optimizer = torch.optim.AdamW(balancing.parameters(), lr=RATE, weight_decay=DECAY)
-    for step in range(STEPS):
+    for step in range(steps):
         for options in optimizer.param_groups:
-            options["lr"] = RATE * (1 - step / STEPS)
+            options["lr"] = RATE * (1 - step / steps)
         said = _logits(balancing, curves)
         particularize = torch.sigmoid(said[:, PARTICULARIZE])
         moved = (said - before).square()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from build_engines.model.allocation import CELL_COUNT, MOST_TOKENS, REFINEMENT_COST, cells_of
-from build_engines.model.balancing import WAYS, OpponentProcessing
+from build_engines.model.balancing import WAYS, OpponentProcessing, quadrant_summaries
 
 SHARES = (0.0, 0.15, 0.4, 1.0)  # of the range from least to most tokens
 KNEE = 0.25  # share of the room that yields most of the gain
@@ -82,7 +82,8 @@ def settle(balancing: OpponentProcessing, curves: Curves, steps: int = STEPS) ->
     with torch.no_grad():  # particularize is learned anew
         balancing.out.weight[PARTICULARIZE] = 0
         balancing.out.bias[PARTICULARIZE] = torch.logit(prior.mean(), eps=1e-3)
-    before = _logits(balancing, curves).detach()
+    summaries = quadrant_summaries(curves.scores)
+    before = _logits(balancing, summaries, curves.meanings).detach()
     number = int(curves.kinds.max()) + 1
     # Every kind of question counts equally, separately for plain scenes and those with a closer view.
     group = curves.kinds + number * curves.closely.long()
@@ -92,7 +93,7 @@ def settle(balancing: OpponentProcessing, curves: Curves, steps: int = STEPS) ->
     for step in range(steps):
         for options in optimizer.param_groups:
             options["lr"] = RATE * (1 - step / steps)
-        said = _logits(balancing, curves)
+        said = _logits(balancing, summaries, curves.meanings)
         particularize = torch.sigmoid(said[:, PARTICULARIZE])
         moved = (said - before).square()
         held = moved.sum(1) - moved[:, PARTICULARIZE]
@@ -103,6 +104,6 @@ def settle(balancing: OpponentProcessing, curves: Curves, steps: int = STEPS) ->
         optimizer.step()
 
 
-def _logits(balancing: OpponentProcessing, curves: Curves) -> Tensor:
-    weights, tensions = balancing(curves.scores, curves.meanings)
+def _logits(balancing: OpponentProcessing, summaries: Tensor, meanings: Tensor) -> Tensor:
+    weights, tensions = balancing.of(summaries, meanings)
     return torch.cat([weights.clamp(min=1e-6).log(), torch.logit(tensions, eps=1e-6)], dim=1)

@@ -198,7 +198,8 @@ def export_graph(graph: Graph, path: Path, most_inline_bytes: int = MOST_INLINE_
     arguments, shapes = tuple(graph.inputs.values()), ShapesCollection()  # by tensor, because forward may take `*past`
     for name, axes in graph.dynamic.items():
         shapes[graph.inputs[name]] = dict.fromkeys(axes, Dim.DYNAMIC)
-    with warnings.catch_warnings():
+    # PyTorch's cache of traced shapes costs more than it saves if a shape is dynamic.
+    with warnings.catch_warnings(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
             graph.module,

@@ -49,6 +49,10 @@ class OpponentProcessing(nn.Module):
         self.out.bias.data.copy_(torch.tensor(start))
 
     def forward(self, scores: Tensor, meaning: Tensor) -> Balance:
-        known = torch.cat([quadrant_summaries(scores), self.norm(meaning)], dim=1)
+        return self.of(quadrant_summaries(scores), meaning)
+
+    def of(self, summaries: Tensor, meaning: Tensor) -> Balance:
+        """`forward` with the `quadrant_summaries` of the scores, which nothing here teaches."""
+        known = torch.cat([summaries, self.norm(meaning)], dim=1)
         said = self.out(functional.gelu(self.hidden(known)))
         return Balance(torch.softmax(said[:, :WAYS], dim=1), torch.sigmoid(said[:, WAYS:]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from build_engines.scenes.world import CHARACTERS, COLOUR_NAMES, NONE, SHAPES, SIZE_NAMES, Thing
+from build_engines.scenes.world import CHARACTERS, COLOUR_NAMES, NONE, SHAPES, SIZE_NAMES, Thing, draw_index
 
 TYPES = ("colour", "shape", "count", "exist", "relation", "size", "read")
 DESCRIBE = "describe"
@@ -173,7 +173,7 @@ def _count(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None
         if len(things) >= len(NUMBERS):
             return None
         return Question(template, NUMBERS[len(things)], "count", tuple(range(len(things))))
-    wanted = int(rng.choice(6, p=(0.16, 0.22, 0.24, 0.18, 0.12, 0.08)))
+    wanted = draw_index(rng, (0.16, 0.22, 0.24, 0.18, 0.12, 0.08))
     for _ in range(8):
         name = _any_name(rng, things) if wanted else absent_name(rng, things)
         if name is None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import colorsys
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -127,7 +129,7 @@ def sample_scene(
     for _ in range(wanted * 12):
         if len(things) == wanted:
             break
-        size = int(rng.choice(3, p=world.size_weights))
+        size = draw_index(rng, world.size_weights)
         diameter = float(rng.uniform(*SIZES[SIZE_NAMES[size]]))
         place = _free_place(rng, world, diameter, things, extent)
         if place is None:
@@ -165,6 +167,17 @@ def sample_scene(
     return things
 
 
+def draw_index(rng: np.random.Generator, shares: tuple[float, ...]) -> int:
+    """Draw what `rng.choice(len(shares), p=shares)` draws, in 2 µs instead of 24."""
+    return bisect_right(_thresholds(shares), rng.random())
+
+
+@cache
+def _thresholds(shares: tuple[float, ...]) -> list[float]:
+    total = np.cumsum(shares)
+    return (total / total[-1]).tolist()
+
+
 def _free_place(
     rng: np.random.Generator, world: World, diameter: float, things: list[Thing], extent: tuple[float, float]
 ) -> tuple[float, float] | None:
@@ -172,7 +185,7 @@ def _free_place(
     if 2 * (radius + 2) >= min(extent):
         return None
     for _ in range(8):
-        x, y = (float(v) for v in rng.uniform(radius + 2, np.subtract(extent, radius + 2)))
+        x, y = (float(rng.uniform(radius + 2, side - (radius + 2))) for side in extent)
         if world.lattice_jitter is not None:
             offset = 0.0 if round(diameter / PATCH_SIZE) % 2 else 0.5
             x, y = (

@@ -34,6 +34,7 @@ from build_engines.train.prefixes import settle_positions
 from build_engines.train.relevance import question_tensors
 from build_engines.train.selection import GUIDED
 from build_engines.train.settling import SHARES, Curves, settle
+from build_engines.train.settling import STEPS as SETTLING_STEPS
 from build_engines.train.spending import Price, ceiling
 from build_engines.train.stages import Plan, device
 
@@ -112,7 +113,7 @@ def train_allocator(plan: Plan) -> None:
             measured(looking, plain, plan.steps(SETTLED_PLAIN), False),
             measured(looking, close, plan.steps(SETTLED_CLOSE), True),
         ]
-        settle(looking.balancing, Curves.joined(curves))
+        settle(looking.balancing, Curves.joined(curves), plan.size(SETTLING_STEPS, tiny=20))
         settle_positions(looking, plain.kept, plan.steps(POSITION_STEPS))
         course.state |= {"settled": True}
         course.log({"valid": validate(), "state": course.state})

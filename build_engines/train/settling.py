@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from build_engines.model.allocation import CELL_COUNT, MOST_TOKENS, REFINEMENT_COST, cells_of
-from build_engines.model.balancing import WAYS, OpponentProcessing
+from build_engines.model.balancing import WAYS, OpponentProcessing, quadrant_summaries
 
 SHARES = (0.0, 0.15, 0.4, 1.0)  # of the range from least to most tokens
 KNEE = 0.25  # share of the room that yields most of the gain
@@ -76,23 +76,24 @@ def needed(scores: Tensor) -> Tensor:
     return (REFINEMENT_COST * relevant.float().sum(1) / ROOM).clamp(max=1.0)
 
 
-def settle(balancing: OpponentProcessing, curves: Curves) -> None:
+def settle(balancing: OpponentProcessing, curves: Curves, steps: int = STEPS) -> None:
     """Train `balancing` in place. The weights, explore and diversify keep their values."""
     gain, prior = gains(curves.losses), needed(curves.scores)
     with torch.no_grad():  # particularize is learned anew
         balancing.out.weight[PARTICULARIZE] = 0
         balancing.out.bias[PARTICULARIZE] = torch.logit(prior.mean(), eps=1e-3)
-    before = _logits(balancing, curves).detach()
+    summaries = quadrant_summaries(curves.scores)
+    before = _logits(balancing, summaries, curves.meanings).detach()
     number = int(curves.kinds.max()) + 1
     # Every kind of question counts equally, separately for plain scenes and those with a closer view.
     group = curves.kinds + number * curves.closely.long()
     weight = 1.0 / torch.bincount(group, minlength=2 * number).clamp(min=1).float()[group]
     weight = weight / weight.sum()
     optimizer = torch.optim.AdamW(balancing.parameters(), lr=RATE, weight_decay=DECAY)
-    for step in range(STEPS):
+    for step in range(steps):
         for options in optimizer.param_groups:
-            options["lr"] = RATE * (1 - step / STEPS)
-        said = _logits(balancing, curves)
+            options["lr"] = RATE * (1 - step / steps)
+        said = _logits(balancing, summaries, curves.meanings)
         particularize = torch.sigmoid(said[:, PARTICULARIZE])
         moved = (said - before).square()
         held = moved.sum(1) - moved[:, PARTICULARIZE]
@@ -103,6 +104,6 @@ def settle(balancing: OpponentProcessing, curves: Curves) -> None:
         optimizer.step()
 
 
-def _logits(balancing: OpponentProcessing, curves: Curves) -> Tensor:
-    weights, tensions = balancing(curves.scores, curves.meanings)
+def _logits(balancing: OpponentProcessing, summaries: Tensor, meanings: Tensor) -> Tensor:
+    weights, tensions = balancing.of(summaries, meanings)
     return torch.cat([weights.clamp(min=1e-6).log(), torch.logit(tensions, eps=1e-6)], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -18,7 +19,21 @@ LARGEST_VOCABULARY = 640
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a tokenizer on generated questions, reproducibly.
+    """Return the tokenizer of generated questions. Each caller gets one of its own."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained(),  # copied by transformers
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        model_max_length=320,
+    )
+
+
+@cache
+def _trained() -> Tokenizer:
+    """Train on generated questions, reproducibly. It takes seconds, so once in a process.
 
     All 256 bytes are tokens, so no text is unknown.
     """
@@ -38,15 +53,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     for answer in ANSWERS:
         if len(tokenizer.encode(f" {answer}", add_special_tokens=False).ids) != 1:
             raise ValueError(f"the answer {answer!r} is not one token: raise LARGEST_VOCABULARY")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        model_max_length=320,
-    )
+    return tokenizer
 
 
 def _corpus() -> Iterator[str]:

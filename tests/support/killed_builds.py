@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from build_engines.convert.inspection import inspect
 from build_engines.convert.plan import Step, plan
 from build_engines.convert.run import is_done
 
-# In this order, few exports are made twice.
 PHASES = ("finished", "begun", "made")
 
 
@@ -46,14 +45,19 @@ def build_until(arguments: list[str], environment: Mapping[str, str], phase: str
     build.main(arguments)
 
 
-def kill_at_every_step(arguments: list[str], environment: Mapping[str, str], out: Path) -> list[str]:
-    """The names of all steps to do: each was where a build ended, before, within or after its work."""
+def kill_at_every_step(
+    arguments: list[str], environment: Mapping[str, str], out: Path, phases: Sequence[str] = PHASES
+) -> list[str]:
+    """The names of all steps to do: each was where a build ended, in one of the phases in turn.
+
+    What a build had made when it was killed as "made" is made again.
+    """
     asked = build.options_of(build.parser().parse_args(arguments))
     source = inspect(asked.checkpoint)
     steps = [step.name for step in plan(asked, source, build.root_of(source)) if not is_done(asked.work, step)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["build_engines.convert.steps", "tests.support.exporter"])
-    for phase, step in zip(cycle(PHASES), steps, strict=False):
+    for phase, step in zip(cycle(phases), steps, strict=False):
         process = context.Process(target=build_until, args=(arguments, dict(environment), phase, step))
         process.start()
         process.join()

@@ -80,7 +80,7 @@ def save_instructblip_vicuna(directory: Path) -> None:
     tokenizer, words = _letters("</s>"), _words()
     processor = InstructBlipProcessor(IMAGE, tokenizer, words, num_query_tokens=32)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    text = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    text = {"model_type": "llama", "hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 330, "max_position_embeddings": 256,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
     config = InstructBlipConfig(
@@ -96,7 +96,7 @@ def save_instructblip_vicuna(directory: Path) -> None:
 def save_instructblip_video_vicuna(directory: Path) -> None:
     """As an InstructBLIP-Video with a Vicuna."""
     tokenizer, words = with_video_token(_letters("</s>")), _words()
-    text = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    text = {"model_type": "llama", "hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 330, "max_position_embeddings": 256,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
     config = InstructBlipVideoConfig(

@@ -10,7 +10,6 @@ import httpx
 import onnx
 import pytest
 
-from build_engines.convert import __main__ as build
 from build_engines.convert.integers import to_int4, to_int8
 from build_engines.convert.options import Options, Refused, checked
 from build_engines.convert.plan import plan
@@ -20,6 +19,7 @@ from service.core.precision import REDUCED
 from tests.build_engines.convert.test_build_plan import ROOT, source
 from tests.support.paths import SCENES
 from tests.support.servers import StartGateway
+from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt
 
 TIMEOUT_S = 60.0
@@ -51,10 +51,12 @@ def test_a_count_of_no_questions_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
-def test_a_build_has_fp32_and_the_other_graphs_and_says_how_often_they_agree(tmp_path: Path, precision: str) -> None:
+def test_a_build_has_fp32_and_the_other_graphs_and_says_how_often_they_agree(
+    exports: SharedExports, tmp_path: Path, precision: str
+) -> None:
     save_blip2_opt(tmp_path / "opt")
     wanted = ["--precision", precision, "--agreement-questions", "3", "--out", str(tmp_path / "built")]
-    assert build.main([str(tmp_path / "opt"), *wanted]) == 0
+    assert exports.build(str(tmp_path / "opt"), *wanted) == 0
     for name in (*REDUCED, "relevance_allocator"):
         files = {path.name for path in (tmp_path / "built" / name / "1").glob("*.onnx")}
         integers = precision == "int8" and name in REDUCED

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from build_engines.export import Graph, export_graph
 from build_engines.model.allocation import CELL_COUNT, LEFT_OUT, cells_of
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
@@ -178,20 +174,3 @@ def test_a_clip_of_one_frame_begins_as_the_q_former_reads_it(attention):
     # The halves attend to each other as well, so that equal queries stay equal.
     assert torch.allclose(visual_tokens[:32], expected, atol=1e-4)
     assert torch.allclose(visual_tokens[32:], expected, atol=1e-4)
-
-
-def test_the_exported_graph_answers_as_pytorch_at_any_number_of_frames(attention, tmp_path: Path):
-    given = arguments(4)
-    of_frames = ("features", "saliency", "entropy", "texture", "times")
-    outputs = ["visual_tokens", "relevance", "scores", "levels", "tensions"]
-    graph = Graph("attend_clip", attention, given, {name: {0: "frames"} for name in of_frames}, outputs)
-    export_graph(graph, tmp_path / "clip.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "clip.onnx"), providers=["CPUExecutionProvider"])
-    for frames, budget in ((1, (64, 256)), (2, (64, 64)), (5, (100, 120)), (8, (64, 256)), (32, (64, 200))):
-        given = arguments(frames, budget)
-        with torch.no_grad():
-            expected = attention(*given.values())
-        found = session.run(outputs, {name: tensor.numpy() for name, tensor in given.items()})
-        for name, ours, theirs in zip(outputs, expected, found, strict=True):
-            assert theirs.shape == tuple(ours.shape), name
-            assert np.abs(ours.numpy() - theirs).max() < 1e-4, (name, frames)

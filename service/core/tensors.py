@@ -183,7 +183,9 @@ _LLM_LOG_PROBS = Tensor("return_log_probs", "BOOL", (1,), "TensorRT-LLM gives th
 _LLM_TOP = Tensor("num_top_log_probs", "INT32", (1,), "likeliest tokens to tell beside each token", optional=True)
 _LLM_CLIPS = Tensor(CLIP_WEIGHTS, "BOOL", (1,), "true: the weights for clips and several images", optional=True)
 _LLM_GUIDE = (
-    Tensor("guided_decoding_guide_type", TEXT, (-1,), "how the answer is constrained: json_schema or regex", optional=True),
+    Tensor(
+        "guided_decoding_guide_type", TEXT, (-1,), "how the answer is constrained: json_schema, regex", optional=True
+    ),
     Tensor("guided_decoding_guide", TEXT, (-1,), "UTF-8: the schema or the regular expression", optional=True),
 )
 _LLM_STOP = Tensor("stop", "BOOL", (1,), "true ends the request with the same id", optional=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from types import MappingProxyType
@@ -41,9 +43,22 @@ def _frames() -> list[Image.Image]:
     return [Image.fromarray((first * np.linspace(0.4, 1, FRAMES)[index]).astype(np.uint8)) for index in range(FRAMES)]
 
 
+@contextmanager
+def usual_scheduling() -> Iterator[None]:
+    """Undo what an encoder does to the thread that calls it: for root, SVT-AV1 makes it a real-time one.
+
+    Its children would be such too, and leave no other process a turn.
+    """
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def _film(codec: str, container: str, of_container: dict[str, str], of_codec: dict[str, str]) -> bytes:
     file = BytesIO()
-    with av.open(file, "w", format=container, options=of_container) as out:
+    with usual_scheduling(), av.open(file, "w", format=container, options=of_container) as out:
         stream = out.add_stream(codec, rate=10, options=of_codec)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for index, picture in enumerate(_frames()):

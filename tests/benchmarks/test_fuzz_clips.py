@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from random import Random
 
@@ -25,6 +26,12 @@ LIMITS = ImageLimits()
 @pytest.mark.parametrize("name", [*CODECS, *ANIMATIONS])
 def test_every_clip_to_start_from_is_decoded(name):
     assert len(decode_clip(films()[name], LIMITS, FRAMES).frames) == FRAMES
+
+
+def test_no_encoder_leaves_this_thread_a_real_time_one():
+    clips_again = films.__wrapped__()
+    assert clips_again.keys() == films().keys()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -10,6 +10,8 @@ import av
 import numpy as np
 from PIL import Image as Pillow
 
+from benchmarks.fuzz.films import usual_scheduling
+
 YELLOW, BLUE = (250, 220, 10), (40, 80, 120)
 HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"stbl")
 
@@ -48,7 +50,7 @@ def film(
 ) -> bytes:
     """Encode `count` scenes. `turned` is in degrees to the left, as FFmpeg's display matrix takes it."""
     file = BytesIO()
-    with av.open(file, "w", format=container, options=dict(container_options or {})) as out:
+    with usual_scheduling(), av.open(file, "w", format=container, options=dict(container_options or {})) as out:
         stream = out.add_stream(codec, rate=rate, options=dict(options or {}))
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt

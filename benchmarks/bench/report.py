@@ -11,7 +11,7 @@ from typing import Any
 COLOURS = {"naive": "#9aa5b1", "litserve": "#c28f5c", "triton": "#7a8fc9", "glimpse": "#1b998b",
            "glimpse-no-cache": "#e0567a", "glimpse-no-scheduler": "#8e6bbf", "glimpse-no-fidelity": "#5b5b5b",
            "glimpse-no-reuse": "#d1b13c", "fifo": "#7a8fc9", "glimpse-door": "#14675a",
-           "fifo-door": "#46578c"}  # fmt: skip
+           "fifo-door": "#46578c", "glimpse-no-limit": "#b07a4f"}  # fmt: skip
 LATENCIES = ("first_token_ms", "inter_token_ms", "end_to_end_ms")
 LEGEND_COLUMNS = 4  # more columns are wider than a picture of three workloads
 

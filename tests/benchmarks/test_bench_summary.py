@@ -10,8 +10,9 @@ from PIL import Image
 from benchmarks.bench.deaths import good_per_s, refusals_s
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, Sample
-from benchmarks.bench.report import table, text, write
+from benchmarks.bench.report import COLOURS, table, text, write
 from benchmarks.bench.summary import Verdict, first_tokens, latencies, pooled_ratio, profile, ratio, summary
+from benchmarks.bench.systems import SYSTEMS
 from benchmarks.bench.workloads import Workload
 
 PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst=(2, 1.0)), 1.0, 8, "out.json")
@@ -146,3 +147,7 @@ def test_the_report_is_json_and_a_picture(tmp_path):
 def test_a_plan_reaches_the_load_generator_as_it_is(arrivals):
     plan = Plan("glimpse", ["a", "b"], Workload("mixed", share=0.75), arrivals, 5.0, 8, "x", visual_tokens=(32, 64))
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_every_system_has_a_colour():
+    assert COLOURS.keys() == SYSTEMS.keys()

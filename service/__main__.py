@@ -21,9 +21,10 @@ def main(scheduling: type[Scheduler] | None = None) -> int:
     try:
         settings = read_settings()
         configure_log(settings, stream_to(output, sys.stderr))
-        gc.disable()  # while modules are imported: they are no garbage
+        gc.disable()  # modules are no garbage
         from service.serving import run  # noqa: PLC0415 - takes a second, which wrong settings need not wait
 
+        gc.enable()
         run(settings, output, scheduling)
     except SettingsError as exc:
         sys.stderr.write(f"glimpse: {exc}\n")

@@ -80,7 +80,6 @@ class Server(uvicorn.Server):
 def run(settings: Settings, output: Output, scheduling: type[Scheduler] | None = None) -> None:
     """Serve until SIGINT or SIGTERM. Raises SettingsError and StartFailed."""
     app = build(settings, scheduling or Scheduler)
-    gc.enable()  # callers may come before it is ready
     with bound(settings.http_host, settings.http_port, "GLIMPSE_HTTP_PORT") as listener:
         uvloop.run(serve(app, listener, stream_to(output, sys.stdout)))
 

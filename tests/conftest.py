@@ -179,6 +179,14 @@ def frozen() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def same_scheduling() -> Iterator[None]:
+    """Fail if a file's tests leave their thread another priority, which all later tests and servers would inherit."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(os.environ.get("GLIMPSE_MODEL_REPOSITORY", PROJECT / "model_repository"))

@@ -354,9 +354,13 @@ def glimpse(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.slow
 def test_serve_refuses_wrong_settings_with_status_2():
-    done = glimpse("serve", GLIMPSE_HTTP_PROT="1")
+    """Before everything that only a service needs is imported, which takes seconds."""
+    done = glimpse("serve", GLIMPSE_HTTP_PROT="1", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 2
     assert "did you mean GLIMPSE_HTTP_PORT" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "service.settings" in imported
+    assert imported.isdisjoint({"service.serving", "service.pipeline", "fastapi", "grpc"})
 
 
 @pytest.mark.slow

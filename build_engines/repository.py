@@ -173,13 +173,18 @@ def models(dimensions: Dimensions) -> list[Model]:
         of("qformer", "Vision tokens to the visual tokens that the LLM reads.", "qformer"),
         of(
             "llm",
-            "The language model: one response a token, requests batched in flight.",
+            "The language model: tokens to their callers as they come, requests batched in flight.",
             "llm",
             max_batch=LLM_MAX_BATCH,
             parameters=(
                 Parameter("max_rows", str(dimensions.llm_max_rows), "requests decoded at once"),
                 Parameter("max_queue", str(dimensions.llm_max_queue), "requests that wait for a row; more are refused"),
                 Parameter("max_prefill_tokens", "160", "prompt tokens read between two steps of those decoding"),
+                Parameter(
+                    "stream_interval_ms",
+                    "20",
+                    "least time between two responses of a request; a token that comes sooner waits for the next",
+                ),
                 *prefix_cache(dimensions),
                 cores(dimensions, "llm", "step"),
                 nice("5", "while it waits for cores it decodes more rows at once, at less cost a row"),
@@ -236,7 +241,7 @@ def config(model: Model) -> str:
             blocks.append(f"# {knob.why}")
             blocks.append(f'parameters {{ key: "{knob.name}", value: {{ string_value: "{knob.value}" }} }}')
         if model.decoupled:
-            blocks.append("# A response for each token, and the call returns before the last one is sent.")
+            blocks.append("# A response has one token or more, and the call returns before the last one is sent.")
             blocks.append("model_transaction_policy { decoupled: true }")
     return "\n".join(blocks) + "\n"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -46,8 +48,10 @@ class Caller:
     sender: Any
     outputs: tuple[str, ...]
     payer: Payer = NOBODY
-    streaming: bool = True  # True: one response per token; False: one response at the end
+    streaming: bool = True  # True: responses while it decodes; False: one response at the end
+    interval_s: float = 0.0  # least time between two responses: a token that comes sooner waits for the next one
     untold: list[Event] = field(default_factory=list)  # not sent yet
+    told_at: float = -math.inf  # monotonic time of the last response
     span: Span | None = None  # of the whole sequence, if its request is traced
 
     def say(self, event: Event) -> None:
@@ -55,12 +59,14 @@ class Caller:
         if self.span is not None:
             self._record(event, self.span)
         if event.error is not None:
+            if self.untold and self.streaming:
+                self._respond()
             self.fail(event.error, "INTERNAL")
         elif event.token is None:
             self.end()
         else:
             self.untold.append(event)
-            if self.streaming or event.finished:
+            if event.finished or (self.streaming and time.monotonic() - self.told_at >= self.interval_s):
                 self._respond()
 
     def _record(self, event: Event, span: Span) -> None:
@@ -83,6 +89,7 @@ class Caller:
             "top_log_probs": self._likeliest(1, np.float32),
         }
         self.untold.clear()
+        self.told_at = time.monotonic()
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last.finished else 0
         self.sender.send(pb_utils.InferenceResponse([write(name, values[name]) for name in self.outputs]), flags)
 
@@ -141,6 +148,7 @@ class TritonPythonModel:
             decoder.vocab_size, decoder.hidden_size, card.max_positions, ends_with_text=card.image_marks is not None
         )
         self._outputs = tuple(parameters.outputs)
+        self._interval_s = parameters.integer("stream_interval_ms", 20, least=0) / 1e3
         self._delivery = Delivery(self._say)
         self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
         self._guiding = Guiding(
@@ -161,6 +169,7 @@ class TritonPythonModel:
         for request in requests:
             asked = request.requested_output_names()
             caller = Caller(request.get_response_sender(), tuple(name for name in self._outputs if name in asked))
+            caller.interval_s = self._interval_s
             try:
                 self._take(request, caller)
             except (InvalidRequest, QueueFull, Closed) as error:

@@ -1,6 +1,6 @@
 """Test the `llm` model as Triton calls it, on the committed decoder graph.
 
-Requests go in; one response per token comes out.
+Requests go in, responses come out: one a token, but where a test sets `stream_interval_ms`.
 """
 
 import shutil
@@ -11,8 +11,10 @@ import pytest
 from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
 
 from service.core.card import ModelCard
+from service.core.request import Sampling
 from service.text.prompt import load_tokenizer, token_bytes
-from triton_models.llm import TritonPythonModel
+from triton_models.batcher import Event, Sequence
+from triton_models.llm import Caller, TritonPythonModel
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs", "top_ids", "top_log_probs"]
@@ -22,6 +24,7 @@ V, H = CARD.vocab_size, CARD.hidden_size
 
 def start(**parameters: str) -> TritonPythonModel:
     model = TritonPythonModel()
+    parameters = {"stream_interval_ms": "0"} | parameters
     model.initialize(start_arguments(REPOSITORY / "llm", inputs=[], outputs=OUTPUTS, parameters=parameters))
     return model
 
@@ -159,6 +162,42 @@ def test_without_streaming_the_answer_comes_as_one_response(model):
     (response,) = responses(whole)
     assert response.outputs["output_ids"].tolist() == [[said]]
     assert len(said) == 12
+
+
+def test_tokens_that_come_soon_after_a_response_wait_for_a_later_one():
+    model = start(stream_interval_ms="60000")
+    soon, whole = request(max_tokens=12), request(max_tokens=12, streaming=np.array([[False]]))
+    model.execute([soon, whole])
+    (said,) = (each.outputs["output_ids"].ravel().tolist() for each in responses(whole))
+    parts = [each.outputs["output_ids"].ravel().tolist() for each in responses(soon)]
+    assert parts == [said[:1], said[1:]]  # the first is never late, and the end brings what waited
+    model.finalize()
+
+
+def test_a_response_tells_of_every_token_that_waited():
+    model = start(stream_interval_ms="60000")
+    asked = request(max_tokens=6, outputs=OUTPUTS, num_top_log_probs=np.array([[2]], np.int32))
+    model.execute([asked])
+    first, rest = (each.outputs for each in responses(asked))
+    assert [each["sequence_length"].item() for each in (first, rest)] == [1, 6]
+    assert rest["output_log_probs"].shape == (1, 1, 5)
+    assert rest["top_ids"].shape == (1, 1, 5, 2)
+    told = [each["output_log_probs"].sum() for each in (first, rest)]
+    np.testing.assert_allclose(rest["cum_log_probs"].item(), sum(told), rtol=1e-5)
+    model.finalize()
+
+
+def test_tokens_that_waited_are_sent_before_an_error():
+    sender = InferenceRequest({}, [], "").sender
+    caller = Caller(sender, ("output_ids",), interval_s=60.0)
+    sequence = Sequence("", prompt=None, sampling=Sampling(), end_id=-1)
+    for token in (3, 4, 5):
+        caller.say(Event(sequence, token, 0.0, False, generated=token - 2))
+    caller.say(Event(sequence, None, 0.0, True, "decode step failed: out of memory"))
+    parts = [sender.next() for _ in range(3)]
+    assert [part.outputs["output_ids"].ravel().tolist() for part, _ in parts[:2]] == [[3], [4, 5]]
+    assert [final for _, final in parts] == [False, False, True]
+    assert "out of memory" in parts[2][0].error.message()
 
 
 def test_stop_without_an_id_is_refused_as_it_would_end_strangers(model):

@@ -414,7 +414,7 @@ class Pipeline:
         untold: list[TokenLogProb] = []  # of tokens whose text is not certain yet
         generation = Generation(
             prompt,
-            replace(sampling, log_probs=told is not None),
+            sampling if sampling.log_probs == tells else replace(sampling, log_probs=tells),
             end_id=card.end_id,
             pad_id=card.pad_id,
             request_id=f"{ticket.request.id}-{ticket.variant}" if ticket.fallback_from else ticket.request.id,

@@ -11,7 +11,7 @@ the load is too much for one level but not for the next, the controller stays at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from service.core.request import Budget
 
@@ -32,8 +32,7 @@ class Level:
     frames: int  # of a clip
 
     def cap(self, budget: Budget) -> Budget:
-        return replace(
-            budget,
+        return Budget(
             vision_tokens=_capped(budget.vision_tokens, self.vision_tokens),
             visual_tokens=_capped(budget.visual_tokens, self.visual_tokens),
         )

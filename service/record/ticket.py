@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from service.admission.admission import Reservation
+from service.admission.admission import Reservation, UntilEnd
 from service.admission.scheduler import Kind
 from service.core.errors import DeadlineExceeded
 from service.core.payer import NOBODY, Payer, pay_for
@@ -42,6 +42,27 @@ class Stage:
         self.inside -= 1
         if not self.inside:
             self.seconds += time.monotonic() - self.begun
+
+
+class InTime:
+    """The block of `Ticket.in_time`. No generator, because each response of the LLM enters one."""
+
+    def __init__(self, ticket: Ticket, until_end: UntilEnd) -> None:
+        self._ticket = ticket
+        self._until_end = until_end
+
+    async def __aenter__(self) -> None:
+        await self._until_end.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._until_end.__aexit__(kind, error, trace)
+        except TimeoutError as exc:
+            raise self._ticket.too_late() from exc
+        if isinstance(error, TimeoutError):
+            raise self._ticket.too_late() from error
 
 
 @dataclass(slots=True)
@@ -110,17 +131,12 @@ class Ticket:
             return "generate"
         return "prefill" if self.first_token is None else "decode"
 
-    @asynccontextmanager
-    async def in_time(self, reservation: Reservation) -> AsyncIterator[None]:
+    def in_time(self, reservation: Reservation) -> InTime:
         """Raise DeadlineExceeded if the block outlives the request's deadline, ShuttingDown if it outlives the service.
 
         Do not yield events inside the block.
         """
-        try:
-            async with reservation.until_end(self.left_s):
-                yield
-        except TimeoutError as exc:
-            raise self.too_late() from exc
+        return InTime(self, reservation.until_end(self.left_s))
 
     def too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(

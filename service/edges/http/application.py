@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from collections.abc import Sequence
+
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -27,13 +30,14 @@ def http_api(edge: Edge) -> FastAPI:
         summary="Answers questions about images, and looks more closely at the parts that a question needs.",
     )
     api.state.edge = edge
-    for routes in (vqa, batch, estimate, images, chat, files, models, variants, operations, front):
-        api.include_router(routes.router)
+    routers = [each.router for each in (vqa, batch, estimate, images, chat, files, models, variants, operations, front)]
     if predict.PREDICT in edge.aliases.values():
-        api.include_router(predict.router)
+        routers.append(predict.router)
+    for router in routers:
+        api.include_router(router)
     api.add_exception_handler(GlimpseError, respond_to_error)
     api.add_exception_handler(HTTPException, respond_to_no_route)
-    api.add_middleware(RequestScope, edge=edge)
+    api.add_middleware(RequestScope, edge=edge, direct=direct_routes(routers))
     if edge.cors_origins:
         api.add_middleware(
             CORSMiddleware,
@@ -51,3 +55,9 @@ def http_api(edge: Edge) -> FastAPI:
             expose_headers=(TRACE_ID_KEY, VARIANT_KEY, "retry-after", *QUOTA_HEADERS),
         )
     return api
+
+
+def direct_routes(routers: Sequence[APIRouter]) -> dict[tuple[str, str], APIRoute]:
+    """Return the routes that take a body, by method and path. Each reads it itself, from the request alone."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    return {("POST", route.path): route for route in routes if "POST" in route.methods}

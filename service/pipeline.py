@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import (
@@ -234,9 +235,12 @@ class Pipeline:
         images, clip = divided(request, loaded)
         return choice.model.estimator.estimate(choice.request, images, clip, choice.tokens, reservation)
 
-    def require_turns(self, open_requests: int, lag_s: float) -> None:
-        """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request."""
-        self.admission.require_turns(open_requests, lag_s)
+    def require_turns(self, open_requests: int, lag_s: float, nbytes: float = math.inf) -> None:
+        """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request.
+
+        `nbytes`: of its body, if they are known.
+        """
+        self.admission.require_turns(open_requests, lag_s, nbytes)
 
     @property
     def batch_turns(self) -> int:
@@ -423,12 +427,16 @@ class Pipeline:
         )
         async with aclosing(model.language.generate(generation, ticket.left_s)) as tokens:
             while (ids := await self._next_tokens(tokens, card.end_id, ticket, reservation)) is not None:
+                text = detokeniser.push(ids)
+                ticket.completion_tokens += detokeniser.taken
                 if told is not None:
+                    if detokeniser.stopped:
+                        del told[detokeniser.taken :]
                     ticket.log_prob += sum(each.value for each in told)
                     if sampling.log_probs:
                         untold += token_log_probs(model.spelled, ids, told)
                     told.clear()
-                if text := detokeniser.push(ids):
+                if text:
                     yield Delta(text, tuple(untold))
                     untold.clear()
                 if detokeniser.stopped:
@@ -455,12 +463,12 @@ class Pipeline:
         if ticket.last_token is None:
             ticket.first_token = now
         else:
-            self.metrics.inter_token_latency.observe(now - ticket.last_token)
+            for _ in ids:  # a response has several if they came fast
+                self.metrics.inter_token_latency.observe((now - ticket.last_token) / len(ids))
         ticket.last_token = now
         said = [i for i in ids if i != end_id]
         if len(said) < len(ids):
             ticket.finish_reason = "stop"
-        ticket.completion_tokens += len(said)
         return said
 
     def finish(

@@ -34,13 +34,14 @@ MAX_RETRY_AFTER_S = 60.0
 # Questions by an image's id are smaller than this. Uploads leave them a quarter of the request bytes.
 SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
-UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
+UNHURRIED = 32  # so many open requests are let in however late the loop is: it may be another program's fault
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
-# Reading a question and refusing it takes about a millisecond of the loop. After a burst of READ_REFUSALS, this is the
-# least time between two such refusals. If there are more and the loop is late, new questions are refused unread,
-# however few are open.
+# Reading a question and refusing it takes one to two milliseconds of the loop. After a burst of READ_REFUSALS, this is
+# the least time between two such refusals. If there are more and the loop is late, questions of their size are refused
+# unread, however few are open.
 READ_REFUSALS = 32
-READ_REFUSAL_S = 0.004
+READ_REFUSAL_S = 0.016
+SMALL_QUESTION_BYTES = 4 * 1024  # a body that is larger holds an image, so its question needs a vision slot
 BATCH_SHARE = 4  # one tenant's batches take at most this part of the requests that the LLM decodes at once
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
 
@@ -74,8 +75,10 @@ class Admission:
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
         self._open: set[Reservation] = set()
         self.ended = False
-        self._refused_at = -math.inf  # when a question was read and its grant would have come too late
-        self._refusals_end = -math.inf  # when those refusals would be over, if each took READ_REFUSAL_S
+        # By what was claimed: when a question was read, and refused because its grant would have come too late; and
+        # when those refusals would be over, if each took READ_REFUSAL_S.
+        self._refused_at = dict.fromkeys(Resource, -math.inf)
+        self._refusals_end = dict.fromkeys(Resource, -math.inf)
         for kind in Kind:
             metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
             metrics.requests_running.labels(kind).set_function(partial(scheduler.running, kind))
@@ -102,25 +105,26 @@ class Admission:
         finally:
             self._open.discard(reservation)
 
-    def require_turns(self, open_requests: int, lag_s: float) -> None:
-        """Check that one more request is worth reading. Raises Overloaded.
+    def require_turns(self, open_requests: int, lag_s: float, nbytes: float) -> None:
+        """Check that one more request is worth reading. `nbytes`: of its body, infinity if unknown. Raises Overloaded.
 
         A refusal after the body was read and parsed takes as much of the loop as an answer. If many callers are refused
         and ask again, that alone would take all of it, and neither answers nor refusals would be in time. So a crowd is
         refused unread while the loop is late, while the quota has no room, and for a moment after a refusal. Callers
         who are refused at once and ask again are never many at one moment: while the loop is late, the rate of such
-        refusals has a limit of its own.
+        refusals has a limit of its own. New images have theirs, so that they do not close the door to follow-ups.
         """
         if self.quota.closed:
             return
         now, is_late = time.monotonic(), lag_s > MAX_LAG_S
-        if is_late and now < self._refusals_end - READ_REFUSALS * READ_REFUSAL_S:
+        likely = Resource.VISION if nbytes > SMALL_QUESTION_BYTES else Resource.LLM
+        if is_late and now < self._refusals_end[likely] - READ_REFUSALS * READ_REFUSAL_S:
             text = "the server is refusing too many requests to read another one: try again in a few seconds"
             raise self.refuse(Refusal("saturated", text, 1.0))
         if open_requests <= UNHURRIED:
             return
         no_room = self.quota.refusal(Cost(tokens=self.row_tokens), "")
-        if no_room is not None or is_late or now < self._refused_at + REFUSAL_PAUSE_S:
+        if no_room is not None or is_late or now < self._refused_at[likely] + REFUSAL_PAUSE_S:
             text = f"the server has {open_requests} open requests and cannot take more now: try again in a few seconds"
             raise self.refuse(no_room or Refusal("saturated", text, 1.0))
 
@@ -148,8 +152,8 @@ class Admission:
         """
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
-            self._refused_at = now
-            self._refusals_end = max(now, self._refusals_end) + READ_REFUSAL_S
+            self._refused_at[claim.resource] = now
+            self._refusals_end[claim.resource] = max(now, self._refusals_end[claim.resource]) + READ_REFUSAL_S
             raise self.refuse(refusal)
         self.schedule(now)
         if claim.granted_at is None and not claim.over:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -37,6 +38,12 @@ class BodyLimits:
     def patience_s(self, came: int) -> float:
         """How long after its start a body may last if so many bytes have come."""
         return min(self.timeout_s, self.grace_s + came / self.min_bytes_per_s)
+
+
+def declared_bytes(headers: Iterable[tuple[bytes, bytes]]) -> float:
+    """Return how many bytes a body is said to have; infinity if nothing is said."""
+    told = next((value for name, value in headers if name == b"content-length"), b"")
+    return int(told) if told.isdigit() else math.inf
 
 
 async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reservation: Reservation) -> list[bytes]:

@@ -21,6 +21,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable, status_of
+from service.edges.http.body import declared_bytes
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.listener import Held
@@ -66,9 +67,9 @@ class Protocols:
             **kwargs,
         )
 
-    def _overload(self, open_requests: int) -> Overloaded | None:
+    def _overload(self, open_requests: int, nbytes: float) -> Overloaded | None:
         try:
-            self._edge.pipeline.require_turns(open_requests, self._edge.lag_s())
+            self._edge.pipeline.require_turns(open_requests, self._edge.lag_s(), nbytes)
         except Overloaded as error:
             # Its frames would keep the connection and what it has sent until the next garbage collection.
             return error.with_traceback(None)
@@ -211,7 +212,7 @@ class LimitedProtocol(HttpToolsProtocol):
         open_connections: Connections[LimitedProtocol],
         rounds: Rounds[LimitedProtocol],
         count: Count,
-        overload: Callable[[int], Overloaded | None],
+        overload: Callable[[int, float], Overloaded | None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -436,7 +437,7 @@ class LimitedProtocol(HttpToolsProtocol):
             return None
         if self.cycle is not None and not self.cycle.response_complete:
             return None  # its turn comes after the responses before it
-        return self.overload(len(self.tasks))
+        return self.overload(len(self.tasks), declared_bytes(self.headers))
 
     def _answer_at_once(self, error: Overloaded) -> None:
         """Without the application, which takes ten times as long. The connection stays; what the client still sends of

@@ -30,7 +30,7 @@ from service.core.errors import (
 )
 from service.edges.caller import TRACE_ID_KEY, VARIANT_KEY, trace_id_in
 from service.edges.http.access import GRANT, let_in
-from service.edges.http.body import JSON
+from service.edges.http.body import JSON, declared_bytes
 from service.edges.http.edge import RESERVATION, Edge
 from service.edges.http.hosts import name_in
 from service.edges.http.schema import ErrorBody, WireError, WithNulls
@@ -201,7 +201,9 @@ class RequestScope:
         try:
             scope[GRANT] = let_in(scope, edge.access, metrics_are_open=edge.metrics_are_open)
             if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
-                edge.pipeline.require_turns(scope.get(OPEN_REQUESTS, 0), edge.lag_s())
+                edge.pipeline.require_turns(
+                    scope.get(OPEN_REQUESTS, 0), edge.lag_s(), declared_bytes(scope["headers"])
+                )
         except GlimpseError as error:
             return response_to(error)
         return self.direct.get((scope["method"], scope["path"]), self.app)

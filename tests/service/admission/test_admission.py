@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from contextlib import suppress
 
@@ -10,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from benchmarks.bench.orders import Fifo
-from service.admission.admission import MAX_LAG_S, READ_REFUSALS, UNHURRIED, Admission, Reservation
+from service.admission.admission import MAX_LAG_S, READ_REFUSALS, SMALL_QUESTION_BYTES, UNHURRIED, Admission, Reservation
 from service.admission.fidelity import LEVELS
 from service.admission.quota import Cost, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
@@ -233,10 +234,10 @@ async def test_only_an_answer_tells_how_long_answers_take(answered):
 LATE_S = 2 * MAX_LAG_S
 
 
-def takes(house: Admission, open_requests: int, lag_s: float = 0.0) -> bool:
+def takes(house: Admission, open_requests: int, lag_s: float = 0.0, nbytes: float = math.inf) -> bool:
     """Whether it reads one more request."""
     try:
-        house.require_turns(open_requests, lag_s)
+        house.require_turns(open_requests, lag_s, nbytes)
     except Overloaded:
         return False
     return True
@@ -281,5 +282,7 @@ async def test_callers_that_are_refused_at_once_are_refused_unread_while_the_loo
         with house.reservation("") as reservation, pytest.raises(Overloaded):
             await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
     assert not takes(house, 1, LATE_S)
+    assert not takes(house, 1, LATE_S, SMALL_QUESTION_BYTES + 1)
+    assert takes(house, 1, LATE_S, SMALL_QUESTION_BYTES)  # it names its image, and images alone were refused
     assert takes(house, 1)  # one caller whose questions cannot be in time must not close the door to the others
     await until(lambda: takes(house, 1, LATE_S))

@@ -37,6 +37,7 @@ from service.edges.http.body import BodyLimits
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.hosts import allowed_hosts
 from service.edges.loop_lag import LoopLag
+from service.edges.loop_turns import LoopTurns
 from service.edges.proxies import Proxies
 from service.edges.vertex.predict import HEALTH, PREDICT
 from service.media.decoder import ImageLimits
@@ -142,9 +143,9 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         models.models = [pipeline.model(client, client, card, repository.prompts, spelled=repository.spelled)]
     else:
         fleet.begin(partial(model_of, pipeline, shared))
-    lag = LoopLag(metrics.event_loop_lag.observe)
-    api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate))
-    rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate)
+    lag, turns = LoopLag(metrics.event_loop_lag.observe), LoopTurns()
+    api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate, turns))
+    rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate, turns)
     return App(
         settings=settings,
         card=card,
@@ -279,8 +280,10 @@ def http_edge(
     metrics: Metrics,
     lag: LoopLag | None = None,
     access: Authenticator | None = None,
+    turns: LoopTurns | None = None,
 ) -> Edge:
     """Give the HTTP edge the parts of the gateway that it uses."""
+    turns = turns or LoopTurns()
     return Edge(
         pipeline=pipeline,
         questions=question_limits(settings),
@@ -296,7 +299,8 @@ def http_edge(
         degraded=lambda: readiness.degraded,
         metrics=Exposition(metrics.registry).text,
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
-        lag_s=lambda: lag.seconds if lag else 0.0,
+        lag_s=lambda: max(lag.seconds if lag else 0.0, turns.waited_s),
+        turns=turns,
         access=access or NoGate(),
         variants=Control(readiness) if isinstance(readiness, Fleet) and pipeline.has_variants else None,
         metrics_are_open=settings.metrics_without_key,
@@ -326,8 +330,10 @@ def grpc_edge(
     metrics: Metrics,
     lag: LoopLag | None = None,
     access: Authenticator | None = None,
+    turns: LoopTurns | None = None,
 ) -> GrpcEdge:
     """Give the gRPC edge the parts of the gateway that it uses."""
+    turns = turns or LoopTurns()
     return GrpcEdge(
         pipeline=pipeline,
         questions=question_limits(settings),
@@ -336,7 +342,8 @@ def grpc_edge(
         max_connections=settings.max_connections,
         faults=lambda: readiness.faults,
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
-        lag_s=lambda: lag.seconds if lag else 0.0,
+        lag_s=lambda: max(lag.seconds if lag else 0.0, turns.waited_s),
+        turns=turns,
         access=access or NoGate(),
         log_client_address=settings.log_client_address,
         proxies=proxies_of(settings),

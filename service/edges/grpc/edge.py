@@ -9,6 +9,7 @@ from service.core.access import Authenticator
 from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
 from service.edges.http.body import BodyLimits
+from service.edges.loop_turns import LoopTurns
 from service.edges.proxies import NO_PROXIES, Proxies
 from service.pipeline import Pipeline
 
@@ -32,7 +33,8 @@ class GrpcEdge:
     max_connections: int
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     count: Callable[[str, str], None]  # one call: its method and the name of its status
-    lag_s: Callable[[], float]  # how late the event loop is
+    lag_s: Callable[[], float]  # how late the event loop is, or its turns are
+    turns: LoopTurns  # in which questions are read
     access: Authenticator
     log_client_address: bool = False  # to the log's lines of each call
     proxies: Proxies = NO_PROXIES  # in front of the service

@@ -88,6 +88,7 @@ class VisualQuestionAnswering:
 
         Raises InvalidRequest, TooLarge, SlowBody, Overloaded.
         """
+        await self.edge.turns.next()
         message = question_in(await call.message())
         fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
         card, caller = self.edge.pipeline.card_for(call.caller.route), call.caller

@@ -46,6 +46,7 @@ async def read_question(
     """
     edge, caller = edge_of(request), caller_of(request)
     reservation = reserved(request, caller.tenant)
+    await edge.turns.next()
     body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
     return await parse(body, request.headers.get("content-type", JSON), caller), reservation
 

@@ -19,6 +19,7 @@ from service.edges.batching import BatchLimits
 from service.edges.caller import SESSION_KEY, TENANT_KEY, TRACEPARENT_KEY, VARIANT_KEY, Caller, route_in, tenant_in
 from service.edges.http.access import GRANT
 from service.edges.http.body import BodyLimits
+from service.edges.loop_turns import LoopTurns
 from service.edges.proxies import NO_PROXIES, Proxies
 from service.pipeline import Pipeline, Reservation
 
@@ -61,7 +62,8 @@ class Edge:
         [str], Awaitable[tuple[bytes, str]]
     ]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
-    lag_s: Callable[[], float]  # how late the event loop is
+    lag_s: Callable[[], float]  # how late the event loop is, or its turns are
+    turns: LoopTurns  # in which questions are read
     access: Authenticator
     variants: VariantControl | None = None  # of a service with variants
     metrics_are_open: bool = False  # whether /metrics needs no key where other paths do

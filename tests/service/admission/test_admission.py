@@ -11,7 +11,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from benchmarks.bench.orders import Fifo
-from service.admission.admission import MAX_LAG_S, READ_REFUSALS, SMALL_QUESTION_BYTES, UNHURRIED, Admission, Reservation
+from service.admission.admission import (
+    MAX_LAG_S,
+    READ_REFUSALS,
+    SMALL_QUESTION_BYTES,
+    UNHURRIED,
+    Admission,
+    Reservation,
+)
 from service.admission.fidelity import LEVELS
 from service.admission.quota import Cost, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler

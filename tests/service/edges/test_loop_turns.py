@@ -1,0 +1,68 @@
+"""Requests begin a few in each turn of the event loop, in order."""
+
+import asyncio
+
+from service.edges.loop_turns import AT_ONCE, LoopTurns
+
+
+class Crowd:
+    """Requests that note in which turn of the loop they begin."""
+
+    def __init__(self, count: int) -> None:
+        self.turns = LoopTurns()
+        self.turn = 0
+        self.begun: list[tuple[int, int]] = []  # number of the request, and the loop's turn
+        self.tasks = [asyncio.create_task(self.ask(number)) for number in range(count)]
+
+    async def ask(self, number: int) -> None:
+        await self.turns.next()
+        self.begun.append((number, self.turn))
+
+    async def count_turns(self) -> None:
+        while not all(task.done() for task in self.tasks):
+            self.turn += 1
+            await asyncio.sleep(0)
+
+
+async def test_a_crowd_begins_a_few_in_a_turn_and_in_order():
+    crowd = Crowd(5 * AT_ONCE)
+    await crowd.count_turns()
+    assert [number for number, _ in crowd.begun] == list(range(5 * AT_ONCE))
+    turns = [turn for _, turn in crowd.begun]
+    assert max(turns.count(turn) for turn in set(turns)) == AT_ONCE
+    assert crowd.turns.waited_s == 0.0
+
+
+async def test_few_begin_at_once():
+    turns = LoopTurns()
+    for _ in range(3):
+        for _ in range(AT_ONCE):
+            beginning = turns.next()
+            try:
+                beginning.send(None)
+            except StopIteration:
+                continue
+            raise AssertionError("it waited")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
+async def test_who_waits_is_told_how_long_it_has_been():
+    crowd = Crowd(AT_ONCE + 1)
+    await asyncio.sleep(0)
+    assert 0.0 <= crowd.turns.waited_s < 1.0
+    assert len(crowd.begun) == AT_ONCE
+    await asyncio.gather(*crowd.tasks)
+    assert len(crowd.begun) == AT_ONCE + 1
+
+
+async def test_a_request_that_is_cancelled_while_it_waits_leaves_its_place_to_the_next():
+    crowd = Crowd(3 * AT_ONCE)
+    await asyncio.sleep(0)
+    for task in crowd.tasks[AT_ONCE:-1]:
+        task.cancel()
+    await asyncio.wait(crowd.tasks)
+    assert [number for number, _ in crowd.begun] == [*range(AT_ONCE), 3 * AT_ONCE - 1]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await crowd.turns.next()  # the turns go on

@@ -34,7 +34,7 @@ MAX_RETRY_AFTER_S = 60.0
 # Questions by an image's id are smaller than this. Uploads leave them a quarter of the request bytes.
 SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
-UNHURRIED = 32  # so many open requests are let in however late the loop is: it may be another program's fault
+UNHURRIED = 40  # so many open requests are let in however late the loop is: it may be another program's fault
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
 # Reading a question and refusing it takes one to two milliseconds of the loop. After a burst of READ_REFUSALS, this is
 # the least time between two such refusals. If there are more and the loop is late, questions of their size are refused

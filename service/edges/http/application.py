@@ -60,4 +60,4 @@ def http_api(edge: Edge) -> FastAPI:
 def direct_routes(routers: Sequence[APIRouter]) -> dict[tuple[str, str], APIRoute]:
     """Return the routes that take a body, by method and path. Each reads it itself, from the request alone."""
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    return {("POST", route.path): route for route in routes if "POST" in route.methods}
+    return {("POST", route.path): route for route in routes if "POST" in (route.methods or ())}

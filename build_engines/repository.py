@@ -173,7 +173,7 @@ def models(dimensions: Dimensions) -> list[Model]:
         of("qformer", "Vision tokens to the visual tokens that the LLM reads.", "qformer"),
         of(
             "llm",
-            "The language model: tokens to their callers as they come, requests batched in flight.",
+            "The language model: requests are batched in flight, and their tokens streamed.",
             "llm",
             max_batch=LLM_MAX_BATCH,
             parameters=(
@@ -183,7 +183,7 @@ def models(dimensions: Dimensions) -> list[Model]:
                 Parameter(
                     "stream_interval_ms",
                     "20",
-                    "least time between two responses of a request; a token that comes sooner waits for the next",
+                    "a token that comes so soon after a response waits for the next token; 0 is off",
                 ),
                 *prefix_cache(dimensions),
                 cores(dimensions, "llm", "step"),

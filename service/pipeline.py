@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import (
@@ -19,7 +18,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from service.admission.admission import Admission, Reservation
+from service.admission.admission import Admission, Reservation, Size
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
@@ -67,7 +66,7 @@ from service.vision_stage.plan import Film
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
 
-__all__ = ["Pipeline", "Reservation"]  # the only names that a transport imports
+__all__ = ["Pipeline", "Reservation", "Size"]  # the only names that a transport imports
 
 
 class Pipeline:
@@ -235,12 +234,12 @@ class Pipeline:
         images, clip = divided(request, loaded)
         return choice.model.estimator.estimate(choice.request, images, clip, choice.tokens, reservation)
 
-    def require_turns(self, open_requests: int, lag_s: float, nbytes: float = math.inf) -> None:
+    def require_turns(self, open_requests: int, lag_s: float, nbytes: int | None) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request.
 
-        `nbytes`: of its body, if they are known.
+        `nbytes` are declared for its body; None if none are.
         """
-        self.admission.require_turns(open_requests, lag_s, nbytes)
+        self.admission.require_turns(open_requests, lag_s, Size.of(nbytes))
 
     @property
     def batch_turns(self) -> int:
@@ -252,15 +251,18 @@ class Pipeline:
         return self.admission.batch_turns.turn(tenant)
 
     @contextmanager
-    def reservation(self, tenant: str, key: str = "", *, row: bool = True) -> Iterator[Reservation]:
+    def reservation(
+        self, tenant: str, key: str = "", *, row: bool = True, size: Size | None = None
+    ) -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.
 
         It has the account of the tenant, and of the key with this id.
 
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
-        no room for one more request. Without a `row`, the request needs none of the LLM's.
+        no room for one more request. Without a `row`, the request needs none of the LLM's. `size` is what the door knew
+        of the request.
         """
-        with self.admission.reservation(tenant) as reservation:
+        with self.admission.reservation(tenant, size) as reservation:
             if row:
                 reservation.require_room(Cost(tokens=self.admission.row_tokens))
             reservation.account = self.accounts.of(tenant, key)
@@ -427,18 +429,23 @@ class Pipeline:
         )
         async with aclosing(model.language.generate(generation, ticket.left_s)) as tokens:
             while (ids := await self._next_tokens(tokens, card.end_id, ticket, reservation)) is not None:
-                text = detokeniser.push(ids)
-                ticket.completion_tokens += detokeniser.taken
-                if told is not None:
+                text, certain = "", list[TokenLogProb]()
+                taken = 0
+                for taken, token in enumerate(ids, 1):
+                    if sampling.log_probs and told is not None:
+                        untold.append(token_log_prob(model.spelled, token, *told[taken - 1]))
+                    if more := detokeniser.push([token]):
+                        text += more
+                        certain += untold
+                        untold.clear()
                     if detokeniser.stopped:
-                        del told[detokeniser.taken :]
-                    ticket.log_prob += sum(each.value for each in told)
-                    if sampling.log_probs:
-                        untold += token_log_probs(model.spelled, ids, told)
+                        break
+                ticket.completion_tokens += taken
+                if told is not None:  # an end id, which `ids` leaves out, stands last
+                    ticket.log_prob += sum(each.value for each in (told[:taken] if detokeniser.stopped else told))
                     told.clear()
                 if text:
-                    yield Delta(text, tuple(untold))
-                    untold.clear()
+                    yield Delta(text, tuple(certain))
                 if detokeniser.stopped:
                     guide, said = sampling.guide, "".join(ticket.answer)
                     # A constrained output that a stop string cut is as unfinished as one that max_tokens cut.

@@ -59,8 +59,6 @@ class Caller:
         if self.span is not None:
             self._record(event, self.span)
         if event.error is not None:
-            if self.untold and self.streaming:
-                self._respond()
             self.fail(event.error, "INTERNAL")
         elif event.token is None:
             self.end()
@@ -104,7 +102,12 @@ class Caller:
         A stream transports only an error's text, so the text begins with the code.
         """
         error = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, TRITON_CODES[code]))
-        self.sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        try:
+            self._tell_the_rest()
+        finally:
+            self.sender.send(
+                pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            )
 
     def refuse(self, error: Exception) -> None:
         """End the stream of a request that the batcher does not take."""
@@ -114,7 +117,14 @@ class Caller:
             self.fail(str(error), "UNAVAILABLE" if isinstance(error, QueueFull | Closed) else "INTERNAL")
 
     def end(self) -> None:
-        self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        try:
+            self._tell_the_rest()
+        finally:
+            self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _tell_the_rest(self) -> None:
+        if self.untold and self.streaming:
+            self._respond()
 
     def is_gone(self) -> bool:
         try:

@@ -32,6 +32,7 @@ from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.workloads import KNOWN, Ask, Workload, asks, bursts, poisson
 from build_engines.evaluation.accuracy import is_right
 from service.core.errors import GlimpseError
+from service.text.prompt import load_tokenizer
 from service.triton import TritonClient
 
 EXPIRED = "expired"  # outcome of a request that was admitted, waited in the queue and was dropped there
@@ -85,6 +86,7 @@ class Plan:
     timeout_s: float = 120.0
     pause_s: float = 0.0  # of a client of a closed loop, between an answer and its next request
     visual_tokens: tuple[int, int] | None = None  # the questions' budget; Glimpse only
+    tokenizer: str = ""  # path of the LLM's, to count the tokens of an answer that comes as text
     scored: bool = False  # ask the questions as they are, and compare the answers with the right ones; Glimpse only
 
     @classmethod
@@ -111,9 +113,9 @@ class Result:
     follow_up: bool
     at: float  # scheduled sending time
     sent: float = 0.0
-    first: float | None = None  # time of the first token
+    first: float | None = None  # time of the first event with text
     end: float = 0.0
-    gaps: list[float] = field(default_factory=list)  # seconds between tokens that arrived separately
+    gaps: list[float] = field(default_factory=list)  # seconds between the events of a stream
     tokens: int = 0
     outcome: str = "ok"  # else the error's code, or `cancelled`
     cache: str | None = None
@@ -144,13 +146,13 @@ class Clock:
 
 @dataclass(slots=True)
 class Heard:
-    """Record the arrival times of one answer's tokens."""
+    """Record when the events of one answer arrive. One has a token or more."""
 
     clock: Clock
     result: Result
     last: float | None = None
 
-    def token(self) -> None:
+    def event(self) -> None:
         now = self.clock.now()
         if self.last is None:
             self.result.first = now
@@ -207,7 +209,7 @@ class GlimpseAsker:
 
         def piece(data: bytes) -> None:
             if b'"delta"' in data:
-                heard.token()
+                heard.event()
 
         response = await client.post("/v1/vqa", body, kind, piece, ask.cancel_after_s)
         pieces, end = self._events_of(response)
@@ -270,6 +272,7 @@ class TritonAsker:
     def __init__(self, plan: Plan, clock: Clock, scenes: Scenes, clients: list[TritonClient]) -> None:
         self._plan, self._clock, self._scenes = plan, clock, scenes
         self._clients = itertools.cycle(clients)
+        self._tokenizer = load_tokenizer(Path(plan.tokenizer))
 
     async def ask(self, ask: Ask, result: Result) -> None:
         heard = Heard(self._clock, result)
@@ -281,9 +284,11 @@ class TritonAsker:
             stall_timeout_s=self._plan.timeout_s,
         )
         try:
-            async for _ in pieces:
-                heard.token()
-                result.tokens += 1
+            text = b""
+            async for piece in pieces:
+                heard.event()
+                text += piece
+            result.tokens = len(self._tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids)
         except GlimpseError as error:
             raise AskFailed(error.code) from error
         finally:

@@ -25,6 +25,7 @@ from benchmarks.bench.report import table
 from benchmarks.bench.summary import first_tokens, profile, summary
 from benchmarks.bench.systems import SYSTEMS, System, running
 from benchmarks.bench.workloads import KNOWN, Workload
+from service.text.prompt import LLM_TOKENIZER
 
 Figure = TypeVar("Figure")
 NEW_IMAGES = 100_000  # distance between the image numbers of two measurements
@@ -145,6 +146,7 @@ def plan(case: Case, model: Model, number: int) -> Plan:
         warm_repeats=case.warm_repeats,
         visual_tokens=case.visual_tokens,
         timeout_s=case.timeout_s,
+        tokenizer=str(model.repository / LLM_TOKENIZER),
         scored=case.scored,
     )
 

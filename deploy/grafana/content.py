@@ -295,7 +295,12 @@ LANGUAGE = Dashboard(
             "short",
             "As the gateways count them, for questions of any outcome; visual tokens of answered ones.",
         ),
-        Panel("Between two tokens", quantiles("glimpse_inter_token_latency_seconds"), "s", "Of streamed answers."),
+        Panel(
+            "Between two tokens",
+            quantiles("glimpse_inter_token_latency_seconds"),
+            "s",
+            "Of answers; tokens of one response share its time.",
+        ),
         Panel(
             "Sequences",
             [Query("sum by (state) (glimpse_llm_sequences)", "{{state}}")],

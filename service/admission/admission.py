@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from functools import partial
 from types import TracebackType
 
@@ -34,16 +35,34 @@ MAX_RETRY_AFTER_S = 60.0
 # Questions by an image's id are smaller than this. Uploads leave them a quarter of the request bytes.
 SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
-UNHURRIED = 40  # so many open requests are let in however late the loop is: it may be another program's fault
+UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
 # Reading a question and refusing it takes one to two milliseconds of the loop. After a burst of READ_REFUSALS, this is
-# the least time between two such refusals. If there are more and the loop is late, questions of their size are refused
-# unread, however few are open.
+# the least time between two such refusals. If there are more and the loop is late, requests of their size are refused
+# unread, however few are open, for as long as a burst may take.
 READ_REFUSALS = 32
 READ_REFUSAL_S = 0.016
-SMALL_QUESTION_BYTES = 4 * 1024  # a body that is larger holds an image, so its question needs a vision slot
+SMALL_QUESTION_BYTES = 4 * 1024  # of a body without images; most such questions name theirs by id
 BATCH_SHARE = 4  # one tenant's batches take at most this part of the requests that the LLM decodes at once
 ENCODER_FILLS = 3  # vision slots for each image in encode; meanwhile one more is decoded, and one more attended to
+
+
+class Size(StrEnum):
+    """Group requests by what is known of their bodies before they are read.
+
+    Refusals of each group are counted apart, so that new images do not close the door to small questions.
+    """
+
+    SMALL = "small"
+    LARGE = "large"
+    UNKNOWN = "unknown"  # the body comes in chunks, or in messages of gRPC
+
+    @classmethod
+    def of(cls, nbytes: int | None) -> Size:
+        """`nbytes` are declared for the body; None if none are."""
+        if nbytes is None:
+            return cls.UNKNOWN
+        return cls.LARGE if nbytes > SMALL_QUESTION_BYTES else cls.SMALL
 
 
 class Admission:
@@ -75,10 +94,10 @@ class Admission:
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
         self._open: set[Reservation] = set()
         self.ended = False
-        # By what was claimed: when a question was read, and refused because its grant would have come too late; and
-        # when those refusals would be over, if each took READ_REFUSAL_S.
-        self._refused_at = dict.fromkeys(Resource, -math.inf)
-        self._refusals_end = dict.fromkeys(Resource, -math.inf)
+        # When a request of that size was read, and refused because its grant would have come too late; and when those
+        # refusals would be over, if each took READ_REFUSAL_S.
+        self._refused_at = dict.fromkeys(Size, -math.inf)
+        self._refusals_end = dict.fromkeys(Size, -math.inf)
         for kind in Kind:
             metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
             metrics.requests_running.labels(kind).set_function(partial(scheduler.running, kind))
@@ -95,9 +114,12 @@ class Admission:
         return LEVELS[self._observe(time.monotonic())]
 
     @contextmanager
-    def reservation(self, tenant: str) -> Iterator[Reservation]:
-        """Open a reservation, which holds nothing yet. When the block ends, it gives everything back."""
-        reservation = Reservation(self, tenant)
+    def reservation(self, tenant: str, size: Size | None = None) -> Iterator[Reservation]:
+        """Open a reservation, which holds nothing yet. When the block ends, it gives everything back.
+
+        `size` is what `require_turns` was told; None for what did not come through a door.
+        """
+        reservation = Reservation(self, tenant, size)
         self._open.add(reservation)
         try:
             with reservation.work():
@@ -105,26 +127,25 @@ class Admission:
         finally:
             self._open.discard(reservation)
 
-    def require_turns(self, open_requests: int, lag_s: float, nbytes: float) -> None:
-        """Check that one more request is worth reading. `nbytes`: of its body, infinity if unknown. Raises Overloaded.
+    def require_turns(self, open_requests: int, lag_s: float, size: Size) -> None:
+        """Check that one more request is worth reading. Raises Overloaded.
 
         A refusal after the body was read and parsed takes as much of the loop as an answer. If many callers are refused
         and ask again, that alone would take all of it, and neither answers nor refusals would be in time. So a crowd is
         refused unread while the loop is late, while the quota has no room, and for a moment after a refusal. Callers
         who are refused at once and ask again are never many at one moment: while the loop is late, the rate of such
-        refusals has a limit of its own. New images have theirs, so that they do not close the door to follow-ups.
+        refusals has a limit of its own, for each size.
         """
         if self.quota.closed:
             return
         now, is_late = time.monotonic(), lag_s > MAX_LAG_S
-        likely = Resource.VISION if nbytes > SMALL_QUESTION_BYTES else Resource.LLM
-        if is_late and now < self._refusals_end[likely] - READ_REFUSALS * READ_REFUSAL_S:
+        if is_late and now < self._refusals_end[size] - READ_REFUSALS * READ_REFUSAL_S:
             text = "the server is refusing too many requests to read another one: try again in a few seconds"
             raise self.refuse(Refusal("saturated", text, 1.0))
         if open_requests <= UNHURRIED:
             return
         no_room = self.quota.refusal(Cost(tokens=self.row_tokens), "")
-        if no_room is not None or is_late or now < self._refused_at[likely] + REFUSAL_PAUSE_S:
+        if no_room is not None or is_late or now < self._refused_at[size] + REFUSAL_PAUSE_S:
             text = f"the server has {open_requests} open requests and cannot take more now: try again in a few seconds"
             raise self.refuse(no_room or Refusal("saturated", text, 1.0))
 
@@ -152,8 +173,7 @@ class Admission:
         """
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
-            self._refused_at[claim.resource] = now
-            self._refusals_end[claim.resource] = max(now, self._refusals_end[claim.resource]) + READ_REFUSAL_S
+            self._note_read_refusal(claim, now)
             raise self.refuse(refusal)
         self.schedule(now)
         if claim.granted_at is None and not claim.over:
@@ -167,6 +187,13 @@ class Admission:
                     param="timeout_s",
                 )
             raise self.refuse(self.scheduler.expired(claim))
+
+    def _note_read_refusal(self, claim: Claim, now: float) -> None:
+        size = claim.request.size if isinstance(claim.request, Reservation) else None
+        if size is not None:
+            self._refused_at[size] = now
+            latest = now + 2 * READ_REFUSALS * READ_REFUSAL_S
+            self._refusals_end[size] = min(max(now, self._refusals_end[size]) + READ_REFUSAL_S, latest)
 
     def release(self, claims: Sequence[Claim], now: float, *, finished: bool) -> None:
         """End the claims. This wakes no waiting request: call `schedule` after all related claims are released."""
@@ -207,8 +234,9 @@ class Admission:
 class Reservation:
     """Hold everything of one request: its cost in the quota, and its claims on the scheduler's resources."""
 
-    def __init__(self, admission: Admission, tenant: str) -> None:
+    def __init__(self, admission: Admission, tenant: str, size: Size | None = None) -> None:
         self.tenant = tenant
+        self.size = size
         self._admission = admission
         self._arrived = time.monotonic()
         self._cost = Cost()
@@ -366,7 +394,7 @@ class Reservation:
 
 
 class UntilEnd:
-    """The block of `Reservation.until_end`. No generator, because each token of an answer enters one."""
+    """The block of `Reservation.until_end`. No generator, because each response of the LLM enters one."""
 
     def __init__(self, admission: Admission, ends: list[asyncio.Timeout], timeout_s: float | None) -> None:
         self._admission = admission

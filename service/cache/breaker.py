@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FAILURES_TO_OPEN = 3  # in a row
-LEAST_PAUSE_S, MOST_PAUSE_S = 0.25, 5.0  # before a trial; a recovery is noticed after the longest pause at the latest
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.25, 2.0  # before a trial; a recovery is noticed after the longest pause at the latest
 STEADY_S = 10.0  # once closed for this long, the pause starts at its least again
 
 

@@ -55,8 +55,15 @@ class RedisFault(Exception):
         self.message = message
 
 
+def was_closed(error: BaseException) -> bool:
+    """Whether the connection was closed since its last use, so that nothing was sent. It is uvloop's error."""
+    return isinstance(error, RuntimeError) and "handler is closed" in str(error)
+
+
 def fault_of(error: BaseException) -> RedisFault:
     kind = next((kind for foreigner, kind in KINDS if isinstance(error, foreigner)), None)
+    if was_closed(error):
+        kind = "unreachable"
     if kind is None:  # a bug in the client: it must not fail a request, so it is only logged
         log.error("redis_client_fault", exc_info=error)
     return RedisFault(kind or "fault", str(error) or type(error).__name__)
@@ -175,16 +182,25 @@ class Lane:
         """Send commands in one pipeline -> their replies. Raises RedisFault."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                pipeline = self._client.pipeline(transaction=False)
-                for command in commands:
-                    pipeline.execute_command(*command)
-                replies = await pipeline.execute(raise_on_error=False)
+                try:
+                    replies = await self._sent(commands)
+                except RuntimeError as exc:
+                    if not was_closed(exc):
+                        raise
+                    replies = await self._sent(commands)
         except Exception as exc:  # every fault of the client's: see fault_of
             await self._forget_slots()
             raise fault_of(exc) from exc
         if any(isinstance(reply, foreign.ConnectionError) for reply in replies):  # of one node
             await self._forget_slots()
         return [fault_of(reply) if isinstance(reply, Exception) else reply for reply in replies]
+
+    async def _sent(self, commands: Sequence[Command]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        return replies
 
     async def _forget_slots(self) -> None:
         """Make the next command read a cluster's map of slots again, as a node may have been replaced."""

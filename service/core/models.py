@@ -63,9 +63,9 @@ class Generation:
     end_id: int  # the token that ends the answer
     pad_id: int
     request_id: str  # no two that run at the same time are equal: a stream is stopped by its id
-    stall_timeout_s: float  # the most that a token may take after the one before it
+    stall_timeout_s: float  # the most that tokens may take after those before them
     log_probs: list[LogProb] | None = None
-    """Each token's is appended before the token is yielded, if `sampling` asks for log probabilities."""
+    """Those of tokens are appended before the tokens are yielded, if `sampling` asks for log probabilities."""
 
 
 class LanguageModel(Protocol):

@@ -170,7 +170,7 @@ _LLM_PROMPT = (
     Tensor("prompt_table_extra_ids", "UINT64", (-1,), "one an input token: 0 for text, equal for equal embeddings"),
     Tensor("end_id", "INT32", (1,), "sent as the last token when generated"),
     Tensor("pad_id", "INT32", (1,)),
-    Tensor("streaming", "BOOL", (1,), "responses while it decodes"),
+    Tensor("streaming", "BOOL", (1,), "true: responses while the LLM decodes"),
 )
 _LLM_SAMPLING = (
     Tensor("temperature", "FP32", (1,), "0 is greedy", optional=True),

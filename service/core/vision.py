@@ -27,7 +27,7 @@ MAX_VISUAL_TOKENS = 128  # rows of the prompt embedding table: four groups of 32
 CLIP_VISUAL_TOKENS = 64  # that a clip resampler makes of a whole clip
 TENSIONS = ("particularize", "explore", "diversify")
 TOKENS_AT_LEVEL = (1, 4, 16)  # vision tokens that a cell costs at each level of detail from 0; at level -1, none
-_TOKENS_OF_CELL = np.array([*TOKENS_AT_LEVEL, 0])  # level -1 is the last
+_TOKENS_FROM_LEVEL_MINUS_1 = np.array([0, *TOKENS_AT_LEVEL])
 MAX_VISION_TOKENS = 400  # of one image, with the closer view
 
 
@@ -131,7 +131,7 @@ class Relevance:
     @property
     def vision_tokens(self) -> int:
         """Count the vision tokens at these levels, without CLS."""
-        return int(_TOKENS_OF_CELL[self.levels].sum())
+        return int(_TOKENS_FROM_LEVEL_MINUS_1.take(self.levels + 1, mode="clip").sum())
 
 
 @dataclass(frozen=True, slots=True)

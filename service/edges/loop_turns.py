@@ -1,19 +1,19 @@
-"""Begin few requests in each turn of the event loop, so that what else has come is not held up by those that wait."""
+"""Let few questions be parsed in one turn of the event loop, so that a crowd does not hold up everything else."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 
-AT_ONCE = 8  # requests that begin in one turn of the loop
+AT_ONCE = 8  # questions in one turn of the loop
 
 
 class LoopTurns:
-    """Let requests begin in order of arrival, AT_ONCE in a turn of the loop.
+    """Let requests go on in order of arrival, AT_ONCE in a turn of the loop.
 
-    To read a question takes one to two milliseconds of the loop, and a refusal before it a tenth of one. If a crowd
-    comes at once and all of it is read in one turn, nothing else is received or sent until the last is read. Between
-    two turns the loop does all else that is due.
+    Parsing a question and its way to the first wait take one to two milliseconds of the loop. A refusal at the door
+    takes a tenth of a millisecond. If the loop parsed a whole crowd in one turn, it would receive and send nothing until
+    the last was parsed. Between two turns the loop does all else that is due.
     """
 
     def __init__(self) -> None:

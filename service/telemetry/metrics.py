@@ -104,7 +104,8 @@ class Metrics:
             "time_to_first_token_seconds", "Seconds from arrival to the first token.", "variant"
         )
         self.inter_token_latency = self._seconds(
-            "inter_token_latency_seconds", "Seconds between two tokens of an answer."
+            "inter_token_latency_seconds",
+            "Seconds between two tokens of an answer; tokens that come in one response share the time since the last.",
         )
         self.stage = self._seconds(
             "stage_seconds",

@@ -20,7 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from service.telemetry.tracing import TRACEPARENT, Value, current
 
-# Stages that a request enters once for every token: each is one span from the first entry to the last exit.
+# Stages that a request enters once a response of the LLM: each is one span from the first entry to the last exit.
 LASTING = ("decode", "generate")
 EXPORT_INTERVAL_MS = 1000
 EXPORT_TIMEOUT_S = 3

@@ -420,7 +420,6 @@ class Detokeniser:
 
     def __init__(self, spelled: Sequence[bytes], stop: Sequence[str] = ()) -> None:
         self.stopped = False
-        self.taken = 0  # tokens of the last `push`; those after a stop string are not taken
         self._spelled = spelled
         self._stop = stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -429,15 +428,7 @@ class Detokeniser:
 
     def push(self, ids: Iterable[int]) -> str:
         """Return the text that these tokens make certain; "" after a stop string."""
-        spelled = [self._spelled[i] if 0 <= i < len(self._spelled) else b"" for i in ids]
-        if not self._stop:
-            self.taken = len(spelled)
-            return self.push_bytes(b"".join(spelled))
-        text, self.taken = "", 0
-        while not self.stopped and self.taken < len(spelled):
-            text += self.push_bytes(spelled[self.taken])
-            self.taken += 1
-        return text
+        return self.push_bytes(b"".join(self._spelled[i] if 0 <= i < len(self._spelled) else b"" for i in ids))
 
     def push_bytes(self, data: bytes) -> str:
         if self.stopped:

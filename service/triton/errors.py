@@ -33,6 +33,11 @@ ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {
     grpc.StatusCode.CANCELLED: Unavailable,  # by the server: our own cancels raise CancelledError
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
 }
+# A step of an ensemble gave no outputs, as its model's process has just ended, so that the next step lacks inputs. If
+# the gateway sent too few, the text does not speak of a step.
+_STEP_WITHOUT_OUTPUTS = re.compile(
+    r"in ensemble '[^']*', .*expected \d+ inputs but got \d+ inputs for model", re.DOTALL
+)
 _UNHEALTHY = re.compile(r"Stub process '(?P<model>.+)_\d+_\d+' is not healthy")
 _CODED = re.compile(r"(?:\[request id: [^]]*\] )?(?P<code>[A-Z_]+): (?P<text>.*)", re.DOTALL)
 MESSAGES: Mapping[type[GlimpseError], str] = {
@@ -69,7 +74,8 @@ def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseErr
     if code is None and (coded := _CODED.fullmatch(text)) and coded["code"] in grpc.StatusCode.__members__:
         code, text = grpc.StatusCode[coded["code"]], coded["text"]
     by_text = (error for part, error in ERROR_TEXTS if part in text)
-    kind = next(by_text, ERROR_CODES.get(code, InternalError) if code else InternalError)
+    by_code = ERROR_CODES.get(code, InternalError) if code else InternalError
+    kind = Unavailable if _STEP_WITHOUT_OUTPUTS.search(text) else next(by_text, by_code)
     if kind is InvalidRequest:
         # Only the LLM checks a caller's values (lengths, sampling). A wrong tensor elsewhere is a fault of the gateway.
         if model == "llm" and "unexpected" not in text and "expected number of inputs" not in text:

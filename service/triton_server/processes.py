@@ -30,6 +30,7 @@ GUARD = (
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
+STOPPED = "T"  # by SIGSTOP, in /proc/PID/stat
 DEAD = ("Z", "X")  # of /proc/PID/stat; Triton never collects its dead model processes
 GONE = (FileNotFoundError, ProcessLookupError)  # what tells of a death; any other OSError tells nothing
 
@@ -54,6 +55,7 @@ class Status:
     """Of a living process."""
 
     group: int
+    is_stopped: bool
 
 
 class Proc:
@@ -80,7 +82,7 @@ class Proc:
             state, _parent, group, *_ = self.read(pid, "stat").rpartition(")")[2].split()
         except GONE:
             return None
-        return None if state in DEAD else Status(int(group))
+        return None if state in DEAD else Status(int(group), state == STOPPED)
 
     def is_gone(self, pid: int) -> bool:
         """Whether no thread of it is left, so that its ports are free. Raises OSError if it cannot be asked.
@@ -186,6 +188,11 @@ class ServerProcess:
         """Whether the model's process has ended. Raises OSError if that cannot be asked, which is no sign of death."""
         status = self._proc.status(model.pid)
         return status is None or self._process is None or status.group != self._process.pid
+
+    def is_stopped(self, model: ModelProcess) -> bool:
+        """Whether the model's process stands still, by SIGSTOP. Raises OSError if that cannot be asked."""
+        status = self._proc.status(model.pid)
+        return status is not None and status.is_stopped
 
     def end_model(self, model: ModelProcess) -> None:
         """Kill the model's process, if it lives. Raises OSError if that cannot be asked."""

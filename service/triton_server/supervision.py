@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -39,6 +40,7 @@ from service.triton_server.triton_log import TritonLog
 
 WATCH_INTERVAL_S = 0.2
 REGIONS_INTERVAL_S = 1.0  # between two looks for regions of shared memory that other users can read
+STOPPED_INTERVAL_S = 0.4  # between two looks for stopped processes; Triton gives a process up after a second
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the target is to answer again within 10 s
 EXIT_TIMEOUT_S = 8  # for Triton to end its requests and models after SIGTERM
 START_ATTEMPTS = 3
@@ -112,6 +114,8 @@ class EmbeddedTriton:
         self._models: list[ModelProcess] = []
         self._exits = Exits()  # of the model processes
         self._noted = True  # False if the model processes could not be asked for: they will be
+        self._looked_at = -math.inf  # for processes that stand still
+        self._standing: set[int] = set()  # their ids, at the last look
         self._stalls = Stalls()
         self._complaints: dict[str, str] = {}  # the last error of each watch
 
@@ -165,7 +169,7 @@ class EmbeddedTriton:
                     await self._restart()
                 elif dead := self._dead():
                     await self._bring_back(dead)
-                elif unhealthy := self._client.unhealthy():
+                elif unhealthy := self._client.unhealthy() | self._stopped():
                     self._end(unhealthy)
                 elif self._hangs:
                     log.error("triton_hangs")
@@ -227,8 +231,20 @@ class EmbeddedTriton:
         self._complaints["status"] = unknown
         return dead
 
+    def _stopped(self) -> set[str]:
+        """Return the models whose process stands still, at this look and the one before.
+
+        A client's requests tell of such a process too, but only of a server that this client asks.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < STOPPED_INTERVAL_S:
+            return set()
+        before, self._standing = self._standing, {each.pid for each in self._models if self._server.is_stopped(each)}
+        self._looked_at = now
+        return {each.model for each in self._models if each.pid in before & self._standing}
+
     def _end(self, unhealthy: Iterable[str]) -> None:
-        """End the processes that Triton counts as dead, before they continue and write to memory that it has freed.
+        """End processes that Triton counts as dead or soon will, before they go on and write to memory that it frees.
 
         Raises OSError if they cannot be asked about. The next look finds them dead.
         """

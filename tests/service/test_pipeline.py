@@ -396,6 +396,37 @@ async def test_a_stop_string_ends_the_stream(house):
     assert house.language.open == 0
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 64])
+@pytest.mark.parametrize("stop", [(), (". A",), ("And", "more")])
+@pytest.mark.parametrize("max_tokens", [64, 20, 3])
+async def test_an_answer_is_the_same_however_many_tokens_come_at_once(house, at_once, stop, max_tokens):
+    house.language.say(" red. And é more of it")
+    said = []
+    for house.language.at_once in (1, at_once):
+        sampling = Sampling(max_tokens=max_tokens, log_probs=True, stop=stop)
+        *deltas, end = [event async for event in house.answer(request(sampling=sampling))]
+        told = [each for delta in deltas for each in delta.log_probs]
+        said.append(("".join(delta.text for delta in deltas), end.finish_reason, end.completion_tokens, told))
+    assert said[0] == said[1]
+
+
+async def test_the_time_between_tokens_is_shared_by_those_that_come_at_once(house):
+    house.language.say(" red red red red red")
+    house.language.at_once = 3
+    house.language.wait_at = 3
+    house.language.gate.clear()
+    began = time.monotonic()
+    answering = asyncio.create_task(answer(house, request(sampling=Sampling(max_tokens=64))))
+    await until(lambda: house.language.open)
+    await asyncio.sleep(0.06)
+    house.language.gate.set()
+    _, end = await answering
+    took_s = time.monotonic() - began
+    tokens = end.completion_tokens + 1 - 3  # with the end's, without the first response's
+    assert house.counted("glimpse_inter_token_latency_seconds_count") == tokens > 1
+    assert 0.06 <= house.counted("glimpse_inter_token_latency_seconds_sum") <= took_s
+
+
 async def test_half_characters_wait_for_their_other_half(house):
     house.language.say(" é")
     assert len(ids_of(" é")) == 3

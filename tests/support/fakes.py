@@ -205,6 +205,7 @@ class FakeLanguage:
         self.gate = asyncio.Event()
         self.gate.set()
         self.wait_at = 0
+        self.at_once = 1  # tokens of a response
         self.fault: Exception | None = None  # raised at the gate
         self.sampling: list[Sampling] = []
         self.prompts: list[Prompt] = []
@@ -222,7 +223,8 @@ class FakeLanguage:
         self.request_ids.append(generation.request_id)
         self.open += 1
         try:
-            for place, token in enumerate(self.tokens[: sampling.max_tokens]):
+            said, response = self.tokens[: sampling.max_tokens], list[int]()
+            for place, token in enumerate(said):
                 if place == self.wait_at:
                     await self.gate.wait()
                     if self.fault is not None:
@@ -230,7 +232,10 @@ class FakeLanguage:
                 if log_probs is not None:
                     top = tuple((3 + each, -place / 4) for each in range(sampling.top_log_probs))
                     log_probs.append(LogProb(-place / 2, top))
-                yield (token,)
+                response.append(token)
+                if len(response) == self.at_once or place == len(said) - 1:
+                    yield tuple(response)
+                    response.clear()
         finally:
             self.open -= 1
 

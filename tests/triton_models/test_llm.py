@@ -4,6 +4,7 @@ Requests go in, responses come out: one a token, but where a test sets `stream_i
 """
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,31 @@ def test_tokens_that_waited_are_sent_before_an_error():
     assert [part.outputs["output_ids"].ravel().tolist() for part, _ in parts[:2]] == [[3], [4, 5]]
     assert [final for _, final in parts] == [False, False, True]
     assert "out of memory" in parts[2][0].error.message()
+
+
+def test_tokens_that_waited_are_sent_before_a_stop():
+    model = start(stream_interval_ms="60000")
+    asked = request("a", max_tokens=280)
+    model.execute([asked])
+    asked.sender.next()
+    time.sleep(0.05)  # it decodes meanwhile
+    model.execute([request("a", stop=np.array([[True]]))])
+    waited, last = responses(asked)
+    assert waited.outputs["output_ids"].size > 1
+    assert last is None
+    model.finalize()
+
+
+def test_tokens_that_waited_are_sent_before_an_unload():
+    model = start(stream_interval_ms="60000")
+    asked = request(max_tokens=280)
+    model.execute([asked])
+    asked.sender.next()
+    time.sleep(0.05)
+    model.finalize()
+    waited, last = responses(asked)
+    assert waited.outputs["output_ids"].size > 1
+    assert "unloaded" in last.error.message()
 
 
 def test_stop_without_an_id_is_refused_as_it_would_end_strangers(model):

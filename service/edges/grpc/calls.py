@@ -50,7 +50,7 @@ from service.edges.grpc.messages import chunk_in
 from service.edges.grpc.status import abort
 from service.edges.http.schema import LEAST_TIMEOUT_S
 from service.edges.proxies import FORWARDED_KEY
-from service.pipeline import Reservation
+from service.pipeline import Reservation, Size
 
 log = structlog.get_logger()
 
@@ -182,9 +182,9 @@ class Calls:
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
             with self._counted(), self._client_told(context, metadata):
-                self.edge.pipeline.require_turns(self._open, self.edge.lag_s())
+                self.edge.pipeline.require_turns(self._open, self.edge.lag_s(), None)
                 caller = self._caller(metadata, trace_id, scope)
-                with self.edge.pipeline.reservation(caller.tenant, caller.key) as reservation:
+                with self.edge.pipeline.reservation(caller.tenant, caller.key, size=Size.UNKNOWN) as reservation:
                     async with reservation.until_end():
                         await reservation.account.enter()
                         try:

@@ -33,7 +33,7 @@ class GrpcEdge:
     max_connections: int
     faults: Callable[[], Mapping[str, str]]  # by model, why it does not answer; empty if the service is ready
     count: Callable[[str, str], None]  # one call: its method and the name of its status
-    lag_s: Callable[[], float]  # how late the event loop is, or its turns are
+    lag_s: Callable[[], float]  # how late the event loop is, or the next request of `turns` if that is more
     turns: LoopTurns  # in which questions are read
     access: Authenticator
     log_client_address: bool = False  # to the log's lines of each call

@@ -88,8 +88,9 @@ class VisualQuestionAnswering:
 
         Raises InvalidRequest, TooLarge, SlowBody, Overloaded.
         """
+        received = await call.message()
         await self.edge.turns.next()
-        message = question_in(await call.message())
+        message = question_in(received)
         fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
         card, caller = self.edge.pipeline.card_for(call.caller.route), call.caller
         request = to_request(

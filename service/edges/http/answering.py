@@ -46,8 +46,8 @@ async def read_question(
     """
     edge, caller = edge_of(request), caller_of(request)
     reservation = reserved(request, caller.tenant)
-    await edge.turns.next()
     body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
+    await edge.turns.next()
     return await parse(body, request.headers.get("content-type", JSON), caller), reservation
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -40,10 +39,10 @@ class BodyLimits:
         return min(self.timeout_s, self.grace_s + came / self.min_bytes_per_s)
 
 
-def declared_bytes(headers: Iterable[tuple[bytes, bytes]]) -> float:
-    """Return how many bytes a body is said to have; infinity if nothing is said."""
+def declared_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """Return how many bytes a body is said to have; None if nothing is said."""
     told = next((value for name, value in headers if name == b"content-length"), b"")
-    return int(told) if told.isdigit() else math.inf
+    return int(told) if told.isdigit() else None
 
 
 async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reservation: Reservation) -> list[bytes]:

@@ -18,10 +18,10 @@ from service.edges.asking import QuestionLimits
 from service.edges.batching import BatchLimits
 from service.edges.caller import SESSION_KEY, TENANT_KEY, TRACEPARENT_KEY, VARIANT_KEY, Caller, route_in, tenant_in
 from service.edges.http.access import GRANT
-from service.edges.http.body import BodyLimits
+from service.edges.http.body import BodyLimits, declared_bytes
 from service.edges.loop_turns import LoopTurns
 from service.edges.proxies import NO_PROXIES, Proxies
-from service.pipeline import Pipeline, Reservation
+from service.pipeline import Pipeline, Reservation, Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Edge:
         [str], Awaitable[tuple[bytes, str]]
     ]  # from an Accept header, the text for Prometheus and its media type
     count: Callable[[str, str, str], None]  # one HTTP request: its method, route and status
-    lag_s: Callable[[], float]  # how late the event loop is, or its turns are
+    lag_s: Callable[[], float]  # how late the event loop is, or the next request of `turns` if that is more
     turns: LoopTurns  # in which questions are read
     access: Authenticator
     variants: VariantControl | None = None  # of a service with variants
@@ -94,7 +94,8 @@ def reserved(request: Request, tenant: str, *, row: bool = True) -> Reservation:
     """Open the request's one reservation, which ends with its response. `row`: it needs the LLM. Raises Overloaded."""
     held = cast(ExitStack, request.scope["glimpse.held"])
     key = cast(Grant, request.scope[GRANT]).key
-    reservation = held.enter_context(edge_of(request).pipeline.reservation(tenant, key, row=row))
+    size = Size.of(declared_bytes(request.scope["headers"]))
+    reservation = held.enter_context(edge_of(request).pipeline.reservation(tenant, key, row=row, size=size))
     request.scope[RESERVATION] = reservation
     return reservation
 

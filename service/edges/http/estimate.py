@@ -107,6 +107,7 @@ async def estimate(request: Request) -> Response:
     edge, caller = edge_of(request), caller_of(request)
     reservation = reserved(request, caller.tenant, row=False)
     body = await read_body(request, edge.bodies.max_body_bytes, edge.bodies, reservation)
+    await edge.turns.next()
     _, fields = await parse_question(body, request.headers.get("content-type", JSON), edge)
     card = edge.pipeline.card_for(caller.route)
     question = to_request(

@@ -67,7 +67,7 @@ class Protocols:
             **kwargs,
         )
 
-    def _overload(self, open_requests: int, nbytes: float) -> Overloaded | None:
+    def _overload(self, open_requests: int, nbytes: int | None) -> Overloaded | None:
         try:
             self._edge.pipeline.require_turns(open_requests, self._edge.lag_s(), nbytes)
         except Overloaded as error:
@@ -212,7 +212,7 @@ class LimitedProtocol(HttpToolsProtocol):
         open_connections: Connections[LimitedProtocol],
         rounds: Rounds[LimitedProtocol],
         count: Count,
-        overload: Callable[[int, float], Overloaded | None],
+        overload: Callable[[int, int | None], Overloaded | None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from contextlib import suppress
 
@@ -13,11 +12,12 @@ from structlog.testing import capture_logs
 from benchmarks.bench.orders import Fifo
 from service.admission.admission import (
     MAX_LAG_S,
+    READ_REFUSAL_S,
     READ_REFUSALS,
-    SMALL_QUESTION_BYTES,
     UNHURRIED,
     Admission,
     Reservation,
+    Size,
 )
 from service.admission.fidelity import LEVELS
 from service.admission.quota import Cost, Refusal
@@ -241,10 +241,10 @@ async def test_only_an_answer_tells_how_long_answers_take(answered):
 LATE_S = 2 * MAX_LAG_S
 
 
-def takes(house: Admission, open_requests: int, lag_s: float = 0.0, nbytes: float = math.inf) -> bool:
+def takes(house: Admission, open_requests: int, lag_s: float = 0.0, size: Size = Size.LARGE) -> bool:
     """Whether it reads one more request."""
     try:
-        house.require_turns(open_requests, lag_s, nbytes)
+        house.require_turns(open_requests, lag_s, size)
     except Overloaded:
         return False
     return True
@@ -272,7 +272,7 @@ async def test_a_crowd_is_refused_unread_for_a_moment_after_a_refusal():
     house = admission(Metrics())
     now = time.monotonic()
     keep_busy(house, now)
-    with house.reservation("") as reservation:
+    with house.reservation("", Size.LARGE) as reservation:
         with pytest.raises(Overloaded):
             await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
         assert takes(house, UNHURRIED)
@@ -286,10 +286,37 @@ async def test_callers_that_are_refused_at_once_are_refused_unread_while_the_loo
     keep_busy(house, now)
     for count in range(4 * READ_REFUSALS):
         assert takes(house, 1, LATE_S) or count >= READ_REFUSALS
-        with house.reservation("") as reservation, pytest.raises(Overloaded):
+        with house.reservation("", Size.LARGE) as reservation, pytest.raises(Overloaded):
             await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
     assert not takes(house, 1, LATE_S)
-    assert not takes(house, 1, LATE_S, SMALL_QUESTION_BYTES + 1)
-    assert takes(house, 1, LATE_S, SMALL_QUESTION_BYTES)  # it names its image, and images alone were refused
+    assert takes(house, 1, LATE_S, Size.SMALL)  # large requests alone were refused
+    assert takes(house, 1, LATE_S, Size.UNKNOWN)
     assert takes(house, 1)  # one caller whose questions cannot be in time must not close the door to the others
     await until(lambda: takes(house, 1, LATE_S))
+
+
+async def test_many_refusals_at_once_close_the_door_for_a_burst_at_most():
+    house = admission(Metrics())
+    now = time.monotonic()
+    keep_busy(house, now)
+    for _ in range(20 * READ_REFUSALS):
+        with house.reservation("", Size.SMALL) as reservation, pytest.raises(Overloaded):
+            await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
+    assert not takes(house, 1, LATE_S, Size.SMALL)
+    await asyncio.sleep(1.1 * READ_REFUSALS * READ_REFUSAL_S)
+    assert takes(house, 1, LATE_S, Size.SMALL)
+
+
+async def test_what_came_through_no_door_closes_none():
+    house = admission(Metrics())
+    now = time.monotonic()
+    keep_busy(house, now)
+    for _ in range(2 * READ_REFUSALS):
+        with house.reservation("") as reservation, pytest.raises(Overloaded):  # as questions of a batch
+            await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 5))
+    assert all(takes(house, UNHURRIED, LATE_S, size) for size in Size)
+
+
+@pytest.mark.parametrize(("nbytes", "size"), [(None, "unknown"), (0, "small"), (4096, "small"), (4097, "large")])
+def test_a_request_has_the_size_that_its_body_declares(nbytes, size):
+    assert Size.of(nbytes) == size

@@ -4,7 +4,7 @@ import pytest
 import redis.exceptions as foreign
 from structlog.testing import capture_logs
 
-from service.cache.redis_client import Lane, fault_of
+from service.cache.redis_client import Lane, RedisFault, fault_of
 
 EVERY = [
     error
@@ -36,6 +36,37 @@ def test_every_error_of_the_client_has_a_kind(error):
 def test_kinds(error, kind):
     assert fault_of(error).kind == kind
     assert fault_of(error).message
+
+
+CLOSED = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")  # uvloop's
+
+
+def test_a_closed_connection_is_no_fault_of_the_client():
+    with capture_logs() as logs:
+        assert fault_of(CLOSED).kind == "unreachable"
+        assert fault_of(RuntimeError("of another kind")).kind == "fault"
+    assert len(logs) == 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_command_that_meets_a_closed_connection_is_sent_again_once(times, monkeypatch):
+    lane = Lane("redis://127.0.0.1:1", 1.0)
+    sent = []
+
+    async def send(commands):
+        sent.append(commands)
+        if len(sent) <= times:
+            raise CLOSED
+        return [b"value"]
+
+    monkeypatch.setattr(lane, "_sent", send)
+    if times == 1:
+        assert await lane._pipeline([("GET", "key")]) == [b"value"]
+    else:
+        with pytest.raises(RedisFault) as caught:
+            await lane._pipeline([("GET", "key")])
+        assert caught.value.kind == "unreachable"
+    assert len(sent) == 2
 
 
 def test_what_nobody_foresaw_is_a_fault_and_is_logged_with_its_traceback():

@@ -2,7 +2,11 @@
 
 import asyncio
 
+import httpx
+
+from service.edges.http.application import http_api
 from service.edges.loop_turns import AT_ONCE, LoopTurns
+from tests.support.fakes import House
 
 
 class Crowd:
@@ -66,3 +70,20 @@ async def test_a_request_that_is_cancelled_while_it_waits_leaves_its_place_to_th
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     await crowd.turns.next()  # the turns go on
+
+
+async def test_a_question_takes_a_turn_and_its_wait_makes_the_service_late():
+    house = House()
+    caller = httpx.AsyncClient(transport=httpx.ASGITransport(http_api(house.edge)), base_url="http://localhost")
+    turns = house.edge.turns
+    others = [asyncio.create_task(turns.next()) for _ in range(AT_ONCE)]
+    asked = asyncio.create_task(caller.post("/v1/vqa", json={"question": "what colour?"}))
+    while not turns.waited_s:
+        await asyncio.sleep(0)
+        others.append(asyncio.create_task(turns.next()))
+    assert house.edge.lag_s() > 0.0
+    assert (await asked).status_code == 400
+    await asyncio.gather(*others)
+    assert house.edge.lag_s() == 0.0
+    await caller.aclose()
+    house.reader.close()

@@ -681,11 +681,19 @@ async def test_every_status_code_is_mapped() -> None:
     assert Cancelled not in ERROR_CODES.values(), "the caller is still there"
 
 
+STEP_WITHOUT_OUTPUTS = (  # Triton's answer while the allocator's process ended
+    "in ensemble 'attend_448', [request id: <id_unknown>] expected 5 inputs but got 3 inputs for model 'qformer'. Got "
+    "input(s) ['question_mask','question_ids','vision_tokens'], but missing required input(s) ['vision_mask']."
+)
+
+
 @pytest.mark.parametrize(
     ("model", "code", "text", "kind"),
     [
         ("llm", grpc.StatusCode.UNAVAILABLE, "[request id: a] Exceeds maximum queue size", Overloaded),
         ("see", grpc.StatusCode.INTERNAL, "in ensemble 'see', Stub process 'qformer_0_0' is not healthy.", Unavailable),
+        ("attend_448", grpc.StatusCode.INVALID_ARGUMENT, STEP_WITHOUT_OUTPUTS, Unavailable),
+        ("attend", grpc.StatusCode.INVALID_ARGUMENT, "expected 9 inputs but got 8 inputs for model", InternalError),
         ("llm", None, "Stub process 'llm_0_0' is not healthy.", Unavailable),
         ("llm", None, "Request for unknown model: 'llm' has no available versions", Unavailable),
         ("llm", None, "Server not ready", Unavailable),

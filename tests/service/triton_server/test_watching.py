@@ -127,6 +127,25 @@ class Reporting(Probed):
         return self.told.pop() if self.told else set()
 
 
+async def test_a_process_that_stands_still_is_killed_though_no_request_tells_of_it(tmp_path: Path) -> None:
+    """As where other processes than the supervisor's ask."""
+    stopped, runs = (subprocess.Popen(["sleep", "100"], start_new_session=True) for _ in range(2))  # noqa: ASYNC220
+    try:
+        stopped.send_signal(signal.SIGSTOP)
+        async with supervised(Reporting(), tmp_path) as triton:
+            triton._server._process = stopped  # the group's leader, in place of tritonserver
+            triton._models = [
+                ModelProcess(name, each.pid, tmp_path / name) for name, each in (("llm", stopped), ("qformer", runs))
+            ]
+            await until(lambda: stopped.poll() is not None, 5)
+        assert stopped.returncode == -signal.SIGKILL
+        assert runs.poll() is None
+    finally:
+        for process in (stopped, runs):
+            process.kill()
+            process.wait()
+
+
 async def test_a_process_that_does_not_report_is_killed_before_it_can_continue(tmp_path: Path) -> None:
     stopped = subprocess.Popen(["sleep", "100"], start_new_session=True)  # noqa: ASYNC220
     try:

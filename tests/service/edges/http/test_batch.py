@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
-from service.admission.admission import Admission, Reservation
+from service.admission.admission import Admission, Reservation, Size
 from service.admission.quota import Cost
 from service.admission.scheduler import Resource
 from service.core.errors import Overloaded, Unavailable
@@ -208,11 +208,11 @@ class Full(Admission):
     retry_after_s = 0.01
 
     @contextmanager
-    def reservation(self, tenant: str) -> Iterator[Reservation]:
+    def reservation(self, tenant: str, size: Size | None = None) -> Iterator[Reservation]:
         self.opened += 1
         if self.opened in (2, 3):  # the first is of the batch itself
             raise Overloaded("full", retry_after_s=self.retry_after_s)
-        with super().reservation(tenant) as reservation:
+        with super().reservation(tenant, size) as reservation:
             yield reservation
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +16,7 @@ import pytest_asyncio
 from service.edges.http.application import http_api
 from service.edges.http.docs import STATIC
 from service.edges.http.openapi import BATCH_EXAMPLES, EVENTS, EXAMPLES
+from service.edges.http.respond import RequestScope
 from service.edges.http.schema import FILES, VqaEvent
 from tests.support.fakes import House
 from tests.support.paths import PROJECT
@@ -35,6 +37,18 @@ async def caller() -> AsyncIterator[httpx.AsyncClient]:
 @pytest_asyncio.fixture
 async def spec(caller: httpx.AsyncClient) -> dict[str, Any]:
     return dict((await caller.get("/openapi.json")).json())
+
+
+def test_routes_with_a_body_need_nothing_of_fastapi():
+    """They read it themselves, from the request alone, so `RequestScope` runs them without FastAPI."""
+    house = House()
+    app = http_api(house.edge)
+    posts = {path for path, methods in app.openapi()["paths"].items() if "post" in methods}
+    (scope,) = (each for each in app.user_middleware if each.cls is RequestScope)
+    direct = scope.kwargs["direct"]
+    assert {path for _, path in direct} == posts
+    assert {tuple(inspect.signature(route.endpoint).parameters) for route in direct.values()} == {("request",)}
+    house.reader.close()
 
 
 async def test_the_docs_need_nothing_but_this_service(caller):

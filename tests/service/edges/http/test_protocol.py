@@ -621,6 +621,20 @@ def test_a_connection_that_is_to_close_after_a_refusal_closes(crowded, last):
     assert b"connection: close" in received
 
 
+def test_the_door_is_told_how_large_a_body_is(service, monkeypatch):
+    """New images that are refused must not close it to small questions."""
+    told = []
+    monkeypatch.setattr(service.house.pipeline, "require_turns", lambda count, lag_s, nbytes: told.append(nbytes))
+    with service.connect() as client:
+        client.sendall(post(QUESTION))
+        assert read_response(client)[0] == 200
+        chunked = post(QUESTION).replace(b"content-length: %d" % len(QUESTION), b"transfer-encoding: chunked")
+        client.sendall(chunked.replace(QUESTION, b"%x\r\n%s\r\n0\r\n\r\n" % (len(QUESTION), QUESTION)))
+        assert read_response(client)[0] == 200
+    assert set(told[: len(told) // 2]) == {len(QUESTION)}
+    assert set(told[len(told) // 2 :]) == {None}
+
+
 def test_few_questions_are_let_in_however_late_the_loop_is(service):
     """It may be another program's fault."""
     service.lag_s = 10.0

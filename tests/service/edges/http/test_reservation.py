@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import pytest_asyncio
 
-from service.admission.admission import Admission, Reservation
+from service.admission.admission import Admission, Reservation, Size
 from service.admission.quota import Cost
 from service.admission.scheduler import Resource
 from service.core.errors import Unavailable
@@ -29,9 +29,9 @@ class CountingAdmission(Admission):
     opened = 0
 
     @contextmanager
-    def reservation(self, tenant: str) -> Iterator[Reservation]:
+    def reservation(self, tenant: str, size: Size | None = None) -> Iterator[Reservation]:
         self.opened += 1
-        with super().reservation(tenant) as reservation:
+        with super().reservation(tenant, size) as reservation:
             yield reservation
 
 

@@ -239,8 +239,9 @@ class EmbeddedTriton:
         now = time.monotonic()
         if now - self._looked_at < STOPPED_INTERVAL_S:
             return set()
-        before, self._standing = self._standing, {each.pid for each in self._models if self._server.is_stopped(each)}
-        self._looked_at = now
+        before, self._standing, self._looked_at = self._standing, set(), now
+        with contextlib.suppress(OSError):  # asked again
+            self._standing.update(each.pid for each in self._models if self._server.is_stopped(each))
         return {each.model for each in self._models if each.pid in before & self._standing}
 
     def _end(self, unhealthy: Iterable[str]) -> None:

@@ -45,7 +45,7 @@ class Hardware:
     """What one of each part does. Times in seconds, sizes in bytes."""
 
     name: str = "H200, BLIP-2 OPT-2.7B with ViT-g/14, FP16"
-    # Gateway, one core each: benchmarks/results/gateway_cpu.json (measured, AMD EPYC).
+    # Gateway, one core each: benchmarks/results/gateway_cpu.json of 2026-11-21 (measured, AMD EPYC).
     gateway_request_s: float = 2.3e-3
     gateway_image_s: float = 1.9e-3  # more for a new image: 4.2 ms in all
     gateway_token_s: float = 0.17e-3  # a streamed token; 0.011e-3 if the answer is not streamed

@@ -17,6 +17,7 @@ from benchmarks.bench.systems import Running
 from benchmarks.bench.torch_model import TorchModel
 from benchmarks.bench.workloads import KNOWN, Workload
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
+from service.text.prompt import LLM_TOKENIZER
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.servers import Gateway, StartGateway, free_ports
 
@@ -95,8 +96,10 @@ def test_refusals_carry_their_reason(start_gateway: StartGateway, triton: Embedd
 
 def test_the_vqa_ensemble_is_asked_directly(triton: EmbeddedTriton, tmp_path: Path):
     up = Running("triton", (triton.access.url,), (triton.pid,), tmp_path)
-    found = measure(up, plan(Workload("cold"), Arrivals(clients=2), requests=4))
+    tokenizer = str(REFERENCE.repository / LLM_TOKENIZER)
+    found = measure(up, plan(Workload("cold"), Arrivals(clients=2), requests=4, tokenizer=tokenizer))
     assert Counter(result["outcome"] for result in found.results) == {"ok": 4}
+    assert all(1 <= result["tokens"] <= 4 for result in found.results)
     assert found.cpu_s["llm"] >= 0
 
 

@@ -171,8 +171,9 @@ async def test_the_closer_view_gives_cells_at_level_two(
 
 async def test_generate_streams_as_many_tokens_as_asked(asker: Asker) -> None:
     pieces = [tokens async for tokens in asker.generate(asker.prompt(), Sampling(max_tokens=7))]
-    assert [len(tokens) for tokens in pieces] == [1] * 7
-    assert all(0 <= token < asker.card.vocab_size for (token,) in pieces)
+    assert len(pieces[0]) == 1  # the first is never late; how many come together then is a matter of time
+    assert sum(map(len, pieces)) == 7
+    assert all(0 <= token < asker.card.vocab_size for tokens in pieces for token in tokens)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -184,7 +185,8 @@ async def test_each_token_comes_with_its_log_probability_if_asked(asker: Asker, 
     async for piece in asker.generate(asker.prompt(), asked, log_probs=told):
         tokens += piece
         lengths.append((len(tokens), len(told)))
-    assert lengths == ([(n, n) for n in range(1, 8)] if streaming else [(7, 7)])
+    assert all(said == explained for said, explained in lengths)
+    assert (lengths[0], lengths[-1]) == ((1, 1) if streaming else (7, 7), (7, 7))
     assert all(-50 < each.value <= 0 for each in told)
     assert [each.top[0] for each in told] == [(token, each.value) for token, each in zip(tokens, told, strict=True)]
     assert [len(each.top) for each in told] == [5] * 7

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -15,3 +16,8 @@ def tell(figures: Mapping[str, object], out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
+
+
+def command(program: str, arguments: Sequence[str]) -> str:
+    """Return the command line that a report names. Where the report was written does not matter."""
+    return re.sub(r" --out[ =]\S+", "", " ".join([program, *arguments]))

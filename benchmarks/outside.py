@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from benchmarks.figures import tell
+from benchmarks.figures import command, tell
 from benchmarks.other_renderer import KINDS, SMALL_KINDS, Kind, pictured, sampled
 from build_engines.evaluation.accuracy import wilson
 from build_engines.model.allocation import MAX_VISION_TOKENS
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
                 found[name][f"{split} fresh"] = rights(chain, at, exam)
     first, *others = chains
     report = {
-        "command": "python -m benchmarks.outside " + " ".join(arguments or sys.argv[1:]),
+        "command": command("python -m benchmarks.outside", arguments or sys.argv[1:]),
         "scenes": options.scenes,
         "checkpoints": {name: told(kinds) for name, kinds in found.items()},
         "differences": {f"{first} less {other}": differences(found[first], found[other]) for other in others},

@@ -550,11 +550,6 @@ def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:
     return card.confidence.confidence(Signals.of(question, answer, ticket.log_prob, seen.images))
 
 
-def token_log_probs(spelled: Sequence[bytes], ids: Sequence[int], told: Sequence[LogProb]) -> list[TokenLogProb]:
-    """Join tokens and their log probabilities. An end id, which `ids` leaves out, stands last in `told`."""
-    return [token_log_prob(spelled, token, *log_prob) for token, log_prob in zip(ids, told, strict=False)]
-
-
 def token_log_prob(
     spelled: Sequence[bytes], token: int, value: float, top: tuple[tuple[int, float], ...] = ()
 ) -> TokenLogProb:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from benchmarks.bench.report import table
 from benchmarks.bench.summary import first_tokens, profile, summary
 from benchmarks.bench.systems import SYSTEMS, System, running
 from benchmarks.bench.workloads import KNOWN, Workload
+from benchmarks.figures import command
 from service.text.prompt import LLM_TOKENIZER
 
 Figure = TypeVar("Figure")
@@ -192,7 +192,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
-        "command": re.sub(r" --out \S+", "", " ".join(["glimpse bench", *sys.argv[1:]])),
+        "command": command("glimpse bench", sys.argv[1:]),
     }
 
 

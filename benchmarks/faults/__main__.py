@@ -28,6 +28,7 @@ from benchmarks.faults.catalogue import CATALOGUE
 from benchmarks.faults.invariants import Records, check
 from benchmarks.faults.report import Run, report, text, write
 from benchmarks.faults.world import World
+from benchmarks.figures import command
 
 NO_NAMESPACES = "needs a small disk of its own, and this machine allows no namespaces"
 
@@ -74,7 +75,7 @@ def main() -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         records, began = runner.run(run(told.seed, faults, logs))
     violations = check(records)
-    head = machine() | {"command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]), "nice": os.nice(0)}
+    head = machine() | {"command": command("python -m benchmarks.faults", sys.argv[1:]), "nice": os.nice(0)}
     found = report(Run(told.seed, told.count, head, left_out, began), records, violations)
     write(out, found)
     sys.stdout.write(f"{text(found)}\n\n{out}.json and .png, logs in {logs}\n")

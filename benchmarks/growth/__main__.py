@@ -30,6 +30,7 @@ from typing import Any
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.side_by_side import machine
 from benchmarks.bench.systems import gateway
+from benchmarks.figures import command
 from benchmarks.growth import in_process, served, tenants
 from benchmarks.growth.curves import Curve, Found, few
 from benchmarks.growth.in_process import InProcess
@@ -57,7 +58,7 @@ def measure(curves: Sequence[Curve], rounds: int, seconds: float, seed: int) -> 
 
 def report(curves: Sequence[Curve], found: dict[tuple[str, str], Found], options: argparse.Namespace) -> dict[str, Any]:
     summaries = [summary(curve, found[curve.key]) for curve in curves]
-    on = machine() | {"command": f"python -m benchmarks.growth {' '.join(sys.argv[1:])}".strip()}
+    on = machine() | {"command": command("python -m benchmarks.growth", sys.argv[1:])}
     told = {"rounds": options.rounds, "seconds": options.seconds, "seed": options.seed, "small": options.small}
     return {"machine": on, **told, "curves": summaries, "faster_than_its_cause": faster(summaries)}
 

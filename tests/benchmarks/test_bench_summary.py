@@ -14,6 +14,7 @@ from benchmarks.bench.report import COLOURS, table, text, write
 from benchmarks.bench.summary import Verdict, first_tokens, latencies, pooled_ratio, profile, ratio, summary
 from benchmarks.bench.systems import SYSTEMS
 from benchmarks.bench.workloads import Workload
+from benchmarks.figures import command
 
 PLAN = Plan("glimpse", ["http://127.0.0.1:1"], Workload("mixed"), Arrivals(burst=(2, 1.0)), 1.0, 8, "out.json")
 
@@ -151,3 +152,10 @@ def test_a_plan_reaches_the_load_generator_as_it_is(arrivals):
 
 def test_every_system_has_a_colour():
     assert COLOURS.keys() == SYSTEMS.keys()
+
+
+@pytest.mark.parametrize("out", [["--out", "/somewhere/else"], ["--out=/somewhere/else"], []])
+@pytest.mark.parametrize("others", [[], ["--seed", "1"]])
+def test_a_report_names_its_command_but_no_place_of_this_machine(out, others):
+    assert command("glimpse bench", [*others, *out]) == " ".join(["glimpse bench", *others])
+    assert command("glimpse bench", [*out, *others]) == " ".join(["glimpse bench", *others])

@@ -51,8 +51,7 @@ async def read_body(request: Request, max_bytes: int, limits: BodyLimits, reserv
 
     Raises QuotaExceeded, SlowBody, TooLarge, UnsupportedEncoding, InvalidRequest, Overloaded, ShuttingDown, Cancelled.
     """
-    length = request.headers.get("content-length", "")
-    declared = int(length) if length.isdecimal() else 0
+    declared = declared_bytes(request.scope["headers"]) or 0
     encoding = encoding_of(request.headers.get("content-encoding", ""))
     if declared > max_bytes:
         raise _too_large(f"has {declared:,} bytes", max_bytes)

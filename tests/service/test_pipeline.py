@@ -28,6 +28,7 @@ from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl
 from service.core.viewport import Viewport
 from service.media.decoder import Decoded, ImageLimits
 from service.media.reader import ImageReader
+from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, image_source, png, turns, until
 
 
@@ -408,6 +409,20 @@ async def test_an_answer_is_the_same_however_many_tokens_come_at_once(house, at_
         told = [each for delta in deltas for each in delta.log_probs]
         said.append(("".join(delta.text for delta in deltas), end.finish_reason, end.completion_tokens, told))
     assert said[0] == said[1]
+    text, _, _, told = said[1]
+    if not stop:  # else the text may end within a token
+        assert b"".join(each.spelled for each in told).decode().lstrip() == text
+
+
+@pytest.mark.parametrize("at_once", [2, 64])
+async def test_the_confidence_is_that_of_the_tokens_before_the_end(at_once):
+    house = House(replace(CARD, confidence=calibrated(4)))
+    house.language.say(" red. And more of it")
+    asked = request(sampling=Sampling(max_tokens=64, stop=(". A",)))
+    ends = [(await answer(house, asked))[1] for house.language.at_once in (1, at_once)]
+    assert ends[0].confidence is not None
+    assert ends[0].confidence == ends[1].confidence
+    house.reader.close()
 
 
 async def test_the_time_between_tokens_is_shared_by_those_that_come_at_once(house):

@@ -1,11 +1,14 @@
 """Requests begin a few in each turn of the event loop, in order."""
 
 import asyncio
+from dataclasses import replace
 
 import httpx
+import pytest
 
 from service.edges.http.application import http_api
 from service.edges.loop_turns import AT_ONCE, LoopTurns
+from tests.support.calls import question, served
 from tests.support.fakes import House
 
 
@@ -87,3 +90,30 @@ async def test_a_question_takes_a_turn_and_its_wait_makes_the_service_late():
     assert house.edge.lag_s() == 0.0
     await caller.aclose()
     house.reader.close()
+
+
+class Counted(LoopTurns):
+    taken = 0
+
+    async def next(self) -> None:
+        self.taken += 1
+        await super().next()
+
+
+@pytest.mark.parametrize("path", ["/v1/vqa", "/v1/vqa/estimate", "/v1/vqa/batch", "/v1/chat/completions"])
+async def test_every_route_that_parses_questions_takes_one_turn(path):
+    house = House()
+    edge = replace(house.edge, turns=Counted())
+    transport = httpx.ASGITransport(http_api(edge))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as caller:
+        await caller.post(path, json={"question": "what colour?"})
+    assert edge.turns.taken == 1
+    house.reader.close()
+
+
+async def test_a_question_over_grpc_takes_one_turn():
+    house = House()
+    house.rpc = replace(house.rpc, turns=Counted())
+    async with served(house) as service:
+        await service.stub.Answer(question())
+    assert house.rpc.turns.taken == 1

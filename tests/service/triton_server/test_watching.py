@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import subprocess
 import time
@@ -144,6 +145,31 @@ async def test_a_process_that_stands_still_is_killed_though_no_request_tells_of_
         for process in (stopped, runs):
             process.kill()
             process.wait()
+
+
+async def test_a_process_that_stands_still_for_a_moment_goes_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "100"], start_new_session=True)  # noqa: ASYNC220
+    triton = EmbeddedTriton(
+        tmp_path, client=Reporting(), card=CARD, log_path=tmp_path / "triton.log", access=Access.choose()
+    )
+    triton._models = [ModelProcess("llm", process.pid, tmp_path / "llm")]
+
+    def look() -> set[str]:
+        triton._looked_at = -math.inf
+        return triton._stopped()
+
+    try:
+        for _ in range(2):
+            process.send_signal(signal.SIGSTOP)
+            assert look() == set()
+            process.send_signal(signal.SIGCONT)
+            assert look() == set()
+        process.send_signal(signal.SIGSTOP)
+        assert [look(), look()] == [set(), {"llm"}]
+        assert triton._stopped() == set()  # it looks only now and then
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def test_a_process_that_does_not_report_is_killed_before_it_can_continue(tmp_path: Path) -> None:

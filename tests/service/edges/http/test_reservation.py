@@ -18,6 +18,8 @@ from service.core.errors import Unavailable
 from service.edges.caller import READING_S
 from service.edges.http import answering
 from tests.service.edges.http.test_vqa import ASKED, Caller, SlowReader
+from tests.support.calls import question as grpc_question
+from tests.support.calls import served
 from tests.support.fakes import House, png, turns, until
 
 BESIDE = Cost(nbytes=1000, pixels=2000, tokens=10)  # of another request, which goes on
@@ -27,10 +29,12 @@ class CountingAdmission(Admission):
     """Tells how many reservations were opened."""
 
     opened = 0
+    size: Size | None = None  # of the last one
 
     @contextmanager
     def reservation(self, tenant: str, size: Size | None = None) -> Iterator[Reservation]:
         self.opened += 1
+        self.size = size
         with super().reservation(tenant, size) as reservation:
             yield reservation
 
@@ -288,3 +292,19 @@ async def test_a_body_of_unknown_length_that_has_not_begun_at_a_stop_may_end(cal
     caller.house.admission.stop()
     sent.more.set()
     await require_one_reservation(caller, sent, 200)
+
+
+@pytest.mark.parametrize(
+    ("length", "size"), [(None, Size.UNKNOWN), (len(question()), Size.SMALL), (len(question()) + 5000, Size.LARGE)]
+)
+async def test_a_reservation_has_the_size_that_the_door_saw(caller, length, size):
+    body = question() if length is None else question().ljust(length)
+    await Sent(caller, "/v1/vqa", body, length=length).task
+    assert caller.house.admission.size is size
+
+
+async def test_a_call_over_grpc_has_an_unknown_size():
+    house = House(admission=CountingAdmission)
+    async with served(house) as service:
+        await service.stub.Answer(grpc_question())
+    assert house.admission.size is Size.UNKNOWN

@@ -8,11 +8,14 @@ from dataclasses import replace
 import httpx
 import pytest
 import pytest_asyncio
+from fastapi.routing import APIRoute
+from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.admission.quota import Cost
 from service.core.errors import Overloaded, Unavailable
 from service.edges.http.application import http_api
+from service.edges.http.respond import run
 from tests.support import films
 from tests.support.fakes import CARD, CLIPS, CLOSER, SPELLED, FakeProber, House, cancelled, png, turns, until
 
@@ -863,3 +866,22 @@ async def test_a_server_without_likeliest_tokens_refuses_them_by_name():
     assert (error["param"], error["code"]) == ("top_logprobs", "top_logprobs_not_supported")
     assert (await caller.ask(logprobs=True)).json()["logprobs"][0]["top_logprobs"] == []
     await caller.close()
+
+
+async def test_an_error_after_the_start_of_a_response_begins_no_second_one():
+    class Broken(Response):
+        async def __call__(self, _, __, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            raise Unavailable("it broke")
+
+    async def endpoint(_):
+        return Broken()
+
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    with pytest.raises(Unavailable):
+        await run(APIRoute("/x", endpoint, methods=["POST"]), {"type": "http", "headers": []}, None, send)
+    assert sent == ["http.response.start"]

@@ -37,7 +37,7 @@ SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
 UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
-# Reading a question and refusing it takes one to two milliseconds of the loop. After a burst of READ_REFUSALS, this is
+# Reading a question and refusing it takes about a millisecond of the loop. After a burst of READ_REFUSALS, this is
 # the least time between two such refusals. If there are more and the loop is late, requests of their size are refused
 # unread, however few are open, for as long as a burst may take.
 READ_REFUSALS = 32

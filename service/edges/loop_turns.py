@@ -11,9 +11,9 @@ AT_ONCE = 8  # questions in one turn of the loop
 class LoopTurns:
     """Let requests go on in order of arrival, AT_ONCE in a turn of the loop.
 
-    Parsing a question and its way to the first wait take one to two milliseconds of the loop. A refusal at the door
-    takes a tenth of a millisecond. If the loop parsed a whole crowd in one turn, it would receive and send nothing
-    until the last was parsed. Between two turns the loop does all else that is due.
+    Parsing a question, and its way to the first wait, take about a millisecond of the loop. A refusal at the door takes
+    much less. If the loop parsed a whole crowd in one turn, it would receive and send nothing until the last was
+    parsed. Between two turns the loop does all else that is due.
     """
 
     def __init__(self) -> None:

@@ -329,22 +329,43 @@ class EmbeddedTriton:
                 self._server.start(self._command(), environment, output)
         except OSError as exc:
             raise StartFailed(f"Triton cannot be started ({exc})") from exc
+        coming_up = asyncio.ensure_future(self._come_up())
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                while not await self._client.ready():
-                    if (status := self._server.exit_status) is not None:
-                        kind = Crashed if status < 0 else StartFailed
-                        raise kind(f"Triton ended while starting, {self._log.last_words()}")
-                    self._server.close_regions()
-                    await asyncio.sleep(0.05)
-                await self._probe_all(self._start_timeout_s)
+                while not coming_up.done():
+                    await asyncio.wait([coming_up], timeout=WATCH_INTERVAL_S)
+                    self._check_start()
+                await coming_up
         except TimeoutError as exc:
             raise StartFailed(
                 f"Triton was not ready within {self._start_timeout_s:g} s, {self._log.last_words()}"
             ) from exc
         except GlimpseError as exc:
             raise StartFailed(f"{exc.message}, {self._log.last_words()}") from exc
+        finally:
+            coming_up.cancel()
+            await asyncio.gather(coming_up, return_exceptions=True)
         self._note_processes()
+
+    async def _come_up(self) -> None:
+        """Return when every model has answered."""
+        while not await self._client.ready():
+            self._server.close_regions()
+            await asyncio.sleep(0.05)
+        await self._probe_all(self._start_timeout_s)
+
+    def _check_start(self) -> None:
+        """Raises Crashed or StartFailed if Triton has ended, Crashed if a model's process stands still.
+
+        Triton waits for a process that stands still, and so does a probe.
+        """
+        if (status := self._server.exit_status) is not None:
+            kind = Crashed if status < 0 else StartFailed
+            raise kind(f"Triton ended while starting, {self._log.last_words()}")
+        with contextlib.suppress(OSError):  # asked again
+            self._watch(self._server.models())
+        if stopped := self._stopped():
+            raise Crashed(f"while Triton started, these models' processes were stopped: {', '.join(sorted(stopped))}")
 
     def _command(self) -> list[str]:
         if self._installation is None:

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, Unavailable
@@ -90,6 +92,35 @@ async def test_a_server_that_crashes_while_starting_is_started_again(
         finally:
             entering.cancel()
             await triton.__aexit__()
+
+
+class Stopping(TritonClient):
+    """A client that stops the LLM's process once, when it is first probed."""
+
+    triton: EmbeddedTriton
+    stopped: int | None = None
+
+    async def probe(self, model: str, card: ModelCard, timeout_s: float, fresh_s: float = 0.0) -> None:
+        group = self.triton.pid
+        if self.stopped is None and group is not None:
+            (self.stopped,) = (pid for pid in processes(group) if "/llm/1/model.py" in arguments(pid))
+            os.kill(self.stopped, signal.SIGSTOP)
+        await super().probe(model, card, timeout_s, fresh_s)
+
+
+@pytest.mark.servers
+async def test_a_model_that_is_stopped_while_it_starts_is_not_waited_for(
+    repository: Path, card: ModelCard, tmp_path: Path
+) -> None:
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    async with Stopping(access.url, access.url) as client:
+        client.triton = EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "log", access=access)
+        with capture_logs() as logs:
+            async with client.triton as triton:
+                assert triton.ready
+                assert client.stopped not in processes(cast(int, triton.pid))
+    (crash,) = (each for each in logs if each["event"] == "triton_crashed_at_start")
+    assert crash["error"] == "while Triton started, these models' processes were stopped: llm"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

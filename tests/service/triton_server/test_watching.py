@@ -158,13 +158,19 @@ async def test_a_process_that_stands_still_for_a_moment_goes_on(tmp_path: Path) 
         triton._looked_at = -math.inf
         return triton._stopped()
 
+    async def send(number: signal.Signals) -> None:
+        """The kernel tells of a stop a moment after the signal."""
+        process.send_signal(number)
+        stops = number == signal.SIGSTOP
+        await until(lambda: triton._server.is_stopped(triton._models[0]) == stops, 5)
+
     try:
         for _ in range(2):
-            process.send_signal(signal.SIGSTOP)
+            await send(signal.SIGSTOP)
             assert look() == set()
-            process.send_signal(signal.SIGCONT)
+            await send(signal.SIGCONT)
             assert look() == set()
-        process.send_signal(signal.SIGSTOP)
+        await send(signal.SIGSTOP)
         assert [look(), look()] == [set(), {"llm"}]
         assert triton._stopped() == set()  # it looks only now and then
     finally:

@@ -74,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--zero-shot", action="store_true",
                        help="look where InstructBLIP's Q-Former looks for this question, without training")  # fmt: skip
+    found.add_argument("--image-text", default="", metavar="CHECKPOINT",
+                       help="the same for a BLIP-2, by the Q-Former of a Blip2ForImageTextRetrieval that has the same "
+                       "vision encoder, such as Salesforce/blip2-itm-vit-g")  # fmt: skip
     found.add_argument("--dry-run", action="store_true", help="print the steps and their commands, and do nothing")
     found.add_argument("--until", metavar="STEP", help="stop after this step, for example parity")
     found.add_argument("--images", type=Path, help="folder of images for calibration and parity [rendered scenes]")
@@ -107,6 +110,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
             precision=arguments.precision,
             allocator=arguments.allocator,
             zero_shot=arguments.zero_shot,
+            image_text=arguments.image_text,
             images=arguments.images,
             calibration_images=arguments.calibration_images,
             agreement_questions=arguments.agreement_questions,
@@ -158,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = options_of(given)
         check_out(options.out)
-        source = inspect(options.checkpoint, options.allocator, options.zero_shot)
+        source = inspect(options.checkpoint, options.allocator, options.zero_shot, options.image_text)
         needed = estimate.check(options, source)
         root = root_of(source)
         steps = plan(options, source, root)

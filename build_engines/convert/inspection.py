@@ -6,18 +6,19 @@ This takes seconds for any size.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, Blip2ForImageTextRetrieval, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from build_engines.convert.options import Refused
-from build_engines.convert.source import IDEFICS, INSTRUCT, Source
+from build_engines.convert.source import BLIP2, IDEFICS, IMAGE_TEXT, INSTRUCT, Source
 from build_engines.model.adapted import FIXED, WEIGHTS, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.checkpoint import (
@@ -47,11 +48,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 NAMED_AT_MOST = 5  # tensors that an error message lists
 
 
-def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = False) -> Source:
-    """Inspect a directory, or a repository of the Hugging Face hub by name, and an allocator adapted to it.
+def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = False, image_text: str = "") -> Source:
+    """Inspect a directory, or a repository of the Hugging Face hub by name, and what its allocator is made of.
 
-    The weights are downloaded only after the other files have passed. Raises Refused with the reason for a checkpoint
-    that cannot be built.
+    That is its own, a folder `adapted` of `glimpse adapt`, its own Q-Former (`zero_shot`), or the Q-Former of another
+    checkpoint (`image_text`). The weights are downloaded only after the other files have passed. Raises Refused with
+    the reason for a checkpoint that cannot be built.
     """
     directory = _small_files(checkpoint)
     family = _family(directory)
@@ -63,14 +65,12 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         _check_marks(directory)
     if not Path(checkpoint).is_dir():
         directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
-    wanted = _wanted_shapes(directory, family, config)
+    wanted = _wanted_shapes(directory, FAMILIES[family], config)
     _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    if zero_shot and (family not in INSTRUCT or adapted is not None):
-        raise Refused(
-            "--zero-shot needs an InstructBLIP checkpoint, whose Q-Former reads the question, and no --allocator: "
-            "leave it out"
-        )
+    _check_reader(family, adapted, zero_shot, image_text)
+    reader, reading = (None, {}) if not image_text else _image_text(image_text, config)
     allocator = _allocator(directory) if adapted is None else _adapted(adapted, config)
+    zero_shot = zero_shot or bool(image_text)
     return Source(
         directory=directory,
         name=Path(checkpoint).name,
@@ -80,14 +80,54 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         hidden_size=visual_width(config),
         vocab_size=vocabulary(text),
         max_positions=text_positions(text),
-        parameters=_parameters(wanted, family) | _parameters_for_clips(directory),
+        parameters=_parameters(wanted, family) | _parameters_for_clips(directory) | reading,
         closer_view=allocator.closer is not None and not zero_shot,
         clip=(directory / CLIP).exists(),
         clip_weights=(directory / CLIP_LANGUAGE).exists(),
         zero_shot=zero_shot,
+        image_text=reader,
         allocator=adapted,
         files=tuple(sorted({path for pattern in HUB_FILES for path in directory.glob(pattern) if path.is_file()})),
     )
+
+
+def _check_reader(family: str, adapted: Path | None, zero_shot: bool, image_text: str) -> None:
+    """Raises Refused if no Q-Former that reads the question can say where to look, though one is asked to."""
+    if zero_shot and (family not in INSTRUCT or adapted is not None or image_text):
+        raise Refused(
+            "--zero-shot needs an InstructBLIP checkpoint, whose Q-Former reads the question, and neither --allocator "
+            "nor --image-text: leave it out. For a BLIP-2, use --image-text"
+        )
+    if image_text and (family != BLIP2 or adapted is not None):
+        raise Refused(
+            "--image-text needs a BLIP-2 checkpoint, whose Q-Former does not read the question, and no --allocator: "
+            "leave it out. For an InstructBLIP, use --zero-shot"
+        )
+
+
+def _image_text(checkpoint: str, config: PreTrainedConfig) -> tuple[Path, dict[str, int]]:
+    """The folder of an image-text checkpoint, and the parameters that the allocator takes from it.
+
+    Raises Refused if it is none, or if its vision encoder is not of the size in `config`. Whether the encoder's weights
+    agree is seen when they are loaded.
+    """
+    directory = _small_files(checkpoint)
+    told = _family(directory, (IMAGE_TEXT,))
+    own = _config(directory)
+    sizes = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
+    odd = [name for name in sizes if getattr(own.vision_config, name) != getattr(config.vision_config, name)]
+    if odd:
+        raise Refused(
+            f"{checkpoint} has another vision encoder ({', '.join(odd)} differ): use the image-text checkpoint of the "
+            "same encoder"
+        )
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        raise Refused(f"{directory} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")
+    if not Path(checkpoint).is_dir():
+        directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
+    wanted = _wanted_shapes(directory, Blip2ForImageTextRetrieval, own)
+    _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
+    return directory, {"relevance_allocator": _parameters(wanted, told)["qformer"]}
 
 
 def _small_files(checkpoint: str) -> Path:
@@ -103,8 +143,8 @@ def _small_files(checkpoint: str) -> Path:
         raise Refused(f"{checkpoint} cannot be downloaded: {str(exc).splitlines()[0]}") from exc
 
 
-def _family(directory: Path) -> str:
-    """The first architecture of config.json that can be built."""
+def _family(directory: Path, known: Collection[str] = FAMILIES) -> str:
+    """The first architecture of config.json that is known."""
     path = directory / "config.json"
     try:
         architectures = json.loads(path.read_text()).get("architectures") or []
@@ -113,10 +153,10 @@ def _family(directory: Path) -> str:
     except (OSError, ValueError, AttributeError) as exc:
         raise Refused(f"{path} cannot be read: {exc}. Download the checkpoint again") from exc
     for name in architectures:
-        if name in FAMILIES:
+        if name in known:
             return str(name)
     held = ", ".join(map(str, architectures)) or "no architecture"
-    raise Refused(f"{directory} holds {held}: use a checkpoint of {' or '.join(FAMILIES)}")
+    raise Refused(f"{directory} holds {held}: use a checkpoint of {' or '.join(known)}")
 
 
 def _config(directory: Path) -> PreTrainedConfig:
@@ -196,11 +236,11 @@ def _stored_shapes(directory: Path) -> Iterator[tuple[str, Shape]]:
             raise Refused(f"{directory / name} cannot be read, it may be cut short: {exc}. Download it again") from exc
 
 
-def _wanted_shapes(directory: Path, family: str, config: PreTrainedConfig) -> dict[str, Shape]:
+def _wanted_shapes(directory: Path, family: type[Any], config: PreTrainedConfig) -> dict[str, Shape]:
     """Shapes of the model that config.json describes. Of tied tensors, only the stored one is listed."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = FAMILIES[family](config)
+            model: PreTrainedModel = family(config)
     except Exception as exc:  # wrong values make transformers raise many types
         raise Refused(f"{directory}/config.json describes no model: {exc}. Correct it") from exc
     tied = getattr(model, "all_tied_weights_keys", None) or {}

@@ -11,6 +11,8 @@ from blake3 import blake3
 from build_engines.model.adapted import FILES as ADAPTED
 
 INSTRUCT = ("InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration")
+BLIP2, IMAGE_TEXT = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
+IMAGE_TEXT_FILES = (".json", ".safetensors", ".txt")  # of the image-text checkpoint, by their endings
 IDEFICS = "IdeficsForVisionText2Text"
 
 
@@ -31,7 +33,8 @@ class Source:
     clip: bool = False  # whether it has a clip resampler
     clip_weights: bool = False  # whether its language model has other weights for clips and several images
     files: tuple[Path, ...] = ()  # everything that a build reads
-    zero_shot: bool = False  # whether its Q-Former says where to look
+    zero_shot: bool = False  # whether a Q-Former that reads the question says where to look
+    image_text: Path | None = None  # the checkpoint of that Q-Former, if it is not the own one
     allocator: Path | None = None  # a folder that `glimpse adapt` wrote, in place of the checkpoint's own allocator
 
     @property
@@ -60,6 +63,9 @@ class Source:
         if self.allocator is not None:
             beside = [self.allocator / name for name in ADAPTED]
             found |= {f"allocator/{path.name}": file_digest(path) for path in beside if path.exists()}
+        if self.image_text is not None:
+            beside = [path for path in self.image_text.iterdir() if path.suffix in IMAGE_TEXT_FILES]
+            found |= {f"image_text/{path.name}": file_digest(path) for path in sorted(beside)}
         return found | ({"allocator": "zero-shot"} if self.zero_shot else {})
 
 

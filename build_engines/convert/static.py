@@ -106,7 +106,7 @@ def static_graphs(checkpoint: Checkpoint, groups: int) -> list[Graph]:
             found.append(_static_qformer(checkpoint, groups))
         elif graph.name.startswith("relevance_allocator"):
             module: nn.Module = PaddedTokens(graph.module)
-            if checkpoint.participatory is None and not checkpoint.zero_shot:
+            if checkpoint.participatory is None and checkpoint.zero_shot is None:
                 module = ReadsQuestion(module, list(graph.outputs).index("query_groups"), list(graph.inputs))
             found.append(dataclasses.replace(graph, module=module.eval()))
         else:

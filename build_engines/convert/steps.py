@@ -76,7 +76,7 @@ class Maker:
     def checkpoint(self) -> Checkpoint:
         try:
             found = Checkpoint.load(self.source.directory, self.source.allocator)
-            return found.knowing_already() if self.source.zero_shot else found
+            return found.knowing_already(self.source.image_text) if self.source.zero_shot else found
         except ValueError as exc:
             raise Refused(str(exc)) from exc
 

@@ -45,7 +45,7 @@ from build_engines.model.idefics import IdeficsDecoder, IdeficsVisionEncoder, Im
 from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
 from build_engines.model.vision import VisionEncoder
-from build_engines.model.zero_shot import QFormerKnowing
+from build_engines.model.zero_shot import QFormerKnowing, load_image_text
 from service.core.card import ImageMarks
 
 # OpenAI CLIP's statistics, which BLIP-2's image processor uses if a checkpoint does not set its own.
@@ -95,7 +95,8 @@ class Checkpoint:
     clip: ClipResampler | None = None  # what makes a whole clip's visual tokens
     clip_language: OPTForCausalLM | None = None  # what answers about clips and several images, if not the model's own
     allocator_state: str = FIXED  # how its allocator came about: `adapted`
-    zero_shot: bool = False  # whether the Q-Former says where to look
+    zero_shot: QFormerKnowing | None = None  # says where to look, in place of a trained allocator
+    image_text: Path | None = None  # where zero_shot was loaded from, if that is another checkpoint
 
     @classmethod
     def load(cls, source: Path | str, allocator: Path | None = None, *, language: bool = True) -> Checkpoint:
@@ -134,12 +135,25 @@ class Checkpoint:
         )
         return found if allocator is None else found.adapted(allocator)
 
-    def knowing_already(self) -> Checkpoint:
-        """Let the Q-Former say where to look, which reads the question. Raises ValueError if it does not."""
-        if not self.reads_question:
+    def knowing_already(self, image_text: Path | None = None) -> Checkpoint:
+        """Let a Q-Former that reads the question say where to look: its own, or the one in a folder `image_text`.
+
+        Raises ValueError if its own does not read it, or if `image_text` has another vision encoder.
+        """
+        if image_text is not None:
+            knowing = QFormerKnowing(load_image_text(image_text, self.model.vision_model))
+        elif self.reads_question:
+            knowing = QFormerKnowing(InstructQFormer(self.model))
+        else:
             raise ValueError(f"{self.directory} has a Q-Former that does not read the question: use `glimpse adapt`")
         return dataclasses.replace(
-            self, participatory=None, balancing=None, closer=None, zero_shot=True, allocator_state=ZERO_SHOT
+            self,
+            participatory=None,
+            balancing=None,
+            closer=None,
+            zero_shot=knowing,
+            image_text=image_text,
+            allocator_state=ZERO_SHOT,
         )
 
     def adapted(self, folder: Path) -> Checkpoint:
@@ -217,11 +231,18 @@ class Checkpoint:
         told = self.model.generation_config.eos_token_id
         return _first(self.text_config.eos_token_id if told is None else told)
 
+    @property
+    def question_tokenizer(self) -> str:
+        """The file of the question's ids: of the LLM, or of the Q-Former that reads the question."""
+        return "qformer_tokenizer.json" if self.reads_question or self.image_text is not None else "tokenizer.json"
+
     def tokenizers(self, scratch: Path) -> dict[str, Path]:
         """`tokenizers` files by their name in a repository. Other formats are converted into scratch."""
         found = {"tokenizer.json": self.directory}
-        if self.reads_question:
-            found["qformer_tokenizer.json"] = self.directory / "qformer_tokenizer"
+        if self.image_text is not None:
+            found[self.question_tokenizer] = self.image_text
+        elif self.reads_question:
+            found[self.question_tokenizer] = self.directory / "qformer_tokenizer"
         return {name: _tokenizer(folder, scratch / name) for name, folder in found.items()}
 
     def vision_encoder(self) -> VisionEncoder | IdeficsVisionEncoder:
@@ -230,10 +251,8 @@ class Checkpoint:
         return VisionEncoder(self.model.vision_model, self.image_mean, self.image_std).eval()
 
     def allocator(self) -> RelevanceAllocator:
-        knowing = None
-        if self.zero_shot:
-            knowing = QFormerKnowing(InstructQFormer(self.model))
-        return RelevanceAllocator(self.participatory, self.balancing, self.closer, knowing, self.queries).eval()
+        trained = (self.participatory, self.balancing, self.closer)
+        return RelevanceAllocator(*trained, self.zero_shot, self.queries).eval()
 
     def qformer(self) -> QFormer | InstructQFormer | PerceiverResampler:
         if self.is_idefics:

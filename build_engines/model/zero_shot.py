@@ -1,20 +1,33 @@
-"""Participatory knowing without training: what InstructBLIP's Q-Former looks at once it has read the question."""
+"""Participatory knowing without training: what a Q-Former looks at once it has read the question.
+
+InstructBLIP's own Q-Former reads it. For BLIP-2, the one of its first stage does, which was published for image-text
+retrieval (`Salesforce/blip2-itm-vit-g`) and sees the same frozen encoder.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Iterator
+from pathlib import Path
 
-from build_engines.model.qformer import InstructQFormer
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, Blip2ForImageTextRetrieval
+
+from build_engines.model.qformer import ImageTextQFormer, ReadingQFormer
+
+SAME_ENCODER = 2e-3  # of a tensor's norm: how far weights may be apart that were rounded to FP16, or not
+ENCODER = "vision_model."
 
 
 class QFormerKnowing(nn.Module):
-    """Score each patch by the attention that the checkpoint's own queries give it.
+    """Score each patch by the attention that the Q-Former's queries give it.
 
     The queries exchange with the question's words before every cross-attention, so that the attention depends on the
-    question. It runs the Q-Former once more, on the full view.
+    question. It runs that Q-Former once more, on the full view.
     """
 
-    def __init__(self, qformer: InstructQFormer) -> None:
+    def __init__(self, qformer: ReadingQFormer) -> None:
         super().__init__()
         self.qformer = qformer
 
@@ -22,3 +35,38 @@ class QFormerKnowing(nn.Module):
         """features [B, 257, D], CLS first; ids and mask int32 [B, 32] -> relevance [B, 256] in [0, 1]."""
         share = self.qformer.attention(features, (question_ids, question_mask))[:, 1:]
         return share / share.amax(1, keepdim=True).clamp(min=1e-9)
+
+
+def load_image_text(directory: Path, encoder: nn.Module) -> ImageTextQFormer:
+    """Load the Q-Former and the matching head of a Blip2ForImageTextRetrieval, in FP32.
+
+    Its vision encoder is not loaded: it must be `encoder`, up to rounding to FP16. Raises ValueError if it is not, and
+    OSError for a missing file.
+    """
+    with torch.device("meta"):
+        model = Blip2ForImageTextRetrieval(AutoConfig.from_pretrained(directory))
+    own, weights = encoder.state_dict(), {}
+    for name, tensor in _stored(directory):
+        if not name.startswith(ENCODER):
+            weights[name] = tensor
+        elif not _agrees(tensor, own.get(name.removeprefix(ENCODER))):
+            raise ValueError(
+                f"{directory} was trained with another vision encoder ({name} differs): use the image-text checkpoint "
+                "of the same encoder"
+            )
+    model.load_state_dict(weights, strict=False, assign=True)
+    return ImageTextQFormer(model.eval())
+
+
+def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of the checkpoint after the other, in FP32."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, file.get_tensor(name).float()
+
+
+def _agrees(one: Tensor, other: Tensor | None) -> bool:
+    if other is None or one.shape != other.shape:
+        return False
+    return bool((one - other.float()).norm() <= SAME_ENCODER * other.float().norm().clamp(min=1e-6))

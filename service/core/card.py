@@ -125,9 +125,11 @@ class ModelCard:
     decoder_start_id: int | None = None
     text_end_id: int | None = None  # after the prompt's text; None: nothing
     image_marks: ImageMarks | None = None  # None: visual tokens stand in the prompt's text as words do
-    # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, it is the Q-Former's own
-    # (InstructBLIP). The Q-Former then reads the LLM's whole prompt between its special tokens, not the bare question.
+    # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, a Q-Former reads the question by
+    # it, between its special tokens: InstructBLIP's reads the LLM's whole prompt. One for image-text retrieval, which
+    # says where a BLIP-2 looks, reads the bare question (`question_alone`).
     question_tokenizer: str = "tokenizer.json"
+    question_alone: bool = False
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
     precision: str = "fp32"  # in which the models compute

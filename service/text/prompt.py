@@ -98,14 +98,14 @@ class PromptBuilder:
     def question(self, text: str) -> Question:
         """Return the question for the allocator and InstructBLIP's Q-Former. It is cut to QUESTION_TOKENS.
 
-        The ids are the bare question's in the LLM's vocabulary, without BOS. If the Q-Former has its own tokenizer,
-        they are the whole prompt's in its vocabulary, with its special tokens, as InstructBlipProcessor does. Padding
-        is id 0: every vocabulary has it, and the mask hides it.
+        The ids are the bare question's in the LLM's vocabulary, without BOS. If a Q-Former reads it by its own
+        tokenizer, they are the whole prompt's in its vocabulary, with its special tokens, as InstructBlipProcessor
+        does; or the bare question's, as the card says. Padding is id 0: every vocabulary has it, and the mask hides it.
         """
         if self.qformer_tokenizer is None:
             ids = self._encode(text)[:QUESTION_TOKENS]
         else:
-            ids = self.qformer_tokenizer.encode(self._prompt(text)).ids
+            ids = self.qformer_tokenizer.encode(text if self.card.question_alone else self._prompt(text)).ids
         padding = [0] * (QUESTION_TOKENS - len(ids))
         return Question(
             ids=np.array(ids + padding, np.int32),

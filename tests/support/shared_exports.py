@@ -58,7 +58,7 @@ class SharedExports:
 
 def graphs_of(options: Options) -> list[tuple[Step, Graph]]:
     """List a build's export steps, each with its graph."""
-    source = inspect(options.checkpoint, options.allocator, options.zero_shot)
+    source = inspect(options.checkpoint, options.allocator, options.zero_shot, options.image_text)
     root = build.root_of(source)
     steps = plan(options, source, root)
     maker = Maker(options, source, root, steps)

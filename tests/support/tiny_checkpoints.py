@@ -19,6 +19,7 @@ from transformers import (
     BertTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
     Blip2Processor,
     BlipImageProcessor,
     GenerationConfig,
@@ -73,6 +74,19 @@ def save_blip2_opt(directory: Path) -> None:
         vision_config=VISION, qformer_config=QFORMER, text_config=text, num_query_tokens=32, image_token_index=image_id
     )
     _save(Blip2ForConditionalGeneration(config), processor, directory)
+
+
+def save_blip2_image_text(directory: Path) -> None:
+    """As `Salesforce/blip2-itm-vit-g`, with the vision encoder of `save_blip2_opt`."""
+    words = _words()
+    config = Blip2Config(
+        vision_config=VISION,
+        qformer_config=QFORMER
+        | {"vocab_size": len(words), "max_position_embeddings": 64, "use_qformer_text_input": True},
+        num_query_tokens=32,
+        image_text_hidden_size=16,
+    )
+    _save(Blip2ForImageTextRetrieval(config), Blip2Processor(IMAGE, words), directory)
 
 
 def save_instructblip_vicuna(directory: Path) -> None:

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--large-budgets", action="store_true", help="draw large budgets more often, 2:3:5 by thirds")
     found.add_argument("--lora-rank", type=int, default=0,
                        help="rank of LoRA on the Q-Former's cross-attention [the Q-Former stays frozen]")  # fmt: skip
+    found.add_argument("--shard-llm", action="store_true",
+                       help="with several processes: each keeps a share of the language model's layers")  # fmt: skip
     found.add_argument("--seed", type=int, default=5, help="of the weights and the data's order (default: %(default)s)")
     found.add_argument("--checkpoint-s", type=float, default=60.0, help="seconds between checkpoints")
     found.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: %(default)s)")
@@ -65,6 +67,12 @@ def check(options: argparse.Namespace) -> None:
     for name in ("closer_share", "least_agreement"):
         if not 0 <= getattr(options, name) <= 1:
             raise Refused(f"--{name.replace('_', '-')} {getattr(options, name)} must be between 0 and 1")
+    if options.shard_llm and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise Refused(
+            "--shard-llm shares the language model among processes, and there is one: start several by torchrun"
+        )
+    if options.shard_llm and options.teacher == "tokens":
+        raise Refused("--shard-llm shares the language model, which --teacher tokens leaves out: leave one of them out")
     earlier = any((options.out / name).exists() for name in ("work", "adapted.json"))
     if options.out.exists() and any(options.out.iterdir()) and not earlier:
         raise Refused(f"{options.out} is not empty and of no earlier run: choose another --out")

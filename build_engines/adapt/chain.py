@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from build_engines.adapt.sharding import Peers
 from build_engines.export import card
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import OpponentProcessing
@@ -21,6 +22,7 @@ from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.model.qformer import InstructQFormer, QFormer
 from service.text.prompt import PromptBuilder
 
+ALONE = Peers()
 IGNORED = -100  # no target
 MOST_ANSWER = 10  # tokens of the teacher's answer; a longer one is cut
 
@@ -88,9 +90,10 @@ class Spoken:
 
 
 class Language:
-    """The frozen language model, on visual tokens and questions."""
+    """The frozen language model, on visual tokens and questions. Its layers may be shared with `peers`."""
 
-    def __init__(self, model: nn.Module, questions: Questions) -> None:
+    def __init__(self, model: nn.Module, questions: Questions, peers: Peers = ALONE) -> None:
+        self._peers = peers
         self._body, self._head = model.base_model, model.get_output_embeddings()
         self._words, self._model, self._questions = model.get_input_embeddings(), model, questions
 
@@ -162,7 +165,8 @@ class Language:
                 past_key_values=past,
                 use_cache=True,
             )
-            past, said = out.past_key_values, self._head(out.last_hidden_state[:, -1]).argmax(1)
+            past = out.past_key_values
+            said = self._peers.agree(self._head(out.last_hidden_state[:, -1]).argmax(1))
             for row, token in enumerate(said.tolist()):
                 running[row] = running[row] and token != self._questions.end_id
                 if running[row]:

@@ -175,8 +175,9 @@ def settle_particularize(student: Student, drawer: Drawer, rows: Sequence[int], 
 
 
 def report(
-    student: Student, drawer: Drawer, rows: Sequence[int], threshold: float, others: Mapping[str, RelevanceAllocator]
-) -> dict[str, Any]:
+    student: Student, drawer: Drawer, rows: Sequence[int], threshold: float, others: Mapping[str, RelevanceAllocator],
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Every arm at every budget, and what follows: the default budget, and whether the allocator gains anything."""
     lessons, order = drawer.lessons, np.random.default_rng(7).permutation(rows).tolist()
     # Agreement with a guess says nothing. A teacher that is never sure is measured as it is.
@@ -189,7 +190,7 @@ def report(
     if near and student.allocator.closer is not None:
         jobs += [(arm, (tokens, tokens), True) for tokens in CLOSER_BUDGETS for arm in arms]
     found: dict[tuple[str, int, bool], Spent] = {}
-    for arm, budget, closely in tqdm(jobs, desc="measuring", unit="arm", mininterval=2):
+    for arm, budget, closely in tqdm(jobs, desc="measuring", unit="arm", mininterval=2, disable=quiet):
         asked = near if closely else rows
         # An allocator without a closer view of its own reads the closer view through the student's.
         found[arm, budget[0], closely] = measure(student, drawer, asked, arm, budget, others, closely)

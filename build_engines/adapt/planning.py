@@ -66,6 +66,6 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     estimate.check(wanted, options.out)
     job = Job(
         source.directory, options.out, teacher, schedule, options.questions, closer, options.least_agreement,
-        ImageLimits(), options.lora_rank,
+        ImageLimits(), options.lora_rank, options.shard_llm and teacher != TOKENS,
     )  # fmt: skip
     return job, wanted, source.name

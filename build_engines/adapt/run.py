@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,6 +21,7 @@ from build_engines.adapt.adapters import changed
 from build_engines.adapt.chain import Language, Questions, Reader, new_allocator, prompts_of
 from build_engines.adapt.data import Asked, Data
 from build_engines.adapt.features import FeatureStore
+from build_engines.adapt.sharding import Peers
 from build_engines.adapt.teacher import ANSWERS, LIKELIHOOD, TOKENS, Teacher
 from build_engines.adapt.train import Drawer, Schedule, Student, Training, accelerator_of
 from build_engines.model.adapted import DISTILLED, FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
@@ -48,6 +48,7 @@ class Job:
     threshold: float
     limits: ImageLimits
     adapter_rank: int = 0  # of LoRA on the Q-Former's cross-attention; 0 leaves it frozen
+    shard: bool = False  # whether the processes hold the language model together
 
     @property
     def work(self) -> Path:
@@ -59,8 +60,8 @@ def adapt(job: Job, found: Data) -> Adapted:
     started = time.monotonic()
     accelerator = accelerator_of()
     job.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint.load(job.checkpoint, language=job.teacher != TOKENS)
-    checkpoint.model.requires_grad_(False)
+    peers = Peers(accelerator, job.shard)
+    checkpoint = peers.in_turn(lambda: frozen(job, peers))
     questions = Questions(prompts_of(checkpoint))
     encoder = checkpoint.vision_encoder().to(accelerator.device)
     fingerprint = checkpoint.vision_fingerprint()
@@ -68,57 +69,64 @@ def adapt(job: Job, found: Data) -> Adapted:
     reader = Reader(checkpoint.qformer().to(accelerator.device), checkpoint.reads_question)
     language = None
     if job.teacher != TOKENS:
-        language = Language(checkpoint.model.language_model.to(accelerator.device), questions)
+        language = Language(checkpoint.model.language_model.to(accelerator.device), questions, peers)
     times = {"start": time.monotonic() - started}
     with accelerator.main_process_first():  # one process computes, the others load what it wrote
         store = FeatureStore(job.work, found.images, width, job.closer_images, fingerprint)
         store.fill(encoder, job.limits)
         times["features"] = time.monotonic() - started
-        asked = chosen_questions(found, store, job)
-        teacher = Teacher(
-            reader, language, questions, Allocation().to(accelerator.device), job.teacher, device=accelerator.device
-        )
+    asked = chosen_questions(found, store, job)
+    allocation = Allocation().to(accelerator.device)
+    teacher = Teacher(reader, language, questions, allocation, job.teacher, device=accelerator.device, peers=peers)
+    with peers.once():
         lessons = teacher.teach(asked, store, job.work)
     times["teacher"] = time.monotonic() - started
     kept_apart = data.measured(len(found.images), job.schedule.seed)
-    training_rows = [row for row, one in enumerate(asked) if one.image not in kept_apart]
     adapters = adapt_qformer(checkpoint.model.qformer, job.adapter_rank) if job.adapter_rank else []
     allocator = new_allocator(checkpoint, bool(store.closer), job.schedule.seed).to(accelerator.device)
     student = Student(allocator, reader, language, questions, adapters)
     drawer = Drawer(store, asked, lessons, job.schedule, accelerator.device, bool(adapters))
     training = Training(accelerator, student, job.schedule, job.work, teacher.key(asked, store))
-    learned = drawer_of(drawer, training_rows)
+    learned = drawer_of(drawer, [row for row, one in enumerate(asked) if one.image not in kept_apart])
     training.run(learned, relevance=True)
     if training.step == job.schedule.relevance_steps:
         student.settle_level(learned)
     if job.teacher == LIKELIHOOD:
-        learned = looked_nearer(accelerator, training, teacher, learned, job.work)
+        learned = looked_nearer(peers, training, teacher, learned, job.work)
     training.run(learned)
     times["training"] = time.monotonic() - started
-    if accelerator.is_main_process:
-        measured_rows = [row for row, one in enumerate(asked) if one.image in kept_apart]
-        student.eval()
-        at = measure.settle_particularize(student, drawer, training_rows, job.schedule.seed)
-        others = {measure.FIXED: RelevanceAllocator(None)}
-        if isinstance(reader.qformer, InstructQFormer):
-            others[ZERO_SHOT] = RelevanceAllocator(None, zero_shot=QFormerKnowing(reader.qformer))
-        others = {name: other.to(accelerator.device).eval() for name, other in others.items()}
-        told = measure.report(student, drawer, measured_rows, job.threshold, others)
-        times["measuring"] = time.monotonic() - started
-        told |= {
-            "teacher": job.teacher,
-            "data": {
-                "form": found.form,
-                "images": len(found.images),
-                "questions": len(asked),
-                "skipped": len(found.skipped) + len(store.broken),
-            },
-            "seconds": {name: round(value, 1) for name, value in times.items()},
-            "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
-            "closer_view_at": at,
-        }
-        return publish(job, found, store, student, checkpoint.model.qformer, fingerprint, told)
-    return Adapted(FIXED, fingerprint, (0, 0))
+    if not peers.takes_part:
+        return Adapted(FIXED, fingerprint, (0, 0))
+    told = measured(student, drawer, kept_apart, job, quiet=not peers.is_main)
+    times["measuring"] = time.monotonic() - started
+    told |= {
+        "teacher": job.teacher,
+        "data": {
+            "form": found.form,
+            "images": len(found.images),
+            "questions": len(asked),
+            "skipped": len(found.skipped) + len(store.broken),
+        },
+        "seconds": {name: round(value, 1) for name, value in times.items()},
+        "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
+    }
+    if not peers.is_main:
+        return Adapted(FIXED, fingerprint, (0, 0))
+    return publish(job, found, store, student, checkpoint.model.qformer, fingerprint, told)
+
+
+def measured(student: Student, drawer: Drawer, kept_apart: Collection[int], job: Job, quiet: bool) -> dict[str, Any]:
+    """Settle how much of a budget each question gets, and measure every arm on the images that were kept apart."""
+    student.eval()
+    rows: dict[bool, list[int]] = {True: [], False: []}
+    for row, one in enumerate(drawer.asked):
+        rows[one.image in kept_apart].append(row)
+    at = measure.settle_particularize(student, drawer, rows[False], job.schedule.seed)
+    others = {measure.FIXED: RelevanceAllocator(None)}
+    if isinstance(student.reader.qformer, InstructQFormer):
+        others[ZERO_SHOT] = RelevanceAllocator(None, zero_shot=QFormerKnowing(student.reader.qformer))
+    others = {name: other.to(drawer.device).eval() for name, other in others.items()}
+    return measure.report(student, drawer, rows[True], job.threshold, others, quiet) | {"closer_view_at": at}
 
 
 def chosen_questions(found: Data, store: FeatureStore, job: Job) -> list[Asked]:
@@ -141,13 +149,21 @@ def drawer_of(drawer: Drawer, rows: Sequence[int]) -> Drawer:
     return replace(drawer, asked=[drawer.asked[row] for row in rows], lessons=drawer.lessons.of(rows))
 
 
-def looked_nearer(accelerator: Accelerator, training: Training, teacher: Teacher, drawer: Drawer, work: Path) -> Drawer:
+def frozen(job: Job, peers: Peers) -> Checkpoint:
+    """The checkpoint, of which nothing is trained; of a shared language model, this process's part."""
+    checkpoint = Checkpoint.load(job.checkpoint, language=job.teacher != TOKENS)
+    checkpoint.model.requires_grad_(False)
+    peers.shard(checkpoint.model.language_model)
+    return checkpoint
+
+
+def looked_nearer(peers: Peers, training: Training, teacher: Teacher, drawer: Drawer, work: Path) -> Drawer:
     """The drawer with answers from nearer, where trained relevance says. A continued training has them already."""
-    if training.step == training.schedule.relevance_steps and accelerator.is_main_process:
-        relevance = training.student.relevance(drawer)
+    if training.step == training.schedule.relevance_steps and peers.takes_part:
+        relevance = peers.agree(torch.from_numpy(training.student.relevance(drawer))).numpy()
         learned = np.sqrt(relevance / (1 - relevance))  # the odds were learned from the square of importance
         teacher.look_nearer(drawer.asked, drawer.store, drawer.lessons, learned, work)
-    accelerator.wait_for_everyone()
+    training.accelerator.wait_for_everyone()
     return replace(drawer, lessons=drawer.lessons.with_nearer(work))
 
 

@@ -32,9 +32,10 @@ from blake3 import blake3
 from torch import Tensor
 from tqdm import tqdm
 
-from build_engines.adapt.chain import MOST_ANSWER, Language, Questions, Reader
+from build_engines.adapt.chain import ALONE, MOST_ANSWER, Language, Questions, Reader
 from build_engines.adapt.data import Asked
 from build_engines.adapt.features import FeatureStore
+from build_engines.adapt.sharding import Peers
 from build_engines.model.allocation import CELL_COUNT, GRID, PATCH_COUNT, Allocation
 
 TOKENS, LIKELIHOOD, ANSWERS = "tokens", "likelihood", "answers"
@@ -94,6 +95,7 @@ class Teacher:
     form: str
     batch: int = 32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    peers: Peers = ALONE
 
     def teach(self, asked: Sequence[Asked], store: FeatureStore, work: Path, stop_after: int | None = None) -> Lessons:
         """Answer every question, or load what an earlier start answered. stop_after: batches, as a kill would."""
@@ -103,15 +105,18 @@ class Teacher:
         mode: Any = "r+" if kept["done"] and path.exists() else "w+"
         if mode == "w+":
             kept = _kept(record, "")
-        importance = np.memmap(path, np.float16, mode, shape=(len(asked), PATCH_COUNT))
+        importance = self.peers.opened(path, mode, (len(asked), PATCH_COUNT))
         found = Lessons(kept["answers"], kept["sure"], kept["nearer"], importance)
-        bar = tqdm(total=len(asked), initial=kept["done"], desc="teacher", unit="question", mininterval=2)
+        bar = tqdm(
+            total=len(asked), initial=kept["done"], desc="teacher", unit="question", mininterval=2,
+            disable=not self.peers.writes,
+        )  # fmt: skip
         first, batches = kept["done"], 0
         while first < len(asked) and batches != stop_after:
             part = asked[first : first + self.batch]
             importance[first : first + len(part)] = self._ask(part, store, found)
             first, batches = first + len(part), batches + 1
-            if batches % SAVE_EVERY == 0 or first == len(asked) or batches == stop_after:
+            if self.peers.writes and (batches % SAVE_EVERY == 0 or first == len(asked) or batches == stop_after):
                 importance.flush()
                 told = {"key": key, "done": first, "answers": found.answers, "sure": found.sure, "nearer": found.nearer}
                 partial = record.with_suffix(".partial")
@@ -147,8 +152,8 @@ class Teacher:
             ]
         spoken = self.language.speak(visual, texts, said)
         (gradient,) = torch.autograd.grad(spoken.margins.sum(), gates)
-        importance = normalised(gradient[:, 1 : 1 + PATCH_COUNT])
-        sure, nearer = spoken.probability.tolist(), [False] * len(asked)
+        importance = normalised(self.peers.agree(gradient[:, 1 : 1 + PATCH_COUNT]))
+        sure, nearer = self.peers.agree(spoken.probability).tolist(), [False] * len(asked)
         if self.form == ANSWERS:  # given answers are right, however sure the model is of them
             sure = [1.0] * len(asked)
         if self.form == LIKELIHOOD:
@@ -183,9 +188,11 @@ class Teacher:
             rows = slice(first, first + self.batch)
             near = self._from_nearer(asked[rows], store, importance[rows], found.sure[rows])
             answers |= {str(first + row): answer for row, answer in near.items()}
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps(answers))
-        os.replace(partial, record)
+        if self.peers.writes:
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(answers))
+            os.replace(partial, record)
+        self.peers.wait()
         return found.with_nearer(work)
 
     @torch.no_grad()
@@ -206,7 +213,7 @@ class Teacher:
         gates, owner = full_view(len(rows)).to(self.device), torch.arange(len(rows), device=self.device)
         visual = self.reader.visual(self.allocation.sources(crops), gates, owner, question)
         answers = self.language.answer(visual, texts)
-        probability = self.language.speak(visual, texts, answers).probability.tolist()
+        probability = self.peers.agree(self.language.speak(visual, texts, answers).probability).tolist()
         return {
             row: answer for row, answer, sureness in zip(rows, answers, probability, strict=True) if sureness > SURE
         }

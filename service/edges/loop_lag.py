@@ -7,41 +7,62 @@ import time
 from collections.abc import Callable
 
 INTERVAL_S = 0.01
-IDLE_INTERVAL_S = 0.1  # while the loop has nothing to do: each measurement wakes the process
+REST_S = 1.0  # between two measurements while the loop has nothing to do: each wakes the process
 IDLE_SHARE = 0.05  # of a core: a loop that takes less in the last interval had nothing to do
 REPORT_S = 0.1  # between two figures for the metric, each the worst since the last
 
 
 class LoopLag:
-    """Measure it while `watch` runs."""
+    """Measure it while `watch` runs. Whoever asks for it while it rests ends the rest."""
 
     def __init__(self, observe: Callable[[float], None], interval_s: float = INTERVAL_S) -> None:
         self._observe = observe
         self._interval_s = interval_s
         self._due = float("inf")
         self._last = 0.0
+        self._asked = asyncio.Event()  # not set during a rest
+        self._asked.set()
 
     @property
     def seconds(self) -> float:
         """The last measurement, or the one that is going on if it is worse already; 0 before `watch` runs."""
-        return max(self._last, time.monotonic() - self._due)
+        now = time.monotonic()
+        if not self._asked.is_set():
+            self._asked.set()
+            self._due = now  # the rest ends in the next turn of the loop
+        return max(self._last, now - self._due)
 
     async def watch(self) -> None:
         """Run until cancelled."""
-        reported, worst = time.monotonic(), 0.0
-        interval_s = self._interval_s
+        reported, worst, idle = time.monotonic(), 0.0, False
         try:
             while True:
                 started, worked = time.monotonic(), time.thread_time()
-                self._due = started + interval_s
-                await asyncio.sleep(interval_s)
+                asked = await self._rest(started) if idle else await self._interval(started)
                 now = time.monotonic()
-                idle = time.thread_time() - worked < IDLE_SHARE * (now - started)
-                interval_s = max(self._interval_s, IDLE_INTERVAL_S) if idle else self._interval_s
+                idle = not asked and time.thread_time() - worked < IDLE_SHARE * (now - started)
                 self._last = max(0.0, now - self._due)
                 worst = max(worst, self._last)
                 if now - reported >= REPORT_S or self._last >= REPORT_S:
                     self._observe(worst)
                     reported, worst = now, 0.0
         finally:
+            self._asked.set()
             self._due, self._last = float("inf"), 0.0
+
+    async def _interval(self, started: float) -> bool:
+        self._due = started + self._interval_s
+        await asyncio.sleep(self._interval_s)
+        return False
+
+    async def _rest(self, started: float) -> bool:
+        """Rest until REST_S are over -> False, or until somebody asks -> True."""
+        self._due = started + REST_S
+        self._asked.clear()
+        try:
+            async with asyncio.timeout(REST_S):
+                await self._asked.wait()
+        except TimeoutError:
+            self._asked.set()
+            return False
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import os
 import select
@@ -30,7 +31,8 @@ GUARD = (
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
-STOPPED = "T"  # by SIGSTOP, in /proc/PID/stat
+STOPPED = b"T"  # by SIGSTOP, in /proc/PID/stat
+WHOLE = 3  # least parts of a stub's command line after its name; the last is empty, as each part ends with a zero
 DEAD = ("Z", "X")  # of /proc/PID/stat; Triton never collects its dead model processes
 GONE = (FileNotFoundError, ProcessLookupError)  # what tells of a death; any other OSError tells nothing
 
@@ -50,14 +52,6 @@ class ModelProcess:
     region: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Of a living process."""
-
-    group: int
-    is_stopped: bool
-
-
 class Proc:
     """What /proc tells of this user's processes."""
 
@@ -75,14 +69,16 @@ class Proc:
         """Raises OSError: one of GONE if there is no such process, another if it cannot be asked."""
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
 
-    def status(self, pid: int) -> Status | None:
-        """None if there is no such process, or if it has ended and waits to be collected. Raises OSError if it cannot
-        be asked."""
+    def group(self, pid: int) -> int | None:
+        """The process's group; None if there is no such process, or if it has ended and waits to be collected.
+
+        Raises OSError if it cannot be asked.
+        """
         try:
             state, _parent, group, *_ = self.read(pid, "stat").rpartition(")")[2].split()
         except GONE:
             return None
-        return None if state in DEAD else Status(int(group), state == STOPPED)
+        return None if state in DEAD else int(group)
 
     def is_gone(self, pid: int) -> bool:
         """Whether no thread of it is left, so that its ports are free. Raises OSError if it cannot be asked.
@@ -124,6 +120,32 @@ class Exits:
         for descriptor in self._pids:
             os.close(descriptor)
         self._pids, self._poll = {}, select.poll()
+
+
+class Stops:
+    """Which of some processes stand still, by SIGSTOP: one system call for each, because their files stay open."""
+
+    def __init__(self, pids: Iterable[int] = ()) -> None:
+        self._pids = tuple(pids)
+        self._files: dict[int, int] = {}  # descriptor by process
+
+    def stopped(self) -> set[int]:
+        """Those that stand still now. One that cannot be asked about does not."""
+        return {pid for pid in self._pids if self._state(pid) == STOPPED}
+
+    def _state(self, pid: int) -> bytes:
+        """The state of the process's first thread, as in /proc/PID/stat; empty if it cannot be asked for."""
+        try:
+            if pid not in self._files:
+                self._files[pid] = os.open(f"/proc/{pid}/task/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(self._files[pid], 512, 0).rpartition(b")")[2].split(None, 1)[0]
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._pids, self._files = (), {}
 
 
 def free_regions(prefix: str) -> None:
@@ -171,6 +193,8 @@ class ServerProcess:
         for pid in self._group():
             program, *arguments = self._arguments(pid)
             if program.endswith("triton_python_backend_stub"):  # its arguments: MODEL/1/model.py, the region, ...
+                if len(arguments) < WHOLE:  # seen of one that had just begun, or was ending
+                    raise BlockingIOError(errno.EAGAIN, f"process {pid} tells only a part of its command line")
                 script, region, *_ = arguments
                 found.append(ModelProcess(Path(script).parent.parent.name, pid, SHARED_MEMORY / region))
         return found
@@ -180,19 +204,15 @@ class ServerProcess:
 
         Raises OSError.
         """
-        for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
-            with contextlib.suppress(FileNotFoundError):  # Triton has just removed it
-                region.chmod(0o600)
+        for name in os.listdir(SHARED_MEMORY):
+            if name.startswith(self.shared_memory_prefix):
+                with contextlib.suppress(FileNotFoundError):  # Triton has just removed it
+                    os.chmod(f"{SHARED_MEMORY}/{name}", 0o600)
 
     def has_lost(self, model: ModelProcess) -> bool:
         """Whether the model's process has ended. Raises OSError if that cannot be asked, which is no sign of death."""
-        status = self._proc.status(model.pid)
-        return status is None or self._process is None or status.group != self._process.pid
-
-    def is_stopped(self, model: ModelProcess) -> bool:
-        """Whether the model's process stands still, by SIGSTOP. Raises OSError if that cannot be asked."""
-        status = self._proc.status(model.pid)
-        return status is not None and status.is_stopped
+        group = self._proc.group(model.pid)
+        return group is None or self._process is None or group != self._process.pid
 
     def end_model(self, model: ModelProcess) -> None:
         """Kill the model's process, if it lives. Raises OSError if that cannot be asked."""
@@ -238,8 +258,7 @@ class ServerProcess:
     def _group(self) -> Iterator[int]:
         """The living processes of the server's group. Raises OSError if they cannot be asked for."""
         for pid in self._proc.pids():
-            status = self._proc.status(pid)
-            if self._process and status and status.group == self._process.pid:
+            if self._process and self._proc.group(pid) == self._process.pid:
                 yield pid
 
     def _arguments(self, pid: int) -> list[str]:

@@ -35,7 +35,7 @@ from service.core.precision import VARIABLE
 from service.triton_server.access import SHARED_MEMORY, Access, parents
 from service.triton_server.installation import Installation, StartFailed, check
 from service.triton_server.leftovers import claim, clean_up
-from service.triton_server.processes import Exits, ModelProcess, Proc, ServerProcess, region_bytes
+from service.triton_server.processes import Exits, ModelProcess, Proc, ServerProcess, Stops, region_bytes
 from service.triton_server.triton_log import TritonLog
 
 WATCH_INTERVAL_S = 0.2
@@ -112,7 +112,7 @@ class EmbeddedTriton:
         self._installation: Installation | None = None
         self._names: list[str] = []  # of the repository's models
         self._models: list[ModelProcess] = []
-        self._exits = Exits()  # of the model processes
+        self._exits, self._stops = Exits(), Stops()  # of the model processes
         self._noted = True  # False if the model processes could not be asked for: they will be
         self._looked_at = -math.inf  # for processes that stand still
         self._standing: set[int] = set()  # their ids, at the last look
@@ -150,14 +150,13 @@ class EmbeddedTriton:
     async def supervise(self) -> None:
         """Reload a model whose process died; restart the server if that does not help. Runs until cancelled."""
         async with asyncio.TaskGroup() as watch:
-            watch.create_task(self._stalls.watch())
             watch.create_task(self._watch_processes())
             watch.create_task(self._watch_answers())
 
     async def _watch_processes(self) -> None:
         closed_at = -REGIONS_INTERVAL_S
         while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
+            await self._stalls.sleep(WATCH_INTERVAL_S)
             if time.monotonic() - closed_at >= REGIONS_INTERVAL_S:
                 closed_at = time.monotonic()
                 with contextlib.suppress(OSError):  # tried again
@@ -239,9 +238,7 @@ class EmbeddedTriton:
         now = time.monotonic()
         if now - self._looked_at < STOPPED_INTERVAL_S:
             return set()
-        before, self._standing, self._looked_at = self._standing, set(), now
-        with contextlib.suppress(OSError):  # asked again
-            self._standing.update(each.pid for each in self._models if self._server.is_stopped(each))
+        before, self._standing, self._looked_at = self._standing, self._stops.stopped(), now
         return {each.model for each in self._models if each.pid in before & self._standing}
 
     def _end(self, unhealthy: Iterable[str]) -> None:
@@ -405,7 +402,9 @@ class EmbeddedTriton:
 
     def _watch(self, processes: list[ModelProcess]) -> None:
         self._exits.close()
-        self._models, self._exits = processes, Exits(process.pid for process in processes)
+        self._stops.close()
+        pids = [process.pid for process in processes]
+        self._models, self._exits, self._stops = processes, Exits(pids), Stops(pids)
 
     async def _stop(self) -> None:
         """Give Triton time to end by itself, then kill it. Leave no process and no shared memory."""
@@ -425,19 +424,18 @@ class EmbeddedTriton:
 
 
 class Stalls:
-    """How long this process's event loop has stood still, in all."""
+    """How long this process's event loop has stood still, in all, while it slept here."""
 
     def __init__(self) -> None:
         self.total_s = 0.0
 
-    async def watch(self) -> None:
-        """Measure until cancelled."""
-        while True:
-            slept = time.monotonic()
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            late_s = time.monotonic() - slept - WATCH_INTERVAL_S
-            if late_s > WATCH_INTERVAL_S:
-                self.total_s += late_s
+    async def sleep(self, interval_s: float) -> None:
+        """Sleep, and count how late this ends."""
+        slept = time.monotonic()
+        await asyncio.sleep(interval_s)
+        late_s = time.monotonic() - slept - interval_s
+        if late_s > interval_s:
+            self.total_s += late_s
 
     async def noticed(self) -> None:
         """Return when a stall that has just ended is in `total_s`."""

@@ -8,7 +8,7 @@ import time
 import httpx
 
 from service.edges.http.application import http_api
-from service.edges.loop_lag import LoopLag
+from service.edges.loop_lag import REST_S, LoopLag
 from tests.support.fakes import House, cancelled, until
 
 
@@ -19,10 +19,28 @@ async def test_what_blocks_the_loop_is_seen():
     watching = asyncio.create_task(lag.watch())
     await until(lambda: len(lags) >= 3)
     lags.clear()
+    assert lag.seconds < 0.1  # as a request does that comes first
     time.sleep(0.2)  # noqa: ASYNC251 - the fault that is looked for
     assert 0.1 < lag.seconds < 5  # known while it lasts
     await until(lambda: lags)
     assert 0.1 < max(lags) < 5
+    await cancelled(watching)
+    assert lag.seconds == 0
+
+
+async def test_it_rests_while_the_loop_has_nothing_to_do_until_somebody_asks():
+    lags: list[float] = []
+    lag = LoopLag(lags.append)
+    watching = asyncio.create_task(lag.watch())
+    await until(lambda: not lag._asked.is_set())
+    told = len(lags)
+    await asyncio.sleep(0.5 * REST_S)
+    assert len(lags) <= told + 1  # a tenth of a second was between two figures
+    time.sleep(0.2)  # noqa: ASYNC251 - nobody was there to be held up
+    assert lag.seconds < 0.1
+    time.sleep(0.2)  # noqa: ASYNC251
+    assert lag.seconds >= 0.2  # from the first who asked
+    await until(lambda: lag._last >= 0.2)
     await cancelled(watching)
     assert lag.seconds == 0
 

@@ -54,7 +54,7 @@ def gateway(parent: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
             yield process, Path(folder), int(child)
         finally:
             process.kill()
-            if Proc().status(int(child)):
+            if Proc().group(int(child)) is not None:
                 os.kill(int(child), signal.SIGKILL)
             for region in regions(Path(folder)):
                 region.unlink()
@@ -75,10 +75,10 @@ async def test_what_a_killed_gateway_left_goes_and_what_a_living_one_has_stays(t
         await clean_up([tmp_path], Proc())
         assert not left.exists()
         assert not regions(left)
-        assert Proc().status(orphan) is None
+        assert Proc().group(orphan) is None
         assert owned.exists()
         assert regions(owned)
-        assert Proc().status(child) is not None
+        assert Proc().group(child) is not None
 
 
 async def test_a_stopped_triton_of_a_killed_gateway_goes_too(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ async def test_a_stopped_triton_of_a_killed_gateway_goes_too(tmp_path: Path) -> 
         dead.kill()
         dead.wait()
         await clean_up([tmp_path / "no such folder", tmp_path], Proc())
-        assert Proc().status(orphan) is None
+        assert Proc().group(orphan) is None
         assert not left.exists()
 
 
@@ -125,7 +125,7 @@ def test_a_process_of_which_a_thread_is_left_is_not_gone() -> None:
     """Such a thread holds the process's ports."""
     proc, child = Proc(), subprocess.Popen([sys.executable, "-c", ENDED_BUT_FOR_A_THREAD])
     try:
-        eventually(lambda: proc.status(child.pid) is None, 20, "the first thread has ended")
+        eventually(lambda: proc.group(child.pid) is None, 20, "the first thread has ended")
         assert not proc.is_gone(child.pid)
     finally:
         child.kill()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.triton_server.processes import Exits, ModelProcess, Proc, ServerProcess, region_bytes
+from service.triton_server.processes import Exits, ModelProcess, Proc, ServerProcess, Stops, region_bytes
 from tests.support.servers import eventually
 
 
@@ -101,6 +101,34 @@ def test_a_server_without_models_is_not_waited_for(tmp_path: Path, monkeypatch: 
     assert server.exit_status == -signal.SIGKILL
 
 
+class Partly(Proc):
+    """Tells only so much of a command line."""
+
+    def __init__(self, told: str) -> None:
+        self.told = told
+
+    def read(self, pid: int, name: str) -> str:
+        return self.told if name == "cmdline" else super().read(pid, name)
+
+
+STUB = "/tmp/python/triton_python_backend_stub\0/models/llm/1/model.py\0glimpse-1-region\0001048576\0"
+
+
+@pytest.mark.parametrize("length", [STUB.index(end) + more for end, more in (("_stub", 6), ("/1/", 3), ("region", 3))])
+def test_a_model_whose_command_line_is_not_whole_cannot_be_told(length: int) -> None:
+    """The kernel tells so now and then, of a process that begins or ends. It is asked again, as after any OSError."""
+    server = ServerProcess("glimpse-test-none-", Partly(STUB))
+    server.start(["/bin/sleep", "60"], dict(os.environ), subprocess.DEVNULL)
+    try:
+        (model,) = server.models()
+        assert (model.model, model.region.name) == ("llm", "glimpse-1-region")
+        server._proc = Partly(STUB[:length])
+        with pytest.raises(BlockingIOError, match="only a part of its command line"):
+            server.models()
+    finally:
+        server.kill()
+
+
 def test_one_call_tells_who_may_have_ended() -> None:
     living, ending = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
     exits = Exits((living.pid, ending.pid))
@@ -118,3 +146,30 @@ def test_one_call_tells_who_may_have_ended() -> None:
             process.kill()
             process.wait()
     assert exits.suspects() == set()
+
+
+def test_who_stands_still_is_told_also_of_one_that_is_asked_about_again() -> None:
+    stopped, runs, ended = (subprocess.Popen(["sleep", "60"]) for _ in range(3))
+    stops = Stops((stopped.pid, runs.pid, ended.pid))
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        assert stops.stopped() == set()
+        for signals, found in (
+            (signal.SIGSTOP, {stopped.pid}),
+            (signal.SIGCONT, set()),
+            (signal.SIGSTOP, {stopped.pid}),
+        ):
+            stopped.send_signal(signals)
+            eventually(lambda found=found: stops.stopped() == found, 5, "the kernel tells it")
+        ended.kill()
+        ended.wait()
+        assert stops.stopped() == {stopped.pid}
+        assert len(os.listdir("/proc/self/fd")) == before + 3
+        assert Stops((ended.pid,)).stopped() == set()
+    finally:
+        stops.close()
+        for process in (stopped, runs, ended):
+            process.kill()
+            process.wait()
+    assert stops.stopped() == set()
+    assert len(os.listdir("/proc/self/fd")) == before

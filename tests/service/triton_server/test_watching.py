@@ -135,9 +135,9 @@ async def test_a_process_that_stands_still_is_killed_though_no_request_tells_of_
         stopped.send_signal(signal.SIGSTOP)
         async with supervised(Reporting(), tmp_path) as triton:
             triton._server._process = stopped  # the group's leader, in place of tritonserver
-            triton._models = [
-                ModelProcess(name, each.pid, tmp_path / name) for name, each in (("llm", stopped), ("qformer", runs))
-            ]
+            triton._watch(
+                [ModelProcess(name, each.pid, tmp_path / name) for name, each in (("llm", stopped), ("qformer", runs))]
+            )
             await until(lambda: stopped.poll() is not None, 5)
         assert stopped.returncode == -signal.SIGKILL
         assert runs.poll() is None
@@ -152,7 +152,7 @@ async def test_a_process_that_stands_still_for_a_moment_goes_on(tmp_path: Path) 
     triton = EmbeddedTriton(
         tmp_path, client=Reporting(), card=CARD, log_path=tmp_path / "triton.log", access=Access.choose()
     )
-    triton._models = [ModelProcess("llm", process.pid, tmp_path / "llm")]
+    triton._watch([ModelProcess("llm", process.pid, tmp_path / "llm")])
 
     def look() -> set[str]:
         triton._looked_at = -math.inf
@@ -162,7 +162,8 @@ async def test_a_process_that_stands_still_for_a_moment_goes_on(tmp_path: Path) 
         """The kernel tells of a stop a moment after the signal."""
         process.send_signal(number)
         stops = number == signal.SIGSTOP
-        await until(lambda: triton._server.is_stopped(triton._models[0]) == stops, 5)
+        state = f"/proc/{process.pid}/stat"
+        await until(lambda: (Path(state).read_text().rpartition(")")[2].split()[0] == "T") == stops, 5)
 
     try:
         for _ in range(2):
@@ -184,7 +185,7 @@ async def test_a_process_that_does_not_report_is_killed_before_it_can_continue(t
         stopped.send_signal(signal.SIGSTOP)
         async with supervised(Reporting("llm", "unknown"), tmp_path) as triton:
             triton._server._process = stopped  # the group's leader, in place of tritonserver
-            triton._models = [ModelProcess("llm", stopped.pid, tmp_path / "llm")]
+            triton._watch([ModelProcess("llm", stopped.pid, tmp_path / "llm")])
             await until(lambda: stopped.poll() is not None, 5)
         assert stopped.returncode == -signal.SIGKILL
     finally:

@@ -172,6 +172,8 @@ class Admission:
         Raises Overloaded if the grant would come too late, DeadlineExceeded if the deadline has passed.
         """
         now = time.monotonic()
+        if now >= claim.deadline:  # also where the scheduler would refuse it: no later try would help
+            raise _over()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
             self._note_read_refusal(claim, now)
             raise self.refuse(refusal)
@@ -181,11 +183,7 @@ class Admission:
             await grant
         if claim.granted_at is None:
             if time.monotonic() >= claim.deadline:
-                raise DeadlineExceeded(
-                    "the request waited in the queue for all of timeout_s: raise timeout_s, or try again when the "
-                    "service is less busy",
-                    param="timeout_s",
-                )
+                raise _over()
             raise self.refuse(self.scheduler.expired(claim))
 
     def _note_read_refusal(self, claim: Claim, now: float) -> None:
@@ -417,3 +415,11 @@ class UntilEnd:
             raise ShuttingDown(
                 "this server stopped before the request was done: try again, another server answers"
             ) from exc
+
+
+def _over() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "the request waited in the queue for all of timeout_s: raise timeout_s, or try again when the service is less "
+        "busy",
+        param="timeout_s",
+    )

@@ -143,7 +143,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         models.models = [pipeline.model(client, client, card, repository.prompts, spelled=repository.spelled)]
     else:
         fleet.begin(partial(model_of, pipeline, shared))
-    lag, turns = LoopLag(metrics.event_loop_lag.observe), LoopTurns()
+    lag, turns = LoopLag(metrics.event_loop_lag.observe, lambda: pipeline.admission.is_busy), LoopTurns()
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate, turns))
     rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate, turns)
     return App(

@@ -56,16 +56,22 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     wanted = estimate.needs(work, flops)
     teacher = options.teacher
     if teacher == "auto":
-        asked = not source.is_encoder_decoder and wanted.memory <= available_memory()
+        fits = options.shard_llm or wanted.memory <= available_memory()  # all processes must decide alike
+        asked = not source.is_encoder_decoder and fits
         teacher = LIKELIHOOD if asked else TOKENS
         if teacher == TOKENS:
             wanted = estimate.needs(replace(work, language=False), flops)
+    if options.shard_llm and teacher == TOKENS:
+        raise Refused(
+            f"--shard-llm shares the language model, and {source.name} can only be adapted by --teacher tokens, which "
+            "leaves it out: leave --shard-llm out"
+        )
     if teacher == TOKENS and closer:  # the full view's tokens say nothing about a closer one
         closer, schedule = 0, replace(schedule, images=options.batch, closer_images=0)
         wanted = estimate.needs(replace(work, language=False, closer=0, schedule=schedule), flops)
     estimate.check(wanted, options.out)
     job = Job(
         source.directory, options.out, teacher, schedule, options.questions, closer, options.least_agreement,
-        ImageLimits(), options.lora_rank, options.shard_llm and teacher != TOKENS,
+        ImageLimits(), options.lora_rank, options.shard_llm,
     )  # fmt: skip
     return job, wanted, source.name

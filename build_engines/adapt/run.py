@@ -150,7 +150,7 @@ def drawer_of(drawer: Drawer, rows: Sequence[int]) -> Drawer:
 
 
 def frozen(job: Job, peers: Peers) -> Checkpoint:
-    """The checkpoint, of which nothing is trained; of a shared language model, this process's part."""
+    """The checkpoint, with all weights frozen, and with this process's part of a shared language model."""
     checkpoint = Checkpoint.load(job.checkpoint, language=job.teacher != TOKENS)
     checkpoint.model.requires_grad_(False)
     peers.shard(checkpoint.model.language_model)

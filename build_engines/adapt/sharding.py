@@ -41,7 +41,7 @@ class Peers:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes what it computes. Of several that compute the same, the main process does."""
+        """Whether this process writes what it computes. If several compute the same, the main process writes."""
         return self.is_main or not self.sharded
 
     def once(self) -> AbstractContextManager[object]:
@@ -85,7 +85,7 @@ class Peers:
         if self.accelerator is not None and self.sharded:
             mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
             for layer in layers_of(language):
-                fully_shard(layer, mesh=mesh)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def layers_of(language: nn.Module) -> nn.ModuleList:

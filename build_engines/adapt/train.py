@@ -15,12 +15,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -40,6 +41,7 @@ TOKEN_WEIGHT = 0.1  # of the visual tokens' loss beside that of the answers
 GREATEST = 0.9  # relevance of a question's most relevant patch, in the median
 WARMUP = 0.05  # of the steps
 CLIPPED = 2.0
+PATIENCE = timedelta(days=1)  # for the process that computes what all others wait for, such as the features
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,8 @@ def draw_budgets(rng: np.random.Generator, number: int, closely: bool, thirds: t
 def accelerator_of() -> Accelerator:
     """The processes of this training: one, or those that `torchrun` or `accelerate launch` started."""
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the closer view has no turn in some steps
-    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused, patient])
 
 
 class Training:

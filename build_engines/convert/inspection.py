@@ -6,9 +6,9 @@ This takes seconds for any size.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,10 +36,13 @@ from build_engines.model.checkpoint import (
     why_not,
 )
 from build_engines.model.decoder import FIXED_ROPE
+from build_engines.model.zero_shot import weight_files
 from build_engines.repository import CLIP_GRAPH, CLIP_LLM
+from service.core.vision import QUESTION_TOKENS
 from service.text.prompt import load_tokenizer, token_bytes
 
 Shape = tuple[int, ...]
+Loaded = TypeVar("Loaded")
 
 SMALL_FILES = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
 # model_type of text_config, which selects the graph; IDEFICS has one configuration for everything
@@ -57,18 +60,19 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
     """
     directory = _small_files(checkpoint)
     family = _family(directory)
+    _check_reader(family, adapted, zero_shot, image_text)
     config = _config(directory)
     text = config.get_text_config()
     _check_sizes(directory, config)
     _check_tokenizers(directory, family, vocabulary(text))
     if family == IDEFICS:
         _check_marks(directory)
-    if not Path(checkpoint).is_dir():
-        directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
+    if image_text:
+        _check_image_text(image_text, config)
+    directory = _whole(checkpoint, directory)
     wanted = _wanted_shapes(directory, FAMILIES[family], config)
     _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    _check_reader(family, adapted, zero_shot, image_text)
-    reader, reading = (None, {}) if not image_text else _image_text(image_text, config)
+    reader, reading = _image_text(image_text) if image_text else (None, {})
     allocator = _allocator(directory) if adapted is None else _adapted(adapted, config)
     zero_shot = zero_shot or bool(image_text)
     return Source(
@@ -105,29 +109,36 @@ def _check_reader(family: str, adapted: Path | None, zero_shot: bool, image_text
         )
 
 
-def _image_text(checkpoint: str, config: PreTrainedConfig) -> tuple[Path, dict[str, int]]:
-    """The folder of an image-text checkpoint, and the parameters that the allocator takes from it.
+def _check_image_text(checkpoint: str, config: PreTrainedConfig) -> None:
+    """Raises Refused for what is no image-text checkpoint, or has a vision encoder of other sizes than `config`.
 
-    Raises Refused if it is none, or if its vision encoder is not of the size in `config`. Whether the encoder's weights
-    agree is seen when they are loaded.
+    Whether the encoder's weights agree is seen when they are loaded.
     """
     directory = _small_files(checkpoint)
-    told = _family(directory, (IMAGE_TEXT,))
+    _family(directory, (IMAGE_TEXT,))
     own = _config(directory)
     sizes = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
     odd = [name for name in sizes if getattr(own.vision_config, name) != getattr(config.vision_config, name)]
     if odd:
         raise Refused(
-            f"{checkpoint} has another vision encoder ({', '.join(odd)} differ): use the image-text checkpoint of the "
+            f"{checkpoint} has another vision encoder (by its {', '.join(odd)}): use the image-text checkpoint of the "
             "same encoder"
         )
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        raise Refused(f"{directory} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")
-    if not Path(checkpoint).is_dir():
-        directory = Path(snapshot_download(checkpoint, allow_patterns=HUB_FILES))
-    wanted = _wanted_shapes(directory, Blip2ForImageTextRetrieval, own)
+    words = own.qformer_config
+    if not words.use_qformer_text_input or words.max_position_embeddings < QUESTION_TOKENS:
+        raise Refused(
+            f"{checkpoint} has a Q-Former that reads no text of {QUESTION_TOKENS} tokens: use another image-text "
+            "checkpoint"
+        )
+    _check_words(directory, words.vocab_size)
+
+
+def _image_text(checkpoint: str) -> tuple[Path, dict[str, int]]:
+    """The folder of an image-text checkpoint with its weights, and the parameters that the allocator takes from it."""
+    directory = _whole(checkpoint, _small_files(checkpoint))
+    wanted = _wanted_shapes(directory, Blip2ForImageTextRetrieval, _config(directory))
     _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    return directory, {"relevance_allocator": _parameters(wanted, told)["qformer"]}
+    return directory, {"relevance_allocator": _parameters(wanted, IMAGE_TEXT)["qformer"]}
 
 
 def _small_files(checkpoint: str) -> Path:
@@ -137,8 +148,17 @@ def _small_files(checkpoint: str) -> Path:
         raise Refused(
             f"{checkpoint} is neither a directory nor a hub name: give one, such as Salesforce/blip2-opt-2.7b"
         )
+    return _downloaded(checkpoint, SMALL_FILES)
+
+
+def _whole(checkpoint: str, directory: Path) -> Path:
+    """The checkpoint's folder with its weights. They are downloaded, if it is a name of the hub."""
+    return directory if Path(checkpoint).is_dir() else _downloaded(checkpoint, HUB_FILES)
+
+
+def _downloaded(checkpoint: str, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(checkpoint, allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
     except Exception as exc:  # huggingface_hub raises a dozen types, each with advice in the message
         raise Refused(f"{checkpoint} cannot be downloaded: {str(exc).splitlines()[0]}") from exc
 
@@ -188,10 +208,9 @@ def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
 
 
 def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
-    folders = [directory] + ([directory / "qformer_tokenizer"] if family in INSTRUCT else [])
-    for folder in folders:
-        if not any((folder / name).exists() for name in TOKENIZER_FILES):
-            raise Refused(f"{folder} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")
+    _check_present(directory)
+    if family in INSTRUCT:
+        _check_present(directory / "qformer_tokenizer")
     if (directory / "tokenizer.json").exists():
         tokenizer = _tokenizer(directory / "tokenizer.json")
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -199,6 +218,25 @@ def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
             raise Refused(
                 f"{directory}/tokenizer.json goes up to id {largest}, but the language model has {vocab_size} ids, and "
                 "larger ones would be read as visual tokens. Use the tokenizer of this language model"
+            )
+
+
+def _check_present(folder: Path) -> None:
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise Refused(f"{folder} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")
+
+
+def _check_words(directory: Path, vocab_size: int) -> None:
+    """Raises Refused if a text can have ids that the Q-Former does not know. Special tokens such as <image> cannot."""
+    _check_present(directory)
+    if (directory / "tokenizer.json").exists():
+        tokenizer = _loaded(directory / "tokenizer.json", load_tokenizer)
+        added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if not token.special]
+        largest = max([*tokenizer.get_vocab(with_added_tokens=False).values(), *added], default=-1)
+        if largest >= vocab_size:
+            raise Refused(
+                f"{directory}/tokenizer.json goes up to id {largest}, but the Q-Former has {vocab_size} ids. Use the "
+                "tokenizer of this Q-Former"
             )
 
 
@@ -210,22 +248,22 @@ def _check_marks(directory: Path) -> None:
 
 
 def _tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a language model, whose tokens must have bytes."""
+    tokenizer = _loaded(path, load_tokenizer)
+    _loaded(path, lambda _: token_bytes(tokenizer))
+    return tokenizer
+
+
+def _loaded(path: Path, load: Callable[[Path], Loaded]) -> Loaded:
     try:
-        tokenizer = load_tokenizer(path)
-        token_bytes(tokenizer)
+        return load(path)
     except Exception as exc:  # tokenizers raises bare Exception
         raise Refused(f"{path} cannot be used: {exc}. Replace it with the checkpoint's own file") from exc
-    return tokenizer
 
 
 def _stored_shapes(directory: Path) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every stored tensor, from the headers alone."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
+    for name in weight_files(directory):
         if not (directory / name).exists():
             raise Refused(f"{directory} has no {name}: weights must be in safetensors files")
         try:

@@ -152,11 +152,22 @@ class InstructQFormer(ReadingQFormer):
 
 
 class ImageTextQFormer(ReadingQFormer):
-    """The Q-Former of BLIP-2's first stage with its head for image-text matching (Blip2ForImageTextRetrieval)."""
+    """The Q-Former of BLIP-2's first stage with its head for image-text matching (Blip2ForImageTextRetrieval).
 
-    def __init__(self, model: Blip2ForImageTextRetrieval) -> None:
+    It reads the vision tokens of another BLIP-2. Both have one frozen encoder, but each has trained the layer norm
+    behind it. `norm` is that of the other, whose weight and bias are undone before the own ones are applied.
+    """
+
+    def __init__(self, model: Blip2ForImageTextRetrieval, norm: nn.LayerNorm) -> None:
+        """Raises ValueError if the other's layer norm cannot be undone, because a weight of it is 0."""
         super().__init__(model.query_tokens, model.embeddings, model.qformer.layernorm, model.qformer.encoder.layer)
         self.head = model.itm_head
+        if not norm.weight.all():
+            raise ValueError("the layer norm behind the vision encoder has a weight of 0: use `glimpse adapt`")
+        own = model.vision_model.post_layernorm
+        scale = own.weight.detach() / norm.weight.detach()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", own.bias.detach() - norm.bias.detach() * scale)
 
     def attention(self, vision_tokens: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """As `ReadingQFormer.attention`, but a query counts by how well it matches the text, by the head."""
@@ -170,6 +181,7 @@ class ImageTextQFormer(ReadingQFormer):
         The checkpoint's own logits of an image and a text are the mean over queries. The shares are means over layers
         and heads.
         """
+        vision_tokens = vision_tokens * self.scale + self.shift
         hidden, text_bias, count = self._begin(text)
         shares = []
         for layer in self.layers:

@@ -127,6 +127,11 @@ class Admission:
         finally:
             self._open.discard(reservation)
 
+    @property
+    def is_busy(self) -> bool:
+        """Return whether there are requests."""
+        return bool(self._open)
+
     def require_turns(self, open_requests: int, lag_s: float, size: Size) -> None:
         """Check that one more request is worth reading. Raises Overloaded.
 
@@ -172,11 +177,9 @@ class Admission:
         Raises Overloaded if the grant would come too late, DeadlineExceeded if the deadline has passed.
         """
         now = time.monotonic()
-        if now >= claim.deadline:  # also where the scheduler would refuse it: no later try would help
-            raise _over()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
             self._note_read_refusal(claim, now)
-            raise self.refuse(refusal)
+            raise _over() if now >= claim.deadline else self.refuse(refusal)
         self.schedule(now)
         if claim.granted_at is None and not claim.over:
             grant = self._grants[claim] = asyncio.get_running_loop().create_future()
@@ -419,7 +422,7 @@ class UntilEnd:
 
 def _over() -> DeadlineExceeded:
     return DeadlineExceeded(
-        "the request waited in the queue for all of timeout_s: raise timeout_s, or try again when the service is less "
+        "timeout_s was over before the request could start: raise timeout_s, or try again when the service is less "
         "busy",
         param="timeout_s",
     )

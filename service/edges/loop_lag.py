@@ -7,16 +7,21 @@ import time
 from collections.abc import Callable
 
 INTERVAL_S = 0.01
-REST_S = 1.0  # between two measurements while the loop has nothing to do: each wakes the process
+IDLE_INTERVAL_S = 0.1  # while the loop has nothing to do: each measurement wakes the process
+REST_S = 1.0  # while no request is there either
 IDLE_SHARE = 0.05  # of a core: a loop that takes less in the last interval had nothing to do
 REPORT_S = 0.1  # between two figures for the metric, each the worst since the last
 
 
 class LoopLag:
-    """Measure it while `watch` runs. Whoever asks for it while it rests ends the rest."""
+    """Measure it while `watch` runs. A request that asks for it ends a rest."""
 
-    def __init__(self, observe: Callable[[float], None], interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self, observe: Callable[[float], None], busy: Callable[[], bool], interval_s: float = INTERVAL_S
+    ) -> None:
+        """`busy` tells whether there are requests. Without them the watch rests, and nothing is observed."""
         self._observe = observe
+        self._busy = busy
         self._interval_s = interval_s
         self._due = float("inf")
         self._last = 0.0
@@ -38,25 +43,29 @@ class LoopLag:
         try:
             while True:
                 started, worked = time.monotonic(), time.thread_time()
-                asked = await self._rest(started) if idle else await self._interval(started)
+                rests = idle and not self._busy()
+                if rests:
+                    asked = await self._rest(started)
+                else:
+                    asked = await self._measure(started, IDLE_INTERVAL_S if idle else self._interval_s)
                 now = time.monotonic()
                 idle = not asked and time.thread_time() - worked < IDLE_SHARE * (now - started)
                 self._last = max(0.0, now - self._due)
                 worst = max(worst, self._last)
-                if now - reported >= REPORT_S or self._last >= REPORT_S:
+                if not rests and (now - reported >= REPORT_S or self._last >= REPORT_S):
                     self._observe(worst)
                     reported, worst = now, 0.0
         finally:
             self._asked.set()
             self._due, self._last = float("inf"), 0.0
 
-    async def _interval(self, started: float) -> bool:
-        self._due = started + self._interval_s
-        await asyncio.sleep(self._interval_s)
+    async def _measure(self, started: float, interval_s: float) -> bool:
+        self._due = started + interval_s
+        await asyncio.sleep(interval_s)
         return False
 
     async def _rest(self, started: float) -> bool:
-        """Rest until REST_S are over -> False, or until somebody asks -> True."""
+        """Rest until a request asks -> True, or until REST_S are over -> False."""
         self._due = started + REST_S
         self._asked.clear()
         try:

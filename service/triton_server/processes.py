@@ -32,7 +32,8 @@ GUARD = (
 )
 
 STOPPED = b"T"  # by SIGSTOP, in /proc/PID/stat
-WHOLE = 3  # least parts of a stub's command line after its name; the last is empty, as each part ends with a zero
+STUB = "triton_python_backend_stub"  # the program of a model's process
+WHOLE = 4  # least parts of its command line: itself, the model, the region, and nothing after the last zero
 DEAD = ("Z", "X")  # of /proc/PID/stat; Triton never collects its dead model processes
 GONE = (FileNotFoundError, ProcessLookupError)  # what tells of a death; any other OSError tells nothing
 
@@ -192,9 +193,7 @@ class ServerProcess:
         found = []
         for pid in self._group():
             program, *arguments = self._arguments(pid)
-            if program.endswith("triton_python_backend_stub"):  # its arguments: MODEL/1/model.py, the region, ...
-                if len(arguments) < WHOLE:  # seen of one that had just begun, or was ending
-                    raise BlockingIOError(errno.EAGAIN, f"process {pid} tells only a part of its command line")
+            if program.endswith(STUB):  # its arguments: MODEL/1/model.py, the region, ...
                 script, region, *_ = arguments
                 found.append(ModelProcess(Path(script).parent.parent.name, pid, SHARED_MEMORY / region))
         return found
@@ -262,7 +261,16 @@ class ServerProcess:
                 yield pid
 
     def _arguments(self, pid: int) -> list[str]:
+        """The parts of a process's command line, each without the zero that ends it; one empty part if it is gone.
+
+        Raises OSError if they cannot be asked for. The kernel may also tell only the beginning of them, or nothing, of
+        a process that begins or ends.
+        """
         try:
-            return self._proc.read(pid, "cmdline").split("\0")
+            told = self._proc.read(pid, "cmdline")
         except GONE:
             return [""]
+        parts = told.split("\0")
+        if parts[-1] or len(parts) < (WHOLE if parts[0].endswith(STUB) else 2):
+            raise BlockingIOError(errno.EAGAIN, f"process {pid} tells only part of its command line")
+        return parts[:-1]

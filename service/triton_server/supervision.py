@@ -50,10 +50,9 @@ log = structlog.get_logger()
 
 
 class Crashed(StartFailed):
-    """A signal ended Triton while it was starting.
+    """A signal ended Triton while it was starting, or stopped a model's process. The next start may succeed.
 
-    On a busy machine its python backend sometimes aborts in `boost::interprocess::lock_exception`. The next start
-    succeeds.
+    On a busy machine Triton's python backend sometimes aborts in `boost::interprocess::lock_exception`.
     """
 
 
@@ -362,7 +361,10 @@ class EmbeddedTriton:
         with contextlib.suppress(OSError):  # asked again
             self._watch(self._server.models())
         if stopped := self._stopped():
-            raise Crashed(f"while Triton started, these models' processes were stopped: {', '.join(sorted(stopped))}")
+            raise Crashed(
+                f"while Triton started, something stopped the processes of these models by SIGSTOP: "
+                f"{', '.join(sorted(stopped))}. Start the service again"
+            )
 
     def _command(self) -> list[str]:
         if self._installation is None:

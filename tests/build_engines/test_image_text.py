@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Blip2ForImageTextRetrieval
 
 from build_engines.convert import __main__ as build
+from build_engines.convert import inspection
 from build_engines.convert.inspection import inspect
 from build_engines.model.checkpoint import Checkpoint
-from build_engines.model.vision import VisionEncoder
 from build_engines.model.zero_shot import load_image_text
 from service.core.card import ModelCard
 from service.text.prompt import PromptBuilder
@@ -47,18 +47,21 @@ def pixels() -> torch.Tensor:
 
 
 def test_it_matches_image_and_text_as_transformers_does(folder: Path) -> None:
+    """Though it reads features that come from behind another layer norm, the BLIP-2's."""
     model = Blip2ForImageTextRetrieval.from_pretrained(folder / "image-text", dtype=torch.float32).eval()
-    mean, std = torch.tensor([0.4, 0.45, 0.5]), torch.tensor([0.2, 0.25, 0.3])
-    encoder = VisionEncoder(model.vision_model, mean.tolist(), std.tolist()).eval()
+    blip2 = Checkpoint.load(folder / "blip2")
+    mean, std = torch.tensor(blip2.image_mean), torch.tensor(blip2.image_std)
     read = AutoTokenizer.from_pretrained(folder / "image-text")(QUESTIONS, padding="max_length", max_length=32)
     ids, mask = torch.tensor(read["input_ids"]), torch.tensor(read["attention_mask"])
     normal = (pixels().float() / 255 - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
         expected = model(normal, ids, mask, use_image_text_matching_head=True).logits_per_image
-        ours = load_image_text(folder / "image-text", model.vision_model)
-        matches, shares = ours.matches(encoder(pixels())[0], (ids.int(), mask.int()))
+        ours = load_image_text(folder / "image-text", blip2.model.vision_model)
+        features = blip2.vision_encoder()(pixels())[0]
+        matches, shares = ours.matches(features, (ids.int(), mask.int()))
     torch.testing.assert_close(matches.mean(1), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shares.sum(2), torch.ones(2, 32))
+    assert (model.vision_model(normal).last_hidden_state - features).abs().max() > 0.05
 
 
 def test_a_query_counts_by_how_well_it_matches_the_text(folder: Path) -> None:
@@ -172,4 +175,53 @@ def test_a_reader_of_other_sizes_is_refused_before_its_weights_are_read(
     (tmp_path / "other" / "model.safetensors").unlink()
     arguments = ["--image-text", str(tmp_path / "other"), "--out", str(tmp_path / "repository")]
     assert build.main([str(folder / "blip2"), *arguments]) == 2
-    assert "has another vision encoder (num_hidden_layers differ)" in capsys.readouterr().err
+    assert "has another vision encoder (by its num_hidden_layers)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('"use_qformer_text_input": true', '"use_qformer_text_input": false'), "reads no text of 32 tokens"),
+        (('"max_position_embeddings": 64', '"max_position_embeddings": 31'), "reads no text of 32 tokens"),
+        (('"vocab_size": 71', '"vocab_size": 70'), "goes up to id 70, but the Q-Former has 70 ids"),
+    ],
+)
+def test_a_reader_that_cannot_read_every_question_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str
+) -> None:
+    save_blip2_image_text(tmp_path / "other")
+    config = tmp_path / "other" / "config.json"
+    assert change[0] in config.read_text()
+    config.write_text(config.read_text().replace(*change))
+    arguments = ["--image-text", str(tmp_path / "other"), "--out", str(tmp_path / "repository")]
+    assert build.main([str(folder / "blip2"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_both_checkpoints_pass_before_the_weights_of_either_are_downloaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def downloaded(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, "*.safetensors" in allow_patterns))
+        if name == "some/typo":
+            raise OSError("no such repository")
+        return str(folder / name.split("/")[1])
+
+    monkeypatch.setattr(inspection, "snapshot_download", downloaded)
+    out = ["--out", str(tmp_path / "repository")]
+    assert build.main(["some/blip2", "--image-text", "some/typo", *out]) == 2
+    assert "some/typo cannot be downloaded: no such repository" in capsys.readouterr().err
+    assert asked == [("some/blip2", False), ("some/typo", False)]
+    asked.clear()
+    assert build.main(["some/blip2", "--image-text", "some/image-text", *out, "--dry-run"]) == 0
+    assert [name for name, weights in asked if weights] == ["some/blip2", "some/image-text"]
+
+
+def test_a_layer_norm_that_cannot_be_undone_is_refused(folder: Path) -> None:
+    encoder = Checkpoint.load(folder / "blip2").model.vision_model
+    with torch.no_grad():
+        encoder.post_layernorm.weight[3] = 0
+    with pytest.raises(ValueError, match="has a weight of 0"):
+        load_image_text(folder / "image-text", encoder)

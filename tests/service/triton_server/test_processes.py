@@ -114,7 +114,9 @@ class Partly(Proc):
 STUB = "/tmp/python/triton_python_backend_stub\0/models/llm/1/model.py\0glimpse-1-region\0001048576\0"
 
 
-@pytest.mark.parametrize("length", [STUB.index(end) + more for end, more in (("_stub", 6), ("/1/", 3), ("region", 3))])
+@pytest.mark.parametrize(
+    "length", [0, 9, *(STUB.index(end) + len(end) for end in ("_stub", "stub\0", "/1/", "py\0", "reg"))]
+)
 def test_a_model_whose_command_line_is_not_whole_cannot_be_told(length: int) -> None:
     """The kernel tells so now and then, of a process that begins or ends. It is asked again, as after any OSError."""
     server = ServerProcess("glimpse-test-none-", Partly(STUB))
@@ -123,7 +125,7 @@ def test_a_model_whose_command_line_is_not_whole_cannot_be_told(length: int) -> 
         (model,) = server.models()
         assert (model.model, model.region.name) == ("llm", "glimpse-1-region")
         server._proc = Partly(STUB[:length])
-        with pytest.raises(BlockingIOError, match="only a part of its command line"):
+        with pytest.raises(BlockingIOError, match="only part of its command line"):
             server.models()
     finally:
         server.kill()

@@ -20,7 +20,7 @@ from build_engines.model.zero_shot import load_image_text
 from service.core.card import ModelCard
 from service.text.prompt import PromptBuilder
 from tests.support.shared_exports import SharedExports
-from tests.support.tiny_checkpoints import save_blip2_image_text, save_blip2_opt, save_instructblip_vicuna
+from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna, write_blip2_image_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -31,7 +31,7 @@ QUESTIONS = ["what is the big circle", "which colour has the circle on the left?
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("image-text")
     save_blip2_opt(found / "blip2")
-    save_blip2_image_text(found / "image-text")
+    write_blip2_image_text(found / "image-text")
     return found
 
 
@@ -112,7 +112,7 @@ def test_a_built_repository_looks_by_the_bare_question(folder: Path, repository:
 
 def test_other_weights_of_the_reader_are_another_build(folder: Path, tmp_path: Path) -> None:
     first = inspect(str(folder / "blip2"), image_text=str(folder / "image-text"))
-    save_blip2_image_text(tmp_path / "other")
+    write_blip2_image_text(tmp_path / "other")
     _change(tmp_path / "other", "itm_head.weight")
     second = inspect(str(folder / "blip2"), image_text=str(tmp_path / "other"))
     changed = {name for name, digest in first.digests().items() if second.digests()[name] != digest}
@@ -127,7 +127,7 @@ def _change(checkpoint: Path, name: str) -> None:
 
 
 def test_weights_that_were_rounded_to_fp16_are_the_same_encoder(folder: Path, tmp_path: Path) -> None:
-    save_blip2_image_text(tmp_path)
+    write_blip2_image_text(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({name: weight.half() for name, weight in weights.items()}, tmp_path / "model.safetensors")
     qformer = load_image_text(tmp_path, Checkpoint.load(folder / "blip2").model.vision_model)
@@ -137,7 +137,7 @@ def test_weights_that_were_rounded_to_fp16_are_the_same_encoder(folder: Path, tm
 def test_the_reader_of_another_encoder_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_blip2_image_text(tmp_path / "other")
+    write_blip2_image_text(tmp_path / "other")
     _change(tmp_path / "other", "vision_model.encoder.layers.1.mlp.fc1.weight")
     arguments = ["--image-text", str(tmp_path / "other"), "--out", str(tmp_path / "repository"), "--until", "card"]
     assert build.main([str(folder / "blip2"), *arguments]) == 3
@@ -169,7 +169,7 @@ def test_what_cannot_read_for_it_is_refused(
 def test_a_reader_of_other_sizes_is_refused_before_its_weights_are_read(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_blip2_image_text(tmp_path / "other")
+    write_blip2_image_text(tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 4'))
     (tmp_path / "other" / "model.safetensors").unlink()
@@ -189,7 +189,7 @@ def test_a_reader_of_other_sizes_is_refused_before_its_weights_are_read(
 def test_a_reader_that_cannot_read_every_question_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str
 ) -> None:
-    save_blip2_image_text(tmp_path / "other")
+    write_blip2_image_text(tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     assert change[0] in config.read_text()
     config.write_text(config.read_text().replace(*change))

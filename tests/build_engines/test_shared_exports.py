@@ -14,7 +14,7 @@ from tests.support.graph_digest import digest_of
 
 pytestmark = pytest.mark.slow  # it writes and loads checkpoints
 
-FAMILIES = {name: getattr(tiny_checkpoints, name) for name in dir(tiny_checkpoints) if name.startswith("save_")}
+FAMILIES = {name: save for name, save in vars(tiny_checkpoints).items() if name.startswith("save_")}
 
 
 def digests(save: Callable[[Path], None], folder: Path) -> dict[str, str]:

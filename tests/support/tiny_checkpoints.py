@@ -11,8 +11,8 @@ from typing import Protocol
 from zlib import crc32
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AddedToken,
@@ -77,8 +77,11 @@ def save_blip2_opt(directory: Path) -> None:
     _save(Blip2ForConditionalGeneration(config), processor, directory)
 
 
-def save_blip2_image_text(directory: Path) -> None:
-    """As `Salesforce/blip2-itm-vit-g`: the encoder of `save_blip2_opt`, with a layer norm of its own behind it."""
+def write_blip2_image_text(directory: Path) -> None:
+    """As `Salesforce/blip2-itm-vit-g`: the encoder of `save_blip2_opt`, with a layer norm of its own behind it.
+
+    It has no language model, so it is no family that is built.
+    """
     words = _words()
     config = Blip2Config(
         vision_config=VISION,
@@ -88,11 +91,11 @@ def save_blip2_image_text(directory: Path) -> None:
         image_text_hidden_size=16,
     )
     _save(Blip2ForImageTextRetrieval(config), Blip2Processor(IMAGE, words), directory)
-    weights = load_file(directory / "model.safetensors")
+    weights = safetensors.torch.load_file(directory / "model.safetensors")
     for name in ("weight", "bias"):
         own = weights[f"vision_model.post_layernorm.{name}"]
         own += 0.1 * torch.arange(len(own)) / len(own)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_instructblip_vicuna(directory: Path) -> None:

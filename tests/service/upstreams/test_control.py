@@ -38,7 +38,8 @@ def file(tmp_path: Path, repository: Path) -> VariantsFile:
 async def test_a_change_is_written_logged_and_followed(file):
     async with running(VariantsFile(file.path)) as fleet:
         control = Control(fleet)
-        await until(lambda: not any(each.pool.faults() for each in fleet.running.values()))  # each was probed
+        pools = [each.pool for each in fleet.running.values()]
+        await until(lambda: all(pool.addresses and not pool.faults() for pool in pools))  # each was found and probed
         fleet.models.models[0].in_flight += 2
         with capture_logs() as logs:
             told = await control.change(VariantsChange({"stable": 30, "next": 10}, {}), **WHO)

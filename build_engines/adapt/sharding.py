@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes of a run. Without shards, each does on its own what the others do."""
+    """The processes of a run. Only with shards must they run the same passes of the language model together."""
 
     accelerator: Accelerator | None = None  # None: there is one process
     sharded: bool = False  # whether they hold one language model together
@@ -36,7 +36,7 @@ class Peers:
 
     @property
     def takes_part(self) -> bool:
-        """Whether this process takes part in what only one result is needed of."""
+        """Whether this process takes part in work whose result is needed once."""
         return self.is_main or self.sharded
 
     @property

@@ -271,6 +271,6 @@ class ServerProcess:
         except GONE:
             return [""]
         parts = told.split("\0")
-        if parts[-1] or len(parts) < (WHOLE if parts[0].endswith(STUB) else 2):
+        if len(parts) < (WHOLE if parts[0].endswith(STUB) else 2):
             raise BlockingIOError(errno.EAGAIN, f"process {pid} tells only part of its command line")
         return parts[:-1]

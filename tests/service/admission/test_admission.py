@@ -193,23 +193,24 @@ async def test_retry_after_lies_between_a_second_and_a_minute(wait_s, told_s):
 
 
 async def test_a_request_whose_deadline_is_over_gets_a_504_also_where_the_queue_is_too_long():
-    """A 429 would tell it to come back as it is."""
+    """A 429 would tell it to come back as it is. It counts as one that was read and refused."""
     house = admission(Metrics())
-    with house.reservation("") as first, house.reservation("") as second, house.reservation("") as third:
+    with house.reservation("") as first, house.reservation("") as second:
         slot = await enter(first)
-        slot.granted_at -= 50  # the slot was held for 50 s: work takes as long
-        first.give_back(slot)
-        await enter(first)
+        waiting = asyncio.create_task(enter(second))
+        await turns()
         now = time.monotonic()
-        with pytest.raises(Overloaded):
-            await second.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 1))
+        drain = house.scheduler._pools[Resource.VISION].drain
+        drain.observe(now - 20, 0.0, wanted=True)
+        drain.observe(now, 1.0, wanted=True)  # one place in 20 s
         over = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now)
-        with pytest.raises(DeadlineExceeded):
-            await third.enter(over)
-        with suppress(DeadlineExceeded), third.work():
-            await third.enter(over)
-    with house.reservation("") as after:
-        assert (await enter(after)).granted_at is not None
+        assert house.scheduler.refusal(over, now) is not None
+        with house.reservation("", Size.SMALL) as third:
+            with pytest.raises(DeadlineExceeded, match="over before the request could start"):
+                await third.enter(over)
+            assert house._refused_at[Size.SMALL] >= now
+        first.give_back(slot)
+        assert (await waiting).granted_at is not None
 
 
 async def test_a_request_whose_deadline_passes_in_the_queue_gets_a_504_and_one_that_expires_before_it_a_429():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import httpx
 
+from service.admission.scheduler import Scheduler
+from service.app import build
 from service.edges.http.application import http_api
 from service.edges.loop_lag import REST_S, LoopLag
+from service.settings import Settings
 from tests.support.fakes import House, cancelled, until
 
 
@@ -44,9 +48,20 @@ async def test_it_rests_while_the_loop_has_nothing_to_do_until_somebody_asks():
     await until(lambda: lag._last >= 0.2)
     await until(lambda: max(lags) >= 0.2)
     told = len(lags)
-    await until(lambda: len(lags) >= told + 3)  # though the loop has nothing to do
+    await asyncio.sleep(REST_S)
+    assert len(lags) >= told + 3  # though the loop has nothing to do
     await cancelled(watching)
     assert lag.seconds == 0
+
+
+async def test_the_service_does_not_rest_while_it_has_a_request(repository: Path, tmp_path: Path):
+    url = "127.0.0.1:9"  # nobody is asked
+    settings = Settings(model_repository=repository, vision_url=url, llm_url=url, log_dir=tmp_path)
+    app = build(settings, Scheduler)
+    assert not app.lag._busy()
+    with app.admission.reservation(""):
+        assert app.lag._busy()
+    assert not app.lag._busy()
 
 
 async def test_the_lag_is_a_metric():

@@ -55,6 +55,7 @@ SETTINGS = {
     "BODY_TIMEOUT_S": "2",
 }
 PARAMETERS = {"llm": {"prefix_cache_bytes": str(1024 * 1024)}}
+FULL_BATCH = 6  # images; with more, the prompt leaves no room for an answer of 32 tokens
 WARM_QUESTIONS = 1000  # before the mutants, as few of those reach Triton
 
 
@@ -70,7 +71,8 @@ def target(**settings: str) -> Iterator[Target]:
 async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
     """Ask questions about new images, so that every process has its buffers and every cache is full.
 
-    Returns ids of images, which stay known while questions name them. Raises RuntimeError if one is not answered.
+    Some have as many images as fill the encoder's batch, and answers as long as the model takes. Returns ids of images,
+    which stay known while questions name them. Raises RuntimeError if one is not answered.
     """
     client, ids = HttpClient(to.host, to.port), []
     pictures = [data for name, data in files().items() if not name.startswith("other")]
@@ -78,9 +80,14 @@ async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
 
     async def ask() -> None:
         for number in numbers:
-            fields = {"question": f"how many objects are there? ({number})", "stream": number % 2 == 0, "max_tokens": 4}
-            picture = pictures[number % len(pictures)] + number.to_bytes(4, "big")  # other bytes, the same pixels
-            response = await client.post("/v1/vqa", *form(fields, [picture]))
+            many = number % 20 == 0
+            fields = {"question": f"how many objects are there? ({number})", "stream": number % 2 == 0}
+            fields["max_tokens"] = 32 if many else 4
+            sent = [  # other bytes, the same pixels
+                pictures[(number + each) % len(pictures)] + number.to_bytes(4, "big")
+                for each in range(FULL_BATCH if many else 1)
+            ]
+            response = await client.post("/v1/vqa", *form(fields, sent))
             if response.status != 200:
                 raise RuntimeError(f"a question before the campaign got {response.status}: {response.body[:500]!r}")
 

@@ -97,7 +97,7 @@ class _Pool:
     standing: dict[Claim, Standing] = field(default_factory=dict)
     waiting: dict[float, int] = field(default_factory=dict)  # amounts, by handicap
     running: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))  # claims
-    deadlines: list[tuple[float, int, Claim]] = field(default_factory=list)  # heap; may hold claims that have left
+    deadlines: list[tuple[float, int, Claim]] = field(default_factory=list)  # heap; half may be claims that have left
     least_amount: float = math.inf  # no waiting claim is smaller
     least_s: float = 0.0  # about the shortest time for which a recent claim was held
     drain: DrainRate = field(default_factory=DrainRate)
@@ -120,7 +120,9 @@ class _Pool:
         self.waiting[claim.handicap_s] -= claim.amount
         if not self.standing:
             self.least_amount = math.inf
-            self.deadlines.clear()
+        if len(self.deadlines) > 2 * len(self.standing):
+            self.deadlines = [each for each in self.deadlines if each[2] in self.standing]
+            heapq.heapify(self.deadlines)
 
     def grant(self, claim: Claim, now: float) -> None:
         claim.granted_at = now

@@ -29,11 +29,13 @@ from service.media.clip import decode_clip
 from service.media.clip_header import HAS_PYAV
 from service.media.decoder import ImageLimits
 from service.media.document import decode_page
+from service.system.heap import MIB, Heap, give_back
 
 PR_SET_PDEATHSIG = 1
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
-HEAP_BLOCK_BYTES = 32 * 1024 * 1024  # larger ones are mapped; glibc takes no more
-KEPT_BYTES = 512 * 1024 * 1024
+# Fresh pages cost about a tenth of a large image's time. So all blocks come from the heap, which keeps them until more
+# than KEPT_BYTES are resident after an image.
+HEAP = Heap(mapped_from_bytes=32 * MIB, kept_bytes=512 * MIB, arenas=2)
+KEPT_BYTES = 192 * MIB
 IDLE_S = 2.0  # then freed memory goes back to the system
 PACKET_BYTES = 65_536
 VIEWS = (IMAGE_SIZE, CLOSER_SIZE)
@@ -69,7 +71,7 @@ def main(limits: WorkerLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = address_space_bytes() + limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    keep_freed_memory()
+    HEAP.take()
     gc.freeze()  # each film is followed by a garbage collection, which would look at all these modules
     control = socket.socket(fileno=limits.control)
     with control, mmap.mmap(limits.memory, limits.shared_bytes) as memory:
@@ -79,6 +81,8 @@ def main(limits: WorkerLimits) -> None:
             reply = answered(json.loads(packet), memory, limits)
             ended_s = time.process_time()
             control.send(json.dumps(reply | {"cpu_s": [ended_s - begun_s, ended_s]}).encode())
+            if own_bytes() > KEPT_BYTES:
+                give_back()
 
 
 def next_packet(control: socket.socket) -> bytes:
@@ -87,7 +91,7 @@ def next_packet(control: socket.socket) -> bytes:
     try:
         return control.recv(PACKET_BYTES)
     except TimeoutError:
-        give_memory_back()
+        give_back()
     control.settimeout(None)
     return control.recv(PACKET_BYTES)
 
@@ -138,20 +142,6 @@ def clip_frames(request: Mapping[str, Any], data: bytes, limits: ImageLimits) ->
     return told, [frame.pixels for frame in clip.frames]
 
 
-def keep_freed_memory() -> None:
-    """Take large blocks from the heap and keep them: fresh pages cost about a tenth of a large image's time."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def give_memory_back() -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def end_with(parent: int) -> None:
     """The kernel ends this process when the gateway ends, however that happens."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -160,8 +150,19 @@ def end_with(parent: int) -> None:
 
 
 def address_space_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as pages:
-        return int(pages.read().split()[0]) * mmap.PAGESIZE
+    return pages()[0] * mmap.PAGESIZE
+
+
+def own_bytes() -> int:
+    """Resident bytes that no file backs."""
+    _, resident, of_files = pages()[:3]
+    return (resident - of_files) * mmap.PAGESIZE
+
+
+def pages() -> list[int]:
+    """As proc(5) says of /proc/PID/statm."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return [int(number) for number in file.read().split()]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 from collections import deque
@@ -288,6 +289,22 @@ def test_a_claim_that_cannot_end_in_time_is_dropped_before_it_starts():
     house.release(first, 2.0)  # an encode takes 2 s
     assert house.schedule(2.0) == [patient]
     assert house.waiting == []
+
+
+def test_claims_that_left_are_forgotten_though_another_waits_all_the_time():
+    """What waits for its deadline must not keep every request of the meantime alive."""
+    house = House(llm_tokens=10)
+    house.submit(claim(amount=10), 0.0)
+    house.schedule(0.0)
+    house.submit(claim(amount=10), 0.0)
+    for number in range(1, 1001):
+        house.submit(claim(amount=10, arrived=number), number)  # one waits for the other
+        house.release(house.running[0], number)
+        house.schedule(number)
+    assert len(house.waiting) + len(house.running) == 2
+    house.numbers.clear()
+    gc.collect()
+    assert sum(isinstance(each, Claim) for each in gc.get_objects()) < 20
 
 
 def test_who_waited_past_its_deadline_is_refused_by_name():

@@ -182,6 +182,16 @@ async def test_a_busy_worker_keeps_its_memory_and_an_idle_one_gives_it_back():
         await until(lambda: resident_mb(pid) < held - 30)
 
 
+async def test_a_worker_gives_back_at_once_what_a_very_large_image_took():
+    async with workers(SERVED) as found:
+        await found.decode(SMALL, (224,))
+        (pid,) = found.pids
+        before = resident_mb(pid)
+        await found.decode(bombs.png(7000, 7000, depth=8, colours=2), (224,))  # 147 MB of pixels
+        await found.decode(SMALL, (224,))
+        assert resident_mb(pid) < before + 100
+
+
 async def test_cpu_time_is_counted_for_each_image_by_itself():
     async with workers(SERVED, cpu_s=1.0) as found:
         image = bombs.png(2000, 2000, depth=8, colours=6)

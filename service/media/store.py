@@ -68,6 +68,11 @@ def address_of(tenant: str, image_id: str) -> str:
     return blake3(f"{tenant}\0{image_id}".encode()).hexdigest()[:40]
 
 
+def _content(tenant: str, digest: str) -> bytes:
+    """Shorten a tenant and a digest to 16 bytes: there may be as many as MOST_NAMES."""
+    return blake3(f"{tenant}\0{digest}".encode()).digest(16)
+
+
 @dataclass(slots=True)
 class _Kept:
     image: Image
@@ -129,18 +134,20 @@ class ImageStore:
         self._used: dict[str, OrderedDict[str, None]] = {}  # by tenant, the least recently used first; none is empty
         self._held = _Holdings()
         self._sent: OrderedDict[str, float] = OrderedDict()  # when it expires; the oldest put first
-        self._names: OrderedDict[tuple[str, str], str] = OrderedDict()  # ids by tenant and digest
+        self._names: OrderedDict[bytes, bytes] = OrderedDict()  # ids' bits by `_content`, 16 bytes each
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def name(self, digest: str, tenant: str) -> str:
         """Return the id that the tenant's image has, or a new one of 128 random bits."""
-        name = self._names.setdefault((tenant, digest), f"img_{secrets.token_hex(16)}")
-        self._names.move_to_end((tenant, digest))
+        content = _content(tenant, digest)
+        bits = self._names.get(content) or secrets.token_bytes(16)
+        self._names[content] = bits
+        self._names.move_to_end(content)
         if len(self._names) > MOST_NAMES:
             self._names.popitem(last=False)
-        return name
+        return f"img_{bits.hex()}"
 
     def put(self, image: Image, now: float, tenant: str = "", ttl_s: float | None = None) -> None:
         """Keep an image that has an id. Sending it again starts its time anew."""
@@ -172,7 +179,7 @@ class ImageStore:
         kept = self._kept.get(address)
         if kept is None:
             return False
-        self._names.pop((kept.tenant, kept.image.digest), None)
+        self._names.pop(_content(kept.tenant, kept.image.digest), None)
         self._drop(address)
         return True
 

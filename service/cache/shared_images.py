@@ -56,7 +56,7 @@ class SharedImages:
         self._writes = Lane(url, TIMEOUT_S)
         self._behind: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self._unwritten_bytes = 0
-        self._looked_at = 0.0  # seconds since the epoch
+        self._looked_at = time.time()  # seconds since the epoch; this process knew no image before
         self._told: set[str] = set()  # deleted ones that `forget` knows
 
     @property
@@ -104,17 +104,25 @@ class SharedImages:
             self._unwritten_bytes += len(data)
             self._behind.put_nowait((address, data))
 
-    async def delete(self, address: str) -> bool | None:
-        """Delete an image here and in every gateway. Returns whether it was there; None if Redis did not answer."""
-        now = time.time()
+    async def delete(self, address: str, *, was_here: bool) -> bool | None:
+        """Delete an image here and in every gateway. Returns whether it was there; None if Redis did not answer.
+
+        The other gateways are told only if it was there, or in this one (`was_here`). Else a caller could fill the set
+        with ids that never were.
+        """
+        replies = await self._ask(self._writes, ("UNLINK", key_of(address)))
+        if replies is None:
+            return None
+        was_there, now = bool(replies[0]), time.time()
+        if not (was_there or was_here):
+            return False
         replies = await self._ask(
             self._writes,
-            ("UNLINK", key_of(address)),
             ("ZADD", DELETED, f"{now:.3f}", address),
             ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s:.3f}"),
             ("PEXPIRE", DELETED, self._ttl_ms + 60_000),
         )
-        return None if replies is None else bool(replies[0])
+        return None if replies is None else was_there
 
     async def look(self) -> None:
         """Forget what others deleted."""

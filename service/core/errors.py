@@ -43,6 +43,24 @@ class GlimpseError(Exception):
         self.code = code or type(self).code
 
 
+def without_frames(error: BaseException) -> None:
+    """Let go of what an error that was answered still holds: the frames that it passed, with bodies and images.
+
+    Often one of those frames holds the error itself, or its group. Then nothing of it would be free until Python's
+    garbage collector runs, and that counts objects, not bytes.
+    """
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            left += [each.__cause__, each.__context__]
+            if isinstance(each, BaseExceptionGroup):
+                left += each.exceptions
+
+
 @contextmanager
 def naming_image(index: int, of: int) -> Iterator[None]:
     """Add to an error about `image` which one of several images it is."""

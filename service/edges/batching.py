@@ -12,7 +12,14 @@ from typing import TypeVar
 import structlog
 
 from service.core.answer import Delta, Finished
-from service.core.errors import DeadlineExceeded, GlimpseError, Overloaded, ShuttingDown, internal_error
+from service.core.errors import (
+    DeadlineExceeded,
+    GlimpseError,
+    Overloaded,
+    ShuttingDown,
+    internal_error,
+    without_frames,
+)
 from service.core.request import Request
 from service.edges.caller import Caller
 from service.pipeline import Pipeline
@@ -44,12 +51,14 @@ class Batch:
         questions: AsyncIterator[tuple[int, Question]],
         answer: Callable[[int, Question], Awaitable[Answer]],
         write: Callable[[int, Answer | GlimpseError], Awaitable[None]],
+        done: Callable[[Question], None] = lambda _: None,
     ) -> None:
         """Read, answer and write until the questions end. Results are written as they come, with their index.
 
         `answer` and `write` get the question's index. A question is read when a worker is free for it, so a batch is
-        read no faster than it is answered. An error of `answer` is its question's result. An error of `questions` or
-        `write` ends the batch, and is raised.
+        read no faster than it is answered. `done` is told each question that was read, when nothing more is done for
+        it. An error of `answer` is its question's result. An error of `questions` or `write` ends the batch, and is
+        raised.
         """
         reading, writing = asyncio.Lock(), asyncio.Lock()
 
@@ -59,10 +68,14 @@ class Batch:
                     asked = await anext(questions, None)
                 if asked is None:
                     return
-                async with self.pipeline.batch_turn(self.caller.tenant):
-                    outcome = await self._outcome(answer, *asked)
-                async with writing:
-                    await write(asked[0], outcome)
+                try:
+                    async with self.pipeline.batch_turn(self.caller.tenant):
+                        outcome = await self._outcome(answer, *asked)
+                    async with writing:
+                        await write(asked[0], outcome)
+                finally:
+                    done(asked[1])
+                del asked, outcome  # not kept while the next question is awaited
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -114,7 +127,9 @@ class Batch:
         try:
             return await answer(index, question)
         except GlimpseError as error:
+            without_frames(error)
             return error
-        except Exception:
+        except Exception as error:
             log.exception("fault", request_id=self.caller.trace_id)
+            without_frames(error)
             return internal_error(self.caller.trace_id)

@@ -9,7 +9,13 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+OPEN_METRICS = "application/openmetrics-text"
 MOST_SHARE = 0.05  # of the loop's time. One rendering takes some milliseconds, in which nothing else runs
+
+
+def is_open_metrics(accept: str) -> bool:
+    """Whether the text is to be OpenMetrics. There are two texts, whatever version or escaping a caller may name."""
+    return choose_encoder(accept)[1].startswith(OPEN_METRICS)
 
 
 class Exposition:
@@ -25,7 +31,7 @@ class Exposition:
 
     async def text(self, accept: str) -> tuple[bytes, str]:
         """The text and its media type. OpenMetrics, if `accept` asks for it, has the traces' ids too."""
-        encode, media_type = choose_encoder(accept)
+        encode, media_type = choose_encoder(OPEN_METRICS if is_open_metrics(accept) else "")
         if media_type not in self._waiting:
             self._waiting[media_type] = encode, asyncio.get_running_loop().create_future()
             self._plan()

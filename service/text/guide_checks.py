@@ -29,10 +29,11 @@ class GuideChecks:
         if guide not in self._faults:
             self._faults[guide] = await asyncio.get_running_loop().run_in_executor(self._thread, self._fault, guide)
         self._faults.move_to_end(guide)
-        if fault := self._faults[guide]:
-            raise InvalidRequest(f"{guide.field} {fault}", param=guide.field)
+        fault = self._faults[guide]
         while len(self._faults) > self._most:
             self._faults.popitem(last=False)
+        if fault:
+            raise InvalidRequest(f"{guide.field} {fault}", param=guide.field)
 
     async def is_complete(self, guide: Guide, text: str) -> bool:
         """Return whether a text, without white space around it, is a whole answer that satisfies the guide."""

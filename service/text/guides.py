@@ -22,7 +22,7 @@ import numpy.typing as npt
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide
 
-KEPT_GUIDES = 64
+KEPT_GUIDES = 16  # each with the lexer's states that its answers came to: up to 20 MB
 MAX_REASON_CHARS = 200
 WORD_BITS = 32  # of a mask
 LIMITS = llguidance.LLParserLimits(

@@ -127,9 +127,8 @@ class VisionStage:
             encoded = sum(look.encoded for look in looks.values()) + (0 if shown is None else shown.encoded)
             kind = Kind.of(encoded)
             room = await turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
-            await together(self._attend, [look for look in pending if look.step == Attend()], ticket, reservation)
-            if shown is not None and shown.is_joined and shown.seen is None:
-                shown.seen = await self.clip_stage.attend(shown, ticket)
+            if work := self._attending(pending, shown, ticket, reservation):
+                await to_its_end(asyncio.create_task(work), room, reservation)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
@@ -359,6 +358,23 @@ class VisionStage:
     ) -> AbstractAsyncContextManager[Found[Features]]:
         patient = ticket.request.priority is Priority.LOW
         return self.features.find(key, ticket.left_s, patient=patient, waiting=reservation.waiting_for_others)
+
+    def _attending(
+        self, looks: Sequence[Look], shown: Shown | None, ticket: Ticket, reservation: Reservation
+    ) -> Coroutine[Any, Any, None] | None:
+        """Attend to all that is encoded; None if nothing is.
+
+        If the caller leaves, it goes on with the request's tokens: Triton has the calls, and ends them.
+        """
+        due = [look for look in looks if look.step == Attend()]
+        is_joined = shown is not None and shown.is_joined and shown.seen is None
+
+        async def attend() -> None:
+            await together(self._attend, due, ticket, reservation)
+            if shown is not None and is_joined:
+                shown.seen = await self.clip_stage.attend(shown, ticket)
+
+        return attend() if due or is_joined else None
 
     async def _attend(self, look: Look, ticket: Ticket, _: Reservation) -> None:
         assert look.vision is not None

@@ -117,6 +117,18 @@ async def test_a_deleted_image_is_gone_in_every_gateway(redis_server, path, told
         assert (await two.about(again)).status_code == 200
 
 
+async def test_a_deletion_of_what_never_was_is_told_to_nobody(redis_server):
+    """Else a caller could fill Redis, and every gateway, with ids that it makes up."""
+    async with two_gateways(redis_server) as (one, _):
+        for number in range(3):
+            fault(await one.http.delete(f"/v1/images/img_{number:032x}"), 404)
+        assert redis_server.client.zcard(DELETED) == 0
+        image = await one.send(SECRET)
+        redis_server.client.delete(key_of(address_of("", image)))  # it is in memory only
+        assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
+        assert redis_server.client.zcard(DELETED) == 1
+
+
 async def test_without_redis_ids_are_this_gateways_and_it_says_so():
     async with calling() as caller:
         assert not await shares(caller)

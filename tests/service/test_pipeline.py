@@ -787,6 +787,7 @@ async def test_the_llm_holds_no_more_than_its_tokens_and_follow_ups_go_first():
     await cancelled(asked[0])
     await until(lambda: house.counted("glimpse_requests_waiting", kind="follow_up") == 0)
     assert house.counted("glimpse_requests_waiting", kind="single_image") == 1
+    await until(lambda: house.language.open == 2)
     house.language.gate.set()
     await asyncio.gather(*asked[1:], new, follow_up)
     assert order == ["follow-up", "new image"]

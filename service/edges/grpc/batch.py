@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Self
 
-from service.core.errors import GlimpseError, InvalidRequest, TooLarge
+from service.core.errors import GlimpseError, InvalidRequest, Overloaded, TooLarge, without_frames
 from service.core.request import Priority
 from service.edges.asking import to_request
 from service.edges.batching import Batch
@@ -23,12 +25,22 @@ from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.http.schema import LEAST_TIMEOUT_S
 
 
+@dataclass(slots=True)
+class Taken:
+    """Hold a question whose bytes are reserved, or for which there was no room."""
+
+    question: BatchQuestion
+    held: ExitStack = field(default_factory=ExitStack)
+    refusal: Overloaded | None = None
+
+
 class BatchCall:
-    """Run one call of Batch."""
+    """Run one call of Batch. As an iterator it reads its questions, and keeps nothing of the last one."""
 
     def __init__(self, call: Call, edge: GrpcEdge) -> None:
         self.call = call
         self.edge = edge
+        self._count = 0  # of questions so far
 
     async def run(self) -> None:
         """Answer until the caller has sent its last question. Raises what reading a message does."""
@@ -36,40 +48,53 @@ class BatchCall:
         timeout_s = self.edge.batches.timeout_s if timeout_s is None else min(timeout_s, self.edge.batches.timeout_s)
         batch = Batch(self.edge.pipeline, self.call.caller, asyncio.get_running_loop().time() + timeout_s)
 
-        async def answer(_: int, question: BatchQuestion) -> pb.BatchResponse:
-            return pb.BatchResponse(index=question.index, answer=await self.answer(batch, question))
+        async def answer(index: int, taken: Taken) -> pb.BatchResponse:
+            if taken.refusal is not None:
+                raise taken.refusal
+            return pb.BatchResponse(index=index, answer=await self.answer(batch, taken.question))
 
         async with self.call.present(timeout_s):
-            await batch.run(self.questions(), answer, self.write)
+            await batch.run(self, answer, self.write, lambda taken: taken.held.close())
 
-    async def questions(self) -> AsyncIterator[tuple[int, BatchQuestion]]:
-        """Raises InvalidRequest, TooLarge, SlowBody, Overloaded."""
-        count = 0
-        while (data := await self.call.next_message()) is not None:
-            if count == self.edge.batches.max_questions:
-                raise TooLarge(f"the batch has more than {count:,} questions: send it in parts")
-            count += 1
-            question = batch_question_in(data)
-            yield question.index, question
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Taken]:
+        """Read the next question, and reserve its bytes until it is answered.
+
+        Raises InvalidRequest, TooLarge, SlowBody, Overloaded.
+        """
+        data = await self.call.next_message()
+        if data is None:
+            raise StopAsyncIteration
+        if self._count == self.edge.batches.max_questions:
+            raise TooLarge(f"the batch has more than {self._count:,} questions: send it in parts")
+        self._count += 1
+        taken = Taken(batch_question_in(data))
+        try:
+            taken.held.enter_context(self.edge.pipeline.bytes_reserved(len(data), self.call.caller.tenant))
+        except Overloaded as refusal:
+            without_frames(refusal)
+            taken = Taken(BatchQuestion(taken.question.index), refusal=refusal)
+        return taken.question.index, taken
 
     async def answer(self, batch: Batch, question: BatchQuestion) -> pb.AnswerResponse:
-        """Parse and answer one question, whose bytes are reserved meanwhile. Raises GlimpseError."""
+        """Parse and answer one question. Raises GlimpseError."""
         pipeline, caller = self.edge.pipeline, self.call.caller
-        with pipeline.bytes_reserved(len(question.data), caller.tenant):
-            if question.timeout_s is not None and not question.timeout_s >= LEAST_TIMEOUT_S:
-                raise InvalidRequest(f"timeout_s must be at least {LEAST_TIMEOUT_S:g}", param="timeout_s")
-            message = question_in(question.data)
-            fields = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
-            request = to_request(
-                fields,
-                pipeline.card_for(caller.route),
-                self.edge.questions,
-                tenant=caller.tenant,
-                trace_id=caller.trace_id,
-                traceparent=caller.traceparent,
-                route=caller.route,
-            )
-            asked, said, end = await batch.answer(request)
+        if question.timeout_s is not None and not question.timeout_s >= LEAST_TIMEOUT_S:
+            raise InvalidRequest(f"timeout_s must be at least {LEAST_TIMEOUT_S:g}", param="timeout_s")
+        message = question_in(question.data)
+        fields = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
+        request = to_request(
+            fields,
+            pipeline.card_for(caller.route),
+            self.edge.questions,
+            tenant=caller.tenant,
+            trace_id=caller.trace_id,
+            traceparent=caller.traceparent,
+            route=caller.route,
+        )
+        asked, said, end = await batch.answer(request)
         return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain, said.log_probs)
 
     async def write(self, index: int, result: pb.BatchResponse | GlimpseError) -> None:

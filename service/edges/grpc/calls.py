@@ -29,6 +29,7 @@ from service.core.errors import (
     TooLarge,
     internal_error,
     status_of,
+    without_frames,
 )
 from service.edges.caller import (
     API_KEY_KEY,
@@ -197,6 +198,7 @@ class Calls:
         except Exception as exc:
             error = self._told(exc, method, trace_id)
             self.edge.count(method, status_of(error)[1])
+            without_frames(exc)
             await abort(context, error, trace_id)
         else:
             self.edge.count(method, "OK")

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.core import request as core_request
 from service.core.answer import Delta, Finished
-from service.core.errors import Cancelled, GlimpseError
+from service.core.errors import Cancelled, GlimpseError, without_frames
 from service.edges.caller import Caller
 from service.edges.http.body import JSON, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
@@ -91,6 +91,7 @@ class EventStream(Response):
         except GlimpseError as error:
             if not self.started:
                 raise
+            without_frames(error)
             if not isinstance(error, Cancelled):  # else nobody is there
                 await self.send_error(error, send)
 

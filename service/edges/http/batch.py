@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from service.core.errors import Cancelled, GlimpseError, InvalidRequest, TooLarge, status_of
+from service.core.errors import Cancelled, GlimpseError, InvalidRequest, TooLarge, status_of, without_frames
 from service.edges.asking import to_request
 from service.edges.batching import Batch
 from service.edges.caller import Caller
@@ -131,6 +131,7 @@ class ResultStream(Response):
                 await batch.run(aiter(self.questions), answer, write)
                 await send(body_of(b"", more=False))
         except GlimpseError as error:
+            without_frames(error)
             if not isinstance(error, Cancelled):  # else nobody is there
                 with suppress(TimeoutError):
                     async with asyncio.timeout(TELLING_S):

@@ -27,6 +27,7 @@ from service.core.errors import (
     UnsupportedEncoding,
     internal_error,
     status_of,
+    without_frames,
 )
 from service.edges.caller import TRACE_ID_KEY, VARIANT_KEY, trace_id_in
 from service.edges.http.access import GRANT, let_in
@@ -59,6 +60,8 @@ async def respond_to_error(_: Request, error: Exception) -> Response:
 
 
 def response_to(error: GlimpseError) -> Response:
+    """Make the answer of a request that failed, and let go of what the error holds."""
+    without_frames(error)
     status, _grpc = status_of(error)
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
@@ -179,8 +182,9 @@ class RequestScope:
                 if self.edge.log_client_address and scope.get("client"):
                     scope["glimpse.held"].enter_context(bound_contextvars(client=self.client(scope)))
                 await self.app_for(scope)(scope, receive, send_with_id)
-        except Exception:
+        except Exception as error:
             log.exception("fault", request_id=trace_id, path=scope["path"])
+            without_frames(error)
             if not status:
                 body = JsonResponse(ErrorBody.of(internal_error(trace_id)), status_code=500)
                 await body(scope, receive, send_with_id)

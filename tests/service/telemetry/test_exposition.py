@@ -41,6 +41,18 @@ async def test_a_crowd_gets_one_text_and_another_type_its_own():
     assert next(asked.clock) == 2 * 2 * RENDERING_S  # it was asked before and after each of two renderings
 
 
+async def test_there_are_two_texts_whatever_version_a_caller_names():
+    """Each text is rendered in its turn: callers must not add turns."""
+    asked = Asked()
+    versions = [f"{OPEN_METRICS}.{number}" for number in range(30)] + [
+        f"text/plain; version=1.0.{number}; escaping=allow-utf-8" for number in range(30)
+    ]
+    texts = await asyncio.gather(*map(asked.ask, versions))
+    assert len(set(texts)) == 2
+    assert all(text.endswith("# EOF\n") for text in texts[:30])
+    assert next(asked.clock) == 2 * 2 * RENDERING_S
+
+
 async def test_renderings_leave_the_loop_to_others():
     asked, loop = Asked(), asyncio.get_running_loop()
     began = loop.time()

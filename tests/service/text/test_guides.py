@@ -1,6 +1,7 @@
 """Test what llguidance makes of guides: which answers it allows, and which guides it refuses."""
 
 import asyncio
+import gc
 import time
 from pathlib import Path
 
@@ -155,6 +156,19 @@ async def test_a_guide_that_cannot_be_followed_is_refused_each_time(wanted, why)
         assert caught.value.param == wanted.field
         assert len(caught.value.message) < 300
         assert "SPACED" not in caught.value.message
+
+
+async def test_verdicts_on_guides_that_are_refused_are_bounded_too():
+    checks, before = GuideChecks(kept=4), set(map(id, kept_guides()))
+    for number in range(20):
+        with pytest.raises(InvalidRequest):
+            await checks.require(guide(regex="(" * 2 + str(number)))
+    assert len([each for each in kept_guides() if id(each) not in before]) <= 4
+
+
+def kept_guides() -> list[Guide]:
+    gc.collect()
+    return [each for each in gc.get_objects() if isinstance(each, Guide)]
 
 
 names = [f"a property of the schema, number {number}" for number in range(250)]

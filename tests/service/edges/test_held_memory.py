@@ -1,0 +1,209 @@
+"""What requests hold once they are answered, and while a batch waits: bytes, with Python's garbage collector off."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import json
+import os
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import grpc
+import pytest
+
+from service.admission.quota import Refusal
+from service.core.errors import Unavailable
+from service.edges.grpc.calls import Calls
+from service.edges.grpc.server import VisualQuestionAnswering
+from service.edges.grpc.stubs import vqa_pb2 as pb
+from service.edges.http.application import http_api
+from service.media.reader import WorkerReader
+from tests.support import fakes
+from tests.support.fakes import House, png, until
+
+SIZE = 1_000_000  # bytes of an image
+STORED = 3 * SIZE  # bytes of images that the store may hold
+TIMES = 10
+
+
+def good(number: int) -> bytes:
+    return png((number % 255, 2, 3)) + os.urandom(SIZE)
+
+
+def bad(number: int) -> bytes:
+    return png((1, 2, 3))[:60] + os.urandom(SIZE)
+
+
+@pytest.fixture
+async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    monkeypatch.setattr(fakes, "ImageReader", lambda limits, threads: WorkerReader(limits, threads, 5.0))
+    found = House(image_store_bytes=STORED, max_image_bytes=2 * SIZE)
+    found.api = http_api(found.edge)
+    yield found
+    found.reader.close()
+
+
+@pytest.fixture
+def collector_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+    gc.enable()
+
+
+def overload(house: House) -> None:
+    house.admission.scheduler.refusal = lambda claim, now: Refusal("deadline", "no room", 1.0)
+
+
+def fail(house: House) -> None:
+    async def see(*_: object) -> None:
+        await asyncio.sleep(0)
+        raise Unavailable("the vision models do not answer")
+
+    house.vision.see = see
+
+
+def nothing(_: House) -> None: ...
+
+
+class Context:
+    """One gRPC call with the messages that `next_message` gives."""
+
+    def __init__(self, next_message: Callable[[], Awaitable[bytes | None]]) -> None:
+        self._next = next_message
+        self.written = 0
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def set_trailing_metadata(self, _: object) -> None: ...
+
+    def time_remaining(self) -> None:
+        return None
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:5000"
+
+    async def read(self) -> object:
+        data = await self._next()
+        return grpc.aio.EOF if data is None else data
+
+    async def abort(self, *_: object) -> None:
+        raise grpc.aio.AbortError("aborted")
+
+    async def write(self, _: object) -> None:
+        self.written += 1
+
+
+Ask = Callable[[House, int], Awaitable[None]]
+
+
+def posted(path: str, status: int, *images: Callable[[int], bytes]) -> Ask:
+    """Ask the application itself: a client would hold its own bodies."""
+
+    def body(number: int) -> bytes:
+        if path == "/v1/images":
+            return images[0](number)
+        encoded = [base64.b64encode(image(number)).decode() for image in images]
+        return json.dumps({"images": encoded, "question": "what?"}).encode()
+
+    async def ask(house: House, number: int) -> None:
+        sent: list[dict[str, object]] = []
+        left = [body(number)]
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
+                 "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+                 "headers": [*headers, (b"content-length", str(len(left[0])).encode())],
+                 "client": ("127.0.0.1", 1), "server": ("localhost", 80), "state": {}}  # fmt: skip
+
+        async def receive() -> dict[str, object]:
+            if not left:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        await house.api(scope, receive, send)
+        assert sent[0]["status"] == status, sent
+
+    return ask
+
+
+def called(**fields: object) -> Ask:
+    async def ask(house: House, number: int) -> None:
+        messages = [
+            pb.AnswerRequest(parts=[pb.Part(image=good(number)), pb.Part(text="what?")], **fields).SerializeToString()
+        ]
+
+        async def message() -> bytes | None:
+            return messages.pop() if messages else None
+
+        with pytest.raises(grpc.aio.AbortError):
+            await VisualQuestionAnswering(house.rpc, Calls(house.rpc)).answer(None, Context(message))
+
+    return ask
+
+
+FAILURES = {
+    "an upload that is no image": (posted("/v1/images", 400, bad), nothing),
+    "a question about what is no image": (posted("/v1/vqa", 400, bad), nothing),
+    "one of two images is none": (posted("/v1/vqa", 400, good, bad), nothing),
+    "overload": (posted("/v1/vqa", 429, good), overload),
+    "overload, two images": (posted("/v1/vqa", 429, good, good), overload),
+    "vision fails": (posted("/v1/vqa", 503, good), fail),
+    "vision fails, two images": (posted("/v1/vqa", 503, good, good), fail),
+    "gRPC, a wrong field": (called(max_tokens=10_000_000), nothing),
+    "gRPC, overload": (called(), overload),
+    "gRPC, vision fails": (called(), fail),
+}
+
+
+@pytest.mark.parametrize(("ask", "prepare"), FAILURES.values(), ids=FAILURES)
+async def test_a_request_that_failed_holds_nothing(house, collector_off, ask, prepare):
+    prepare(house)
+    await ask(house, 0)
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(1, TIMES + 1):
+        await ask(house, number)
+    await asyncio.sleep(0)
+    held = tracemalloc.get_traced_memory()[0] - before
+    assert held < STORED + SIZE, f"{held / TIMES / SIZE:.1f} images a request"
+
+
+async def test_questions_of_batches_hold_what_is_reserved_for_them_and_nothing_afterwards(house, collector_off):
+    """Of many calls that each wait for a turn, and then for their caller's next message."""
+    house.vision.close("see")
+    ended = asyncio.Event()
+    before, _ = tracemalloc.get_traced_memory()
+
+    def call() -> Context:
+        left = iter(range(8))
+
+        async def message() -> bytes | None:
+            if (number := next(left, None)) is None:
+                await ended.wait()
+                return None
+            question = pb.AnswerRequest(parts=[pb.Part(image=good(number)), pb.Part(text="what?")])
+            return pb.BatchRequest(index=number, question=question).SerializeToString()
+
+        return Context(message)
+
+    contexts = [call() for _ in range(6)]
+    service = VisualQuestionAnswering(house.rpc, Calls(house.rpc))
+    calls = [asyncio.create_task(service.batch(None, context)) for context in contexts]
+    read = len(contexts) * house.pipeline.batch_turns
+    await until(lambda: house.vision.calls and house.admission.quota.held.nbytes >= read * SIZE)
+    held = tracemalloc.get_traced_memory()[0] - before
+    assert held < 2.5 * house.admission.quota.held.nbytes  # a message, and what its question was made of
+    house.vision.gate.set()
+    await until(lambda: sum(context.written for context in contexts) == 48)
+    assert house.admission.quota.held.nbytes == 0
+    held = tracemalloc.get_traced_memory()[0] - before
+    assert held < STORED + SIZE
+    ended.set()
+    await asyncio.gather(*calls)

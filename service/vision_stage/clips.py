@@ -42,7 +42,13 @@ class Reel:
         if known is not None and not (known.done() and (known.cancelled() or known.exception() is not None)):
             return known, False
         self._decoding = asyncio.create_task(self._run(decode))
+        self._decoding.add_done_callback(self._ended)
         return self._decoding, True
+
+    def _ended(self, decoding: asyncio.Task[DecodedClip]) -> None:
+        """Drop one that failed: it holds its frames, which hold this reel and the file."""
+        if self._decoding is decoding and (decoding.cancelled() or decoding.exception() is not None):
+            self._decoding = None
 
     async def _run(self, decode: Decode) -> DecodedClip:
         """A method, so that the reel lasts until the decoding ends, even if no request waits for it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -144,7 +144,7 @@ async def parse_form(body: Sequence[bytes], content_type: str) -> list[FormPart]
         raise _bad_form("its content-type names no boundary")
     reader, boundaries = _FormReader(), _Boundaries(boundary)
     try:
-        parser = MultipartParser(boundary, reader.callbacks)  # type: ignore[arg-type]
+        parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]
         for piece in body:
             for start in range(0, len(piece), SLICE_BYTES):
                 part = piece[start : start + SLICE_BYTES]
@@ -203,7 +203,10 @@ class _FormReader:
         self.parts: list[FormPart] = []
         self.ended = False
         self._header = (bytearray(), bytearray())
-        self.callbacks = {
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        """For one parser. Kept here, they would make a cycle: the body would stay until the garbage collector runs."""
+        return {
             "on_part_begin": self._part_begin,
             "on_part_data": self._part_data,
             "on_header_field": self._header_field,

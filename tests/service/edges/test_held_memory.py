@@ -9,10 +9,12 @@ import json
 import os
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import nullcontext
 
 import grpc
 import pytest
 
+from benchmarks.bench.load import form
 from service.admission.quota import Refusal
 from service.core.errors import Unavailable
 from service.edges.grpc.calls import Calls
@@ -21,6 +23,7 @@ from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.http.application import http_api
 from service.media.reader import WorkerReader
 from tests.support import fakes
+from tests.support.clips import film
 from tests.support.fakes import House, png, until
 
 SIZE = 1_000_000  # bytes of an image
@@ -102,39 +105,59 @@ class Context:
 Ask = Callable[[House, int], Awaitable[None]]
 
 
-def posted(path: str, status: int, *images: Callable[[int], bytes]) -> Ask:
-    """Ask the application itself: a client would hold its own bodies."""
+async def post(house: House, path: str, body: bytes, content_type: str) -> tuple[int, list[dict[str, object]]]:
+    """Ask the application itself, as a client would hold its own bodies -> the status, and what was sent."""
+    sent: list[dict[str, object]] = []
+    left = [body]
+    headers = [(b"host", b"localhost"), (b"content-type", content_type.encode())]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
+             "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+             "headers": [*headers, (b"content-length", str(len(body)).encode())],
+             "client": ("127.0.0.1", 1), "server": ("localhost", 80), "state": {}}  # fmt: skip
+    del body
 
-    def body(number: int) -> bytes:
-        if path == "/v1/images":
-            return images[0](number)
-        encoded = [base64.b64encode(image(number)).decode() for image in images]
-        return json.dumps({"images": encoded, "question": "what?"}).encode()
+    async def receive() -> dict[str, object]:
+        if not left:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": left.pop(), "more_body": False}
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    await house.api(scope, receive, send)
+    return sent[0]["status"], sent
+
+
+def posted(status: int, *images: Callable[[int], bytes], **fields: object) -> Ask:
+    """A question in JSON."""
 
     async def ask(house: House, number: int) -> None:
-        sent: list[dict[str, object]] = []
-        left = [body(number)]
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
-                 "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
-                 "headers": [*headers, (b"content-length", str(len(left[0])).encode())],
-                 "client": ("127.0.0.1", 1), "server": ("localhost", 80), "state": {}}  # fmt: skip
-
-        async def receive() -> dict[str, object]:
-            if not left:
-                await asyncio.Event().wait()
-            return {"type": "http.request", "body": left.pop(), "more_body": False}
-
-        async def send(message: dict[str, object]) -> None:
-            sent.append(message)
-
-        await house.api(scope, receive, send)
-        assert sent[0]["status"] == status, sent
+        encoded = [base64.b64encode(image(number)).decode() for image in images]
+        body = json.dumps({"images": encoded, "question": "what?", **fields}).encode()
+        found, sent = await post(house, "/v1/vqa", body, "application/json")
+        assert found == status, sent
 
     return ask
 
 
-def called(**fields: object) -> Ask:
+def uploaded(status: int, image: Callable[[int], bytes]) -> Ask:
+    async def ask(house: House, number: int) -> None:
+        found, sent = await post(house, "/v1/images", image(number), "image/png")
+        assert found == status, sent
+
+    return ask
+
+
+def formed(path: str, status: int, image: Callable[[int], bytes], name: str = "image") -> Ask:
+    async def ask(house: House, number: int) -> None:
+        body, content_type = form({} if path == "/v1/images" else {"question": "what?"}, [image(number)], name)
+        found, sent = await post(house, path, body, content_type)
+        assert found == status, sent
+
+    return ask
+
+
+def called(*, fails: bool = True, **fields: object) -> Ask:
     async def ask(house: House, number: int) -> None:
         messages = [
             pb.AnswerRequest(parts=[pb.Part(image=good(number)), pb.Part(text="what?")], **fields).SerializeToString()
@@ -143,28 +166,42 @@ def called(**fields: object) -> Ask:
         async def message() -> bytes | None:
             return messages.pop() if messages else None
 
-        with pytest.raises(grpc.aio.AbortError):
+        with pytest.raises(grpc.aio.AbortError) if fails else nullcontext():
             await VisualQuestionAnswering(house.rpc, Calls(house.rpc)).answer(None, Context(message))
 
     return ask
 
 
-FAILURES = {
-    "an upload that is no image": (posted("/v1/images", 400, bad), nothing),
-    "a question about what is no image": (posted("/v1/vqa", 400, bad), nothing),
-    "one of two images is none": (posted("/v1/vqa", 400, good, bad), nothing),
-    "overload": (posted("/v1/vqa", 429, good), overload),
-    "overload, two images": (posted("/v1/vqa", 429, good, good), overload),
-    "vision fails": (posted("/v1/vqa", 503, good), fail),
-    "vision fails, two images": (posted("/v1/vqa", 503, good, good), fail),
+def cut_film(number: int) -> bytes:
+    return film()[:-100] + number.to_bytes(2, "big") + bytes(SIZE)
+
+
+CASES = {
+    "an answer": (posted(200, good), nothing),
+    "an answer about two images": (posted(200, good, good), nothing),
+    "an answer that is streamed": (posted(200, good, stream=True), nothing),
+    "a form": (formed("/v1/vqa", 200, good), nothing),
+    "an upload": (uploaded(200, good), nothing),
+    "an upload as a form": (formed("/v1/images", 200, good), nothing),
+    "an upload that is no image": (uploaded(400, bad), nothing),
+    "a question about what is no image": (posted(400, bad), nothing),
+    "a form with what is no image": (formed("/v1/vqa", 400, bad), nothing),
+    "one of two images is none": (posted(400, good, bad), nothing),
+    "a video that is cut": (formed("/v1/vqa", 400, cut_film, "video"), nothing),
+    "a wrong field": (posted(400, good, max_tokens=-1), nothing),
+    "overload": (posted(429, good), overload),
+    "overload, two images": (posted(429, good, good), overload),
+    "vision fails": (posted(503, good), fail),
+    "vision fails, two images": (posted(503, good, good), fail),
+    "gRPC, an answer": (called(fails=False), nothing),
     "gRPC, a wrong field": (called(max_tokens=10_000_000), nothing),
     "gRPC, overload": (called(), overload),
     "gRPC, vision fails": (called(), fail),
 }
 
 
-@pytest.mark.parametrize(("ask", "prepare"), FAILURES.values(), ids=FAILURES)
-async def test_a_request_that_failed_holds_nothing(house, collector_off, ask, prepare):
+@pytest.mark.parametrize(("ask", "prepare"), CASES.values(), ids=CASES)
+async def test_a_request_that_is_over_holds_nothing(house, collector_off, ask, prepare):
     prepare(house)
     await ask(house, 0)
     before, _ = tracemalloc.get_traced_memory()

@@ -46,8 +46,8 @@ class GlimpseError(Exception):
 def without_frames(error: BaseException) -> None:
     """Let go of what an error that was answered still holds: the frames that it passed, with bodies and images.
 
-    Often one of those frames holds the error itself, or its group. Then nothing of it would be free until Python's
-    garbage collector runs, and that counts objects, not bytes.
+    Often one of those frames holds the error itself, and a group is the context of the error in it. Then nothing of it
+    would be free until Python's garbage collector runs, and that counts objects, not bytes.
     """
     left: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -55,8 +55,8 @@ def without_frames(error: BaseException) -> None:
         each = left.pop()
         if each is not None and id(each) not in seen:
             seen.add(id(each))
-            each.__traceback__ = None
             left += [each.__cause__, each.__context__]
+            each.__traceback__ = each.__context__ = None
             if isinstance(each, BaseExceptionGroup):
                 left += each.exceptions
 

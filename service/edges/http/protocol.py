@@ -20,7 +20,7 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable, status_of
+from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable, status_of, without_frames
 from service.edges.http.body import declared_bytes
 from service.edges.http.connections import Connections
 from service.edges.http.edge import ConnectionLimits, Edge
@@ -297,6 +297,7 @@ class LimitedProtocol(HttpToolsProtocol):
             else:
                 self._feed_head(data)
         except _Refused as refused:
+            without_frames(refused)  # with the connection
             self._refuse(refused.status, refused.code, refused.message)
             return
         if self._in_body:

@@ -150,6 +150,27 @@ def test_a_head_beyond_a_limit_is_refused(service, head, status, code):
     assert counted >= 1
 
 
+@pytest.mark.parametrize("head", [each[0] for each in TOO_LARGE_HEADS.values()], ids=TOO_LARGE_HEADS)
+def test_a_refused_head_keeps_nothing_of_its_connection(service, head):
+    """Not even until Python's garbage collector runs."""
+    client = service.connect()
+    eventually(lambda: client.getsockname() in [each.client for each in connections(service)], 5, "it is there")
+    (kept,) = [weakref.ref(each) for each in connections(service) if each.client == client.getsockname()]
+    gc.disable()
+    try:
+        with client:
+            client.sendall(head)
+            while client.recv(65536):
+                pass
+        eventually(lambda: kept() is None, 5, "it is freed")
+    finally:
+        gc.enable()
+
+
+def connections(service: Served) -> list[object]:
+    return list(service.server.server_state.connections)
+
+
 LARGEST_HEADS = {
     "a header": get(b"x: " + b"a" * 32_000),
     "headers": get(*(b"x-%d: a" % number for number in range(98))),

@@ -55,7 +55,8 @@ SETTINGS = {
     "BODY_TIMEOUT_S": "2",
 }
 PARAMETERS = {"llm": {"prefix_cache_bytes": str(1024 * 1024)}}
-FULL_BATCH = 6  # images; with more, the prompt leaves no room for an answer of 32 tokens
+MANY = 6  # images; with more, the prompt leaves no room for an answer of 32 tokens
+FULL_BATCH = 8  # frames, all encoded at once
 WARM_QUESTIONS = 1000  # before the mutants, as few of those reach Triton
 
 
@@ -71,7 +72,7 @@ def target(**settings: str) -> Iterator[Target]:
 async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
     """Ask questions about new images, so that every process has its buffers and every cache is full.
 
-    Some have as many images as fill the encoder's batch, and answers as long as the model takes. Returns ids of images,
+    Some have several images, or a clip that fills the encoder's batch, and longer answers. Returns ids of images,
     which stay known while questions name them. Raises RuntimeError if one is not answered.
     """
     client, ids = HttpClient(to.host, to.port), []
@@ -80,14 +81,13 @@ async def warm_up(to: Target, questions: int, connections: int) -> list[str]:
 
     async def ask() -> None:
         for number in numbers:
-            many = number % 20 == 0
+            name, count = ("frames", FULL_BATCH) if number % 40 == 0 else ("image", MANY if number % 20 == 0 else 1)
             fields = {"question": f"how many objects are there? ({number})", "stream": number % 2 == 0}
-            fields["max_tokens"] = 32 if many else 4
+            fields["max_tokens"] = 4 if count == 1 else 32
             sent = [  # other bytes, the same pixels
-                pictures[(number + each) % len(pictures)] + number.to_bytes(4, "big")
-                for each in range(FULL_BATCH if many else 1)
+                pictures[(number + each) % len(pictures)] + number.to_bytes(4, "big") for each in range(count)
             ]
-            response = await client.post("/v1/vqa", *form(fields, sent))
+            response = await client.post("/v1/vqa", *form(fields, sent, name))
             if response.status != 200:
                 raise RuntimeError(f"a question before the campaign got {response.status}: {response.body[:500]!r}")
 

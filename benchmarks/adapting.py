@@ -4,6 +4,8 @@
     glimpse adapt CHECKPOINT --data pictures --out adapted       # the reference without its allocator.safetensors
     python -m benchmarks.adapting --adapted adapted --scenes 150
 
+    python -m benchmarks.adapting --reference instruct --adapted adapted    # an InstructBLIP: benchmarks/instruct.py
+
 All arms read the same features, and use the same Q-Former and language model. Differences are paired, with the 95 %
 interval of a bootstrap over scenes.
 """
@@ -17,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from build_engines.adapt.chain import Questions, prompts_of
+from build_engines.model.adapted import QFORMER, WEIGHTS
 from build_engines.model.allocator import RelevanceAllocator
-from build_engines.model.checkpoint import load_allocator
+from build_engines.model.checkpoint import Checkpoint, load_allocator
+from build_engines.model.zero_shot import QFormerKnowing
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL, SPLITS
 from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_exam, paired, summarise
 
@@ -33,11 +39,22 @@ POLICIES = ("random", "uniform")
 
 
 def chains_of(reference: Path, adapted: Path) -> dict[str, Chain]:
-    """The shipped chain, and the same one with the adapted and with a fixed allocator."""
-    shipped = Chain.load(reference)
-    ours = load_allocator(adapted / "allocator.safetensors")
+    """The same chain with the adapted allocator, a fixed one, and the shipped one or an InstructBLIP's zero-shot."""
+    chain = Chain.load(reference)
+    checkpoint = Checkpoint.load(reference)
+    ours = load_allocator(adapted / WEIGHTS)
     fixed = RelevanceAllocator(None, None, ours.closer).eval()
-    return {"adapted": replace(shipped, allocator=ours), "shipped": shipped, "fixed": replace(shipped, allocator=fixed)}
+    if not checkpoint.reads_question:
+        return {"adapted": replace(chain, allocator=ours), "shipped": chain, "fixed": replace(chain, allocator=fixed)}
+    if (adapted / QFORMER).exists():  # it was adapted too
+        checkpoint.model.load_state_dict(load_file(adapted / QFORMER), strict=False)
+    qformer, questions = checkpoint.qformer(), Questions(prompts_of(checkpoint))
+    chain = replace(
+        chain, qformer=qformer, read_by_qformer=lambda asked: questions.tensors([each.text for each in asked])
+    )
+    already = RelevanceAllocator(None, None, ours.closer, QFormerKnowing(qformer)).eval()
+    allocators = {"adapted": ours, "fixed": fixed, "zero-shot": already}
+    return {name: replace(chain, allocator=allocator) for name, allocator in allocators.items()}
 
 
 def compare(chains: dict[str, Chain], exam: Exam, arm: Arm) -> dict[str, Any]:
@@ -67,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, Any] = {"scenes": options.scenes}
     for split in SPLITS:
         closely = split == SMALL and chains["adapted"].allocator.closer is not None
-        exam = held_out_exam(chains["shipped"], split, options.scenes, closely, FIRST)
+        exam = held_out_exam(chains["adapted"], split, options.scenes, closely, FIRST)
         arms = {name: arm for name, arm in ARMS[split].items() if closely or not arm.closer}
         report[split] = {name: compare(chains, exam, arm) for name, arm in arms.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)

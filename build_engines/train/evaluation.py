@@ -13,8 +13,9 @@ The scenes' features are computed once for an exam, in FP32. Everything after th
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +31,7 @@ from build_engines.model.allocator import RelevanceAllocator, Weighed
 from build_engines.model.attention import bias_where_hidden
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.model.focus import query_groups
-from build_engines.model.qformer import QFormer
+from build_engines.model.qformer import InstructQFormer, QFormer
 from build_engines.model.vision import VisionEncoder
 from build_engines.scenes.held_out import COMMITTED, DIRECTORY, NEW, PAIRS, QUALITY, SMALL, held_out_scenes
 from build_engines.scenes.questions import DESCRIBE, Question
@@ -53,9 +54,10 @@ class Chain:
 
     eye: Eye
     allocator: RelevanceAllocator
-    qformer: QFormer
+    qformer: QFormer | InstructQFormer
     language: OPTForCausalLM
     tokenizer: PreTrainedTokenizerFast
+    read_by_qformer: Callable[[list[Question]], tuple[Tensor, Tensor]] | None = None  # ids and mask, if it reads them
 
     @classmethod
     def load(cls, directory: Path) -> Self:
@@ -69,6 +71,10 @@ class Chain:
             checkpoint.model.language_model.to(device()),
             AutoTokenizer.from_pretrained(directory),
         )
+
+    def question(self, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
+        """ids and mask, [B, 32], for the allocator and a Q-Former that reads the question."""
+        return (self.read_by_qformer or partial(question_tensors, self.tokenizer))([one.question for one in asked])
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,10 @@ def view(chain: Chain, exam: Exam, asked: list[Asked], *, closer: bool) -> View:
         if looks.detail is None:
             raise ValueError("this exam has no closer view: make it with closely=True")
         detail = chain.allocator.detail(features, looks.detail[scenes].float())
-    ids, mask = question_tensors(chain.tokenizer, [one.question for one in asked])
+    ids, mask = chain.question(asked)
+    if chain.allocator.zero_shot is not None:
+        known = chain.allocator.zero_shot(features, ids, mask)
+        return View(features, detail, chain.allocator.from_known(maps[:, 0], maps[:, 1], known))
     participatory = chain.allocator.participatory
     places = None if participatory is None else participatory.places(features)
     return View(features, detail, chain.allocator.balance(maps[:, 0], maps[:, 1], places, ids, mask))
@@ -231,9 +240,10 @@ def read(
     right = np.zeros(len(asked), bool)
     for used in groups.unique().tolist():
         rows = (groups[:, 0] == used).nonzero()[:, 0]
-        visual = [_read(chain.qformer, tokens[rows], seen[rows], group)[:, ::every] for group in range(used)]
+        some = [asked[i] for i in rows.tolist()]
+        visual = [_read(chain, tokens[rows], seen[rows], group, some)[:, ::every] for group in range(used)]
         prefix = torch.cat(visual, dim=1)
-        questions = [asked[i].question for i in rows.tolist()]
+        questions = [one.question for one in some]
         _, exact = row_losses(
             chain.language, decoder_of(chain.language), prefix, packer.rows(questions, prefix.shape[1])
         )
@@ -277,13 +287,18 @@ def _answer(
     )
 
 
-def _read(qformer: QFormer, tokens: Tensor, mask: Tensor, group: int) -> Tensor:
+def _read(chain: Chain, tokens: Tensor, mask: Tensor, group: int, asked: Sequence[Asked]) -> Tensor:
     """Visual tokens [B, 32, H] of group 0 (which reads all tokens) or of a focus group."""
+    qformer = chain.qformer
     visible = (mask > 0) if group == 0 else (mask == group + 1)
     longest = int(visible.sum(1).max())
     front = torch.argsort(~visible, dim=1, stable=True)[:, :longest]
     tokens = tokens.gather(1, front[..., None].expand(-1, -1, tokens.shape[2]))
-    hidden = qformer.read(tokens, bias_where_hidden(visible.gather(1, front)[:, None, None, :]))
+    bias = bias_where_hidden(visible.gather(1, front)[:, None, None, :])
+    if isinstance(qformer, InstructQFormer):
+        hidden = qformer.read(tokens, chain.question(asked), bias)
+    else:
+        hidden = qformer.read(tokens, bias)
     return qformer.language_projection(hidden)
 
 

@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
-    if not (options.out / "config.json").exists():
+    if not (options.out / "model_card.json").exists():
         instructed(options.reference, options.out)
     print(json.dumps(train(options.out, options.steps)))
 

@@ -83,7 +83,7 @@ class Images:
         address = address_of(tenant, image_id)
         was_here = self.store.forget(address)
         if self._shared is not None and ID.fullmatch(image_id):
-            was_there = await self._shared.delete(address, was_here=was_here)
+            was_there = await self._shared.delete(address)
             if was_there is None:
                 raise Unavailable(
                     "the image is deleted in this gateway's memory, but the store that gateways share does not answer: "

@@ -26,7 +26,6 @@ from service.edges.http.listener import Listener
 from service.edges.http.protocol import Protocols, limited_protocol
 from service.logs import stream_to, tell
 from service.settings import PROJECT, Settings
-from service.system.heap import SERVICE
 from service.system.output import Output, Stream
 from service.triton_server.installation import StartFailed
 
@@ -80,7 +79,6 @@ class Server(uvicorn.Server):
 
 def run(settings: Settings, output: Output, scheduling: type[Scheduler] | None = None) -> None:
     """Serve until SIGINT or SIGTERM. Raises SettingsError and StartFailed."""
-    SERVICE.take()
     app = build(settings, scheduling or Scheduler)
     with bound(settings.http_host, settings.http_port, "GLIMPSE_HTTP_PORT") as listener:
         uvloop.run(serve(app, listener, stream_to(output, sys.stdout)))

@@ -341,10 +341,10 @@ class Reservation:
         """Return whether the service ends its requests."""
         return self._admission.ended
 
-    def hand_over(self, claim: Claim, cost: Cost = NOTHING) -> Callable[[], None]:
+    def hand_over(self, claim: Claim, cost: Cost = NOTHING, *, finished: bool = True) -> Callable[[], None]:
         """Let go of a granted claim, and of a reserved cost, whose work goes on without the request.
 
-        Returns the call that gives both back.
+        Returns the call that gives both back. `finished` is false if the claim's work is not all done by then.
         """
         self._claims.remove(claim)
         self._cost = self._cost.minus(cost)
@@ -354,7 +354,7 @@ class Reservation:
         def give_back() -> None:
             now = time.monotonic()
             admission.quota.give_back(cost, self.tenant, now)
-            admission.release([claim], now, finished=True)
+            admission.release([claim], now, finished=finished)
             admission.schedule(now)
 
         return give_back

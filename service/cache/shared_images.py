@@ -24,6 +24,7 @@ DIGEST_BYTES = 32
 TIMEOUT_S = 1.0  # for one image: up to 20 MB
 LOOK_INTERVAL_S = 0.5  # a deleted image is forgotten everywhere at most so much later
 OVERLAP_S = 30.0  # by which the gateways' clocks may differ
+MOST_DELETED = 50_000  # that Redis remembers: more than are deleted between two looks
 MOST_UNWRITTEN_BYTES = 64 * 1024 * 1024
 DELETED = f"{PREFIX}:images:deleted"
 BROKEN = ("timeout", "unreachable", "fault")  # kinds of faults that are the connection's
@@ -104,25 +105,22 @@ class SharedImages:
             self._unwritten_bytes += len(data)
             self._behind.put_nowait((address, data))
 
-    async def delete(self, address: str, *, was_here: bool) -> bool | None:
+    async def delete(self, address: str) -> bool | None:
         """Delete an image here and in every gateway. Returns whether it was there; None if Redis did not answer.
 
-        The other gateways are told only if it was there, or in this one (`was_here`). Else a caller could fill the set
-        with ids that never were.
+        The others are told in any case: one may have what Redis lacks. Callers can delete ids that never were, so only
+        the latest MOST_DELETED are kept.
         """
-        replies = await self._ask(self._writes, ("UNLINK", key_of(address)))
-        if replies is None:
-            return None
-        was_there, now = bool(replies[0]), time.time()
-        if not (was_there or was_here):
-            return False
+        now = time.time()
         replies = await self._ask(
             self._writes,
+            ("UNLINK", key_of(address)),
             ("ZADD", DELETED, f"{now:.3f}", address),
+            ("ZREMRANGEBYRANK", DELETED, 0, -MOST_DELETED - 1),
             ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s:.3f}"),
             ("PEXPIRE", DELETED, self._ttl_ms + 60_000),
         )
-        return None if replies is None else was_there
+        return None if replies is None else bool(replies[0])
 
     async def look(self) -> None:
         """Forget what others deleted."""

@@ -32,8 +32,8 @@ from service.media.document import decode_page
 from service.system.heap import MIB, Heap, give_back
 
 PR_SET_PDEATHSIG = 1
-# Fresh pages cost about a tenth of a large image's time. So all blocks come from the heap, which keeps them until more
-# than KEPT_BYTES are resident after an image.
+# Fresh pages cost about a tenth of a large image's time. So blocks come from the heap as far as glibc allows, and it
+# keeps them until more than KEPT_BYTES are resident after an image.
 HEAP = Heap(mapped_from_bytes=32 * MIB, kept_bytes=512 * MIB, arenas=2)
 KEPT_BYTES = 192 * MIB
 IDLE_S = 2.0  # then freed memory goes back to the system

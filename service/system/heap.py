@@ -2,7 +2,8 @@
 
 glibc gives a large block a mapping of its own, and unmaps it when it is freed. But it then raises the size from which
 it does so, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). Later blocks of that size come from the heap. Small ones settle
-between them, so that a process keeps about the most that it ever needed. A fixed size prevents that.
+between them, so that a process keeps about the most that it ever needed. A fixed size prevents that. It costs fresh
+pages for each block, so it must be larger than what each request needs.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ class Heap:
         return {name: os.environ.get(name, str(value)) for name, (_, value) in self.settings().items()}
 
     def take(self) -> None:
-        """Use it in this process from now on, except for what the environment says. Without glibc, do nothing."""
+        """Use it in this process from now on. Without glibc, do nothing."""
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            for name, (parameter, value) in self.settings().items():
-                if name not in os.environ:
-                    libc.mallopt(parameter, value)
+            for parameter, value in self.settings().values():
+                libc.mallopt(parameter, value)
 
 
-SERVICE = Heap(mapped_from_bytes=MIB, kept_bytes=4 * MIB, arenas=2)  # of the gateway, and of Triton with its models
+# Keys and values of the running requests are larger, and are moved as requests come and go.
+TRITON = Heap(mapped_from_bytes=4 * MIB, kept_bytes=16 * MIB, arenas=2)
 
 
 def give_back() -> None:

@@ -15,7 +15,7 @@ MOST_SHARE = 0.05  # of the loop's time. One rendering takes some milliseconds, 
 
 def is_open_metrics(accept: str) -> bool:
     """Whether the text is to be OpenMetrics. There are two texts, whatever version or escaping a caller may name."""
-    return choose_encoder(accept)[1].startswith(OPEN_METRICS)
+    return any(each.partition(";")[0].strip() == OPEN_METRICS for each in accept.split(","))
 
 
 class Exposition:

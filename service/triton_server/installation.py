@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.system.heap import SERVICE
+from service.system.heap import TRITON
 from service.triton_server.access import SHARED_MEMORY, Ports
 
 
@@ -77,7 +77,7 @@ class Installation:
         """Make Triton's environment. The stub embeds the first Python on PATH, so this one comes first there."""
         environment = {
             **os.environ,
-            **SERVICE.environment(),
+            **TRITON.environment(),
             "LD_LIBRARY_PATH": self.library_path,
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         }

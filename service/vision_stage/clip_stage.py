@@ -152,10 +152,9 @@ class ClipStage:
         """Attend to all frames of the clip in one call. Keep what the request sees."""
         request = ticket.request
         vision, places = shown.vision, [frame.at for frame in shown.frames]
-        with ticket.stage("vision"), ticket.stage("attend"):
-            budget = self._allowed(request)
-            seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
-            ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
+        budget = self._allowed(request)
+        seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
+        ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
         strangeness = await asyncio.to_thread(self._strangeness, vision)
         seen = replace(seen, rounded=rounded_among(vision), strangeness=strangeness)
         self.visual.keep(clip_key(self.card, shown.frames, request.question, seen.budget), seen)

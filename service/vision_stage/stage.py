@@ -62,7 +62,7 @@ from service.vision_stage.plan import (
     next_step_to_features,
     tile_of,
 )
-from service.vision_stage.turns import to_its_end, together, turn
+from service.vision_stage.turns import Result, to_its_end, together, turn
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
 # the next question about the image needs it.
@@ -127,8 +127,11 @@ class VisionStage:
             encoded = sum(look.encoded for look in looks.values()) + (0 if shown is None else shown.encoded)
             kind = Kind.of(encoded)
             room = await turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
-            if work := self._attending(pending, shown, ticket, reservation):
-                await to_its_end(asyncio.create_task(work), room, reservation)
+            if due := [look for look in pending if look.step == Attend()]:
+                work = together(self._attend, due, ticket, reservation)
+                await self._attended(work, room, ticket, reservation)
+            if shown is not None and shown.is_joined and shown.seen is None:
+                shown.seen = await self._attended(self.clip_stage.attend(shown, ticket), room, ticket, reservation)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
@@ -359,29 +362,18 @@ class VisionStage:
         patient = ticket.request.priority is Priority.LOW
         return self.features.find(key, ticket.left_s, patient=patient, waiting=reservation.waiting_for_others)
 
-    def _attending(
-        self, looks: Sequence[Look], shown: Shown | None, ticket: Ticket, reservation: Reservation
-    ) -> Coroutine[Any, Any, None] | None:
-        """Attend to all that is encoded; None if nothing is.
-
-        If the caller leaves, it goes on with the request's tokens: Triton has the calls, and ends them.
-        """
-        due = [look for look in looks if look.step == Attend()]
-        is_joined = shown is not None and shown.is_joined and shown.seen is None
-
-        async def attend() -> None:
-            await together(self._attend, due, ticket, reservation)
-            if shown is not None and is_joined:
-                shown.seen = await self.clip_stage.attend(shown, ticket)
-
-        return attend() if due or is_joined else None
+    async def _attended(
+        self, work: Coroutine[Any, Any, Result], room: Claim, ticket: Ticket, reservation: Reservation
+    ) -> Result:
+        """Run calls that attend. If the caller leaves, they go on with the request's tokens, as Triton has them."""
+        with ticket.stage("vision"), ticket.stage("attend"):
+            return await to_its_end(asyncio.create_task(work), room, reservation, finished=False)
 
     async def _attend(self, look: Look, ticket: Ticket, _: Reservation) -> None:
         assert look.vision is not None
         budget = self._allowed(look, ticket.request)
-        with ticket.stage("vision"), ticket.stage("attend"):
-            seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
-            ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
+        seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
+        ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
         views = [view for view in (look.vision, look.closer) if view is not None]
         self._keep(look, replace(seen, rounded=rounded_among(views)), ticket.request)
 

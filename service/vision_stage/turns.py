@@ -28,11 +28,11 @@ async def turn(resource: Resource, amount: int, kind: Kind, ticket: Ticket, rese
 
 
 async def to_its_end(
-    work: asyncio.Task[Result], claim: Claim, reservation: Reservation, cost: Cost = NOTHING
+    work: asyncio.Task[Result], claim: Claim, reservation: Reservation, cost: Cost = NOTHING, *, finished: bool = True
 ) -> Result:
     """Wait for work that the request has begun. If the request leaves, the work goes on, with the claim and the cost.
 
-    It ends with the service.
+    It ends with the service. `finished` is false if the claim is for more than this work.
     """
     try:
         return await asyncio.shield(work)
@@ -40,7 +40,7 @@ async def to_its_end(
         if reservation.has_ended:
             work.cancel()
         elif not work.done():
-            work.add_done_callback(partial(_given_back, reservation.hand_over(claim, cost)))
+            work.add_done_callback(partial(_given_back, reservation.hand_over(claim, cost, finished=finished)))
         raise
 
 

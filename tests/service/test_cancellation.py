@@ -1,7 +1,8 @@
 """A caller who leaves gives everything back at once, wherever its request is; one that expires costs nothing.
 
 At once is counted in turns of the event loop: there is no timer on the way, and no wait for a model or a thread. An
-encode that was sent to Triton goes on: it holds its slots until it ends, and its features are kept.
+encode that was sent to Triton goes on: it holds its slots until it ends, and its features are kept. So does a call that
+attends, with the request's tokens.
 """
 
 from __future__ import annotations
@@ -162,6 +163,18 @@ async def test_who_leaves_gives_everything_back_and_the_next_one_has_it(service,
     assert service.house.outcomes()["cancelled"] == 1
     assert service.house.language.open == 0
     assert service.holds_nothing()
+
+
+async def test_who_leaves_while_it_attends_tells_nothing_of_how_long_an_answer_takes(service):
+    """Claims that cannot end in time are refused by the shortest time that one was held for a whole answer."""
+    caller = await attending(service)
+    scheduler = service.house.admission.scheduler
+    scheduler._pools[Resource.LLM].least_s = 5.0
+    await caller.leave()
+    service.house.vision.gate.set()
+    await until(service.holds_nothing)
+    assert scheduler._pools[Resource.LLM].least_s == 5.0
+    service.reader.close()
 
 
 async def test_who_leaves_while_its_closer_view_is_encoded_gives_its_slots_back():

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.cache import shared_images
 from service.cache.shared_images import DELETED, image_in, key_of, record_of
 from service.media.store import address_of
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
@@ -117,16 +118,18 @@ async def test_a_deleted_image_is_gone_in_every_gateway(redis_server, path, told
         assert (await two.about(again)).status_code == 200
 
 
-async def test_a_deletion_of_what_never_was_is_told_to_nobody(redis_server):
+async def test_deletions_that_are_remembered_are_bounded(redis_server, monkeypatch):
     """Else a caller could fill Redis, and every gateway, with ids that it makes up."""
-    async with two_gateways(redis_server) as (one, _):
-        for number in range(3):
+    monkeypatch.setattr(shared_images, "MOST_DELETED", 3)
+    async with two_gateways(redis_server) as (one, two):
+        for number in range(8):
             fault(await one.http.delete(f"/v1/images/img_{number:032x}"), 404)
-        assert redis_server.client.zcard(DELETED) == 0
-        image = await one.send(SECRET)
-        redis_server.client.delete(key_of(address_of("", image)))  # it is in memory only
-        assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
-        assert redis_server.client.zcard(DELETED) == 1
+        assert redis_server.client.zcard(DELETED) == 3
+        image = await two.send(SECRET)
+        redis_server.client.delete(key_of(address_of("", image)))  # only the other gateway's memory has it
+        fault(await one.http.delete(f"/v1/images/{image}"), 404)
+        await until(lambda: two.house.pipeline.images.store.get(image, 0.0) is None)
+        assert redis_server.client.zcard(DELETED) == 3
 
 
 async def test_without_redis_ids_are_this_gateways_and_it_says_so():

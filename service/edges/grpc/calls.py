@@ -192,9 +192,10 @@ class Calls:
                             yield Call(context, caller, reservation, self.edge)
                         finally:
                             context.set_trailing_metadata(metadata_of(trace_id, reservation))
-        except asyncio.CancelledError:  # by gRPC, for a caller that has gone
+        except asyncio.CancelledError as gone:  # by gRPC, for a caller that has gone
             self.edge.count(method, status_of(Cancelled(""))[1])
-            raise
+            without_frames(gone)
+            raise asyncio.CancelledError from None  # a new one: contextlib gives the same one its traceback again
         except Exception as exc:
             error = self._told(exc, method, trace_id)
             self.edge.count(method, status_of(error)[1])

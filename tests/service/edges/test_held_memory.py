@@ -16,7 +16,9 @@ import pytest
 
 from benchmarks.bench.load import form
 from service.admission.quota import Refusal
+from service.admission.scheduler import Resource
 from service.core.errors import Unavailable
+from service.edges.grpc import calls as calls_module
 from service.edges.grpc.calls import Calls
 from service.edges.grpc.server import VisualQuestionAnswering
 from service.edges.grpc.stubs import vqa_pb2 as pb
@@ -24,7 +26,9 @@ from service.edges.http.application import http_api
 from service.media.reader import WorkerReader
 from tests.support import fakes
 from tests.support.clips import film
-from tests.support.fakes import House, png, until
+from tests.support.fakes import House, cancelled, png, until
+
+pytestmark = pytest.mark.slow  # together: tests start decoding processes
 
 SIZE = 1_000_000  # bytes of an image
 STORED = 3 * SIZE  # bytes of images that the store may hold
@@ -176,6 +180,33 @@ def cut_film(number: int) -> bytes:
     return film()[:-100] + number.to_bytes(2, "big") + bytes(SIZE)
 
 
+def left(*images: Callable[[int], bytes]) -> Ask:
+    """A call whose caller leaves while its images are encoded."""
+
+    async def ask(house: House, number: int) -> None:
+        parts = [*(pb.Part(image=image(number)) for image in images), pb.Part(text="what?")]
+        messages = [pb.AnswerRequest(parts=parts).SerializeToString()]
+        del parts
+
+        async def message() -> bytes | None:
+            return messages.pop() if messages else None
+
+        house.vision.gate.clear()
+        begun = len(house.vision.calls)
+        service = VisualQuestionAnswering(house.rpc, Calls(house.rpc))
+        call = asyncio.create_task(service.answer(None, Context(message)))
+        await until(lambda: len(house.vision.calls) > begun)
+        await cancelled(call)
+        house.vision.gate.set()
+        await until(lambda: house.admission.scheduler.used(Resource.VISION) == 0)
+
+    return ask
+
+
+def closed(house: House) -> None:
+    house.vision.close("see")
+
+
 CASES = {
     "an answer": (posted(200, good), nothing),
     "an answer about two images": (posted(200, good, good), nothing),
@@ -193,6 +224,8 @@ CASES = {
     "overload, two images": (posted(429, good, good), overload),
     "vision fails": (posted(503, good), fail),
     "vision fails, two images": (posted(503, good, good), fail),
+    "gRPC, the caller leaves": (left(good), closed),
+    "gRPC, the caller leaves, two images": (left(good, good), closed),
     "gRPC, an answer": (called(fails=False), nothing),
     "gRPC, a wrong field": (called(max_tokens=10_000_000), nothing),
     "gRPC, overload": (called(), overload),
@@ -212,8 +245,11 @@ async def test_a_request_that_is_over_holds_nothing(house, collector_off, ask, p
     assert held < STORED + SIZE, f"{held / TIMES / SIZE:.1f} images a request"
 
 
-async def test_questions_of_batches_hold_what_is_reserved_for_them_and_nothing_afterwards(house, collector_off):
+async def test_questions_of_batches_hold_what_is_reserved_for_them_and_nothing_afterwards(
+    house, collector_off, monkeypatch
+):
     """Of many calls that each wait for a turn, and then for their caller's next message."""
+    monkeypatch.setattr(calls_module, "PROMPT_S", 60.0)  # else a caller that waits reserves the largest message
     house.vision.close("see")
     ended = asyncio.Event()
     before, _ = tracemalloc.get_traced_memory()
@@ -244,3 +280,33 @@ async def test_questions_of_batches_hold_what_is_reserved_for_them_and_nothing_a
     assert held < STORED + SIZE
     ended.set()
     await asyncio.gather(*calls)
+
+
+async def test_batches_wait_for_room_and_refuse_none_of_their_own_questions():
+    """Four calls of one tenant take more than the quota of bytes holds, each no more than it."""
+    house = House(max_bytes_in_flight=12 * SIZE, max_image_bytes=2 * SIZE, image_store_bytes=STORED)
+    results: list[pb.BatchResponse] = []
+
+    def call() -> Context:
+        left = iter(range(8))
+
+        async def message() -> bytes | None:
+            if (number := next(left, None)) is None:
+                return None
+            question = pb.AnswerRequest(parts=[pb.Part(image=good(number)), pb.Part(text="what?")])
+            return pb.BatchRequest(index=number, question=question).SerializeToString()
+
+        context = Context(message)
+
+        async def write(result: pb.BatchResponse) -> None:
+            results.append(result)
+
+        context.write = write
+        return context
+
+    service = VisualQuestionAnswering(house.rpc, Calls(house.rpc))
+    await asyncio.gather(*(service.batch(None, call()) for _ in range(4)))
+    assert [result.error.message for result in results if result.HasField("error")] == []
+    assert len(results) == 32
+    assert house.admission.quota.held.nbytes == 0
+    house.reader.close()

@@ -47,6 +47,7 @@ async def test_there_are_two_texts_whatever_version_a_caller_names():
     versions = [f"{OPEN_METRICS}.{number}" for number in range(30)] + [
         f"text/plain; version=1.0.{number}; escaping=allow-utf-8" for number in range(30)
     ]
+    versions[29], versions[59] = f"{OPEN_METRICS.partition(';')[0]}; version=abc", "text/plain; version=1.x"
     texts = await asyncio.gather(*map(asked.ask, versions))
     assert len(set(texts)) == 2
     assert all(text.endswith("# EOF\n") for text in texts[:30])

@@ -34,6 +34,7 @@ CLOSER_BUDGETS = (112, 160, 256, 400)
 MOST_MEASURED, MOST_SETTLED = 300, 300  # questions
 AT_ONCE = 24  # questions
 VIEWS = ("whole view", "closer view")
+NEARER = "answered from nearer"  # of the closer view's questions: those that the teacher could not answer from afar
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Spent:
     values: np.ndarray  # [n]: agreement
     tokens: np.ndarray  # [n]: vision tokens
     images: np.ndarray  # int [n]
+
+    def part(self, which: np.ndarray | slice) -> Spent:
+        """The results for some of the questions."""
+        return Spent(self.values[which], self.tokens[which], self.images[which])
 
     def told(self) -> dict[str, Any]:
         figure = mean(self.values, self.images)
@@ -184,19 +189,24 @@ def report(
     trusted = [row for row in order if lessons.trusted(row)]
     every = trusted or order
     rows = [row for row in every if not lessons.nearer[row]][:MOST_MEASURED]
-    near = [row for row in every if drawer.asked[row].image in drawer.store.closer][:MOST_MEASURED]
+    close = [row for row in every if drawer.asked[row].image in drawer.store.closer]
+    near = close[:MOST_MEASURED]
+    nearer = [row for row in close if lessons.nearer[row]][:MOST_MEASURED]
+    closely_asked = [*near, *(row for row in nearer if row not in near)]
     arms = (GUIDED, RANDOM, UNIFORM, *others)
     jobs = [(arm, (tokens, tokens), False) for tokens in BUDGETS for arm in arms]
     if near and student.allocator.closer is not None:
         jobs += [(arm, (tokens, tokens), True) for tokens in CLOSER_BUDGETS for arm in arms]
     found: dict[tuple[str, int, bool], Spent] = {}
     for arm, budget, closely in tqdm(jobs, desc="measuring", unit="arm", mininterval=2, disable=quiet):
-        asked = near if closely else rows
+        asked = closely_asked if closely else rows
         # An allocator without a closer view of its own reads the closer view through the student's.
         found[arm, budget[0], closely] = measure(student, drawer, asked, arm, budget, others, closely)
     least = least_budget({tokens: found[GUIDED, tokens, False] for tokens in BUDGETS}, threshold)
-    differences = _differences(found, arms)
-    gains = any(differences[view]["interval"][0] > 0 for view in VIEWS if view in differences)
+    answered = _nearer(found, arms, np.array([row in nearer for row in closely_asked], bool))
+    found = {key: spent.part(slice(len(near))) if key[2] else spent for key, spent in found.items()}
+    differences = _differences(found, arms) | answered
+    gains = any(differences[view]["interval"][0] > 0 for view in (*VIEWS, NEARER) if view in differences)
     adaptive = measure(student, drawer, rows, GUIDED, (least, MOST_TOKENS), others)
     return {
         "sure": round(len(trusted) / max(1, len(order)), 4),
@@ -227,6 +237,19 @@ def least_budget(guided: Mapping[int, Spent], threshold: float) -> int:
             break
         least = tokens
     return least
+
+
+def _nearer(
+    found: Mapping[tuple[str, int, bool], Spent], arms: Sequence[str], which: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """The mean of `_differences` over the closer view's budgets, for the questions that only it answers (bool [n]).
+
+    They are what the closer view is for. Among all of its questions they are few, and the others are answered anyhow.
+    """
+    if not which.any():
+        return {}
+    told = _differences({key: spent.part(which) for key, spent in found.items() if key[2]}, arms)
+    return {NEARER: told[VIEWS[True]] | {"questions": int(which.sum())}} if told else {}
 
 
 def _differences(found: Mapping[tuple[str, int, bool], Spent], arms: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -77,9 +77,9 @@ def instructed(reference: Path, out: Path) -> None:
     told = new.state_dict()
     words = old.language_model.get_input_embeddings().weight.detach()
     weights["qformer.embeddings.word_embeddings.weight"] = words * (0.05 / words.std())
-    torch.manual_seed(0)
-    weights["qformer.embeddings.position_embeddings.weight"] = 0.02 * torch.randn_like(
-        told["qformer.embeddings.position_embeddings.weight"]
+    places = told["qformer.embeddings.position_embeddings.weight"]
+    weights["qformer.embeddings.position_embeddings.weight"] = 0.02 * torch.randn(
+        places.shape, generator=torch.Generator().manual_seed(0)
     )
     new.load_state_dict({name: weights[name] for name in told})
     new.generation_config = old.generation_config

@@ -32,6 +32,7 @@ FIXED = "fixed"  # relevance without a question: the mean of the first two maps
 BUDGETS = (64, 80, 96, 112, 128, 192, 256)
 CLOSER_BUDGETS = (112, 160, 256, 400)
 MOST_MEASURED, MOST_SETTLED = 300, 300  # questions
+LEAST_IMAGES = 10  # with questions that are answered from nearer
 AT_ONCE = 24  # questions
 VIEWS = ("whole view", "closer view")
 NEARER = "answered from nearer"  # of the closer view's questions: those that the teacher could not answer from afar
@@ -47,7 +48,7 @@ class Spent:
 
     def part(self, which: np.ndarray | slice) -> Spent:
         """The results for some of the questions."""
-        return Spent(self.values[which], self.tokens[which], self.images[which])
+        return Spent(self.values[which], self.tokens[which], np.unique(self.images[which], return_inverse=True)[1])
 
     def told(self) -> dict[str, Any]:
         figure = mean(self.values, self.images)
@@ -246,9 +247,10 @@ def _nearer(
 
     They are what the closer view is for. Among all of its questions they are few, and the others are answered anyhow.
     """
-    if not which.any():
-        return {}
-    told = _differences({key: spent.part(which) for key, spent in found.items() if key[2]}, arms)
+    part = {key: spent.part(which) for key, spent in found.items() if key[2]}
+    if any(len(np.unique(spent.images)) < LEAST_IMAGES for spent in part.values()):
+        return {}  # too few for an interval
+    told = _differences(part, arms)
     return {NEARER: told[VIEWS[True]] | {"questions": int(which.sum())}} if told else {}
 
 

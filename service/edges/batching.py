@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -55,8 +55,8 @@ class Batch:
     ) -> None:
         """Read, answer and write until the questions end. Results are written as they come, with their index.
 
-        `answer` and `write` get the question's index. A question is read when a worker is free for it, so a batch is
-        read no faster than it is answered. `done` is told each question that was read, when nothing more is done for
+        `answer` and `write` get the question's index. A question is read when the one before has its turn, so that at
+        most one waits for its turn. `done` is told each question that was read, when nothing more is done for
         it. An error of `answer` is its question's result. An error of `questions` or `write` ends the batch, and is
         raised.
         """
@@ -64,17 +64,17 @@ class Batch:
 
         async def work() -> None:
             while True:
-                async with reading:
-                    asked = await anext(questions, None)
-                if asked is None:
-                    return
-                try:
-                    async with self.pipeline.batch_turn(self.caller.tenant):
+                with ExitStack() as held:
+                    async with AsyncExitStack() as turn:
+                        async with reading:
+                            asked = await anext(questions, None)
+                            if asked is None:
+                                return
+                            held.callback(done, asked[1])
+                            await turn.enter_async_context(self.pipeline.batch_turn(self.caller.tenant))
                         outcome = await self._outcome(answer, *asked)
                     async with writing:
                         await write(asked[0], outcome)
-                finally:
-                    done(asked[1])
                 del asked, outcome  # not kept while the next question is awaited
 
         try:

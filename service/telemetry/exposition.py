@@ -14,8 +14,19 @@ MOST_SHARE = 0.05  # of the loop's time. One rendering takes some milliseconds, 
 
 
 def is_open_metrics(accept: str) -> bool:
-    """Whether the text is to be OpenMetrics. There are two texts, whatever version or escaping a caller may name."""
-    return any(each.partition(";")[0].strip() == OPEN_METRICS for each in accept.split(","))
+    """Whether OpenMetrics comes before the newer of Prometheus's own texts, as prometheus_client decides it.
+
+    There are two texts, whatever version or escaping a caller names.
+    """
+    for each in accept.split(","):
+        media_type, *parameters = (part.strip() for part in each.split(";"))
+        is_old = any(parameter.startswith("version=0.") for parameter in parameters)
+        has_version = any(parameter.startswith("version=") for parameter in parameters)
+        if media_type == OPEN_METRICS and not is_old:
+            return True
+        if media_type == "text/plain" and has_version and not is_old:
+            return False
+    return False
 
 
 class Exposition:

@@ -154,7 +154,6 @@ class ClipStage:
         vision, places = shown.vision, [frame.at for frame in shown.frames]
         budget = self._allowed(request)
         seen = await self.vision.attend_clip(vision, places, shown.question, budget, ticket.left_s)
-        ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
         strangeness = await asyncio.to_thread(self._strangeness, vision)
         seen = replace(seen, rounded=rounded_among(vision), strangeness=strangeness)
         self.visual.keep(clip_key(self.card, shown.frames, request.question, seen.budget), seen)

@@ -34,6 +34,7 @@ from service.core.vision import (
     IMAGE_SIZE,
     CloserFeatures,
     Seen,
+    SeenClip,
     Sight,
     VisionFeatures,
     rounded_among,
@@ -62,7 +63,7 @@ from service.vision_stage.plan import (
     next_step_to_features,
     tile_of,
 )
-from service.vision_stage.turns import Result, to_its_end, together, turn
+from service.vision_stage.turns import to_its_end, together, turn
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
 # the next question about the image needs it.
@@ -128,10 +129,9 @@ class VisionStage:
             kind = Kind.of(encoded)
             room = await turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
             if due := [look for look in pending if look.step == Attend()]:
-                work = together(self._attend, due, ticket, reservation)
-                await self._attended(work, room, ticket, reservation)
+                await self._attend_all(due, room, ticket, reservation)
             if shown is not None and shown.is_joined and shown.seen is None:
-                shown.seen = await self._attended(self.clip_stage.attend(shown, ticket), room, ticket, reservation)
+                shown.seen = await self._attend_clip(shown, room, ticket, reservation)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
@@ -362,18 +362,30 @@ class VisionStage:
         patient = ticket.request.priority is Priority.LOW
         return self.features.find(key, ticket.left_s, patient=patient, waiting=reservation.waiting_for_others)
 
-    async def _attended(
-        self, work: Coroutine[Any, Any, Result], room: Claim, ticket: Ticket, reservation: Reservation
-    ) -> Result:
-        """Run calls that attend. If the caller leaves, they go on with the request's tokens, as Triton has them."""
+    async def _attend_all(self, looks: Sequence[Look], room: Claim, ticket: Ticket, reservation: Reservation) -> None:
+        """Attend to all that is encoded. If the caller leaves, the calls go on with the request's tokens: Triton has
+        them."""
+        work = asyncio.create_task(together(self._attend, looks, ticket, reservation))
         with ticket.stage("vision"), ticket.stage("attend"):
-            return await to_its_end(asyncio.create_task(work), room, reservation, finished=False)
+            await to_its_end(work, room, reservation, finished=False)
+            seen = [result_of(look) for look in looks]
+            ticket.tell(
+                vision_tokens=sum(each.relevance.vision_tokens for each in seen),
+                visual_tokens=sum(len(each.visual_tokens) for each in seen),
+            )
+
+    async def _attend_clip(self, shown: Shown, room: Claim, ticket: Ticket, reservation: Reservation) -> SeenClip:
+        """As `_attend_all`."""
+        work = asyncio.create_task(self.clip_stage.attend(shown, ticket))
+        with ticket.stage("vision"), ticket.stage("attend"):
+            seen = await to_its_end(work, room, reservation, finished=False)
+            ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
+        return seen
 
     async def _attend(self, look: Look, ticket: Ticket, _: Reservation) -> None:
         assert look.vision is not None
         budget = self._allowed(look, ticket.request)
         seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
-        ticket.tell(vision_tokens=seen.relevance.vision_tokens, visual_tokens=len(seen.visual_tokens))
         views = [view for view in (look.vision, look.closer) if view is not None]
         self._keep(look, replace(seen, rounded=rounded_among(views)), ticket.request)
 

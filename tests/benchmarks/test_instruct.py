@@ -18,6 +18,7 @@ from build_engines.scenes.questions import DESCRIBE
 from build_engines.train.evaluation import Arm, answer, held_out_exam
 
 REFERENCE = Path(__file__).parents[2] / "reference"
+pytestmark = pytest.mark.slow  # builds and trains models
 LEARNING = ("qformer.", "language_projection.", "query_tokens")
 
 
@@ -40,12 +41,12 @@ def test_a_small_instructblip_reads_the_question_and_trains_its_qformer_alone(tm
         same = torch.allclose(weight, after[name], rtol=1e-3, atol=1e-6)  # it is rounded to FP16 at the end
         learns = name.startswith(LEARNING)
         assert same or learns, name
-    moved = [name for name in before if name.startswith("qformer.") and not torch.equal(before[name], after[name])]
+    moved = [name for name in before if not torch.equal(before[name].half().float(), after[name])]
     assert any("word_embeddings" in name for name in moved)
     assert any("crossattention" in name for name in moved)
 
 
-def test_a_training_that_was_stopped_goes_on(tmp_path, monkeypatch):
+def test_a_training_that_is_over_is_not_repeated(tmp_path, monkeypatch):
     for name, value in {"STORED": 6, "FRESH": 3, "IMAGES": 4, "VALIDATED": 4}.items():
         monkeypatch.setattr(instruct, name, value)
     monkeypatch.setattr("build_engines.train.course.Course.rate", lambda self: 0.0)

@@ -126,7 +126,8 @@ async def test_deletions_that_are_remembered_are_bounded(redis_server, monkeypat
             fault(await one.http.delete(f"/v1/images/img_{number:032x}"), 404)
         assert redis_server.client.zcard(DELETED) == 3
         image = await two.send(SECRET)
-        redis_server.client.delete(key_of(address_of("", image)))  # only the other gateway's memory has it
+        redis_server.client.delete(key_of(address_of("", image)))
+        assert two.house.pipeline.images.store.get(image, 0.0) is not None  # only the other gateway's memory has it
         fault(await one.http.delete(f"/v1/images/{image}"), 404)
         await until(lambda: two.house.pipeline.images.store.get(image, 0.0) is None)
         assert redis_server.client.zcard(DELETED) == 3

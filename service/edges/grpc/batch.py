@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
-from service.core.errors import GlimpseError, InvalidRequest, Overloaded, ShuttingDown, TooLarge, without_frames
+from service.core.errors import GlimpseError, InvalidRequest, Overloaded, TooLarge, without_frames
 from service.core.request import Priority
 from service.edges.asking import to_request
 from service.edges.batching import Batch
@@ -24,8 +24,6 @@ from service.edges.grpc.messages import (
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.http.schema import LEAST_TIMEOUT_S
 
-ROOM_POLL_S = 0.05
-
 
 @dataclass(slots=True)
 class Taken:
@@ -33,7 +31,7 @@ class Taken:
 
     question: BatchQuestion
     held: ExitStack = field(default_factory=ExitStack)
-    refusal: ShuttingDown | None = None
+    refusal: Overloaded | None = None
 
 
 class BatchCall:
@@ -62,7 +60,7 @@ class BatchCall:
         return self
 
     async def __anext__(self) -> tuple[int, Taken]:
-        """Read the next question, and reserve its bytes until it is answered. Without room, nothing more is read.
+        """Read the next question, and reserve its bytes until it is answered. Without room it is refused, and let go.
 
         Raises InvalidRequest, TooLarge, SlowBody, Overloaded.
         """
@@ -73,16 +71,12 @@ class BatchCall:
             raise TooLarge(f"the batch has more than {self._count:,} questions: send it in parts")
         self._count += 1
         taken = Taken(batch_question_in(data))
-        while True:
-            try:
-                taken.held.enter_context(self.edge.pipeline.bytes_reserved(len(data), self.call.caller.tenant))
-            except ShuttingDown as refusal:
-                without_frames(refusal)
-                return taken.question.index, Taken(BatchQuestion(taken.question.index), refusal=refusal)
-            except Overloaded:
-                await asyncio.sleep(ROOM_POLL_S)  # until the batch's deadline
-            else:
-                return taken.question.index, taken
+        try:
+            taken.held.enter_context(self.edge.pipeline.bytes_reserved(len(data), self.call.caller.tenant))
+        except Overloaded as refusal:
+            without_frames(refusal)
+            taken = Taken(BatchQuestion(taken.question.index), refusal=refusal)
+        return taken.question.index, taken
 
     async def answer(self, batch: Batch, question: BatchQuestion) -> pb.AnswerResponse:
         """Parse and answer one question. Raises GlimpseError."""

@@ -10,8 +10,10 @@ from build_engines.train.selection import GUIDED, RANDOM
 QUESTIONS = 200
 
 
-def spent(values: np.ndarray) -> Spent:
-    return Spent(values.astype(float), np.full(len(values), 112), np.arange(len(values)))
+def spent(values: np.ndarray, images: np.ndarray | None = None) -> Spent:
+    """images: by default one a question."""
+    numbers = np.arange(len(values)) if images is None else images
+    return Spent(values.astype(float), np.full(len(values), 112), numbers)
 
 
 def test_questions_that_only_the_closer_view_answers_are_told_apart():
@@ -43,5 +45,17 @@ def test_without_such_questions_nothing_is_told_of_them():
 
 
 def test_arms_that_are_equal_gain_nothing_there():
-    found = {(arm, 112, True): spent(np.arange(10) % 2) for arm in (GUIDED, RANDOM)}
-    assert _nearer(found, (GUIDED, RANDOM), np.arange(10) < 5)[NEARER]["interval"][0] <= 0
+    found = {(arm, 112, True): spent(np.arange(40) % 2) for arm in (GUIDED, RANDOM)}
+    assert _nearer(found, (GUIDED, RANDOM), np.arange(40) < 20)[NEARER]["interval"] == [0, 0]
+
+
+def test_few_such_questions_among_many_images_have_an_interval_or_none():
+    """A bootstrap that draws the other images too would have none of these in some draws."""
+    ours, theirs = np.ones(300), np.zeros(300)
+    theirs[::60] = 1
+    found = {(GUIDED, 112, True): spent(ours), (RANDOM, 112, True): spent(theirs)}
+    low, high = _nearer(found, (GUIDED, RANDOM), np.arange(300) % 25 == 0)[NEARER]["interval"]
+    assert 0 < low < high <= 1
+    assert _nearer(found, (GUIDED, RANDOM), np.arange(300) == 7) == {}
+    one_image = {key: spent(value.values, np.zeros(300, int)) for key, value in found.items()}
+    assert _nearer(one_image, (GUIDED, RANDOM), np.ones(300, bool)) == {}

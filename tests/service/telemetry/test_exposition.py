@@ -5,8 +5,9 @@ import itertools
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.exposition import choose_encoder
 
-from service.telemetry.exposition import MOST_SHARE, Exposition
+from service.telemetry.exposition import MOST_SHARE, Exposition, is_open_metrics
 
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 RENDERING_S = 0.002
@@ -52,6 +53,24 @@ async def test_there_are_two_texts_whatever_version_a_caller_names():
     assert len(set(texts)) == 2
     assert all(text.endswith("# EOF\n") for text in texts[:30])
     assert next(asked.clock) == 2 * 2 * RENDERING_S
+
+
+@pytest.mark.parametrize(
+    ("accept", "is_open"),
+    [
+        ("", False),
+        ("*/*", False),
+        ("application/openmetrics-text", True),
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=1.0.0;q=0.3", True),
+        ("application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1,text/plain", True),
+        ("text/plain;version=1.0.0;q=0.6,application/openmetrics-text;version=1.0.0;q=0.5", False),
+        ("text/plain;version=0.0.4;q=0.6,application/openmetrics-text;version=1.0.0;q=0.5", True),
+        ("application/openmetrics-text; version=0.0.1", False),
+    ],
+)
+def test_the_text_is_the_one_that_prometheus_client_would_choose(accept, is_open):
+    assert is_open_metrics(accept) is is_open
+    assert choose_encoder(accept)[1].startswith("application/openmetrics-text") is is_open
 
 
 async def test_renderings_leave_the_loop_to_others():

@@ -55,10 +55,9 @@ class Batch:
     ) -> None:
         """Read, answer and write until the questions end. Results are written as they come, with their index.
 
-        `answer` and `write` get the question's index. A question is read when the one before has its turn, so that at
-        most one waits for its turn. `done` is told each question that was read, when nothing more is done for
-        it. An error of `answer` is its question's result. An error of `questions` or `write` ends the batch, and is
-        raised.
+        `answer` and `write` get the question's index. A question is read when the one before has its turn, so at most
+        one waits for a turn. `done` is told each question that was read, once its result is written or the batch ends.
+        An error of `answer` is its question's result. An error of `questions` or `write` ends the batch, and is raised.
         """
         reading, writing = asyncio.Lock(), asyncio.Lock()
 

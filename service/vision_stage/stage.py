@@ -363,8 +363,10 @@ class VisionStage:
         return self.features.find(key, ticket.left_s, patient=patient, waiting=reservation.waiting_for_others)
 
     async def _attend_all(self, looks: Sequence[Look], room: Claim, ticket: Ticket, reservation: Reservation) -> None:
-        """Attend to all that is encoded. If the caller leaves, the calls go on with the request's tokens: Triton has
-        them."""
+        """Attend to all that is encoded.
+
+        If the caller leaves, the calls go on and hold the request's tokens: Triton has them.
+        """
         work = asyncio.create_task(together(self._attend, looks, ticket, reservation))
         with ticket.stage("vision"), ticket.stage("attend"):
             await to_its_end(work, room, reservation, finished=False)

@@ -10,6 +10,7 @@ import os
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -18,6 +19,8 @@ from benchmarks.bench.load import form
 from service.admission.quota import Refusal
 from service.admission.scheduler import Resource
 from service.core.errors import Unavailable
+from service.edges.batching import Batch
+from service.edges.caller import Caller
 from service.edges.grpc import calls as calls_module
 from service.edges.grpc.calls import Calls
 from service.edges.grpc.server import VisualQuestionAnswering
@@ -109,8 +112,13 @@ class Context:
 Ask = Callable[[House, int], Awaitable[None]]
 
 
-async def post(house: House, path: str, body: bytes, content_type: str) -> tuple[int, list[dict[str, object]]]:
-    """Ask the application itself, as a client would hold its own bodies -> the status, and what was sent."""
+async def post(
+    house: House, path: str, body: bytes, content_type: str, left_at: asyncio.Event | None = None
+) -> tuple[int, list[dict[str, object]]]:
+    """Ask the application itself, as a client would hold its own bodies -> the status, and what was sent.
+
+    left_at: when the caller goes away. The status is 0 if nothing was sent.
+    """
     sent: list[dict[str, object]] = []
     left = [body]
     headers = [(b"host", b"localhost"), (b"content-type", content_type.encode())]
@@ -121,15 +129,16 @@ async def post(house: House, path: str, body: bytes, content_type: str) -> tuple
     del body
 
     async def receive() -> dict[str, object]:
-        if not left:
-            await asyncio.Event().wait()
-        return {"type": "http.request", "body": left.pop(), "more_body": False}
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        await (left_at or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: dict[str, object]) -> None:
         sent.append(message)
 
     await house.api(scope, receive, send)
-    return sent[0]["status"], sent
+    return sent[0]["status"] if sent else 0, sent
 
 
 def posted(status: int, *images: Callable[[int], bytes], **fields: object) -> Ask:
@@ -157,6 +166,66 @@ def formed(path: str, status: int, image: Callable[[int], bytes], name: str = "i
         body, content_type = form({} if path == "/v1/images" else {"question": "what?"}, [image(number)], name)
         found, sent = await post(house, path, body, content_type)
         assert found == status, sent
+
+    return ask
+
+
+def chatted(status: int, image: Callable[[int], bytes], **fields: object) -> Ask:
+    """A question as OpenAI's clients send it."""
+
+    async def ask(house: House, number: int) -> None:
+        url = "data:image/png;base64," + base64.b64encode(image(number)).decode()
+        content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": url}}]
+        body = {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+        found, sent = await post(house, "/v1/chat/completions", json.dumps(body).encode(), "application/json")
+        assert found == status, sent
+
+    return ask
+
+
+def batched(image: Callable[[int], bytes]) -> Ask:
+    """Two questions, each of which may fail alone."""
+
+    async def ask(house: House, number: int) -> None:
+        encoded = base64.b64encode(image(number)).decode()
+        body = "\n".join([json.dumps({"image": encoded, "question": "what?"})] * 2).encode()
+        found, sent = await post(house, "/v1/vqa/batch", body, "application/jsonl")
+        assert found == 200, sent
+
+    return ask
+
+
+def disconnected(*images: Callable[[int], bytes]) -> Ask:
+    """A question whose caller goes away while its images are encoded."""
+
+    async def ask(house: House, number: int) -> None:
+        encoded = [base64.b64encode(image(number)).decode() for image in images]
+        body = json.dumps({"images": encoded, "question": "what?"}).encode()
+        house.vision.gate.clear()
+        begun, leave = len(house.vision.calls), asyncio.Event()
+        asked = asyncio.create_task(post(house, "/v1/vqa", body, "application/json", leave))
+        await until(lambda: len(house.vision.calls) > begun)
+        leave.set()
+        await asked
+        house.vision.gate.set()
+        await until(lambda: house.admission.scheduler.used(Resource.VISION) == 0)
+
+    return ask
+
+
+def put(image: Callable[[int], bytes], *, fails: bool) -> Ask:
+    """An upload over gRPC, in chunks."""
+
+    async def ask(house: House, number: int) -> None:
+        data = image(number)
+        chunks = [data[start : start + 300_000] for start in range(0, len(data), 300_000)]
+        del data
+
+        async def message() -> bytes | None:
+            return pb.PutImageRequest(data=chunks.pop(0)).SerializeToString() if chunks else None
+
+        with pytest.raises(grpc.aio.AbortError) if fails else nullcontext():
+            await VisualQuestionAnswering(house.rpc, Calls(house.rpc)).put_image(None, Context(message))
 
     return ask
 
@@ -203,6 +272,19 @@ def left(*images: Callable[[int], bytes]) -> Ask:
     return ask
 
 
+def sleep(house: House) -> None:
+    async def see(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    house.vision.see = see
+
+
+def hurry(house: House) -> None:
+    """A batch may take 0.2 s, and its questions take longer."""
+    house.api = http_api(replace(house.edge, batches=replace(house.edge.batches, timeout_s=0.2)))
+    sleep(house)
+
+
 def closed(house: House) -> None:
     house.vision.close("see")
 
@@ -224,6 +306,17 @@ CASES = {
     "overload, two images": (posted(429, good, good), overload),
     "vision fails": (posted(503, good), fail),
     "vision fails, two images": (posted(503, good, good), fail),
+    "the time is over, two images": (posted(504, good, good, timeout_s=0.2), sleep),
+    "the caller leaves": (disconnected(good), closed),
+    "the caller leaves, two images": (disconnected(good, good), closed),
+    "OpenAI, an answer": (chatted(200, good), nothing),
+    "OpenAI, streamed": (chatted(200, good, stream=True), nothing),
+    "OpenAI, what is no image": (chatted(400, bad), nothing),
+    "a batch": (batched(good), nothing),
+    "a batch that fails": (batched(good), fail),
+    "a batch whose time is over": (batched(good), hurry),
+    "gRPC, an upload": (put(good, fails=False), nothing),
+    "gRPC, an upload that is no image": (put(bad, fails=True), nothing),
     "gRPC, the caller leaves": (left(good), closed),
     "gRPC, the caller leaves, two images": (left(good, good), closed),
     "gRPC, an answer": (called(fails=False), nothing),
@@ -309,4 +402,28 @@ async def test_batches_do_not_refuse_their_own_questions():
     assert [result.error.message for result in results if result.HasField("error")] == []
     assert len(results) == 32
     assert house.admission.quota.held.nbytes == 0
+    house.reader.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_each_question_of_a_batch_is_done_once_even_if_the_batch_ends_early(fails):
+    house, done = House(), []
+    batch = Batch(house.pipeline, Caller("", "trace", ""), asyncio.get_running_loop().time() + 60)
+
+    async def questions() -> AsyncIterator[tuple[int, str]]:
+        for index in range(6):
+            yield index, f"question {index}"
+
+    async def answer(index: int, question: str) -> str:
+        await asyncio.sleep(0)
+        return question
+
+    async def write(index: int, result: object) -> None:
+        if fails and index == 2:
+            raise Unavailable("nobody reads")
+
+    with pytest.raises(Unavailable) if fails else nullcontext():
+        await batch.run(questions(), answer, write, done.append)
+    assert len(done) == len(set(done))
+    assert set(done) >= {"question 2"} if fails else len(done) == 6
     house.reader.close()

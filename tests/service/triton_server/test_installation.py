@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from service.system.heap import TRITON
 from service.triton_server.access import Ports
 from service.triton_server.installation import (
     Installation,
@@ -100,3 +101,10 @@ def test_a_port_is_tried_on_its_own_host() -> None:
     check_ports(Ports(*free_ports(2), host="127.0.0.1"))
     with pytest.raises(StartFailed, match=r"cannot listen on 192\.0\.2\.1:\d+"):
         check_ports(Ports(*free_ports(2), host="192.0.2.1"))
+
+
+def test_tritons_processes_give_large_blocks_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert Installation.find().environment().items() >= TRITON.environment().items()
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "123456")
+    assert Installation.find().environment()["MALLOC_MMAP_THRESHOLD_"] == "123456"

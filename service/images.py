@@ -6,12 +6,16 @@ An id is 128 random bits, and leads to an image only together with the tenant th
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 from blake3 import blake3
 
+from service.admission.quota import RETRY, TENANT_SHARE
 from service.cache.shared_images import SharedImages
-from service.core.errors import NotFound, Unavailable
+from service.core.errors import NotFound, Overloaded, Unavailable
 from service.media.reader import ImageReader
 from service.media.store import ID, Image, ImageStore, address_of
 from service.telemetry.metrics import Metrics
@@ -54,8 +58,12 @@ class Images:
             self._shared.put_behind(address_of(tenant, image.id), image.data)
 
     async def keep_for_all(self, image: Image, tenant: str) -> None:
-        """Keep an image, so that any gateway can be asked about it when this returns. Without Redis only this one."""
-        self.store.put(image, time.monotonic(), tenant)
+        """Keep an image, so that any gateway can be asked about it when this returns. Without Redis only this one.
+
+        Raises Overloaded if there is no room, because requests look at what fills it.
+        """
+        if not self.store.put(image, time.monotonic(), tenant):
+            raise self._full()
         if self._shared is not None:
             await self._shared.put(address_of(tenant, image.id), image.data)
 
@@ -77,6 +85,22 @@ class Images:
                 self.store.put(image, time.monotonic(), tenant, min(left_s, self.store.ttl_s))
                 return image
         raise self._unknown(image_id)
+
+    @contextmanager
+    def in_use(self, image: Image, tenant: str) -> Iterator[None]:
+        """Hold an image that was found just now for the block, so that the store counts its bytes while it is used.
+
+        Raises Overloaded if the store has no room for it, or the tenant would hold more than its share.
+        """
+        store, kept = self.store, self.store.hold(image.id, tenant)
+        if kept is None:
+            raise self._full()
+        try:
+            if tenant and kept.users == 1:
+                self._require_share(tenant, kept.nbytes)
+            yield
+        finally:
+            store.let_go(kept)
 
     async def delete(self, image_id: str, tenant: str) -> None:
         """Delete the tenant's image, in every gateway within a second. Raises NotFound, Unavailable."""
@@ -104,6 +128,28 @@ class Images:
 
     def _named(self, image: Image, tenant: str) -> Image:
         return replace(image, id=self.store.name(image.digest, tenant))
+
+    def _require_share(self, tenant: str, nbytes: int) -> None:
+        """Raises Overloaded if the bytes that the tenant holds, the last `nbytes` among them, are over its share."""
+        store, own = self.store, self.store.held_by(tenant)
+        if own > TENANT_SHARE * (store.max_bytes - store.held_bytes + nbytes):
+            raise self._refused(
+                "tenant_share",
+                f"tenant {tenant} is at its share of images that requests look at "
+                f"({own - nbytes:,} of {store.max_bytes:,} bytes are in use)",
+            )
+
+    def _full(self) -> Overloaded:
+        store = self.store
+        return self._refused(
+            "saturated",
+            "the server is at its limit of images that requests look at "
+            f"({store.held_bytes:,} of {store.max_bytes:,} bytes are in use)",
+        )
+
+    def _refused(self, code: Literal["saturated", "tenant_share"], message: str) -> Overloaded:
+        self._metrics.refusals.labels(code).inc()
+        return Overloaded(f"{message}: {RETRY}", code=code)
 
     def _unknown(self, image_id: str) -> NotFound:
         here = "" if self.are_shared else " to this server"

@@ -155,7 +155,7 @@ class Pipeline:
             choices = admitted.enter_context(self.admit(ticket, reservation))
             async with self.charged(ticket, choices, reservation) as use:
                 async with ticket.in_time(reservation):
-                    images, clip = await self.load(ticket, reservation)
+                    images, clip = await self.load(ticket, reservation, admitted)
                 use.images = len(images)
                 for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
@@ -311,8 +311,10 @@ class Pipeline:
             finally:
                 use.generated_tokens = ticket.completion_tokens
 
-    async def load(self, ticket: Ticket, reservation: Reservation) -> tuple[list[Image], LoadedClip | None]:
-        """Return the bytes and digests of the images and of the clip.
+    async def load(
+        self, ticket: Ticket, reservation: Reservation, held: ExitStack
+    ) -> tuple[list[Image], LoadedClip | None]:
+        """Return the bytes and digests of the images and of the clip. `held` lets go of those in memory.
 
         It decodes nothing, because a known image needs no pixels.
         """
@@ -323,7 +325,10 @@ class Pipeline:
             for source, naming, _ in sources:
                 with naming():
                     known = fetched[source] if isinstance(source, ImageUrl) else source
-                    loaded.append(await self.load_one(known, request.tenant))
+                    image = await self.load_one(known, request.tenant)
+                    if isinstance(known, ImageId):
+                        held.enter_context(self.images.in_use(image, request.tenant))
+                    loaded.append(image)
         ticket.image_ids = tuple(image.id for image in loaded)
         images, clip = divided(request, loaded)
         if clip is not None and clip.file is not None:

@@ -6,6 +6,7 @@ import heapq
 import re
 import secrets
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -74,17 +75,21 @@ def _content(tenant: str, digest: str) -> bytes:
 
 
 @dataclass(slots=True)
-class _Kept:
+class Kept:
+    """An image in the store, and how many requests look at it."""
+
     image: Image
     tenant: str
     expires_at: float
+    users: int = 0
+    dropped: bool = False  # its id leads nowhere any more, but its bytes count until the last user lets go
 
     @property
     def nbytes(self) -> int:
         return len(self.image.data) + IMAGE_ENTRY_BYTES
 
 
-class _Holdings:
+class _BytesByTenant:
     """Bytes by tenant. A change and a look at the tenant that holds the most take time for the tenants' logarithm.
 
     Of those that hold equally much, the one that began first counts. The heap keeps entries of earlier amounts too,
@@ -111,11 +116,19 @@ class _Holdings:
             self._heap = list(self._held.values())
             heapq.heapify(self._heap)
 
-    def most(self) -> str:
-        """Return the tenant that holds the most. Some tenant must hold bytes."""
-        while self._held.get(self._heap[0][2]) != self._heap[0]:
+    def most(self, among: Container[str]) -> str:
+        """Return the tenant among these that holds the most. One of them must hold bytes.
+
+        It takes longer by each tenant that holds more and is not among them.
+        """
+        passed = []
+        while (first := self._heap[0])[2] not in among or self._held.get(first[2]) != first:
             heapq.heappop(self._heap)
-        return self._heap[0][2]
+            if self._held.get(first[2]) == first:
+                passed.append(first)
+        for each in passed:
+            heapq.heappush(self._heap, each)
+        return first[2]
 
 
 class ImageStore:
@@ -124,15 +137,20 @@ class ImageStore:
     So one tenant's images never push out those of a tenant that holds less. An image expires `ttl_s` after it was sent.
     It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number of tiny images is bounded too. `now` is in
     seconds of the monotonic clock, which nobody sets.
+
+    An image that a request looks at makes no room, because its bytes stay in memory anyway: it is `held`. If it is
+    deleted or expires meanwhile, its bytes count until the last request lets go.
     """
 
     def __init__(self, max_bytes: int, ttl_s: float) -> None:
         self.max_bytes = max_bytes
         self.ttl_s = ttl_s
         self.nbytes = 0
-        self._kept: dict[str, _Kept] = {}  # by address, as all that follows
-        self._used: dict[str, OrderedDict[str, None]] = {}  # by tenant, the least recently used first; none is empty
-        self._held = _Holdings()
+        self.held_bytes = 0
+        self._kept: dict[str, Kept] = {}  # by address, as all that follows
+        self._unused: dict[str, OrderedDict[str, None]] = {}  # by tenant, the least recently used first; none is empty
+        self._bytes = _BytesByTenant()
+        self._held: dict[str, int] = {}  # bytes by tenant; no zeros
         self._sent: OrderedDict[str, float] = OrderedDict()  # when it expires; the oldest put first
         self._names: OrderedDict[bytes, bytes] = OrderedDict()  # ids' bits by `_content`, 16 bytes each
 
@@ -149,18 +167,28 @@ class ImageStore:
             self._names.popitem(last=False)
         return f"img_{bits.hex()}"
 
-    def put(self, image: Image, now: float, tenant: str = "", ttl_s: float | None = None) -> None:
-        """Keep an image that has an id. Sending it again starts its time anew."""
+    def put(self, image: Image, now: float, tenant: str = "", ttl_s: float | None = None) -> bool:
+        """Keep an image that has an id. Sending it again starts its time anew.
+
+        Returns whether it is kept: there is no room if requests hold the others.
+        """
         address = address_of(tenant, image.id)
-        self._drop(address)
-        kept = self._kept[address] = _Kept(image, tenant, now + (self.ttl_s if ttl_s is None else ttl_s))
-        self._sent[address] = kept.expires_at
-        self._used.setdefault(tenant, OrderedDict())[address] = None
-        self._count(tenant, kept.nbytes)
+        expires_at = now + (self.ttl_s if ttl_s is None else ttl_s)
+        self._sent[address] = expires_at
+        self._sent.move_to_end(address)
+        kept = self._kept.get(address)
+        if kept is None:
+            kept = self._kept[address] = Kept(image, tenant, expires_at)
+            self._unused.setdefault(tenant, OrderedDict())[address] = None
+            self._count(tenant, kept.nbytes)
+        else:
+            kept.expires_at = expires_at
+            self._touch(address, kept)
         while (first := next(iter(self._sent))) and self._sent[first] <= now:
             self._drop(first)
         while self.nbytes > self.max_bytes:
-            self._drop(next(iter(self._used[self._held.most()])))
+            self._drop(next(iter(self._unused[self._bytes.most(self._unused)])))
+        return not kept.dropped
 
     def get(self, image_id: str, now: float, tenant: str = "") -> Image | None:
         """Return the tenant's image; None if its id is unknown, expired or evicted."""
@@ -171,7 +199,7 @@ class ImageStore:
         if kept.expires_at <= now:
             self._drop(address)
             return None
-        self._used[tenant].move_to_end(address)
+        self._touch(address, kept)
         return kept.image
 
     def forget(self, address: str) -> bool:
@@ -183,15 +211,60 @@ class ImageStore:
         self._drop(address)
         return True
 
+    def hold(self, image_id: str, tenant: str = "") -> Kept | None:
+        """Count one more request that looks at the tenant's image, until `let_go`. None if it is not here."""
+        address = address_of(tenant, image_id)
+        kept = self._kept.get(address)
+        if kept is None:
+            return None
+        if not kept.users:
+            self._no_longer_unused(address, kept)
+            self._count_held(tenant, kept.nbytes)
+        kept.users += 1
+        return kept
+
+    def let_go(self, kept: Kept) -> None:
+        """End one `hold`."""
+        kept.users -= 1
+        if kept.users:
+            return
+        self._count_held(kept.tenant, -kept.nbytes)
+        if kept.dropped:
+            self._count(kept.tenant, -kept.nbytes)
+        else:
+            self._unused.setdefault(kept.tenant, OrderedDict())[address_of(kept.tenant, kept.image.id)] = None
+
+    def held_by(self, tenant: str) -> int:
+        """Return the bytes of the tenant's images that requests look at. Each image counts once."""
+        return self._held.get(tenant, 0)
+
+    def _touch(self, address: str, kept: Kept) -> None:
+        if not kept.users:
+            self._unused[kept.tenant].move_to_end(address)
+
     def _drop(self, address: str) -> None:
         kept = self._kept.pop(address, None)
         if kept is None:
             return
-        del self._sent[address], self._used[kept.tenant][address]
-        self._count(kept.tenant, -kept.nbytes)
-        if not self._used[kept.tenant]:
-            del self._used[kept.tenant]
+        kept.dropped = True
+        del self._sent[address]
+        if not kept.users:
+            self._no_longer_unused(address, kept)
+            self._count(kept.tenant, -kept.nbytes)
+
+    def _no_longer_unused(self, address: str, kept: Kept) -> None:
+        del self._unused[kept.tenant][address]
+        if not self._unused[kept.tenant]:
+            del self._unused[kept.tenant]
 
     def _count(self, tenant: str, nbytes: int) -> None:
         self.nbytes += nbytes
-        self._held.add(tenant, nbytes)
+        self._bytes.add(tenant, nbytes)
+
+    def _count_held(self, tenant: str, nbytes: int) -> None:
+        self.held_bytes += nbytes
+        held = self._held.get(tenant, 0) + nbytes
+        if held:
+            self._held[tenant] = held
+        else:
+            del self._held[tenant]

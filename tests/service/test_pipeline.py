@@ -28,6 +28,7 @@ from service.core.request import Budget, Exchange, ImageBytes, ImageId, ImageUrl
 from service.core.viewport import Viewport
 from service.media.decoder import Decoded, ImageLimits
 from service.media.reader import ImageReader
+from service.settings import IMAGE_ENTRY_BYTES
 from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD, CLOSER, House, Strain, cancelled, ids_of, image_source, png, turns, until
 
@@ -625,6 +626,60 @@ async def test_uploads_of_one_tenant_do_not_push_out_the_images_of_another():
             await house.pipeline.keep_image(png((shade, 0, 0)), reservation)
     assert len(house.pipeline.images.store) < 40
     assert (await answer(house, request(image=kept.id, tenant="a")))[0] == "red"
+
+
+PADDED = 2000  # bytes
+
+
+def padded(colour: tuple[int, int, int]) -> bytes:
+    """An image whose file has PADDED bytes."""
+    return png(colour).ljust(PADDED, b"-")
+
+
+async def test_images_that_questions_look_at_are_within_the_limit_of_the_store():
+    size = PADDED + IMAGE_ENTRY_BYTES
+    house = House(image_store_bytes=4 * size, max_image_bytes=PADDED)
+    store = house.pipeline.images.store
+    kept = [await house.keep_image(padded((shade, 0, 0))) for shade in range(4)]
+    house.language.wait_at = 1
+    house.language.gate.clear()
+    asking = [asyncio.create_task(answer(house, request(image=each.id))) for each in (*kept, kept[0])]
+    await until(lambda: len(house.language.prompts) == 5)
+    assert store.held_bytes == store.nbytes == 4 * size
+    with pytest.raises(
+        Overloaded, match=r"limit of images that requests look at \(.* of .* bytes are in use\)"
+    ) as full:
+        await house.keep_image(padded((9, 9, 9)))
+    assert (full.value.code, full.value.retry_after_s) == ("saturated", 1.0)
+    assert house.counted("glimpse_refusals_total", reason="saturated") == 1
+    own_bytes = asyncio.create_task(answer(house, request(image=padded((8, 8, 8)))))
+    await until(lambda: len(house.language.prompts) == 6)  # it needs no place there
+    await house.pipeline.images.delete(kept[0].id, "")
+    assert store.nbytes == 4 * size
+    house.language.gate.set()
+    assert [text for text, _ in await asyncio.gather(*asking, own_bytes)] == ["red"] * 6
+    assert (store.held_bytes, store.nbytes) == (0, 3 * size)
+    await house.keep_image(padded((9, 9, 9)))
+
+
+async def test_one_tenants_questions_hold_their_share_of_the_images_in_memory():
+    size = PADDED + IMAGE_ENTRY_BYTES
+    house = House(image_store_bytes=4 * size, max_image_bytes=PADDED)
+    kept = []
+    for shade in range(4):
+        with house.pipeline.reservation("a") as reservation:
+            kept.append((await house.pipeline.keep_image(padded((shade, 0, 0)), reservation)).id)
+    house.language.wait_at = 1
+    house.language.gate.clear()
+    asking = [asyncio.create_task(answer(house, request(image=kept[each], tenant="a"))) for each in (0, 0, 1, 2)]
+    await until(lambda: len(house.language.prompts) == 4)
+    with pytest.raises(Overloaded, match="tenant a is at its share of images that requests look at") as over:
+        await answer(house, request(image=kept[3], tenant="a"))
+    assert over.value.code == "tenant_share"
+    house.language.gate.set()
+    await asyncio.gather(*asking)
+    assert house.pipeline.images.store.held_bytes == 0
+    assert (await answer(house, request(image=kept[3], tenant="a")))[0] == "red"
 
 
 class GatedReader(ImageReader):

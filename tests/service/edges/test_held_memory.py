@@ -77,6 +77,10 @@ def fail(house: House) -> None:
     house.vision.see = see
 
 
+def fault(house: House) -> None:
+    house.vision.fault = Unavailable("the vision models do not answer")
+
+
 def nothing(_: House) -> None: ...
 
 
@@ -191,6 +195,31 @@ def batched(image: Callable[[int], bytes]) -> Ask:
         body = "\n".join([json.dumps({"image": encoded, "question": "what?"})] * 2).encode()
         found, sent = await post(house, "/v1/vqa/batch", body, "application/jsonl")
         assert found == 200, sent
+
+    return ask
+
+
+def named(status: int, *, leaves: bool = False, **fields: object) -> Ask:
+    """A question about an image that was sent before, which is deleted while the question is answered."""
+
+    async def ask(house: House, number: int) -> None:
+        _, sent = await post(house, "/v1/images", good(number), "image/png")
+        image = json.loads(sent[1]["body"])["id"]
+        body = json.dumps({"image": image, "question": "what?", **fields}).encode()
+        house.vision.gate.clear()
+        begun, leave = len(house.vision.calls), asyncio.Event()
+        asked = asyncio.create_task(post(house, "/v1/vqa", body, "application/json", leave))
+        await until(lambda: len(house.vision.calls) > begun)
+        assert house.pipeline.images.store.held_bytes > SIZE
+        await house.pipeline.images.delete(image, "")
+        if leaves:
+            leave.set()
+        else:
+            house.vision.gate.set()
+        found, sent = await asked
+        assert found == status, sent
+        house.vision.gate.set()
+        await until(lambda: house.admission.scheduler.used(Resource.VISION) == 0)
 
     return ask
 
@@ -312,6 +341,10 @@ CASES = {
     "OpenAI, an answer": (chatted(200, good), nothing),
     "OpenAI, streamed": (chatted(200, good, stream=True), nothing),
     "OpenAI, what is no image": (chatted(400, bad), nothing),
+    "an image by its id": (named(200), nothing),
+    "an image by its id, streamed": (named(200, stream=True), nothing),
+    "an image by its id, vision fails": (named(503), fault),
+    "an image by its id, the caller leaves": (named(499, leaves=True), nothing),
     "a batch": (batched(good), nothing),
     "a batch that fails": (batched(good), fail),
     "a batch whose time is over": (batched(good), hurry),
@@ -336,6 +369,7 @@ async def test_a_request_that_is_over_holds_nothing(house, collector_off, ask, p
     await asyncio.sleep(0)
     held = tracemalloc.get_traced_memory()[0] - before
     assert held < STORED + SIZE, f"{held / TIMES / SIZE:.1f} images a request"
+    assert house.pipeline.images.store.held_bytes == 0
 
 
 async def test_questions_of_batches_hold_what_is_reserved_for_them_and_nothing_afterwards(

@@ -200,3 +200,119 @@ def test_making_room_takes_no_time_for_each_tenant() -> None:
         return min(tries)
 
     assert put_s(20_000) < 15 * put_s(20)
+
+
+def test_an_image_that_a_request_looks_at_makes_no_room() -> None:
+    store = small_store(3)
+    for name in "abc":
+        store.put(image(name), 0)
+    held = store.hold("a")
+    assert held is not None
+    for name in "de":
+        assert store.put(image(name), 0)
+    assert kept(store, list("abcde")) == ["a", "d", "e"]
+    assert store.held_bytes == store.held_by("") == 100 + IMAGE_ENTRY_BYTES
+    store.let_go(held)
+    assert (store.held_bytes, store.held_by("")) == (0, 0)
+    store.put(image("f"), 0)  # "a" was let go after the others were last used
+    assert kept(store, list("adef")) == ["a", "e", "f"]
+
+
+def test_several_requests_hold_one_image_once() -> None:
+    store = small_store(2)
+    store.put(image("a"), 0, "t")
+    first, second = store.hold("a", "t"), store.hold("a", "t")
+    assert first is second is not None
+    store.let_go(first)
+    assert store.held_by("t") == store.nbytes == 100 + IMAGE_ENTRY_BYTES
+    for name in "bcd":
+        store.put(image(name), 0, "t")
+    assert kept(store, list("abcd"), tenant="t") == ["a", "d"]
+    store.let_go(second)
+    assert store.held_bytes == 0
+
+
+def test_there_is_no_room_if_requests_hold_everything() -> None:
+    store = small_store(2)
+    for name in "ab":
+        store.put(image(name), 0)
+    held = [store.hold(name) for name in "ab"]
+    assert not store.put(image("c"), 0)
+    assert store.hold("c") is None
+    assert kept(store, list("abc")) == ["a", "b"]
+    assert store.put(image("a"), 50)  # it is here: only its time begins anew
+    assert kept(store, list("ab"), 120) == ["a"]
+    assert store.nbytes == store.max_bytes
+    for each in held:
+        assert each is not None
+        store.let_go(each)
+    assert store.nbytes == 100 + IMAGE_ENTRY_BYTES
+    assert store.put(image("c"), 120)
+
+
+@pytest.mark.parametrize("how", ["deleted", "expired"])
+def test_what_is_dropped_while_a_request_looks_at_it_counts_until_the_end(how: str) -> None:
+    store = small_store(2)
+    store.put(image("a"), 0)
+    held = store.hold("a")
+    assert held is not None
+    if how == "deleted":
+        assert store.forget(address_of("", "a"))
+    else:
+        assert store.get("a", 100) is None
+    assert (len(store), store.nbytes) == (0, 100 + IMAGE_ENTRY_BYTES)
+    for name in "bc":
+        assert store.put(image(name), 100)
+    assert kept(store, list("abc"), 100) == ["c"]  # one place is not free yet
+    store.let_go(held)
+    assert store.put(image("d"), 100)
+    assert kept(store, list("abcd"), 100) == ["c", "d"]
+    assert store.nbytes == store.max_bytes
+
+
+def test_an_image_that_is_sent_again_is_not_in_memory_twice() -> None:
+    store, first = small_store(2), image("a")
+    store.put(first, 0)
+    store.put(image("a"), 1)
+    assert store.get("a", 1) is first
+
+
+def test_what_one_tenants_requests_hold_pushes_out_its_own_images_only() -> None:
+    store = small_store(6)
+    store.put(image("b"), 0, "b")
+    for number in range(5):
+        store.put(image(f"a{number}"), 0, "a")
+        assert store.hold(f"a{number}", "a") is not None
+    assert not store.put(image("a5"), 0, "a")  # its own is the only one that goes
+    assert kept(store, ["b"], tenant="b") == ["b"]
+    assert store.put(image("c"), 0, "c")
+    assert kept(store, ["c"], tenant="c") == ["c"]  # of two that have as much, the first goes
+    assert kept(store, ["b"], tenant="b") == []
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers(0, 3), st.integers(0, 40)), max_size=80)
+)
+def test_whatever_is_held_the_bytes_in_memory_stay_within_the_limit(steps: list[tuple[str, int, int, int]]) -> None:
+    store, now, held = small_store(5), 0, []
+    for tenant, number, action, later in steps:
+        now += later
+        if action == 0:
+            store.put(image(str(number)), now, tenant)
+        elif action == 1 and store.get(str(number), now, tenant) is not None:
+            held.append(store.hold(str(number), tenant))
+        elif action == 2:
+            store.forget(address_of(tenant, str(number)))
+        elif held:
+            store.let_go(held.pop(number % len(held)))
+        size = 100 + IMAGE_ENTRY_BYTES
+        apart = {id(each) for each in held if each.dropped}
+        assert store.nbytes == (len(store) + len(apart)) * size <= store.max_bytes
+        assert store.held_bytes == len({id(each) for each in held}) * size
+        assert store.held_bytes == sum(store.held_by(each) for each in "abc")
+    for each in held:
+        store.let_go(each)
+    assert store.held_bytes == 0
+    for number in range(5):
+        assert store.put(image(f"last{number}"), now + 1000, "a")
+    assert kept(store, [f"last{number}" for number in range(5)], now + 1000, "a") == [f"last{n}" for n in range(5)]

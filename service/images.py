@@ -5,9 +5,9 @@ An id is 128 random bits, and leads to an image only together with the tenant th
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
 
@@ -15,10 +15,12 @@ from blake3 import blake3
 
 from service.admission.quota import RETRY, TENANT_SHARE
 from service.cache.shared_images import SharedImages
-from service.core.errors import NotFound, Overloaded, Unavailable
+from service.core.errors import GlimpseError, NotFound, Overloaded, TooLarge, Unavailable
 from service.media.reader import ImageReader
-from service.media.store import ID, Image, ImageStore, address_of
+from service.media.store import ID, Image, ImageStore, Kept, address_of
 from service.telemetry.metrics import Metrics
+
+READS = 8  # images that are read from Redis at once: their bytes are counted once they are here
 
 
 class Images:
@@ -39,6 +41,8 @@ class Images:
         self._metrics = metrics
         self._shared = shared
         self._apart = apart
+        self._reads = asyncio.Semaphore(READS)
+        metrics.images_held_bytes.set_function(lambda: self.store.held_bytes)
         if shared is not None:
             shared.forget = self._forget
 
@@ -57,50 +61,43 @@ class Images:
         if self._shared is not None:
             self._shared.put_behind(address_of(tenant, image.id), image.data)
 
+    def require_room(self, nbytes: int) -> None:
+        """Raises Overloaded if an image of this size cannot be kept for later questions."""
+        if not self.store.has_room(nbytes) and not self.are_shared:
+            raise self.full()
+
     async def keep_for_all(self, image: Image, tenant: str) -> None:
         """Keep an image, so that any gateway can be asked about it when this returns. Without Redis only this one.
 
-        Raises Overloaded if there is no room, because requests look at what fills it.
+        Raises Overloaded if neither has room for it.
         """
-        if not self.store.put(image, time.monotonic(), tenant):
-            raise self._full()
-        if self._shared is not None:
-            await self._shared.put(address_of(tenant, image.id), image.data)
+        kept = self.store.put(image, time.monotonic(), tenant)
+        is_shared = self._shared is not None and await self._shared.put(address_of(tenant, image.id), image.data)
+        if kept is None and not is_shared:
+            raise self.full()
 
-    async def find(self, image_id: str, tenant: str) -> Image:
-        """Return the tenant's image.
+    async def find(self, image_id: str, tenant: str) -> Kept | None:
+        """Return the tenant's image; None if it is in Redis, and there is no room for it here.
 
-        Raises NotFound for an id that is unknown, expired or another tenant's. Neither the error nor the
-        time that it takes tells which.
+        Raises NotFound for an id that is unknown, expired or another tenant's. Neither the error nor the time that it
+        takes tells which.
         """
         kept = self.store.get(image_id, time.monotonic(), tenant)
         self._metrics.image_lookups.labels("memory", "miss" if kept is None else "hit").inc()
         if kept is not None:
             return kept
-        if self._shared is not None and ID.fullmatch(image_id):
+        if self._shared is None or not ID.fullmatch(image_id):
+            raise self._unknown(image_id)
+        async with self._reads:
+            kept = self.store.get(image_id, time.monotonic(), tenant)  # another request may have read it meanwhile
+            if kept is not None:
+                return kept
             found = await self._shared.find(address_of(tenant, image_id))
-            if found is not None:
-                data, left_s = found
-                image = replace(await self._hashed(data, tenant), id=image_id)
-                self.store.put(image, time.monotonic(), tenant, min(left_s, self.store.ttl_s))
-                return image
-        raise self._unknown(image_id)
-
-    @contextmanager
-    def in_use(self, image: Image, tenant: str) -> Iterator[None]:
-        """Hold an image that was found just now for the block, so that the store counts its bytes while it is used.
-
-        Raises Overloaded if the store has no room for it, or the tenant would hold more than its share.
-        """
-        store, kept = self.store, self.store.hold(image.id, tenant)
-        if kept is None:
-            raise self._full()
-        try:
-            if tenant and kept.users == 1:
-                self._require_share(tenant, kept.nbytes)
-            yield
-        finally:
-            store.let_go(kept)
+            if found is None:
+                raise self._unknown(image_id)
+            data, left_s = found
+            image = replace(await self._hashed(data, tenant), id=image_id)
+            return self.store.put(image, time.monotonic(), tenant, min(left_s, self.store.ttl_s))
 
     async def delete(self, image_id: str, tenant: str) -> None:
         """Delete the tenant's image, in every gateway within a second. Raises NotFound, Unavailable."""
@@ -129,25 +126,15 @@ class Images:
     def _named(self, image: Image, tenant: str) -> Image:
         return replace(image, id=self.store.name(image.digest, tenant))
 
-    def _require_share(self, tenant: str, nbytes: int) -> None:
-        """Raises Overloaded if the bytes that the tenant holds, the last `nbytes` among them, are over its share."""
-        store, own = self.store, self.store.held_by(tenant)
-        if own > TENANT_SHARE * (store.max_bytes - store.held_bytes + nbytes):
-            raise self._refused(
-                "tenant_share",
-                f"tenant {tenant} is at its share of images that requests look at "
-                f"({own - nbytes:,} of {store.max_bytes:,} bytes are in use)",
-            )
-
-    def _full(self) -> Overloaded:
+    def full(self) -> Overloaded:
         store = self.store
-        return self._refused(
+        return self.refused(
             "saturated",
             "the server is at its limit of images that requests look at "
             f"({store.held_bytes:,} of {store.max_bytes:,} bytes are in use)",
         )
 
-    def _refused(self, code: Literal["saturated", "tenant_share"], message: str) -> Overloaded:
+    def refused(self, code: Literal["saturated", "tenant_share"], message: str) -> Overloaded:
         self._metrics.refusals.labels(code).inc()
         return Overloaded(f"{message}: {RETRY}", code=code)
 
@@ -159,3 +146,55 @@ class Images:
             param="image",
             code="image_not_found",
         )
+
+
+class InUse:
+    """The images in memory that one request looks at, until `held` is closed. They count in the store meanwhile."""
+
+    def __init__(self, images: Images, tenant: str, held: ExitStack) -> None:
+        self._images = images
+        self._tenant = tenant
+        self._held = held
+        self._kept: dict[str, Kept] = {}  # by id
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self._kept.values())
+
+    async def find(self, image_id: str) -> Image:
+        """Return the tenant's image, and hold it.
+
+        Raises NotFound as `Images.find` does. Raises Overloaded if other requests, or the tenant's, hold too much for
+        it; TooLarge if the request itself does.
+        """
+        kept = self._kept.get(image_id) or await self._images.find(image_id, self._tenant)
+        if kept is None:
+            raise self._no_room()
+        if image_id not in self._kept:
+            self._require_share(kept)
+            self._images.store.hold(kept)
+            self._held.callback(self._images.store.let_go, kept)
+            self._kept[image_id] = kept
+        return kept.image
+
+    def _no_room(self) -> GlimpseError:
+        store = self._images.store
+        if store.held_bytes > self.nbytes:
+            return self._images.full()
+        return TooLarge(
+            f"the images that this request names take more than the {store.max_bytes:,} bytes that the server has for "
+            "images in memory: name fewer images or smaller ones",
+            param="image",
+        )
+
+    def _require_share(self, kept: Kept) -> None:
+        """Raises Overloaded if the tenant's requests would hold more than its share. One alone may hold any number."""
+        store, own = self._images.store, self._images.store.held_by(self._tenant)
+        if not self._tenant or kept.users or own == self.nbytes:
+            return
+        if own + kept.nbytes > TENANT_SHARE * (store.max_bytes - store.held_bytes):
+            raise self._images.refused(
+                "tenant_share",
+                f"tenant {self._tenant} is at its share of images that requests look at "
+                f"({own:,} of {store.max_bytes:,} bytes are in use)",
+            )

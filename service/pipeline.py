@@ -42,7 +42,7 @@ from service.core.prompt import Prompt
 from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
 from service.core.variant import Route
 from service.core.vision import Sight
-from service.images import Images
+from service.images import Images, InUse
 from service.media.clip import DecodedClip
 from service.media.clip_header import FILMS, clip_format, require_clip
 from service.media.decoder import Decoded
@@ -155,7 +155,7 @@ class Pipeline:
             choices = admitted.enter_context(self.admit(ticket, reservation))
             async with self.charged(ticket, choices, reservation) as use:
                 async with ticket.in_time(reservation):
-                    images, clip = await self.load(ticket, reservation, admitted)
+                    images, clip = await self.load(ticket, reservation)
                 use.images = len(images)
                 for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
@@ -181,6 +181,7 @@ class Pipeline:
         Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
         """
         self.metrics.costs.payer(reservation.tenant)
+        self.images.require_room(len(data))
         timeout_s, now = self.settings.default_timeout_s, time.monotonic()
         claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
         is_film = clip_format(data) in FILMS
@@ -217,11 +218,12 @@ class Pipeline:
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
         """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
 
-        Raises InvalidRequest, NotFound, InvalidImage, TooLarge.
+        Raises InvalidRequest, NotFound, InvalidImage, TooLarge; Overloaded if its images have no room in memory.
         """
         if request.sampling.guide is not None:
             await self.guides.require(request.sampling.guide)
         choice, loaded = self.models.choices(request)[0], []
+        in_use = InUse(self.images, request.tenant, reservation.held)
         for source, naming, _ in places_of(request):
             with naming():
                 if isinstance(source, ImageUrl):
@@ -230,7 +232,7 @@ class Pipeline:
                         param="image",
                         code="url_not_supported",
                     )
-                loaded.append(await self.load_one(source, request.tenant))
+                loaded.append(await self.load_one(source, request.tenant, in_use))
         images, clip = divided(request, loaded)
         return choice.model.estimator.estimate(choice.request, images, clip, choice.tokens, reservation)
 
@@ -311,24 +313,19 @@ class Pipeline:
             finally:
                 use.generated_tokens = ticket.completion_tokens
 
-    async def load(
-        self, ticket: Ticket, reservation: Reservation, held: ExitStack
-    ) -> tuple[list[Image], LoadedClip | None]:
-        """Return the bytes and digests of the images and of the clip. `held` lets go of those in memory.
+    async def load(self, ticket: Ticket, reservation: Reservation) -> tuple[list[Image], LoadedClip | None]:
+        """Return the bytes and digests of the images and of the clip. The reservation holds those in memory.
 
         It decodes nothing, because a known image needs no pixels.
         """
-        request = ticket.request
+        request, in_use = ticket.request, InUse(self.images, ticket.request.tenant, reservation.held)
         loaded, sources = [], places_of(request)
         with ticket.stage("load"):
             fetched = await self.fetch(sources, reservation)
             for source, naming, _ in sources:
                 with naming():
                     known = fetched[source] if isinstance(source, ImageUrl) else source
-                    image = await self.load_one(known, request.tenant)
-                    if isinstance(known, ImageId):
-                        held.enter_context(self.images.in_use(image, request.tenant))
-                    loaded.append(image)
+                    loaded.append(await self.load_one(known, request.tenant, in_use))
         ticket.image_ids = tuple(image.id for image in loaded)
         images, clip = divided(request, loaded)
         if clip is not None and clip.file is not None:
@@ -370,13 +367,13 @@ class Pipeline:
                 await self.fetcher.fetch(source.url, reservation.tenant, reservation.reserve_bytes, wanted)
             )
 
-    async def load_one(self, source: ImageBytes | ImageId, tenant: str) -> Image:
-        """Return the bytes and digest of one image. Raises NotFound for an unknown id."""
+    async def load_one(self, source: ImageBytes | ImageId, tenant: str, in_use: InUse) -> Image:
+        """Return the bytes and digest of one image. Raises NotFound for an unknown id, and Overloaded, TooLarge."""
         match source:
             case ImageBytes(data):
                 return await self.images.identify(data, tenant)
             case ImageId(image_id):
-                return await self.images.find(image_id, tenant)
+                return await in_use.find(image_id)
 
     async def look(
         self,

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -125,6 +125,7 @@ class Admission:
             with reservation.work():
                 yield reservation
         finally:
+            reservation.close()
             self._open.discard(reservation)
 
     @property
@@ -245,6 +246,10 @@ class Reservation:
         self._claims: list[Claim] = []
         self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
+        self.held = ExitStack()  # what is let go of when the request is over, and so is all work that it left behind
+        self._is_over = False
+        self._left_behind = 0  # number of works that go on without the request
+        self._over_bytes = 0  # to give back when that work has ended
         self.account: Account = UNLIMITED  # of its tenant's quota
         self.served: Served | None = None  # which variant answers; None until one was chosen
         self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
@@ -344,15 +349,19 @@ class Reservation:
     def hand_over(self, claim: Claim, cost: Cost = NOTHING, *, finished: bool = True) -> Callable[[], None]:
         """Let go of a granted claim, and of a reserved cost, whose work goes on without the request.
 
-        Returns the call that gives both back. `finished` is false if the claim's work is not all done by then.
+        That work may use the request's body and what it holds: these are kept as long. Returns the call that gives all
+        back. `finished` is false if the claim's work is not all done by then.
         """
         self._claims.remove(claim)
         self._cost = self._cost.minus(cost)
+        self._left_behind += 1
         self._pause_or_resume()
         admission = self._admission
 
         def give_back() -> None:
             now = time.monotonic()
+            self._left_behind -= 1
+            self._let_go(now)
             admission.quota.give_back(cost, self.tenant, now)
             admission.release([claim], now, finished=finished)
             admission.schedule(now)
@@ -382,11 +391,27 @@ class Reservation:
         contention.resume(self)
         return False
 
+    def close(self) -> None:
+        """End the request."""
+        self._is_over = True
+        self._let_go(time.monotonic())
+
+    def _let_go(self, now: float) -> None:
+        """Give back the body, and then what is held, once nothing that the request left behind uses them."""
+        if self._left_behind:
+            return
+        self._admission.quota.give_back(Cost(nbytes=self._over_bytes), self.tenant, now)
+        self._over_bytes = 0
+        if self._is_over:
+            self.held.close()
+
     def _end(self, *, answered: bool, keep: Cost) -> None:
         """Give back everything except `keep`. `answered` is false if the request did not get its answer."""
         now, admission = time.monotonic(), self._admission
-        admission.quota.give_back(self._cost.minus(keep), self.tenant, now)
-        self._cost = keep
+        over = self._cost.minus(keep)
+        admission.quota.give_back(over._replace(nbytes=0), self.tenant, now)
+        self._cost, self._over_bytes = keep, self._over_bytes + over.nbytes
+        self._let_go(now)
         if self._claims or self in admission.contention:
             admission.release(self._claims, now, finished=answered)
             admission.limit.end(self, now, answered=answered, missed=now >= self._deadline)

@@ -134,11 +134,10 @@ class _BytesByTenant:
 class ImageStore:
     """Images of each tenant in memory, bounded in bytes. The tenant with the most bytes loses its least recently used.
 
-    So one tenant's images never push out those of a tenant that holds less. An image expires `ttl_s` after it was sent.
-    It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number of tiny images is bounded too. `now` is in
-    seconds of the monotonic clock, which nobody sets.
+    An image expires `ttl_s` after it was sent. It counts IMAGE_ENTRY_BYTES more than its own bytes, so that the number
+    of tiny images is bounded too. `now` is in seconds of the monotonic clock, which nobody sets.
 
-    An image that a request looks at makes no room, because its bytes stay in memory anyway: it is `held`. If it is
+    An image that a request looks at is `held`. It is not evicted, because its bytes stay in memory anyway. If it is
     deleted or expires meanwhile, its bytes count until the last request lets go.
     """
 
@@ -167,30 +166,35 @@ class ImageStore:
             self._names.popitem(last=False)
         return f"img_{bits.hex()}"
 
-    def put(self, image: Image, now: float, tenant: str = "", ttl_s: float | None = None) -> bool:
-        """Keep an image that has an id. Sending it again starts its time anew.
+    def has_room(self, nbytes: int) -> bool:
+        """Whether an image of this size can be kept: those that requests look at make no room."""
+        return nbytes + IMAGE_ENTRY_BYTES <= self.max_bytes - self.held_bytes
 
-        Returns whether it is kept: there is no room if requests hold the others.
+    def put(self, image: Image, now: float, tenant: str = "", ttl_s: float | None = None) -> Kept | None:
+        """Keep an image that has an id. Sending it again starts its time anew, and the first bytes stay.
+
+        Returns what is kept, or None if there is no room for it. Then nothing else has to go.
         """
         address = address_of(tenant, image.id)
         expires_at = now + (self.ttl_s if ttl_s is None else ttl_s)
-        self._sent[address] = expires_at
-        self._sent.move_to_end(address)
-        kept = self._kept.get(address)
-        if kept is None:
-            kept = self._kept[address] = Kept(image, tenant, expires_at)
-            self._unused.setdefault(tenant, OrderedDict())[address] = None
-            self._count(tenant, kept.nbytes)
-        else:
-            kept.expires_at = expires_at
-            self._touch(address, kept)
-        while (first := next(iter(self._sent))) and self._sent[first] <= now:
+        while self._sent and self._sent[first := next(iter(self._sent))] <= now and first != address:
             self._drop(first)
+        if (kept := self._kept.get(address)) is not None:
+            kept.expires_at = self._sent[address] = expires_at
+            self._sent.move_to_end(address)
+            self._touch(address, kept)
+            return kept
+        if not self.has_room(len(image.data)):
+            return None
+        kept = Kept(image, tenant, expires_at)
+        self._count(tenant, kept.nbytes)
         while self.nbytes > self.max_bytes:
             self._drop(next(iter(self._unused[self._bytes.most(self._unused)])))
-        return not kept.dropped
+        self._kept[address], self._sent[address] = kept, expires_at
+        self._unused.setdefault(tenant, OrderedDict())[address] = None
+        return kept
 
-    def get(self, image_id: str, now: float, tenant: str = "") -> Image | None:
+    def get(self, image_id: str, now: float, tenant: str = "") -> Kept | None:
         """Return the tenant's image; None if its id is unknown, expired or evicted."""
         address = address_of(tenant, image_id)
         kept = self._kept.get(address)
@@ -200,7 +204,7 @@ class ImageStore:
             self._drop(address)
             return None
         self._touch(address, kept)
-        return kept.image
+        return kept
 
     def forget(self, address: str) -> bool:
         """Drop an image, and its id with it. Returns whether it was there."""
@@ -211,17 +215,12 @@ class ImageStore:
         self._drop(address)
         return True
 
-    def hold(self, image_id: str, tenant: str = "") -> Kept | None:
-        """Count one more request that looks at the tenant's image, until `let_go`. None if it is not here."""
-        address = address_of(tenant, image_id)
-        kept = self._kept.get(address)
-        if kept is None:
-            return None
+    def hold(self, kept: Kept) -> None:
+        """Count one more request that looks at an image which is here, until `let_go`."""
         if not kept.users:
-            self._no_longer_unused(address, kept)
-            self._count_held(tenant, kept.nbytes)
+            self._no_longer_unused(address_of(kept.tenant, kept.image.id), kept)
+            self._count_held(kept.tenant, kept.nbytes)
         kept.users += 1
-        return kept
 
     def let_go(self, kept: Kept) -> None:
         """End one `hold`."""

@@ -179,6 +179,9 @@ class Metrics:
         self.visual_cache_evictions = self._counter(
             "visual_cache_evictions", "Entries evicted from the cache of visual tokens."
         )
+        self.images_held_bytes = self._gauge(
+            "images_held_bytes", "Bytes of images in memory that requests look at by their ids."
+        )
         self.visual_cache_bytes = self._gauge("visual_cache_bytes", "Bytes of cached visual tokens.")
         self.redis_lookup = self._seconds(
             "redis_lookup_seconds", "Seconds that a feature lookup spent on Redis, waits included."

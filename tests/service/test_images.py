@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -12,13 +12,16 @@ import pytest
 
 from service.cache import shared_images
 from service.cache.shared_images import DELETED, image_in, key_of, record_of
+from service.core.errors import Overloaded, TooLarge
+from service.images import READS, InUse
 from service.media.store import address_of
+from service.settings import IMAGE_ENTRY_BYTES
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
 from tests.support.fakes import House, cancelled, png, until
 from tests.support.keys import Keys, bearer
 from tests.support.servers import RedisServer
 
-SECRET = png((1, 2, 3))
+SECRET, OTHER = png((1, 2, 3)), png((3, 2, 1))
 
 
 class Asking(Caller):
@@ -191,3 +194,56 @@ async def test_redis_holds_no_id_and_no_tenant(redis_server):
         keys = b" ".join([*redis_server.client.keys("*"), *redis_server.client.zrange(DELETED, 0, -1)])
         assert image.encode() not in keys
         assert b"acme" not in keys
+
+
+async def test_questions_that_find_an_image_in_redis_at_once_share_its_bytes(redis_server):
+    async with two_gateways(redis_server) as (one, two):
+        image = await one.send(SECRET)
+        images = two.house.pipeline.images
+        with ExitStack() as held:
+            uses = [InUse(images, "", held) for _ in range(20)]
+            found = await asyncio.gather(*(use.find(image) for use in uses))
+            assert len({id(each.data) for each in found}) == 1
+            assert images.store.held_bytes == images.store.nbytes == len(SECRET) + IMAGE_ENTRY_BYTES
+        assert images.store.held_bytes == 0
+        assert two.house.counted("glimpse_image_lookups_total", tier="redis", result="hit") <= READS
+
+
+async def test_images_in_redis_that_have_no_room_here_are_refused(redis_server):
+    one_image = len(SECRET) + IMAGE_ENTRY_BYTES
+    async with two_gateways(redis_server, image_store_bytes=one_image, max_image_bytes=len(SECRET)) as (one, two):
+        first, second = await one.send(SECRET), await one.send(OTHER)
+        store = two.house.pipeline.images.store
+        with ExitStack() as held:
+            use = InUse(two.house.pipeline.images, "", held)
+            assert (await use.find(first)).data == SECRET
+            with pytest.raises(Overloaded, match="limit of images that requests look at"):
+                await InUse(two.house.pipeline.images, "", held).find(second)
+            with pytest.raises(TooLarge, match=f"more than the {one_image:,} bytes"):
+                await use.find(second)
+            kept = await two.send(OTHER)  # Redis has room
+            assert store.held_bytes == store.nbytes
+            assert (await one.about(kept)).status_code == 200
+        both = {"images": [first, second], "question": "what?"}
+        response = await two.http.post("/v1/vqa", json=both)
+        assert fault(response, 413)["param"] == "images.1"
+        assert (await two.about(second)).status_code == 200
+        assert store.held_bytes == 0
+
+
+async def test_an_upload_that_cannot_be_kept_is_refused_before_it_is_decoded():
+    one_image = len(SECRET) + IMAGE_ENTRY_BYTES
+    async with calling(image_store_bytes=one_image, max_image_bytes=len(SECRET)) as caller:
+        image = await caller.send(SECRET)
+        images = caller.house.pipeline.images
+        with ExitStack() as held:
+            await InUse(images, "", held).find(image)
+            caller.house.reader.close()
+            refused = await caller.http.post("/v1/images", content=OTHER)
+            assert fault(refused, 429)["code"] == "saturated"
+            assert refused.headers["retry-after"] == "1"
+            estimate = await caller.http.post("/v1/vqa/estimate", json=ASKED | {"image": image})
+            assert estimate.json()["admitted"]
+        assert images.store.held_bytes == 0
+        told = (await caller.http.get("/metrics")).text
+        assert "glimpse_images_held_bytes 0.0" in told

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from service.admission.admission import Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.core.answer import Delta, Finished
@@ -613,7 +614,7 @@ async def test_the_life_of_an_image_goes_by_a_clock_that_nobody_sets(house):
     assert begun + house.settings.image_ttl_s <= kept.expires_at <= time.time() + house.settings.image_ttl_s
     store = house.pipeline.images.store
     for image_id in (kept.id, asked.image_ids[0]):
-        assert store.get(image_id, time.monotonic()).id == image_id
+        assert store.get(image_id, time.monotonic()).image.id == image_id
         assert store.get(image_id, time.monotonic() + house.settings.image_ttl_s + 1) is None
 
 
@@ -680,6 +681,43 @@ async def test_one_tenants_questions_hold_their_share_of_the_images_in_memory():
     await asyncio.gather(*asking)
     assert house.pipeline.images.store.held_bytes == 0
     assert (await answer(house, request(image=kept[3], tenant="a")))[0] == "red"
+
+
+async def test_one_request_alone_may_look_at_all_images_of_its_tenant():
+    size = PADDED + IMAGE_ENTRY_BYTES
+    house = House(image_store_bytes=4 * size, max_image_bytes=PADDED)
+    kept = []
+    for shade in range(4):
+        with house.pipeline.reservation("a") as reservation:
+            kept.append((await house.pipeline.keep_image(padded((shade, 0, 0)), reservation)).id)
+    text, end = await answer(house, request(images=tuple(kept), tenant="a"))
+    assert (text, end.image_ids) == ("red", tuple(kept))
+    assert (await answer(house, request(images=(kept[0], kept[0]), tenant="a")))[1].image_ids == (kept[0], kept[0])
+    assert house.pipeline.images.store.held_bytes == 0
+
+
+async def test_what_goes_on_without_its_request_keeps_the_images_and_the_body(house):
+    kept = await house.keep_image(png())
+    house.vision.close("attend")
+    await answer(house, request(image=png((1, 1, 1))))
+    with house.pipeline.reservation("") as reservation:
+        reservation.reserve_bytes(1000)
+        asked = request(images=(kept.id, png((1, 1, 1))), question="which shape?")
+        calls = len(house.vision.calls)
+        asking = asyncio.create_task(drained(house, asked, reservation))
+        await until(lambda: len(house.vision.calls) == calls + 2)
+        await cancelled(asking)
+    store, quota = house.pipeline.images.store, house.admission.quota
+    assert (store.held_bytes > 0, quota.held.nbytes) == (True, 1000)
+    house.vision.gate.set()
+    await until(lambda: quota.held == Cost())
+    assert store.held_bytes == 0
+
+
+async def drained(house: House, asked: Request, reservation: Reservation) -> None:
+    async with aclosing(house.pipeline.answer(asked, reservation)) as events:
+        async for _ in events:
+            pass
 
 
 class GatedReader(ImageReader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -341,3 +342,44 @@ async def test_what_came_through_no_door_closes_none():
 @pytest.mark.parametrize(("nbytes", "size"), [(None, "unknown"), (0, "small"), (4096, "small"), (4097, "large")])
 def test_a_request_has_the_size_that_its_body_declares(nbytes, size):
     assert Size.of(nbytes) == size
+
+
+async def test_what_a_request_holds_is_let_go_of_when_it_is_over_and_not_when_a_part_of_it_is():
+    house, closed = admission(Metrics()), list[str]()
+    with house.reservation("t") as reservation:
+        reservation.held.callback(closed.append, "held")
+        reservation.reserve(Cost(nbytes=10))
+        with reservation.work():
+            reservation.reserve(Cost(nbytes=5, pixels=7))
+        assert house.quota.held == Cost(nbytes=10)
+        assert closed == []
+    assert (house.quota.held, closed) == (Cost(), ["held"])
+
+
+async def test_works_that_a_request_left_behind_keep_its_body_and_what_it_holds_until_the_last_one_ends():
+    house, closed = admission(Metrics()), list[str]()
+    with house.reservation("t") as reservation:
+        reservation.held.callback(closed.append, "held")
+        reservation.reserve(Cost(nbytes=10))
+        with reservation.work():
+            reservation.reserve(Cost(nbytes=5, pixels=7, tokens=3))
+            first = reservation.hand_over(await enter(reservation), Cost(pixels=4))
+            assert house.quota.held == Cost(nbytes=15, pixels=7, tokens=3)
+            first()
+            assert house.quota.held == Cost(nbytes=15, pixels=3, tokens=3)
+            second = reservation.hand_over(await enter(reservation))
+            reservation.hand_over(await enter_soon(house, reservation, second))()
+        assert (house.quota.held, closed) == (Cost(nbytes=10), [])
+        third = reservation.hand_over(await enter(reservation))
+    assert (house.quota.held, closed) == (Cost(nbytes=10), [])
+    third()
+    assert (house.quota.held, closed) == (Cost(), ["held"])
+
+
+async def enter_soon(house: Admission, reservation: Reservation, give_back: Callable[[], None]) -> Claim:
+    """Enter as soon as the slot is given back."""
+    waiting = asyncio.create_task(enter(reservation))
+    await turns()
+    assert not waiting.done()
+    give_back()
+    return await waiting

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.media.store import ID, MOST_NAMES, Image, ImageStore, address_of
+from service.media.store import ID, MOST_NAMES, Image, ImageStore, Kept, address_of
 from service.settings import IMAGE_ENTRY_BYTES
 from tests.support.pictures import encoded, picture
 
@@ -20,6 +20,14 @@ def image(name: str, nbytes: int = 100) -> Image:
 
 def small_store(entries: int) -> ImageStore:
     return ImageStore(entries * (100 + IMAGE_ENTRY_BYTES), ttl_s=100)
+
+
+def held(store: ImageStore, name: str, tenant: str = "") -> Kept:
+    """Look at an image that is there, as a request does."""
+    found = store.get(name, 0, tenant)
+    assert found is not None
+    store.hold(found)
+    return found
 
 
 def kept(store: ImageStore, names: list[str], now: float = 0, tenant: str = "") -> list[str]:
@@ -49,7 +57,7 @@ def test_only_the_tenant_that_sent_an_image_reads_it():
     store = small_store(9)
     one = image("one")
     store.put(one, 0, "a")
-    assert store.get("one", 0, "a") is one
+    assert store.get("one", 0, "a").image is one
     assert store.get("one", 0, "b") is None
     assert store.get("one", 0) is None
     assert address_of("a", "one") != address_of("b", "one")
@@ -206,13 +214,12 @@ def test_an_image_that_a_request_looks_at_makes_no_room() -> None:
     store = small_store(3)
     for name in "abc":
         store.put(image(name), 0)
-    held = store.hold("a")
-    assert held is not None
+    one = held(store, "a")
     for name in "de":
         assert store.put(image(name), 0)
     assert kept(store, list("abcde")) == ["a", "d", "e"]
     assert store.held_bytes == store.held_by("") == 100 + IMAGE_ENTRY_BYTES
-    store.let_go(held)
+    store.let_go(one)
     assert (store.held_bytes, store.held_by("")) == (0, 0)
     store.put(image("f"), 0)  # "a" was let go after the others were last used
     assert kept(store, list("adef")) == ["a", "e", "f"]
@@ -221,8 +228,8 @@ def test_an_image_that_a_request_looks_at_makes_no_room() -> None:
 def test_several_requests_hold_one_image_once() -> None:
     store = small_store(2)
     store.put(image("a"), 0, "t")
-    first, second = store.hold("a", "t"), store.hold("a", "t")
-    assert first is second is not None
+    first, second = held(store, "a", "t"), held(store, "a", "t")
+    assert first is second
     store.let_go(first)
     assert store.held_by("t") == store.nbytes == 100 + IMAGE_ENTRY_BYTES
     for name in "bcd":
@@ -232,30 +239,31 @@ def test_several_requests_hold_one_image_once() -> None:
     assert store.held_bytes == 0
 
 
-def test_there_is_no_room_if_requests_hold_everything() -> None:
-    store = small_store(2)
-    for name in "ab":
+def test_there_is_no_room_if_requests_hold_everything_and_then_nothing_else_has_to_go() -> None:
+    store = small_store(3)
+    for name in "abc":
         store.put(image(name), 0)
-    held = [store.hold(name) for name in "ab"]
-    assert not store.put(image("c"), 0)
-    assert store.hold("c") is None
-    assert kept(store, list("abc")) == ["a", "b"]
+    ones = [held(store, name) for name in "ab"]
+    assert not store.has_room(2 * (100 + IMAGE_ENTRY_BYTES))
+    assert not store.put(image("large", 200 + IMAGE_ENTRY_BYTES), 0)
+    assert kept(store, list("abc")) == ["a", "b", "c"]
+    ones.append(held(store, "c"))
+    assert not store.has_room(1)
+    assert not store.put(image("d"), 0)
     assert store.put(image("a"), 50)  # it is here: only its time begins anew
-    assert kept(store, list("ab"), 120) == ["a"]
+    assert kept(store, list("abc"), 120) == ["a"]
     assert store.nbytes == store.max_bytes
-    for each in held:
-        assert each is not None
+    for each in ones:
         store.let_go(each)
     assert store.nbytes == 100 + IMAGE_ENTRY_BYTES
-    assert store.put(image("c"), 120)
+    assert store.put(image("d"), 120)
 
 
 @pytest.mark.parametrize("how", ["deleted", "expired"])
 def test_what_is_dropped_while_a_request_looks_at_it_counts_until_the_end(how: str) -> None:
     store = small_store(2)
     store.put(image("a"), 0)
-    held = store.hold("a")
-    assert held is not None
+    one = held(store, "a")
     if how == "deleted":
         assert store.forget(address_of("", "a"))
     else:
@@ -264,55 +272,82 @@ def test_what_is_dropped_while_a_request_looks_at_it_counts_until_the_end(how: s
     for name in "bc":
         assert store.put(image(name), 100)
     assert kept(store, list("abc"), 100) == ["c"]  # one place is not free yet
-    store.let_go(held)
+    store.let_go(one)
     assert store.put(image("d"), 100)
     assert kept(store, list("abcd"), 100) == ["c", "d"]
     assert store.nbytes == store.max_bytes
 
 
-def test_an_image_that_is_sent_again_is_not_in_memory_twice() -> None:
+def test_an_image_that_is_sent_again_keeps_its_first_bytes() -> None:
     store, first = small_store(2), image("a")
-    store.put(first, 0)
-    store.put(image("a"), 1)
-    assert store.get("a", 1) is first
+    one = store.put(first, 0)
+    assert store.put(image("a"), 1) is one
+    assert one.image is first
+    assert len(store) == 1
 
 
-def test_what_one_tenants_requests_hold_pushes_out_its_own_images_only() -> None:
+def test_a_new_image_finds_room_though_its_tenant_holds_the_most() -> None:
+    store = ImageStore(4 * (100 + IMAGE_ENTRY_BYTES), 100)
+    for name in "abcd":
+        store.put(image(name), 0, name)
+    large = image("large", 2 * (100 + IMAGE_ENTRY_BYTES) - IMAGE_ENTRY_BYTES)
+    assert store.put(large, 0, "e")
+    assert kept(store, ["large"], tenant="e") == ["large"]
+    assert store.nbytes == store.max_bytes
+
+
+def test_what_one_tenants_requests_hold_pushes_out_its_own_images_first() -> None:
     store = small_store(6)
     store.put(image("b"), 0, "b")
     for number in range(5):
         store.put(image(f"a{number}"), 0, "a")
-        assert store.hold(f"a{number}", "a") is not None
-    assert not store.put(image("a5"), 0, "a")  # its own is the only one that goes
+    ones = [held(store, f"a{number}", "a") for number in range(4)]
+    assert store.put(image("a5"), 0, "a")
+    assert kept(store, ["a4", "a5"], tenant="a") == ["a5"]
     assert kept(store, ["b"], tenant="b") == ["b"]
-    assert store.put(image("c"), 0, "c")
-    assert kept(store, ["c"], tenant="c") == ["c"]  # of two that have as much, the first goes
+    ones.append(held(store, "a5", "a"))
+    assert store.put(image("c"), 0, "c")  # the tenant that has the most has none to lose
+    assert kept(store, ["c"], tenant="c") == ["c"]
     assert kept(store, ["b"], tenant="b") == []
+    assert len(ones) == 5
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers(0, 3), st.integers(0, 40)), max_size=80)
-)
+def test_an_image_whose_time_is_over_when_it_comes_is_dropped_at_the_next_look() -> None:
+    store = small_store(2)
+    assert store.put(image("a"), 0, ttl_s=0.0)
+    assert store.get("a", 0) is None
+    assert store.put(image("a"), 0, ttl_s=0.0)
+    assert store.put(image("b"), 0)
+    assert (len(store), store.nbytes) == (1, 100 + IMAGE_ENTRY_BYTES)
+
+
+STEPS = st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers(0, 3), st.integers(0, 40))
+
+
+@given(st.lists(STEPS, max_size=80))
 def test_whatever_is_held_the_bytes_in_memory_stay_within_the_limit(steps: list[tuple[str, int, int, int]]) -> None:
-    store, now, held = small_store(5), 0, []
+    store, now, ones = small_store(5), 0, list[Kept]()
+    size = 100 + IMAGE_ENTRY_BYTES
     for tenant, number, action, later in steps:
         now += later
         if action == 0:
-            store.put(image(str(number)), now, tenant)
-        elif action == 1 and store.get(str(number), now, tenant) is not None:
-            held.append(store.hold(str(number), tenant))
+            is_here, fits = store.get(str(number), now, tenant) is not None, store.held_bytes <= 4 * size
+            assert (store.put(image(str(number)), now, tenant) is not None) == (is_here or fits)
+        elif action == 1 and (found := store.get(str(number), now, tenant)) is not None:
+            store.hold(found)
+            ones.append(found)
         elif action == 2:
             store.forget(address_of(tenant, str(number)))
-        elif held:
-            store.let_go(held.pop(number % len(held)))
-        size = 100 + IMAGE_ENTRY_BYTES
-        apart = {id(each) for each in held if each.dropped}
+        elif ones:
+            store.let_go(ones.pop(number % len(ones)))
+        apart = {id(each) for each in ones if each.dropped}
         assert store.nbytes == (len(store) + len(apart)) * size <= store.max_bytes
-        assert store.held_bytes == len({id(each) for each in held}) * size
+        assert store.held_bytes == len({id(each) for each in ones}) * size
         assert store.held_bytes == sum(store.held_by(each) for each in "abc")
-    for each in held:
+    for each in ones:
         store.let_go(each)
     assert store.held_bytes == 0
-    for number in range(5):
-        assert store.put(image(f"last{number}"), now + 1000, "a")
-    assert kept(store, [f"last{number}" for number in range(5)], now + 1000, "a") == [f"last{n}" for n in range(5)]
+    names = [f"last{number}" for number in range(5)]
+    for name in names:
+        assert store.put(image(name), now + 1000, "a")
+    assert kept(store, names, now + 1000, "a") == names

@@ -44,7 +44,7 @@ class Images:
         self._reads = asyncio.Semaphore(READS)
         metrics.images_held_bytes.set_function(lambda: self.store.held_bytes)
         if shared is not None:
-            shared.forget = self._forget
+            shared.forget, shared.is_deleted = self._forget, self.store.is_deleted
 
     @property
     def are_shared(self) -> bool:
@@ -71,9 +71,9 @@ class Images:
 
         Raises Overloaded if neither has room for it.
         """
-        kept = self.store.put(image, time.monotonic(), tenant)
-        is_shared = self._shared is not None and await self._shared.put(address_of(tenant, image.id), image.data)
-        if kept is None and not is_shared:
+        kept, address = self.store.put(image, time.monotonic(), tenant), address_of(tenant, image.id)
+        is_shared = self._shared is not None and await self._shared.put(address, image.data)
+        if kept is None and not is_shared and not self.store.is_deleted(address):
             raise self.full()
 
     async def find(self, image_id: str, tenant: str) -> Kept | None:
@@ -97,7 +97,10 @@ class Images:
                 raise self._unknown(image_id)
             data, left_s = found
             image = replace(await self._hashed(data, tenant), id=image_id)
-            return self.store.put(image, time.monotonic(), tenant, min(left_s, self.store.ttl_s))
+            kept = self.store.put(image, time.monotonic(), tenant, min(left_s, self.store.ttl_s))
+            if self.store.is_deleted(address_of(tenant, image_id)):
+                raise self._unknown(image_id)
+            return kept
 
     async def delete(self, image_id: str, tenant: str) -> None:
         """Delete the tenant's image, in every gateway within a second. Raises NotFound, Unavailable."""

@@ -24,6 +24,7 @@ DIGEST_BYTES = 32
 TIMEOUT_S = 1.0  # for one image: up to 20 MB
 LOOK_INTERVAL_S = 0.5  # a deleted image is forgotten everywhere at most so much later
 OVERLAP_S = 30.0  # by which the gateways' clocks may differ
+LATE_S = 60.0  # a deletion is remembered so much longer than an image that another gateway puts back late
 MOST_DELETED = 50_000  # that Redis remembers, the latest: more than are deleted between two looks
 MOST_UNWRITTEN_BYTES = 64 * 1024 * 1024
 DELETED = f"{PREFIX}:images:deleted"
@@ -49,6 +50,7 @@ class SharedImages:
 
     def __init__(self, url: str, tier: RedisTier, metrics: Metrics, ttl_s: float) -> None:
         self.forget: Callable[[str], object] = lambda _: None  # told the address of each image that another deleted
+        self.is_deleted: Callable[[str], bool] = lambda _: False  # whether this gateway knows that it was deleted
         self._tier = tier
         self._metrics = metrics
         self._ttl_ms = max(1, round(ttl_s * 1e3))
@@ -75,24 +77,35 @@ class SharedImages:
                 await asyncio.sleep(LOOK_INTERVAL_S)
 
     async def find(self, address: str) -> tuple[bytes, float] | None:
-        """Return an image, and the seconds that it has left."""
-        replies = await self._ask(self._reads, ("GET", key_of(address)), ("PTTL", key_of(address)))
+        """Return an image, and the seconds that it has left.
+
+        A gateway that did not know of a deletion yet may have put the image back: it is not found, and deleted again.
+        """
+        key = key_of(address)
+        replies = await self._ask(self._reads, ("ZSCORE", DELETED, address), ("GET", key), ("PTTL", key))
         if replies is None:
             self._metrics.image_lookups.labels("redis", "skipped").inc()
             return None
-        record, left_ms = replies
-        data = image_in(record, address) if isinstance(record, bytes) else None
+        deleted_at, record, left_ms = replies
+        is_deleted = deleted_at is not None
+        data = image_in(record, address) if isinstance(record, bytes) and not is_deleted else None
         if record is not None and data is None:
-            self._metrics.redis_bad_records.labels("image").inc()
-            await self._ask(self._reads, ("UNLINK", key_of(address)))
+            if not is_deleted:
+                self._metrics.redis_bad_records.labels("image").inc()
+            await self._ask(self._reads, ("UNLINK", key))
         self._metrics.image_lookups.labels("redis", "miss" if data is None else "hit").inc()
         return None if data is None else (data, max(0, int(left_ms)) / 1e3)
 
     async def put(self, address: str, data: bytes) -> bool:
-        """Keep an image. Returns whether Redis has it now."""
+        """Keep an image. Returns whether Redis has it now. One that was deleted meanwhile is deleted again."""
+        if self.is_deleted(address):
+            return False
         record = record_of(address, data)
         kept = await self._ask(self._writes, ("SET", key_of(address), record, "PX", self._ttl_ms))
         self._metrics.image_writes.labels("failed" if kept is None else "kept").inc()
+        if kept is not None and self.is_deleted(address):
+            await self._ask(self._writes, ("UNLINK", key_of(address)))
+            return False
         return kept is not None
 
     def put_behind(self, address: str, data: bytes) -> None:
@@ -117,8 +130,8 @@ class SharedImages:
             ("UNLINK", key_of(address)),
             ("ZADD", DELETED, f"{now:.3f}", address),
             ("ZREMRANGEBYRANK", DELETED, 0, -MOST_DELETED - 1),
-            ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s:.3f}"),
-            ("PEXPIRE", DELETED, self._ttl_ms + 60_000),
+            ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s - LATE_S:.3f}"),
+            ("PEXPIRE", DELETED, self._ttl_ms + round(LATE_S * 1e3)),
         )
         return None if replies is None else bool(replies[0])
 

@@ -17,6 +17,7 @@ from service.settings import IMAGE_ENTRY_BYTES
 
 PAGE_MARK = ".p"  # in a digest, before the page's number
 ID = re.compile(r"img_[0-9a-f]{32}")
+MOST_DELETED = 20_000  # ids that are remembered as deleted; what is on its way here under one of them is not kept
 MOST_NAMES = 100_000  # ids of contents that are remembered; beyond them, a content that is sent again has a new id
 
 
@@ -72,6 +73,10 @@ def address_of(tenant: str, image_id: str) -> str:
 def _content(tenant: str, digest: str) -> bytes:
     """Shorten a tenant and a digest to 16 bytes: there may be as many as MOST_NAMES."""
     return blake3(f"{tenant}\0{digest}".encode()).digest(16)
+
+
+def _id(bits: bytes) -> str:
+    return f"img_{bits.hex()}"
 
 
 @dataclass(slots=True)
@@ -151,6 +156,7 @@ class ImageStore:
         self._bytes = _BytesByTenant()
         self._held: dict[str, int] = {}  # bytes by tenant; no zeros
         self._sent: OrderedDict[str, float] = OrderedDict()  # when it expires; the oldest put first
+        self._deleted: OrderedDict[str, None] = OrderedDict()
         self._names: OrderedDict[bytes, bytes] = OrderedDict()  # ids' bits by `_content`, 16 bytes each
 
     def __len__(self) -> int:
@@ -159,12 +165,14 @@ class ImageStore:
     def name(self, digest: str, tenant: str) -> str:
         """Return the id that the tenant's image has, or a new one of 128 random bits."""
         content = _content(tenant, digest)
-        bits = self._names.get(content) or secrets.token_bytes(16)
+        bits = self._names.get(content)
+        if bits is None or self.is_deleted(address_of(tenant, _id(bits))):
+            bits = secrets.token_bytes(16)
         self._names[content] = bits
         self._names.move_to_end(content)
         if len(self._names) > MOST_NAMES:
             self._names.popitem(last=False)
-        return f"img_{bits.hex()}"
+        return _id(bits)
 
     def has_room(self, nbytes: int) -> bool:
         """Whether an image of this size can be kept: those that requests look at make no room."""
@@ -173,9 +181,11 @@ class ImageStore:
     def put(self, image: Image, now: float, tenant: str = "", ttl_s: float | None = None) -> Kept | None:
         """Keep an image that has an id. Sending it again starts its time anew, and the first bytes stay.
 
-        Returns what is kept, or None if there is no room for it. Then nothing else has to go.
+        Returns what is kept; None if its id was deleted, or if there is no room for it: then nothing else has to go.
         """
         address = address_of(tenant, image.id)
+        if self.is_deleted(address):
+            return None
         expires_at = now + (self.ttl_s if ttl_s is None else ttl_s)
         while self._sent and self._sent[first := next(iter(self._sent))] <= now and first != address:
             self._drop(first)
@@ -207,13 +217,21 @@ class ImageStore:
         return kept
 
     def forget(self, address: str) -> bool:
-        """Drop an image, and its id with it. Returns whether it was there."""
+        """Delete an image: its id leads nowhere from now on. Returns whether it was there."""
+        self._deleted[address] = None
+        self._deleted.move_to_end(address)
+        if len(self._deleted) > MOST_DELETED:
+            self._deleted.popitem(last=False)
         kept = self._kept.get(address)
         if kept is None:
             return False
         self._names.pop(_content(kept.tenant, kept.image.digest), None)
         self._drop(address)
         return True
+
+    def is_deleted(self, address: str) -> bool:
+        """Whether the image was deleted, as far as this process remembers."""
+        return address in self._deleted
 
     def hold(self, kept: Kept) -> None:
         """Count one more request that looks at an image which is here, until `let_go`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from service.cache import shared_images
 from service.cache.shared_images import DELETED, image_in, key_of, record_of
 from service.core.errors import Overloaded, TooLarge
 from service.images import READS, InUse
-from service.media.store import address_of
+from service.media.store import Image, address_of
 from service.settings import IMAGE_ENTRY_BYTES
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
 from tests.support.fakes import House, cancelled, png, until
@@ -247,3 +248,72 @@ async def test_an_upload_that_cannot_be_kept_is_refused_before_it_is_decoded():
         assert images.store.held_bytes == 0
         told = (await caller.http.get("/metrics")).text
         assert "glimpse_images_held_bytes 0.0" in told
+
+
+async def test_an_image_that_is_deleted_while_its_question_is_answered_stays_deleted():
+    async with calling() as caller:
+        image, sent = await caller.send(SECRET), "data:image/png;base64," + b64encode(SECRET).decode()
+        caller.house.vision.gate.clear()
+        asking = asyncio.create_task(caller.ask(image=sent))
+        await until(lambda: caller.house.vision.calls)
+        assert (await caller.http.delete(f"/v1/images/{image}")).status_code == 200
+        caller.house.vision.gate.set()
+        assert (await asking).json()["image_ids"] == [image]
+        fault(await caller.about(image), 404)
+        assert (await caller.ask(image=sent)).json()["image_ids"] != [image]
+
+
+async def test_a_deletion_overtakes_an_image_on_its_way_to_redis(redis_server):
+    async with two_gateways(redis_server) as (one, two):
+        shared, sent = one.house.shared_images, []
+        wait, put = asyncio.Event(), shared.put
+
+        async def slow(address: str, data: bytes) -> bool:
+            await wait.wait()
+            sent.append(address)
+            return await put(address, data)
+
+        shared.put = slow
+        asked = [await one.ask(image="data:image/png;base64," + b64encode(each).decode()) for each in (OTHER, SECRET)]
+        ids = [each.json()["image_ids"][0] for each in asked]
+        for image in ids:
+            assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
+        wait.set()
+        await until(lambda: len(sent) == 2)
+        await asyncio.sleep(0.1)
+        assert not redis_server.client.keys("glimpse:1:image:*")
+        fault(await two.about(ids[1]), 404)
+
+
+async def test_what_another_gateway_puts_back_after_a_deletion_is_not_found(redis_server, monkeypatch):
+    monkeypatch.setattr(shared_images, "LOOK_INTERVAL_S", 60.0)
+    async with two_gateways(redis_server) as (one, two):
+        image = await one.send(SECRET)
+        key = key_of(address_of("", image))
+        record = redis_server.client.get(key)
+        assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
+        redis_server.client.set(key, record)
+        fault(await two.about(image), 404)
+        assert not redis_server.client.exists(key)
+        assert two.house.counted("glimpse_redis_bad_records_total", reason="image") == 0
+
+
+async def test_an_image_that_is_deleted_while_it_is_read_from_redis_is_not_kept(redis_server):
+    async with two_gateways(redis_server) as (one, two):
+        image = await one.send(SECRET)
+        reader, wait, begun = two.house.reader, asyncio.Event(), asyncio.Event()
+        identify = reader.identify
+
+        async def slow(data: bytes) -> Image:
+            begun.set()
+            await wait.wait()
+            return await identify(data)
+
+        reader.identify = slow
+        asking = asyncio.create_task(two.about(image))
+        await begun.wait()
+        assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
+        await until(lambda: two.house.pipeline.images.store.is_deleted(address_of("", image)))
+        wait.set()
+        fault(await asking, 404)
+        assert len(two.house.pipeline.images.store) == 0

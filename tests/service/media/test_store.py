@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.media.store import ID, MOST_NAMES, Image, ImageStore, Kept, address_of
+from service.media.store import ID, MOST_DELETED, MOST_NAMES, Image, ImageStore, Kept, address_of
 from service.settings import IMAGE_ENTRY_BYTES
 from tests.support.pictures import encoded, picture
 
@@ -321,23 +321,50 @@ def test_an_image_whose_time_is_over_when_it_comes_is_dropped_at_the_next_look()
     assert (len(store), store.nbytes) == (1, 100 + IMAGE_ENTRY_BYTES)
 
 
+def test_what_is_on_its_way_under_an_id_that_was_deleted_is_not_kept() -> None:
+    store = small_store(9)
+    name = store.name("digest", "t")
+    assert not store.forget(address_of("t", name))  # before it came
+    assert store.put(Image(b"data", "digest", name), 0, "t") is None
+    again = store.name("digest", "t")
+    assert again != name
+    assert store.name("digest", "t") == again
+    assert store.put(Image(b"data", "digest", again), 0, "t")
+
+
+def test_deleted_ids_that_are_remembered_are_bounded() -> None:
+    store = small_store(9)
+    for number in range(MOST_DELETED + 2):
+        store.forget(address_of("", str(number)))
+        store.forget(address_of("", "0"))
+    assert [store.is_deleted(address_of("", str(number))) for number in (0, 1, 2, 3, MOST_DELETED)] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
 STEPS = st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers(0, 3), st.integers(0, 40))
 
 
 @given(st.lists(STEPS, max_size=80))
 def test_whatever_is_held_the_bytes_in_memory_stay_within_the_limit(steps: list[tuple[str, int, int, int]]) -> None:
-    store, now, ones = small_store(5), 0, list[Kept]()
+    store, now, ones, deleted = small_store(5), 0, list[Kept](), set[tuple[str, int]]()
     size = 100 + IMAGE_ENTRY_BYTES
     for tenant, number, action, later in steps:
         now += later
         if action == 0:
             is_here, fits = store.get(str(number), now, tenant) is not None, store.held_bytes <= 4 * size
-            assert (store.put(image(str(number)), now, tenant) is not None) == (is_here or fits)
+            is_kept = store.put(image(str(number)), now, tenant) is not None
+            assert is_kept == ((tenant, number) not in deleted and (is_here or fits))
         elif action == 1 and (found := store.get(str(number), now, tenant)) is not None:
             store.hold(found)
             ones.append(found)
         elif action == 2:
             store.forget(address_of(tenant, str(number)))
+            deleted.add((tenant, number))
         elif ones:
             store.let_go(ones.pop(number % len(ones)))
         apart = {id(each) for each in ones if each.dropped}

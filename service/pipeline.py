@@ -294,9 +294,13 @@ class Pipeline:
             reservation.reserve(Cost(tokens=tokens))
             ticket.tokens = tokens
             self.metrics.in_flight.inc()
+            for choice in choices:
+                choice.model.users += 1
             try:
                 yield choices
             finally:
+                for choice in choices:
+                    choice.model.users -= 1
                 self.metrics.in_flight.dec()
 
     @asynccontextmanager

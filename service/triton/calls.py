@@ -97,6 +97,11 @@ class Calls:
         """Calls that `abandon` could still end."""
         return sum(len(calls) for calls in self._open.values())
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is in flight, also none that nobody waits for."""
+        return not self.in_flight and not self._tasks
+
     async def ready(self, timeout_s: float = 1.0) -> bool:
         """Return whether every server reports ready. Triton reports so even if a model's process is dead."""
         try:

@@ -71,6 +71,11 @@ class TritonClient:
         """Calls that `abandon` could still end."""
         return self._calls.in_flight
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is in flight, also none that nobody waits for."""
+        return self._calls.is_idle
+
     async def see(
         self, image: UInt8Array, question: Question, budget: Budget, timeout_s: float
     ) -> tuple[VisionFeatures, Seen]:

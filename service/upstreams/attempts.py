@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -36,8 +37,9 @@ class Attempts:
     def __iter__(self) -> Iterator[Attempt]:
         if self.order[0].model is not self.own:
             self.metrics.fallbacks.labels(self.own.variant, "out").inc()
-        for choice, after in zip(self.order, (*self.order[1:], None), strict=True):
-            attempt = Attempt(self, choice, after)
+        left = deque(self.order)
+        while left:
+            attempt = Attempt(self, left.popleft(), left)
             yield attempt
             if attempt.is_last:
                 return
@@ -46,13 +48,14 @@ class Attempts:
 class Attempt:
     """One variant's attempt. Its block ends without an error if the next variant may try."""
 
-    def __init__(self, attempts: Attempts, choice: Choice, after: Choice | None) -> None:
+    def __init__(self, attempts: Attempts, choice: Choice, left: deque[Choice]) -> None:
+        """`left` are those to try after it."""
         self.model: Model = choice.model
         self.sent = False  # True once anything went to the caller
-        self.is_last = after is None
+        self.is_last = False
         self._attempts = attempts
         self._choice = choice
-        self._after = after
+        self._left = left
         self._held = ExitStack()
 
     def __enter__(self) -> None:
@@ -60,7 +63,7 @@ class Attempt:
         attempts.reservation.served = served = attempts.models.served(self.model, attempts.own)
         ticket.begin(self._choice.request, served)
         begin_attempt()
-        if self._after is not None:  # else the request's end gives back what it holds
+        if self._left:  # else the request's end gives back what it holds
             self._held.enter_context(attempts.reservation.work())
         self.model.in_flight += 1
 
@@ -69,11 +72,13 @@ class Attempt:
     ) -> bool:
         self.model.in_flight -= 1
         self._held.__exit__(kind, error, trace)
-        attempts, after = self._attempts, self._after
-        may_move = isinstance(error, Unavailable | InternalError) and not self.sent
-        if may_move and after is not None and attempts.models.may_fall_back(after.model, time.monotonic()):
-            reason = "late" if isinstance(error, FirstTokenLate) else "failed"
-            attempts.metrics.fallbacks.labels(self.model.variant, reason).inc()
-            return True
+        attempts, left = self._attempts, self._left
+        if isinstance(error, Unavailable | InternalError) and not self.sent:
+            while left and not left[0].model.answers:
+                left.popleft()
+            if left and attempts.models.retries.take(time.monotonic()):
+                reason = "late" if isinstance(error, FirstTokenLate) else "failed"
+                attempts.metrics.fallbacks.labels(self.model.variant, reason).inc()
+                return True
         self.is_last = True
         return False

@@ -26,6 +26,7 @@ LEAST_EXCESS_S = 0.05  # by which a call must be slower than typical: fractions 
 LEAST_CALLS = 5  # that a Triton has answered before it can be ejected
 MOST_EJECTED = 0.5  # share of a group
 EJECTION_S, MOST_EJECTION_S = 5.0, 60.0  # the first time; each further one is longer by as much
+FORGIVEN_S = 300.0  # after an ejection: the next one counts as the first
 
 Draw = Callable[[int], int]  # a random number from 0 up to, without, its argument
 
@@ -57,7 +58,7 @@ class Load:
         return now < self.ejected_until
 
     def eject(self, now: float) -> None:
-        self.ejections += 1
+        self.ejections = 1 if now > self.ejected_until + FORGIVEN_S else self.ejections + 1
         self.ejected_until = now + min(self.ejections * EJECTION_S, MOST_EJECTION_S)
         self.calls, self._slowness = 0, 1.0
 

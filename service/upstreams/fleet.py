@@ -30,6 +30,7 @@ from service.upstreams.variants import Variant, Variants, VariantsError
 log = structlog.get_logger()
 
 LOOK_INTERVAL_S = 0.5  # a changed weight is in use so much later at most, plus the time that reading takes
+MEET_S = 10.0  # that a new variant waits for its Tritons before it gets questions
 RETRY_S = 5.0  # between two tries to use variants whose models cannot be read
 STOPPING = "this server is stopping"
 
@@ -79,6 +80,12 @@ class Running:
     pool: Pool
     model: Model | None = None
     watching: asyncio.Task[None] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether neither a request nor work that went on without one uses it."""
+        used = self.model is not None and (self.model.users or self.model.in_flight)
+        return not used and self.pool.is_idle
 
 
 class Fleet:
@@ -250,6 +257,7 @@ class Fleet:
             now_running[name].variant = variant
         gone = [each for each in self._running.values() if each not in now_running.values()]
         begun = [each for each in now_running.values() if each not in self._running.values()]
+        await asyncio.gather(*(self._met(each) for each in begun))
         for each in begun:
             self._begin(each)
             self._watch(each, tasks)
@@ -258,9 +266,21 @@ class Fleet:
         self._publish(variants.sticky)
         log.info("variants_in_use", **{name: each.variant.weight for name, each in now_running.items()})
 
+    async def _met(self, running: Running) -> None:
+        """Connect to a new variant's Tritons and probe them, for MEET_S at most.
+
+        Then it can answer from the first question on. One that takes the place of another has no gap.
+        """
+        try:
+            async with asyncio.timeout(MEET_S):
+                await running.pool.follow()
+                await running.pool.probe(self._settings.probe_timeout_s)
+        except TimeoutError:
+            log.warning("variant_not_met", variant=running.variant.name, seconds=MEET_S)
+
     def _end_idle(self) -> None:
-        """Close the connections of variants that are gone and have answered all their questions."""
-        for each in [each for each in self._ending if each.model is not None and not each.model.in_flight]:
+        """Close the connections of variants that are gone, once nothing uses them: no question, and no work without."""
+        for each in [each for each in self._ending if each.is_idle]:
             self._ending.remove(each)
             if each.watching is not None:
                 each.watching.cancel()  # which closes its pool

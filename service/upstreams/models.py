@@ -39,7 +39,8 @@ class Model:
     weight: float = 1.0
     is_draining: bool = False
     health: Health | None = None  # None: there is no other that could answer
-    in_flight: int = 0
+    in_flight: int = 0  # attempts
+    users: int = 0  # requests that may still try it
     spelled: list[bytes] = field(default_factory=list)  # each token's bytes; read from the tokenizer if left out
 
     def __post_init__(self) -> None:
@@ -217,10 +218,6 @@ class Models:
         own = assigned(key, [(choice.model.variant, choice.model.weight) for choice in some])
         order = sorted(some, key=lambda choice: (not choice.model.answers, choice.model.variant != own))
         return next(choice.model for choice in some if choice.model.variant == own), order
-
-    def may_fall_back(self, model: Model, now: float) -> bool:
-        """Return whether a request may go to this model after another one failed, and take a retry for it."""
-        return model.answers and self.retries.take(now)
 
     def served(self, model: Model, own: Model) -> Served:
         """Say that `model` answers a request of `own`."""

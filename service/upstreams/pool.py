@@ -37,6 +37,8 @@ JITTER_S = 0.02  # most of the pause before the first retry; it doubles with eac
 OVERLOADED = 10.0  # slowness of a Triton whose queue is full
 LOOKS = 10  # at Tritons that are out, between two looks at all
 UNPROBED = "it has not answered yet"
+FIRST_TOKEN = "first token"
+WHOLE_ANSWER = "whole answer"  # its time tells how long the answer is, and not how fast the Triton is
 T = TypeVar("T")
 
 
@@ -45,6 +47,8 @@ class Triton(VisionModel, LanguageModel, Protocol):
 
     async def connect(self) -> None: ...
     async def close(self) -> None: ...
+    @property
+    def is_idle(self) -> bool: ...
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None: ...
 
 
@@ -75,6 +79,7 @@ class Group:
     variant: str
     models: tuple[str, ...]
     names: tuple[str, ...]  # addresses as they are configured
+    found: dict[str, list[str]] = field(default_factory=dict)  # addresses that each name had when it was last looked up
     members: dict[str, Member] = field(default_factory=dict)
     balance: Balance = field(default_factory=Balance)
 
@@ -155,6 +160,11 @@ class Pool:
         return {address: fault for group in self.groups for address, fault in group.faults(now).items()}
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no call is in flight, also none that goes on without its request."""
+        return all(client.is_idle for client in self._clients.values())
+
+    @property
     def addresses(self) -> frozenset[str]:
         """Return the Tritons' addresses, as far as they are known."""
         return frozenset(address for group in self.groups for address in group.members)
@@ -220,6 +230,7 @@ class Pool:
         deadline, tried, spent = time.monotonic() + timeout_s, list[Member](), attempt_time()
         if self._first_token_s is not None:
             generation = replace(generation, sampling=replace(generation.sampling, streaming=True))
+        kind = FIRST_TOKEN if generation.sampling.streaming else WHOLE_ANSWER
         self._budget.request()
         while True:
             member, left_s = self.llm.pick(time.monotonic(), tried), deadline - time.monotonic()
@@ -227,7 +238,7 @@ class Pool:
             with held(member.load):
                 async with aclosing(member.client.generate(asked, left_s)) as tokens:
                     try:
-                        with self._asking(member, "llm", left_s, spent) as most_s:
+                        with self._asking(member, kind, left_s, spent) as most_s:
                             first = await self._first(tokens, left_s, most_s)
                     except (Unavailable, Overloaded):
                         tried.append(member)
@@ -303,11 +314,12 @@ class Pool:
             self._ended(member, kind, begun, outcome)
 
     def _ended(self, member: Member, kind: str, begun: float, outcome: str) -> None:
-        now, balance = time.monotonic(), self.llm.balance if kind == "llm" else self.vision.balance
+        now, balance = time.monotonic(), self.llm.balance if kind == FIRST_TOKEN else self.vision.balance
         match outcome:
             case "ok":
                 member.breaker.succeeded(now)
-                balance.measured(member.load, kind, now - begun, now)
+                if kind != WHOLE_ANSWER:
+                    balance.measured(member.load, kind, now - begun, now)
             case "late":
                 if self._first_token_s is not None and now - begun < self._first_token_s / 2:
                     member.breaker.left()  # the attempt's earlier calls took most of the budget
@@ -355,7 +367,8 @@ class Pool:
         """
         now_there: set[str] = set()
         for group in self.groups:
-            found = await resolved(group.names, tuple(group.members))
+            group.found = await resolved(group.names, group.found)
+            found = dict.fromkeys(address for addresses in group.found.values() for address in addresses)
             for address in found:
                 if address not in self._clients:
                     client = self._clients[address] = self._client(address)
@@ -365,7 +378,7 @@ class Pool:
                     told = dict.fromkeys(group.models, UNPROBED)
                     member = group.members[address] = Member(address, self._clients[address], faults=told)
                     group.balance.loads.append(member.load)
-            for address in group.members.keys() - set(found):
+            for address in group.members.keys() - found.keys():
                 member = group.members.pop(address)
                 group.balance.loads.remove(member.load)
                 self._leaving.append(member)
@@ -432,6 +445,8 @@ class Pool:
         for address in self._clients:
             self._metrics.release(self._metrics.upstream_calls, self.variant, address)
         self._clients.clear()
+        for group in self.groups:
+            group.members.clear()
         await asyncio.gather(*(client.close() for client in clients), *self._closing)
 
 

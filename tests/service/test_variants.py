@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -26,7 +27,7 @@ from service.upstreams.models import Model
 from service.upstreams.pool import Pool
 from tests.service.test_pipeline import request
 from tests.service.upstreams.tritons import FakeTriton
-from tests.support.fakes import CARD, CLOSER, TOKENIZER, FakeLanguage, FakeVision, House, png
+from tests.support.fakes import CARD, CLOSER, TOKENIZER, FakeLanguage, FakeVision, House, png, until
 
 
 class Sick:
@@ -191,6 +192,51 @@ async def test_a_variant_whose_tritons_are_all_out_is_not_asked(split):
     assert split.counted("glimpse_fallbacks_total", variant="stable", reason="out") == 1
     split.healths["next"].answers = False
     assert (await split.ask(Route(session=session_of(split, "stable"))))[0] == "stable"  # one try is better than none
+
+
+async def test_a_variant_that_goes_out_while_another_fails_is_passed():
+    house = Split({"a": 3, "b": 2, "c": 1})
+    own = session_of(house, "a")
+    house.visions["a"].fault = Unavailable("gone")
+    see = house.visions["a"].see
+
+    async def see_and_b_goes_out(*given):
+        house.healths["b"].answers = False
+        return await see(*given)
+
+    house.visions["a"].see = see_and_b_goes_out
+    text, end = await house.ask(Route(session=own))
+    assert (text, end.served.variant, end.served.fallback_from) == ("c", "c", "a")
+    assert house.counted("glimpse_fallbacks_total", reason="failed", variant="a") == 1
+    house.reader.close()
+
+
+async def test_all_variants_that_a_request_may_try_are_in_use_until_it_is_over(split):
+    split.languages["stable"].gate.clear()
+    asking = asyncio.create_task(split.ask(Route(session=session_of(split, "stable"))))
+    await until(lambda: split.languages["stable"].prompts)
+    used = {name: (split.model(name).users, split.model(name).in_flight) for name in ("stable", "next")}
+    assert used == {"stable": (1, 1), "next": (1, 0)}
+    split.languages["stable"].gate.set()
+    await asking
+    assert [split.model(name).users for name in ("stable", "next")] == [0, 0]
+
+
+async def test_a_fallback_keeps_the_images_that_the_request_looks_at(split):
+    image = (await split.keep_image(png())).id
+    store, seen = split.pipeline.images.store, []
+    split.visions["stable"].fault = Unavailable("gone")
+    see = split.visions["next"].see
+
+    async def noted(*given):
+        seen.append(store.held_bytes)
+        return await see(*given)
+
+    split.visions["next"].see = noted
+    _, end = await split.ask(Route(session=session_of(split, "stable")), image=image)
+    assert end.served.variant == "next"
+    assert seen == [store.nbytes]
+    assert store.held_bytes == 0
 
 
 async def test_without_a_retry_in_the_budget_a_failure_is_the_callers(split):

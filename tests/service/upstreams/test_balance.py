@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.upstreams.balance import EJECTION_S, FORGET_S, LEAST_CALLS, MOST_EJECTED, Balance, Load
+from service.upstreams.balance import EJECTION_S, FORGET_S, FORGIVEN_S, LEAST_CALLS, MOST_EJECTED, Balance, Load
 
 SIZES = st.integers(1, 6)
 
@@ -63,6 +63,20 @@ def test_a_slow_one_is_ejected_and_comes_back_with_a_clean_sheet():
     assert slow.slowness(EJECTION_S) == 1
     answer(balance, slow, 0.4, EJECTION_S, LEAST_CALLS)
     assert slow.is_ejected(2.9 * EJECTION_S)
+
+
+def test_each_ejection_is_longer_until_the_last_one_is_long_ago():
+    balance = group(2)
+    slow, fast = balance.loads
+
+    def ejection(now: float) -> float:
+        answer(balance, fast, 0.01, now, 20)
+        answer(balance, slow, 0.4, now, LEAST_CALLS)
+        return slow.ejected_until - now
+
+    assert [ejection(now) for now in (0.0, 10.0, 30.0)] == [EJECTION_S, 2 * EJECTION_S, 3 * EJECTION_S]
+    assert ejection(45.0 + FORGIVEN_S) == 4 * EJECTION_S
+    assert ejection(66.0 + 2 * FORGIVEN_S) == EJECTION_S
 
 
 def test_few_slow_calls_eject_nobody():

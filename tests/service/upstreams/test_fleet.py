@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.app import fleet_of
 from service.settings import Settings, SettingsError
 from service.telemetry.metrics import Metrics
-from service.upstreams.fleet import Fleet, computed_in
+from service.upstreams import fleet as fleet_module
+from service.upstreams.fleet import LOOK_INTERVAL_S, Fleet, computed_in
 from service.upstreams.store import VariantsFile, VariantsInRedis
 from service.upstreams.variants import Variant, Variants, VariantsError
 from tests.service.upstreams.tritons import FakeTriton
@@ -92,6 +94,72 @@ async def test_changes_of_the_file_are_followed_and_a_variant_that_is_gone_ends_
         store.path.write_text("{")
         await until(lambda: fleet.metric("variants_readable") == 0)
         assert fleet.names == ["next", "third"]
+
+
+async def test_a_variant_whose_tritons_change_answers_all_the_time(tmp_path: Path, repository: Path) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    moved = replace(variant("stable", repository), vision=(PORTS["third"],), llm=(PORTS["third"],))
+    await store.change(lambda _: Variants({"stable": variant("stable", repository)}))
+    async with running(store) as fleet:
+        old, new = fleet.running["stable"], fleet.client(None, PORTS["third"])
+        probed, may_answer = asyncio.Event(), asyncio.Event()
+
+        async def probe(*_: object) -> None:
+            probed.set()
+            await may_answer.wait()
+
+        new.probe = probe  # type: ignore[method-assign]
+        await store.change(lambda _: Variants({"stable": moved}))
+        await probed.wait()
+        assert fleet.running["stable"] is old
+        assert fleet.ready
+        may_answer.set()
+        await until(lambda: fleet.running["stable"] is not old)
+        assert fleet.ready
+        assert fleet.running["stable"].pool.answers
+        await until(lambda: not fleet.tritons[PORTS["stable"]].is_open)
+
+
+async def test_a_changed_variant_does_not_wait_for_its_tritons_for_ever(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "MEET_S", 0.05)
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    async with running(store) as fleet:
+        third = fleet.client(None, PORTS["third"])
+
+        async def probe(*_: object) -> None:
+            await asyncio.Event().wait()
+
+        third.probe = probe  # type: ignore[method-assign]
+        with capture_logs() as lines:
+            await store.change(lambda before: before.added(variant("third", repository)))
+            await until(lambda: "third" in fleet.names)
+        assert [line for line in lines if line["event"] == "variant_not_met"]
+        assert fleet.ready
+        assert not fleet.running["third"].pool.answers
+
+
+@pytest.mark.parametrize("what", ["a request that may still try it", "work that went on without its request"])
+async def test_a_variant_that_is_gone_stays_connected_while_it_is_used(
+    tmp_path: Path, repository: Path, what: str
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    async with running(store) as fleet:
+        stable, triton = fleet.running["stable"].model, fleet.tritons[PORTS["stable"]]
+        assert stable is not None
+        if what.startswith("a request"):
+            stable.users += 1
+        else:
+            triton.is_busy += 1
+        await store.change(lambda before: before.without("stable"))
+        await until(lambda: fleet.names == ["next"])
+        await asyncio.sleep(2 * LOOK_INTERVAL_S)
+        assert triton.is_open
+        stable.users = triton.is_busy = 0
+        await until(lambda: not triton.is_open)
 
 
 async def test_the_service_is_ready_while_one_variant_answers_and_names_the_tritons_that_are_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections import Counter
 from contextlib import aclosing
@@ -16,7 +17,7 @@ from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.telemetry.metrics import Metrics
-from service.upstreams.balance import LEAST_CALLS
+from service.upstreams.balance import LEAST_CALLS, Balance
 from service.upstreams.breaker import FAILURES_TO_OPEN
 from service.upstreams.pool import Pool
 from service.upstreams.retry_budget import RetryBudget
@@ -359,7 +360,41 @@ async def test_series_stay_while_a_variant_that_changed_has_the_same_triton():
 async def test_a_name_stands_for_its_addresses_of_one_family():
     setting = await Setting("localhost:1").started()
     assert len(setting.pool.vision.members) == 1
-    setting.pool.vision.names = ("no-such-name.invalid:1",)
-    known = set(setting.pool.vision.members)
+
+
+async def test_a_name_that_cannot_be_looked_up_keeps_its_own_addresses(monkeypatch):
+    there = {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.3", "10.0.0.4"]}
+
+    async def getaddrinfo(host: str, port: int, **_: object) -> list[object]:
+        if host not in there:
+            raise OSError("no such name")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in there[host]]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    setting = await Setting("a:1", "b:1").started()
+    assert set(setting.pool.vision.members) == {f"10.0.0.{number}:1" for number in (1, 2, 3, 4)}
+    there.pop("a")
+    there["b"] = ["10.0.0.4"]
     await setting.pool.follow()
-    assert set(setting.pool.vision.members) == known  # it cannot be looked up: what is known stays
+    assert set(setting.pool.vision.members) == {f"10.0.0.{number}:1" for number in (1, 2, 4)}
+    await setting.pool.follow()
+    assert set(setting.pool.llm.members) == {f"10.0.0.{number}:1" for number in (1, 2, 4)}
+
+
+@pytest.mark.parametrize(("streaming", "ejected"), [(False, 0), (True, 1)])
+async def test_a_long_answer_that_comes_whole_makes_no_triton_look_slow(monkeypatch, streaming, ejected):
+    setting = await Setting().started()
+    measured = []
+    monkeypatch.setattr(Balance, "measured", lambda _, load, *__: measured.append(load))
+    await setting.generate(streaming=streaming)
+    assert len(measured) == ejected
+    assert setting.counted("upstream_calls_total", outcome="ok") == 0  # it names its Triton
+    assert sum(setting.counted("upstream_calls_total", outcome="ok", upstream=each) for each in (A, B)) == 1
+
+
+async def test_a_closed_pool_answers_nothing():
+    setting = await Setting().started()
+    await setting.pool.close()
+    assert not setting.pool.answers
+    with pytest.raises(Unavailable, match="no Triton answers"):
+        await setting.see()

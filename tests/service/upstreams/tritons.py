@@ -23,6 +23,7 @@ class FakeTriton(FakeVision):
         self.fails_after: int | None = None  # tokens
         self.generations: list[str] = []
         self.is_open = False
+        self.is_busy = 0
         self.timeouts: list[float] = []  # of calls of the vision models
 
     async def connect(self) -> None:
@@ -30,6 +31,10 @@ class FakeTriton(FakeVision):
 
     async def close(self) -> None:
         self.is_open = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_busy == 0
 
     async def _work(self, call: str) -> None:
         self.calls.append(call)

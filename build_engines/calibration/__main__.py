@@ -30,7 +30,7 @@ from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from service.core.confidence import Words, summary
 
 FIRST = 600_000  # scenes that nothing else uses
-SCENES = {NEW: 240, PAIRS: 200, SMALL: 260}
+SCENES = {NEW: 480, PAIRS: 400, SMALL: 520}
 KEPT = Path("build/calibrate")
 FOREIGN_IMAGES = 50  # of each kind
 FOREIGN_QUESTIONS = 3  # about each of them

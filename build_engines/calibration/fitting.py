@@ -2,7 +2,8 @@
 
 Each is a logistic regression of a few signals (service/core/confidence.py), with an L2 penalty on standardised
 signals. Every group of questions has a weight of its own, so that no split is calibrated at the cost of
-another: their questions cannot be told apart when they are asked.
+another: their questions cannot be told apart when they are asked. Frequent words of the questions, and frequent
+answers, are signals of `right` too, with a penalty of their own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from service.core.confidence import (
     RIGHT_SIGNALS,
     Calibration,
     Logistic,
+    Shifts,
     Words,
     found_signals,
+    plain_answer,
+    words_of,
 )
 
 LEAST_SCALE = 1e-3  # of a feature's standard deviation
@@ -33,14 +37,17 @@ LEAST_QUESTIONS = 50  # right ones, and wrong ones
 # answers about held-out pairs and small print, and nothing tells them apart: the weights decide where between them a
 # probability lies.
 WEIGHTS: Mapping[str, float] = {
-    NEW: 2.0,
-    PAIRS: 0.4,
-    SMALL: 1.4,
+    NEW: 2.5,
+    PAIRS: 1.2,
+    SMALL: 1.0,
     SMALL_CLOSELY: 0.7,
     ABSENT: 0.2,
     FOREIGN: 0.08,
 }
 PENALTY = 0.1  # of L2, on standardised signals
+WORD_PENALTY = 33.0  # the same, of words
+LEAST_SEEN = 30  # answers that a word must have, or an answer, to be a signal
+MOST_WORDS = 500  # the most frequent ones
 
 
 class TooFew(Exception):
@@ -90,7 +97,8 @@ def fitted(material: Sequence[Asked], words: Words, about: Mapping[str, object])
             "questions": dict(Counter(each.task.group for each in outcomes)),
         },
     )
-    return replace(calibration, right=_right(calibration, outcomes))
+    right, shifts = _right(calibration, outcomes)
+    return replace(calibration, right=right, shifts=shifts)
 
 
 def strangeness(
@@ -118,11 +126,40 @@ def _found(outcomes: Sequence[Outcome], words: Words) -> Logistic:
     return regression(np.array([found_signals(each.signals, words) for each in named]), labels)
 
 
-def _right(calibration: Calibration, outcomes: Sequence[Outcome]) -> Logistic:
+def frequent(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
+    """Return the words of the questions, and the answers, that are frequent enough to be signals."""
+    words = Counter(word for each in outcomes for word in words_of(each.signals.question))
+    answers = Counter(plain_answer(each.signals.answer) for each in outcomes)
+
+    def most(counted: Counter[str]) -> list[str]:
+        return sorted(word for word, times in counted.most_common(MOST_WORDS) if times >= LEAST_SEEN)
+
+    return most(words), most(answers)
+
+
+def _right(calibration: Calibration, outcomes: Sequence[Outcome]) -> tuple[Logistic, Shifts]:
     """Fit on all answers. None about an out-of-distribution image or an absent object is right."""
-    signals = np.array([calibration.right_signals(each.signals) for each in outcomes])
+    plain = np.array([calibration.right_signals(each.signals) for each in outcomes])
+    words, answers = frequent(outcomes)
+    has = np.array(
+        [
+            [*(word in words_of(each.signals.question) for word in words),
+             *(plain_answer(each.signals.answer) == answer for answer in answers)]
+            for each in outcomes
+        ],
+        float,
+    ).reshape(len(outcomes), -1)  # fmt: skip
+    odds = plain[:, RIGHT_SIGNALS.index("log_odds"), np.newaxis]
     weights = np.array([WEIGHTS.get(each.task.group, 1.0) for each in outcomes])
-    return regression(signals, np.array([each.right for each in outcomes]), weights)
+    penalties = np.repeat([PENALTY, WORD_PENALTY], [plain.shape[1], 2 * has.shape[1]])
+    labels = np.array([each.right for each in outcomes])
+    found = regression(np.hstack([plain, has, has * odds]), labels, weights, penalties=penalties)
+    right, offsets, slopes = np.split(found.weights, np.cumsum([plain.shape[1], has.shape[1]]))
+    shifts = [(round(float(a), 5), round(float(b), 5)) for a, b in zip(offsets, slopes, strict=True)]
+    return (
+        Logistic(tuple(right.tolist()), found.bias),
+        Shifts(dict(zip(words, shifts, strict=False)), dict(zip(answers, shifts[len(words) :], strict=True))),
+    )
 
 
 def regression(
@@ -131,10 +168,11 @@ def regression(
     weights: npt.NDArray[np.float64] | None = None,
     *,
     balanced: bool = False,
+    penalties: npt.NDArray[np.float64] | float = PENALTY,
 ) -> Logistic:
-    """Fit a logistic regression of signals [n, k], in the signals' own units."""
+    """Fit a logistic regression of signals [n, k], in the signals' own units. `penalties` are of each, or of all."""
     mean, deviation = signals.mean(0), signals.std(0)
-    deviation = np.where(deviation > 1e-9, deviation, 1.0)
+    deviation = np.where(deviation > 1e-9, deviation, 1.0) * np.sqrt(penalties / PENALTY)
     model = LogisticRegression(C=1 / PENALTY, max_iter=1000, class_weight="balanced" if balanced else None)
     model.fit((signals - mean) / deviation, labels, sample_weight=weights)
     slopes = model.coef_[0] / deviation

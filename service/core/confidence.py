@@ -6,7 +6,8 @@ Three probabilities, each a logistic regression of a few smooth signals:
   - `found`: what the question names is in the image. Its signals are the peak of the participatory map, and the answer
     if the question asks for presence ("is there", "how many").
   - `right`: the answer is right. Its signals are the LLM's own probability of the answer, the mean of the participatory
-    map, `particularize`, whether the closer view was used, and the logarithms of the other two.
+    map, `particularize`, whether the closer view was used, and the logarithms of the other two. Words of the question,
+    and the answer itself, shift it: a model may be as sure of a count as of a colour, and be wrong more often.
 
 The confidence is `right`, in proportion less if one of the other two is below HALF. A question for presence may have a
 right answer about an absent object, so `found` is left out there.
@@ -54,8 +55,9 @@ class Logistic:
     weights: tuple[float, ...]
     bias: float
 
-    def of(self, signals: Sequence[float]) -> float:
-        return _probability(math.fsum(w * s for w, s in zip(self.weights, signals, strict=True)) + self.bias)
+    def of(self, signals: Sequence[float], shift: float = 0.0) -> float:
+        """The probability for these signals; `shift` is added to its log odds."""
+        return _probability(math.fsum(w * s for w, s in zip(self.weights, signals, strict=True)) + self.bias + shift)
 
     @classmethod
     def from_json(cls, told: object, signals: int) -> Self:
@@ -63,9 +65,51 @@ class Logistic:
         if not isinstance(told, Mapping) or set(told) != {"weights", "bias"}:
             raise ValueError("a logistic regression has the fields weights and bias")
         numbers = [*told["weights"], told["bias"]]
-        if len(numbers) != signals + 1 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        if len(numbers) != signals + 1 or not all(map(_is_finite, numbers)):
             raise ValueError(f"a logistic regression of {signals} signals has {signals} finite weights and a bias")
         return cls(tuple(map(float, told["weights"])), float(told["bias"]))
+
+
+Shift = tuple[float, float]  # of the log odds of `right`: an offset, and a multiple of the answer's own log odds
+
+
+@dataclass(frozen=True, slots=True)
+class Shifts:
+    """How words shift the log odds of a right answer. Those that are not here shift nothing."""
+
+    question: Mapping[str, Shift]  # by a word of the question, in lower case
+    answer: Mapping[str, Shift]  # by the whole answer, in lower case
+
+    def found(self, question: str, answer: str) -> list[Shift]:
+        """Return the shifts that apply to an answer."""
+        shifts = [self.question[word] for word in sorted(words_of(question)) if word in self.question]
+        whole = self.answer.get(plain_answer(answer))
+        return shifts if whole is None else [*shifts, whole]
+
+    def of(self, signals: Signals) -> float:
+        odds = _answer_odds(signals)
+        return math.fsum(offset + slope * odds for offset, slope in self.found(signals.question, signals.answer))
+
+    @classmethod
+    def from_json(cls, told: object) -> Self:
+        """Raises ValueError."""
+        if not isinstance(told, Mapping) or set(told) != {"question", "answer"}:
+            raise ValueError("confidence.shifts has the fields question and answer")
+        return cls(
+            *({word: cls._shift(shift) for word, shift in told[each].items()} for each in ("question", "answer"))
+        )
+
+    @staticmethod
+    def _shift(told: object) -> Shift:
+        if not isinstance(told, Sequence) or len(told) != 2 or not all(map(_is_finite, told)):
+            raise ValueError("a word of confidence.shifts has two finite numbers")
+        return float(told[0]), float(told[1])
+
+    def to_json(self) -> dict[str, dict[str, Shift]]:
+        return {"question": dict(self.question), "answer": dict(self.answer)}
+
+
+NO_SHIFTS = Shifts({}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +121,7 @@ class Words:
     denials: frozenset[str]  # answers to such a question that say that it is not there
 
     def name_something(self, question: str) -> bool:
-        return not self.names.isdisjoint(re.findall(r"\w+", question.lower()))
+        return not self.names.isdisjoint(words_of(question))
 
     def ask_for_presence(self, question: str) -> bool:
         spaced = " ".join(re.findall(r"\w+", question.lower()))
@@ -88,7 +132,7 @@ class Words:
         return self.name_something(question) and not self.ask_for_presence(question)
 
     def deny(self, answer: str) -> bool:
-        return answer.strip().lower().rstrip(".") in self.denials
+        return plain_answer(answer) in self.denials
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +185,7 @@ class Calibration:
     words: Words
     fitted_on: Mapping[str, object]  # numbers of questions and images, for people
     several: Logistic | None = None  # of SEVERAL_SIGNALS; None: such answers have no confidence
+    shifts: Shifts = NO_SHIFTS  # of `right`
 
     def strangeness(self, vision: VisionFeatures) -> float:
         """Measure how far an image is from the familiar ones: the logarithm of the mean squared z-score."""
@@ -149,15 +194,15 @@ class Calibration:
 
     def confidence(self, signals: Signals) -> Confidence:
         familiar = self.familiar.of([signals.strangeness])
-        found = self.found.of(found_signals(signals, self.words))
+        found, shift = self.found.of(found_signals(signals, self.words)), self.shifts.of(signals)
         doubts: dict[Reason, float] = {
             "unfamiliar_image": familiar,
-            "unsure": self.right.of((*plain_signals(signals), 0.0, 0.0)),
+            "unsure": self.right.of((*plain_signals(signals), 0.0, 0.0), shift),
             **({"not_found": found} if self.words.suppose(signals.question) else {}),
         }
         known = min(1.0, familiar / HALF) * min(1.0, doubts.get("not_found", 1.0) / HALF)
         return Confidence(
-            value=self.right.of(self.right_signals(signals)) * known,
+            value=self.right.of(self.right_signals(signals), shift) * known,
             found=found if self.words.name_something(signals.question) else None,
             familiar=familiar,
             weakest=min(doubts, key=lambda reason: doubts[reason]),
@@ -189,7 +234,7 @@ class Calibration:
     def from_json(cls, told: object, vision_width: int) -> Self:
         """Read the field `confidence` of a card. Raises ValueError, which says what is wrong."""
         names = {each.name for each in fields(cls)}
-        if not isinstance(told, Mapping) or set(told) | {"several"} != names:
+        if not isinstance(told, Mapping) or set(told) | {"several", "shifts"} != names:
             raise ValueError(f"confidence does not have exactly the fields {', '.join(sorted(names))}")
         centre, scale = (_array(told[name], 3 * vision_width, name) for name in ("centre", "scale"))
         if (scale <= 0).any():
@@ -205,8 +250,9 @@ class Calibration:
                 Words(frozenset(words["names"]), tuple(words["presence"]), frozenset(words["denials"])),
                 dict(told["fitted_on"]),
                 Logistic.from_json(several, len(SEVERAL_SIGNALS)) if (several := told.get("several")) else None,
+                Shifts.from_json(shifts) if (shifts := told.get("shifts")) else NO_SHIFTS,
             )
-        except (KeyError, TypeError) as exc:
+        except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"confidence is not a calibration: {exc!r}") from exc
 
     def about(self) -> str:
@@ -237,6 +283,7 @@ class Calibration:
                 "presence": list(self.words.presence),
                 "denials": sorted(self.words.denials),
             },
+            "shifts": self.shifts.to_json(),
             "fitted_on": dict(self.fitted_on),
         }
 
@@ -275,6 +322,18 @@ def found_signals(signals: Signals, words: Words) -> tuple[float, ...]:
     denied = float(presence and words.deny(signals.answer))
     affirmed = float(presence) - denied
     return (_log_odds(signals.peak), denied, affirmed, odds * denied, odds * affirmed, odds * (1 - presence))
+
+
+def words_of(question: str) -> set[str]:
+    return set(re.findall(r"\w+", question.lower()))
+
+
+def plain_answer(answer: str) -> str:
+    return answer.strip().lower().rstrip(".")
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
 
 
 def _answer_odds(signals: Signals) -> float:

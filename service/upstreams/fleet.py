@@ -30,7 +30,7 @@ from service.upstreams.variants import Variant, Variants, VariantsError
 log = structlog.get_logger()
 
 LOOK_INTERVAL_S = 0.5  # a changed weight is in use so much later at most, plus the time that reading takes
-MEET_S = 10.0  # that a new variant waits for its Tritons before it gets questions
+JOIN_S = 10.0  # that a new variant waits for its Tritons before it gets questions
 RETRY_S = 5.0  # between two tries to use variants whose models cannot be read
 STOPPING = "this server is stopping"
 
@@ -80,12 +80,13 @@ class Running:
     pool: Pool
     model: Model | None = None
     watching: asyncio.Task[None] | None = None
+    began: float = 0.0  # to be watched; monotonic
+    is_late: bool = False  # it did not answer in time, and the log says so
 
     @property
-    def is_idle(self) -> bool:
-        """Whether neither a request nor work that went on without one uses it."""
-        used = self.model is not None and (self.model.users or self.model.in_flight)
-        return not used and self.pool.is_idle
+    def has_users(self) -> bool:
+        """Whether a request uses it, or may still try it."""
+        return self.model is not None and bool(self.model.users or self.model.in_flight)
 
 
 class Fleet:
@@ -110,6 +111,8 @@ class Fleet:
         if not any(not each.is_draining for each in variants.variants.values()):
             raise SettingsError("GLIMPSE_VARIANTS has no variant that may answer: add one with `glimpse variants add`")
         self._running = {name: self._read(variant) for name, variant in variants.variants.items()}
+        self._joining: dict[str, Running] = {}  # new ones that do not answer questions yet
+        self._wanted: Variants | None = None  # whose weights are not all in use yet
         self._ending: list[Running] = []
         metrics.ready.set_function(lambda: self.ready)
 
@@ -215,6 +218,7 @@ class Fleet:
                 self._watch(each, tasks)
             while True:
                 await self._look(tasks)
+                self._settle()
                 self._end_idle()
                 await asyncio.sleep(LOOK_INTERVAL_S)
 
@@ -243,47 +247,80 @@ class Fleet:
         self._trouble = ""
 
     async def _use(self, variants: Variants, tasks: asyncio.TaskGroup) -> None:
-        """Begin what is new, keep what serves the same, let what is gone end. Raises VariantsError, SettingsError."""
+        """Keep what serves the same, let what is new join and what is gone end. Raises VariantsError, SettingsError."""
         if not any(not each.is_draining for each in variants.variants.values()):
             raise VariantsError("no variant may answer: add one with `glimpse variants add`")
-        now_running: dict[str, Running] = {}
+        joining: dict[str, Running] = {}
         for name, variant in variants.variants.items():
-            old = self._running.get(name)
-            if old is not None and old.variant.serves == variant.serves:
-                now_running[name] = old
+            if (old := self._running.get(name)) is not None and old.variant.serves == variant.serves:
                 continue
-            now_running[name] = await asyncio.to_thread(self._read, variant)
-        for name, variant in variants.variants.items():
-            now_running[name].variant = variant
-        gone = [each for each in self._running.values() if each not in now_running.values()]
-        begun = [each for each in now_running.values() if each not in self._running.values()]
-        await asyncio.gather(*(self._met(each) for each in begun))
-        for each in begun:
-            self._begin(each)
-            self._watch(each, tasks)
-        self._running = now_running
-        self._ending += gone
-        self._publish(variants.sticky)
-        log.info("variants_in_use", **{name: each.variant.weight for name, each in now_running.items()})
+            known = self._joining.get(name)
+            is_known = known is not None and known.variant.serves == variant.serves
+            joining[name] = known if known is not None and is_known else await asyncio.to_thread(self._read, variant)
+        for name, each in joining.items():
+            each.variant = variants.variants[name]
+            if each.watching is None:
+                each.began = time.monotonic()
+                self._watch(each, tasks)
+        for name, each in self._joining.items():
+            if joining.get(name) is not each:
+                each.pool.leave()
+        self._joining, self._wanted = joining, variants
+        self._settle()
 
-    async def _met(self, running: Running) -> None:
-        """Connect to a new variant's Tritons and probe them, for MEET_S at most.
+    def _settle(self) -> None:
+        """Let new variants join, and then use the weights that are wanted, and let go of what is not.
 
-        Then it can answer from the first question on. One that takes the place of another has no gap.
+        As long as new ones have yet to join, the others go on if nobody else would answer.
         """
-        try:
-            async with asyncio.timeout(MEET_S):
-                await running.pool.follow()
-                await running.pool.probe(self._settings.probe_timeout_s)
-        except TimeoutError:
-            log.warning("variant_not_met", variant=running.variant.name, seconds=MEET_S)
+        self._join()
+        if (wanted := self._wanted) is None:
+            return
+        stay = [each for name, each in self._running.items() if name in wanted.variants]
+        if self._joining and not any(
+            each.pool.answers and not wanted.variants[each.variant.name].is_draining for each in stay
+        ):
+            return
+        if not self._joining:
+            self._wanted = None
+        for name, running in list(self._running.items()):
+            if (told := wanted.variants.get(name)) is None:
+                self._ending.append(self._running.pop(name))
+            else:  # an older one of this name stays until the new one joins
+                running.variant = replace(running.variant, weight=told.weight, is_draining=told.is_draining)
+        before = {model.variant: (model.weight, model.is_draining) for model in self.models.models}
+        self._publish(wanted.sticky)
+        if before != {model.variant: (model.weight, model.is_draining) for model in self.models.models}:
+            log.info("variants_in_use", **{name: each.variant.weight for name, each in self._running.items()})
+
+    def _join(self) -> None:
+        """Let new variants answer whose Tritons do. One without any joins after JOIN_S nevertheless: it tells why.
+
+        It takes the place of an older one of its name. While that answers, it goes on until the new one answers too.
+        """
+        now = time.monotonic()
+        for name, each in list(self._joining.items()):
+            old, is_late = self._running.get(name), now - each.began >= JOIN_S
+            if not each.pool.answers:
+                if is_late and not each.is_late:
+                    each.is_late = True
+                    faults = ", ".join(f"{address}: {fault}" for address, fault in each.pool.faults().items())
+                    log.warning("variant_does_not_answer", variant=name, seconds=JOIN_S, faults=faults)
+                if not is_late or (old is not None and old.pool.answers):
+                    continue
+            del self._joining[name]
+            self._begin(each)
+            if old is not None:
+                self._ending.append(old)
+            self._running[name] = each
+            self._publish(self.models.sticky)
+            log.info("variant_joined", variant=name)
 
     def _end_idle(self) -> None:
-        """Close the connections of variants that are gone, once nothing uses them: no question, and no work without."""
-        for each in [each for each in self._ending if each.is_idle]:
+        """Let go of variants that are gone, once no request uses them."""
+        for each in [each for each in self._ending if not each.has_users]:
             self._ending.remove(each)
-            if each.watching is not None:
-                each.watching.cancel()  # which closes its pool
+            each.pool.leave()
             name = each.variant.name
             if name not in self._running:
                 self._metrics.variant_in_flight.remove(name)

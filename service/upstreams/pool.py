@@ -35,6 +35,8 @@ log = structlog.get_logger()
 
 JITTER_S = 0.02  # most of the pause before the first retry; it doubles with each further one
 OVERLOADED = 10.0  # slowness of a Triton whose queue is full
+MOST_LEAVING_S = 150.0  # that calls in flight keep the connections of a variant that is gone: longer than any may take
+LEAVING_LOOK_S = 0.2
 LOOKS = 10  # at Tritons that are out, between two looks at all
 UNPROBED = "it has not answered yet"
 FIRST_TOKEN = "first token"
@@ -136,6 +138,7 @@ class Pool:
         self._metrics = metrics
         self._first_token_s = first_token_s
         self._leaving: list[Member] = []  # whose address is gone, while they have calls in flight
+        self._is_over = False
         self._shown: set[str] = set()  # addresses that have a gauge
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -346,18 +349,31 @@ class Pool:
             raise
 
     async def watch(self, interval_s: float, timeout_s: float) -> None:
-        """Probe all Tritons until cancelled, those that are out ten times as often. Follow names with DNS."""
+        """Probe all Tritons until `leave`, those that are out ten times as often. Follow names with DNS.
+
+        Then wait for the calls in flight, and close the connections.
+        """
         try:
-            while True:
+            while not self._is_over:
                 await self.follow()
                 await self.probe(timeout_s, interval_s / 2)
                 for _ in range(LOOKS):
                     await asyncio.sleep(interval_s / LOOKS)
-                    if not self.faults():
-                        continue
-                    await self.probe(timeout_s, 0.0, only_out=True)
+                    if self._is_over:
+                        break
+                    if self.faults():
+                        await self.probe(timeout_s, 0.0, only_out=True)
+            for _ in range(round(MOST_LEAVING_S / LEAVING_LOOK_S)):
+                if self.is_idle:
+                    return
+                await asyncio.sleep(LEAVING_LOOK_S)
+            log.warning("calls_cut_off", variant=self.variant, seconds=MOST_LEAVING_S)
         finally:
             await self.close()
+
+    def leave(self) -> None:
+        """End the watch: nobody asks these Tritons any more."""
+        self._is_over = True
 
     async def follow(self) -> None:
         """Connect to every address that the configured names have now, and leave those that are gone.
@@ -384,7 +400,7 @@ class Pool:
                 self._leaving.append(member)
             now_there.update(found)
         self._show(now_there)
-        self._leaving = [member for member in self._leaving if member.load.in_flight]
+        self._leaving = [each for each in self._leaving if each.load.in_flight or not each.client.is_idle]
         for address in self._clients.keys() - now_there - {member.address for member in self._leaving}:
             self._metrics.release(self._metrics.upstream_calls, self.variant, address)
             task = asyncio.create_task(self._clients.pop(address).close())

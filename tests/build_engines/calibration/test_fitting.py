@@ -61,6 +61,27 @@ def test_the_fitted_confidence_is_how_often_answers_are_right():
     assert min(own[:200]) > 0.5 > max(own[200:])
 
 
+def test_kinds_of_questions_and_answers_have_their_own_share_of_right_ones():
+    """A model that is as sure of its counts as of its colours, and wrong about half of them, most of all about a 5."""
+    rng = np.random.default_rng(2)
+
+    def said(question: str, answer: str, right: float) -> Outcome:
+        signals = Signals(question, answer, math.log(0.9), 0.9, 0.1, 0.2, False, 0.0)
+        return Outcome(Task(0, "new", question, answer, True), signals, bool(rng.random() < right))
+
+    kinds = [("what colour is the star?", "red", 0.95), ("how many stars are there?", "2", 0.7),
+             ("how many stars are there?", "5", 0.3)]  # fmt: skip
+    seen = [Asked(rng.normal(0, 1, 12).astype(np.float32), [said(*kind) for kind in kinds]) for _ in range(600)]
+    rare = Asked(rng.normal(0, 1, 12).astype(np.float32), [said("whence?", "there", 0.0)])
+    calibration = fitted([*seen, rare], WORDS, {})
+    for question, answer, right in kinds:
+        signals = Signals(question, answer, math.log(0.9), 0.9, 0.1, 0.2, False, 0.0)
+        assert calibration.confidence(signals).value == pytest.approx(right, abs=0.08)
+    assert set(calibration.shifts.answer) == {"red", "2", "5"}
+    assert "whence" not in calibration.shifts.question
+    assert calibration.shifts.question.keys() >= {"many", "colour"}
+
+
 def test_too_few_wrong_answers_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(TooFew, match=r"^8 of \d+ answers are right|at least 50 right and 50 wrong"):

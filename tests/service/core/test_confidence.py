@@ -13,9 +13,11 @@ import pytest
 from service.core.card import ModelCard
 from service.core.confidence import (
     FOUND_SIGNALS,
+    NO_SHIFTS,
     RIGHT_SIGNALS,
     Calibration,
     Logistic,
+    Shifts,
     Signals,
     Words,
     found_signals,
@@ -125,7 +127,48 @@ def test_a_probability_is_finite_whatever_the_signals_are(value):
         assert 0 <= told.found <= 1
 
 
+SHIFTS = Shifts({"many": (-1.0, 0.5), "red": (0.25, 0.0)}, {"5": (0.0, -0.5)})
+
+
+def test_words_shift_how_sure_an_answer_is():
+    plain, shifted = calibrated(4), replace(calibrated(4), shifts=SHIFTS)
+
+    def change(question: str, answer: str) -> float:
+        signals = replace(ASKED, question=question, answer=answer, log_prob=math.log(0.8), peak=0.9)
+        before, after = (each.right.of(each.right_signals(signals), each.shifts.of(signals))
+                         for each in (plain, shifted))  # fmt: skip
+        value = shifted.confidence(signals).value
+        assert value == pytest.approx(after)
+        return math.log(after / (1 - after)) - math.log(before / (1 - before))
+
+    odds = math.log(0.8 / 0.2)
+    assert change("what colour is it?", "blue") == pytest.approx(0)
+    assert change("How MANY, many are there?", "2") == pytest.approx(-1 + 0.5 * odds)
+    assert change("how many red stars?", " 5. ") == pytest.approx(-1 + 0.5 * odds + 0.25 - 0.5 * odds)
+    assert change("germany?", "15") == pytest.approx(0)
+
+
+def test_words_that_lower_the_confidence_are_a_reason_to_be_unsure():
+    unlikely = replace(calibrated(4), shifts=Shifts({"many": (-9.0, 0.0)}, {}))
+    told = unlikely.confidence(replace(ASKED, question="how many stars are there?", answer="5"))
+    assert told.weakest == "unsure"
+    assert told.value < 0.01
+
+
 def test_a_card_keeps_its_calibration():
+    card = replace(CARD, confidence=replace(calibrated(CARD.vision_width), shifts=SHIFTS))
+    again = ModelCard.from_json(card.to_json()).confidence
+    assert again is not None
+    assert again.shifts == SHIFTS
+
+
+def test_a_calibration_from_before_there_were_shifts_shifts_nothing():
+    told = calibrated(4).to_json()
+    del told["shifts"]
+    assert Calibration.from_json(told, 4).shifts == NO_SHIFTS
+
+
+def test_a_card_keeps_the_rest_of_its_calibration():
     card = replace(CARD, confidence=calibrated(CARD.vision_width))
     again = ModelCard.from_json(card.to_json())
     assert again.confidence is not None
@@ -146,6 +189,10 @@ def test_a_card_keeps_its_calibration():
         ("words", {"names": []}, "presence"),
         ("fitted_on", 5, "not a calibration"),
         ("extra", 1, "fields"),
+        ("shifts", {"question": {}}, "question and answer"),
+        ("shifts", {"question": {"many": [1.0]}, "answer": {}}, "two finite numbers"),
+        ("shifts", {"question": {}, "answer": {"5": [1.0, math.inf]}}, "two finite numbers"),
+        ("shifts", {"question": [], "answer": {}}, "not a calibration"),
     ],
 )
 def test_a_malformed_calibration_says_what_is_wrong(field, value, said):

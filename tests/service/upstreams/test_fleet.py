@@ -14,6 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import fleet_of
+from service.core.errors import Unavailable
 from service.settings import Settings, SettingsError
 from service.telemetry.metrics import Metrics
 from service.upstreams import fleet as fleet_module
@@ -40,7 +41,7 @@ class FakeFleet(Fleet):
 
     def __init__(self, store: VariantsFile | VariantsInRedis, variants: Variants, metrics: Metrics) -> None:
         self.tritons: dict[str, FakeTriton] = {}
-        super().__init__(store, variants, Settings(variants="-"), metrics)
+        super().__init__(store, variants, Settings(variants="-", probe_interval_s=0.5, probe_timeout_s=1.0), metrics)
 
     def client(self, card: object, address: str) -> FakeTriton:
         return self.tritons.setdefault(address, FakeTriton(address))
@@ -96,34 +97,94 @@ async def test_changes_of_the_file_are_followed_and_a_variant_that_is_gone_ends_
         assert fleet.names == ["next", "third"]
 
 
-async def test_a_variant_whose_tritons_change_answers_all_the_time(tmp_path: Path, repository: Path) -> None:
+def moved(repository: Path) -> Variants:
+    """The variant stable, with another Triton."""
+    there = (PORTS["third"],)
+    return Variants({"stable": replace(variant("stable", repository), vision=there, llm=there)})
+
+
+async def test_a_variant_whose_tritons_change_answers_all_the_time(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new Triton loads its models still, for longer than a new variant waits."""
+    monkeypatch.setattr(fleet_module, "JOIN_S", 0.05)
     store = VariantsFile(tmp_path / "variants.json")
-    moved = replace(variant("stable", repository), vision=(PORTS["third"],), llm=(PORTS["third"],))
     await store.change(lambda _: Variants({"stable": variant("stable", repository)}))
     async with running(store) as fleet:
         old, new = fleet.running["stable"], fleet.client(None, PORTS["third"])
-        probed, may_answer = asyncio.Event(), asyncio.Event()
-
-        async def probe(*_: object) -> None:
-            probed.set()
-            await may_answer.wait()
-
-        new.probe = probe  # type: ignore[method-assign]
-        await store.change(lambda _: Variants({"stable": moved}))
-        await probed.wait()
+        new.probe_fault = Unavailable("it loads its models")
+        with capture_logs() as lines:
+            await store.change(lambda _: moved(repository))
+            await until(lambda: [line for line in lines if line["event"] == "variant_does_not_answer"])
+        await asyncio.sleep(2 * LOOK_INTERVAL_S)
         assert fleet.running["stable"] is old
         assert fleet.ready
-        may_answer.set()
+        new.probe_fault = None
         await until(lambda: fleet.running["stable"] is not old)
-        assert fleet.ready
         assert fleet.running["stable"].pool.answers
         await until(lambda: not fleet.tritons[PORTS["stable"]].is_open)
+        assert fleet.ready
+
+
+async def test_a_change_that_is_taken_back_leaves_what_was_there(tmp_path: Path, repository: Path) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    first = Variants({"stable": variant("stable", repository)})
+    await store.change(lambda _: first)
+    async with running(store) as fleet:
+        old, new = fleet.running["stable"], fleet.client(None, PORTS["third"])
+        new.probe_fault = Unavailable("it loads its models")
+        await store.change(lambda _: moved(repository))
+        await until(lambda: new.is_open)
+        await store.change(lambda _: first)
+        await until(lambda: not new.is_open)
+        assert fleet.running["stable"] is old
+        assert fleet.ready
+
+
+@pytest.mark.parametrize("how", ["drained", "removed"])
+async def test_the_last_variant_that_answers_goes_on_until_its_successor_joins(
+    tmp_path: Path, repository: Path, how: str
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: Variants({"stable": variant("stable", repository)}))
+    async with running(store) as fleet:
+        old, new = fleet.running["stable"], fleet.client(None, PORTS["next"])
+        new.probe_fault = Unavailable("it loads its models")
+
+        def changed(before: Variants) -> Variants:
+            after = before.added(variant("next", repository))
+            return after.drained("stable") if how == "drained" else after.without("stable")
+
+        await store.change(changed)
+        await until(lambda: new.is_open)
+        await asyncio.sleep(2 * LOOK_INTERVAL_S)
+        assert fleet.names == ["stable"]
+        assert fleet.ready
+        new.probe_fault = None
+        await until(lambda: fleet.names == ["next"])
+        assert fleet.ready
+        if how == "removed":
+            await until(lambda: not fleet.tritons[PORTS["stable"]].is_open)
+        else:
+            assert fleet.running["stable"] is old
+
+
+async def test_a_variant_that_is_gone_ends_though_its_triton_hangs(tmp_path: Path, repository: Path) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    async with running(store) as fleet:
+        triton = fleet.tritons[PORTS["stable"]]
+        triton.hangs = True
+        await until(lambda: triton.busy)
+        await store.change(lambda before: before.without("stable"))
+        await until(lambda: not triton.is_open)
+        assert fleet.ready
 
 
 async def test_a_changed_variant_does_not_wait_for_its_tritons_for_ever(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_module, "MEET_S", 0.05)
+    monkeypatch.setattr(fleet_module, "JOIN_S", 0.05)
     store = VariantsFile(tmp_path / "variants.json")
     await store.change(lambda _: two(repository))
     async with running(store) as fleet:
@@ -136,7 +197,7 @@ async def test_a_changed_variant_does_not_wait_for_its_tritons_for_ever(
         with capture_logs() as lines:
             await store.change(lambda before: before.added(variant("third", repository)))
             await until(lambda: "third" in fleet.names)
-        assert [line for line in lines if line["event"] == "variant_not_met"]
+        assert [line["variant"] for line in lines if line["event"] == "variant_does_not_answer"] == ["third"]
         assert fleet.ready
         assert not fleet.running["third"].pool.answers
 
@@ -153,12 +214,12 @@ async def test_a_variant_that_is_gone_stays_connected_while_it_is_used(
         if what.startswith("a request"):
             stable.users += 1
         else:
-            triton.is_busy += 1
+            triton.busy += 1
         await store.change(lambda before: before.without("stable"))
         await until(lambda: fleet.names == ["next"])
         await asyncio.sleep(2 * LOOK_INTERVAL_S)
         assert triton.is_open
-        stable.users = triton.is_busy = 0
+        stable.users = triton.busy = 0
         await until(lambda: not triton.is_open)
 
 

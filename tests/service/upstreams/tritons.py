@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from service.core.card import ModelCard
-from service.core.errors import DeadlineExceeded
+from service.core.errors import DeadlineExceeded, Unavailable
 from service.core.models import Generation
 from tests.support.fakes import CARD, FakeLanguage, FakeVision, ids_of
 
@@ -23,7 +23,7 @@ class FakeTriton(FakeVision):
         self.fails_after: int | None = None  # tokens
         self.generations: list[str] = []
         self.is_open = False
-        self.is_busy = 0
+        self.busy = 0  # calls that go on without their request, and probes
         self.timeouts: list[float] = []  # of calls of the vision models
 
     async def connect(self) -> None:
@@ -34,7 +34,7 @@ class FakeTriton(FakeVision):
 
     @property
     def is_idle(self) -> bool:
-        return self.is_busy == 0
+        return self.busy == 0
 
     async def _work(self, call: str) -> None:
         self.calls.append(call)
@@ -66,6 +66,13 @@ class FakeTriton(FakeVision):
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
         if (fault := self.probe_fault or self.fault) is not None:
             raise fault
+        if self.hangs:
+            self.busy += 1
+            try:
+                await asyncio.sleep(timeout_s)
+                raise Unavailable("its probe got no answer")
+            finally:
+                self.busy -= 1
 
 
 async def bounded(work, timeout_s):  # type: ignore[no-untyped-def]

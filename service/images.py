@@ -66,15 +66,18 @@ class Images:
         if not self.store.has_room(nbytes) and not self.are_shared:
             raise self.full()
 
-    async def keep_for_all(self, image: Image, tenant: str) -> None:
+    async def keep_for_all(self, image: Image, tenant: str) -> Image:
         """Keep an image, so that any gateway can be asked about it when this returns. Without Redis only this one.
 
-        Raises Overloaded if neither has room for it.
+        It has a new id if its own was deleted meanwhile. Raises Overloaded if neither has room for it.
         """
         kept, address = self.store.put(image, time.monotonic(), tenant), address_of(tenant, image.id)
         is_shared = self._shared is not None and await self._shared.put(address, image.data)
-        if kept is None and not is_shared and not self.store.is_deleted(address):
+        if self.store.is_deleted(address):
+            return await self.keep_for_all(self._named(image, tenant), tenant)
+        if kept is None and not is_shared:
             raise self.full()
+        return image
 
     async def find(self, image_id: str, tenant: str) -> Kept | None:
         """Return the tenant's image; None if it is in Redis, and there is no room for it here.
@@ -105,7 +108,7 @@ class Images:
     async def delete(self, image_id: str, tenant: str) -> None:
         """Delete the tenant's image, in every gateway within a second. Raises NotFound, Unavailable."""
         address = address_of(tenant, image_id)
-        was_here = self.store.forget(address)
+        was_here = bool(ID.fullmatch(image_id)) and self.store.forget(address)
         if self._shared is not None and ID.fullmatch(image_id):
             was_there = await self._shared.delete(address)
             if was_there is None:

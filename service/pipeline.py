@@ -197,7 +197,7 @@ class Pipeline:
                 f"the {'video' if is_film else 'image'} was not decoded within {timeout_s:g} s: try again in a few "
                 "seconds"
             ) from exc
-        await self.images.keep_for_all(image, reservation.tenant)
+        image = await self.images.keep_for_all(image, reservation.tenant)
         expires_at = time.time() + self.settings.image_ttl_s
         pages = decoded.pages if isinstance(decoded, Decoded) else 1
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, pages)
@@ -254,7 +254,13 @@ class Pipeline:
 
     @contextmanager
     def reservation(
-        self, tenant: str, key: str = "", *, row: bool = True, size: Size | None = None
+        self,
+        tenant: str,
+        key: str = "",
+        *,
+        row: bool = True,
+        size: Size | None = None,
+        within: Reservation | None = None,
     ) -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.
 
@@ -262,9 +268,9 @@ class Pipeline:
 
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
         no room for one more request. Without a `row`, the request needs none of the LLM's. `size` is what the door knew
-        of the request.
+        of the request. `within` is the reservation of the message or the batch that the request is a part of.
         """
-        with self.admission.reservation(tenant, size) as reservation:
+        with self.admission.reservation(tenant, size, within) as reservation:
             if row:
                 reservation.require_room(Cost(tokens=self.admission.row_tokens))
             reservation.account = self.accounts.of(tenant, key)
@@ -274,11 +280,14 @@ class Pipeline:
                 reservation.account.leave()
 
     @contextmanager
-    def bytes_reserved(self, nbytes: int, tenant: str) -> Iterator[None]:
-        """Reserve a message's bytes for the block, beside the reservation of its question. Raises Overloaded."""
-        with self.admission.reservation(tenant) as reservation:
+    def bytes_reserved(self, nbytes: int, within: Reservation) -> Iterator[Reservation]:
+        """Reserve the bytes of a batch's message for the block, around the reservation of its question.
+
+        `within` is that of the batch. Raises Overloaded.
+        """
+        with self.admission.reservation(within.tenant, within=within) as reservation:
             reservation.reserve_bytes(nbytes)
-            yield
+            yield reservation
 
     @contextmanager
     def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[Sequence[Choice]]:

@@ -44,6 +44,9 @@ WEIGHTS: Mapping[str, float] = {
     ABSENT: 0.2,
     FOREIGN: 0.08,
 }
+# Of the images that a service gets, as many are of the kind that its models know. With a half, 4 % of the reference
+# model's own scenes count as unfamiliar, and their right answers as unsure.
+OWN_SHARE = 0.75
 PENALTY = 0.1  # of L2, on standardised signals
 WORD_PENALTY = 33.0  # the same, of words
 LEAST_SEEN = 30  # answers that a word must have, or an answer, to be a signal
@@ -110,11 +113,12 @@ def strangeness(
 
 
 def _familiar(strange: npt.NDArray[np.float64], foreign: npt.NDArray[np.bool_]) -> Logistic:
-    """Weigh both kinds of images alike. Without foreign ones, a half lies four deviations above the mean."""
+    """Give the own images OWN_SHARE of the weight. Without foreign ones, a half lies four deviations above the mean."""
     if not foreign.any():
         width = max(float(strange.std()), 1e-3)
         return Logistic((-4 / width,), 4 * (float(strange.mean()) + 4 * width) / width)
-    return regression(strange[:, np.newaxis], ~foreign, balanced=True)
+    weights = np.where(foreign, (1 - OWN_SHARE) / foreign.mean(), OWN_SHARE / (1 - foreign.mean()))
+    return regression(strange[:, np.newaxis], ~foreign, weights)
 
 
 def _found(outcomes: Sequence[Outcome], words: Words) -> Logistic:
@@ -167,13 +171,12 @@ def regression(
     labels: npt.NDArray[np.bool_],
     weights: npt.NDArray[np.float64] | None = None,
     *,
-    balanced: bool = False,
     penalties: npt.NDArray[np.float64] | float = PENALTY,
 ) -> Logistic:
     """Fit a logistic regression of signals [n, k], in the signals' own units. `penalties` are of each, or of all."""
     mean, deviation = signals.mean(0), signals.std(0)
     deviation = np.where(deviation > 1e-9, deviation, 1.0) * np.sqrt(penalties / PENALTY)
-    model = LogisticRegression(C=1 / PENALTY, max_iter=1000, class_weight="balanced" if balanced else None)
+    model = LogisticRegression(C=1 / PENALTY, max_iter=1000)
     model.fit((signals - mean) / deviation, labels, sample_weight=weights)
     slopes = model.coef_[0] / deviation
     return Logistic(tuple(slopes.tolist()), float(model.intercept_[0] - slopes @ mean))

@@ -114,12 +114,15 @@ class Admission:
         return LEVELS[self._observe(time.monotonic())]
 
     @contextmanager
-    def reservation(self, tenant: str, size: Size | None = None) -> Iterator[Reservation]:
+    def reservation(
+        self, tenant: str, size: Size | None = None, within: Reservation | None = None
+    ) -> Iterator[Reservation]:
         """Open a reservation, which holds nothing yet. When the block ends, it gives everything back.
 
-        `size` is what `require_turns` was told; None for what did not come through a door.
+        `size` is what `require_turns` was told; None for what did not come through a door. `within` is that of the
+        batch, or of the message, that this one is a part of.
         """
-        reservation = Reservation(self, tenant, size)
+        reservation = Reservation(self, tenant, size, within)
         self._open.add(reservation)
         try:
             with reservation.work():
@@ -236,13 +239,16 @@ class Admission:
 class Reservation:
     """Hold everything of one request: its cost in the quota, and its claims on the scheduler's resources."""
 
-    def __init__(self, admission: Admission, tenant: str, size: Size | None = None) -> None:
+    def __init__(
+        self, admission: Admission, tenant: str, size: Size | None = None, within: Reservation | None = None
+    ) -> None:
         self.tenant = tenant
         self.size = size
         self._admission = admission
         self._arrived = time.monotonic()
         self._cost = Cost()
-        self._inside = False  # True once admitted: it may finish after `stop`
+        self._within = within
+        self._inside: bool = within is not None and within._inside  # True once admitted: it may finish after `stop`
         self._claims: list[Claim] = []
         self._waits = 0  # number of its waits for results of other requests
         self._deadline = math.inf
@@ -354,14 +360,13 @@ class Reservation:
         """
         self._claims.remove(claim)
         self._cost = self._cost.minus(cost)
-        self._left_behind += 1
+        self._leave_behind(1)
         self._pause_or_resume()
         admission = self._admission
 
         def give_back() -> None:
             now = time.monotonic()
-            self._left_behind -= 1
-            self._let_go(now)
+            self._leave_behind(-1)
             admission.quota.give_back(cost, self.tenant, now)
             admission.release([claim], now, finished=finished)
             admission.schedule(now)
@@ -390,6 +395,13 @@ class Reservation:
             return contention.pause(self)
         contention.resume(self)
         return False
+
+    def _leave_behind(self, works: int) -> None:
+        """Count work that goes on without the request; it uses what the message or batch around it holds, too."""
+        self._left_behind += works
+        self._let_go(time.monotonic())
+        if self._within is not None:
+            self._within._leave_behind(works)
 
     def close(self) -> None:
         """End the request."""

@@ -97,16 +97,19 @@ class SharedImages:
         return None if data is None else (data, max(0, int(left_ms)) / 1e3)
 
     async def put(self, address: str, data: bytes) -> bool:
-        """Keep an image. Returns whether Redis has it now. One that was deleted meanwhile is deleted again."""
+        """Keep an image. Returns whether Redis has it now. One that was deleted is deleted again, and here too."""
         if self.is_deleted(address):
             return False
-        record = record_of(address, data)
-        kept = await self._ask(self._writes, ("SET", key_of(address), record, "PX", self._ttl_ms))
-        self._metrics.image_writes.labels("failed" if kept is None else "kept").inc()
-        if kept is not None and self.is_deleted(address):
-            await self._ask(self._writes, ("UNLINK", key_of(address)))
+        key, record = key_of(address), record_of(address, data)
+        replies = await self._ask(self._writes, ("SET", key, record, "PX", self._ttl_ms), ("ZSCORE", DELETED, address))
+        self._metrics.image_writes.labels("failed" if replies is None else "kept").inc()
+        if replies is None:
             return False
-        return kept is not None
+        if replies[1] is not None or self.is_deleted(address):
+            self.forget(address)
+            await self._ask(self._writes, ("UNLINK", key))
+            return False
+        return True
 
     def put_behind(self, address: str, data: bytes) -> None:
         """Keep an image in the background."""

@@ -91,7 +91,13 @@ class Service:
             try:
                 with self.pace.turn():
                     response = self.client.post(path, **content)
-            except (httpx.ConnectError, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            except (
+                httpx.ConnectError,
+                httpx.ConnectTimeout,
+                httpx.ReadError,
+                httpx.WriteError,
+                httpx.RemoteProtocolError,
+            ):
                 if time.monotonic() - started > OUTAGE_S:
                     raise
                 self.pace.refused(RETRY_AFTER_S)

@@ -22,7 +22,7 @@ from service.core.errors import (
 )
 from service.core.request import Request
 from service.edges.caller import Caller
-from service.pipeline import Pipeline
+from service.pipeline import Pipeline, Reservation
 
 log = structlog.get_logger()
 
@@ -84,12 +84,13 @@ class Batch:
             first = group.exceptions[0]
             raise first from first.__cause__
 
-    async def answer(self, request: Request) -> tuple[Request, Delta, Finished]:
+    async def answer(self, request: Request, within: Reservation) -> tuple[Request, Delta, Finished]:
         """Answer one question -> the question as last asked, its text and its end. Raises GlimpseError.
 
-        If there is no room, it is asked again after the time that the refusal says, as long as its timeout allows.
+        If there is no room, it is asked again after the time that the refusal says, as long as its timeout allows. It
+        counts as one request of the tenant's quota. `within` is the reservation of its message, or of the batch.
         """
-        loop = asyncio.get_running_loop()
+        loop, is_counted = asyncio.get_running_loop(), False
         deadline = min(loop.time() + request.timeout_s, self.deadline)
         while True:
             if (left_s := deadline - loop.time()) <= 0:
@@ -99,7 +100,11 @@ class Batch:
                 )
             asked = replace(request, id=f"vqa_{uuid.uuid4().hex}", timeout_s=min(left_s, request.timeout_s))
             try:
-                return asked, *await self._asked(asked)
+                with self.pipeline.reservation(request.tenant, self.caller.key, within=within) as reservation:
+                    if not is_counted:
+                        await reservation.account.enter(place=False)  # the batch has one
+                        is_counted = True
+                    return asked, *await self._asked(asked, reservation)
             except ShuttingDown:
                 raise
             except Overloaded as refusal:
@@ -107,16 +112,14 @@ class Batch:
                     raise
                 await asyncio.sleep(refusal.retry_after_s)
 
-    async def _asked(self, request: Request) -> tuple[Delta, Finished]:
+    async def _asked(self, request: Request, reservation: Reservation) -> tuple[Delta, Finished]:
         deltas: list[Delta] = []
-        with self.pipeline.reservation(request.tenant, self.caller.key) as reservation:
-            await reservation.account.enter(place=False)  # the batch has one
-            async with aclosing(self.pipeline.answer(request, reservation)) as events:
-                async for event in events:
-                    if isinstance(event, Delta):
-                        deltas.append(event)
-                    else:
-                        end = event
+        async with aclosing(self.pipeline.answer(request, reservation)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    deltas.append(event)
+                else:
+                    end = event
         text = "".join(delta.text for delta in deltas)
         return Delta(text, tuple(token for delta in deltas for token in delta.log_probs)), end
 

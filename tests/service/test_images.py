@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -20,6 +21,7 @@ from service.settings import IMAGE_ENTRY_BYTES
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
 from tests.support.fakes import House, cancelled, png, until
 from tests.support.keys import Keys, bearer
+from tests.support.paths import PROJECT
 from tests.support.servers import RedisServer
 
 SECRET, OTHER = png((1, 2, 3)), png((3, 2, 1))
@@ -317,3 +319,59 @@ async def test_an_image_that_is_deleted_while_it_is_read_from_redis_is_not_kept(
         wait.set()
         fault(await asking, 404)
         assert len(two.house.pipeline.images.store) == 0
+
+
+async def test_an_upload_whose_id_another_gateway_deleted_has_a_new_one(redis_server, monkeypatch):
+    monkeypatch.setattr(shared_images, "LOOK_INTERVAL_S", 60.0)
+    async with two_gateways(redis_server) as (one, two):
+        image = await two.send(SECRET)
+        assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
+        again = await two.send(SECRET)
+        assert again != image
+        assert (await one.about(again)).status_code == 200
+        assert (await two.about(again)).status_code == 200
+        assert not redis_server.client.exists(key_of(address_of("", image)))
+
+
+async def test_a_deletion_while_redis_takes_the_image_deletes_it_again(redis_server):
+    async with two_gateways(redis_server) as (one, _):
+        shared, address = one.house.shared_images, address_of("", "img_" + "1" * 32)
+        ask = shared._ask
+
+        async def deleted_meanwhile(lane: object, *commands: tuple[object, ...]) -> object:
+            replies = await ask(lane, *commands)
+            if commands[0][0] == "SET":
+                one.house.pipeline.images.store.forget(address)
+            return replies
+
+        shared._ask = deleted_meanwhile
+        assert not await shared.put(address, SECRET)
+        assert not redis_server.client.exists(key_of(address))
+
+
+async def test_ids_that_no_image_can_have_are_not_remembered_as_deleted():
+    async with calling() as caller:
+        fault(await caller.http.delete("/v1/images/img_x"), 404)
+        assert not caller.house.pipeline.images.store.is_deleted(address_of("", "img_x"))
+
+
+async def test_the_documented_rights_suffice_for_images_and_features(redis_server):
+    """Of a Redis user who may do what docs/operations.md says, and nothing else."""
+    told = (PROJECT / "docs" / "operations.md").read_text()
+    words = re.findall(
+        r"\b[A-Z]{3,}\b", told[told.index("The user of `GLIMPSE_REDIS_URL` needs") :].partition("; quotas")[0]
+    )
+    assert "ZSCORE" in words
+    allowed = [f"+{word.lower()}" for word in words if word != "GLIMPSE"]
+    redis_server.client.execute_command("ACL", "SETUSER", "glimpse", "on", ">word", "~glimpse:*", "-@all", *allowed)
+    url = redis_server.url.replace("redis://", "redis://glimpse:word@")
+    settings = {"redis_url": url, "redis_timeout_s": 5.0}
+    async with calling(**settings) as one, calling(**settings) as two:
+        image = await one.send(SECRET)
+        assert (await two.about(image)).status_code == 200
+        assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
+        await until(lambda: two.house.pipeline.images.store.is_deleted(address_of("", image)))
+        assert not redis_server.client.keys("glimpse:1:image:*")
+        metrics = (await one.http.get("/metrics")).text + (await two.http.get("/metrics")).text
+        faults = [line for line in metrics.splitlines() if line.startswith("glimpse_redis_errors_total{")]
+        assert not [line for line in faults if not line.endswith(" 0.0")]

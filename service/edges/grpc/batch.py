@@ -23,6 +23,7 @@ from service.edges.grpc.messages import (
 )
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.http.schema import LEAST_TIMEOUT_S
+from service.pipeline import Reservation
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Taken:
     """Hold a question whose bytes are reserved, or which is refused."""
 
     question: BatchQuestion
+    reservation: Reservation
     held: ExitStack = field(default_factory=ExitStack)
     refusal: Overloaded | None = None
 
@@ -51,7 +53,7 @@ class BatchCall:
         async def answer(index: int, taken: Taken) -> pb.BatchResponse:
             if taken.refusal is not None:
                 raise taken.refusal
-            return pb.BatchResponse(index=index, answer=await self.answer(batch, taken.question))
+            return pb.BatchResponse(index=index, answer=await self.answer(batch, taken.question, taken.reservation))
 
         async with self.call.present(timeout_s):
             await batch.run(self, answer, self.write, lambda taken: taken.held.close())
@@ -70,15 +72,16 @@ class BatchCall:
         if self._count == self.edge.batches.max_questions:
             raise TooLarge(f"the batch has more than {self._count:,} questions: send it in parts")
         self._count += 1
-        taken = Taken(batch_question_in(data))
+        taken = Taken(batch_question_in(data), self.call.reservation)
         try:
-            taken.held.enter_context(self.edge.pipeline.bytes_reserved(len(data), self.call.caller.tenant))
+            reserved = self.edge.pipeline.bytes_reserved(len(data), self.call.reservation)
+            taken.reservation = taken.held.enter_context(reserved)
         except Overloaded as refusal:
             without_frames(refusal)
-            taken = Taken(BatchQuestion(taken.question.index), refusal=refusal)
+            taken = Taken(BatchQuestion(taken.question.index), self.call.reservation, refusal=refusal)
         return taken.question.index, taken
 
-    async def answer(self, batch: Batch, question: BatchQuestion) -> pb.AnswerResponse:
+    async def answer(self, batch: Batch, question: BatchQuestion, reservation: Reservation) -> pb.AnswerResponse:
         """Parse and answer one question. Raises GlimpseError."""
         pipeline, caller = self.edge.pipeline, self.call.caller
         if question.timeout_s is not None and not question.timeout_s >= LEAST_TIMEOUT_S:
@@ -94,7 +97,7 @@ class BatchCall:
             traceparent=caller.traceparent,
             route=caller.route,
         )
-        asked, said, end = await batch.answer(request)
+        asked, said, end = await batch.answer(request, reservation)
         return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain, said.log_probs)
 
     async def write(self, index: int, result: pb.BatchResponse | GlimpseError) -> None:

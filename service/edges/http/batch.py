@@ -150,7 +150,7 @@ class ResultStream(Response):
             traceparent=self.caller.traceparent,
             route=self.caller.route,
         )
-        asked, said, end = await batch.answer(request)
+        asked, said, end = await batch.answer(request, self.reservation)
         fields_of_end = VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))
         logprobs = TokenLogprob.all_of(said) if request.sampling.log_probs else None
         return BatchAnswer(index=index, answer=said.text, logprobs=logprobs, **fields_of_end)

@@ -25,9 +25,10 @@ from service.edges.http.body import BOM, JSON
 from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.faults import require_text
 from service.edges.http.json_bounds import MAX_TEXT_BYTES, items
-from service.edges.http.schema import ErrorBody, VqaAnswer, VqaEnd, or_default
+from service.edges.http.schema import ErrorBody, TokenLogprob, VqaAnswer, VqaEnd, or_default
 from service.edges.http.vqa import parse_json
 from service.edges.slices import joined
+from service.pipeline import Reservation
 
 # Vertex AI names its own paths in AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE: they become these. See Edge.aliases.
 PREDICT, HEALTH = "/v1/vqa/predict", "/health/ready"
@@ -122,7 +123,7 @@ async def predict(request: Request) -> Response:
     predictions: list[bytes] = [b""] * len(instances.questions)
 
     async def answer(_: int, question: bytes) -> VqaAnswer:
-        return await answered(batch, question, edge)
+        return await answered(batch, question, edge, reservation)
 
     async def write(index: int, result: VqaAnswer | GlimpseError) -> None:
         predictions[index] = prediction(result)
@@ -132,7 +133,7 @@ async def predict(request: Request) -> Response:
     return Response(b'{"predictions":[' + b",".join(predictions) + b"]}", media_type=JSON)
 
 
-async def answered(batch: Batch, question: bytes, edge: Edge) -> VqaAnswer:
+async def answered(batch: Batch, question: bytes, edge: Edge, reservation: Reservation) -> VqaAnswer:
     """Parse and answer one instance. Raises GlimpseError."""
     limits, caller = edge.questions, batch.caller
     card = edge.pipeline.card_for(caller.route)
@@ -146,8 +147,11 @@ async def answered(batch: Batch, question: bytes, edge: Edge) -> VqaAnswer:
         traceparent=caller.traceparent,
         route=caller.route,
     )
-    asked, said, end = await batch.answer(request)
-    return VqaAnswer(answer=said.text, **VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain)))
+    asked, said, end = await batch.answer(request, reservation)
+    logprobs = TokenLogprob.all_of(said) if request.sampling.log_probs else None
+    return VqaAnswer(
+        answer=said.text, logprobs=logprobs, **VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))
+    )
 
 
 def prediction(result: VqaAnswer | GlimpseError) -> bytes:

@@ -93,6 +93,31 @@ async def test_a_batch_reads_no_further_than_it_answers(service):
     await until(lambda: service.counted().get(("Batch", "CANCELLED")))
 
 
+async def test_a_batch_goes_on_after_the_service_was_told_to_stop(service):
+    call = service.stub.Batch()
+    await call.write(pb.BatchRequest(index=0, question=question()))
+    assert (await call.read()).answer.answer == "red"
+    service.house.admission.stop()
+    await call.write(pb.BatchRequest(index=1, question=question()))
+    assert (await call.read()).answer.answer == "red"
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+    assert service.house.admission.quota.held == Cost()
+
+
+async def test_a_message_stays_reserved_while_triton_works_on_it_though_its_call_has_ended(service):
+    service.house.vision.close("see")
+    call, quota = service.stub.Batch(), service.house.admission.quota
+    message = pb.BatchRequest(index=0, question=question(png().ljust(5000, b"-"), "what?"))
+    await call.write(message)
+    await until(lambda: service.house.vision.calls)
+    call.cancel()
+    await until(lambda: quota.held.tokens == 0)
+    assert quota.held.nbytes == message.ByteSize()
+    service.house.vision.gate.set()
+    await until(lambda: quota.held == Cost())
+
+
 async def test_the_calls_deadline_ends_its_work(service):
     service.house.language.gate.clear()
     call = service.stub.Batch(iter(batch(question(), question())), timeout=1)

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ from service.edges.http.application import http_api
 from service.edges.http.batch_schema import BatchLine, BatchQuestion
 from service.edges.http.json_bounds import items
 from tests.support.fakes import House, cancelled, png, until
+from tests.support.keys import Keys, bearer
 from tests.support.paths import SCENES
 from tests.support.servers import Gateway
 
@@ -208,11 +210,13 @@ class Full(Admission):
     retry_after_s = 0.01
 
     @contextmanager
-    def reservation(self, tenant: str, size: Size | None = None) -> Iterator[Reservation]:
+    def reservation(
+        self, tenant: str, size: Size | None = None, within: Reservation | None = None
+    ) -> Iterator[Reservation]:
         self.opened += 1
         if self.opened in (2, 3):  # the first is of the batch itself
             raise Overloaded("full", retry_after_s=self.retry_after_s)
-        with super().reservation(tenant, size) as reservation:
+        with super().reservation(tenant, size, within) as reservation:
             yield reservation
 
 
@@ -246,6 +250,49 @@ async def test_a_caller_that_leaves_ends_the_rest(caller):
     with capture_logs():
         await cancelled(batch)
     assert caller.house.language.open == 0
+    assert holds_nothing(caller.house)
+
+
+async def test_a_question_that_is_tried_again_counts_as_one_request(tmp_path: Path):
+    keys = Keys(tmp_path)
+    key = bearer(keys.make("acme"))
+    caller = Caller(House(keys=str(keys.path), quota_requests_per_minute=100))
+    model, tries = caller.house.pipeline.models.models[0], []
+    look = model.vision_stage.look
+
+    async def refused_twice(*given: object) -> object:
+        tries.append(1)
+        if len(tries) < 3:
+            raise Overloaded("full", retry_after_s=0.01)
+        return await look(*given)
+
+    model.vision_stage.look = refused_twice
+    before = await left(caller, key)
+    body = json.dumps(asked()).encode()
+    response = await caller.http.post(
+        "/v1/vqa/batch", content=body, headers=key | {"content-type": "application/jsonl"}
+    )
+    assert by_index(response.text)[0]["answer"]
+    assert len(tries) == 3
+    assert before - await left(caller, key) == 3  # the batch, its question, and the request that tells what is left
+    caller.house.reader.close()
+
+
+async def left(caller: Caller, key: dict[str, str]) -> int:
+    """Requests that are left of the quota, after this one."""
+    response = await caller.http.post("/v1/vqa", json=asked(), headers=key)
+    return int(response.headers["x-ratelimit-remaining-requests"])
+
+
+async def test_a_batch_in_flight_is_answered_to_its_end_after_the_service_was_told_to_stop(caller):
+    caller.house.language.gate.clear()
+    batch = asyncio.create_task(caller.ask(*[asked()] * 20))
+    await until(lambda: caller.house.language.open == caller.house.pipeline.batch_turns)
+    caller.house.admission.stop()
+    assert (await caller.http.post("/v1/vqa", json=asked())).status_code == 503
+    caller.house.language.gate.set()
+    results = await batch
+    assert [results[number].get("status", 200) for number in range(20)] == [200] * 20
     assert holds_nothing(caller.house)
 
 

@@ -50,6 +50,12 @@ async def test_predictions_come_in_the_order_of_their_instances(http):
     assert [each["usage"]["completion_tokens"] for each in found] == [3, 1, 2]
 
 
+async def test_a_prediction_has_the_log_probabilities_that_its_instance_asks_for(http):
+    asked, plain = await predictions(http, instance(max_tokens=2, logprobs=True, top_logprobs=1), instance())
+    assert [len(asked["logprobs"]), len(asked["logprobs"][0]["top_logprobs"])] == [2, 1]
+    assert "logprobs" not in plain
+
+
 async def test_an_instance_that_fails_leaves_the_others_alone(http):
     found = await predictions(http, instance(), instance(""), "no object", {"image": "!", "question": "?"}, instance())
     assert ["answer" in each for each in found] == [True, False, False, False, True]

@@ -25,9 +25,22 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(slots=True, eq=False)
 class _Row:
+    guide: Compiled
     matcher: Any
+    taken: list[int] = field(default_factory=list)  # tokens that the matcher took
     token: int | None = None  # drawn, and not taken by the matcher yet
+    outgrown: str = ""  # why the shared lexer failed, of a row whose guide was compiled anew
     fault: str = ""  # why no token can come next
+
+    @classmethod
+    def of(cls, guide: Compiled) -> _Row:
+        return cls(guide, guide.matcher.deep_copy())
+
+    def renew(self) -> None:
+        """Let a matcher with a lexer of its own take the same tokens: other rows may have filled the shared one."""
+        self.outgrown = self.matcher.get_error().partition("\n")[0]
+        self.matcher = self.guide.anew().matcher
+        self.matcher.consume_tokens(self.taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +72,7 @@ class Masks:
             self._worker.unpack([len(self._rows)], guide.first_mask[np.newaxis])
             self._guided += 1
         self._places = None
-        self._rows.append(None if guide is None else _Row(guide.matcher.deep_copy()))
+        self._rows.append(None if guide is None else _Row.of(guide))
 
     def drop(self, row: int) -> None:
         """Remove a row; the last row takes its place."""
@@ -159,14 +172,24 @@ class _Worker(threading.Thread):
     def advance(self, due: list[tuple[int, _Row]]) -> None:
         """Take the rows' tokens and compute their next masks, without Python's lock."""
         self._executor.consume_token_par([(each.matcher, each.token) for _, each in due if each.token is not None])
+        for _, each in due:
+            if each.token is not None:
+                each.taken.append(each.token)
+                each.token = None
+        self._mask(due)
+        if again := [(row, each) for row, each in due if each.matcher.is_error() and not each.outgrown]:
+            for _, each in again:
+                each.renew()
+            self._mask(again)
+        for _, each in due:
+            if each.matcher.is_error():
+                each.fault = each.outgrown  # what a lexer of its own says is less plain
+                self.has_faults = True
+
+    def _mask(self, due: list[tuple[int, _Row]]) -> None:
         wanted = [(each.matcher, place) for place, (_, each) in enumerate(due)]
         self._executor.unsafe_compute_mask_ptr(wanted, self._address, self._masks.strides[0], len(self._masks))
         self.unpack([row for row, _ in due], self._masks[: len(due)])
-        for _, each in due:
-            each.token = None
-            if each.matcher.is_error():
-                each.fault = each.matcher.get_error().partition("\n")[0]
-                self.has_faults = True
 
     def unpack(self, rows: list[int], masks: npt.NDArray[np.int32]) -> None:
         """Keep the masks [k, words] of these rows, one bool a token."""

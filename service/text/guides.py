@@ -3,6 +3,9 @@
 The engine is llguidance. A matcher's mask has one bit a token; the end token is allowed only where the constraint is
 satisfied. An answer may begin with one space, as text after a prompt does, and with no other white space: it is not
 part of the answer. JSON has no white space but one space after a comma or a colon.
+
+The copies of a matcher share its lexer, and with it the lexer's states. When those are full, no copy works any more, of
+whatever answer: the guide must be compiled anew.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import llguidance
@@ -38,10 +42,20 @@ _WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separ
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A guide's matcher before the first token, for copies, and the mask of the first token: uint32 [words]."""
+    """A guide's matcher before the first token, for copies, and the mask of the first token: uint32 [words].
+
+    `anew` compiles the guide again, with a lexer of its own. Any thread may call it.
+    """
 
     matcher: Any
     first_mask: npt.NDArray[np.int32]
+    anew: Callable[[], Compiled]
+
+    def works(self) -> bool:
+        """Return whether copies can still take tokens, in microseconds."""
+        copy = self.matcher.deep_copy()
+        copy.compute_bitmask()  # only this looks at the lexer's error
+        return not copy.is_error()
 
 
 Encode = Callable[[str], list[int]]
@@ -106,28 +120,33 @@ class Guides:
         return cls([*(bytes([byte]) for byte in range(256)), b""], end_id=256, kept=0)
 
     def known(self, guide: Guide) -> Compiled | None:
-        """Return a guide that was compiled lately."""
+        """Return a guide that was compiled lately and still works."""
         with self._lock:
-            if guide in self._kept:
-                self._kept.move_to_end(guide)
-            return self._kept.get(guide)
+            compiled = self._kept.pop(guide, None)
+            if compiled is None or not compiled.works():
+                return None
+            self._kept[guide] = compiled
+            return compiled
 
     def compile(self, guide: Guide) -> Compiled:
         """Compile a guide, in milliseconds. Raises InvalidRequest for one that no answer can follow."""
         if (known := self.known(guide)) is not None:
             return known
+        compiled = self._compiled(guide)
+        with self._lock:
+            self._kept[guide] = compiled
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _compiled(self, guide: Guide) -> Compiled:
         matcher = llguidance.LLMatcher(self._tokenizer, _grammar(guide), log_level=0, limits=LIMITS)
         if not (error := matcher.get_error()):
             mask = np.frombuffer(matcher.compute_bitmask(), np.int32)
             error = matcher.get_error() and "no answer can satisfy it"
         if error:
             raise InvalidRequest(f"{guide.field or guide.kind} cannot be followed: {_reason(error)}", param=guide.field)
-        compiled = Compiled(matcher, mask)
-        with self._lock:
-            self._kept[guide] = compiled
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return compiled
+        return Compiled(matcher, mask, partial(self._compiled, guide))
 
 
 def _grammar(guide: Guide) -> str:

@@ -12,7 +12,7 @@ from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide, guide_of
 from service.text.guide_checks import GuideChecks
-from service.text.guides import Guides
+from service.text.guides import Compiled, Guides
 from service.text.prompt import LLM_TOKENIZER, load_tokenizer, token_bytes
 from tests.support.paths import PROJECT
 
@@ -210,3 +210,29 @@ def test_recent_guides_are_kept_and_others_go(spelled):
     few.compile(third)
     assert few.known(first) is kept
     assert few.known(second) is None
+
+
+def filled(compiled: Compiled, spelled: list[bytes]) -> None:
+    """Let answers of as and bs come to states until the lexer has no more."""
+    letters, draws = [spelled.index(b"a"), spelled.index(b"b")], np.random.default_rng(0)
+    for _ in range(100):
+        matcher = compiled.matcher.deep_copy()
+        for letter in draws.integers(0, 2, 250).tolist():
+            matcher.compute_bitmask()
+            if not matcher.consume_token(letters[letter]):
+                assert "too many states" in matcher.get_error()
+                return
+    pytest.fail("the states never end")
+
+
+def test_a_guide_whose_states_are_full_is_compiled_anew(spelled):
+    guides = Guides(spelled, 2)
+    full = guides.compile(HEAVY["states"])
+    filled(full, spelled)
+    assert guides.known(HEAVY["states"]) is None
+    again = guides.compile(HEAVY["states"])
+    matcher = again.matcher.deep_copy()
+    assert matcher.consume_token(spelled.index(b"a"))
+    matcher.compute_bitmask()
+    assert not matcher.is_error()
+    assert guides.compile(HEAVY["states"]) is again

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from service.core.guide import GUIDE
 from service.core.prompt import Prompt
 from service.core.request import Sampling
 from service.text.guides import Compiled
@@ -110,6 +111,7 @@ class Event(NamedTuple):
     generated: int = 0  # tokens so far, this one included
     total_log_prob: float = 0.0  # sum over those tokens
     likeliest: Likeliest | None = None  # if the sequence asks for them
+    code: str = "INTERNAL"  # of the error, by gRPC's name
 
 
 class QueueFull(Exception):
@@ -363,11 +365,7 @@ class Batcher:
         self._tokens[rows] = tokens
         self._left[rows] -= 1
         self.tokens += len(tokens)
-        faults = dict.fromkeys(np.flatnonzero(~np.isfinite(log_probs)).tolist(), "the model's logits are not finite")
-        faults |= {
-            place: f"the constraint on the answer became too complex: {why}"
-            for place, why in self._masks.faults(first).items()
-        }
+        faults = self._faults(log_probs, first)
         finished = (tokens == self._end_ids[rows]) | (self._left[rows] <= 0)
         finished[list(faults)] = True
         likeliest = self._sampler.likeliest(logits, first)
@@ -384,11 +382,22 @@ class Batcher:
         if finished.any():
             for index in reversed(np.flatnonzero(finished).tolist()):
                 if index in faults:
-                    events[index] = Event(events[index].sequence, None, 0.0, True, faults[index])
+                    error, code = faults[index]
+                    events[index] = Event(events[index].sequence, None, 0.0, True, error, code=code)
                     self._decoder.scrub(first + index)
                 self._drop(first + index)
         self._masks.compute()
         return events
+
+    def _faults(self, log_probs: FloatArray, first: int) -> dict[int, tuple[str, str]]:
+        """Return why rows cannot go on, and the error's code, by their places from `first` on."""
+        faults = dict.fromkeys(
+            np.flatnonzero(~np.isfinite(log_probs)).tolist(), ("the model's logits are not finite", "INTERNAL")
+        )
+        return faults | {
+            place: (f"{GUIDE} became too complex as the answer grew ({why}): simplify it", "INVALID_ARGUMENT")
+            for place, why in self._masks.faults(first).items()
+        }
 
     def _drop(self, row: int) -> None:
         """Remove row `row`; the last row takes its place in all arrays."""

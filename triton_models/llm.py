@@ -17,7 +17,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from service.core.errors import InvalidRequest
-from service.core.guide import Guide
+from service.core.guide import GUIDE, Guide
 from service.core.payer import NOBODY, Payer
 from service.core.prompt import Prompt
 from service.core.request import MAX_TOP_LOG_PROBS, Sampling
@@ -59,7 +59,7 @@ class Caller:
         if self.span is not None:
             self._record(event, self.span)
         if event.error is not None:
-            self.fail(event.error, "INTERNAL")
+            self.fail(event.error, event.code)
         elif event.token is None:
             self.end()
         else:
@@ -73,7 +73,7 @@ class Caller:
         if event.finished:
             span.set_attribute("glimpse.completion_tokens", event.generated)
             if event.error is not None:
-                span.set_attribute("error.type", "decoder")
+                span.set_attribute("error.type", "decoder" if event.code == "INTERNAL" else "constraint")
             span.end()
 
     def _respond(self) -> None:
@@ -345,16 +345,16 @@ def _guide(inputs: Mapping[str, Any]) -> Guide | None:
     """Read the constraint on the answer. Raises InvalidRequest."""
     kind, text = (
         bytes(inputs[name].ravel()).decode(errors="replace") if name in inputs else ""
-        for name in ("guided_decoding_guide_type", "guided_decoding_guide")
+        for name in ("guided_decoding_guide_type", GUIDE)
     )
     match kind:
         case "" if not text:
             return None
         case "json_schema" | "regex" if text:
-            return Guide(kind, text, "guided_decoding_guide")
+            return Guide(kind, text, GUIDE)
     raise InvalidRequest(
         "guided_decoding_guide_type must be json_schema or regex, and guided_decoding_guide its text: send both",
-        param="guided_decoding_guide",
+        param=GUIDE,
     )
 
 

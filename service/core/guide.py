@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from service.core.errors import InvalidRequest
 
+GUIDE = "guided_decoding_guide"  # the LLM's tensor with the constraint, which its errors begin with
+
 MAX_CHOICES = 256
 MAX_CHOICE_CHARS = 256
 MAX_REGEX_CHARS = 2048

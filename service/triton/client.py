@@ -34,6 +34,7 @@ from service.core.vision import (
 from service.triton import codec
 from service.triton.calls import Calls, Metadata
 from service.triton.contract import CALLED
+from service.triton.errors import naming_constraint
 
 # The image of a probe of vqa: 1x1, black.
 _PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
@@ -142,15 +143,16 @@ class TritonClient:
 
         request = codec.request("llm", inputs, request_id)
         responses = self._calls.responses("llm", request, timeout_s, generation.stall_timeout_s, stop)
-        async with contextlib.aclosing(responses):
-            async for response in responses:
-                if log_probs is None:
-                    tokens = codec.tokens(response)
-                else:
-                    tokens, told = codec.tokens_with_log_probs(response)
-                    log_probs += told
-                if tokens:
-                    yield tokens
+        with naming_constraint(generation.sampling.guide):
+            async with contextlib.aclosing(responses):
+                async for response in responses:
+                    if log_probs is None:
+                        tokens = codec.tokens(response)
+                    else:
+                        tokens, told = codec.tokens_with_log_probs(response)
+                        log_probs += told
+                    if tokens:
+                        yield tokens
 
     async def answer(
         self, image_bytes: bytes, question: str, *, max_tokens: int, timeout_s: float, stall_timeout_s: float = 5.0

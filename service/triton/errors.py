@@ -16,6 +16,7 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
+from service.core.guide import GUIDE, Guide
 
 # The text decides first, whatever the code is; then the code. Any other error is an InternalError.
 ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
@@ -65,6 +66,19 @@ def translated(model: str) -> Iterator[None]:
         raise Unavailable(MESSAGES[Unavailable].format(model=model)) from exc
 
 
+@contextlib.contextmanager
+def naming_constraint(guide: Guide | None) -> Iterator[None]:
+    """Turn the LLM's error about GUIDE into one about the request's field."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if guide is not None and guide.field and error.message.startswith(GUIDE):
+            error.message = guide.field + error.message.removeprefix(GUIDE)
+            error.args = (error.message,)
+            error.param = guide.field
+        raise
+
+
 def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseError:
     """Translate Triton's code and text.
 
@@ -73,6 +87,8 @@ def translate(model: str, code: grpc.StatusCode | None, text: str) -> GlimpseErr
     """
     if code is None and (coded := _CODED.fullmatch(text)) and coded["code"] in grpc.StatusCode.__members__:
         code, text = grpc.StatusCode[coded["code"]], coded["text"]
+    if code is grpc.StatusCode.INVALID_ARGUMENT and text.startswith(GUIDE):
+        return InvalidRequest(text)  # the rest may quote the caller
     by_text = (error for part, error in ERROR_TEXTS if part in text)
     by_code = ERROR_CODES.get(code, InternalError) if code else InternalError
     kind = Unavailable if _STEP_WITHOUT_OUTPUTS.search(text) else next(by_text, by_code)

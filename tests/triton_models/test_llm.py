@@ -375,6 +375,23 @@ def test_a_guide_that_cannot_be_followed_is_refused(model, asked, why):
     assert why in told.message()
 
 
+# An answer alone comes to more states of this one than a guide may have.
+TOO_COMPLEX = "|".join(
+    f".*[{letters}].{{{most}}}[{letters}]"
+    for letters, most in (("aeiou", 200), ("bcdfg", 190), ("hjklm", 180), ("npqrs", 170), ("tvwx", 160))
+)
+
+
+def test_a_guide_that_becomes_too_complex_is_the_callers_to_mend(model):
+    hot = {"temperature": np.array([[9]], np.float32)}
+    asked, other = guided("regex", TOO_COMPLEX, max_tokens=270, **hot), request(max_tokens=20)
+    model.execute([asked, other])
+    told = list(responses(asked))[-1].error
+    assert told.code == "INVALID_ARG"
+    assert told.message().startswith("INVALID_ARGUMENT: guided_decoding_guide became too complex")
+    assert len(tokens(other)) == 20
+
+
 def test_a_guided_request_behind_the_end_is_told(model):
     model.finalize()
     late = guided("regex", "a")

@@ -30,6 +30,7 @@ from service.core.errors import (
     Overloaded,
     Unavailable,
 )
+from service.core.guide import guide_of
 from service.core.models import Generation
 from service.core.prompt import Prompt
 from service.core.request import Budget, Sampling
@@ -54,6 +55,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION = "what colour is the small circle?"
 NEVER = -1  # an end id that the model cannot generate
+# An answer alone comes to more states of this constraint than a guide may have: counts by letters.
+TOO_COMPLEX = {"aeiou": 200, "bcdfg": 190, "hjklm": 180, "npqrs": 170, "tvwx": 160}
 
 
 class Asker:
@@ -80,11 +83,12 @@ class Asker:
         timeout_s: float = 20,
         stall_timeout_s: float = 5,
         log_probs: list[LogProb] | None = None,
+        end_id: int = NEVER,
     ):
         generation = Generation(
             prompt,
             sampling,
-            end_id=NEVER,
+            end_id=end_id,
             pad_id=self.card.pad_id,
             request_id=f"test-{time.monotonic_ns()}",
             stall_timeout_s=stall_timeout_s,
@@ -702,6 +706,8 @@ STEP_WITHOUT_OUTPUTS = (  # Triton's answer while the allocator's process ended
         ("llm", None, "INVALID_ARGUMENT: 900 positions: the model has 320", InvalidRequest),
         ("llm", None, "[request id: a] INVALID_ARGUMENT: 900 positions", InvalidRequest),
         ("llm", None, "WARNING: no code", InternalError),
+        ("llm", None, "INVALID_ARGUMENT: guided_decoding_guide cannot be followed: unexpected x", InvalidRequest),
+        ("llm", None, "INVALID_ARGUMENT: guided_decoding_guide cannot be followed: unknown model", InvalidRequest),
         ("see", grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'image'", InternalError),
         ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] unexpected shape for input 'seed'", InternalError),
         ("llm", grpc.StatusCode.INVALID_ARGUMENT, "[request id: a] 900 positions: the model has 320", InvalidRequest),
@@ -714,6 +720,16 @@ async def test_text_decides_before_the_code(
     assert type(error) is kind
     assert "request id" not in error.message
     assert "INVALID" not in error.message
+
+
+async def test_a_constraint_that_becomes_too_complex_is_the_callers_field(asker: Asker) -> None:
+    """The field that the request has, and an error that no Triton is blamed for."""
+    regex = "|".join(f".*[{letters}].{{{most}}}[{letters}]" for letters, most in TOO_COMPLEX.items())
+    sampling = Sampling(max_tokens=asker.room(), temperature=9.0, guide=guide_of(None, regex, None))
+    with pytest.raises(InvalidRequest, match=r"^regex became too complex") as caught:
+        async for _ in asker.generate(asker.prompt(), sampling, end_id=asker.card.end_id):
+            pass
+    assert caught.value.param == "regex"
 
 
 async def test_errors_on_streams_do_not_kill_triton(asker: Asker, triton: EmbeddedTriton) -> None:

@@ -30,7 +30,11 @@ class TritonPythonModel:
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if inputs["visual_count"].size != 1:
             raise InvalidRequest("vqa takes one image and one question: send one request for each", param="question")
-        count = int(inputs["visual_count"].item())
+        count, most = int(inputs["visual_count"].item()), inputs["visual_tokens"].shape[1]
+        if not 1 <= count <= most:
+            raise InvalidRequest(
+                f"visual_count is {count}, but visual_tokens has {most} rows: send 1 to {most}", param="visual_count"
+            )
         visual = inputs["visual_tokens"][:, :count]
         text_ids = inputs["prompt_ids"][0]
         first, place = self._card.vocab_size, place_of_image(self._card, text_ids)

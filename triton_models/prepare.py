@@ -15,6 +15,9 @@ from triton_models.parameters import Parameters
 from triton_models.session import Array
 from triton_models.unary import answer
 
+MAX_QUESTION_CHARS = 2_000  # the gateway's default
+BYTES_PER_CHAR = 4  # of UTF-8, at most
+
 
 class TritonPythonModel:
     """Read the repository's card.json and the tokenizers that it names."""
@@ -44,10 +47,19 @@ class TritonPythonModel:
 
 
 def _text(question: bytes) -> str:
+    if len(question) > BYTES_PER_CHAR * MAX_QUESTION_CHARS:  # before it is decoded
+        raise InvalidRequest(
+            f"the question has {len(question):,} bytes: shorten it to {MAX_QUESTION_CHARS:,} characters",
+            param="question",
+        )
     try:
         text = question.decode()
     except UnicodeDecodeError as exc:
         raise InvalidRequest("the question is not UTF-8: encode the text as UTF-8", param="question") from exc
+    if len(text) > MAX_QUESTION_CHARS:
+        raise InvalidRequest(
+            f"the question has {len(text):,} characters: shorten it to {MAX_QUESTION_CHARS:,}", param="question"
+        )
     if not text.strip():
         raise InvalidRequest("the question is empty: say what you want to know", param="question")
     return text

@@ -26,6 +26,7 @@ from service.core.vision import QUESTION_TOKENS, FloatArray
 
 LLM_TOKENIZER = "tokenizer.json"
 KEPT_TEXTS = 256
+KEPT_CHARS = 4_000  # of a text that is kept: twice a question's most
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -280,7 +281,7 @@ class PromptBuilder:
         return self.card.prompt_template.replace("{question}", question)
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._kept(text))
+        return list(self._kept(text)) if len(text) <= KEPT_CHARS else self._encoded(text)
 
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

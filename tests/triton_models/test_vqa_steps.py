@@ -16,6 +16,7 @@ from triton_python_backend_utils import InferenceRequest, start_arguments
 
 from service.core.card import ModelCard
 from service.media.decoder import ImageLimits, decode
+from service.settings import Settings
 from service.text.prompt import PromptBuilder, load_tokenizer
 from triton_models import compose, finish, prepare
 from triton_models.batcher import Event
@@ -64,6 +65,8 @@ def test_prepare_reads_image_and_question_as_the_gateway_does():
     [
         (picture(), b"  ", "the question is empty"),
         (picture(), b"\xff", "not UTF-8"),
+        (picture(), b"?" * 2_001, "2,001 characters: shorten it to 2,000"),
+        (picture(), b"\xff" * 8_001, "8,001 bytes: shorten it to 2,000 characters"),
         (b"GIF89a", b"what?", "GIF is damaged"),
         (b"", b"what?", "0 bytes"),
     ],
@@ -72,6 +75,13 @@ def test_prepare_says_what_is_wrong(image, question, message):
     error = run(prepare, PREPARED, image_bytes=as_bytes(image), question=as_bytes(question)).error
     assert message in error.message()
     assert error.code == "INVALID_ARG"
+
+
+def test_prepare_takes_the_longest_question_that_the_gateway_takes():
+    most = Settings.model_fields["max_question_chars"].default
+    assert most == prepare.MAX_QUESTION_CHARS
+    longest = ("圆" * most).encode()
+    assert run(prepare, PREPARED, image_bytes=as_bytes(picture()), question=as_bytes(longest)).error is None
 
 
 COMPOSED = [
@@ -103,6 +113,14 @@ def test_compose_puts_the_visual_ids_before_the_text():
         1,
         64,
     )
+
+
+@pytest.mark.parametrize("count", [-1, 0, 129, 2**31 - 1])
+def test_compose_refuses_a_count_that_its_rows_do_not_have(count):
+    """Ids of two billion visual tokens would take 24 GB."""
+    error = run(compose, COMPOSED, **visual(count), prompt_ids=np.array([[7]], np.int32)).error
+    assert error.code == "INVALID_ARG"
+    assert f"visual_count is {count}, but visual_tokens has 128 rows" in error.message()
 
 
 def test_compose_hands_the_sampling_on():

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from service.core.errors import InvalidRequest
 from service.core.prompt import Prompt
 from service.core.request import Budget, Exchange, ImageId, Part, Request, Sampling, Text
-from service.text.prompt import Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
+from service.text.prompt import KEPT_CHARS, Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
 from tests.support.fakes import CARD, SPELLED, TOKENIZER
 
 PROMPTS = PromptBuilder(CARD, TOKENIZER)
@@ -41,6 +41,14 @@ def test_a_short_question_is_padded():
     assert question.ids.dtype == question.mask.dtype == np.int32
     assert question.mask.sum() == 1
     assert question.ids[1:].tolist() == [0] * 31
+
+
+@pytest.mark.parametrize(("chars", "kept"), [(KEPT_CHARS, 1), (KEPT_CHARS + 1, 0)])
+def test_long_texts_are_not_kept(chars, kept):
+    prompts, text = PromptBuilder(CARD, TOKENIZER), "a" * chars
+    ids = prompts.question(text).ids.tolist()
+    assert ids == prompts.question(text).ids.tolist() == TOKENIZER.encode(text, add_special_tokens=False).ids[:32]
+    assert prompts._kept.cache_info().currsize == kept
 
 
 def test_a_long_question_is_cut_for_the_allocator_only():

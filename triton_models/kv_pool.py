@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,7 +84,8 @@ class KvPool:
         self.rows = last
         longest = self._longest()
         if 2 * BLOCK + 2 * longest <= self.columns:
-            self._move(longest)
+            with contextlib.suppress(MemoryError):  # both exist for a moment: it stays as large
+                self._move(longest)
 
     def scrub(self, row: int) -> None:
         """Overwrite a row that is not finite: stale NaNs would reach the next row in its place."""

@@ -153,3 +153,27 @@ def test_without_memory_for_more_columns_it_holds_what_it_held():
     assert into.columns == BLOCK
     step(into, 1)
     assert into.lengths[0] == 10
+
+
+class Tight(KvPool):
+    """A pool on a machine that has no memory left, from some moment on."""
+
+    is_full = False
+
+    def _allocate(self, columns):
+        if self.is_full:
+            raise MemoryError
+        super()._allocate(columns)
+
+
+def test_without_memory_to_shrink_it_stays_as_large():
+    into = Tight(PARTS, HEADS, HEAD_DIM, MAX_ROWS)
+    kept = columns(1, 3)
+    join(into, (columns(0, 0), columns(0, 5 * BLOCK)), (columns(0, 0), kept))
+    into.is_full = True
+    into.drop(0)
+    assert (into.rows, into.columns) == (1, 5 * BLOCK)
+    assert np.array_equal(into.row(0), kept)
+    into.is_full = False
+    into.drop(0)
+    assert into.columns == BLOCK

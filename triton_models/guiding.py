@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.core.errors import InvalidRequest
+from service.core.guide import require_small
 from service.text.guides import Guides
 from service.text.prompt import load_tokenizer, token_bytes
 from triton_models.batcher import Closed, QueueFull, Sequence
@@ -80,6 +81,7 @@ class Guiding:
         while (sequence := self._next()) is not None:
             try:
                 if sequence.sampling.guide is not None and not sequence.cancelled:
+                    require_small(sequence.sampling.guide)  # clients of Triton send their own
                     sequence.guide = guides.compile(sequence.sampling.guide)
                 self._submit(sequence)
             except Exception as error:  # whatever it was, it ends this sequence and not the thread

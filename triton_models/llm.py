@@ -17,7 +17,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from service.core.errors import InvalidRequest
-from service.core.guide import GUIDE, Guide
+from service.core.guide import GUIDE, MAX_GUIDE_BYTES, Guide
 from service.core.payer import NOBODY, Payer
 from service.core.prompt import Prompt
 from service.core.request import MAX_TOP_LOG_PROBS, Sampling
@@ -255,28 +255,28 @@ class RequestReader:
         if "input_ids" not in inputs or inputs["input_ids"].shape[0] != 1:
             raise InvalidRequest("llm takes one sequence a request: send input_ids as [1, T]", param="input_ids")
         sampling = self._sampling(inputs)
-        prompt = self._prompt(inputs)
-        positions = prompt.input_ids.size + sampling.max_tokens
+        length = _length(inputs)
+        positions = length + sampling.max_tokens
         if positions > self._max_positions:
             raise InvalidRequest(
-                f"{prompt.input_ids.size} prompt tokens + request_output_len {sampling.max_tokens} = {positions} "
-                f"positions, but the model has {self._max_positions}: lower request_output_len or shorten the prompt",
+                f"{length} prompt tokens + request_output_len {sampling.max_tokens} = {positions} positions, but the "
+                f"model has {self._max_positions}: lower request_output_len or shorten the prompt",
                 param="request_output_len",
             )
-        return Sequence(request_id, prompt, sampling, _scalar(inputs, "end_id", -1))
+        return Sequence(request_id, self._prompt(inputs, length), sampling, _scalar(inputs, "end_id", -1))
 
-    def _prompt(self, inputs: Mapping[str, Any]) -> Prompt:
-        ids = np.array(inputs["input_ids"][0], np.int32)  # a copy: Triton's memory is valid until execute() returns
-        length = _scalar(inputs, "input_lengths", ids.size)
-        if not 0 < length <= ids.size:
-            raise InvalidRequest(
-                f"input_lengths is {length}, but input_ids has {ids.size} ids: send 1 to {ids.size}",
-                param="input_lengths",
-            )
-        ids = ids[:length]
+    def _prompt(self, inputs: Mapping[str, Any], length: int) -> Prompt:
+        ids = np.array(inputs["input_ids"][0, :length], np.int32)  # a copy: Triton's memory ends with execute()
         table = np.zeros((0, self._hidden_size), np.float32)
         if "prompt_embedding_table" in inputs:
-            table = np.array(inputs["prompt_embedding_table"][0], np.float32)
+            given = inputs["prompt_embedding_table"][0]
+            if len(given) > self._max_positions:
+                raise InvalidRequest(
+                    f"prompt_embedding_table has {len(given)} rows, but the model has {self._max_positions} positions: "
+                    "send only the rows that input_ids name",
+                    param="prompt_embedding_table",
+                )
+            table = np.array(given, np.float32)
         rows = _scalar(inputs, "prompt_vocab_size", len(table))
         if rows != len(table) or table.shape[1:] != (self._hidden_size,):
             raise InvalidRequest(
@@ -302,7 +302,7 @@ class RequestReader:
             )
         extra_ids = np.zeros(ids.size, np.uint64)
         if "prompt_table_extra_ids" in inputs:
-            extra_ids = np.array(inputs["prompt_table_extra_ids"][0], np.uint64)[:length]
+            extra_ids = np.array(inputs["prompt_table_extra_ids"][0, :length], np.uint64)
         if extra_ids.size != ids.size:
             raise InvalidRequest(
                 f"prompt_table_extra_ids has {extra_ids.size} ids for {ids.size} input tokens: send one for each",
@@ -341,8 +341,22 @@ class RequestReader:
         return sampling
 
 
+def _length(inputs: Mapping[str, Any]) -> int:
+    """Return the prompt's tokens. Raises InvalidRequest."""
+    given = inputs["input_ids"].shape[1]
+    length: int = _scalar(inputs, "input_lengths", given)
+    if not 0 < length <= given:
+        raise InvalidRequest(
+            f"input_lengths is {length}, but input_ids has {given} ids: send 1 to {given}", param="input_lengths"
+        )
+    return length
+
+
 def _guide(inputs: Mapping[str, Any]) -> Guide | None:
-    """Read the constraint on the answer. Raises InvalidRequest."""
+    """Read the constraint on the answer. Raises InvalidRequest. Whoever compiles it checks the rest of its size."""
+    nbytes = inputs[GUIDE].size if GUIDE in inputs else 0
+    if nbytes > MAX_GUIDE_BYTES:
+        raise InvalidRequest(f"{GUIDE} has {nbytes:,} bytes: shorten it to at most {MAX_GUIDE_BYTES:,}", param=GUIDE)
     kind, text = (
         bytes(inputs[name].ravel()).decode(errors="replace") if name in inputs else ""
         for name in ("guided_decoding_guide_type", GUIDE)

@@ -27,7 +27,10 @@ MAX_TOTAL_COUNT = 1024  # of all those together
 MAX_LENGTH = 4096  # of a string in a schema
 MAX_MULTIPLE = 1000  # of all multipleOf of a schema, multiplied
 
+MAX_GUIDE_BYTES = 4 * MAX_CHOICES * (2 * MAX_CHOICE_CHARS + 1)  # of any: choices, with all characters escaped
+
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~\-\s]")  # ASCII and white space that has a meaning in some dialect
+_CHOICES = re.compile(r"(?:[^\\.+*?()\[\]{}^$#&~\-\t\n\r\v\f]|\\[^a-zA-Z0-9]|\\[nrt])*")  # what `_regex_of` writes
 _REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties")
 _LENGTHS = ("minLength", "maxLength")
@@ -57,6 +60,23 @@ def guide_of(choices: Sequence[str] | None, regex: str | None, json_schema: Mapp
     if json_schema is not None:
         return Guide("json_schema", _schema_text(json_schema), "json_schema")
     return None
+
+
+def require_small(guide: Guide) -> None:
+    """Check a guide that a client made for the LLM as `guide_of` checks a request's. Raises InvalidRequest.
+
+    A regular expression of choices alone may be as long as those of a request.
+    """
+    if guide.kind == "json_schema":
+        try:
+            schema = json.loads(guide.text) if len(guide.text) <= MAX_GUIDE_BYTES else None
+        except (ValueError, RecursionError):
+            schema = None
+        if not isinstance(schema, dict):
+            raise InvalidRequest(f"{guide.field} must be a JSON object", param=guide.field)
+        _schema_text(schema)
+    elif len(guide.text) > MAX_GUIDE_BYTES or not _CHOICES.fullmatch(guide.text):
+        _require_small_regex(guide.text, guide.field)
 
 
 def _regex_of(choices: Sequence[str]) -> str:
@@ -161,7 +181,7 @@ def _whole(name: str, value: object) -> int:
     """Return a count. A property of that name has a schema in place of a number, and counts as 0."""
     if isinstance(value, dict | bool):
         return 0
-    if isinstance(value, int | float) and value >= 0 and value == int(value):
+    if isinstance(value, int | float) and 0 <= value < float("inf") and value == int(value):
         return int(value)
     raise InvalidRequest(f"json_schema has a {name} that is not a whole number: correct it", param="json_schema")
 

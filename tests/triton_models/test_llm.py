@@ -307,6 +307,14 @@ WRONG = {
     "two numbers": ({"temperature": np.array([[1, 2]], np.float32)}, "temperature must be one number"),
     "length": ({"input_lengths": np.array([[99]], np.int32)}, "input_lengths is 99"),
     "rows": ({"prompt_vocab_size": np.array([[31]], np.int32)}, "prompt_embedding_table is [32, "),
+    "too many rows": (
+        {"prompt_embedding_table": np.zeros((1, CARD.max_positions + 1, H), np.float32)},
+        f"prompt_embedding_table has {CARD.max_positions + 1} rows",
+    ),
+    "too many ids": (
+        {"input_ids": np.full((1, 10**6), 5, np.int32), "input_lengths": np.array([[10**6]], np.int32)},
+        "1000000 prompt tokens",
+    ),
     "width": ({"prompt_embedding_table": np.zeros((1, 32, H + 1), np.float32)}, "prompt_embedding_table is [32, "),
     "table": ({"prompt_embedding_table": np.full((1, 32, H), np.inf, np.float32)}, "is not finite"),
     "ids": ({"input_ids": np.full((1, 38), V + 32, np.int32)}, f"input_ids must be 0 to {V + 31}"),
@@ -360,6 +368,10 @@ WRONG_GUIDES = {
     "half": (request(guided_decoding_guide=text("a")), "must be json_schema or regex"),
     "malformed": (guided("regex", "(a"), "guided_decoding_guide cannot be followed: unclosed group"),
     "no object": (guided("json_schema", "[]"), "guided_decoding_guide must be a JSON object"),
+    "long": (guided("regex", "(a|b)" * 500), "guided_decoding_guide has 2500 characters: send 1 to 2048"),
+    "long schema": (guided("json_schema", f'{{"title": "{"a" * 20_000}"}}'), "json_schema has 20,012 bytes"),
+    "counts": (guided("regex", "(a{250}){250}[^x]{1000}"), "guided_decoding_guide repeats something 1000 times"),
+    "huge": (guided("regex", "a" * 600_000), "guided_decoding_guide has 600,000 bytes"),
     "no end": (
         guided("regex", "a", end_id=np.array([[-1]], np.int32)),
         "end_id is -1, and a guided answer ends with 2",

@@ -1,5 +1,6 @@
 """Test how the form of an answer is read: bounds, escapes, one form at most."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.errors import InvalidRequest
-from service.core.guide import Guide, guide_of
+from service.core.guide import MAX_GUIDE_BYTES, Guide, guide_of, require_small
 
 
 def guide(choices=None, regex=None, json_schema=None) -> Guide | None:
@@ -81,6 +82,37 @@ def test_a_form_out_of_bounds_is_refused(form, param, why):
     with pytest.raises(InvalidRequest, match=re.escape(why)) as caught:
         guide(**form)
     assert caught.value.param == param
+
+
+@given(st.lists(texts, min_size=1, max_size=5))
+def test_what_requests_may_ask_for_is_small_enough_for_the_llm(choices):
+    require_small(guide(choices=choices))
+    widest = [f"{number:03}{'$' * 250}{choices[0]}"[:256].strip() for number in range(256)]
+    long = guide(choices=widest)
+    assert 2048 < len(long.text.encode()) <= MAX_GUIDE_BYTES
+    require_small(long)
+
+
+# An expression without special characters is a choice for the LLM, and may be as long as 256 choices.
+OF_CLIENTS = {
+    name: each
+    for name, each in REFUSED.items()
+    if "choices" not in each[0] and name not in ("an empty expression", "a long expression")
+}
+
+
+@pytest.mark.parametrize(("form", "param", "why"), OF_CLIENTS.values(), ids=OF_CLIENTS)
+def test_a_guide_that_a_client_sends_to_the_llm_has_the_same_bounds(form, param, why):
+    value = form[param]
+    text = value if param == "regex" else json.dumps(value, separators=(",", ":"))
+    with pytest.raises(InvalidRequest, match=re.escape(why)):
+        require_small(Guide(param, text, param))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"maxItems": Infinity}', "[" * 100_000, '"' + "a" * MAX_GUIDE_BYTES])
+def test_a_text_that_is_no_schema_is_refused(text):
+    with pytest.raises(InvalidRequest):
+        require_small(Guide("json_schema", text, "guided_decoding_guide"))
 
 
 def test_values_in_a_schema_are_no_schemas():

@@ -30,6 +30,7 @@ from triton_models.gauges import Gauges
 from triton_models.guiding import Guiding
 from triton_models.language_model import open_language_model
 from triton_models.parameters import Parameters
+from triton_models.prefix_cache import naming_rows
 from triton_models.spans import begin
 from triton_models.tensors import read, write
 
@@ -308,6 +309,7 @@ class RequestReader:
                 f"prompt_table_extra_ids has {extra_ids.size} ids for {ids.size} input tokens: send one for each",
                 param="prompt_table_extra_ids",
             )
+        extra_ids = naming_rows(ids, table, extra_ids, self._vocab_size)
         return Prompt(ids, table, extra_ids, clip_weights=_scalar(inputs, CLIP_WEIGHTS, False))
 
     @staticmethod

@@ -269,6 +269,21 @@ def test_a_repeat_says_the_same_and_the_saving_is_told():
     assert told["glimpse_llm_tokens_total"] == 5 * 8
 
 
+def test_callers_that_number_their_visual_tokens_alike_share_nothing():
+    """A client of Triton may name its rows 1, 2, 3. Another's rows must not answer it, nor be told apart by it."""
+    model = start(prefix_cache_bytes=str(1 << 24))
+    extra_ids = np.array([[*range(1, 33), *[0] * 6]], np.uint64)
+    rows = [np.random.default_rng(seed).normal(size=(1, 32, H)).astype(np.float32) for seed in (1, 2)]
+    said = []
+    for table, named in ((rows[0], 0), (rows[0], 1), (rows[1], 1), (rows[1], 0)):
+        asked = request(seed=1, prompt_embedding_table=table, prompt_table_extra_ids=extra_ids * np.uint64(named))
+        model.execute([asked])
+        said.append(tokens(asked))
+    model.finalize()
+    assert said[0] == said[1]
+    assert said[2] == said[3] != said[0]
+
+
 def test_a_full_queue_is_told_at_once():
     model = start(max_rows="1", max_queue="2")
     asked = [request(max_tokens=280) for _ in range(12)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from service.core.prompt import Prompt
 from service.text.prompt import visual_token_ids
-from triton_models.prefix_cache import LEAST_TOKENS, TOKEN_BYTES, PrefixCache
+from triton_models.prefix_cache import LEAST_TOKENS, TOKEN_BYTES, PrefixCache, naming_rows
 
 V = 100  # the vocabulary
 COLUMN_BYTES = 2 * 3 * 4 * 4  # two parts, three heads, four float32 numbers per head
@@ -92,6 +92,37 @@ def test_visual_tokens_without_extra_ids_are_never_shared():
     extra = named.extra_ids.copy()
     extra[5] = 0
     assert known(cache_of(named), Prompt(named.input_ids, named.visual_tokens, extra)) == 0
+
+
+def rows_named(asked: Prompt, table: np.ndarray) -> Prompt:
+    extra_ids = naming_rows(asked.input_ids, table, asked.extra_ids, V)
+    return replace(asked, visual_tokens=table, extra_ids=extra_ids)
+
+
+def test_ids_that_name_rows_differ_if_a_row_or_an_extra_id_does():
+    table = np.random.default_rng(0).normal(size=(70, 8)).astype(np.float32)
+    asked, other = prompt(1, 2, 3, visual=70), prompt(1, 2, 3, visual=70, key=b"another")
+    cache = cache_of(rows_named(asked, table))
+    assert known(cache, rows_named(asked, table.copy())) == 72
+    assert known(cache, rows_named(other, table)) == 0
+    for row, same in ((0, 0), (31, 0), (32, 32), (69, 64)):  # 32 rows have one hash
+        changed = table.copy()
+        changed[row, 5] = np.nextafter(changed[row, 5], np.float32(9))
+        assert known(cache, rows_named(asked, changed)) == same
+    nameless = prompt(1, 2, 3, visual=70, key=None)
+    assert not rows_named(nameless, table).extra_ids.any()
+
+
+def test_rows_are_named_in_their_own_places_of_the_table():
+    """Two images with a text between them, whose rows stand in the other order."""
+    table = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    extra = np.r_[visual_token_ids(b"1", 32), [0, 0], visual_token_ids(b"2", 32)].astype(np.uint64)
+    first, second = np.arange(V, V + 32), np.arange(V + 32, V + 64)
+    one = naming_rows(np.r_[first, [1, 2], second].astype(np.int32), table, extra, V)
+    two = naming_rows(np.r_[second, [1, 2], first].astype(np.int32), np.roll(table, 32, axis=0), extra, V)
+    assert np.array_equal(one, two)
+    swapped = naming_rows(np.r_[second, [1, 2], first].astype(np.int32), table, extra, V)
+    assert not np.equal(swapped, one)[extra > 0].any()
 
 
 def test_text_alone_is_shared_by_its_ids():

@@ -24,6 +24,7 @@ from triton_models.metrics import counter_family, metric_of
 
 PERIOD_S = 1.0
 MOST_PAYERS = 1000  # with series of their own; each gateway names only the tenants that ask it most
+MOST_PAYER_CHARS = 160  # of a tenant's label, which has at most 64, and a variant's name
 MOST_BESIDE = 1.0  # of what a period's requests took: the CPU time beside them that may follow them
 LEAST_S = 0.01  # of a series' growth before Triton is told
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
@@ -32,8 +33,14 @@ GPU_SECONDS = "glimpse_tenant_gpu_seconds_total"
 
 
 def payer_of(request: Any) -> Payer:
-    """Read which tenant is charged for a request. A request that no gateway sent is the service's own."""
-    return Payer.read(json.loads(request.parameters() or "{}").get(PAYER, ""))
+    """Read which tenant is charged for a request. A request that no gateway sent is the service's own.
+
+    Clients of Triton can write anything there. What no gateway writes becomes the label of nobody.
+    """
+    told = json.loads(request.parameters() or "{}").get(PAYER, "")
+    if isinstance(told, str) and len(told) <= MOST_PAYER_CHARS:
+        return Payer.read(told)
+    return Payer(OTHERS, NOBODY.variant)
 
 
 @dataclass(slots=True)

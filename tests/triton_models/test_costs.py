@@ -57,6 +57,15 @@ def test_a_request_without_a_payer_is_the_service_s():
     assert payer_of(asked(1, **{PAYER: str(B)})) == B
 
 
+@pytest.mark.parametrize("told", ["x" * 100_000, 7, True])
+def test_a_payer_that_no_gateway_names_has_no_label_and_disturbs_no_batch(told):
+    world = World()
+    with world.costs.of([asked(1, **{PAYER: told}), asked(1, **{PAYER: str(A)})]):
+        world.cpu_s += 2.0
+    world.costs.report()
+    assert world.told() == pytest.approx({(OTHERS, "m"): 1.0, ("a", "m"): 1.0})
+
+
 def test_time_beside_the_runs_follows_them_and_idle_time_does_not():
     world = World()
     world.run(1.0, (A, 3.0), (B, 1.0))

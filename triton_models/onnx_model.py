@@ -8,11 +8,13 @@ Triton's `FORCE_CPU_ONLY_INPUT_TENSORS` is also `no`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from onnxruntime import OrtValue
 
+from service.core.errors import InvalidRequest
+from service.core.tensors import MODELS
 from triton_models.costs import Costs, ServerCpu
 from triton_models.engine import Array, Engine, open_engine
 from triton_models.parameters import Parameters
@@ -21,6 +23,9 @@ from triton_models.spans import spans
 from triton_models.unary import answer, answer_bound
 
 CALLED_FOR_EACH = ("relevance_allocator", "relevance_allocator_448")  # each question asks one of them about each image
+
+CLIP = "attend_clip"  # its memory grows with the square of the frames
+OF_FRAMES = tuple(tensor.name for tensor in MODELS[CLIP].inputs if tensor.dims[0] == -1)
 
 
 class TritonPythonModel:
@@ -46,6 +51,7 @@ class TritonPythonModel:
             )  # fmt: skip
         self._graph.require(parameters.inputs, parameters.outputs)
         server = ServerCpu() if self._name in CALLED_FOR_EACH else None
+        self._most_frames = parameters.card().most_frames if self._name == CLIP else None
         self._costs = Costs(self._name, on_gpu=provider != "cpu", server=server)
         self._costs.start()
 
@@ -57,7 +63,14 @@ class TritonPythonModel:
         self._costs.close()
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self._require_few(inputs[name].shape[0] for name in OF_FRAMES if name in inputs)
         return dict(zip(self._outputs, self._graph.run(inputs, self._outputs), strict=True))
 
     def _infer_bound(self, inputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
+        self._require_few(inputs[name].shape()[0] for name in OF_FRAMES if name in inputs)
         return dict(zip(self._outputs, self._on_device.run_bound(inputs, self._outputs), strict=True))
+
+    def _require_few(self, counts: Iterable[int]) -> None:
+        """Raise InvalidRequest if a clip has more frames than the card says; other models have one row an image."""
+        if self._most_frames is not None and (frames := max(counts)) > self._most_frames:
+            raise InvalidRequest(f"the clip has {frames} frames: send at most {self._most_frames}", param="features")

@@ -11,11 +11,15 @@ import pytest
 from onnx import TensorProto, helper
 from triton_python_backend_utils import InferenceRequest, start_arguments
 
+from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
+from service.core.tensors import DTYPES, MODELS
 from triton_models import onnx_model
 from triton_models.parameters import Parameters
 from triton_models.query_groups import GroupRunner
 
+REPOSITORY = Path(__file__).parents[2] / "model_repository"
+CARD = ModelCard.from_json((REPOSITORY / "card.json").read_text())
 QUERIES, HIDDEN, WIDTH = 32, 4, 4
 
 
@@ -124,6 +128,33 @@ def test_a_negative_parameter_fails_the_load(adder, tmp_path):
     arguments = start_arguments(tmp_path, inputs=["a", "b"], outputs=["total"], parameters={"intra_op_threads": "-1"})
     with pytest.raises(ValueError, match="intra_op_threads"):
         model.initialize(arguments)
+
+
+def clip(frames: int, times: int) -> InferenceRequest:
+    sizes = {"D": CARD.vision_width, "H": CARD.hidden_size}
+    tensors = {each.name: each.sized(CARD.float_type, sizes) for each in MODELS["attend_clip"].inputs}
+    arrays = {
+        name: np.zeros([frames if size == -1 else size for size in each.dims], DTYPES[each.datatype])
+        for name, each in tensors.items()
+    }
+    arrays["times"] = np.linspace(0, 1, times, dtype=np.float32)
+    arrays["clip_budget"] = np.array([64, 64], np.int32)
+    return InferenceRequest(arrays, ["visual_tokens"])
+
+
+def test_a_clip_of_more_frames_than_the_card_says_is_not_run():
+    """A thousand frames would take gigabytes."""
+    model = onnx_model.TritonPythonModel()
+    names = [tensor.name for tensor in MODELS["attend_clip"].inputs]
+    model.initialize(start_arguments(REPOSITORY / "attend_clip", inputs=names, outputs=["visual_tokens"]))
+    most = CARD.most_frames
+    for frames, times in ((most + 1, most + 1), (most, most + 1), (most + 1, most)):
+        (response,) = model.execute([clip(frames, times)])
+        assert response.error.code == "INVALID_ARG"
+        assert f"the clip has {most + 1} frames: send at most {most}" in response.error.message()
+    (response,) = model.execute([clip(2, 2)])
+    assert response.error is None
+    model.finalize()
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
     glimpse:{access}:keys       hash: a key's id to its record
     glimpse:{access}:tenants    hash: a tenant to its limits
-    glimpse:{access}:version    a counter, raised after each change
+    glimpse:{access}:version    a random number, another one after each change
 
 They have no expiry. A Redis that evicts keys needs a policy that spares those: volatile-lru, not allkeys-lru.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from service.cache.redis_client import Command, Lane, RedisFault, granted
 KEYS, TENANTS, VERSION = "glimpse:{access}:keys", "glimpse:{access}:tenants", "glimpse:{access}:version"
 TIMEOUT_S = 1.0  # for one look
 NEVER = b""  # the version before the first look
+VERSION_BITS = 62  # a counter would begin again in a Redis that was emptied; other releases' INCR still works
 LOST = (
     "the keys are no longer in Redis (was it emptied, or does it evict keys?): the gateway goes on with the last ones. "
     "Make them again with `glimpse keys create`"
@@ -61,7 +63,8 @@ class KeysInRedis:
         async with opened(self._url) as lane:
             keys, tenants = map(granted, await lane.ask(("HGETALL", KEYS), ("HGETALL", TENANTS)))
             before = keyring_of(keys, tenants)
-            for reply in await lane.ask(*changes(before, how(before)), ("INCR", VERSION)):
+            version = ("SET", VERSION, secrets.randbits(VERSION_BITS))
+            for reply in await lane.ask(*changes(before, how(before)), version):
                 granted(reply)
 
     async def loaded(self) -> Keyring:

@@ -183,6 +183,28 @@ async def test_a_change_of_the_file_is_noticed_and_a_bad_file_changes_nothing(tm
     assert sample(metrics, "glimpse_keys_readable") == 1
 
 
+async def test_keys_that_were_made_again_in_an_emptied_redis_are_noticed(redis_server):
+    """As many changes were made as before, so that a counter of them would be the same."""
+    source = KeysInRedis(redis_server.url)
+    running = asyncio.create_task(source.run())
+    admin = KeysInRedis(redis_server.url)
+    lost, made = ring_of(new_key()), ring_of(new_key())
+    await admin.change(lambda _: lost)
+    assert (await source.changed()).keys == lost.keys
+    assert await source.changed() is None
+    redis_server.client.flushall()  # no look comes before the next change
+    await admin.change(lambda _: made)
+    assert (await source.changed()).keys == made.keys
+    redis_server.client.flushall()
+    with pytest.raises(KeysError, match="no longer in Redis"):
+        await source.changed()
+    await admin.change(lambda _: lost)
+    assert (await source.changed()).keys == lost.keys
+    redis_server.client.incr(VERSION)  # a command of another release counts
+    assert (await source.changed()).keys == lost.keys
+    await cancelled(running)
+
+
 async def test_keys_in_redis_are_read_when_they_change_and_outlive_it(redis_server):
     source = KeysInRedis(redis_server.url)
     gate = Gate(source, Metrics())
@@ -211,8 +233,8 @@ async def test_keys_in_redis_are_read_when_they_change_and_outlive_it(redis_serv
     redis_server.start()
     other = new_key()
     await admin.change(lambda ring: Keyring({**ring.keys, **ring_of(other).keys}))
-    redis_server.client.incr(VERSION)  # as far as it was before it was emptied
     await until(lambda: not knows())
+    assert gate.grant(other[0]).tenant == "acme"
     await cancelled(running)
 
 

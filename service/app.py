@@ -263,7 +263,6 @@ def quotas_of(settings: Settings, gate: Gate | NoGate, shared: RedisTier | None,
             shared,
             metrics,
             timeout_s=settings.redis_timeout_s,
-            open_s=settings.max_timeout_s + settings.body_timeout_s,
             gateways=settings.quota_gateways,
         )
 

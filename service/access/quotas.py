@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
@@ -90,7 +89,7 @@ class LimitedAccount:
     def __init__(self, quotas: Quotas, buckets: Sequence[Bucket]) -> None:
         self._quotas = quotas
         self._buckets = buckets
-        self._places: list[tuple[str, str]] = []  # bucket and place
+        self._places: list[str] = []  # the buckets in which it has one
         self._left: dict[str, Left] = {}  # by unit, the least that a bucket has left
 
     async def enter(self, *, place: bool = True) -> None:
@@ -103,10 +102,9 @@ class LimitedAccount:
         for bucket in self._buckets:
             if (most := bucket.limits.concurrent_requests) is None:
                 continue
-            place = secrets.token_hex(8)
-            if not await self._quotas.windows.take(bucket.name, place, most):
+            if not await self._quotas.windows.take(bucket.name, most):
                 raise self._refusal("concurrent_requests", LEAST_RETRY_S, f"{bucket.whose} has {most:,} open requests")
-            self._places.append((bucket.name, place))
+            self._places.append(bucket.name)
 
     @asynccontextmanager
     async def charged(self, most: Use) -> AsyncIterator[Use]:
@@ -123,8 +121,8 @@ class LimitedAccount:
                 self._give_back(made, getattr(most, unit) - getattr(use, unit))
 
     def leave(self) -> None:
-        for bucket, place in self._places:
-            if (rest := self._quotas.windows.leave(bucket, place)) is not None:
+        for bucket in self._places:
+            if (rest := self._quotas.windows.leave(bucket)) is not None:
                 self._quotas.later(rest)
         self._places.clear()
 

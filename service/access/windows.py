@@ -4,8 +4,11 @@ Both are counted in Redis for all gateways. While Redis is not in use, this gate
 the limit divided by the number of gateways that it last knew of. It begins with what it has charged itself before.
 
     glimpse:quota:{quota/...}     the library's counters
-    glimpse:quota:open:{bucket}   sorted set: a request that is open, and when its place ends at the latest
+    glimpse:quota:held:{bucket}   hash: a gateway to its open requests, and when they stop counting
     glimpse:quota:gateways        sorted set: a gateway, and when it was last there
+
+Each gateway tells Redis how many requests it has open, never that there is one more or one less. So whatever was lost
+on the way is right again at the next heartbeat. What a gateway told counts for LEASE_S, if it does not tell it again.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -23,7 +26,7 @@ from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-from service.cache.redis_client import Lane, RedisFault, close_counters, counters, fault_of, granted
+from service.cache.redis_client import Command, Lane, RedisFault, Reply, close_counters, counters, fault_of, granted
 from service.telemetry.metrics import Metrics
 
 T = TypeVar("T")
@@ -34,16 +37,31 @@ HEARTBEAT_S = 1.0
 BROKEN = ("timeout", "unreachable", "fault")  # kinds of faults that are the connection's
 FORGOTTEN_S = 10.0  # without a heartbeat, a gateway no longer counts
 GATEWAYS = "glimpse:quota:gateways"
-# Places are taken by Redis's own clock. ARGV: most places, seconds until the place ends, its name.
+LEASE_S = 15  # without a heartbeat, a gateway's open requests no longer count
+# Leases end by Redis's own clock. ARGV: this gateway, its open requests with this one, seconds of a lease, most places.
 TAKE = """
 local now = tonumber(redis.call('TIME')[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[1]) then return 0 end
-redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), ARGV[3])
-redis.call('EXPIRE', KEYS[1], tonumber(ARGV[2]) + 60)
+local open = tonumber(ARGV[2])
+local told = redis.call('HGETALL', KEYS[1])
+for at = 1, #told, 2 do
+    local count, ends = string.match(told[at + 1], '(%d+) (%d+)')
+    if tonumber(ends) <= now then
+        redis.call('HDEL', KEYS[1], told[at])
+    elseif told[at] ~= ARGV[1] then
+        open = open + tonumber(count)
+    end
+end
+if open > tonumber(ARGV[4]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. now + ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 1
 """
-LEAVE = "return redis.call('ZREM', KEYS[1], ARGV[1])"
+# ARGV: this gateway, its open requests, seconds of a lease.
+HOLD = """
+if ARGV[2] == '0' then return redis.call('HDEL', KEYS[1], ARGV[1]) end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. redis.call('TIME')[1] + ARGV[3])
+return redis.call('EXPIRE', KEYS[1], ARGV[3])
+"""
 # KEYS: two windows of the library's counter. ARGV: the most to take off; in how many ms the window ends in which it was
 # charged; by how many ms a window may end before or after that. After a flush of Redis, another window may match.
 GIVE_BACK = """
@@ -163,15 +181,15 @@ class Windows:
     def share(self, limit: int) -> int:
         return math.ceil(limit / self.gateways)
 
-    async def take(self, bucket: str, place: str, most: int) -> bool:  # noqa: ARG002
+    async def take(self, bucket: str, most: int) -> bool:
         """Take one of the places for open requests."""
         if self._open[bucket] >= self.share(most):
             return False
         self._open[bucket] += 1
         return True
 
-    def leave(self, bucket: str, place: str) -> Later | None:  # noqa: ARG002
-        """Give the place back. Returns what is left to do for that in the background."""
+    def leave(self, bucket: str) -> Later | None:
+        """Give a place back. Returns what is left to do for that in the background."""
         self._open[bucket] -= 1
         if self._open[bucket] <= 0:
             del self._open[bucket]
@@ -188,22 +206,22 @@ class SharedWindows(Windows):
         metrics: Metrics,
         *,
         timeout_s: float,
-        open_s: float,
         gateways: int | None,
+        lease_s: int = LEASE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`open_s`: how long a request can be open. `gateways`: their number, if the operator says it."""
+        """`gateways`: their number, if the operator says it."""
         super().__init__(gateways or 1, clock=clock)
         self._tier = tier
         self._metrics = metrics
         self._timeout_s = timeout_s
-        self._open_s = math.ceil(open_s)
+        self._lease_s = lease_s
         self._told_gateways = gateways
         self._me = secrets.token_hex(8)
         self._storage: RedisStorage = counters(url)
         self._lane = Lane(url, LANE_TIMEOUT_S)
         self._is_used = False  # from the first limit on
-        self._here: set[str] = set()  # places that only this gateway knows of
+        self._told: dict[str, float] = {}  # buckets with open requests of ours in Redis, and when those stop counting
         metrics.quota_gateways.set(self.gateways)
 
     async def run(self) -> None:
@@ -219,10 +237,26 @@ class SharedWindows(Windows):
                 await close_counters(self._storage)
 
     async def beat(self) -> None:
-        found = await self._ask(self._eval(BEAT, GATEWAYS, self._me, FORGOTTEN_S))
-        if isinstance(found, int) and self._told_gateways is None:
-            self.gateways = max(found, 1)
+        """Tell that this gateway is there, and its open requests. Learn how many gateways there are."""
+        now = self._clock()
+        self._told = {bucket: ends for bucket, ends in self._told.items() if ends > now}
+        buckets = self._open.keys() | self._told.keys()
+        found = await self._tell_open(buckets, command(BEAT, GATEWAYS, self._me, FORGOTTEN_S))
+        if found is not None and self._told_gateways is None:
+            self.gateways = max(int(found[0]), 1)
             self._metrics.quota_gateways.set(self.gateways)
+
+    async def _tell_open(self, buckets: Collection[str], *others: Command) -> list[Reply] | None:
+        """Tell Redis the open requests of these buckets, after other commands -> the replies; None without Redis."""
+        before = {bucket: self._told.pop(bucket) for bucket in buckets if bucket in self._told}
+        for bucket in buckets:
+            if self._open[bucket]:
+                self._told[bucket] = self._clock() + self._lease_s
+        held = (command(HOLD, open_key(bucket), self._me, self._open[bucket], self._lease_s) for bucket in buckets)
+        replies = await self._ask(self._replies(*others, *held))
+        if replies is None:  # it may still say what it said before
+            self._told = before | self._told
+        return replies
 
     async def hit(self, bucket: str, unit: str, limit: int, cost: int) -> Hit:
         self._is_used = True
@@ -238,33 +272,32 @@ class SharedWindows(Windows):
 
         return Hit(found.fits, found.left, back)
 
-    async def take(self, bucket: str, place: str, most: int) -> bool:
+    async def take(self, bucket: str, most: int) -> bool:
         self._is_used = True
-        taken = await self._ask(self._eval(TAKE, open_key(bucket), most, self._open_s, place))
-        if taken is None:
-            self._here.add(place)
-            if await super().take(bucket, place, most):
-                return True
-            self._here.discard(place)
-            return False
-        if taken:  # counted here too, for the share if Redis goes
-            self._open[bucket] += 1
-        return bool(taken)
+        self._open[bucket] += 1  # from now on, so that no heartbeat says less
+        if self._tier.in_use:
+            self._told[bucket] = self._clock() + self._lease_s
+        taken = False
+        try:
+            asked = command(TAKE, open_key(bucket), self._me, self._open[bucket], self._lease_s, most)
+            replies = await self._ask(self._replies(asked))
+            taken = self._open[bucket] <= self.share(most) if replies is None else bool(replies[0])
+        finally:
+            if not taken:
+                super().leave(bucket)
+        return taken
 
-    def leave(self, bucket: str, place: str) -> Later | None:
-        super().leave(bucket, place)
-        if place in self._here:
-            self._here.discard(place)
-            return None
+    def leave(self, bucket: str) -> Later:
+        super().leave(bucket)
 
         async def tell() -> None:
-            await self._ask(self._eval(LEAVE, open_key(bucket), place))
+            await self._tell_open([bucket])
 
         return tell
 
-    async def _eval(self, script: str, key: str, *arguments: str | int | float) -> int:
-        (reply,) = await self._lane.ask(("EVAL", script, 1, key, *map(str, arguments)))
-        return int(granted(reply))
+    async def _replies(self, *commands: Command) -> list[Reply]:
+        """Send commands together. Raises RedisFault if one is refused."""
+        return [granted(reply) for reply in await self._lane.ask(*commands)]
 
     async def _ask(self, asked: Awaitable[T]) -> T | None:
         """Return what Redis answers; None, and counting goes on here, if it does not within its time."""
@@ -297,8 +330,12 @@ def close(asked: Awaitable[object]) -> None:
         asked.close()
 
 
+def command(script: str, key: str, *arguments: str | float) -> Command:
+    return ("EVAL", script, 1, key, *map(str, arguments))
+
+
 def open_key(bucket: str) -> str:
-    return f"glimpse:quota:open:{{{bucket}}}"
+    return f"glimpse:quota:held:{{{bucket}}}"
 
 
 async def hit(storage: RedisStorage, names: tuple[str, str], limit: int, cost: int) -> Hit:

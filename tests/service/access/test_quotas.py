@@ -16,7 +16,7 @@ import pytest
 
 from service.access.keys import Limits
 from service.access.quotas import in_words
-from service.access.windows import Hit, Windows, give_back, hit, left_of, wait_s
+from service.access.windows import LEASE_S, Hit, SharedWindows, Windows, give_back, hit, left_of, wait_s
 from service.cache.redis_client import close_counters, counters
 from service.core.access import UNLIMITED
 from service.edges.grpc.stubs import vqa_pb2 as pb
@@ -24,6 +24,7 @@ from tests.service.edges.http.test_vqa import ASKED, Caller, events, fault
 from tests.support.calls import failure, question, served
 from tests.support.fakes import House, cancelled, png, turns, until
 from tests.support.keys import Keys, bearer
+from tests.support.servers import RedisServer, eventually_async
 
 
 @pytest.fixture(autouse=True)
@@ -349,6 +350,89 @@ async def test_places_are_counted_over_gateways_and_survive_a_redis_that_is_gone
         for caller in (one, two):
             await until(lambda caller=caller: caller.house.shared.in_use)
         assert (await one.ask()).status_code == 200
+
+
+def shared_windows(caller: Caller, redis_server: RedisServer, lease_s: int) -> SharedWindows:
+    house = caller.house
+    return SharedWindows(redis_server.url, house.shared, house.metrics, timeout_s=5.0, gateways=None, lease_s=lease_s)
+
+
+async def test_open_requests_count_as_long_as_their_gateway_is_there(redis_server):
+    """The places of a gateway that died come back; those of one that is there outlast every lease."""
+    async with calling(redis_url=redis_server.url) as caller:
+        dead, alive, other = (shared_windows(caller, redis_server, lease_s=3) for _ in range(3))
+        running = [asyncio.create_task(each.run()) for each in (dead, alive, other)]
+        assert await alive.take("tenant/acme", 2)
+        assert await dead.take("tenant/acme", 2)
+        assert not await other.take("tenant/acme", 2)
+        await cancelled(running.pop(0))
+        await eventually_async(lambda: other.take("tenant/acme", 2), 10, "the dead gateway's place came back")
+        assert not await other.take("tenant/acme", 2)
+        for task in running:
+            await cancelled(task)
+
+
+async def test_a_place_counts_until_its_request_ends_even_if_redis_forgot_it(redis_server):
+    settings = {"redis_url": redis_server.url, "redis_timeout_s": 5.0, "quota_concurrent_requests": 1}
+    async with calling(**settings) as one, calling(**settings) as two:
+        one.house.language.gate.clear()
+        asked = asyncio.create_task(one.ask())
+        await until(lambda: one.house.language.open == 1)
+        redis_server.client.flushall()
+
+        async def refused() -> bool:
+            return (await two.ask()).status_code == 429
+
+        await eventually_async(refused, 10, "the place counts again")
+        one.house.language.gate.set()
+        assert (await asked).status_code == 200
+
+
+SOON_S = LEASE_S / 2  # before a lease could help
+
+
+async def test_a_place_that_redis_gave_too_late_comes_back_with_its_request(redis_server):
+    """The gateway had stopped waiting, and counted for itself."""
+    settings = {"redis_url": redis_server.url, "quota_concurrent_requests": 1}
+    async with calling(**settings, redis_timeout_s=0.2) as late, calling(**settings, redis_timeout_s=5.0) as other:
+        one, two = (each.house.quotas.windows for each in (late, other))
+        await one.beat()  # it is connected
+        redis_server.pause()
+        taken = await one.take("tenant/acme", 1)
+        redis_server.resume()
+        assert taken
+        await until(lambda: redis_server.client.keys("*{tenant/acme}"))
+        assert not await two.take("tenant/acme", 1)
+        late.house.quotas.later(one.leave("tenant/acme"))
+        await eventually_async(lambda: two.take("tenant/acme", 1), SOON_S, "the place came back")
+
+
+async def test_a_place_comes_back_if_its_request_ends_while_redis_stalls(redis_server):
+    settings = {"redis_url": redis_server.url, "quota_concurrent_requests": 1}
+    async with calling(**settings, redis_timeout_s=0.2) as late, calling(**settings, redis_timeout_s=5.0) as other:
+        one, two = (each.house.quotas.windows for each in (late, other))
+        await eventually_async(lambda: one.take("tenant/acme", 1), 10, "the place is taken")
+        await until(lambda: redis_server.client.keys("*{tenant/acme}"))
+        redis_server.pause()
+        while late.house.shared.in_use:
+            await one.beat()
+        await one.leave("tenant/acme")()
+        redis_server.resume()
+        await until(lambda: late.house.shared.in_use and other.house.shared.in_use)
+        await eventually_async(lambda: two.take("tenant/acme", 1), SOON_S, "the place came back")
+
+
+async def test_a_take_that_was_cancelled_holds_no_place(redis_server):
+    settings = {"redis_url": redis_server.url, "redis_timeout_s": 5.0, "quota_concurrent_requests": 1}
+    async with calling(**settings) as one, calling(**settings) as two:
+        await one.house.quotas.windows.beat()  # it is connected
+        redis_server.pause()
+        taking = asyncio.create_task(one.house.quotas.windows.take("tenant/acme", 1))
+        await turns()  # it is asked
+        await cancelled(taking)
+        redis_server.resume()
+        await until(lambda: redis_server.client.keys("*{tenant/acme}"))
+        await eventually_async(lambda: two.house.quotas.windows.take("tenant/acme", 1), SOON_S, "the place is free")
 
 
 async def test_a_user_of_redis_without_the_commands_has_its_part_and_keeps_the_cache(redis_server):

@@ -6,9 +6,7 @@ import asyncio
 from contextlib import aclosing
 
 import grpc  # type: ignore[import-untyped]
-from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-untyped]
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from service.core.access import Scope
 from service.core.answer import Delta, TokenLogProb
@@ -19,6 +17,7 @@ from service.edges.grpc.calls import Call, Calls
 from service.edges.grpc.edge import MAX_CALLS, GrpcEdge
 from service.edges.grpc.health import Health
 from service.edges.grpc.messages import answer_message, event_message, fields_of, kept_message, question_in
+from service.edges.grpc.reflection import Reflection
 from service.edges.grpc.stubs import vqa_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VisualQuestionAnswering"].full_name
@@ -117,9 +116,9 @@ class GrpcServer:
         self.health = Health(edge, (SERVICE,))
         self.server = grpc.aio.server(options=edge.options(), maximum_concurrent_rpcs=MAX_CALLS)
         handlers = VisualQuestionAnswering(edge, self.calls).handlers()
-        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self.server)
+        ours = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        keyless = (self.health.handler(), Reflection(edge, (SERVICE, HEALTH)).handler())
+        self.server.add_generic_rpc_handlers((ours, *keyless))
 
     def listen(self, host: str, port: int) -> int:
         """Bind an address of this machine -> the port, which is chosen for 0. Raises OSError."""

@@ -283,6 +283,18 @@ def faults_of_probes(found: list[Object]) -> list[str]:
     return faults
 
 
+def faults_of_open_metrics(found: list[Object]) -> list[str]:
+    """Whoever may ask a gateway also reaches its metrics, so those need a key, which Prometheus has."""
+    faults = [f"{where}: anyone reads its metrics" for where, container in containers(found)
+              for each in container.get("env", ())
+              if each["name"] == "GLIMPSE_METRICS_WITHOUT_KEY" and each.get("value") != "false"]  # fmt: skip
+    for monitor in of_kind(found, "ServiceMonitor").values():
+        if monitor["spec"]["selector"]["matchLabels"]["glimpse/job"] == "glimpse":
+            faults += [f"{name(monitor)} has no key" for each in monitor["spec"]["endpoints"]
+                       if not each.get("authorization", {}).get("credentials", {}).get("name")]  # fmt: skip
+    return faults
+
+
 def leads_nowhere(services: dict[str, Object], host: str, port: int) -> bool:
     return port not in [each["port"] for each in services.get(host, {"spec": {"ports": []}})["spec"]["ports"]]
 
@@ -500,6 +512,7 @@ CHECKS: tuple[Callable[[list[Object]], list[str]], ...] = (
     faults_of_ports,
     faults_of_probes,
     faults_of_metrics,
+    faults_of_open_metrics,
     faults_of_the_drain,
 )
 CHECKS_OF_THE_WHOLE = (faults_of_names, faults_of_network)
@@ -520,6 +533,10 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/gateway/deployment.yaml", "runAsNonRoot: true", "runAsNonRoot: false", "as root"),
         ("base/gateway/deployment.yaml", "image: glimpse/gateway", "image: glimpse/gate", "no target"),
         ("base/gateway/deployment.yaml", "GLIMPSE_LOG_FORMAT", "GLIMPSE_LOG_FORM", "GLIMPSE_LOG_FORM is not"),
+        ("base/gateway/deployment.yaml", "- name: GLIMPSE_LOG_FORMAT",
+         '- {name: GLIMPSE_METRICS_WITHOUT_KEY, value: "true"}\n            - name: GLIMPSE_LOG_FORMAT',
+         "anyone reads its metrics"),
+        ("base/monitoring.yaml", "name: glimpse-metrics\n          key: key", "key: key", "glimpse-gateway has no key"),
         ("base/gateway/deployment.yaml", "containerPort: 8080", "containerPort: 8088", "http is 8080"),
         ("base/gateway/deployment.yaml", "value: glimpse-llm:8001", "value: glimpse-lm:8001", "leads nowhere"),
         ("base/gateway/deployment.yaml", "Seconds: 60", "Seconds: 50", "needs 55 s to end"),

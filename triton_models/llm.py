@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
+from service.core.card import LLM_TOKENIZER
 from service.core.errors import InvalidRequest
 from service.core.guide import GUIDE, MAX_GUIDE_BYTES, Guide
 from service.core.payer import NOBODY, Payer
 from service.core.prompt import Prompt
 from service.core.request import MAX_TOP_LOG_PROBS, Sampling
 from service.core.tensors import CLIP_WEIGHTS
-from service.text.prompt import LLM_TOKENIZER
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.costs import Costs, ServerCpu, payer_of
 from triton_models.delivery import Delivery

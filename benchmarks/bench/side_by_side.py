@@ -25,7 +25,7 @@ from benchmarks.bench.summary import first_tokens, profile, summary
 from benchmarks.bench.systems import SYSTEMS, System, running
 from benchmarks.bench.workloads import KNOWN, Workload
 from benchmarks.figures import command
-from service.text.prompt import LLM_TOKENIZER
+from service.core.card import LLM_TOKENIZER
 
 Figure = TypeVar("Figure")
 NEW_IMAGES = 100_000  # distance between the image numbers of two measurements

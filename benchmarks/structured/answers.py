@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.structured.forms import drawn
-from service.core.card import ModelCard
+from service.core.card import LLM_TOKENIZER, ModelCard
 from service.core.prompt import Prompt
 from service.core.request import Sampling
 from service.text.guides import Guides
-from service.text.prompt import LLM_TOKENIZER, Detokeniser, load_tokenizer, token_bytes
+from service.text.prompt import Detokeniser, load_tokenizer, token_bytes
 from triton_models.batcher import NO_PAST, Batcher, Limits
 from triton_models.batcher import Sequence as Row
 

@@ -20,10 +20,10 @@ from build_engines.convert.run import digests
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
 from build_engines.repository import CONFIG_TYPES, offered
 from build_engines.verify.report import Report
-from service.core.card import LLM_CLIPS, LLM_ENCODER, ModelCard
+from service.core.card import LLM_CLIPS, LLM_ENCODER, LLM_TOKENIZER, ModelCard
 from service.core.tensors import Tensor
 from service.core.vision import QUESTION_TOKENS
-from service.text.prompt import LLM_TOKENIZER, PromptBuilder, load_tokenizer, token_bytes
+from service.text.prompt import PromptBuilder, load_tokenizer, token_bytes
 from service.triton import CALLED
 
 QUESTIONS = ("what colour is the small circle?", "Où est le 7 ?", "how many?")

@@ -188,11 +188,14 @@ class FeatureCache:
             self._shared.put(key, brought)
 
     def _land(self, key: FeatureKey[Features], patient: bool, brought: Features | None) -> None:
-        flight = self._flights.pop((key, patient))
-        flight.brought = brought
+        landed = [self._flights.pop((key, patient))]
         if brought is not None:
             self._kept.keep(key, brought, brought.nbytes)
-        flight.landed.set()
+            if (other := self._flights.get((key, not patient))) is not None:
+                landed.append(other)  # those who wait for its leader need not
+        for flight in landed:
+            flight.brought = flight.brought or brought
+            flight.landed.set()
 
     def _count(self, result: Literal["hit", "miss", "shared"]) -> None:
         self._metrics.feature_cache_lookups.labels("memory", result).inc()

@@ -22,7 +22,7 @@ ENTRY_BYTES = 2048  # of Python objects, in addition to the arrays and the key
 def visual_key(card: ModelCard, digest: str, question: str, budget: Budget, detail: Detail) -> bytes:
     """Make a key of everything that decides visual tokens. The question is last, as it can hold any character."""
     tokens = map(str, (*budget.vision_tokens, *budget.visual_tokens))
-    return "\0".join([card.visual_fingerprint, digest, detail, *tokens, question]).encode()
+    return "\0".join([card.visual_fingerprint, card.looks_by, digest, detail, *tokens, question]).encode()
 
 
 def embedding_key(card: ModelCard, digest: str, question: str, seen: Seen) -> bytes:
@@ -35,7 +35,8 @@ def clip_key(card: ModelCard, frames: Sequence[Frame], question: str, budget: Bu
     shown = [f"{frame.digest}@{frame.at}" for frame in frames]
     tokens = map(str, budget.vision_tokens)
     own = "" if card.clip is None else card.clip.fingerprint
-    return "\0".join([card.visual_fingerprint, "clip", own, *tokens, str(len(shown)), *shown, question]).encode()
+    first = [card.visual_fingerprint, card.looks_by, "clip", own, *tokens]
+    return "\0".join([*first, str(len(shown)), *shown, question]).encode()
 
 
 def clip_embedding_key(card: ModelCard, frames: Sequence[Frame], question: str, seen: SeenClip) -> bytes:

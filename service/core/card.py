@@ -30,6 +30,9 @@ def of_precision(fingerprint: str, precision: str) -> str:
     return blake3(f"{fingerprint} {precision}".encode()).hexdigest()[:16]
 
 
+LLM_TOKENIZER = "tokenizer.json"  # a file beside the card
+
+
 @dataclass(frozen=True, slots=True)
 class Engines:
     """How much the models process at once, according to their configurations."""
@@ -128,7 +131,7 @@ class ModelCard:
     # The tokenizer of `question_ids`, a file beside the card. If it is not the LLM's, a Q-Former reads the question by
     # it, between its special tokens: InstructBLIP's reads the LLM's whole prompt. One for image-text retrieval, which
     # says where a BLIP-2 looks, reads the bare question (`question_alone`).
-    question_tokenizer: str = "tokenizer.json"
+    question_tokenizer: str = LLM_TOKENIZER
     question_alone: bool = False
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
@@ -158,6 +161,14 @@ class ModelCard:
             fingerprint=of_precision(self.fingerprint, precision),
             visual_fingerprint=of_precision(self.visual_fingerprint, precision),
         )
+
+    @property
+    def looks_by(self) -> str:
+        """Name what decides what is seen for a question, besides weights: the question as it is read, and how strange
+        an image is."""
+        reads_prompt = self.question_tokenizer != LLM_TOKENIZER and not self.question_alone
+        strangeness = "" if self.confidence is None else self.confidence.digest
+        return f"{strangeness} {self.question_tokenizer} {self.prompt_template if reads_prompt else ''}"
 
     @property
     def architecture(self) -> Literal["decoder-only", "encoder-decoder", "cross-attention"]:

@@ -24,11 +24,12 @@ import binascii
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from service.core.vision import Seen, VisionFeatures, dense
 
@@ -186,6 +187,11 @@ class Calibration:
     fitted_on: Mapping[str, object]  # numbers of questions and images, for people
     several: Logistic | None = None  # of SEVERAL_SIGNALS; None: such answers have no confidence
     shifts: Shifts = NO_SHIFTS  # of `right`
+    digest: str = field(init=False)  # of what decides strangeness
+
+    def __post_init__(self) -> None:
+        told = blake3(self.centre.tobytes() + self.scale.tobytes()).hexdigest(16)
+        object.__setattr__(self, "digest", told)
 
     def strangeness(self, vision: VisionFeatures) -> float:
         """Measure how far an image is from the familiar ones: the logarithm of the mean squared z-score."""
@@ -233,7 +239,7 @@ class Calibration:
     @classmethod
     def from_json(cls, told: object, vision_width: int) -> Self:
         """Read the field `confidence` of a card. Raises ValueError, which says what is wrong."""
-        names = {each.name for each in fields(cls)}
+        names = {each.name for each in fields(cls) if each.init}
         if not isinstance(told, Mapping) or set(told) | {"several", "shifts"} != names:
             raise ValueError(f"confidence does not have exactly the fields {', '.join(sorted(names))}")
         centre, scale = (_array(told[name], 3 * vision_width, name) for name in ("centre", "scale"))

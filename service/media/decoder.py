@@ -16,6 +16,7 @@ from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
+    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -188,6 +189,8 @@ def _views(structure: Structure, views: Sequence[int], viewport: Viewport | None
                 # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
                 picture.draft(None, _needed(whole, 2 * size, viewport))
                 colours = in_colour(picture)
+                if structure.is_negative:
+                    colours = ImageOps.invert(colours)
         if viewport is None:
             found[size] = squashed(colours, size, structure.orientation)
         else:

@@ -53,6 +53,7 @@ class Structure:
     orientation: int = 1  # EXIF's 1 to 8
     scans: int = 1  # passes over the whole picture
     is_short: bool = False  # the bytes cannot hold so many pixels
+    is_negative: bool = False  # Pillow gives black for white
 
 
 def structure_of(data: bytes, page: int = 1) -> Structure | None:
@@ -151,7 +152,10 @@ def _iso(data: bytes) -> Structure:
 def _tiff(data: bytes, page: int = 1) -> Structure:
     found = read_tiff(data, page)
     width, height, orientation = found.width, found.height, orientation_of(data, page)
-    return _sized(Structure("TIFF", width, height, found.data, orientation, is_short=found.is_short))
+    structure = Structure(
+        "TIFF", width, height, found.data, orientation, is_short=found.is_short, is_negative=found.is_negative
+    )
+    return _sized(structure)
 
 
 def _bmp(data: bytes) -> Structure:

@@ -22,7 +22,8 @@ TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}  # BYTE, SHORT, LONG
 # By number: the most bytes that one compressed byte becomes, or 0 if there is no such bound.
 COMPRESSIONS = {1: 1, 2: 0, 3: 0, 4: 0, 5: 1_400, 8: 1_040, 32_773: 64, 32_946: 1_040}
 COMPRESSION_NAMES = {6: "JPEG", 7: "JPEG", 34_712: "JPEG 2000", 34_925: "LZMA", 50_000: "zstd", 50_001: "WebP"}
-PHOTOMETRICS = (0, 1, 2, 3, 5)  # grey either way round, RGB, palette, CMYK
+WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1
+PHOTOMETRICS = (WHITE_IS_ZERO, BLACK_IS_ZERO, 2, 3, 5)  # grey either way round, RGB, palette, CMYK
 DEPTHS = (1, 2, 4, 8, 16)
 
 
@@ -67,6 +68,7 @@ class Tiff:
     height: int
     data: bytes  # a TIFF of this picture alone, without its orientation
     is_short: bool
+    is_negative: bool  # `data` has black for white: Pillow does not turn 16-bit grey round
 
 
 def tiff_pages(data: bytes) -> int:
@@ -100,8 +102,11 @@ def read_tiff(data: bytes, page: int = 1) -> Tiff:
         raise _not_read("has strips that share their bytes")
     ends = max((place + size for place, size in zip(places, sizes, strict=False)), default=0)
     short = len(places) < count or len(sizes) < count or ends > len(data) or _is_short(tags, sum(sizes))
+    is_negative = _one(tags, Tag.PHOTOMETRIC, 9) == WHITE_IS_ZERO and _one(tags, Tag.BITS, 1) == 16
+    if is_negative:
+        tags = {**tags, Tag.PHOTOMETRIC: (BLACK_IS_ZERO,)}
     rebuilt = b"" if short else _rebuilt(data, tags, places, sizes, is_tiled=is_tiled)
-    return Tiff(width, height, rebuilt, short)
+    return Tiff(width, height, rebuilt, short, is_negative)
 
 
 def _directories(data: bytes, most: int) -> list[int]:

@@ -17,14 +17,13 @@ from blake3 import blake3
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import Unigram
 
-from service.core.card import ImageMarks, ModelCard
+from service.core.card import LLM_TOKENIZER, ImageMarks, ModelCard
 from service.core.errors import InvalidRequest
 from service.core.frames import MAX_FRAMES
 from service.core.prompt import Prompt, Question
 from service.core.request import Clip, Part, Request, Text
 from service.core.vision import QUESTION_TOKENS, FloatArray
 
-LLM_TOKENIZER = "tokenizer.json"
 KEPT_TEXTS = 256
 KEPT_CHARS = 4_000  # of a text that is kept: twice a question's most
 

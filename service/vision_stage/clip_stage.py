@@ -74,6 +74,8 @@ class ClipStage:
         if len(fewer) < len(shown.frames) and not self._costs_little(shown.frames, request):
             shown.frames, shown.is_reduced = fewer, True
         ticket.frames = len(shown.frames)
+        if not compares:
+            ticket.compared = len(shown.frames)
         if shown.is_joined:
             shown.seen = self.visual.get_clip(*self._keys(shown.frames, request))
         if shown.seen is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AbstractContextManager
+from copy import copy
 
 from service.admission.admission import Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim
-from service.core.errors import naming_frame, naming_image
+from service.core.errors import GlimpseError, naming_frame, naming_image
 from service.core.request import ImageId, Request
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
 from service.images import Images
@@ -91,9 +92,12 @@ class Pixels:
             return clip
 
         decoding, is_new = self._clips.reel(film.file.digest, film.most).decoding(decode)
-        if not is_new:
-            return await asyncio.shield(decoding)
-        return await to_its_end(decoding, claim, reservation, Cost(pixels=film.pixels))
+        try:
+            if not is_new:
+                return await asyncio.shield(decoding)
+            return await to_its_end(decoding, claim, reservation, Cost(pixels=film.pixels))
+        except GlimpseError as error:  # each request names its own field in it
+            raise copy(error) from error.__cause__
 
     def remember(self, look: Look, request: Request) -> None:
         """Store what the look is at, so that later questions can name its id: of a frame, the clip's file, once."""

@@ -24,7 +24,7 @@ from service.cache.features import FeatureCache, Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
 from service.cache.visual_tokens import VisualCache, embedding_key, visual_key
 from service.core.card import ModelCard
-from service.core.errors import Overloaded
+from service.core.errors import Overloaded, TooLarge
 from service.core.models import VisionModel
 from service.core.request import Budget, Priority, Request
 from service.core.viewport import fitting
@@ -293,7 +293,7 @@ class VisionStage:
                     is_optional = look.overview is not None or (not isinstance(step, See) and step.is_optional)
                     try:
                         await find(look, ticket, reservation)
-                    except Overloaded:
+                    except (Overloaded, TooLarge):  # a tile, or a closer view, can take longer to draw than the whole
                         if not is_optional:
                             raise
                         look.fall_back()
@@ -385,9 +385,16 @@ class VisionStage:
         return seen
 
     async def _attend(self, look: Look, ticket: Ticket, _: Reservation) -> None:
+        """Attend to one look. Raises Overloaded if it has no earlier result."""
         assert look.vision is not None
         budget = self._allowed(look, ticket.request)
-        seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
+        try:
+            seen = await self.vision.attend(look.vision, look.question, budget, ticket.left_s, look.closer)
+        except Overloaded:
+            if look.low is None and look.overview is None:
+                raise
+            look.fall_back()
+            return
         views = [view for view in (look.vision, look.closer) if view is not None]
         self._keep(look, replace(seen, rounded=rounded_among(views)), ticket.request)
 
@@ -415,13 +422,13 @@ class VisionStage:
         ticket.encoded += images
         ticket.encoded_frames += look.is_frame
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
-        decoded = await self.pixels.decoded(look, view, claim, ticket, reservation)
-        self.pixels.remember(look, ticket.request)
         try:
+            decoded = await self.pixels.decoded(look, view, claim, ticket, reservation)
+            self.pixels.remember(look, ticket.request)
             with ticket.stage("vision"), ticket.stage("see"):
                 ticket.tell(images=images)
                 yield decoded, claim
-        except Overloaded:  # from Triton: the look may fall back and go on without the slots
+        except (Overloaded, TooLarge):  # the look may fall back and go on without the slots
             reservation.give_back(claim, finished=False)
             raise
         reservation.give_back(claim)

@@ -17,7 +17,7 @@ from benchmarks.bench.systems import Running
 from benchmarks.bench.torch_model import TorchModel
 from benchmarks.bench.workloads import KNOWN, Workload
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
-from service.text.prompt import LLM_TOKENIZER
+from service.core.card import LLM_TOKENIZER
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.servers import Gateway, StartGateway, free_ports
 

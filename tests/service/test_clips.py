@@ -21,6 +21,7 @@ from service.admission.admission import Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache
+from service.core.access import Use
 from service.core.answer import Finished
 from service.core.card import ClipResampler, Engines
 from service.core.errors import (
@@ -42,7 +43,7 @@ from service.triton.codec import require_consistent
 from tests.service.test_pipeline import answer, nothing_is_held, request, shades
 from tests.support import clips
 from tests.support.calibrations import calibrated
-from tests.support.fakes import CARD, CLIPS, CLOSER, House, Strain, cancelled, png, until
+from tests.support.fakes import CARD, CLIPS, CLOSER, House, Strain, cancelled, png, turns, until
 
 ROOMY = replace(CARD, max_positions=4000)
 GREYS = (250, 40, 90, 140, 10, 200, 60, 120)
@@ -630,6 +631,32 @@ async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
         pytest.raises(QuotaExceeded, match="send fewer images, or lower video_frames"),
     ):
         [event async for event in house.pipeline.answer(asked, reservation)]
+
+
+async def test_frames_that_load_leaves_out_are_not_charged():
+    house = House(ROOMY, quota_images_per_minute=40)
+    house.admission.controller = Strain(3)
+    asked = about(given(*range(0, 96, 3)), frames=32, tenant="a")
+    with house.pipeline.reservation("a") as reservation:
+        *_, end = [event async for event in house.pipeline.answer(asked, reservation)]
+    assert (len(end.frames), end.reduced) == (4, True)
+    await turns()  # what was not used is given back in the background
+    with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="has 36 left"):
+        async with reservation.account.charged(Use(images=37)):
+            pass
+
+
+async def test_two_requests_that_wait_for_one_clip_have_errors_of_their_own(house):
+    stalled = Stalled(house.reader.limits, threads=1)
+    stalled.goes_on = asyncio.Event()
+    house.pipeline.reader = house.pipeline.pixels.reader = stalled
+    asking = [asyncio.create_task(answer(house, about(film()))) for _ in range(2)]
+    await turns()
+    stalled.goes_on.set()
+    errors = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(error) for error in errors] == [InvalidImage] * 2
+    assert errors[0] is not errors[1]
+    assert [(error.message, error.param) for error in errors] == [("refused", None)] * 2
 
 
 async def test_a_question_whose_comparison_encoded_frames_is_no_follow_up_to_the_llm(house):

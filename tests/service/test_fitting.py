@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from service.core.errors import InvalidImage, Overloaded
+from service.admission.scheduler import Resource
+from service.core.errors import InvalidImage, Overloaded, TooLarge
 from service.core.request import Budget
 from service.core.viewport import WHOLE, fitting
 from service.core.vision import Relevance
@@ -160,6 +161,35 @@ async def test_a_tile_without_room_is_answered_from_the_whole_page(house, detail
     house.vision.fault_of = {"see": Overloaded("full"), "encode": Overloaded("full")}
     _, end = await answer(house, request(image=page(), fit="tiles", detail=detail))
     assert (end.fit, end.detail, end.reduced, end.cache) == ("squash", "low", True, "miss")
+
+
+async def test_a_tile_that_takes_too_long_to_draw_is_answered_from_the_whole_page(house):
+    look_at(house, 1)
+    decode = house.reader.decode
+
+    async def too_long_for_tiles(data, views=(224,), viewport=None, page=1):
+        if viewport is not None:
+            raise TooLarge("the page took more than 2 CPU seconds", param="image")
+        return await decode(data, views, viewport, page)
+
+    house.reader.decode = too_long_for_tiles
+    _, end = await answer(house, request(image=page(), fit="tiles"))
+    assert (end.fit, end.reduced, house.vision.calls) == ("squash", True, ["see"])
+    assert house.admission.scheduler.used(Resource.VISION) == 0
+    with pytest.raises(TooLarge, match="CPU seconds"):
+        await answer(house, request(image=page(), fit="pad"))
+
+
+@pytest.mark.parametrize("fit", ["squash", "tiles"])
+async def test_a_closer_view_without_room_in_triton_is_answered_from_the_first_view(house, fit):
+    look_at(house, 1)
+    house.vision.fault_of = {"attend_448": Overloaded("its queue is full")}
+    house.vision.particularize = 0.9
+    _, end = await answer(house, request(image=page(), fit=fit, detail="auto"))
+    assert (end.fit, end.detail, end.reduced) == (fit, "low", True)
+    assert "attend_448" in house.vision.calls
+    with pytest.raises(Overloaded):
+        await answer(house, request(image=page(), detail="high"))
 
 
 async def test_images_of_one_question_are_each_fitted(house):

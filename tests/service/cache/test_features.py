@@ -100,7 +100,9 @@ async def test_only_the_patient_wait_for_the_patient():
         third = asyncio.create_task(asker.ask("a", patient=True))
         asker.release.set()
         assert await first is await third
-    assert await second is await first
+        assert await second is await first  # though the patient leader has not encoded
+        assert patient.features is None
+    assert await asker.ask("a", patient=True) is await first
     assert asker.encodes == 1
 
 

@@ -8,6 +8,7 @@ from service.cache.visual_tokens import ENTRY_BYTES, VisualCache, clip_embedding
 from service.core.request import Budget
 from service.core.vision import Frame, Relevance, Seen, SeenClip
 from service.telemetry.metrics import Metrics
+from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD
 from tests.support.samples import sample
 
@@ -47,7 +48,25 @@ def test_every_part_tells_two_keys_apart():
 def test_the_same_is_named_the_same_and_the_weights_that_made_it_count():
     assert visual_key(**ASKED) == visual_key(**ASKED)
     assert visual_key(**ASKED) == visual_key(**ASKED | {"card": replace(CARD, fingerprint="g", name="other")})
-    assert visual_key(**ASKED) == b"v\0d\0low\x0064\x00128\x0032\x0064\0q"
+    assert visual_key(**ASKED) == b"v\0 tokenizer.json \0d\0low\x0064\x00128\x0032\x0064\0q"
+
+
+def test_what_is_kept_for_one_variant_is_not_anothers_that_reads_or_judges_otherwise():
+    read = replace(CARD, question_tokenizer="qformer.json")
+    cards = [
+        CARD,
+        replace(CARD, confidence=calibrated(4)),
+        replace(CARD, confidence=replace(calibrated(4), centre=np.ones(12, np.float32))),
+        read,
+        replace(read, prompt_template="Q: {question}"),
+        replace(read, question_alone=True),
+    ]
+    assert len({visual_key(**ASKED | {"card": card}) for card in cards}) == len(cards)
+    for unread in (CARD, replace(read, question_alone=True)):
+        other = replace(unread, prompt_template="Q: {question}")
+        assert visual_key(**ASKED | {"card": other}) == visual_key(**ASKED | {"card": unread})
+    again = replace(CARD, confidence=calibrated(4))
+    assert visual_key(**ASKED | {"card": again}) == visual_key(**ASKED | {"card": cards[1]})
 
 
 def test_visual_tokens_are_named_by_what_they_were_made_with_and_whether_it_was_rounded():

@@ -64,6 +64,22 @@ def test_a_tiff_of_sixteen_bits_keeps_its_upper_eight():
     assert apart(encoded(deep, "TIFF"), GREY) < 1
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("white", [0, 1])
+def test_grey_is_read_either_way_round(order, bits, white):
+    """WhiteIsZero (0), as radiographs have it, and BlackIsZero; in both orders of bytes."""
+    grey = np.asarray(GREY).astype(np.uint16) << bits - 8
+    stored = grey if white else (1 << bits) - 1 - grey
+    pixels = stored.astype(f"{order}u{bits // 8}").tobytes()
+    tags = [(256, GREY.width), (257, GREY.height), (258, bits), (259, 1), (262, white), (273, 8), (277, 1),
+            (278, GREY.height), (279, len(pixels))]  # fmt: skip
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(pixels))
+    data = head + pixels + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    assert apart(data, GREY) < 1
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
 def test_a_bmp_is_exact(mode):
     image = PHOTO.convert(mode)

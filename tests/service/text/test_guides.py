@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.core.card import ModelCard
+from service.core.card import LLM_TOKENIZER, ModelCard
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide, guide_of
 from service.text.guide_checks import GuideChecks
 from service.text.guides import Compiled, Guides
-from service.text.prompt import LLM_TOKENIZER, load_tokenizer, token_bytes
+from service.text.prompt import load_tokenizer, token_bytes
 from tests.support.paths import PROJECT
 
 REPOSITORY = PROJECT / "model_repository"

@@ -640,7 +640,7 @@ async def test_frames_that_load_leaves_out_are_not_charged():
     with house.pipeline.reservation("a") as reservation:
         *_, end = [event async for event in house.pipeline.answer(asked, reservation)]
     assert (len(end.frames), end.reduced) == (4, True)
-    await turns()  # what was not used is given back in the background
+    await house.quotas.settle()
     with house.pipeline.reservation("a") as reservation, pytest.raises(QuotaExceeded, match="has 36 left"):
         async with reservation.account.charged(Use(images=37)):
             pass

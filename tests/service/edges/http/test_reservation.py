@@ -32,10 +32,12 @@ class CountingAdmission(Admission):
     size: Size | None = None  # of the last one
 
     @contextmanager
-    def reservation(self, tenant: str, size: Size | None = None) -> Iterator[Reservation]:
+    def reservation(
+        self, tenant: str, size: Size | None = None, within: Reservation | None = None
+    ) -> Iterator[Reservation]:
         self.opened += 1
         self.size = size
-        with super().reservation(tenant, size) as reservation:
+        with super().reservation(tenant, size, within) as reservation:
             yield reservation
 
 

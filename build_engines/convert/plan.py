@@ -124,7 +124,17 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
     graphs = [name for name in graphs_of(profiles.dimensions(options, source)) if not (plans_wanted and name == "llm")]
     longest = trtllm.longest(options, source) if plans_wanted else source.max_positions
     yield Step(
-        "card", "card", "card and tokenizers", settings={"max_positions": longest, "precision": options.precision}
+        "card",
+        "card",
+        "card and tokenizers",
+        settings={
+            "name": source.name,
+            "max_positions": longest,
+            "profile": options.profile,  # decides whether the card tells of clips and of the likeliest tokens
+            "precision": options.precision,
+            "dtype": options.dtype,
+            "text_type": profiles.text_type(options),
+        },
     )
     for name in graphs:
         yield Step(

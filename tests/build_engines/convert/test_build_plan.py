@@ -134,6 +134,9 @@ def test_a_key_changes_with_what_a_step_depends_on_and_with_nothing_else() -> No
     }  # fmt: skip
     other = keys(plan(options(precision="fp8"), source(), {**ROOT, "versions": {"torch": "2.14.0"}}))
     assert not set(other.values()) & set(before.values())
+    cards = {keys(plan(options(*each), source(), ROOT))["card"] for each in PROFILES}
+    assert len(cards) == len(PROFILES)  # a card says what its profile serves
+    assert keys(plan(options(*PROFILES[0]), replace(source(), name="other"), ROOT))["card"] not in cards
 
 
 def test_a_step_hands_its_change_on_to_all_that_follow() -> None:
